@@ -1,0 +1,1 @@
+"""Mixture-of-Experts language models in JAX and Flax NNX, sharded by annotation."""

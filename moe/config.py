@@ -1,0 +1,392 @@
+"""Every setting of a run: one typed, immutable tree, and the one place that refuses nonsense.
+
+In: an ``ml_collections.ConfigDict`` made by a file in ``configs/`` (and ``--config.x.y=value`` overrides).
+Out: a frozen :class:`Config` whose values are known to be possible, or a :class:`ConfigError` that names the
+field, its value and what is allowed.
+
+Fields of ``None`` mean "what the gate's paper says"; :func:`from_config_dict` fills them from
+``moe.routing.GATES``, so that the rest of the code never sees ``None`` there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+
+import ml_collections
+from ml_collections import config_dict
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be honoured; the message names the field and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The MoE layer: which gate, how many experts, how tokens travel."""
+
+    gate: str = "mixtral"  # a name in moe.routing.GATES, or "none": every FFN is dense
+    num_experts: int = 8  # E
+    experts_per_token: int | None = None  # K; None: the gate's
+    d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
+    every: int = 1  # layers between MoE layers: the n-th, 2n-th, ... layer is MoE
+    first_dense: int = 0  # leading layers that stay dense whatever `every` says
+    group_size: int = 0  # S, tokens that share one capacity; 0: one row of the batch. Never set by the mesh
+    dispatch: str = "gather"  # a name in moe.dispatch.MODES
+    capacity_factor: float | None = None  # C = ceil(capacity_factor * K * S / E); None: the gate's
+    eval_capacity_factor: float | None = None  # the same, outside training; None: the gate's
+    jitter: float | None = None  # multiplies the router's input by uniform [1 - jitter, 1 + jitter]; None: the gate's
+    load_balancing_weight: float | None = None  # of the load-balancing loss; None: the gate's
+    z_loss_weight: float | None = None  # of the router z-loss; None: the gate's
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder-only Transformer."""
+
+    vocab_size: int = 8192  # V, rows of the embedding
+    d_model: int = 256  # D
+    num_layers: int = 4  # L
+    num_heads: int = 8  # N, query heads
+    num_kv_heads: int = 4  # M, key/value heads; divides num_heads
+    head_dim: int = 32  # H, even
+    d_ff: int = 512  # F, hidden dim of a dense FFN
+    activation: str = "swiglu"  # swiglu, geglu, gelu or relu
+    norm_eps: float = 1e-5  # epsilon of RMSNorm
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    sliding_window: int = 0  # tokens a query sees, itself included; 0: all
+    qk_norm: str = "none"  # none, head (RMSNorm over H, Qwen3) or full (over N*H, OLMoE)
+    tie_embeddings: bool = False  # logits = x E^T
+    init_scale: float = (
+        1.0  # s of every matrix: truncated normal, sigma = sqrt(s / fan_in) (0.1 in Switch, section 2.4)
+    )
+    dtype: str = "float32"  # of activations and matmuls; parameters and router are float32
+    scan_layers: bool = True  # one compiled block for all equal layers
+    remat: str = "none"  # a name in moe.transformer.REMAT_POLICIES
+    moe: MoEConfig = MoEConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text in, packed rows out."""
+
+    dataset: str = "embedded"  # "embedded" (moe.data.corpora) or a prepared TFDS dataset with a text field
+    domains: tuple[str, ...] = ("literature", "python")  # which parts of the embedded corpus
+    weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
+    directory: str = "~/.cache/moe-data"  # where datasets, downloads and tokenizers are kept
+    tokenizer: str = ""  # a SentencePiece model file; empty: one of model.vocab_size is trained on the train split
+    sequence_length: int = 256  # T, tokens
+    shuffle_window: int = 512  # rows in the shuffle buffer
+    heldout_rows: int = 64  # rows of T tokens per domain in each evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1: all that are left."""
+
+    data: int = -1  # rows only
+    fsdp: int = 1  # rows, and parameters split over D
+    expert: int = 1  # rows, and experts split over E
+    tensor: int = 1  # heads and F split
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-3  # peak
+    final_learning_rate_fraction: float = 0.1  # of the peak, at the last step
+    warmup_steps: int = 30  # steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    gradient_clip: float = 1.0  # global norm; 0: no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 300  # optimizer steps
+    batch_size: int = 8  # B, rows of T tokens per optimizer step, all devices together
+    accumulation_steps: int = 1  # microbatches per optimizer step; divides batch_size
+    log_every: int = 10  # steps between rows of metrics
+    eval_every: int = 100  # steps between evaluations on held-out text; the last step always evaluates
+    save_every: int = 100  # steps between checkpoints; the last step always saves
+    keep_checkpoints: int = 2  # newest ones kept, beside the best
+    sample_tokens: int = 64  # length of the continuation sampled at the end; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0  # of initialisation, data order and routing noise
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """A mutable, type-checked ConfigDict with the same fields, for files in ``configs/`` and command-line overrides."""
+
+    def convert(node: typing.Any) -> ml_collections.ConfigDict:
+        result = ml_collections.ConfigDict()
+        hints = typing.get_type_hints(type(node))
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                value = convert(value)
+            elif value is None:
+                value = config_dict.placeholder(_plain_type(hints[field.name]))
+            result[field.name] = value
+        return result.lock()
+
+    return convert(config)
+
+
+def from_config_dict(tree: ml_collections.ConfigDict | dict[str, typing.Any]) -> Config:
+    """The typed config of a tree, resolved and checked for everything that needs no devices and no data.
+
+    Raises:
+        ConfigError: an unknown field (with the nearest name), a wrong type, an impossible value or combination.
+    """
+    return validate(resolve(_build(Config, dict(tree.items()), "")))
+
+
+def to_dict(config: Config) -> dict[str, typing.Any]:
+    """Plain nested dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _plain_type(hint: typing.Any) -> type:
+    """``float`` of ``float | None``."""
+    if isinstance(hint, types.UnionType):
+        return next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint
+
+
+def _build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
+    hints = typing.get_type_hints(cls)
+    for name in tree:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
+            raise ConfigError(f"{path}{name}: no such field; {hint}")
+    values = {}
+    for name, value in tree.items():
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, (dict, ml_collections.ConfigDict)):
+                raise ConfigError(f"{path}{name}={value!r}: is a section with fields of its own")
+            values[name] = _build(typing.cast(type, hints[name]), dict(value.items()), f"{path}{name}.")
+        else:
+            values[name] = _check_type(hints[name], value, f"{path}{name}")
+    return cls(**values)
+
+
+def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    wanted = _plain_type(hint)
+    origin = typing.get_origin(wanted)
+    if origin is tuple:
+        item = typing.get_args(wanted)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_check_type(item, entry, field) for entry in value)
+        raise ConfigError(f"{field}={value!r}: must be a tuple of {item.__name__}")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise ConfigError(f"{field}={value!r}: must be {wanted.__name__}, not {type(value).__name__}")
+    return value
+
+
+def resolve(config: Config) -> Config:
+    """Fills what was left to the gate and to other fields: every ``None`` of ``model.moe``, and ``moe.d_ff`` of 0.
+
+    Raises:
+        ConfigError: an unknown gate.
+    """
+    from moe.routing import GATES
+
+    moe = config.model.moe
+    known = ("none", *GATES)
+    if moe.gate not in known:
+        raise ConfigError(f"model.moe.gate={moe.gate!r}: must be one of {', '.join(known)}")
+    # A dense model has no gate; any gate's constants do, since nothing reads them.
+    gate = GATES["mixtral" if moe.gate == "none" else moe.gate]
+    filled: dict[str, typing.Any] = {
+        field.name: getattr(gate, field.name) for field in dataclasses.fields(moe) if getattr(moe, field.name) is None
+    }
+    if filled.get("experts_per_token") == 0:
+        filled["experts_per_token"] = moe.num_experts
+    if moe.d_ff == 0:
+        filled["d_ff"] = config.model.d_ff
+    moe = dataclasses.replace(moe, **filled)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def _require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field}={value!r}: {allowed}")
+
+
+def _require_choice(field: str, value: str, choices: typing.Iterable[str]) -> None:
+    _require(value in choices, field, value, f"must be one of {', '.join(choices)}")
+
+
+def _require_at_least(section: str, node: typing.Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(node, name)
+        _require(value >= least, f"{section}{name}", value, f"must be at least {least}")
+
+
+def validate(config: Config) -> Config:
+    """Checks a resolved config; see :func:`from_config_dict`."""
+    _validate_model(config.model)
+    if config.model.moe.gate != "none":
+        _validate_moe(config)
+    _validate_run(config)
+    return config
+
+
+def _validate_model(model: ModelConfig) -> None:
+    from moe.layers import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+    from moe.transformer import REMAT_POLICIES
+
+    _require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+    _require_at_least("model.", model, 0, "sliding_window")
+    _require(
+        model.head_dim >= 2 and model.head_dim % 2 == 0,
+        "model.head_dim",
+        model.head_dim,
+        "must be even: rotary positions turn pairs",
+    )
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        f"must divide model.num_heads={model.num_heads}",
+    )
+    _require_choice("model.activation", model.activation, (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS))
+    _require_choice("model.qk_norm", model.qk_norm, ("none", "head", "full"))
+    _require_choice("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _require_choice("model.remat", model.remat, tuple(REMAT_POLICIES))
+    for name in ("norm_eps", "rope_theta", "init_scale"):
+        _require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
+
+
+def _validate_moe(config: Config) -> None:
+    from moe.dispatch import MODES
+    from moe.routing import GATES
+    from moe.transformer import sparse_layers
+
+    moe, where = config.model.moe, "model.moe."
+    gate = GATES[moe.gate]
+    _require_at_least(where, moe, 1, "num_experts", "experts_per_token", "d_ff", "every")
+    _require_at_least(where, moe, 0, "first_dense", "group_size", "load_balancing_weight", "z_loss_weight")
+    k = moe.experts_per_token
+    assert k is not None and moe.jitter is not None
+    _require(k <= moe.num_experts, f"{where}experts_per_token", k, f"must be at most num_experts={moe.num_experts}")
+    if gate.fixed_k:
+        fixed = gate.experts_per_token or moe.num_experts
+        _require(k == fixed, f"{where}experts_per_token", k, f"the gate {moe.gate!r} exists for {fixed} only")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        _require(getattr(moe, name) > 0, f"{where}{name}", getattr(moe, name), "must be positive")
+    _require(0 <= moe.jitter < 1, f"{where}jitter", moe.jitter, "must be in [0, 1)")
+    _require_choice(f"{where}dispatch", moe.dispatch, tuple(MODES))
+    _require(
+        any(sparse_layers(config.model)),
+        f"{where}every={moe.every}, {where}first_dense",
+        moe.first_dense,
+        f"leave no MoE layer among {config.model.num_layers}; use {where}gate=none for a dense model",
+    )
+    batch = config.train.batch_size // max(config.train.accumulation_steps, 1)
+    tokens, length = batch * config.data.sequence_length, config.data.sequence_length
+    size = moe.group_size or length
+    _require(
+        tokens % size == 0 and (size % length == 0 or length % size == 0),
+        f"{where}group_size",
+        moe.group_size,
+        f"must be a divisor or a multiple of data.sequence_length={length} and divide the {tokens} tokens of a microbatch",
+    )
+
+
+def _validate_run(config: Config) -> None:
+    data, train, optimizer = config.data, config.train, config.optimizer
+    _require_at_least("data.", data, 2, "sequence_length")
+    _require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    _require(len(data.domains) > 0, "data.domains", data.domains, "must name at least one domain")
+    _require(
+        len(data.weights) in (0, len(data.domains)) and all(weight > 0 for weight in data.weights),
+        "data.weights",
+        data.weights,
+        f"must be empty or one positive share for each of the {len(data.domains)} domains",
+    )
+    _require_at_least("train.", train, 1, "num_steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
+    _require_at_least("train.", train, 1, "save_every", "keep_checkpoints")
+    _require_at_least("train.", train, 0, "sample_tokens")
+    _require(
+        train.batch_size % train.accumulation_steps == 0,
+        "train.accumulation_steps",
+        train.accumulation_steps,
+        f"must divide train.batch_size={train.batch_size}",
+    )
+    _require_at_least("optimizer.", optimizer, 0, "warmup_steps", "weight_decay", "gradient_clip")
+    _require(optimizer.learning_rate > 0, "optimizer.learning_rate", optimizer.learning_rate, "must be positive")
+    _require(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be positive")
+    for name in ("b1", "b2"):
+        _require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", getattr(optimizer, name), "must be in [0, 1)")
+    fraction = optimizer.final_learning_rate_fraction
+    _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
+    _require(
+        optimizer.warmup_steps < train.num_steps,
+        "optimizer.warmup_steps",
+        optimizer.warmup_steps,
+        f"must be below train.num_steps={train.num_steps}",
+    )
+    for axis in dataclasses.fields(MeshConfig):
+        size = getattr(config.mesh, axis.name)
+        _require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "must be positive, or -1 to fill")
+    filled = [axis.name for axis in dataclasses.fields(MeshConfig) if getattr(config.mesh, axis.name) == -1]
+    _require(len(filled) <= 1, "mesh", filled, "only one axis can be -1")
+
+
+def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
+    """Checks a validated config against a mesh.
+
+    Args:
+        config: resolved.
+        sizes: devices per axis, all filled in (``mesh.shape``).
+
+    Raises:
+        ConfigError: something that would be split does not divide.
+    """
+    model, moe, train = config.model, config.model.moe, config.train
+
+    def divides(axes: tuple[str, ...], field: str, value: int) -> None:
+        shards = 1
+        for axis in axes:
+            shards *= sizes[axis]
+        names = " x ".join(f"mesh.{axis}" for axis in axes)
+        _require(value % shards == 0, field, value, f"must be divisible by {names} = {shards}")
+
+    tokens = ("data", "fsdp", "expert")
+    rows = train.batch_size // train.accumulation_steps
+    divides(tokens, "train.batch_size / train.accumulation_steps", rows)
+    divides(("fsdp",), "model.d_model", model.d_model)
+    divides(("tensor",), "model.num_heads", model.num_heads)
+    divides(("tensor",), "model.num_kv_heads", model.num_kv_heads)
+    divides(("tensor",), "model.d_ff", model.d_ff)
+    divides(("tensor",), "model.vocab_size", model.vocab_size)
+    if moe.gate == "none":
+        return
+    divides(("expert",), "model.moe.num_experts", moe.num_experts)
+    divides(("tensor",), "model.moe.d_ff", moe.d_ff)
+    groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)
+    divides(tokens, f"model.moe.group_size={moe.group_size} makes a number of groups which", groups)

@@ -1,0 +1,156 @@
+"""Text to token ids and back, by SentencePiece.
+
+In: documents (``str``) to train on, or a SentencePiece model as bytes or file. Out: ``int32`` ids, and for every id
+how many bytes of text it stands for, which is what turns a loss per token into bits per byte.
+
+A model is a protocol buffer that only SentencePiece parses: loading one never executes code.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from moe.config import ConfigError
+
+# Part of the name under which trained tokenizers are cached: raise it when train_tokenizer changes.
+TRAINER_VERSION = 1
+_SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
+
+
+class Tokenizer:
+    """A SentencePiece model.
+
+    For models of `train_tokenizer`, ``decode(encode(text)) == text`` and
+    ``token_bytes[encode(text)].sum() == len(text.encode())`` hold for every text. A foreign model that puts a space
+    before each text (Mixtral's does) counts one byte more per document; one without byte fallback counts none for
+    characters that it does not know.
+    """
+
+    def __init__(self, model_bytes: bytes):
+        """Parses a serialized model; use `from_bytes` or `from_file`.
+
+        Raises:
+          ConfigError: the bytes are no SentencePiece model, or it has no end-of-text token.
+        """
+        self.model_bytes = model_bytes
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model_bytes)
+        except RuntimeError as error:
+            raise ConfigError("data.tokenizer: not a SentencePiece model") from error
+        if self._processor.eos_id() < 0:
+            raise ConfigError("data.tokenizer: the SentencePiece model has no end-of-text token")
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
+        return cls(model_bytes)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Reads a local or bucket path; ConfigError if there is no such file."""
+        file = epath.Path(path).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
+        return cls(file.read_bytes())
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def pad_id(self) -> int:
+        """0 where the model has none: padding is told by ``segment_ids``, never by its id."""
+        return max(self._processor.pad_id(), 0)
+
+    @property
+    def bos_id(self) -> int:
+        """-1 where the model has none; documents then start without it."""
+        return self._processor.bos_id()
+
+    @property
+    def eos_id(self) -> int:
+        return self._processor.eos_id()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids [n] int32 of the text alone, without bos and eos."""
+        if _SPACE not in text or not self._byte_ids:
+            return np.asarray(self._processor.encode(text), np.int32)
+        # SentencePiece would read that character as a space: spell it in bytes instead.
+        ids: list[int] = []
+        for number, part in enumerate(text.split(_SPACE)):
+            ids += [self._byte_ids[byte] for byte in _SPACE.encode()] if number else []
+            ids += self._processor.encode(part)
+        return np.asarray(ids, np.int32)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Returns the text of ids [n]; control tokens give no text."""
+        return self._processor.decode([int(i) for i in ids])
+
+    @functools.cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        pieces = (f"<0x{byte:02X}>" for byte in range(256))
+        ids = {byte: self._processor.piece_to_id(piece) for byte, piece in enumerate(pieces)}
+        return ids if all(self._processor.is_byte(i) for i in ids.values()) else {}
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """[V] int32: UTF-8 bytes of text that each id stands for; 0 for control and unknown tokens."""
+        processor, sizes = self._processor, np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if processor.is_byte(i):
+                sizes[i] = 1
+            elif not (processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)):
+                sizes[i] = len(processor.id_to_piece(i).replace(_SPACE, " ").encode())
+        return sizes
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains byte-pair encoding with pad 0, bos 1, eos 2, unknown 3 and the 256 bytes; equal texts give equal models.
+
+    Nothing is normalised and no space is added or dropped, so decoding returns the text exactly. Runs of spaces merge:
+    indentation is one token.
+
+    Raises:
+      ConfigError: `vocab_size` is too small for the bytes and the characters, or too large for the texts.
+    """
+    # Sentences are lines, which bounds their length; "\n" is a piece of its own, so nothing merges across it anyway.
+    lines = [line for text in texts for line in text.split("\n") if line and _SPACE not in line]
+    error = None
+    # Characters outside the coverage are spelled in bytes. Where the text has more characters than the vocabulary
+    # holds (many scripts, few ids), cover less of it.
+    for coverage in (0.9995, 0.999, 0.995, 0.98, 0.95):
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                character_coverage=coverage,
+                pad_id=0,
+                bos_id=1,
+                eos_id=2,
+                unk_id=3,
+                byte_fallback=True,
+                split_digits=False,  # alone, each number would cost a token for its space and one per digit
+                allow_whitespace_only_pieces=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                user_defined_symbols=["\n"],
+                max_sentence_length=1 << 20,
+                num_threads=os.cpu_count() or 1,
+                minloglevel=2,  # errors only: the trainer writes pages to stderr
+            )
+            return Tokenizer(model.getvalue())
+        except RuntimeError as failure:
+            error = failure
+    reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
+    raise ConfigError(f"model.vocab_size={vocab_size}: no tokenizer of that size from this text ({reason})") from error

@@ -1,0 +1,75 @@
+"""Where numbers go: ``metrics.jsonl`` (reproducible to the bit), ``timing.jsonl`` (wall clock), TensorBoard.
+
+In: dicts of scalars and short lists. A row is written once: a resumed run first drops the rows after its checkpoint.
+Only process 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+
+
+def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line cut short by a crash is left out; no file is no rows."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows under a workdir."""
+
+    def __init__(self, workdir: epath.Path, step: int):
+        """Keeps the rows up to ``step``, the step the run goes on from."""
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._files = {}
+        for name in (METRICS, TIMING):
+            kept = [row for row in read_rows(workdir / name) if row["step"] <= step]
+            # Replaced whole, so that a crash here leaves the old file or the new one.
+            temporary = workdir / f"{name}.tmp"
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.replace(workdir / name)
+            self._files[name] = (workdir / name).open("a")
+        self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
+        """One row {step, kind, **values}; lists (per layer, per expert) are TensorBoard scalars name/0, name/1, …"""
+        if not self._active:
+            return
+        self._files[file].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._files[file].flush()
+        for name, value in values.items():
+            for index, entry in np.ndenumerate(np.asarray(value)):
+                suffix = "".join(f"/{i}" for i in index)
+                self._board.add_scalar(f"{kind}/{name}{suffix}", float(entry), step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        if self._active:
+            for file in self._files.values():
+                file.close()
+            self._board.close()
+
+
+def to_python(tree: Any) -> Any:
+    """Arrays of a tree as Python numbers and lists, ready for JSON."""
+    return jax.tree.map(lambda array: np.asarray(array).tolist(), tree)

@@ -1,0 +1,122 @@
+"""The mesh, and the one table that says how every array lies on it.
+
+Axes: ``data`` (rows), ``fsdp`` (rows; parameters split over D), ``expert`` (rows; experts split over E), ``tensor``
+(heads, F and V split). Tokens are spread over the first three. Nothing else in the code names a mesh axis.
+
+Letters: see :mod:`moe.transformer`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor")
+TOKEN_AXES = ("data", "fsdp", "expert")
+
+P = PartitionSpec
+BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
+MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
+HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
+LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
+GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] where the tokens are
+EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] where the experts are
+REPLICATED = P()
+
+#: How each parameter is stored, by its last two names; stacked over layers it gains an unsharded leading axis.
+PARAMETERS: Mapping[str, PartitionSpec] = types.MappingProxyType(
+    {
+        "embedding.table": P("tensor", "fsdp"),  # [V,D]
+        "unembedding.kernel": P("fsdp", "tensor"),  # [D,V]
+        "attention.query": P("fsdp", "tensor", None),  # [D,N,H]
+        "attention.key": P("fsdp", "tensor", None),  # [D,M,H]
+        "attention.value": P("fsdp", "tensor", None),  # [D,M,H]
+        "attention.out": P("tensor", None, "fsdp"),  # [N,H,D]
+        "dense.gate": P("fsdp", "tensor"),  # [D,F]
+        "dense.up": P("fsdp", "tensor"),  # [D,F]
+        "dense.down": P("tensor", "fsdp"),  # [F,D]
+        "experts.gate": P("expert", "fsdp", "tensor"),  # [E,D,F]
+        "experts.up": P("expert", "fsdp", "tensor"),  # [E,D,F]
+        "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
+        "router.kernel": P(None, None),  # [D,E]
+    }
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, with -1 filled in.
+
+    Raises:
+        ConfigError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise ConfigError(
+            f"{given}: the sizes must multiply to the number of devices, {len(devices)}; set one of them to -1 to fill it"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def constrain(x: Array, spec: PartitionSpec) -> Array:
+    """Pins how x lies on the mesh in context (``jax.set_mesh``); without one, as on a laptop, does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def use(name: str, parameter: Array, dtype: Any) -> Array:
+    """A parameter as a matmul wants it: cast, then gathered over ``fsdp``; its gradient is scattered back.
+
+    Said explicitly because XLA, left to itself, may move the tokens instead of the weights.
+
+    Args:
+        name: key of :data:`PARAMETERS`.
+        parameter: one layer's array, without the leading layer axis.
+        dtype: of the computation.
+    """
+    stored = PARAMETERS[name]
+    gathered = P(*(None if axis == "fsdp" else axis for axis in stored))
+
+    @jax.custom_vjp
+    def gather(weights: Array) -> Array:
+        return constrain(weights, gathered)
+
+    gather.defvjp(lambda weights: (gather(weights), None), lambda _, gradient: (constrain(gradient, stored),))
+    return gather(parameter.astype(dtype))
+
+
+def parameter_specs(tree: Any) -> Any:
+    """PartitionSpecs of a tree of parameters, or of any tree that holds such trees (an optimizer's state, gradients).
+
+    A leaf is looked up by the last two names of its path; one that is not in the table (norm scales, counters) is
+    replicated.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # an nnx.State wraps each array in its Param
+            path = path[:-1]
+        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        found = PARAMETERS.get(".".join(names[-2:]))
+        if found is None:
+            return REPLICATED
+        return P(*(None,) * (jnp.ndim(leaf) - len(found)), *found)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """NamedShardings of a tree of PartitionSpecs."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))

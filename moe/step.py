@@ -1,0 +1,213 @@
+"""The state of a run and the compiled programs that change and read it; the only train step there is.
+
+In: a :class:`moe.config.Config` and a mesh. Out: a :class:`Program` with ``init``, ``train_step`` and ``eval_step``,
+all jitted with their shardings, and the shapes of their arguments, so that a program can also be compiled for
+hardware that is not here.
+
+Letters: B batch, T sequence, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from moe import sharding
+from moe.balancing import LayerReport
+from moe.config import Config
+from moe.losses import auxiliary_loss, cross_entropy, mean_reports
+from moe.optimizer import learning_rate_schedule, make_optimizer
+from moe.transformer import Transformer
+
+#: tokens, targets, segment_ids, positions: [B,T] int32 (see moe.data.pipeline)
+Batch = dict[str, Array]
+BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything on the devices that a resumed run needs.
+
+    Attributes:
+        step: [] int32, optimizer steps done.
+        parameters: nested dict of float32 arrays.
+        optimizer: Optax state.
+        rng: [2] uint32, key of the run's routing noise; step n uses fold_in(rng, n).
+    """
+
+    step: Array
+    parameters: dict[str, Any]
+    optimizer: Any
+    rng: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainMetrics:
+    """Of one step, over its whole batch.
+
+    Attributes:
+        loss: [] cross_entropy plus weighted auxiliary terms.
+        cross_entropy: [] nats per target.
+        gradient_norm: [] before clipping.
+        learning_rate: [].
+        layers: LayerReport with leading axis [L], or None.
+    """
+
+    loss: Array
+    cross_entropy: Array
+    gradient_norm: Array
+    learning_rate: Array
+    layers: LayerReport | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvalMetrics:
+    """Sums over one held-out batch.
+
+    Attributes:
+        nll: [] nats.
+        targets: [] int32, how many.
+        target_bytes: [] int32, UTF-8 bytes those targets stand for.
+        layers: LayerReport with leading axis [L], or None.
+    """
+
+    nll: Array
+    targets: Array
+    target_bytes: Array
+    layers: LayerReport | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Compiled on first call; arguments and results lie on the mesh as their shardings say.
+
+    Attributes:
+        init: () → TrainState at step 0.
+        train_step: (TrainState, Batch) → (TrainState, TrainMetrics); the old state's buffers are reused.
+        eval_step: (parameters, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
+        state: TrainState of ShapeDtypeStructs with shardings.
+        batch: Batch of ShapeDtypeStructs with shardings.
+    """
+
+    config: Config
+    mesh: Mesh
+    graphdef: nnx.GraphDef[Transformer]
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
+    eval_step: Callable[[dict[str, Any], Batch, Array], EvalMetrics]
+    state: TrainState
+    batch: Batch
+
+    def model(self, parameters: dict[str, Any]) -> Transformer:
+        """The NNX module over these parameters."""
+        return nnx.merge(self.graphdef, parameters)
+
+
+def build(config: Config, mesh: Mesh) -> Program:
+    """The programs of a run.
+
+    Args:
+        config: resolved and validated, against the mesh too (:func:`moe.config.validate_mesh`).
+        mesh: from :func:`moe.sharding.make_mesh`.
+    """
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    microbatches = config.train.accumulation_steps
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
+
+    def init() -> TrainState:
+        parameter_key, noise_key = jax.random.split(jax.random.key(config.seed))
+        model = Transformer(config.model, rngs=nnx.Rngs(params=parameter_key))
+        parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return TrainState(
+            jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters), jax.random.key_data(noise_key)
+        )
+
+    def loss_and_report(parameters, batch: Batch, rng: Array, num_targets: Array):
+        """This microbatch's share of the batch's loss."""
+        model = nnx.merge(graphdef, parameters)
+        output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
+        nll, _ = cross_entropy(output.logits, batch["targets"])
+        share = nll / jnp.maximum(num_targets, 1)
+        return share + auxiliary_loss(output.layers, config.model.moe) / microbatches, (share, output.layers)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        num_targets = jnp.sum(batch["targets"] >= 0)
+        value_and_grad = jax.value_and_grad(loss_and_report, has_aux=True)
+        if microbatches == 1:
+            (loss, (ce, layers)), gradients = value_and_grad(state.parameters, batch, rng, num_targets)
+        else:
+
+            def accumulate(sums, inputs):
+                microbatch, index = inputs
+                result = value_and_grad(state.parameters, microbatch, jax.random.fold_in(rng, index), num_targets)
+                (loss, (ce, layers)), gradients = result
+                return jax.tree.map(jnp.add, sums, (loss, ce, gradients)), layers
+
+            # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
+            split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
+            split = jax.tree.map(lambda x: sharding.constrain(x, sharding.MICROBATCHES), split)
+            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+            (loss, ce, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
+            layers = mean_reports(layers)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        metrics = TrainMetrics(loss, ce, optax.global_norm(gradients), schedule(state.step), layers)
+        return TrainState(state.step + 1, parameters, optimizer_state, state.rng), metrics
+
+    def eval_step(parameters: dict[str, Any], batch: Batch, token_bytes: Array) -> EvalMetrics:
+        model = nnx.merge(graphdef, parameters)
+        output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+        nll, num_targets = cross_entropy(output.logits, batch["targets"])
+        known = batch["targets"] >= 0
+        sizes = jnp.where(known, token_bytes[jnp.where(known, batch["targets"], 0)], 0)
+        return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
+
+    shapes = jax.eval_shape(init)
+    state_shardings = sharding.shardings(mesh, sharding.parameter_specs(shapes))
+    batch_sharding = NamedSharding(mesh, sharding.BATCH)
+    replicated = NamedSharding(mesh, sharding.REPLICATED)
+    rows = jax.ShapeDtypeStruct(
+        (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=batch_sharding
+    )
+    return Program(
+        config=config,
+        mesh=mesh,
+        graphdef=graphdef,
+        init=jax.jit(init, out_shardings=state_shardings),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(state_shardings, batch_sharding),
+            out_shardings=(state_shardings, replicated),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            eval_step,
+            in_shardings=(state_shardings.parameters, batch_sharding, replicated),
+            out_shardings=replicated,
+        ),
+        state=jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+            shapes,
+            state_shardings,
+        ),
+        batch={key: rows for key in BATCH_KEYS},
+    )
+
+
+def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
+    """This process's rows of a batch (numpy [b,T]) as global arrays [B,T] on the mesh."""
+    where = NamedSharding(mesh, sharding.BATCH)
+    return {key: jax.make_array_from_process_local_data(where, batch[key]) for key in BATCH_KEYS}

@@ -1,0 +1,276 @@
+"""Trains a model from a config: read from top to bottom, it is what happens.
+
+In: a validated :class:`moe.config.Config` and a workdir. Out, in the workdir: ``config.json``, ``tokenizer.model``,
+``metrics.jsonl``, ``timing.jsonl``, ``tensorboard/``, ``checkpoints/``, and at the end ``report.txt`` and
+``training.png``. Calling it again on the same workdir goes on where the newest checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from moe import balancing, flops, generate, report, sharding
+from moe.checkpoint import Checkpoints
+from moe.config import Config, ConfigError, to_dict, validate_mesh
+from moe.data import pipeline
+from moe.evaluate import Heldout, evaluate, load_heldout
+from moe.metrics import METRICS, TIMING, MetricsWriter, read_rows, to_python
+from moe.step import Program, TrainMetrics, TrainState, build, place
+
+#: Fields that say how to run, not what is learnt: they may change when a run is resumed.
+_FREE_FIELDS = (
+    "data.directory",
+    "mesh.",
+    "model.remat",
+    "model.scan_layers",
+    "model.moe.dispatch",
+    "train.keep_checkpoints",
+    "train.sample_tokens",
+    "train.save_every",
+)
+
+
+def train(config: Config, workdir: str) -> None:
+    """Runs or resumes training, then reports.
+
+    Args:
+        config: from :func:`moe.config.from_config_dict`.
+        workdir: a folder, made if missing; local or a bucket path.
+
+    Raises:
+        ConfigError: before anything is compiled or written, if the config does not fit the devices, the data or the
+            run already in the workdir.
+    """
+    say = print if jax.process_index() == 0 else lambda *_: None
+    mesh = sharding.make_mesh(config.mesh)
+    validate_mesh(config, mesh.shape)
+    directory = epath.Path(workdir)
+    _refuse_other_run(config, directory)
+    prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
+    if prepared.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's {prepared.tokenizer.vocab_size}"
+        )
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        heldout = load_heldout(program, prepared)
+        iterator = pipeline.train_iterator(
+            prepared,
+            config.data,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        _write_once(config, prepared, directory)
+        checkpoints = Checkpoints(directory, config.train.keep_checkpoints)
+        total, active = flops.count_parameters(config.model)
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        say(f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})")
+        step, pending = checkpoints.latest(), []
+        if step is None:
+            step, state = 0, program.init()
+        else:
+            state, memory = checkpoints.restore(step, program.state, iterator)
+            pending = memory["pending"]
+            say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
+        if step < config.train.num_steps:
+            state = _loop(program, state, iterator, heldout, checkpoints, directory, step, pending)
+        checkpoints.close()
+        if jax.process_count() == 1 or jax.process_index() == 0:
+            _finish(program, state, prepared, directory, say)
+
+
+def _loop(
+    program: Program,
+    state: TrainState,
+    iterator: Any,
+    heldout: Heldout,
+    checkpoints: Checkpoints,
+    directory: epath.Path,
+    step: int,
+    pending: list[Any],
+) -> TrainState:
+    """Batch, step; then, when due: log, evaluate, save. In this order, always.
+
+    A checkpoint at step n therefore comes after all rows of step n, and its iterator stands at batch n+1. ``pending``
+    are the metrics since the last logged row; they are saved too, so that a resumed run writes the same next row.
+    """
+    config = program.config.train
+    tokens = config.batch_size * program.config.data.sequence_length
+    model_flops = tokens * flops.train_flops_per_token(program.config.model, program.config.data.sequence_length)
+    peak = flops.measured_matmul_rate(program.config.model.dtype) * jax.device_count()
+    if jax.default_backend() == "cpu":
+        peak /= jax.device_count()  # fake devices share the processor's cores
+    writer = MetricsWriter(directory, step)
+    bar = tqdm.tqdm(total=config.num_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    bar.disable = bar.disable or jax.process_index() != 0
+    clock = _Clock()
+    for step in range(step + 1, config.num_steps + 1):
+        last = step == config.num_steps
+        with clock.waiting():
+            batch = next(iterator)
+        state, metrics = program.train_step(state, place(batch, program.mesh))
+        pending.append(metrics)
+        bar.update()
+        if step % config.log_every == 0 or last:
+            row = _mean_row(pending)
+            pending = []
+            seconds, waited = clock.lap(config.log_every if step % config.log_every == 0 else step % config.log_every)
+            timing = {
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "mfu": model_flops / seconds / peak,
+                "data_wait_share": waited / seconds,
+            }
+            writer.write(step, "train", row)
+            writer.write(step, "timing", timing, file=TIMING)
+            bar.set_postfix_str(
+                f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
+            )
+        loss = None
+        if step % config.eval_every == 0 or last:
+            results = evaluate(program, state.parameters, heldout)
+            loss = results["all"]["loss"]
+            for domain, values in results.items():
+                writer.write(step, f"heldout/{domain}", values)
+            clock.restart()
+        if step % config.save_every == 0 or last:
+            pending = [metrics if isinstance(metrics, dict) else _plain(metrics) for metrics in pending]
+            checkpoints.save(step, state, iterator, {"pending": pending}, loss)
+            clock.restart()
+    bar.close()
+    writer.close()
+    return state
+
+
+class _Clock:
+    """Seconds per step, without what evaluation and saving take, and how much of that was waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self) -> _Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._steps += 1
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self._waited += time.perf_counter() - self._entered
+
+    def lap(self, steps: int) -> tuple[float, float]:
+        """(seconds per step, of which waited) since the last restart or lap."""
+        steps = max(min(steps, self._steps), 1)
+        result = (time.perf_counter() - self._start) / steps, self._waited / steps
+        self.restart()
+        return result
+
+
+def _plain(metrics: TrainMetrics) -> dict[str, Any]:
+    """One step's metrics as JSON; waits for the step to end."""
+    values = to_python(dataclasses.asdict(metrics))
+    layers = values.pop("layers") or {}
+    return values | layers
+
+
+def _mean_row(pending: list[Any]) -> dict[str, Any]:
+    """Mean over the steps since the last row, and per layer what follows from the mean load."""
+    steps = [metrics if isinstance(metrics, dict) else _plain(metrics) for metrics in pending]
+    row = {name: np.mean([values[name] for values in steps], axis=0).tolist() for name in steps[0]}
+    if "expert_load" in row:
+        load = np.asarray(row["expert_load"])
+        row["max_violation"] = np.asarray(balancing.max_violation(load)).tolist()
+        row["dead_experts"] = np.asarray(balancing.dead_experts(load)).tolist()
+    return row
+
+
+def _finish(program: Program, state: TrainState, prepared: pipeline.Prepared, directory: epath.Path, say: Any) -> None:
+    """Table, sample and picture, from the last evaluation and the final parameters; once."""
+    if (directory / "report.txt").exists():
+        say(f"{directory} is done: {program.config.train.num_steps} steps were trained. Its report:\n")
+        say((directory / "report.txt").read_text())
+        return
+    config = program.config
+    rows = read_rows(directory / METRICS)
+    final = [row for row in rows if row["step"] == config.train.num_steps and row["kind"].startswith("heldout/")]
+    results = {row["kind"].removeprefix("heldout/"): row for row in final}
+    unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
+    unigram = report.unigram_over_all(results, unigram)
+    text = report.table(results, unigram)
+    if config.train.sample_tokens and jax.process_count() == 1:
+        text += "\n\n" + _sample(program, state, prepared)
+    report.figure(directory / "training.png", rows, unigram)
+    (directory / "report.txt").write_text(text + "\n")
+    say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
+
+
+def _sample(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
+    """A continuation of the first words of each domain's first held-out document."""
+    tokenizer = prepared.tokenizer
+    prompts = [tokenizer.encode(prepared.heldout[domain][0][:2000])[:31] for domain in prepared.domains]
+    length = min(len(prompt) for prompt in prompts)
+    prompts = [np.concatenate([[tokenizer.bos_id], prompt[:length]]) for prompt in prompts]
+    shards = int(np.prod([program.mesh.shape[axis] for axis in sharding.TOKEN_AXES]))
+    rows = -(-len(prompts) // shards) * shards  # the batch is split over the mesh: repeat prompts to fill it
+    batch = np.stack([prompts[i % len(prompts)] for i in range(rows)]).astype(np.int32)
+    text = generate.sample(
+        program.config.model, state.parameters, batch, program.config.train.sample_tokens, seed=program.config.seed
+    )
+    shown = []
+    for domain, row in zip(prepared.domains, text, strict=False):
+        prompt, continuation = tokenizer.decode(row[: length + 1]), tokenizer.decode(row[length + 1 :])
+        shown.append(f"a continuation, {domain}:\n{prompt} >>> {continuation}")
+    return "\n\n".join(shown)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _refuse_other_run(config: Config, directory: epath.Path) -> None:
+    """A workdir belongs to one config."""
+    path = directory / "config.json"
+    if not path.exists():
+        return
+    theirs = _flatten(json.loads(path.read_text()))
+    ours = _flatten(json.loads(json.dumps(to_dict(config))))
+    differing = [
+        f"{name} (there {theirs.get(name)!r}, here {ours.get(name)!r})"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name) and not name.startswith(_FREE_FIELDS)
+    ]
+    if differing:
+        raise ConfigError(
+            f"--workdir={directory}: holds a run with another config; use another workdir, or set back {'; '.join(differing)}"
+        )
+
+
+def _write_once(config: Config, prepared: pipeline.Prepared, directory: epath.Path) -> None:
+    """The config and the tokenizer, beside the checkpoints that need them."""
+    if jax.process_index() != 0:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("tokenizer.model", prepared.tokenizer.model_bytes),
+        ("config.json", json.dumps(to_dict(config), indent=2).encode()),
+    ):
+        if not (directory / name).exists():
+            temporary = directory / f"{name}.tmp"
+            temporary.write_bytes(content)
+            temporary.replace(directory / name)

