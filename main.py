@@ -18,6 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics
 
 
 def main(argv: list[str]) -> None:
+    """Config in, training out; errors in the config are one line on stderr and exit code 1."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options start with --")
     # Orbax and Grain tell their every move at INFO.
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
         config = from_config_dict(_CONFIG.value)
         from moe.train import train
 
-        train(config, _WORKDIR.value)
+        train(config, str(_WORKDIR.value))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

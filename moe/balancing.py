@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from moe.routing import Routing
 
@@ -94,11 +95,11 @@ def report(routing: Routing, mask: Array, kept: Array, *, first_choice: bool) ->
     )
 
 
-def max_violation(expert_load: Array) -> Array:
+def max_violation(expert_load: ArrayLike) -> Array:
     """(max load − mean)/mean over the last axis (loss-free balancing 2024, section 2.1). expert_load: [...,E]."""
-    return jnp.max(expert_load, axis=-1) * expert_load.shape[-1] - 1.0
+    return jnp.max(jnp.asarray(expert_load), axis=-1) * jnp.shape(expert_load)[-1] - 1.0
 
 
-def dead_experts(expert_load: Array) -> Array:
+def dead_experts(expert_load: ArrayLike) -> Array:
     """How many experts took no token. expert_load: [...,E]."""
-    return jnp.sum(expert_load == 0, axis=-1)
+    return jnp.sum(jnp.asarray(expert_load) == 0, axis=-1)

@@ -4,19 +4,19 @@ In: an ``ml_collections.ConfigDict`` made by a file in ``configs/`` (and ``--con
 Out: a frozen :class:`Config` whose values are known to be possible, or a :class:`ConfigError` that names the
 field, its value and what is allowed.
 
-Fields of ``None`` mean "what the gate's paper says"; :func:`from_config_dict` fills them from
-``moe.routing.GATES``, so that the rest of the code never sees ``None`` there.
+Fields of :data:`GATES_OWN` (-1) mean "what the gate's paper says"; :func:`resolve` fills them from
+``moe.routing.GATES``, so that the rest of the code never sees -1 there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 
 import ml_collections
-from ml_collections import config_dict
+
+GATES_OWN = -1
 
 
 class ConfigError(ValueError):
@@ -29,17 +29,17 @@ class MoEConfig:
 
     gate: str = "mixtral"  # a name in moe.routing.GATES, or "none": every FFN is dense
     num_experts: int = 8  # E
-    experts_per_token: int | None = None  # K; None: the gate's
+    experts_per_token: int = GATES_OWN  # K; -1: the gate's
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     every: int = 1  # layers between MoE layers: the n-th, 2n-th, ... layer is MoE
     first_dense: int = 0  # leading layers that stay dense whatever `every` says
     group_size: int = 0  # S, tokens that share one capacity; 0: one row of the batch. Never set by the mesh
     dispatch: str = "gather"  # a name in moe.dispatch.MODES
-    capacity_factor: float | None = None  # C = ceil(capacity_factor * K * S / E); None: the gate's
-    eval_capacity_factor: float | None = None  # the same, outside training; None: the gate's
-    jitter: float | None = None  # multiplies the router's input by uniform [1 - jitter, 1 + jitter]; None: the gate's
-    load_balancing_weight: float | None = None  # of the load-balancing loss; None: the gate's
-    z_loss_weight: float | None = None  # of the router z-loss; None: the gate's
+    capacity_factor: float = GATES_OWN  # C = ceil(capacity_factor * K * S / E); -1: the gate's
+    eval_capacity_factor: float = GATES_OWN  # the same, outside training; -1: the gate's
+    jitter: float = GATES_OWN  # multiplies the router's input by uniform [1 - jitter, 1 + jitter]; -1: the gate's
+    load_balancing_weight: float = GATES_OWN  # of the load-balancing loss; -1: the gate's
+    z_loss_weight: float = GATES_OWN  # of the router z-loss; -1: the gate's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,8 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
                 value = convert(value)
-            elif value is None:
-                value = config_dict.placeholder(_plain_type(hints[field.name]))
+            elif hints[field.name] is float:
+                value = float(value)
             result[field.name] = value
         return result.lock()
 
@@ -162,13 +162,6 @@ def from_config_dict(tree: ml_collections.ConfigDict | dict[str, typing.Any]) ->
 def to_dict(config: Config) -> dict[str, typing.Any]:
     """Plain nested dict, ready for JSON."""
     return dataclasses.asdict(config)
-
-
-def _plain_type(hint: typing.Any) -> type:
-    """``float`` of ``float | None``."""
-    if isinstance(hint, types.UnionType):
-        return next(option for option in typing.get_args(hint) if option is not type(None))
-    return hint
 
 
 def _build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
@@ -190,24 +183,20 @@ def _build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
 
 
 def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
-    if value is None and isinstance(hint, types.UnionType):
-        return None
-    wanted = _plain_type(hint)
-    origin = typing.get_origin(wanted)
-    if origin is tuple:
-        item = typing.get_args(wanted)[0]
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
         if isinstance(value, (list, tuple)):
             return tuple(_check_type(item, entry, field) for entry in value)
         raise ConfigError(f"{field}={value!r}: must be a tuple of {item.__name__}")
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ConfigError(f"{field}={value!r}: must be {wanted.__name__}, not {type(value).__name__}")
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
     return value
 
 
 def resolve(config: Config) -> Config:
-    """Fills what was left to the gate and to other fields: every ``None`` of ``model.moe``, and ``moe.d_ff`` of 0.
+    """Fills what was left to the gate and to other fields: every -1 of ``model.moe``, and ``moe.d_ff`` of 0.
 
     Raises:
         ConfigError: an unknown gate.
@@ -291,7 +280,6 @@ def _validate_moe(config: Config) -> None:
     _require_at_least(where, moe, 1, "num_experts", "experts_per_token", "d_ff", "every")
     _require_at_least(where, moe, 0, "first_dense", "group_size", "load_balancing_weight", "z_loss_weight")
     k = moe.experts_per_token
-    assert k is not None and moe.jitter is not None
     _require(k <= moe.num_experts, f"{where}experts_per_token", k, f"must be at most num_experts={moe.num_experts}")
     if gate.fixed_k:
         fixed = gate.experts_per_token or moe.num_experts
@@ -313,7 +301,7 @@ def _validate_moe(config: Config) -> None:
         tokens % size == 0 and (size % length == 0 or length % size == 0),
         f"{where}group_size",
         moe.group_size,
-        f"must be a divisor or a multiple of data.sequence_length={length} and divide the {tokens} tokens of a microbatch",
+        f"must divide or be a multiple of data.sequence_length={length}, and divide a microbatch's {tokens} tokens",
     )
 
 

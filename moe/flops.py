@@ -1,7 +1,7 @@
 """Arithmetic of a model, and the arithmetic rate of the machine: what MFU is made of.
 
-In: a :class:`moe.config.ModelConfig`. Out: parameters and FLOPs per token, by the convention of PaLM (2022, appendix B):
-6 per active matmul parameter, plus attention scores, forward and backward together; recomputation never counts.
+In: a :class:`moe.config.ModelConfig`. Out: parameters and FLOPs per token, by the convention of PaLM (2022, appendix
+B): 6 per active matmul parameter, plus attention scores, forward and backward together; recomputation never counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
         size = int(np.prod(leaf.shape))
         total += size
         if any(key.key == "experts" for key in path):
-            assert config.moe.experts_per_token is not None
             size = size * config.moe.experts_per_token // config.moe.num_experts
         active += size
     return total, active

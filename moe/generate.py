@@ -22,7 +22,6 @@ from moe.transformer import Transformer
 def without_drops(config: ModelConfig) -> ModelConfig:
     """The same model with room for every token in one group a row: text must not depend on what shares its batch."""
     k = config.moe.experts_per_token
-    assert k is not None
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
     return dataclasses.replace(config, moe=moe)
 

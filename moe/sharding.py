@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 TOKEN_AXES = ("data", "fsdp", "expert")
 
-P = PartitionSpec
 BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
@@ -33,7 +33,7 @@ EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] where the experts are
 REPLICATED = P()
 
 #: How each parameter is stored, by its last two names; stacked over layers it gains an unsharded leading axis.
-PARAMETERS: Mapping[str, PartitionSpec] = types.MappingProxyType(
+PARAMETERS: Mapping[str, P] = types.MappingProxyType(
     {
         "embedding.table": P("tensor", "fsdp"),  # [V,D]
         "unembedding.kernel": P("fsdp", "tensor"),  # [D,V]
@@ -52,7 +52,7 @@ PARAMETERS: Mapping[str, PartitionSpec] = types.MappingProxyType(
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, with -1 filled in.
 
     Raises:
@@ -65,12 +65,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if int(np.prod(sizes)) != len(devices):
         given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise ConfigError(
-            f"{given}: the sizes must multiply to the number of devices, {len(devices)}; set one of them to -1 to fill it"
+            f"{given}: the sizes must multiply to the number of devices, {len(devices)}; "
+            "set one of them to -1 to fill it"
         )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def constrain(x: Array, spec: PartitionSpec) -> Array:
+def constrain(x: Array, spec: P) -> Array:
     """Pins how x lies on the mesh in context (``jax.set_mesh``); without one, as on a laptop, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -105,7 +106,7 @@ def parameter_specs(tree: Any) -> Any:
     replicated.
     """
 
-    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
         if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # an nnx.State wraps each array in its Param
             path = path[:-1]
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]

@@ -10,6 +10,7 @@ Letters: B batch, T sequence, L MoE layers.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
 
 from moe import sharding
 from moe.balancing import LayerReport
@@ -105,9 +107,9 @@ class Program:
     graphdef: nnx.GraphDef[Transformer]
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
-    eval_step: Callable[[dict[str, Any], Batch, Array], EvalMetrics]
+    eval_step: Callable[[dict[str, Any], Batch, ArrayLike], EvalMetrics]
     state: TrainState
-    batch: Batch
+    batch: dict[str, jax.ShapeDtypeStruct]
 
     def model(self, parameters: dict[str, Any]) -> Transformer:
         """The NNX module over these parameters."""
@@ -163,16 +165,16 @@ def build(config: Config, mesh: Mesh) -> Program:
             (loss, ce, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
             layers = mean_reports(layers)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        metrics = TrainMetrics(loss, ce, optax.global_norm(gradients), schedule(state.step), layers)
+        parameters = typing.cast(dict[str, Any], optax.apply_updates(state.parameters, updates))
+        metrics = TrainMetrics(loss, ce, optax.global_norm(gradients), jnp.asarray(schedule(state.step)), layers)
         return TrainState(state.step + 1, parameters, optimizer_state, state.rng), metrics
 
-    def eval_step(parameters: dict[str, Any], batch: Batch, token_bytes: Array) -> EvalMetrics:
+    def eval_step(parameters: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
         model = nnx.merge(graphdef, parameters)
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
         nll, num_targets = cross_entropy(output.logits, batch["targets"])
         known = batch["targets"] >= 0
-        sizes = jnp.where(known, token_bytes[jnp.where(known, batch["targets"], 0)], 0)
+        sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
         return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
 
     shapes = jax.eval_shape(init)

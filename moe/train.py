@@ -55,10 +55,6 @@ def train(config: Config, workdir: str) -> None:
     directory = epath.Path(workdir)
     _refuse_other_run(config, directory)
     prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
-    if prepared.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's {prepared.tokenizer.vocab_size}"
-        )
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         heldout = load_heldout(program, prepared)
@@ -85,7 +81,7 @@ def train(config: Config, workdir: str) -> None:
         if step < config.train.num_steps:
             state = _loop(program, state, iterator, heldout, checkpoints, directory, step, pending)
         checkpoints.close()
-        if jax.process_count() == 1 or jax.process_index() == 0:
+        if jax.process_index() == 0:
             _finish(program, state, prepared, directory, say)
 
 
@@ -96,7 +92,7 @@ def _loop(
     heldout: Heldout,
     checkpoints: Checkpoints,
     directory: epath.Path,
-    step: int,
+    start: int,
     pending: list[Any],
 ) -> TrainState:
     """Batch, step; then, when due: log, evaluate, save. In this order, always.
@@ -110,11 +106,11 @@ def _loop(
     peak = flops.measured_matmul_rate(program.config.model.dtype) * jax.device_count()
     if jax.default_backend() == "cpu":
         peak /= jax.device_count()  # fake devices share the processor's cores
-    writer = MetricsWriter(directory, step)
-    bar = tqdm.tqdm(total=config.num_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    writer = MetricsWriter(directory, start)
+    bar = tqdm.tqdm(total=config.num_steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
     bar.disable = bar.disable or jax.process_index() != 0
     clock = _Clock()
-    for step in range(step + 1, config.num_steps + 1):
+    for step in range(start + 1, config.num_steps + 1):
         last = step == config.num_steps
         with clock.waiting():
             batch = next(iterator)
@@ -257,7 +253,8 @@ def _refuse_other_run(config: Config, directory: epath.Path) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"--workdir={directory}: holds a run with another config; use another workdir, or set back {'; '.join(differing)}"
+            f"--workdir={directory}: holds a run with another config; use another workdir, "
+            f"or set back {'; '.join(differing)}"
         )
 
 

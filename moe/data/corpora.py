@@ -52,6 +52,7 @@ class Wheel:
 
     @property
     def filename(self) -> str:
+        """As pip names it."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 

@@ -38,6 +38,7 @@ from moe.data import corpora
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 
 TOKENIZER_CHARACTERS = 10_000_000  # of text a tokenizer is trained on, an equal share from each domain
+HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
 UNIGRAM_TOKENS = 2_000_000  # of the train split of each domain that unigram_nll counts
 
 Batch = dict[str, np.ndarray]
@@ -108,7 +109,7 @@ def prepare(
 
     prepared = Prepared(tokenizer, domains, train, heldout)
     for domain in domains:  # too long a row should fail here, not at the first evaluation
-        next(_heldout_rows(prepared, data, domain), None)
+        _heldout_rows(prepared, data, domain)
     return prepared
 
 
@@ -259,25 +260,30 @@ def train_iterator(
 
 
 # --- Held-out --------------------------------------------------------------------------------------------------------
-def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> Iterator[Batch]:
-    """Yields up to data.heldout_rows rows, the last one padded where the split ends in it."""
+def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Batch]:
+    """Up to data.heldout_rows rows, the last one padded where the split ends in it."""
     if domain not in prepared.domains:
         raise ConfigError(f"no domain {domain!r}; allowed are {list(prepared.domains)}")
     documents = grain.MapDataset.source(prepared.heldout[domain])
-    rows = itertools.islice(_rows(documents, prepared, data, domain, read_ahead=0), data.heldout_rows)
-    for number, row in enumerate(rows):
-        # A first row that ends in padding means that all tokens there are lie in it.
-        if number == 0 and row["segment_ids"][-1] == 0:
-            tokens = int((row["segment_ids"] > 0).sum())
-            raise ConfigError(
-                f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} gives only {tokens} "
-                f"tokens; use at most {tokens}"
-            )
-        yield row
+    # Rows next to each other come from the same few documents, so evenly spaced ones of a longer stretch are taken;
+    # the stretch is bounded because a web corpus would take minutes to read.
+    stretch = itertools.islice(
+        _rows(documents, prepared, data, domain, read_ahead=0), HELDOUT_STRETCH * data.heldout_rows
+    )
+    rows = list(stretch)
+    # A first row that ends in padding means that all tokens there are lie in it.
+    if not rows or rows[0]["segment_ids"][-1] == 0:
+        tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} gives only {tokens} "
+            f"tokens; use at most {tokens}"
+        )
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), data.heldout_rows)).astype(int)
+    return [rows[index] for index in chosen]
 
 
 def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_size: int) -> list[Batch]:
-    """Returns the first data.heldout_rows rows of a domain's held-out documents in ceil(heldout_rows / B) batches.
+    """Returns data.heldout_rows evenly spaced rows of a domain's held-out text, in ceil(heldout_rows / B) batches.
 
     Always the same rows in the same order. Where the split or the last batch is short, rows of padding fill it
     (segment_ids 0, targets -1), so that all batches have one shape, [batch_size, T].
@@ -285,7 +291,7 @@ def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_
     Raises:
       ConfigError: unknown domain, or the split does not fill a single row.
     """
-    rows = list(_heldout_rows(prepared, data, domain))
+    rows = _heldout_rows(prepared, data, domain)
     padding: Batch = {
         key: np.full_like(value, {"tokens": prepared.tokenizer.pad_id, "targets": -1}.get(key, 0))
         for key, value in rows[0].items()

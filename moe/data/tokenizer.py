@@ -50,6 +50,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
+        """Parses what `model_bytes` gave, from a checkpoint say."""
         return cls(model_bytes)
 
     @classmethod
@@ -62,6 +63,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """V."""
         return self._processor.vocab_size()
 
     @property
@@ -76,6 +78,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
+        """Ends every document."""
         return self._processor.eos_id()
 
     def encode(self, text: str) -> np.ndarray:
