@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +28,7 @@ TOKEN_AXES = ("data", "fsdp", "expert")
 BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
+TABLE = P("tensor", None)  # [V,D] while tokens are looked up
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] where the tokens are
 EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] where the experts are
@@ -68,7 +70,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{given}: the sizes must multiply to the number of devices, {len(devices)}; "
             "set one of them to -1 to fill it"
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array of the mesh's sizes, neighbours on the network being neighbours on an axis.
+
+    A torus axis may be shared by two mesh axes: 8 x 8 on a 4x4x4 torus is otherwise refused. Between TPU slices there
+    is only the data-center network, so ``data`` is the axis that crosses it.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ConfigError(f"mesh.data={sizes[0]}: must be a multiple of the {slices} TPU slices, which it spans")
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def constrain(x: Array, spec: P) -> Array:
