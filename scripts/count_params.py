@@ -1,0 +1,55 @@
+"""python scripts/count_params.py: total and active parameters of every published model in configs/, beside the published.
+
+No array is allocated. "exact" compares with the count that follows from the published sizes, digit by digit; a twin
+(a decoder-only stand-in for an encoder-decoder) has no count to be equal to, and shows the original's.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["JAX_PLATFORMS"] = "cpu"  # counting needs no accelerator
+
+import importlib
+
+from moe.config import from_config_dict
+from moe.flops import count_parameters
+
+#: config: (published total, published active, exact total, exact active; None where not published to the last digit)
+PUBLISHED = {
+    "mistral_7b": ("7.2B", "7.2B", 7_241_732_096, 7_241_732_096),
+    "mixtral_8x7b": ("47B", "13B", 46_702_792_704, 12_879_925_248),
+    "mixtral_8x22b": ("141B", "39B", 140_620_634_112, 39_152_031_744),
+    "olmoe_1b_7b": ("6.9B", "1.3B", 6_919_161_856, 1_282_017_280),
+    "qwen3_30b_a3b": ("30.5B", "3.3B", 30_532_122_624, None),
+    "switch_twin:base": ("7.4B", "223-225M", None, None),
+    "switch_twin:large": ("26B", "-", None, None),
+    "switch_twin:xxl": ("395B", "-", None, None),
+    "switch_twin:c": ("1571B", "1.7B", None, None),
+    "gshard_twin:128e12l": ("12.5B", "-", None, None),
+    "gshard_twin:512e12l": ("50B", "-", None, None),
+    "gshard_twin:2048e12l": ("200B", "-", None, None),
+    "gshard_twin:128e36l": ("37B", "-", None, None),
+    "gshard_twin:512e36l": ("150B", "-", None, None),
+    "gshard_twin:2048e36l": ("600B", "-", None, None),
+}
+
+
+def main() -> None:
+    """Prints the table; exit code 1 if a count that must be exact is not."""
+    print(f"{'config':22} {'total':>19} {'active':>16} {'published':>16}  exact")
+    wrong = False
+    for name, (total_text, active_text, exact_total, exact_active) in PUBLISHED.items():
+        module, _, size = name.partition(":")
+        get_config = importlib.import_module(f"configs.{module}").get_config
+        total, active = count_parameters(from_config_dict(get_config(size) if size else get_config()).model)
+        checks = [ours == theirs for ours, theirs in ((total, exact_total), (active, exact_active)) if theirs]
+        verdict = "twin" if not checks else "yes" if all(checks) else f"NO: {exact_total:,} / {exact_active or 0:,}"
+        wrong |= not all(checks)
+        print(f"{name:22} {total:>19,} {active:>16,} {total_text + ' / ' + active_text:>16}  {verdict}")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
