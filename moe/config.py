@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import typing
 
 import ml_collections
@@ -32,6 +33,7 @@ class MoEConfig:
     experts_per_token: int = GATES_OWN  # K; -1: the gate's
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     every: int = 1  # layers between MoE layers: the n-th, 2n-th, ... layer is MoE
+    layers: tuple[int, ...] = ()  # exactly these layers, from 0, are MoE; empty: what `every` and `first_dense` say
     first_dense: int = 0  # leading layers that stay dense whatever `every` says
     group_size: int = 0  # S, tokens that share one capacity; 0: one row of the batch. Never set by the mesh
     dispatch: str = "gather"  # a name in moe.dispatch.MODES
@@ -57,7 +59,10 @@ class ModelConfig:
     norm_eps: float = 1e-5  # epsilon of RMSNorm
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     sliding_window: int = 0  # tokens a query sees, itself included; 0: all
+    sliding_window_layers: tuple[int, ...] = ()  # the layers, from 0, that have the window; empty: every layer
     qk_norm: str = "none"  # none, head (RMSNorm over H, Qwen3) or full (over N*H, OLMoE)
+    attention_bias: str = "none"  # none, qkv (of queries, keys and values, Qwen2) or all (of the output too)
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to [-c, c] before they are rotated (OLMoE); 0: not
     tie_embeddings: bool = False  # logits = x E^T
     init_scale: float = (
         1.0  # s of every matrix: truncated normal, sigma = sqrt(s / fan_in) (0.1 in Switch, section 2.4)
@@ -164,13 +169,34 @@ def to_dict(config: Config) -> dict[str, typing.Any]:
     return dataclasses.asdict(config)
 
 
+def check_field(path: str) -> None:
+    """Refuses a dotted name such as ``model.moe.num_experts`` that is no field of :class:`Config`.
+
+    Raises:
+        ConfigError: with the nearest name.
+    """
+    cls: typing.Any = Config
+    *sections, last = path.split(".")
+    for depth, name in enumerate(sections):
+        _check_name(cls, name, "".join(f"{section}." for section in sections[:depth]))
+        cls = typing.get_type_hints(cls)[name]
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(f"{path}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
+    _check_name(cls, last, "".join(f"{section}." for section in sections))
+
+
+def _check_name(cls: type, name: str, path: str) -> None:
+    hints = typing.get_type_hints(cls)
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
+        hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(hints)}"
+        raise ConfigError(f"{path}{name}: no such field; {hint}")
+
+
 def _build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
     hints = typing.get_type_hints(cls)
     for name in tree:
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
-            raise ConfigError(f"{path}{name}: no such field; {hint}")
+        _check_name(cls, name, path)
     values = {}
     for name, value in tree.items():
         if dataclasses.is_dataclass(hints[name]):
@@ -210,7 +236,9 @@ def resolve(config: Config) -> Config:
     # A dense model has no gate; any gate's constants do, since nothing reads them.
     gate = GATES["mixtral" if moe.gate == "none" else moe.gate]
     filled: dict[str, typing.Any] = {
-        field.name: getattr(gate, field.name) for field in dataclasses.fields(moe) if getattr(moe, field.name) is None
+        field.name: getattr(gate, field.name)
+        for field in dataclasses.fields(moe)
+        if hasattr(gate, field.name) and getattr(moe, field.name) == GATES_OWN
     }
     if filled.get("experts_per_token") == 0:
         filled["experts_per_token"] = moe.num_experts
@@ -235,6 +263,12 @@ def _require_at_least(section: str, node: typing.Any, least: float, *names: str)
         _require(value >= least, f"{section}{name}", value, f"must be at least {least}")
 
 
+def _require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:
+    increasing = all(low < high for low, high in itertools.pairwise(layers))
+    inside = all(0 <= layer < num_layers for layer in layers)
+    _require(increasing and inside, field, layers, f"must be increasing layer numbers from 0 to {num_layers - 1}")
+
+
 def validate(config: Config) -> Config:
     """Checks a resolved config; see :func:`from_config_dict`."""
     _validate_model(config.model)
@@ -249,7 +283,7 @@ def _validate_model(model: ModelConfig) -> None:
     from moe.transformer import REMAT_POLICIES
 
     _require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-    _require_at_least("model.", model, 0, "sliding_window")
+    _require_at_least("model.", model, 0, "sliding_window", "clip_qkv")
     _require(
         model.head_dim >= 2 and model.head_dim % 2 == 0,
         "model.head_dim",
@@ -264,6 +298,14 @@ def _validate_model(model: ModelConfig) -> None:
     )
     _require_choice("model.activation", model.activation, (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS))
     _require_choice("model.qk_norm", model.qk_norm, ("none", "head", "full"))
+    _require_choice("model.attention_bias", model.attention_bias, ("none", "qkv", "all"))
+    _require_layers("model.sliding_window_layers", model.sliding_window_layers, model.num_layers)
+    _require(
+        model.sliding_window > 0 or not model.sliding_window_layers,
+        "model.sliding_window_layers",
+        model.sliding_window_layers,
+        "needs model.sliding_window above 0",
+    )
     _require_choice("model.dtype", model.dtype, ("float32", "bfloat16"))
     _require_choice("model.remat", model.remat, tuple(REMAT_POLICIES))
     for name in ("norm_eps", "rope_theta", "init_scale"):
@@ -288,6 +330,13 @@ def _validate_moe(config: Config) -> None:
         _require(getattr(moe, name) > 0, f"{where}{name}", getattr(moe, name), "must be positive")
     _require(0 <= moe.jitter < 1, f"{where}jitter", moe.jitter, "must be in [0, 1)")
     _require_choice(f"{where}dispatch", moe.dispatch, tuple(MODES))
+    _require_layers(f"{where}layers", moe.layers, config.model.num_layers)
+    _require(
+        not moe.layers or (moe.every == 1 and moe.first_dense == 0),
+        f"{where}layers",
+        moe.layers,
+        f"says which layers are MoE: leave {where}every at 1 and {where}first_dense at 0",
+    )
     _require(
         any(sparse_layers(config.model)),
         f"{where}every={moe.every}, {where}first_dense",

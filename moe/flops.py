@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ModelConfig
-from moe.transformer import Transformer
+from moe.transformer import Transformer, layer_kinds
 
 
 def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
@@ -42,17 +42,17 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
     6 × active parameters, without the embedding table unless it is tied to the logits, since a look-up multiplies
     nothing; plus, in each layer, 2 matmuls × 2 FLOPs × 3 (forward and twice backward) × N·H for every key a causal
-    query sees: (T+1)/2 on average, or the window. Document boundaries inside a row are not subtracted.
+    query sees: (T+1)/2 on average, or the layer's window. Document boundaries inside a row are not subtracted.
     """
     _, active = count_parameters(config)
     if not config.tie_embeddings:
         active -= config.vocab_size * config.d_model
-    keys = (sequence_length + 1) / 2
-    window = config.sliding_window
-    if 0 < window < sequence_length:
+    keys = 0.0  # per query, summed over layers
+    for _, window in layer_kinds(config):
+        window = min(window or sequence_length, sequence_length)
         # The first `window` queries see 1..window keys, the others `window` each.
-        keys = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
-    return 6 * active + 12 * config.num_layers * config.num_heads * config.head_dim * keys
+        keys += (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    return 6 * active + 12 * config.num_heads * config.head_dim * keys
 
 
 def measured_matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:

@@ -9,6 +9,8 @@ H head dim, V vocab.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,13 @@ from jax import Array
 from moe import sharding
 from moe.config import ModelConfig
 
-GATED_ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
+#: geglu is T5's, by the tanh approximation; geglu_exact is by the error function.
+GATED_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "geglu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "reglu": jax.nn.relu,
+}
 PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
@@ -25,6 +33,11 @@ def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float) ->
     """A float32 parameter drawn from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma
     (Switch 2021, section 2.4)."""
     return nnx.Param(jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)(rngs.params(), shape, jnp.float32))
+
+
+def zeros(shape: tuple[int, ...]) -> nnx.Param[Array]:
+    """A float32 parameter of zeros: a bias."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
 
 
 class RMSNorm(nnx.Module):
@@ -60,13 +73,20 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions; documents packed into one row never see each other."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, window: int, rngs: nnx.Rngs):
         c = config
         self.config = config
+        self.window = window
         self.query = matrix(rngs, (c.d_model, c.num_heads, c.head_dim), c.d_model, c.init_scale)
         self.key = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
         self.value = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
         self.out = matrix(rngs, (c.num_heads, c.head_dim, c.d_model), c.num_heads * c.head_dim, c.init_scale)
+        if c.attention_bias != "none":
+            self.query_bias = zeros((c.num_heads, c.head_dim))
+            self.key_bias = zeros((c.num_kv_heads, c.head_dim))
+            self.value_bias = zeros((c.num_kv_heads, c.head_dim))
+        if c.attention_bias == "all":
+            self.out_bias = zeros((c.d_model,))
         if c.qk_norm == "head":
             self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
@@ -86,8 +106,14 @@ class Attention(nnx.Module):
         query = jnp.einsum("btd,dnh->btnh", x, sharding.use("attention.query", self.query[...], x.dtype))
         key = jnp.einsum("bud,dmh->bumh", x, sharding.use("attention.key", self.key[...], x.dtype))
         value = jnp.einsum("bud,dmh->bumh", x, sharding.use("attention.value", self.value[...], x.dtype))
+        if c.attention_bias != "none":
+            query = query + self.query_bias[...].astype(x.dtype)
+            key = key + self.key_bias[...].astype(x.dtype)
+            value = value + self.value_bias[...].astype(x.dtype)
         if c.qk_norm != "none":
             query, key = self._normalise(self.query_norm, query), self._normalise(self.key_norm, key)
+        if c.clip_qkv:
+            query, key, value = (jnp.clip(heads, -c.clip_qkv, c.clip_qkv) for heads in (query, key, value))
         query = sharding.constrain(rotate(query, positions, c.rope_theta), sharding.HEADS)
         key = sharding.constrain(rotate(key, positions, c.rope_theta), sharding.HEADS)
         value = sharding.constrain(value, sharding.HEADS)
@@ -99,9 +125,10 @@ class Attention(nnx.Module):
             mask=same_document,
             is_causal=True,
             # A window of w tokens counts the query's own, as Mistral's does.
-            local_window_size=(c.sliding_window - 1, 0) if c.sliding_window else None,
+            local_window_size=(self.window - 1, 0) if self.window else None,
         )
-        return jnp.einsum("btnh,nhd->btd", heads, sharding.use("attention.out", self.out[...], x.dtype))
+        y = jnp.einsum("btnh,nhd->btd", heads, sharding.use("attention.out", self.out[...], x.dtype))
+        return y + self.out_bias[...].astype(x.dtype) if c.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Array) -> Array:
         """QK-norm of [B,T,N,H]: per head, or over all heads at once."""
@@ -143,7 +170,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:
         """[B,T] int32 → [B,T,D]."""
-        return sharding.constrain(sharding.use("embedding.table", self.table[...], dtype)[tokens], sharding.BATCH)
+        # Pinned here, the table's gradient is scatter-added where its tokens are and only then split over D; XLA, given
+        # the final split alone, brings every token's gradient to every device.
+        table = sharding.constrain(sharding.use("embedding.table", self.table[...], dtype), sharding.TABLE)
+        return sharding.constrain(table[tokens], sharding.BATCH)
 
     def logits(self, x: Array) -> Array:
         """[B,T,D] → [B,T,V]."""

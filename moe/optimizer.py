@@ -25,10 +25,12 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW whose weight decay spares norm scales."""
+    """AdamW whose weight decay spares norm scales and biases."""
 
     def decayed(parameters: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", parameters)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters
+        )
 
     adamw = optax.adamw(
         learning_rate_schedule(config, num_steps),

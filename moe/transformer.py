@@ -9,7 +9,7 @@ Letters: B batch, T sequence, D model dim, V vocab, L layers, G groups, S tokens
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +47,22 @@ class Output:
     routing: Routing | None
 
 
+class LayerKind(NamedTuple):
+    """What distinguishes one layer from another."""
+
+    sparse: bool  # MoE
+    window: int  # tokens a query sees, itself included; 0: all
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE."""
 
-    def __init__(self, config: ModelConfig, *, sparse: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, window=kind.window, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.sparse = sparse
-        if sparse:
+        self.sparse = kind.sparse
+        if kind.sparse:
             self.moe = MoELayer(config, rngs=rngs)
         else:
             self.dense = DenseFFN(config, rngs=rngs)
@@ -75,30 +82,41 @@ class Block(nnx.Module):
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
     """[L] which layers are MoE."""
     moe = config.moe
+    if moe.gate != "none" and moe.layers:
+        return tuple(layer in moe.layers for layer in range(config.num_layers))
     return tuple(
         moe.gate != "none" and layer >= moe.first_dense and (layer + 1) % moe.every == 0
         for layer in range(config.num_layers)
     )
 
 
-def segments(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
-    """The layers as (unit, repeats) runs: a unit is a short pattern of sparse and dense blocks, repeated.
+def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
+    """[L] the kind of each layer."""
+    windowed = config.sliding_window_layers or range(config.num_layers)
+    return tuple(
+        LayerKind(sparse, config.sliding_window if layer in windowed else 0)
+        for layer, sparse in enumerate(sparse_layers(config))
+    )
 
-    Example: MoE in every second of 12 layers is [((False, True), 6)]; all but the first of 4 is
-    [((False,), 1), ((True,), 3)].
+
+def segments(config: ModelConfig) -> list[tuple[tuple[LayerKind, ...], int]]:
+    """The layers as (unit, repeats) runs: a unit is a pattern of blocks, repeated.
+
+    Example: MoE in every second of 12 layers is [((dense, sparse), 6)]; all but the first of 4 is
+    [((dense,), 1), ((sparse,), 3)].
     """
-    layers = sparse_layers(config)
-    runs: list[tuple[tuple[bool, ...], int]] = []
+    layers = layer_kinds(config)
+    runs: list[tuple[tuple[LayerKind, ...], int]] = []
     start = 0
     while start < len(layers):
-        # The unit that covers most layers from here; the shorter one where two cover the same.
+        # The repeated unit that covers most layers from here; the shorter one where two cover the same.
         best_unit, best_repeats = layers[start : start + 1], 1
-        for size in range(1, min(len(layers) - start, config.moe.every) + 1):
+        for size in range(1, (len(layers) - start) // 2 + 1):
             unit = layers[start : start + size]
             repeats = 1
             while layers[start + size * repeats : start + size * (repeats + 1)] == unit:
                 repeats += 1
-            if size * repeats > len(best_unit) * best_repeats:
+            if repeats > 1 and size * repeats > len(best_unit) * best_repeats:
                 best_unit, best_repeats = unit, repeats
         runs.append((best_unit, best_repeats))
         start += len(best_unit) * best_repeats
@@ -108,13 +126,13 @@ def segments(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
 class Segment(nnx.Module):
     """Blocks of one unit, each with parameters stacked over the repeats (:func:`segments`)."""
 
-    def __init__(self, config: ModelConfig, unit: tuple[bool, ...], *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, unit: tuple[LayerKind, ...], *, rngs: nnx.Rngs):
         self.size = len(unit)
-        for i, sparse in enumerate(unit):
-            setattr(self, f"block_{i}", Block(config, sparse=sparse, rngs=rngs))
+        for i, kind in enumerate(unit):
+            setattr(self, f"block_{i}", Block(config, kind, rngs=rngs))
 
     @staticmethod
-    def stacked(config: ModelConfig, unit: tuple[bool, ...], repeats: int, *, rngs: nnx.Rngs) -> Segment:
+    def stacked(config: ModelConfig, unit: tuple[LayerKind, ...], repeats: int, *, rngs: nnx.Rngs) -> Segment:
         """Every repeat drawn from its own key, then stacked along a new leading axis."""
 
         @nnx.vmap
