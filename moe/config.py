@@ -32,6 +32,8 @@ class MoEConfig:
     num_experts: int = 8  # E
     experts_per_token: int = GATES_OWN  # K; -1: the gate's
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
+    shared_d_ff: int = 0  # hidden dim of the expert that every token visits beside its K; n of F are one of n*F
+    shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
     every: int = 1  # layers between MoE layers: the n-th, 2n-th, ... layer is MoE
     layers: tuple[int, ...] = ()  # exactly these layers, from 0, are MoE; empty: what `every` and `first_dense` say
     first_dense: int = 0  # leading layers that stay dense whatever `every` says
@@ -320,7 +322,11 @@ def _validate_moe(config: Config) -> None:
     moe, where = config.model.moe, "model.moe."
     gate = GATES[moe.gate]
     _require_at_least(where, moe, 1, "num_experts", "experts_per_token", "d_ff", "every")
-    _require_at_least(where, moe, 0, "first_dense", "group_size", "load_balancing_weight", "z_loss_weight")
+    _require_at_least(where, moe, 0, "shared_d_ff", "first_dense", "group_size")
+    _require_at_least(where, moe, 0, "load_balancing_weight", "z_loss_weight")
+    _require(
+        moe.shared_d_ff > 0 or not moe.shared_gate, f"{where}shared_gate", moe.shared_gate, "needs shared_d_ff above 0"
+    )
     k = moe.experts_per_token
     _require(k <= moe.num_experts, f"{where}experts_per_token", k, f"must be at most num_experts={moe.num_experts}")
     if gate.fixed_k:
@@ -425,5 +431,6 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
+    divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)
     divides(tokens, f"model.moe.group_size={moe.group_size} makes a number of groups which", groups)

@@ -148,8 +148,8 @@ def activate(activation: str, up: Array, gate: Array | None) -> Array:
 class DenseFFN(nnx.Module):
     """down(act(gate(x))·up(x)), or down(act(up(x))) for a plain activation. No biases."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, f = config.d_model, config.d_ff
+    def __init__(self, config: ModelConfig, d_ff: int, *, rngs: nnx.Rngs):
+        d, f = config.d_model, d_ff
         self.activation = config.activation
         self.up = matrix(rngs, (d, f), d, config.init_scale)
         self.down = matrix(rngs, (f, d), f, config.init_scale)

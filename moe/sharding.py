@@ -53,6 +53,7 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "experts.up": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
         "router.kernel": P(None, None),  # [D,E]
+        "shared.gate": P(None, None),  # [D,1]
     }
 )
 

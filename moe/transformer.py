@@ -65,7 +65,7 @@ class Block(nnx.Module):
         if kind.sparse:
             self.moe = MoELayer(config, rngs=rngs)
         else:
-            self.dense = DenseFFN(config, rngs=rngs)
+            self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
 
     def __call__(
         self, x: Array, segment_ids: Array, positions: Array, *, train: bool, rng: Array | None
