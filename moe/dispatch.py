@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,17 @@ def _no_gradient(index: Array) -> np.ndarray:
 _fill_slots.defvjp(_fill_slots_fwd, _fill_slots_bwd)
 _read_slots.defvjp(_read_slots_fwd, _read_slots_bwd)
 
-Experts = Callable[[Array], Array]
+
+class Experts(Protocol):
+    """What a mode asks of the experts: the same FFNs over either layout of rows."""
+
+    def batched(self, rows: Array) -> Array:
+        """[E,R,D] → [E,R,D]: expert e over its R rows."""
+        ...
+
+    def grouped(self, rows: Array, group_sizes: Array) -> Array:
+        """[R,D], [E] int32 → [R,D]: the first group_sizes[0] rows by expert 0, the next by expert 1, and so on."""
+        ...
 
 
 def _exchange(expert_inputs: Array, experts: Experts) -> Array:
@@ -139,7 +150,7 @@ def _exchange(expert_inputs: Array, experts: Experts) -> Array:
     expert_inputs = sharding.constrain(expert_inputs, sharding.EXPERT_SLOTS)
     num_experts, groups, capacity, model_dim = expert_inputs.shape
     # [E,G,C,D] → [E,G·C,D] and back
-    outputs = experts(expert_inputs.reshape(num_experts, groups * capacity, model_dim))
+    outputs = experts.batched(expert_inputs.reshape(num_experts, groups * capacity, model_dim))
     outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
     outputs = sharding.constrain(outputs, sharding.EXPERT_SLOTS)
     return sharding.constrain(outputs, sharding.GROUPED_SLOTS)
@@ -147,7 +158,7 @@ def _exchange(expert_inputs: Array, experts: Experts) -> Array:
 
 def gather(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     """Moves rows by index: no arithmetic on tokens but the weighted sum at the end."""
-    groups, tokens, model_dim = x.shape
+    groups, _, model_dim = x.shape
     pair_of_slot, slot_of_pair = _slot_tables(routing, plan)
     slots = jax.vmap(_fill_slots)(x, pair_of_slot, slot_of_pair)  # [G,E·C,D]
     # [G,E·C,D] → [G,E,C,D] → [E,G,C,D]
@@ -156,6 +167,33 @@ def gather(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     # [E,G,C,D] → [G,E,C,D] → [G,E·C,D]
     outputs = outputs.swapaxes(0, 1).reshape(groups, plan.num_experts * plan.capacity, model_dim)
     pairs = jax.vmap(_read_slots)(outputs, pair_of_slot, slot_of_pair)  # [G,S,K,D]
+    return jnp.einsum("gskd,gsk->gsd", pairs, routing.combine_weights, preferred_element_type=jnp.float32)
+
+
+def dropless(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
+    """Sorts all pairs by expert, by counting, and gives each expert exactly its rows: no capacity, nothing dropped.
+
+    A row costs what it costs whatever the load of its expert; pairs that are not chosen have no row.
+    """
+    groups, tokens, model_dim = x.shape
+    choices = plan.kept.shape[-1]
+    num_rows = groups * tokens * choices
+    is_expert = routing.expert_index[..., None] == jnp.arange(plan.num_experts)  # [G,S,K,E], never stored
+    load = jnp.sum(is_expert & plan.kept[..., None], axis=(1, 2), dtype=jnp.int32)  # [G,E]
+    # Expert by expert and, within one, group by group: [G,E] → [E,G] → [E·G], summed → [E,G] → [G,E]
+    by_expert = load.T.reshape(-1)
+    first = (jnp.cumsum(by_expert) - by_expert).reshape(plan.num_experts, groups).T
+    row = jax.vmap(lambda first, expert: first[expert])(first, routing.expert_index) + plan.position_in_expert
+    row_of_pair = jnp.where(plan.kept, row, num_rows).reshape(groups * tokens, choices)
+    pair_of_row = (
+        jnp.full((num_rows,), num_rows, jnp.int32)
+        .at[row_of_pair.reshape(-1)]
+        .set(jnp.arange(num_rows, dtype=jnp.int32), mode="drop")
+    )
+    # [G,S,D] → [G·S,D] → rows [R,D], R = G·S·K
+    rows = _fill_slots(x.reshape(groups * tokens, model_dim), pair_of_row, row_of_pair)
+    outputs = experts.grouped(rows, jnp.sum(load, axis=0))
+    pairs = _read_slots(outputs, pair_of_row, row_of_pair).reshape(groups, tokens, choices, model_dim)
     return jnp.einsum("gskd,gsk->gsd", pairs, routing.combine_weights, preferred_element_type=jnp.float32)
 
 
@@ -169,5 +207,9 @@ def einsum(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
 
 
-#: (x [G,S,D], Routing, Plan, experts: [E,R,D] → [E,R,D]) → y [G,S,D] float32: Σ_k weight·expert output, 0 for dropped
-MODES: dict[str, Callable[[Array, Routing, Plan, Experts], Array]] = {"gather": gather, "einsum": einsum}
+#: (x [G,S,D], Routing, Plan, Experts) → y [G,S,D] float32: Σ_k weight·expert output, 0 for dropped
+MODES: dict[str, Callable[[Array, Routing, Plan, Experts], Array]] = {
+    "gather": gather,
+    "einsum": einsum,
+    "dropless": dropless,
+}

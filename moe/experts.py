@@ -8,6 +8,8 @@ Letters: B batch, T sequence, G groups, S tokens per group, E experts, K choices
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,8 @@ from jax import Array
 
 from moe import balancing, dispatch, sharding
 from moe.config import ModelConfig
-from moe.layers import GATED_ACTIVATIONS, activate, matrix
+from moe.grouped import grouped_matmul
+from moe.layers import GATED_ACTIVATIONS, DenseFFN, activate, matrix
 from moe.routing import GATES, Routing, route
 
 
@@ -29,14 +32,22 @@ class Experts(nnx.Module):
         self.down = matrix(rngs, (e, f, d), f, config.init_scale)
         self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def __call__(self, rows: Array) -> Array:
+    def batched(self, rows: Array) -> Array:
         """[E,R,D] → [E,R,D]: expert e over its R rows."""
-        up = jnp.einsum("erd,edf->erf", rows, sharding.use("experts.up", self.up[...], rows.dtype))
+        return self._ffn(rows, lambda rows, weights: jnp.einsum("eri,eij->erj", rows, weights))
+
+    def grouped(self, rows: Array, group_sizes: Array) -> Array:
+        """[R,D], [E] int32 → [R,D]: the first group_sizes[0] rows by expert 0, the next by expert 1, and so on."""
+        return self._ffn(rows, lambda rows, weights: grouped_matmul(rows, weights, group_sizes))
+
+    def _ffn(self, rows: Array, matmul: Callable[[Array, Array], Array]) -> Array:
+        """The FFN over whatever layout ``matmul`` multiplies by [E,D,F] or [E,F,D]."""
+        up = matmul(rows, sharding.use("experts.up", self.up[...], rows.dtype))
         gate = None
         if self.gate is not None:
-            gate = jnp.einsum("erd,edf->erf", rows, sharding.use("experts.gate", self.gate[...], rows.dtype))
+            gate = matmul(rows, sharding.use("experts.gate", self.gate[...], rows.dtype))
         hidden = activate(self.activation, up, gate)
-        return jnp.einsum("erf,efd->erd", hidden, sharding.use("experts.down", self.down[...], rows.dtype))
+        return matmul(hidden, sharding.use("experts.down", self.down[...], rows.dtype))
 
 
 class Router(nnx.Module):
@@ -54,6 +65,22 @@ class Router(nnx.Module):
         return jnp.einsum("gsd,de->gse", x, self.kernel[...], precision=jax.lax.Precision.HIGHEST)
 
 
+class SharedExpert(nnx.Module):
+    """An FFN that every token visits, its output weighted by sigmoid(x·w) if so configured (DeepSeekMoE 2024,
+    equation 9; the gate is Qwen2-MoE's). Not one of the E."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
+        self.gate = None
+        if config.moe.shared_gate:
+            self.gate = matrix(rngs, (config.d_model, 1), config.d_model, config.init_scale)
+
+    def __call__(self, x: Array) -> Array:
+        """[B,T,D] → [B,T,D]."""
+        y = self.dense(x)
+        return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
+
+
 class MoELayer(nnx.Module):
     """A paper's layer: the gate of that name between a router and stacked experts."""
 
@@ -61,6 +88,7 @@ class MoELayer(nnx.Module):
         self.config = config.moe
         self.router = Router(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
+        self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
     def __call__(
         self, x: Array, mask: Array, *, train: bool = False, rng: Array | None = None
@@ -88,8 +116,13 @@ class MoELayer(nnx.Module):
         routing = route(gate, router_logits, mask, experts_per_token=c.experts_per_token, rng=gate_rng)
         factor = c.capacity_factor if train else c.eval_capacity_factor
         capacity = dispatch.expert_capacity(factor, c.experts_per_token, group_size, c.num_experts)
+        if c.dispatch == "dropless":
+            capacity = group_size * c.experts_per_token  # room for every pair
         plan = dispatch.make_plan(routing, capacity)
         y = dispatch.MODES[c.dispatch](tokens, routing, plan, self.experts)
         # [G,S,D] → [B,T,D]
         y = sharding.constrain(y.astype(x.dtype).reshape(x.shape), sharding.BATCH)
+        if self.shared is not None:
+            # mask: [G,S] → [B,T,1]
+            y = y + jnp.where(mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
         return y, balancing.report(routing, mask, plan.kept, first_choice=gate.balance_first_choice), routing
