@@ -71,9 +71,8 @@ class SharedExpert(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
-        self.gate = None
-        if config.moe.shared_gate:
-            self.gate = matrix(rngs, (config.d_model, 1), config.d_model, config.init_scale)
+        d, scale = config.d_model, config.init_scale
+        self.gate = matrix(rngs, (d, 1), d, scale) if config.moe.shared_gate else None
 
     def __call__(self, x: Array) -> Array:
         """[B,T,D] → [B,T,D]."""
