@@ -30,3 +30,18 @@ def use_huge_pages() -> None:
 def huge_pages() -> bool:
     """Whether this program runs with them."""
     return _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
+
+
+def use_tpu_compiler() -> None:
+    """Lets this process compile for TPUs that are not here, and run nothing on those that may be.
+
+    libtpu otherwise asks the cloud which TPU it is on, and holds a lock that keeps a second compilation out.
+    """
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5p-8",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -118,7 +118,8 @@ def use(name: str, parameter: Array, dtype: Any) -> Array:
         return constrain(weights, gathered)
 
     gather.defvjp(lambda weights: (gather(weights), None), lambda _, gradient: (constrain(gradient, stored),))
-    return gather(parameter.astype(dtype))
+    with jax.named_scope(f"weights.{name}"):  # by this a compiled program's exchanges of weights are told apart
+        return gather(parameter.astype(dtype))
 
 
 def parameter_specs(tree: Any) -> Any:

@@ -1,0 +1,309 @@
+"""Reads a compiled TPU program's text: what it exchanges, how often, and how many cycles its compiler expects.
+
+In: ``compiled.as_text()`` of a scheduled module and the sizes of the mesh. Out: a :class:`ProgramText`. Everything in
+it is the compiler's own statement but the trip counts, which are read from loop conditions.
+
+A loop's body stands once in the text; its instructions are multiplied by the loop's trip count. Fusions are one
+instruction: their insides are not walked, except where XLA hides a collective there (its reduce-scatter is a fusion
+around an all-reduce).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+_SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
+_UNKNOWN_CYCLES = (
+    2**63 - 1
+)  # what the compiler writes where it has no model of a fusion, as for those on the SparseCore
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between chips, as often as a step runs it.
+
+    Attributes:
+        kind: an entry of :data:`KINDS`.
+        axes: mesh axes along which a group's members differ; empty if the groups could not be read.
+        group: devices in one group, as positions in the flattened mesh (the first group; all are alike).
+        bytes: of one device's array, once: the result of an all-gather, the input of every other kind.
+        count: times a step.
+        overlap_cycles: compiler-estimated cycles of work scheduled between its start and its done; -1 where it has no
+            separate done, that is, where the chip waits for it.
+        source: JAX's name of the operation it came from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    bytes: int
+    count: int
+    overlap_cycles: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramText:
+    """What a step does, per device.
+
+    Attributes:
+        collectives: in program order.
+        cycles: the compiler's estimated cycles of a step, trip counts applied, exchanges left out.
+        unpriced: instructions of a step without an estimate.
+        unpriced_bytes: what those read and write.
+        unknown_loops: loops whose trip count could not be read and was taken as 1.
+    """
+
+    collectives: tuple[Collective, ...]
+    cycles: int
+    unpriced: int
+    unpriced_bytes: int
+    unknown_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+
+def array_bytes(type_text: str) -> int:
+    """Bytes of every array in a type such as ``(bf16[4,128]{1,0}, s32[])``; padding by tiles is not counted."""
+    total = 0.0
+    for dtype, dims in re.findall(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]", type_text):
+        size = _SIZES.get(dtype)
+        if size is None:
+            bits = re.search(r"[0-9]+", dtype)
+            size = int(bits.group()) / 8 if bits else 0
+        total += size * math.prod(int(dim) for dim in dims.split(",") if dim)
+    return int(total)
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """(type, what follows) of the right side of an instruction."""
+    if not text.startswith("("):
+        type_text, _, rest = text.partition(" ")
+        return type_text, rest
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0:
+            return text[: i + 1], text[i + 2 :]
+    return text, ""
+
+
+def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Instructions of each computation, in schedule order, and the name of the entry."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            current = computations.setdefault(head.group(2), []) if head else None
+            if head and head.group(1):
+                entry = head.group(2)
+            continue
+        found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line)
+        if current is None or not found:
+            continue
+        type_text, rest = _split_type(found.group(3))
+        opcode, _, rest = rest.partition("(")
+        operands, _, attributes = rest.partition(")")
+        names = tuple(re.findall(r"%([\w.\-]+)", operands))
+        if opcode == "constant":
+            names = (operands,)
+        current.append(_Instruction(found.group(2), type_text, opcode, names, attributes, bool(found.group(1))))
+    return computations, entry
+
+
+def _attribute(instruction: _Instruction, name: str) -> str | None:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
+    return found.group(1) if found else None
+
+
+def _trip_count(loop: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> int | None:
+    """Trips of a while loop that counts from 0 by 1: the bound that its condition compares with."""
+    known = re.search(r'known_trip_count\\?"?:?\{\\?"?n\\?"?:\\?"?(\d+)', loop.attributes)
+    if known:
+        return int(known.group(1))
+    condition = computations.get(_attribute(loop, "condition") or "", ())
+    by_name = {instruction.name: instruction for instruction in condition}
+    root = next((instruction for instruction in condition if instruction.root), None)
+    if root is None:
+        return None
+    if root.opcode == "fusion":  # the comparison may be wrapped in a fusion whose operands are what is compared
+        names = root.operands
+    elif root.opcode == "compare" and "direction=LT" in root.attributes:
+        names = root.operands
+    else:
+        return None
+    bounds = [by_name[name].operands[0] for name in names if name in by_name and by_name[name].opcode == "constant"]
+    return int(bounds[0]) if len(bounds) == 1 and bounds[0].lstrip("-").isdigit() else None
+
+
+def _first_group(attributes: str) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
+    """(axis names if the text has them, first group of device positions) of an instruction's replica groups."""
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes)
+    if pairs:
+        # A permutation's group is the cycle, or chain, through the first pair.
+        following = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs.group(1))}
+        start = next(iter(following))
+        members, node = [start], following[start]
+        while node != start and node in following and node not in members:
+            members.append(node)
+            node = following[node]
+        if node not in members:
+            members.append(node)
+        return None, tuple(sorted(members))
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return None, tuple(int(member) for member in listed.group(1).split(","))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, source = (tuple(int(n) for n in iota.group(i).split(",")) for i in (1, 2))
+        ids = np.arange(math.prod(source)).reshape(source)
+        if iota.group(3):
+            ids = ids.transpose([int(n) for n in iota.group(3).split(",")])
+        return None, tuple(int(member) for member in ids.reshape(shape)[0])
+    named = re.search(r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", attributes)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
+        varying = re.findall(r"'([^']+)'", named.group(2))
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        index = tuple(slice(None) if name in varying else 0 for name in sizes)
+        return tuple(varying), tuple(int(member) for member in np.ravel(ids[index]))
+    return None, ()
+
+
+def group_axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Mesh axes along which the positions of a group differ."""
+    if not group or max(group) >= math.prod(mesh.values()):
+        return ()
+    coordinates = np.unravel_index(np.asarray(group), tuple(mesh.values()))
+    return tuple(axis for axis, values in zip(mesh, coordinates, strict=True) if len(set(values.tolist())) > 1)
+
+
+def _cycles(instruction: _Instruction) -> int | None:
+    """Estimated cycles; None where the instruction has an estimate that says nothing."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+    if not found:
+        return 0
+    cycles = int(found.group(1))
+    return None if cycles == _UNKNOWN_CYCLES else cycles
+
+
+def _hidden_kind(instruction: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> _Instruction | None:
+    """The collective inside a fusion, if there is one."""
+    for inner in computations.get(_attribute(instruction, "calls") or "", ()):
+        if inner.opcode.removesuffix("-start") in KINDS:
+            return inner
+        if inner.opcode in ("fusion", "call"):
+            found = _hidden_kind(inner, computations)
+            if found:
+                return found
+    return None
+
+
+def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
+    """Reads a scheduled module.
+
+    Args:
+        text: ``compiled.as_text()``.
+        mesh: devices per axis, in the order of the mesh's axes.
+    """
+    computations, entry = _parse_computations(text)
+    collectives: list[Collective] = []
+    totals = {"cycles": 0, "unpriced": 0, "unpriced_bytes": 0, "unknown_loops": 0}
+
+    def record(carrier: _Instruction, inner: _Instruction, types: Mapping[str, str], times: int, overlap: int) -> None:
+        kind = inner.opcode.removesuffix("-start")
+        named, group = _first_group(inner.attributes)
+        axes = named if named and set(named) <= set(mesh) else group_axes(group, mesh)
+        axes = tuple(axis for axis in axes if mesh.get(axis, 1) > 1)
+        result = array_bytes(carrier.type)
+        inputs = sum(array_bytes(types.get(name, "")) for name in carrier.operands)
+        if kind == "all-reduce" and carrier.opcode == "fusion" and len(group) > 1 and result * len(group) <= inputs:
+            kind = "reduce-scatter"
+        size = inputs or result
+        if kind == "all-gather":
+            # A start's result is (operands, results, ...).
+            size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
+        name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', carrier.attributes or "") or re.search(
+            r'op_name="((?:[^"\\]|\\.)*)"', inner.attributes
+        )
+        source = name.group(1).replace("\\", "") if name else ""
+        collectives.append(Collective(kind, axes, group, size, times, overlap, source))
+
+    def walk(name: str, times: int) -> int:
+        """Records a computation run `times` times; returns the cycles of one run."""
+        own = 0
+        types = {instruction.name: instruction.type for instruction in computations.get(name, ())}
+        open_exchanges: dict[str, tuple[_Instruction, _Instruction, int]] = {}
+        for instruction in computations.get(name, ()):
+            opcode = instruction.opcode
+            if opcode == "while":
+                trips = _trip_count(instruction, computations)
+                if trips is None:
+                    totals["unknown_loops"] += 1
+                    trips = 1
+                own += trips * walk(_attribute(instruction, "body") or "", times * trips)
+                continue
+            if opcode == "conditional":
+                branches = re.findall(r"%([\w.\-]+)", instruction.attributes.partition("branch_computations=")[2])
+                own += max((walk(branch, times) for branch in branches if branch in computations), default=0)
+                continue
+            if opcode == "call":
+                own += walk(_attribute(instruction, "to_apply") or "", times)
+                continue
+            inner = instruction if opcode.removesuffix("-start") in KINDS else None
+            if opcode in ("fusion", "async-start"):
+                inner = _hidden_kind(instruction, computations)
+            if inner is not None:
+                if opcode.endswith("-start"):
+                    open_exchanges[instruction.name] = (instruction, inner, own)
+                else:
+                    record(instruction, inner, types, times, -1)
+                    if opcode == "fusion" and inner.opcode == "all-gather":
+                        own += _cycles(instruction) or 0  # a matmul with the gather inside
+                continue
+            if opcode.endswith("-done"):
+                started = open_exchanges.pop(instruction.operands[0], None) if instruction.operands else None
+                if started:
+                    record(started[0], started[1], types, times, own - started[2])
+                continue
+            cycles = None if opcode == "call-start" else _cycles(instruction)  # calls to the SparseCore
+            if cycles is None:
+                totals["unpriced"] += times
+                moved = array_bytes(instruction.type) + sum(array_bytes(types.get(n, "")) for n in instruction.operands)
+                written = array_bytes(instruction.type)
+                if opcode == "call-start":  # asynchronous: what it moves is told by the computation it calls
+                    called = computations.get(_attribute(instruction, "to_apply") or "", ())
+                    written = sum(array_bytes(inner.type) for inner in called if inner.root)
+                    moved = 2 * written
+                # A gather reads as much as it writes, whatever the size of what it picks from.
+                totals["unpriced_bytes"] += times * min(moved, 2 * written)
+            else:
+                own += cycles
+        return own
+
+    totals["cycles"] = walk(entry, 1)
+    return ProgramText(tuple(collectives), **totals)
