@@ -106,6 +106,13 @@ def _need(source: Json, name: str) -> Any:
     return source[name]
 
 
+def _count(source: Json, name: str) -> int:
+    value = _need(source, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"config.json: {name}={value!r}: must be a positive whole number")
+    return value
+
+
 def _rope_theta(source: Json) -> float:
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -153,7 +160,7 @@ def _write_mistral(model: ModelConfig) -> Json:
 
 def _read_mixtral(source: Json) -> tuple[Json, Json]:
     return {"sliding_window": _window(source)}, {
-        "num_experts": _need(source, "num_local_experts"),
+        "num_experts": _count(source, "num_local_experts"),
         "jitter": float(source.get("router_jitter_noise") or 0.0),
     }
 
@@ -169,7 +176,7 @@ def _write_mixtral(model: ModelConfig) -> Json:
 
 def _read_olmoe(source: Json) -> tuple[Json, Json]:
     changes = {"qk_norm": "full", "attention_bias": _bias(source), "clip_qkv": float(source.get("clip_qkv") or 0.0)}
-    return changes, {"gate": _gate(source), "num_experts": _need(source, "num_experts")}
+    return changes, {"gate": _gate(source), "num_experts": _count(source, "num_experts")}
 
 
 def _write_olmoe(model: ModelConfig) -> Json:
@@ -187,12 +194,12 @@ def _read_qwen_experts(source: Json) -> Json:
     num_experts = source.get("num_experts", source.get("num_local_experts")) or 0
     step, dense, num_layers = source["decoder_sparse_step"], source.get("mlp_only_layers") or (), _num_layers(source)
     sparse = [n for n in range(num_layers) if num_experts and n not in dense and (n + 1) % step == 0]
-    moe = {"gate": _gate(source), "num_experts": num_experts, "d_ff": _need(source, "moe_intermediate_size")}
+    moe = {"gate": _gate(source), "num_experts": num_experts, "d_ff": _count(source, "moe_intermediate_size")}
     return moe | _sparse(sparse, num_layers)
 
 
 def _num_layers(source: Json) -> int:
-    return int(_need(source, "num_hidden_layers"))
+    return _count(source, "num_hidden_layers")
 
 
 def _write_qwen_experts(model: ModelConfig) -> Json:
@@ -223,7 +230,7 @@ def _read_qwen2(source: Json) -> tuple[Json, Json]:
     if len(windowed) == num_layers:
         changes["sliding_window_layers"] = ()
     moe = _read_qwen_experts(source)
-    moe |= {"shared_d_ff": _need(source, "shared_expert_intermediate_size"), "shared_gate": True}
+    moe |= {"shared_d_ff": _count(source, "shared_expert_intermediate_size"), "shared_gate": True}
     return changes, moe
 
 
@@ -250,7 +257,7 @@ def _read_deepseek(source: Json) -> tuple[Json, Json]:
     num_experts, num_layers = source.get("n_routed_experts") or 0, _num_layers(source)
     first, step = source["first_k_dense_replace"], source["moe_layer_freq"]
     sparse = [n for n in range(num_layers) if num_experts and n >= first and n % step == 0]
-    width = _need(source, "moe_intermediate_size")
+    width = _count(source, "moe_intermediate_size")
     moe = {
         "gate": _gate(source),
         "num_experts": num_experts,
@@ -370,19 +377,19 @@ def read_config(source: Json) -> Config:
     """
     family = family_of(source)
     source = {**family.defaults, **source}
-    num_heads, d_model = int(_need(source, "num_attention_heads")), int(_need(source, "hidden_size"))
+    num_heads, d_model = _count(source, "num_attention_heads"), _count(source, "hidden_size")
     activation = source.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise ConfigError(f"config.json: hidden_act={activation!r}: must be one of {', '.join(_ACTIVATIONS)}")
     changes, moe_changes = family.read(source)
     model = ModelConfig(
-        vocab_size=_need(source, "vocab_size"),
+        vocab_size=_count(source, "vocab_size"),
         d_model=d_model,
         num_layers=_num_layers(source),
         num_heads=num_heads,
         num_kv_heads=source.get("num_key_value_heads") or num_heads,
         head_dim=source.get("head_dim") or d_model // num_heads,
-        d_ff=_need(source, "intermediate_size"),
+        d_ff=_count(source, "intermediate_size"),
         activation=_ACTIVATIONS[activation],
         norm_eps=float(source["rms_norm_eps"]),
         rope_theta=_rope_theta(source),
@@ -392,7 +399,7 @@ def read_config(source: Json) -> Config:
     moe = dataclasses.replace(model.moe, **moe_changes)
     model = dataclasses.replace(model, **changes, moe=moe)
     if moe.gate != "none":
-        choices = int(_need(source, "num_experts_per_tok"))
+        choices = _count(source, "num_experts_per_tok")
         coefficient = float(source.get("router_aux_loss_coef", 0.001))
         weight = coefficient * choices / sum(sparse_layers(model))
         moe = dataclasses.replace(moe, experts_per_token=choices, load_balancing_weight=weight)
@@ -416,18 +423,20 @@ def write_config(config: Config, model_type: str = "") -> Json:
     reasons = []
     for name in [model_type] if model_type else FAMILIES:
         result = _write_as(config, name)
-        lost = _differences(config.model, read_config(result).model) if result else ["model.moe.gate"]
-        if result and not lost:
+        try:
+            lost = _differences(config.model, read_config(result).model)
+        except ConfigError as error:
+            reasons.append(f"{name} cannot ({error})")
+            continue
+        if not lost:
             return result
         reasons.append(f"{name} lacks {', '.join(lost)}")
     raise ConfigError(f"no open architecture computes this model: {'; '.join(reasons)}")
 
 
-def _write_as(config: Config, model_type: str) -> Json | None:
+def _write_as(config: Config, model_type: str) -> Json:
     model, moe, family = config.model, config.model.moe, FAMILIES[model_type]
     sparse = sum(sparse_layers(model))
-    if sparse and moe.gate not in _RENORMALISED:
-        return None
     written = next((name for name, activation in _ACTIVATIONS.items() if activation == model.activation), "silu")
     result = {
         "architectures": [family.architecture],
@@ -472,7 +481,7 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
         if any(sparse):
             moe = model.moe
             facts |= {f"model.moe.{name}": getattr(moe, name) for name in _MOE_FACTS}
-            facts["model.moe.gate"] = _RENORMALISED[moe.gate]
+            facts["model.moe.gate"] = _RENORMALISED.get(moe.gate, moe.gate)
         return facts
 
     left, right = meaning(ours), meaning(theirs)
