@@ -7,13 +7,22 @@ held-out loss. Nothing in a checkpoint is code, and none of it is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from moe import sharding
+from moe.config import ConfigError, ModelConfig
+from moe.flops import abstract_parameters
 from moe.step import TrainState
 
 
@@ -98,3 +107,126 @@ class Checkpoints:
         """Waits until what was started is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+# --- Parameters alone ------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """An array that is written part by part and never whole in memory.
+
+    Attributes:
+        shape: of the whole.
+        dtype: of the whole.
+        slot_axes: leading axes that number the parts.
+        parts: () → (index in the leading axes, part) for every part.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    slot_axes: int
+    parts: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a part of a Streamed as a chunk of the array that Orbax would have written; it is read as any other."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        for number, (value, info) in enumerate(zip(values, infos, strict=True)):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=True,
+                global_shape=value.shape,
+                local_shape=(1,) * value.slot_axes + value.shape[value.slot_axes :],
+                dtype=value.dtype,
+                process_index=None,  # straight into the common database: nothing to merge from several writers
+                arg=args[number] if args else None,
+            )
+            array = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+            for index, part in value.parts():
+                await array[index].write(part, can_reference_source_data_indefinitely=True)
+        return []
+
+
+def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+    """A checkpoint at step 0 that holds parameters and nothing else: a start for a run, or a model to evaluate.
+
+    Args:
+        workdir: has no checkpoints yet.
+        parameters: nested dict of :class:`Streamed`.
+
+    Raises:
+        ConfigError: there are checkpoints already.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
+    manager = ocp.CheckpointManager(
+        workdir / "checkpoints",
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
+    )
+    if manager.latest_step() is not None:
+        raise ConfigError(f"{workdir}: holds checkpoints already")
+    manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"parameters": parameters})), force=True)
+    manager.close()
+
+
+def read_parameters(
+    workdir: epath.Path, model: ModelConfig, mesh: Mesh | None = None, *, dtype: Any = None, step: int | None = None
+) -> dict[str, Any]:
+    """The parameters of a checkpoint of a run or of an import, without the optimizer's state.
+
+    Args:
+        workdir: holds ``checkpoints``.
+        model: what the checkpoint is of.
+        mesh: where to put them, each device reading its shard; None: the default device.
+        dtype: to cast to; None: as stored.
+        step: of the checkpoint; None: the newest.
+
+    Raises:
+        ConfigError: no checkpoint, or one of another model; the parameter is named.
+    """
+    if not (workdir / "checkpoints").exists():
+        raise ConfigError(f"{workdir}: holds no checkpoints")
+    manager = ocp.CheckpointManager(
+        workdir / "checkpoints",
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+    try:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
+        stored = manager.item_metadata(step)["state"].tree["parameters"]
+        wanted = abstract_parameters(model)
+        _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
+        specs = sharding.parameter_specs(wanted)
+
+        def restore_args(leaf: Any, spec: Any) -> ocp.ArrayRestoreArgs:
+            where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, spec)
+            return ocp.ArrayRestoreArgs(dtype=leaf.dtype if dtype is None else dtype, sharding=where)
+
+        args = jax.tree.map(restore_args, stored, specs)
+        restore = ocp.args.PyTreeRestore({"parameters": wanted}, {"parameters": args}, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["parameters"]
+    finally:
+        manager.close()
+
+
+def _refuse_other_model(stored: Any, wanted: Any, where: str) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+        return {".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+    theirs, ours = shapes(stored), shapes(wanted)
+    problems = [
+        f"{name} is {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} by the config"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if problems:
+        raise ConfigError(f"{where}: holds another model: {'; '.join(problems[:3])}")
