@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,19 +39,20 @@ _FREE_FIELDS = (
 )
 
 
-def train(config: Config, workdir: str) -> None:
+def train(config: Config, workdir: str, devices: Sequence[Any] | None = None) -> None:
     """Runs or resumes training, then reports.
 
     Args:
         config: from :func:`moe.config.from_config_dict`.
         workdir: a folder, made if missing; local or a bucket path.
+        devices: of the mesh; None: all.
 
     Raises:
         ConfigError: before anything is compiled or written, if the config does not fit the devices, the data or the
             run already in the workdir.
     """
     say = print if jax.process_index() == 0 else lambda *_: None
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     directory = epath.Path(workdir)
     _refuse_other_run(config, directory)

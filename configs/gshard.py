@@ -1,0 +1,20 @@
+"""GShard's layer: 8 experts, top-2, the second sent at random by its weight (GShard 2020, algorithm 1).
+
+    python main.py --config=configs/gshard.py --workdir=/tmp/gshard
+
+Total and active parameters equal those of configs/mixtral.py and configs/switch.py; active ones those of
+configs/dense.py.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Overrides of the defaults."""
+    config = base.get_config()
+    config.model.moe.gate = "gshard"
+    config.model.moe.num_experts = 8
+    config.model.moe.d_ff = 512
+    return config

@@ -1,0 +1,19 @@
+"""Switch's layer: top-1 of experts twice as wide, weighted by the full softmax (Switch 2021, equations 1-6).
+
+    python main.py --config=configs/switch.py --workdir=/tmp/switch
+
+Half as many experts of twice the width: total and active parameters equal those of configs/mixtral.py.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Overrides of the defaults."""
+    config = base.get_config()
+    config.model.moe.gate = "switch"
+    config.model.moe.num_experts = 4
+    config.model.moe.d_ff = 1024
+    return config

@@ -1,0 +1,77 @@
+"""What every command line shares: flags over a config file, one-line errors.
+
+In: a ``main(config, argv)``-like function and absl flags. Out: exit code 0, or 1 with one sentence on stderr. Imports
+no JAX, so that an entry point may set up the process first (:mod:`moe.platform`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from moe import config as moe_config
+from moe.config import Config, ConfigError
+
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from, not only what it is.")
+
+
+def define_config() -> flags.FlagHolder:
+    """The flag --config=FILE, whose fields --config.x.y=value overrides."""
+    return config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.x.y=value overrides.")
+
+
+def load_config(flag: flags.FlagHolder) -> Config:
+    """The typed config of the flag.
+
+    Raises:
+        ConfigError: see :func:`moe.config.from_config_dict`.
+    """
+    try:
+        tree = flag.value
+    except OSError as error:
+        raise ConfigError(f"--config: {' '.join(str(error).split())}") from error
+    return moe_config.from_config_dict(tree)
+
+
+def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
+    """Parses flags and calls main; a user's mistake ends in one sentence, without a traceback unless --traceback.
+
+    Args:
+        main: reads its flags itself.
+        required: names of flags that must be given.
+    """
+    flags.mark_flags_as_required(list(required))
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return _parse(argv)
+        except (ConfigError, flags.Error, OSError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+
+    def guarded(argv: list[str]) -> None:
+        del argv
+        # Orbax, Grain and TFDS tell their every move at INFO.
+        logging.getLogger().setLevel(logging.WARNING)
+        try:
+            main()
+        except ConfigError as error:
+            if _TRACEBACK.value:
+                raise
+            sys.exit(f"error: {error}")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name.startswith("config."):
+            moe_config.check_field(name.removeprefix("config."))
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+        raise flags.Error(f"unexpected arguments {rest[1:]}; options start with --")
+    return rest

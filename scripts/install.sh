@@ -1,0 +1,34 @@
+#!/bin/sh
+# Makes .venv with everything this project needs. Usage: sh scripts/install.sh [dev]
+# Picks a Python from 3.12 on that is there, whatever `python3` is; with "dev", adds tests, lint and types.
+set -eu
+cd "$(dirname "$0")/.."
+
+fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
+
+python=
+for candidate in python3.13 python3.12 /usr/bin/python3.13 /usr/bin/python3.12 python3.14 \
+    python3 /usr/bin/python3 python; do
+    if command -v "$candidate" >/dev/null 2>&1 && fits "$candidate"; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "install: no Python 3.12 or newer found. On Debian or Ubuntu: apt install python3 python3-venv" >&2
+    exit 1
+fi
+
+if ! [ -x .venv/bin/python ] || ! fits .venv/bin/python; then
+    rm -rf .venv
+    if ! "$python" -m venv .venv 2>/dev/null; then
+        rm -rf .venv
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        echo "install: $python cannot make virtual environments. On Debian: apt install python$version-venv" >&2
+        exit 1
+    fi
+fi
+requirements=requirements.txt
+[ "${1:-}" = dev ] && requirements=requirements-dev.txt
+echo "install: $("$python" --version), $requirements into .venv" >&2
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"

@@ -1,0 +1,1 @@
+"""Tests; tests/reference.py is the per-token oracle."""

@@ -1,0 +1,138 @@
+"""Settings: what is refused, with which words, and that nothing is lost between the three forms of a config."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from configs import base
+from moe import config as moe_config
+from moe.config import Config, ConfigError, from_config_dict, to_config_dict, validate_mesh
+
+LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
+
+
+def changed(**overrides):
+    tree = base.get_config()
+    for path, value in overrides.items():
+        *sections, name = path.split("__")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"model__num_heads": 6}, "model.num_kv_heads=4: must divide model.num_heads=6"),
+        ({"model__head_dim": 7}, "model.head_dim=7: must be even"),
+        ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, geglu,"),
+        ({"model__qk_norm": "yes"}, "model.qk_norm='yes': must be one of none, head, full"),
+        ({"model__dtype": "float16"}, "model.dtype='float16': must be one of float32, bfloat16"),
+        ({"model__remat": "some"}, "model.remat='some': must be one of none, dots, full"),
+        ({"model__norm_eps": 0.0}, "model.norm_eps=0.0: must be positive"),
+        ({"model__vocab_size": 0}, "model.vocab_size=0: must be at least 1"),
+        ({"model__moe__gate": "mixtrall"}, "model.moe.gate='mixtrall': must be one of none,"),
+        ({"model__moe__experts_per_token": 9}, "model.moe.experts_per_token=9: must be at most num_experts=8"),
+        ({"model__moe__gate": "gshard", "model__moe__experts_per_token": 3}, "the gate 'gshard' exists for 2 only"),
+        ({"model__moe__capacity_factor": 0.0}, "model.moe.capacity_factor=0.0: must be positive"),
+        ({"model__moe__jitter": 1.5}, "model.moe.jitter=1.5: must be in [0, 1)"),
+        ({"model__moe__dispatch": "scatter"}, "model.moe.dispatch='scatter': must be one of gather, einsum"),
+        ({"model__moe__first_dense": 4}, "use model.moe.gate=none for a dense model"),
+        ({"model__moe__group_size": 100}, "model.moe.group_size=100: must divide or be a multiple of"),
+        ({"model__moe__load_balancing_weight": -0.5}, "model.moe.load_balancing_weight=-0.5: must be at least 0"),
+        ({"data__domains": ()}, "data.domains=(): must name at least one domain"),
+        ({"data__weights": (1.0,)}, "data.weights=(1.0,): must be empty or one positive share for each of the 2"),
+        ({"data__sequence_length": 1}, "data.sequence_length=1: must be at least 2"),
+        ({"train__accumulation_steps": 3}, "train.accumulation_steps=3: must divide train.batch_size=8"),
+        ({"train__num_steps": 5}, "optimizer.warmup_steps=30: must be below train.num_steps=5"),
+        ({"optimizer__b2": 1.0}, "optimizer.b2=1.0: must be in [0, 1)"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be positive"),
+        ({"mesh__expert": 0}, "mesh.expert=0: must be positive, or -1 to fill"),
+        ({"mesh__expert": -1}, "only one axis can be -1"),
+    ],
+)
+def test_refused(overrides, words):
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(changed(**overrides))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("model.moe.num_expert", "did you mean model.moe.num_experts?"),
+        ("modle.d_model", "did you mean model?"),
+        ("model.d_model.x", "model.d_model is a single value, not a section"),
+        ("nothing", "fields here: seed, model, data, mesh, optimizer, train"),
+    ],
+)
+def test_unknown_field_names_the_nearest(path, words):
+    with pytest.raises(ConfigError) as error:
+        moe_config.check_field(path)
+    assert words in str(error.value)
+
+
+def test_known_fields_pass():
+    moe_config.check_field("model.moe.num_experts")
+    moe_config.check_field("seed")
+
+
+def test_unknown_key_and_wrong_type_in_a_tree():
+    tree = dataclasses.asdict(Config())
+    tree["model"]["d_modle"] = 3
+    with pytest.raises(ConfigError, match="did you mean model.d_model"):
+        from_config_dict(tree)
+    tree = dataclasses.asdict(Config())
+    tree["model"]["d_model"] = 3.5
+    with pytest.raises(ConfigError, match=r"model.d_model=3.5: must be int, not float"):
+        from_config_dict(tree)
+    tree["model"]["d_model"] = True
+    with pytest.raises(ConfigError, match="must be int, not bool"):
+        from_config_dict(tree)
+
+
+def test_round_trip_is_resolved_once():
+    config = from_config_dict(base.get_config())
+    assert config.model.moe.experts_per_token == 2  # Mixtral's
+    assert config.model.moe.d_ff == config.model.d_ff
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(dataclasses.asdict(config)) == config
+
+
+def test_gate_constants_are_defaults_and_yield_to_overrides():
+    switch = from_config_dict(changed(model__moe__gate="switch")).model.moe
+    assert (switch.experts_per_token, switch.load_balancing_weight, switch.jitter) == (1, 0.01, 0.01)
+    ours = from_config_dict(changed(model__moe__gate="switch", model__moe__jitter=0.0)).model.moe
+    assert ours.jitter == 0.0
+    mixture = from_config_dict(changed(model__moe__gate="dense_mixture")).model.moe
+    assert mixture.experts_per_token == mixture.num_experts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides", "words"),
+    [
+        ({"expert": 3}, {"train__batch_size": 9}, "model.moe.num_experts=8: must be divisible by mesh.expert = 3"),
+        ({"data": 16}, {}, "must be divisible by mesh.data x mesh.fsdp x mesh.expert = 16"),
+        ({"tensor": 8}, {}, "model.num_kv_heads=4: must be divisible by mesh.tensor = 8"),
+        ({"fsdp": 3}, {"train__batch_size": 9}, "model.d_model=256: must be divisible by mesh.fsdp = 3"),
+        ({"data": 8}, {"model__moe__group_size": 512}, "model.moe.group_size=512 makes a number of groups which=4"),
+    ],
+)
+def test_mesh_refused(sizes, overrides, words):
+    config = from_config_dict(changed(**overrides))
+    with pytest.raises(ConfigError) as error:
+        validate_mesh(config, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | sizes)
+    assert words in str(error.value)
+
+
+def test_layers_differ_by_overrides_alone():
+    trees = {name: importlib.import_module(f"configs.{name}").get_config() for name in LAYERS}
+    configs = {name: from_config_dict(tree) for name, tree in trees.items()}
+    assert {c.model.moe.gate for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
+    for tree in trees.values():
+        assert set(dataclasses.asdict(Config())) == set(tree.keys())
+    shared = {dataclasses.replace(c.model, d_ff=1, moe=moe_config.MoEConfig()) for c in configs.values()}
+    assert len(shared) == 1  # the rest of the model is one and the same

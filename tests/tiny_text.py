@@ -1,0 +1,40 @@
+"""A TFDS dataset small enough to build in every test run."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+def random_text(seed, words=60):
+    rng = np.random.default_rng(seed)
+    lexicon = ["red", "green", "blue", "fox", "naïve", "return", "    x", "=", "42", "(a,", "b)\n", "\n", "über"]
+    return f"document {seed} " + " ".join(rng.choice(lexicon, words))
+
+
+class TinyText(tfds.core.GeneratorBasedBuilder):
+    """Config `split` has a validation split; `whole` has train alone, with each text in it twice."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="split"), tfds.core.BuilderConfig(name="whole")]
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": np.int64})
+        return tfds.core.DatasetInfo(builder=self, description="synthetic", features=features)
+
+    def _split_generators(self, dl_manager):
+        if self.builder_config.name == "whole":
+            return {"train": self._generate_examples([*range(60), *range(60)])}
+        return {"train": self._generate_examples(range(40)), "validation": self._generate_examples(range(100, 110))}
+
+    def _generate_examples(self, seeds):
+        for key, seed in enumerate(seeds):
+            yield key, {"text": random_text(seed), "number": seed}
+
+
+def build(path: Path) -> Path:
+    for config in ("split", "whole"):
+        builder = TinyText(data_dir=str(path), config=config, file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
+    return path
