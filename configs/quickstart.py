@@ -1,10 +1,15 @@
-"""A small Mixtral-style model on two CPU cores."""
+"""A small Mixtral-style model on real text, for two CPU cores.
+
+    python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart
+
+4 layers, 8 experts, top-2; 320 steps of 2,048 tokens.
+"""
 
 import ml_collections
 
-from configs import base
+from configs import mixtral
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Overrides of the defaults."""
-    return base.get_config()
+    """Mixtral's layer at the default size."""
+    return mixtral.get_config()

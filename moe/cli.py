@@ -6,11 +6,10 @@ no JAX, so that an entry point may set up the process first (:mod:`moe.platform`
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe import config as moe_config
@@ -19,9 +18,9 @@ from moe.config import Config, ConfigError
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from, not only what it is.")
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(default: str | None = None) -> flags.FlagHolder:
     """The flag --config=FILE, whose fields --config.x.y=value overrides."""
-    return config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.x.y=value overrides.")
+    return config_flags.DEFINE_config_file("config", default, "File with get_config(); --config.x.y=value overrides.")
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
@@ -55,7 +54,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     def guarded(argv: list[str]) -> None:
         del argv
         # Orbax, Grain and TFDS tell their every move at INFO.
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.set_verbosity(logging.WARNING)
         try:
             main()
         except ConfigError as error:

@@ -1,0 +1,224 @@
+"""The whole loop on tiny text: files, resume to the bit, the same curve on every mesh."""
+
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from moe import train as training
+from moe.checkpoint import Checkpoints
+from moe.config import ConfigError, from_config_dict
+from moe.metrics import read_rows
+from moe.train import train
+from tests.tiny_text import build
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("data"))
+
+
+def tiny(directory, tree=None, **overrides):
+    tree = base.get_config() if tree is None else tree
+    settings = {
+        "model.vocab_size": 400,
+        "model.d_model": 16,
+        "model.num_layers": 2,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 2,
+        "model.head_dim": 8,
+        "model.d_ff": 16,
+        "model.moe.d_ff": 16,
+        "data.dataset": "tiny_text/split",
+        "data.directory": str(directory),
+        "data.sequence_length": 16,
+        "data.shuffle_window": 4,
+        "data.heldout_rows": 8,
+        "optimizer.warmup_steps": 2,
+        "train.num_steps": 6,
+        "train.log_every": 2,
+        "train.eval_every": 3,
+        "train.save_every": 2,
+        "train.sample_tokens": 4,
+    } | overrides
+    for path, value in settings.items():
+        *sections, name = path.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_config_dict(tree)
+
+
+def parameters(workdir, step):
+    checkpoints = Checkpoints(training.epath.Path(workdir), 2)
+    config = from_config_dict(json.loads((workdir / "config.json").read_text()))
+    mesh = training.sharding.make_mesh(config.mesh)
+    state = checkpoints.restore_state(step, training.build(config, mesh).state)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def train_rows(workdir):
+    return [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_path, capsys):
+    config = tiny(directory)
+    train(config, str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    for word in ("unigram loss", "tiny_text", "dropped, %", "a continuation, tiny_text"):
+        assert word in out
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {
+        "config.json",
+        "tokenizer.model",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "report.txt",
+        "training.png",
+    }
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["kind"]) for row in rows] == [
+        (2, "train"),
+        (3, "heldout/all"),
+        (3, "heldout/tiny_text"),
+        (4, "train"),
+        (6, "train"),
+        (6, "heldout/all"),
+        (6, "heldout/tiny_text"),
+    ]
+    assert rows[-2]["loss"] < rows[1]["loss"]  # three more steps helped
+    assert np.shape(rows[0]["expert_load"]) == (2, 8)  # per layer and expert
+    np.testing.assert_allclose(np.sum(rows[0]["expert_load"], axis=1), 1, rtol=1e-6)
+    assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    train(config, str(tmp_path / "run"))
+    assert "is done: 6 steps were trained" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5])
+def test_resume_is_exact(directory, tmp_path, monkeypatch, stop_at):
+    # log_every=4 does not divide save_every=3: the metrics of steps 1..3 must survive in the checkpoint.
+    config = tiny(directory, **{"train.log_every": 4, "train.save_every": 3, "model.moe.gate": "switch"})
+    train(config, str(tmp_path / "whole"))
+    calls = []
+
+    def stopping(batch, mesh):
+        calls.append(1)
+        if len(calls) > stop_at and "tokens" in batch and not monkeypatch_done:
+            raise Interrupted
+        return place(batch, mesh)
+
+    place, monkeypatch_done = training.place, []
+    monkeypatch.setattr(training, "place", stopping)
+    with pytest.raises(Interrupted):
+        train(config, str(tmp_path / "broken"))
+    monkeypatch_done.append(1)
+    train(config, str(tmp_path / "broken"))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    assert (whole / "report.txt").read_bytes() == (broken / "report.txt").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, parameters(whole, 6), parameters(broken, 6))
+
+
+MESHES = [
+    (1, {}),
+    (2, {"mesh.data": 1, "mesh.expert": 2}),
+    (4, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}),
+    (8, {"mesh.expert": 8, "mesh.data": 1}),
+    (8, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}),
+]
+
+
+def test_one_curve_on_every_mesh(directory, tmp_path):
+    curves = []
+    for index, (count, mesh) in enumerate(MESHES):
+        config = tiny(directory, **{"train.log_every": 1, "model.moe.gate": "gshard", "train.sample_tokens": 0, **mesh})
+        train(config, str(tmp_path / str(index)), devices=jax.devices()[:count])
+        curves.append(train_rows(tmp_path / str(index)))
+    for curve in curves[1:]:
+        for name in ("cross_entropy", "loss", "fraction_tokens_dropped", "load_balancing_loss"):
+            ours, first = ([row[name] for row in rows] for rows in (curve, curves[0]))
+            np.testing.assert_allclose(ours, first, rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_run_moves_to_another_mesh(directory, tmp_path):
+    config = tiny(directory, **{"train.sample_tokens": 0})
+    train(config, str(tmp_path / "still"))
+    moved = tiny(directory, **{"train.sample_tokens": 0, "mesh.data": 1, "mesh.expert": 4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_finish", lambda *_: None)
+        patch.setattr(training, "evaluate", _stop_at_second(training.evaluate))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "moved"))
+    train(moved, str(tmp_path / "moved"), devices=jax.devices()[:4])
+    still, moved_rows = train_rows(tmp_path / "still"), train_rows(tmp_path / "moved")
+    assert [row["step"] for row in moved_rows] == [2, 4, 6]
+    np.testing.assert_allclose(moved_rows[-1]["loss"], still[-1]["loss"], rtol=1e-4)
+
+
+def _stop_at_second(function):
+    calls = []
+
+    def wrapped(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted
+        return function(*arguments)
+
+    return wrapped
+
+
+def test_accumulated_microbatches_are_the_batch(directory, tmp_path):
+    # A dense model: with experts, the balancing loss is a mean of products, which microbatches change.
+    for name, steps in (("one", 1), ("four", 4)):
+        overrides = {"model.moe.gate": "none", "train.accumulation_steps": steps, "train.batch_size": 8}
+        config = tiny(directory, **overrides, **{"train.log_every": 1, "train.sample_tokens": 0})
+        train(config, str(tmp_path / name), devices=jax.devices()[:2])
+    one, four = train_rows(tmp_path / "one"), train_rows(tmp_path / "four")
+    for name in ("cross_entropy", "gradient_norm"):
+        np.testing.assert_allclose([r[name] for r in four], [r[name] for r in one], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "switch", "gshard", "mixtral"])
+def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
+    tree = importlib.import_module(f"configs.{name}").get_config()
+    config = tiny(directory, tree, **{"train.num_steps": 4, "train.sample_tokens": 0, "model.dtype": "bfloat16"})
+    train(config, str(tmp_path))
+    losses = [row["cross_entropy"] for row in train_rows(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_workdir_belongs_to_one_config(directory, tmp_path):
+    workdir = tmp_path / "run"
+    train(tiny(directory, **{"train.sample_tokens": 0}), str(workdir))
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with pytest.raises(ConfigError, match=r"set back model.moe.gate \(there 'mixtral', here 'switch'\)"):
+        train(tiny(directory, **{"model.moe.gate": "switch", "train.sample_tokens": 0}), str(workdir))
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"mesh.expert": 3}, "must multiply to the number of devices, 8"),
+        ({"data.sequence_length": 8192}, "gives only"),
+        ({"data.dataset": "nowhere"}, "data.dataset"),
+        ({"model.vocab_size": 300_000}, "vocab"),
+    ],
+)
+def test_nothing_is_written_for_an_impossible_run(directory, tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        train(tiny(directory, **overrides), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
