@@ -7,7 +7,10 @@ held-out loss. Nothing in a checkpoint is code, and none of it is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,12 +19,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from absl import logging as absl_logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe import sharding
-from moe.config import ConfigError, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig, from_config_dict
 from moe.flops import abstract_parameters
 from moe.step import TrainState
 
@@ -110,6 +114,17 @@ class Checkpoints:
 
 
 # --- Parameters alone ------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Orbax's warnings of what is meant: reading only, and parts that are not arrays."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
+
+
 @dataclasses.dataclass(frozen=True)
 class Streamed:
     """An array that is written part by part and never whole in memory.
@@ -163,6 +178,11 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
     Raises:
         ConfigError: there are checkpoints already.
     """
+    with _quiet():
+        _write_parameters(workdir, parameters)
+
+
+def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
     manager = ocp.CheckpointManager(
         workdir / "checkpoints",
@@ -175,8 +195,29 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
     manager.close()
 
 
+def read_config(workdir: str | os.PathLike[str]) -> Config:
+    """The config that a run or an import left beside its checkpoints.
+
+    Raises:
+        ConfigError: there is none, or it is none of ours.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def read_parameters(
-    workdir: epath.Path, model: ModelConfig, mesh: Mesh | None = None, *, dtype: Any = None, step: int | None = None
+    workdir: str | os.PathLike[str],
+    model: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+    only: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The parameters of a checkpoint of a run or of an import, without the optimizer's state.
 
@@ -186,12 +227,21 @@ def read_parameters(
         mesh: where to put them, each device reading its shard; None: the default device.
         dtype: to cast to; None: as stored.
         step: of the checkpoint; None: the newest.
+        only: keys down to the one parameter, or the branch, that is read; empty: all.
 
     Raises:
         ConfigError: no checkpoint, or one of another model; the parameter is named.
     """
+    workdir = epath.Path(workdir)
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
+    with _quiet():
+        return _read_parameters(workdir, model, mesh, dtype, step, only)
+
+
+def _read_parameters(
+    workdir: epath.Path, model: ModelConfig, mesh: Mesh | None, dtype: Any, step: int | None, only: tuple[str, ...]
+) -> dict[str, Any]:
     manager = ocp.CheckpointManager(
         workdir / "checkpoints",
         options=ocp.CheckpointManagerOptions(read_only=True),
@@ -205,6 +255,7 @@ def read_parameters(
         wanted = abstract_parameters(model)
         _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
         specs = sharding.parameter_specs(wanted)
+        stored, wanted, specs = (_branch(tree, only) for tree in (stored, wanted, specs))
 
         def restore_args(leaf: Any, spec: Any) -> ocp.ArrayRestoreArgs:
             where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, spec)
@@ -215,6 +266,11 @@ def read_parameters(
         return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["parameters"]
     finally:
         manager.close()
+
+
+def _branch(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The tree without what is beside the path."""
+    return {path[0]: _branch(tree[path[0]], path[1:])} if path else tree
 
 
 def _refuse_other_model(stored: Any, wanted: Any, where: str) -> None:

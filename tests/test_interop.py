@@ -6,6 +6,7 @@ in ../shared/parity where there is one. DeepSeekMoE v1's by its published formul
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,15 +15,24 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from moe import sharding
+from moe.checkpoint import read_config, read_parameters
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, resolve
-from moe.interop import load_balancing_loss, load_huggingface, save_huggingface
-from moe.interop.families import FAMILIES, read_config, write_config
+from moe.interop import (
+    export_checkpoint,
+    import_checkpoint,
+    load_balancing_loss,
+    load_huggingface,
+    save_huggingface,
+)
+from moe.interop.families import FAMILIES, write_config
+from moe.interop.families import read_config as read_open_config
 from moe.losses import cross_entropy
-from moe.transformer import layer_kinds, sparse_layers
+from moe.transformer import Transformer, layer_kinds, sparse_layers
 
 HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"
@@ -111,8 +121,6 @@ def test_shards_are_read_where_the_mesh_wants_them(mesh, tmp_path):
         **{"attention_bias": "qkv", "d_ff": 20, "moe": moe},
     )
     config = resolve(Config(model=model))
-    from moe.transformer import Transformer, nnx
-
     original = Transformer(config.model, rngs=nnx.Rngs(0))
     save_huggingface(original, config, tmp_path)
     tokens = np.arange(8 * 10).reshape(8, 10) % 48
@@ -267,7 +275,7 @@ def test_settings_that_are_refused(editable, fields, pattern):
 # --- config.json -----------------------------------------------------------------------------------------------------
 def test_published_config_of_mixtral():
     """As its folder has it: no head_dim, rope_theta at the top."""
-    model = read_config(
+    model = read_open_config(
         {
             **{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000},
             **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -286,10 +294,53 @@ def test_layers_of_qwen():
     source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
     source |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "max_window_layers": 3}
     del source["layer_types"]
-    kinds = layer_kinds(read_config(source).model)
+    kinds = layer_kinds(read_open_config(source).model)
     assert [kind.sparse for kind in kinds] == [False, True, False, False, False, True]
     assert [kind.window for kind in kinds] == [6, 0, 6, 0, 0, 0]
 
 
 def test_every_family_has_a_case():
     assert {path.name for path in OURS} == set(FAMILIES)
+
+
+# --- Checkpoints of ours ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in (OURS[0], OURS[3])])
+def test_through_a_checkpoint_and_out(path, tmp_path):
+    (tmp_path / "source").mkdir()
+    for file in path.iterdir():
+        shutil.copy(file, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    config = import_checkpoint(tmp_path / "source", tmp_path / "run")
+    assert read_config(tmp_path / "run") == config
+    model, _ = load_huggingface(path)
+    stored = read_parameters(tmp_path / "run", config.model)
+    jax.tree.map(np.testing.assert_array_equal, stored, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert _tensors(tmp_path / "out") == _tensors(path)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(ConfigError, match="holds checkpoints already"):
+        import_checkpoint(tmp_path / "source", tmp_path / "run")
+
+
+def test_a_checkpoint_onto_a_mesh(tmp_path):
+    config = import_checkpoint(HERE / "qwen2_moe", tmp_path)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    one = read_parameters(tmp_path, config.model)
+    many = read_parameters(tmp_path, config.model, mesh, dtype=np.float32)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), b), one, many)
+    up = many["segment_0"]["block_0"]["moe"]["experts"]["up"]
+    assert up.dtype == np.float32
+    assert up.sharding.shard_shape(up.shape)[2] == config.model.d_model // 4
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    config = import_checkpoint(HERE / "mixtral", tmp_path)
+    other = dataclasses.replace(config.model, d_ff=24, moe=dataclasses.replace(config.model.moe, d_ff=24))
+    with pytest.raises(
+        ConfigError, match=r"holds another model: .*experts\.down is \(2, 5, 20, 16\) there, \(2, 5, 24"
+    ):
+        read_parameters(tmp_path, other)
+    with pytest.raises(ConfigError, match="holds no checkpoint of step 3"):
+        read_parameters(tmp_path, config.model, step=3)
+    with pytest.raises(ConfigError, match="holds no checkpoints"):
+        read_parameters(tmp_path / "absent", config.model)

@@ -8,26 +8,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from moe import sharding
+from moe import checkpoint, sharding
 from moe.balancing import count_per_expert
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.flops import abstract_parameters
 from moe.interop.families import FAMILIES, Json, family_of, read_config, write_config
 from moe.interop.tensors import INDEX_FILE, SINGLE_FILE, Folder, Parameter, layout
 from moe.routing import Routing
 from moe.transformer import Transformer
+
+#: Files that go with the weights, both ways, unread: what text means and how it ends.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 
 
 def load_huggingface(
@@ -223,6 +231,74 @@ def write_folder(
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     source["torch_dtype"] = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
     (directory / "config.json").write_text(json.dumps(source, indent=2) + "\n")
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str], workdir: str | os.PathLike[str], *, dtype: str = "float32"
+) -> Config:
+    """Writes a folder's model as a checkpoint of ours, one tensor in memory at a time.
+
+    Args:
+        source: as in :func:`load_huggingface`.
+        workdir: gets ``config.json``, ``checkpoints/0`` and the :data:`COMPANIONS`; must hold no checkpoints.
+        dtype: of activations and matmuls.
+
+    Raises:
+        ConfigError: as in :func:`load_huggingface`, or the workdir is taken.
+    """
+    config, folder, parameters = open_folder(source, dtype=dtype)
+    workdir = epath.Path(workdir)
+    tree: dict[str, Any] = {}
+    for parameter in parameters:
+        node = tree
+        for key in parameter.path[:-1]:
+            node = node.setdefault(key, {})
+        node[parameter.path[-1]] = _streamed(folder, parameter)
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_parameters(workdir, tree)
+    for name in COMPANIONS:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, workdir / name)
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    return config
+
+
+def _streamed(folder: Folder, parameter: Parameter) -> checkpoint.Streamed:
+    dtype, everything = parameter_dtype(folder, parameter), (slice(None),) * len(parameter.slot_shape)
+
+    def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for piece in parameter.pieces:
+            yield piece.slot, parameter.read(folder, piece, everything).astype(dtype)
+
+    return checkpoint.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
+
+
+def export_checkpoint(
+    workdir: str | os.PathLike[str], directory: str | os.PathLike[str], *, model_type: str = "", dtype: str = ""
+) -> None:
+    """Writes the newest checkpoint of a workdir as a folder that open-source libraries load, a parameter at a time.
+
+    Args:
+        workdir: of a run or an import.
+        directory: as in :func:`save_huggingface`.
+        model_type: as there.
+        dtype: to cast to; empty: as stored.
+
+    Raises:
+        ConfigError: as there, or no checkpoint.
+    """
+    config = checkpoint.read_config(workdir)
+
+    def fetch(parameter: Parameter) -> Any:
+        node = checkpoint.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
+        for key in parameter.path:
+            node = node[key]
+        return node
+
+    write_folder(config, fetch, Path(directory), model_type=model_type)
+    for name in COMPANIONS:
+        if (epath.Path(workdir) / name).exists():
+            (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())
 
 
 def _shard_path(directory: Path, number: int) -> Path:

@@ -1,0 +1,37 @@
+"""python scripts/import_hf.py --source=DIR --out=WORKDIR: an open checkpoint becomes one of ours.
+
+DIR holds config.json and safetensors files, sharded or not. WORKDIR gets config.json, checkpoints/0 and the tokenizer;
+generate, evaluate, fine-tune or export from there. One tensor at a time is in memory.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe import platform
+
+if __name__ == "__main__":
+    platform.use_huge_pages()  # before JAX: it restarts this program once
+
+from absl import flags
+
+from moe import cli
+
+_SOURCE = flags.DEFINE_string("source", None, "Folder with config.json and safetensors.")
+_OUT = flags.DEFINE_string("out", None, "Workdir to make.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls.")
+
+
+def main() -> None:
+    """Flags in, a workdir out."""
+    from moe.flops import count_parameters
+    from moe.interop import import_checkpoint
+
+    config = import_checkpoint(str(_SOURCE.value), str(_OUT.value), dtype=_DTYPE.value)
+    total, active = count_parameters(config.model)
+    print(f"{_OUT.value}: {total:,} parameters, {active:,} active per token")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("source", "out"))
