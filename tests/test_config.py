@@ -83,7 +83,7 @@ def test_known_fields_pass():
 def test_unknown_key_and_wrong_type_in_a_tree():
     tree = dataclasses.asdict(Config())
     tree["model"]["d_modle"] = 3
-    with pytest.raises(ConfigError, match="did you mean model.d_model"):
+    with pytest.raises(ConfigError, match=r"did you mean model\.d_model"):
         from_config_dict(tree)
     tree = dataclasses.asdict(Config())
     tree["model"]["d_model"] = 3.5
