@@ -29,7 +29,7 @@ def get_config(size: str = "128e12l") -> ml_collections.ConfigDict:
     config = base.get_config()
     config.model.update(
         vocab_size=64000, d_model=1024, num_layers=layers, num_heads=16, num_kv_heads=16, head_dim=128, d_ff=8192,
-        activation="relu", tie_embeddings=True, dtype="bfloat16", remat="full",
+        activation="relu", tie_embeddings=True, dtype="bfloat16", attention="blocked", remat="full",
     )  # fmt: skip
     config.model.moe.update(gate="gshard", num_experts=experts, every=2)
     # 4 million tokens a batch in the paper, on 2048 cores; the same 2048 tokens a core on every size.

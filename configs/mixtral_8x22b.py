@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         d_ff=16384,
         rope_theta=1e6,
         dtype="bfloat16",
+        attention="blocked",
         remat="full",
     )
     config.model.moe.update(

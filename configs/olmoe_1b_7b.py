@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         rope_theta=1e4,
         qk_norm="full",
         dtype="bfloat16",
+        attention="blocked",
         remat="full",
     )
     config.model.moe.update(

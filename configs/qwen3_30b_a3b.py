@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         rope_theta=1e6,
         qk_norm="head",
         dtype="bfloat16",
+        attention="blocked",
         remat="full",
     )
     config.model.moe.update(

@@ -34,7 +34,8 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config = base.get_config()
     config.model.update(
         vocab_size=32128, d_model=d_model, num_layers=blocks, num_heads=heads, num_kv_heads=heads, head_dim=head_dim,
-        d_ff=d_ff, activation=activation, tie_embeddings=True, init_scale=0.1, dtype="bfloat16", remat="full",
+        d_ff=d_ff, activation=activation, tie_embeddings=True, init_scale=0.1, dtype="bfloat16",
+        attention="blocked", remat="full",
     )  # fmt: skip
     config.model.moe.update(gate="switch", num_experts=experts, every=every)
     config.data.sequence_length = 512

@@ -63,6 +63,7 @@ class ModelConfig:
     sliding_window: int = 0  # tokens a query sees, itself included; 0: all
     sliding_window_layers: tuple[int, ...] = ()  # the layers, from 0, that have the window; empty: every layer
     qk_norm: str = "none"  # none, head (RMSNorm over H, Qwen3) or full (over N*H, OLMoE)
+    attention: str = "full"  # full: all scores at once; blocked: never T x T, for long sequences and for TPUs
     attention_bias: str = "none"  # none, qkv (of queries, keys and values, Qwen2) or all (of the output too)
     clip_qkv: float = 0.0  # queries, keys and values are clipped to [-c, c] before they are rotated (OLMoE); 0: not
     tie_embeddings: bool = False  # logits = x E^T
@@ -281,6 +282,7 @@ def validate(config: Config) -> Config:
 
 
 def _validate_model(model: ModelConfig) -> None:
+    from moe.attention import ATTENTIONS
     from moe.layers import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
     from moe.transformer import REMAT_POLICIES
 
@@ -300,6 +302,7 @@ def _validate_model(model: ModelConfig) -> None:
     )
     _require_choice("model.activation", model.activation, (*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS))
     _require_choice("model.qk_norm", model.qk_norm, ("none", "head", "full"))
+    _require_choice("model.attention", model.attention, ATTENTIONS)
     _require_choice("model.attention_bias", model.attention_bias, ("none", "qkv", "all"))
     _require_layers("model.sliding_window_layers", model.sliding_window_layers, model.num_layers)
     _require(

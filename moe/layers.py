@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from moe import sharding
+from moe.attention import attend
 from moe.config import ModelConfig
 
 #: geglu is T5's, by the tanh approximation; geglu_exact is by the error function.
@@ -117,16 +118,7 @@ class Attention(nnx.Module):
         query = sharding.constrain(rotate(query, positions, c.rope_theta), sharding.HEADS)
         key = sharding.constrain(rotate(key, positions, c.rope_theta), sharding.HEADS)
         value = sharding.constrain(value, sharding.HEADS)
-        same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
-        heads = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=same_document,
-            is_causal=True,
-            # A window of w tokens counts the query's own, as Mistral's does.
-            local_window_size=(self.window - 1, 0) if self.window else None,
-        )
+        heads = attend(query, key, value, segment_ids, window=self.window, kind=c.attention)
         y = jnp.einsum("btnh,nhd->btd", heads, sharding.use("attention.out", self.out[...], x.dtype))
         return y + self.out_bias[...].astype(x.dtype) if c.attention_bias == "all" else y
 
@@ -175,9 +167,9 @@ class Embedding(nnx.Module):
         table = sharding.constrain(sharding.use("embedding.table", self.table[...], dtype), sharding.TABLE)
         return sharding.constrain(table[tokens], sharding.BATCH)
 
-    def logits(self, x: Array) -> Array:
-        """[B,T,D] → [B,T,V]."""
-        return jnp.einsum("btd,vd->btv", x, sharding.use("embedding.table", self.table[...], x.dtype))
+    def matrix(self, dtype: jnp.dtype) -> Array:
+        """[V,D] in this dtype, for tied logits."""
+        return sharding.use("embedding.table", self.table[...], dtype)
 
 
 class Unembedding(nnx.Module):
@@ -186,6 +178,6 @@ class Unembedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.kernel = matrix(rngs, (config.d_model, config.vocab_size), config.d_model, config.init_scale)
 
-    def __call__(self, x: Array) -> Array:
-        """[B,T,D] → [B,T,V]."""
-        return x @ sharding.use("unembedding.kernel", self.kernel[...], x.dtype)
+    def matrix(self, dtype: jnp.dtype) -> Array:
+        """[D,V] in this dtype."""
+        return sharding.use("unembedding.kernel", self.kernel[...], dtype)

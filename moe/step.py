@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from moe import sharding
 from moe.balancing import LayerReport
 from moe.config import Config
-from moe.losses import auxiliary_loss, cross_entropy, mean_reports
+from moe.losses import auxiliary_loss, linear_cross_entropy, mean_reports
 from moe.optimizer import learning_rate_schedule, make_optimizer
 from moe.transformer import Transformer
 
@@ -140,7 +140,7 @@ def build(config: Config, mesh: Mesh) -> Program:
         """This microbatch's share of the batch's loss."""
         model = nnx.merge(graphdef, parameters)
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
-        nll, _ = cross_entropy(output.logits, batch["targets"])
+        nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
         share = nll / jnp.maximum(num_targets, 1)
         return share + auxiliary_loss(output.layers, config.model.moe) / microbatches, (share, output.layers)
 
@@ -172,7 +172,7 @@ def build(config: Config, mesh: Mesh) -> Program:
     def eval_step(parameters: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
         model = nnx.merge(graphdef, parameters)
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-        nll, num_targets = cross_entropy(output.logits, batch["targets"])
+        nll, num_targets = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
         known = batch["targets"] >= 0
         sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
         return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)

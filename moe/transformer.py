@@ -38,11 +38,13 @@ class Output:
 
     Attributes:
         logits: [B,T,V] in the compute dtype.
+        hidden: [B,T,D], what the logits are made of: hidden @ ``Transformer.output_matrix``.
         layers: a LayerReport whose arrays lead with the number of MoE layers, or None in a dense model.
         routing: a Routing whose arrays do likewise, or None unless asked for.
     """
 
     logits: Array
+    hidden: Array
     layers: LayerReport | None
     routing: Routing | None
 
@@ -191,12 +193,17 @@ class Transformer(nnx.Module):
             records += segment_records
             first += len(unit) * repeats
         x = self.final_norm(x)
-        logits = self.embedding.logits(x) if self.unembedding is None else self.unembedding(x)
-        logits = sharding.constrain(logits, sharding.LOGITS)
+        # A caller that reads only `hidden` under jit, as the train step does, never pays for these.
+        logits = sharding.constrain(x @ self.output_matrix(), sharding.LOGITS)
         if not records:
-            return Output(logits, None, None)
+            return Output(logits, x, None, None)
         layers, routing = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *records)
-        return Output(logits, layers, routing)
+        return Output(logits, x, layers, routing)
+
+    def output_matrix(self) -> Array:
+        """[D,V] in the compute dtype: from hidden states to logits."""
+        dtype = jnp.dtype(self.config.dtype)
+        return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
 
     def _run_segment(self, segment, x, segment_ids, positions, train, rng, first, repeats, return_routing):
         """Scans one segment; its records lead with its number of MoE layers, in layer order."""
