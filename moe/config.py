@@ -4,7 +4,7 @@ In: an ``ml_collections.ConfigDict`` made by a file in ``configs/`` (and ``--con
 Out: a frozen :class:`Config` whose values are known to be possible, or a :class:`ConfigError` that names the
 field, its value and what is allowed.
 
-Fields of :data:`GATES_OWN` (-1) mean "what the gate's paper says"; :func:`resolve` fills them from
+Fields of :data:`GATES_OWN` (-1) or "gate" mean "what the gate's paper says"; :func:`resolve` fills them from
 ``moe.routing.GATES``, so that the rest of the code never sees -1 there.
 """
 
@@ -44,13 +44,27 @@ class MoEConfig:
     jitter: float = GATES_OWN  # multiplies the router's input by uniform [1 - jitter, 1 + jitter]; -1: the gate's
     load_balancing_weight: float = GATES_OWN  # of the load-balancing loss; -1: the gate's
     z_loss_weight: float = GATES_OWN  # of the router z-loss; -1: the gate's
+    importance_weight: float = GATES_OWN  # of Shazeer's importance loss; -1: the gate's
+    load_weight: float = GATES_OWN  # of Shazeer's load loss, gate noisy_topk; -1: the gate's
+    device_balance_weight: float = GATES_OWN  # of the balance loss over expert_groups; -1: the gate's
+    balance_scope: str = "gate"  # tokens one load-balancing loss sees: batch, group or sequence; "gate": the gate's
+    bias_update_rate: float = GATES_OWN  # u of loss-free balancing, per step, gate deepseek_v3; -1: the gate's
+    expert_groups: int = GATES_OWN  # groups the experts are split in; divides num_experts; -1: the gate's
+    kept_expert_groups: int = GATES_OWN  # groups one token chooses from, DeepSeek's gates; -1: the gate's
+    renormalise: int = GATES_OWN  # chosen weights divided by their sum: 1 yes, 0 no; -1: the gate's
+    routing_scale: float = GATES_OWN  # factor of the chosen weights, DeepSeek's gates; -1: the gate's
+    slots_per_expert: int = 1  # of gate soft_moe
+    drop_policy: str = "gate"  # who is served first: position, probability or random; "gate": the gate's
+    overflow_to_next: bool = False  # a pair that finds no room tries the token's next best expert, once
+    expert_dropout: float = 0.0  # of the experts' hidden activations, in training (Switch: 0.4 when fine-tuning)
+    accept_future_leak: bool = False  # allow gates whose choice for a token looks at later tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder-only Transformer."""
 
-    vocab_size: int = 8192  # V, rows of the embedding
+    vocab_size: int = 4096  # V, rows of the embedding
     d_model: int = 256  # D
     num_layers: int = 4  # L
     num_heads: int = 8  # N, query heads
@@ -118,12 +132,12 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    num_steps: int = 300  # optimizer steps
+    num_steps: int = 320  # optimizer steps
     batch_size: int = 8  # B, rows of T tokens per optimizer step, all devices together
     accumulation_steps: int = 1  # microbatches per optimizer step; divides batch_size
     log_every: int = 10  # steps between rows of metrics
-    eval_every: int = 100  # steps between evaluations on held-out text; the last step always evaluates
-    save_every: int = 100  # steps between checkpoints; the last step always saves
+    eval_every: int = 80  # steps between evaluations on held-out text; the last step always evaluates
+    save_every: int = 80  # steps between checkpoints; the last step always saves
     keep_checkpoints: int = 2  # newest ones kept, beside the best
     sample_tokens: int = 64  # length of the continuation sampled at the end; 0: none
 
@@ -241,10 +255,12 @@ def resolve(config: Config) -> Config:
     filled: dict[str, typing.Any] = {
         field.name: getattr(gate, field.name)
         for field in dataclasses.fields(moe)
-        if hasattr(gate, field.name) and getattr(moe, field.name) == GATES_OWN
+        if hasattr(gate, field.name) and getattr(moe, field.name) in (GATES_OWN, "gate")
     }
     if filled.get("experts_per_token") == 0:
         filled["experts_per_token"] = moe.num_experts
+    if filled.get("kept_expert_groups") == 0:
+        filled["kept_expert_groups"] = filled.get("expert_groups", moe.expert_groups)
     if moe.d_ff == 0:
         filled["d_ff"] = config.model.d_ff
     moe = dataclasses.replace(moe, **filled)
@@ -339,6 +355,7 @@ def _validate_moe(config: Config) -> None:
         _require(getattr(moe, name) > 0, f"{where}{name}", getattr(moe, name), "must be positive")
     _require(0 <= moe.jitter < 1, f"{where}jitter", moe.jitter, "must be in [0, 1)")
     _require_choice(f"{where}dispatch", moe.dispatch, tuple(MODES))
+    _validate_gate(moe, where)
     _require_layers(f"{where}layers", moe.layers, config.model.num_layers)
     _require(
         not moe.layers or (moe.every == 1 and moe.first_dense == 0),
@@ -360,6 +377,86 @@ def _validate_moe(config: Config) -> None:
         f"{where}group_size",
         moe.group_size,
         f"must divide or be a multiple of data.sequence_length={length}, and divide a microbatch's {tokens} tokens",
+    )
+
+
+def _validate_gate(moe: MoEConfig, where: str) -> None:
+    """What the gate asks for must be possible, and what is set must be read by it."""
+    from moe.balancing import BALANCE_SCOPES
+    from moe.dispatch import DROP_POLICIES
+    from moe.routing import GATES
+
+    gate = GATES[moe.gate]
+    _require_choice(f"{where}balance_scope", moe.balance_scope, BALANCE_SCOPES)
+    _require_choice(f"{where}drop_policy", moe.drop_policy, DROP_POLICIES)
+    _require_at_least(where, moe, 0, "importance_weight", "load_weight", "device_balance_weight", "bias_update_rate")
+    _require_at_least(where, moe, 1, "slots_per_expert")
+    _require(0 <= moe.expert_dropout < 1, f"{where}expert_dropout", moe.expert_dropout, "must be in [0, 1)")
+    _require(
+        moe.accept_future_leak or not gate.looks_ahead,
+        f"{where}gate",
+        moe.gate,
+        "chooses for a token by looking at later ones, which this causal model must not see; "
+        f"set {where}accept_future_leak=True to accept that",
+    )
+    groups, kept, k = moe.expert_groups, moe.kept_expert_groups, moe.experts_per_token
+    _require(
+        groups >= 1 and moe.num_experts % groups == 0,
+        f"{where}expert_groups",
+        groups,
+        f"must be at least 1 and divide num_experts={moe.num_experts}",
+    )
+    _require(1 <= kept <= groups, f"{where}kept_expert_groups", kept, f"must be from 1 to expert_groups={groups}")
+    # A field that another gate reads would be ignored here, silently.
+    limited = gate.router == "biased" or gate.renormalise >= 0
+    _require(
+        limited or kept == groups,
+        f"{where}kept_expert_groups",
+        kept,
+        f"the gate {moe.gate!r} chooses from all groups: leave it at -1",
+    )
+    _require(
+        not limited or k <= kept * moe.num_experts // groups,
+        f"{where}experts_per_token",
+        k,
+        f"must be at most the {kept * moe.num_experts // groups} experts of kept_expert_groups={kept} "
+        f"of expert_groups={groups}",
+    )
+    _require(limited or moe.routing_scale == 1, f"{where}routing_scale", moe.routing_scale, "needs a DeepSeek gate")
+    if gate.renormalise >= 0:
+        _require(moe.renormalise in (0, 1), f"{where}renormalise", moe.renormalise, "must be 0, 1 or -1 (the gate's)")
+    else:
+        _require(moe.renormalise == -1, f"{where}renormalise", moe.renormalise, f"is fixed by the gate {moe.gate!r}")
+    _require(
+        moe.load_weight == 0 or gate.router == "noisy",
+        f"{where}load_weight",
+        moe.load_weight,
+        "needs the gate noisy_topk: the load has no gradient without its noise",
+    )
+    _require(
+        moe.bias_update_rate == 0 or gate.router == "biased",
+        f"{where}bias_update_rate",
+        moe.bias_update_rate,
+        "needs the gate deepseek_v3",
+    )
+    _require(
+        moe.slots_per_expert == 1 or gate.router == "slots",
+        f"{where}slots_per_expert",
+        moe.slots_per_expert,
+        "needs the gate soft_moe",
+    )
+    _require(
+        gate.router != "slots" or moe.dispatch == "einsum",
+        f"{where}dispatch",
+        moe.dispatch,
+        "must be einsum: soft_moe mixes all tokens into every slot, so that there are no rows to move",
+    )
+    _require(
+        not moe.overflow_to_next or (2 * k <= moe.num_experts and not gate.looks_ahead and moe.dispatch != "dropless"),
+        f"{where}overflow_to_next",
+        moe.overflow_to_next,
+        "needs as many further experts as choices (num_experts >= 2 * experts_per_token), a capacity (a dispatch other "
+        "than dropless), and a gate in which tokens choose",
     )
 
 

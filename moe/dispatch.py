@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array
 
 from moe import sharding
+from moe.gates import pick, top_k
 from moe.routing import Routing
 
 
@@ -51,20 +52,85 @@ def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: 
     return max(1, min(group_size, math.ceil(exact)))
 
 
-def make_plan(routing: Routing, capacity: int) -> Plan:
+#: Who is served first where an expert's buffer is too small: the earlier token, the token with the largest weight
+#: (V-MoE 2021, section 4, "batch prioritized routing"), or a random one.
+DROP_POLICIES = ("position", "probability", "random")
+
+
+def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position", rng: Array | None = None) -> Plan:
     """First come, first served in each group: all first choices in token order, then all second choices, and so on
-    (GShard 2020, algorithm 1)."""
+    (GShard 2020, algorithm 1).
+
+    Args:
+        routing: of one layer.
+        capacity: C.
+        drop_policy: the order of the tokens, one of :data:`DROP_POLICIES`.
+        rng: key of the random order; None: always the same order.
+    """
+    expert_index, chosen = routing.expert_index, routing.chosen
+    order = _service_order(routing, drop_policy, rng)
+    if order is not None:
+        expert_index, chosen = (
+            jnp.take_along_axis(array, order[..., None], axis=1) for array in (expert_index, chosen)
+        )
     num_experts = routing.router_logits.shape[-1]
-    groups, tokens, choices = routing.expert_index.shape
+    position, _ = _positions(expert_index, chosen, num_experts)
+    if order is not None:
+        position = jnp.take_along_axis(position, jnp.argsort(order, axis=1)[..., None], axis=1)
+    return Plan(position, routing.chosen & (position < capacity), capacity, num_experts)
+
+
+def _service_order(routing: Routing, drop_policy: str, rng: Array | None) -> Array | None:
+    """[G,S] int32, the tokens in the order of service; None: as they stand."""
+    if drop_policy == "position":
+        return None
+    if drop_policy == "probability":
+        priority = jax.lax.stop_gradient(jnp.max(routing.combine_weights, axis=-1))
+    else:
+        priority = jax.random.uniform(jax.random.key(0) if rng is None else rng, routing.chosen.shape[:2])
+    return jnp.argsort(-priority, axis=1, stable=True)
+
+
+def _positions(expert_index: Array, chosen: Array, num_experts: int) -> tuple[Array, Array]:
+    """[G,S,K] int32, how many chosen pairs before this one name its expert; and how many all do, [G,E]."""
+    groups, tokens, choices = expert_index.shape
     # [G,S,K] → [G,K,S] → [G,K·S]: the order of service.
-    in_order = jnp.swapaxes(routing.expert_index, 1, 2).reshape(groups, choices * tokens)
-    chosen = jnp.swapaxes(routing.chosen, 1, 2).reshape(groups, choices * tokens)
-    asks = jax.nn.one_hot(in_order, num_experts, dtype=jnp.int32) * chosen[..., None]  # [G,K·S,E]
+    in_order = jnp.swapaxes(expert_index, 1, 2).reshape(groups, choices * tokens)
+    sent = jnp.swapaxes(chosen, 1, 2).reshape(groups, choices * tokens)
+    asks = jax.nn.one_hot(in_order, num_experts, dtype=jnp.int32) * sent[..., None]  # [G,K·S,E]
     before = jnp.cumsum(asks, axis=1) - asks
     position = jnp.sum(before * asks, axis=-1)
     # [G,K·S] → [G,K,S] → [G,S,K]
-    position = jnp.swapaxes(position.reshape(groups, choices, tokens), 1, 2)
-    return Plan(position, routing.chosen & (position < capacity), capacity, num_experts)
+    return jnp.swapaxes(position.reshape(groups, choices, tokens), 1, 2), jnp.sum(asks, axis=1)
+
+
+def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
+    """Gives each pair that found no room one more try, at the token's next best expert, after everybody else
+    ("no token left behind", Switch 2021, appendix B, one round of it).
+
+    The n-th overflowing choice of a token tries its n-th best expert by ``router_probs`` among those it has not named.
+    Its weight is multiplied by p(new)/p(old), so that an un-renormalised weight p stays a p.
+    """
+    choices, num_experts = routing.expert_index.shape[-1], plan.num_experts
+    overflows = routing.chosen & ~plan.kept
+    named = jnp.any(routing.expert_index[..., None] == jnp.arange(num_experts), axis=-2)  # [G,S,E]
+    _, further = top_k(jnp.where(named, -jnp.inf, routing.router_probs), choices)
+    nth = jnp.cumsum(overflows, axis=-1) - overflows  # [G,S,K], how many choices of the token overflowed before
+    next_index = jnp.take_along_axis(further, nth, axis=-1)
+    position, _ = _positions(next_index, overflows, num_experts)
+    _, asked = _positions(routing.expert_index, routing.chosen, num_experts)
+    taken = jnp.minimum(asked, plan.capacity)  # [G,E]
+    position = position + jnp.take_along_axis(taken[:, None], next_index, axis=-1)
+    old, new = (pick(routing.router_probs, index) for index in (routing.expert_index, next_index))
+    factor = jnp.where(overflows, new / jnp.where(overflows & (old > 0), old, 1.0), 1.0)
+    routing = dataclasses.replace(
+        routing,
+        expert_index=jnp.where(overflows, next_index, routing.expert_index).astype(jnp.int32),
+        combine_weights=routing.combine_weights * factor,
+    )
+    position = jnp.where(overflows, position, plan.position_in_expert)
+    kept = plan.kept | (overflows & (position < plan.capacity))
+    return routing, dataclasses.replace(plan, position_in_expert=position, kept=kept)
 
 
 # Gather mode. Two index tables, each the other's inverse: which pair fills a slot, and which slot holds a pair. Both
@@ -203,8 +269,27 @@ def einsum(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     slot = jax.nn.one_hot(jnp.where(plan.kept, plan.position_in_expert, -1), plan.capacity, dtype=jnp.float32)
     dispatch_mask = jnp.einsum("gske,gskc->gsec", expert, slot)
     combine_weights = jnp.einsum("gske,gskc,gsk->gsec", expert, slot, routing.combine_weights)
-    outputs = _exchange(jnp.einsum("gsec,gsd->egcd", dispatch_mask.astype(x.dtype), x), experts)
+    return mix(x, dispatch_mask, combine_weights, experts)
+
+
+def mix(x: Array, dispatch_weights: Array, combine_weights: Array, experts: Experts) -> Array:
+    """x [G,S,D], weights [G,S,E,C] of tokens in slots and of slots in outputs → y [G,S,D] float32."""
+    outputs = _exchange(jnp.einsum("gsec,gsd->egcd", dispatch_weights.astype(x.dtype), x), experts)
     return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
+
+
+def soft_weights(slot_logits: Array, mask: Array) -> tuple[Array, Array]:
+    """Dispatch and combine weights of Soft MoE: softmax over tokens, softmax over slots (2023, equations 1 and 3).
+
+    Args:
+        slot_logits: [G,S,E,P] float32, P slots per expert.
+        mask: [G,S] bool; padding is in no slot and takes nothing.
+    """
+    real = mask[..., None, None]
+    # Where a group has no real token, softmax over nothing would be NaN.
+    dispatch = jax.nn.softmax(jnp.where(real, slot_logits, jnp.finfo(jnp.float32).min), axis=1)
+    combine = jax.nn.softmax(slot_logits, axis=(2, 3))
+    return jnp.where(real, dispatch, 0.0), jnp.where(real, combine, 0.0)
 
 
 #: (x [G,S,D], Routing, Plan, Experts) → y [G,S,D] float32: Σ_k weight·expert output, 0 for dropped

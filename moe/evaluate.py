@@ -1,7 +1,7 @@
 """Held-out loss of a model, per domain.
 
-In: parameters, prepared data. Out: for each domain nats per token, perplexity, bits per byte of text, and what the
-routers did; and the same over all domains' tokens.
+In: a model's variables, prepared data. Out: for each domain nats per token, perplexity, bits per byte of text, and
+what the routers did; and the same over all domains' tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     return Heldout(batches, token_bytes)
 
 
-def evaluate(program: Program, parameters: dict[str, Any], heldout: Heldout) -> dict[str, dict[str, Any]]:
+def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, dict[str, Any]]:
     """Metrics per domain and under "all".
 
     Returns:
@@ -63,7 +63,7 @@ def evaluate(program: Program, parameters: dict[str, Any], heldout: Heldout) -> 
     reports: list[LayerReport] = []
     for domain, batches in heldout.batches.items():
         # All batches are started before any result is read.
-        metrics = [program.eval_step(parameters, place(b, program.mesh), heldout.token_bytes) for b in batches]
+        metrics = [program.eval_step(variables, place(b, program.mesh), heldout.token_bytes) for b in batches]
         domain_sums = np.sum([[float(m.nll), int(m.targets), int(m.target_bytes)] for m in metrics], axis=0)
         # Batches that are padding alone have nothing to report.
         domain_reports = [m.layers for m in metrics if m.layers is not None and int(m.targets) > 0]

@@ -8,6 +8,7 @@ Letters: B batch, T sequence, G groups, S tokens per group, E experts, K choices
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,8 @@ from moe.grouped import grouped_matmul
 from moe.layers import GATED_ACTIVATIONS, DenseFFN, activate, matrix
 from moe.routing import GATES, Routing, route
 
+Drop = Callable[[Array], Array]
+
 
 class Experts(nnx.Module):
     """E FFNs of one shape, as three stacked matrices."""
@@ -32,37 +35,87 @@ class Experts(nnx.Module):
         self.down = matrix(rngs, (e, f, d), f, config.init_scale)
         self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def batched(self, rows: Array) -> Array:
-        """[E,R,D] → [E,R,D]: expert e over its R rows."""
-        return self._ffn(rows, lambda rows, weights: jnp.einsum("eri,eij->erj", rows, weights))
+    def batched(self, rows: Array, drop: Drop | None = None) -> Array:
+        """[E,R,D] → [E,R,D]: expert e over its R rows; ``drop`` is applied to the hidden activations."""
+        return self._ffn(rows, drop, lambda rows, weights: jnp.einsum("eri,eij->erj", rows, weights))
 
-    def grouped(self, rows: Array, group_sizes: Array) -> Array:
+    def grouped(self, rows: Array, group_sizes: Array, drop: Drop | None = None) -> Array:
         """[R,D], [E] int32 → [R,D]: the first group_sizes[0] rows by expert 0, the next by expert 1, and so on."""
-        return self._ffn(rows, lambda rows, weights: grouped_matmul(rows, weights, group_sizes))
+        return self._ffn(rows, drop, lambda rows, weights: grouped_matmul(rows, weights, group_sizes))
 
-    def _ffn(self, rows: Array, matmul: Callable[[Array, Array], Array]) -> Array:
+    def _ffn(self, rows: Array, drop: Drop | None, matmul: Callable[[Array, Array], Array]) -> Array:
         """The FFN over whatever layout ``matmul`` multiplies by [E,D,F] or [E,F,D]."""
         up = matmul(rows, sharding.use("experts.up", self.up[...], rows.dtype))
         gate = None
         if self.gate is not None:
             gate = matmul(rows, sharding.use("experts.gate", self.gate[...], rows.dtype))
         hidden = activate(self.activation, up, gate)
+        if drop is not None:
+            hidden = drop(hidden)
         return matmul(hidden, sharding.use("experts.down", self.down[...], rows.dtype))
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertDropout:
+    """Experts whose hidden activations are dropped at a rate (Switch 2021, section 4.2, "expert dropout")."""
+
+    experts: Experts
+    rate: float
+    rng: Array
+
+    def batched(self, rows: Array) -> Array:
+        """As :meth:`Experts.batched`."""
+        return self.experts.batched(rows, self._drop)
+
+    def grouped(self, rows: Array, group_sizes: Array) -> Array:
+        """As :meth:`Experts.grouped`."""
+        return self.experts.grouped(rows, group_sizes, self._drop)
+
+    def _drop(self, hidden: Array) -> Array:
+        kept = jax.random.bernoulli(self.rng, 1.0 - self.rate, hidden.shape)
+        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
+
+
+class SelectionBias(nnx.Variable):
+    """[E] float32, added to the scores for the choice alone. No gradient reaches it; the train step moves it."""
+
+
 class Router(nnx.Module):
-    """x·W_g in float32 whatever the compute dtype (Switch 2021, section 2.4, "selective precision")."""
+    """x·W_g in float32 whatever the compute dtype (Switch 2021, section 2.4, "selective precision").
+
+    The gate says what else it has (:attr:`moe.routing.Gate.router`): W_noise, both zero at first (Shazeer 2017, section
+    4 and appendix A); a selection bias, zero at first; or a column per slot. Deviation from Soft MoE (2023, section
+    2.3): x and W_g are not L2-normalised, x being the output of an RMSNorm.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.kernel = matrix(rngs, (config.d_model, config.moe.num_experts), config.d_model, config.init_scale)
+        d, e, kind = config.d_model, config.moe.num_experts, GATES[config.moe.gate].router
+        self.bias = SelectionBias(jnp.zeros((e,), jnp.float32)) if kind == "biased" else None
+        self.noise = nnx.Param(jnp.zeros((d, e), jnp.float32)) if kind == "noisy" else None
+        if kind == "noisy":
+            self.kernel = nnx.Param(jnp.zeros((d, e), jnp.float32))
+        else:
+            shape = (d, e, config.moe.slots_per_expert) if kind == "slots" else (d, e)
+            self.kernel = matrix(rngs, shape, d, config.init_scale)
 
     def __call__(self, x: Array, *, jitter: float = 0.0, rng: Array | None = None) -> Array:
-        """[G,S,D] → router_logits [G,S,E] float32; the jitter multiplies this copy of x and nothing else."""
+        """[G,S,D] → router_logits [G,S,E] float32, or [G,S,E,P] of slots.
+
+        The jitter multiplies this copy of x and nothing else.
+        """
         x = x.astype(jnp.float32)
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
-        # TPUs multiply float32 in bfloat16 passes unless told otherwise.
-        return jnp.einsum("gsd,de->gse", x, self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+        return _matmul(x, self.kernel[...])
+
+    def noise_logits(self, x: Array) -> Array | None:
+        """[G,S,D] → x·W_noise [G,S,E] float32, or None."""
+        return None if self.noise is None else _matmul(x.astype(jnp.float32), self.noise[...])
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    # TPUs multiply float32 in bfloat16 passes unless told otherwise.
+    return jnp.einsum("gsd,d...->gs...", x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 class SharedExpert(nnx.Module):
@@ -85,43 +138,101 @@ class MoELayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config.moe
-        self.router = Router(config, rngs=rngs)
+        self.router = None if GATES[config.moe.gate].router == "none" else Router(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
     def __call__(
-        self, x: Array, mask: Array, *, train: bool = False, rng: Array | None = None
+        self,
+        x: Array,
+        mask: Array,
+        *,
+        token_ids: Array | None = None,
+        routing: Routing | None = None,
+        train: bool = False,
+        rng: Array | None = None,
     ) -> tuple[Array, balancing.LayerReport, Routing]:
         """Each token through its experts.
 
         Args:
             x: [B,T,D].
             mask: [B,T] bool, real tokens; padding takes no slot, gets 0 and counts in no loss.
+            token_ids: [B,T] int32, for gates that route by identity.
+            routing: over groups, used instead of the router's: a recorded one, replayed. The router is not asked.
             train: picks the capacity factor.
-            rng: key of the router's jitter and of the gate's draws; None: deterministic.
+            rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
 
         Returns:
             y [B,T,D], 0 for a token that no expert had room for (the residual carries it); the layer's report; the
             routing over groups.
         """
-        c = self.config
-        gate = GATES[c.gate]
+        c, gate = self.config, GATES[self.config.gate]
         group_size = c.group_size or x.shape[1]
         # [B,T,D] → [G,S,D]; a group is a run of S tokens of the batch in row order, on whatever mesh.
         tokens = sharding.constrain(x.reshape(-1, group_size, x.shape[-1]), sharding.BATCH)
-        mask = mask.reshape(-1, group_size)
-        jitter_rng, gate_rng = (None, None) if rng is None else tuple(jax.random.split(rng))
-        router_logits = self.router(tokens, jitter=c.jitter, rng=jitter_rng)
-        routing = route(gate, router_logits, mask, experts_per_token=c.experts_per_token, rng=gate_rng)
+        groups = tokens.shape[0]
+        mask = mask.reshape(groups, group_size)
+        jitter_rng, gate_rng, drop_rng, dropout_rng = (None,) * 4 if rng is None else tuple(jax.random.split(rng, 4))
         factor = c.capacity_factor if train else c.eval_capacity_factor
         capacity = dispatch.expert_capacity(factor, c.experts_per_token, group_size, c.num_experts)
-        if c.dispatch == "dropless":
-            capacity = group_size * c.experts_per_token  # room for every pair
-        plan = dispatch.make_plan(routing, capacity)
-        y = dispatch.MODES[c.dispatch](tokens, routing, plan, self.experts)
+        slot_logits = None
+        if routing is None:
+            logits = jnp.zeros((groups, group_size, c.num_experts), jnp.float32)
+            if self.router is not None:
+                logits = self.router(tokens, jitter=c.jitter, rng=jitter_rng)
+            if gate.router == "slots":
+                # An expert's probability is the sum of its slots': [G,S,E,P] → [G,S,E]
+                slot_logits, logits = logits, jax.nn.logsumexp(logits, axis=-1)
+            routing = route(
+                gate,
+                logits,
+                mask,
+                experts_per_token=c.experts_per_token,
+                rng=gate_rng,
+                expert_capacity=capacity,
+                expert_groups=c.expert_groups,
+                kept_expert_groups=c.kept_expert_groups,
+                renormalise=c.renormalise == 1,
+                routing_scale=c.routing_scale,
+                noise_logits=None if self.router is None or gate_rng is None else self.router.noise_logits(tokens),
+                selection_bias=None if self.router is None or self.router.bias is None else self.router.bias[...],
+                token_ids=None if token_ids is None else token_ids.reshape(groups, group_size),
+            )
+        elif gate.router == "slots" or routing.chosen.shape[:2] != (groups, group_size):
+            raise ValueError(
+                f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: the gate is "
+                f"{c.gate!r} (soft_moe's slots are not in it), groups and tokens are {(groups, group_size)}"
+            )
+        # A broken token must not reach others through a sum in which its weight is 0.
+        tokens = jnp.where(routing.broken[..., None], 0, tokens)
+        experts: dispatch.Experts = self.experts
+        if train and dropout_rng is not None and c.expert_dropout > 0:
+            experts = ExpertDropout(self.experts, c.expert_dropout, dropout_rng)
+        if slot_logits is not None:
+            sound = mask & ~routing.broken
+            weights = dispatch.soft_weights(jnp.where(sound[..., None, None], slot_logits, 0.0), sound)
+            y, kept = dispatch.mix(tokens, *weights, experts), routing.chosen
+        else:
+            if c.dispatch == "dropless":
+                capacity = group_size * routing.chosen.shape[-1]  # room for every pair
+            # Where nothing can be dropped, the order of service is nobody's concern.
+            policy = c.drop_policy if capacity < group_size else "position"
+            plan = dispatch.make_plan(routing, capacity, drop_policy=policy, rng=drop_rng)
+            sent = routing
+            if c.overflow_to_next:
+                sent, plan = dispatch.overflow_to_next(routing, plan)
+            y, kept = dispatch.MODES[c.dispatch](tokens, sent, plan, experts), plan.kept
         # [G,S,D] → [B,T,D]
         y = sharding.constrain(y.astype(x.dtype).reshape(x.shape), sharding.BATCH)
         if self.shared is not None:
             # mask: [G,S] → [B,T,1]
             y = y + jnp.where(mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
-        return y, balancing.report(routing, mask, plan.kept, first_choice=gate.balance_first_choice), routing
+        report = balancing.report(
+            routing,
+            mask,
+            kept,
+            first_choice=gate.balance_first_choice,
+            parts={"batch": 1, "group": groups, "sequence": x.shape[0]}[c.balance_scope],
+            expert_groups=c.expert_groups,
+        )
+        return y, report, routing

@@ -71,8 +71,14 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     """
     if layers is None:
         return jnp.zeros((), jnp.float32)
-    terms = config.load_balancing_weight * layers.load_balancing_loss + config.z_loss_weight * layers.router_z_loss
-    return jnp.sum(terms)
+    terms = (
+        config.load_balancing_weight * layers.load_balancing_loss,
+        config.device_balance_weight * layers.device_balance_loss,
+        config.importance_weight * layers.importance_loss,
+        config.load_weight * layers.load_loss,
+        config.z_loss_weight * layers.router_z_loss,
+    )
+    return sum((jnp.sum(term) for term in terms), jnp.zeros((), jnp.float32))
 
 
 def mean_reports(reports: LayerReport) -> LayerReport:

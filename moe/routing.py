@@ -1,8 +1,8 @@
 """The router decides: logits in, who goes where and with which weight out. All in float32.
 
 In: ``router_logits`` [G,S,E] and a mask of real tokens [G,S]. Out: a :class:`Routing`. Nothing here knows of
-capacity, buffers or meshes; that is :mod:`moe.dispatch`. A gate is one function and one entry of :data:`GATES`,
-whose constants are its paper's and the defaults of the config.
+buffers or meshes; that is :mod:`moe.dispatch`. A gate is one function of :mod:`moe.gates` and one entry of
+:data:`GATES`, whose constants are its paper's and the defaults of the config.
 
 Letters: G groups, S tokens per group, E experts, K choices per token.
 """
@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from moe import gates
+from moe.gates import Choice, Given, top_k
+
+__all__ = ["GATES", "Gate", "Given", "Routing", "route", "top_k"]
 
 
 @jax.tree_util.register_dataclass
@@ -22,12 +28,16 @@ from jax import Array
 class Routing:
     """What a gate decided for every token.
 
+    A value: it can be kept and given to the same layers again, under another dispatch mode or mesh.
+
     Attributes:
         expert_index: [G,S,K] int32, the experts of a token, first choice first.
         combine_weights: [G,S,K] float32, what each expert's output is multiplied by; 0 where not chosen.
         chosen: [G,S,K] bool, False where the token is not sent: padding, or a choice the gate declined.
-        router_logits: [G,S,E] float32.
-        router_probs: [G,S,E] float32, softmax of the logits over E.
+        router_logits: [G,S,E] float32; zeros for a token in ``broken``.
+        router_probs: [G,S,E] float32, softmax of the logits over E, or the gate's own (:class:`moe.gates.Choice`).
+        broken: [G,S] bool, real tokens with a NaN or infinite logit; they are sent nowhere.
+        smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: the gate has none.
     """
 
     expert_index: Array
@@ -35,6 +45,8 @@ class Routing:
     chosen: Array
     router_logits: Array
     router_probs: Array
+    broken: Array
+    smooth_load: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,135 +54,193 @@ class Gate:
     """A paper's rule and its constants; each constant is the default of the field of that name in ``model.moe``.
 
     Attributes:
-        choose: (router_logits [G,S,E], K, rng or None) → (expert_index [G,S,K], weights [G,S,K], accepted [G,S,K]).
-            Without an rng the rule is deterministic (evaluation).
+        choose: (router_logits [G,S,E], Given) → Choice.
         source: paper and equation.
         experts_per_token: K; 0 means every expert.
+        kept_expert_groups: 0 means all.
+        renormalise: 1 or 0, whether the chosen weights are divided by their sum; -1: the rule says so itself.
         fixed_k: whether the rule exists for that K only.
         balance_first_choice: whether the load-balancing loss counts first choices alone.
+        router: parameters of the router: linear (W_g), noisy (W_g and W_noise, both zero at first), biased (W_g and a
+            bias that no gradient reaches), slots (a W_g per slot of every expert) or none.
+        looks_ahead: whether a token's experts depend on later tokens.
     """
 
-    choose: Callable[[Array, int, Array | None], tuple[Array, Array, Array]]
+    choose: Callable[[Array, Given], Choice]
     source: str
     experts_per_token: int
     capacity_factor: float
     eval_capacity_factor: float
     load_balancing_weight: float = 0.0
     z_loss_weight: float = 0.0
+    importance_weight: float = 0.0
+    load_weight: float = 0.0
+    device_balance_weight: float = 0.0
+    balance_scope: str = "batch"
+    bias_update_rate: float = 0.0
     jitter: float = 0.0
+    drop_policy: str = "position"
+    expert_groups: int = 1
+    kept_expert_groups: int = 0
+    renormalise: int = -1
+    routing_scale: float = 1.0
     fixed_k: bool = False
     balance_first_choice: bool = False
+    router: str = "linear"
+    looks_ahead: bool = False
 
 
-def route(
-    gate: Gate, router_logits: Array, mask: Array, *, experts_per_token: int, rng: Array | None = None
-) -> Routing:
-    """Applies a gate and takes padding out.
+def route(gate: Gate, router_logits: Array, mask: Array, *, experts_per_token: int, **given: Any) -> Routing:
+    """Applies a gate and takes padding, and tokens whose logits are not finite, out.
 
     Args:
         gate: an entry of :data:`GATES`.
         router_logits: [G,S,E], cast to float32.
         mask: [G,S] bool, True for real tokens. Padding is never chosen and has zero weights.
         experts_per_token: K, at most E.
-        rng: key for gates that draw; None in evaluation.
+        **given: the other fields of :class:`moe.gates.Given`, such as ``rng``.
     """
     router_logits = router_logits.astype(jnp.float32)
-    expert_index, weights, accepted = gate.choose(router_logits, experts_per_token, rng)
-    chosen = accepted & mask[..., None]
+    finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
+    router_logits = jnp.where(finite[..., None], router_logits, 0.0)
+    sound = mask & finite
+    choice = gate.choose(router_logits, Given(mask=sound, experts_per_token=experts_per_token, **given))
+    chosen = jnp.broadcast_to(sound[..., None], choice.expert_index.shape)
+    if choice.accepted is not None:
+        chosen = chosen & choice.accepted
     return Routing(
-        expert_index=expert_index.astype(jnp.int32),
-        combine_weights=jnp.where(chosen, weights, 0.0),
+        expert_index=choice.expert_index.astype(jnp.int32),
+        combine_weights=jnp.where(chosen, choice.weights, 0.0),
         chosen=chosen,
         router_logits=router_logits,
-        router_probs=jax.nn.softmax(router_logits, axis=-1),
+        router_probs=jax.nn.softmax(router_logits, axis=-1) if choice.probs is None else choice.probs,
+        broken=mask & ~finite,
+        smooth_load=choice.smooth_load,
     )
-
-
-def top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    """``jax.lax.top_k`` as k rounds of argmax: scores [...,E] → values [...,K], indices [...,K]; ties to the lower index.
-
-    XLA's partitioner cannot split ``lax.top_k`` over tokens: on a mesh every device would gather everyone's logits and
-    route all tokens. Reductions over E it splits, and the gradient is elementwise instead of a scatter.
-    """
-    experts = jnp.arange(scores.shape[-1])
-    remaining, indices = jax.lax.stop_gradient(scores), []
-    for _ in range(k):
-        indices.append(jnp.argmax(remaining, axis=-1))
-        remaining = jnp.where(indices[-1][..., None] == experts, -jnp.inf, remaining)
-    index = jnp.stack(indices, axis=-1)
-    # [...,1,E] where [...,K,E] → [...,K]
-    values = jnp.sum(jnp.where(index[..., None] == experts, scores[..., None, :], 0.0), axis=-1)
-    return values, index
-
-
-def dense_mixture(router_logits: Array, k: int, rng: Array | None) -> tuple[Array, Array, Array]:
-    """Every token to every expert, weighted by the softmax: y = Σ_e p_e E_e(x) (Jacobs et al. 1991, equation 1)."""
-    del k, rng
-    expert_index = jnp.broadcast_to(jnp.arange(router_logits.shape[-1]), router_logits.shape)
-    return expert_index, jax.nn.softmax(router_logits, axis=-1), jnp.ones_like(expert_index, bool)
-
-
-def switch(router_logits: Array, k: int, rng: Array | None) -> tuple[Array, Array, Array]:
-    """Top-k of the full softmax, not renormalised, so that at k = 1 the router learns (Switch 2021, equation 2)."""
-    del rng
-    weights, expert_index = top_k(jax.nn.softmax(router_logits, axis=-1), k)
-    return expert_index, weights, jnp.ones_like(expert_index, bool)
-
-
-def gshard(router_logits: Array, k: int, rng: Array | None) -> tuple[Array, Array, Array]:
-    """Top-2 renormalised over the two; the second is sent if 2·g2 > U(0,1) (GShard 2020, algorithm 1).
-
-    Without an rng every second expert is sent. A declined second expert leaves the first one's weight as it is.
-    """
-    top_probs, expert_index = top_k(jax.nn.softmax(router_logits, axis=-1), k)
-    weights = top_probs / jnp.sum(top_probs, axis=-1, keepdims=True)
-    accepted = jnp.ones_like(expert_index, bool)
-    if rng is not None:
-        accepted = accepted.at[..., 1].set(2.0 * weights[..., 1] > jax.random.uniform(rng, weights.shape[:-1]))
-    return expert_index, weights, accepted
-
-
-def mixtral(router_logits: Array, k: int, rng: Array | None) -> tuple[Array, Array, Array]:
-    """Top-k of the logits, weights their softmax: Softmax(TopK(x·W_g)) (Mixtral 2024, section 2.1)."""
-    del rng
-    top_logits, expert_index = top_k(router_logits, k)
-    return expert_index, jax.nn.softmax(top_logits, axis=-1), jnp.ones_like(expert_index, bool)
 
 
 GATES: dict[str, Gate] = {
     "dense_mixture": Gate(
-        dense_mixture,
+        gates.dense_mixture,
         "Jacobs et al. 1991, equation 1",
         experts_per_token=0,
         capacity_factor=1.0,  # K = E: C = S, nothing is ever dropped
         eval_capacity_factor=1.0,
         fixed_k=True,
     ),
+    "noisy_topk": Gate(
+        gates.noisy_topk,
+        "Shazeer 2017, equations 3-11",
+        experts_per_token=4,
+        capacity_factor=2.0,  # the paper has no capacity
+        eval_capacity_factor=2.0,
+        importance_weight=0.1,
+        load_weight=0.1,
+        router="noisy",
+    ),
+    "gshard": Gate(
+        gates.gshard,
+        "GShard 2020, algorithm 1",
+        experts_per_token=2,
+        capacity_factor=1.0,  # the paper's C = 2T/(G·E) is 1.0 with the K inside
+        eval_capacity_factor=1.0,
+        load_balancing_weight=0.01,
+        balance_scope="group",
+        fixed_k=True,
+        balance_first_choice=True,
+    ),
     "switch": Gate(
-        switch,
+        gates.softmax_top_k,
         "Switch 2021, equations 1-6",
         experts_per_token=1,
         capacity_factor=1.25,
         eval_capacity_factor=2.0,
         load_balancing_weight=0.01,
         jitter=0.01,
+        renormalise=0,
     ),
-    "gshard": Gate(
-        gshard,
-        "GShard 2020, algorithm 1",
+    "st_moe": Gate(
+        gates.st_moe,
+        "ST-MoE 2022, equations 1-6 and appendix D",
         experts_per_token=2,
-        capacity_factor=1.0,  # the paper's C = 2T/(G·E) is 1.0 with the K inside
-        eval_capacity_factor=1.0,
+        capacity_factor=1.25,
+        eval_capacity_factor=2.0,
         load_balancing_weight=0.01,
-        fixed_k=True,
-        balance_first_choice=True,
+        z_loss_weight=1e-3,
+        drop_policy="probability",
     ),
     "mixtral": Gate(
-        mixtral,
+        gates.mixtral,
         "Mixtral 2024, section 2.1",
         experts_per_token=2,
         capacity_factor=1.25,
         eval_capacity_factor=2.0,
         load_balancing_weight=0.02,
+    ),
+    "deepseek_moe": Gate(
+        gates.softmax_top_k,
+        "DeepSeekMoE 2024, equations 9-17",
+        experts_per_token=6,
+        capacity_factor=1.25,  # the paper drops nothing; model.moe.dispatch=dropless does as it did
+        eval_capacity_factor=2.0,
+        load_balancing_weight=1e-3,
+        device_balance_weight=0.0,  # 0.05 in the paper's 145B model, whose experts are spread over devices
+        renormalise=0,
+    ),
+    "deepseek_v3": Gate(
+        gates.deepseek_v3,
+        "DeepSeek-V3 2024, equations 12-20",
+        experts_per_token=8,
+        capacity_factor=1.25,  # the paper drops nothing; model.moe.dispatch=dropless does as it did
+        eval_capacity_factor=2.0,
+        load_balancing_weight=1e-4,
+        balance_scope="sequence",
+        bias_update_rate=1e-3,
+        expert_groups=8,
+        kept_expert_groups=4,
+        renormalise=1,
+        routing_scale=2.5,
+        router="biased",
+    ),
+    "expert_choice": Gate(
+        gates.expert_choice,
+        "Expert Choice 2022, equations 1-3",
+        experts_per_token=2,  # on average: an expert takes C = capacity_factor·K·S/E tokens
+        capacity_factor=1.0,
+        eval_capacity_factor=1.0,
+        looks_ahead=True,
+    ),
+    "soft_moe": Gate(
+        gates.dense_mixture,  # a token's weight of an expert is the sum over that expert's slots
+        "Soft MoE 2023, equations 1-3",
+        experts_per_token=0,
+        capacity_factor=1.0,
+        eval_capacity_factor=1.0,
+        fixed_k=True,
+        router="slots",
+        looks_ahead=True,
+    ),
+    "hash": Gate(
+        gates.hash_tokens,
+        "Hash Layers 2021, section 3",
+        experts_per_token=1,
+        capacity_factor=1.25,
+        eval_capacity_factor=2.0,
+        router="none",
+    ),
+    "random": Gate(
+        gates.random_experts,
+        "a baseline: uniform draws",
+        experts_per_token=1,
+        capacity_factor=1.25,
+        eval_capacity_factor=2.0,
+        router="none",
+    ),
+    "balanced": Gate(
+        gates.balanced,
+        "a benchmark: round-robin",
+        experts_per_token=1,
+        capacity_factor=1.0,
+        eval_capacity_factor=1.0,
     ),
 }

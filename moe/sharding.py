@@ -28,6 +28,7 @@ TOKEN_AXES = ("data", "fsdp", "expert")
 BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
+CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
 TABLE = P("tensor", None)  # [V,D] while tokens are looked up
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] where the tokens are
@@ -53,6 +54,8 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "experts.up": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
         "router.kernel": P(None, None),  # [D,E]
+        "router.noise": P(None, None),  # [D,E]
+        "router.bias": P(None),  # [E]
         "shared.gate": P(None, None),  # [D,1]
     }
 )

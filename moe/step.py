@@ -23,11 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe import sharding
-from moe.balancing import LayerReport
+from moe.balancing import LayerReport, next_selection_bias
 from moe.config import Config
+from moe.experts import SelectionBias
 from moe.losses import auxiliary_loss, linear_cross_entropy, mean_reports
 from moe.optimizer import learning_rate_schedule, make_optimizer
-from moe.transformer import Transformer
+from moe.transformer import Transformer, selection_biases
 
 #: tokens, targets, segment_ids, positions: [B,T] int32 (see moe.data.pipeline)
 Batch = dict[str, Array]
@@ -42,14 +43,29 @@ class TrainState:
     Attributes:
         step: [] int32, optimizer steps done.
         parameters: nested dict of float32 arrays.
+        biases: nested dict of the routers' selection biases, which no gradient reaches; empty with most gates.
         optimizer: Optax state.
         rng: [2] uint32, key of the run's routing noise; step n uses fold_in(rng, n).
     """
 
     step: Array
     parameters: dict[str, Any]
+    biases: dict[str, Any]
     optimizer: Any
     rng: Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Parameters and biases in one nested dict: all that the model is made of."""
+        return join(self.parameters, self.biases)
+
+
+def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dicts without a common leaf as one."""
+    joined = dict(first)
+    for name, value in second.items():
+        joined[name] = join(joined[name], value) if name in joined else value
+    return joined
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +113,7 @@ class Program:
     Attributes:
         init: () → TrainState at step 0.
         train_step: (TrainState, Batch) → (TrainState, TrainMetrics); the old state's buffers are reused.
-        eval_step: (parameters, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
+        eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: Batch of ShapeDtypeStructs with shardings.
     """
@@ -111,9 +127,9 @@ class Program:
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
 
-    def model(self, parameters: dict[str, Any]) -> Transformer:
-        """The NNX module over these parameters."""
-        return nnx.merge(self.graphdef, parameters)
+    def model(self, variables: dict[str, Any]) -> Transformer:
+        """The NNX module over these variables (:attr:`TrainState.variables`)."""
+        return nnx.merge(self.graphdef, variables)
 
 
 def build(config: Config, mesh: Mesh) -> Program:
@@ -125,20 +141,21 @@ def build(config: Config, mesh: Mesh) -> Program:
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    microbatches = config.train.accumulation_steps
+    microbatches, bias_update_rate = config.train.accumulation_steps, config.model.moe.bias_update_rate
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
 
     def init() -> TrainState:
         parameter_key, noise_key = jax.random.split(jax.random.key(config.seed))
         model = Transformer(config.model, rngs=nnx.Rngs(params=parameter_key))
         parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
         return TrainState(
-            jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters), jax.random.key_data(noise_key)
+            jnp.zeros((), jnp.int32), parameters, biases, optimizer.init(parameters), jax.random.key_data(noise_key)
         )
 
-    def loss_and_report(parameters, batch: Batch, rng: Array, num_targets: Array):
+    def loss_and_report(parameters, biases, batch: Batch, rng: Array, num_targets: Array):
         """This microbatch's share of the batch's loss."""
-        model = nnx.merge(graphdef, parameters)
+        model = nnx.merge(graphdef, join(parameters, biases))
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
         nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
         share = nll / jnp.maximum(num_targets, 1)
@@ -149,12 +166,14 @@ def build(config: Config, mesh: Mesh) -> Program:
         num_targets = jnp.sum(batch["targets"] >= 0)
         value_and_grad = jax.value_and_grad(loss_and_report, has_aux=True)
         if microbatches == 1:
-            (loss, (ce, layers)), gradients = value_and_grad(state.parameters, batch, rng, num_targets)
+            (loss, (ce, layers)), gradients = value_and_grad(state.parameters, state.biases, batch, rng, num_targets)
         else:
 
             def accumulate(sums, inputs):
                 microbatch, index = inputs
-                result = value_and_grad(state.parameters, microbatch, jax.random.fold_in(rng, index), num_targets)
+                result = value_and_grad(
+                    state.parameters, state.biases, microbatch, jax.random.fold_in(rng, index), num_targets
+                )
                 (loss, (ce, layers)), gradients = result
                 return jax.tree.map(jnp.add, sums, (loss, ce, gradients)), layers
 
@@ -167,10 +186,15 @@ def build(config: Config, mesh: Mesh) -> Program:
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = typing.cast(dict[str, Any], optax.apply_updates(state.parameters, updates))
         metrics = TrainMetrics(loss, ce, optax.global_norm(gradients), jnp.asarray(schedule(state.step)), layers)
-        return TrainState(state.step + 1, parameters, optimizer_state, state.rng), metrics
+        biases = state.biases
+        if biases:
+            # Outside the gradient, from the loads of this step: loss-free balancing.
+            loads = selection_biases(config.model, layers.expert_load)
+            biases = jax.tree.map(lambda b, load: next_selection_bias(b, load, bias_update_rate), biases, loads)
+        return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
 
-    def eval_step(parameters: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
-        model = nnx.merge(graphdef, parameters)
+    def eval_step(variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
+        model = nnx.merge(graphdef, variables)
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
         nll, num_targets = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
         known = batch["targets"] >= 0
@@ -197,7 +221,7 @@ def build(config: Config, mesh: Mesh) -> Program:
         ),
         eval_step=jax.jit(
             eval_step,
-            in_shardings=(state_shardings.parameters, batch_sharding, replicated),
+            in_shardings=(state_shardings.variables, batch_sharding, replicated),
             out_shardings=replicated,
         ),
         state=jax.tree.map(

@@ -130,13 +130,15 @@ def _loop(
                 "data_wait_share": waited / seconds,
             }
             writer.write(step, "train", row)
+            if np.any(row.get("broken_tokens", 0)):
+                bar.write(f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}")
             writer.write(step, "timing", timing, file=TIMING)
             bar.set_postfix_str(
                 f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
             )
         loss = None
         if step % config.eval_every == 0 or last:
-            results = evaluate(program, state.parameters, heldout)
+            results = evaluate(program, state.variables, heldout)
             loss = results["all"]["loss"]
             for domain, values in results.items():
                 writer.write(step, f"heldout/{domain}", values)
@@ -219,18 +221,15 @@ def _sample(program: Program, state: TrainState, prepared: pipeline.Prepared) ->
     """A continuation of the first words of each domain's first held-out document."""
     tokenizer = prepared.tokenizer
     prompts = [tokenizer.encode(prepared.heldout[domain][0][:2000])[:31] for domain in prepared.domains]
-    length = min(len(prompt) for prompt in prompts)
-    prompts = [np.concatenate([[tokenizer.bos_id], prompt[:length]]) for prompt in prompts]
-    shards = int(np.prod([program.mesh.shape[axis] for axis in sharding.TOKEN_AXES]))
-    rows = -(-len(prompts) // shards) * shards  # the batch is split over the mesh: repeat prompts to fill it
-    batch = np.stack([prompts[i % len(prompts)] for i in range(rows)]).astype(np.int32)
+    prompts = [np.concatenate([[tokenizer.bos_id], prompt]) for prompt in prompts]
+    config = program.config
     text = generate.sample(
-        program.config.model, state.parameters, batch, program.config.train.sample_tokens, seed=program.config.seed
+        config.model, state.variables, prompts, config.train.sample_tokens, generate.Sampling(seed=config.seed)
     )
-    shown = []
-    for domain, row in zip(prepared.domains, text, strict=False):
-        prompt, continuation = tokenizer.decode(row[: length + 1]), tokenizer.decode(row[length + 1 :])
-        shown.append(f"a continuation, {domain}:\n{prompt} >>> {continuation}")
+    shown = [
+        f"a continuation, {domain}:\n{tokenizer.decode(prompt)} >>> {tokenizer.decode(continuation)}"
+        for domain, prompt, continuation in zip(prepared.domains, prompts, text, strict=True)
+    ]
     return "\n\n".join(shown)
 
 

@@ -9,6 +9,8 @@ Letters: B batch, T sequence, D model dim, V vocab, L layers, G groups, S tokens
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -70,14 +72,28 @@ class Block(nnx.Module):
             self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
 
     def __call__(
-        self, x: Array, segment_ids: Array, positions: Array, *, train: bool, rng: Array | None
+        self,
+        x: Array,
+        segment_ids: Array,
+        positions: Array,
+        *,
+        tokens: Array,
+        routing: Routing | None,
+        train: bool,
+        rng: Array | None,
     ) -> tuple[Array, tuple[LayerReport, Routing] | None]:
         """[B,T,D] → [B,T,D]; see :class:`Transformer` for the arguments."""
         x = x + self.attention(self.attention_norm(x), segment_ids, positions)
+        return self.feed_forward(x, segment_ids, tokens=tokens, routing=routing, train=train, rng=rng)
+
+    def feed_forward(
+        self, x: Array, segment_ids: Array, *, tokens: Array, routing: Routing | None, train: bool, rng: Array | None
+    ) -> tuple[Array, tuple[LayerReport, Routing] | None]:
+        """The second half: x + FFN(norm(x))."""
         h = self.ffn_norm(x)
         if not self.sparse:
             return sharding.constrain(x + self.dense(h), sharding.BATCH), None
-        y, report, routing = self.moe(h, segment_ids > 0, train=train, rng=rng)
+        y, report, routing = self.moe(h, segment_ids > 0, token_ids=tokens, routing=routing, train=train, rng=rng)
         return sharding.constrain(x + y, sharding.BATCH), (report, routing)
 
 
@@ -125,6 +141,36 @@ def segments(config: ModelConfig) -> list[tuple[tuple[LayerKind, ...], int]]:
     return runs
 
 
+def split_layers(config: ModelConfig, layers: Any) -> list[list[Any]]:
+    """What belongs to each MoE layer, by segment and by MoE block of its unit, stacked over the repeats.
+
+    Args:
+        config: of the model.
+        layers: a tree whose arrays lead with the number of MoE layers, in layer order; or None.
+    """
+    result, start = [], 0
+    for unit, repeats in segments(config):
+        sparse = sum(kind.sparse for kind in unit)
+        # [L,...] → [R·unit,...], of which every unit-th: [R,...]
+        stop = start + sparse * repeats
+        result.append(
+            [jax.tree.map(operator.itemgetter(slice(start + i, stop, sparse)), layers) for i in range(sparse)]
+        )
+        start = stop
+    return result
+
+
+def selection_biases(config: ModelConfig, layers: Array) -> dict[str, Any]:
+    """The nested dict in which a model keeps one [E] of every MoE layer as its router's bias. layers: [L,E]."""
+    biases: dict[str, Any] = {}
+    for i, blocks in enumerate(split_layers(config, layers)):
+        stacked = iter(blocks)
+        for j, kind in enumerate(segments(config)[i][0]):
+            if kind.sparse:
+                biases.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": next(stacked)}}}
+    return biases
+
+
 class Segment(nnx.Module):
     """Blocks of one unit, each with parameters stacked over the repeats (:func:`segments`)."""
 
@@ -167,6 +213,7 @@ class Transformer(nnx.Module):
         *,
         train: bool = False,
         rng: Array | None = None,
+        routing: Routing | None = None,
         return_routing: bool = False,
     ) -> Output:
         """Logits of the next token at every position.
@@ -177,6 +224,8 @@ class Transformer(nnx.Module):
             positions: [B,T] int32, positions within the documents; None: 0…T−1.
             train: picks training capacity factors.
             rng: key of the routing noise; None: deterministic.
+            routing: of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own; it must be
+                for tokens in the same groups, under whatever dispatch mode and mesh.
             return_routing: also return the Routing of every MoE layer.
         """
         if segment_ids is None:
@@ -186,35 +235,37 @@ class Transformer(nnx.Module):
         x = self.embedding(tokens, jnp.dtype(self.config.dtype))
         records: list[tuple[LayerReport, Routing]] = []
         first = 0
-        for i, (unit, repeats) in enumerate(segments(self.config)):
-            x, segment_records = self._run_segment(
-                getattr(self, f"segment_{i}"), x, segment_ids, positions, train, rng, first, repeats, return_routing
+        for i, replayed in enumerate(split_layers(self.config, routing)):
+            segment, repeats = getattr(self, f"segment_{i}"), segments(self.config)[i][1]
+            run = functools.partial(
+                Block.__call__, segment_ids=segment_ids, positions=positions, tokens=tokens, train=train
             )
+            x, segment_records = self._scan(segment, run, x, replayed, rng, first, repeats, return_routing)
             records += segment_records
-            first += len(unit) * repeats
+            first += segment.size * repeats
         x = self.final_norm(x)
         # A caller that reads only `hidden` under jit, as the train step does, never pays for these.
         logits = sharding.constrain(x @ self.output_matrix(), sharding.LOGITS)
         if not records:
             return Output(logits, x, None, None)
-        layers, routing = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *records)
-        return Output(logits, x, layers, routing)
+        layers, recorded = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *records)
+        return Output(logits, x, layers, recorded)
 
     def output_matrix(self) -> Array:
         """[D,V] in the compute dtype: from hidden states to logits."""
         dtype = jnp.dtype(self.config.dtype)
         return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
 
-    def _run_segment(self, segment, x, segment_ids, positions, train, rng, first, repeats, return_routing):
+    def _scan(self, segment, run, x, replayed, rng, first, repeats, return_routing):
         """Scans one segment; its records lead with its number of MoE layers, in layer order."""
         graphdef, stacked = nnx.split(segment)
 
-        def repeat(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, Any]:
-            parameters, index = inputs
+        def repeat(x: Array, inputs: tuple[Any, Array, Any]) -> tuple[Array, Any]:
+            variables, index, replayed = inputs
             records = []
-            for i, block in enumerate(nnx.merge(graphdef, parameters).blocks()):
+            for i, block in enumerate(nnx.merge(graphdef, variables).blocks()):
                 key = None if rng is None else jax.random.fold_in(rng, first + index * segment.size + i)
-                x, record = block(x, segment_ids, positions, train=train, rng=key)
+                x, record = run(block, x, routing=replayed[len(records)] if block.sparse else None, rng=key)
                 if record is not None:
                     records.append(record if return_routing else (record[0], None))
             return x, records
@@ -222,7 +273,7 @@ class Transformer(nnx.Module):
         if self.config.remat != "none":
             repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         x, records = jax.lax.scan(
-            repeat, x, (stacked, jnp.arange(repeats)), unroll=1 if self.config.scan_layers else repeats
+            repeat, x, (stacked, jnp.arange(repeats), replayed), unroll=1 if self.config.scan_layers else repeats
         )
         if not records:
             return x, []
