@@ -103,6 +103,11 @@ class Attention(nnx.Module):
             segment_ids: [B,T] int32, the document of each token; 0 is padding.
             positions: [B,T] int32, position within the document.
         """
+        query, key, value = self.project(x, positions)
+        return self.join(attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention))
+
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """[B,T,D] and positions [B,T] → query [B,T,N,H], key and value [B,T,M,H], rotated."""
         c = self.config
         query = jnp.einsum("btd,dnh->btnh", x, sharding.use("attention.query", self.query[...], x.dtype))
         key = jnp.einsum("bud,dmh->bumh", x, sharding.use("attention.key", self.key[...], x.dtype))
@@ -118,9 +123,12 @@ class Attention(nnx.Module):
         query = sharding.constrain(rotate(query, positions, c.rope_theta), sharding.HEADS)
         key = sharding.constrain(rotate(key, positions, c.rope_theta), sharding.HEADS)
         value = sharding.constrain(value, sharding.HEADS)
-        heads = attend(query, key, value, segment_ids, window=self.window, kind=c.attention)
-        y = jnp.einsum("btnh,nhd->btd", heads, sharding.use("attention.out", self.out[...], x.dtype))
-        return y + self.out_bias[...].astype(x.dtype) if c.attention_bias == "all" else y
+        return query, key, value
+
+    def join(self, heads: Array) -> Array:
+        """[B,T,N,H] → [B,T,D]."""
+        y = jnp.einsum("btnh,nhd->btd", heads, sharding.use("attention.out", self.out[...], heads.dtype))
+        return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Array) -> Array:
         """QK-norm of [B,T,N,H]: per head, or over all heads at once."""
