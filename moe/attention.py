@@ -109,7 +109,7 @@ def _splash(query: Array, key: Array, value: Array, segment_ids: Array, window: 
             masks.MultiHeadMask([mask] * query.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1
         )
         by_head = [x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value)]  # [B,T,N,H] → [B,N,T,H]
-        result = jax.vmap(kernel)(*by_head, kernels.SegmentIds(segment_ids, segment_ids))
+        result: Array = jax.vmap(kernel)(*by_head, kernels.SegmentIds(segment_ids, segment_ids))  # pyright: ignore[reportAssignmentType]
         return result.swapaxes(1, 2).astype(query.dtype)
 
     if jax.sharding.get_abstract_mesh().empty:

@@ -1,4 +1,4 @@
-"""python scripts/count_params.py: total and active parameters of every published model in configs/, beside the published.
+"""python scripts/count_params.py: total and active parameters of the models in configs/, beside the published.
 
 No array is allocated. "exact" compares with the count that follows from the published sizes, digit by digit; a twin
 (a decoder-only stand-in for an encoder-decoder) has no count to be equal to, and shows the original's.

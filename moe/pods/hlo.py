@@ -116,10 +116,11 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if not line.startswith(" "):
-            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-            current = computations.setdefault(head.group(2), []) if head else None
-            if head and head.group(1):
+        # Other unindented lines are pieces of a kernel's metadata, which may hold line breaks.
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            current = computations.setdefault(head.group(2), [])
+            if head.group(1):
                 entry = head.group(2)
             continue
         found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line)
@@ -150,12 +151,10 @@ def _trip_count(loop: _Instruction, computations: Mapping[str, Sequence[_Instruc
     root = next((instruction for instruction in condition if instruction.root), None)
     if root is None:
         return None
-    if root.opcode == "fusion":  # the comparison may be wrapped in a fusion whose operands are what is compared
-        names = root.operands
-    elif root.opcode == "compare" and "direction=LT" in root.attributes:
-        names = root.operands
-    else:
+    # The comparison may be wrapped in a fusion, whose operands are what is compared.
+    if root.opcode != "fusion" and not (root.opcode == "compare" and "direction=LT" in root.attributes):
         return None
+    names = root.operands
     bounds = [by_name[name].operands[0] for name in names if name in by_name and by_name[name].opcode == "constant"]
     return int(bounds[0]) if len(bounds) == 1 and bounds[0].lstrip("-").isdigit() else None
 
