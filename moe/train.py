@@ -7,6 +7,7 @@ In: a validated :class:`moe.config.Config` and a workdir. Out, in the workdir: `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -108,47 +109,57 @@ def _loop(
     peak = flops.measured_matmul_rate(program.config.model.dtype) * jax.device_count()
     if jax.default_backend() == "cpu":
         peak /= jax.device_count()  # fake devices share the processor's cores
-    writer = MetricsWriter(directory, start)
-    bar = tqdm.tqdm(total=config.num_steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
-    bar.disable = bar.disable or jax.process_index() != 0
     clock = _Clock()
-    for step in range(start + 1, config.num_steps + 1):
-        last = step == config.num_steps
-        with clock.waiting():
-            batch = next(iterator)
-        state, metrics = program.train_step(state, place(batch, program.mesh))
-        pending.append(metrics)
-        bar.update()
-        if step % config.log_every == 0 or last:
-            row = _mean_row(pending)
-            pending = []
-            seconds, waited = clock.lap(config.log_every if step % config.log_every == 0 else step % config.log_every)
-            timing = {
-                "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-                "mfu": model_flops / seconds / peak,
-                "data_wait_share": waited / seconds,
-            }
-            writer.write(step, "train", row)
-            if np.any(row.get("broken_tokens", 0)):
-                bar.write(f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}")
-            writer.write(step, "timing", timing, file=TIMING)
-            bar.set_postfix_str(
-                f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
-            )
-        loss = None
-        if step % config.eval_every == 0 or last:
-            results = evaluate(program, state.variables, heldout)
-            loss = results["all"]["loss"]
-            for domain, values in results.items():
-                writer.write(step, f"heldout/{domain}", values)
-            clock.restart()
-        if step % config.save_every == 0 or last:
-            pending = [metrics if isinstance(metrics, dict) else _plain(metrics) for metrics in pending]
-            checkpoints.save(step, state, iterator, {"pending": pending}, loss)
-            clock.restart()
-    bar.close()
-    writer.close()
+    with (
+        contextlib.closing(MetricsWriter(directory, start)) as writer,
+        tqdm.tqdm(
+            total=config.num_steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=jax.process_index() != 0,
+        ) as bar,
+    ):
+        for step in range(start + 1, config.num_steps + 1):
+            last = step == config.num_steps
+            with clock.waiting():
+                batch = next(iterator)
+            state, metrics = program.train_step(state, place(batch, program.mesh))
+            pending.append(metrics)
+            bar.update()
+            if step % config.log_every == 0 or last:
+                row = _mean_row(pending)
+                pending = []
+                seconds, waited = clock.lap(
+                    config.log_every if step % config.log_every == 0 else step % config.log_every
+                )
+                timing = {
+                    "step_seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "mfu": model_flops / seconds / peak,
+                    "data_wait_share": waited / seconds,
+                }
+                writer.write(step, "train", row)
+                if np.any(row.get("broken_tokens", 0)):
+                    bar.write(
+                        f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}"
+                    )
+                writer.write(step, "timing", timing, file=TIMING)
+                bar.set_postfix_str(
+                    f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
+                )
+            loss = None
+            if step % config.eval_every == 0 or last:
+                results = evaluate(program, state.variables, heldout)
+                loss = results["all"]["loss"]
+                for domain, values in results.items():
+                    writer.write(step, f"heldout/{domain}", values)
+                clock.restart()
+            if step % config.save_every == 0 or last:
+                pending = [metrics if isinstance(metrics, dict) else _plain(metrics) for metrics in pending]
+                checkpoints.save(step, state, iterator, {"pending": pending}, loss)
+                clock.restart()
     return state
 
 
@@ -221,7 +232,8 @@ def _sample(program: Program, state: TrainState, prepared: pipeline.Prepared) ->
     """A continuation of the first words of each domain's first held-out document."""
     tokenizer = prepared.tokenizer
     prompts = [tokenizer.encode(prepared.heldout[domain][0][:2000])[:31] for domain in prepared.domains]
-    prompts = [np.concatenate([[tokenizer.bos_id], prompt]) for prompt in prompts]
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    prompts = [np.concatenate([start, prompt]).astype(np.int32) for prompt in prompts]
     config = program.config
     text = generate.sample(
         config.model, state.variables, prompts, config.train.sample_tokens, generate.Sampling(seed=config.seed)
@@ -265,7 +277,7 @@ def _write_once(config: Config, prepared: pipeline.Prepared, directory: epath.Pa
         return
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in (
-        ("tokenizer.model", prepared.tokenizer.model_bytes),
+        *prepared.tokenizer.files.items(),
         ("config.json", json.dumps(to_dict(config), indent=2).encode()),
     ):
         if not (directory / name).exists():

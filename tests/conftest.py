@@ -1,0 +1,27 @@
+"""Eight fake CPU devices for every test, and the fixtures shared by several files."""
+
+import os
+
+# Before jax is imported: both are read once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices() -> list[jax.Device]:
+    """The fake devices; fails loudly if jax was imported before this file could ask for them."""
+    devices = jax.devices("cpu")
+    assert len(devices) == 8
+    return devices
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator seeded by the test's own name: independent of order, the same in every run."""
+    return np.random.default_rng(list(request.node.name.encode()))

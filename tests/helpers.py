@@ -1,0 +1,134 @@
+"""Small models, and a reader of the collectives in a compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe.config import Config, ModelConfig, MoEConfig, resolve
+from moe.routing import GATES, Routing, route
+from moe.transformer import Transformer
+
+_MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}
+
+
+#: The gates that this oracle (tests/reference.py) knows.
+FOUR = ("dense_mixture", "gshard", "mixtral", "switch")
+
+
+def tiny_model(**overrides: Any) -> ModelConfig:
+    """A resolved model whose dims all differ, so that no axis can be taken for another.
+
+    Fields of the MoE section go by their own names, but for the experts' hidden dim: ``moe_d_ff``.
+    """
+    moe = {"num_experts": 4, "d_ff": overrides.pop("moe_d_ff", 20)}
+    moe |= {name: overrides.pop(name) for name in tuple(overrides) if name in _MOE_FIELDS}
+    model = {
+        "vocab_size": 48,
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "d_ff": 28,
+    } | overrides
+    return resolve(Config(model=ModelConfig(moe=MoEConfig(**moe), **model))).model
+
+
+def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
+    """(graphdef, variables as a nested dict) of a Transformer, drawn by NumPy: compiling its own init takes seconds.
+
+    Matrices have deviation 1/4, as of a fan-in of 16; norm scales are around 1, so that none can be left out unseen.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    generator = np.random.default_rng(0)
+
+    def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        scale = path[-1].key == "scale"
+        return jnp.asarray((1.0 if scale else 0.0) + 0.25 * generator.normal(size=leaf.shape), leaf.dtype)
+
+    return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state))
+
+
+_route = jax.jit(route, static_argnames=("gate", "experts_per_token"))
+
+
+def tiny_routing(gate: str, logits: Any, mask: Any = None, k: int | None = None, rng: Any = None) -> Routing:
+    """route() on logits [G,S,E], all tokens real unless said otherwise, K the gate's unless said otherwise."""
+    logits = jnp.asarray(logits, jnp.float32)
+    mask = np.ones(logits.shape[:2], bool) if mask is None else mask
+    k = k or GATES[gate].experts_per_token or logits.shape[-1]
+    return _route(GATES[gate], logits, mask, experts_per_token=k, rng=rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction of compiled HLO.
+
+    Attributes:
+        kind: all-to-all, all-gather, all-reduce, reduce-scatter, collective-permute or collective-broadcast.
+        shapes: of its results, one device's share.
+        groups: of devices that exchange, None for a collective-permute.
+        text: the instruction.
+    """
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    groups: frozenset[frozenset[int]] | None
+    text: str
+
+
+_KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
+
+
+def collectives(hlo: str, num_devices: int) -> list[Collective]:
+    """The collectives in the text of a compiled program; each counts once however often its loop runs."""
+    found = []
+    for line in hlo.splitlines():
+        match = re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line)
+        if match:
+            results, kind = match.groups()
+            shapes = tuple(
+                tuple(int(size) for size in dims.split(",") if size) for dims in re.findall(r"\w+\[([\d,]*)\]", results)
+            )
+            groups = None if kind == "collective-permute" else _groups(line, num_devices)
+            found.append(Collective(kind, shapes, groups, line.strip()))
+    return found
+
+
+def _groups(line: str, num_devices: int) -> frozenset[frozenset[int]]:
+    """XLA's three spellings: a mesh and its axes, a transposed iota, a list."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    explicit = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        axes = re.findall(r"'(\w+)'", mesh[2])
+        assert mesh[2] == ",".join(f"'{axis}'" for axis in axes), f"unknown replica groups: {line}"
+        moved = np.arange(num_devices).reshape(tuple(sizes.values()))
+        positions = [list(sizes).index(axis) for axis in axes]
+        table = np.moveaxis(moved, positions, range(-len(axes), 0))
+        table = table.reshape(-1, int(np.prod([sizes[axis] for axis in axes])))
+    elif iota:
+        shape, dims = ([int(size) for size in text.split(",")] for text in iota.group(1, 2))
+        order = [int(axis) for axis in iota[3].split(",")] if iota[3] else range(len(dims))
+        table = np.arange(num_devices).reshape(dims).transpose(order).reshape(shape)
+    else:
+        assert explicit, f"unknown replica groups: {line}"
+        table = [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", explicit[1])]
+        table = table or [range(num_devices)]
+    return frozenset(frozenset(int(device) for device in group) for group in table)
+
+
+def axis_groups(mesh: jax.sharding.Mesh, *axes: str) -> frozenset[frozenset[int]]:
+    """The groups of devices that differ along these axes alone, as positions in the mesh."""
+    positions = [mesh.axis_names.index(axis) for axis in axes]
+    ids = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), positions, range(-len(axes), 0))
+    rows = ids.reshape(-1, int(np.prod([mesh.shape[axis] for axis in axes])))
+    return frozenset(frozenset(int(device) for device in row) for row in rows)

@@ -1,0 +1,304 @@
+"""The oracle: papers' equations in plain loops, one token, one expert, one query at a time.
+
+Calls nothing of ``moe``. Decisions (who goes where, who finds room) are counted one by one in NumPy; what must be
+differentiated (:func:`moe_output`) is the same loop over JAX scalars and vectors, decisions being constants.
+
+Letters: G groups, S tokens per group, E experts, K choices per token, D model dim, F hidden dim; B, T, N, M, H as in
+:mod:`moe.layers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Decisions:
+    """Who goes where.
+
+    Attributes:
+        expert: [G,S,K] int, where the pair goes.
+        chosen: [G,S,K] bool, sent by the gate.
+        position: [G,S,K] int, how many were sent to that expert before, in its group.
+        kept: [G,S,K] bool, sent and found room.
+        original: [G,S,K] int, whom the gate named: another than ``expert`` only for a pair that overflowed.
+    """
+
+    expert: np.ndarray
+    chosen: np.ndarray
+    position: np.ndarray
+    kept: np.ndarray
+    original: np.ndarray
+
+
+def softmax(z: Any) -> Any:
+    """exp(z_i) / sum_j exp(z_j) of a vector."""
+    xp = jnp if isinstance(z, jax.Array) else np
+    powers = xp.exp(z - xp.max(z))
+    return powers / powers.sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a gate's rule is told beside the logits.
+
+    Attributes:
+        groups, kept_groups: experts are split into, and chosen from, so many.
+        renormalise: divide the chosen weights by their sum, where the gate leaves that open.
+        scale: of the weights.
+        bias: [E], added to DeepSeek-V3's scores for the choice alone.
+        policy: who is served first: position, or probability (the largest weight).
+        overflow: a pair without room tries the token's next best expert once, after everybody else.
+    """
+
+    groups: int = 1
+    kept_groups: int = 1
+    renormalise: bool = False
+    scale: float = 1.0
+    bias: np.ndarray | float = 0.0
+    policy: str = "position"
+    overflow: bool = False
+
+
+PLAIN = Rule()
+
+
+def sigmoid(z: Any) -> Any:
+    """1/(1 + exp(−z))."""
+    xp = jnp if isinstance(z, jax.Array) else np
+    return 1.0 / (1.0 + xp.exp(-z))
+
+
+def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[int]:
+    """The experts of one token, logits [E], best first; the lower index first among equals.
+
+    DeepSeek-V3 2024, section 2.1.2: by sigmoid + bias, from the groups with the highest sum of two such scores.
+    DeepSeek-V2 2024, section 2.2.2: from the groups of the best experts.
+    """
+    num_experts = len(logits)
+    if gate == "dense_mixture":
+        return list(range(num_experts))
+    scores, best = (sigmoid(logits) + rule.bias, 2) if gate == "deepseek_v3" else (logits, 1)
+    size = num_experts // rule.groups
+    by_group = [list(range(g * size, (g + 1) * size)) for g in range(rule.groups)]
+    worth = [sum(sorted((scores[e] for e in members), reverse=True)[:best]) for members in by_group]
+    kept = sorted(range(rule.groups), key=lambda group: (-worth[group], group))[: rule.kept_groups]
+    candidates = [expert for group in kept for expert in by_group[group]]
+    return sorted(candidates, key=lambda expert: (-scores[expert], expert))[:k]
+
+
+def probabilities(gate: str, logits: Any) -> Any:
+    """What balancing losses and overflowing pairs go by: the softmax; DeepSeek-V3, equation 19: s over its sum."""
+    if gate == "deepseek_v3":
+        scores = sigmoid(logits)
+        return scores / scores.sum()
+    return softmax(logits)
+
+
+def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> list[Any]:
+    """What the outputs of these experts are multiplied by, for one token.
+
+    Jacobs et al. 1991, equation 1, and Switch, equation 2: the softmax over all experts. GShard, algorithm 1, and
+    ST-MoE: renormalised over the chosen. Mixtral, section 2.1, and Shazeer 2017, equation 3: softmax over the chosen
+    logits. DeepSeek-V3, equations 12 and 13: the sigmoids over their sum, scaled.
+    """
+    if gate in ("mixtral", "noisy_topk"):
+        powers = [jnp.exp(logits[expert] - jnp.max(logits)) for expert in experts]
+        return [power / sum(powers) for power in powers]
+    scores = sigmoid(logits) if gate == "deepseek_v3" else softmax(logits)
+    chosen = [scores[expert] for expert in experts]
+    if gate in ("gshard", "st_moe") or rule.renormalise:
+        chosen = [score / sum(chosen) for score in chosen]
+    return [rule.scale * score for score in chosen]
+
+
+def decide(
+    gate: str,
+    logits: np.ndarray,
+    mask: np.ndarray,
+    k: int,
+    capacity: int,
+    uniform: np.ndarray | None = None,
+    rule: Rule = PLAIN,
+) -> Decisions:
+    """Routes token by token, then fills buffers one by one: all first choices in token order, then all second ones.
+
+    Args:
+        gate: a name in moe.routing.GATES whose tokens choose by their logits.
+        logits: [G,S,E].
+        mask: [G,S] bool, real tokens.
+        k: K.
+        capacity: C, of one expert in one group.
+        uniform: [G,S] GShard's draws; None: every second expert is sent.
+        rule: of the gate.
+    """
+    groups, tokens, num_experts = logits.shape
+    expert = np.zeros((groups, tokens, k), int)
+    chosen = np.zeros((groups, tokens, k), bool)
+    position = np.zeros((groups, tokens, k), int)
+    kept = np.zeros((groups, tokens, k), bool)
+    for g in range(groups):
+        for s in range(tokens):
+            expert[g, s] = choose(gate, logits[g, s], k, rule)
+            chosen[g, s] = mask[g, s]
+            if gate == "gshard" and uniform is not None:
+                second = float(weights(gate, jnp.asarray(logits[g, s]), list(expert[g, s]))[1])
+                chosen[g, s, 1] &= 2 * second > uniform[g, s]
+    original = expert.copy()
+    for g in range(groups):
+        order = list(range(tokens))
+        if rule.policy == "probability":
+            largest = [max(float(w) for w in weights(gate, logits[g, s], list(expert[g, s]), rule)) for s in order]
+            order.sort(key=lambda s: (-largest[s] * mask[g, s], s))
+        taken = [0] * num_experts
+        for choice in range(k):
+            for s in order:
+                if chosen[g, s, choice]:
+                    e = expert[g, s, choice]
+                    position[g, s, choice] = taken[e]
+                    kept[g, s, choice] = taken[e] < capacity
+                    taken[e] += 1
+        if rule.overflow:
+            taken = [min(count, capacity) for count in taken]
+            further = [
+                [e for e in choose("switch", probabilities(gate, logits[g, s]), num_experts) if e not in original[g, s]]
+                for s in range(tokens)
+            ]
+            for choice in range(k):
+                for s in range(tokens):
+                    if chosen[g, s, choice] and not kept[g, s, choice]:
+                        e = expert[g, s, choice] = further[s].pop(0)
+                        position[g, s, choice] = taken[e]
+                        kept[g, s, choice] = taken[e] < capacity
+                        taken[e] += 1
+    return Decisions(expert, chosen, position, kept, original)
+
+
+def ffn(x: jax.Array, up: jax.Array, gate: jax.Array | None, down: jax.Array, activation: str) -> jax.Array:
+    """One vector [D] through one FFN: down(act(gate x)·up x), or down(act(up x)) without a gate matrix."""
+    act = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}[activation]
+    hidden = act(up.T @ x) if gate is None else act(gate.T @ x) * (up.T @ x)
+    return down.T @ hidden
+
+
+def moe_output(
+    x: jax.Array,
+    router: jax.Array,
+    up: jax.Array,
+    gate_matrix: jax.Array | None,
+    down: jax.Array,
+    *,
+    gate: str,
+    decisions: Decisions,
+    activation: str = "swiglu",
+    rule: Rule = PLAIN,
+) -> jax.Array:
+    """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
+
+    Args:
+        x: [G,S,D].
+        router: [D,E].
+        up, gate_matrix, down: [E,D,F], [E,D,F] or None, [E,F,D].
+        gate: as in :func:`decide`.
+        decisions: constants.
+        activation: of the experts.
+        rule: of the gate.
+    """
+    rows = []
+    for g in range(x.shape[0]):
+        for s in range(x.shape[1]):
+            named = [int(e) for e in decisions.original[g, s]]
+            logits = router.T @ x[g, s]
+            y = jnp.zeros_like(x[g, s])
+            for choice, weight in enumerate(weights(gate, logits, named, rule)):
+                if decisions.kept[g, s, choice]:
+                    e = int(decisions.expert[g, s, choice])
+                    if e != named[choice]:
+                        probs = probabilities(gate, logits)
+                        weight = weight * probs[e] / probs[named[choice]]
+                    matrix = None if gate_matrix is None else gate_matrix[e]
+                    y = y + weight * ffn(x[g, s], up[e], matrix, down[e], activation)
+            rows.append(y)
+    # G·S of [D] → [G,S,D]
+    return jnp.stack(rows).reshape(x.shape)
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
+    """One vector: x_i / sqrt(mean x² + epsilon) · scale_i."""
+    mean = sum(float(value) ** 2 for value in x) / len(x)
+    return np.array([value / math.sqrt(mean + epsilon) * s for value, s in zip(x, scale, strict=True)])
+
+
+def rope(x: np.ndarray, position: int, theta: float) -> np.ndarray:
+    """One head [H]: pair (i, i + H/2) turned by position·theta^(-2i/H)."""
+    half = len(x) // 2
+    turned = np.empty(len(x))
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        turned[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        turned[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return turned
+
+
+def attention(
+    x: np.ndarray,
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    out: np.ndarray,
+    segment_ids: np.ndarray,
+    positions: np.ndarray,
+    *,
+    theta: float,
+    window: int = 0,
+    norm: str = "none",
+    query_scale: np.ndarray | None = None,
+    key_scale: np.ndarray | None = None,
+    epsilon: float = 0.0,
+) -> np.ndarray:
+    """Causal attention in float64, query by query and head by head.
+
+    Args:
+        x: [B,T,D].
+        query, key, value, out: [D,N,H], [D,M,H], [D,M,H], [N,H,D]; query head n reads key head n·M//N.
+        segment_ids, positions: [B,T].
+        theta: of the rotary positions.
+        window: how many tokens back a query sees, itself included; 0: all.
+        norm: none, head (over H) or full (over all heads at once), before the rotation.
+        query_scale, key_scale: of that norm, [H], or [N·H] and [M·H].
+        epsilon: of that norm.
+    """
+    x = x.astype(np.float64)
+
+    def heads(token: np.ndarray, matrix: np.ndarray, scale: np.ndarray | None, position: int | None) -> np.ndarray:
+        _, number, dim = matrix.shape
+        projected = np.array([[token @ matrix[:, n, h] for h in range(dim)] for n in range(number)])
+        if scale is not None and norm == "head":
+            projected = np.array([rms_norm(head, scale, epsilon) for head in projected])
+        if scale is not None and norm == "full":
+            projected = rms_norm(projected.reshape(-1), scale, epsilon).reshape(projected.shape)
+        return projected if position is None else np.array([rope(head, position, theta) for head in projected])
+
+    batch, length, _ = x.shape
+    num_heads, num_kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[2]
+    y = np.zeros(x.shape)
+    for b in range(batch):
+        q = [heads(x[b, t], query, query_scale, positions[b, t]) for t in range(length)]
+        k = [heads(x[b, t], key, key_scale, positions[b, t]) for t in range(length)]
+        v = [heads(x[b, t], value, None, None) for t in range(length)]
+        for t in range(length):
+            visible = [
+                u for u in range(t + 1) if segment_ids[b, u] == segment_ids[b, t] and (window == 0 or t - u < window)
+            ]
+            for n in range(num_heads):
+                m = n * num_kv_heads // num_heads
+                probs = softmax(np.array([q[t][n] @ k[u][m] / math.sqrt(head_dim) for u in visible]))
+                mixed = sum(prob * v[u][m] for prob, u in zip(probs, visible, strict=True))
+                y[b, t] += mixed @ out[n]
+    return y

@@ -1,0 +1,189 @@
+"""Losses and metrics of balance: the check values of the papers, and that padding counts in none of them."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe import balancing, dispatch
+from moe.balancing import dead_experts, max_violation, router_z_loss, token_mean
+from moe.routing import GATES
+from tests.helpers import FOUR, tiny_routing
+
+E = 8
+# Compiled whole, they take a fifth of the time of one small program per operation.
+load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames="first_choice")
+report = jax.jit(balancing.report, static_argnames="first_choice")
+make_plan = jax.jit(dispatch.make_plan, static_argnames="capacity")
+
+
+def _cyclic(scale: float) -> np.ndarray:
+    """[1,E,E] logits: token s prefers expert s, then s+1, and so on; over the tokens every expert is equal."""
+    row = -scale * np.arange(E)
+    return np.stack([np.roll(row, s) for s in range(E)])[None]
+
+
+def _collapsed(tokens: int = 24) -> np.ndarray:
+    """[1,S,E] logits: expert 0 has all the probability, the rest share what float32 does not see."""
+    return np.broadcast_to(np.where(np.arange(E) == 0, 200.0, -np.arange(E)), (1, tokens, E))
+
+
+def _mask(logits: np.ndarray) -> np.ndarray:
+    return np.ones(logits.shape[:2], bool)
+
+
+@pytest.mark.parametrize(("gate", "k"), [("switch", 1), ("switch", 2), ("mixtral", 2), ("gshard", 2), ("mixtral", E)])
+def test_load_balancing_loss_is_one_at_perfect_balance(gate, k):
+    logits = _cyclic(0.7)
+    loss = load_balancing_loss(tiny_routing(gate, logits, k=k), _mask(logits))
+    assert float(loss) == pytest.approx(1.0, rel=1e-6)
+
+
+# Collapsed, P = (1, 0, ...). One choice: f = (1, 0, ...), E·1·1. Two: f = (1/2, 1/2, 0, ...), E·(1/2)·1.
+@pytest.mark.parametrize(("k", "expected"), [(1, E), (2, E / 2)])
+def test_load_balancing_loss_at_collapse(k, expected):
+    logits = _collapsed()
+    loss = load_balancing_loss(tiny_routing("switch", logits, k=k), _mask(logits))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_load_balancing_loss_by_hand():
+    # Three tokens over two experts: P of expert 0 is 3/4, 3/4, 1/4, mean 7/12; two of three choose it: f = (2/3, 1/3).
+    # 2·(2/3·7/12 + 1/3·5/12) = 2·(14 + 5)/36 = 19/18.
+    logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]])
+    loss = load_balancing_loss(tiny_routing("switch", logits, k=1), _mask(logits))
+    assert float(loss) == pytest.approx(19 / 18, rel=1e-6)
+
+
+def _gshard_auxiliary_loss(logits: np.ndarray) -> float:
+    """GShard, algorithm 1, one group: (1/E)·sum of (c_e/S)·m_e, c_e the first choices of e, m_e its mean gate."""
+    probs = np.exp(logits[0]) / np.exp(logits[0]).sum(-1, keepdims=True)
+    tokens, num_experts = probs.shape
+    counts = [int((probs.argmax(-1) == e).sum()) for e in range(num_experts)]
+    return sum(counts[e] / tokens * probs[:, e].mean() for e in range(num_experts)) / num_experts
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [(_cyclic(0.7), 1 / E**2), (_collapsed(), 1 / E), (np.random.default_rng(0).normal(size=(1, 40, E)), None)],
+    ids=["uniform", "collapse", "random"],
+)
+def test_gshard_auxiliary_loss_is_ours_over_e_squared(logits, expected):
+    ours = float(load_balancing_loss(tiny_routing("gshard", logits), _mask(logits), first_choice=True)) / E**2
+    assert ours == pytest.approx(_gshard_auxiliary_loss(logits), rel=1e-5)
+    assert expected is None or ours == pytest.approx(expected, rel=1e-5)
+
+
+def test_gshard_counts_first_choices_alone_and_the_others_all():
+    assert [gate for gate in FOUR if GATES[gate].balance_first_choice] == ["gshard"]
+    # One token, second choice expert 1: over both choices f = (1/2, 1/2), over the first f = (1, 0); P = (2/3, 1/3).
+    routing = tiny_routing("gshard", np.log([[[2.0, 1.0]]]))
+    mask = jnp.ones((1, 1), bool)
+    kept = routing.chosen
+    assert float(report(routing, mask, kept, first_choice=True).load_balancing_loss) == pytest.approx(2 * 2 / 3)
+    assert float(report(routing, mask, kept, first_choice=False).load_balancing_loss) == pytest.approx(1.0)
+
+
+def test_load_balancing_gradient_flows_through_the_mean_probability_only(rng):
+    logits = jnp.asarray(rng.normal(size=(2, 10, E)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 10)) < 0.7)
+    routing = tiny_routing("switch", logits, mask, k=2)
+    share = np.zeros(E)
+    for g, s in np.argwhere(np.asarray(mask)):
+        for e in np.asarray(routing.expert_index[g, s]):
+            share[e] += 1 / (2 * int(mask.sum()))
+
+    def with_constant_share(logits):
+        probs = jax.nn.softmax(logits, axis=-1)
+        mean = jnp.stack([probs[g, s] for g, s in np.argwhere(np.asarray(mask))]).mean(0)
+        return E * jnp.sum(jnp.asarray(share, jnp.float32) * mean)
+
+    def ours(logits):
+        return load_balancing_loss(tiny_routing("switch", logits, mask, k=2), mask)
+
+    gradient = jax.jit(jax.grad(ours))(logits)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(with_constant_share))(logits), rtol=1e-5, atol=1e-8)
+    assert float(jnp.abs(gradient).max()) > 1e-3
+
+
+def test_router_z_loss():
+    mask = jnp.ones((1, 5), bool)
+    # logsumexp of eight zeros is ln 8 = 2.0794, squared 4.324.
+    assert float(router_z_loss(jnp.zeros((1, 5, 8)), mask)) == pytest.approx(4.324, abs=1e-3)
+    # Adding a constant c to the logits adds it to the logsumexp: (ln 8 + 3)².
+    assert float(router_z_loss(jnp.full((1, 5, 8), 3.0), mask)) == pytest.approx((math.log(8) + 3) ** 2, rel=1e-6)
+
+
+# Balanced; all to one; each token to the same K = 2 (half of the pairs each): 8/2 − 1.
+@pytest.mark.parametrize(
+    ("load", "violation", "dead"),
+    [(np.full(8, 1 / 8), 0.0, 0), (np.eye(8)[0], 7.0, 7), (np.eye(8)[0] / 2 + np.eye(8)[3] / 2, 3.0, 6)],
+)
+def test_max_violation_and_dead_experts(load, violation, dead):
+    assert float(max_violation(jnp.asarray(load, jnp.float32))) == pytest.approx(violation, abs=1e-6)
+    assert int(dead_experts(jnp.asarray(load, jnp.float32))) == dead
+    # Layer by layer when stacked.
+    stacked = jnp.stack([jnp.full(8, 1 / 8), jnp.asarray(load, jnp.float32)])
+    np.testing.assert_allclose(max_violation(stacked), [0.0, violation], atol=1e-6)
+    np.testing.assert_array_equal(dead_experts(stacked), [0, dead])
+
+
+def test_report_by_hand():
+    # Three tokens, E = 2, K = 1, room for one a group: experts 0, 0, 1, so the second token is dropped.
+    logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]])
+    routing = tiny_routing("switch", logits)
+    out = report(routing, _mask(logits), make_plan(routing, 1).kept, first_choice=False)
+    np.testing.assert_allclose(out.expert_load, [2 / 3, 1 / 3], rtol=1e-6)
+    assert float(out.fraction_tokens_dropped) == pytest.approx(1 / 3)
+    # −(3/4)·ln(3/4) − (1/4)·ln(1/4) = 0.2158 + 0.3466 = 0.5623 for every token.
+    assert float(out.router_entropy) == pytest.approx(0.5623, abs=1e-4)
+    assert float(out.load_balancing_loss) == pytest.approx(19 / 18, rel=1e-6)
+
+
+def test_entropy_of_an_undecided_router_is_ln_e():
+    routing = tiny_routing("switch", np.zeros((1, 4, E)))
+    assert float(report(routing, jnp.ones((1, 4), bool), routing.chosen, first_choice=False).router_entropy) == (
+        pytest.approx(math.log(E), rel=1e-6)
+    )
+
+
+@pytest.mark.parametrize("gate", FOUR)
+def test_padding_changes_nothing(gate, rng):
+    logits = rng.normal(size=(2, 12, 5))
+    padded = np.concatenate([logits, rng.normal(size=(2, 7, 5)) * 10], axis=1)
+    mask = np.concatenate([np.ones((2, 12)), np.zeros((2, 7))], axis=1).astype(bool)
+    first_choice = GATES[gate].balance_first_choice
+    plain = tiny_routing(gate, logits)
+    with_padding = tiny_routing(gate, padded, mask)
+    plain_report = report(plain, _mask(logits), make_plan(plain, 4).kept, first_choice=first_choice)
+    padded_report = report(with_padding, mask, make_plan(with_padding, 4).kept, first_choice=first_choice)
+    for field in dataclasses.fields(plain_report):
+        # To rounding: a sum with zeros appended may be taken in another order.
+        np.testing.assert_allclose(
+            getattr(padded_report, field.name), getattr(plain_report, field.name), rtol=1e-5, err_msg=field.name
+        )
+    assert 0 < float(plain_report.fraction_tokens_dropped) < 1 or gate == "dense_mixture"
+
+
+def test_a_batch_of_padding_reports_zeros():
+    routing = tiny_routing("mixtral", np.ones((2, 3, 4)), np.zeros((2, 3), bool))
+    out = report(routing, jnp.zeros((2, 3), bool), routing.chosen, first_choice=False)
+    for field in dataclasses.fields(out):
+        np.testing.assert_array_equal(getattr(out, field.name), np.zeros_like(getattr(out, field.name)), field.name)
+
+
+def test_declined_choices_are_not_counted():
+    # Both tokens want experts 0 then 1; second choices of token 0 declined by hand: pairs 0:2, 1:1.
+    routing = tiny_routing("gshard", np.log([[[2.0, 1.0, 0.5], [2.0, 1.0, 0.5]]]))
+    routing = dataclasses.replace(routing, chosen=routing.chosen.at[0, 0, 1].set(False))
+    out = report(routing, jnp.ones((1, 2), bool), routing.chosen, first_choice=True)
+    np.testing.assert_allclose(out.expert_load, [2 / 3, 1 / 3, 0], rtol=1e-6)
+    assert float(out.fraction_tokens_dropped) == 0
+
+
+def test_token_mean_takes_real_tokens_alone():
+    values = jnp.asarray([[[1.0, 10.0], [3.0, 30.0], [100.0, 1000.0]]])
+    np.testing.assert_allclose(token_mean(values, jnp.asarray([[True, True, False]])), [2.0, 20.0])

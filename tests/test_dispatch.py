@@ -1,0 +1,304 @@
+"""Capacity, the order of service, and every mode against the per-token oracle, in values and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from moe.dispatch import MODES, Plan, expert_capacity, make_plan
+from moe.experts import Experts, MoELayer, Router
+from moe.routing import GATES, Routing, route
+from tests import reference
+from tests.helpers import tiny_model, tiny_routing
+
+CAPACITY_MODES = ("gather", "einsum")
+
+
+@pytest.mark.parametrize(
+    ("factor", "k", "tokens", "num_experts", "capacity"),
+    [
+        (1.0, 1, 256, 8, 32),
+        (1.25, 1, 512, 8, 80),
+        (1.0, 2, 256, 8, 64),  # GShard's 2·S/E
+        (1.25, 2, 10, 8, 4),  # 25/8 = 3.125, up
+        (1.1, 2, 40, 8, 11),  # 88/8 = 11, in floating point 11.000000000000002
+        (1.2, 3, 25, 9, 10),  # 90/9 = 10
+        (1.01, 1, 100, 4, 26),  # 25.25, up: the rounding is no floor
+        (8.0, 2, 16, 4, 16),  # 64, but no token names an expert twice: S
+        (1.0, 5, 7, 5, 7),  # K = E: S
+        (0.01, 1, 4, 64, 1),  # at least one
+    ],
+)
+def test_expert_capacity(factor, k, tokens, num_experts, capacity):
+    assert expert_capacity(factor, k, tokens, num_experts) == capacity
+
+
+def _routing(expert_index, num_experts, chosen=None, weights=1.0) -> Routing:
+    """A routing with these choices [G,S,K]; the logits play no part in a plan but for their shape."""
+    expert_index = np.asarray(expert_index, np.int32)
+    groups, tokens, k = expert_index.shape
+    chosen = np.ones(expert_index.shape, bool) if chosen is None else np.asarray(chosen)
+    return dataclasses.replace(
+        tiny_routing("mixtral", np.zeros((groups, tokens, num_experts)), k=k),
+        expert_index=jnp.asarray(expert_index),
+        chosen=jnp.asarray(chosen),
+        combine_weights=jnp.asarray(np.where(chosen, weights, 0.0), jnp.float32),
+    )
+
+
+def test_first_choices_are_served_before_any_second():
+    # Expert 0 hears first from tokens 0, 1, 3 (rows 0, 1, 2), then, as a second choice, from token 2 (row 3).
+    # Expert 1 hears first from token 2 (row 0), then, as second choices, from tokens 0, 1, 3 (rows 1, 2, 3).
+    plan = make_plan(_routing([[[0, 1], [0, 1], [1, 0], [0, 1]]], 2), capacity=2)
+    np.testing.assert_array_equal(plan.position_in_expert, [[[0, 1], [1, 2], [0, 3], [2, 3]]])
+    np.testing.assert_array_equal(plan.kept, [[[True, True], [True, False], [True, False], [False, False]]])
+
+
+def test_choices_not_sent_take_no_row_and_groups_share_none():
+    chosen = [[[False], [True], [True]], [[True], [True], [False]]]
+    plan = make_plan(_routing([[[0], [0], [0]], [[0], [1], [0]]], 2, chosen), capacity=1)
+    # Group 0: token 0 is padding, so token 1 has row 0. Group 1 counts from 0 again.
+    np.testing.assert_array_equal(plan.position_in_expert[0, 1:], [[0], [1]])
+    np.testing.assert_array_equal(plan.kept, [[[False], [True], [False]], [[True], [True], [False]]])
+
+
+@dataclasses.dataclass
+class Doubling:
+    """Experts that multiply by e + 1, and keep what they were given."""
+
+    received: list
+
+    def batched(self, rows):
+        self.received.append(rows)
+        return rows * (1.0 + jnp.arange(rows.shape[0], dtype=rows.dtype))[:, None, None]
+
+
+@pytest.mark.parametrize("mode", CAPACITY_MODES)
+def test_buffers_and_outputs_by_hand(mode):
+    # Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights 1/2, 1, 1; room for one: token 2 is dropped.
+    x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
+    routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
+    experts = Doubling([])
+    y = MODES[mode](x, routing, make_plan(routing, 1), experts)
+    np.testing.assert_array_equal(experts.received[0], [[[1, 10]], [[2, 20]], [[0, 0]]])
+    np.testing.assert_array_equal(y, [[[0.5, 5.0], [4.0, 40.0], [0.0, 0.0]]])
+
+
+def _parameters(config):
+    """Of a router and experts, twice their usual size, so that nothing is nearly uniform or nearly linear."""
+    modules = {"router": Router(config, rngs=nnx.Rngs(1)), "experts": Experts(config, rngs=nnx.Rngs(2))}
+    return jax.tree.map(
+        lambda array: 2.0 * array, {name: nnx.to_pure_dict(nnx.state(m)) for name, m in modules.items()}
+    )
+
+
+def _system(config, capacity, mode, key):
+    """(parameters, x, mask, cotangent) → sum(y·cotangent) and its gradients, jitted; y, plan and routing beside."""
+    router_def = nnx.graphdef(nnx.eval_shape(lambda: Router(config, rngs=nnx.Rngs(0))))
+    experts_def = nnx.graphdef(nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0))))
+
+    def loss(parameters, x, mask, cotangent):
+        router = nnx.merge(router_def, parameters["router"])
+        experts = nnx.merge(experts_def, parameters["experts"])
+        logits = router(x)
+        routing = route(GATES[config.moe.gate], logits, mask, experts_per_token=config.moe.experts_per_token, rng=key)
+        plan = make_plan(routing, capacity)
+        y = MODES[mode](x, routing, plan, experts)
+        return jnp.sum(y * cotangent), (y, plan, routing)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
+    """y and the gradients of the same, by tests/reference.py, and its decisions."""
+    router = np.asarray(parameters["router"]["kernel"], np.float64)
+    logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
+    gate, k = config.moe.gate, config.moe.experts_per_token
+    decisions = reference.decide(gate, logits, np.asarray(mask), k, capacity, uniform)
+
+    def loss(parameters, x):
+        experts = parameters["experts"]
+        y = reference.moe_output(
+            x,
+            parameters["router"]["kernel"],
+            experts["up"],
+            experts.get("gate"),
+            experts["down"],
+            gate=gate,
+            decisions=decisions,
+            activation=config.activation,
+        )
+        return jnp.sum(y * cotangent), y
+
+    # Compiled as one program, its Python loops unrolled.
+    gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
+    return y, gradients, decisions
+
+
+def _assert_close(actual, expected, name=""):
+    """To float32 rounding: rtol 1e-5 of each value, or of the array's largest where terms cancel."""
+    expected = np.asarray(expected)
+    scale = float(np.abs(expected).max(initial=0.0))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+
+
+def _assert_close_at(path, actual, expected):
+    _assert_close(actual, expected, jax.tree_util.keystr(path))
+
+
+def _compare(config, *, groups, tokens, capacity, mask, seed, draws=False):
+    numbers = np.random.default_rng(seed)
+    parameters = _parameters(config)
+    x = jnp.asarray(numbers.normal(size=(groups, tokens, config.d_model)), jnp.float32)
+    cotangent = jnp.asarray(numbers.normal(size=x.shape), jnp.float32)
+    key = jax.random.key(seed) if draws else None
+    # The numbers that gshard draws from this key.
+    uniform = np.asarray(jax.random.uniform(key, (groups, tokens))) if draws else None
+    y_ref, gradients_ref, decisions = _oracle(config, parameters, x, mask, cotangent, capacity, uniform)
+    for mode in CAPACITY_MODES:
+        system = _system(config, capacity, mode, key)
+        (_, (y, plan, routing)), gradients = system(parameters, x, jnp.asarray(mask), cotangent)
+        np.testing.assert_array_equal(routing.expert_index, decisions.expert)
+        np.testing.assert_array_equal(routing.chosen, decisions.chosen)
+        np.testing.assert_array_equal(plan.kept, decisions.kept)
+        positions = np.where(decisions.chosen, decisions.position, plan.position_in_expert)
+        np.testing.assert_array_equal(plan.position_in_expert, positions)
+        assert y.dtype == jnp.float32
+        _assert_close(y, y_ref, "y")
+        jax.tree_util.tree_map_with_path(_assert_close_at, gradients, gradients_ref)
+    return decisions
+
+
+# Six tokens a group, three experts: at the capacities below some pairs are dropped, which the test makes sure of.
+@pytest.mark.parametrize(
+    ("gate", "k", "capacity", "draws"),
+    [
+        ("dense_mixture", 3, 6, False),
+        ("switch", 1, 2, False),
+        ("switch", 2, 3, False),
+        ("gshard", 2, 3, True),
+        ("mixtral", 2, 3, False),
+    ],
+)
+def test_modes_equal_the_oracle(gate, k, capacity, draws):
+    config = tiny_model(gate=gate, experts_per_token=k, num_experts=3, d_model=8, moe_d_ff=6)
+    mask = np.ones((2, 6), bool)
+    mask[0, 1] = mask[1, 4:] = False
+    decisions = _compare(config, groups=2, tokens=6, capacity=capacity, mask=mask, seed=3, draws=draws)
+    dropped = (decisions.chosen & ~decisions.kept).any()
+    assert dropped == (gate != "dense_mixture")
+    assert not draws or not decisions.chosen[mask].all()
+
+
+@st.composite
+def cases(draw):
+    num_experts = draw(st.integers(1, 5))
+    gate = draw(st.sampled_from(["switch", "mixtral", "dense_mixture"] + ["gshard"] * (num_experts > 1)))
+    k = {"dense_mixture": num_experts, "gshard": 2}.get(gate) or draw(st.integers(1, num_experts))
+    groups, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    capacity = draw(st.integers(1, tokens))
+    padding = draw(st.sampled_from(["none", "some", "all"]))
+    seed = draw(st.integers(0, 2**31))
+    activation = draw(st.sampled_from(["swiglu", "relu"]))
+    share = {"none": 0.0, "some": 0.4, "all": 1.0}[padding]
+    mask = np.random.default_rng(seed).random((groups, tokens)) >= share
+    shape = {"groups": groups, "tokens": tokens, "capacity": capacity, "mask": mask, "seed": seed}
+    return {"gate": gate, "experts_per_token": k, "num_experts": num_experts, "activation": activation}, shape
+
+
+# An example compiles three programs, so few are taken, and a failing one is shown as found instead of shrunk.
+@settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(case=cases())
+def test_modes_equal_the_oracle_on_any_shape(case):
+    overrides, shape = case
+    _compare(tiny_model(d_model=4, moe_d_ff=3, **overrides), draws=overrides["gate"] == "gshard", **shape)
+
+
+@pytest.mark.parametrize("mode", CAPACITY_MODES)
+def test_all_padding_gives_zeros_and_no_gradient(mode, rng):
+    config = tiny_model(num_experts=3)
+    parameters = _parameters(config)
+    x = jnp.asarray(rng.normal(size=(2, 3, config.d_model)), jnp.float32)
+    system = _system(config, 2, mode, None)
+    (_, (y, _, _)), gradients = system(parameters, x, jnp.zeros((2, 3), bool), jnp.ones_like(x))
+    assert not np.asarray(y).any()
+    for gradient in jax.tree.leaves(gradients):
+        assert not np.asarray(gradient).any()
+
+
+def test_modes_agree_beyond_oracle_sizes(rng):
+    """A few hundred tokens, where the oracle would be slow: gather and einsum, dropping and not."""
+    config = tiny_model(num_experts=6, experts_per_token=3, gate="switch")
+    parameters = _parameters(config)
+    x = jnp.asarray(rng.normal(size=(4, 50, config.d_model)), jnp.float32)
+    mask, cotangent = jnp.asarray(rng.random((4, 50)) < 0.9), jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    for capacity in (15, 50):
+        (loss, (y, plan, routing)), gradients = _system(config, capacity, "gather", None)(
+            parameters, x, mask, cotangent
+        )
+        assert bool(jnp.all(plan.kept == routing.chosen)) == (capacity == 50)
+        expected = _system(config, capacity, "einsum", None)(parameters, x, mask, cotangent)
+        _assert_close(loss, expected[0][0], "loss")
+        _assert_close(y, expected[0][1][0], "y")
+        jax.tree_util.tree_map_with_path(_assert_close_at, gradients, expected[1])
+
+
+@pytest.mark.parametrize("mode", CAPACITY_MODES)
+def test_bfloat16_to_its_own_rounding(mode, rng):
+    """Activations in bfloat16, 8 bits of mantissa: within a few roundings of float32; decisions the same."""
+    config = tiny_model(num_experts=3, d_model=8)
+    parameters = _parameters(config)
+    # Numbers that bfloat16 holds exactly, so that both runs route alike.
+    x = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.bfloat16)
+    mask, cotangent = jnp.ones((2, 6), bool), jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    system = _system(config, 3, mode, None)
+    (_, (y, plan, routing)), (d_state, d_x) = system(parameters, x, mask, cotangent)
+    (_, (y32, plan32, routing32)), (d_state32, d_x32) = system(parameters, x.astype(jnp.float32), mask, cotangent)
+    assert y.dtype == jnp.float32
+    assert d_x.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(routing.router_logits, routing32.router_logits)
+    np.testing.assert_array_equal(plan.kept, plan32.kept)
+    assert np.abs(np.asarray(y) - np.asarray(y32)).max() > 0, "it did run in bfloat16"
+    for ours, theirs in zip(jax.tree.leaves((y, d_x, d_state)), jax.tree.leaves((y32, d_x32, d_state32)), strict=True):
+        theirs = np.asarray(theirs)
+        # Three matmuls and a product in a row, 2^-8 each, the bound being of the largest value.
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=4 * 2**-8 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(("train", "capacity"), [(True, 2), (False, 4)])
+def test_layer_takes_its_capacity_factor_from_the_phase(train, capacity, rng):
+    # S = 8, E = 4, K = 1: factors 1 and 2 are rooms of 2 and 4.
+    config = tiny_model(gate="switch", capacity_factor=1.0, eval_capacity_factor=2.0)
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    # All tokens alike: all to one expert, which keeps as many as it has room for.
+    x = jnp.broadcast_to(jnp.asarray(rng.normal(size=config.d_model), jnp.float32), (3, 8, config.d_model))
+    y, report, _ = jax.jit(lambda x: layer(x, jnp.ones((3, 8), bool), train=train))(x)
+    served = np.abs(np.asarray(y)).max(-1) > 0
+    np.testing.assert_array_equal(served, np.broadcast_to(np.arange(8) < capacity, (3, 8)))
+    assert float(report.fraction_tokens_dropped) == pytest.approx(1 - capacity / 8)
+
+
+@pytest.mark.parametrize("group_size", [4, 16])
+def test_groups_are_runs_of_the_batch_in_row_order(group_size, rng):
+    """Rows of 8: a group is half a row or two rows, and the output is that of those tokens as a batch of their own."""
+    config = tiny_model(gate="switch", group_size=group_size, capacity_factor=1.0)
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    whole = MoELayer(dataclasses.replace(config, moe=dataclasses.replace(config.moe, group_size=0)), rngs=nnx.Rngs(0))
+    x = jnp.asarray(rng.normal(size=(4, 8, config.d_model)), jnp.float32)
+    y, report, _ = jax.jit(lambda x: layer(x, jnp.ones((4, 8), bool), train=True))(x)
+    grouped = x.reshape(-1, group_size, config.d_model)
+    expected, _, _ = jax.jit(lambda x: whole(x, jnp.ones(x.shape[:2], bool), train=True))(grouped)
+    np.testing.assert_allclose(y.reshape(grouped.shape), expected, rtol=1e-6, atol=1e-6)
+    assert float(report.fraction_tokens_dropped) > 0
+
+
+def test_plan_is_a_pytree_with_static_sizes():
+    plan = make_plan(_routing([[[0]]], 2), 1)
+    assert len(jax.tree.leaves(plan)) == 2
+    assert isinstance(plan, Plan)
+    assert (plan.capacity, plan.num_experts) == (1, 2)

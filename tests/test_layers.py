@@ -1,0 +1,240 @@
+"""Norms, rotary positions, attention, FFN and embeddings against plain loops, and what must not change at all."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.layers import Attention, DenseFFN, Embedding, RMSNorm, Unembedding, activate, matrix, rotate
+from moe.transformer import Transformer
+from tests import reference
+from tests.helpers import tiny_model
+
+
+def _params(module) -> dict:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def test_rms_norm(rng):
+    norm = RMSNorm(6, 1e-3)
+    norm.scale[...] = jnp.asarray(rng.normal(size=6), jnp.float32)
+    x = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    expected = [[reference.rms_norm(token, np.asarray(norm.scale[...]), 1e-3) for token in row] for row in x]
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+def test_rms_norm_by_hand():
+    # mean of squares (9 + 16 + 0 + 0)/4 = 6.25, root 2.5.
+    np.testing.assert_allclose(RMSNorm(4, 0.0)(jnp.asarray([3.0, 4.0, 0.0, 0.0])), [1.2, 1.6, 0, 0], rtol=1e-6)
+
+
+def test_rms_norm_in_bfloat16_is_that_of_float32_rounded_once(rng):
+    x = jnp.asarray(rng.normal(size=(5, 16)) * 30, jnp.bfloat16)
+    norm = RMSNorm(16, 1e-5)
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_rotate(rng):
+    x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = rng.integers(0, 50, size=(2, 5))
+    expected = [
+        [[reference.rope(head, int(positions[b, t]), 100.0) for head in x[b, t]] for t in range(5)] for b in range(2)
+    ]
+    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotate_by_hand():
+    # H = 4, theta 100: pair (0, 2) turns by the position, pair (1, 3) by a tenth of it (100^(-2/4)).
+    turned = rotate(jnp.asarray([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4), jnp.asarray([[2]]), 100.0)
+    expected = [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]
+    np.testing.assert_allclose(turned.reshape(4), expected, rtol=1e-6)
+
+
+def test_rotated_products_depend_on_relative_positions_alone(rng):
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def product(i, j):
+        return float(jnp.sum(rotate(query, jnp.asarray([[i]]), 1e4) * rotate(key, jnp.asarray([[j]]), 1e4)))
+
+    assert product(7, 3) == pytest.approx(product(104, 100), rel=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-2)
+    assert product(7, 3) != pytest.approx(product(3, 7), rel=1e-2), "a rotation has a direction"
+
+
+def _attention(config) -> Attention:
+    """With norm scales and sizes that make attention neither uniform nor one-hot."""
+    module = Attention(config, window=config.sliding_window, rngs=nnx.Rngs(0))
+    for name in ("query", "key", "value", "out"):
+        getattr(module, name)[...] *= 1.5
+    for name, seed in (("query_norm", 1), ("key_norm", 2)):
+        if config.qk_norm != "none":
+            scale = getattr(module, name).scale
+            scale[...] = 1 + jax.random.uniform(jax.random.key(seed), scale[...].shape)
+    return module
+
+
+# One row of two documents and padding, one of a single document.
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
+
+
+def _run(module, x, segment_ids=SEGMENTS, positions=POSITIONS):
+    return np.asarray(jax.jit(module.__call__)(jnp.asarray(x), jnp.asarray(segment_ids), jnp.asarray(positions)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_heads": 4, "num_kv_heads": 4},
+        {"num_heads": 4, "num_kv_heads": 2},
+        {"num_heads": 3, "num_kv_heads": 1},
+        {"sliding_window": 1},
+        {"sliding_window": 3},
+        {"qk_norm": "head"},
+        {"qk_norm": "full", "rope_theta": 50.0},
+    ],
+    ids=str,
+)
+def test_attention_equals_the_oracle(overrides, rng):
+    config = tiny_model(**overrides)
+    module = _attention(config)
+    x = rng.normal(size=(2, 8, config.d_model)).astype(np.float32)
+    p = jax.tree.map(np.asarray, _params(module))
+    scales = {}
+    if config.qk_norm != "none":
+        scales = {"query_scale": p["query_norm"]["scale"], "key_scale": p["key_norm"]["scale"]}
+    expected = reference.attention(
+        x,
+        p["query"],
+        p["key"],
+        p["value"],
+        p["out"],
+        SEGMENTS,
+        POSITIONS,
+        theta=config.rope_theta,
+        window=config.sliding_window,
+        norm=config.qk_norm,
+        epsilon=config.norm_eps,
+        **scales,
+    )
+    np.testing.assert_allclose(_run(module, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+def test_documents_of_one_row_never_see_each_other(qk_norm, rng):
+    module = _attention(tiny_model(qk_norm=qk_norm))
+    x = rng.normal(size=(2, 8, 16)).astype(np.float32)
+    changed = x.copy()
+    changed[0, :3] += 5.0
+    before, after = _run(module, x), _run(module, changed)
+    np.testing.assert_array_equal(before[0, 3:], after[0, 3:])
+    np.testing.assert_array_equal(before[1], after[1])
+    assert (np.abs(before[0, :3] - after[0, :3]) > 1e-3).any()
+    # Nor does padding reach a document.
+    changed = x.copy()
+    changed[0, 7] += 5.0
+    np.testing.assert_array_equal(before[0, :7], _run(module, changed)[0, :7])
+
+
+def test_a_packed_document_is_what_it_is_alone(rng):
+    module = _attention(tiny_model())
+    x = rng.normal(size=(1, 8, 16)).astype(np.float32)
+    alone = _run(module, x[:, 3:7], SEGMENTS[:1, 3:7], POSITIONS[:1, 3:7])
+    np.testing.assert_allclose(_run(module, x, SEGMENTS[:1], POSITIONS[:1])[:, 3:7], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_causal(rng):
+    module = _attention(tiny_model())
+    x = rng.normal(size=(2, 8, 16)).astype(np.float32)
+    changed = x.copy()
+    changed[1, 5] += 5.0
+    before, after = _run(module, x), _run(module, changed)
+    np.testing.assert_array_equal(before[1, :5], after[1, :5])
+    assert (np.abs(before[1, 5:] - after[1, 5:]).max(-1) > 1e-3).all()
+
+
+def test_a_window_of_three_sees_the_token_itself_and_two_before(rng):
+    module = _attention(tiny_model(sliding_window=3))
+    x = rng.normal(size=(2, 8, 16)).astype(np.float32)
+    changed = x.copy()
+    changed[1, 2] += 5.0
+    moved = np.abs(_run(module, x)[1] - _run(module, changed)[1]).max(-1)
+    np.testing.assert_array_equal(moved > 0, [False, False, True, True, True, False, False, False])
+
+
+@pytest.mark.parametrize(("name", "gated"), [("swiglu", True), ("geglu", True), ("gelu", False), ("relu", False)])
+def test_activations_and_dense_ffn(name, gated, rng):
+    values = np.linspace(-3, 3, 7)
+    # The tanh approximation of GELU, as T5 has it.
+    gelu = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in values]
+    curve = {"swiglu": [v / (1 + math.exp(-v)) for v in values], "relu": [max(v, 0.0) for v in values]}.get(name, gelu)
+    up = jnp.full(7, 2.0) if gated else jnp.asarray(values, jnp.float32)
+    gate = jnp.asarray(values, jnp.float32) if gated else None
+    np.testing.assert_allclose(activate(name, up, gate), (2 if gated else 1) * np.array(curve), rtol=1e-5, atol=1e-6)
+
+    config = tiny_model(activation=name)
+    ffn = DenseFFN(config, config.d_ff, rngs=nnx.Rngs(0))
+    assert (ffn.gate is not None) == gated
+    x = jnp.asarray(rng.normal(size=(2, 3, 16)), jnp.float32)
+    p = _params(ffn)
+    apply = jax.jit(lambda v: reference.ffn(v, p["up"], p.get("gate"), p["down"], name))
+    expected = [[apply(token) for token in row] for row in x]
+    np.testing.assert_allclose(ffn(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_embedding_looks_up_and_tied_logits_use_the_same_table(rng):
+    config = tiny_model()
+    embedding = Embedding(config, rngs=nnx.Rngs(0))
+    table = np.asarray(embedding.table[...])
+    tokens = rng.integers(0, config.vocab_size, size=(2, 5))
+    x = embedding(jnp.asarray(tokens), jnp.dtype("float32"))
+    np.testing.assert_array_equal(x, table[tokens])
+    np.testing.assert_allclose(embedding.logits(x), table[tokens] @ table.T, rtol=1e-5, atol=1e-5)
+    unembedding = Unembedding(config, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(unembedding(x), x @ np.asarray(unembedding.kernel[...]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_one_parameter(tied):
+    shapes = nnx.eval_shape(lambda: Transformer(tiny_model(tie_embeddings=tied), rngs=nnx.Rngs(0)))
+    assert ("unembedding" in _params(shapes)) == (not tied)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_matrices_are_truncated_normal(scale):
+    values = np.asarray(matrix(nnx.Rngs(0), (400, 100), 400, scale)[...])
+    sigma = math.sqrt(scale / 400)
+    assert np.abs(values).max() <= 2 * sigma
+    assert np.abs(values).max() > 1.9 * sigma
+    # A normal cut at two sigma has deviation 0.8796 sigma; 40,000 draws pin it to half a percent or so.
+    assert values.std() == pytest.approx(0.8796 * sigma, rel=0.02)
+    assert abs(values.mean()) < 5 * sigma / math.sqrt(values.size)
+    assert values.dtype == np.float32
+
+
+def test_every_matrix_is_scaled_by_its_own_fan_in():
+    """Deviation 0.8796·sqrt(scale/fan_in), fan_in being what a unit of the next layer sums over."""
+    config = tiny_model(d_model=64, num_heads=8, num_kv_heads=4, head_dim=16, d_ff=160, moe_d_ff=96, init_scale=0.5)
+    model = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0)))))()
+    block = model["segment_0"]["block_0"]
+    fan_in = {
+        (("attention", "query"), 64),
+        (("attention", "key"), 64),
+        (("attention", "value"), 64),
+        (("attention", "out"), 8 * 16),
+        (("moe", "experts", "up"), 64),
+        (("moe", "experts", "gate"), 64),
+        (("moe", "experts", "down"), 96),
+    }
+    for path, size in fan_in:
+        values = block
+        for name in path:
+            values = values[name]
+        assert float(np.std(values)) == pytest.approx(0.8796 * math.sqrt(0.5 / size), rel=0.05), path
+    # The layers of a stack are drawn apart.
+    query = np.asarray(block["attention"]["query"])
+    assert (query[0] != query[1]).mean() > 0.99

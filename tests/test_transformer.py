@@ -1,0 +1,290 @@
+"""The whole model: layer patterns, scan, rematerialisation, causality, padding, per-layer reports, precision."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.transformer import REMAT_POLICIES, segments, sparse_layers
+from tests.helpers import random_parameters, tiny_model
+
+B, T = 2, 9
+
+
+def _tokens(rng, config, shape=(B, T)):
+    return jnp.asarray(rng.integers(0, config.vocab_size, size=shape), jnp.int32)
+
+
+_build = functools.cache(random_parameters)
+
+
+@functools.cache
+def _forward(config, train=False):
+    """Jitted (parameters, tokens, segment_ids, positions, rng) → (logits, layers, routing)."""
+    graphdef, _ = _build(config)
+
+    def run(parameters, tokens, segment_ids=None, positions=None, rng=None):
+        model = nnx.merge(graphdef, parameters)
+        output = model(tokens, segment_ids, positions, train=train, rng=rng, return_routing=True)
+        return output.logits, output.layers, output.routing
+
+    return jax.jit(run)
+
+
+def _value_and_grad(config):
+    """Jitted (parameters, tokens) → (value, gradients) of a loss in which logits and balance take part."""
+    graphdef, _ = _build(config)
+
+    def loss(parameters, tokens):
+        output = nnx.merge(graphdef, parameters)(tokens, train=True)
+        logits = output.logits.astype(jnp.float32)
+        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+        return jnp.mean(nll) + 0.1 * jnp.sum(output.layers.load_balancing_loss)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def _assert_trees_close(actual, expected, rtol=1e-5):
+    """Within rtol of each array's largest value."""
+
+    def check(path, ours, theirs):
+        theirs = np.asarray(theirs)
+        scale = float(np.abs(theirs).max(initial=0.0))
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sparse", "runs"),
+    [
+        ({"num_layers": 4}, "SSSS", [("S", 4)]),
+        ({"num_layers": 4, "gate": "none"}, "DDDD", [("D", 4)]),
+        ({"num_layers": 12, "every": 2}, "DS" * 6, [("DS", 6)]),
+        ({"num_layers": 4, "first_dense": 1}, "DSSS", [("D", 1), ("S", 3)]),
+        ({"num_layers": 8, "every": 4}, "DDDSDDDS", [("DDDS", 2)]),
+        ({"num_layers": 5, "every": 2}, "DSDSD", [("DS", 2), ("D", 1)]),
+        # The second layer would be MoE but is among the first three. The longest run from each layer on is taken.
+        ({"num_layers": 8, "every": 2, "first_dense": 3}, "DDDSDSDS", [("D", 3), ("SD", 2), ("S", 1)]),
+        ({"num_layers": 1}, "S", [("S", 1)]),
+    ],
+)
+def test_layer_patterns(overrides, sparse, runs):
+    config = tiny_model(**overrides)
+    assert "".join("DS"[is_sparse] for is_sparse in sparse_layers(config)) == sparse
+    found = [("".join("DS"[kind.sparse] for kind in unit), repeats) for unit, repeats in segments(config)]
+    assert "".join(unit * repeats for unit, repeats in found) == sparse
+    assert found == runs
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"num_layers": 5, "every": 2, "tie_embeddings": True}], ids=["all", "every 2"]
+)
+def test_scan_changes_nothing(overrides, rng):
+    config = tiny_model(**overrides)
+    unrolled = dataclasses.replace(config, scan_layers=False)
+    tokens = _tokens(rng, config)
+    _, parameters = _build(config)
+    _assert_trees_close(_value_and_grad(unrolled)(parameters, tokens), _value_and_grad(config)(parameters, tokens))
+
+
+def test_remat_changes_neither_value_nor_gradient(rng):
+    config = tiny_model(num_layers=3, first_dense=1)
+    tokens = _tokens(rng, config)
+    _, parameters = _build(config)
+    results = {
+        policy: _value_and_grad(dataclasses.replace(config, remat=policy))(parameters, tokens)
+        for policy in REMAT_POLICIES
+    }
+    assert set(results) == {"none", "dots", "full"}
+    for policy in ("dots", "full"):
+        _assert_trees_close(results[policy], results["none"])
+
+
+def test_remat_full_recomputes_and_none_does_not():
+    config = tiny_model()
+    _, parameters = _build(config)
+    tokens = jnp.zeros((B, T), jnp.int32)
+
+    def dots(policy):
+        graphdef, _ = _build(dataclasses.replace(config, remat=policy))
+
+        def loss(parameters):
+            return jnp.sum(nnx.merge(graphdef, parameters)(tokens).logits)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(parameters)).count("dot_general")
+
+    assert dots("none") < dots("dots") < dots("full")
+
+
+def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng):
+    """The same model as a plain loop over unstacked blocks; also each layer's report and routing, None if dense."""
+    model = nnx.merge(_build(config)[0], parameters)
+    x = model.embedding(tokens, jnp.dtype(config.dtype))
+    records = []
+    for i, (unit, repeats) in enumerate(segments(config)):
+        graphdef, stacked = nnx.split(getattr(model, f"segment_{i}"))
+        for r in range(repeats):
+            blocks = nnx.merge(graphdef, jax.tree.map(lambda array, r=r: array[r], stacked)).blocks()
+            assert len(blocks) == len(unit)
+            for block in blocks:
+                key = None if rng is None else jax.random.fold_in(rng, len(records))
+                x, record = block(x, segment_ids, positions, tokens=tokens, routing=None, train=train, rng=key)
+                records.append(record)
+    return model.final_norm(x) @ model.output_matrix(), records
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_layers": 6, "every": 2, "first_dense": 1},
+        {"num_layers": 5, "first_dense": 2},
+        {"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"},
+    ],
+    ids=str,
+)
+def test_layers_run_in_order_and_report_each_for_itself(overrides, rng):
+    config = tiny_model(jitter=0.2, capacity_factor=1.0, **overrides)
+    _, parameters = _build(config)
+    tokens, key = _tokens(rng, config), jax.random.key(5)
+    segment_ids, positions = jnp.ones((B, T), jnp.int32), jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))
+    logits, layers, routing = _forward(config, train=True)(parameters, tokens, rng=key)
+    explicit = jax.jit(functools.partial(_explicit, config, train=True))
+    expected_logits, records = explicit(parameters, tokens, segment_ids, positions, rng=key)
+    assert [record is not None for record in records] == list(sparse_layers(config))
+    records = [record for record in records if record is not None]
+    expected_layers, expected_routing = jax.tree.map(lambda *arrays: jnp.stack(arrays), *records)
+    np.testing.assert_array_equal(routing.expert_index, expected_routing.expert_index)
+    _assert_trees_close((logits, layers, routing), (expected_logits, expected_layers, expected_routing))
+    assert layers.expert_load.shape == (sum(sparse_layers(config)), config.moe.num_experts)
+    # Layers differ, so that an average or another order could not pass.
+    losses = np.asarray(layers.load_balancing_loss)
+    assert len(np.unique(losses)) == len(losses) > 1
+
+
+def test_dense_model_reports_nothing(rng):
+    config = tiny_model(gate="none")
+    logits, layers, routing = _forward(config)(_build(config)[1], _tokens(rng, config))
+    assert logits.shape == (B, T, config.vocab_size)
+    assert layers is None
+    assert routing is None
+
+
+def test_routing_is_returned_only_when_asked_for(rng):
+    config = tiny_model()
+    graphdef, parameters = _build(config)
+    tokens = _tokens(rng, config)
+    output = jax.eval_shape(lambda p: nnx.merge(graphdef, p)(tokens), parameters)
+    assert output.routing is None
+    assert output.layers.load_balancing_loss.shape == (2,)
+
+
+# One choice a token: buffers fill in token order, so even drops look back only. With more, an earlier token's second
+# choice yields to a later one's first (GShard, algorithm 1), so room for all is given.
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"gate": "none"},
+        {"gate": "switch", "eval_capacity_factor": 1.0},
+        {"gate": "mixtral", "eval_capacity_factor": 2.0},
+        {"gate": "dense_mixture"},
+    ],
+    ids=lambda overrides: overrides["gate"],
+)
+def test_a_future_token_changes_nothing_before_it(overrides, rng):
+    config = tiny_model(**overrides)
+    _, parameters = _build(config)
+    tokens = np.asarray(_tokens(rng, config))
+    changed = tokens.copy()
+    changed[:, 6] = (changed[:, 6] + 1) % config.vocab_size
+    before, layers, _ = _forward(config)(parameters, tokens)
+    after, _, _ = _forward(config)(parameters, changed)
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert (np.abs(np.asarray(before - after)[:, 6:]).max(-1) > 1e-4).all()
+    if overrides["gate"] in ("switch", "mixtral"):
+        assert bool(jnp.any(layers.fraction_tokens_dropped > 0)) == (overrides["gate"] == "switch")
+
+
+def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
+    config = tiny_model(eval_capacity_factor=2.0)
+    _, parameters = _build(config)
+    tokens = np.asarray(_tokens(rng, config))
+    segment_ids = np.tile([1, 1, 1, 1, 2, 2, 2, 2, 2], (B, 1))
+    positions = np.tile([0, 1, 2, 3, 0, 1, 2, 3, 4], (B, 1))
+    changed = tokens.copy()
+    changed[:, :4] = (changed[:, :4] + 1) % config.vocab_size
+    before, _, _ = _forward(config)(parameters, tokens, segment_ids, positions)
+    after, _, _ = _forward(config)(parameters, changed, segment_ids, positions)
+    np.testing.assert_array_equal(before[:, 4:], after[:, 4:])
+    alone, _, _ = _forward(config)(parameters, tokens[:, 4:])
+    np.testing.assert_allclose(before[:, 4:], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["mixtral", "switch"])
+def test_padding_has_no_effect(gate, rng):
+    """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
+    config = tiny_model(gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)
+    _, parameters = _build(config)
+    tokens = np.asarray(_tokens(rng, config, (3, T)))
+    segment_ids = np.ones((3, T), np.int32)
+    segment_ids[1, 5:] = 0
+    segment_ids[2] = 0
+    run = _forward(config)
+    logits, layers, _ = run(parameters, tokens, segment_ids, None)
+    assert bool(jnp.all(jnp.isfinite(logits)))
+    other = np.where(segment_ids > 0, tokens, (tokens + 7) % config.vocab_size)
+    other_logits, other_layers, _ = run(parameters, other, segment_ids, None)
+    np.testing.assert_array_equal(np.asarray(logits)[segment_ids > 0], np.asarray(other_logits)[segment_ids > 0])
+    jax.tree.map(np.testing.assert_array_equal, layers, other_layers)
+    # Without the row of padding: another program, so to rounding.
+    short_logits, short_layers, _ = run(parameters, tokens[:2], segment_ids[:2], None)
+    real = segment_ids[:2] > 0
+    np.testing.assert_allclose(np.asarray(logits)[:2][real], np.asarray(short_logits)[real], rtol=1e-5, atol=1e-5)
+    _assert_trees_close(layers, short_layers)
+    assert bool(jnp.any(layers.fraction_tokens_dropped > 0)), "room was short, and padding took none"
+
+
+def test_bfloat16_keeps_parameters_router_and_reports_in_float32(rng):
+    config = tiny_model(dtype="bfloat16")
+    _, parameters = _build(config)
+    assert {array.dtype for array in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
+    tokens = _tokens(rng, config)
+    logits, layers, routing = _forward(config)(parameters, tokens)
+    assert logits.dtype == jnp.bfloat16
+    assert routing.router_logits.dtype == routing.router_probs.dtype == routing.combine_weights.dtype == jnp.float32
+    assert {array.dtype for array in jax.tree.leaves(layers)} == {jnp.dtype("float32")}
+    _, gradients = _value_and_grad(config)(parameters, tokens)
+    assert {array.dtype for array in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    # Near the float32 model, but not it: 2^-8 a rounding, a dozen of them in a row.
+    full, _, _ = _forward(dataclasses.replace(config, dtype="float32"))(parameters, tokens)
+    difference = np.abs(np.asarray(logits, np.float32) - np.asarray(full))
+    assert 1e-4 < np.median(difference) < 0.05
+
+
+def test_without_a_key_the_model_is_deterministic_and_with_one_it_is_not(rng):
+    config = tiny_model(gate="gshard", jitter=0.3)
+    _, parameters = _build(config)
+    tokens = _tokens(rng, config)
+    run = _forward(config, train=True)
+    first, again = run(parameters, tokens), run(parameters, tokens)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert bool(jnp.all(first[2].chosen))
+    one, same, other = (run(parameters, tokens, rng=jax.random.key(seed)) for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert not np.array_equal(one[2].router_logits, other[2].router_logits)
+    assert not np.array_equal(one[2].router_logits, first[2].router_logits)
+    assert not bool(jnp.all(one[2].chosen)), "second experts were declined"
+    # The layers draw apart: with the same draws both would decline the same tokens.
+    assert not np.array_equal(one[2].chosen[0], one[2].chosen[1])
+
+
+def test_default_positions_and_segments_are_one_document_a_row(rng):
+    config = tiny_model()
+    _, parameters = _build(config)
+    tokens = _tokens(rng, config)
+    explicit = _forward(config)(parameters, tokens, np.ones((B, T), np.int32), np.tile(np.arange(T), (B, 1)))
+    jax.tree.map(np.testing.assert_array_equal, _forward(config)(parameters, tokens), explicit)
