@@ -21,13 +21,16 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging as absl_logging
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe import sharding
 from moe.config import Config, ConfigError, ModelConfig, from_config_dict
+from moe.experts import SelectionBias
 from moe.flops import abstract_parameters
-from moe.step import TrainState
+from moe.step import TrainState, join
+from moe.transformer import Transformer
 
 
 class Checkpoints:
@@ -232,16 +235,43 @@ def read_parameters(
     Raises:
         ConfigError: no checkpoint, or one of another model; the parameter is named.
     """
-    workdir = epath.Path(workdir)
+    return _read_branch(epath.Path(workdir), "parameters", abstract_parameters(model), mesh, dtype, step, only)
+
+
+def read_variables(
+    workdir: str | os.PathLike[str],
+    model: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """As :func:`read_parameters`, with the routers' selection biases where the model has them."""
+    parameters = read_parameters(workdir, model, mesh, dtype=dtype, step=step)
+    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+    biases = nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
+    if not biases:
+        return parameters
+    return join(parameters, _read_branch(epath.Path(workdir), "biases", biases, mesh, dtype, step, ()))
+
+
+def _read_branch(
+    workdir: epath.Path,
+    branch: str,
+    wanted: dict[str, Any],
+    mesh: Mesh | None,
+    dtype: Any,
+    step: int | None,
+    only: tuple[str, ...],
+) -> dict[str, Any]:
+    """A field of the TrainState, checked against what the model wants."""
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
     with _quiet():
-        return _read_parameters(workdir, model, mesh, dtype, step, only)
+        return _read_quietly(workdir, branch, wanted, mesh, dtype, step, only)
 
 
-def _read_parameters(
-    workdir: epath.Path, model: ModelConfig, mesh: Mesh | None, dtype: Any, step: int | None, only: tuple[str, ...]
-) -> dict[str, Any]:
+def _read_quietly(workdir, branch, wanted, mesh, dtype, step, only) -> dict[str, Any]:
     manager = ocp.CheckpointManager(
         workdir / "checkpoints",
         options=ocp.CheckpointManagerOptions(read_only=True),
@@ -251,8 +281,7 @@ def _read_parameters(
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
             raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
-        stored = manager.item_metadata(step)["state"].tree["parameters"]
-        wanted = abstract_parameters(model)
+        stored = manager.item_metadata(step)["state"].tree.get(branch, {})
         _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
         specs = sharding.parameter_specs(wanted)
         stored, wanted, specs = (_branch(tree, only) for tree in (stored, wanted, specs))
@@ -262,8 +291,8 @@ def _read_parameters(
             return ocp.ArrayRestoreArgs(dtype=leaf.dtype if dtype is None else dtype, sharding=where)
 
         args = jax.tree.map(restore_args, stored, specs)
-        restore = ocp.args.PyTreeRestore({"parameters": wanted}, {"parameters": args}, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]["parameters"]
+        restore = ocp.args.PyTreeRestore({branch: wanted}, {branch: args}, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"][branch]
     finally:
         manager.close()
 

@@ -98,7 +98,7 @@ class DataConfig:
     domains: tuple[str, ...] = ("literature", "python")  # which parts of the embedded corpus
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # where datasets, downloads and tokenizers are kept
-    tokenizer: str = ""  # a SentencePiece model file; empty: one of model.vocab_size is trained on the train split
+    tokenizer: str = ""  # a tokenizer.model or tokenizer.json, or "mixtral"; empty: model.vocab_size are trained
     sequence_length: int = 256  # T, tokens
     shuffle_window: int = 512  # rows in the shuffle buffer
     heldout_rows: int = 64  # rows of T tokens per domain in each evaluation

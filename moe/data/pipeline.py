@@ -34,7 +34,7 @@ import numpy as np
 from etils import epath
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora
+from moe.data import corpora, json_tokenizer
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 
 TOKENIZER_CHARACTERS = 10_000_000  # of text a tokenizer is trained on, an equal share from each domain
@@ -95,7 +95,7 @@ def prepare(
             else:
                 train[domain], heldout[domain], version = corpora.open_tfds(domain, directory)
         if tokenizer is None and data.tokenizer:
-            tokenizer = Tokenizer.from_file(data.tokenizer)
+            tokenizer = json_tokenizer.named_tokenizer(data.tokenizer, directory, progress)
         if tokenizer is None:
             name = "-".join(
                 [data.dataset, version, *(domains if embedded else ()), f"v{vocab_size}", str(TRAINER_VERSION)]

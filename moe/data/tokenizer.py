@@ -62,6 +62,11 @@ class Tokenizer:
         return cls(file.read_bytes())
 
     @property
+    def files(self) -> dict[str, bytes]:
+        """Name → content of what a workdir keeps of it."""
+        return {"tokenizer.model": self.model_bytes}
+
+    @property
     def vocab_size(self) -> int:
         """V."""
         return self._processor.vocab_size()

@@ -1,0 +1,96 @@
+"""python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
+
+Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
+--mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe import platform
+
+if __name__ == "__main__":
+    platform.use_huge_pages()  # before JAX: it restarts this program once
+
+import dataclasses
+import time
+
+from absl import flags
+
+from moe import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the softmax; 0: the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among this many likeliest; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the fewest tokens that together have this probability.")
+_STOP = flags.DEFINE_multi_integer("stop", [], "Token ids that end a text, beside the end-of-text token.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+_MESH = flags.DEFINE_list("mesh", [], "Devices per axis: data, fsdp, expert, tensor.")
+
+
+def main() -> None:
+    """Flags in, text out; speed on stderr."""
+    import jax
+    import numpy as np
+
+    from moe import checkpoint, generate, sharding
+    from moe.config import ConfigError, MeshConfig, validate_mesh
+    from moe.data.json_tokenizer import find_tokenizer
+
+    workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
+    config = checkpoint.read_config(workdir)
+    tokenizer = find_tokenizer(workdir)
+    axes: dict[str, int] = {}
+    for entry in _MESH.value or []:
+        axis, _, size = str(entry).partition("=")
+        if axis not in sharding.AXES or not size.removeprefix("-").isdigit():
+            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(sharding.AXES)}")
+        axes[axis] = int(size)
+    mesh = sharding.make_mesh(MeshConfig(**axes))
+    validate_mesh(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=mesh.size)), mesh.shape
+    )
+    sampling = generate.Sampling(
+        temperature=_TEMPERATURE.value or 0.0,
+        top_k=_TOP_K.value or 0,
+        top_p=_TOP_P.value or 0.0,
+        stop_tokens=(tokenizer.eos_id, *(_STOP.value or [])),
+        seed=_SEED.value or 0,
+    )
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    rows = [start + tokenizer.encode(prompt).tolist() for prompt in prompts]
+    texts: list[list[int]] = [[] for _ in rows]
+    stream_one = len(rows) == 1
+    shown, times = "", []
+    with jax.set_mesh(mesh):
+        variables = checkpoint.read_variables(workdir, config.model, mesh, step=_STEP.value)
+        if stream_one:
+            print(prompts[0], end="", flush=True)
+        for column in generate.stream(config.model, variables, rows, int(_TOKENS.value or 0), sampling):
+            times.append(time.perf_counter())
+            for text, token in zip(texts, column, strict=True):
+                if token >= 0:
+                    text.append(int(token))
+            if stream_one:
+                # A character of several tokens is complete only with the last of them.
+                decoded = tokenizer.decode(rows[0] + texts[0]).removeprefix(tokenizer.decode(rows[0]))
+                if not decoded.endswith("\ufffd"):
+                    print(decoded.removeprefix(shown), end="", flush=True)
+                    shown = decoded
+    for prompt, row, text in zip(prompts, rows, texts, strict=True):
+        if not stream_one:
+            print(f"{prompt}{tokenizer.decode(row + text).removeprefix(tokenizer.decode(row))}\n---")
+    print(file=sys.stderr)
+    if len(times) > 2:
+        # The second token waits for the compiler.
+        rate = np.sum([len(text) - 2 for text in texts if len(text) > 2]) / (times[-1] - times[1])
+        print(f"{rate:,.1f} tokens/s over {len(rows)} rows", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("workdir", "prompt"))

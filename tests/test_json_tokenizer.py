@@ -1,0 +1,84 @@
+"""Tokenizers of open checkpoints: text comes back, every byte is counted once, and a workdir keeps what it needs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moe.config import ConfigError
+from moe.data.json_tokenizer import JsonTokenizer, find_tokenizer, read_tokenizer
+from moe.data.tokenizer import train_tokenizer
+
+TEXTS = ["hello wörld — 漢字\n", "  two  spaces\tand a tab", "", "a<|endoftext|>b"]
+
+
+def byte_level() -> bytes:
+    """A tokenizer.json as Qwen's and OLMoE's are: byte-level BPE."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["hello two spaces and a tab"] * 10, trainer)
+    return tokenizer.to_str().encode()
+
+
+def byte_fallback() -> bytes:
+    """As Mixtral's is: spaces are "▁", what is not in the vocabulary is spelled in bytes."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": i + 3 for i in range(256)}, "▁": 259, "a": 260}
+    merges = [("▁", "a")]
+    vocab["▁a"] = 261
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer.to_str().encode()
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_text_comes_back_and_bytes_are_counted(make):
+    tokenizer = JsonTokenizer(make())
+    for text in TEXTS[:3]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[tokenizer.eos_id] == 0
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+
+
+def test_special_tokens():
+    assert (JsonTokenizer(byte_level()).bos_id, JsonTokenizer(byte_level()).eos_id) == (-1, 0)
+    assert (JsonTokenizer(byte_fallback()).bos_id, JsonTokenizer(byte_fallback()).eos_id) == (1, 2)
+    # What tokenizer_config.json says goes first, in both its spellings; null is a choice too.
+    settings = json.dumps({"eos_token": {"content": "a"}, "bos_token": None, "pad_token": "</s>"}).encode()
+    told = JsonTokenizer(byte_fallback(), settings)
+    assert (told.bos_id, told.eos_id, told.pad_id) == (-1, 260, 2)
+
+
+def test_found_beside_a_checkpoint(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+        find_tokenizer(tmp_path)
+    settings = json.dumps({"eos_token": "a"}).encode()
+    for name, content in JsonTokenizer(byte_fallback(), settings).files.items():
+        (tmp_path / name).write_bytes(content)
+    assert find_tokenizer(tmp_path).eos_id == 260
+    own = train_tokenizer([f"word {i} of some text\n" * 9 for i in range(99)], 320)
+    for name, content in own.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert find_tokenizer(tmp_path).vocab_size == 320
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"not a tokenizer\.json"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+    without = json.loads(byte_level())
+    without["added_tokens"] = []
+    del without["model"]["vocab"]["<|endoftext|>"]
+    with pytest.raises(ConfigError, match="no end-of-text token"):
+        JsonTokenizer(json.dumps(without).encode())
