@@ -172,7 +172,7 @@ def report(
         router_z_loss=router_z_loss(routing.router_logits, sound),
         broken_tokens=jnp.sum(routing.broken).astype(jnp.float32),
         expert_load=counts / num_chosen,
-        fraction_tokens_dropped=1.0 - (jnp.sum(kept) + (jnp.sum(routing.chosen) == 0)) / num_chosen,
+        fraction_tokens_dropped=jnp.sum(routing.chosen & ~kept) / num_chosen,
         router_entropy=token_mean(entropy, sound),
     )
 

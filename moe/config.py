@@ -202,7 +202,7 @@ def check_field(path: str) -> None:
     _check_name(cls, last, "".join(f"{section}." for section in sections))
 
 
-def _check_name(cls: type, name: str, path: str) -> None:
+def _check_name(cls: typing.Any, name: str, path: str) -> None:
     hints = typing.get_type_hints(cls)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1)

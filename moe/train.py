@@ -147,7 +147,8 @@ def _loop(
                     )
                 writer.write(step, "timing", timing, file=TIMING)
                 bar.set_postfix_str(
-                    f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
+                    f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, "
+                    f"MFU {timing['mfu']:.2f}"
                 )
             loss = None
             if step % config.eval_every == 0 or last:

@@ -57,13 +57,10 @@ def main() -> None:
     total, active = flops.count_parameters(config.model)
     print(f"parameters: {total:,} total, {active:,} active; huge pages: {'on' if platform.huge_pages() else 'off'}")
     print(f"model FLOPs per step of {tokens.size:,} tokens: {per_step / 1e9:.1f} GFLOP")
-    print(
-        f"step: median {step * 1e3:.0f} ms of {len(seconds)} (min {min(seconds) * 1e3:.0f}, max {max(seconds) * 1e3:.0f})"
-    )
-    print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s (min {min(rates) / 1e9:.0f}, max {max(rates) / 1e9:.0f})")
-    print(
-        f"step rate: {per_step / step / 1e9:.0f} GFLOP/s, {tokens.size / step:,.0f} tokens/s; MFU {per_step / step / rate:.2f}"
-    )
+    print(f"step: median {step * 1e3:.0f} ms of {len(seconds)}, {min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}")
+    print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}")
+    print(f"step rate: {per_step / step / 1e9:.0f} GFLOP/s, {tokens.size / step:,.0f} tokens/s")
+    print(f"MFU: {per_step / step / rate:.2f}")
 
 
 if __name__ == "__main__":

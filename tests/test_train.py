@@ -15,7 +15,6 @@ from moe.metrics import read_rows
 from moe.train import train
 from tests.tiny_text import build
 
-
 ONE = jax.devices()[:1]
 
 
