@@ -20,9 +20,7 @@ def test_blocked_attention_equals_full(window, kv_heads, monkeypatch):
     def loss(query, key, value, kind):
         return jnp.sum(jnp.sin(attention.attend(query, key, value, segment_ids, window=window, kind=kind)))
 
-    full, blocked = (
-        jax.value_and_grad(loss, (0, 1, 2))(query, key, value, kind) for kind in attention.ATTENTIONS
-    )
+    full, blocked = (jax.value_and_grad(loss, (0, 1, 2))(query, key, value, kind) for kind in attention.ATTENTIONS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), full, blocked)
 
 

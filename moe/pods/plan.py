@@ -32,6 +32,8 @@ class Memory:
         inputs: batch, counters, and what tiling adds to the arguments.
         temporaries: activations, gradients, gathered weights; the compiler's peak of everything that is no argument.
         code: the program.
+        peak: the most that is alive at one time, as the compiler's heap simulation has it; below the total, which is
+            what is set aside.
         capacity: of the device.
     """
 
@@ -40,6 +42,7 @@ class Memory:
     inputs: int
     temporaries: int
     code: int
+    peak: int
     capacity: int
 
     @property
@@ -184,6 +187,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         inputs=statistics.argument_size_in_bytes - sum(stored.values()),
         temporaries=statistics.temp_size_in_bytes + statistics.output_size_in_bytes - statistics.alias_size_in_bytes,
         code=statistics.generated_code_size_in_bytes,
+        peak=getattr(statistics, "peak_memory_in_bytes", 0),
         capacity=capacity,
     )
     text = hlo.read(compiled.as_text(), dict(mesh.shape))
@@ -305,6 +309,9 @@ def render(plan: Plan) -> str:
     ]
     for name in ("parameters", "optimizer", "inputs", "temporaries", "code"):
         lines.append(f"  {name:12} {getattr(memory, name) / GiB:8.2f} GiB")
+    lines.append(
+        f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest of the temporaries is gaps between buffers"
+    )
     lines += ["", f"Exchanges of a step, bytes a {device} (compiled fact; seconds: network model)"]
     lines.append(f"  {'kind':20} {'axes':16} {'purpose':24} {'count':>6} {'MiB':>10} {'ms':>9} {'exposed':>9}")
     small = [exchange for exchange in plan.exchanges if exchange.bytes < 2**20]
