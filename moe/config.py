@@ -114,6 +114,10 @@ class MeshConfig:
     tensor: int = 1  # heads and F split
 
 
+#: Parts of a model that optimizer.frozen may name.
+FREEZABLE = ("embedding", "unembedding", "attention", "dense", "router", "experts", "shared")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
@@ -126,6 +130,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     gradient_clip: float = 1.0  # global norm; 0: no clipping
+    frozen: tuple[str, ...] = ()  # parts that stay as they start: of FREEZABLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +148,23 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """What the parameters start as (moe.start)."""
+
+    checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
+    expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights
+    optimizer: str = "reset"  # the optimizer's state: reset, or carry (over from the checkpoint)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """A teacher's probabilities as targets beside the text (Switch 2021, section 4.2)."""
+
+    teacher: str = ""  # workdir of a run or an import; empty: none
+    soft_share: float = 0.25  # of the loss, on the teacher's probabilities; the rest is on the text
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -152,6 +174,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    start: StartConfig = StartConfig()
+    distill: DistillConfig = DistillConfig()
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -485,6 +509,12 @@ def _validate_run(config: Config) -> None:
     _require(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be positive")
     for name in ("b1", "b2"):
         _require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", getattr(optimizer, name), "must be in [0, 1)")
+    for part in optimizer.frozen:
+        _require_choice("optimizer.frozen", part, FREEZABLE)
+    _require_choice("start.optimizer", config.start.optimizer, ("reset", "carry"))
+    _require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
+    soft = config.distill.soft_share
+    _require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
     fraction = optimizer.final_learning_rate_fraction
     _require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     _require(

@@ -62,6 +62,19 @@ def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[
     return jnp.sum(nll), jnp.sum(known)
 
 
+def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> Array:
+    """Sum over the positions of targets of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, at temperature 1).
+
+    Args:
+        logits: [B,T,V].
+        teacher_logits: [B,T,V]; no gradient reaches them.
+        targets: [B,T] int32; negative where there is nothing to predict.
+    """
+    probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32), axis=-1)
+    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), probs)
+    return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+
+
 def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     """Weighted auxiliary terms, summed over the MoE layers (Switch 2021, section 2.2: "for each Switch layer").
 

@@ -40,6 +40,16 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    if config.gradient_clip == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw)
+    optimizer = adamw
+    if config.gradient_clip > 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw)
+    if not config.frozen:
+        return optimizer
+
+    def labels(parameters: Any) -> Any:
+        """Frozen parameters have no state, and their gradients do not count in the norm."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if any(key.key in config.frozen for key in path) else "trained", parameters
+        )
+
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

@@ -24,9 +24,9 @@ from jax.typing import ArrayLike
 
 from moe import sharding
 from moe.balancing import LayerReport, next_selection_bias
-from moe.config import Config
+from moe.config import Config, ModelConfig
 from moe.experts import SelectionBias
-from moe.losses import auxiliary_loss, linear_cross_entropy, mean_reports
+from moe.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
 from moe.optimizer import learning_rate_schedule, make_optimizer
 from moe.transformer import Transformer, selection_biases
 
@@ -132,12 +132,13 @@ class Program:
         return nnx.merge(self.graphdef, variables)
 
 
-def build(config: Config, mesh: Mesh) -> Program:
+def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]] | None = None) -> Program:
     """The programs of a run.
 
     Args:
         config: resolved and validated, against the mesh too (:func:`moe.config.validate_mesh`).
         mesh: from :func:`moe.sharding.make_mesh`.
+        teacher: a model and its variables, whose probabilities are targets too; see ``config.distill``.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
@@ -153,26 +154,39 @@ def build(config: Config, mesh: Mesh) -> Program:
             jnp.zeros((), jnp.int32), parameters, biases, optimizer.init(parameters), jax.random.key_data(noise_key)
         )
 
-    def loss_and_report(parameters, biases, batch: Batch, rng: Array, num_targets: Array):
+    teacher_model, teacher_variables = teacher or (config.model, None)
+    teacher_graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(teacher_model, rngs=nnx.Rngs(0))))
+
+    def teach(variables: dict[str, Any], batch: Batch) -> Array:
+        """The teacher's logits [B,T,V]."""
+        model = nnx.merge(teacher_graphdef, variables)
+        return model(batch["tokens"], batch["segment_ids"], batch["positions"]).logits
+
+    def loss_and_report(parameters, biases, batch: Batch, rng: Array, num_targets: Array, teaching=None):
         """This microbatch's share of the batch's loss."""
         model = nnx.merge(graphdef, join(parameters, biases))
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
         nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-        share = nll / jnp.maximum(num_targets, 1)
-        return share + auxiliary_loss(output.layers, config.model.moe) / microbatches, (share, output.layers)
+        share = loss = nll / jnp.maximum(num_targets, 1)
+        if teaching is not None:
+            soft = soft_cross_entropy(output.logits, teach(teaching, batch), batch["targets"])
+            loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
+        return loss + auxiliary_loss(output.layers, config.model.moe) / microbatches, (share, output.layers)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+    def train_step(state: TrainState, batch: Batch, teaching=None) -> tuple[TrainState, TrainMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         num_targets = jnp.sum(batch["targets"] >= 0)
         value_and_grad = jax.value_and_grad(loss_and_report, has_aux=True)
         if microbatches == 1:
-            (loss, (ce, layers)), gradients = value_and_grad(state.parameters, state.biases, batch, rng, num_targets)
+            (loss, (ce, layers)), gradients = value_and_grad(
+                state.parameters, state.biases, batch, rng, num_targets, teaching
+            )
         else:
 
             def accumulate(sums, inputs):
                 microbatch, index = inputs
                 result = value_and_grad(
-                    state.parameters, state.biases, microbatch, jax.random.fold_in(rng, index), num_targets
+                    state.parameters, state.biases, microbatch, jax.random.fold_in(rng, index), num_targets, teaching
                 )
                 (loss, (ce, layers)), gradients = result
                 return jax.tree.map(jnp.add, sums, (loss, ce, gradients)), layers
@@ -208,17 +222,20 @@ def build(config: Config, mesh: Mesh) -> Program:
     rows = jax.ShapeDtypeStruct(
         (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=batch_sharding
     )
+    step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
+    if teacher_variables is not None:
+        step_shardings += (sharding.shardings(mesh, sharding.parameter_specs(teacher_variables)),)
+    jitted_step = jax.jit(
+        train_step, in_shardings=step_shardings, out_shardings=(state_shardings, replicated), donate_argnums=0
+    )
     return Program(
         config=config,
         mesh=mesh,
         graphdef=graphdef,
         init=jax.jit(init, out_shardings=state_shardings),
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(state_shardings, batch_sharding),
-            out_shardings=(state_shardings, replicated),
-            donate_argnums=0,
-        ),
+        train_step=jitted_step
+        if teacher_variables is None
+        else lambda state, batch: jitted_step(state, batch, teacher_variables),
         eval_step=jax.jit(
             eval_step,
             in_shardings=(state_shardings.variables, batch_sharding, replicated),

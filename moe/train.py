@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from moe import balancing, flops, generate, report, sharding
+from moe import balancing, flops, generate, report, sharding, start
 from moe.checkpoint import Checkpoints
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.data import pipeline
@@ -59,7 +59,7 @@ def train(config: Config, workdir: str, devices: Sequence[Any] | None = None) ->
     _refuse_other_run(config, directory)
     prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
     with jax.set_mesh(mesh):
-        program = build(config, mesh)
+        program = build(config, mesh, start.teacher(config, mesh))
         heldout = load_heldout(program, prepared)
         iterator = pipeline.train_iterator(
             prepared,
@@ -76,7 +76,7 @@ def train(config: Config, workdir: str, devices: Sequence[Any] | None = None) ->
         say(f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})")
         step, pending = checkpoints.latest(), []
         if step is None:
-            step, state = 0, program.init()
+            step, state = 0, start.first_state(program)
         else:
             state, memory = checkpoints.restore(step, program.state, iterator)
             pending = memory["pending"]

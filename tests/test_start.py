@@ -1,0 +1,165 @@
+"""Runs that start from a checkpoint: fine-tuning, upcycling, distillation, frozen parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from moe import sharding, start
+from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, from_config_dict, to_dict
+from moe.interop import import_checkpoint, load_huggingface
+from moe.losses import soft_cross_entropy
+from moe.step import build, place
+
+HERE = Path(__file__).parent / "data" / "checkpoints"
+T = 8
+
+
+def _config(workdir, **changes) -> Config:
+    """The imported model as a run's config: 2 rows of 8 tokens."""
+    tree = to_dict(
+        import_checkpoint(workdir[0], workdir[1]) if workdir[0] else start.checkpoint.read_config(workdir[1])
+    )
+    tree["data"] |= {"sequence_length": T}
+    tree["train"] |= {"batch_size": 2, "num_steps": 4}
+    tree["optimizer"] |= {"warmup_steps": 0, "learning_rate": 1e-3}
+    for section, fields in changes.items():
+        target = tree["model"]["moe"] if section == "moe" else tree[section]
+        target |= fields
+    return from_config_dict(tree)
+
+
+def _program(config, teacher=None):
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return mesh, lambda: build(config, mesh, teacher)
+
+
+def _batch(mesh, vocab):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, vocab, (2, T + 1)).astype(np.int32)
+    ones = np.ones((2, T), np.int32)
+    positions = np.arange(T, dtype=np.int32) * ones
+    return place(
+        {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones, "positions": positions}, mesh
+    )
+
+
+def test_upcycled_experts_compute_what_the_dense_model_did(tmp_path):
+    """Equal experts under weights that sum to 1 are the dense FFN, whatever the fresh router says."""
+    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
+    config = _config((HERE / "mistral", tmp_path), moe=sparse, start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(config)
+    dense, _ = load_huggingface(HERE / "mistral")
+    tokens = np.arange(16).reshape(2, 8)
+    with jax.set_mesh(mesh):
+        program = make()
+        state = start.first_state(program)
+        upcycled = jax.jit(lambda v: program.model(v)(tokens).logits)(state.variables)
+        np.testing.assert_allclose(upcycled, jax.jit(lambda t: dense(t).logits)(tokens), rtol=1e-4, atol=1e-5)
+        noisy = dataclasses.replace(program, config=dataclasses.replace(config, start=StartConfig(str(tmp_path), 0.1)))
+        up = start.first_state(noisy).parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
+        copied = state.parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
+        np.testing.assert_allclose(np.std(up - copied), 0.1 * np.std(copied), rtol=0.1)
+        assert np.abs(up[:, 0] - up[:, 1]).min() > 0
+        with pytest.raises(ConfigError, match="holds no optimizer's state"):
+            start.first_state(
+                dataclasses.replace(
+                    program, config=dataclasses.replace(config, start=StartConfig(str(tmp_path), optimizer="carry"))
+                )
+            )
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    wider = {"gate": "mixtral", "num_experts": 2, "d_ff": 20}
+    config = _config((HERE / "mistral", tmp_path), moe=wider, start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"moe\.experts\.(down|gate|up) is \(2, "):
+        start.first_state(make())
+    deeper = _config((None, tmp_path), model={"num_layers": 3}, start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(deeper)
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"model\.num_layers=3: .* has 2"):
+        start.first_state(make())
+
+
+def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(tmp_path):
+    changes = {"start": {"checkpoint": str(tmp_path)}, "distill": {"teacher": str(tmp_path), "soft_share": 1.0}}
+    config = _config((HERE / "mixtral", tmp_path), moe={"gate": "none"}, **changes)
+    mesh, _ = _program(config)
+    with jax.set_mesh(mesh):
+        teacher = start.teacher(config, mesh)
+        program = build(config, mesh, teacher)
+        state = start.first_state(program)
+        block, theirs = state.parameters["segment_0"]["block_0"], teacher[1]["segment_0"]["block_0"]
+        np.testing.assert_array_equal(block["attention"]["query"], np.float32(theirs["attention"]["query"]))
+        assert "moe" not in block
+        batch, losses = _batch(mesh, 32), []
+        for _ in range(4):
+            state, metrics = program.train_step(state, batch)
+            losses.append(float(metrics.loss))
+        assert losses[-1] < losses[0]
+        # The same student, half on the text: the loss is the mean of both cross-entropies.
+        half = dataclasses.replace(config, distill=DistillConfig(str(tmp_path), 0.5))
+        _, metrics = build(half, mesh, teacher).train_step(start.first_state(program), batch)
+        np.testing.assert_allclose(metrics.loss, (losses[0] + metrics.cross_entropy) / 2, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=40: must be the teacher's 32"):
+        start.teacher(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=40)), mesh)
+
+
+def test_soft_targets_by_hand():
+    """Teacher (1/2, 1/2), student (1/4, 3/4): -(ln 1/4 + ln 3/4)/2; a position without a target does not count."""
+    logits = jnp.log(jnp.asarray([[[0.25, 0.75], [0.5, 0.5]]]))
+    loss = soft_cross_entropy(logits, jnp.zeros((1, 2, 2)), jnp.asarray([[0, -1]]))
+    np.testing.assert_allclose(loss, -(np.log(0.25) + np.log(0.75)) / 2, rtol=1e-6)
+
+
+def test_frozen_parts_do_not_move(tmp_path):
+    frozen = {"optimizer": {"frozen": ["router", "experts"]}, "start": {"checkpoint": str(tmp_path)}}
+    config = _config((HERE / "mixtral", tmp_path), **frozen)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        before = jax.tree.map(np.asarray, start.first_state(program).parameters)
+        state, _ = program.train_step(start.first_state(program), _batch(mesh, 32))
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (bool((a != np.asarray(b)).any()), any(key.key in ("router", "experts") for key in path)),
+        before,
+        state.parameters,
+    )
+    for has_moved, is_frozen in jax.tree.leaves(moved, is_leaf=lambda leaf: isinstance(leaf, tuple)):
+        assert has_moved != is_frozen
+    with pytest.raises(ConfigError, match=r"optimizer\.frozen='gate'"):
+        _config((None, tmp_path), optimizer={"frozen": ["gate"]})
+
+
+def test_the_optimizers_state_is_carried_on_request(tmp_path):
+    """Adam's moments of the dense FFN become each expert's, its count goes on; the fresh router's are zero."""
+    dense = _config((HERE / "mistral", tmp_path / "open"))
+    mesh, make = _program(dense)
+    with jax.set_mesh(mesh):
+        program = make()
+        trained, _ = program.train_step(program.init(), _batch(mesh, 32))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(dense)))
+    with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
+        manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(trained)))
+    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
+    carry = {"checkpoint": str(tmp_path / "run"), "optimizer": "carry"}
+    config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = start.first_state(make())
+    adam = optax.tree_utils.tree_get(state.optimizer, "mu")["segment_0"]["block_0"]
+    old = optax.tree_utils.tree_get(trained.optimizer, "mu")["segment_0"]["block_0"]
+    for expert in range(4):
+        np.testing.assert_array_equal(adam["moe"]["experts"]["up"][:, expert], old["dense"]["up"])
+    assert not np.any(adam["moe"]["router"]["kernel"])
+    assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 1]
+    assert int(state.step) == 0
