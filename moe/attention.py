@@ -49,15 +49,18 @@ def attend(query: Array, key: Array, value: Array, segment_ids: Array, *, window
             # A window of w tokens counts the query's own, as Mistral's does.
             local_window_size=(window - 1, 0) if window else None,
         )
-    if _platform() == "tpu" and query.shape[1] % _LANES == 0 and query.shape[-1] % _LANES == 0:
+    if _runs_splash() and query.shape[1] % _LANES == 0 and query.shape[-1] % _LANES == 0:
         return _splash(query, key, value, segment_ids, window)
     return _query_blocks(query, key, value, segment_ids, window)
 
 
-def _platform() -> str:
-    """Where this program will run: the mesh says it, also when it is compiled for devices that are not here."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
+def _runs_splash() -> bool:
+    """Whether this program is for a TPU that has the kernel; v2 and v3 lack its bfloat16 products.
+
+    The mesh says what it is for, also when it is compiled for devices that are not here.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+    return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
 
 
 def _block(length: int, largest: int) -> int:

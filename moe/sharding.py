@@ -33,23 +33,26 @@ TABLE = P("tensor", None)  # [V,D] while tokens are looked up
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] where the tokens are
 EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] where the experts are
+#: ((up, and gate if any) [E,D,F], down [E,F,D]) as the experts' matmuls take them
+EXPERT_MATRICES = (P("expert", None, "tensor"), P("expert", "tensor", None))
 REPLICATED = P()
+STORED = ("fsdp", "expert")  # D of a weight that every token needs: split over all that have tokens but data
 
 #: How each parameter is stored, by its last two names; stacked over layers it gains an unsharded leading axis.
 PARAMETERS: Mapping[str, P] = types.MappingProxyType(
     {
-        "embedding.table": P("tensor", "fsdp"),  # [V,D]
-        "unembedding.kernel": P("fsdp", "tensor"),  # [D,V]
-        "attention.query": P("fsdp", "tensor", None),  # [D,N,H]
-        "attention.key": P("fsdp", "tensor", None),  # [D,M,H]
-        "attention.value": P("fsdp", "tensor", None),  # [D,M,H]
-        "attention.out": P("tensor", None, "fsdp"),  # [N,H,D]
+        "embedding.table": P("tensor", STORED),  # [V,D]
+        "unembedding.kernel": P(STORED, "tensor"),  # [D,V]
+        "attention.query": P(STORED, "tensor", None),  # [D,N,H]
+        "attention.key": P(STORED, "tensor", None),  # [D,M,H]
+        "attention.value": P(STORED, "tensor", None),  # [D,M,H]
+        "attention.out": P("tensor", None, STORED),  # [N,H,D]
         "attention.query_bias": P("tensor", None),  # [N,H]
         "attention.key_bias": P("tensor", None),  # [M,H]
         "attention.value_bias": P("tensor", None),  # [M,H]
-        "dense.gate": P("fsdp", "tensor"),  # [D,F]
-        "dense.up": P("fsdp", "tensor"),  # [D,F]
-        "dense.down": P("tensor", "fsdp"),  # [F,D]
+        "dense.gate": P(STORED, "tensor"),  # [D,F]
+        "dense.up": P(STORED, "tensor"),  # [D,F]
+        "dense.down": P("tensor", STORED),  # [F,D]
         "experts.gate": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.up": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
@@ -103,8 +106,14 @@ def constrain(x: Array, spec: P) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def axis_size(*axes: str) -> int:
+    """Into how many parts these axes of the mesh in context split an array; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return int(np.prod([sizes.get(axis, 1) for axis in axes]))
+
+
 def use(name: str, parameter: Array, dtype: Any) -> Array:
-    """A parameter as a matmul wants it: cast, then gathered over ``fsdp``; its gradient is scattered back.
+    """A parameter as a matmul wants it: cast, then gathered where it is stored split; its gradient is scattered back.
 
     Said explicitly because XLA, left to itself, may move the tokens instead of the weights.
 
@@ -113,8 +122,9 @@ def use(name: str, parameter: Array, dtype: Any) -> Array:
         parameter: one layer's array, without the leading layer axis.
         dtype: of the computation.
     """
-    stored = PARAMETERS[name]
-    gathered = P(*(None if axis == "fsdp" else axis for axis in stored))
+    stored = _fit(PARAMETERS[name], parameter.shape)
+    spread = ("fsdp",) if name.startswith("experts.") else STORED
+    gathered = P(*(_without(axes, spread) for axes in stored))
 
     @jax.custom_vjp
     def gather(weights: Array) -> Array:
@@ -123,6 +133,35 @@ def use(name: str, parameter: Array, dtype: Any) -> Array:
     gather.defvjp(lambda weights: (gather(weights), None), lambda _, gradient: (constrain(gradient, stored),))
     with jax.named_scope(f"weights.{name}"):  # by this a compiled program's exchanges of weights are told apart
         return gather(parameter.astype(dtype))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _without(axes: Any, dropped: Sequence[str]) -> Any:
+    kept = tuple(axis for axis in _names(axes) if axis not in dropped)
+    return kept if len(kept) > 1 else kept[0] if kept else None
+
+
+def _fit(spec: P, shape: Sequence[int]) -> P:
+    """How a weight is stored where D does not divide by fsdp x expert, as 1024 by 2048 cores: ``expert`` then splits
+    another of its dimensions, or none."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def divides(dim: int, axes: Any) -> bool:
+        return dim % int(np.prod([sizes.get(axis, 1) for axis in _names(axes)])) == 0
+
+    if STORED not in tuple(spec) or all(divides(dim, axes) for dim, axes in zip(shape, spec, strict=True)):
+        return spec
+    entries = ["fsdp" if axes == STORED else axes for axes in spec]
+    for i, dim in enumerate(shape):
+        wider = (*_names(entries[i]), "expert")
+        if spec[i] != STORED and divides(dim, wider):
+            entries[i] = wider
+            break
+    return P(*entries)
 
 
 def parameter_specs(tree: Any) -> Any:
@@ -139,7 +178,8 @@ def parameter_specs(tree: Any) -> Any:
         found = PARAMETERS.get(".".join(names[-2:]))
         if found is None:
             return REPLICATED
-        return P(*(None,) * (jnp.ndim(leaf) - len(found)), *found)
+        stacked = jnp.ndim(leaf) - len(found)
+        return P(*(None,) * stacked, *_fit(found, jnp.shape(leaf)[stacked:]))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
