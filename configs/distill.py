@@ -1,0 +1,21 @@
+"""Distillation into a dense model (Switch 2021, section 4.2): a quarter of the loss is on the teacher's probabilities.
+
+    python main.py --config=configs/quickstart.py --workdir=/tmp/teacher
+    python main.py --config=configs/distill.py --config.start.checkpoint=/tmp/teacher \\
+        --config.distill.teacher=/tmp/teacher --workdir=/tmp/student
+
+The student starts with the teacher's weights wherever it has a place for them: all but the experts. The tokenizer must
+be the teacher's: set config.data.tokenizer to the one in its workdir where it is not trained anew.
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Overrides of the defaults."""
+    config = base.get_config()
+    config.model.moe.gate = "none"
+    config.distill.soft_share = 0.25
+    return config
