@@ -45,3 +45,30 @@ def use_tpu_compiler() -> None:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def join_processes() -> None:
+    """Makes this process one of a run of several, as the environment describes it.
+
+    On TPU pods, under SLURM and under Open MPI, JAX finds the others by itself. Elsewhere JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+
+    Raises:
+        ConfigError: nothing in the environment says so.
+    """
+    import jax
+
+    from moe.config import ConfigError
+
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, index = (os.environ.get(name) for name in names)
+    try:
+        if address is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(address, int(count or ""), int(index or ""))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--distributed: no cluster found ({str(error).splitlines()[0]}); this works on TPU pods, under SLURM or "
+            f"Open MPI, or with {', '.join(names)} set"
+        ) from error
