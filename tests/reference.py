@@ -55,6 +55,7 @@ class Rule:
         bias: [E], added to DeepSeek-V3's scores for the choice alone.
         policy: who is served first: position, or probability (the largest weight).
         overflow: a pair without room tries the token's next best expert once, after everybody else.
+        token_ids: [G,S], for the gate hash.
     """
 
     groups: int = 1
@@ -64,9 +65,21 @@ class Rule:
     bias: np.ndarray | float = 0.0
     policy: str = "position"
     overflow: bool = False
+    token_ids: np.ndarray | None = None
 
 
 PLAIN = Rule()
+
+
+def hashed(token_id: int, num_experts: int, k: int) -> list[int]:
+    """The experts of a token id: those of the highest hashes, murmur3's finalizer over id·E + e + 2^32/golden ratio."""
+    hashes = []
+    for expert in range(num_experts):
+        h = (token_id * num_experts + expert + 0x9E3779B9) % 2**32
+        for factor in (0x85EBCA6B, 0xC2B2AE35):
+            h = (h ^ (h >> 16)) * factor % 2**32
+        hashes.append((h ^ (h >> 16)) >> 8)
+    return sorted(range(num_experts), key=lambda expert: (-hashes[expert], expert))[:k]
 
 
 def sigmoid(z: Any) -> Any:
@@ -82,7 +95,7 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
     DeepSeek-V2 2024, section 2.2.2: from the groups of the best experts.
     """
     num_experts = len(logits)
-    if gate == "dense_mixture":
+    if gate in ("dense_mixture", "expert_choice"):
         return list(range(num_experts))
     scores, best = (sigmoid(logits) + rule.bias, 2) if gate == "deepseek_v3" else (logits, 1)
     size = num_experts // rule.groups
@@ -108,7 +121,9 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
     ST-MoE: renormalised over the chosen. Mixtral, section 2.1, and Shazeer 2017, equation 3: softmax over the chosen
     logits. DeepSeek-V3, equations 12 and 13: the sigmoids over their sum, scaled.
     """
-    if gate in ("mixtral", "noisy_topk"):
+    if gate == "hash":
+        return [1 / len(experts)] * len(experts)
+    if gate in ("mixtral", "noisy_topk", "balanced"):
         powers = [jnp.exp(logits[expert] - jnp.max(logits)) for expert in experts]
         return [power / sum(powers) for power in powers]
     scores = sigmoid(logits) if gate == "deepseek_v3" else softmax(logits)
@@ -146,10 +161,19 @@ def decide(
     for g in range(groups):
         for s in range(tokens):
             expert[g, s] = choose(gate, logits[g, s], k, rule)
+            if gate == "hash" and rule.token_ids is not None:
+                expert[g, s] = hashed(int(rule.token_ids[g, s]), num_experts, k)
+            if gate == "balanced":
+                nth = g * tokens + int(mask[g, :s].sum())
+                expert[g, s] = [(nth * k + choice) % num_experts for choice in range(k)]
             chosen[g, s] = mask[g, s]
             if gate == "gshard" and uniform is not None:
                 second = float(weights(gate, jnp.asarray(logits[g, s]), list(expert[g, s]))[1])
                 chosen[g, s, 1] &= 2 * second > uniform[g, s]
+        for e in range(num_experts if gate == "expert_choice" else 0):
+            # Expert Choice 2022, equation 2: the expert takes its highest tokens.
+            best = sorted(np.flatnonzero(mask[g]), key=lambda s: (-float(softmax(logits[g, s])[e]), s))[:capacity]
+            chosen[g, :, e] = [s in best for s in range(tokens)]
     original = expert.copy()
     for g in range(groups):
         order = list(range(tokens))
@@ -227,6 +251,36 @@ def moe_output(
             rows.append(y)
     # G·S of [D] → [G,S,D]
     return jnp.stack(rows).reshape(x.shape)
+
+
+def soft_output(
+    x: jax.Array,
+    router: jax.Array,
+    up: jax.Array,
+    gate_matrix: jax.Array | None,
+    down: jax.Array,
+    mask: np.ndarray,
+    activation: str = "swiglu",
+) -> jax.Array:
+    """Soft MoE 2023, equations 1-3, slot by slot: x [G,S,D], router [D,E,P], mask [G,S]; the rest as moe_output."""
+    _, num_experts, slots = router.shape
+    y = []
+    for g in range(x.shape[0]):
+        real = [int(s) for s in np.flatnonzero(mask[g])]
+        outputs = []
+        for e in range(num_experts):
+            for p in range(slots):
+                mixed = jnp.zeros_like(x[g, 0])
+                if real:
+                    share = softmax(jnp.stack([x[g, s] @ router[:, e, p] for s in real]))
+                    mixed = sum(share[i] * x[g, s] for i, s in enumerate(real))
+                matrix = None if gate_matrix is None else gate_matrix[e]
+                outputs.append(ffn(mixed, up[e], matrix, down[e], activation))
+        for s in range(x.shape[1]):
+            combine = softmax(x[g, s] @ router.reshape(len(router), -1))
+            mixed = sum(combine[i] * output for i, output in enumerate(outputs))
+            y.append(mixed if s in real else jnp.zeros_like(x[g, s]))
+    return jnp.stack(y).reshape(x.shape)
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:

@@ -1,0 +1,190 @@
+"""One MoE layer from given arrays: to compare it with another implementation, or with a paper by hand.
+
+In: router and expert matrices, and fields of :class:`moe.config.MoEConfig`. Out: a :class:`moe.experts.MoELayer`, to be
+called on x [B,T,D]. :func:`run_reference` does so for the layers that ``scripts/conformance.py`` is given as npz files,
+named as Hugging Face names them.
+
+Letters: B batch, T sequence, E experts, K choices per token, C expert capacity, D model dim, F hidden dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe import dispatch
+from moe.config import Config, ConfigError, ModelConfig, MoEConfig, resolve, validate
+from moe.experts import MoELayer
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def single_layer(
+    gate: str,
+    *,
+    router: Any = None,
+    up: Any,
+    down: Any,
+    gate_matrix: Any = None,
+    shared_up: Any = None,
+    shared_down: Any = None,
+    shared_gate_matrix: Any = None,
+    selection_bias: Any = None,
+    noise: Any = None,
+    activation: str = "swiglu",
+    **fields: Any,
+) -> MoELayer:
+    """A layer with these weights, float32.
+
+    Args:
+        gate: a name in moe.routing.GATES.
+        router: [D,E]; [D,E,P] for soft_moe; None for gates without a router.
+        up: [E,D,F].
+        down: [E,F,D].
+        gate_matrix: [E,D,F] for swiglu and geglu.
+        shared_up: [D,F'] of the expert that every token visits, or None.
+        shared_down: [F',D].
+        shared_gate_matrix: [D,F'].
+        selection_bias: [E] of deepseek_v3; None: zeros.
+        noise: [D,E] of noisy_topk; None: zeros.
+        activation: swiglu, geglu, gelu or relu.
+        **fields: of :class:`moe.config.MoEConfig`; what is left out is the gate's own.
+
+    Raises:
+        ConfigError: impossible fields, or an array whose shape is not what they and the others ask for.
+    """
+    num_experts, d_model, d_ff = np.shape(up)
+    moe = MoEConfig(
+        gate=gate,
+        num_experts=num_experts,
+        d_ff=d_ff,
+        shared_d_ff=0 if shared_up is None else np.shape(shared_up)[1],
+        **fields,
+    )
+    config = validate(resolve(Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)))).model
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    given = {
+        "router": (layer.router, "kernel", router),
+        "selection_bias": (layer.router, "bias", selection_bias),
+        "noise": (layer.router, "noise", noise),
+        "up": (layer.experts, "up", up),
+        "down": (layer.experts, "down", down),
+        "gate_matrix": (layer.experts, "gate", gate_matrix),
+    }
+    if layer.shared is not None:
+        given |= {
+            "shared_up": (layer.shared.dense, "up", shared_up),
+            "shared_down": (layer.shared.dense, "down", shared_down),
+            "shared_gate_matrix": (layer.shared.dense, "gate", shared_gate_matrix),
+        }
+    for name, (module, attribute, value) in given.items():
+        variable = getattr(module, attribute, None)
+        if value is None:
+            # A selection bias and noise start at zero; a matrix left random would be a silent mistake.
+            if variable is not None and name not in ("selection_bias", "noise"):
+                raise ConfigError(f"{name}=None: the gate {gate!r} with {activation} needs {variable[...].shape}")
+            continue
+        if variable is None or variable[...].shape != np.shape(value):
+            wanted = "None" if variable is None else variable[...].shape
+            raise ConfigError(f"{name} of shape {np.shape(value)}: must be {wanted}")
+        variable[...] = jnp.asarray(value, jnp.float32)
+    return layer
+
+
+def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np.ndarray]:
+    """What this code computes for a layer of another library.
+
+    Args:
+        arrays: x [B,T,D] and, under ``weights/``, Hugging Face's tensors: of a Switch FFN (``router.classifier.weight``
+            [E,D], ``experts.expert_i.wi.weight`` [F,D] and ``wo.weight`` [D,F]) with ``expert_capacity``, groups being
+            rows; or of a DeepSeek-V3 MoE (``gate.weight`` [E,D], ``gate.e_score_correction_bias`` [E],
+            ``experts.gate_up_proj`` [E,2F,D] with gate rows first, ``experts.down_proj`` [E,D,F], ``shared_experts.*``)
+            with ``n_group``, ``topk_group``, ``num_experts_per_tok``, ``routed_scaling_factor``, ``norm_topk_prob``.
+        dispatch_mode: a name in moe.dispatch.MODES.
+
+    Returns:
+        Under the names that such files use. y [B,T,D]; router_logits, [B,T,E] or [B·T,E]; for Switch dispatch [B,T,E],
+        the kept one-hot, and gate [B,T,1]; for DeepSeek-V3 topk_weights and topk_index [B·T,K], best first.
+    """
+    weights = {name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")}
+    x = jnp.asarray(arrays["x"], jnp.float32)
+    if "router.classifier.weight" in weights:
+        return _run_switch(arrays, weights, x, dispatch_mode)
+    if "gate.e_score_correction_bias" in weights:
+        return _run_deepseek_v3(arrays, weights, x, dispatch_mode)
+    raise ConfigError(f"weights {sorted(weights)}: neither Switch's router.classifier nor DeepSeek-V3's gate is there")
+
+
+def _run(layer: MoELayer, x: jax.Array) -> tuple[Any, Any, Any]:
+    return jax.jit(lambda x: layer(x, jnp.ones(x.shape[:2], bool)))(x)
+
+
+def _run_switch(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dict[str, np.ndarray]:
+    num_experts, tokens = weights["router.classifier.weight"].shape[0], x.shape[1]
+    capacity = min(int(arrays["expert_capacity"]), tokens)
+
+    def stack(name: str) -> np.ndarray:  # E of [out,in] → [E,in,out]
+        return np.stack([weights[f"experts.expert_{e}.{name}.weight"].T for e in range(num_experts)])
+
+    layer = single_layer(
+        "switch",
+        router=weights["router.classifier.weight"].T,
+        up=stack("wi"),
+        down=stack("wo"),
+        activation="relu",
+        experts_per_token=1,
+        eval_capacity_factor=capacity * num_experts / tokens,  # C = ceil(factor·S/E)
+        dispatch=mode,
+    )
+    y, _, routing = _run(layer, x)
+    kept = dispatch.make_plan(routing, capacity).kept
+    return {
+        "y": np.asarray(y),
+        "router_logits": np.asarray(routing.router_logits),
+        "gate": np.asarray(routing.combine_weights),
+        # [B,T,1,E] → [B,T,E]
+        "dispatch": np.asarray(jnp.sum(jax.nn.one_hot(routing.expert_index, num_experts) * kept[..., None], axis=2)),
+    }
+
+
+def _run_deepseek_v3(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dict[str, np.ndarray]:
+    # [E,2F,D] → [E,D,2F] → two of [E,D,F]
+    gate_matrix, up = np.split(weights["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=2)
+    num_experts, k = up.shape[0], int(arrays["num_experts_per_tok"])
+    shared = {
+        ours: weights[f"shared_experts.{theirs}.weight"].T
+        for ours, theirs in (
+            ("shared_up", "up_proj"),
+            ("shared_down", "down_proj"),
+            ("shared_gate_matrix", "gate_proj"),
+        )
+        if f"shared_experts.{theirs}.weight" in weights
+    }
+    layer = single_layer(
+        "deepseek_v3",
+        router=weights["gate.weight"].T,
+        selection_bias=weights["gate.e_score_correction_bias"],
+        up=up,
+        down=weights["experts.down_proj"].swapaxes(1, 2),
+        gate_matrix=gate_matrix,
+        experts_per_token=k,
+        expert_groups=int(arrays["n_group"]),
+        kept_expert_groups=int(arrays["topk_group"]),
+        renormalise=int(arrays["norm_topk_prob"]),
+        routing_scale=float(arrays["routed_scaling_factor"]),
+        eval_capacity_factor=num_experts / k,  # nothing is dropped there
+        dispatch=mode,
+        **shared,
+    )
+    y, _, routing = _run(layer, x)
+    return {
+        "y": np.asarray(y),
+        "router_logits": np.asarray(routing.router_logits).reshape(-1, num_experts),
+        "topk_weights": np.asarray(routing.combine_weights).reshape(-1, k),
+        "topk_index": np.asarray(routing.expert_index).reshape(-1, k),
+    }
