@@ -7,7 +7,9 @@ in ../shared/parity where there is one. DeepSeekMoE v1's by its published formul
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -318,6 +320,13 @@ def test_through_a_checkpoint_and_out(path, tmp_path):
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert _tensors(tmp_path / "out") == _tensors(path)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    ids = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": json.loads((path / "config.json").read_text()).get("pad_token_id"),
+    }
+    for name in ("config.json", "generation_config.json"):
+        assert ids.items() <= json.loads((tmp_path / "out" / name).read_text()).items()
     with pytest.raises(ConfigError, match="holds checkpoints already"):
         import_checkpoint(tmp_path / "source", tmp_path / "run")
 
@@ -344,3 +353,23 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         read_parameters(tmp_path, config.model, step=3)
     with pytest.raises(ConfigError, match="holds no checkpoints"):
         read_parameters(tmp_path / "absent", config.model)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in OURS[:5]])
+@pytest.mark.transformers
+def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
+    """Needs torch and transformers 5: python -m pytest -m transformers."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    import_checkpoint(path, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    told = io.StringIO()
+    transformers.utils.logging.add_handler(logging.StreamHandler(told))
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    tokens = torch.tensor(_expected(path)["input_ids"])
+    assert _relative(model(tokens).logits.detach().numpy(), _expected(path)["logits"]) < 2e-5
+    assert model.generate(tokens[:, :6], max_new_tokens=3, do_sample=False).shape[1] > 6
+    assert told.getvalue() == ""

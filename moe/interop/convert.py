@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from moe import checkpoint, sharding
 from moe.balancing import count_per_expert
 from moe.config import Config, ConfigError, ModelConfig, to_dict
+from moe.data.json_tokenizer import find_tokenizer
 from moe.flops import abstract_parameters
 from moe.interop.families import FAMILIES, Json, family_of, read_config, write_config
 from moe.interop.tensors import INDEX_FILE, SINGLE_FILE, Folder, Parameter, layout
@@ -36,6 +37,8 @@ COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json"),
 )
+GENERATION_FILE = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_huggingface(
@@ -184,6 +187,7 @@ def write_folder(
     *,
     model_type: str = "",
     max_shard_bytes: int = 2 * 1024**3,
+    token_ids: Json | None = None,
 ) -> None:
     """As :func:`save_huggingface`, taking the parameters one by one.
 
@@ -193,8 +197,9 @@ def write_folder(
         directory: as there.
         model_type: as there.
         max_shard_bytes: as there.
+        token_ids: of :data:`TOKEN_IDS`, those that are known.
     """
-    source = write_config(config, model_type)
+    source = write_config(config, model_type) | dict.fromkeys(TOKEN_IDS) | (token_ids or {})
     if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
         raise ConfigError(f"{directory}: holds weights already")
     directory.mkdir(parents=True, exist_ok=True)
@@ -259,6 +264,9 @@ def import_checkpoint(
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, workdir / name)
+    if not (workdir / GENERATION_FILE).exists():
+        written = read_json(Path(source) / "config.json")
+        (workdir / GENERATION_FILE).write_text(json.dumps({name: written.get(name) for name in TOKEN_IDS}) + "\n")
     (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     return config
 
@@ -295,10 +303,23 @@ def export_checkpoint(
             node = node[key]
         return node
 
-    write_folder(config, fetch, Path(directory), model_type=model_type)
+    write_folder(config, fetch, Path(directory), model_type=model_type, token_ids=_token_ids(epath.Path(workdir)))
     for name in COMPANIONS:
         if (epath.Path(workdir) / name).exists():
             (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())
+
+
+def _token_ids(workdir: epath.Path) -> Json:
+    """What begins, ends and pads a text: as an import left it, or by the tokenizer of a run."""
+    if (workdir / GENERATION_FILE).exists():
+        source = json.loads((workdir / GENERATION_FILE).read_text())
+        return {name: source.get(name) for name in TOKEN_IDS}
+    try:
+        tokenizer = find_tokenizer(workdir)
+    except ConfigError:
+        return {}
+    bos = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
+    return dict(zip(TOKEN_IDS, (bos, tokenizer.eos_id, tokenizer.pad_id), strict=True))
 
 
 def _shard_path(directory: Path, number: int) -> Path:
