@@ -167,6 +167,7 @@ def test_what_no_architecture_computes_is_named(tmp_path):
     )
     refused(r"olmoe lacks model\.activation", activation="relu")
     refused(r"mixtral lacks model\.moe\.gate", moe={"gate": "dense_mixture"})
+    refused(r"olmoe lacks .*model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
     with pytest.raises(ConfigError, match=r"model_type='gpt'"):
         write_config(resolve(Config()), "gpt")
 

@@ -27,8 +27,15 @@ _ACTIVATIONS = {
     "gelu": "geglu_exact",
     "relu": "reglu",
 }
-#: Whether a gate divides the weights of the chosen experts by their sum: norm_topk_prob.
-_RENORMALISED = {"mixtral": True, "switch": False}
+
+
+def _renormalised(moe: MoEConfig) -> bool | str:
+    """norm_topk_prob: whether the chosen probabilities are divided by their sum; the gate's name if it is none of those
+    two rules."""
+    if moe.gate in ("mixtral", "gshard"):
+        return True
+    limited = moe.kept_expert_groups < moe.expert_groups or moe.routing_scale != 1.0
+    return moe.renormalise == 1 if moe.gate in ("switch", "deepseek_moe") and not limited else moe.gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +192,7 @@ def _write_olmoe(model: ModelConfig) -> Json:
         "attention_bias": model.attention_bias == "all",
         "clip_qkv": model.clip_qkv or None,
         "num_experts": model.moe.num_experts,
-        "norm_topk_prob": _RENORMALISED.get(model.moe.gate, False),
+        "norm_topk_prob": _renormalised(model.moe) is True,
     }
 
 
@@ -207,7 +214,7 @@ def _write_qwen_experts(model: ModelConfig) -> Json:
     return {
         "num_experts": moe.num_experts,
         "moe_intermediate_size": moe.d_ff,
-        "norm_topk_prob": _RENORMALISED.get(moe.gate, False),
+        "norm_topk_prob": _renormalised(moe) is True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [n for n, sparse in enumerate(sparse_layers(model)) if not sparse],
     }
@@ -274,7 +281,7 @@ def _write_deepseek(model: ModelConfig) -> Json:
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.shared_d_ff // moe.d_ff or None,
         "moe_intermediate_size": moe.d_ff,
-        "norm_topk_prob": _RENORMALISED.get(moe.gate, False),
+        "norm_topk_prob": _renormalised(moe) is True,
         "scoring_func": "softmax",
         "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
         "moe_layer_freq": 1,
@@ -481,7 +488,7 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
         if any(sparse):
             moe = model.moe
             facts |= {f"model.moe.{name}": getattr(moe, name) for name in _MOE_FACTS}
-            facts["model.moe.gate"] = _RENORMALISED.get(moe.gate, moe.gate)
+            facts["model.moe.gate"] = _renormalised(moe)
         return facts
 
     left, right = meaning(ours), meaning(theirs)
