@@ -199,7 +199,7 @@ def write_folder(
         max_shard_bytes: as there.
         token_ids: of :data:`TOKEN_IDS`, those that are known.
     """
-    source = write_config(config, model_type) | dict.fromkeys(TOKEN_IDS) | (token_ids or {})
+    source: Json = {**write_config(config, model_type), **dict.fromkeys(TOKEN_IDS), **(token_ids or {})}
     if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
         raise ConfigError(f"{directory}: holds weights already")
     directory.mkdir(parents=True, exist_ok=True)
