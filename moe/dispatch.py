@@ -13,9 +13,10 @@ Letters: G groups, S tokens per group, E experts, C expert capacity, K choices p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jax import Array
 
 from moe import sharding
 from moe.gates import pick, top_k
+from moe.grouped import Chunks, chunks, in_chunks
 from moe.routing import Routing
 
 
@@ -133,23 +135,39 @@ def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
     return routing, dataclasses.replace(plan, position_in_expert=position, kept=kept)
 
 
-# Gather mode. Two index tables, each the other's inverse: which pair fills a slot, and which slot holds a pair. Both
+# Rows in and out. Two index tables, each the other's inverse: which pair has a row, and which row holds a pair. Both
 # directions, forward and backward, are then gathers; without the custom gradients XLA would scatter-add.
 
 
-def _slot_tables(routing: Routing, plan: Plan) -> tuple[Array, Array]:
-    """pair_of_slot [G,E·C] int32 (S·K: empty) and slot_of_pair [G,S,K] int32 (E·C: not kept)."""
+def _load(routing: Routing, plan: Plan) -> Array:
+    """[G,E] int32, how many pairs of a group each expert keeps."""
+    # [G,S,K,E] is compared and summed at once, never stored.
+    named = routing.expert_index[..., None] == jnp.arange(plan.num_experts)
+    return jnp.sum(named & plan.kept[..., None], axis=(1, 2), dtype=jnp.int32)
+
+
+def _tables(routing: Routing, plan: Plan, load: Array, starts: Array, num_rows: int) -> tuple[Array, Array]:
+    """Where each pair's row is, when expert e's rows begin at starts[e] and go group by group.
+
+    Args:
+        routing: expert_index [G,S,K].
+        plan: of it.
+        load: [G,E].
+        starts: [E] int32.
+        num_rows: R.
+
+    Returns:
+        pair_of_row [R] int32 (G·S·K: none) and row_of_pair [G·S,K] int32 (R: not kept).
+    """
     groups, tokens, choices = plan.kept.shape
-    num_slots = plan.num_experts * plan.capacity
-    slot = routing.expert_index * plan.capacity + plan.position_in_expert
-    slot_of_pair = jnp.where(plan.kept, slot, num_slots)
-    pairs = jnp.arange(tokens * choices, dtype=jnp.int32)
-
-    def invert(slots: Array) -> Array:  # [S·K] → [E·C]
-        return jnp.full((num_slots,), tokens * choices, jnp.int32).at[slots].set(pairs, mode="drop")
-
-    # [G,S,K] → [G,S·K]
-    return jax.vmap(invert)(slot_of_pair.reshape(groups, tokens * choices)), slot_of_pair
+    first = starts + jnp.cumsum(load, axis=0) - load  # [G,E]
+    row = jnp.take_along_axis(first[:, None], routing.expert_index, axis=-1) + plan.position_in_expert
+    # [G,S,K] → [G·S,K]
+    row_of_pair = jnp.where(plan.kept, row, num_rows).reshape(groups * tokens, choices)
+    num_pairs = row_of_pair.size
+    pair_of_row = jnp.full((num_rows,), num_pairs, jnp.int32)
+    pairs = jnp.arange(num_pairs, dtype=jnp.int32)
+    return pair_of_row.at[row_of_pair.reshape(-1)].set(pairs, mode="drop", unique_indices=True), row_of_pair
 
 
 def _take(rows: Array, index: Array) -> Array:
@@ -158,109 +176,234 @@ def _take(rows: Array, index: Array) -> Array:
 
 
 @jax.custom_vjp
-def _fill_slots(x: Array, pair_of_slot: Array, slot_of_pair: Array) -> Array:
-    """x [S,D] → slots [E·C,D]."""
-    choices = slot_of_pair.shape[-1]
-    return _take(x, pair_of_slot // choices)
+def _fill(x: Array, pair_of_row: Array, row_of_pair: Array) -> Array:
+    """x [S,D] → rows [R,D], zero where there is no pair."""
+    return _take(x, pair_of_row // row_of_pair.shape[-1])
 
 
-def _fill_slots_fwd(x, pair_of_slot, slot_of_pair):
-    return _fill_slots(x, pair_of_slot, slot_of_pair), (pair_of_slot, slot_of_pair)
+def _fill_fwd(x, pair_of_row, row_of_pair):
+    return _fill(x, pair_of_row, row_of_pair), (pair_of_row, row_of_pair)
 
 
-def _fill_slots_bwd(tables, gradient):
-    pair_of_slot, slot_of_pair = tables
-    return jnp.sum(_take(gradient, slot_of_pair), axis=1), _no_gradient(pair_of_slot), _no_gradient(slot_of_pair)
+def _fill_bwd(tables, gradient):
+    return _sum_choices(gradient, tables[1], None).astype(gradient.dtype), *map(_no_gradient, tables)
 
 
 @jax.custom_vjp
-def _read_slots(slots: Array, pair_of_slot: Array, slot_of_pair: Array) -> Array:
-    """slots [E·C,D] → pairs [S,K,D], zero for pairs not kept."""
-    return _take(slots, slot_of_pair)
+def _combine(rows: Array, weights: Array, pair_of_row: Array, row_of_pair: Array) -> Array:
+    """rows [R,D], weights [S,K] float32 → [S,D] float32, each token's weighted sum; nothing of pairs not kept."""
+    del pair_of_row
+    return _sum_choices(rows, row_of_pair, weights)
 
 
-def _read_slots_fwd(slots, pair_of_slot, slot_of_pair):
-    return _read_slots(slots, pair_of_slot, slot_of_pair), (pair_of_slot, slot_of_pair)
+def _combine_fwd(rows, weights, pair_of_row, row_of_pair):
+    return _combine(rows, weights, pair_of_row, row_of_pair), (rows, weights, pair_of_row, row_of_pair)
 
 
-def _read_slots_bwd(tables, gradient):
-    pair_of_slot, slot_of_pair = tables
-    # [S,K,D] → [S·K,D]
-    pairs = gradient.reshape(-1, gradient.shape[-1])
-    return _take(pairs, pair_of_slot), _no_gradient(pair_of_slot), _no_gradient(slot_of_pair)
+def _combine_bwd(residuals, gradient):
+    rows, weights, pair_of_row, row_of_pair = residuals
+    scale = weights.reshape(-1).at[pair_of_row].get(mode="fill", fill_value=0)
+    d_rows = (_take(gradient, pair_of_row // weights.shape[-1]) * scale[:, None]).astype(rows.dtype)
+    columns = [jnp.sum(gradient * _take(rows, index), axis=-1) for index in row_of_pair.T]
+    return d_rows, jnp.stack(columns, axis=-1), _no_gradient(pair_of_row), _no_gradient(row_of_pair)
+
+
+def _sum_choices(rows: Array, row_of_pair: Array, weights: Array | None) -> Array:
+    """[R,D], [S,K] → [S,D] float32. One choice at a time: each is a gather fused with its product and sum, and no
+    [S,K,D] is ever written."""
+    total = None
+    for choice, index in enumerate(row_of_pair.T):
+        term = _take(rows, index).astype(jnp.float32)
+        term = term if weights is None else term * weights[:, choice, None]
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
 def _no_gradient(index: Array) -> np.ndarray:
     return np.zeros(index.shape, jax.dtypes.float0)
 
 
-_fill_slots.defvjp(_fill_slots_fwd, _fill_slots_bwd)
-_read_slots.defvjp(_read_slots_fwd, _read_slots_bwd)
+_fill.defvjp(_fill_fwd, _fill_bwd)
+_combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 class Experts(Protocol):
     """What a mode asks of the experts: the same FFNs over either layout of rows."""
 
-    def batched(self, rows: Array) -> Array:
-        """[E,R,D] → [E,R,D]: expert e over its R rows."""
+    def batched(self, rows: Array, filled: Array | None = None, pieces: Chunks | None = None) -> Array:
+        """[E,R,D] → [E,R,D]: expert e over its R rows, zeros beyond the first filled[e] of them."""
         ...
 
-    def grouped(self, rows: Array, group_sizes: Array) -> Array:
-        """[R,D], [E] int32 → [R,D]: the first group_sizes[0] rows by expert 0, the next by expert 1, and so on."""
+    def matrices(self, dtype: Any) -> Any:
+        """All weights in that dtype, [E,·,·] each, split by ``sharding.EXPERT_MATRICES``."""
+        ...
+
+    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks) -> Array:
+        """[R,D], [E] int32 → [R,D]: the first sizes[0] rows by expert 0, the next by expert 1, and so on."""
         ...
 
 
-def _exchange(expert_inputs: Array, experts: Experts) -> Array:
+def _exchange(
+    expert_inputs: Array, experts: Experts, filled: Array | None = None, pieces: Chunks | None = None
+) -> Array:
     """[E,G,C,D] group-sharded → experts, expert-sharded → [E,G,C,D] group-sharded."""
     expert_inputs = sharding.constrain(expert_inputs, sharding.GROUPED_SLOTS)
     expert_inputs = sharding.constrain(expert_inputs, sharding.EXPERT_SLOTS)
     num_experts, groups, capacity, model_dim = expert_inputs.shape
     # [E,G,C,D] → [E,G·C,D] and back
-    outputs = experts.batched(expert_inputs.reshape(num_experts, groups * capacity, model_dim))
+    outputs = experts.batched(expert_inputs.reshape(num_experts, groups * capacity, model_dim), filled, pieces)
     outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
     outputs = sharding.constrain(outputs, sharding.EXPERT_SLOTS)
     return sharding.constrain(outputs, sharding.GROUPED_SLOTS)
 
 
 def gather(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
-    """Moves rows by index: no arithmetic on tokens but the weighted sum at the end."""
-    groups, _, model_dim = x.shape
-    pair_of_slot, slot_of_pair = _slot_tables(routing, plan)
-    slots = jax.vmap(_fill_slots)(x, pair_of_slot, slot_of_pair)  # [G,E·C,D]
-    # [G,E·C,D] → [G,E,C,D] → [E,G,C,D]
-    slots = slots.reshape(groups, plan.num_experts, plan.capacity, model_dim).swapaxes(0, 1)
-    outputs = _exchange(slots, experts)
-    # [E,G,C,D] → [G,E,C,D] → [G,E·C,D]
-    outputs = outputs.swapaxes(0, 1).reshape(groups, plan.num_experts * plan.capacity, model_dim)
-    pairs = jax.vmap(_read_slots)(outputs, pair_of_slot, slot_of_pair)  # [G,S,K,D]
-    return jnp.einsum("gskd,gsk->gsd", pairs, routing.combine_weights, preferred_element_type=jnp.float32)
+    """Moves rows by index: no arithmetic on tokens but the weighted sum at the end.
+
+    The groups of one device share a buffer for each expert, filled from its start: [E,P,R,D], P devices with tokens
+    and R rows for all of their groups. A device's part is then contiguous in either order of E and P, so nothing is
+    transposed, and its empty rows are together, so that a CPU can skip them.
+    """
+    groups, tokens, model_dim = x.shape
+    parts = math.gcd(groups, sharding.axis_size(*sharding.TOKEN_AXES))
+    num_rows = groups // parts * plan.capacity
+    pieces = None
+    if parts == 1:
+        pieces = chunks(routing.expert_index.size, plan.num_experts)
+        num_rows = pieces.total(num_rows, 1)
+    starts = jnp.arange(plan.num_experts, dtype=jnp.int32) * num_rows
+    # [G,...] → [P,G/P,...]
+    split = functools.partial(jax.tree.map, lambda array: array.reshape(parts, groups // parts, *array.shape[1:]))
+    load = split(_load(routing, plan))
+    tables = jax.vmap(functools.partial(_tables, starts=starts, num_rows=plan.num_experts * num_rows))(
+        split(routing), split(plan), load
+    )
+    # [G,S,·] → [P,G/P·S,·]
+    x = x.reshape(parts, -1, model_dim)
+    weights = routing.combine_weights.reshape(parts, x.shape[1], -1)
+    rows = jax.vmap(_fill)(x, *tables)
+    # [P,E·R,D] → [P,E,R,D] → [E,P,R,D]
+    rows = rows.reshape(parts, plan.num_experts, num_rows, model_dim).swapaxes(0, 1)
+    filled = jnp.sum(load, axis=(0, 1)) if parts == 1 else None
+    outputs = _exchange(rows, experts, filled, pieces)
+    # [E,P,R,D] → [P,E,R,D] → [P,E·R,D]
+    outputs = outputs.swapaxes(0, 1).reshape(parts, plan.num_experts * num_rows, model_dim)
+    return jax.vmap(_combine)(outputs, weights, *tables).reshape(groups, tokens, model_dim)
 
 
 def dropless(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     """Sorts all pairs by expert, by counting, and gives each expert exactly its rows: no capacity, nothing dropped.
 
-    A row costs what it costs whatever the load of its expert; pairs that are not chosen have no row.
+    A row costs what it costs whatever the load of its expert; pairs that are not chosen have no row. On a mesh every
+    device sorts its own tokens, and where experts are split, sends each device the rows of its experts.
     """
+    matrices = experts.matrices(x.dtype)
+    if sharding.axis_size(*sharding.AXES) == 1:
+        return _dropless_here(x, routing, plan, matrices, experts)
+    tokens = jax.tree.map(lambda _: sharding.BATCH, (routing, plan))
+    return jax.shard_map(
+        functools.partial(_dropless_here, experts=experts),
+        in_specs=(sharding.BATCH, *tokens, sharding.EXPERT_MATRICES),
+        out_specs=sharding.BATCH,
+        check_vma=False,
+    )(x, routing, plan, matrices)
+
+
+def _dropless_here(x: Array, routing: Routing, plan: Plan, matrices: Any, experts: Experts) -> Array:
+    """Dropless dispatch of one device's tokens; its part of the experts' matrices."""
     groups, tokens, model_dim = x.shape
-    choices = plan.kept.shape[-1]
-    num_rows = groups * tokens * choices
-    is_expert = routing.expert_index[..., None] == jnp.arange(plan.num_experts)  # [G,S,K,E], never stored
-    load = jnp.sum(is_expert & plan.kept[..., None], axis=(1, 2), dtype=jnp.int32)  # [G,E]
-    # Expert by expert and, within one, group by group: [G,E] → [E,G] → [E·G], summed → [E,G] → [G,E]
-    by_expert = load.T.reshape(-1)
-    first = (jnp.cumsum(by_expert) - by_expert).reshape(plan.num_experts, groups).T
-    row = jax.vmap(lambda first, expert: first[expert])(first, routing.expert_index) + plan.position_in_expert
-    row_of_pair = jnp.where(plan.kept, row, num_rows).reshape(groups * tokens, choices)
-    pair_of_row = (
-        jnp.full((num_rows,), num_rows, jnp.int32)
-        .at[row_of_pair.reshape(-1)]
-        .set(jnp.arange(num_rows, dtype=jnp.int32), mode="drop")
+    load = _load(routing, plan)
+    sizes, parts = jnp.sum(load, axis=0), sharding.axis_size("expert")
+    num_rows = routing.expert_index.size
+    pieces = chunks(num_rows, plan.num_experts) if parts == 1 else Chunks(())
+    room, num_rows = pieces.padded_sizes(sizes), pieces.total(num_rows, plan.num_experts)
+    tables = _tables(routing, plan, load, jnp.cumsum(room) - room, num_rows)
+    # [G,S,D] → [G·S,D] → rows [R,D], sorted by expert
+    rows = _fill(x.reshape(groups * tokens, model_dim), *tables)
+    if parts == 1:
+        outputs = experts.grouped(matrices, rows, room, pieces)
+    else:
+        outputs = _on_their_devices(rows, sizes, matrices, experts, parts)
+    weights = routing.combine_weights.reshape(groups * tokens, -1)
+    y = _combine(outputs, weights, *tables).reshape(x.shape)
+    # The hidden dim is split over ``tensor``: every device there has a part of each output.
+    return jax.lax.psum(y, "tensor") if sharding.axis_size("tensor") > 1 else y
+
+
+def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts, parts: int) -> Array:
+    """rows [R,D] sorted by expert → the experts' outputs [R,D], each computed where its expert is.
+
+    A device may be sent all rows of all X devices, and has room for them: [X·R,D], those of device s from s·R on.
+
+    Args:
+        rows: [R,D].
+        sizes: [E] int32.
+        matrices: of E/X experts.
+        experts: the FFN.
+        parts: X, devices that the experts are split over.
+    """
+    num_rows = rows.shape[0]
+    sent = sizes.reshape(parts, -1)  # [X,E/X]
+    received = jax.lax.all_to_all(sent, "expert", 0, 0, tiled=True)  # [X,E/X], by whom
+    arrived = _send(rows, jnp.sum(sent, axis=1), jnp.sum(received, axis=1))
+    # Sorted by expert: for each of X·R places, its row; for each row, its place.
+    pieces = chunks(num_rows, received.shape[1])  # R on average, whatever the most
+    room, total = pieces.padded_sizes(jnp.sum(received, axis=0)), pieces.total(parts * num_rows, received.shape[1])
+    ends = jnp.cumsum(received, axis=1)  # [X,E/X]
+    index = jnp.arange(num_rows, dtype=jnp.int32)[:, None, None]
+    expert = jnp.sum(index >= ends, axis=-1).T  # [R,X,E/X] → [X,R]
+    shift = jnp.cumsum(room) - room + jnp.cumsum(received, axis=0) - received - (ends - received)
+    row = jnp.take_along_axis(shift, jnp.minimum(expert, shift.shape[1] - 1), axis=1) + index[:, 0].T
+    # [X,R] → [X·R,1]: a place holds one pair
+    row_of_place = jnp.where(expert < shift.shape[1], row, total).reshape(-1, 1)
+    place_of_row = jnp.full((total,), row_of_place.size, jnp.int32)
+    places = jnp.arange(row_of_place.size, dtype=jnp.int32)
+    place_of_row = place_of_row.at[row_of_place[:, 0]].set(places, mode="drop", unique_indices=True)
+    outputs = experts.grouped(matrices, _fill(arrived, place_of_row, row_of_place), room, pieces)
+    # Back: the same tables the other way round.
+    outputs = _fill(outputs, row_of_place[:, 0], place_of_row[:, None])
+    return _send_back(outputs, jnp.sum(sent, axis=1), jnp.sum(received, axis=1))
+
+
+def _send(rows: Array, sent: Array, received: Array) -> Array:
+    """rows [R,D], sorted by the device they go to → places [X·R,D], from device s at s·R; sizes [X] int32 each."""
+    num_rows, parts = rows.shape[0], sent.shape[0]
+    if in_chunks():
+        # XLA's CPU has no ragged exchange: as many places for each device as all rows would need.
+        places = _fill(rows, *_place_tables(sent, num_rows))
+        return jax.lax.all_to_all(places, "expert", 0, 0, tiled=True)
+    me = jnp.full((parts,), jax.lax.axis_index("expert") * num_rows, jnp.int32)
+    empty = jnp.zeros((parts * num_rows, rows.shape[1]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, empty, jnp.cumsum(sent) - sent, sent, me, received, axis_name="expert")
+
+
+def _send_back(places: Array, sent: Array, received: Array) -> Array:
+    """places [X·R,D] → rows [R,D]: undoes :func:`_send`."""
+    parts = sent.shape[0]
+    num_rows = places.shape[0] // parts
+    if in_chunks():
+        row_of_place, place_of_row = _place_tables(sent, num_rows)
+        return _fill(jax.lax.all_to_all(places, "expert", 0, 0, tiled=True), place_of_row[:, 0], row_of_place[:, None])
+    # Where this device's rows began on each of the others.
+    begin = jnp.cumsum(sent) - sent
+    theirs = jax.lax.all_to_all(begin, "expert", 0, 0, tiled=True)
+    empty = jnp.zeros((num_rows, places.shape[1]), places.dtype)
+    offsets = jnp.arange(parts, dtype=jnp.int32) * num_rows
+    return jax.lax.ragged_all_to_all(places, empty, offsets, received, theirs, sent, axis_name="expert")
+
+
+def _place_tables(sent: Array, num_rows: int) -> tuple[Array, Array]:
+    """row_of_place [X·R] (R: none), place_of_row [R,1] (X·R: none): device d's rows go to places d·R, d·R+1, …"""
+    ends = jnp.cumsum(sent)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    to = jnp.sum(row[:, None] >= ends, axis=1)
+    begin = ends - sent
+    place = jnp.where(
+        to < sent.shape[0], to * num_rows + row - begin[jnp.minimum(to, sent.shape[0] - 1)], sent.shape[0] * num_rows
     )
-    # [G,S,D] → [G·S,D] → rows [R,D], R = G·S·K
-    rows = _fill_slots(x.reshape(groups * tokens, model_dim), pair_of_row, row_of_pair)
-    outputs = experts.grouped(rows, jnp.sum(load, axis=0))
-    pairs = _read_slots(outputs, pair_of_row, row_of_pair).reshape(groups, tokens, choices, model_dim)
-    return jnp.einsum("gskd,gsk->gsd", pairs, routing.combine_weights, preferred_element_type=jnp.float32)
+    row_of_place = jnp.where(row < sent[:, None], begin[:, None] + row, num_rows)  # [X,R]
+    return row_of_place.reshape(-1), place[:, None]
 
 
 def einsum(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:

@@ -9,7 +9,9 @@ Letters: B batch, T sequence, G groups, S tokens per group, E experts, K choices
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax import Array
 
 from moe import balancing, dispatch, sharding
 from moe.config import ModelConfig
-from moe.grouped import grouped_matmul
+from moe.grouped import Chunks, grouped_ffn
 from moe.layers import GATED_ACTIVATIONS, DenseFFN, activate, matrix
 from moe.routing import GATES, Routing, route
 
@@ -35,24 +37,79 @@ class Experts(nnx.Module):
         self.down = matrix(rngs, (e, f, d), f, config.init_scale)
         self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def batched(self, rows: Array, drop: Drop | None = None) -> Array:
-        """[E,R,D] → [E,R,D]: expert e over its R rows; ``drop`` is applied to the hidden activations."""
-        return self._ffn(rows, drop, lambda rows, weights: jnp.einsum("eri,eij->erj", rows, weights))
-
-    def grouped(self, rows: Array, group_sizes: Array, drop: Drop | None = None) -> Array:
-        """[R,D], [E] int32 → [R,D]: the first group_sizes[0] rows by expert 0, the next by expert 1, and so on."""
-        return self._ffn(rows, drop, lambda rows, weights: grouped_matmul(rows, weights, group_sizes))
-
-    def _ffn(self, rows: Array, drop: Drop | None, matmul: Callable[[Array, Array], Array]) -> Array:
-        """The FFN over whatever layout ``matmul`` multiplies by [E,D,F] or [E,F,D]."""
-        up = matmul(rows, sharding.use("experts.up", self.up[...], rows.dtype))
-        gate = None
+    def matrices(self, dtype: Any) -> tuple[tuple[Array, ...], Array]:
+        """((up, and gate if any) [E,D,F], down [E,F,D]), ready for matmuls of that dtype."""
+        into = (sharding.use("experts.up", self.up[...], dtype),)
         if self.gate is not None:
-            gate = matmul(rows, sharding.use("experts.gate", self.gate[...], rows.dtype))
-        hidden = activate(self.activation, up, gate)
-        if drop is not None:
-            hidden = drop(hidden)
-        return matmul(hidden, sharding.use("experts.down", self.down[...], rows.dtype))
+            into += (sharding.use("experts.gate", self.gate[...], dtype),)
+        return into, sharding.use("experts.down", self.down[...], dtype)
+
+    def batched(
+        self, rows: Array, filled: Array | None = None, pieces: Chunks | None = None, drop: Drop | None = None
+    ) -> Array:
+        """[E,R,D] → [E,R,D]: expert e over its R rows.
+
+        Args:
+            rows: [E,R,D].
+            filled: [E] int32; rows beyond that many are zeros, for an implementation that can skip them. None: unknown.
+            pieces: that each expert's R rows have room for.
+            drop: applied to the hidden activations.
+        """
+        num_experts, num_rows, model_dim = rows.shape
+        into, out_of = self.matrices(rows.dtype)
+        if (
+            filled is None
+            or drop is not None
+            or pieces is None
+            or not pieces.sizes
+            or sharding.axis_size(*sharding.AXES) > 1
+        ):
+            hidden = _hidden(self.activation, drop, _first(rows, into, _batched_matmul))
+            return _batched_matmul(hidden, out_of)
+        # [E,R,D] → [E·R,D] and back
+        starts = jnp.arange(num_experts, dtype=jnp.int32) * num_rows
+        rows = rows.reshape(num_experts * num_rows, model_dim)
+        second = functools.partial(_second, self.activation)
+        rows = grouped_ffn(_first, second, rows, into, out_of, starts, pieces.padded_sizes(filled), pieces)
+        return rows.reshape(num_experts, num_rows, model_dim)
+
+    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks, drop: Drop | None = None) -> Array:
+        """[R,D] → [R,D]: the first sizes[0] rows by expert 0, the next by expert 1, and so on.
+
+        Args:
+            matrices: from :meth:`matrices`, all or one device's experts.
+            rows: [R,D].
+            sizes: [E] int32, padded for ``pieces``.
+            pieces: static.
+            drop: applied to the hidden activations.
+        """
+        into, out_of = matrices
+        starts = jnp.cumsum(sizes) - sizes
+        if drop is None:
+            second = functools.partial(_second, self.activation)
+            return grouped_ffn(_first, second, rows, into, out_of, starts, sizes, pieces)
+        hidden = _hidden(self.activation, drop, grouped_ffn(_first, None, rows, into, (), starts, sizes, pieces))
+        (rows,) = grouped_ffn(_first, None, hidden, (out_of,), (), starts, sizes, pieces)
+        return rows
+
+
+def _first(rows: Array, into: tuple[Array, ...], matmul: Callable[[Array, Array], Array]) -> tuple[Array, ...]:
+    return tuple(matmul(rows, matrix) for matrix in into)
+
+
+def _hidden(activation: str, drop: Drop | None, inputs: tuple[Array, ...]) -> Array:
+    hidden = activate(activation, inputs[0], inputs[1] if len(inputs) > 1 else None)
+    return hidden if drop is None else drop(hidden)
+
+
+def _second(
+    activation: str, inputs: tuple[Array, ...], out_of: Array, matmul: Callable[[Array, Array], Array]
+) -> Array:
+    return matmul(_hidden(activation, None, inputs), out_of)
+
+
+def _batched_matmul(rows: Array, matrices: Array) -> Array:
+    return jnp.einsum("eri,eij->erj", rows, matrices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +120,17 @@ class ExpertDropout:
     rate: float
     rng: Array
 
-    def batched(self, rows: Array) -> Array:
-        """As :meth:`Experts.batched`."""
-        return self.experts.batched(rows, self._drop)
+    def matrices(self, dtype: Any) -> Any:
+        """As :meth:`Experts.matrices`."""
+        return self.experts.matrices(dtype)
 
-    def grouped(self, rows: Array, group_sizes: Array) -> Array:
+    def batched(self, rows: Array, filled: Array | None = None, pieces: Chunks | None = None) -> Array:
+        """As :meth:`Experts.batched`."""
+        return self.experts.batched(rows, filled, pieces, self._drop)
+
+    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks) -> Array:
         """As :meth:`Experts.grouped`."""
-        return self.experts.grouped(rows, group_sizes, self._drop)
+        return self.experts.grouped(matrices, rows, sizes, pieces, self._drop)
 
     def _drop(self, hidden: Array) -> Array:
         kept = jax.random.bernoulli(self.rng, 1.0 - self.rate, hidden.shape)

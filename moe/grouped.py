@@ -1,129 +1,240 @@
-"""Grouped matmul: rows sorted by expert, each times its expert's matrix, with static shapes and any group sizes.
+"""Grouped FFN: rows sorted by expert, each through its expert's matrices, with static shapes and any group sizes.
 
-In: rows [R,D] of which the first ``sum(group_sizes)`` are expert 0's, then expert 1's, and so on; the rest is padding.
-Out: [R,F]. Nothing here knows of tokens or gates.
+In: rows [R,D] in which expert e's are the ``sizes[e]`` from ``starts[e]`` on; rows of no expert cost nothing. Out: rows
+of the same layout. Nothing here knows of tokens or gates. There is one switch, :func:`in_chunks`: ``lax.ragged_dot``
+where the hardware has it, and on CPU, where XLA makes of it a dense matmul with E times the work, a loop over chunks.
 
-Letters: R rows, E experts, D and F the dims of a matrix, N rows of one block.
+Letters: R rows, E experts, D model dim, F hidden dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-#: Rows of one step of the CPU loop: few enough that an expert's last, partly empty block wastes little, many enough
-#: that the matmul pays for reading the expert's matrix.
-BLOCK = 128
+#: (rows [R,D], matrices) → whatever the backward pass needs; matrices of all experts, or of one within a chunk
+First = Callable[[Array, Any, Callable[[Array, Array], Array]], Any]
+#: (what First returned, matrices) → rows [R,D]
+Second = Callable[[Any, Any, Callable[[Array, Array], Array]], Array]
+
+
+def in_chunks() -> bool:
+    """Whether the program being traced is for CPUs: by the mesh in context, which may be of hardware that is not here,
+    otherwise by what is."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return (jax.default_backend() if device is None else device.device_kind).lower() == "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The static sizes of the pieces that groups are worked off in; without :func:`in_chunks` none, and no padding.
+
+    A group's first chunk is its size rounded up to one of them, and every further one is the largest: an expert's
+    matrices are read, and their gradients written, about once. The sizes lie around the mean load, where most are.
+    """
+
+    sizes: tuple[int, ...]
+
+    def padded_sizes(self, sizes: Array) -> Array:
+        """Rows to set aside for groups of these sizes, [E] int32; the surplus must be zero."""
+        if not self.sizes:
+            return sizes
+        first = self.first(sizes)
+        ladder = jnp.asarray((0, *self.sizes), jnp.int32)
+        return sizes - first + ladder[jnp.sum(first[:, None] > ladder, axis=1)]
+
+    def first(self, sizes: Array) -> Array:
+        """[E] rows left for the first chunk when all further ones are of the largest size."""
+        return jnp.where(sizes > 0, (sizes - 1) % self.sizes[-1] + 1, 0)
+
+    def total(self, num_rows: int, num_groups: int) -> int:
+        """The most that :meth:`padded_sizes` of R rows in E groups can sum to."""
+        surplus = widest = smaller = 0
+        for size in self.sizes:
+            if size - smaller - 1 > widest:  # only groups of more than `smaller` rows can waste so many
+                surplus += (size - smaller - 1 - widest) * min(num_groups, num_rows // (smaller + 1))
+                widest = size - smaller - 1
+            smaller = size
+        return num_rows + surplus
+
+
+def chunks(num_rows: int, num_groups: int) -> Chunks:
+    """For R rows in E groups."""
+    if not in_chunks():
+        return Chunks(())
+    mean = min(num_rows / num_groups, 512)  # chunks of 1024 rows stay in cache
+    shares = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2)
+    return Chunks(tuple(sorted({max(16, math.ceil(mean * share / 16) * 16) for share in shares})))
+
+
+def grouped_ffn(
+    first: First,
+    second: Second | None,
+    rows: Array,
+    into: Any,
+    out_of: Any,
+    starts: Array,
+    sizes: Array,
+    pieces: Chunks,
+) -> Any:
+    """second(first(rows)), every group with its expert's matrices.
+
+    Args:
+        first: static; rows → hidden activations before the nonlinearity.
+        second: static; those → rows. None: stop before it.
+        rows: [R,D]; zero where :meth:`Chunks.padded_sizes` made room.
+        into: matrices of first, [E,·,·] each.
+        out_of: matrices of second, [E,·,·] each.
+        starts: [E] int32, ascending; without :func:`in_chunks` the groups must touch.
+        sizes: [E] int32, as :meth:`Chunks.padded_sizes` returned them.
+        pieces: static, those that padded them.
+    """
+    if pieces.sizes:
+        return _chunked(first, second, pieces, rows, into, out_of, starts, sizes)
+
+    def matmul(rows: Array, matrices: Array) -> Array:
+        return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+
+    hidden = first(rows, into, matmul)
+    return hidden if second is None else second(hidden, out_of, matmul)
+
+
+# The loop over chunks. One while loop for each size of chunk: its trip count depends on the data, its shapes do not,
+# and its carried buffers are updated in place.
 
 
 @jax.custom_vjp
-def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    """rows [R,D] · weights [E,D,F] → [R,F], row r with the matrix of its group; 0 beyond ``sum(group_sizes)``.
-
-    Args:
-        rows: [R,D], sorted by group.
-        weights: [E,D,F] of the same dtype.
-        group_sizes: [E] int32, summing to at most R.
-    """
-    return _rows_by_weights(rows, weights, group_sizes, transpose=False)
+def _matmul(rows: Array, matrix: Array) -> Array:
+    """[N,D] · [D,F] → [N,F], one expert's."""
+    return rows @ matrix
 
 
-def _forward(rows, weights, group_sizes):
-    return grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _matmul_bwd(residuals, gradient):
+    rows, matrix = residuals
+    # The barrier keeps the transposition from being folded into the matmul: XLA's fast CPU kernels take only a plain
+    # left operand, and moving the narrower one costs a fortieth of what is gained.
+    transposed = lax.optimization_barrier(rows.T)
+    return gradient @ matrix.T, transposed @ gradient
 
 
-def _backward(residuals, gradient):
-    rows, weights, group_sizes = residuals
-    d_rows = _rows_by_weights(gradient, weights, group_sizes, transpose=True)
-    d_weights = _rows_by_rows(rows, gradient, group_sizes)
-    return d_rows, d_weights, np.zeros(group_sizes.shape, jax.dtypes.float0)
+_matmul.defvjp(lambda rows, matrix: (_matmul(rows, matrix), (rows, matrix)), _matmul_bwd)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+def _for_each_chunk(
+    pieces: Chunks, starts: Array, sizes: Array, num_rows: int, carry: Any, body: Callable[..., Any]
+) -> Any:
+    """Runs body(carry, expert, start, N, whether the expert's first) over all chunks; N is static."""
+    most, num_groups = pieces.sizes[-1], sizes.shape[0]
+    rest = pieces.first(sizes)
+    # Experts by the size of their first chunk: how many come before each, then the inverse of that.
+    index = jnp.arange(num_groups, dtype=jnp.int32)
+    before = (rest < rest[:, None]) | ((rest == rest[:, None]) & (index < index[:, None]))
+    order = jnp.zeros_like(index).at[jnp.sum(before, axis=1)].set(index, unique_indices=True)
+    for size in pieces.sizes:
+        if size > num_rows:  # no group has so many
+            break
+        begin, end = jnp.sum(rest < size, dtype=jnp.int32), jnp.sum(rest <= size, dtype=jnp.int32)
+
+        def run(i: Array, carry: Any, size: int = size) -> Any:
+            return body(carry, order[i], starts[order[i]], size, True)
+
+        carry = lax.fori_loop(begin, end, run, carry)
+    if num_rows <= most:
+        return carry
+    further = (sizes - rest) // most
+    ends = jnp.cumsum(further)
+    step = jnp.arange(num_rows // most, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.sum(step[:, None] >= ends, axis=1), num_groups - 1)
+    start = (starts + rest)[expert] + (step - (ends - further)[expert]) * most
+    return lax.fori_loop(0, ends[-1], lambda i, carry: body(carry, expert[i], start[i], most, False), carry)
 
 
-def _rows_by_weights(rows: Array, weights: Array, group_sizes: Array, *, transpose: bool) -> Array:
-    """[R,D] · [E,D,F] → [R,F]; with ``transpose`` [R,F] · [E,D,F] → [R,D]."""
-
-    def ragged(rows: Array, weights: Array, group_sizes: Array) -> Array:
-        weights = weights.swapaxes(1, 2) if transpose else weights
-        return lax.ragged_dot(rows, weights, group_sizes, preferred_element_type=rows.dtype)
-
-    return lax.platform_dependent(
-        rows,
-        weights,
-        group_sizes,
-        cpu=functools.partial(_rows_by_weights_in_blocks, transpose=transpose),
-        default=ragged,
-    )
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, keepdims=False), tree)
 
 
-def _rows_by_rows(rows: Array, gradient: Array, group_sizes: Array) -> Array:
-    """[R,D]ᵀ · [R,F] within each group → [E,D,F]."""
+def _rows_at(tree: Any, start: Array, size: int) -> Any:
+    return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, start, size), tree)
 
-    def ragged(rows: Array, gradient: Array, group_sizes: Array) -> Array:
-        numbers = lax.RaggedDotDimensionNumbers(
-            dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+
+def _set_rows(tree: Any, start: Array, rows: Any) -> Any:
+    return jax.tree.map(lambda array, new: lax.dynamic_update_slice_in_dim(array, new, start, 0), tree, rows)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(first, second, pieces, rows, into, out_of, starts, sizes):
+    return _chunked_fwd(first, second, pieces, rows, into, out_of, starts, sizes)[0]
+
+
+def _chunked_fwd(first, second, pieces, rows, into, out_of, starts, sizes):
+    one = functools.partial(jax.tree.map, lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype))
+    hidden = jax.eval_shape(lambda rows, matrices: first(rows, matrices, _matmul), rows, one(into))
+    outputs = () if second is None else rows
+
+    def body(carry, expert, start, size, _):
+        hidden, outputs = carry
+        new = first(_rows_at(rows, start, size), _at(into, expert), _matmul)
+        if second is not None:
+            outputs = _set_rows(outputs, start, second(new, _at(out_of, expert), _matmul))
+        return _set_rows(hidden, start, new), outputs
+
+    hidden, outputs = _for_each_chunk(pieces, starts, sizes, rows.shape[0], (_zeros(hidden), _zeros(outputs)), body)
+    kept = () if second is None else hidden
+    return hidden if second is None else outputs, (rows, kept, into, out_of, starts, sizes)
+
+
+def _chunked_bwd(first, second, pieces, residuals, gradient):
+    """Both stages back in one pass: of a chunk's hidden gradients nothing leaves the cache."""
+    rows, hidden, into, out_of, starts, sizes = residuals
+
+    def body(carry, expert, start, size, fresh):
+        d_rows, d_into, d_out_of = carry
+        # A chunk overwrites the surplus rows of no other: Chunks.padded_sizes set them aside.
+        d_hidden = _rows_at(gradient, start, size)
+        if second is not None:
+            _, backward = jax.vjp(
+                lambda hidden, matrices: second(hidden, matrices, _matmul),
+                _rows_at(hidden, start, size),
+                _at(out_of, expert),
+            )
+            d_hidden, new = backward(d_hidden)
+            d_out_of = _accumulate(d_out_of, expert, new, fresh)
+        _, backward = jax.vjp(
+            lambda rows, matrices: first(rows, matrices, _matmul), _rows_at(rows, start, size), _at(into, expert)
         )
-        return lax.ragged_dot_general(rows, gradient, group_sizes, numbers, preferred_element_type=rows.dtype)
+        new_rows, new = backward(d_hidden)
+        return _set_rows(d_rows, start, new_rows), _accumulate(d_into, expert, new, fresh), d_out_of
 
-    return lax.platform_dependent(rows, gradient, group_sizes, cpu=_rows_by_rows_in_blocks, default=ragged)
-
-
-# On CPU lax.ragged_dot is a masked dense matmul with E times the work. One loop over blocks of N rows does only the
-# work there is: its trip count depends on the data, its shapes do not.
-
-
-def _blocks(group_sizes: Array, num_rows: int) -> tuple[int, Array, Array, Array, Array]:
-    """N, how many blocks, and for each its expert, its first row and its number of rows."""
-    size = min(BLOCK, num_rows)
-    blocks = -(-group_sizes // size)
-    block_ends = jnp.cumsum(blocks)
-    index = jnp.arange(num_rows // size + group_sizes.shape[0], dtype=jnp.int32)
-    expert = jnp.sum(index[:, None] >= block_ends, axis=1, dtype=jnp.int32)
-    ends = jnp.cumsum(group_sizes)
-    clipped = jnp.minimum(expert, group_sizes.shape[0] - 1)
-    start = (ends - group_sizes)[clipped] + (index - (block_ends - blocks)[clipped]) * size
-    return size, block_ends[-1], expert, start, jnp.minimum(ends[clipped] - start, size)
+    wide = functools.partial(jax.tree.map, lambda array: jnp.zeros(array.shape, jnp.float32))
+    carry = (jnp.zeros_like(rows), wide(into), wide(out_of))
+    d_rows, d_into, d_out_of = _for_each_chunk(pieces, starts, sizes, rows.shape[0], carry, body)
+    d_into, d_out_of = jax.tree.map(lambda new, old: new.astype(old.dtype), (d_into, d_out_of), (into, out_of))
+    none = np.zeros(sizes.shape, jax.dtypes.float0)
+    return d_rows, d_into, d_out_of, none, none
 
 
-def _block_at(rows: Array, start: Array, count: Array, size: int) -> tuple[Array, Array, Array]:
-    """A window of N rows that holds rows [start, start+count), where it begins, and a mask [N,1] of those rows."""
-    begin = jnp.minimum(start, rows.shape[0] - size)
-    row = begin + jnp.arange(size)
-    inside = (row >= start) & (row < start + count)
-    return lax.dynamic_slice_in_dim(rows, begin, size), begin, inside[:, None]
+def _accumulate(sums: Any, expert: Array, new: Any, fresh: bool) -> Any:
+    """Adds a chunk's gradient of its expert's matrices, or, for the first chunk, puts it there unread."""
+
+    def accumulate(total: Array, new: Array) -> Array:
+        new = new.astype(total.dtype)
+        if not fresh:
+            new = new + lax.dynamic_index_in_dim(total, expert, keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, new, expert, 0)
+
+    return jax.tree.map(accumulate, sums, new)
 
 
-def _rows_by_weights_in_blocks(rows: Array, weights: Array, group_sizes: Array, *, transpose: bool) -> Array:
-    size, number, expert, start, count = _blocks(group_sizes, rows.shape[0])
-
-    def body(i: Array, out: Array) -> Array:
-        block, begin, inside = _block_at(rows, start[i], count[i], size)
-        matrix = lax.dynamic_index_in_dim(weights, expert[i], keepdims=False)
-        product = lax.dot_general(block, matrix, (((1,), (1 if transpose else 0,)), ((), ())))
-        old = lax.dynamic_slice_in_dim(out, begin, size)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(inside, product, old), begin, 0)
-
-    out = jnp.zeros((rows.shape[0], weights.shape[1 if transpose else 2]), rows.dtype)
-    return lax.fori_loop(0, number, body, out)
-
-
-def _rows_by_rows_in_blocks(rows: Array, gradient: Array, group_sizes: Array) -> Array:
-    size, number, expert, start, count = _blocks(group_sizes, rows.shape[0])
-
-    def body(i: Array, out: Array) -> Array:
-        block, _, inside = _block_at(rows, start[i], count[i], size)
-        other, _, _ = _block_at(gradient, start[i], count[i], size)
-        product = lax.dot_general(
-            jnp.where(inside, block, 0), other, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        old = lax.dynamic_index_in_dim(out, expert[i], keepdims=False)
-        return lax.dynamic_update_index_in_dim(out, old + product, expert[i], 0)
-
-    out = jnp.zeros((group_sizes.shape[0], rows.shape[1], gradient.shape[1]), jnp.float32)
-    return lax.fori_loop(0, number, body, out).astype(rows.dtype)
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

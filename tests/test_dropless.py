@@ -1,0 +1,179 @@
+"""Dropless dispatch: the same function as einsum with room for all, on any load, on any mesh, by either kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe import dispatch, grouped, sharding
+from moe.config import MeshConfig
+from moe.experts import Experts
+from tests.helpers import tiny_model, tiny_routing
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+
+
+def _case(rng, groups, tokens, num_experts, k, load="random"):
+    """Routing of random logits with some padding, or with every token's first choice expert 1."""
+    logits = rng.normal(size=(groups, tokens, num_experts))
+    if load == "one":
+        logits[..., 1 % num_experts] += 100.0
+    mask = np.zeros((groups, tokens), bool) if load == "padding" else rng.random((groups, tokens)) < 0.9
+    routing = tiny_routing("mixtral", logits, mask, k=k)
+    weights = jnp.where(routing.chosen, rng.uniform(0.5, 1.5, routing.chosen.shape), 0.0)
+    return dataclasses.replace(routing, combine_weights=weights.astype(jnp.float32))
+
+
+def _value_and_gradients(mode, config, routing, x):
+    """y, and the gradients of x, of the experts and of the combine weights, through one jitted program."""
+    experts = Experts(config, rngs=nnx.Rngs(0))
+    graphdef, parameters = nnx.split(experts)
+    if not jax.sharding.get_abstract_mesh().empty:
+        tree = {"experts": nnx.to_pure_dict(parameters)}
+        specs = sharding.parameter_specs(tree)["experts"]
+        pure = jax.tree.map(
+            lambda a, spec: jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec)), tree["experts"], specs
+        )
+        nnx.replace_by_pure_dict(parameters, pure)
+
+    def loss(x, parameters, weights):
+        sent = dataclasses.replace(routing, combine_weights=weights)
+        plan = dispatch.make_plan(sent, weights.shape[1] * weights.shape[2])
+        y = dispatch.MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters))
+        return jnp.sum(jnp.sin(y)), y
+
+    function = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, y), gradients = jax.jit(function)(x, parameters, routing.combine_weights)
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), (y, *jax.tree.leaves(gradients)))
+
+
+def _assert_close(actual, expected, tolerance):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("groups", "tokens", "num_experts", "k", "load", "dtype"),
+    [
+        (2, 90, 5, 2, "random", "float32"),  # several sizes of chunks, an expert count that is no power of two
+        (1, 150, 4, 1, "one", "float32"),  # many chunks of one expert, three experts empty
+        (3, 7, 3, 3, "random", "float32"),  # K = E
+        (1, 20, 4, 2, "padding", "float32"),
+        (1, 64, 4, 2, "random", "bfloat16"),
+    ],
+)
+def test_equals_einsum_with_room_for_all(groups, tokens, num_experts, k, load, dtype, rng):
+    config = tiny_model(num_experts=num_experts)
+    routing = _case(rng, groups, tokens, num_experts, k, load)
+    x = jnp.asarray(rng.normal(size=(groups, tokens, config.d_model)), dtype)
+    results = [_value_and_gradients(mode, config, routing, x) for mode in ("einsum", "dropless")]
+    _assert_close(results[1], results[0], TOLERANCE[dtype])
+    assert (np.abs(results[1][0]).max() > 0) == (load != "padding")
+
+
+def test_gather_skips_empty_slots_without_a_trace(rng):
+    # Two groups that share a buffer, capacity far above the load: the loop sees filled rows alone.
+    config = tiny_model(num_experts=3)
+    routing = _case(rng, 2, 40, 3, 2)
+    x = jnp.asarray(rng.normal(size=(2, 40, config.d_model)), jnp.float32)
+    results = [_value_and_gradients(mode, config, routing, x) for mode in ("einsum", "gather")]
+    _assert_close(results[1], results[0], TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("kernel", ["chunks", "ragged_dot"])
+def test_kernels_are_one_function(kernel, rng, monkeypatch):
+    """lax.ragged_dot, which accelerators run, and the loop, which CPUs run, against a plain loop over groups."""
+    monkeypatch.setattr(grouped, "in_chunks", lambda: kernel == "chunks")
+    sizes = np.array([0, 37, 3, 90])
+    pieces = grouped.chunks(130, 4)
+    room = pieces.padded_sizes(jnp.asarray(sizes, jnp.int32))
+    rows = np.zeros((pieces.total(130, 4), 6), np.float32)
+    starts = np.cumsum(room) - np.asarray(room)
+    for start, size in zip(starts, sizes, strict=True):
+        rows[start : start + size] = rng.normal(size=(size, 6))
+    into = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
+    out_of = jnp.asarray(rng.normal(size=(4, 8, 6)), jnp.float32)
+
+    def first(rows, matrices, matmul):
+        return matmul(rows, matrices)
+
+    def second(hidden, matrices, matmul):
+        return matmul(jnp.tanh(hidden), matrices)
+
+    def ours(rows, into, out_of):
+        y = grouped.grouped_ffn(first, second, rows, into, out_of, jnp.asarray(starts), room, pieces)
+        return jnp.concatenate([y[start : start + size] for start, size in zip(starts, sizes, strict=True)])
+
+    def plain(rows, into, out_of):
+        parts = zip(starts, sizes, into, out_of, strict=True)
+        return jnp.concatenate([jnp.tanh(rows[start : start + size] @ a) @ b for start, size, a, b in parts])
+
+    arguments = (jnp.asarray(rows), into, out_of)
+    _assert_close([ours(*arguments)], [plain(*arguments)], 1e-5)
+    gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(*arguments) for f in (ours, plain)]
+    _assert_close(*gradients, 1e-5)
+
+
+def test_room_for_chunks_is_enough_and_little(rng):
+    for _ in range(25):
+        num_groups = int(rng.integers(1, 40))
+        sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
+        pieces = grouped.chunks(int(sizes.sum()), num_groups)
+        padded = np.asarray(pieces.padded_sizes(jnp.asarray(sizes, jnp.int32)))
+        first = np.asarray(pieces.first(jnp.asarray(padded)))
+        assert np.all(padded >= sizes)
+        assert np.all(padded - sizes < np.diff([0, *pieces.sizes]).max())
+        # Every padded group is one chunk of a known size and whole ones of the largest.
+        assert set(first) <= {0, *pieces.sizes}
+        assert np.all((padded - first) % pieces.sizes[-1] == 0)
+        assert padded.sum() <= pieces.total(int(sizes.sum()), num_groups)
+
+
+@pytest.mark.parametrize("mode", ["gather", "dropless"])
+def test_tokens_move_by_gathers_alone(mode, rng):
+    config = tiny_model(num_experts=4)
+    routing = _case(rng, 2, 12, 4, 2)
+    graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
+
+    def loss(x, parameters, weights):
+        sent = dataclasses.replace(routing, combine_weights=weights)
+        plan = dispatch.make_plan(sent, 24)
+        return jnp.sum(dispatch.MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters)))
+
+    x = jnp.zeros((2, 12, config.d_model), jnp.float32)
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, parameters, routing.combine_weights))
+    assert re.search(r"\bgather\[", text)
+    assert not re.search(r"\b(sort|scatter-add|scatter_add)\[", text)
+    # Index tables are scattered; rows are not.
+    assert re.search(r":i32\[\d+\] = scatter\[", text)
+    assert not re.search(r":(f32|bf16)\[[\d,]*\] = scatter\[", text)
+
+
+MESHES = [
+    MeshConfig(data=1, expert=8),
+    MeshConfig(data=2, expert=4),
+    MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    MeshConfig(data=4, tensor=2),
+]
+
+
+@pytest.mark.parametrize("load", ["random", "one"])
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}")
+def test_equal_on_meshes(mesh, load, rng):
+    config = tiny_model(num_experts=8)
+    routing = _case(rng, 8, 10, 8, 2, load)
+    x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
+    alone = _value_and_gradients("dropless", config, routing, x)
+    made = sharding.make_mesh(mesh)
+    with jax.set_mesh(made):
+        where = jax.NamedSharding(made, sharding.BATCH)
+        routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
+        split = _value_and_gradients("dropless", config, routing, x)
+    _assert_close(split, alone, 1e-5)
