@@ -1,0 +1,349 @@
+"""The MoE layer against its roof: `python scripts/bench_moe.py [--shapes=A,B] [--modes=gather,dropless] [--json=FILE]`.
+
+The roof is the layer's active FLOPs as bare batched matmuls, timed in turns with the layer in one process: a share of
+it means something on a busy machine too. On accelerators it is the larger of FLOPs over the rate of one large matmul
+and bytes of weights over the bandwidth of a copy, both measured. `--model` times a 4-layer model's train step instead.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe import platform
+
+if __name__ == "__main__":
+    platform.use_huge_pages()
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from moe import cli
+
+_SHAPES = flags.DEFINE_list("shapes", ["A", "B", "sweep"], "A, B, or sweep: A with 8, 16, 32, 64 and 128 experts.")
+_GATES = flags.DEFINE_list("gates", [], "Names of gates, or all; empty: the shape's own.")
+_MODES = flags.DEFINE_list("modes", ["gather", "dropless", "einsum"], "Dispatch modes.")
+_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens a layer sees.", lower_bound=1)
+_GROUP = flags.DEFINE_integer("group_size", 0, "Tokens that share a capacity; 0: all, but 512 for einsum.")
+_EXPERTS = flags.DEFINE_list("experts", [], "Numbers of experts, instead of the shape's.")
+_D_MODEL = flags.DEFINE_integer("d_model", 512, "D.")
+_D_FF = flags.DEFINE_integer("d_ff", 0, "F; 0: the shape's.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the matmuls.")
+_SKEW = flags.DEFINE_float("skew", 1.0, "Share of the first expert, in shares of the others; 1: the gate decides.")
+_MESH = flags.DEFINE_list("mesh", [], "Sizes of mesh axes, as in expert=4,data=2; empty: one device.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each program.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", "", "File to write all numbers to.")
+_MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mixtral-style model of 100.7M parameters.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer: what is multiplied, and how the rows get there."""
+
+    shape: str
+    gate: str
+    mode: str
+    experts: int
+    k: int
+    d_ff: int
+    activation: str
+
+
+def cases() -> list[Case]:
+    """What the flags ask for."""
+    from moe.routing import GATES
+
+    found = []
+    for shape in _SHAPES.value:
+        own, d_ff, k, activation, experts = {
+            "A": ("mixtral", 1792, 2, "swiglu", [8]),
+            "B": ("switch", 2048, 1, "relu", [32]),
+            "sweep": ("mixtral", 1792, 2, "swiglu", [8, 16, 32, 64, 128]),
+        }[shape]
+        gates = sorted(set(GATES) - {"none"}) if _GATES.value == ["all"] else _GATES.value or [own]
+        for count in map(int, _EXPERTS.value or experts):
+            for gate in gates:
+                gate_k = k
+                if GATES[gate].fixed_k or gate == "dense_mixture":
+                    gate_k = GATES[gate].experts_per_token or count
+                found += [Case(shape, gate, m, count, gate_k, _D_FF.value or d_ff, activation) for m in _MODES.value]
+    return found
+
+
+def timed(programs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
+    """Seconds of each program, called in turns so that a busy moment hits all alike."""
+    import jax
+
+    seconds = {name: [] for name in programs}
+    for program in programs.values():
+        jax.block_until_ready(program())  # compiles
+    for _ in range(_REPEATS.value):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def roof(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[], Any]]:
+    """The bare batched matmuls of the active FLOPs, forward, and forward and backward."""
+    import jax
+    import jax.numpy as jnp
+
+    e, d, f, rows = case.experts, _D_MODEL.value, case.d_ff, -(-tokens * case.k // case.experts)
+    gated = case.activation == "swiglu"
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (e, rows, d), dtype)
+    hidden = [jax.random.normal(key, (e, rows, f), dtype) for _ in range(1 + gated)]  # buffers of their own
+    into = [jax.random.normal(key, (e, d, f), dtype) for _ in range(1 + gated)]
+    out_of = jax.random.normal(key, (e, f, d), dtype)
+
+    @jax.jit
+    def forward(x, hidden, into, out_of):
+        return [jnp.einsum("erd,edf->erf", x, w) for w in into], jnp.einsum("erf,efd->erd", hidden[0], out_of)
+
+    @jax.jit
+    def both(x, hidden, into, out_of):
+        return (
+            forward(x, hidden, into, out_of),
+            [jnp.einsum("erf,edf->erd", h, w) for h, w in zip(hidden, into, strict=True)],
+            [jnp.einsum("erd,erf->edf", x, h) for h in hidden],
+            jnp.einsum("erd,efd->erf", x, out_of),
+            jnp.einsum("erf,erd->efd", hidden[0], x),
+        )
+
+    arguments = (x, hidden, into, out_of)
+    return {"forward": lambda: forward(*arguments), "both": lambda: both(*arguments)}
+
+
+def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], Any]], float]:
+    """The layer's programs, router and losses included, and the share of its pairs that it drops."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from moe import sharding
+    from moe.config import Config, ModelConfig, MoEConfig, resolve
+    from moe.experts import MoELayer
+    from moe.routing import GATES, Routing, route
+
+    moe = MoEConfig(
+        gate=case.gate,
+        num_experts=case.experts,
+        experts_per_token=case.k,
+        d_ff=case.d_ff,
+        dispatch=case.mode,
+        group_size=_GROUP.value or (min(512, tokens) if case.mode == "einsum" else tokens),
+    )
+    model = ModelConfig(d_model=_D_MODEL.value, activation=case.activation, dtype=dtype, moe=moe)
+    config = resolve(Config(model=model)).model
+    graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    rows = 1 if not _MESH.value else sharding.axis_size(*sharding.TOKEN_AXES)
+    x = jax.random.normal(jax.random.key(1), (rows, tokens // rows, _D_MODEL.value), dtype)
+    mask = jnp.ones(x.shape[:2], bool)
+    replayed: Routing | None = None
+    if _SKEW.value != 1.0:
+        # Gumbel top-k: choices of a token are drawn without replacement, by share.
+        draws = jax.random.gumbel(jax.random.key(2), (*x.shape[:2], case.experts))
+        logits = draws.at[..., 0].add(np.log(_SKEW.value)).reshape(-1, moe.group_size, case.experts)
+        masks = mask.reshape(logits.shape[:2])
+        replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
+    if not jax.sharding.get_abstract_mesh().empty:
+        mesh = jax.sharding.get_mesh()
+        x, mask = jax.device_put((x, mask), jax.NamedSharding(mesh, sharding.BATCH))
+        parameters = jax.device_put(parameters, sharding.shardings(mesh, sharding.parameter_specs(parameters)))
+
+    def forward(parameters, x):
+        module = nnx.merge(graphdef, parameters, rest)
+        y, report, _ = module(x, mask, routing=replayed, train=True)
+        return y, report
+
+    def loss(parameters, x):
+        y, report = forward(parameters, x)
+        return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
+
+    run, gradient = jax.jit(forward), jax.jit(jax.grad(loss, argnums=(0, 1)))
+    dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
+    return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
+
+
+def accelerator_roof(tokens: int, case: Case, dtype: str) -> dict[str, float]:
+    """Seconds by the rate of one large matmul, or by the bandwidth of a copy where that takes longer."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe import flops
+
+    matmuls = 3 if case.activation == "swiglu" else 2
+    work = 2 * matmuls * tokens * case.k * _D_MODEL.value * case.d_ff
+    weights = matmuls * case.experts * _D_MODEL.value * case.d_ff * jnp.dtype(dtype).itemsize
+    rate = flops.measured_matmul_rate(dtype, size=8192) * jax.device_count()
+    big = jnp.ones((1 << 28,), jnp.int8)
+    copy = jax.jit(lambda a: a + 1)
+    jax.block_until_ready(copy(big))
+    start = time.perf_counter()
+    jax.block_until_ready([copy(big) for _ in range(8)])
+    bandwidth = 8 * 2 * big.size / (time.perf_counter() - start) * jax.device_count()
+    return {"forward": max(work / rate, weights / bandwidth), "both": max(3 * work / rate, 3 * weights / bandwidth)}
+
+
+def bench_layers() -> list[dict[str, Any]]:
+    """All cases; those of one shape and number of experts in turns with their roof."""
+    import jax
+
+    rows = []
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases():
+        groups.setdefault((case.shape, case.experts, case.k, case.d_ff), []).append(case)
+    print(
+        f"{'case':44} {'pass':8} {'median ms':>9} {'min':>7} {'max':>7} {'share of roof':>13} {'by minima':>9} {'dropped':>8}"
+    )
+    for members in groups.values():
+        programs: dict[tuple[Case | None, str], Callable[[], Any]] = {}
+        drops: dict[Case, float] = {}
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu:
+            programs |= {(None, which): f for which, f in roof(_TOKENS.value, members[0], _DTYPE.value).items()}
+        for case in members:
+            try:
+                made, drops[case] = layer(_TOKENS.value, case, _DTYPE.value)
+            except ValueError as refusal:
+                print(f"{_name(case):44} refused: {refusal}")
+                continue
+            programs |= {(case, which): f for which, f in made.items()}
+        seconds = timed(programs)
+        if on_cpu:
+            roofs = {which: statistics.median(seconds[None, which]) for which in ("forward", "both")}
+            least = {which: min(seconds[None, which]) for which in ("forward", "both")}
+        else:
+            roofs = least = accelerator_roof(_TOKENS.value, members[0], _DTYPE.value)
+        for (case, which), values in seconds.items():
+            median = statistics.median(values)
+            name = f"{members[0].shape} E={members[0].experts} roof" if case is None else _name(case)
+            share, dropped = roofs[which] / median, 0.0 if case is None else drops[case]
+            print(
+                f"{name:44} {which:8} {median * 1e3:9.1f} {min(values) * 1e3:7.1f} {max(values) * 1e3:7.1f} "
+                f"{share:13.2f} {least[which] / min(values):9.2f} {dropped:8.3f}",
+                flush=True,
+            )
+            fields = {} if case is None else dataclasses.asdict(case)
+            rows.append(
+                fields
+                | {
+                    "name": name,
+                    "pass": which,
+                    "seconds": values,
+                    "share": share,
+                    "share_of_minima": least[which] / min(values),
+                    "dropped": dropped,
+                }
+            )
+    return rows
+
+
+def _name(case: Case) -> str:
+    return f"{case.shape} E={case.experts} k={case.k} {case.gate} {case.mode}"
+
+
+def bench_model() -> list[dict[str, Any]]:
+    """Train steps of the 4-layer model by mode, in turns with its matmuls: the experts' as batched, all others at the
+    rate of one large matmul."""
+    import jax
+    import numpy as np
+
+    from moe import flops
+    from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig, resolve
+    from moe.step import build, place
+
+    length, batch_size, layers, f = 512, _TOKENS.value // 512, 4, _D_FF.value or 1792
+    mesh = jax.sharding.get_mesh()
+    states, programs = {}, {}
+    experts = Case("A", "mixtral", "", 8, 2, f, "swiglu")
+    config = None
+    for mode in _MODES.value:
+        model = ModelConfig(
+            d_model=_D_MODEL.value,
+            num_layers=layers,
+            num_heads=_D_MODEL.value // 64,
+            num_kv_heads=_D_MODEL.value // 64,
+            head_dim=64,
+            d_ff=f,
+            dtype=_DTYPE.value,
+            moe=MoEConfig(num_experts=8, dispatch=mode),
+        )
+        config = resolve(
+            Config(
+                model=model,
+                data=DataConfig(sequence_length=length),
+                train=TrainConfig(batch_size=batch_size),
+            )
+        )
+        program = build(config, mesh)
+        tokens = np.random.default_rng(0).integers(3, model.vocab_size, (batch_size, length)).astype(np.int32)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        batch = {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+        states[mode], placed = program.init(), place(batch, mesh)
+
+        def step(mode=mode, program=program, batch=placed):
+            states[mode], metrics = program.train_step(states[mode], batch)
+            return metrics
+
+        programs[mode] = step
+    assert config is not None
+    rates = []
+    programs["roof"] = roof(_TOKENS.value, experts, _DTYPE.value)["both"]
+    programs["large matmul"] = lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, repeats=1))
+    seconds = timed(programs)
+    total, active = flops.count_parameters(config.model)
+    expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers
+    rest = flops.train_flops_per_token(config.model, length) * _TOKENS.value - expert_flops
+    at_roof = layers * statistics.median(seconds["roof"]) + rest / statistics.median(rates)
+    print(
+        f"{total:,} parameters, {active:,} active; {batch_size} x {length} tokens; at the roof {at_roof * 1e3:.0f} ms"
+    )
+    rows = []
+    for mode in _MODES.value:
+        median = statistics.median(seconds[mode])
+        print(
+            f"{mode:10} train step: median {median * 1e3:.0f} ms, {min(seconds[mode]) * 1e3:.0f} to "
+            f"{max(seconds[mode]) * 1e3:.0f}; {median / at_roof:.2f} x the roof"
+        )
+        rows.append({"name": f"train step {mode}", "seconds": seconds[mode], "roof": at_roof})
+    return rows
+
+
+def main() -> None:
+    """Flags in, a table and perhaps a file out."""
+    import jax
+
+    from moe import sharding
+    from moe.config import MeshConfig
+
+    sizes = {axis: 1 for axis in sharding.AXES} | {
+        axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)
+    }
+    count = 1
+    for size in sizes.values():
+        count *= size
+    device = jax.devices()[0]
+    print(
+        f"{device.device_kind} x {count}, {_DTYPE.value}, {_TOKENS.value} tokens, d {_D_MODEL.value}; "
+        f"huge pages {'on' if platform.huge_pages() else 'off'}; median of {_REPEATS.value}"
+    )
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])):
+        rows = bench_model() if _MODEL.value else bench_layers()
+    if _JSON.value:
+        setting = {"device": device.device_kind, "devices": count, "huge_pages": platform.huge_pages()}
+        values = {flag: flags.FLAGS[flag].value for flag in ("tokens", "dtype", "skew", "d_model", "group_size")}
+        Path(_JSON.value).write_text(json.dumps(setting | values | {"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main)
