@@ -67,7 +67,7 @@ def single_layer(
         **fields,
     )
     config = validate(resolve(Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)))).model
-    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    layer = nnx.eval_shape(lambda: MoELayer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
     given = {
         "router": (layer.router, "kernel", router),
         "selection_bias": (layer.router, "bias", selection_bias),
@@ -84,15 +84,16 @@ def single_layer(
         }
     for name, (module, attribute, value) in given.items():
         variable = getattr(module, attribute, None)
-        if value is None:
-            # A selection bias and noise start at zero; a matrix left random would be a silent mistake.
-            if variable is not None and name not in ("selection_bias", "noise"):
-                raise ConfigError(f"{name}=None: the gate {gate!r} with {activation} needs {variable[...].shape}")
-            continue
-        if variable is None or variable[...].shape != np.shape(value):
-            wanted = "None" if variable is None else variable[...].shape
-            raise ConfigError(f"{name} of shape {np.shape(value)}: must be {wanted}")
-        variable[...] = jnp.asarray(value, jnp.float32)
+        shape = None if variable is None else variable.get_value().shape
+        if value is None and shape is not None:
+            # A selection bias and noise start at zero; a matrix that nobody gave would be a silent mistake.
+            if name not in ("selection_bias", "noise"):
+                raise ConfigError(f"{name}=None: the gate {gate!r} with {activation} needs {shape}")
+            value = np.zeros(shape)
+        if shape != (None if value is None else np.shape(value)):
+            raise ConfigError(f"{name} of shape {np.shape(value)}: must be {shape}")
+        if variable is not None:
+            variable.set_value(jnp.asarray(value, jnp.float32))
     return layer
 
 
