@@ -90,8 +90,9 @@ def single_layer(
             if name not in ("selection_bias", "noise"):
                 raise ConfigError(f"{name}=None: the gate {gate!r} with {activation} needs {shape}")
             value = np.zeros(shape)
-        if shape != (None if value is None else np.shape(value)):
-            raise ConfigError(f"{name} of shape {np.shape(value)}: must be {shape}")
+        given_shape = None if value is None else np.shape(value)
+        if shape != given_shape:
+            raise ConfigError(f"{name} of shape {given_shape}: must be {shape}")
         if variable is not None:
             variable.set_value(jnp.asarray(value, jnp.float32))
     return layer
@@ -157,7 +158,7 @@ def _run_deepseek_v3(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -
     # [E,2F,D] → [E,D,2F] → two of [E,D,F]
     gate_matrix, up = np.split(weights["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=2)
     num_experts, k = up.shape[0], int(arrays["num_experts_per_tok"])
-    shared = {
+    shared: dict[str, Any] = {
         ours: weights[f"shared_experts.{theirs}.weight"].T
         for ours, theirs in (
             ("shared_up", "up_proj"),
