@@ -4,9 +4,13 @@ import os
 
 # Before jax is imported: both are read once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Tests compile much and run little: LLVM's optimisations would take half of their time. XLA's own passes, the
+    # partitioner among them, are not touched by it.
+    "--xla_backend_optimization_level=0",
+)
+os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -1,0 +1,326 @@
+"""The mesh, and the contract on compiled programs: what crosses devices, over which axis; no mesh changes a value.
+
+Per MoE layer, two all-to-alls of expert slots forward and four with the gradient, over the expert axis; none without
+one. Parameters are gathered over the axes they are stored split over; tokens are gathered nowhere.
+"""
+
+import collections
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moe import sharding
+from moe.config import ConfigError, MeshConfig
+from moe.dispatch import expert_capacity
+from moe.experts import MoELayer
+from moe.transformer import Transformer
+from tests.helpers import axis_groups, collectives, random_parameters, tiny_model
+
+P = jax.sharding.PartitionSpec
+# T is no other dim and divides none: an array that has it is of tokens.
+B, T, E = 8, 11, 8
+
+
+def _mesh(sizes):
+    return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+
+
+def _place(mesh, tree, spec=None):
+    specs = sharding.parameter_specs(tree) if spec is None else jax.tree.map(lambda _: spec, tree)
+    return jax.device_put(tree, sharding.shardings(mesh, specs))
+
+
+def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
+    """The promises of moe.sharding, read off a compiled program of B rows of T tokens."""
+    found = collectives(compiled.as_text(), mesh.size)
+    by_kind = collections.defaultdict(list)
+    for collective in found:
+        by_kind[collective.kind].append(collective)
+    assert set(by_kind) <= {"all-to-all", "all-gather", "all-reduce", "reduce-scatter"}, found
+
+    # Exactly the slots travel, between devices that differ in the expert axis alone.
+    exchanges = by_kind["all-to-all"]
+    assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
+    moe = config.moe
+    capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, T, moe.num_experts)
+    token_shards = math.prod(mesh.shape[axis] for axis in sharding.TOKEN_AXES)
+    slots = moe.num_experts * (B // token_shards) * capacity * config.d_model
+    for exchange in exchanges:
+        assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
+        assert sum(math.prod(shape) for shape in exchange.shapes) == slots, exchange.text
+
+    # What is gathered is a parameter, whole over the axes that have tokens (experts but over their own) and still
+    # split over the others.
+    gathered = {use for use in _gathered_parameters(mesh, parameters) if len(next(iter(use[1]))) > 1}
+    assert (len(by_kind["all-gather"]) > 0) == (len(gathered) > 0)
+    for gather in by_kind["all-gather"]:
+        assert all((_dims(shape), gather.groups) in gathered for shape in gather.shapes), gather.text
+
+    # Partial sums of tokens exist where heads or F are split, and nowhere else.
+    for reduce in by_kind["all-reduce"] + by_kind["reduce-scatter"]:
+        if any(size % T == 0 for shape in reduce.shapes for size in shape):
+            assert reduce.groups == axis_groups(mesh, "tensor"), reduce.text
+
+
+def _dims(shape):
+    """Sorted sizes but for ones: XLA transposes and squeezes as it likes."""
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def _axes(entry):
+    """Mesh axes of one entry of a PartitionSpec, or of all of it."""
+    return [entry] if isinstance(entry, str) else [axis for part in entry or () for axis in _axes(part)]
+
+
+def _names(path):
+    return [key.key for key in path]
+
+
+def _leaves(parameters):
+    """(names, leaf, spec) of each."""
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    specs = jax.tree.leaves(sharding.parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P))
+    return [(_names(path), leaf, spec) for (path, leaf), spec in zip(leaves, specs, strict=True)]
+
+
+def _gathered_parameters(mesh, parameters):
+    """(dims, groups of devices) of each parameter of one layer as it is computed with."""
+    found = set()
+    for names, leaf, spec in _leaves(parameters):
+        gathered = set(sharding.TOKEN_AXES) - ({"expert"} if "experts" in names else set())
+        kept = [math.prod(mesh.shape[axis] for axis in _axes(entry) if axis not in gathered) for entry in spec]
+        sizes = [size // shards for size, shards in zip(leaf.shape, kept, strict=False)]
+        over = [axis for axis in mesh.axis_names if axis in gathered and axis in _axes(spec)]
+        if over:
+            layer = sizes[1:] if names[0].startswith("segment_") else sizes
+            found.add((_dims(layer), axis_groups(mesh, *over)))
+    return found
+
+
+def _layer_program(gate, mode, *, gradient):
+    """(config, parameters, function) of one MoE layer in training, with noise."""
+    config = tiny_model(gate=gate, dispatch=mode, num_experts=E)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MoELayer(config, rngs=nnx.Rngs(0))))
+    parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+
+    def forward(parameters, x, mask, rng):
+        y, report, _ = nnx.merge(graphdef, parameters)(x, mask, train=True, rng=rng)
+        return jnp.sum(jnp.square(y)) + report.load_balancing_loss, y, report
+
+    def loss(parameters, x, mask, rng):
+        value, _, report = forward(parameters, x, mask, rng)
+        return value, report
+
+    return config, parameters, jax.value_and_grad(loss, argnums=(0, 1), has_aux=True) if gradient else forward
+
+
+@pytest.mark.parametrize("mode", ["gather", "einsum"])
+@pytest.mark.parametrize(
+    ("sizes", "gate", "gradient"),
+    [
+        ((1, 2, 4, 1), "gshard", False),
+        ((1, 1, 8, 1), "mixtral", True),
+        ((1, 2, 4, 1), "gshard", True),
+        ((2, 1, 2, 2), "switch", True),
+        ((2, 2, 2, 1), "mixtral", True),
+        ((8, 1, 1, 1), "gshard", True),
+        ((2, 2, 1, 2), "switch", True),
+    ],
+    ids=str,
+)
+def test_contract_of_a_layer(sizes, gate, mode, gradient):
+    mesh = _mesh(sizes)
+    config, parameters, program = _layer_program(gate, mode, gradient=gradient)
+    x, mask = jnp.zeros((B, T, config.d_model)), jnp.ones((B, T), bool)
+    with jax.set_mesh(mesh):
+        arguments = (_place(mesh, parameters), *_place(mesh, (x, mask), sharding.BATCH), jax.random.key(0))
+        compiled = jax.jit(program).lower(*arguments).compile()
+    _check_contract(compiled, mesh, parameters, config, all_to_alls=4 if gradient else 2)
+
+
+def test_contract_of_the_forward_pass():
+    mesh = _mesh((1, 2, 2, 2))
+    config = tiny_model(num_experts=E, num_layers=4, every=2, eval_capacity_factor=1.25)
+    graphdef, parameters = random_parameters(config)
+    tokens = jnp.zeros((B, T), jnp.int32)
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda parameters, tokens: nnx.merge(graphdef, parameters)(tokens).logits)
+        compiled = program.lower(_place(mesh, parameters), _place(mesh, tokens, sharding.BATCH)).compile()
+    _check_contract(compiled, mesh, parameters, config, all_to_alls=2)
+
+
+def _loss(graphdef, parameters, tokens, rng):
+    output = nnx.merge(graphdef, parameters)(tokens, train=True, rng=rng)
+    nll = jax.nn.logsumexp(output.logits, -1) - jnp.take_along_axis(output.logits, tokens[..., None], -1)[..., 0]
+    return jnp.mean(nll) + 0.1 * jnp.sum(output.layers.load_balancing_loss), output.layers
+
+
+@functools.cache
+def _case(gate, mode):
+    """(config, parameters, tokens, rng, jitted value-and-gradient) and the result without a mesh."""
+    config = tiny_model(gate=gate, dispatch=mode, num_experts=E, num_layers=4, every=2, jitter=0.1)
+    graphdef, parameters = random_parameters(config)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (B, T)), jnp.int32)
+    rng = jax.random.key(2)
+    program = jax.value_and_grad(functools.partial(_loss, graphdef), has_aux=True)
+    return config, parameters, tokens, rng, program
+
+
+@functools.cache
+def _without_mesh(gate):
+    """Values that no mesh and no mode may change; from the gather mode on one device."""
+    _, parameters, tokens, rng, program = _case(gate, "gather")
+    return jax.tree.map(np.asarray, jax.jit(program)(parameters, tokens, rng))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode", "gate"),
+    [
+        ((1, 1, 1, 1), "gather", "mixtral"),
+        ((1, 1, 2, 1), "einsum", "mixtral"),
+        ((2, 1, 2, 1), "gather", "mixtral"),
+        ((1, 1, 2, 2), "einsum", "mixtral"),
+        ((8, 1, 1, 1), "einsum", "mixtral"),
+        ((1, 8, 1, 1), "gather", "mixtral"),
+        ((2, 2, 2, 1), "gather", "mixtral"),
+        ((2, 2, 2, 1), "einsum", "gshard"),
+        ((1, 2, 2, 2), "gather", "mixtral"),
+        ((2, 2, 1, 2), "gather", "gshard"),
+    ],
+    ids=str,
+)
+def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode, gate):
+    """And the train program keeps the contract: one scan body of a dense and an MoE block has four all-to-alls."""
+    mesh = _mesh(sizes)
+    config, parameters, tokens, rng, program = _case(gate, mode)
+    specs = sharding.parameter_specs(parameters)
+    with jax.set_mesh(mesh):
+        arguments = (_place(mesh, parameters), _place(mesh, tokens, sharding.BATCH), rng)
+        gradients_lie = sharding.shardings(mesh, specs)
+        compiled = jax.jit(program, out_shardings=(None, gradients_lie)).lower(*arguments).compile()
+        (loss, layers), gradients = compiled(*arguments)
+    (expected_loss, expected_layers), expected_gradients = _without_mesh(gate)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+
+    def check(path, ours, theirs):
+        bound = 1e-5 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, (layers, gradients), (expected_layers, expected_gradients))
+    if mesh.size > 1:
+        _check_contract(compiled, mesh, parameters, config, all_to_alls=4)
+
+
+def test_gradients_are_worth_comparing():
+    """Every parameter has a gradient, and the routers were noisy and short of room."""
+    (_, layers), gradients = _without_mesh("gshard")
+    for path, gradient in jax.tree_util.tree_flatten_with_path(gradients)[0]:
+        assert np.abs(gradient).max() > 0, path
+    assert (layers.fraction_tokens_dropped > 0).all()
+
+
+def test_remat_full_repeats_the_exchange_of_the_forward_pass():
+    mesh = _mesh((1, 2, 4, 1))
+    config = tiny_model(num_experts=E, remat="full")
+    graphdef, parameters = random_parameters(config)
+    with jax.set_mesh(mesh):
+        arguments = (_place(mesh, parameters), _place(mesh, jnp.zeros((B, T), jnp.int32), sharding.BATCH), None)
+        program = jax.jit(jax.value_and_grad(functools.partial(_loss, graphdef), has_aux=True))
+        compiled = program.lower(*arguments).compile()
+    _check_contract(compiled, mesh, parameters, config, all_to_alls=4 + 2)
+
+
+# The mesh and the table.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 4, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1)),
+    ],
+    ids=str,
+)
+def test_make_mesh_fills_in_what_is_left(sizes, shape):
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh.devices.shape == shape
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"expert": 3}, {"expert": 16}, {"data": 4, "fsdp": 1}], ids=str)
+def test_make_mesh_refuses_sizes_that_do_not_multiply_to_the_devices(sizes):
+    with pytest.raises(ConfigError, match=r"mesh\.data=.*must multiply to the number of devices, 8"):
+        sharding.make_mesh(MeshConfig(**sizes))
+
+
+MODELS = [
+    {},
+    {"gate": "none"},
+    {"tie_embeddings": True, "qk_norm": "head"},
+    {"num_layers": 5, "every": 2, "first_dense": 1, "activation": "relu", "qk_norm": "full"},
+    {"gate": "switch", "num_layers": 4, "first_dense": 1},
+]
+
+
+@pytest.mark.parametrize("overrides", MODELS, ids=str)
+def test_every_matrix_is_in_the_table(overrides):
+    """Nothing of two or more dims, its stacking axis aside, is replicated because a name was not found."""
+    state = nnx.eval_shape(lambda: Transformer(tiny_model(**overrides), rngs=nnx.Rngs(0)))
+    matrices = 0
+    for names, leaf, spec in _leaves(nnx.to_pure_dict(nnx.state(state, nnx.Param))):
+        stacked, name = names[0].startswith("segment_"), ".".join(names[-2:])
+        if leaf.ndim - stacked < 2:
+            assert not _axes(spec), f"{name} is a vector: replicated"
+            continue
+        matrices += 1
+        assert tuple(spec) == (None,) * stacked + tuple(sharding.PARAMETERS[name]), name
+        assert len(spec) == leaf.ndim, name
+        assert _axes(spec) or name == "router.kernel", f"{name} is on no axis"
+    assert matrices >= 8
+
+
+def test_no_entry_of_the_table_uses_an_axis_twice():
+    for name, spec in sharding.PARAMETERS.items():
+        axes = _axes(spec)
+        assert len(axes) == len(set(axes)), name
+        assert set(axes) <= set(sharding.AXES), name
+
+
+def test_specs_of_optimizer_state_and_of_an_nnx_state():
+    model = nnx.eval_shape(lambda: Transformer(tiny_model(), rngs=nnx.Rngs(0)))
+    parameters = nnx.to_pure_dict(nnx.state(model))
+    up = P(None, "expert", "fsdp", "tensor")
+    adam = sharding.parameter_specs(jax.eval_shape(optax.adam(1e-3).init, parameters))[0]
+    assert adam.mu["segment_0"]["block_0"]["moe"]["experts"]["up"] == up
+    assert adam.nu["embedding"]["table"] == P("tensor", ("fsdp", "expert"))
+    assert adam.count == P()
+    # nnx.state wraps each array in its Param; the name is one level up.
+    wrapped = sharding.parameter_specs(nnx.state(model))
+    assert wrapped["segment_0"]["block_0"]["moe"]["experts"]["up"].get_value() == up
+    assert wrapped["segment_0"]["block_0"]["attention"]["value"].get_value() == P(
+        None, ("fsdp", "expert"), "tensor", None
+    )
+
+
+def test_a_device_holds_its_share_of_the_experts():
+    mesh = _mesh((1, 2, 2, 2))
+    config = tiny_model(num_experts=E)
+    _, parameters = random_parameters(config)
+    up = _place(mesh, parameters)["segment_0"]["block_0"]["moe"]["experts"]["up"]
+    # [L,E,D,F]: layers whole, experts, D and F halved.
+    assert up.shape == (2, E, 16, 20)
+    assert up.addressable_shards[0].data.shape == (2, E // 2, 8, 10)
+
+
+def test_constrain_without_a_mesh_does_nothing():
+    x = jnp.ones((3, 5))
+    assert sharding.constrain(x, sharding.BATCH) is x
