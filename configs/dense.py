@@ -1,6 +1,6 @@
 """No experts: one FFN a layer, as wide as the two experts that a token of configs/mixtral.py visits.
 
-    python main.py --config=configs/dense.py --workdir=/tmp/dense
+python main.py --config=configs/dense.py --workdir=/tmp/dense
 """
 
 import ml_collections

@@ -277,6 +277,7 @@ def bench_model() -> list[dict[str, Any]]:
             head_dim=64,
             d_ff=f,
             dtype=_DTYPE.value,
+            vocab_size=8192,
             tie_embeddings=False,
             moe=MoEConfig(num_experts=8, dispatch=mode),
         )

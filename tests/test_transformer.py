@@ -70,6 +70,7 @@ def _assert_trees_close(actual, expected, rtol=1e-5):
         ({"num_layers": 5, "every": 2}, "DSDSD", [("DS", 2), ("D", 1)]),
         # The second layer would be MoE but is among the first three. The longest run from each layer on is taken.
         ({"num_layers": 8, "every": 2, "first_dense": 3}, "DDDSDSDS", [("D", 3), ("SD", 2), ("S", 1)]),
+        ({"num_layers": 6, "layers": (1, 2, 4, 5)}, "DSSDSS", [("DSS", 2)]),
         ({"num_layers": 1}, "S", [("S", 1)]),
     ],
 )
@@ -143,6 +144,7 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
     [
         {"num_layers": 6, "every": 2, "first_dense": 1},
         {"num_layers": 5, "first_dense": 2},
+        {"num_layers": 6, "layers": (1, 2, 4, 5)},  # two MoE layers in the unit that repeats
         {"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"},
     ],
     ids=str,
