@@ -1,8 +1,8 @@
 """A small Mixtral-style model on real text, for two CPU cores.
 
-    python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart
+python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-4 layers, 8 experts, top-2; 320 steps of 2,048 tokens.
+4 layers, 8 experts, top-2; 160 steps of 4,096 tokens: a step of twice the rows spends less of its time on the optimizer.
 """
 
 import ml_collections
@@ -11,5 +11,11 @@ from configs import mixtral
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Mixtral's layer at the default size."""
-    return mixtral.get_config()
+    """Mixtral's layer at the default size, in fewer and larger steps."""
+    config = mixtral.get_config()
+    config.train.batch_size = 16
+    config.train.num_steps = 160
+    config.train.eval_every = 40
+    config.train.save_every = 40
+    config.optimizer.warmup_steps = 20
+    return config
