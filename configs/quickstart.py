@@ -2,7 +2,7 @@
 
 python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-4 layers, 8 experts, top-2; 160 steps of 4,096 tokens: a step of twice the rows spends less of its time on the optimizer.
+4 layers, 8 experts, top-2; 160 steps of 4,096 tokens: larger steps spend less of their time on the optimizer.
 """
 
 import ml_collections
