@@ -5,7 +5,7 @@ Sizes: its published config.json. Plan it without a TPU, then run the same line 
     python scripts/plan_pod.py --config=configs/mistral_7b.py --topology=v5p:4x4x4
     python main.py --config=configs/mistral_7b.py --workdir=DIR
 
-What the compiler says of it (time, memory, exchanges) is in docs/pods.md; it was never trained here.
+It was neither compiled for a pod nor trained here.
 """
 
 import ml_collections

@@ -5,35 +5,16 @@ Sizes: its published config.json. Plan it without a TPU, then run the same line 
     python scripts/plan_pod.py --config=configs/mixtral_8x22b.py --topology=v5p:4x4x4
     python main.py --config=configs/mixtral_8x22b.py --workdir=DIR
 
-What the compiler says of it (time, memory, exchanges) is in docs/pods.md; it was never trained here.
+It was neither compiled for a pod nor trained here.
 """
 
 import ml_collections
 
-from configs import base
+from configs import mixtral_8x7b
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Overrides of the defaults."""
-    config = base.get_config()
-    config.model.update(
-        vocab_size=32000,
-        d_model=6144,
-        num_layers=56,
-        num_heads=48,
-        num_kv_heads=8,
-        head_dim=128,
-        d_ff=16384,
-        rope_theta=1e6,
-        dtype="bfloat16",
-        attention="blocked",
-        remat="full",
-    )
-    config.model.moe.update(
-        gate="mixtral",
-        num_experts=8,
-    )
-    config.data.sequence_length = 4096
-    config.train.batch_size = 64
-    config.mesh.update(data=1, fsdp=-1, expert=8)
+    """Mixtral-8x7B's overrides, in other sizes."""
+    config = mixtral_8x7b.get_config()
+    config.model.update(d_model=6144, num_layers=56, num_heads=48, d_ff=16384)
     return config

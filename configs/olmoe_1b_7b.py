@@ -5,7 +5,7 @@ Sizes: its published config.json; losses: OLMoE 2024, section 3. Plan it without
     python scripts/plan_pod.py --config=configs/olmoe_1b_7b.py --topology=v5p:4x4x4
     python main.py --config=configs/olmoe_1b_7b.py --workdir=DIR
 
-What the compiler says of it (time, memory, exchanges) is in docs/pods.md; it was never trained here.
+It was neither compiled for a pod nor trained here.
 """
 
 import ml_collections

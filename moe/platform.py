@@ -24,7 +24,7 @@ def use_huge_pages() -> None:
     if "glibc.malloc.hugetlb" in tunables or not modes.exists() or "[madvise]" not in modes.read_text():
         return
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
-    os.execv(sys.executable, sys.orig_argv[:1] + sys.orig_argv[1:])
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def huge_pages() -> bool:

@@ -123,7 +123,7 @@ def _loop(
     ):
         for step in range(start + 1, config.num_steps + 1):
             last = step == config.num_steps
-            with clock.waiting():
+            with clock:
                 batch = next(iterator)
             state, metrics = program.train_step(state, place(batch, program.mesh))
             pending.append(metrics)
@@ -131,9 +131,7 @@ def _loop(
             if step % config.log_every == 0 or last:
                 row = _mean_row(pending)
                 pending = []
-                seconds, waited = clock.lap(
-                    config.log_every if step % config.log_every == 0 else step % config.log_every
-                )
+                seconds, waited = clock.lap()
                 timing = {
                     "step_seconds": seconds,
                     "tokens_per_second": tokens / seconds,
@@ -158,7 +156,7 @@ def _loop(
                     writer.write(step, f"heldout/{domain}", values)
                 clock.restart()
             if step % config.save_every == 0 or last:
-                pending = [metrics if isinstance(metrics, dict) else _plain(metrics) for metrics in pending]
+                pending = [_plain(metrics) for metrics in pending]
                 checkpoints.save(step, state, iterator, {"pending": pending}, loss)
                 clock.restart()
     return state
@@ -173,9 +171,6 @@ class _Clock:
     def restart(self) -> None:
         self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
-    def waiting(self) -> _Clock:
-        return self
-
     def __enter__(self) -> None:
         self._steps += 1
         self._entered = time.perf_counter()
@@ -183,16 +178,18 @@ class _Clock:
     def __exit__(self, *_: Any) -> None:
         self._waited += time.perf_counter() - self._entered
 
-    def lap(self, steps: int) -> tuple[float, float]:
+    def lap(self) -> tuple[float, float]:
         """(seconds per step, of which waited) since the last restart or lap."""
-        steps = max(min(steps, self._steps), 1)
+        steps = max(self._steps, 1)
         result = (time.perf_counter() - self._start) / steps, self._waited / steps
         self.restart()
         return result
 
 
-def _plain(metrics: TrainMetrics) -> dict[str, Any]:
-    """One step's metrics as JSON; waits for the step to end."""
+def _plain(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
+    """One step's metrics as JSON; waits for the step to end. What a checkpoint gave back is JSON already."""
+    if isinstance(metrics, dict):
+        return metrics
     values = to_python(dataclasses.asdict(metrics))
     layers = values.pop("layers") or {}
     return values | layers
@@ -200,7 +197,7 @@ def _plain(metrics: TrainMetrics) -> dict[str, Any]:
 
 def _mean_row(pending: list[Any]) -> dict[str, Any]:
     """Mean over the steps since the last row, and per layer what follows from the mean load."""
-    steps = [metrics if isinstance(metrics, dict) else _plain(metrics) for metrics in pending]
+    steps = [_plain(metrics) for metrics in pending]
     row = {name: np.mean([values[name] for values in steps], axis=0).tolist() for name in steps[0]}
     if "expert_load" in row:
         load = np.asarray(row["expert_load"])
