@@ -486,6 +486,7 @@ def _validate_gate(moe: MoEConfig, where: str) -> None:
 
 def _validate_run(config: Config) -> None:
     data, train, optimizer = config.data, config.train, config.optimizer
+    _require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _require_at_least("data.", data, 2, "sequence_length")
     _require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
     _require(len(data.domains) > 0, "data.domains", data.domains, "must name at least one domain")

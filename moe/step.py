@@ -111,7 +111,7 @@ class Program:
     """Compiled on first call; arguments and results lie on the mesh as their shardings say.
 
     Attributes:
-        init: () → TrainState at step 0.
+        initialise: seed → TrainState at step 0.
         train_step: (TrainState, Batch) → (TrainState, TrainMetrics); the old state's buffers are reused.
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
@@ -121,11 +121,15 @@ class Program:
     config: Config
     mesh: Mesh
     graphdef: nnx.GraphDef[Transformer]
-    init: Callable[[], TrainState]
+    initialise: Callable[[ArrayLike], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
     eval_step: Callable[[dict[str, Any], Batch, ArrayLike], EvalMetrics]
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+
+    def init(self) -> TrainState:
+        """The state at step 0 of the config's seed."""
+        return self.initialise(self.config.seed)
 
     def model(self, variables: dict[str, Any]) -> Transformer:
         """The NNX module over these variables (:attr:`TrainState.variables`)."""
@@ -145,8 +149,8 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
     microbatches, bias_update_rate = config.train.accumulation_steps, config.model.moe.bias_update_rate
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
 
-    def init() -> TrainState:
-        parameter_key, noise_key = jax.random.split(jax.random.key(config.seed))
+    def init(seed: ArrayLike) -> TrainState:  # an argument, so that runs of several seeds share one compiled program
+        parameter_key, noise_key = jax.random.split(jax.random.key(seed))
         model = Transformer(config.model, rngs=nnx.Rngs(params=parameter_key))
         parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
@@ -215,7 +219,7 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
         sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
         return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
 
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(init, 0)
     state_shardings = sharding.shardings(mesh, sharding.parameter_specs(shapes))
     batch_sharding = NamedSharding(mesh, sharding.BATCH)
     replicated = NamedSharding(mesh, sharding.REPLICATED)
@@ -232,7 +236,7 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
         config=config,
         mesh=mesh,
         graphdef=graphdef,
-        init=jax.jit(init, out_shardings=state_shardings),
+        initialise=jax.jit(init, out_shardings=state_shardings),
         train_step=jitted_step
         if teacher_variables is None
         else lambda state, batch: jitted_step(state, batch, teacher_variables),

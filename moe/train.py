@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,26 +40,35 @@ _FREE_FIELDS = (
 )
 
 
-def train(config: Config, workdir: str, devices: Sequence[Any] | None = None) -> None:
+def train(
+    config: Config,
+    workdir: str,
+    devices: Sequence[Any] | None = None,
+    *,
+    make_program: Callable[..., Program] = build,
+    quiet: bool = False,
+) -> None:
     """Runs or resumes training, then reports.
 
     Args:
         config: from :func:`moe.config.from_config_dict`.
         workdir: a folder, made if missing; local or a bucket path.
         devices: of the mesh; None: all.
+        make_program: :func:`moe.step.build`, or one that remembers, for a caller that trains many runs.
+        quiet: say nothing and draw no bar.
 
     Raises:
         ConfigError: before anything is compiled or written, if the config does not fit the devices, the data or the
             run already in the workdir.
     """
-    say = print if jax.process_index() == 0 else lambda *_: None
+    say = print if jax.process_index() == 0 and not quiet else lambda *_: None
     mesh = sharding.make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     directory = epath.Path(workdir)
     _refuse_other_run(config, directory)
     prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
     with jax.set_mesh(mesh):
-        program = build(config, mesh, start.teacher(config, mesh))
+        program = make_program(config, mesh, start.teacher(config, mesh))
         heldout = load_heldout(program, prepared)
         iterator = pipeline.train_iterator(
             prepared,
@@ -82,7 +91,7 @@ def train(config: Config, workdir: str, devices: Sequence[Any] | None = None) ->
             pending = memory["pending"]
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         if step < config.train.num_steps:
-            state = _loop(program, state, iterator, heldout, checkpoints, directory, step, pending)
+            state = _loop(program, state, iterator, heldout, checkpoints, directory, step, pending, quiet)
         checkpoints.close()
         if jax.process_index() == 0:
             _finish(program, state, prepared, directory, say)
@@ -97,6 +106,7 @@ def _loop(
     directory: epath.Path,
     start: int,
     pending: list[Any],
+    quiet: bool,
 ) -> TrainState:
     """Batch, step; then, when due: log, evaluate, save. In this order, always.
 
@@ -118,7 +128,7 @@ def _loop(
             unit="step",
             dynamic_ncols=True,
             smoothing=0.1,
-            disable=jax.process_index() != 0,
+            disable=quiet or jax.process_index() != 0,
         ) as bar,
     ):
         for step in range(start + 1, config.num_steps + 1):
