@@ -43,6 +43,7 @@ class MoEConfig:
     eval_capacity_factor: float = GATES_OWN  # the same, outside training; -1: the gate's
     jitter: float = GATES_OWN  # multiplies the router's input by uniform [1 - jitter, 1 + jitter]; -1: the gate's
     load_balancing_weight: float = GATES_OWN  # of the load-balancing loss; -1: the gate's
+    router_dtype: str = "float32"  # of the router's matmul: float32, or bfloat16 (Switch, table 2, what diverges)
     z_loss_weight: float = GATES_OWN  # of the router z-loss; -1: the gate's
     importance_weight: float = GATES_OWN  # of Shazeer's importance loss; -1: the gate's
     load_weight: float = GATES_OWN  # of Shazeer's load loss, gate noisy_topk; -1: the gate's
@@ -100,7 +101,8 @@ class DataConfig:
     directory: str = "~/.cache/moe-data"  # where datasets, downloads and tokenizers are kept
     tokenizer: str = ""  # a tokenizer.model or tokenizer.json, or "mixtral"; empty: model.vocab_size are trained
     sequence_length: int = 256  # T, tokens
-    shuffle_window: int = 512  # rows in the shuffle buffer
+    streams: int = 0  # parts of a batch with documents of their own; a multiple of processes; 0: gcd(8, batch_size)
+    shuffle_window: int = 512  # rows in the shuffle buffers of all streams
     heldout_rows: int = 64  # rows of T tokens per domain in each evaluation
 
 
@@ -379,6 +381,7 @@ def _validate_moe(config: Config) -> None:
         _require(getattr(moe, name) > 0, f"{where}{name}", getattr(moe, name), "must be positive")
     _require(0 <= moe.jitter < 1, f"{where}jitter", moe.jitter, "must be in [0, 1)")
     _require_choice(f"{where}dispatch", moe.dispatch, tuple(MODES))
+    _require_choice(f"{where}router_dtype", moe.router_dtype, ("float32", "bfloat16"))
     _validate_gate(moe, where)
     _require_layers(f"{where}layers", moe.layers, config.model.num_layers)
     _require(
@@ -489,6 +492,12 @@ def _validate_run(config: Config) -> None:
     _require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _require_at_least("data.", data, 2, "sequence_length")
     _require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    _require(
+        data.streams >= 0 and (data.streams == 0 or train.batch_size % data.streams == 0),
+        "data.streams",
+        data.streams,
+        f"must divide train.batch_size={train.batch_size}, or be 0 for gcd(8, batch_size)",
+    )
     _require(len(data.domains) > 0, "data.domains", data.domains, "must name at least one domain")
     _require(
         len(data.weights) in (0, len(data.domains)) and all(weight > 0 for weight in data.weights),

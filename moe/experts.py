@@ -142,7 +142,8 @@ class SelectionBias(nnx.Variable):
 
 
 class Router(nnx.Module):
-    """x·W_g in float32 whatever the compute dtype (Switch 2021, section 2.4, "selective precision").
+    """x·W_g in float32 whatever the compute dtype (Switch 2021, section 2.4, "selective precision"), unless
+    ``moe.router_dtype`` says bfloat16: x, W_g and the logits are then rounded to it, for who wants to see what happens.
 
     The gate says what else it has (:attr:`moe.routing.Gate.router`): W_noise, both zero at first (Shazeer 2017, section
     4 and appendix A); a selection bias, zero at first; or a column per slot. Deviation from Soft MoE (2023, section
@@ -151,6 +152,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, e, kind = config.d_model, config.moe.num_experts, GATES[config.moe.gate].router
+        self.dtype = config.moe.router_dtype
         self.bias = SelectionBias(jnp.zeros((e,), jnp.float32)) if kind == "biased" else None
         self.noise = nnx.Param(jnp.zeros((d, e), jnp.float32)) if kind == "noisy" else None
         if kind == "noisy":
@@ -167,7 +169,7 @@ class Router(nnx.Module):
         x = x.astype(jnp.float32)
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
-        return _matmul(x, self.kernel[...])
+        return _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
 
     def noise_logits(self, x: Array) -> Array | None:
         """[G,S,D] → x·W_noise [G,S,E] float32, or None."""

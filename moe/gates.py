@@ -151,6 +151,15 @@ def softmax_top_k(router_logits: Array, given: Given) -> Choice:
     return Choice(expert_index, _weigh(pick(probs, expert_index), given))
 
 
+def softmax_sampled(router_logits: Array, given: Given) -> Choice:
+    """K experts drawn without replacement in proportion to the softmax, weighted by it (Switch 2021, appendix C,
+    "sample softmax"). The draw is the top-k of logits + Gumbel noise (Gumbel-max). Without a key, the top-k."""
+    probs = jax.nn.softmax(router_logits, axis=-1)
+    noise = 0.0 if given.rng is None else jax.random.gumbel(given.rng, router_logits.shape)
+    _, expert_index = top_k(router_logits + noise, given.experts_per_token)
+    return Choice(expert_index, _weigh(pick(probs, expert_index), given))
+
+
 def gshard(router_logits: Array, given: Given) -> Choice:
     """Top-2 renormalised over the two; the second is sent if 2·g2 > U(0,1) (GShard 2020, algorithm 1).
 

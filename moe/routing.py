@@ -159,6 +159,15 @@ GATES: dict[str, Gate] = {
         jitter=0.01,
         renormalise=0,
     ),
+    "switch_sampled": Gate(
+        gates.softmax_sampled,
+        "Switch 2021, appendix C",
+        experts_per_token=1,
+        capacity_factor=1.25,
+        eval_capacity_factor=2.0,
+        load_balancing_weight=0.01,
+        renormalise=0,
+    ),
     "st_moe": Gate(
         gates.st_moe,
         "ST-MoE 2022, equations 1-6 and appendix D",

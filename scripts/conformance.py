@@ -241,6 +241,7 @@ CASES = (
     Case("noisy_topk", 2, 6, 5, 3, 4, 0.3),
     Case("gshard", 2, 7, 3, 2, 3, 0.3),
     Case("switch", 2, 7, 3, 1, 2, 0.3),
+    Case("switch_sampled", 2, 6, 5, 2, 1, 0.2),  # without a key: Switch's own
     Case("switch", 2, 6, 4, 2, 1, 0.0, {"renormalise": 1}, reference.Rule(renormalise=True)),
     Case("switch", 2, 7, 5, 1, 1, 0.2, {"overflow_to_next": True}, reference.Rule(overflow=True)),
     Case("mixtral", 2, 6, 5, 2, 2, 0.2, {"overflow_to_next": True}, reference.Rule(overflow=True)),

@@ -21,7 +21,7 @@ from moe.config import (
     validate,
     validate_mesh,
 )
-from moe.experts import MoELayer, SelectionBias
+from moe.experts import MoELayer, Router, SelectionBias
 from moe.interop.layers import single_layer
 from moe.routing import GATES, route
 from moe.step import build, place
@@ -103,7 +103,7 @@ def test_hand_computed_values(gate, logits, given, experts, weights):
 
 
 def test_every_gate_is_tested_by_hand_or_by_its_own_test():
-    own = {"expert_choice", "soft_moe", "hash", "random"}
+    own = {"expert_choice", "soft_moe", "hash", "random", "switch_sampled"}
     assert {gate for gate, *_ in HAND_COMPUTED} | own | set(FOUR) == set(GATES)
 
 
@@ -168,6 +168,32 @@ def test_random_draws_anew_with_each_key_and_never_in_evaluation():
     first, second = (routed("random", logits, rng=jax.random.key(seed)).expert_index for seed in (0, 1))
     assert 0.5 < float(jnp.mean(first != second)) < 0.95  # 3/4 differ by chance
     np.testing.assert_array_equal(routed("random", logits).expert_index, routed("random", logits).expert_index)
+
+
+def test_sampled_experts_follow_the_softmax():
+    # p = (0.7, 0.2, 0.1): counts in 4000 draws are 2800, 800, 400, each within 4·sqrt(4000·0.7·0.3) = 116.
+    probs = np.broadcast_to([0.7, 0.2, 0.1], (1, 4000, 3))
+    routing = routed("switch_sampled", np.log(probs), 1, rng=jax.random.key(0))
+    index = np.asarray(routing.expert_index)[..., 0]
+    np.testing.assert_allclose(np.bincount(index.ravel(), minlength=3), [2800, 800, 400], atol=116)
+    np.testing.assert_allclose(routing.combine_weights[..., 0], probs[0, 0][index], rtol=1e-6)  # p itself, not 1
+    # Two without replacement are two different ones, and without a key there is no draw.
+    pairs = np.asarray(routed("switch_sampled", np.log(probs), 2, rng=jax.random.key(1)).expert_index)
+    assert (pairs[..., 0] != pairs[..., 1]).all()
+    np.testing.assert_array_equal(routed("switch_sampled", np.log(probs), 2).expert_index[0, 0], [0, 1])
+
+
+def test_the_router_rounds_only_when_asked(rng):
+    x, logits = jnp.asarray(rng.normal(size=(1, 4, 16)), jnp.float32), {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_model(gate="switch", router_dtype=dtype)
+        router = Router(config, rngs=nnx.Rngs(0))
+        logits[dtype] = np.asarray(router(x))
+        assert logits[dtype].dtype == np.float32
+    rounded = logits["bfloat16"].astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(logits["bfloat16"], rounded)
+    assert (logits["float32"] != rounded).all()
+    np.testing.assert_allclose(logits["float32"], rounded, atol=0.05)
 
 
 def test_balanced_skips_padding_and_goes_on_in_the_next_group():
