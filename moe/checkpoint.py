@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe import sharding
 from moe.config import Config, ConfigError, ModelConfig, from_config_dict
+from moe.data.streams import StreamsRestore, StreamsSave
 from moe.experts import SelectionBias
 from moe.flops import abstract_parameters
 from moe.step import TrainState, join
@@ -79,7 +80,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
+                data=StreamsSave(iterator),
                 memory=ocp.args.JsonSave(memory),
             ),
             metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
@@ -100,7 +101,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(state),
-                data=grain.checkpoint.CheckpointRestore(iterator),
+                data=StreamsRestore(iterator),
                 memory=ocp.args.JsonRestore(),
             ),
         )

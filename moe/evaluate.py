@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe import sharding
 from moe.balancing import LayerReport
 from moe.data import pipeline
 from moe.losses import mean_reports
@@ -36,9 +37,7 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     """
     config = program.config
     rows = config.train.batch_size // config.train.accumulation_steps
-    here = slice(
-        jax.process_index() * rows // jax.process_count(), (jax.process_index() + 1) * rows // jax.process_count()
-    )
+    here = sharding.local_rows(program.mesh, rows)
     batches = {
         domain: [
             {key: value[here] for key, value in batch.items()}

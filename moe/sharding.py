@@ -106,6 +106,13 @@ def constrain(x: Array, spec: P) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Numbers [b] of those of a batch's rows that this process's devices hold; where ``tensor`` spans processes, two
+    hold the same."""
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
+
+
 def axis_size(*axes: str) -> int:
     """Into how many parts these axes of the mesh in context split an array; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape

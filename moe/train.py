@@ -75,8 +75,7 @@ def train(
             config.data,
             batch_size=config.train.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(mesh, config.train.batch_size),
         )
         _write_once(config, prepared, directory)
         checkpoints = Checkpoints(directory, config.train.keep_checkpoints)

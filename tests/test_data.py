@@ -5,15 +5,15 @@ import json
 import math
 import zipfile
 from types import SimpleNamespace
+from typing import ClassVar
 
 import grain
-import grain.checkpoint
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, pipeline
+from moe.data import corpora, pipeline, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from tests.tiny_text import build, random_text
 
@@ -48,6 +48,7 @@ class LetterTokenizer:
     """pad 0, bos 1, eos 2, a 3, b 4, c 5."""
 
     vocab_size, pad_id, bos_id, eos_id = 6, 0, 1, 2
+    files: ClassVar = {}
 
     def encode(self, text):
         return np.asarray([3 + "abc".index(letter) for letter in text], np.int32)
@@ -191,12 +192,12 @@ def test_exact_resume(two_domains, data, tmp_path, batches, asynchronous):
         next(iterator)
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=asynchronous)
     with ocp.CheckpointManager(tmp_path, options=options) as manager:
-        manager.save(0, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.save(0, args=ocp.args.Composite(data=streams.StreamsSave(iterator)))
         expected = [next(iterator) for _ in range(12)]  # while an asynchronous save may still be writing
         manager.wait_until_finished()
         restored = fresh()
         next(restored)
-        manager.restore(0, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+        manager.restore(0, args=ocp.args.Composite(data=streams.StreamsRestore(restored)))
     _assert_equal([next(restored) for _ in range(12)], expected)
 
 
@@ -213,22 +214,61 @@ def test_resume_between_two_documents(letters):
         _assert_equal([next(iterator) for _ in batches[start:]], batches[start:])
 
 
-def test_processes_share_documents_evenly(prepared, data):
-    rows = {}
-    for index in range(2):
-        iterator = pipeline.train_iterator(prepared, data, batch_size=8, seed=0, process_index=index, process_count=2)
-        rows[index] = np.concatenate([next(iterator)["tokens"] for _ in range(2)])
-        assert rows[index].shape == (8, 32)
-    # 8 rows of 33 tokens hold a few documents of the first epoch; each names its number at the start.
+def test_rows_do_not_depend_on_the_number_of_processes(two_domains, data, tmp_path):
+    """Two processes save; one, two and four go on: their rows side by side are the batch that one alone makes."""
+
+    def start(processes):
+        rows = np.split(np.arange(8), processes)
+        return [pipeline.train_iterator(two_domains, data, batch_size=8, seed=3, rows=part) for part in rows]
+
+    def take(iterators):
+        parts = [next(iterator) for iterator in iterators]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    alone, pair = start(1), start(2)
+    _assert_equal([take(pair) for _ in range(5)], [take(alone) for _ in range(5)])
+    handler = streams._Handler()
+    for iterator in pair:
+        handler.save(tmp_path, iterator)
+    assert len(list(tmp_path.iterdir())) == 8
+    expected = [take(alone) for _ in range(5)]
+    for processes in (1, 2, 4):
+        restored = start(processes)
+        for iterator in restored:
+            handler.restore(tmp_path, iterator)
+        _assert_equal([take(restored) for _ in range(5)], expected)
+
+
+def test_streams_share_no_document_of_an_epoch(prepared, data):
+    batches = pipeline.train_iterator(prepared, data, batch_size=8, seed=0)
+    rows = np.stack([next(batches)["tokens"] for _ in range(2)], 1)  # [8 streams, 2 rows, T]
+    # 16 rows of 33 tokens hold a few documents of the first epoch; each names its number at the start.
     numbers = [
-        {" ".join(text.split()[:2]) for row in rows[index] for text in _documents(row, prepared.tokenizer)}
-        for index in range(2)
+        {" ".join(text.split()[:2]) for row in stream for text in _documents(row, prepared.tokenizer)}
+        for stream in rows
     ]
-    assert numbers[0]
-    assert numbers[1]
-    assert not numbers[0] & numbers[1]
-    with pytest.raises(ConfigError, match=r"train\.batch_size=3"):
-        pipeline.train_dataset(prepared, data, batch_size=3, seed=0, process_count=2)
+    assert all(numbers)
+    assert len(set.union(*numbers)) == sum(map(len, numbers))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({"streams": 3}, None, "data.streams=3: must divide train.batch_size=8"),
+        ({"streams": 1}, range(4), "data.streams=1: must be a multiple of the number of processes"),
+        ({"streams": 2}, range(2, 6), "data.streams=2: must be a multiple of the number of processes"),
+    ],
+)
+def test_impossible_streams(prepared, data, changes, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.train_dataset(prepared, dataclasses.replace(data, **changes), batch_size=8, seed=0, rows=rows)
+
+
+def test_a_place_in_other_documents_is_refused(prepared, data):
+    state = pipeline.train_iterator(prepared, data, batch_size=4, seed=0).get_state()
+    fewer = dataclasses.replace(prepared, train={name: list(texts)[1:] for name, texts in prepared.train.items()})
+    with pytest.raises(ConfigError, match=r"data\.dataset: its documents, or the tokenizer, are not those"):
+        pipeline.train_iterator(fewer, data, batch_size=4, seed=0).set_state(state)
 
 
 def _documents(row, tokenizer):
@@ -240,8 +280,8 @@ def _documents(row, tokenizer):
 def test_mixture_shares_are_exact(two_domains, data):
     data = dataclasses.replace(data, weights=(3.0, 1.0))
     iterator = pipeline.train_iterator(two_domains, data, batch_size=4, seed=0)
-    domains = np.concatenate([next(iterator)["domain"] for _ in range(50)])
-    assert (domains == 0).mean() == pytest.approx(0.75, abs=0.01)
+    domains = np.concatenate([next(iterator)["domain"] for _ in range(52)])
+    assert (domains == 0).mean() == 0.75  # of each of the 4 streams: 39 of 52
 
 
 # --- Preparation -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Documents to batches of packed rows, and back to the same place after a restart.
 
 In: a :class:`~moe.config.DataConfig`. Out: a Grain iterator of training batches whose state Orbax saves
-(``grain.checkpoint.CheckpointSave``), and a fixed list of held-out batches per domain.
+(:class:`moe.data.streams.StreamsSave`), and a fixed list of held-out batches per domain.
 
-Letters: B rows of this process (batch_size / process_count), T sequence_length, V vocab_size.
+Letters: B rows of this process, T sequence_length, V vocab_size.
 
 A batch is a dict of NumPy arrays, all int32:
   tokens       [B,T]  token ids; each document is ``bos text eos``
@@ -21,7 +21,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
+import math
 import os
 import re
 import zlib
@@ -34,7 +36,7 @@ import numpy as np
 from etils import epath
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, json_tokenizer
+from moe.data import corpora, json_tokenizer, streams
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 
 TOKENIZER_CHARACTERS = 10_000_000  # of text a tokenizer is trained on, an equal share from each domain
@@ -52,6 +54,7 @@ class Prepared:
     domains: tuple[str, ...]
     train: dict[str, Sequence[str]]
     heldout: dict[str, Sequence[str]]
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of each domain's documents
     _unigram_counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 
@@ -173,90 +176,82 @@ def _shift(packed: dict[str, np.ndarray], domain_index: int, pad_id: int) -> Bat
     }
 
 
-class _ExactState(grain.IterDataset):
-    """Rows of ConcatThenSplitIterDataset, whose state survives JSON.
-
-    Grain 0.2.18 saves iterators as JSON, which returns the tuple (-1, -1) as a list; ConcatThenSplitIterDataset then
-    no longer sees that it stands between two documents, and skips one. Harmless once that is mended.
-    """
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _ExactStateIterator(iter(self._parent))
-
-
-class _ExactStateIterator(grain.DatasetIterator):
-    def __next__(self) -> Any:
-        return next(self._parent)
-
-    def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        slices = {key: tuple(value) for key, value in state["remainder_slices"].items()}
-        self._parent.set_state({**state, "remainder_slices": slices})
-
-
-def _rows(
-    documents: grain.MapDataset, prepared: Prepared, data: DataConfig, domain: str, read_ahead: int
-) -> grain.IterDataset:
+def _rows(documents: grain.MapDataset, prepared: Prepared, data: DataConfig, domain: str) -> grain.IterDataset:
     """Documents of one domain, in their order → rows; the last one of a finite dataset is padded."""
-    # Two threads tokenise ahead of the train step. Grain's default, 16 threads and 500 documents, costs seconds
-    # before the first row and megabytes of memory.
-    options = grain.ReadOptions(num_threads=2 if read_ahead else 0, prefetch_buffer_size=read_ahead)
+    # No threads of its own: `streams.run` reads ahead of the train step, once for all streams and domains.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     tokens = documents.map(functools.partial(_tokenise, tokenizer=prepared.tokenizer)).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     index = prepared.domains.index(domain)
-    return _ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=prepared.tokenizer.pad_id))
+    return streams.ExactState(packed).map(
+        functools.partial(_shift, domain_index=index, pad_id=prepared.tokenizer.pad_id)
+    )
 
 
 def train_dataset(
-    prepared: Prepared,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    prepared: Prepared, data: DataConfig, *, batch_size: int, seed: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> grain.IterDataset:
-    """Returns the endless dataset of this process's part of the training batches; see the module for their fields.
+    """Returns the endless dataset of this process's rows of the training batches; see the module for their fields.
 
-    Each domain's documents are shuffled anew every epoch, dealt to the processes like cards, packed, mixed so that
-    the domains' shares of the rows follow data.weights exactly, and shuffled over data.shuffle_window rows. The same
-    arguments give the same bytes; another seed another order. All rows together depend on process_count: each process
-    packs its own documents, so a run resumed on another number of processes sees other rows.
+    A batch is made of n = data.streams streams: stream i gives its i-th n-th of the rows. Each domain's documents are
+    shuffled anew every epoch and dealt to the streams like cards; a stream packs its own, mixes the domains so that
+    their shares of its rows follow data.weights exactly, and shuffles over data.shuffle_window / n rows. The same
+    arguments give the same batches, on however many processes; another seed another order.
+
+    Args:
+      batch_size: B, rows of all processes together.
+      rows: numbers of the rows of a batch that this process holds (:func:`moe.sharding.local_rows`); None: all.
 
     Raises:
-      ConfigError: batch_size is not a multiple of process_count.
+      ConfigError: these rows are not those of whole streams.
     """
-    if batch_size % process_count:
-        raise ConfigError(f"train.batch_size={batch_size}: must be a multiple of the {process_count} processes")
+    count = data.streams or math.gcd(8, batch_size)
+    per_stream = batch_size // count
+    if batch_size % count:
+        raise ConfigError(f"data.streams={count}: must divide train.batch_size={batch_size}")
+    here = np.arange(batch_size) if rows is None else np.asarray(rows)
+    numbers = np.unique(here // per_stream)
+    if len(numbers) * per_stream != len(here):
+        raise ConfigError(
+            f"data.streams={count}: must be a multiple of the number of processes that hold different rows, so that "
+            f"one holds whole streams; train.batch_size={batch_size} and the mesh give this one {len(here)} rows"
+        )
+    parts = {int(i): _stream(prepared, data, int(i), count, seed).batch(per_stream) for i in numbers}
+    return streams.run(parts, _digest(prepared))
+
+
+def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed: int) -> grain.IterDataset:
+    """The endless rows of one of `count` streams."""
     rows = {}
     for domain in prepared.domains:
         # crc32, not hash(): the latter differs from one Python process to the next.
-        domain_seed = int(np.random.SeedSequence([seed, zlib.crc32(domain.encode())]).generate_state(1)[0])
-        documents = grain.MapDataset.source(prepared.train[domain]).shuffle(seed=domain_seed).repeat()
-        documents = documents[process_index::process_count]
-        rows[domain] = _rows(documents, prepared, data, domain, read_ahead=16)
-    # All processes mix in the same order: a global batch is never short of a domain.
+        documents = grain.MapDataset.source(prepared.train[domain]).shuffle(
+            seed=_seed(seed, zlib.crc32(domain.encode()))
+        )
+        rows[domain] = _rows(documents.repeat()[number::count], prepared, data, domain)
+    # All streams mix in the same order, so each shuffles in its own: a batch of one row a stream is not of one domain.
     mixed = grain.IterDataset.mix(rows, dict(zip(prepared.domains, _weights(data, prepared.domains), strict=True)))
-    shuffled = grain.experimental.WindowShuffleIterDataset(mixed, window_size=max(data.shuffle_window, 1), seed=seed)
-    return shuffled.batch(batch_size // process_count, drop_remainder=True)
+    window = max(data.shuffle_window // count, 1)
+    return grain.experimental.WindowShuffleIterDataset(mixed, window_size=window, seed=_seed(seed, number))
+
+
+def _seed(*numbers: int) -> int:
+    """31 bits: Grain adds the number of an epoch or a window to it, and takes 32."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+
+
+def _digest(prepared: Prepared) -> str:
+    """Of what a position in the streams means: the tokenizer, and the documents by number and version."""
+    parts = [f"{domain} {prepared.versions.get(domain)} {len(prepared.train[domain])}" for domain in prepared.domains]
+    tokenizer = b"".join(content for _, content in sorted(prepared.tokenizer.files.items()))
+    return hashlib.sha256("\n".join(parts).encode() + tokenizer).hexdigest()[:16]
 
 
 def train_iterator(
-    prepared: Prepared,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    prepared: Prepared, data: DataConfig, *, batch_size: int, seed: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator:
     """Returns an iterator over `train_dataset` that can be saved and restored exactly, at any batch."""
-    dataset = train_dataset(
-        prepared, data, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count
-    )
-    return iter(dataset)
+    return iter(train_dataset(prepared, data, batch_size=batch_size, seed=seed, rows=rows))
 
 
 # --- Held-out --------------------------------------------------------------------------------------------------------
@@ -267,9 +262,7 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
     documents = grain.MapDataset.source(prepared.heldout[domain])
     # Rows next to each other come from the same few documents, so evenly spaced ones of a longer stretch are taken;
     # the stretch is bounded because a web corpus would take minutes to read.
-    stretch = itertools.islice(
-        _rows(documents, prepared, data, domain, read_ahead=0), HELDOUT_STRETCH * data.heldout_rows
-    )
+    stretch = itertools.islice(_rows(documents, prepared, data, domain), HELDOUT_STRETCH * data.heldout_rows)
     rows = list(stretch)
     # A first row that ends in padding means that all tokens there are lie in it.
     if not rows or rows[0]["segment_ids"][-1] == 0:
