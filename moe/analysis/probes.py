@@ -1,0 +1,140 @@
+"""What a frozen model loses when its routing is interfered with.
+
+In: a run's config and mesh. Out: a :data:`Probe`, which gives held-out loss per domain for any variables of that model
+(several seeds share its compiled program). Compare a probe with the one beside it:
+
+- :func:`masked` of 1, 2, … experts with :func:`masked` of 0 (DeepSeekMoE 2024, section 4.5, figure 4);
+- :func:`shared_for_routed` with :func:`masked` of 0 (the same section: 1.808 → 2.414);
+- :func:`eval_capacity` of one factor with another's (ST-MoE 2022, section 4.1).
+
+The first two run without a capacity, so that what is measured is the choice of experts and not the room in them.
+
+Letters: G groups, S tokens per group, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from moe.config import Config, ConfigError, validate
+from moe.evaluate import Heldout, evaluate
+from moe.gates import Choice, Given, top_k
+from moe.routing import GATES
+from moe.step import Program, build
+
+#: (variables, held-out batches) → nats per token by domain, and under "all".
+Probe = Callable[[dict[str, Any], Heldout], dict[str, float]]
+
+
+def eval_capacity(config: Config, mesh: Mesh, factor: float) -> Probe:
+    """The model as it is, with another ``model.moe.eval_capacity_factor``.
+
+    Raises:
+        ConfigError: the model has no capacity, or the factor is impossible.
+    """
+    if config.model.moe.gate == "none" or config.model.moe.dispatch == "dropless":
+        raise ConfigError(
+            f"model.moe.gate={config.model.moe.gate!r}, model.moe.dispatch={config.model.moe.dispatch!r}: "
+            "no capacity to change; use an MoE model with the dispatch gather or einsum"
+        )
+    program = build(validate(_with_moe(config, eval_capacity_factor=float(factor))), mesh)
+    return lambda variables, heldout: _losses(program, variables, heldout)
+
+
+def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
+    """Without the shared expert; every token visits as many more routed experts as are of its size.
+
+    Raises:
+        ConfigError: there is no shared expert, or no further routed one.
+    """
+    moe = config.model.moe
+    if not moe.shared_d_ff:
+        raise ConfigError("model.moe.shared_d_ff=0: there is no shared expert to drop")
+    more = max(1, round(moe.shared_d_ff / moe.d_ff))
+    without = _with_moe(
+        _dropless(config), shared_d_ff=0, shared_gate=False, experts_per_token=moe.experts_per_token + more
+    )
+    program = build(validate(without), mesh)
+    return lambda variables, heldout: _losses(program, _without_key(variables, "shared"), heldout)
+
+
+def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
+    """Every token loses its ``experts`` most probable experts at every layer, then chooses K of the rest.
+
+    Probabilities and weights are those of a router over the rest: a softmax gate's sum to 1 over E − ``experts``.
+
+    Args:
+        config: of a sparse model whose tokens choose by a router.
+        mesh: of the variables.
+        experts: how many; 0 is the model as it is.
+
+    Raises:
+        ConfigError: tokens do not choose in that model, or fewer than K experts would be left.
+    """
+    moe = config.model.moe
+    if moe.gate == "none" or GATES[moe.gate].router in ("none", "slots") or GATES[moe.gate].looks_ahead:
+        raise ConfigError(f"model.moe.gate={moe.gate!r}: experts can be masked only where tokens choose by a router")
+    if not 0 <= experts <= moe.num_experts - moe.experts_per_token:
+        raise ConfigError(
+            f"masked experts={experts}: must be from 0 to num_experts - experts_per_token = "
+            f"{moe.num_experts - moe.experts_per_token}"
+        )
+    program = build(validate(_dropless(config)), mesh)
+
+    def probe(variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
+        with _masking(moe.gate, experts):  # the first call traces the program
+            return _losses(program, variables, heldout)
+
+    return probe
+
+
+@contextlib.contextmanager
+def _masking(name: str, experts: int) -> Iterator[None]:
+    """The gate of that name without each token's most probable experts, for programs traced meanwhile."""
+    gate = GATES[name]
+
+    def choose(router_logits: Array, given: Given) -> Choice:
+        """As the gate does, on logits [G,S,E] with the masked ones out of reach but finite."""
+        bias = given.selection_bias
+        scores = router_logits if bias is None else jax.nn.sigmoid(router_logits) + bias
+        _, best = top_k(scores, experts)
+        hidden = jnp.any(best[..., None] == jnp.arange(router_logits.shape[-1]), axis=-2)  # [G,S,experts,E] → [G,S,E]
+        if bias is not None:  # a sigmoid of 0 could still win by its bias
+            given = dataclasses.replace(given, selection_bias=jnp.where(hidden, -1e9, bias))
+        return gate.choose(jnp.where(hidden, -1e9, router_logits), given)
+
+    GATES[name] = dataclasses.replace(gate, choose=choose) if experts else gate
+    try:
+        yield
+    finally:
+        GATES[name] = gate
+
+
+def _losses(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
+    return {domain: result["loss"] for domain, result in evaluate(program, variables, heldout).items()}
+
+
+def _with_moe(config: Config, **fields: Any) -> Config:
+    moe = dataclasses.replace(config.model.moe, **fields)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def _dropless(config: Config) -> Config:
+    return _with_moe(config, dispatch="dropless", overflow_to_next=False)
+
+
+def _without_key(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The nested dict without any branch of that name."""
+    return {
+        name: _without_key(branch, key) if isinstance(branch, dict) else branch
+        for name, branch in tree.items()
+        if name != key
+    }
