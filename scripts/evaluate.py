@@ -14,7 +14,6 @@ from moe import platform
 if __name__ == "__main__":
     platform.use_huge_pages()  # before JAX: it restarts this program once
 
-import dataclasses
 import json
 
 from absl import flags
@@ -36,37 +35,24 @@ def main() -> None:
     """Flags in, a table out."""
     import jax
 
-    from moe import checkpoint, evaluate, sharding
-    from moe.config import MeshConfig, from_config_dict, to_dict, validate_mesh
-    from moe.data import pipeline
-    from moe.data.json_tokenizer import find_tokenizer
-    from moe.step import build
+    from moe import evaluate
+    from moe.workdir import open_workdir
 
-    workdir = str(_WORKDIR.value)
-    tree = to_dict(checkpoint.read_config(workdir))
-    given = {
-        ("data", "dataset"): _DATASET.value,
-        ("data", "domains"): _DOMAINS.value,
-        ("data", "directory"): _DIRECTORY.value,
-        ("data", "sequence_length"): _LENGTH.value,
-        ("data", "heldout_rows"): _ROWS.value,
-        ("train", "batch_size"): _BATCH.value,
-    }
-    for (section, name), value in given.items():
-        if value is not None:
-            tree[section][name] = value
-    if _DOMAINS.value is not None:
-        tree["data"]["weights"] = ()
-    tree["train"]["accumulation_steps"] = 1
-    # A checkpoint fits any mesh: here rows are split, and parameters where the run split them.
-    config = dataclasses.replace(from_config_dict(tree), mesh=MeshConfig(data=1, fsdp=-1))
-    mesh = sharding.make_mesh(config.mesh)
-    validate_mesh(config, mesh.shape)
-    prepared = pipeline.prepare(config.data, config.model.vocab_size, tokenizer=find_tokenizer(workdir))
-    with jax.set_mesh(mesh):
-        program = build(config, mesh)
-        variables = checkpoint.read_variables(workdir, config.model, mesh, step=_STEP.value)
-        results = evaluate.evaluate(program, variables, evaluate.load_heldout(program, prepared))
+    opened = open_workdir(
+        str(_WORKDIR.value),
+        {
+            ("data", "dataset"): _DATASET.value,
+            ("data", "domains"): _DOMAINS.value,
+            ("data", "directory"): _DIRECTORY.value,
+            ("data", "sequence_length"): _LENGTH.value,
+            ("data", "heldout_rows"): _ROWS.value,
+            ("train", "batch_size"): _BATCH.value,
+        },
+    )
+    program = opened.program
+    with jax.set_mesh(program.mesh):
+        heldout = evaluate.load_heldout(program, opened.prepared)
+        results = evaluate.evaluate(program, opened.variables(_STEP.value), heldout)
     if _JSON.value:
         print(json.dumps(results, indent=2))
         return

@@ -45,7 +45,7 @@ def eval_capacity(config: Config, mesh: Mesh, factor: float) -> Probe:
             f"model.moe.gate={config.model.moe.gate!r}, model.moe.dispatch={config.model.moe.dispatch!r}: "
             "no capacity to change; use an MoE model with the dispatch gather or einsum"
         )
-    program = build(validate(_with_moe(config, eval_capacity_factor=float(factor))), mesh)
+    program = _build(_with_moe(config, eval_capacity_factor=float(factor)), mesh)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
@@ -62,7 +62,7 @@ def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
     without = _with_moe(
         _dropless(config), shared_d_ff=0, shared_gate=False, experts_per_token=moe.experts_per_token + more
     )
-    program = build(validate(without), mesh)
+    program = _build(without, mesh)
     return lambda variables, heldout: _losses(program, _without_key(variables, "shared"), heldout)
 
 
@@ -87,7 +87,7 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
             f"masked experts={experts}: must be from 0 to num_experts - experts_per_token = "
             f"{moe.num_experts - moe.experts_per_token}"
         )
-    program = build(validate(_dropless(config)), mesh)
+    program = _build(_dropless(config), mesh)
 
     def probe(variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
         with _masking(moe.gate, experts):  # the first call traces the program
@@ -118,8 +118,14 @@ def _masking(name: str, experts: int) -> Iterator[None]:
         GATES[name] = gate
 
 
+def _build(config: Config, mesh: Mesh) -> Program:
+    with jax.set_mesh(mesh):
+        return build(validate(config), mesh)
+
+
 def _losses(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
-    return {domain: result["loss"] for domain, result in evaluate(program, variables, heldout).items()}
+    with jax.set_mesh(program.mesh):
+        return {domain: result["loss"] for domain, result in evaluate(program, variables, heldout).items()}
 
 
 def _with_moe(config: Config, **fields: Any) -> Config:

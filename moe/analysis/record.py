@@ -122,7 +122,8 @@ class Recorder:
         for domain, of_domain in enumerate(batches.values()):
             for batch in of_domain:
                 shape = batch["tokens"].shape
-                routed = self._forward(variables, place({"targets": batch["tokens"], **batch}, self.program.mesh))
+                with jax.set_mesh(self.program.mesh):
+                    routed = self._forward(variables, place({"targets": batch["tokens"], **batch}, self.program.mesh))
                 real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
                 # [L,G,S,...] → [L,B·T,...]: groups are runs of tokens in row order.
                 layered.append(

@@ -1,0 +1,65 @@
+"""A finished run or an import, opened for whoever evaluates or analyses it.
+
+In: a workdir, and settings to use instead of its own. Out: its program, its data and its variables, on the devices
+that are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moe import checkpoint, sharding
+from moe.config import MeshConfig, from_config_dict, to_dict, validate_mesh
+from moe.data import pipeline
+from moe.data.json_tokenizer import find_tokenizer
+from moe.step import Program, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """An open one.
+
+    Attributes:
+        path: of the folder.
+        program: over all devices: rows are split, and parameters where the run split them.
+        prepared: the text of its domains, and its tokenizer.
+    """
+
+    path: str
+    program: Program
+    prepared: pipeline.Prepared
+
+    def variables(self, step: int | None = None) -> dict[str, Any]:
+        """Of the checkpoint of that step; None: the newest. See :func:`moe.checkpoint.read_variables`."""
+        return checkpoint.read_variables(self.path, self.program.config.model, self.program.mesh, step=step)
+
+
+def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
+    """Reads the config, prepares the data, builds the program (in which nothing is compiled yet).
+
+    Use the result under ``jax.set_mesh(result.program.mesh)``.
+
+    Args:
+        path: holds config.json, a tokenizer and checkpoints.
+        instead: (section, field) → value to use instead of the workdir's; None: leave it.
+
+    Raises:
+        moe.config.ConfigError: something of that is missing or impossible.
+    """
+    tree = to_dict(checkpoint.read_config(path))
+    for (section, name), value in instead.items():
+        if value is not None:
+            tree[section][name] = value
+    if instead.get(("data", "domains")) is not None:
+        tree["data"]["weights"] = ()
+    tree["train"]["accumulation_steps"] = 1
+    # A checkpoint fits any mesh.
+    config = dataclasses.replace(from_config_dict(tree), mesh=MeshConfig(data=1, fsdp=-1))
+    mesh = sharding.make_mesh(config.mesh)
+    validate_mesh(config, mesh.shape)
+    prepared = pipeline.prepare(config.data, config.model.vocab_size, tokenizer=find_tokenizer(path))
+    with jax.set_mesh(mesh):
+        return Workdir(path, build(config, mesh), prepared)
