@@ -91,12 +91,16 @@ class ModelConfig:
     moe: MoEConfig = MoEConfig()
 
 
+#: What of the embedded corpus is used where data.domains says nothing.
+EMBEDDED_DOMAINS = ("literature", "python")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Text in, packed rows out."""
 
-    dataset: str = "embedded"  # "embedded" (moe.data.corpora) or a prepared TFDS dataset with a text field
-    domains: tuple[str, ...] = ("literature", "python")  # which parts of the embedded corpus
+    dataset: str = "embedded"  # "embedded", a folder (/..., ./..., gs://...), a prepared TFDS dataset; or several, a,b
+    domains: tuple[str, ...] = ()  # those to use, see docs/data.md; empty: all, of the embedded EMBEDDED_DOMAINS
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # where datasets, downloads and tokenizers are kept
     tokenizer: str = ""  # a tokenizer.model or tokenizer.json, or "mixtral"; empty: model.vocab_size are trained
@@ -146,6 +150,10 @@ class TrainConfig:
     eval_every: int = 80  # steps between evaluations on held-out text; the last step always evaluates
     save_every: int = 80  # steps between checkpoints; the last step always saves
     keep_checkpoints: int = 2  # newest ones kept, beside the best
+    keep_every: int = 0  # steps; checkpoints of its multiples are kept for good; 0: of none
+    max_skipped_steps: int = 8  # updates skipped in a row (loss or gradients not finite) that are borne
+    on_skipped_steps: str = "rollback"  # what more of them lead to: rollback (to the last good checkpoint), or stop
+    spike_sigmas: float = 6.0  # a loss so many deviations above the running median is warned of; 0: none is
     sample_tokens: int = 64  # length of the continuation sampled at the end; 0: none
 
 
@@ -265,7 +273,8 @@ def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
 
 
 def resolve(config: Config) -> Config:
-    """Fills what was left to the gate and to other fields: every -1 of ``model.moe``, and ``moe.d_ff`` of 0.
+    """Fills what was left to the gate and to other fields: every -1 of ``model.moe``, ``moe.d_ff`` of 0, and the
+    domains of the embedded corpus.
 
     Raises:
         ConfigError: an unknown gate.
@@ -290,7 +299,10 @@ def resolve(config: Config) -> Config:
     if moe.d_ff == 0:
         filled["d_ff"] = config.model.d_ff
     moe = dataclasses.replace(moe, **filled)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    data = config.data
+    if data.dataset == "embedded" and not data.domains:
+        data = dataclasses.replace(data, domains=EMBEDDED_DOMAINS)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), data=data)
 
 
 def _require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
@@ -498,16 +510,30 @@ def _validate_run(config: Config) -> None:
         data.streams,
         f"must divide train.batch_size={train.batch_size}, or be 0 for gcd(8, batch_size)",
     )
-    _require(len(data.domains) > 0, "data.domains", data.domains, "must name at least one domain")
+    _require(all(data.dataset.split(",")), "data.dataset", data.dataset, "must name a dataset, or several, a,b")
     _require(
-        len(data.weights) in (0, len(data.domains)) and all(weight > 0 for weight in data.weights),
+        len(set(data.domains)) == len(data.domains) and all(data.domains),
+        "data.domains",
+        data.domains,
+        "must name each domain once",
+    )
+    _require(
+        len(data.weights) in (0, len(data.domains) or len(data.weights)) and all(weight > 0 for weight in data.weights),
         "data.weights",
         data.weights,
         f"must be empty or one positive share for each of the {len(data.domains)} domains",
     )
     _require_at_least("train.", train, 1, "num_steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
     _require_at_least("train.", train, 1, "save_every", "keep_checkpoints")
-    _require_at_least("train.", train, 0, "sample_tokens")
+    _require_at_least("train.", train, 1, "max_skipped_steps")
+    _require_at_least("train.", train, 0, "sample_tokens", "keep_every", "spike_sigmas")
+    _require_choice("train.on_skipped_steps", train.on_skipped_steps, ("rollback", "stop"))
+    _require(
+        train.keep_every % train.save_every == 0,
+        "train.keep_every",
+        train.keep_every,
+        f"must be 0 or a multiple of train.save_every={train.save_every}",
+    )
     _require(
         train.batch_size % train.accumulation_steps == 0,
         "train.accumulation_steps",

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 import zipfile
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,9 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, pipeline, streams
+from moe.data import corpora, folders, pipeline, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
-from tests.tiny_text import build, random_text
+from tests.tiny_text import build, published, random_text
 
 VOCAB = 400
 ODD_TEXT = "héllo\n\n\tnaïve  日本語 🙂 \u2581 a\r\n    x = 10\x00\n  trailing "
@@ -321,8 +323,6 @@ def test_heldout_batches_repeat(data, prepared):
     ("changes", "message"),
     [
         ({"dataset": "embedded", "domains": ("python", "pyhton")}, r"unknown \['pyhton'\]; allowed are .*'literature'"),
-        ({"dataset": "embedded", "domains": ()}, "data.domains"),
-        ({"dataset": "embedded", "domains": ("python", "python")}, "data.domains"),
         ({"weights": (1.0, 1.0)}, "data.weights"),
         ({"weights": (0.0,)}, "data.weights.*positive"),
         ({"weights": (float("nan"),)}, "data.weights.*positive"),
@@ -343,6 +343,198 @@ def test_longest_row_that_is_offered_works(letters):
     assert pipeline.heldout_batches(letters, DataConfig(sequence_length=7), domain="x", batch_size=1)
     with pytest.raises(ConfigError, match=r"no domain 'y'; allowed are \['x'\]"):
         pipeline.heldout_batches(letters, DataConfig(sequence_length=6), domain="y", batch_size=1)
+
+
+# --- Folders of text -------------------------------------------------------------------------------------------------
+def _folder(root):
+    """Three domains: `books` of one long and two short files, `notes` by folder, `chat` by field."""
+    for name in ("books", "notes"):
+        (root / name).mkdir(parents=True)
+    long = "".join(random_text(i) + ("\n\n" if i % 3 else "é" * 40) for i in range(200))
+    (root / "books" / "long.txt").write_text(long)
+    for i in range(2):
+        (root / "books" / f"{i}.txt").write_text(random_text(500 + i, words=3000))
+    lines = [{"text": random_text(600 + i)} | ({"domain": "chat"} if i % 2 else {}) for i in range(120)]
+    (root / "notes" / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / ".hidden.txt").write_text("no")
+    (root / "notes" / "readme.md").write_text("no")
+    return long, [line["text"] for line in lines]
+
+
+@pytest.fixture
+def folder(tmp_path, data):
+    long, lines = _folder(tmp_path / "text")
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    return config, long, lines
+
+
+def test_a_folder_of_text(folder):
+    config, long, lines = folder
+    told = []
+    prepared = pipeline.prepare(config, VOCAB, progress=told.append)
+    assert prepared.domains == ("books", "notes", "chat")
+    assert len(told) == 2  # the index and the tokenizer
+    both = {name: [*prepared.train[name], *prepared.heldout[name]] for name in prepared.domains}
+    assert sorted(both["notes"]) == sorted(lines[::2])
+    assert sorted(both["chat"]) == sorted(lines[1::2])
+    for name in prepared.domains:
+        assert prepared.heldout[name]
+        assert not set(prepared.train[name]) & set(prepared.heldout[name])
+    # The long file comes back whole, in sections of the size that `sections` cuts.
+    parts = sorted((part for part in both["books"] if part in long), key=long.index)
+    assert "".join(parts) == long
+    assert [len(part.encode()) for part in parts[:-1]] == pytest.approx([10_000] * (len(parts) - 1), rel=0.2)
+    # Again: nothing is read or trained, and the rows are the same.
+    again = pipeline.prepare(config, VOCAB, progress=told.append)
+    assert len(told) == 2
+    first, second = (pipeline.train_iterator(p, config, batch_size=4, seed=0) for p in (prepared, again))
+    _assert_equal([next(first) for _ in range(3)], [next(second) for _ in range(3)])
+
+
+def test_domains_and_weights_of_a_folder(folder):
+    config, _, _ = folder
+    config = dataclasses.replace(config, domains=("chat", "books"), weights=(1.0, 3.0))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert prepared.domains == ("chat", "books")
+    iterator = pipeline.train_iterator(prepared, config, batch_size=4, seed=0)
+    domains = np.concatenate([next(iterator)["domain"] for _ in range(52)])
+    assert (domains == 1).mean() == 0.75
+    with pytest.raises(
+        ConfigError, match=r"data.domains: unknown \['poems'\]; allowed are \['books', 'chat', 'notes'\]"
+    ):
+        pipeline.prepare(dataclasses.replace(config, domains=("poems",)), VOCAB)
+
+
+def test_datasets_are_mixed(folder, directory):
+    config, _, _ = folder
+    config = dataclasses.replace(config, dataset=f"tiny_text/split,{config.dataset}", directory=str(directory))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert prepared.domains == ("tiny_text/split", "books", "notes", "chat")
+    config = dataclasses.replace(config, dataset=f"{config.dataset},tiny_text/split")
+    with pytest.raises(ConfigError, match="two of them have a domain 'tiny_text/split'"):
+        pipeline.prepare(config, VOCAB)
+
+
+def test_lines_without_an_end_are_cut_between_characters(tmp_path):
+    """A file of 3-byte characters and no line end: pieces of 18,000 bytes, or one character's rest more."""
+    text = "x" + "語" * 20_000
+    (tmp_path / "one.txt").write_text(text)
+    with (tmp_path / "one.txt").open("rb") as file:
+        parts = [part.decode() for part in folders._sections(file)]
+    assert "".join(parts) == text
+    assert len(parts) == 4
+    assert all(len(part.encode()) <= 18_002 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a\.jsonl, line 2: is not JSON \(Expecting ',' delimiter"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"txt": "y"}\n', r"a\.jsonl, line 3: needs an object with a string 'text'"),
+        ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: needs an object"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: needs an object"),
+        ("a.jsonl", b'{"text": "x", "domain": 3}\n', r"a\.jsonl, line 1: domain=3: must be a string"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: has half a character"),
+        ("a.jsonl", b'{"text": "x\xff"}\n', r"a\.jsonl, line 1: is not UTF-8 text \(invalid start byte\)"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", r"a\.jsonl, line 1: is not JSON that can be read: nested"),
+        ("a.txt", b"good\nbad \xe9 latin\n", r"a\.txt, line 2: is not UTF-8 text"),
+        ("a.txt", b"\n \n", "holds no text in .txt or .jsonl files"),
+        ("a.txt", b"one document", r"the 1 document\(s\) of 'text' cannot be divided"),
+        ("a.md", b"text", "holds no text in .txt or .jsonl files"),
+    ],
+)
+def test_a_broken_record_is_named(tmp_path, data, name, content, message):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_bytes(content)
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_folder_that_changes_is_refused(folder, tmp_path):
+    config, _, _ = folder
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    file, before = tmp_path / "text" / "notes" / "all.jsonl", (tmp_path / "text" / "notes" / "all.jsonl").read_bytes()
+
+    def refuses(words):
+        with pytest.raises(ConfigError, match=words):
+            pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+    file.write_bytes(before + b'{"text": "more"}\n')
+    refuses(r"all\.jsonl: was changed since it was indexed; put it back, or delete .*folders")
+    file.write_bytes(before.replace(b"document 600", b"document 999"))  # of the same length
+    os.utime(file, (0, 0))
+    refuses(r"all\.jsonl: was changed")
+    file.unlink()
+    refuses(r"all\.jsonl: was lost")
+    with pytest.raises(ConfigError, match=r"all\.jsonl, byte \d+: cannot be read as it was"):
+        prepared.train["notes"][0]
+    file.write_bytes(before)
+    os.utime(file, (0, 0))  # other times, the same content
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (tmp_path / "text" / "notes" / "new.txt").write_text("new")
+    refuses(r"new\.txt: was added")
+    # Indexed anew, it is another dataset: a place in the old one means nothing.
+    state = pipeline.train_iterator(prepared, config, batch_size=4, seed=0).get_state()
+    shutil.rmtree(tmp_path / "cache" / "folders")
+    changed = pipeline.prepare(config, VOCAB, tokenizer=prepared.tokenizer, progress=lambda _: None)
+    with pytest.raises(ConfigError, match="are not those of the checkpoint"):
+        pipeline.train_iterator(changed, config, batch_size=4, seed=0).set_state(state)
+
+
+# --- TFDS ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "version", "texts"),
+    [
+        ("c4/en", "3.1.0", {"train": 30, "validation": 5}),
+        ("lm1b", "1.1.0", {"train": 30, "test": 5}),
+        ("wiki40b/en", "1.3.0", {"train": 30, "validation": 5, "test": 5}),
+        ("tiny_shakespeare", "1.0.0", {"train": 1, "validation": 1, "test": 1}),
+    ],
+)
+def test_published_datasets_by_name(tmp_path, data, prepared, name, version, texts):
+    """Their directories as TFDS lays them out, with a few texts of ours; the splits are the published ones."""
+    length = 20_000 if name == "tiny_shakespeare" else 60  # words: tiny_shakespeare is one document a split
+    published(name, version, texts, length, tmp_path)
+    config = dataclasses.replace(data, dataset=name, directory=str(tmp_path))
+    prepared = pipeline.prepare(config, VOCAB, tokenizer=prepared.tokenizer)
+    assert prepared.domains == (name,)
+    if name == "tiny_shakespeare":
+        assert len(prepared.train[name]) > 3
+        assert "".join(prepared.train[name]) == random_text(0, length)
+    else:
+        assert sorted(prepared.train[name]) == sorted(random_text(i) for i in range(30))
+        assert len(prepared.heldout[name]) == 5
+
+
+def _shard(directory):
+    return next((directory / "tiny_text" / "split" / "1.0.0").glob("*train*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"train.array_record-00000-of-00001: lost, or changed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "a shard of .*array_record.*: lost, or changed"),
+        (lambda path: path.write_bytes(b""), "a shard of .*array_record.*: lost, or changed"),
+        (lambda path: (path.parent / "dataset_info.json").write_text("{"), "data.dataset='tiny_text/split': cannot be"),
+    ],
+)
+def test_a_broken_shard_is_named(directory, tmp_path, data, damage, message):
+    shutil.copytree(directory, tmp_path / "copy")
+    damage(_shard(tmp_path / "copy"))
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
+
+
+def test_a_broken_record_of_a_shard_is_named(directory, tmp_path, data):
+    shutil.copytree(directory, tmp_path / "copy")
+    shard = _shard(tmp_path / "copy")
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"train.array_record-00000-of-00001.*lost, or changed since"):
+        pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
 
 
 # --- Embedded corpus -------------------------------------------------------------------------------------------------

@@ -33,6 +33,26 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
             yield key, {"text": random_text(seed), "number": seed}
 
 
+def published(name: str, version: str, texts: dict[str, int], words: int, path: Path) -> None:
+    """Prepares a dataset under a published name, `texts` documents a split: the directory that the code of that name
+    would leave. The code itself stays unregistered, so that the directory is read for what it is."""
+    base, _, config = name.partition("/")
+
+    class Published(TinyText, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=config)] if config else []
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(range(count)) for split, count in texts.items()}
+
+        def _generate_examples(self, seeds):
+            for key in seeds:
+                yield key, {"text": random_text(key, words), "number": key}
+
+    Published.name = base
+    Published(data_dir=str(path), file_format="array_record").download_and_prepare(file_format="array_record")
+
+
 def build(path: Path) -> Path:
     for config in ("split", "whole"):
         builder = TinyText(data_dir=str(path), config=config, file_format="array_record")

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -35,8 +36,8 @@ import grain
 import numpy as np
 from etils import epath
 
-from moe.config import ConfigError, DataConfig
-from moe.data import corpora, json_tokenizer, streams
+from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
+from moe.data import corpora, folders, json_tokenizer, streams
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 
 TOKENIZER_CHARACTERS = 10_000_000  # of text a tokenizer is trained on, an equal share from each domain
@@ -69,7 +70,7 @@ def prepare(
     """Fetches, builds and trains under data.directory what is not there yet, and opens it.
 
     Args:
-      data: with ``data.dataset`` other than "embedded", ``data.domains`` is not used: the dataset's name is the domain.
+      data: of a TFDS dataset the name is the domain; for folders see :mod:`moe.data.folders`.
       vocab_size: V; a tokenizer of exactly that size is trained unless there is one.
       tokenizer: use this one (say, a checkpoint's) instead of data.tokenizer or a trained one.
       progress: told in a line what takes long.
@@ -78,42 +79,54 @@ def prepare(
       ConfigError: of the domains, weights, dataset, tokenizer or lengths, whichever is impossible.
     """
     directory = epath.Path(data.directory).expanduser()
-    embedded = data.dataset == "embedded"
-    domains = tuple(data.domains) if embedded else (data.dataset,)
-    if not domains or len(set(domains)) < len(domains):
-        raise ConfigError(f"data.domains={domains}: name at least one, and each once")
-    if embedded and (unknown := sorted(set(domains) - set(corpora.DOMAINS))):
-        raise ConfigError(f"data.domains: unknown {unknown}; allowed are {sorted(corpora.DOMAINS)}")
-    _weights(data, domains)
-
     # In a bucket nothing is built or trained, so there is nothing to lock.
     local = "://" not in os.fspath(directory)
     lock = corpora.locked(Path(directory)) if local else contextlib.nullcontext()
-    train, heldout = {}, {}
     with lock:
-        version = str(corpora.EmbeddedCorpus.VERSION)
-        for domain in domains:
-            if embedded:
-                train[domain], heldout[domain] = corpora.open_embedded(domain, directory, progress)
-            else:
-                train[domain], heldout[domain], version = corpora.open_tfds(domain, directory)
+        found = _open(data, directory, progress)
+        domains = tuple(data.domains) or tuple(found)
+        train, heldout = ({domain: found[domain][part] for domain in domains} for part in (0, 1))
+        versions = {domain: found[domain][2] for domain in domains}
+        _weights(data, domains)
         if tokenizer is None and data.tokenizer:
             tokenizer = json_tokenizer.named_tokenizer(data.tokenizer, directory, progress)
         if tokenizer is None:
-            name = "-".join(
-                [data.dataset, version, *(domains if embedded else ()), f"v{vocab_size}", str(TRAINER_VERSION)]
-            )
-            path = directory / "tokenizers" / (re.sub(r"[^\w.-]", "_", name) + ".model")
+            text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
+            readable = re.sub(r"[^\w.-]", "_", "-".join([data.dataset, *domains]))[:80]
+            path = directory / "tokenizers" / f"{readable}-{text}-v{vocab_size}-{TRAINER_VERSION}.model"
             tokenizer = _cached_tokenizer(path, train, vocab_size, progress)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least that"
         )
 
-    prepared = Prepared(tokenizer, domains, train, heldout)
+    prepared = Prepared(tokenizer, domains, train, heldout, versions)
     for domain in domains:  # too long a row should fail here, not at the first evaluation
         _heldout_rows(prepared, data, domain)
     return prepared
+
+
+def _open(
+    data: DataConfig, directory: epath.Path, progress: Callable[[str], None]
+) -> dict[str, tuple[Sequence[str], Sequence[str], str]]:
+    """Returns domain → (train, heldout, version) of all datasets that data.dataset names."""
+    names = data.dataset.split(",")
+    found: dict[str, tuple[Sequence[str], Sequence[str], str]] = {}
+    for name in names:
+        if folders.is_folder(name):
+            parts, version = folders.open_folder(name, directory, progress)
+            added = {domain: (*splits, version) for domain, splits in parts.items()}
+        else:
+            added = {} if name == "embedded" else {name: corpora.open_tfds(name, directory)}
+        if twice := sorted(added.keys() & (found.keys() | (corpora.DOMAINS if "embedded" in names else {}))):
+            raise ConfigError(f"data.dataset={data.dataset!r}: two of them have a domain {twice[0]!r}; rename a folder")
+        found |= added
+    embedded = tuple(corpora.DOMAINS) if "embedded" in names else ()
+    if unknown := sorted(set(data.domains) - {*found, *embedded}):
+        raise ConfigError(f"data.domains: unknown {unknown}; allowed are {sorted([*found, *embedded])}")
+    for domain in [name for name in data.domains or EMBEDDED_DOMAINS if name in embedded]:
+        found[domain] = (*corpora.open_embedded(domain, directory, progress), str(corpora.EmbeddedCorpus.VERSION))
+    return found
 
 
 def _weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, ...]:
@@ -232,7 +245,7 @@ def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed:
     # All streams mix in the same order, so each shuffles in its own: a batch of one row a stream is not of one domain.
     mixed = grain.IterDataset.mix(rows, dict(zip(prepared.domains, _weights(data, prepared.domains), strict=True)))
     window = max(data.shuffle_window // count, 1)
-    return grain.experimental.WindowShuffleIterDataset(mixed, window_size=window, seed=_seed(seed, number))
+    return streams.WindowShuffle(mixed, window, _seed(seed, number))
 
 
 def _seed(*numbers: int) -> int:

@@ -7,7 +7,6 @@ ahead by one thread, and its state as one small JSON file per stream, which any 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from moe.config import ConfigError
+from moe.sealed import seal, unseal
 
 READ_AHEAD = 2  # batches made before they are asked for
 
@@ -92,18 +92,62 @@ class _ExactStateIterator(grain.DatasetIterator):
         self._parent.set_state({**state, "remainder_slices": slices})
 
 
+class WindowShuffle(grain.IterDataset):
+    """Endless rows in the order of a permutation of every `window` of them.
+
+    Grain's own takes a third of a millisecond a row for windows of 64: it permutes by cycle-walking in a larger domain.
+    """
+
+    def __init__(self, parent: grain.IterDataset, window: int, seed: int):
+        super().__init__(parent)
+        self._window, self._seed = window, seed
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _WindowShuffleIterator(iter(self._parent), self._window, self._seed)
+
+
+class _WindowShuffleIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, window: int, seed: int):
+        super().__init__(parent)
+        self._window, self._seed = window, seed
+        self._number, self._taken, self._rows = -1, window, []
+        self._start = parent.get_state()  # of the parent, before the window's first row
+
+    def __next__(self) -> Any:
+        if self._taken == self._window:
+            self._number, self._taken, self._start = self._number + 1, 0, self._parent.get_state()
+            self._fill()
+        self._taken += 1
+        return self._rows.pop()
+
+    def _fill(self) -> None:
+        rows = [next(self._parent) for _ in range(self._window)]
+        order = np.random.default_rng([self._seed, self._number]).permutation(self._window)
+        self._rows = [rows[i] for i in order]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"start": self._start, "window": self._number, "taken": self._taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._start, self._number, self._taken = state["start"], state["window"], state["taken"]
+        self._parent.set_state(self._start)
+        if self._number >= 0:
+            self._fill()
+            del self._rows[self._window - self._taken :]
+
+
 # --- In a checkpoint -------------------------------------------------------------------------------------------------
 class _Handler(grain.checkpoint.CheckpointHandler):
     """Grain's own keeps one file per process, which another number of processes could not read."""
 
     def save(self, directory: epath.Path, item: Any = None, args: Any = None) -> None:
         for number, state in (item or args.item).get_state().items():
-            (directory / f"stream_{number}.json").write_text(json.dumps(state))
+            (directory / f"stream_{number}.json").write_text(seal(state))
 
     def restore(self, directory: epath.Path, item: Any = None, args: Any = None) -> Any:
         iterator = item or args.item
         files = {number: directory / f"stream_{number}.json" for number in iterator.get_state()}
-        iterator.set_state({number: json.loads(file.read_text()) for number, file in files.items()})
+        iterator.set_state({number: unseal(file.read_text()) for number, file in files.items()})
         return iterator
 
 

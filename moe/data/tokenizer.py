@@ -133,7 +133,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     error = None
     # Characters outside the coverage are spelled in bytes. Where the text has more characters than the vocabulary
     # holds (many scripts, few ids), cover less of it.
-    for coverage in (0.9995, 0.999, 0.995, 0.98, 0.95):
+    for coverage in (0.9995, 0.999, 0.995, 0.98):
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
