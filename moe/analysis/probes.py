@@ -66,6 +66,16 @@ def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
     return lambda variables, heldout: _losses(program, _without_key(variables, "shared"), heldout)
 
 
+def fewer_routed(config: Config, mesh: Mesh, experts: int) -> Probe:
+    """Every token visits so many routed experts less: what :func:`shared_for_routed` is to be compared with.
+
+    Raises:
+        ConfigError: none would be left, or the gate exists for its K only.
+    """
+    program = _build(_with_moe(_dropless(config), experts_per_token=config.model.moe.experts_per_token - experts), mesh)
+    return lambda variables, heldout: _losses(program, variables, heldout)
+
+
 def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
     """Every token loses its ``experts`` most probable experts at every layer, then chooses K of the rest.
 

@@ -1,0 +1,43 @@
+"""No balancing, auxiliary losses of three weights, the z-loss, and loss-free biases; nothing is ever dropped.
+
+python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/balancing
+"""
+
+from configs.ablations import common
+from moe.lab.suite import Comparison, Suite, Variant
+
+
+def get_suite(size: str) -> Suite:
+    """top-2 of 8; dropless, so that an uneven load costs no token its experts."""
+    wide = common.hidden(size) // 2
+
+    def top2(gate: str = "mixtral", **fields: float) -> Variant:
+        return Variant(common.moe(size, gate, 8, 2, wide, dispatch="dropless", **fields))
+
+    variants = {
+        "none": top2(load_balancing_weight=0.0),
+        "aux_0.001": top2(load_balancing_weight=0.001),
+        "aux_0.01": top2(load_balancing_weight=0.01),
+        "aux_0.1": top2(load_balancing_weight=0.1),
+        "aux_0.01_z": top2(load_balancing_weight=0.01, z_loss_weight=1e-3),
+    }
+    sigmoid = {"expert_groups": 1, "kept_expert_groups": 1, "routing_scale": 1.0}
+    # The bias moves by 0.001 a step in the paper, over some 10^5 steps; a short run needs larger ones.
+    rate = 1e-3 if size == "pod" else 1e-2
+    variants["sigmoid_aux"] = top2("deepseek_v3", bias_update_rate=0.0, load_balancing_weight=0.01, **sigmoid)
+    variants["loss_free"] = top2("deepseek_v3", bias_update_rate=rate, load_balancing_weight=0.0, **sigmoid)
+    return Suite(
+        name="balancing",
+        question="What keeps experts busy, and what does it cost?",
+        base=common.base(size),
+        variants=variants,
+        seeds=(0, 1, 2),
+        comparisons={
+            "equal FLOPs and parameters": Comparison(
+                "none", tuple(variants)[1:], ("steps", "flops", "active_parameters", "total_parameters")
+            ),
+            "loss-free against its auxiliary loss": Comparison(
+                "sigmoid_aux", ("loss_free",), ("steps", "flops", "active_parameters", "total_parameters")
+            ),
+        },
+    )

@@ -1,0 +1,1 @@
+"""The ablation lab: suites of runs, their statistics, and the report."""
