@@ -10,9 +10,10 @@ import dataclasses
 from typing import Any
 
 import jax
+from etils import epath
 
 from moe import checkpoint, sharding
-from moe.config import MeshConfig, from_config_dict, to_dict, validate_mesh
+from moe.config import ConfigError, MeshConfig, from_config_dict, to_dict, validate_mesh
 from moe.data import pipeline
 from moe.data.json_tokenizer import find_tokenizer
 from moe.step import Program, build
@@ -36,6 +37,14 @@ class Workdir:
         """Of the checkpoint of that step; None: the newest. See :func:`moe.checkpoint.read_variables`."""
         return checkpoint.read_variables(self.path, self.program.config.model, self.program.mesh, step=step)
 
+    def steps(self) -> list[int]:
+        """Of its checkpoints, in order."""
+        folder = epath.Path(self.path) / "checkpoints"
+        steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+        if not steps:
+            raise ConfigError(f"{self.path}: holds no checkpoints")
+        return steps
+
 
 def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     """Reads the config, prepares the data, builds the program (in which nothing is compiled yet).
@@ -53,8 +62,11 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     for (section, name), value in instead.items():
         if value is not None:
             tree[section][name] = value
-    if instead.get(("data", "domains")) is not None:
+    others = [instead.get(("data", name)) is not None for name in ("dataset", "domains")]
+    if any(others):  # what belongs to the workdir's own text
         tree["data"]["weights"] = ()
+        tree["data"]["domains"] = tree["data"]["domains"] if others[1] else ()
+    tree["data"]["streams"] = 0
     tree["train"]["accumulation_steps"] = 1
     # A checkpoint fits any mesh.
     config = dataclasses.replace(from_config_dict(tree), mesh=MeshConfig(data=1, fsdp=-1))
