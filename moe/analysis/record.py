@@ -40,7 +40,7 @@ class Records:
         segment_ids: [n] int32, document within the row, from 1.
         positions: [n] int32, within the segment.
         expert_index: [L,n,K] int32, first choice first. With a gate that lists every expert (K = E), ordered by
-            combine weight.
+            router probability.
         combine_weights: [L,n,K] float32; 0 where not chosen.
         chosen: [L,n,K] bool, False for a choice that the gate declined (under expert choice, most are).
         router_probs: [L,n,E] float32.
@@ -138,7 +138,8 @@ class Recorder:
         tokens = {name: np.concatenate(parts) for name, parts in flat.items()}
         index, weights, chosen, probs = (np.concatenate(parts, axis=1) for parts in zip(*layered, strict=True))
         if index.shape[-1] == model.moe.num_experts:
-            order = np.argsort(-weights, axis=-1, kind="stable")
+            preference = np.take_along_axis(probs, index, axis=-1)
+            order = np.argsort(-preference, axis=-1, kind="stable")
             index, weights, chosen = (np.take_along_axis(x, order, axis=-1) for x in (index, weights, chosen))
         own = ("tokens", "domain", "row", "segment_ids", "positions")
         return Records(

@@ -1,0 +1,129 @@
+"""Plots of a summary (:func:`moe.analysis.summary.summarise`), as PNGs.
+
+In: that dict. Out: load.png, depth.png, coactivation.png, and saturation.png where there are several checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, never a window
+import matplotlib.pyplot as plt
+import numpy as np
+from etils import epath
+
+
+def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
+    """Writes every plot that the summary has numbers for; returns the file names."""
+    figures = {"load.png": _load, "depth.png": _depth, "coactivation.png": _coactivation}
+    if "saturation" in summary:
+        figures["saturation.png"] = _saturation
+    for name, draw in figures.items():
+        fig = draw(summary)
+        with (folder / name).open("wb") as file:
+            fig.savefig(file, dpi=110, format="png")
+        plt.close(fig)
+    return list(figures)
+
+
+def _sparse_ticks(labels: list[Any]) -> dict[str, Any]:
+    """At most 16 of them."""
+    step = math.ceil(len(labels) / 16)
+    return {"ticks": range(0, len(labels), step), "labels": [str(label) for label in labels[::step]]}
+
+
+def _load(summary: dict[str, Any]) -> Any:
+    """A heat map per domain: layers down, experts across; white is even."""
+    load = np.asarray(summary["load"])  # [L,domains,E]
+    size, domains = summary["num_experts"], summary["domains"]
+    fig, axes = plt.subplots(
+        1,
+        len(domains),
+        figsize=(3.1 * len(domains) + 1.4, 1.6 + 0.32 * min(len(load), 16)),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    image = None
+    for ax, domain, shares in zip(axes[0], domains, load.swapaxes(0, 1), strict=True):
+        image = ax.imshow(shares * size, cmap="RdBu_r", aspect="auto", vmin=0, vmax=2)
+        ax.set(title=domain, xlabel="expert")
+        ax.set_xticks(**_sparse_ticks(list(range(size))))
+        ax.set_yticks(**_sparse_ticks(summary["layers"]))
+    axes[0, 0].set_ylabel("layer")
+    assert image is not None
+    fig.colorbar(image, ax=axes[0].tolist(), label="load / even", extend="max")
+    return fig
+
+
+def _depth(summary: dict[str, Any]) -> Any:
+    """Repetition and dependence, layer by layer, beside chance."""
+    layers, repetition, dependence = summary["layers"], summary["repetition"], summary["dependence"]
+    fig, axes = plt.subplots(1, len(repetition) + 2, figsize=(4.4 * (len(repetition) + 2), 4.2), layout="constrained")
+    for ax, (name, by_domain) in zip(axes, repetition.items(), strict=False):
+        for number, (domain, rows) in enumerate(by_domain.items()):
+            colour = f"C{number}"
+            ax.plot(layers, [100 * r["observed"] for r in rows], marker="o", color=colour, label=domain)
+            means, stds = (np.array([100 * r[key] for r in rows]) for key in ("shuffled_mean", "shuffled_std"))
+            ax.errorbar(layers, means, yerr=2 * stds, color=colour, linestyle=":", linewidth=1, capsize=2)
+        uniform = 100 * next(iter(by_domain.values()))[0]["uniform"]
+        ax.axhline(uniform, color="black", linestyle="--", linewidth=1, label=f"uniform chance {uniform:.1f}")
+        ax.plot([], [], color="0.5", linestyle=":", label="shuffled, ± 2 deviations")
+        ax.set(title=f"Same expert as the token before: {name.replace('_', ' ')}", ylabel="% of consecutive tokens")
+    for number, (label, rows) in enumerate(dependence.items()):
+        colour, shown = f"C{number}", label.replace("_", " ")
+        axes[-2].plot(layers, [d["nmi"] for d in rows], marker="o", color=colour, label=shown)
+        axes[-2].plot(layers, [d["nmi_null"] for d in rows], color=colour, linestyle=":", linewidth=1)
+        axes[-1].plot(layers, [100 * d["explained"] for d in rows], marker="o", color=colour, label=shown)
+    axes[-2].plot([], [], color="0.5", linestyle=":", label="permuted labels")
+    axes[-2].set(
+        title="First expert and …: mutual information", ylabel="normalised by the mean entropy", ylim=(0, None)
+    )
+    axes[-1].set(title="First expert's entropy explained by …", ylabel="%, above the null")
+    axes[-1].axhline(0, color="black", linewidth=0.8)
+    for ax in axes:
+        ax.set_xlabel("layer")
+        ax.set_xticks(layers[:: math.ceil(len(layers) / 16)])
+        ax.legend(fontsize=8)
+    return fig
+
+
+def _coactivation(summary: dict[str, Any]) -> Any:
+    """Of the tokens of the expert on the left, the share that also chose the one below; the diagonal is left out."""
+    counts = np.asarray(summary["coactivation"], float)
+    layers = summary["layers"]
+    shown = sorted({0, len(layers) // 2, len(layers) - 1})
+    fig, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 4), squeeze=False, layout="constrained")
+    for ax, layer in zip(axes[0], shown, strict=True):
+        own = np.diag(counts[layer])
+        share = 100 * counts[layer] / np.maximum(own[:, None], 1)
+        np.fill_diagonal(share, np.nan)
+        image = ax.imshow(share, cmap="viridis", vmin=0, vmax=max(np.nan_to_num(share).max(), 1e-9))
+        ax.set(title=f"layer {layers[layer]}", xlabel="… that also chose expert", ylabel="tokens of expert …")
+        ax.set_xticks(**_sparse_ticks(list(range(len(own)))))
+        ax.set_yticks(**_sparse_ticks(list(range(len(own)))))
+        fig.colorbar(image, ax=ax, label="%", shrink=0.85)
+    return fig
+
+
+def _saturation(summary: dict[str, Any]) -> Any:
+    """Share of the final experts that an earlier checkpoint chose already, a line per layer."""
+    found, layers = summary["saturation"], summary["layers"]
+    colour = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
+    panels = [("top_1", "first expert")]
+    if summary["experts_per_token"] > 1:
+        panels.insert(0, ("top_k", f"all {summary['experts_per_token']} experts"))
+    fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False, layout="constrained")
+    for ax, (name, title) in zip(axes[0], panels, strict=True):
+        for i, layer in enumerate(layers):
+            label = f"layer {layer}" if len(layers) <= 8 or i in (0, len(layers) - 1) else None
+            shares = [100 * row[i] for row in found[name]]
+            ax.plot(found["steps"], shares, marker="o", markersize=4, color=colour[i], label=label)
+        chance = 100 * found[f"chance_{name}"]
+        ax.axhline(chance, color="black", linestyle="--", linewidth=1, label=f"chance {chance:.1f}")
+        ax.set(title=f"Saturation: {title}", xlabel="step", ylabel="% as at the last step", ylim=(0, 102))
+        ax.legend(fontsize=8)
+    return fig

@@ -1,0 +1,78 @@
+"""python scripts/analyze_routing.py --workdir=WORKDIR: what the experts of a checkpoint learnt.
+
+WORKDIR is of a run or an import. Prints tables, and writes analysis.json, analysis.md, PNGs and experts.html (text in
+the colours of its experts) to --output. A run with several checkpoints also gets the saturation of its routers. The
+same seed gives the same files. docs/analysis.md says what each measure means.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe import platform
+
+if __name__ == "__main__":
+    platform.use_huge_pages()  # before JAX: it restarts this program once
+
+import functools
+
+from absl import flags
+
+from moe import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; WORKDIR/analysis if not given.")
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+_TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
+_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations behind every null.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the permutations.")
+_CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are Python source.")
+_DATASET = flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's.")
+_DOMAINS = flags.DEFINE_list("domains", None, "data.domains instead of the workdir's.")
+_DIRECTORY = flags.DEFINE_string("directory", None, "data.directory instead of the workdir's.")
+_LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens per row instead of the workdir's.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "Rows at once instead of the workdir's.")
+
+
+def main() -> None:
+    """Flags in, files out."""
+    from etils import epath
+
+    from moe.analysis import analyse, summary
+    from moe.analysis.record import Recorder
+    from moe.workdir import open_workdir
+
+    opened = open_workdir(
+        str(_WORKDIR.value),
+        {
+            ("data", "dataset"): _DATASET.value,
+            ("data", "domains"): _DOMAINS.value,
+            ("data", "directory"): _DIRECTORY.value,
+            ("data", "sequence_length"): _LENGTH.value,
+            ("train", "batch_size"): _BATCH.value,
+        },
+    )
+    recorder = Recorder(opened.program)
+    last = max(opened.steps()) if _STEP.value is None else _STEP.value
+    steps = [step for step in opened.steps() if step < last]
+    analysis = analyse.analyse(
+        recorder,
+        opened.variables(last),
+        opened.prepared,
+        tokens=_TOKENS.value,
+        shuffles=_SHUFFLES.value,
+        seed=_SEED.value,
+        code_domain=_CODE.value,
+        earlier={step: functools.partial(opened.variables, step) for step in steps},
+    )
+    analysis.summary["step"] = last
+    title = f"Routing of {Path(opened.path).name} at step {last}"
+    folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
+    names = analyse.write(analysis, folder, title)
+    print(summary.markdown(analysis.summary, title))
+    print(f"In {folder}: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("workdir",))
