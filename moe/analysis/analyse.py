@@ -8,6 +8,7 @@ experts.html.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from moe.config import ConfigError
 from moe.data import pipeline
 
 _PASSAGE = 1_200  # characters of each domain that are shown in colours
+_STRETCH = 16  # tokens of whole documents read for every one that is kept, so that they are of many documents
+_CANDIDATES = 50  # documents of each domain, of which one is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +81,8 @@ def analyse(
     records = recorder(variables, rows)
     code, skipped = None, None
     if code_domain in prepared.domains:
-        documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, tokens)
-        batches, skipped = summary.code_batches(documents, length, batch_size)
+        documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, _STRETCH * tokens)
+        batches, skipped = summary.code_batches(documents, length, batch_size, keep=-(-tokens // length))
         code = recorder(variables, {code_domain: batches}) if batches else None
     found = summary.summarise(records, code, summary.piece_of(prepared.tokenizer), shuffles=shuffles, seed=seed)
     found["documents_without_syntax"] = skipped
@@ -93,11 +96,13 @@ def analyse(
 def _passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, shown: Sequence[int]
 ) -> list[render.Passage]:
-    """The beginning of the first held-out document of each domain."""
+    """The beginning of a held-out document of each domain: the first whose characters can be drawn."""
     config = recorder.program.config
     documents: dict[str, Document] = {}
     for domain in prepared.domains:
-        for document in first_documents(prepared.heldout[domain], prepared.tokenizer, 1, _PASSAGE):
+        beginnings = (text[:_PASSAGE] for text in itertools.islice(prepared.heldout[domain], _CANDIDATES))
+        clearest = max(beginnings, key=render.drawable)  # the first of equals
+        for document in first_documents([clearest], prepared.tokenizer, 1):
             documents[domain] = document
     if not documents:
         return []

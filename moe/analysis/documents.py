@@ -53,15 +53,20 @@ def read_document(text: str, tokenizer: Tokenizer) -> Document | None:
 
 
 def document_batches(
-    documents: Sequence[Document], marks: dict[str, Sequence[np.ndarray]], sequence_length: int, batch_size: int
+    documents: Sequence[Document],
+    marks: dict[str, Sequence[np.ndarray]],
+    sequence_length: int,
+    batch_size: int,
+    keep: int = 0,
 ) -> list[dict[str, np.ndarray]]:
-    """Documents end to end, cut every T tokens; nothing is lost, the last batch is padded.
+    """Documents end to end, cut into rows of T tokens; the last batch is padded.
 
     Args:
         documents: in order.
         marks: name → [m] integers for each document.
         sequence_length: T.
         batch_size: B.
+        keep: evenly spaced rows, of all; 0: every one.
 
     Returns:
         batches of [B,T] int32: tokens, segment_ids (1, 2, … within the row; 0 = padding), positions (from 0 in every
@@ -69,37 +74,42 @@ def document_batches(
     """
     numbers = [np.full(len(d.tokens), i) for i, d in enumerate(documents)]
     values = {"tokens": [d.tokens for d in documents], "document": numbers, **marks}
-    # documents of [m] → [rows·T] → [rows,T]
+    # documents of [m] → [rows·T] → [rows,T] → [B,T] each
     flat = {name: np.concatenate(list(parts)).astype(np.int32) for name, parts in values.items()}
-    rows = -(-len(flat["tokens"]) // (sequence_length * batch_size)) * batch_size
-    missing = rows * sequence_length - len(flat["tokens"])
-    filled = {
-        name: np.pad(x, (0, missing), constant_values=0 if name == "tokens" else -1).reshape(rows, sequence_length)
-        for name, x in flat.items()
-    }
+    rows = -(-len(flat["tokens"]) // sequence_length)
+    kept = np.linspace(0, rows - 1, min(keep or rows, rows)).astype(int)
+    empty = -len(kept) % batch_size
+
+    def cut(name: str, values: np.ndarray) -> np.ndarray:
+        padding = 0 if name == "tokens" else -1
+        values = np.pad(values, (0, rows * sequence_length - len(values)), constant_values=padding)
+        chosen = values.reshape(rows, sequence_length)[kept]
+        return np.pad(chosen, ((0, empty), (0, 0)), constant_values=padding)
+
+    filled = {name: cut(name, values) for name, values in flat.items()}
     document = filled["document"]
     begins = np.ones(document.shape, bool)
     begins[:, 1:] = document[:, 1:] != document[:, :-1]
     where = np.broadcast_to(np.arange(sequence_length), document.shape)
     filled["segment_ids"] = np.where(document >= 0, np.cumsum(begins, axis=1), 0).astype(np.int32)
     filled["positions"] = (where - np.maximum.accumulate(np.where(begins, where, 0), axis=1)).astype(np.int32)
-    return [{name: x[start : start + batch_size] for name, x in filled.items()} for start in range(0, rows, batch_size)]
+    return [
+        {name: x[start : start + batch_size] for name, x in filled.items()}
+        for start in range(0, len(document), batch_size)
+    ]
 
 
-def first_documents(
-    texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int, max_characters: int = 0
-) -> list[Document]:
+def first_documents(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> list[Document]:
     """The first documents up to that many tokens, at least one; those that do not come back exactly are left out.
 
     Args:
         texts: in order.
         tokenizer: of the model.
         max_tokens: of all together; no further document is read once there are as many.
-        max_characters: that are read of each; 0: all.
     """
     found, size = [], 0
     for text in texts:
-        document = read_document(text[:max_characters] if max_characters else text, tokenizer)
+        document = read_document(text, tokenizer)
         if document is not None:
             found.append(document)
             size += len(document.tokens)

@@ -55,14 +55,14 @@ def _load(summary: dict[str, Any]) -> Any:
         ax.set_yticks(**_sparse_ticks(summary["layers"]))
     axes[0, 0].set_ylabel("layer")
     assert image is not None
-    fig.colorbar(image, ax=axes[0].tolist(), label="load / even", extend="max")
+    fig.colorbar(image, ax=axes[0].tolist(), label="load / even", extend="max", pad=0.01, aspect=10)
     return fig
 
 
 def _depth(summary: dict[str, Any]) -> Any:
     """Repetition and dependence, layer by layer, beside chance."""
     layers, repetition, dependence = summary["layers"], summary["repetition"], summary["dependence"]
-    fig, axes = plt.subplots(1, len(repetition) + 2, figsize=(4.4 * (len(repetition) + 2), 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, len(repetition) + 2, figsize=(4.4 * (len(repetition) + 2), 5), layout="constrained")
     for ax, (name, by_domain) in zip(axes, repetition.items(), strict=False):
         for number, (domain, rows) in enumerate(by_domain.items()):
             colour = f"C{number}"
@@ -87,7 +87,7 @@ def _depth(summary: dict[str, Any]) -> Any:
     for ax in axes:
         ax.set_xlabel("layer")
         ax.set_xticks(layers[:: math.ceil(len(layers) / 16)])
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return fig
 
 
@@ -96,13 +96,18 @@ def _coactivation(summary: dict[str, Any]) -> Any:
     counts = np.asarray(summary["coactivation"], float)
     layers = summary["layers"]
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
+    even = 100 * (summary["experts_per_token"] - 1) / max(summary["num_experts"] - 1, 1)
     fig, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 4), squeeze=False, layout="constrained")
     for ax, layer in zip(axes[0], shown, strict=True):
         own = np.diag(counts[layer])
         share = 100 * counts[layer] / np.maximum(own[:, None], 1)
         np.fill_diagonal(share, np.nan)
         image = ax.imshow(share, cmap="viridis", vmin=0, vmax=max(np.nan_to_num(share).max(), 1e-9))
-        ax.set(title=f"layer {layers[layer]}", xlabel="… that also chose expert", ylabel="tokens of expert …")
+        ax.set(
+            title=f"layer {layers[layer]} (even: {even:.1f} %)",
+            xlabel="… that also chose expert",
+            ylabel="tokens of expert …",
+        )
         ax.set_xticks(**_sparse_ticks(list(range(len(own)))))
         ax.set_yticks(**_sparse_ticks(list(range(len(own)))))
         fig.colorbar(image, ax=ax, label="%", shrink=0.85)
@@ -115,7 +120,7 @@ def _saturation(summary: dict[str, Any]) -> Any:
     colour = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
     panels = [("top_1", "first expert")]
     if summary["experts_per_token"] > 1:
-        panels.insert(0, ("top_k", f"all {summary['experts_per_token']} experts"))
+        panels.insert(0, ("top_k", f"all K = {summary['experts_per_token']} experts"))
     fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False, layout="constrained")
     for ax, (name, title) in zip(axes[0], panels, strict=True):
         for i, layer in enumerate(layers):
@@ -124,6 +129,8 @@ def _saturation(summary: dict[str, Any]) -> Any:
             ax.plot(found["steps"], shares, marker="o", markersize=4, color=colour[i], label=label)
         chance = 100 * found[f"chance_{name}"]
         ax.axhline(chance, color="black", linestyle="--", linewidth=1, label=f"chance {chance:.1f}")
-        ax.set(title=f"Saturation: {title}", xlabel="step", ylabel="% as at the last step", ylim=(0, 102))
+        ax.set(
+            title=f"Saturation: {title}", xlabel="step", ylabel="% as at the last step", ylim=(0, 102), xlim=(0, None)
+        )
         ax.legend(fontsize=8)
     return fig

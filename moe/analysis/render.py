@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import matplotlib
 
 matplotlib.use("Agg")  # a file, never a window
+import matplotlib.colors
 import matplotlib.font_manager
 import matplotlib.ft2font
 import matplotlib.patches
@@ -54,14 +55,18 @@ def pieces_of(text: str, spans: np.ndarray) -> list[str]:
 
 
 def colours(num_experts: int) -> list[str]:
-    """A light colour for each expert, as #rrggbb: hues around the circle, neighbours in two shades."""
-    shades = [(0.40, 1.0), (0.62, 0.88)] if num_experts > 6 else [(0.5, 1.0)]
-    result = []
-    for expert in range(num_experts):
-        saturation, value = shades[expert % len(shades)]
-        rgb = colorsys.hsv_to_rgb(expert / num_experts, saturation, value)
-        result.append("#" + "".join(f"{round(255 * channel):02x}" for channel in rgb))
-    return result
+    """A light colour for each expert, as #rrggbb: ColorBrewer's Set3 up to 12, else hues around the circle."""
+    if num_experts <= 12:
+        return [matplotlib.colors.to_hex(colour) for colour in plt.get_cmap("Set3").colors[:num_experts]]  # pyright: ignore[reportAttributeAccessIssue]
+    shades = [(0.35, 1.0), (0.65, 0.9), (0.5, 0.7)]
+    hues = [(expert / num_experts, *shades[expert % len(shades)]) for expert in range(num_experts)]
+    return [matplotlib.colors.to_hex(colorsys.hsv_to_rgb(*hue)) for hue in hues]
+
+
+def drawable(text: str) -> float:
+    """Share of the characters that the PNG's font has."""
+    font = _font()
+    return sum(bool(font.get_char_index(ord(c))) or c.isspace() for c in text) / max(len(text), 1)
 
 
 def page(passages: Sequence[Passage], layers: Sequence[int], num_experts: int, title: str) -> str:
@@ -112,9 +117,9 @@ def picture(path: epath.Path, passages: Sequence[Passage], layers: Sequence[int]
     """
     palette = colours(num_experts)
     rows, columns = len(passages), len(layers)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(4.1 * columns, 2.65 * rows), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.18}
-    )
+    height = 2.3 * rows + 0.6  # inches, of which 0.6 for the legend
+    fig, axes = plt.subplots(rows, columns, figsize=(4.1 * columns, height), squeeze=False)
+    fig.subplots_adjust(0.005, 0.02 / rows, 0.995, 1 - 0.6 / height, wspace=0.02, hspace=0.16)
     for passage, of_passage in zip(passages, axes, strict=True):
         lines = _wrap(passage.pieces)
         for experts, layer, ax in zip(passage.experts, layers, of_passage, strict=True):
@@ -129,28 +134,24 @@ def picture(path: epath.Path, passages: Sequence[Passage], layers: Sequence[int]
                         ax.text(column + 0.5, number + 0.78, character, ha="center", **_TEXT)
     handles = [matplotlib.patches.Patch(color=colour, label=str(expert)) for expert, colour in enumerate(palette)]
     fig.legend(
-        handles=handles,
-        loc="upper center",
-        ncols=min(num_experts, 32),
-        fontsize=8,
-        title="first expert",
-        title_fontsize=8,
-        frameon=False,
-        columnspacing=1.0,
-        handlelength=1.2,
-        bbox_to_anchor=(0.5, 1.0 - 0.0 * rows),
+        handles=handles, title="first expert", loc="upper center", ncols=min(num_experts, 32), fontsize=8, frameon=False
     )
     with path.open("wb") as file:
-        fig.savefig(file, dpi=110, format="png", bbox_inches="tight")
+        fig.savefig(file, dpi=110, format="png")
     plt.close(fig)
 
 
-_TEXT = {"family": "DejaVu Sans Mono", "fontsize": 7.2, "va": "baseline", "parse_math": False}
+_FAMILY = "DejaVu Sans Mono"  # comes with matplotlib
+_TEXT = {"family": _FAMILY, "fontsize": 7.2, "va": "baseline", "parse_math": False}
+
+
+def _font() -> matplotlib.ft2font.FT2Font:
+    return matplotlib.ft2font.FT2Font(matplotlib.font_manager.findfont(_FAMILY))
 
 
 def _wrap(pieces: Sequence[str]) -> list[list[tuple[str, int]]]:
     """Lines of (character, number of its token); what the font cannot draw becomes a box."""
-    font = matplotlib.ft2font.FT2Font(matplotlib.font_manager.findfont("DejaVu Sans Mono"))
+    font = _font()
     lines: list[list[tuple[str, int]]] = [[]]
     for owner, piece in enumerate(pieces):
         for character in piece.replace("\t", "    "):

@@ -26,15 +26,18 @@ _TOP = 8  # tokens listed per expert
 
 
 def code_batches(
-    documents: Sequence[Document], sequence_length: int, batch_size: int
+    documents: Sequence[Document], sequence_length: int, batch_size: int, *, keep: int = 0
 ) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Batches of those documents that are Python, with the mark ``syntax``; and how many documents are not."""
+    """Batches of those documents that are Python, with the mark ``syntax``; and how many documents are not.
+
+    ``keep`` as in :func:`moe.analysis.documents.document_batches`.
+    """
     classes = [(document, token_classes(document)) for document in documents]
     sound = [(document, found) for document, found in classes if found is not None]
     if not sound:
         return [], len(documents)
     kept, found = zip(*sound, strict=True)
-    return document_batches(kept, {"syntax": found}, sequence_length, batch_size), len(documents) - len(kept)
+    return document_batches(kept, {"syntax": found}, sequence_length, batch_size, keep), len(documents) - len(kept)
 
 
 def summarise(
