@@ -56,6 +56,8 @@ class MetricsWriter:
             return
         self._files[file].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._files[file].flush()
+        if kind == "warning":  # words, for people
+            return
         for name, value in values.items():
             for index, entry in np.ndenumerate(np.asarray(value)):
                 suffix = "".join(f"/{i}" for i in index)

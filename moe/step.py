@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -68,6 +69,38 @@ def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
+def _unless(finite: Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state; where numbers were not finite the old one, whose step and learning rate alone go on.
+
+    A select that XLA fuses into the update. (optax.apply_if_finite would pass over all gradients once more, keep
+    counters in the optimizer's state, and apply what is not finite after some time.)
+    """
+
+    def choose(new_leaf: Any, old_leaf: Any) -> Any:
+        return new_leaf if _is_schedule(new_leaf) else jnp.where(finite, new_leaf, old_leaf)
+
+    chosen = jax.tree.map(choose, new, old, is_leaf=_is_schedule)
+    return dataclasses.replace(chosen, step=new.step)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def rolled_back(state: TrainState, step: ArrayLike) -> TrainState:
+    """An earlier state that goes on at a later step: its routing noise and learning rate are that step's."""
+
+    def move(node: Any) -> Any:
+        if not _is_schedule(node):
+            return node
+        return node._replace(count=jax.device_put(np.asarray(step, node.count.dtype), node.count.sharding))
+
+    moved = jax.tree.map(move, state.optimizer, is_leaf=_is_schedule)
+    return dataclasses.replace(
+        state, step=jax.device_put(np.asarray(step, np.int32), state.step.sharding), optimizer=moved
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainMetrics:
@@ -78,6 +111,7 @@ class TrainMetrics:
         cross_entropy: [] nats per target.
         gradient_norm: [] before clipping.
         learning_rate: [].
+        skipped: [] float32, 1 if the loss or a gradient was not finite, and nothing was updated; else 0.
         layers: LayerReport with leading axis [L], or None.
     """
 
@@ -85,6 +119,7 @@ class TrainMetrics:
     cross_entropy: Array
     gradient_norm: Array
     learning_rate: Array
+    skipped: Array
     layers: LayerReport | None
 
 
@@ -203,13 +238,18 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
             layers = mean_reports(layers)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = typing.cast(dict[str, Any], optax.apply_updates(state.parameters, updates))
-        metrics = TrainMetrics(loss, ce, optax.global_norm(gradients), jnp.asarray(schedule(state.step)), layers)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        metrics = TrainMetrics(
+            loss, ce, norm, jnp.asarray(schedule(state.step)), 1.0 - finite.astype(jnp.float32), layers
+        )
         biases = state.biases
         if biases:
             # Outside the gradient, from the loads of this step: loss-free balancing.
             loads = selection_biases(config.model, layers.expert_load)
             biases = jax.tree.map(lambda b, load: next_selection_bias(b, load, bias_update_rate), biases, loads)
-        return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
+        new = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
+        return _unless(finite, new, state), metrics
 
     def eval_step(variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
         model = nnx.merge(graphdef, variables)

@@ -2,7 +2,8 @@
 
 In: a validated :class:`moe.config.Config` and a workdir. Out, in the workdir: ``config.json``, ``tokenizer.model``,
 ``metrics.jsonl``, ``timing.jsonl``, ``tensorboard/``, ``checkpoints/``, and at the end ``report.txt`` and
-``training.png``. Calling it again on the same workdir goes on where the newest checkpoint stands.
+``training.png``. Calling it again on the same workdir goes on where the newest good checkpoint stands, whatever ended
+the run before: docs/restarts.md tells what can go wrong, and what then happens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,14 @@ import tqdm
 from etils import epath
 
 from moe import balancing, flops, generate, report, sharding, start
-from moe.checkpoint import Checkpoints
+from moe.checkpoint import Checkpoints, DamagedError, complete_steps, read_config
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.data import pipeline
 from moe.evaluate import Heldout, evaluate, load_heldout
+from moe.guard import StopSignals, locked
+from moe.health import Health
 from moe.metrics import METRICS, TIMING, MetricsWriter, read_rows, to_python
-from moe.step import Program, TrainMetrics, TrainState, build, place
+from moe.step import Program, TrainMetrics, TrainState, build, place, rolled_back
 
 #: Fields that say how to run, not what is learnt: they may change when a run is resumed.
 _FREE_FIELDS = (
@@ -35,6 +38,9 @@ _FREE_FIELDS = (
     "model.scan_layers",
     "model.moe.dispatch",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.max_skipped_steps",
+    "train.on_skipped_steps",
     "train.sample_tokens",
     "train.save_every",
 )
@@ -59,15 +65,21 @@ def train(
 
     Raises:
         ConfigError: before anything is compiled or written, if the config does not fit the devices, the data or the
-            run already in the workdir.
+            run already in the workdir; later, if the disk, the data or the numbers let no step follow.
+        Stopped: a SystemExit, after SIGTERM or Ctrl-C; the checkpoint of the last step is on disk.
     """
     say = print if jax.process_index() == 0 and not quiet else lambda *_: None
     mesh = sharding.make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     directory = epath.Path(workdir)
-    _refuse_other_run(config, directory)
-    prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as held:
+        signals = held.enter_context(StopSignals())
+        there = (directory / "config.json").exists()
+        if there:
+            held.enter_context(locked(directory))
+            _refuse_other_run(config, directory)
+        prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
+        held.enter_context(jax.set_mesh(mesh))
         program = make_program(config, mesh, start.teacher(config, mesh))
         heldout = load_heldout(program, prepared)
         iterator = pipeline.train_iterator(
@@ -77,23 +89,29 @@ def train(
             seed=config.seed,
             rows=sharding.local_rows(mesh, config.train.batch_size),
         )
-        _write_once(config, prepared, directory)
-        checkpoints = Checkpoints(directory, config.train.keep_checkpoints)
+        with _disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not there:
+            held.enter_context(locked(directory))
+        with _disk(directory):
+            _write_once(config, prepared, directory)
+        checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         total, active = flops.count_parameters(config.model)
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})")
-        step, pending = checkpoints.latest(), []
-        if step is None:
-            step, state = 0, start.first_state(program)
+        found = checkpoints.resume(program.state, iterator, say)
+        if found is None:
+            step, state, memory = 0, start.first_state(program), {}
         else:
-            state, memory = checkpoints.restore(step, program.state, iterator)
-            pending = memory["pending"]
+            step, state, memory = found
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         if step < config.train.num_steps:
-            state = _loop(program, state, iterator, heldout, checkpoints, directory, step, pending, quiet)
+            with _disk(directory), signals.at_steps():
+                state = _loop(program, state, iterator, heldout, checkpoints, directory, step, memory, signals, quiet)
         checkpoints.close()
         if jax.process_index() == 0:
-            _finish(program, state, prepared, directory, say)
+            with _disk(directory):
+                _finish(program, state, prepared, directory, say)
 
 
 def _loop(
@@ -104,10 +122,11 @@ def _loop(
     checkpoints: Checkpoints,
     directory: epath.Path,
     start: int,
-    pending: list[Any],
+    memory: dict[str, Any],
+    signals: StopSignals,
     quiet: bool,
 ) -> TrainState:
-    """Batch, step; then, when due: log, evaluate, save. In this order, always.
+    """Batch, step; then, when due: log, evaluate, save, stop. In this order, always.
 
     A checkpoint at step n therefore comes after all rows of step n, and its iterator stands at batch n+1. ``pending``
     are the metrics since the last logged row; they are saved too, so that a resumed run writes the same next row.
@@ -119,6 +138,9 @@ def _loop(
     if jax.default_backend() == "cpu":
         peak /= jax.device_count()  # fake devices share the processor's cores
     clock = _Clock()
+    pending: list[Any] = memory.get("pending", [])
+    health = Health(config.spike_sigmas, config.batch_size, memory.get("health"))
+    recovery = _Recovery(program, checkpoints)
     with (
         contextlib.closing(MetricsWriter(directory, start)) as writer,
         tqdm.tqdm(
@@ -133,13 +155,13 @@ def _loop(
         for step in range(start + 1, config.num_steps + 1):
             last = step == config.num_steps
             with clock:
-                batch = next(iterator)
+                batch = _next(iterator, step, checkpoints)
             state, metrics = program.train_step(state, place(batch, program.mesh))
             pending.append(metrics)
             bar.update()
             if step % config.log_every == 0 or last:
-                row = _mean_row(pending)
-                pending = []
+                steps, pending = [_plain(metrics) for metrics in pending], []
+                row = _mean_row(steps)
                 seconds, waited = clock.lap()
                 timing = {
                     "step_seconds": seconds,
@@ -147,6 +169,7 @@ def _loop(
                     "mfu": model_flops / seconds / peak,
                     "data_wait_share": waited / seconds,
                 }
+                warnings = health.look(step, steps, row)
                 writer.write(step, "train", row)
                 if np.any(row.get("broken_tokens", 0)):
                     bar.write(
@@ -157,6 +180,11 @@ def _loop(
                     f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, "
                     f"MFU {timing['mfu']:.2f}"
                 )
+                checkpoints.check()
+                state, more = recovery.after(step, health.skipped_in_a_row, state)
+                for warning in warnings + more:
+                    writer.write(step, "warning", warning)
+                    bar.write(f"warning: {warning['text']}")
             loss = None
             if step % config.eval_every == 0 or last:
                 results = evaluate(program, state.variables, heldout)
@@ -164,11 +192,74 @@ def _loop(
                 for domain, values in results.items():
                     writer.write(step, f"heldout/{domain}", values)
                 clock.restart()
-            if step % config.save_every == 0 or last:
+            stop = signals.due(step)
+            if step % config.save_every == 0 or last or stop:
                 pending = [_plain(metrics) for metrics in pending]
-                checkpoints.save(step, state, iterator, {"pending": pending}, loss)
+                # What is saved is good: while updates are skipped the trouble may be in the parameters themselves.
+                skipping = pending[-1]["skipped"] if pending else health.skipped_in_a_row
+                if not skipping or last:
+                    checkpoints.save(step, state, iterator, {"pending": pending, "health": health.memory()}, loss)
                 clock.restart()
+            if stop and not last:
+                checkpoints.close()
+                bar.write(f"{stop} after step {step}; the same command goes on from step {checkpoints.latest() or 0}")
+                raise stop
     return state
+
+
+class _Recovery:
+    """What follows when updates are skipped time after time."""
+
+    def __init__(self, program: Program, checkpoints: Checkpoints):
+        self._program, self._checkpoints = program, checkpoints
+        self._tried: int | None = None  # the checkpoint that this streak went back to already
+        self._borne = 0  # skipped steps of this streak that were answered by going back
+
+    def after(self, step: int, skipped: int, state: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
+        """At a logged step: the state to go on with, and a warning if it is another one.
+
+        Steps and data go on where they are, so that the bad batches are left behind. A streak that goes on after it
+        goes back one checkpoint further.
+
+        Args:
+            step: the logged one.
+            skipped: updates skipped in a row, up to this step.
+            state: after this step.
+
+        Raises:
+            ConfigError: by config, or because there is no good checkpoint to go back to.
+        """
+        config = self._program.config.train
+        if not skipped:
+            self._tried, self._borne = None, 0
+        if skipped - self._borne < config.max_skipped_steps:
+            return state, []
+        first = step - skipped + 1
+        trouble = f"step {step}: the last {skipped} updates were skipped, from step {first} on"
+        remedy = "look at the rows of kind 'warning' in metrics.jsonl; a lower optimizer.learning_rate may help"
+        if config.on_skipped_steps == "stop":
+            raise ConfigError(f"{trouble}, and train.on_skipped_steps is 'stop': {remedy}")
+        self._checkpoints.wait()
+        for saved in self._checkpoints.before(self._tried or first, config.save_every):
+            with contextlib.suppress(DamagedError):
+                good, _ = self._checkpoints.restore(saved, self._program.state)
+                self._tried, self._borne = saved, skipped
+                text = f"{trouble}: parameters and optimizer are those of step {saved} again"
+                return rolled_back(good, step), [{"what": "rollback", "to": saved, "text": text}]
+        raise ConfigError(f"{trouble}, and no checkpoint is left to go back to: {remedy}")
+
+
+def _next(iterator: Any, step: int, checkpoints: Checkpoints) -> dict[str, np.ndarray]:
+    """The batch of a step. Raises ConfigError if its text cannot be read."""
+    try:
+        return next(iterator)
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        checkpoints.wait()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ConfigError(
+            f"data.dataset: the batch of step {step} cannot be read ({reason}); put the file back or prepare the data "
+            f"again, and the same command goes on from step {checkpoints.latest() or 0}"
+        ) from error
 
 
 class _Clock:
@@ -204,10 +295,14 @@ def _plain(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
     return values | layers
 
 
-def _mean_row(pending: list[Any]) -> dict[str, Any]:
-    """Mean over the steps since the last row, and per layer what follows from the mean load."""
-    steps = [_plain(metrics) for metrics in pending]
-    row = {name: np.mean([values[name] for values in steps], axis=0).tolist() for name in steps[0]}
+def _mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over the steps since the last row, and per layer what follows from the mean load.
+
+    Steps whose update was skipped are counted in ``skipped`` and are in no mean, unless there is no other.
+    """
+    sound = [values for values in steps if not values["skipped"]] or steps
+    row = {name: np.mean([values[name] for values in sound], axis=0).tolist() for name in steps[0]}
+    row["skipped"] = sum(int(values["skipped"]) for values in steps)
     if "expert_load" in row:
         load = np.asarray(row["expert_load"])
         row["max_violation"] = np.asarray(balancing.max_violation(load)).tolist()
@@ -231,7 +326,7 @@ def _finish(program: Program, state: TrainState, prepared: pipeline.Prepared, di
     if config.train.sample_tokens and jax.process_count() == 1:
         text += "\n\n" + _sample(program, state, prepared)
     report.figure(directory / "training.png", rows, unigram)
-    (directory / "report.txt").write_text(text + "\n")
+    _write(directory / "report.txt", (text + "\n").encode())
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
 
 
@@ -261,15 +356,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _refuse_other_run(config: Config, directory: epath.Path) -> None:
     """A workdir belongs to one config."""
-    path = directory / "config.json"
-    if not path.exists():
-        return
-    theirs = _flatten(json.loads(path.read_text()))
-    ours = _flatten(json.loads(json.dumps(to_dict(config))))
+    theirs, ours = (_flatten(json.loads(json.dumps(to_dict(tree)))) for tree in (read_config(directory), config))
     differing = [
-        f"{name} (there {theirs.get(name)!r}, here {ours.get(name)!r})"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name) and not name.startswith(_FREE_FIELDS)
+        f"{name} (there {theirs[name]!r}, here {ours[name]!r})"
+        for name in sorted(ours)
+        if theirs[name] != ours[name] and not name.startswith(_FREE_FIELDS)
     ]
     if differing:
         raise ConfigError(
@@ -282,12 +373,28 @@ def _write_once(config: Config, prepared: pipeline.Prepared, directory: epath.Pa
     """The config and the tokenizer, beside the checkpoints that need them."""
     if jax.process_index() != 0:
         return
-    directory.mkdir(parents=True, exist_ok=True)
     for name, content in (
         *prepared.tokenizer.files.items(),
         ("config.json", json.dumps(to_dict(config), indent=2).encode()),
     ):
         if not (directory / name).exists():
-            temporary = directory / f"{name}.tmp"
-            temporary.write_bytes(content)
-            temporary.replace(directory / name)
+            _write(directory / name, content)
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _disk(directory: epath.Path) -> Iterator[None]:
+    """A full, read-only or failing disk, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={directory}: {error.strerror or error} ({error.filename or 'while writing'}); the same command "
+            f"goes on from step {max(complete_steps(directory), default=0)} when that is mended"
+        ) from error

@@ -85,6 +85,7 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
         assert word in out
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {
+        ".lock",
         "config.json",
         "tokenizer.model",
         "metrics.jsonl",
