@@ -32,7 +32,7 @@ def base(size: str) -> ml_collections.ConfigDict:
     config.model.update(d_ff=512, scan_layers=False)
     config.data.domains = ("literature", "definitions", "python", "technical", "translations")
     config.data.update(sequence_length=128, heldout_rows=32)
-    config.train.update(batch_size=16, num_steps=240, log_every=20, eval_every=40, save_every=120)
+    config.train.update(batch_size=16, num_steps=200, log_every=20, eval_every=40, save_every=100)
     config.optimizer.update(learning_rate=4e-3, warmup_steps=24)
     return config
 

@@ -62,8 +62,9 @@ def effect(values: ArrayLike) -> Effect:
 def variance_ratio(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
     """(variance of first / variance of second, one-sided p of its being below 1), by the F test on two independent
     samples."""
-    ratio = float(np.var(first, ddof=1) / np.var(second, ddof=1))
-    return ratio, float(scipy.stats.f.cdf(ratio, len(first) - 1, len(second) - 1))
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    ratio = float(np.var(a, ddof=1) / np.var(b, ddof=1))
+    return ratio, float(scipy.stats.f.cdf(ratio, len(a) - 1, len(b) - 1))
 
 
 def steps_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float:
