@@ -133,7 +133,10 @@ class ExpertDropout:
         return self.experts.grouped(matrices, rows, sizes, pieces, self._drop)
 
     def _drop(self, hidden: Array) -> Array:
-        kept = jax.random.bernoulli(self.rng, 1.0 - self.rate, hidden.shape)
+        # Under shard_map each device has rows of its own: it draws its own.
+        manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        rng = jax.random.fold_in(self.rng, jax.lax.axis_index(manual)) if manual else self.rng
+        kept = jax.random.bernoulli(rng, 1.0 - self.rate, hidden.shape)
         return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
 
 
@@ -246,6 +249,8 @@ class MoELayer(nnx.Module):
             if gate.router == "slots":
                 # An expert's probability is the sum of its slots': [G,S,E,P] → [G,S,E]
                 slot_logits, logits = logits, jax.nn.logsumexp(logits, axis=-1)
+                # A slot at -inf would not show in the sum: the token is broken all the same.
+                logits = jnp.where(jnp.all(jnp.isfinite(slot_logits), axis=-1), logits, jnp.nan)
             routing = route(
                 gate,
                 logits,

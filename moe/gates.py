@@ -131,7 +131,8 @@ def noisy_topk(router_logits: Array, given: Given) -> Choice:
     if given.rng is None or given.noise_logits is None:
         top_logits, expert_index = top_k(router_logits, k)
         return Choice(expert_index, jax.nn.softmax(top_logits, axis=-1))
-    deviation = jax.nn.softplus(given.noise_logits)
+    # Where softplus underflows to 0, the quotient below and its gradient would be NaN.
+    deviation = jnp.maximum(jax.nn.softplus(given.noise_logits), 1e-9)
     noisy = router_logits + jax.random.normal(given.rng, router_logits.shape) * deviation
     # One more than K, for what i must beat if it is itself among the first K; with K = E there is nothing to beat.
     top_logits, top_index = top_k(noisy, min(k + 1, num_experts))
@@ -153,10 +154,11 @@ def softmax_top_k(router_logits: Array, given: Given) -> Choice:
 
 def softmax_sampled(router_logits: Array, given: Given) -> Choice:
     """K experts drawn without replacement in proportion to the softmax, weighted by it (Switch 2021, appendix C,
-    "sample softmax"). The draw is the top-k of logits + Gumbel noise (Gumbel-max). Without a key, the top-k."""
+    "sample softmax"). The draw is the top-k of logits + Gumbel noise (Gumbel-max), limited to groups as there. Without
+    a key, the top-k."""
     probs = jax.nn.softmax(router_logits, axis=-1)
     noise = 0.0 if given.rng is None else jax.random.gumbel(given.rng, router_logits.shape)
-    _, expert_index = top_k(router_logits + noise, given.experts_per_token)
+    _, expert_index = top_k(_within_groups(router_logits + noise, given, best=1), given.experts_per_token)
     return Choice(expert_index, _weigh(pick(probs, expert_index), given))
 
 

@@ -36,7 +36,7 @@ class Routing:
         chosen: [G,S,K] bool, False where the token is not sent: padding, or a choice the gate declined.
         router_logits: [G,S,E] float32; zeros for a token in ``broken``.
         router_probs: [G,S,E] float32, softmax of the logits over E, or the gate's own (:class:`moe.gates.Choice`).
-        broken: [G,S] bool, real tokens with a NaN or infinite logit; they are sent nowhere.
+        broken: [G,S] bool, real tokens with a NaN or infinite logit, of noise too; they are sent nowhere.
         smooth_load: [G,S,E] float32, differentiable probability of being chosen; None: the gate has none.
     """
 
@@ -102,6 +102,9 @@ def route(gate: Gate, router_logits: Array, mask: Array, *, experts_per_token: i
     """
     router_logits = router_logits.astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
+    if given.get("noise_logits") is not None:
+        finite &= jnp.all(jnp.isfinite(given["noise_logits"]), axis=-1)
+        given["noise_logits"] = jnp.where(finite[..., None], given["noise_logits"], 0.0)
     router_logits = jnp.where(finite[..., None], router_logits, 0.0)
     sound = mask & finite
     choice = gate.choose(router_logits, Given(mask=sound, experts_per_token=experts_per_token, **given))

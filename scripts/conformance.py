@@ -9,7 +9,6 @@ layer of another library with its weights, input and output (see :func:`moe.inte
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -25,66 +24,23 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
 
-from moe import balancing, dispatch, sharding  # noqa: E402
-from moe.config import MeshConfig  # noqa: E402
-from moe.experts import MoELayer  # noqa: E402
+from moe import balancing, dispatch  # noqa: E402
+from moe.config import ConfigError  # noqa: E402
 from moe.interop.convert import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import GATES, Routing, route  # noqa: E402
-from tests import reference  # noqa: E402
-
-FLOAT32 = 1e-5
-BFLOAT16_ULP = 2**-8
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        section: heading it stands under.
-        what: was measured.
-        expected: the value or source.
-        measured: the value, or the largest error.
-        passes: whether it is close enough.
-    """
-
-    section: str
-    what: str
-    expected: str
-    measured: str
-    passes: bool
-
-
-def value(section: str, what: str, expected: float, measured: Any, tolerance: float) -> Row:
-    """A number against the number it must be; tolerance is absolute."""
-    measured = float(measured)
-    return Row(section, what, f"{expected:.6g}", f"{measured:.6g}", abs(measured - expected) <= tolerance)
-
-
-def error(actual: Any, expected: Any) -> float:
-    """Largest difference over the largest expected value, of two trees."""
-    worst = 0.0
-    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        scale = np.abs(theirs).max(initial=0.0)
-        difference = np.abs(ours - theirs).max(initial=0.0)
-        worst = max(worst, float(difference / scale) if scale > 0 else float(difference))
-    return worst
-
-
-def norm_error(actual: Any, expected: Any) -> float:
-    """Euclidean norm of the difference over that of the expected array: rounding in the mean, not its worst draw."""
-    difference = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
-    norm = float(np.linalg.norm(np.asarray(expected, np.float64)))
-    return float(np.linalg.norm(difference)) / (norm or 1.0)
-
-
-def close(section: str, what: str, source: str, worst: float, tolerance: float) -> Row:
-    """An error against its bound."""
-    return Row(section, what, f"{source}, to {tolerance:.2g}", f"{worst:.2g}", worst <= tolerance)
+from scripts.conformance_oracle import (  # noqa: E402
+    CASES,
+    LEAK,
+    against_oracle,
+    device_counts,
+    edges,
+    program,
+    read_by,
+    weights_of,
+)
+from scripts.conformance_rows import FLOAT32, Row, close, error, value  # noqa: E402
 
 
 def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Array]:
@@ -183,188 +139,68 @@ def scattered(arrays: Any, num_experts: int) -> np.ndarray:
     return dense
 
 
-def weights_of(d: int, f: int, e: int, seed: int, slots: int = 0) -> dict[str, np.ndarray]:
-    """Random matrices, large enough that nothing is nearly uniform or nearly linear."""
-    rng = np.random.default_rng(seed)
-
-    def draw(*shape: int, scale: float) -> np.ndarray:
-        return (rng.normal(size=shape) * scale).astype(np.float32)
-
-    return {
-        "router": draw(d, e, *([slots] if slots else []), scale=2 / d**0.5),
-        "up": draw(e, d, f, scale=2 / d**0.5),
-        "gate_matrix": draw(e, d, f, scale=2 / d**0.5),
-        "down": draw(e, f, d, scale=2 / f**0.5),
-    }
-
-
-def value_and_gradients(layer: MoELayer, x: jax.Array, mask: np.ndarray, cotangent: Any, **inputs: Any) -> Any:
-    """y, and the gradients of sum(y·cotangent) for x and by parameter name."""
-    graphdef, parameters, rest = nnx.split(layer, nnx.Param, ...)
-
-    def loss(parameters: Any, x: jax.Array) -> Any:
-        y, _, _ = nnx.merge(graphdef, parameters, rest)(x, jnp.asarray(mask), **inputs)
-        return jnp.sum(y * cotangent), y
-
-    gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
-    of = nnx.to_pure_dict(gradients[0])
-    named = {"up": of["experts"]["up"], "gate_matrix": of["experts"]["gate"], "down": of["experts"]["down"]}
-    if "router" in of:
-        named["router"] = of["router"]["kernel"]
-    return y, {"x": gradients[1], **named}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One layer to hold against the oracle: G groups of S tokens, E experts, K choices, room for C.
-
-    Attributes:
-        fields: of MoEConfig.
-        padding: share of tokens that are.
-        rule: what the oracle is told.
-    """
-
-    gate: str
-    g: int
-    s: int
-    e: int
-    k: int
-    c: int
-    padding: float = 0.0
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rule: reference.Rule = reference.PLAIN
-
-
-GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
-CASES = (
-    Case("dense_mixture", 2, 5, 3, 3, 5, 0.3),
-    Case("noisy_topk", 2, 6, 5, 3, 4, 0.3),
-    Case("gshard", 2, 7, 3, 2, 3, 0.3),
-    Case("switch", 2, 7, 3, 1, 2, 0.3),
-    Case("switch_sampled", 2, 6, 5, 2, 1, 0.2),  # without a key: Switch's own
-    Case("switch", 2, 6, 4, 2, 1, 0.0, {"renormalise": 1}, reference.Rule(renormalise=True)),
-    Case("switch", 2, 7, 5, 1, 1, 0.2, {"overflow_to_next": True}, reference.Rule(overflow=True)),
-    Case("mixtral", 2, 6, 5, 2, 2, 0.2, {"overflow_to_next": True}, reference.Rule(overflow=True)),
-    Case("st_moe", 2, 7, 3, 2, 2, 0.3, {}, reference.Rule(policy="probability")),
-    Case("mixtral", 1, 6, 5, 5, 6, 0.2),
-    Case("mixtral", 2, 6, 7, 2, 3, 1.0),
-    Case("deepseek_moe", 2, 6, 6, 3, 2, 0.2, {"routing_scale": 1.5, **GROUPED}, reference.Rule(3, 2, scale=1.5)),
-    Case("deepseek_v3", 2, 6, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
-    Case("expert_choice", 2, 7, 3, 2, 5, 0.3, {"accept_future_leak": True}),
-    Case("soft_moe", 2, 5, 3, 3, 5, 0.3, {"accept_future_leak": True, "slots_per_expert": 2}),
-    Case("hash", 2, 6, 5, 2, 2, 0.2),
-    Case("balanced", 2, 7, 3, 2, 3, 0.3),
-)
-
-
-def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
-    """Every mode against the per-token oracle, values and gradients."""
-    rng = np.random.default_rng(seed)
-    soft = case.gate == "soft_moe"
-    weights = weights_of(d, f, case.e, seed, slots=2 if soft else 0)
-    # Numbers that bfloat16 holds exactly: both precisions route alike.
-    x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
-    mask = rng.random((case.g, case.s)) >= case.padding
-    cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
-    rule = dataclasses.replace(case.rule, token_ids=tokens)
-    given = {name: array for name, array in weights.items() if name != "router" or GATES[case.gate].router != "none"}
-    if case.gate == "deepseek_v3":
-        bias = (rng.normal(size=case.e) * 0.3).astype(np.float32)
-        given["selection_bias"], rule = bias, dataclasses.replace(rule, bias=bias)
-    logits = np.zeros((case.g, case.s, case.e)) if soft else np.asarray(x, np.float64) @ weights["router"]
-
-    def oracle(weights: Any, x: jax.Array) -> Any:
-        up, gate_matrix, down = (weights[name].astype(x.dtype) for name in ("up", "gate_matrix", "down"))
-        arrays = (x, weights["router"], up, gate_matrix, down)
-        if soft:
-            y = reference.soft_output(*arrays, mask)
-        else:
-            y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule)
-        return jnp.sum(y * cotangent), y
-
-    def expected(dtype: str) -> dict[str, Any]:
-        gradients, y = jax.jit(jax.grad(oracle, argnums=(0, 1), has_aux=True))(device_weights, x.astype(dtype))
-        of = {name: gradients[0][name] for name in given if name != "selection_bias"}
-        return {"y": y, "x": gradients[1], **of}
-
-    device_weights = jax.tree.map(jnp.asarray, weights)
-    k = case.e if case.gate == "expert_choice" else case.k  # an expert's column is a choice
-    before, exact, rounded = None, {}, {}
-    for mode in dispatch.MODES:
-        if (soft and mode != "einsum") or (mode == "dropless" and case.fields.get("overflow_to_next")):
-            continue  # refused, with a reason
-        # Dropless has room for all, but expert choice keeps its own C.
-        capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
-        if not soft:
-            decisions = reference.decide(case.gate, logits, mask, k, capacity, rule=rule)
-        if before != capacity:
-            exact, rounded, before = expected("float32"), expected("bfloat16"), capacity
-        factor = case.c * case.e / (case.k * case.s)
-        fields = {"experts_per_token": case.k, "eval_capacity_factor": factor, "dispatch": mode, **case.fields}
-        layer = single_layer(case.gate, **given, **fields)
-        for dtype in ("float32", "bfloat16"):
-            y, gradients = value_and_gradients(layer, x.astype(dtype), mask, cotangent, token_ids=jnp.asarray(tokens))
-            ours = {"y": y, **gradients}
-            if dtype == "float32":
-                worst, bound = {name: error(ours[name], exact[name]) for name in exact}, dict.fromkeys(exact, FLOAT32)
-            else:
-                # What bfloat16 costs is what it costs the oracle, computed in bfloat16 with the same routing; XLA may
-                # leave other intermediate roundings out there than here.
-                worst = {name: norm_error(ours[name], exact[name]) for name in exact}
-                bound = {name: 3 * norm_error(rounded[name], exact[name]) + BFLOAT16_ULP for name in exact}
-            tight = max(exact, key=lambda name: worst[name] / bound[name])
-            extra = "".join(f", {name}={value}" for name, value in case.fields.items() if name != "accept_future_leak")
-            shape = f"G {case.g} S {case.s} E {case.e} K {case.k} C {case.c}, padding {case.padding:.0%}{extra}"
-            yield Row(
-                "Every mode = the oracle, in y and in the gradients of x, router, experts",
-                f"{case.gate}, {mode}, {dtype}; {shape}",
-                f"oracle, to {bound[tight]:.2g} ({tight})",
-                f"{worst[tight]:.2g}",
-                all(worst[name] <= bound[name] for name in exact),
-            )
-
-
 def router_gradient() -> Iterator[Row]:
     """At K = 1 the output's gradient reaches the router where the paper keeps the probability as weight."""
     section = "The language-model gradient reaches the router at K = 1"
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 6)), jnp.float32)
     for gate, learns in (("switch", True), ("deepseek_moe", True), ("deepseek_v3", True), ("mixtral", False)):
-        weights = weights_of(6, 5, 4, seed=5)
+        weights = read_by(gate, weights_of(6, 5, 4, seed=5))
         fields: dict[str, Any] = {}
         if gate == "deepseek_v3":
             fields = {"expert_groups": 1, "kept_expert_groups": 1, "renormalise": 0}
         layer = single_layer(gate, **weights, experts_per_token=1, eval_capacity_factor=4.0, **fields)
-        _, gradients = value_and_gradients(layer, x, np.ones((2, 6), bool), np.ones(x.shape, np.float32))
+        _, gradients, _ = program(layer)(x, np.ones((2, 6), bool), np.ones(x.shape, np.float32))
         largest = float(jnp.abs(gradients["router"]).max())
         expected = "> 1e-3" if learns else "0: a softmax over one logit is always 1"
         yield Row(section, gate, expected, f"{largest:.3g}", (largest > 1e-3) == learns)
 
 
-def device_counts() -> Iterator[Row]:
-    """The same layer on 1, 2, 4 and 8 devices."""
-    section = "Equal on 1, 2, 4 and 8 devices, in y and in all gradients"
-    rng = np.random.default_rng(11)
-    x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
-    mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
-    grouped = {"experts_per_token": 3, "eval_capacity_factor": 1.0, "expert_groups": 4, "kept_expert_groups": 2}
-    gates: dict[str, dict[str, Any]] = {
-        "switch": {"eval_capacity_factor": 1.0},
-        "deepseek_v3": grouped,
-        "expert_choice": {"accept_future_leak": True},
-    }
-    for gate, fields in gates.items():
-        for mode in dispatch.MODES:
-            layer = single_layer(gate, **weights_of(8, 8, 8, seed=11), dispatch=mode, **fields)
-            alone = value_and_gradients(layer, x, mask, cotangent)
-            for count in (1, 2, 4, 8):
-                mesh_config = MeshConfig(data=1, fsdp=2 if count == 8 else 1, expert=count // (2 if count == 8 else 1))
-                mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-                with jax.set_mesh(mesh):
-                    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, sharding.BATCH))
-                    spread = value_and_gradients(layer, placed, mask, cotangent)
-                worst = error(spread, alone)
-                yield close(section, f"{gate}, {mode}, {count} devices", "without a mesh", worst, FLOAT32)
+#: Settings that cannot be, and the field that the refusal must name.
+IMPOSSIBLE: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("mixtral", {"experts_per_token": 5}, "experts_per_token"),
+    ("mixtral", {"experts_per_token": 0}, "experts_per_token"),
+    ("gshard", {"experts_per_token": 3}, "experts_per_token"),
+    ("switch", {"eval_capacity_factor": 0.0}, "eval_capacity_factor"),
+    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 3}, "expert_groups"),
+    ("deepseek_v3", {"experts_per_token": 3, "expert_groups": 4, "kept_expert_groups": 2}, "experts_per_token"),
+    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 2, "kept_expert_groups": 3}, "kept_expert_groups"),
+    ("expert_choice", {}, "accept_future_leak"),
+    ("soft_moe", {"dispatch": "einsum"}, "accept_future_leak"),
+    ("mixtral", {"drop_policy": "luck"}, "drop_policy"),
+)
+
+
+def bad_input() -> Iterator[Row]:
+    """Impossible settings are refused; a token with a NaN logit is counted, and to all others it is padding."""
+    section = "Bad input"
+    for gate, fields, field in IMPOSSIBLE:
+        weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=1 if gate == "soft_moe" else 0))
+        what = f"{gate}, E 4" + "".join(f", {name}={setting}" for name, setting in fields.items())
+        try:
+            single_layer(gate, **weights, **fields)
+            yield Row(section, what, f"refused, naming {field}", "accepted", False)
+        except ConfigError as reason:
+            yield Row(section, what, f"refused, naming {field}", str(reason), field in str(reason))
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 7, 6)), jnp.float32)
+    mask = np.ones((2, 7), bool)
+    without = mask.copy()
+    without[0, 2] = False
+    for gate, rule in GATES.items():
+        if rule.router == "none":
+            continue  # has no logits
+        fields: dict[str, Any] = {"experts_per_token": 2} if not rule.fixed_k else {}
+        if rule.router == "biased":
+            fields |= {"expert_groups": 2, "kept_expert_groups": 2}
+        fields |= {"eval_capacity_factor": 1.0, "dispatch": "einsum"} | (LEAK if rule.looks_ahead else {})
+        weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=1 if rule.router == "slots" else 0))
+        layer = single_layer(gate, **weights, **fields)
+        call = jax.jit(lambda x, mask, layer=layer: layer(x, mask)[:2])
+        y, report = call(x.at[0, 2].set(jnp.nan), mask)
+        expected, _ = call(x, without)
+        worst = error(y, expected)
+        what = f"{gate}: one token with NaN logits, {float(report.broken_tokens):.0f} counted"
+        passes = worst <= FLOAT32 and float(report.broken_tokens) == 1
+        yield Row(section, what, f"1 counted; y as if it were padding, to {FLOAT32:.2g}", f"{worst:.2g}", passes)
 
 
 def run(layers: Path) -> Iterator[Row]:
@@ -373,7 +209,8 @@ def run(layers: Path) -> Iterator[Row]:
     yield from dropped_share()
     yield from reference_layers(layers)
     yield from router_gradient()
-    for seed, case in enumerate(CASES):
+    yield from bad_input()
+    for seed, case in enumerate((*CASES, *edges())):
         yield from against_oracle(case, seed)
     yield from device_counts()
 
@@ -386,10 +223,11 @@ def table(rows: list[Row]) -> str:
         "",
         "Written by `python scripts/conformance.py`; the oracle is `tests/reference.py`, plain loops over tokens.",
         f"{len(rows)} rows, {failed} failed. JAX {jax.__version__} on {jax.default_backend()}.",
-        "A float32 error is the largest difference over the largest expected value. A bfloat16 error is the norm of",
-        "the difference over that of the float32 oracle, its bound 2⁻⁸ plus three times the oracle's own in bfloat16",
-        "(the three was chosen after seeing the errors: these rows show rounding, the float32 rows the formula). Where",
-        "a row stands for several arrays, the one nearest its bound is shown and named.",
+        "A float32 error is the largest difference over the largest expected value, a bfloat16 error the norm of the",
+        "difference over the norm of the exact value. The bfloat16 bound is computed for each row from bfloat16's unit",
+        "roundoff 2⁻⁸ alone: three times the root mean square of what independent roundings of that size, of every",
+        "number that the layer stores, make of the exact equations (`tests/rounding.py`). Where a row stands for",
+        "several arrays, the one nearest its bound is shown and named.",
     ]
     section = None
     for row in rows:

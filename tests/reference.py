@@ -53,9 +53,12 @@ class Rule:
         renormalise: divide the chosen weights by their sum, where the gate leaves that open.
         scale: of the weights.
         bias: [E], added to DeepSeek-V3's scores for the choice alone.
-        policy: who is served first: position, or probability (the largest weight).
+        policy: who is served first: position, probability (the largest weight) or random (the largest priority).
         overflow: a pair without room tries the token's next best expert once, after everybody else.
         token_ids: [G,S], for the gate hash.
+        draws: the gate's random numbers, uniform: [G,S] of gshard, [G,S,K] of st_moe, [G,S,E] of random; standard
+            normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
+        priorities: [G,S], of the policy random.
     """
 
     groups: int = 1
@@ -66,6 +69,8 @@ class Rule:
     policy: str = "position"
     overflow: bool = False
     token_ids: np.ndarray | None = None
+    draws: np.ndarray | None = None
+    priorities: np.ndarray | None = None
 
 
 PLAIN = Rule()
@@ -121,10 +126,11 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
     ST-MoE: renormalised over the chosen. Mixtral, section 2.1, and Shazeer 2017, equation 3: softmax over the chosen
     logits. DeepSeek-V3, equations 12 and 13: the sigmoids over their sum, scaled.
     """
-    if gate == "hash":
+    if gate in ("hash", "random"):
         return [1 / len(experts)] * len(experts)
     if gate in ("mixtral", "noisy_topk", "balanced"):
-        powers = [jnp.exp(logits[expert] - jnp.max(logits)) for expert in experts]
+        xp = jnp if isinstance(logits, jax.Array) else np
+        powers = [xp.exp(logits[expert] - xp.max(logits)) for expert in experts]
         return [power / sum(powers) for power in powers]
     scores = sigmoid(logits) if gate == "deepseek_v3" else softmax(logits)
     chosen = [scores[expert] for expert in experts]
@@ -133,24 +139,31 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
     return [rule.scale * score for score in chosen]
 
 
-def decide(
-    gate: str,
-    logits: np.ndarray,
-    mask: np.ndarray,
-    k: int,
-    capacity: int,
-    uniform: np.ndarray | None = None,
-    rule: Rule = PLAIN,
-) -> Decisions:
+def noisy(logits: Any, noise_logits: Any, draws: Any) -> Any:
+    """Of one token, [E]: x·W_g + N(0,1)·softplus(x·W_noise) (Shazeer 2017, equation 4)."""
+    xp = jnp if isinstance(logits, jax.Array) else np
+    return logits + draws * xp.log1p(xp.exp(noise_logits))
+
+
+def pair_weights(gate: str, logits: Any, named: list[int], placed: list[int], rule: Rule = PLAIN) -> list[Any]:
+    """:func:`weights` of the experts a token named, times p(placed)/p(named) where a pair overflowed elsewhere."""
+    result = weights(gate, logits, named, rule)
+    probs = probabilities(gate, logits)
+    return [
+        weight if here == there else weight * probs[there] / probs[here]
+        for weight, here, there in zip(result, named, placed, strict=True)
+    ]
+
+
+def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: int, rule: Rule = PLAIN) -> Decisions:
     """Routes token by token, then fills buffers one by one: all first choices in token order, then all second ones.
 
     Args:
         gate: a name in moe.routing.GATES whose tokens choose by their logits.
-        logits: [G,S,E].
+        logits: [G,S,E]; of noisy_topk with their noise.
         mask: [G,S] bool, real tokens.
         k: K.
         capacity: C, of one expert in one group.
-        uniform: [G,S] GShard's draws; None: every second expert is sent.
         rule: of the gate.
     """
     groups, tokens, num_experts = logits.shape
@@ -160,16 +173,25 @@ def decide(
     kept = np.zeros((groups, tokens, k), bool)
     for g in range(groups):
         for s in range(tokens):
-            expert[g, s] = choose(gate, logits[g, s], k, rule)
+            scores = logits[g, s]
+            if gate == "switch_sampled" and rule.draws is not None:
+                scores = scores + rule.draws[g, s]  # Switch 2021, appendix C, by the Gumbel-max trick
+            expert[g, s] = choose(gate, scores, k, rule)
             if gate == "hash" and rule.token_ids is not None:
                 expert[g, s] = hashed(int(rule.token_ids[g, s]), num_experts, k)
             if gate == "balanced":
                 nth = g * tokens + int(mask[g, :s].sum())
                 expert[g, s] = [(nth * k + choice) % num_experts for choice in range(k)]
+            if gate == "random" and rule.draws is not None:
+                expert[g, s] = sorted(range(num_experts), key=lambda e, draws=rule.draws[g, s]: -draws[e])[:k]
             chosen[g, s] = mask[g, s]
-            if gate == "gshard" and uniform is not None:
-                second = float(weights(gate, jnp.asarray(logits[g, s]), list(expert[g, s]))[1])
-                chosen[g, s, 1] &= 2 * second > uniform[g, s]
+            if gate == "gshard" and rule.draws is not None:
+                second = float(weights(gate, logits[g, s], list(expert[g, s]))[1])
+                chosen[g, s, 1] &= 2 * second > rule.draws[g, s]
+            if gate == "st_moe" and rule.draws is not None:
+                # ST-MoE 2022, appendix D: sent with probability min(1, weight/0.2), the first always.
+                for choice, weight in list(enumerate(weights(gate, logits[g, s], list(expert[g, s]))))[1:]:
+                    chosen[g, s, choice] &= weight > 0.2 * rule.draws[g, s, choice]
         for e in range(num_experts if gate == "expert_choice" else 0):
             # Expert Choice 2022, equation 2: the expert takes its highest tokens.
             best = sorted(np.flatnonzero(mask[g]), key=lambda s: (-float(softmax(logits[g, s])[e]), s))[:capacity]
@@ -178,8 +200,16 @@ def decide(
     for g in range(groups):
         order = list(range(tokens))
         if rule.policy == "probability":
-            largest = [max(float(w) for w in weights(gate, logits[g, s], list(expert[g, s]), rule)) for s in order]
-            order.sort(key=lambda s: (-largest[s] * mask[g, s], s))
+            largest = [
+                max(
+                    float(w) * sent
+                    for w, sent in zip(weights(gate, logits[g, s], list(expert[g, s]), rule), chosen[g, s], strict=True)
+                )
+                for s in order
+            ]
+            order.sort(key=lambda s: (-largest[s], s))
+        if rule.policy == "random" and rule.priorities is not None:
+            order.sort(key=lambda s, priority=rule.priorities[g]: (-priority[s], s))
         taken = [0] * num_experts
         for choice in range(k):
             for s in order:
@@ -222,6 +252,7 @@ def moe_output(
     decisions: Decisions,
     activation: str = "swiglu",
     rule: Rule = PLAIN,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
     """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
 
@@ -233,19 +264,20 @@ def moe_output(
         decisions: constants.
         activation: of the experts.
         rule: of the gate.
+        noise: [D,E], W_noise of noisy_topk where the rule has its draws.
     """
     rows = []
     for g in range(x.shape[0]):
         for s in range(x.shape[1]):
             named = [int(e) for e in decisions.original[g, s]]
+            placed = [int(e) for e in decisions.expert[g, s]]
             logits = router.T @ x[g, s]
+            if noise is not None and rule.draws is not None:
+                logits = noisy(logits, noise.T @ x[g, s], rule.draws[g, s])
             y = jnp.zeros_like(x[g, s])
-            for choice, weight in enumerate(weights(gate, logits, named, rule)):
+            for choice, weight in enumerate(pair_weights(gate, logits, named, placed, rule)):
                 if decisions.kept[g, s, choice]:
-                    e = int(decisions.expert[g, s, choice])
-                    if e != named[choice]:
-                        probs = probabilities(gate, logits)
-                        weight = weight * probs[e] / probs[named[choice]]
+                    e = placed[choice]
                     matrix = None if gate_matrix is None else gate_matrix[e]
                     y = y + weight * ffn(x[g, s], up[e], matrix, down[e], activation)
             rows.append(y)

@@ -120,7 +120,7 @@ def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
     router = np.asarray(parameters["router"]["kernel"], np.float64)
     logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
     gate, k = config.moe.gate, config.moe.experts_per_token
-    decisions = reference.decide(gate, logits, np.asarray(mask), k, capacity, uniform)
+    decisions = reference.decide(gate, logits, np.asarray(mask), k, capacity, reference.Rule(draws=uniform))
 
     def loss(parameters, x):
         experts = parameters["experts"]

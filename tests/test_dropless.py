@@ -121,6 +121,39 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
     _assert_close(*gradients, 1e-5)
 
 
+def test_within_vmap_scan_and_remat(rng):
+    """Values and gradients of three batches: one after the other, mapped, and scanned with the body recomputed."""
+    config = tiny_model(num_experts=3, moe_d_ff=8)
+    graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
+    cases = [_case(rng, 1, 20, 3, 2, load) for load in ("random", "one", "padding")]
+    routings = jax.tree.map(lambda *arrays: jnp.stack(arrays), *cases)
+    x = jnp.asarray(rng.normal(size=(3, 1, 20, config.d_model)), jnp.float32)
+
+    def layer(x, routing, parameters):
+        return dispatch.dropless(x, routing, dispatch.make_plan(routing, 40), nnx.merge(graphdef, parameters))
+
+    def plain(x, parameters):
+        return jnp.stack([layer(x[i], jax.tree.map(lambda a, i=i: a[i], routings), parameters) for i in range(3)])
+
+    def mapped(x, parameters):
+        return jax.vmap(layer, in_axes=(0, 0, None))(x, routings, parameters)
+
+    def scanned(x, parameters):
+        body = jax.checkpoint(lambda carry, inputs: (carry, layer(*inputs, parameters)))
+        return jax.lax.scan(body, (), (x, routings))[1]
+
+    def run(function):
+        loss = jax.value_and_grad(lambda *inputs: (jnp.sum(jnp.sin(y := function(*inputs))), y), (0, 1), has_aux=True)
+        (_, y), gradients = jax.jit(loss)(x, parameters)
+        return jax.tree.map(np.asarray, (y, *jax.tree.leaves(gradients)))
+
+    expected = run(plain)
+    assert np.abs(expected[0][:2]).min() < np.abs(expected[0][:2]).max()
+    assert not expected[0][2].any(), "padding alone"
+    for function in (mapped, scanned):
+        _assert_close(run(function), expected, 1e-5)
+
+
 def test_room_for_chunks_is_enough_and_little(rng):
     for _ in range(25):
         num_groups = int(rng.integers(1, 40))

@@ -125,6 +125,22 @@ def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
         assert np.isfinite(getattr(report, field.name)).all(), field.name
 
 
+def test_broken_noise_breaks_its_token_and_underflowing_noise_does_not(rng):
+    logits, noise = rng.normal(size=(1, 5, 4)), np.full((1, 5, 4), -200.0)  # softplus(-200) is 0 in float32
+    noise[0, 1, 2] = np.nan
+    logits[0, 3] = 1.0  # equal logits: 0/0 without a least deviation
+
+    def load(noise):
+        routing = routed("noisy_topk", logits, 2, noise_logits=noise, rng=jax.random.key(0))
+        return balancing.load_loss(routing, ~routing.broken), routing
+
+    gradient, routing = jax.jit(jax.grad(load, has_aux=True))(jnp.asarray(noise, jnp.float32))
+    np.testing.assert_array_equal(routing.broken[0], np.arange(5) == 1)
+    assert not routing.chosen[0, 1].any()
+    assert np.isfinite(routing.smooth_load).all()
+    assert np.isfinite(gradient).all()
+
+
 def test_expert_choice_by_hand():
     # p of expert 0 for three tokens: 0.9, 0.6, 0.2. With C = 2, expert 0 takes tokens 0 and 1, expert 1 tokens 2 and 1.
     probs = np.array([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]])

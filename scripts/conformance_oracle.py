@@ -1,0 +1,325 @@
+"""Layers of every gate, in every dispatch mode, against the per-token oracle and against themselves on meshes.
+
+Part of ``scripts/conformance.py``: yields rows of its table. A :class:`Case` is one layer; it is compiled once for each
+mode and precision, and run on several batches.
+
+Letters: G groups, S tokens per group, E experts, K choices per token, C expert capacity, D model dim, F hidden dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe import dispatch, sharding
+from moe.config import ConfigError, MeshConfig
+from moe.experts import MoELayer
+from moe.interop.layers import single_layer
+from moe.routing import GATES
+from scripts.conformance_rows import FLOAT32, Row, close, error
+from tests import reference, rounding
+
+ORACLE = "Every gate in every mode = the oracle, in y and in the gradients of x, router, experts"
+DEVICES = "Equal on 1, 2, 4 and 8 devices, in training: y, all gradients, all losses and metrics"
+#: Fields without which a gate is refused in this causal model.
+LEAK = {"accept_future_leak": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer to hold against the oracle: G groups of S tokens, E experts, K choices, room for C.
+
+    Attributes:
+        gate, g, s, e, k, c: as above.
+        padding: share of tokens that are.
+        fields: of MoEConfig.
+        rule: what the oracle is told.
+        draws: whether the layer is given a key, and the oracle the numbers drawn from it.
+        full: in bfloat16 too, and on batches of one real token a group (most experts are empty) and of padding alone.
+    """
+
+    gate: str
+    g: int
+    s: int
+    e: int
+    k: int
+    c: int
+    padding: float = 0.0
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rule: reference.Rule = reference.PLAIN
+    draws: bool = False
+    full: bool = True
+
+    def __str__(self) -> str:
+        set_fields = "".join(f", {name}={value}" for name, value in self.fields.items() if name not in LEAK)
+        drawn = ", draws" if self.draws else ""
+        return f"G {self.g} S {self.s} E {self.e} K {self.k} C {self.c}, padding {self.padding:.0%}{set_fields}{drawn}"
+
+
+GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
+ONE_GROUP = {"expert_groups": 1, "kept_expert_groups": 1}
+OVERFLOW = {"overflow_to_next": True}
+BY_WEIGHT = reference.Rule(policy="probability")
+#: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
+CASES = (
+    Case("dense_mixture", 2, 5, 3, 3, 5, 0.3),
+    Case("noisy_topk", 2, 6, 5, 3, 4, 0.3),
+    Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, draws=True),
+    Case("gshard", 2, 7, 3, 2, 3, 0.3),
+    Case("gshard", 2, 7, 3, 2, 3, 0.2, draws=True),
+    Case("switch", 2, 7, 3, 1, 2, 0.3),
+    Case("switch_sampled", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2), draws=True),
+    Case("st_moe", 2, 7, 3, 2, 2, 0.3, rule=BY_WEIGHT),
+    Case("st_moe", 2, 7, 5, 3, 3, 0.2, rule=BY_WEIGHT, draws=True),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2),
+    Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"routing_scale": 1.5, **GROUPED}, reference.Rule(3, 2, scale=1.5)),
+    Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
+    Case("expert_choice", 2, 7, 3, 2, 5, 0.3, LEAK),
+    Case("soft_moe", 2, 5, 3, 3, 5, 0.3, LEAK | {"slots_per_expert": 2}),
+    Case("hash", 2, 7, 5, 2, 2, 0.2),
+    Case("random", 2, 7, 5, 2, 2, 0.2, draws=True),
+    Case("balanced", 2, 7, 3, 2, 3, 0.3),
+    Case("switch", 2, 6, 5, 2, 1, 0.0, {"renormalise": 1}, reference.Rule(renormalise=True)),
+    Case("switch", 2, 7, 5, 1, 1, 0.2, OVERFLOW, reference.Rule(overflow=True)),
+    Case("mixtral", 2, 6, 5, 2, 2, 0.2, OVERFLOW, reference.Rule(overflow=True)),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"drop_policy": "probability"}, BY_WEIGHT),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"drop_policy": "random"}, reference.Rule(policy="random"), draws=True),
+)
+
+
+def edges() -> Iterator[Case]:
+    """For every gate: K = E with capacity 1, and a shape drawn at random. In float32."""
+    rng = np.random.default_rng(42)
+    for gate in GATES:
+        fields: dict[str, Any] = dict(LEAK) if GATES[gate].looks_ahead else {}
+        rule = BY_WEIGHT if gate == "st_moe" else reference.PLAIN
+        if gate == "deepseek_v3":
+            fields, rule = dict(ONE_GROUP), reference.Rule(renormalise=True, scale=2.5)
+        every = GATES[gate].experts_per_token == 0  # K = E is the rule
+        draws = gate == "random"
+        e = 2 if gate == "gshard" else 3
+        yield Case(gate, 1, 5, e, e, 1, 0.2, fields, rule, draws, full=False)
+        e, s = int(rng.integers(3, 10)), int(rng.integers(2, 9))
+        # From 2 on: a softmax over one choice has no gradient to compare.
+        k = e if every else 2 if gate == "gshard" else int(rng.integers(2, min(e, 5) + 1))
+        g, c = int(rng.integers(1, 4)), int(rng.integers(1, s + 1))
+        yield Case(gate, g, s, e, k, c, round(float(rng.uniform(0, 0.5)), 1), fields, rule, draws, full=False)
+
+
+#: What cannot be: (gate, mode), and a mode without a capacity with what needs one.
+REFUSED_MODES = (("soft_moe", "gather"), ("soft_moe", "dropless"))
+
+
+def refused(case: Case, mode: str) -> bool:
+    """Whether the config must refuse this mode."""
+    return (case.gate, mode) in REFUSED_MODES or (mode == "dropless" and "overflow_to_next" in case.fields)
+
+
+def weights_of(d: int, f: int, e: int, seed: int, slots: int = 0) -> dict[str, np.ndarray]:
+    """Random matrices, large enough that nothing is nearly uniform or nearly linear."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int, scale: float) -> np.ndarray:
+        return (rng.normal(size=shape) * scale).astype(np.float32)
+
+    return {
+        "router": draw(d, e, *([slots] if slots else []), scale=2 / d**0.5),
+        "up": draw(e, d, f, scale=2 / d**0.5),
+        "gate_matrix": draw(e, d, f, scale=2 / d**0.5),
+        "down": draw(e, f, d, scale=2 / f**0.5),
+        "noise": draw(d, e, scale=1 / d**0.5),
+    }
+
+
+def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the matrices that a layer of this gate has."""
+    kind = GATES[gate].router
+    absent = ({"router"} if kind == "none" else set()) | (set() if kind == "noisy" else {"noise"})
+    return {name: array for name, array in weights.items() if name not in absent}
+
+
+def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
+    """(x, mask, cotangent, token_ids, rng) → y, gradients by name of sum(y·cotangent), and the report as one array.
+
+    In training the losses of balance are added to what is differentiated.
+    """
+    graphdef, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+    def loss(parameters: Any, x: jax.Array, mask: Any, cotangent: Any, token_ids: Any, rng: Any) -> Any:
+        y, report, _ = nnx.merge(graphdef, parameters, rest)(x, mask, token_ids=token_ids, train=train, rng=rng)
+        total = jnp.sum(y * cotangent)
+        if train:
+            total += report.load_balancing_loss + report.device_balance_loss + report.router_z_loss
+            total += report.importance_loss + report.load_loss
+        return total, (y, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(report)]))
+
+    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(x: jax.Array, mask: Any, cotangent: Any, token_ids: Any = None, rng: Any = None) -> Any:
+        token_ids = jnp.zeros(x.shape[:2], jnp.int32) if token_ids is None else token_ids
+        gradients, (y, report) = differentiate(parameters, x, jnp.asarray(mask), cotangent, token_ids, rng)
+        of = nnx.to_pure_dict(gradients[0])
+        named = {"up": of["experts"]["up"], "gate_matrix": of["experts"]["gate"], "down": of["experts"]["down"]}
+        if "router" in of:
+            named |= {
+                ours: of["router"][name]
+                for name, ours in (("kernel", "router"), ("noise", "noise"))
+                if name in of["router"]
+            }
+        return y, {"x": gradients[1], **named}, report
+
+    return run
+
+
+def drawn(case: Case, seed: int) -> tuple[jax.Array | None, dict[str, np.ndarray]]:
+    """The layer's key, and for the oracle the numbers that come of it."""
+    if not case.draws:
+        return None, {}
+    key = jax.random.key(seed)
+    _, gate_key, drop_key, _ = jax.random.split(key, 4)  # as MoELayer does: jitter, gate, drops, dropout
+    shape = (case.g, case.s)
+    draws = {
+        "noisy_topk": lambda: jax.random.normal(gate_key, (*shape, case.e)),
+        "switch_sampled": lambda: jax.random.gumbel(gate_key, (*shape, case.e)),
+        "gshard": lambda: jax.random.uniform(gate_key, shape),
+        "st_moe": lambda: jax.random.uniform(gate_key, (*shape, case.k)),
+        "random": lambda: jax.random.uniform(gate_key, (*shape, case.e)),
+    }
+    numbers = {"priorities": np.asarray(jax.random.uniform(drop_key, shape))}
+    return key, numbers | ({"draws": np.asarray(draws[case.gate]())} if case.gate in draws else {})
+
+
+def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, decisions: Any) -> Callable[..., Any]:
+    """(weights, x, cotangent) → y and the gradients of sum(y·cotangent), compiled with its loops unrolled."""
+    noise = rule.draws is not None and case.gate == "noisy_topk"
+
+    def loss(weights: Any, x: jax.Array, cotangent: Any) -> Any:
+        arrays = (x, weights["router"], weights["up"], weights["gate_matrix"], weights["down"])
+        if case.gate == "soft_moe":
+            y = reference.soft_output(*arrays, mask)
+        else:
+            given = weights["noise"] if noise else None
+            y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, noise=given)
+        return jnp.sum(y * cotangent), y
+
+    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    names = [name for name in read_by(case.gate, weights) if name != "noise" or noise]
+
+    def run(x: jax.Array, cotangent: Any) -> dict[str, Any]:
+        gradients, y = differentiate(jax.tree.map(jnp.asarray, weights), x, cotangent)
+        return {"y": y, "x": gradients[1], **{name: gradients[0][name] for name in names}}
+
+    return run
+
+
+def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
+    """Every mode against the per-token oracle, values and gradients."""
+    rng = np.random.default_rng(seed)
+    soft = case.gate == "soft_moe"
+    weights = weights_of(d, f, case.e, seed, slots=case.fields.get("slots_per_expert", 1) if soft else 0)
+    # Numbers that bfloat16 holds exactly: both precisions route alike.
+    x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
+    mask = rng.random((case.g, case.s)) >= case.padding
+    mask[:, rng.integers(case.s)] = True
+    cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
+    key, numbers = drawn(case, seed)
+    rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
+    if case.gate == "deepseek_v3":
+        given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
+        rule = dataclasses.replace(rule, bias=given["selection_bias"])
+    wide = np.asarray(x, np.float64)
+    logits = np.zeros((case.g, case.s, case.e)) if soft else wide @ weights["router"]
+    if case.gate == "noisy_topk" and rule.draws is not None:
+        logits = reference.noisy(logits, wide @ weights["noise"], rule.draws)
+    masks = {"": mask}
+    if case.full:
+        alone = np.zeros_like(mask)
+        alone[np.arange(case.g), mask.argmax(1)] = True
+        masks |= {", one real token a group": alone, ", all padding": np.zeros_like(mask)}
+    known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by who was kept of which batch
+    for mode in dispatch.MODES:
+        factor = case.c * case.e / (case.k * case.s)
+        fields = {"experts_per_token": case.k, "eval_capacity_factor": factor, "dispatch": mode, **case.fields}
+        try:
+            layer = single_layer(case.gate, **given, **fields)
+        except ConfigError as reason:
+            yield Row(ORACLE, f"{case.gate}, {mode}; {case}", "refused", str(reason), refused(case, mode))
+            continue
+        if refused(case, mode):
+            yield Row(ORACLE, f"{case.gate}, {mode}; {case}", "refused", "accepted", False)
+        run = program(layer)
+        # Dropless has room for all, but expert choice keeps its own C.
+        capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
+        k = case.e if case.gate == "expert_choice" else case.k  # an expert's column is a choice
+        for batch, real in masks.items():
+            decisions = None if soft else reference.decide(case.gate, logits, real, k, capacity, rule)
+            at = real.tobytes() + (b"" if decisions is None else decisions.kept.tobytes())
+            if at not in known:
+                known[at] = oracle(case, rule, weights, real, decisions)(x, cotangent)
+            exact, what = known[at], f"{case.gate}, {mode}, {{}}; {case}{batch}"
+            y, gradients, _ = run(x, real, cotangent, jnp.asarray(tokens), key)
+            ours = {"y": y, **gradients}
+            worst = {name: error(ours[name], exact[name]) for name in exact}
+            yield _nearest(what.format("float32"), worst, dict.fromkeys(exact, FLOAT32))
+            if batch or not case.full:
+                continue
+            arrays = {name: weights[name] for name in exact if name not in ("y", "x")} | {"router": weights["router"]}
+            numpy_x, numpy_ct = np.asarray(x), np.asarray(cotangent)
+            if decisions is None:
+                model = rounding.soft(numpy_x, arrays, real, numpy_ct)
+            else:
+                model = rounding.sparse(case.gate, numpy_x, arrays, decisions, numpy_ct, rule)
+            unrounded, bound = rounding.bounds(model)
+            if error({name: unrounded[name] for name in exact}, exact) > FLOAT32:
+                raise AssertionError(f"tests/rounding.py is not the layer of {case.gate}: {case}")
+            y, gradients, _ = run(x.astype(jnp.bfloat16), real, cotangent, jnp.asarray(tokens), key)
+            ours = {"y": y, **gradients}
+            worst = {name: rounding.norm_error(np.asarray(ours[name]), unrounded[name]) for name in exact}
+            yield _nearest(what.format("bfloat16"), worst, bound)
+
+
+def _nearest(what: str, worst: dict[str, float], bound: dict[str, float]) -> Row:
+    """A row for several arrays that shows the one nearest its bound."""
+    tight = max(worst, key=lambda name: worst[name] / max(bound[name], 1e-30))
+    passes = all(worst[name] <= bound[name] for name in worst)
+    return Row(ORACLE, what, f"oracle, to {bound[tight]:.2g} ({tight})", f"{worst[tight]:.2g}", passes)
+
+
+def device_counts() -> Iterator[Row]:
+    """Every gate's layer, with its jitter, noise, draws and drops, on 1, 2, 4 and 8 devices."""
+    rng = np.random.default_rng(11)
+    x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
+    mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
+    tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
+    for gate, rule in GATES.items():
+        fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
+        if not rule.fixed_k:
+            fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
+        if rule.router == "biased":
+            fields |= {"expert_groups": 4, "kept_expert_groups": 2}
+        if rule.looks_ahead:
+            fields |= LEAK
+        if gate == "mixtral":
+            fields["drop_policy"] = "random"
+        given = read_by(gate, weights_of(8, 8, 8, seed=11, slots=1 if rule.router == "slots" else 0))
+        for mode in dispatch.MODES:
+            if (gate, mode) in REFUSED_MODES:
+                continue
+            run = program(single_layer(gate, **given, dispatch=mode, **fields), train=True)
+            alone = run(x, mask, cotangent, tokens, key)
+            for count in (1, 2, 4, 8):
+                fsdp = 2 if count == 8 else 1
+                mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=count // fsdp), jax.devices()[:count])
+                with jax.set_mesh(mesh):
+                    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+                    spread = run(placed, mask, cotangent, tokens, key)
+                yield close(
+                    DEVICES, f"{gate}, {mode}, {count} devices", "without a mesh", error(spread, alone), FLOAT32
+                )
