@@ -23,7 +23,7 @@ import numpy as np
 def expert_load(
     expert_index: np.ndarray, chosen: np.ndarray, domain: np.ndarray, num_domains: int, num_experts: int
 ) -> np.ndarray:
-    """[L,domains,E] share of a domain's sent pairs that each expert gets; a row sums to 1 (NaN: nothing was sent).
+    """[L,domains,E] share of a domain's sent pairs that each expert gets; a row sums to 1 (0: nothing was sent).
 
     Args:
         expert_index: [L,n,K].
@@ -36,13 +36,12 @@ def expert_load(
     where = np.broadcast_to(domain[:, None], expert_index.shape[1:])
     for layer, (index, sent) in enumerate(zip(expert_index, chosen, strict=True)):
         np.add.at(counts[layer], (where[sent], index[sent]), 1)
-    with np.errstate(invalid="ignore"):
-        return counts / counts.sum(-1, keepdims=True)
+    return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
 def max_violation(load: np.ndarray) -> np.ndarray:
     """[...,E] shares → [...] (max − mean) / mean: 0 at balance, E/K − 1 at most (Wang et al. 2024, MaxVio)."""
-    return load.max(-1) / load.mean(-1) - 1
+    return load.max(-1) / np.maximum(load.mean(-1), 1e-30) - 1
 
 
 def mean_entropy(router_probs: np.ndarray) -> np.ndarray:

@@ -91,7 +91,7 @@ def summarise(
         code = code.select(code.marks["syntax"] != NONE)
         first, everything = code.expert_index[..., :1], np.ones_like(code.expert_index[..., :1], bool)
         shares = measures.expert_load(first, everything, code.marks["syntax"], len(CLASSES), size)
-        summary |= {"syntax_classes": list(CLASSES), "syntax_load": np.nan_to_num(shares).tolist()}
+        summary |= {"syntax_classes": list(CLASSES), "syntax_load": shares.tolist()}
         summary["code_tokens"] = len(code.tokens)
     return summary
 
