@@ -79,7 +79,7 @@ def analyse(
         for domain in prepared.domains
     }
     records = recorder(variables, rows)
-    code, skipped = None, None
+    code, skipped = None, 0
     if code_domain in prepared.domains:
         documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, _STRETCH * tokens)
         batches, skipped = summary.code_batches(documents, length, batch_size, keep=-(-tokens // length))

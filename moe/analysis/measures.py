@@ -262,8 +262,10 @@ def _p_value(observed: float, null: list[float]) -> float:
 
 # --- Choices together, and over time ---------------------------------------------------------------------------------
 def membership(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int) -> np.ndarray:
-    """[...,K] → [...,E] bool: whether an expert is among those chosen."""
-    return ((expert_index[..., None] == np.arange(num_experts)) & chosen[..., None]).any(-2)
+    """[...,K] → [...,E] bool: whether an expert is among those chosen. A token names no expert twice."""
+    member = np.zeros((*expert_index.shape[:-1], num_experts), bool)
+    np.put_along_axis(member, expert_index, chosen, axis=-1)
+    return member
 
 
 def coactivation(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int) -> np.ndarray:

@@ -58,8 +58,8 @@ def summarise(
         repetition: "first" and, with K ≥ 2, "first_or_second" → domain → [L] :class:`moe.analysis.measures.Repetition`;
         dependence: "domain" (over at least two), "token", "syntax" and "token_in_code" → [L]
         :class:`moe.analysis.measures.Dependence` with nmi, nmi_null, nmi_null_std, nmi_debiased and explained;
-        syntax_load [L][class][E] share of first choices; coactivation [L][E][E] counts;
-        top_tokens [L][E] of piece, count, total, lift. All as plain lists and dicts.
+        syntax_classes, code_tokens, code_documents, syntax_load [L][class][E] share of first choices;
+        coactivation [L][E][E] counts; top_tokens [L][E] of piece, count, total, lift. All as plain lists and dicts.
     """
     rng = np.random.default_rng(seed)
     size, domains = records.num_experts, records.domains
@@ -92,7 +92,7 @@ def summarise(
         first, everything = code.expert_index[..., :1], np.ones_like(code.expert_index[..., :1], bool)
         shares = measures.expert_load(first, everything, code.marks["syntax"], len(CLASSES), size)
         summary |= {"syntax_classes": list(CLASSES), "syntax_load": shares.tolist()}
-        summary["code_tokens"] = len(code.tokens)
+        summary |= {"code_tokens": len(code.tokens), "code_documents": len(np.unique(code.marks["document"]))}
     return summary
 
 
@@ -231,6 +231,8 @@ def markdown(summary: dict[str, Any], title: str) -> str:
             ],
         ),
     ]
+    if "syntax_load" in summary:
+        lines += ["", *_syntax_table(summary)]
     lines += ["", f"## Load, % of a domain's choices (even: {100 / size:.1f})", "", *_load_table(summary)]
     if "saturation" in summary:
         lines += ["", *_saturation_table(summary)]
@@ -275,6 +277,25 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
             rows.append([layer, domain, f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])])
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
     return _table([str(cell) for cell in header], rows)
+
+
+def _syntax_table(summary: dict[str, Any]) -> list[str]:
+    shown = min(summary["num_experts"], 16)
+    header = ["layer", "class", *(str(expert) for expert in range(shown))]
+    header += ["…"] if summary["num_experts"] > shown else []
+    rows = [
+        [layer, name, *(f"{100 * share:.1f}" for share in shares[:shown])] + ["…"] * (len(header) - shown - 2)
+        for layer, of_layer in zip(summary["layers"], summary["syntax_load"], strict=True)
+        for name, shares in zip(summary["syntax_classes"], of_layer, strict=True)
+    ]
+    return [
+        "## First choices of each syntax class, %",
+        "",
+        f"{summary['code_tokens']:,} tokens of {summary['code_documents']} documents, each tokenised whole; "
+        f"{summary.get('documents_without_syntax', 0)} more are no Python by themselves, and were left out.",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _saturation_table(summary: dict[str, Any]) -> list[str]:
