@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe import dispatch
+from moe.config import ConfigError
 from moe.interop.layers import run_reference
 from scripts import conformance
 from tests import reference
@@ -93,6 +94,13 @@ def test_switch_of_other_shapes(experts, tokens, capacity, rng):
         ours = run_reference(arrays, mode)
         assert conformance.error(ours["y"], y) < 1e-5
         np.testing.assert_array_equal(ours["dispatch"].sum(-1), decisions.kept[..., 0])
+
+
+def test_a_tensor_that_no_layer_reads_is_refused():
+    arrays = {"x": np.zeros((1, 2, 3)), "expert_capacity": np.array(1)}
+    arrays |= {"weights/router.classifier.weight": np.zeros((1, 3)), "weights/router.classifier.bias": np.zeros(1)}
+    with pytest.raises(ConfigError, match=r"classifier\.bias"):
+        run_reference(arrays)
 
 
 def test_conformance_knows_its_check_values_and_notices_a_wrong_one():

@@ -112,6 +112,9 @@ def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np
     Returns:
         Under the names that such files use. y [B,T,D]; router_logits, [B,T,E] or [B·T,E]; for Switch dispatch [B,T,E],
         the kept one-hot, and gate [B,T,1]; for DeepSeek-V3 topk_weights and topk_index [B·T,K], best first.
+
+    Raises:
+        ConfigError: tensors of neither layer, or one that neither reads, such as a router's bias.
     """
     weights = {name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")}
     x = jnp.asarray(arrays["x"], jnp.float32)
@@ -126,9 +129,17 @@ def _run(layer: MoELayer, x: jax.Array) -> tuple[Any, Any, Any]:
     return jax.jit(lambda x: layer(x, jnp.ones(x.shape[:2], bool)))(x)
 
 
+def _all_read(weights: Arrays, *read: str) -> None:
+    unread = sorted(set(weights) - set(read))
+    if unread:
+        raise ConfigError(f"weights {unread}: no tensor of this layer; it has {sorted(read)}")
+
+
 def _run_switch(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dict[str, np.ndarray]:
     num_experts, tokens = weights["router.classifier.weight"].shape[0], x.shape[1]
     capacity = min(int(arrays["expert_capacity"]), tokens)
+    matrices = (f"experts.expert_{e}.{name}.weight" for e in range(num_experts) for name in ("wi", "wo"))
+    _all_read(weights, "router.classifier.weight", *matrices)
 
     def stack(name: str) -> np.ndarray:  # E of [out,in] → [E,in,out]
         return np.stack([weights[f"experts.expert_{e}.{name}.weight"].T for e in range(num_experts)])
@@ -155,6 +166,9 @@ def _run_switch(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dic
 
 
 def _run_deepseek_v3(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dict[str, np.ndarray]:
+    shared_names = (f"shared_experts.{name}.weight" for name in ("up_proj", "down_proj", "gate_proj"))
+    own = ("gate.weight", "gate.e_score_correction_bias", "experts.gate_up_proj", "experts.down_proj")
+    _all_read(weights, *own, *shared_names)
     # [E,2F,D] → [E,D,2F] → two of [E,D,F]
     gate_matrix, up = np.split(weights["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=2)
     num_experts, k = up.shape[0], int(arrays["num_experts_per_tok"])
