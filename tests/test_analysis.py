@@ -112,9 +112,9 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     np.testing.assert_array_equal(pairs, [[[3, 1, 1, 1], [1, 2, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]])
 
     final = measures.membership(INDEX, CHOSEN, 4)
-    earlier = measures.membership(np.array([[[0, 3], [2, 0], [0, 2], [1, 2]]]), np.ones((1, 4, 2), bool), 4)
-    # Of {0,1} one was there, of {0,2} both, of {1} none, of {0,3} none.
-    np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 0 + 0) / 4])
+    earlier = measures.membership(np.array([[[0, 3], [2, 0], [1, 2], [1, 2]]]), np.ones((1, 4, 2), bool), 4)
+    # Of {0,1} one was there, of {0,2} both, of {1} all, of {0,3} none.
+    np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 1 + 0) / 4])
 
     first, tokens = np.array([0, 0, 1, 0, 1, 1]), np.array([7, 7, 7, 8, 8, 9])
     found = measures.top_tokens(first, tokens, 3, at_least=2, number=5)
