@@ -27,6 +27,7 @@ def get_suite(size: str) -> Suite:
         base=common.base(size),
         variants=variants,
         seeds=(0, 1, 2),
+        primary=common.primary(size),
         comparisons={
             "equal active FLOPs and parameters": Comparison(
                 "top1_1.25",

@@ -25,6 +25,7 @@ def get_suite(size: str) -> Suite:
         base=common.base(size),
         variants=variants,
         seeds=(0, 1, 2),
+        primary=common.primary(size),
         comparisons={
             "equal FLOPs and parameters of the student": Comparison(
                 "dense", ("distilled",), ("steps", "flops", "active_parameters", "total_parameters")

@@ -31,6 +31,7 @@ def get_suite(size: str) -> Suite:
         base=common.base(size),
         variants=variants,
         seeds=(0, 1, 2),
+        primary=common.primary(size),
         comparisons={
             "equal FLOPs and parameters": Comparison(
                 "gshard_16x2", tuple(variants)[1:], ("steps", "flops", "active_parameters", "total_parameters")

@@ -24,6 +24,7 @@ def get_suite(size: str) -> Suite:
         base=base,
         variants=variants,
         seeds=(0, 1, 2),
+        primary=common.primary(size),
         comparisons={
             "equal active FLOPs": Comparison("experts_1", tuple(variants)[1:], ("steps", "flops"), tolerance=0.05)
         },

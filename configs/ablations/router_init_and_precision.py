@@ -24,6 +24,7 @@ def get_suite(size: str) -> Suite:
         base=common.base(size),
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
+        primary=common.primary(size),
         comparisons={
             "equal FLOPs and parameters": Comparison(
                 "init_1.0", tuple(variants)[1:], ("steps", "flops", "active_parameters", "total_parameters")

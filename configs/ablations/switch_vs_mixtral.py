@@ -43,6 +43,7 @@ def get_suite(size: str) -> Suite:
         base=base,
         variants={"dense": Variant({}, note="one FFN"), **sparse},
         seeds=(0, 1, 2, 3, 4),
+        primary=common.primary(size),
         comparisons={
             "equal active FLOPs": Comparison("dense", names, ("steps", "flops")),
             "equal active and total parameters": Comparison(

@@ -23,6 +23,7 @@ def get_suite(size: str) -> Suite:
         base=common.base(size),
         variants=variants,
         seeds=(0, 1, 2),
+        primary=common.primary(size),
         comparisons={
             "equal FLOPs and parameters, beside the parent's": Comparison(
                 "scratch", ("upcycled",), ("steps", "flops", "active_parameters", "total_parameters")

@@ -3,12 +3,12 @@
 In: the :class:`moe.lab.results.Results` of a suite. Out: a :class:`Finding` per claim: an effect with its interval, and
 supported, not supported or not testable.
 
-Rules. An effect is a mean of paired differences over seeds with a 95 % t interval (:mod:`moe.lab.statistics`), in nats
-per token of held-out text where it is a loss. "Lower" is supported if the whole interval is below zero, "no worse" if
-it is below ``MARGIN``, "alike" if it is within ± ``MARGIN``. Everything else is not supported: contradicted if the
-whole interval is on the other side, undecided otherwise. A claim of several parts is supported if every part is,
-contradicted if one is. Without two seeds nothing is testable. No correction is made for testing twenty claims: at 95 %
-one of them is expected to come out by chance, which the p-values let a reader judge.
+Rules. An effect is a mean of paired differences over seeds with a 95 % t interval (:mod:`moe.lab.statistics`), in
+nats per token of the suite's primary held-out text where it is a loss. "Lower" is supported if the whole interval is
+below zero, "no worse" if it is below ``MARGIN``, "alike" if it is within ± ``MARGIN``. Everything else is not
+supported: contradicted if the whole interval is on the other side, undecided otherwise. A claim of several parts is
+supported if every part is, contradicted if one is. Without two seeds nothing is testable. No correction is made for
+testing twenty claims: at 95 % one of them is expected to come out by chance, which the p-values let a reader judge.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 from moe.lab import statistics
-from moe.lab.results import Results
+from moe.lab.results import PRIMARY, Results
 from moe.lab.statistics import Effect, effect
 
 #: Nats per token that count as nothing: a hundredth of what separates these models from the unigram baseline.
@@ -132,7 +132,7 @@ def shown(what: str, values: ArrayLike) -> Part:
 Values = np.ndarray
 
 
-def _loss(r: Results, variant: str, *, domain: str = "all", at: int | None = None) -> Values:
+def _loss(r: Results, variant: str, *, domain: str = PRIMARY, at: int | None = None) -> Values:
     return _values(r, variant, "loss", domain=domain, at=at)
 
 
@@ -159,7 +159,7 @@ def _difference(r: Results, first: str, second: str, *, at: int | None = None) -
 
 def _first_evaluation(r: Results, variant: str) -> int:
     for seed in r.seeds:
-        if curve := r.curve(variant, seed, "loss", "all"):
+        if curve := r.curve(variant, seed, "loss", PRIMARY):
             return curve[0][0]
     raise Missing(f"no loss of {variant}")
 

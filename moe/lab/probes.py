@@ -7,6 +7,7 @@ MoE layers. The measurements are :mod:`moe.analysis`'s; here they are chosen, on
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ PYTHON_TOKENS = 20_000  # of held-out source whose syntax is looked at
 class Model:
     """A variant's model: what is compiled for one run serves the others of its variant."""
 
-    def __init__(self, program: Program):
-        """Of any run of the variant; its data are read once."""
-        self.program = program
+    def __init__(self, program: Program, primary: tuple[str, ...]):
+        """Of any run of the variant; its data are read once. ``primary``: domains that a loss is the mean over."""
+        self.program, self.primary = program, primary
         config = program.config
         self.prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
         self.heldout: Heldout = load_heldout(program, self.prepared)
@@ -74,8 +75,9 @@ class Trained:
         return checkpoint.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
 
     def loss(self, make: Callable[..., probes.Probe], *arguments: Any) -> float:
-        """Held-out loss over all domains under a probe of :mod:`moe.analysis.probes`."""
-        return self.model.probe(make, *arguments)(self.variables(), self.model.heldout)["all"]
+        """Held-out loss over the primary domains under a probe of :mod:`moe.analysis.probes`."""
+        losses = self.model.probe(make, *arguments)(self.variables(), self.model.heldout)
+        return statistics.fmean(losses[domain] for domain in self.model.primary)
 
 
 def eval_capacity(run: Trained) -> dict[str, float]:

@@ -23,7 +23,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from moe.config import from_config_dict
 from moe.lab import statistics
 from moe.lab.claims import CLAIMS, MARGIN, Claim, Finding, chance_of_drop
-from moe.lab.results import RESULTS, TIMES, Results
+from moe.lab.results import PRIMARY, RESULTS, TIMES, Results
 from moe.lab.statistics import effect
 from moe.lab.suite import Comparison, Suite
 
@@ -59,7 +59,8 @@ def write(directory: Path, suite: Suite, results: Results, command: str) -> None
         f"Command: `{command}`. Hardware: {', '.join(devices) or 'not recorded'}. Seeds: "
         f"{', '.join(map(str, results.seeds))}. {base.train.num_steps:,} steps of {tokens:,} tokens, "
         f"{base.model.num_layers} layers of {base.model.d_model}; domains: {', '.join(results.domains())}.",
-        "Losses are nats per token of held-out text at the last step. Differences are paired by seed (same text in the "
+        "Losses are nats per token of held-out text at the last step, and unless a domain is named the mean over "
+        f"{', '.join(suite.primary)}. Differences are paired by seed (same text in the "
         "same order), with a 95 % interval and a two-sided p by Student's t; they are not corrected for their number. "
         f"This page is made from `{RESULTS}` and `{TIMES}` alone.",
     ]
@@ -144,7 +145,7 @@ def _arms(suite: Suite, results: Results) -> str:
                 f"{cost['total_parameters'] / 1e6:.2f} M",
                 f"{cost['active_parameters'] / 1e6:.2f} M",
                 f"{cost['flops']:.3g}",
-                _mean_sd([results.last(name, seed, "loss", "all") for seed in results.seeds]),
+                _mean_sd([results.last(name, seed, "loss", PRIMARY) for seed in results.seeds]),
                 f"{np.median(rate):,.0f}" if rate else "–",
             )
         )
@@ -157,7 +158,7 @@ def _comparison(results: Results, comparison: Comparison, arms: Sequence[str]) -
     if timed:
         losses, note = _at_equal_time(results, arms)
     else:
-        losses = {arm: [results.last(arm, seed, "loss", "all") for seed in results.seeds] for arm in arms}
+        losses = {arm: [results.last(arm, seed, "loss", PRIMARY) for seed in results.seeds] for arm in arms}
         note = f"Equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal)}."
     base = np.asarray(losses[comparison.baseline])
     rows = []
@@ -181,7 +182,8 @@ def _at_equal_time(results: Results, arms: Sequence[str]) -> tuple[dict[str, lis
     """Losses at the longest time by the clock that every run has reached."""
     timed = {
         (arm, seed): [
-            (step * results.seconds_per_step(arm, seed), loss) for step, loss in results.curve(arm, seed, "loss", "all")
+            (step * results.seconds_per_step(arm, seed), loss)
+            for step, loss in results.curve(arm, seed, "loss", PRIMARY)
         ]
         for arm in arms
         for seed in results.seeds
@@ -201,7 +203,7 @@ def _at_equal_time(results: Results, arms: Sequence[str]) -> tuple[dict[str, lis
 def _speed_up(results: Results, baseline: str, arm: str) -> str:
     ratios = []
     for seed in results.seeds:
-        target, curve = results.curve(baseline, seed, "loss", "all"), results.curve(arm, seed, "loss", "all")
+        target, curve = results.curve(baseline, seed, "loss", PRIMARY), results.curve(arm, seed, "loss", PRIMARY)
         if target and curve:
             ratios.append(target[-1][0] / statistics.steps_to_reach(curve, target[-1][1]))
     return "–" if not ratios else "not reached" if min(ratios) == 0 else f"{_mean_sd(ratios, 2)}"
@@ -275,7 +277,7 @@ def _curves(path: Path, suite: Suite, results: Results) -> str:
     colors = _colors(results)
     for axis, (label, scale) in zip(axes[0], scales, strict=True):
         for name in results.variants:
-            curves = [curve for seed in results.seeds if (curve := results.curve(name, seed, "loss", "all"))]
+            curves = [curve for seed in results.seeds if (curve := results.curve(name, seed, "loss", PRIMARY))]
             if not curves or name not in suite.variants:
                 continue
             steps = np.asarray([step for step, _ in curves[0]])

@@ -22,6 +22,8 @@ from moe.lab.runner import DONE, Run
 from moe.lab.suite import Suite
 from moe.metrics import METRICS, TIMING, read_rows
 
+#: Domain under which the mean loss over a suite's primary domains stands.
+PRIMARY = "primary"
 COLUMNS = ("variant", "seed", "step", "quantity", "domain", "layer", "value")
 TIMING_COLUMNS = ("variant", "seed", "seconds", "train_seconds", "tokens_per_second", "devices")
 RESULTS, TIMES = "results.csv", "timing.csv"
@@ -32,7 +34,7 @@ Row = tuple[str, int, int, str, str, str, str]
 class Results:
     """Values by what they are of.
 
-    A key is (quantity, domain, layer): ``("loss", "all", "")``, ``("max_violation", "", "2")``.
+    A key is (quantity, domain, layer): ``("loss", "primary", "")``, ``("max_violation", "", "2")``.
     """
 
     def __init__(self, rows: Iterable[Row], times: Iterable[dict[str, str]] = ()):
@@ -98,17 +100,17 @@ class Results:
         )
 
     def domains(self) -> list[str]:
-        """Of the held-out text, without "all"."""
+        """Of the held-out text, without "all" and the primary mean."""
         names = []
         for key in self._curves:
-            if key[2] == "loss" and key[3] not in ("", "all", *names):
+            if key[2] == "loss" and key[3] not in ("", "all", PRIMARY, *names):
                 names.append(key[3])
         return names
 
     def seconds_per_step(self, variant: str, seed: int) -> float:
         """By the clock; NaN if timing.csv is not there."""
         row = self.times.get((variant, seed))
-        steps = self.curve(variant, seed, "loss", "all")
+        steps = self.curve(variant, seed, "loss", PRIMARY)
         return float(row["train_seconds"]) / steps[-1][0] if row and steps else float("nan")
 
 
@@ -126,6 +128,7 @@ def collect(suite: Suite, runs: Sequence[Run]) -> tuple[list[Row], list[dict[str
 
         for quantity, value in suite.costs(run.variant).items():
             add(0, quantity, value)
+        losses: dict[int, dict[str, float]] = {}
         for row in read_rows(epath.Path(run.directory) / METRICS):
             if row["kind"] == "train":
                 add(row["step"], "train_loss", row["cross_entropy"])
@@ -135,8 +138,11 @@ def collect(suite: Suite, runs: Sequence[Run]) -> tuple[list[Row], list[dict[str
             elif row["kind"].startswith("heldout/"):
                 domain = row["kind"].removeprefix("heldout/")
                 add(row["step"], "loss", row["loss"], domain)
+                losses.setdefault(row["step"], {})[domain] = row["loss"]
                 if domain == "all" and "expert_load" in row:
                     _add_routing(add, row)
+        for step, by_domain in losses.items():
+            add(step, "loss", statistics.fmean(by_domain[domain] for domain in suite.primary), PRIMARY)
         for name, value in sorted(done["probes"].items()):
             quantity, _, layer = name.partition("@")
             add(run.config.train.num_steps, quantity, value, layer=layer)

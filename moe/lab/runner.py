@@ -149,7 +149,7 @@ def _run(suite: Suite, run: Run, programs: Programs, models: dict[str, probes.Mo
         with jax.set_mesh(mesh):
             if run.variant not in models:
                 models.clear()  # the variant before is done with
-                models[run.variant] = probes.Model(programs(run.config, mesh))
+                models[run.variant] = probes.Model(programs(run.config, mesh), suite.primary)
             trained = probes.Trained(run.directory, models[run.variant])
             for name in names:
                 measured |= {f"{name}/{quantity}": value for quantity, value in probes.PROBES[name](trained).items()}

@@ -74,6 +74,7 @@ class Suite:
         variants: by name.
         seeds: of every variant; at least three, so that a difference has an interval.
         comparisons: by name.
+        primary: domains whose mean held-out loss every comparison and claim is about; fixed before the runs.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Suite:
     variants: Mapping[str, Variant]
     seeds: tuple[int, ...]
     comparisons: Mapping[str, Comparison]
+    primary: tuple[str, ...]
 
     def config(self, variant: str, seed: int = 0, *, starts_from: str = "", teacher: str = "") -> Config:
         """Of one run.
