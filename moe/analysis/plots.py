@@ -1,6 +1,7 @@
 """Plots of a summary (:func:`moe.analysis.summary.summarise`), as PNGs.
 
-In: that dict. Out: load.png, depth.png, coactivation.png, and saturation.png where there are several checkpoints.
+In: that dict. Out: load.png, depth.png, coactivation.png where K > 1, saturation.png where there are several
+checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from etils import epath
 
 def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
     """Writes every plot that the summary has numbers for; returns the file names."""
-    figures = {"load.png": _load, "depth.png": _depth, "coactivation.png": _coactivation}
+    figures = {"load.png": _load, "depth.png": _depth}
+    if summary["experts_per_token"] > 1:
+        figures["coactivation.png"] = _coactivation
     if "saturation" in summary:
         figures["saturation.png"] = _saturation
     for name, draw in figures.items():
