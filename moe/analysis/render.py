@@ -10,6 +10,7 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import html
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -58,7 +59,7 @@ def colours(num_experts: int) -> list[str]:
     """A light colour for each expert, as #rrggbb: ColorBrewer's Set3 up to 12, else hues around the circle."""
     if num_experts <= 12:
         return [matplotlib.colors.to_hex(colour) for colour in plt.get_cmap("Set3").colors[:num_experts]]  # pyright: ignore[reportAttributeAccessIssue]
-    shades = [(0.35, 1.0), (0.65, 0.9), (0.5, 0.7)]
+    shades = [(0.3, 1.0), (0.6, 0.95), (0.4, 0.82)]
     hues = [(expert / num_experts, *shades[expert % len(shades)]) for expert in range(num_experts)]
     return [matplotlib.colors.to_hex(colorsys.hsv_to_rgb(*hue)) for hue in hues]
 
@@ -132,10 +133,12 @@ def picture(path: epath.Path, passages: Sequence[Passage], layers: Sequence[int]
                     # One by one: no font's advance is exactly a column.
                     if character.strip():
                         ax.text(column + 0.5, number + 0.78, character, ha="center", **_TEXT)
-    handles = [matplotlib.patches.Patch(color=colour, label=str(expert)) for expert, colour in enumerate(palette)]
-    fig.legend(
-        handles=handles, title="first expert", loc="upper center", ncols=min(num_experts, 32), fontsize=8, frameon=False
-    )
+    # The legend: a strip of all experts; numbers as far as they fit.
+    strip = fig.add_axes((0.2, 1 - 0.36 / height, 0.6, 0.17 / height), yticks=[])
+    strip.imshow([range(num_experts)], cmap=matplotlib.colors.ListedColormap(palette), aspect="auto")
+    strip.set_xticks(range(0, num_experts, math.ceil(num_experts / (10 * columns))))
+    strip.tick_params(labelsize=7, length=0, pad=1)
+    strip.set_title("first expert", fontsize=8, pad=2)
     with path.open("wb") as file:
         fig.savefig(file, dpi=110, format="png")
     plt.close(fig)
