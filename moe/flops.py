@@ -6,6 +6,7 @@ B): 6 per active matmul parameter, plus attention scores, forward and backward t
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -25,6 +26,7 @@ def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
+@functools.cache
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active): active leaves out the experts that a token does not visit; both count all embeddings."""
     total = active = 0

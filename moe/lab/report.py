@@ -223,8 +223,9 @@ def _routing(suite: Suite, results: Results) -> str:
         layers = results.layers(name, "max_violation")
         if not layers or name not in suite.variants:
             continue
-        moe = suite.config(name).model.moe
-        chance = chance_of_drop(moe.group_size, moe.num_experts, moe.capacity_factor, moe.experts_per_token)
+        config = suite.config(name)
+        moe, tokens = config.model.moe, config.model.moe.group_size or config.data.sequence_length
+        chance = chance_of_drop(tokens, moe.num_experts, moe.capacity_factor, moe.experts_per_token)
         trained = effect([results.over_layers(name, seed, "train_fraction_tokens_dropped") for seed in results.seeds])
         cells = []
         for quantity, _ in ROUTING[:3]:
