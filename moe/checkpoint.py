@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -126,6 +128,16 @@ class Checkpoints:
         with _said_in_a_sentence(self._workdir, self._manager):
             self._manager.wait_until_finished()
 
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """An error within is told only when it is clear which checkpoints there are."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(ConfigError):
+                self.wait()
+            raise
+
     def resume(
         self, state: TrainState, iterator: grain.DatasetIterator, say: Callable[[str], Any]
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
@@ -207,6 +219,26 @@ class Checkpoints:
         """Waits until what was started is on disk. Raises ConfigError if it could not be written."""
         self.wait()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def errors_said_once() -> Iterator[None]:
+    """Without the tracebacks that Orbax's threads log of what is raised as well, and TensorStore of what comes late."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    def late(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, late
+    absl_logging.get_absl_logger().addFilter(keep)
+    try:
+        yield
+    finally:
+        absl_logging.get_absl_logger().removeFilter(keep)
+        sys.unraisablehook = hook
 
 
 class _LowestLoss(preservation_policy.PreservationPolicy):
@@ -297,7 +329,11 @@ def complete_steps(workdir: epath.Path) -> list[int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no more is known').splitlines()[0][:200]}"
+    """Of what was wrong first; those above it speak of the work that failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip() or "no more is known").splitlines()[0]
+    return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-190:]}'}"
 
 
 # --- Parameters alone ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Only process 0 writes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -65,11 +66,11 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flushes and closes; all of them, if one cannot be."""
         if self._active:
-            for file in self._files.values():
-                file.close()
-            self._board.close()
+            with contextlib.ExitStack() as stack:
+                for closing in (self._board, *self._files.values()):
+                    stack.callback(closing.close)
 
 
 def to_python(tree: Any) -> Any:

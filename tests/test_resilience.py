@@ -1,0 +1,425 @@
+"""What ends or spoils a run: bad numbers, damaged checkpoints, a full disk, signals, a second run in its workdir."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe import checkpoint, guard, health
+from moe import train as training
+from moe.config import ConfigError
+from moe.metrics import read_rows
+from moe.sealed import seal, unseal
+from moe.step import build
+from moe.train import train
+from tests.test_train import ONE, compilation_cache, directory, tiny  # noqa: F401  fixtures
+
+SETTINGS = {
+    "model.num_layers": 1,
+    "train.log_every": 1,
+    "train.eval_every": 6,
+    "train.sample_tokens": 0,
+    "optimizer.learning_rate": 1e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """make_program that compiles once; what differs between runs here is no part of a program."""
+    made = []
+
+    def make(config, mesh, teacher=None):
+        if not made:
+            made.append(build(config, mesh, teacher))
+        return dataclasses.replace(made[0], config=config)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(directory, programs, tmp_path_factory):  # noqa: F811
+    """A run that nothing happened to: 6 steps, checkpoints of 2, 4 and 6, the newest two kept."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs)
+    return workdir
+
+
+class Interrupted(Exception):
+    pass
+
+
+def raise_interrupted():
+    raise Interrupted
+
+
+def at_step(wanted, act):
+    """train._next that does something before the batch of a step."""
+    take = training._next
+
+    def taking(iterator, step, checkpoints):
+        if step == wanted:
+            act()
+        return take(iterator, step, checkpoints)
+
+    return taking
+
+
+def rows(workdir, kind):
+    return [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == kind]
+
+
+def steps(workdir):
+    return checkpoint.complete_steps(training.epath.Path(workdir))
+
+
+def state_of(program, workdir, step):
+    checkpoints = checkpoint.Checkpoints(training.epath.Path(workdir), 9)
+    state, _ = checkpoints.restore(step, program.state)
+    checkpoints.close()
+    return state
+
+
+# --- Numbers going wrong ---------------------------------------------------------------------------------------------
+def test_an_update_that_is_not_finite_changes_nothing(directory, whole, programs):  # noqa: F811
+    config = tiny(directory, **SETTINGS)
+    mesh = training.sharding.make_mesh(config.mesh, ONE)
+    with jax.set_mesh(mesh):
+        program = programs(config, mesh)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(3, 400, (8, 16)).astype(np.int32)
+        ones = np.ones_like(tokens)
+        batch = {"tokens": tokens, "targets": tokens, "segment_ids": ones, "positions": ones.cumsum(1) - 1}
+        batch = training.place(batch, mesh)
+        # One infinite norm scale: the loss is NaN.
+        scale = lambda state: state.parameters["final_norm"]["scale"]  # noqa: E731
+        before = state_of(program, whole, 4)
+        scale_before = scale(before)
+        before.parameters["final_norm"]["scale"] = scale_before.at[0].set(jnp.inf)
+        kept = jax.tree.map(np.asarray, before)
+        after, metrics = program.train_step(before, batch)
+        assert not np.isfinite(metrics.loss)
+        assert metrics.skipped == 1
+        assert after.step == 5
+        for name in ("parameters", "biases", "rng"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(kept, name))
+        changed = [
+            jax.tree_util.keystr(path)
+            for (path, ours), theirs in zip(
+                jax.tree_util.tree_leaves_with_path(after.optimizer), jax.tree.leaves(kept.optimizer), strict=True
+            )
+            if (np.asarray(ours) != theirs).any()
+        ]
+        assert len(changed) == 1  # the schedule's count: the learning rate goes on with the steps
+        assert metrics.learning_rate == pytest.approx(rows(whole, "train")[4]["learning_rate"])
+        # The same state, mended, is updated.
+        after.parameters["final_norm"]["scale"] = scale_before
+        last, metrics = program.train_step(after, batch)
+        assert metrics.skipped == 0
+        assert (np.asarray(scale(last)) != np.asarray(kept.parameters["final_norm"]["scale"])).all()
+
+
+def poisoned(programs, at):
+    """make_program whose parameters turn infinite before some steps, as an update gone wrong leaves them."""
+
+    def make(config, mesh, teacher=None):
+        program = programs(config, mesh, teacher)
+
+        def step(state, batch):
+            if int(state.step) + 1 in at:
+                norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+                state = dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
+            return program.train_step(state, batch)
+
+        return dataclasses.replace(program, train_step=step)
+
+    return make
+
+
+def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):  # noqa: F811
+    config = tiny(directory, **SETTINGS, **{"train.num_steps": 10, "train.max_skipped_steps": 3})
+    bad = poisoned(programs, {5})
+    train(config, str(tmp_path / "run"), ONE, make_program=bad)
+    warned = [(row["step"], row["what"]) for row in rows(tmp_path / "run", "warning") if row["what"] != "dead"]
+    assert warned == [(5, "skipped"), (6, "skipped"), (7, "skipped"), (7, "rollback")]
+    back = next(row for row in rows(tmp_path / "run", "warning") if row["what"] == "rollback")
+    assert back["to"] == 4
+    first = next(row for row in rows(tmp_path / "run", "warning") if row["what"] == "skipped")
+    assert first["first_row"] == 4 * 8  # the fifth batch of 8 rows
+    logged = rows(tmp_path / "run", "train")
+    assert [row["step"] for row in logged] == [*range(1, 11)]
+    assert [row["skipped"] for row in logged] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert np.isfinite([row["loss"] for row in logged[7:]]).all()
+    assert logged[7]["learning_rate"] < logged[4]["learning_rate"] < logged[2]["learning_rate"]
+    # Interrupted after the rollback and before the next checkpoint: the same bytes, rollback and all.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_next", at_step(8, raise_interrupted))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
+    assert steps(tmp_path / "stopped") == [2, 4]
+    train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at", "words"),
+    [
+        ({"train.on_skipped_steps": "stop"}, {3}, "step 4: the last 2 updates were skipped, from step 3 on.*'stop'"),
+        ({}, {1}, "no checkpoint is left to go back to"),
+    ],
+)
+def test_numbers_that_stay_bad_stop_the_run(directory, tmp_path, programs, overrides, at, words):  # noqa: F811
+    config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 2}, **overrides)
+    with pytest.raises(ConfigError, match=words):
+        train(config, str(tmp_path), ONE, make_program=poisoned(programs, at))
+
+
+def test_a_streak_that_goes_on_goes_back_further(directory, tmp_path, programs):  # noqa: F811
+    """Spoilt at 7, back to 6, spoilt again at 9 without a good step between: back to 4."""
+    config = tiny(directory, **SETTINGS, **{"train.num_steps": 12, "train.max_skipped_steps": 2})
+    train(config, str(tmp_path), ONE, make_program=poisoned(programs, {7, 9}))
+    assert [row["to"] for row in rows(tmp_path, "warning") if row["what"] == "rollback"] == [6, 4]
+    assert rows(tmp_path, "train")[-1]["skipped"] == 0
+
+
+def test_spikes_and_dead_experts_by_hand():
+    """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; six of them end at 5.9478."""
+    watch = health.Health(6.0, 8)
+    metrics = [{"skipped": 0.0, "cross_entropy": 1.0 + step % 2} for step in range(16)]
+    load = [[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]
+    (dead,) = watch.look(16, metrics, {"expert_load": load})
+    assert (dead["what"], dead["experts"]) == ("dead", [[0, 2]])
+    resumed = health.Health(6.0, 8, json.loads(json.dumps(watch.memory())))
+    for follower in (watch, resumed):
+        assert follower.look(17, [{"skipped": 1.0, "loss": 9.0, "gradient_norm": np.inf}], {})[0]["what"] == "skipped"
+    assert watch.look(18, [{"skipped": 0.0, "cross_entropy": 5.9}], {"expert_load": load}) == []
+    (spike,) = resumed.look(18, [{"skipped": 0.0, "cross_entropy": 6.0}], {"expert_load": load})
+    assert (spike["what"], spike["at"], spike["median"]) == ("spike", 18, 1.5)
+    assert (watch.skipped_in_a_row, resumed.skipped_in_a_row) == (0, 0)
+    (dead,) = resumed.look(19, [], {"expert_load": [[0.5, 0.5, 0.0], [0.0, 0.4, 0.6]]})
+    assert dead["experts"] == [[1, 0]]  # the other one was dead before
+    assert health.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
+
+
+# --- Damage ----------------------------------------------------------------------------------------------------------
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+DAMAGES = {
+    "an array's bit flipped": lambda folder: flip(largest(folder / "state")),
+    "an array cut short": lambda folder: os.truncate(largest(folder / "state"), 1000),
+    "an array lost": lambda folder: largest(folder / "state").unlink(),
+    "the index lost": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "the index empty": lambda folder: (folder / "state" / "manifest.ocdbt").write_bytes(b""),
+    "a number of the loop changed": lambda folder: replace(folder / "memory" / "metadata", "3", "4"),
+    "the data's place changed": lambda folder: replace(folder / "data" / "stream_0.json", "1", "2"),
+    "the data's place lost": lambda folder: (folder / "data" / "stream_0.json").unlink(),
+    "all lost": lambda folder: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(directory, whole, programs, tmp_path, capsys, damage):  # noqa: F811
+    """The run goes on from the one before, writes the same again, and deletes nothing."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    (workdir / "report.txt").unlink()
+    DAMAGES[damage](workdir / "checkpoints" / "6")
+    spoilt = {path.name: path.read_bytes() for path in (workdir / "checkpoints" / "6").rglob("*") if path.is_file()}
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs)
+    said = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"the checkpoint of step 6 is damaged and now lies in {workdir}/damaged/6: ")
+    aside = workdir / "damaged" / "6"
+    assert {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()} == spoilt
+    assert steps(workdir) == [4, 6]
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, programs, tmp_path):  # noqa: F811
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    for step in (4, 6):
+        flip(largest(workdir / "checkpoints" / str(step) / "state"))
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"no checkpoint is good \(step 6: \d+ arrays? .*; step 4: "):
+        train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    model = checkpoint.read_config(workdir).model
+    with pytest.raises(ConfigError, match="the checkpoint of step 6 is damaged"):
+        checkpoint.read_parameters(workdir, model)
+    checkpoint.read_parameters(whole, model)
+
+
+def test_what_cannot_be_read_for_other_reasons_is_not_called_damaged(whole, programs, monkeypatch, directory):  # noqa: F811
+    checkpoints = checkpoint.Checkpoints(training.epath.Path(whole), 2, read_only=True)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(PermissionError):
+        checkpoints.resume(None, None, print)  # pyright: ignore[reportArgumentType]
+    assert steps(whole) == [4, 6]
+
+
+def test_a_checksum_knows_every_bit_and_no_mesh():
+    values = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    words = values.view(np.uint32).ravel().astype(np.uint64)
+    by_hand = int((words * (2 * np.arange(48, dtype=np.uint64) + 1)).sum() % 2**32)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    split = jax.device_put(values, jax.NamedSharding(mesh, jax.P("a", "b")))
+    assert checkpoint.checksums([values, split]) == {"[0]": by_hand, "[1]": by_hand}
+    moved = values.copy()
+    moved[0, 0], moved[0, 1] = values[0, 1], values[0, 0]
+    assert checkpoint.checksums([moved])["[0]"] != by_hand
+    for bit in (0, 31):
+        flipped = values.copy()
+        flipped.view(np.uint32)[7, 5] ^= np.uint32(1) << np.uint32(bit)
+        assert checkpoint.checksums([flipped])["[0]"] != by_hand
+    assert unseal(seal({"a": [0.1, float("nan")]}))["a"][0] == 0.1
+    with pytest.raises(ValueError, match="checksum"):
+        unseal(seal({"a": 0.1}).replace("0.1", "0.2"))
+
+
+@contextlib.contextmanager
+def mounted(path: Path, *options: str):
+    """A disk of its own, where this process may have one."""
+    path.mkdir()
+    result = subprocess.run(["mount", *options, str(path)], capture_output=True, check=False)
+    if result.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(directory, whole, programs, tmp_path):  # noqa: F811
+    needed = sum(path.stat().st_size for path in (whole / "checkpoints" / "6").rglob("*") if path.is_file())
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={2 * needed // 1024 + 100}k", "tmpfs"):
+        workdir, config = tmp_path / "disk" / "run", tiny(directory, **SETTINGS)
+        ballast = tmp_path / "disk" / "ballast"
+        ballast.write_bytes(bytes(needed // 2))
+        with pytest.raises(ConfigError) as caught:
+            train(config, str(workdir), ONE, make_program=programs, quiet=True)
+        assert "\n" not in str(caught.value)
+        assert "No space left on device" in str(caught.value)
+        good = steps(workdir)
+        assert f"of step {max(good)}" in str(caught.value) or f"from step {max(good)}" in str(caught.value)
+        ballast.unlink()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        train(config, str(workdir), ONE, make_program=programs, quiet=True)
+        for name in ("metrics.jsonl", "report.txt"):
+            assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_read_only_workdir_is_refused_before_anything_is_prepared(directory, whole, programs, tmp_path):  # noqa: F811
+    with mounted(tmp_path / "disk", "--bind", "-o", "ro", str(whole.parent)):
+        workdir = tmp_path / "disk" / "run"
+        with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
+            train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+        checkpoint.read_parameters(workdir, checkpoint.read_config(workdir).model)  # reading needs no more
+
+
+def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_path, monkeypatch):  # noqa: F811
+    def failing(*arguments, **named):
+        iterator = make(*arguments, **named)
+        take = type(iterator).__next__
+        count = []
+
+        def broken(self):
+            count.append(1)
+            if len(count) == 4:
+                raise OSError(5, "Input/output error")
+            return take(self)
+
+        monkeypatch.setattr(type(iterator), "__next__", broken)
+        return iterator
+
+    make = training.pipeline.train_iterator
+    monkeypatch.setattr(training.pipeline, "train_iterator", failing)
+    words = r"the batch of step 4 cannot be read \(\[Errno 5\] Input/output error\).* goes on from step 2"
+    with pytest.raises(ConfigError, match=words):
+        train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    monkeypatch.undo()
+    train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+# --- Other processes -------------------------------------------------------------------------------------------------
+def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):  # noqa: F811
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with guard.locked(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run is in it"):
+        train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_steps_end(directory, whole, programs, tmp_path, monkeypatch, number, code):  # noqa: F811
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(training, "_next", at_step(3, lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(guard.Stopped) as caught:
+        train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert caught.value.code == code
+    assert steps(tmp_path) == [2, 3]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    monkeypatch.undo()
+    train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(training.pipeline, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(guard.Stopped):
+        train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs)
+    assert not (tmp_path / "run").exists()
+
+
+# --- Retention -------------------------------------------------------------------------------------------------------
+def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_path):  # noqa: F811
+    """Held-out losses 3, 1, 2, ... at steps 2, 4, 6, ...: 4 is the best, also for a run that was started again."""
+    settings = {"train.num_steps": 12, "train.eval_every": 2, "train.keep_checkpoints": 1, "train.keep_every": 6}
+    config = tiny(directory, **SETTINGS | settings)
+    losses = {2: 3.0, 4: 1.0, 6: float("nan"), 8: 2.0, 10: 4.0, 12: 5.0}
+    counted = []
+
+    def evaluated(program, variables, heldout):
+        counted.append(1)
+        results = evaluate(program, variables, heldout)
+        results["all"]["loss"] = losses[2 * len(counted)]
+        return results
+
+    evaluate = training.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "evaluate", evaluated)
+        patch.setattr(training, "_next", at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(guard.Stopped):
+            train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
+        assert steps(tmp_path) == [4, 6, 9]
+        train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert steps(tmp_path) == [4, 6, 12]
