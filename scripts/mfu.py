@@ -1,6 +1,7 @@
 """Model FLOPs utilisation of a config's train step: `python scripts/mfu.py [--config=FILE] [--steps=N]`.
 
 Prints the machine's matmul rate and the step's, measured in turns in one process, on random tokens: no data needed.
+`--seeds=N` also times N runs as one vmapped program, on one device: whether seeds should train together.
 """
 
 import sys
@@ -19,6 +20,7 @@ from moe import cli
 
 _CONFIG = cli.define_config("configs/quickstart.py")
 _STEPS = flags.DEFINE_integer("steps", 20, "Train steps that are timed.", lower_bound=3)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs in one vmapped program, timed too if more than one.", lower_bound=1)
 
 
 def main() -> None:
@@ -44,8 +46,19 @@ def main() -> None:
         program = build(config, mesh)
         state, batch = program.init(), place(rows, mesh)
         state, _ = program.train_step(state, batch)  # compiles
-        seconds, rates = [], []
+        seconds, rates, together = [], [], []
+        if _SEEDS.value > 1:
+            states = jax.vmap(program.initialise)(np.arange(_SEEDS.value))
+            batches = jax.tree.map(lambda x: np.broadcast_to(x, (_SEEDS.value, *x.shape)), rows)
+            vmapped = jax.jit(jax.vmap(program.train_step), donate_argnums=0)
+            states, _ = vmapped(states, batches)
         for _ in range(_STEPS.value):
+            if _SEEDS.value > 1:
+                jax.block_until_ready(states)
+                start = time.perf_counter()
+                states, _ = vmapped(states, batches)
+                jax.block_until_ready(states)
+                together.append(time.perf_counter() - start)
             rates.append(flops.measured_matmul_rate(config.model.dtype, repeats=1))
             jax.block_until_ready(state)
             start = time.perf_counter()
@@ -61,6 +74,12 @@ def main() -> None:
     print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}")
     print(f"step rate: {per_step / step / 1e9:.0f} GFLOP/s, {tokens.size / step:,.0f} tokens/s")
     print(f"MFU: {per_step / step / rate:.2f}")
+    if together:
+        vmapped_step = statistics.median(together)
+        print(
+            f"{_SEEDS.value} seeds vmapped: median {vmapped_step * 1e3:.0f} ms, "
+            f"{vmapped_step / step / _SEEDS.value:.2f} x as long as one after another"
+        )
 
 
 if __name__ == "__main__":
