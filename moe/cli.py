@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -29,10 +30,9 @@ def load_config(flag: flags.FlagHolder) -> Config:
     Raises:
         ConfigError: see :func:`moe.config.from_config_dict`.
     """
-    try:
-        tree = flag.value
-    except OSError as error:
-        raise ConfigError(f"--config: {' '.join(str(error).split())}") from error
+    tree = flag.value
+    if not isinstance(tree, ml_collections.ConfigDict):
+        raise ConfigError(f"--config: get_config() must return a ConfigDict, not {type(tree).__name__}")
     return moe_config.from_config_dict(tree)
 
 
@@ -44,12 +44,16 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         required: names of flags that must be given.
     """
     flags.mark_flags_as_required(list(required))
+    for name in required:
+        flags.register_validator(name, bool, "must not be empty")
 
     def parse(argv: list[str]) -> list[str]:
         try:
             return _parse(argv)
-        except (ConfigError, flags.Error, OSError) as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
+        except Exception as error:  # a config file is a program, which may raise anything
+            if "--traceback" in argv:
+                raise
+            sys.exit(f"error: {_sentence(error, argv)}")
 
     def guarded(argv: list[str]) -> None:
         del argv
@@ -57,12 +61,31 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             if _TRACEBACK.value:
                 raise
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {' '.join(str(error).split())}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _sentence(error: Exception, argv: list[str]) -> str:
+    """What was wrong with the command line, in one line."""
+    text = " ".join(str(error).split())
+    # ml_collections hands on what a config file raises as text, with its traceback.
+    _, refusal, words = text.rpartition("moe.config.ConfigError: ")
+    if refusal:
+        return words
+    if isinstance(error, flags.IllegalFlagValueError):
+        for argument in argv[1:]:
+            name, _, value = argument.lstrip("-").partition("=")
+            if name.startswith("config.") and f"--{name}=" in text:
+                field = name.removeprefix("config.")
+                return f"{field}={value!r}: must be {moe_config.type_name(field)}"
+    if isinstance(error, (ConfigError, flags.Error)):
+        return text
+    files = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
+    return f"{' '.join(files) or '--config'}: {type(error).__name__}: {text}"
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ import typing
 import ml_collections
 
 GATES_OWN = -1
+LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # the devices' numbers have 32 bits
 
 
 class ConfigError(ValueError):
@@ -212,6 +213,8 @@ def from_config_dict(tree: ml_collections.ConfigDict | dict[str, typing.Any]) ->
     Raises:
         ConfigError: an unknown field (with the nearest name), a wrong type, an impossible value or combination.
     """
+    if not isinstance(tree, (dict, ml_collections.ConfigDict)):
+        raise ConfigError(f"a config is an object with the sections of moe.config.Config, not {type(tree).__name__}")
     return validate(resolve(_build(Config, dict(tree.items()), "")))
 
 
@@ -234,6 +237,18 @@ def check_field(path: str) -> None:
         if not dataclasses.is_dataclass(cls):
             raise ConfigError(f"{path}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
     _check_name(cls, last, "".join(f"{section}." for section in sections))
+
+
+def type_name(path: str) -> str:
+    """What the values of a field are, for a message; a section has fields of its own."""
+    hint: typing.Any = Config
+    for name in path.split("."):
+        hint = typing.get_type_hints(hint)[name]
+    if dataclasses.is_dataclass(hint):
+        return f"set by its fields: {', '.join(field.name for field in dataclasses.fields(hint))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {typing.get_args(hint)[0].__name__}, as in ('a','b') or (1,2)"
+    return hint.__name__
 
 
 def _check_name(cls: typing.Any, name: str, path: str) -> None:
@@ -265,10 +280,17 @@ def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
         if isinstance(value, (list, tuple)):
             return tuple(_check_type(item, entry, field) for entry in value)
         raise ConfigError(f"{field}={value!r}: must be a tuple of {item.__name__}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        if not abs(value) <= LARGEST_FLOAT:
+            raise ConfigError(f"{field}={value!r}: must be a finite number, in float32")
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, hint) or (hint is int and not number):
         raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
+    if hint is int and abs(value) > LARGEST:
+        raise ConfigError(f"{field}={value!r}: must be at most {LARGEST}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{field}={value!r}: must not hold the character NUL")
     return value
 
 
@@ -341,6 +363,7 @@ def _validate_model(model: ModelConfig) -> None:
     from moe.transformer import REMAT_POLICIES
 
     _require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+    _require(model.num_layers <= 10_000, "model.num_layers", model.num_layers, "must be at most 10000")
     _require_at_least("model.", model, 0, "sliding_window", "clip_qkv")
     _require(
         model.head_dim >= 2 and model.head_dim % 2 == 0,
@@ -501,6 +524,7 @@ def _validate_gate(moe: MoEConfig, where: str) -> None:
 
 def _validate_run(config: Config) -> None:
     data, train, optimizer = config.data, config.train, config.optimizer
+    _require(config.seed >= 0, "seed", config.seed, "must be at least 0")
     _require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _require_at_least("data.", data, 2, "sequence_length")
     _require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
@@ -511,6 +535,7 @@ def _validate_run(config: Config) -> None:
         f"must divide train.batch_size={train.batch_size}, or be 0 for gcd(8, batch_size)",
     )
     _require(all(data.dataset.split(",")), "data.dataset", data.dataset, "must name a dataset, or several, a,b")
+    _require(data.directory != "", "data.directory", data.directory, "must name a folder; '.' is the current one")
     _require(
         len(set(data.domains)) == len(data.domains) and all(data.domains),
         "data.domains",

@@ -28,6 +28,22 @@ from moe.transformer import segments
 Flat = dict[tuple[int, tuple[str, ...]], Any]
 
 
+def check(config: Config) -> None:
+    """Whether there is something at start.checkpoint and distill.teacher, before anything is written.
+
+    Raises:
+        ConfigError: no config there, or no checkpoints.
+    """
+    for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
+        if workdir:
+            try:
+                checkpoint.read_config(workdir)
+            except ConfigError as error:
+                raise ConfigError(f"{field}={workdir!r}: must be the workdir of a run or an import: {error}") from error
+            if not (checkpoint.epath.Path(workdir) / "checkpoints").exists():
+                raise ConfigError(f"{field}={workdir!r}: holds no checkpoints")
+
+
 def first_state(program: Program) -> TrainState:
     """The state at step 0: fresh, or with what ``config.start`` says.
 

@@ -30,10 +30,12 @@ _SHAPES = flags.DEFINE_list("shapes", ["A", "B", "sweep"], "A, B, or sweep: A wi
 _GATES = flags.DEFINE_list("gates", [], "Names of gates, or all; empty: the shape's own.")
 _MODES = flags.DEFINE_list("modes", ["gather", "dropless", "einsum"], "Dispatch modes.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens a layer sees.", lower_bound=1)
-_GROUP = flags.DEFINE_integer("group_size", 0, "Tokens that share a capacity; 0: all, but 512 for einsum.")
+_GROUP = flags.DEFINE_integer(
+    "group_size", 0, "Tokens that share a capacity; 0: all, but 512 for einsum.", lower_bound=0
+)
 _EXPERTS = flags.DEFINE_list("experts", [], "Numbers of experts, instead of the shape's.")
-_D_MODEL = flags.DEFINE_integer("d_model", 512, "D.")
-_D_FF = flags.DEFINE_integer("d_ff", 0, "F; 0: the shape's.")
+_D_MODEL = flags.DEFINE_integer("d_model", 512, "D.", lower_bound=1)
+_D_FF = flags.DEFINE_integer("d_ff", 0, "F; 0: the shape's.", lower_bound=0)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the matmuls.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "Share of the first expert, in shares of the others; 1: the gate decides.")
 _MESH = flags.DEFINE_list("mesh", [], "Sizes of mesh axes, as in expert=4,data=2; empty: one device.")
@@ -53,6 +55,32 @@ class Case:
     k: int
     d_ff: int
     activation: str
+
+
+def check() -> None:
+    """Refuses names and numbers that the flags' own types let pass."""
+    from moe import sharding
+    from moe.config import ConfigError
+    from moe.dispatch import MODES
+    from moe.routing import GATES
+
+    allowed: dict[str, list[str]] = {
+        "shapes": ["A", "B", "sweep"],
+        "gates": ["all", *GATES],
+        "modes": list(MODES),
+        "mesh": list(sharding.AXES),
+    }
+    for name, choices in allowed.items():
+        for entry in flags.FLAGS[name].value or []:
+            if entry.partition("=")[0] not in choices:
+                raise ConfigError(f"--{name}={entry}: must be of {', '.join(choices)}")
+    numbers = {"experts": _EXPERTS.value or [], "mesh": [entry.partition("=")[2] for entry in _MESH.value or []]}
+    for name, values in numbers.items():
+        for number in values:
+            if not (number.isdigit() and int(number) > 0):
+                raise ConfigError(
+                    f"--{name}={','.join(flags.FLAGS[name].value or [])}: {number!r} must be a positive integer"
+                )
 
 
 def cases() -> list[Case]:
@@ -329,6 +357,7 @@ def main() -> None:
     from moe import sharding
     from moe.config import MeshConfig
 
+    check()
     sizes = {axis: 1 for axis in sharding.AXES} | {
         axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)
     }

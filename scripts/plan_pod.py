@@ -22,7 +22,9 @@ from moe import cli
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4 or v5e:16x16.")
-_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, joined by the data-center network.")
+_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "Slices of that shape, joined by the data-center network.", lower_bound=1
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
 
 

@@ -73,7 +73,11 @@ def open_folder(
     """
     root = epath.Path(name).expanduser()
     root = root if "://" in name else epath.Path(os.path.abspath(root))
-    if not root.is_dir():
+    try:
+        exists = root.is_dir()
+    except Exception as error:  # a bucket's library may be missing, or raise whatever it meets
+        raise ConfigError(f"data.dataset={name!r}: cannot be reached ({error})") from error
+    if not exists:
         raise ConfigError(f"data.dataset={name!r}: no such folder")
     index = directory / "folders" / hashlib.sha256(os.fspath(root).encode()).hexdigest()[:16]
     if not (index / "files.json").exists():

@@ -202,7 +202,6 @@ def write_folder(
     source: Json = {**write_config(config, model_type), **dict.fromkeys(TOKEN_IDS), **(token_ids or {})}
     if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
         raise ConfigError(f"{directory}: holds weights already")
-    directory.mkdir(parents=True, exist_ok=True)
     shard: dict[str, np.ndarray] = {}
     files: list[list[str]] = []  # names of the tensors in each file
     size = total = 0
@@ -211,6 +210,7 @@ def write_folder(
     def flush() -> None:
         nonlocal shard, size
         files.append(list(shard))
+        directory.mkdir(parents=True, exist_ok=True)  # not before there is something to put in it
         save_file(shard, _shard_path(directory, len(files)), metadata={"format": "pt"})
         shard, size = {}, 0
 
