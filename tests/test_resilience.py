@@ -6,7 +6,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,7 +19,7 @@ import pytest
 
 from moe import checkpoint, guard, health
 from moe import train as training
-from moe.config import ConfigError
+from moe.config import ConfigError, to_dict
 from moe.metrics import read_rows
 from moe.sealed import seal, unseal
 from moe.step import build
@@ -423,3 +426,82 @@ def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_pat
         assert steps(tmp_path) == [4, 6, 9]
         train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
     assert steps(tmp_path) == [4, 6, 12]
+
+
+# --- Slow: other meshes, and several processes -----------------------------------------------------------------------
+#: (devices, mesh, dispatch) of one run's starts; nothing is dropped, so that every way to travel computes the same.
+TRAVELS = [
+    (8, {"mesh.data": 2, "mesh.expert": 4}, "gather"),
+    (4, {"mesh.data": 1, "mesh.expert": 2, "mesh.fsdp": 2}, "einsum"),
+    (2, {"mesh.data": 1, "mesh.tensor": 2}, "dropless"),
+    (1, {}, "gather"),
+    (8, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}, "dropless"),
+]
+
+
+@pytest.mark.slow
+def test_reshard_matrix(directory, tmp_path, capsys):  # noqa: F811
+    """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
+    settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10, "model.moe.capacity_factor": 8.0}
+    train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
+    for number, (count, mesh, dispatch) in enumerate(TRAVELS):
+        config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
+            patch.setattr(training, "_next", at_step(2 * number + 3, raise_interrupted))
+            train(config, str(tmp_path / "moved"), jax.devices()[:count], quiet=True)
+    still, moved = (rows(tmp_path / name, "train") for name in ("still", "moved"))
+    with capsys.disabled():
+        print(
+            "\nstep  devices  mesh, dispatch                                            loss  on one device  difference"
+        )
+        for one, other in zip(still, moved, strict=True):
+            count, mesh, dispatch = TRAVELS[(one["step"] - 1) // 2]
+            sizes = " ".join(f"{axis.removeprefix('mesh.')} {size}" for axis, size in mesh.items())
+            print(
+                f"{one['step']:4}  {count:7}  {sizes + ', ' + dispatch:52} {other['loss']:9.6f}  {one['loss']:13.6f}  "
+                f"{abs(other['loss'] - one['loss']):.1e}"
+            )
+    assert [row["step"] for row in moved] == [*range(1, 11)]
+    np.testing.assert_allclose([row["loss"] for row in moved], [row["loss"] for row in still], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_one_step(directory, tmp_path):  # noqa: F811
+    """SIGTERM reaches one of them; both save the same step and end with 75."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    }
+    tree = to_dict(tiny(directory, **SETTINGS, **{"train.num_steps": 100_000, "train.save_every": 100_000}))
+    (tmp_path / "config.py").write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({tree!r}, convert_dict=True)\n"
+    )
+    command = [
+        sys.executable,
+        "main.py",
+        "--distributed",
+        f"--config={tmp_path}/config.py",
+        f"--workdir={tmp_path}/run",
+    ]
+    root = Path(__file__).parents[1]
+    pair = []
+    for index in range(2):
+        with (tmp_path / f"{index}.log").open("w") as log:
+            own = environment | {"JAX_PROCESS_ID": str(index)}
+            pair.append(subprocess.Popen(command, cwd=root, env=own, stdout=log, stderr=log))
+    try:
+        while len(train_rows := rows(tmp_path / "run", "train")) < 3:
+            assert [process.poll() for process in pair] == [None, None], (tmp_path / "0.log").read_text()[-2000:]
+            time.sleep(0.2)
+        pair[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=300) for process in pair] == [guard.START_AGAIN] * 2
+    finally:
+        for process in pair:
+            process.kill()
+    (saved,) = steps(tmp_path / "run")
+    assert saved == rows(tmp_path / "run", "train")[-1]["step"] >= len(train_rows)

@@ -3,4 +3,5 @@
 #   sh scripts/launch/gpu_host.sh --config=configs/quickstart.py --workdir=DIR --config.mesh.data=-1
 set -eu
 cd "$(dirname "$0")/../.."
-exec .venv/bin/python main.py "$@"
+. scripts/launch/again.sh
+again .venv/bin/python main.py "$@"

@@ -6,4 +6,5 @@
 # JAX finds the other workers by itself. Started again after a preemption, the same line goes on at the last checkpoint.
 set -eu
 cd "$(dirname "$0")/../.."
-exec .venv/bin/python main.py --distributed "$@"
+. scripts/launch/again.sh
+again .venv/bin/python main.py --distributed "$@"
