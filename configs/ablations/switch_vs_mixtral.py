@@ -13,6 +13,9 @@ def get_suite(size: str) -> Suite:
     """dense, Switch, GShard, Mixtral, DeepSeekMoE, noisy top-k."""
     fine = common.hidden(size) // 4  # DeepSeekMoE: quarter-size experts, one of four shared
     base = common.base(size)
+    if size == "laptop":  # the suite with the most seeds is also the longest
+        base.train.update(num_steps=200, eval_every=40, save_every=100)
+        base.optimizer.warmup_steps = 24
     checkpoints = {"train.save_every": base.train.num_steps // 8, "train.keep_checkpoints": 8}  # for saturation
     sparse = {
         "switch": Variant(common.moe(size, "switch", 8, 1, capacity_factor=1.0), note="top-1, capacity factor 1.0"),
