@@ -1,7 +1,8 @@
 """python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4 [--config.x.y=value ...]
 
 Compiles the train step of main.py for TPUs that are not here, and prints whether it fits, what it exchanges and how
-fast it should be. Needs libtpu: pip install "jax[tpu]". docs/pods.md explains the page.
+fast it should be. With --search it tries meshes, remat policies and dispatch modes, and prints a ranked table and the
+line that runs the best of them. Needs libtpu: pip install "jax[tpu]". docs/pods.md explains both pages.
 """
 
 import sys
@@ -17,15 +18,18 @@ if __name__ == "__main__":
 import json
 
 from absl import flags
+from ml_collections import config_flags
 
 from moe import cli
+from moe.config import Config, ConfigError
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4 or v5e:16x16.")
-_SLICES = flags.DEFINE_integer(
-    "num_slices", 1, "Slices of that shape, joined by the data-center network.", lower_bound=1
-)
+_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, joined by the data-center network.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; start it again to go on.")
+_LIMIT = flags.DEFINE_integer("limit", 9, "Programs that --search compiles at most, the best guesses first.")
+_CACHE = flags.DEFINE_string("cache", "~/.cache/moe-plans", "Folder of what --search compiled; processes may share it.")
 
 
 def main() -> None:
@@ -33,8 +37,48 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     from moe.pods import plan, topology
 
-    made = plan.make_plan(config, topology.get_topology(str(_TOPOLOGY.value), _SLICES.value))
+    where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
+    if _SEARCH.value:
+        _search(config, where)
+        return
+    made = plan.make_plan(config, where)
     print(json.dumps(made.to_json(), indent=2) if _JSON.value else plan.render(made))
+
+
+def _search(config: Config, where) -> None:
+    """A table of the best candidates, and the line that runs the first."""
+    from tqdm import tqdm
+
+    from moe.pods import plan, search
+
+    if _LIMIT.value < 1:
+        raise ConfigError(f"--limit={_LIMIT.value}: must be at least 1")
+    found, pruned = search.candidates(config, len(where.devices), where.chip, where.num_slices)
+    chosen = found[: _LIMIT.value]
+    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
+    with tqdm(total=len(chosen), unit="program", dynamic_ncols=True) as bar:
+        results = search.run(
+            chosen, cache, lambda tried: plan.make_plan(tried, where).to_json(), progress=lambda _: bar.update()
+        )
+    if _JSON.value:
+        rows = [{"flags": search.overrides(candidate.config), **made} for candidate, made in results]
+        print(json.dumps({"results": rows, "pruned": dict(pruned), "skipped": len(found) - len(chosen)}, indent=2))
+        return
+    print(search.render(results, pruned, len(found) - len(chosen)))
+    if results and "error" not in results[0][1]:
+        print(f"\nThe first:\npython main.py {_own_flags()} --workdir=DIR {search.overrides(results[0][0].config)}")
+
+
+def _own_flags() -> str:
+    """The config as it was asked for, without the fields that the search sets."""
+    flag = flags.FLAGS["config"]
+    fields = {
+        name: value
+        for name, value in config_flags.get_override_values(flag).items()
+        if not name.startswith("mesh.") and name not in ("model.remat", "model.moe.dispatch")
+    }
+    words = [f"--config={config_flags.get_config_filename(flag)}"]
+    return " ".join(words + [f"--config.{name}={value}" for name, value in fields.items()])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
-"""Reading compiled programs, the network model, and the plan's errors; what needs libtpu is marked slow."""
+"""Reading compiled programs, the network model, the search and the errors; what needs libtpu is marked slow."""
 
+import dataclasses
 import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import gshard_twin, mixtral_8x7b, switch_twin
-from moe.config import ConfigError, from_config_dict
+from moe.config import ConfigError, MoEConfig, from_config_dict
 from moe.flops import count_parameters
-from moe.pods import arithmetic, hlo, network
+from moe.pods import arithmetic, fit, hlo, network, search
 from moe.pods.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -127,21 +134,178 @@ def test_unknown_topology_lists_names(monkeypatch):
         topology.get_topology("v5p:2x2x1")
 
 
-@pytest.mark.slow
-@needs_libtpu
-def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
-    import json
-    import subprocess
-    import sys
-    from pathlib import Path
+# What libtpu says, each text recorded: the first from libtpu 0.0.50.1 here; the second from an older version
+# (github.com/erfanzar/EasyDeL/issues/166); the third for work on the SparseCore (openxla.org/xla/errors/error_1000).
+OUT_OF_MEMORY = [
+    (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (24.15G) exceeds available HBM (15.75G). HLO module: jit_train_step.",
+        "temporaries alone: 24.15 GiB a device of 15.75, 8.40 GiB too much",
+    ),
+    (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of "
+        "30.75G hbm. Exceeded hbm capacity by 33.05G.\n\nTotal hbm usage >= 65.05G:\n    reserved          1.25G",
+        "the program: 63.80 GiB a device of 30.75, 33.05 GiB too much",
+    ),
+    (
+        "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 34.82G, SparseCore Hbm usage 174.10G, exceeding available "
+        "bytes: 95.74G",
+        "TensorCore and SparseCore together: 208.92 GiB a device of 95.74, 113.18 GiB too much",
+    ),
+    ("RESOURCE_EXHAUSTED: something new", "the compiled program exceeds a device's memory"),
+]
 
+
+@pytest.mark.parametrize(("message", "words"), OUT_OF_MEMORY)
+def test_a_program_too_large_says_by_how_much_and_what_helps(message, words):
+    config = from_config_dict({"model": {"remat": "dots", "moe": {"dispatch": "einsum"}}})
+    told = fit.explained(config, jax.errors.JaxRuntimeError(message))
+    assert isinstance(told, ConfigError)
+    assert words in str(told)
+    assert "model.remat=full (now dots)" in str(told)
+    assert "dispatch=gather" in str(told)
+
+
+def test_other_errors_of_the_compiler_stay_what_they_are():
+    config = from_config_dict({})
+    for message in (
+        "INTERNAL: Mosaic failed",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %fusion",
+    ):
+        error = jax.errors.JaxRuntimeError(message)
+        assert fit.explained(config, error) is error
+
+
+def test_lower_bound_by_hand():
+    config = from_config_dict(mixtral_8x7b.get_config())
+    bound = fit.lower_bound(config, MESH)
+    experts, router, norms = 32 * 8 * 3 * 4096 * 14336, 32 * 4096 * 8, 65 * 4096
+    others = 46_702_792_704 - experts - router - norms
+    # experts are split over fsdp and expert, and so is D of every other matrix; routers and norms are everywhere
+    assert bound.parameters == 4 * ((experts + others) // 64 + router + norms)
+    assert bound.optimizer == pytest.approx(2 * bound.parameters, rel=1e-6)  # and two counters
+    assert bound.gradients == bound.parameters // 2  # bfloat16
+    # a row of 4096 tokens a device: 32 inputs of layers; one layer's buffers of 1.25 x 2 rows a token, up and gate
+    assert bound.activations == 4096 * 2 * (32 * 4096 + 2.5 * 2 * 14336)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    assert fit.lower_bound(config, MESH).activations == 4096 * 2 * 32 * (4096 + (32 + 2 * 8) * 128 + 2.5 * 2 * 14336)
+
+
+def tiny_config(**model):
+    moe = {"num_experts": 4}
+    sizes = {"num_layers": 2, "d_model": 128, "d_ff": 128, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 256}
+    return from_config_dict(
+        {"model": sizes | model | {"moe": moe}, "data": {"sequence_length": 128}, "train": {"batch_size": 8}}
+    )
+
+
+def test_search_tries_every_mesh_and_says_what_it_left_out():
+    assert len(list(search.meshes(64))) == 84  # 2^6 over four axes: 9 choose 3
+    assert {mesh.data for mesh in search.meshes(8, num_slices=2)} == {2, 4, 8}
+    found, pruned = search.candidates(tiny_config(), 8, CHIPS["v5p"])
+    # 20 meshes of 8 devices; tensor divides 2 key/value heads (4 and 8 do not: 3 + 1 meshes), expert 4 (8 does not: 1),
+    # rows 8: 15 meshes, with 3 policies and 3 modes
+    assert len(found) == 15 * 9
+    assert pruned == {
+        "model.num_kv_heads=2: must be divisible by mesh.tensor": 3 * 9,
+        "model.num_heads=4: must be divisible by mesh.tensor": 9,
+        "model.moe.num_experts=4: must be divisible by mesh.expert": 9,
+    }
+    # The best guess of each pair of policy and mode comes before any second best.
+    assert len({(c.config.model.remat, c.config.model.moe.dispatch) for c in found[:9]}) == 9
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(found[:9]))
+    sparse = tiny_config()
+    dense = dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, moe=MoEConfig(gate="none")))
+    assert {c.config.mesh.expert for c in search.candidates(dense, 8, CHIPS["v5p"])[0]} == {1}
+    small = dataclasses.replace(CHIPS["v5p"], memory=2**20)
+    found, pruned = search.candidates(tiny_config(), 8, small)
+    assert not found
+    assert (
+        pruned["parameters and optimizer alone do not fit"]
+        + pruned["with gradients and the least of activations it does not fit"]
+        == 15 * 9
+    )
+
+
+def _fake_plan(config):
+    if config.mesh.tensor > 1:
+        raise ConfigError("does not fit: by 1 GiB; use more chips")
+    return {
+        "step_seconds": 0.1 * config.mesh.expert, "mfu": 0.5, "tokens_per_second_per_chip": 1.0, "compile_seconds": 1.0,
+        "memory_total": 2**30, "bound": "matrix products",
+    }  # fmt: skip
+
+
+def test_search_ranks_remembers_and_shares(tmp_path, monkeypatch):
+    found, pruned = search.candidates(tiny_config(), 8, CHIPS["v5p"])
+    chosen, compiled = found[:2] + found[60:78], []
+    best = min(c.config.mesh.expert for c in chosen if c.config.mesh.tensor == 1)
+
+    def counting(config):
+        if len(compiled) == 7 and interrupt:
+            raise KeyboardInterrupt
+        compiled.append(config)
+        return _fake_plan(config)
+
+    cache, interrupt = search.Cache(tmp_path, "v5p:2x2x2", 1), True
+    with pytest.raises(KeyboardInterrupt):
+        search.run(chosen, cache, counting)
+    interrupt = False
+    results = search.run(chosen, cache, counting)
+    assert len(compiled) == 20  # what the first one had done was not done again
+    assert len(set(compiled)) == 20
+    steps = [plan.get("step_seconds", 9.0) for _, plan in results]
+    assert steps == sorted(steps)
+    assert steps[0] == pytest.approx(0.1 * best)
+    assert steps[-1] == 9.0  # what does not fit comes last, and is said
+    page = search.render(results, pruned, len(found) - 20)
+    assert "model.moe.num_experts=4: must be divisible by mesh.expert" in page
+    assert "does not fit: by 1 GiB" in page
+    assert "180 combinations" in page
+    flags = search.overrides(results[0][0].config)
+    assert f"--config.mesh.expert={best} --config.mesh.tensor=1 --config.model.remat=" in flags
+
+    # Another topology, another JAX or another program: nothing of it is known.
+    config = chosen[0].config
+    assert cache.get(config) is not None
+    assert search.Cache(tmp_path, "v5p:2x2x2", 2).get(config) is None
+    monkeypatch.setattr(search, "source_hash", lambda: "other")
+    other = search.Cache(tmp_path, "v5p:2x2x2", 1)
+    assert other.get(config) is None
+
+    # What another process compiles now is left to it, and its plan is taken.
+    with other.mine(config) as mine, other.mine(config) as also_mine:
+        assert (mine, also_mine) == (True, False)
+        naps = []
+        monkeypatch.setattr(search.time, "sleep", lambda _: naps.append(other.put(config, {"step_seconds": 5.0})))
+        assert search.run(chosen[:1], other, counting)[0][1] == {"step_seconds": 5.0}
+        assert len(naps) == 1
+    assert len(compiled) == 20
+
+
+def _plan_pod(*flags):
+    root = Path(__file__).parents[1]
     overrides = {
         "model.num_layers": 2, "model.vocab_size": 512, "model.d_model": 512, "model.d_ff": 1024,
         "model.num_heads": 4, "model.num_kv_heads": 4, "data.sequence_length": 512, "train.batch_size": 8,
     }  # fmt: skip
-    command = [sys.executable, "scripts/plan_pod.py", "--config=configs/mixtral_8x7b.py", "--topology=v5p:2x2x2"]
-    command += ["--json", *(f"--config.{name}={value}" for name, value in overrides.items())]
-    root = Path(__file__).parents[1]
-    plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout)
+    command = [sys.executable, "scripts/plan_pod.py", "--config=configs/mixtral_8x7b.py", *flags]
+    command += [f"--config.{name}={value}" for name, value in overrides.items()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=os.environ.copy()).stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
+    plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--json"))
     assert plan["token_all_gathers"] == 0
     assert sum(e["count"] for e in plan["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_search_compiles_and_names_the_best(tmp_path):
+    page = _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}")
+    assert "python main.py --config=configs/mixtral_8x7b.py --config.model.num_layers=2" in page
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}") == page

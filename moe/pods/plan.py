@@ -8,16 +8,14 @@ model of :mod:`moe.pods.network`.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from moe import flops, sharding, step
-from moe.config import Config, ConfigError, validate_mesh
-from moe.pods import arithmetic, hlo, network
+from moe.config import Config, validate_mesh
+from moe.pods import arithmetic, fit, hlo, network
 from moe.pods.chips import GiB
 from moe.pods.topology import Topology
 
@@ -172,13 +170,13 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     with jax.set_mesh(mesh):
         start = time.perf_counter()
         program = step.build(config, mesh)
-        stored = {name: _shard_bytes(getattr(program.state, name)) for name in ("parameters", "optimizer")}
-        _refuse_state_that_does_not_fit(config, stored, capacity)
+        stored = {name: fit.shard_bytes(getattr(program.state, name)) for name in ("parameters", "optimizer")}
+        fit.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
         traced = program.train_step.trace(program.state, program.batch)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _explained(config, error) from error
+            raise fit.explained(config, error) from error
         compile_seconds = time.perf_counter() - start
     statistics = compiled.memory_analysis()
     memory = Memory(
@@ -222,13 +220,6 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _shard_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
-
-
 def _summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exchange, ...]:
     """Collectives of a kind, axes and purpose together, the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
@@ -258,38 +249,6 @@ def _purpose(collective: hlo.Collective) -> str:
         if f"/{scope}/" in source:
             return scope
     return source.rsplit("/", 1)[-1] or "unnamed"
-
-
-def _refuse_state_that_does_not_fit(config: Config, stored: dict[str, int], capacity: int) -> None:
-    """Before minutes of compiling: what is stored alone must fit."""
-    needed = sum(stored.values())
-    if needed > capacity:
-        raise ConfigError(
-            f"does not fit: parameters and optimizer alone take {needed / GiB:.1f} GiB a device, "
-            f"{(needed - capacity) / GiB:.1f} GiB more than its {capacity / GiB:.0f} GiB; use more chips, or split "
-            f"them further (mesh.fsdp={config.mesh.fsdp}, mesh.expert={config.mesh.expert}, "
-            f"mesh.tensor={config.mesh.tensor})"
-        )
-
-
-def _explained(config: Config, error: Exception) -> Exception:
-    """The compiler's out-of-memory error as a sentence with a lever; any other error as it is."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
-        return error
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
-    over = re.search(r"[Ee]xceeded hbm capacity by ([\d.]+\w)", text)
-    figures = f"needs {used.group(1)} of {used.group(2)} a device" if used else "exceeds a device's memory"
-    if over:
-        figures += f", {over.group(1)} too much"
-    levers = []
-    if config.model.remat != "full":
-        levers.append(f"model.remat=full (now {config.model.remat})")
-    levers.append(f"train.accumulation_steps above {config.train.accumulation_steps}, or a smaller train.batch_size")
-    levers.append("more chips, or a larger mesh.fsdp")
-    if config.model.moe.gate != "none" and config.model.moe.dispatch == "einsum":
-        levers.append("model.moe.dispatch=gather, which makes no one-hot tensors")
-    return ConfigError(f"does not fit: the compiled program {figures}; what helps, most first: {'; '.join(levers)}")
 
 
 def render(plan: Plan) -> str:
