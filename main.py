@@ -12,6 +12,7 @@ from moe import cli
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and reports; made if missing.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes; the environment says which.")
+_PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: a trace of those steps in WORKDIR/profile (docs/pods.md).")
 
 
 def main() -> None:
@@ -19,9 +20,12 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:
         platform.join_processes()
+    from moe import profiling
     from moe.train import train
 
-    train(config, str(_WORKDIR.value))
+    steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
+    with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:
+        train(config, str(_WORKDIR.value), make_program=make_program)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from moe import profiling
 from moe import train as training
 from moe.checkpoint import Checkpoints
 from moe.config import ConfigError, from_config_dict
@@ -79,7 +80,8 @@ def train_rows(workdir):
 
 def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_path, capsys):
     config = tiny(directory)
-    train(config, str(tmp_path / "run"), ONE)
+    with profiling.profiled(profiling.Steps(4, 5), str(tmp_path / "run")) as make_program:
+        train(config, str(tmp_path / "run"), ONE, make_program=make_program)
     out = capsys.readouterr().out
     for word in ("unigram loss", "tiny_text", "dropped, %", "a continuation, tiny_text/split"):
         assert word in out
@@ -92,9 +94,15 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
         "timing.jsonl",
         "tensorboard",
         "checkpoints",
+        "profile",
         "report.txt",
         "training.png",
     }
+    (trace,) = (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_4-5").glob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = {event.name for plane in planes for line in plane.lines for event in line.events}
+    assert "train" in names
+    assert any("train_step" in name for name in names)  # and XLA's work of it
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["kind"]) for row in rows] == [
         (2, "train"),
