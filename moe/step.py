@@ -10,7 +10,6 @@ Letters: B batch, T sequence, L MoE layers.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -69,36 +68,22 @@ def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _unless(finite: Array, new: TrainState, old: TrainState) -> TrainState:
-    """The new state; where numbers were not finite the old one, whose step and learning rate alone go on.
-
-    A select that XLA fuses into the update. (optax.apply_if_finite would pass over all gradients once more, keep
-    counters in the optimizer's state, and apply what is not finite after some time.)
-    """
-
-    def choose(new_leaf: Any, old_leaf: Any) -> Any:
-        return new_leaf if _is_schedule(new_leaf) else jnp.where(finite, new_leaf, old_leaf)
-
-    chosen = jax.tree.map(choose, new, old, is_leaf=_is_schedule)
-    return dataclasses.replace(chosen, step=new.step)
-
-
-def _is_schedule(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
-
-
-def rolled_back(state: TrainState, step: ArrayLike) -> TrainState:
-    """An earlier state that goes on at a later step: its routing noise and learning rate are that step's."""
+def _at_step(optimizer: Any, step: Any) -> Any:
+    """An optimizer's state whose learning rate is that of a step; nothing else in it moves."""
 
     def move(node: Any) -> Any:
-        if not _is_schedule(node):
-            return node
-        return node._replace(count=jax.device_put(np.asarray(step, node.count.dtype), node.count.sharding))
+        return node._replace(count=step) if isinstance(node, optax.ScaleByScheduleState) else node
 
-    moved = jax.tree.map(move, state.optimizer, is_leaf=_is_schedule)
-    return dataclasses.replace(
-        state, step=jax.device_put(np.asarray(step, np.int32), state.step.sharding), optimizer=moved
-    )
+    return jax.tree.map(move, optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+
+
+def rolled_back(state: TrainState, step: int) -> TrainState:
+    """An earlier state that goes on at a later step: its routing noise and learning rate are that step's."""
+
+    def count() -> Array:  # made twice: the train step reuses the buffers of its arguments
+        return jax.device_put(np.asarray(step, np.int32), state.step.sharding)
+
+    return dataclasses.replace(state, step=count(), optimizer=_at_step(state.optimizer, count()))
 
 
 @jax.tree_util.register_dataclass
@@ -236,8 +221,6 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
             zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
             (loss, ce, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
             layers = mean_reports(layers)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = typing.cast(dict[str, Any], optax.apply_updates(state.parameters, updates))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics = TrainMetrics(
@@ -248,8 +231,19 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
             # Outside the gradient, from the loads of this step: loss-free balancing.
             loads = selection_biases(config.model, layers.expert_load)
             biases = jax.tree.map(lambda b, load: next_selection_bias(b, load, bias_update_rate), biases, loads)
-        new = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
-        return _unless(finite, new, state), metrics
+        # One branch runs. (Selecting old or new leaf by leaf reads and copies more; optax.apply_if_finite also keeps
+        # counters in the optimizer's state, and in the end applies what is not finite.)
+        parameters, optimizer_state, biases = jax.lax.cond(
+            finite,
+            lambda: (*update(gradients, state), biases),
+            lambda: (state.parameters, _at_step(state.optimizer, state.step + 1), state.biases),
+        )
+        return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
+
+    def update(gradients: Any, state: TrainState) -> tuple[Any, Any]:
+        """(parameters, optimizer's state) after a step."""
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        return optax.apply_updates(state.parameters, updates), optimizer_state
 
     def eval_step(variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
         model = nnx.merge(graphdef, variables)

@@ -440,6 +440,7 @@ TRAVELS = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_reshard_matrix(directory, tmp_path, capsys):  # noqa: F811
     """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
     settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10, "model.moe.capacity_factor": 8.0}
@@ -466,6 +467,7 @@ def test_reshard_matrix(directory, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_processes_stop_at_one_step(directory, tmp_path):  # noqa: F811
     """SIGTERM reaches one of them; both save the same step and end with 75."""
     with socket.socket() as free:
