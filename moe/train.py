@@ -77,7 +77,7 @@ def train(
         signals = held.enter_context(StopSignals())
         there = (directory / "config.json").exists()
         if there:
-            _refuse_other_run(config, directory)
+            refuse_other_run(config, directory)
             held.enter_context(locked(directory))
         prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
         held.enter_context(jax.set_mesh(mesh))
@@ -356,7 +356,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_other_run(config: Config, directory: epath.Path) -> None:
+def refuse_other_run(config: Config, directory: epath.Path) -> None:
     """A workdir belongs to one config."""
     theirs, ours = (_flatten(json.loads(json.dumps(to_dict(tree)))) for tree in (read_config(directory), config))
     differing = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import base as defaults
-from moe.config import ConfigError, from_config_dict
+from moe.config import ConfigError, from_config_dict, to_dict
 from moe.lab import claims, report, results, runner, statistics
 from moe.lab.results import PRIMARY, Results
 from moe.lab.suite import Comparison, Suite, Variant, check, load_suite
@@ -185,6 +185,7 @@ def fake_train(config, workdir, **_):
     """Rows as a run would write them, from the seed alone."""
     directory = Path(workdir)
     directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(to_dict(config)))
     rows = []
     for step in (2, 4):
         loss = 6.0 - step / 4 + 0.01 * config.seed
@@ -233,6 +234,15 @@ def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
     # -0.1 in every seed; MaxVio of (1/2, 1/2, 0, 0) is 2 - 1, and two experts are dead.
     assert "| mixtral | 4.9100 ± 0.0100 | -0.1000 [-0.1000, -0.1000], p = 0, n = 3 |" in page
     assert "| mixtral | 1.00 / 1.00 | 0.10 / 0.20 | 2.00 / 2.00 |" in page
+
+
+def test_runs_of_a_suite_that_has_changed_since_are_refused(faked, tmp_path):
+    base = tiny_base(tmp_path)
+    suite = tiny_suite(base)
+    runner.run_missing(suite, runner.plan(suite, tmp_path / "runs"))
+    base.optimizer.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"holds a run with another config.*optimizer\.learning_rate"):
+        runner.run_missing(suite, runner.plan(suite, tmp_path / "runs"))
 
 
 def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):

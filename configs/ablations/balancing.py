@@ -12,7 +12,7 @@ def get_suite(size: str) -> Suite:
     wide = common.hidden(size) // 2
 
     def top2(gate: str = "mixtral", **fields: float) -> Variant:
-        return Variant(common.moe(size, gate, 8, 2, wide, dispatch="dropless", **fields))
+        return Variant(common.moe(size, gate, 8, 2, wide, dispatch="dropless", eval_capacity_factor=-1, **fields))
 
     variants = {
         "none": top2(load_balancing_weight=0.0),

@@ -14,12 +14,9 @@ def get_suite(size: str) -> Suite:
     variants = {}
     for factor in FACTORS:
         for k, gate in ((1, "switch"), (2, "mixtral")):
-            # Evaluated at the factor that it was trained at; the probe asks for others.
-            moe = common.moe(
-                size, gate, 8 * k, k, capacity_factor=factor, eval_capacity_factor=factor, load_balancing_weight=0.01
-            )
+            moe = common.moe(size, gate, 8 * k, k, capacity_factor=factor, load_balancing_weight=0.01)
             variants[f"top{k}_{factor}"] = Variant(moe, probes=("eval_capacity",))
-    same = common.moe(size, "mixtral", 8, 2, common.hidden(size), capacity_factor=1.25, eval_capacity_factor=1.25)
+    same = common.moe(size, "mixtral", 8, 2, common.hidden(size), capacity_factor=1.25)
     variants["top2_same_experts_1.25"] = Variant({**same, "model.moe.load_balancing_weight": 0.01})
     return Suite(
         name="capacity_factor",

@@ -63,9 +63,13 @@ def moe(size: str, gate: str, num_experts: int, k: int, d_ff: int = 0, **fields:
         k: experts a token visits.
         d_ff: hidden units of one expert; 0: F/k, which keeps the dense model's FLOPs.
         **fields: of model.moe.
+
+    Evaluated with room for four times the even load: held-out batches are of one domain, so that their loads are
+    uneven, and what would be dropped there says nothing of training.
     """
     config = base(size)
     # One capacity for all tokens of a device's rows: what chance drops is then small.
     group = config.data.sequence_length if size == "pod" else config.data.sequence_length * config.train.batch_size
     own = {"gate": gate, "num_experts": num_experts, "experts_per_token": k, "d_ff": d_ff or hidden(size) // k}
-    return {f"model.moe.{name}": value for name, value in {**own, "group_size": group, **fields}.items()}
+    own |= {"group_size": group, "eval_capacity_factor": 4.0}
+    return {f"model.moe.{name}": value for name, value in {**own, **fields}.items()}

@@ -16,13 +16,21 @@ def get_suite(size: str) -> Suite:
     if size == "laptop":  # the suite with the most seeds is also the longest
         base.train.update(num_steps=200, eval_every=40, save_every=100)
         base.optimizer.warmup_steps = 24
+    # Evaluated at the papers' own factors; the probe shows what they cost where every batch is of one domain.
+    own = {"eval_capacity_factor": -1}
     checkpoints = {"train.save_every": base.train.num_steps // 8, "train.keep_checkpoints": 8}  # for saturation
     sparse = {
-        "switch": Variant(common.moe(size, "switch", 8, 1, capacity_factor=1.0), note="top-1, capacity factor 1.0"),
-        "gshard": Variant(common.moe(size, "gshard", 16, 2), note="top-2, the second at random"),
+        "switch": Variant(
+            common.moe(size, "switch", 8, 1, capacity_factor=1.0, **own),
+            probes=("eval_capacity",),
+            note="top-1, capacity factor 1.0",
+        ),
+        "gshard": Variant(
+            common.moe(size, "gshard", 16, 2, **own), probes=("eval_capacity",), note="top-2, the second at random"
+        ),
         "mixtral": Variant(
-            {**common.moe(size, "mixtral", 16, 2), **checkpoints},
-            probes=("specialisation", "saturation"),
+            {**common.moe(size, "mixtral", 16, 2, **own), **checkpoints},
+            probes=("specialisation", "saturation", "eval_capacity"),
             note="top-2, softmax over the two",
         ),
         "deepseek_moe": Variant(
@@ -34,10 +42,14 @@ def get_suite(size: str) -> Suite:
                 fine,
                 shared_d_ff=fine,
                 load_balancing_weight=0.01,
+                **own,
             ),
+            probes=("eval_capacity",),
             note="3 fine-grained experts, and one shared",
         ),
-        "noisy_topk": Variant(common.moe(size, "noisy_topk", 16, 2), note="top-2, learnt noise"),
+        "noisy_topk": Variant(
+            common.moe(size, "noisy_topk", 16, 2, **own), probes=("eval_capacity",), note="top-2, learnt noise"
+        ),
     }
     names = tuple(sparse)
     return Suite(

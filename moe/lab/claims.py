@@ -166,7 +166,11 @@ def _first_evaluation(r: Results, variant: str) -> int:
 
 # --- The claims ------------------------------------------------------------------------------------------------------
 def _switch_beats_dense(r: Results) -> list[Part]:
-    return [lower("loss, switch − dense", _difference(r, "switch", "dense"))]
+    parts = [lower("loss, switch − dense", _difference(r, "switch", "dense"))]
+    if "eval_capacity/loss_4.0" in r.quantities("switch"):
+        roomy = _values(r, "switch", "eval_capacity/loss_4.0") - _loss(r, "dense")
+        parts.append(shown("the same, no token dropped in evaluation", roomy))
+    return parts
 
 
 def _more_experts(r: Results) -> list[Part]:

@@ -27,7 +27,7 @@ from moe.lab import probes
 from moe.lab.suite import Suite
 from moe.metrics import METRICS, read_rows
 from moe.step import Program, build
-from moe.train import train
+from moe.train import refuse_other_run, train
 
 DONE = "done.json"
 
@@ -127,6 +127,7 @@ def run_missing(suite: Suite, runs: Sequence[Run], say: Any = print) -> None:
     ) as bar:
         for run in runs:
             if run.done:
+                refuse_other_run(run.config, epath.Path(run.directory))
                 continue
             bar.set_postfix_str(run.name)
             try:
