@@ -29,13 +29,17 @@ PROGRAM = """HloModule jit_train_step, is_scheduled=true
   %input.1 = bf16[4096,128]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %all-reduce.1 = bf16[4096,128]{1,0} all-reduce(%input.1), replica_groups={{0,8,16,24,32,40,48,56}}, to_apply=%a
 }
+%product (a: bf16[8,1280,4096]) -> bf16[8,1280,4096] {
+  %a = bf16[8,1280,4096]{2,1,0} parameter(0)
+  ROOT %dot.1 = bf16[8,1280,4096]{2,1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
 %body (p: (s32[], bf16[8,1280,4096])) -> (s32[], bf16[8,1280,4096]) {
   %p = (s32[]{:T(128)}, bf16[8,1280,4096]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %x = bf16[8,1280,4096]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
   %w = bf16[512,128]{1,0} broadcast(%c), dimensions={}
   %all-to-all.1 = bf16[8,1280,4096]{2,1,0} all-to-all(%x), channel_id=5, replica_groups=mesh['data'=1,'fsdp'=8,'expert'=8,'tensor'=1] {'expert'}, dimensions={0}, metadata={op_name="jit(train_step)/sharding_constraint"}
   %all-gather-start.1 = (bf16[512,128]{1,0}, bf16[4096,128]{1,0}) all-gather-start(%w), replica_groups=[8,8]<=[8,8]T(1,0), dimensions={0}, metadata={op_name="jit(train_step)/weights.experts.up/convert_element_type"}
-  %fusion.1 = bf16[8,1280,4096]{2,1,0} fusion(%all-to-all.1), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %fusion.1 = bf16[8,1280,4096]{2,1,0} fusion(%all-to-all.1), kind=kLoop, calls=%product, metadata={op_name="jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/dot_general"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
   %all-gather-done.1 = bf16[4096,128]{1,0} all-gather-done(%all-gather-start.1)
   %fusion.2 = bf16[512,128]{1,0} fusion(%all-gather-done.1), kind=kCustom, calls=%all-reduce-scatter.1
   %kernel = bf16[8]{0} custom-call(%w), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
@@ -67,6 +71,7 @@ def test_reads_loops_exchanges_and_cycles():
         ("reduce-scatter", ("fsdp",), 4096 * 128 * 2, 32, -1),
     ]
     assert read.cycles == 500 + 32 * 1000
+    assert read.parts == {("forward", "other"): 500, ("recomputation", "matmuls"): 32 * 1000}
     assert read.unpriced == 32
     assert read.unpriced_bytes == 32 * 2 * 16  # bf16[8] in and out
     assert read.unknown_loops == 0

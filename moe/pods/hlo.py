@@ -64,6 +64,8 @@ class ProgramText:
     Attributes:
         collectives: in program order.
         cycles: the compiler's estimated cycles of a step, trip counts applied, exchanges left out.
+        parts: the same cycles by pass ("forward", "recomputation", "backward", "update") and kind ("matmuls", which
+            are fusions with a matrix product in them, and "other"); all branches of a conditional.
         unpriced: instructions of a step without an estimate.
         unpriced_bytes: what those read and write.
         unknown_loops: loops whose trip count could not be read and was taken as 1.
@@ -71,6 +73,7 @@ class ProgramText:
 
     collectives: tuple[Collective, ...]
     cycles: int
+    parts: dict[tuple[str, str], int]
     unpriced: int
     unpriced_bytes: int
     unknown_loops: int
@@ -222,6 +225,18 @@ def _hidden_kind(instruction: _Instruction, computations: Mapping[str, Sequence[
     return None
 
 
+def _pass_of(instruction: _Instruction) -> str | None:
+    """The part of a train step that an instruction comes from, by JAX's name of it; None: it has no name."""
+    name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.attributes)
+    if not name:
+        return None
+    if "rematted_computation" in name.group(1):
+        return "recomputation"
+    if "transpose(" in name.group(1):
+        return "backward"
+    return "forward" if "jvp(" in name.group(1) else "update"
+
+
 def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
     """Reads a scheduled module.
 
@@ -231,6 +246,8 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
     """
     computations, entry = _parse_computations(text)
     collectives: list[Collective] = []
+    parts: dict[tuple[str, str], int] = {}
+    multiplies: dict[str, bool] = {}
     totals = {"cycles": 0, "unpriced": 0, "unpriced_bytes": 0, "unknown_loops": 0}
 
     def record(carrier: _Instruction, inner: _Instruction, types: Mapping[str, str], times: int, overlap: int) -> None:
@@ -251,6 +268,27 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
         )
         source = name.group(1).replace("\\", "") if name else ""
         collectives.append(Collective(kind, axes, group, size, times, overlap, source))
+
+    def has_product(name: str) -> bool:
+        """Whether there is a matrix product in a computation or those it calls."""
+        if name not in multiplies:
+            multiplies[name] = any(
+                inner.opcode in ("convolution", "dot")
+                or (inner.opcode == "fusion" and has_product(_attribute(inner, "calls") or ""))
+                for inner in computations.get(name, ())
+            )
+        return multiplies[name]
+
+    def spend(instruction: _Instruction, cycles: int, times: int) -> int:
+        """Books the cycles of an instruction; one without a name belongs to what came before it."""
+        nonlocal current
+        current = _pass_of(instruction) or current
+        product = instruction.opcode in ("convolution", "dot") or has_product(_attribute(instruction, "calls") or "")
+        part = current, "matmuls" if product else "other"
+        parts[part] = parts.get(part, 0) + cycles * times
+        return cycles
+
+    current = "forward"
 
     def walk(name: str, times: int) -> int:
         """Records a computation run `times` times; returns the cycles of one run."""
@@ -282,7 +320,7 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
                 else:
                     record(instruction, inner, types, times, -1)
                     if opcode == "fusion" and inner.opcode == "all-gather":
-                        own += _cycles(instruction) or 0  # a matmul with the gather inside
+                        own += spend(instruction, _cycles(instruction) or 0, times)  # a matmul with the gather inside
                 continue
             if opcode.endswith("-done"):
                 started = open_exchanges.pop(instruction.operands[0], None) if instruction.operands else None
@@ -300,9 +338,9 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
                     moved = 2 * written
                 # A gather reads as much as it writes, whatever the size of what it picks from.
                 totals["unpriced_bytes"] += times * min(moved, 2 * written)
-            else:
-                own += cycles
+            elif cycles:
+                own += spend(instruction, cycles, times)
         return own
 
     totals["cycles"] = walk(entry, 1)
-    return ProgramText(tuple(collectives), **totals)
+    return ProgramText(tuple(collectives), parts=parts, **totals)

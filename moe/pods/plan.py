@@ -82,6 +82,7 @@ class Plan:
         compute_seconds: the compiler's cycles at the chip's clock, SparseCore transfers at memory bandwidth, and
             kernel_seconds: Pallas kernels, which the compiler does not price, as all blocks of their grid at peak
             FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors cancel.
+        parts: of compute_seconds, what the compiler's cycles say, by pass and kind (:class:`moe.pods.hlo.ProgramText`).
         unpriced: instructions of a step that the compiler gives no cycles; unknown_loops: loops taken as one trip.
     """
 
@@ -102,6 +103,7 @@ class Plan:
     peak_flops: float
     compute_seconds: float
     kernel_seconds: float
+    parts: dict[str, float]
     unpriced: int
     unknown_loops: int
 
@@ -215,6 +217,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         + text.unpriced_bytes / (chip.memory_bandwidth / chip.devices)
         + kernel_seconds,
         kernel_seconds=kernel_seconds,
+        parts={f"{where} {kind}": cycles / chip.clock for (where, kind), cycles in text.parts.items()},
         unpriced=text.unpriced,
         unknown_loops=text.unknown_loops,
     )
@@ -302,6 +305,7 @@ def render(plan: Plan) -> str:
         "Time of a step (estimate)",
         f"  on the chip   {1e3 * plan.compute_seconds:9.1f} ms  the compiler's cycles; {plan.unpriced} instructions "
         f"that it does not price, at memory bandwidth; kernels, {1e3 * plan.kernel_seconds:.1f} ms, at peak",
+        *(f"    {name:22} {1e3 * part:9.1f} ms" for name, part in sorted(plan.parts.items()) if part > 1e-5),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with nothing scheduled beside it",
         f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip, "
         f"MFU {100 * plan.mfu:.1f} %",
