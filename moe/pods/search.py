@@ -285,8 +285,8 @@ def render(results: Sequence[tuple[Candidate, Plan]], pruned: collections.Counte
         skipped: candidates that were left out by the limit.
     """
     total = len(results) + pruned.total() + skipped
-    lines = [f"{total} combinations of mesh, remat and dispatch; {pruned.total()} cannot run:"]
-    lines += [f"  {count:6}  {reason}" for reason, count in pruned.most_common()]
+    lines = [f"{total} combinations of mesh, remat and dispatch; of these cannot run:"]
+    lines += [f"  {count:6}  {reason}" for reason, count in pruned.most_common()] or ["  none"]
     lines += [
         f"{skipped} were not compiled, being behind in a rough guess of their step (--limit says how many are)",
         "",
