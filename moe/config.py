@@ -121,7 +121,7 @@ class MeshConfig:
     tensor: int = 1  # heads and F split
 
 
-#: Parts of a model that optimizer.frozen may name.
+#: Parts of a model that optimizer.frozen and start.fresh may name.
 FREEZABLE = ("embedding", "unembedding", "attention", "dense", "router", "experts", "shared")
 
 
@@ -164,6 +164,7 @@ class StartConfig:
 
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights
+    fresh: tuple[str, ...] = ()  # parts that are not taken from the checkpoint but start at random: of FREEZABLE
     optimizer: str = "reset"  # the optimizer's state: reset, or carry (over from the checkpoint)
 
 
@@ -572,6 +573,8 @@ def _validate_run(config: Config) -> None:
         _require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", getattr(optimizer, name), "must be in [0, 1)")
     for part in optimizer.frozen:
         _require_choice("optimizer.frozen", part, FREEZABLE)
+    for part in config.start.fresh:
+        _require_choice("start.fresh", part, FREEZABLE)
     _require_choice("start.optimizer", config.start.optimizer, ("reset", "carry"))
     _require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
     soft = config.distill.soft_share

@@ -129,14 +129,15 @@ def _transplant(
 ) -> dict[str, Any]:
     """Fresh parameters (or moments of them) with all that the source has a place for."""
     ours, theirs = _by_layer(program.config.model, _host(fresh)), _by_layer(model, source)
+    fresh_parts = set(program.config.start.fresh)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
     layers = {layer for layer, _ in theirs if layer >= 0}
     if layers != {layer for layer, _ in ours if layer >= 0}:
         raise ConfigError(f"model.num_layers={program.config.model.num_layers}: {where} has {len(layers)}")
     chosen: Flat = {}
     for (layer, names), own in ours.items():
-        found = theirs.get((layer, names))
-        if found is None and names[:2] == ("moe", "experts"):
+        found = None if fresh_parts & set(names) else theirs.get((layer, names))
+        if found is None and not fresh_parts & set(names) and names[:2] == ("moe", "experts"):
             dense = theirs.get((layer, ("dense", names[2])))
             # [..] → [E,..]: every expert the same FFN
             found = None if dense is None else np.broadcast_to(dense, (own.shape[0], *dense.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -127,6 +128,13 @@ def test_frozen_parts_do_not_move(tmp_path):
     with jax.set_mesh(mesh):
         program = make()
         before = jax.tree.map(np.asarray, start.first_state(program).parameters)
+        # Parts can also be left out of what is taken over: those are what a run from nothing starts with.
+        partly = dataclasses.replace(config, start=StartConfig(str(tmp_path), fresh=("router",)))
+        partial, random = start.first_state(dataclasses.replace(program, config=partly)), program.init()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(partial.parameters):
+            is_fresh = any(key.key == "router" for key in path)
+            expected = random.parameters if is_fresh else before
+            np.testing.assert_array_equal(leaf, functools.reduce(lambda tree, key: tree[key.key], path, expected))
         state, _ = program.train_step(start.first_state(program), _batch(mesh, 32))
     moved = jax.tree_util.tree_map_with_path(
         lambda path, a, b: (bool((a != np.asarray(b)).any()), any(key.key in ("router", "experts") for key in path)),
