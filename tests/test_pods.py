@@ -134,6 +134,15 @@ def test_unknown_topology_lists_names(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ConfigError, match="for example v2:16x16, v3:32x32"):
         topology.get_topology("v9:2x2")
+
+    def libtpu(name, **_):
+        if "3" in name or "16" in name:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such layout\nand more")
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", libtpu)
+    with pytest.raises(ConfigError, match=r"\(INVALID_ARGUMENT: no such layout\); it knows.* v5e:2x2, .*v5e:8x8$"):
+        topology.get_topology("v5e:3x5")
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install \"jax\[tpu\]=="):
         topology.get_topology("v5p:2x2x1")

@@ -6,8 +6,10 @@ any x86 Linux; the process must have been set up by :func:`moe.platform.use_tpu_
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 from typing import Any
 
 import jax
@@ -64,8 +66,22 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        examples = ", ".join(other.example for other in CHIPS.values())
         raise ConfigError(
-            f"--topology={name}: libtpu refuses it ({str(error).splitlines()[0]}); for example {examples}"
+            f"--topology={name}: libtpu refuses it ({str(error).splitlines()[0]}); it knows, among others, "
+            f"{', '.join(_known(generation))}"
         ) from error
     return Topology(name, num_slices, chip, tuple(devices))
+
+
+def _known(generation: str) -> list[str]:
+    """Names of a generation that libtpu takes, found by asking it: sides of 2, 4, 8 and 16, no side longer than the
+    next; and the smallest torus."""
+    chip, found = CHIPS[generation], []
+    dimensions = chip.example.partition(":")[2].count("x") + 1
+    shapes = list(itertools.combinations_with_replacement((2, 4, 8, 16), dimensions))
+    for shape in [(2, 2, 1), *shapes] if dimensions == 3 else shapes:
+        name = f"{generation}:{'x'.join(map(str, shape))}"
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            topologies.get_topology_desc(name, platform="tpu", **dict(chip.options))
+            found.append(name)
+    return found
