@@ -297,14 +297,16 @@ def test_search_ranks_remembers_and_shares(tmp_path, monkeypatch):
     assert len(compiled) == 20
 
 
+SMALL = {
+    "num_layers": 2, "vocab_size": 512, "d_model": 512, "d_ff": 1024, "num_heads": 4, "num_kv_heads": 4,
+}  # fmt: skip
+
+
 def _plan_pod(*flags):
     root = Path(__file__).parents[1]
-    overrides = {
-        "model.num_layers": 2, "model.vocab_size": 512, "model.d_model": 512, "model.d_ff": 1024,
-        "model.num_heads": 4, "model.num_kv_heads": 4, "data.sequence_length": 512, "train.batch_size": 8,
-    }  # fmt: skip
     command = [sys.executable, "scripts/plan_pod.py", "--config=configs/mixtral_8x7b.py", *flags]
-    command += [f"--config.{name}={value}" for name, value in overrides.items()]
+    command += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
+    command += ["--config.data.sequence_length=512", "--config.train.batch_size=8"]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=os.environ.copy()).stdout
 
 
@@ -314,6 +316,17 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
     plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--json"))
     assert plan["token_all_gathers"] == 0
     assert sum(e["count"] for e in plan["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
+    large = from_config_dict(mixtral_8x7b.get_config())
+    small = dataclasses.replace(
+        large,
+        model=dataclasses.replace(large.model, **SMALL, moe=dataclasses.replace(large.model.moe, d_ff=SMALL["d_ff"])),
+        data=dataclasses.replace(large.data, sequence_length=512),
+        train=dataclasses.replace(large.train, batch_size=8),
+    )
+    bound = fit.lower_bound(small, plan["mesh"])
+    assert bound.parameters == plan["memory"]["parameters"]
+    assert bound.optimizer == plan["memory"]["optimizer"]
+    assert bound.total < plan["memory_total"]
 
 
 @pytest.mark.slow
