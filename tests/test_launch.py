@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 # Ends with the next of the codes in a file each time that it is run, and "stops" with 75 on SIGTERM, counting those.
 RUN = """
+stop=
 trap 'echo term >> terms; stop=yes' TERM
 echo start >> starts
 code=$(head -n 1 codes); sed -i 1d codes
-stop=
 if [ "$code" = wait ]; then
-    while [ -z "$stop" ]; do sleep 0.05; done
+    while [ -z "$stop" ] && [ ! -e over ]; do sleep 0.05; done
     sleep 0.2
     exit 75
 fi
@@ -27,7 +27,11 @@ def _again(folder, codes):
     (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
     (folder / "run.sh").write_text(RUN)
     return subprocess.Popen(
-        ["sh", "-euc", f". {ROOT}/scripts/launch/again.sh; again sh run.sh"], cwd=folder, stderr=subprocess.DEVNULL
+        ["sh", "-euc", f". {ROOT}/scripts/launch/again.sh; again sh run.sh"],
+        cwd=folder,
+        stderr=subprocess.DEVNULL,
+        # Tests that run in the background are born with SIGINT ignored, and a shell cannot trap what it was born without.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -52,5 +56,6 @@ def test_a_stopped_launcher_stops_its_run_once(tmp_path, number):
         assert launcher.wait(timeout=60) == 75  # once the run has ended, not before
     finally:
         launcher.kill()
+        (tmp_path / "over").touch()  # ends a run that nobody stopped
     assert _lines(tmp_path / "starts") == 1
     assert _lines(tmp_path / "terms") == 1
