@@ -25,7 +25,9 @@ from moe.config import Config, ConfigError
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4 or v5e:16x16.")
-_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape, joined by the data-center network.")
+_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "Slices of that shape, joined by the data-center network.", lower_bound=1
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; start it again to go on.")
 _LIMIT = flags.DEFINE_integer("limit", 9, "Programs that --search compiles at most, the best guesses first.")

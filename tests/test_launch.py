@@ -27,11 +27,10 @@ def _again(folder, codes):
     (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
     (folder / "run.sh").write_text(RUN)
     return subprocess.Popen(
-        ["sh", "-euc", f". {ROOT}/scripts/launch/again.sh; again sh run.sh"],
+        # Tests run in the background are born with SIGINT ignored, which a shell cannot undo by itself.
+        ["env", "--default-signal=INT", "sh", "-euc", f". {ROOT}/scripts/launch/again.sh; again sh run.sh"],
         cwd=folder,
         stderr=subprocess.DEVNULL,
-        # Tests that run in the background are born with SIGINT ignored, and a shell cannot trap what it was born without.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
