@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -22,6 +23,38 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes fr
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """The flag --config=FILE, whose fields --config.x.y=value overrides."""
     return config_flags.DEFINE_config_file("config", default, "File with get_config(); --config.x.y=value overrides.")
+
+
+class WorkdirFlags:
+    """The flags of a script that opens a workdir: which, which step, and settings to use instead of its own."""
+
+    def __init__(self) -> None:
+        self._workdir = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
+        self._step = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+        self._instead: dict[tuple[str, str], flags.FlagHolder] = {
+            ("data", "dataset"): flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's."),
+            ("data", "domains"): flags.DEFINE_list("domains", None, "data.domains instead of the workdir's."),
+            ("data", "directory"): flags.DEFINE_string("directory", None, "data.directory instead of the workdir's."),
+            ("data", "sequence_length"): flags.DEFINE_integer(
+                "sequence_length", None, "Tokens per row instead of the workdir's."
+            ),
+            ("train", "batch_size"): flags.DEFINE_integer("batch_size", None, "Rows at once instead of the workdir's."),
+        }
+
+    @property
+    def path(self) -> str:
+        """Of the workdir."""
+        return str(self._workdir.value)
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint; None: the newest."""
+        return self._step.value
+
+    @property
+    def instead(self) -> dict[tuple[str, str], Any]:
+        """For :func:`moe.workdir.open_workdir`."""
+        return {field: flag.value for field, flag in self._instead.items()}
 
 
 def load_config(flag: flags.FlagHolder) -> Config:

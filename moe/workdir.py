@@ -39,8 +39,7 @@ class Workdir:
 
     def steps(self) -> list[int]:
         """Of its checkpoints, in order."""
-        folder = epath.Path(self.path) / "checkpoints"
-        steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+        steps = checkpoint.complete_steps(epath.Path(self.path))
         if not steps:
             raise ConfigError(f"{self.path}: holds no checkpoints")
         return steps

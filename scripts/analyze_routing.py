@@ -21,18 +21,12 @@ from absl import flags
 
 from moe import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
+_WORKDIR = cli.WorkdirFlags()
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; WORKDIR/analysis if not given.")
-_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations behind every null.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the permutations.")
 _CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are Python source.")
-_DATASET = flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's.")
-_DOMAINS = flags.DEFINE_list("domains", None, "data.domains instead of the workdir's.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "data.directory instead of the workdir's.")
-_LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens per row instead of the workdir's.")
-_BATCH = flags.DEFINE_integer("batch_size", None, "Rows at once instead of the workdir's.")
 
 
 def main() -> None:
@@ -43,18 +37,9 @@ def main() -> None:
     from moe.analysis.record import Recorder
     from moe.workdir import open_workdir
 
-    opened = open_workdir(
-        str(_WORKDIR.value),
-        {
-            ("data", "dataset"): _DATASET.value,
-            ("data", "domains"): _DOMAINS.value,
-            ("data", "directory"): _DIRECTORY.value,
-            ("data", "sequence_length"): _LENGTH.value,
-            ("train", "batch_size"): _BATCH.value,
-        },
-    )
+    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     recorder = Recorder(opened.program)
-    last = max(opened.steps()) if _STEP.value is None else _STEP.value
+    last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
     steps = [step for step in opened.steps() if step < last]
     analysis = analyse.analyse(
         recorder,

@@ -20,14 +20,8 @@ from absl import flags
 
 from moe import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
-_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
-_DATASET = flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's.")
-_DOMAINS = flags.DEFINE_list("domains", None, "data.domains instead of the workdir's.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "data.directory instead of the workdir's.")
-_LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens per row instead of the workdir's.")
+_WORKDIR = cli.WorkdirFlags()
 _ROWS = flags.DEFINE_integer("rows", None, "Rows per domain instead of the workdir's data.heldout_rows.")
-_BATCH = flags.DEFINE_integer("batch_size", None, "Rows at once instead of the workdir's.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, with what the routers did.")
 
 
@@ -38,21 +32,11 @@ def main() -> None:
     from moe import evaluate
     from moe.workdir import open_workdir
 
-    opened = open_workdir(
-        str(_WORKDIR.value),
-        {
-            ("data", "dataset"): _DATASET.value,
-            ("data", "domains"): _DOMAINS.value,
-            ("data", "directory"): _DIRECTORY.value,
-            ("data", "sequence_length"): _LENGTH.value,
-            ("data", "heldout_rows"): _ROWS.value,
-            ("train", "batch_size"): _BATCH.value,
-        },
-    )
+    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | {("data", "heldout_rows"): _ROWS.value})
     program = opened.program
     with jax.set_mesh(program.mesh):
         heldout = evaluate.load_heldout(program, opened.prepared)
-        results = evaluate.evaluate(program, opened.variables(_STEP.value), heldout)
+        results = evaluate.evaluate(program, opened.variables(_WORKDIR.step), heldout)
     if _JSON.value:
         print(json.dumps(results, indent=2))
         return

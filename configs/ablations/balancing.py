@@ -34,11 +34,9 @@ def get_suite(size: str) -> Suite:
         seeds=(0, 1, 2),
         primary=common.primary(size),
         comparisons={
-            "equal FLOPs and parameters": Comparison(
-                "none", tuple(variants)[1:], ("steps", "flops", "active_parameters", "total_parameters")
-            ),
+            "equal FLOPs and parameters": Comparison("none", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS),
             "loss-free against its auxiliary loss": Comparison(
-                "sigmoid_aux", ("loss_free",), ("steps", "flops", "active_parameters", "total_parameters")
+                "sigmoid_aux", ("loss_free",), common.FLOPS_AND_PARAMETERS
             ),
         },
     )

@@ -29,7 +29,7 @@ def get_suite(size: str) -> Suite:
             "equal active FLOPs and parameters": Comparison(
                 "top1_1.25",
                 tuple(f"top{k}_{factor}" for factor in FACTORS for k in (1, 2) if (k, factor) != (1, 1.25)),
-                ("steps", "flops", "active_parameters", "total_parameters"),
+                common.FLOPS_AND_PARAMETERS,
             ),
             "same experts": Comparison("top1_1.25", ("top2_same_experts_1.25",), ("steps", "total_parameters")),
         },

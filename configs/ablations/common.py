@@ -13,6 +13,9 @@ import ml_collections
 
 from configs import base as defaults
 
+#: What a comparison holds equal whose arms differ in the rule alone.
+FLOPS_AND_PARAMETERS = ("steps", "flops", "active_parameters", "total_parameters")
+
 
 def base(size: str) -> ml_collections.ConfigDict:
     """The dense model; variants override the gate."""

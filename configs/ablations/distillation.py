@@ -28,7 +28,7 @@ def get_suite(size: str) -> Suite:
         primary=common.primary(size),
         comparisons={
             "equal FLOPs and parameters of the student": Comparison(
-                "dense", ("distilled",), ("steps", "flops", "active_parameters", "total_parameters")
+                "dense", ("distilled",), common.FLOPS_AND_PARAMETERS
             ),
             "equal active FLOPs": Comparison("dense", ("teacher",), ("steps", "flops")),
         },

@@ -22,8 +22,6 @@ def get_suite(size: str) -> Suite:
         seeds=(0, 1, 2),
         primary=common.primary(size),
         comparisons={
-            "equal FLOPs and parameters": Comparison(
-                "argmax", ("jitter", "sampled"), ("steps", "flops", "active_parameters", "total_parameters")
-            )
+            "equal FLOPs and parameters": Comparison("argmax", ("jitter", "sampled"), common.FLOPS_AND_PARAMETERS)
         },
     )

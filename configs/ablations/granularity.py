@@ -33,8 +33,6 @@ def get_suite(size: str) -> Suite:
         seeds=(0, 1, 2),
         primary=common.primary(size),
         comparisons={
-            "equal FLOPs and parameters": Comparison(
-                "gshard_16x2", tuple(variants)[1:], ("steps", "flops", "active_parameters", "total_parameters")
-            )
+            "equal FLOPs and parameters": Comparison("gshard_16x2", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS)
         },
     )

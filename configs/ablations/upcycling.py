@@ -26,7 +26,7 @@ def get_suite(size: str) -> Suite:
         primary=common.primary(size),
         comparisons={
             "equal FLOPs and parameters, beside the parent's": Comparison(
-                "scratch", ("upcycled",), ("steps", "flops", "active_parameters", "total_parameters")
+                "scratch", ("upcycled",), common.FLOPS_AND_PARAMETERS
             ),
             "equal steps": Comparison("dense_continued", ("upcycled",), ("steps",)),
         },

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from moe import checkpoint
 from moe.analysis import documents, measures, probes, syntax
@@ -68,7 +69,7 @@ class Trained:
     @property
     def steps(self) -> list[int]:
         """Of the checkpoints that are there."""
-        return sorted(int(path.name) for path in (self._directory / "checkpoints").iterdir() if path.name.isdigit())
+        return checkpoint.complete_steps(epath.Path(self._directory))
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
         program = self.model.program

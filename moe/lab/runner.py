@@ -107,7 +107,7 @@ class Programs:
         return dataclasses.replace(self._program, config=config)
 
 
-def run_missing(suite: Suite, runs: Sequence[Run], say: Any = print) -> None:
+def run_missing(suite: Suite, runs: Sequence[Run]) -> None:
     """Trains and probes the runs that are not done, with a bar over all of them, in FLOPs.
 
     Raises:
