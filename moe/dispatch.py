@@ -231,8 +231,8 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 class Experts(Protocol):
     """What a mode asks of the experts: the same FFNs over either layout of rows."""
 
-    def batched(self, rows: Array, filled: Array | None = None, pieces: Chunks | None = None) -> Array:
-        """[E,R,D] → [E,R,D]: expert e over its R rows, zeros beyond the first filled[e] of them."""
+    def batched(self, rows: Array) -> Array:
+        """[E,R,D] → [E,R,D]: expert e over its R rows."""
         ...
 
     def matrices(self, dtype: Any) -> Any:
@@ -244,15 +244,13 @@ class Experts(Protocol):
         ...
 
 
-def _exchange(
-    expert_inputs: Array, experts: Experts, filled: Array | None = None, pieces: Chunks | None = None
-) -> Array:
+def _exchange(expert_inputs: Array, experts: Experts) -> Array:
     """[E,G,C,D] group-sharded → experts, expert-sharded → [E,G,C,D] group-sharded."""
     expert_inputs = sharding.constrain(expert_inputs, sharding.GROUPED_SLOTS)
     expert_inputs = sharding.constrain(expert_inputs, sharding.EXPERT_SLOTS)
     num_experts, groups, capacity, model_dim = expert_inputs.shape
     # [E,G,C,D] → [E,G·C,D] and back
-    outputs = experts.batched(expert_inputs.reshape(num_experts, groups * capacity, model_dim), filled, pieces)
+    outputs = experts.batched(expert_inputs.reshape(num_experts, groups * capacity, model_dim))
     outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
     outputs = sharding.constrain(outputs, sharding.EXPERT_SLOTS)
     return sharding.constrain(outputs, sharding.GROUPED_SLOTS)
@@ -263,15 +261,13 @@ def gather(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
 
     The groups of one device share a buffer for each expert, filled from its start: [E,P,R,D], P devices with tokens
     and R rows for all of their groups. A device's part is then contiguous in either order of E and P, so nothing is
-    transposed, and its empty rows are together, so that a CPU can skip them.
+    transposed. One CPU exchanges nothing and needs no room for what is not there: it sorts the kept pairs by expert.
     """
+    if in_chunks() and sharding.axis_size(*sharding.AXES) == 1:
+        return _sorted_by_expert(x, routing, plan, experts.matrices(x.dtype), experts)
     groups, tokens, model_dim = x.shape
     parts = math.gcd(groups, sharding.axis_size(*sharding.TOKEN_AXES))
     num_rows = groups // parts * plan.capacity
-    pieces = None
-    if parts == 1:
-        pieces = chunks(routing.expert_index.size, plan.num_experts)
-        num_rows = pieces.total(num_rows, 1)
     starts = jnp.arange(plan.num_experts, dtype=jnp.int32) * num_rows
     # [G,...] → [P,G/P,...]
     split = functools.partial(jax.tree.map, lambda array: array.reshape(parts, groups // parts, *array.shape[1:]))
@@ -285,8 +281,7 @@ def gather(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     rows = jax.vmap(_fill)(x, *tables)
     # [P,E·R,D] → [P,E,R,D] → [E,P,R,D]
     rows = rows.reshape(parts, plan.num_experts, num_rows, model_dim).swapaxes(0, 1)
-    filled = jnp.sum(load, axis=(0, 1)) if parts == 1 else None
-    outputs = _exchange(rows, experts, filled, pieces)
+    outputs = _exchange(rows, experts)
     # [E,P,R,D] → [P,E,R,D] → [P,E·R,D]
     outputs = outputs.swapaxes(0, 1).reshape(parts, plan.num_experts * num_rows, model_dim)
     return jax.vmap(_combine)(outputs, weights, *tables).reshape(groups, tokens, model_dim)
@@ -300,22 +295,22 @@ def dropless(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
     """
     matrices = experts.matrices(x.dtype)
     if sharding.axis_size(*sharding.AXES) == 1:
-        return _dropless_here(x, routing, plan, matrices, experts)
+        return _sorted_by_expert(x, routing, plan, matrices, experts)
     tokens = jax.tree.map(lambda _: sharding.BATCH, (routing, plan))
     return jax.shard_map(
-        functools.partial(_dropless_here, experts=experts),
+        functools.partial(_sorted_by_expert, experts=experts),
         in_specs=(sharding.BATCH, *tokens, sharding.EXPERT_MATRICES),
         out_specs=sharding.BATCH,
         check_vma=False,
     )(x, routing, plan, matrices)
 
 
-def _dropless_here(x: Array, routing: Routing, plan: Plan, matrices: Any, experts: Experts) -> Array:
-    """Dropless dispatch of one device's tokens; its part of the experts' matrices."""
+def _sorted_by_expert(x: Array, routing: Routing, plan: Plan, matrices: Any, experts: Experts) -> Array:
+    """One device's tokens, their kept pairs sorted by expert, through its part of the experts' matrices."""
     groups, tokens, model_dim = x.shape
     load = _load(routing, plan)
     sizes, parts = jnp.sum(load, axis=0), sharding.axis_size("expert")
-    num_rows = routing.expert_index.size
+    num_rows = min(routing.expert_index.size, plan.num_experts * groups * plan.capacity)
     pieces = chunks(num_rows, plan.num_experts) if parts == 1 else Chunks(())
     room, num_rows = pieces.padded_sizes(sizes), pieces.total(num_rows, plan.num_experts)
     tables = _tables(routing, plan, load, jnp.cumsum(room) - room, num_rows)

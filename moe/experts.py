@@ -44,34 +44,15 @@ class Experts(nnx.Module):
             into += (sharding.use("experts.gate", self.gate[...], dtype),)
         return into, sharding.use("experts.down", self.down[...], dtype)
 
-    def batched(
-        self, rows: Array, filled: Array | None = None, pieces: Chunks | None = None, drop: Drop | None = None
-    ) -> Array:
+    def batched(self, rows: Array, drop: Drop | None = None) -> Array:
         """[E,R,D] → [E,R,D]: expert e over its R rows.
 
         Args:
             rows: [E,R,D].
-            filled: [E] int32; rows beyond that many are zeros, for an implementation that can skip them. None: unknown.
-            pieces: that each expert's R rows have room for.
             drop: applied to the hidden activations.
         """
-        num_experts, num_rows, model_dim = rows.shape
         into, out_of = self.matrices(rows.dtype)
-        if (
-            filled is None
-            or drop is not None
-            or pieces is None
-            or not pieces.sizes
-            or sharding.axis_size(*sharding.AXES) > 1
-        ):
-            hidden = _hidden(self.activation, drop, _first(rows, into, _batched_matmul))
-            return _batched_matmul(hidden, out_of)
-        # [E,R,D] → [E·R,D] and back
-        starts = jnp.arange(num_experts, dtype=jnp.int32) * num_rows
-        rows = rows.reshape(num_experts * num_rows, model_dim)
-        second = functools.partial(_second, self.activation)
-        rows = grouped_ffn(_first, second, rows, into, out_of, starts, pieces.padded_sizes(filled), pieces)
-        return rows.reshape(num_experts, num_rows, model_dim)
+        return _batched_matmul(_hidden(self.activation, drop, _first(rows, into, _batched_matmul)), out_of)
 
     def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks, drop: Drop | None = None) -> Array:
         """[R,D] → [R,D]: the first sizes[0] rows by expert 0, the next by expert 1, and so on.
@@ -124,9 +105,9 @@ class ExpertDropout:
         """As :meth:`Experts.matrices`."""
         return self.experts.matrices(dtype)
 
-    def batched(self, rows: Array, filled: Array | None = None, pieces: Chunks | None = None) -> Array:
+    def batched(self, rows: Array) -> Array:
         """As :meth:`Experts.batched`."""
-        return self.experts.batched(rows, filled, pieces, self._drop)
+        return self.experts.batched(rows, self._drop)
 
     def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks) -> Array:
         """As :meth:`Experts.grouped`."""

@@ -70,8 +70,8 @@ def chunks(num_rows: int, num_groups: int) -> Chunks:
     """For R rows in E groups."""
     if not in_chunks():
         return Chunks(())
-    mean = min(num_rows / num_groups, 512)  # chunks of 1024 rows stay in cache
-    shares = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2)
+    mean = num_rows / num_groups
+    shares = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2)
     return Chunks(tuple(sorted({max(16, math.ceil(mean * share / 16) * 16) for share in shares})))
 
 
@@ -111,21 +111,9 @@ def grouped_ffn(
 # and its carried buffers are updated in place.
 
 
-@jax.custom_vjp
 def _matmul(rows: Array, matrix: Array) -> Array:
     """[N,D] · [D,F] → [N,F], one expert's."""
     return rows @ matrix
-
-
-def _matmul_bwd(residuals, gradient):
-    rows, matrix = residuals
-    # The barrier keeps the transposition from being folded into the matmul: XLA's fast CPU kernels take only a plain
-    # left operand, and moving the narrower one costs a fortieth of what is gained.
-    transposed = lax.optimization_barrier(rows.T)
-    return gradient @ matrix.T, transposed @ gradient
-
-
-_matmul.defvjp(lambda rows, matrix: (_matmul(rows, matrix), (rows, matrix)), _matmul_bwd)
 
 
 def _for_each_chunk(

@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moe import dispatch
 from moe.dispatch import MODES, Plan, expert_capacity, make_plan
 from moe.experts import Experts, MoELayer, Router
 from moe.routing import GATES, Routing, route
@@ -69,24 +70,34 @@ def test_choices_not_sent_take_no_row_and_groups_share_none():
 
 @dataclasses.dataclass
 class Doubling:
-    """Experts that multiply by e + 1, and keep what they were given."""
+    """Experts that multiply by e + 1, and keep the rows that each was given."""
 
     received: list
 
-    def batched(self, rows, filled=None, pieces=None):
-        self.received.append(rows)
+    def batched(self, rows):
+        self.received += [[row for row in expert.tolist() if any(row)] for expert in rows]
         return rows * (1.0 + jnp.arange(rows.shape[0], dtype=rows.dtype))[:, None, None]
 
+    def matrices(self, dtype):
+        return None
 
-@pytest.mark.parametrize("mode", CAPACITY_MODES)
-def test_buffers_and_outputs_by_hand(mode):
+    def grouped(self, matrices, rows, sizes, pieces):
+        ends = np.cumsum(sizes)
+        for begin, end in zip(ends - np.asarray(sizes), ends, strict=True):
+            self.received.append([row for row in rows[begin:end].tolist() if any(row)])
+        expert = jnp.sum(jnp.arange(len(rows))[:, None] >= ends, axis=1)
+        return rows * (1.0 + expert[:, None])
+
+
+@pytest.mark.parametrize(("mode", "on_cpu"), [("einsum", True), ("gather", True), ("gather", False)])
+def test_buffers_and_outputs_by_hand(mode, on_cpu, monkeypatch):
     # Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights 1/2, 1, 1; room for one: token 2 is dropped.
+    monkeypatch.setattr(dispatch, "in_chunks", lambda: on_cpu)
     x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
     experts = Doubling([])
     y = MODES[mode](x, routing, make_plan(routing, 1), experts)
-    np.testing.assert_array_equal(experts.received[0][:, :1], [[[1, 10]], [[2, 20]], [[0, 0]]])
-    assert not np.any(experts.received[0][:, 1:])  # gather may leave more room
+    assert experts.received == [[[1, 10]], [[2, 20]], []]
     np.testing.assert_array_equal(y, [[[0.5, 5.0], [4.0, 40.0], [0.0, 0.0]]])
 
 
