@@ -159,8 +159,8 @@ def _set_rows(tree: Any, start: Array, rows: Any) -> Any:
 
 
 def _zeros(tree: Any, dtype: Any = None) -> Any:
-    """Buffers to write chunks to. Neighbours differ in their zero's sign: of equal buffers XLA writes one and copies it,
-    which takes twice as long."""
+    """Buffers to write chunks to. Neighbours differ in the sign of their zeros: of equal buffers XLA fills one and
+    copies it, which takes twice as long."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten(
         [jnp.full(leaf.shape, -0.0 if i % 2 else 0.0, dtype or leaf.dtype) for i, leaf in enumerate(leaves)]

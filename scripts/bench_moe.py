@@ -1,9 +1,10 @@
 """The MoE layer against its roof: `python scripts/bench_moe.py [--shapes=A,B] [--modes=gather,dropless] [--json=FILE]`.
 
-The roof is the layer's active FLOPs as bare batched matmuls, timed in turns with the layer in one process: a share of
-it means something on a busy machine too. On accelerators it is the larger of FLOPs over the rate of one large matmul
-and bytes of weights over the bandwidth of a copy, both measured. The column "of matmul" holds the active FLOPs a second
-against one large matmul's of the same dtype. `--model` times a 4-layer model's train step instead.
+The roof is the layer's active FLOPs as bare batched matmuls, timed in turns with the layer in one process; a share of
+it is the median of the turns' own ratios, and means something on a busy machine too. On accelerators it is the larger
+of FLOPs over the rate of one large matmul and bytes of weights over the bandwidth of a copy, both measured. The column
+"of matmul" holds the active FLOPs a second against one large matmul's of the same dtype. `--model` times a 4-layer
+model's train step instead.
 """
 
 import sys
@@ -209,6 +210,16 @@ def active_flops(tokens: int, case: Case) -> dict[str, int]:
     return {"forward": forward, "both": 3 * forward}
 
 
+def large_matmul(side: int) -> Callable[[], Any]:
+    """One square matmul."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix = jnp.ones((side, side), _DTYPE.value)
+    multiply = jax.jit(lambda a, b: a @ b)
+    return lambda: multiply(matrix, matrix)
+
+
 def accelerator_roof(tokens: int, case: Case, dtype: str, rate: float) -> dict[str, float]:
     """Seconds by the rate of one large matmul, or by the bandwidth of a copy where that takes longer."""
     import jax
@@ -229,8 +240,6 @@ def accelerator_roof(tokens: int, case: Case, dtype: str, rate: float) -> dict[s
 def bench_layers() -> list[dict[str, Any]]:
     """All cases; those of one shape and number of experts in turns with their roof."""
     import jax
-
-    from moe import flops
 
     rows = []
     groups: dict[tuple[Any, ...], list[Case]] = {}
@@ -253,26 +262,25 @@ def bench_layers() -> list[dict[str, Any]]:
                 print(f"{_name(case):44} refused: {refusal}")
                 continue
             programs |= {(case, which): f for which, f in made.items()}
-        rates: list[float] = []
-        size = 2048 if on_cpu else 8192
-        large = {"matmul": lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, size, repeats=1))}
-        seconds = timed(programs | large)
-        del seconds["matmul"]
-        rate = statistics.median(rates[1:]) * (1 if on_cpu else jax.device_count())
+        side = 2048 if on_cpu else 8192
+        seconds = timed(programs | {"large matmul": large_matmul(side)})
+        rate = 2 * side**3 / statistics.median(seconds.pop("large matmul")) * (1 if on_cpu else jax.device_count())
         work = active_flops(_TOKENS.value, members[0])
         if on_cpu:
-            roofs = {which: statistics.median(seconds[None, which]) for which in ("forward", "both")}
-            least = {which: min(seconds[None, which]) for which in ("forward", "both")}
+            roofs = {which: seconds[None, which] for which in ("forward", "both")}
         else:
-            roofs = least = accelerator_roof(_TOKENS.value, members[0], _DTYPE.value, rate)
+            fixed = accelerator_roof(_TOKENS.value, members[0], _DTYPE.value, rate)
+            roofs = {which: [value] * _REPEATS.value for which, value in fixed.items()}
         for (case, which), values in seconds.items():
             median = statistics.median(values)
             name = f"{members[0].shape} E={members[0].experts} roof" if case is None else _name(case)
-            share, dropped = roofs[which] / median, 0.0 if case is None else drops[case]
-            of_matmul = work[which] / median / rate
+            # Each turn's own ratio: a machine that is slow for a while is slow for both.
+            share = statistics.median(r / own for r, own in zip(roofs[which], values, strict=True))
+            of_minima, of_matmul = min(roofs[which]) / min(values), work[which] / median / rate
+            dropped = 0.0 if case is None else drops[case]
             print(
                 f"{name:44} {which:8} {median * 1e3:9.1f} {min(values) * 1e3:7.1f} {max(values) * 1e3:7.1f} "
-                f"{share:13.2f} {least[which] / min(values):9.2f} {of_matmul:9.2f} {dropped:8.3f}",
+                f"{share:13.2f} {of_minima:9.2f} {of_matmul:9.2f} {dropped:8.3f}",
                 flush=True,
             )
             fields = {} if case is None else dataclasses.asdict(case)
@@ -283,7 +291,7 @@ def bench_layers() -> list[dict[str, Any]]:
                     "pass": which,
                     "seconds": values,
                     "share": share,
-                    "share_of_minima": least[which] / min(values),
+                    "share_of_minima": of_minima,
                     "share_of_matmul": of_matmul,
                     "dropped": dropped,
                 }
