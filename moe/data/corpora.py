@@ -340,6 +340,22 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def disk(directory: epath.Path, raised: type[Exception] = OSError) -> Iterator[None]:
+    """A full or failing disk under data.directory, which shows as `raised`, becomes a ConfigError of one sentence."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except raised as error:
+        strerror, filename = getattr(error, "strerror", None), getattr(error, "filename", None)
+        reason = strerror or " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"data.directory={os.fspath(directory)!r}: nothing can be prepared there ({reason}"
+            f"{f': {filename}' if filename else ''}); make room or repair it, and give the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Holds the directory's lock: of several processes one prepares and the others find its work done.
 
@@ -384,7 +400,7 @@ def open_embedded(domain: str, directory: epath.Path, progress: Callable[[str], 
             progress(f"building {builder.info.full_name}")
             # TFDS writes into a temporary neighbour and renames it when all is written. What it prints is hidden too.
             config = tfds.download.DownloadConfig(manual_dir=wheel.parent)
-            with contextlib.redirect_stdout(io.StringIO()):
+            with disk(directory, Exception), contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(download_config=config, file_format="array_record")
         return Documents(builder, "train"), Documents(builder, "heldout")
 
@@ -408,8 +424,9 @@ def open_tfds(name: str, directory: epath.Path) -> tuple[Sequence[str], Sequence
         if builder is None:
             raise ConfigError(
                 f"{prefix}none is prepared under data.directory={os.fspath(directory)} or TFDS's default directory; "
-                "use 'embedded', a folder (written with / or ./ at its start), or prepare it with "
-                'tfds.builder(name, data_dir=...).download_and_prepare(file_format="array_record")'
+                "use 'embedded', a folder (written with / or ./ at its start), or prepare it where there is a network: "
+                f'python -c \'import tensorflow_datasets.text, tensorflow_datasets as tfds; tfds.builder("{name}", '
+                f'data_dir="{os.fspath(directory)}").download_and_prepare(file_format="array_record")\''
             )
         try:
             features: Any = builder.info.features

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -112,10 +112,15 @@ def open_folder(
 # --- The index -------------------------------------------------------------------------------------------------------
 def _listing(root: epath.Path) -> list[str]:
     """Names of the text files below the root, sorted; what is hidden is left out."""
+
+    def place(path: epath.Path) -> PurePosixPath:
+        # A bucket is walked without its gs://, and some without a slash before its name.
+        return PurePosixPath("/", os.fspath(path).rpartition("://")[2].lstrip("/"))
+
     names = []
     for folder, _, files in root.walk():
         for file in files:
-            path = (folder / file).relative_to(root)
+            path = (place(folder) / file).relative_to(place(root))
             if path.suffix in (".txt", ".jsonl") and not any(part.startswith(".") for part in path.parts):
                 names.append(os.fspath(path))
     return sorted(names)
