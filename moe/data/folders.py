@@ -23,9 +23,9 @@ import numpy as np
 from etils import epath
 
 from moe.config import ConfigError
-from moe.data.corpora import HELDOUT_FRACTION
+from moe.data.datasets import HELDOUT_FRACTION
 
-TARGET, LIMIT, TAIL = 10_000, 18_000, 2_000  # bytes of a section, as in moe.data.corpora.sections
+TARGET, LIMIT, TAIL = 10_000, 18_000, 2_000  # bytes of a section, as in moe.data.datasets.sections
 #: Where a document is: number of its file, first byte and bytes there, number of its domain, 32 bits of a hash.
 PLACE = np.dtype([("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("domain", "<u2"), ("hash", "<u4")])
 
@@ -206,7 +206,7 @@ def _documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, str,
 
 
 def _sections(file: Any) -> Iterator[bytes]:
-    """A text file cut as :func:`moe.data.corpora.sections` cuts, without holding it in memory."""
+    """A text file cut as :func:`moe.data.datasets.sections` cuts, without holding it in memory."""
     before, current, size = b"", [], 0
     while line := _line(file):
         current.append(line)
