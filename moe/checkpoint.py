@@ -32,6 +32,10 @@ from moe.sealed import seal, unseal
 from moe.step import TrainState
 
 
+class RowsLostError(DamagedError):
+    """A checkpoint that is good, but comes after rows of metrics that are not there any more."""
+
+
 class Checkpoints:
     """The checkpoints under ``workdir/checkpoints``."""
 
@@ -135,8 +139,11 @@ class Checkpoints:
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """(step, state, the loop's JSON) of the newest good checkpoint, or None if there is none at all.
 
-        Damaged ones that are newer are set aside in ``workdir/damaged``, and ``say`` is told so. In a run of several
-        processes one of them may see the damage alone: it sets the checkpoint aside and asks for a new start.
+        Damaged ones that are newer are set aside in ``workdir/damaged``, and ``say`` is told so. So is one that comes
+        after rows of metrics that are lost, if an older one has its rows: the run writes them again.
+
+        In a run of several processes one of them may see the damage alone: it sets the checkpoint aside and asks for a
+        new start.
 
         Args:
             state: ShapeDtypeStructs with the shardings to restore to (:attr:`moe.step.Program.state`).
@@ -146,35 +153,53 @@ class Checkpoints:
         Raises:
             ConfigError: there are checkpoints, and not one of them is good.
         """
-        damaged: dict[int, str] = {}
+        damaged: dict[int, DamagedError] = {}
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 found = self.restore(step, state, iterator)
                 self._compare_rows(step, found[1].get("rows"))
             except DamagedError as error:
-                damaged[step] = str(error)
+                damaged[step] = error
                 if jax.process_count() > 1 and step != steps[-1]:
                     self._set_aside(step, say, str(error))
                     raise Stopped(START_AGAIN, f"the checkpoint of step {step} is damaged") from error
                 continue
-            for bad, reason in damaged.items():
-                self._set_aside(bad, say, reason)
-            self._manager.reload()
-            return step, *found
+            return self._without(damaged, step, say, found)
+        if lost := [step for step, error in damaged.items() if isinstance(error, RowsLostError)]:
+            step = lost[0]
+            say(f"{damaged[step]}; no checkpoint has all of its rows, and those stay lost")
+            newer = {bad: error for bad, error in damaged.items() if bad > step}
+            return self._without(newer, step, say, self.restore(step, state, iterator))
         if damaged:
-            listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            listed = "; ".join(f"step {step}: {error}" for step, error in damaged.items())
             raise ConfigError(
                 f"{self._workdir / 'checkpoints'}: no checkpoint is good ({listed}); nothing was changed; "
                 "put one back from a copy, or use another --workdir"
             )
         return None
 
+    def _without(
+        self,
+        damaged: dict[int, DamagedError],
+        step: int,
+        say: Callable[[str], Any],
+        found: tuple[TrainState, dict[str, Any]],
+    ) -> tuple[int, TrainState, dict[str, Any]]:
+        """What :meth:`resume` returns, when the damaged ones are out of the way."""
+        for bad, error in damaged.items():
+            self._set_aside(bad, say, str(error))
+        self._manager.reload()
+        return step, *found
+
     def _compare_rows(self, step: int, saved: int | None) -> None:
-        """Raises DamagedError if rows that were written before the checkpoint are not in the metrics any more."""
+        """Raises RowsLostError if rows that were written before the checkpoint are not in the metrics any more.
+
+        (Of several processes one might see an older file than the one that wrote it.)
+        """
         there = sum(row["step"] <= step for row in read_rows(self._workdir / METRICS))
-        if saved not in (None, there):
-            raise DamagedError(f"{METRICS} has {there} rows up to that step, and had {saved} when it was saved")
+        if saved not in (None, there) and jax.process_count() == 1:
+            raise RowsLostError(f"{METRICS} has {there} rows up to step {step}, and had {saved} when that was saved")
 
     def _set_aside(self, step: int, say: Callable[[str], Any], reason: str) -> None:
         """Moved, never deleted: somebody may mend it."""

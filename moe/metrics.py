@@ -77,6 +77,11 @@ class MetricsWriter:
                 self._board.add_scalar(f"{kind}/{name}{suffix}", float(entry), step)
         self._board.flush()
 
+    def sync(self) -> None:
+        """Returns when the rows are on disk: a checkpoint that comes after them is never there without them."""
+        if self._active:
+            os.fsync(self._files[METRICS].fileno())
+
     def close(self) -> None:
         """Flushes and closes; all of them, if one cannot be."""
         if self._active:

@@ -110,11 +110,12 @@ def train(
             held.enter_context(locked(directory))
         with _disk(directory):
             _write_once(config, prepared, directory, new=not there)
-        checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
+            checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         total, active = flops.count_parameters(config.model)
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})")
-        found = checkpoints.resume(program.state, iterator, say)
+        with _disk(directory):
+            found = checkpoints.resume(program.state, iterator, say)
         if found is None:
             step, state, memory = 0, start.first_state(program), {}
         else:
@@ -214,6 +215,7 @@ def _loop(
                 skipping = pending[-1]["skipped"] if pending else health.skipped_in_a_row
                 if not skipping or last:
                     memory = {"pending": pending, "health": health.memory(), "rows": writer.rows[METRICS]}
+                    writer.sync()
                     checkpoints.save(step, state, iterator, memory, loss)
                 clock.restart()
             if stop and not last:
@@ -335,6 +337,8 @@ def _finish(program: Program, state: TrainState, prepared: pipeline.Prepared, di
     config = program.config
     rows = read_rows(directory / METRICS)
     final = [row for row in rows if row["step"] == config.train.num_steps and row["kind"].startswith("heldout/")]
+    if not final:
+        raise ConfigError(f"{directory / METRICS}: has lost the last evaluation, which the report shows; put it back")
     results = {row["kind"].removeprefix("heldout/"): row for row in final}
     unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
     unigram = report.unigram_over_all(results, unigram)
