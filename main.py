@@ -10,7 +10,7 @@ from absl import flags
 from moe import cli
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and reports; made if missing.")
+_WORKDIR = cli.define_path("workdir", "Folder for checkpoints, metrics and reports; made if missing.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes; the environment says which.")
 _PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: a trace of those steps in WORKDIR/profile (docs/pods.md).")
 

@@ -14,8 +14,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from moe.routing import Routing
 
@@ -182,11 +182,11 @@ def next_selection_bias(bias: Array, expert_load: Array, rate: float) -> Array:
     return bias + rate * jnp.sign(jnp.mean(expert_load, axis=-1, keepdims=True) - expert_load)
 
 
-def max_violation(expert_load: ArrayLike) -> Array:
-    """(max load − mean)/mean over the last axis (loss-free balancing 2024, section 2.1). expert_load: [...,E]."""
-    return jnp.max(jnp.asarray(expert_load), axis=-1) * jnp.shape(expert_load)[-1] - 1.0
+def max_violation(expert_load: Array | np.ndarray) -> Array | np.ndarray:
+    """[...,E] shares → [...] (max − mean) / mean, 0 at balance (loss-free balancing 2024, section 2.1)."""
+    return expert_load.max(axis=-1) * expert_load.shape[-1] - 1.0
 
 
-def dead_experts(expert_load: ArrayLike) -> Array:
-    """How many experts took no token. expert_load: [...,E]."""
-    return jnp.sum(jnp.asarray(expert_load) == 0, axis=-1)
+def dead_experts(expert_load: Array | np.ndarray) -> Array | np.ndarray:
+    """[...,E] shares → [...] how many experts took no token."""
+    return (expert_load == 0).sum(axis=-1)

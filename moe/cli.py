@@ -6,6 +6,7 @@ no JAX, so that an entry point may set up the process first (:mod:`moe.platform`
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,26 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", default, "File with get_config(); --config.x.y=value overrides.")
 
 
+class _Path(flags.ArgumentParser):
+    """A path, with the home for a ~ that no shell has seen."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        moe_config.check_path("path", argument)
+        return os.path.expanduser(argument)
+
+
+def define_path(name: str, explanation: str) -> flags.FlagHolder:
+    """A flag --name=PATH, of a folder of a file system or of a bucket."""
+    return flags.DEFINE(_Path(), name, None, explanation, serializer=flags.ArgumentSerializer())
+
+
 class WorkdirFlags:
     """The flags of a script that opens a workdir: which, which step, and settings to use instead of its own."""
 
     def __init__(self) -> None:
-        self._workdir = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
+        self._workdir = define_path("workdir", "Folder of a run or an import.")
         self._step = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
         self._instead: dict[tuple[str, str], flags.FlagHolder] = {
             ("data", "dataset"): flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's."),

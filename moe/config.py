@@ -19,6 +19,7 @@ import ml_collections
 
 GATES_OWN = -1
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # the devices' numbers have 32 bits
+SCHEMES = ("gs", "s3", "az", "hf")  # of buckets that etils.epath reads
 
 
 class ConfigError(ValueError):
@@ -333,6 +334,17 @@ def _require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
         raise ConfigError(f"{field}={value!r}: {allowed}")
 
 
+def check_path(field: str, path: str) -> None:
+    """Refuses a path of a kind that etils.epath does not read. Raises ConfigError."""
+    scheme, found, _ = path.partition("://")
+    _require(
+        not found or scheme in SCHEMES,
+        field,
+        path,
+        f"must be a path, or one of {', '.join(SCHEMES)} before ://",
+    )
+
+
 def _require_choice(field: str, value: str, choices: typing.Iterable[str]) -> None:
     _require(value in choices, field, value, f"must be one of {', '.join(choices)}")
 
@@ -537,6 +549,12 @@ def _validate_run(config: Config) -> None:
     )
     _require(all(data.dataset.split(",")), "data.dataset", data.dataset, "must name a dataset, or several, a,b")
     _require(data.directory != "", "data.directory", data.directory, "must name a folder; '.' is the current one")
+    for name in data.dataset.split(","):
+        check_path("data.dataset", name)
+    check_path("data.directory", data.directory)
+    check_path("data.tokenizer", data.tokenizer)
+    check_path("start.checkpoint", config.start.checkpoint)
+    check_path("distill.teacher", config.distill.teacher)
     _require(
         len(set(data.domains)) == len(data.domains) and all(data.domains),
         "data.domains",

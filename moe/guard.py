@@ -41,14 +41,14 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Keeps every other run out of an existing local workdir; the kernel lets go however the process ends.
+    """Keeps every other run out of an existing workdir; the kernel lets go however the process ends.
 
-    A bucket has no locks: there nothing keeps a second run out. Of several processes only process 0 holds it.
+    Of several processes only process 0 holds it. Where the file system has no locks, nothing keeps a second run out.
 
     Raises:
         ConfigError: another run is in it, or it cannot be written.
     """
-    if "://" in os.fspath(workdir) or jax.process_index() != 0:
+    if jax.process_index() != 0:
         yield
         return
     try:

@@ -17,19 +17,31 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from moe.config import ConfigError
+from moe.sealed import write_whole
+
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 
 def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line cut short by a crash is left out; no file is no rows."""
+    """Rows of a JSON-lines file; a last line cut short by a crash is left out; no file is no rows.
+
+    Raises:
+        ConfigError: any other line is no row.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):  # the last one has no end of line, if it is not empty
+                raise ConfigError(f"{path}, line {number}: is no row of metrics; put it back, or delete it") from error
     return rows
 
 
@@ -38,16 +50,15 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.Path, step: int):
         """Keeps the rows up to ``step``, the step the run goes on from."""
+        self.rows = {METRICS: 0, TIMING: 0}  # in the files by now, where this process writes
         self._active = jax.process_index() == 0
         if not self._active:
             return
         self._files = {}
         for name in (METRICS, TIMING):
             kept = [row for row in read_rows(workdir / name) if row["step"] <= step]
-            # Replaced whole, so that a crash here leaves the old file or the new one.
-            temporary = workdir / f"{name}.tmp"
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            temporary.replace(workdir / name)
+            write_whole(workdir / name, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self.rows[name] = len(kept)
             self._files[name] = (workdir / name).open("a")
         self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -57,6 +68,7 @@ class MetricsWriter:
             return
         self._files[file].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._files[file].flush()
+        self.rows[file] += 1
         if kind == "warning":  # words, for people
             return
         for name, value in values.items():
@@ -64,6 +76,11 @@ class MetricsWriter:
                 suffix = "".join(f"/{i}" for i in index)
                 self._board.add_scalar(f"{kind}/{name}{suffix}", float(entry), step)
         self._board.flush()
+
+    def sync(self) -> None:
+        """Returns when the rows are on disk: a checkpoint that comes after them is never there without them."""
+        if self._active:
+            os.fsync(self._files[METRICS].fileno())
 
     def close(self) -> None:
         """Flushes and closes; all of them, if one cannot be."""

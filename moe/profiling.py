@@ -58,7 +58,7 @@ def profiled(steps: Steps | None, workdir: str) -> Iterator[Callable[..., Progra
 
     Args:
         steps: to trace; None: none.
-        workdir: local or a bucket path.
+        workdir: of the run.
     """
     if steps is None:
         yield build
@@ -108,7 +108,7 @@ class _Tracer:
         jax.profiler.start_trace(self._local.name, profiler_options=options)
 
     def stop(self) -> None:
-        """Ends the trace, if one runs, and puts its files where they belong, which may be a bucket."""
+        """Ends the trace, if one runs, and puts its files where they belong."""
         if self._local is None:
             return
         with self._local as local:

@@ -1,13 +1,26 @@
-"""JSON that shows when it was altered: a flipped bit in a number is still a number.
+"""Small files: there whole or not at all, and JSON that shows when it was altered.
 
-In: anything that JSON can hold. Out: text with a CRC-32 of it, and back.
+A flipped bit in a number is still a number: so text is made of the JSON and its CRC-32, and JSON of that text.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from pathlib import Path
 from typing import Any
+
+from etils import epath
+
+
+def write_whole(path: epath.Path | Path, content: bytes) -> None:
+    """Makes or replaces a file: whoever reads it, and whenever this process is killed, it is the old one or the new.
+
+    What a killed process leaves beside it, PATH.tmp, the next one takes. One process at a time writes a path.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def seal(content: Any) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
-from moe import checkpoint
+from moe import weights
+from moe.checkpoint import Checkpoints
 from moe.config import Config, ConfigError, ModelConfig
 from moe.sharding import make_mesh
 from moe.step import Program, TrainState, build
@@ -37,10 +39,10 @@ def check(config: Config) -> None:
     for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
         if workdir:
             try:
-                checkpoint.read_config(workdir)
+                weights.read_config(workdir)
             except ConfigError as error:
                 raise ConfigError(f"{field}={workdir!r}: must be the workdir of a run or an import: {error}") from error
-            if not (checkpoint.epath.Path(workdir) / "checkpoints").exists():
+            if not (epath.Path(workdir) / "checkpoints").exists():
                 raise ConfigError(f"{field}={workdir!r}: holds no checkpoints")
 
 
@@ -53,8 +55,8 @@ def first_state(program: Program) -> TrainState:
     state, start = program.init(), program.config.start
     if not start.checkpoint:
         return state
-    source = checkpoint.read_config(start.checkpoint)
-    theirs = _host(checkpoint.read_parameters(start.checkpoint, source.model, dtype=np.float32))
+    source = weights.read_config(start.checkpoint)
+    theirs = _host(weights.read_parameters(start.checkpoint, source.model, dtype=np.float32))
     rng = np.random.default_rng(program.config.seed)
     parameters = _transplant(program, source.model, theirs, state.parameters, start.expert_noise, rng)
     optimizer = state.optimizer
@@ -82,10 +84,10 @@ def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | 
     """
     if not config.distill.teacher:
         return None
-    model = checkpoint.read_config(config.distill.teacher).model
+    model = weights.read_config(config.distill.teacher).model
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
-    return model, checkpoint.read_variables(config.distill.teacher, model, mesh)
+    return model, weights.read_variables(config.distill.teacher, model, mesh)
 
 
 def _is_tree(node: Any) -> bool:
@@ -101,7 +103,7 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
     with jax.set_mesh(mesh):
         program = build(source, mesh)
     try:
-        checkpoints = checkpoint.Checkpoints(checkpoint.epath.Path(workdir), 1, read_only=True)
+        checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
         return checkpoints.restore_state(checkpoints.latest() or 0, program.state).optimizer
     except (ValueError, KeyError) as error:
         raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer's state; use 'reset'") from error

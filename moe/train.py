@@ -21,14 +21,17 @@ import tqdm
 from etils import epath
 
 from moe import balancing, flops, generate, report, sharding, start
-from moe.checkpoint import Checkpoints, DamagedError, complete_steps, errors_said_once, read_config
+from moe.checkpoint import Checkpoints, complete_steps, errors_said_once
 from moe.config import Config, ConfigError, to_dict, validate_mesh
+from moe.damage import DamagedError
 from moe.data import pipeline
 from moe.evaluate import Heldout, evaluate, load_heldout
 from moe.guard import StopSignals, locked
 from moe.health import Health
 from moe.metrics import METRICS, TIMING, MetricsWriter, read_rows, to_python
+from moe.sealed import write_whole
 from moe.step import Program, TrainMetrics, TrainState, build, place, rolled_back
+from moe.weights import read_config
 
 #: Fields that say how to run, not what is learnt: they may change when a run is resumed.
 _FREE_FIELDS = (
@@ -58,7 +61,7 @@ def train(
 
     Args:
         config: from :func:`moe.config.from_config_dict`.
-        workdir: a folder, made if missing; local or a bucket path.
+        workdir: a folder, made if missing; of a file system, which may be a mounted bucket.
         devices: of the mesh; None: all.
         make_program: :func:`moe.step.build`, or one that remembers, for a caller that trains many runs.
         quiet: say nothing and draw no bar.
@@ -69,6 +72,11 @@ def train(
         Stopped: a SystemExit, after SIGTERM or Ctrl-C; the checkpoint of the last step is on disk.
     """
     say = print if jax.process_index() == 0 and not quiet else lambda *_: None
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir={workdir}: must be a folder of a file system, since rows are appended and files renamed there; "
+            "mount the bucket and name the folder (docs/pods.md)"
+        )
     mesh = sharding.make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     start.check(config)
@@ -79,6 +87,11 @@ def train(
         if there:
             refuse_other_run(config, directory)
             held.enter_context(locked(directory))
+        elif steps := complete_steps(directory):
+            raise ConfigError(
+                f"--workdir={workdir}: holds a checkpoint of step {steps[-1]}, but no config.json that says of what it "
+                "is; put that back, or use another workdir"
+            )
         prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
         held.enter_context(jax.set_mesh(mesh))
         held.enter_context(errors_said_once())
@@ -96,12 +109,13 @@ def train(
         if not there:
             held.enter_context(locked(directory))
         with _disk(directory):
-            _write_once(config, prepared, directory)
-        checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
+            _write_once(config, prepared, directory, new=not there)
+            checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         total, active = flops.count_parameters(config.model)
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})")
-        found = checkpoints.resume(program.state, iterator, say)
+        with _disk(directory):
+            found = checkpoints.resume(program.state, iterator, say)
         if found is None:
             step, state, memory = 0, start.first_state(program), {}
         else:
@@ -200,7 +214,9 @@ def _loop(
                 # What is saved is good: while updates are skipped the trouble may be in the parameters themselves.
                 skipping = pending[-1]["skipped"] if pending else health.skipped_in_a_row
                 if not skipping or last:
-                    checkpoints.save(step, state, iterator, {"pending": pending, "health": health.memory()}, loss)
+                    memory = {"pending": pending, "health": health.memory(), "rows": writer.rows[METRICS]}
+                    writer.sync()
+                    checkpoints.save(step, state, iterator, memory, loss)
                 clock.restart()
             if stop and not last:
                 checkpoints.close()
@@ -307,8 +323,8 @@ def _mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:
     row["skipped"] = sum(int(values["skipped"]) for values in steps)
     if "expert_load" in row:
         load = np.asarray(row["expert_load"])
-        row["max_violation"] = np.asarray(balancing.max_violation(load)).tolist()
-        row["dead_experts"] = np.asarray(balancing.dead_experts(load)).tolist()
+        row["max_violation"] = balancing.max_violation(load).tolist()
+        row["dead_experts"] = balancing.dead_experts(load).tolist()
     return row
 
 
@@ -321,6 +337,8 @@ def _finish(program: Program, state: TrainState, prepared: pipeline.Prepared, di
     config = program.config
     rows = read_rows(directory / METRICS)
     final = [row for row in rows if row["step"] == config.train.num_steps and row["kind"].startswith("heldout/")]
+    if not final:
+        raise ConfigError(f"{directory / METRICS}: has lost the last evaluation, which the report shows; put it back")
     results = {row["kind"].removeprefix("heldout/"): row for row in final}
     unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
     unigram = report.unigram_over_all(results, unigram)
@@ -328,7 +346,7 @@ def _finish(program: Program, state: TrainState, prepared: pipeline.Prepared, di
     if config.train.sample_tokens and jax.process_count() == 1:
         text += "\n\n" + _sample(program, state, prepared)
     report.figure(directory / "training.png", rows, unigram)
-    _write(directory / "report.txt", (text + "\n").encode())
+    write_whole(directory / "report.txt", (text + "\n").encode())
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
 
 
@@ -371,23 +389,17 @@ def refuse_other_run(config: Config, directory: epath.Path) -> None:
         )
 
 
-def _write_once(config: Config, prepared: pipeline.Prepared, directory: epath.Path) -> None:
-    """The config and the tokenizer, beside the checkpoints that need them."""
+def _write_once(config: Config, prepared: pipeline.Prepared, directory: epath.Path, *, new: bool) -> None:
+    """The tokenizer and the config, which the checkpoints need beside them; with its config there, a run is begun."""
     if jax.process_index() != 0:
         return
-    for name, content in (
-        *prepared.tokenizer.files.items(),
-        ("config.json", json.dumps(to_dict(config), indent=2).encode()),
-    ):
-        if not (directory / name).exists():
-            _write(directory / name, content)
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    for name, content in prepared.tokenizer.files.items():
+        if new or not (directory / name).exists():
+            write_whole(directory / name, content)
+        elif (directory / name).read_bytes() != content:
+            raise ConfigError(f"{directory / name}: is not the tokenizer of this run; delete it to get that back")
+    if new:
+        write_whole(directory / "config.json", json.dumps(to_dict(config), indent=2).encode())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from moe import checkpoint, sharding
+from moe import checkpoint, sharding, weights
 from moe.config import ConfigError, MeshConfig, from_config_dict, to_dict, validate_mesh
 from moe.data import pipeline
 from moe.data.json_tokenizer import find_tokenizer
@@ -34,8 +34,8 @@ class Workdir:
     prepared: pipeline.Prepared
 
     def variables(self, step: int | None = None) -> dict[str, Any]:
-        """Of the checkpoint of that step; None: the newest. See :func:`moe.checkpoint.read_variables`."""
-        return checkpoint.read_variables(self.path, self.program.config.model, self.program.mesh, step=step)
+        """Of the checkpoint of that step; None: the newest. See :func:`moe.weights.read_variables`."""
+        return weights.read_variables(self.path, self.program.config.model, self.program.mesh, step=step)
 
     def steps(self) -> list[int]:
         """Of its checkpoints, in order."""
@@ -57,7 +57,7 @@ def open_workdir(path: str, instead: dict[tuple[str, str], Any]) -> Workdir:
     Raises:
         moe.config.ConfigError: something of that is missing or impossible.
     """
-    tree = to_dict(checkpoint.read_config(path))
+    tree = to_dict(weights.read_config(path))
     for (section, name), value in instead.items():
         if value is not None:
             tree[section][name] = value

@@ -22,7 +22,7 @@ from moe import cli
 from moe.config import ConfigError
 
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the suite's runs and report.")
+_WORKDIR = cli.define_path("workdir", "Folder of the suite's runs and report.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Instead of the suite's.")
 _SHARD = flags.DEFINE_string("shard", "", "i/n: only the i-th of n parts of the runs, counted from 0; no report.")

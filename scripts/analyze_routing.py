@@ -22,7 +22,7 @@ from absl import flags
 from moe import cli
 
 _WORKDIR = cli.WorkdirFlags()
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; WORKDIR/analysis if not given.")
+_OUTPUT = cli.define_path("output", "Folder to write to; WORKDIR/analysis if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations behind every null.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the permutations.")

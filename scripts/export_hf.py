@@ -18,8 +18,8 @@ from absl import flags
 
 from moe import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
+_OUT = cli.define_path("out", "Folder to write.")
 _TYPE = flags.DEFINE_string("model_type", "", "Architecture to write it as; empty: the first that can say it.")
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"], "To cast to; empty: as stored.")
 

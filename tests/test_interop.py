@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from moe import sharding
-from moe.checkpoint import read_config, read_parameters
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, resolve
 from moe.interop import (
     export_checkpoint,
@@ -35,6 +34,7 @@ from moe.interop.families import FAMILIES, write_config
 from moe.interop.families import read_config as read_open_config
 from moe.losses import cross_entropy
 from moe.transformer import Transformer, layer_kinds, sparse_layers
+from moe.weights import read_config, read_parameters
 
 HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from moe import checkpoint
+from moe import weights
 from moe.config import ConfigError, DataConfig
 from moe.data import corpora, pipeline
 from moe.data.json_tokenizer import read_tokenizer
@@ -144,17 +144,17 @@ def test_pickles_planted_in_a_checkpoint(tmp_path, payload, no_unpickling):
     folder = tmp_path / "run" / "checkpoints" / "0"
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5
-    before = checkpoint.read_parameters(tmp_path / "run", config.model)
+    before = weights.read_parameters(tmp_path / "run", config.model)
     for name in ("state.pkl", "data.pickle", "__init__.py"):
         (folder / name).write_bytes(payload)
     jax.tree.map(
-        np.testing.assert_array_equal, before, checkpoint.read_parameters(tmp_path / "run", config.model)
+        np.testing.assert_array_equal, before, weights.read_parameters(tmp_path / "run", config.model)
     )  # the planted ones are nothing to it
     for replaced in ([path for path in files if path.parent.name == "d"], files):
         for path in replaced:
             path.write_bytes(payload)
         with pytest.raises(Exception, match=r".") as refusal:  # Orbax and TensorStore refuse in their own words
-            checkpoint.read_parameters(tmp_path / "run", config.model)
+            weights.read_parameters(tmp_path / "run", config.model)
         assert not isinstance(refusal.value, pickle.UnpicklingError)
 
 
@@ -163,7 +163,7 @@ def test_pickles_in_the_place_in_the_data(tmp_path, payload, no_unpickling):
     prepared = pipeline.Prepared(SimpleNamespace(files={}, bos_id=1, eos_id=2, pad_id=0), ("x",), {"x": texts}, {})
     prepared.tokenizer.encode = lambda text: np.arange(3, 3 + len(text), dtype=np.int32)
     iterator = pipeline.train_iterator(prepared, DataConfig(sequence_length=8), batch_size=2, seed=0)
-    handler = pipeline.streams._Handler()
+    handler = pipeline.streams.StreamsHandler()
     handler.save(epath.Path(tmp_path), iterator)
     files = list(tmp_path.glob("stream_*.json"))
     assert len(files) == 2

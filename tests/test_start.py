@@ -14,7 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from moe import sharding, start
+from moe import sharding, start, weights
 from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, from_config_dict, to_dict
 from moe.interop import import_checkpoint, load_huggingface
 from moe.losses import soft_cross_entropy
@@ -26,9 +26,7 @@ T = 8
 
 def _config(workdir, **changes) -> Config:
     """The imported model as a run's config: 2 rows of 8 tokens."""
-    tree = to_dict(
-        import_checkpoint(workdir[0], workdir[1]) if workdir[0] else start.checkpoint.read_config(workdir[1])
-    )
+    tree = to_dict(import_checkpoint(workdir[0], workdir[1]) if workdir[0] else weights.read_config(workdir[1]))
     tree["data"] |= {"sequence_length": T}
     tree["train"] |= {"batch_size": 2, "num_steps": 4}
     tree["optimizer"] |= {"warmup_steps": 0, "learning_rate": 1e-3}

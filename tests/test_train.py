@@ -113,6 +113,9 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
         (6, "heldout/all"),
         (6, "heldout/tiny_text/split"),
     ]
+    timing = read_rows(tmp_path / "run" / "timing.jsonl")
+    assert [row["step"] for row in timing] == [2, 4, 6]
+    assert all(0 <= row["data_wait_share"] <= 1 and row["tokens_per_second"] > 0 for row in timing)
     assert rows[-2]["loss"] < rows[1]["loss"]  # three more steps helped
     assert np.shape(rows[0]["expert_load"]) == (2, 8)  # per layer and expert
     np.testing.assert_allclose(np.sum(rows[0]["expert_load"], axis=1), 1, rtol=1e-6)

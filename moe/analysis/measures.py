@@ -2,7 +2,7 @@
 
 In: arrays of :class:`moe.analysis.record.Records`. Everything random takes a ``numpy.random.Generator``.
 
-- :func:`expert_load`, :func:`max_violation`, :func:`mean_entropy`: who gets how much.
+- :func:`expert_load`, :func:`mean_entropy`: who gets how much.
 - :func:`repetition`: consecutive tokens with a common expert (Mixtral 2024, Table 5).
 - :func:`dependence`: how much a label (domain, token, syntax class) tells about the first expert.
 - :func:`coactivation`: experts chosen together (OLMoE 2024, section 5.2).
@@ -37,11 +37,6 @@ def expert_load(
     for layer, (index, sent) in enumerate(zip(expert_index, chosen, strict=True)):
         np.add.at(counts[layer], (where[sent], index[sent]), 1)
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-
-
-def max_violation(load: np.ndarray) -> np.ndarray:
-    """[...,E] shares → [...] (max − mean) / mean: 0 at balance, E/K − 1 at most (Wang et al. 2024, MaxVio)."""
-    return load.max(-1) / np.maximum(load.mean(-1), 1e-30) - 1
 
 
 def mean_entropy(router_probs: np.ndarray) -> np.ndarray:

@@ -111,7 +111,7 @@ class Recorder:
         """Runs the model over all batches.
 
         Args:
-            variables: as :func:`moe.checkpoint.read_variables` or ``TrainState.variables``.
+            variables: as :func:`moe.weights.read_variables` or ``TrainState.variables``.
             batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions; other [B,T] arrays
                 become marks; targets, and what is not [B,T], are not kept.
         """

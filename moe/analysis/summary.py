@@ -18,6 +18,7 @@ from moe.analysis import measures
 from moe.analysis.documents import Document, document_batches
 from moe.analysis.record import Records
 from moe.analysis.syntax import CLASSES, NONE, token_classes
+from moe.balancing import max_violation
 from moe.data.tokenizer import Tokenizer
 
 #: Tokens that occur less often than this are in no statistic of token identity.
@@ -74,7 +75,7 @@ def summarise(
         "seed": seed,
         "at_least": AT_LEAST,
         "load": load.tolist(),
-        "max_violation": measures.max_violation(load).tolist(),
+        "max_violation": max_violation(load).tolist(),
         "router_entropy": measures.mean_entropy(records.router_probs).tolist(),
         "repetition": _repetitions(records, shuffles, rng),
         "dependence": _dependences(records, code, shuffles, rng),

@@ -1,1 +1,1 @@
-"""Text: where it comes from (`corpora`), how it becomes token ids (`tokenizer`) and rows of a batch (`pipeline`)."""
+"""Text: `corpora`, `datasets` and `folders` of it, token ids (`tokenizer`), and rows of a batch (`pipeline`)."""

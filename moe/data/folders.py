@@ -16,16 +16,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from moe.config import ConfigError
-from moe.data.corpora import HELDOUT_FRACTION
+from moe.data.datasets import HELDOUT_FRACTION
 
-TARGET, LIMIT, TAIL = 10_000, 18_000, 2_000  # bytes of a section, as in moe.data.corpora.sections
+TARGET, LIMIT, TAIL = 10_000, 18_000, 2_000  # bytes of a section, as in moe.data.datasets.sections
 #: Where a document is: number of its file, first byte and bytes there, number of its domain, 32 bits of a hash.
 PLACE = np.dtype([("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("domain", "<u2"), ("hash", "<u4")])
 
@@ -112,10 +112,15 @@ def open_folder(
 # --- The index -------------------------------------------------------------------------------------------------------
 def _listing(root: epath.Path) -> list[str]:
     """Names of the text files below the root, sorted; what is hidden is left out."""
+
+    def place(path: epath.Path) -> PurePosixPath:
+        # A bucket is walked without its gs://, and some without a slash before its name.
+        return PurePosixPath("/", os.fspath(path).rpartition("://")[2].lstrip("/"))
+
     names = []
     for folder, _, files in root.walk():
         for file in files:
-            path = (folder / file).relative_to(root)
+            path = (place(folder) / file).relative_to(place(root))
             if path.suffix in (".txt", ".jsonl") and not any(part.startswith(".") for part in path.parts):
                 names.append(os.fspath(path))
     return sorted(names)
@@ -201,7 +206,7 @@ def _documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, str,
 
 
 def _sections(file: Any) -> Iterator[bytes]:
-    """A text file cut as :func:`moe.data.corpora.sections` cuts, without holding it in memory."""
+    """A text file cut as :func:`moe.data.datasets.sections` cuts, without holding it in memory."""
     before, current, size = b"", [], 0
     while line := _line(file):
         current.append(line)

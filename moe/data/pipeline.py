@@ -37,8 +37,9 @@ import numpy as np
 from etils import epath
 
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
-from moe.data import corpora, folders, json_tokenizer, streams
+from moe.data import corpora, datasets, folders, json_tokenizer, streams
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
+from moe.sealed import write_whole
 
 TOKENIZER_CHARACTERS = 10_000_000  # of text a tokenizer is trained on, an equal share from each domain
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
@@ -81,8 +82,8 @@ def prepare(
     directory = epath.Path(data.directory).expanduser()
     # In a bucket nothing is built or trained, so there is nothing to lock.
     local = "://" not in os.fspath(directory)
-    lock = corpora.locked(Path(directory)) if local else contextlib.nullcontext()
-    with lock:
+    lock = datasets.locked(Path(directory)) if local else contextlib.nullcontext()
+    with lock, datasets.disk(directory):
         found = _open(data, directory, progress)
         domains = tuple(data.domains) or tuple(found)
         train, heldout = ({domain: found[domain][part] for domain in domains} for part in (0, 1))
@@ -117,7 +118,7 @@ def _open(
             parts, version = folders.open_folder(name, directory, progress)
             added = {domain: (*splits, version) for domain, splits in parts.items()}
         else:
-            added = {} if name == "embedded" else {name: corpora.open_tfds(name, directory)}
+            added = {} if name == "embedded" else {name: datasets.open_tfds(name, directory)}
         if twice := sorted(added.keys() & (found.keys() | (corpora.DOMAINS if "embedded" in names else {}))):
             raise ConfigError(f"data.dataset={data.dataset!r}: two of them have a domain {twice[0]!r}; rename a folder")
         found |= added
@@ -150,9 +151,7 @@ def _cached_tokenizer(
     progress(f"training a tokenizer of {vocab_size} tokens")
     tokenizer = train_tokenizer(_tokenizer_sample(train), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(tokenizer.model_bytes)
-    unfinished.replace(path)  # whole or not at all
+    write_whole(path, tokenizer.model_bytes)
     return tokenizer
 
 

@@ -137,21 +137,23 @@ class _WindowShuffleIterator(grain.DatasetIterator):
 
 
 # --- In a checkpoint -------------------------------------------------------------------------------------------------
-class _Handler(grain.checkpoint.CheckpointHandler):
+class StreamsHandler(grain.checkpoint.CheckpointHandler):
     """Grain's own keeps one file per process, which another number of processes could not read."""
 
     def save(self, directory: epath.Path, item: Any = None, args: Any = None) -> None:
+        """Writes the iterator's state, a file a stream."""
         for number, state in (item or args.item).get_state().items():
             (directory / f"stream_{number}.json").write_text(seal(state))
 
     def restore(self, directory: epath.Path, item: Any = None, args: Any = None) -> Any:
+        """Moves the iterator to its place, and returns it."""
         iterator = item or args.item
         files = {number: directory / f"stream_{number}.json" for number in iterator.get_state()}
         iterator.set_state({number: unseal(file.read_text()) for number, file in files.items()})
         return iterator
 
 
-@ocp.args.register_with_handler(_Handler, for_save=True)  # pyright: ignore[reportArgumentType]
+@ocp.args.register_with_handler(StreamsHandler, for_save=True)  # pyright: ignore[reportArgumentType]
 @dataclasses.dataclass
 class StreamsSave(ocp.args.CheckpointArgs):
     """The state of an iterator over :func:`run`, in a file per stream."""
@@ -159,7 +161,7 @@ class StreamsSave(ocp.args.CheckpointArgs):
     item: grain.DatasetIterator
 
 
-@ocp.args.register_with_handler(_Handler, for_restore=True)  # pyright: ignore[reportArgumentType]
+@ocp.args.register_with_handler(StreamsHandler, for_restore=True)  # pyright: ignore[reportArgumentType]
 @dataclasses.dataclass
 class StreamsRestore(ocp.args.CheckpointArgs):
     """Moves a fresh iterator over the same documents to the saved place; FileNotFoundError for a missing stream."""

@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from moe import checkpoint, sharding
+from moe import sharding, weights
 from moe.balancing import count_per_expert
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.data.json_tokenizer import find_tokenizer
@@ -260,7 +260,7 @@ def import_checkpoint(
             node = node.setdefault(key, {})
         node[parameter.path[-1]] = _streamed(folder, parameter)
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_parameters(workdir, tree)
+    weights.write_parameters(workdir, tree)
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, workdir / name)
@@ -271,14 +271,14 @@ def import_checkpoint(
     return config
 
 
-def _streamed(folder: Folder, parameter: Parameter) -> checkpoint.Streamed:
+def _streamed(folder: Folder, parameter: Parameter) -> weights.Streamed:
     dtype, everything = parameter_dtype(folder, parameter), (slice(None),) * len(parameter.slot_shape)
 
     def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for piece in parameter.pieces:
             yield piece.slot, parameter.read(folder, piece, everything).astype(dtype)
 
-    return checkpoint.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
+    return weights.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
 
 
 def export_checkpoint(
@@ -295,10 +295,10 @@ def export_checkpoint(
     Raises:
         ConfigError: as there, or no checkpoint.
     """
-    config = checkpoint.read_config(workdir)
+    config = weights.read_config(workdir)
 
     def fetch(parameter: Parameter) -> Any:
-        node = checkpoint.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
+        node = weights.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
         for key in parameter.path:
             node = node[key]
         return node

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe import checkpoint
+from moe import checkpoint, weights
 from moe.analysis import documents, measures, probes, syntax
 from moe.analysis.record import Recorder, Records
 from moe.config import ConfigError
@@ -73,7 +73,7 @@ class Trained:
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
         program = self.model.program
-        return checkpoint.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
+        return weights.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
 
     def loss(self, make: Callable[..., probes.Probe], *arguments: Any) -> float:
         """Held-out loss over the primary domains under a probe of :mod:`moe.analysis.probes`."""

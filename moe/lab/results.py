@@ -166,8 +166,8 @@ def collect(suite: Suite, runs: Sequence[Run]) -> tuple[list[Row], list[dict[str
 def _add_routing(add: Any, row: dict[str, Any]) -> None:
     load = np.asarray(row["expert_load"])
     per_layer = {
-        "max_violation": np.asarray(balancing.max_violation(load)),
-        "dead_experts": np.asarray(balancing.dead_experts(load)),
+        "max_violation": balancing.max_violation(load),
+        "dead_experts": balancing.dead_experts(load),
         "least_load": load.min(-1) * load.shape[-1],
         "router_entropy": row["router_entropy"],
         "fraction_tokens_dropped": row["fraction_tokens_dropped"],

@@ -26,6 +26,7 @@ from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.lab import probes
 from moe.lab.suite import Suite
 from moe.metrics import METRICS, read_rows
+from moe.sealed import write_whole
 from moe.step import Program, build
 from moe.train import refuse_other_run, train
 
@@ -156,9 +157,7 @@ def _run(suite: Suite, run: Run, programs: Programs, models: dict[str, probes.Mo
                 measured |= {f"{name}/{quantity}": value for quantity, value in probes.PROBES[name](trained).items()}
     _write_hparams(suite, run)
     done = {"probes": measured, "seconds": time.monotonic() - start, "devices": _devices()}
-    temporary = run.directory / f"{DONE}.tmp"
-    temporary.write_text(json.dumps(done, indent=1))
-    temporary.replace(run.directory / DONE)
+    write_whole(run.directory / DONE, json.dumps(done, indent=1).encode())
 
 
 def _devices() -> str:

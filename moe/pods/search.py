@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from moe.dispatch import MODES
 from moe.layers import GATED_ACTIVATIONS
 from moe.pods import fit
 from moe.pods.chips import Chip
+from moe.sealed import write_whole
 from moe.transformer import REMAT_POLICIES, sparse_layers
 
 Plan = dict[str, Any]  # Plan.to_json(), or {"error": why there is none}
@@ -179,10 +179,7 @@ class Cache:
 
     def put(self, config: Config, plan: Plan) -> None:
         """Remembers it: whole, or not at all."""
-        path = self.path(config)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(plan))
-        temporary.replace(path)
+        write_whole(self.path(config), json.dumps(plan).encode())
 
     @contextlib.contextmanager
     def mine(self, config: Config) -> Iterator[bool]:
