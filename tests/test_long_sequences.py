@@ -5,23 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import attention, losses
+from moe import attention, causal, losses
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 1, 7, 40])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_blocked_attention_equals_full(window, kv_heads, monkeypatch):
+def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
+    """All of T x T by JAX's own attention, in blocks of queries in a loop, and the CPU's with a gradient of its own."""
     monkeypatch.setattr(attention, "_block", lambda length, largest: 16)  # 6 blocks of 96 positions
+    monkeypatch.setattr(causal, "_LEAST", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
-    query = jax.random.normal(keys[0], (2, 96, 4, 16))
-    key, value = (jax.random.normal(keys[i], (2, 96, kv_heads, 16)) for i in (1, 2))
+    query = jax.random.normal(keys[0], (2, 96, 4, 16), dtype)
+    key, value = (jax.random.normal(keys[i], (2, 96, kv_heads, 16), dtype) for i in (1, 2))
     segment_ids = jnp.sort(jax.random.randint(keys[3], (2, 96), 0, 3), axis=1)
 
-    def loss(query, key, value, kind):
-        return jnp.sum(jnp.sin(attention.attend(query, key, value, segment_ids, window=window, kind=kind)))
+    def results(kind):
+        def loss(query, key, value):
+            output = attention.attend(query, key, value, segment_ids, window=window, kind=kind).astype(jnp.float32)
+            return jnp.sum(jnp.sin(output)), output
 
-    full, blocked = (jax.value_and_grad(loss, (0, 1, 2))(query, key, value, kind) for kind in attention.ATTENTIONS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), full, blocked)
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+
+    of_cpu, blocked = results("full"), results("blocked")
+    monkeypatch.setattr(attention, "in_chunks", lambda: False)
+    full = results("full")
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 3e-2}
+    for other in (of_cpu, blocked):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), **tolerance),
+            full,
+            other,
+        )
 
 
 def test_chunked_loss_equals_plain(monkeypatch):
