@@ -31,10 +31,10 @@ def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(start, min(start + size, length), max(start - window + 1, 0) if window else 0) for start in starts]
 
 
-def _matmul(left: Array, right: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Array:
-    """[B,M,·,·] by [B,M,·,·] over these axes, in this dtype."""
+def _matmul(left: Array, right: Array, contract: tuple[int, int]) -> Array:
+    """[B,M,·,·] by [B,M,·,·] over these axes, in float32."""
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
-    return lax.dot_general(left, right, dims, preferred_element_type=dtype)
+    return lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
 
 def _by_head(x: Array, groups: int) -> Array:
@@ -58,7 +58,7 @@ def _scores(query: Array, keys: Array, segment_ids: Array, window: int, block: t
     """A block's scores [B,M,G,Q,U] in float32, −inf where a query does not see a key."""
     start, stop, first = block
     batch, heads, groups, _, head_dim = query.shape
-    scores = _matmul(_rows(query, start, stop), keys, (3, 3), jnp.float32)
+    scores = _matmul(_rows(query, start, stop), keys, (3, 3))
     distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
     seen = (distance >= 0) & ((distance < window) if window else True)
     seen &= segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]  # [B,Q,U]
@@ -83,7 +83,7 @@ def _forward(query, key, value, segment_ids, window):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         # [B,M,G,Q,U] → [B,M,G·Q,U], times [B,M,U,H], → [B,M,G,Q,H]
         rows = weights.astype(dtype).reshape(*weights.shape[:2], -1, stop - first)
-        output = _matmul(rows, values[:, :, first:stop], (3, 2), jnp.float32)
+        output = _matmul(rows, values[:, :, first:stop], (3, 2))
         outputs.append((output.reshape(*weights.shape[:4], -1) / total).astype(dtype))
         normalisers.append(largest + jnp.log(total))
     output = _by_token(jnp.concatenate(outputs, axis=3))
@@ -103,14 +103,15 @@ def _backward(window, residuals, gradient):
         scores = _scores(queries, block_keys, segment_ids, window, (start, stop, first))
         weights = jnp.exp(scores - normaliser[:, :, :, start:stop])
         rows = _rows(gradients, start, stop)
-        d_weights = _matmul(rows, block_values, (3, 3), jnp.float32).reshape(weights.shape)
+        d_weights = _matmul(rows, block_values, (3, 3)).reshape(weights.shape)
         d_scores = weights * (d_weights - inner[:, :, :, start:stop]) * scale
         # [B,M,G,Q,U] → [B,M,G·Q,U]
         weights, d_scores = (x.astype(dtype).reshape(*x.shape[:2], -1, stop - first) for x in (weights, d_scores))
-        d_query = _matmul(d_scores, block_keys, (3, 2), jnp.float32)
+        d_query = _matmul(d_scores, block_keys, (3, 2))
         d_queries.append(d_query.reshape(*queries.shape[:3], stop - start, -1))
-        d_keys = d_keys.at[:, :, first:stop].add(_matmul(d_scores, _rows(queries, start, stop), (2, 2), jnp.float32))
-        d_values = d_values.at[:, :, first:stop].add(_matmul(weights, rows, (2, 2), jnp.float32))
+        outside = ((0, 0), (0, 0), (first, length - stop), (0, 0))  # [B,M,U,H] → [B,M,T,H]
+        d_keys += jnp.pad(_matmul(d_scores, _rows(queries, start, stop), (2, 2)), outside)
+        d_values += jnp.pad(_matmul(weights, rows, (2, 2)), outside)
     return (
         _by_token(jnp.concatenate(d_queries, axis=3)).astype(dtype),
         d_keys.swapaxes(1, 2).astype(dtype),
