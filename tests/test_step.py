@@ -1,12 +1,16 @@
-"""What the compiled train step must and must not do with memory."""
+"""What the compiled train step must and must not do with memory, and how its gradients are clipped."""
 
+import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe import losses, sharding
-from moe.config import Config, DataConfig, TrainConfig
+from moe.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from moe.optimizer import gradient_norm, make_optimizer
 from moe.step import build
 from tests.helpers import tiny_model
 
@@ -46,3 +50,25 @@ def test_logits_are_held_a_chunk_at_a_time(programs):
         for size in shape.split(","):
             elements *= int(size)
         assert elements < 4 * 24 * 48, shape
+
+
+@pytest.mark.parametrize("frozen", [(), ("attention",)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_clipping_multiplies_by_what_exceeds_the_norm(frozen, size):
+    """Gradients (3s, 4s) have the norm 5s, or without the frozen part 3s, and a norm of 2 is allowed."""
+    config = OptimizerConfig(gradient_clip=2.0, frozen=frozen)
+    parameters = {"dense": {"up": jnp.ones((1, 1))}, "attention": {"query": jnp.ones((1, 1))}}
+    gradients = {"dense": {"up": jnp.full((1, 1), 3 * size)}, "attention": {"query": jnp.full((1, 1), 4 * size)}}
+    norm = gradient_norm(config, gradients)
+    np.testing.assert_allclose(norm, (3 if frozen else 5) * size, rtol=1e-6)
+    factor = min(1.0, 2.0 / float(norm))
+    unclipped = make_optimizer(dataclasses.replace(config, gradient_clip=0.0), 100)
+    clipped = make_optimizer(config, 100)
+    expected = unclipped.update(
+        jax.tree.map(lambda gradient: gradient * factor, gradients), unclipped.init(parameters), parameters
+    )
+    updates = clipped.update(gradients, clipped.init(parameters), parameters, norm=norm)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jax.tree.leaves(expected), jax.tree.leaves(updates)
+    )
+    assert bool(jnp.any(updates[0]["attention"]["query"] != 0)) != bool(frozen)
