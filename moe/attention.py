@@ -40,7 +40,7 @@ def attend(query: Array, key: Array, value: Array, segment_ids: Array, *, window
     Returns:
         [B,T,N,H] in the dtype of the query.
     """
-    if kind == "full" and in_chunks():
+    if kind == "full" and in_chunks():  # the same function, for CPUs
         return causal_attention(query, key, value, segment_ids, window)
     if kind == "full":
         same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
