@@ -31,6 +31,7 @@ HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
 CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
 TABLE = P("tensor", None)  # [V,D] while tokens are looked up
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
+PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], what each of X parts of the tokens adds to a gradient
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] where the tokens are
 EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] where the experts are
 #: ((up, and gate if any) [E,D,F], down [E,F,D]) as the experts' matmuls take them

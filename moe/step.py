@@ -27,7 +27,7 @@ from moe.balancing import LayerReport, next_selection_bias
 from moe.config import Config, ModelConfig
 from moe.experts import SelectionBias
 from moe.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
-from moe.optimizer import learning_rate_schedule, make_optimizer
+from moe.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
 from moe.transformer import Transformer, selection_biases
 
 #: tokens, targets, segment_ids, positions: [B,T] int32 (see moe.data.pipeline)
@@ -94,7 +94,7 @@ class TrainMetrics:
     Attributes:
         loss: [] cross_entropy plus weighted auxiliary terms.
         cross_entropy: [] nats per target.
-        gradient_norm: [] before clipping.
+        gradient_norm: [] of what is trained, before clipping.
         learning_rate: [].
         skipped: [] float32, 1 if the loss or a gradient was not finite, and nothing was updated; else 0.
         layers: LayerReport with leading axis [L], or None.
@@ -221,7 +221,7 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
             zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
             (loss, ce, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
             layers = mean_reports(layers)
-        norm = optax.global_norm(gradients)
+        norm = gradient_norm(config.optimizer, gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics = TrainMetrics(
             loss, ce, norm, jnp.asarray(schedule(state.step)), 1.0 - finite.astype(jnp.float32), layers
@@ -235,14 +235,14 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
         # counters in the optimizer's state, and in the end applies what is not finite.)
         parameters, optimizer_state, biases = jax.lax.cond(
             finite,
-            lambda: (*update(gradients, state), biases),
+            lambda: (*update(gradients, norm, state), biases),
             lambda: (state.parameters, _at_step(state.optimizer, state.step + 1), state.biases),
         )
         return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
 
-    def update(gradients: Any, state: TrainState) -> tuple[Any, Any]:
+    def update(gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
         """(parameters, optimizer's state) after a step."""
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters, norm=norm)
         return optax.apply_updates(state.parameters, updates), optimizer_state
 
     def eval_step(variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:

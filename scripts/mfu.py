@@ -1,6 +1,12 @@
 """Model FLOPs utilisation of a config's train step: `python scripts/mfu.py [--config=FILE] [--steps=N]`.
 
 Prints the machine's matmul rate and the step's, measured in turns in one process, on random tokens: no data needed.
+Instead of that:
+
+`--remat=none,dots,full` prints bytes and step time of each policy, timed in turns.
+`--compile_layers=4,32` prints how long the step of a model of so many layers takes to compile.
+`--saves=N` trains as main.py does, on the config's data in a folder that is thrown away, until N checkpoints were
+saved, and prints the share of the bare step's speed that is left beside data, logs and saving; timed in turns.
 `--seeds=N` also times N runs as one vmapped program, on one device: whether seeds should train together.
 """
 
@@ -14,6 +20,13 @@ from moe import platform
 if __name__ == "__main__":
     platform.use_huge_pages()
 
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
 from absl import flags
 
 from moe import cli
@@ -21,65 +34,244 @@ from moe import cli
 _CONFIG = cli.define_config("configs/quickstart.py")
 _STEPS = flags.DEFINE_integer("steps", 20, "Train steps that are timed.", lower_bound=3)
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs in one vmapped program, timed too if more than one.", lower_bound=1)
+_REMAT = flags.DEFINE_list("remat", [], "Policies of model.remat to compare.")
+_LAYERS = flags.DEFINE_list("compile_layers", [], "Numbers of layers whose compilation is timed.")
+_SAVES = flags.DEFINE_integer("saves", 0, "Checkpoints of a real run to compare with the bare step.", lower_bound=0)
+
+
+def random_rows(config: Any) -> dict[str, Any]:
+    """A batch of one document a row, as NumPy arrays."""
+    import numpy as np
+
+    shape = (config.train.batch_size, config.data.sequence_length)
+    tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+
+
+class Stepper:
+    """A program with a state of its own; called, it takes one step."""
+
+    def __init__(self, program: Any):
+        import jax
+
+        from moe.step import place
+
+        self._step = program.train_step
+        self._state, self._batch = program.init(), place(random_rows(program.config), program.mesh)
+        jax.block_until_ready(self._state)
+
+    def __call__(self) -> None:
+        """One step, and waits for it."""
+        import jax
+
+        self._state, _ = self._step(self._state, self._batch)
+        jax.block_until_ready(self._state)
+
+
+def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turns, after one of each that compiles."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def utilisation(config: Any, mesh: Any) -> None:
+    """Prints MFU, and perhaps how seeds train together."""
+    import jax
+    import numpy as np
+
+    from moe import flops
+    from moe.step import build
+
+    program = build(config, mesh)
+    rates: list[float] = []
+    calls = {
+        "step": Stepper(program),
+        "matmul": lambda: rates.append(flops.measured_matmul_rate(config.model.dtype, repeats=1)),
+    }
+    if _SEEDS.value > 1:
+        states = [jax.vmap(program.initialise)(np.arange(_SEEDS.value))]
+        rows = random_rows(config)
+        batches = jax.tree.map(lambda x: np.broadcast_to(x, (_SEEDS.value, *x.shape)), rows)
+        vmapped = jax.jit(jax.vmap(program.train_step), donate_argnums=0)
+
+        def together() -> None:
+            states.append(vmapped(states.pop(), batches)[0])
+            jax.block_until_ready(states)
+
+        calls["together"] = together
+    seconds = timed(calls, _STEPS.value)
+    step, rate = statistics.median(seconds["step"]), statistics.median(rates[1:])
+    tokens = config.train.batch_size * config.data.sequence_length
+    per_step = flops.train_flops_per_token(config.model, config.data.sequence_length) * tokens
+    total, active = flops.count_parameters(config.model)
+    print(f"parameters: {total:,} total, {active:,} active; huge pages: {'on' if platform.huge_pages() else 'off'}")
+    print(f"model FLOPs per step of {tokens:,} tokens: {per_step / 1e9:.1f} GFLOP")
+    print(f"step: {spread(seconds['step'])}")
+    print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}")
+    print(f"step rate: {per_step / step / 1e9:.0f} GFLOP/s, {tokens / step:,.0f} tokens/s")
+    print(
+        f"MFU: {per_step / step / rate:.2f} by medians, {per_step / min(seconds['step']) / max(rates):.2f} by the best"
+    )
+    if _SEEDS.value > 1:
+        vmapped_step = statistics.median(seconds["together"])
+        print(
+            f"{_SEEDS.value} seeds vmapped: median {vmapped_step * 1e3:.0f} ms, "
+            f"{vmapped_step / step / _SEEDS.value:.2f} x as long as one after another"
+        )
+
+
+def spread(seconds: list[float]) -> str:
+    """Median and extremes, for a line of text."""
+    return (
+        f"median {statistics.median(seconds) * 1e3:.0f} ms of {len(seconds)}, "
+        f"{min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}"
+    )
+
+
+def with_model(config: Any, **changes: Any) -> Any:
+    """The config with other fields of its model, checked."""
+    from moe.config import validate
+
+    return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)))
+
+
+def remat(config: Any, mesh: Any) -> None:
+    """Prints bytes against step time."""
+    from moe.step import build
+
+    programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
+    sizes = {
+        policy: program.train_step.lower(program.state, program.batch).compile().memory_analysis()
+        for policy, program in programs.items()
+    }
+    seconds = timed({policy: Stepper(program) for policy, program in programs.items()}, _STEPS.value)
+    for policy, values in seconds.items():
+        size = sizes[policy]
+        print(
+            f"{policy:5} {size.temp_size_in_bytes / 2**20:7.0f} MiB beside the state's "
+            f"{size.alias_size_in_bytes / 2**20:.0f}; step {spread(values)}"
+        )
+
+
+def compilation(config: Any, mesh: Any) -> None:
+    """Prints seconds to trace, lower and compile; the first number of layers once before, unmeasured."""
+    import jax
+
+    from moe.config import ConfigError
+    from moe.step import build
+
+    for number in _LAYERS.value:
+        if not (number.isdigit() and int(number) > 0):
+            raise ConfigError(f"--compile_layers={','.join(_LAYERS.value)}: {number!r} must be a positive integer")
+    seconds: dict[int, list[float]] = {int(layers): [] for layers in _LAYERS.value}
+    for turn in range(3):
+        for layers, values in seconds.items():
+            jax.clear_caches()
+            start = time.perf_counter()
+            program = build(with_model(config, num_layers=layers), mesh)
+            program.train_step.lower(program.state, program.batch).compile()
+            if turn > 0 or layers != next(iter(seconds)):
+                values.append(time.perf_counter() - start)
+    least = min(next(iter(seconds.values())))
+    for layers, values in seconds.items():
+        print(
+            f"{layers} layers: {', '.join(f'{value:.1f}' for value in values)} s to compile; "
+            f"{min(values) / least:.2f} x the first"
+        )
+
+
+class Alternating:
+    """Puts bare steps, on a state of their own, between the steps of a run, halfway between checkpoints: by then the
+    last one is written."""
+
+    def __init__(self, every: int):
+        self._every, self._calls = every, 0
+        self.run: list[float] = []  # seconds a step, of all steps from one such moment to the next
+        self.bare: list[float] = []
+        self._start = 0.0
+
+    def make_program(self, *arguments: Any) -> Any:
+        """:func:`moe.step.build`."""
+        from moe.step import build
+
+        program = build(*arguments)
+        self._stepper = Stepper(program)
+        self._stepper()
+        return dataclasses.replace(program, train_step=self._around(program.train_step))
+
+    def _around(self, train_step: Any) -> Any:
+        def step(state: Any, batch: Any) -> Any:
+            import jax
+
+            if self._calls % self._every == self._every // 2:
+                jax.block_until_ready(state)
+                if self._calls > self._every:
+                    self.run.append((time.perf_counter() - self._start) / self._every)
+                self.bare += timed_again(self._stepper, max(self._every // 4, 3))
+                self._start = time.perf_counter()
+            self._calls += 1
+            return train_step(state, batch)
+
+        return step
+
+
+def timed_again(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of some calls."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def whole_run(config: Any) -> None:
+    """Prints the share of the bare step's speed that a run keeps."""
+    from moe.train import train
+
+    every = config.train.save_every
+    num_steps = every * (_SAVES.value + 1)
+    settings = dataclasses.replace(config.train, num_steps=num_steps, eval_every=num_steps, sample_tokens=0)
+    warmup = min(config.optimizer.warmup_steps, num_steps - 1)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup)
+    turns = Alternating(every)
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, train=settings, optimizer=optimizer)
+        train(config, f"{folder}/run", make_program=turns.make_program, quiet=True)
+    bare, run = statistics.fmean(turns.bare), statistics.fmean(turns.run)
+    print(f"bare step: mean {bare * 1e3:.0f} ms; {spread(turns.bare)}")
+    print(f"in a run: mean {run * 1e3:.0f} ms of {len(turns.run)} times {every} steps, each with a checkpoint")
+    print(f"the run keeps {bare / run:.3f} of the bare step's speed")
 
 
 def main() -> None:
     """Flags in, a few lines out."""
     config = cli.load_config(_CONFIG)
-    import statistics
-    import time
-
     import jax
-    import numpy as np
 
-    from moe import flops, sharding
+    from moe import sharding
     from moe.config import validate_mesh
-    from moe.step import build, place
 
     mesh = sharding.make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)
-    shape = (config.train.batch_size, config.data.sequence_length)
-    tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    rows = {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+    if _SAVES.value:
+        whole_run(config)
+        return
     with jax.set_mesh(mesh):
-        program = build(config, mesh)
-        state, batch = program.init(), place(rows, mesh)
-        state, _ = program.train_step(state, batch)  # compiles
-        seconds, rates, together = [], [], []
-        if _SEEDS.value > 1:
-            states = jax.vmap(program.initialise)(np.arange(_SEEDS.value))
-            batches = jax.tree.map(lambda x: np.broadcast_to(x, (_SEEDS.value, *x.shape)), rows)
-            vmapped = jax.jit(jax.vmap(program.train_step), donate_argnums=0)
-            states, _ = vmapped(states, batches)
-        for _ in range(_STEPS.value):
-            if _SEEDS.value > 1:
-                jax.block_until_ready(states)
-                start = time.perf_counter()
-                states, _ = vmapped(states, batches)
-                jax.block_until_ready(states)
-                together.append(time.perf_counter() - start)
-            rates.append(flops.measured_matmul_rate(config.model.dtype, repeats=1))
-            jax.block_until_ready(state)
-            start = time.perf_counter()
-            state, _ = program.train_step(state, batch)
-            jax.block_until_ready(state)
-            seconds.append(time.perf_counter() - start)
-    step, rate = statistics.median(seconds), statistics.median(rates)
-    per_step = flops.train_flops_per_token(config.model, shape[1]) * tokens.size
-    total, active = flops.count_parameters(config.model)
-    print(f"parameters: {total:,} total, {active:,} active; huge pages: {'on' if platform.huge_pages() else 'off'}")
-    print(f"model FLOPs per step of {tokens.size:,} tokens: {per_step / 1e9:.1f} GFLOP")
-    print(f"step: median {step * 1e3:.0f} ms of {len(seconds)}, {min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}")
-    print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}")
-    print(f"step rate: {per_step / step / 1e9:.0f} GFLOP/s, {tokens.size / step:,.0f} tokens/s")
-    print(f"MFU: {per_step / step / rate:.2f}")
-    if together:
-        vmapped_step = statistics.median(together)
-        print(
-            f"{_SEEDS.value} seeds vmapped: median {vmapped_step * 1e3:.0f} ms, "
-            f"{vmapped_step / step / _SEEDS.value:.2f} x as long as one after another"
-        )
+        if _REMAT.value:
+            remat(config, mesh)
+        elif _LAYERS.value:
+            compilation(config, mesh)
+        else:
+            utilisation(config, mesh)
 
 
 if __name__ == "__main__":

@@ -5,32 +5,89 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import attention, losses
+from moe import attention, causal, losses, sharding
+from moe.config import MeshConfig
+from tests.helpers import collectives
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [0, 1, 7, 40])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_blocked_attention_equals_full(window, kv_heads, monkeypatch):
+def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
+    """All of T x T by JAX's own attention, in blocks of queries in a loop, and the CPU's with a gradient of its own."""
     monkeypatch.setattr(attention, "_block", lambda length, largest: 16)  # 6 blocks of 96 positions
+    monkeypatch.setattr(causal, "_LEAST", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
-    query = jax.random.normal(keys[0], (2, 96, 4, 16))
-    key, value = (jax.random.normal(keys[i], (2, 96, kv_heads, 16)) for i in (1, 2))
+    query = jax.random.normal(keys[0], (2, 96, 4, 16), dtype)
+    key, value = (jax.random.normal(keys[i], (2, 96, kv_heads, 16), dtype) for i in (1, 2))
     segment_ids = jnp.sort(jax.random.randint(keys[3], (2, 96), 0, 3), axis=1)
 
-    def loss(query, key, value, kind):
-        return jnp.sum(jnp.sin(attention.attend(query, key, value, segment_ids, window=window, kind=kind)))
+    def results(kind):
+        def loss(query, key, value):
+            output = attention.attend(query, key, value, segment_ids, window=window, kind=kind).astype(jnp.float32)
+            return jnp.sum(jnp.sin(output)), output
 
-    full, blocked = (jax.value_and_grad(loss, (0, 1, 2))(query, key, value, kind) for kind in attention.ATTENTIONS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), full, blocked)
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+
+    of_cpu, blocked = results("full"), results("blocked")
+    monkeypatch.setattr(attention, "in_chunks", lambda: False)
+    full = results("full")
+    rtol, atol = (1e-4, 1e-5) if dtype == "float32" else (2e-2, 3e-2)
+    for other in (of_cpu, blocked):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=rtol, atol=atol),
+            full,
+            other,
+        )
 
 
-def test_chunked_loss_equals_plain(monkeypatch):
-    monkeypatch.setattr(losses, "_CHUNK", 8)  # 3 chunks of 24 positions
+def _loss_inputs(dtype="float32"):
     keys = jax.random.split(jax.random.key(0), 3)
-    hidden, matrix = jax.random.normal(keys[0], (2, 24, 16)), jax.random.normal(keys[1], (16, 50))
-    targets = jax.random.randint(keys[2], (2, 24), -10, 50)  # about a sixth have no target
+    hidden, matrix = jax.random.normal(keys[0], (8, 23, 16), dtype), jax.random.normal(keys[1], (16, 50), dtype)
+    return hidden, matrix, jax.random.randint(keys[2], (8, 23), -10, 50)  # about a sixth have no target
 
-    plain = jax.value_and_grad(lambda h, m: losses.cross_entropy(h @ m, targets)[0], (0, 1))(hidden, matrix)
-    chunked = jax.value_and_grad(lambda h, m: losses.linear_cross_entropy(h, m, targets)[0], (0, 1))(hidden, matrix)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, chunked)
-    assert losses.linear_cross_entropy(hidden, matrix, targets)[1] == np.sum(np.asarray(targets) >= 0)
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunked_loss_equals_plain(dtype, monkeypatch):
+    monkeypatch.setattr(losses, "_CHUNK", 32)  # 6 chunks of 4 positions of 8 rows; the last position is filled up
+    hidden, matrix, targets = _loss_inputs(dtype)
+
+    def results(loss):
+        return jax.jit(jax.value_and_grad(lambda h, m: 0.3 * loss(h, m)[0], (0, 1)))(hidden, matrix)
+
+    plain = results(lambda h, m: losses.cross_entropy(h @ m, targets))
+    chunked = results(lambda h, m: losses.linear_cross_entropy(h, m, targets))
+    rtol, atol = (1e-5, 1e-5) if dtype == "float32" else (2e-2, 2e-2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=rtol, atol=atol),
+        plain,
+        chunked,
+    )
+    nll, known = jax.jit(losses.linear_cross_entropy)(hidden, matrix, targets)  # of the value alone
+    np.testing.assert_allclose(0.3 * nll, plain[0], rtol=1e-5)
+    assert known == np.sum(np.asarray(targets) >= 0)
+
+
+def test_chunked_loss_on_a_mesh(monkeypatch):
+    """The same on 4 x 2 devices; logits of one chunk at a time, and one sum over the devices, after the last chunk."""
+    monkeypatch.setattr(losses, "_CHUNK", 8)  # 6 chunks of 4 positions of each device's 2 rows
+    hidden, matrix, targets = _loss_inputs()
+
+    def gradient(hidden, matrix, targets):
+        return jax.grad(lambda h, m: losses.linear_cross_entropy(h, m, targets)[0], (0, 1))(hidden, matrix)
+
+    alone = jax.jit(gradient)(hidden, matrix, targets)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = sharding.BATCH, jax.P(None, "tensor"), sharding.BATCH
+    with jax.set_mesh(mesh):
+        split = jax.jit(gradient, in_shardings=specs, out_shardings=specs[:2])
+        compiled = split.lower(hidden, matrix, targets).compile()
+        spread = compiled(*jax.device_put((hidden, matrix, targets), sharding.shardings(mesh, specs)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), alone, spread)
+    text = compiled.as_text() or ""
+    sums = [c for c in collectives(text, 8) if (16, 25) in c.shapes or (1, 16, 25) in c.shapes]
+    assert len(sums) == 1, sums
+    assert "while" not in sums[0].text.split("op_name=")[1], sums[0].text
+    assert not [c for c in collectives(text, 8) if c.kind not in ("all-reduce", "reduce-scatter")]
+    assert "f32[2,4,25]" in text
+    assert "f32[2,23,25]" not in text

@@ -1,0 +1,76 @@
+"""What the compiled train step must and must not do with memory, and how its gradients are clipped."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe import losses, sharding
+from moe.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from moe.optimizer import gradient_norm, make_optimizer
+from moe.step import build
+from tests.helpers import tiny_model
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """(Program, its compiled train step, its text): 4 rows of 24 tokens, vocabulary of 48, 8 positions a chunk."""
+    config = Config(
+        model=tiny_model(), data=DataConfig(sequence_length=24), train=TrainConfig(batch_size=4, num_steps=100)
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr(losses, "_CHUNK", 32)
+        program = build(config, mesh)
+        compiled = program.train_step.lower(program.state, program.batch).compile()
+    return program, compiled, compiled.as_text()
+
+
+def test_every_buffer_of_the_state_is_reused(programs):
+    program, compiled, text = programs
+    leaves = jax.tree.leaves(program.state)
+    header = text.splitlines()[0]
+    pairs = re.findall(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)", header)
+    assert sorted(int(output) for output, _ in pairs) == list(range(len(leaves)))
+    assert all(output == argument for output, argument in pairs), "each takes the place of its predecessor"
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    assert compiled.memory_analysis().alias_size_in_bytes == nbytes
+
+
+def test_logits_are_held_a_chunk_at_a_time(programs):
+    """In no shape is there an array of 4·24·48 numbers, other than of what has that size by itself."""
+    text = programs[2]
+    assert "f32[4,8,48]" in text
+    sizes = {shape: 1 for shape in re.findall(r"\w+\[([\d,]+)\]", text) if shape.endswith(",48")}
+    for shape in sizes:
+        elements = 1
+        for size in shape.split(","):
+            elements *= int(size)
+        assert elements < 4 * 24 * 48, shape
+
+
+@pytest.mark.parametrize("frozen", [(), ("attention",)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_clipping_multiplies_by_what_exceeds_the_norm(frozen, size):
+    """Gradients (3s, 4s) have the norm 5s, or without the frozen part 3s, and a norm of 2 is allowed."""
+    config = OptimizerConfig(gradient_clip=2.0, frozen=frozen)
+    parameters = {"dense": {"up": jnp.ones((1, 1))}, "attention": {"query": jnp.ones((1, 1))}}
+    gradients = {"dense": {"up": jnp.full((1, 1), 3 * size)}, "attention": {"query": jnp.full((1, 1), 4 * size)}}
+    norm = gradient_norm(config, gradients)
+    np.testing.assert_allclose(norm, (3 if frozen else 5) * size, rtol=1e-6)
+    factor = min(1.0, 2.0 / float(norm))
+    unclipped = make_optimizer(dataclasses.replace(config, gradient_clip=0.0), 100)
+    clipped = make_optimizer(config, 100)
+    expected = unclipped.update(
+        jax.tree.map(lambda gradient: gradient * factor, gradients), unclipped.init(parameters), parameters
+    )
+    updates = clipped.update(gradients, clipped.init(parameters), parameters, norm=norm)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jax.tree.leaves(expected), jax.tree.leaves(updates)
+    )
+    moved: Any = updates[0]
+    assert bool(jnp.any(moved["attention"]["query"] != 0)) != bool(frozen)
