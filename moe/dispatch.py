@@ -338,10 +338,15 @@ def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts
         experts: the FFN.
         parts: X, devices that the experts are split over.
     """
+    if not in_chunks():
+        pieces = chunks(rows.shape[0], sizes.shape[0] // parts)
+        there, back, room = _routes(sizes, parts)
+        arrived = _ragged_exchange(rows, pieces.total(parts * rows.shape[0], room.shape[0]), there, back)
+        return _ragged_exchange(experts.grouped(matrices, arrived, room, pieces), rows.shape[0], back, there)
     num_rows = rows.shape[0]
     sent = sizes.reshape(parts, -1)  # [X,E/X]
     received = jax.lax.all_to_all(sent, "expert", 0, 0, tiled=True)  # [X,E/X], by whom
-    arrived = _send(rows, jnp.sum(sent, axis=1), jnp.sum(received, axis=1))
+    arrived = _send(rows, jnp.sum(sent, axis=1))
     # Sorted by expert: for each of X·R places, its row; for each row, its place.
     pieces = chunks(num_rows, received.shape[1])  # R on average, whatever the most
     room, total = pieces.padded_sizes(jnp.sum(received, axis=0)), pieces.total(parts * num_rows, received.shape[1])
@@ -358,34 +363,67 @@ def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts
     outputs = experts.grouped(matrices, _fill(arrived, place_of_row, row_of_place), room, pieces)
     # Back: the same tables the other way round.
     outputs = _fill(outputs, row_of_place[:, 0], place_of_row[:, None])
-    return _send_back(outputs, jnp.sum(sent, axis=1), jnp.sum(received, axis=1))
+    return _send_back(outputs, jnp.sum(sent, axis=1))
 
 
-def _send(rows: Array, sent: Array, received: Array) -> Array:
-    """rows [R,D], sorted by the device they go to → places [X·R,D], from device s at s·R; sizes [X] int32 each."""
-    num_rows, parts = rows.shape[0], sent.shape[0]
-    if in_chunks():
-        # XLA's CPU has no ragged exchange: as many places for each device as all rows would need.
-        places = _fill(rows, *_place_tables(sent, num_rows))
-        return jax.lax.all_to_all(places, "expert", 0, 0, tiled=True)
-    me = jnp.full((parts,), jax.lax.axis_index("expert") * num_rows, jnp.int32)
-    empty = jnp.zeros((parts * num_rows, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, empty, jnp.cumsum(sent) - sent, sent, me, received, axis_name="expert")
+def _routes(sizes: Array, parts: int) -> tuple[Any, Any, Array]:
+    """Which rows go where in a ragged exchange, there and back, and how many each expert of this device gets, [E/X].
+
+    A route is (begin of each slice here, its rows, its begin on the other side, rows of each slice that arrives), [E]
+    int32 each; slices for one device follow each other. There, each slice is an expert's rows, and goes right behind
+    those of earlier devices for it: rows arrive sorted by expert, and nothing is left between them.
+    """
+    me = jax.lax.axis_index("expert")
+    every = jax.lax.all_gather(sizes, "expert")  # [X,E], by whom
+    begin = jnp.cumsum(every, axis=1) - every  # of each expert's rows at home
+    total = jnp.sum(every, axis=0).reshape(parts, -1)  # [X,E/X]
+    start = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows where it is
+    arrival = start + jnp.cumsum(every, axis=0) - every  # [X,E]
+
+    def mine(array: Array) -> Array:
+        """[X,E] → [X,E/X] → [E]: of this device's experts, by whom."""
+        local = array.reshape(parts, parts, -1)
+        return jax.lax.dynamic_index_in_dim(local, me, 1, keepdims=False).reshape(-1)
+
+    there = (begin[me], sizes, arrival[me], mine(every))
+    return there, (mine(arrival), mine(every), mine(begin), sizes), total[me]
 
 
-def _send_back(places: Array, sent: Array, received: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _ragged_exchange(rows: Array, num_rows: int, there: Any, back: Any) -> Array:
+    """rows [R,D] → [N,D], where what nobody sent is undefined. Its transpose is the exchange on the way back."""
+    del back
+    empty = jax.lax.empty((num_rows, rows.shape[1]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, empty, *there, axis_name="expert")
+
+
+def _ragged_exchange_fwd(rows, num_rows, there, back):
+    return _ragged_exchange(rows, num_rows, there, back), (there, back, rows.shape[0])
+
+
+def _ragged_exchange_bwd(num_rows, residuals, gradient):
+    del num_rows
+    there, back, num_rows = residuals
+    none = jax.tree.map(_no_gradient, (there, back))
+    return _ragged_exchange(gradient, num_rows, back, there), *none
+
+
+_ragged_exchange.defvjp(_ragged_exchange_fwd, _ragged_exchange_bwd)
+
+
+def _send(rows: Array, sent: Array) -> Array:
+    """rows [R,D], sorted by the device they go to → places [X·R,D], from device s at s·R; sizes [X] int32.
+
+    XLA's CPU has no ragged exchange: as many places for each device as all rows would need.
+    """
+    places = _fill(rows, *_place_tables(sent, rows.shape[0]))
+    return jax.lax.all_to_all(places, "expert", 0, 0, tiled=True)
+
+
+def _send_back(places: Array, sent: Array) -> Array:
     """places [X·R,D] → rows [R,D]: undoes :func:`_send`."""
-    parts = sent.shape[0]
-    num_rows = places.shape[0] // parts
-    if in_chunks():
-        row_of_place, place_of_row = _place_tables(sent, num_rows)
-        return _fill(jax.lax.all_to_all(places, "expert", 0, 0, tiled=True), place_of_row[:, 0], row_of_place[:, None])
-    # Where this device's rows began on each of the others.
-    begin = jnp.cumsum(sent) - sent
-    theirs = jax.lax.all_to_all(begin, "expert", 0, 0, tiled=True)
-    empty = jnp.zeros((num_rows, places.shape[1]), places.dtype)
-    offsets = jnp.arange(parts, dtype=jnp.int32) * num_rows
-    return jax.lax.ragged_all_to_all(places, empty, offsets, received, theirs, sent, axis_name="expert")
+    row_of_place, place_of_row = _place_tables(sent, places.shape[0] // sent.shape[0])
+    return _fill(jax.lax.all_to_all(places, "expert", 0, 0, tiled=True), place_of_row[:, 0], row_of_place[:, None])
 
 
 def _place_tables(sent: Array, num_rows: int) -> tuple[Array, Array]:

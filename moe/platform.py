@@ -47,6 +47,22 @@ def use_tpu_compiler() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+#: KiB of a core's vector memory that one fusion may use, by the device kind's first words; see compiler_options.
+_SCOPED_VMEM_KIB = {"TPU v5": 32768}
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """What XLA is told beside the program for a kind of device, as JAX names it; nothing if nothing is known to help.
+
+    With 16 MiB, its default, XLA cuts a large matmul into windows so small that its operands stream in again and again,
+    with whatever is fused into them computed again (docs/performance.md has the estimates).
+    """
+    for name, kibibytes in _SCOPED_VMEM_KIB.items():
+        if device_kind == name or device_kind.startswith(name + " "):
+            return {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}
+    return {}
+
+
 def join_processes() -> None:
     """Makes this process one of a run of several, as the environment describes it.
 

@@ -204,7 +204,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         devices=len(devices),
         mesh=dict(mesh.shape),
         memory=memory,
-        exchanges=_summarise(text, devices, chip),
+        exchanges=summarise(text, devices, chip),
         compile_seconds=compile_seconds,
         tokens=tokens,
         total_parameters=total,
@@ -223,7 +223,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exchange, ...]:
+def summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exchange, ...]:
     """Collectives of a kind, axes and purpose together, the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for collective in text.collectives:
