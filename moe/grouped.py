@@ -9,6 +9,7 @@ Letters: R rows, E experts, D model dim, F hidden dim.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -19,6 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+#: Rows in a tile of ``lax.ragged_dot``'s kernel on TPUs, if R is a multiple of it. With 8200 rows the tile has 8, and
+#: with 100, which 8 does not divide, there is no kernel but E times the work (libtpu 0.0.50.1).
+_TILE = 128
+#: Tiles (rows, K, N) of that kernel where groups are large, by the first words of the device kind, the first that fits.
+#: XLA's own choices read rows or matrices from memory so often that some kernels would take two to seven times as long
+#: as their FLOPs at peak; these need as long, on v6e a quarter more, and the vector memory that XLA allows by default
+#: (docs/performance.md has the table).
+_TILES = {
+    "TPU v6": (1024, 1024, 1024),
+    "TPU7": (512, 1024, 1024),
+    "TPU": (512, 1024, 512),
+}
 
 #: (rows [R,D], matrices) → whatever the backward pass needs; matrices of all experts, or of one within a chunk
 First = Callable[[Array, Any, Callable[[Array, Array], Array]], Any]
@@ -29,8 +44,12 @@ Second = Callable[[Any, Any, Callable[[Array, Array], Array]], Array]
 def in_chunks() -> bool:
     """Whether the program being traced is for CPUs: by the mesh in context, which may be of hardware that is not here,
     otherwise by what is."""
+    return _device_kind().lower() == "cpu"
+
+
+def _device_kind() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return (jax.default_backend() if device is None else device.device_kind).lower() == "cpu"
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +80,10 @@ class Chunks:
         return jnp.where(sizes > 0, (sizes - 1) % self.sizes[-1] + 1, 0)
 
     def total(self, num_rows: int, num_groups: int) -> int:
-        """The most that :meth:`padded_sizes` of R rows in E groups can sum to, in whole waves."""
-        if num_rows > self.wave > 0:
-            return math.ceil(num_rows / self.wave) * self.wave
+        """The most that :meth:`padded_sizes` of R rows in E groups can sum to; in whole waves, or tiles of rows."""
+        if self.wave:
+            unit = self.wave if num_rows > self.wave else _TILE
+            return math.ceil(num_rows / unit) * unit
         surplus = widest = smaller = 0
         for size in self.sizes:
             if size - smaller - 1 > widest:  # only groups of more than `smaller` rows can waste so many
@@ -76,8 +96,7 @@ class Chunks:
 def chunks(num_rows: int, num_groups: int) -> Chunks:
     """For R rows in E groups, more or less."""
     if not in_chunks():
-        # A quarter above the mean: a second wave is rare. ragged_dot's kernel takes tiles of 128 rows.
-        return Chunks((), math.ceil(num_rows * 5 / 4 / 128) * 128)
+        return Chunks((), math.ceil(num_rows * 5 / 4 / _TILE) * _TILE)  # a quarter above: a second wave is rare
     mean = num_rows / num_groups
     shares = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 15 / 16, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2)
     return Chunks(tuple(sorted({max(16, math.ceil(mean * share / 16) * 16) for share in shares})))
@@ -116,7 +135,43 @@ def grouped_ffn(
 
 def _grouped_matmul(sizes: Array) -> Callable[[Array, Array], Array]:
     """rows [R,D], matrices [E,D,F] → [R,F]; what comes out for rows of no group is undefined."""
-    return lambda rows, matrices: lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+    return lambda rows, matrices: _ragged_dot(rows, matrices, sizes)
+
+
+def _tiles(rows: Array, num_groups: int) -> contextlib.AbstractContextManager[Any]:
+    """What is traced within has kernels of the tiles of :data:`_TILES`, where groups have at least four of them."""
+    tiles = next((tiles for name, tiles in _TILES.items() if _device_kind().startswith(name)), None)
+    if tiles is None or rows.dtype != jnp.bfloat16:
+        return contextlib.nullcontext()
+    tile_rows = math.gcd(rows.shape[0], tiles[0])
+    if tile_rows <= _TILE or rows.shape[0] < 4 * num_groups * tile_rows:
+        return contextlib.nullcontext()
+    return set_xla_metadata(ragged_dot_tiling=f"{tile_rows},{tiles[1]},{tiles[2]}")
+
+
+@jax.custom_vjp
+def _ragged_dot(rows: Array, matrices: Array, sizes: Array) -> Array:
+    with _tiles(rows, matrices.shape[0]):
+        return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+
+
+def _ragged_dot_bwd(residuals, gradient):
+    rows, matrices, sizes = residuals
+    with _tiles(rows, matrices.shape[0]):
+        # The kernel takes matrices in this order alone: they are copied. Left to JAX's transpose, its tiles get lost.
+        d_rows = lax.ragged_dot(gradient, matrices.swapaxes(1, 2), sizes, preferred_element_type=rows.dtype)
+        d_matrices = lax.ragged_dot_general(
+            rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype
+        )
+    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+_ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+_ragged_dot.defvjp(
+    lambda rows, matrices, sizes: (_ragged_dot(rows, matrices, sizes), (rows, matrices, sizes)), _ragged_dot_bwd
+)
 
 
 # Waves. A device of a split expert axis has room for every row of all its peers, but mostly gets about as many as it

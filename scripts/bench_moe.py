@@ -211,7 +211,9 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
         y, report = forward(parameters, x)
         return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
 
-    run, gradient = jax.jit(forward), jax.jit(jax.grad(loss, argnums=(0, 1)))
+    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    run = jax.jit(forward, compiler_options=options)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
     dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
     return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
 

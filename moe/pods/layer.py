@@ -132,7 +132,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
         start = time.perf_counter()
         lowered = jax.jit(both).lower(parameters, x, x) if backward else jax.jit(forward).lower(parameters, x)
         options = platform.compiler_options(topology.devices[0].device_kind)
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=options or None)
         seconds = time.perf_counter() - start
     text = hlo.read(compiled.as_text(), dict(mesh.shape))
     devices = list(mesh.devices.flat)
