@@ -2,7 +2,8 @@
 
 The roof is the layer's active FLOPs as bare batched matmuls, timed in turns with the layer in one process: a share of
 it means something on a busy machine too. On accelerators it is the larger of FLOPs over the rate of one large matmul
-and bytes of weights over the bandwidth of a copy, both measured. `--model` times a 4-layer model's train step instead.
+and bytes of weights over the bandwidth of a copy, both measured. The column "of matmul" holds the active FLOPs a second
+against one large matmul's of the same dtype. `--model` times a 4-layer model's train step instead.
 
 `--topology=v5p:2x2x2` runs nothing: it compiles the layer for TPUs that are not here, --tokens on each of them, and
 prints what the compiler expects of it (moe/pods/layer.py says what is counted how). Needs libtpu.
@@ -218,17 +219,20 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
     return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
 
 
-def accelerator_roof(tokens: int, case: Case, dtype: str) -> dict[str, float]:
+def active_flops(tokens: int, case: Case) -> dict[str, int]:
+    """Of the experts' matmuls on chosen pairs."""
+    forward = 2 * (3 if case.activation == "swiglu" else 2) * tokens * case.k * _D_MODEL.value * case.d_ff
+    return {"forward": forward, "both": 3 * forward}
+
+
+def accelerator_roof(tokens: int, case: Case, dtype: str, rate: float) -> dict[str, float]:
     """Seconds by the rate of one large matmul, or by the bandwidth of a copy where that takes longer."""
     import jax
     import jax.numpy as jnp
 
-    from moe import flops
-
-    matmuls = 3 if case.activation == "swiglu" else 2
-    work = 2 * matmuls * tokens * case.k * _D_MODEL.value * case.d_ff
-    weights = matmuls * case.experts * _D_MODEL.value * case.d_ff * jnp.dtype(dtype).itemsize
-    rate = flops.measured_matmul_rate(dtype, size=8192) * jax.device_count()
+    work = active_flops(tokens, case)["forward"]
+    weights = (3 if case.activation == "swiglu" else 2) * case.experts * _D_MODEL.value * case.d_ff
+    weights *= jnp.dtype(dtype).itemsize
     big = jnp.ones((1 << 28,), jnp.int8)
     copy = jax.jit(lambda a: a + 1)
     jax.block_until_ready(copy(big))
@@ -242,13 +246,15 @@ def bench_layers() -> list[dict[str, Any]]:
     """All cases; those of one shape and number of experts in turns with their roof."""
     import jax
 
+    from moe import flops
+
     rows = []
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases():
         groups.setdefault((case.shape, case.experts, case.k, case.d_ff), []).append(case)
     print(
         f"{'case':44} {'pass':8} {'median ms':>9} {'min':>7} {'max':>7} "
-        f"{'share of roof':>13} {'by minima':>9} {'dropped':>8}"
+        f"{'share of roof':>13} {'by minima':>9} {'of matmul':>9} {'dropped':>8}"
     )
     for members in groups.values():
         programs: dict[tuple[Case | None, str], Callable[[], Any]] = {}
@@ -263,19 +269,26 @@ def bench_layers() -> list[dict[str, Any]]:
                 print(f"{_name(case):44} refused: {refusal}")
                 continue
             programs |= {(case, which): f for which, f in made.items()}
-        seconds = timed(programs)
+        rates: list[float] = []
+        size = 2048 if on_cpu else 8192
+        large = {"matmul": lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, size, repeats=1))}
+        seconds = timed(programs | large)
+        del seconds["matmul"]
+        rate = statistics.median(rates[1:]) * (1 if on_cpu else jax.device_count())
+        work = active_flops(_TOKENS.value, members[0])
         if on_cpu:
             roofs = {which: statistics.median(seconds[None, which]) for which in ("forward", "both")}
             least = {which: min(seconds[None, which]) for which in ("forward", "both")}
         else:
-            roofs = least = accelerator_roof(_TOKENS.value, members[0], _DTYPE.value)
+            roofs = least = accelerator_roof(_TOKENS.value, members[0], _DTYPE.value, rate)
         for (case, which), values in seconds.items():
             median = statistics.median(values)
             name = f"{members[0].shape} E={members[0].experts} roof" if case is None else _name(case)
             share, dropped = roofs[which] / median, 0.0 if case is None else drops[case]
+            of_matmul = work[which] / median / rate
             print(
                 f"{name:44} {which:8} {median * 1e3:9.1f} {min(values) * 1e3:7.1f} {max(values) * 1e3:7.1f} "
-                f"{share:13.2f} {least[which] / min(values):9.2f} {dropped:8.3f}",
+                f"{share:13.2f} {least[which] / min(values):9.2f} {of_matmul:9.2f} {dropped:8.3f}",
                 flush=True,
             )
             fields = {} if case is None else dataclasses.asdict(case)
@@ -287,6 +300,7 @@ def bench_layers() -> list[dict[str, Any]]:
                     "seconds": values,
                     "share": share,
                     "share_of_minima": least[which] / min(values),
+                    "share_of_matmul": of_matmul,
                     "dropped": dropped,
                 }
             )
