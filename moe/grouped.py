@@ -139,40 +139,53 @@ def _grouped_matmul(sizes: Array) -> Callable[[Array, Array], Array]:
     return lambda rows, matrices: _ragged_dot(rows, matrices, sizes)
 
 
-def _tiles(rows: Array, num_groups: int) -> contextlib.AbstractContextManager[Any]:
-    """What is traced within has kernels of the tiles of :data:`_TILES`, where groups have at least four of them."""
+def _tiles(rows: Array, num_groups: int) -> tuple[int, int, int] | None:
+    """An entry of :data:`_TILES`, where groups have at least four of its tiles of rows; None: what XLA chooses."""
     tiles = next((tiles for name, tiles in _TILES.items() if _device_kind().startswith(name)), None)
     if tiles is None or rows.dtype != jnp.bfloat16:
-        return contextlib.nullcontext()
+        return None
     tile_rows = math.gcd(rows.shape[0], tiles[0])
-    if tile_rows <= _TILE or rows.shape[0] < 4 * num_groups * tile_rows:
-        return contextlib.nullcontext()
-    return set_xla_metadata(ragged_dot_tiling=f"{tile_rows},{tiles[1]},{tiles[2]}")
+    few = tile_rows <= _TILE or rows.shape[0] < 4 * num_groups * tile_rows
+    return None if few else (tile_rows, *tiles[1:])
+
+
+def _named(tiles: tuple[int, int, int] | None) -> contextlib.AbstractContextManager[Any]:
+    """The kernels of what is traced within have these tiles, and say so to :mod:`moe.pods.hlo`."""
+    return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiles))) if tiles else contextlib.nullcontext()
 
 
 @jax.custom_vjp
 def _ragged_dot(rows: Array, matrices: Array, sizes: Array) -> Array:
-    with _tiles(rows, matrices.shape[0]):
+    with _named(_tiles(rows, matrices.shape[0])):
         return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+
+
+def _ragged_dot_fwd(rows, matrices, sizes):
+    return _ragged_dot(rows, matrices, sizes), (rows, matrices, sizes)
 
 
 def _ragged_dot_bwd(residuals, gradient):
     rows, matrices, sizes = residuals
-    with _tiles(rows, matrices.shape[0]):
-        # The kernel takes matrices in this order alone: they are copied. Left to JAX's transpose, its tiles get lost.
-        d_rows = lax.ragged_dot(gradient, matrices.swapaxes(1, 2), sizes, preferred_element_type=rows.dtype)
+    tiles = _tiles(rows, matrices.shape[0])
+    with _named(tiles):
         d_matrices = lax.ragged_dot_general(
             rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype
         )
+        # ragged_dot's kernel takes matrices in one order alone, and would get a transposed copy; megablox's takes both.
+        if tiles:
+            # Not everybody needs Pallas.
+            from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm as megablox
+
+            d_rows = megablox(gradient, matrices, sizes, rows.dtype, tiles, transpose_rhs=True)
+        else:
+            d_rows = lax.ragged_dot(gradient, matrices.swapaxes(1, 2), sizes, preferred_element_type=rows.dtype)
     return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
-_ragged_dot.defvjp(
-    lambda rows, matrices, sizes: (_ragged_dot(rows, matrices, sizes), (rows, matrices, sizes)), _ragged_dot_bwd
-)
+_ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
 
 
 # Waves. A device of a split expert axis has room for every row of all its peers, but mostly gets about as many as it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import re
 
 import jax
@@ -119,6 +121,32 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
     _assert_close([ours(*arguments)], [plain(*arguments)], 1e-5)
     gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(*arguments) for f in (ours, plain)]
     _assert_close(*gradients, 1e-5)
+
+
+def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
+    """The gradients with megablox for rows, which CPUs can interpret, against one matmul a group; rows of none beyond."""
+    module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    monkeypatch.setattr(module, "gmm", functools.partial(module.gmm, interpret=True))
+    monkeypatch.setattr(grouped, "_TILES", {"cpu": (256, 128, 128)})
+    sizes = np.array([700, 1200], np.int32)
+    rows, gradient = (jnp.asarray(rng.normal(size=(2048, d)), jnp.bfloat16) for d in (128, 256))
+    matrices = jnp.asarray(rng.normal(size=(2, 128, 256)), jnp.bfloat16)
+
+    def ours(rows, matrices, gradient):
+        y, backward = jax.vjp(lambda *a: grouped._ragged_dot(*a, jnp.asarray(sizes)), rows, matrices)
+        d_rows, d_matrices = backward(gradient)
+        return y[:1900], d_rows[:1900], d_matrices
+
+    assert "pallas_call" in str(jax.make_jaxpr(ours)(rows, matrices, gradient))
+    actual = [np.asarray(a, np.float32) for a in jax.jit(ours)(rows, matrices, gradient)]
+    x, w, g = (np.asarray(a, np.float32) for a in (rows, matrices, gradient))
+    groups = [slice(0, 700), slice(700, 1900)]
+    expected = [
+        np.concatenate([x[group] @ w[e] for e, group in enumerate(groups)]),
+        np.concatenate([g[group] @ w[e].T for e, group in enumerate(groups)]),
+        np.stack([x[group].T @ g[group] for group in groups]),
+    ]
+    _assert_close(actual, expected, 1e-2)
 
 
 def test_within_vmap_scan_and_remat(rng):

@@ -17,7 +17,7 @@ import pytest
 from configs import gshard_twin, mixtral_8x7b, switch_twin
 from moe.config import ConfigError, MoEConfig, from_config_dict
 from moe.flops import count_parameters
-from moe.pods import arithmetic, fit, hlo, layer, network, search
+from moe.pods import arithmetic, fit, hlo, kernels, network, search
 from moe.pods.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -116,15 +116,15 @@ def test_time_of_a_grouped_matmul_by_hand():
     chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
     rows, weights = hlo.read(GROUPED, {"expert": 8}).grouped
     # 4 columns of tiles, the last partly empty; 8192/128 + 7 tiles of rows; 2·128·1024·1280 FLOPs a step.
-    assert layer.grouped_seconds(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
+    assert kernels.seconds(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
     # Half of the rows: the room does not count, the 7 tiles that two groups share stay.
-    assert layer.grouped_seconds(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
+    assert kernels.seconds(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
     chip = dataclasses.replace(chip, memory_bandwidth=1e9)
     # Each step moves its rows in and out; a group's matrix moves once a column.
     moved = 4 * 71 * (128 * 1024 + 128 * 1280) + 8 * 4 * 1024 * 1280
-    assert layer.grouped_seconds(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    assert kernels.seconds(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
     moved = 8 * 71 * 128 * (1024 + 512) + 8 * 8 * 1024 * 512
-    assert layer.grouped_seconds(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    assert kernels.seconds(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
 
 
 def test_bytes_of_types():

@@ -6,15 +6,12 @@ forward and backward. As in :mod:`moe.pods.plan`, exchanges and copies are compi
 Two floors, both of the experts' matmuls alone at peak: of the active FLOPs (K experts a token), and of the FLOPs of the
 rows that the mode computes (all slots of the capacity, empty or not). A ratio is the time on the chip over a floor.
 
-A grouped matmul (``lax.ragged_dot``) is a kernel that the compiler gives no cycles. It is counted at the load of a
-balanced router: the longer of its grid's steps at peak FLOP/s, one partly filled tile of rows for each group included,
-and of the windows that its grid moves at the memory's bandwidth. What else may slow a kernel shows in neither.
+Grouped matmuls, which the compiler gives no cycles, are counted by :mod:`moe.pods.kernels` for a balanced router.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -26,8 +23,7 @@ from moe import dispatch, platform, sharding
 from moe.config import Config
 from moe.experts import MoELayer
 from moe.layers import GATED_ACTIVATIONS
-from moe.pods import hlo, plan
-from moe.pods.chips import Chip
+from moe.pods import hlo, kernels, plan
 from moe.pods.topology import Topology
 
 
@@ -37,7 +33,7 @@ class Reading:
 
     Attributes:
         cycles: the compiler's estimate, exchanges and kernels left out; matmuls: of it, fusions with a matrix product.
-        kernels: grouped matmuls, counted as this module says.
+        kernels: grouped matmuls, as :mod:`moe.pods.kernels` counts them.
         unpriced: instructions without cycles (the SparseCore's gathers, beside the rest), at memory bandwidth.
         active_floor, slot_floor: the experts' matmuls at peak, of active pairs and of all rows computed.
         exchanges: as in a plan; exposed: what of them no work is scheduled beside.
@@ -71,29 +67,6 @@ class Reading:
         """Fields and what follows from them."""
         ratios = {"ratio": self.chip / self.active_floor, "ratio_of_slots": self.chip / self.slot_floor}
         return dataclasses.asdict(self) | {"chip": self.chip, "exposed": self.exposed} | ratios
-
-
-def grouped_seconds(matmul: hlo.GroupedMatmul, rows: int, chip: Chip) -> float:
-    """Seconds of one run of a grouped matmul's kernel over that many rows, groups alike, on one device.
-
-    Its grid is (N tiles, row tiles of all groups, K tiles), K innermost; for weights (N, K, row tiles), rows innermost.
-    A window is moved when its place changes from one step to the next.
-    """
-    _, k, n, groups = matmul.sizes
-    tile_rows, tile_k, tile_n = matmul.tiles
-    steps_k, steps_n = math.ceil(k / tile_k), math.ceil(n / tile_n)
-    tiles = math.ceil(rows / tile_rows) + groups - 1
-    steps = tiles * steps_k * steps_n
-    left, right, out = tile_rows * tile_k, tile_k * tile_n, tile_rows * tile_n
-    if matmul.kind == "weights":
-        left, right, out = tile_rows * tile_k, tile_rows * tile_n, tile_k * tile_n
-        moved = steps * (left + right) + groups * steps_k * steps_n * out
-    else:
-        # With all of K in one step, a group's window of the matrix stays for all its row tiles.
-        matrices = steps if steps_k > 1 else groups * steps_n
-        moved = steps * left + matrices * right + tiles * steps_n * out
-    flops = 2.0 * steps * tile_rows * tile_k * tile_n
-    return max(flops / chip.peak, matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
 
 
 def read_layer(config: Config, topology: Topology, tokens: int, *, backward: bool) -> Reading:
@@ -148,7 +121,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     return Reading(
         cycles=text.cycles / chip.clock,
         matmuls=sum(cycles for (_, kind), cycles in text.parts.items() if kind == "matmuls") / chip.clock,
-        kernels=sum(matmul.count * grouped_seconds(matmul, active, chip) for matmul in text.grouped),
+        kernels=sum(matmul.count * kernels.seconds(matmul, active, chip) for matmul in text.grouped),
         unpriced=text.unpriced_bytes / (chip.memory_bandwidth / chip.devices),
         active_floor=flops * active / peak,
         slot_floor=flops * slots / peak,

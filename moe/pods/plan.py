@@ -15,7 +15,7 @@ import jax
 
 from moe import flops, sharding, step
 from moe.config import Config, validate_mesh
-from moe.pods import arithmetic, fit, hlo, network
+from moe.pods import arithmetic, fit, hlo, kernels, network
 from moe.pods.chips import GiB
 from moe.pods.topology import Topology
 
@@ -197,6 +197,9 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     total, active = flops.count_parameters(config.model)
     peak = chip.peak * topology.num_chips
     kernel_seconds = arithmetic.matmul_flops(traced.jaxpr.jaxpr, kernels_only=True) / peak
+    spread = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    pairs = tokens // config.train.accumulation_steps // spread * config.model.moe.experts_per_token
+    kernel_seconds += sum(matmul.count * kernels.seconds(matmul, pairs, chip) for matmul in text.grouped)
     return Plan(
         topology=topology.name,
         num_slices=topology.num_slices,
