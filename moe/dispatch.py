@@ -25,7 +25,7 @@ from jax import Array
 
 from moe import sharding
 from moe.gates import pick, top_k
-from moe.grouped import Chunks, chunks, in_chunks
+from moe.grouped import Chunks, chunks, in_chunks, whole_tiles
 from moe.routing import Routing
 
 
@@ -310,7 +310,7 @@ def _sorted_by_expert(x: Array, routing: Routing, plan: Plan, matrices: Any, exp
     groups, tokens, model_dim = x.shape
     load = _load(routing, plan)
     sizes, parts = jnp.sum(load, axis=0), sharding.axis_size("expert")
-    num_rows = min(routing.expert_index.size, plan.num_experts * groups * plan.capacity)
+    num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
     pieces = chunks(num_rows, plan.num_experts) if parts == 1 else Chunks(())
     room, num_rows = pieces.padded_sizes(sizes), pieces.total(num_rows, plan.num_experts)
     tables = _tables(routing, plan, load, jnp.cumsum(room) - room, num_rows)
@@ -339,10 +339,9 @@ def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts
         parts: X, devices that the experts are split over.
     """
     if not in_chunks():
-        pieces = chunks(rows.shape[0], sizes.shape[0] // parts)
-        there, back, room = _routes(sizes, parts)
-        arrived = _ragged_exchange(rows, pieces.total(parts * rows.shape[0], room.shape[0]), there, back)
-        return _ragged_exchange(experts.grouped(matrices, arrived, room, pieces), rows.shape[0], back, there)
+        wave = whole_tiles(math.ceil(rows.shape[0] * 5 / 4))  # a quarter above the mean: a second one is rare
+        ffn = functools.partial(_grouped, experts)
+        return _in_waves(ffn, wave, rows, matrices, jax.lax.all_gather(sizes, "expert"))
     num_rows = rows.shape[0]
     sent = sizes.reshape(parts, -1)  # [X,E/X]
     received = jax.lax.all_to_all(sent, "expert", 0, 0, tiled=True)  # [X,E/X], by whom
@@ -366,49 +365,102 @@ def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts
     return _send_back(outputs, jnp.sum(sent, axis=1))
 
 
-def _routes(sizes: Array, parts: int) -> tuple[Any, Any, Array]:
-    """Which rows go where in a ragged exchange, there and back, and how many each expert of this device gets, [E/X].
+# Waves. All tokens may choose one device's experts, but mostly a device gets about as many rows as it has of its own. So
+# a wave of a quarter more is sent, computed and sent back, and a loop, mostly of no trips, does the same with what is
+# left, keeping nothing for the backward pass. No buffer has room for all rows of all devices.
 
-    A route is (begin of each slice here, its rows, its begin on the other side, rows of each slice that arrives), [E]
-    int32 each; slices for one device follow each other. There, each slice is an expert's rows, and goes right behind
-    those of earlier devices for it: rows arrive sorted by expert, and nothing is left between them.
+
+def _grouped(experts: Experts, matrices: Any, rows: Array, sizes: Array) -> Array:
+    return experts.grouped(matrices, rows, sizes, Chunks(()))
+
+
+def _wave(every: Array, start: Array | int, wave: int) -> tuple[Any, Any, Array]:
+    """Which rows go where in a wave, there and back, and how many each of this device's experts gets, [E/X] int32.
+
+    A device's rows for an expert go right behind those of earlier devices: they arrive sorted by expert, and nothing is
+    between them. The wave is the N rows from ``start`` on, on whatever device they arrive.
+
+    Args:
+        every: [X,E] int32, rows of each device for each expert.
+        start: of the wave.
+        wave: N.
+
+    Returns:
+        Routes: (begin of each slice here, its rows, its begin on the other side, rows of each slice that arrives), [E]
+        int32 each, slices for one device following each other.
     """
-    me = jax.lax.axis_index("expert")
-    every = jax.lax.all_gather(sizes, "expert")  # [X,E], by whom
-    begin = jnp.cumsum(every, axis=1) - every  # of each expert's rows at home
+    me, parts = jax.lax.axis_index("expert"), every.shape[0]
     total = jnp.sum(every, axis=0).reshape(parts, -1)  # [X,E/X]
-    start = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows where it is
-    arrival = start + jnp.cumsum(every, axis=0) - every  # [X,E]
+    first = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows where it is
+    arrival = first + jnp.cumsum(every, axis=0) - every  # [X,E]
+    end = jnp.clip(arrival + every, start, start + wave)
+    skipped = jnp.maximum(start - arrival, 0)  # rows of earlier waves
+    sizes = jnp.maximum(end - jnp.maximum(arrival, start), 0)
+    begin = jnp.minimum(jnp.cumsum(every, axis=1) - every + skipped, jnp.sum(every, axis=1, keepdims=True))
+    place = jnp.clip(arrival - start, 0, wave)
 
     def mine(array: Array) -> Array:
-        """[X,E] → [X,E/X] → [E]: of this device's experts, by whom."""
+        """[X,E] → [X,X,E/X] → [X,E/X] → [E]: of this device's experts, by whom."""
         local = array.reshape(parts, parts, -1)
         return jax.lax.dynamic_index_in_dim(local, me, 1, keepdims=False).reshape(-1)
 
-    there = (begin[me], sizes, arrival[me], mine(every))
-    return there, (mine(arrival), mine(every), mine(begin), sizes), total[me]
+    there = (begin[me], sizes[me], place[me], mine(sizes))
+    back = (mine(place), mine(sizes), mine(begin), sizes[me])
+    return there, back, jnp.sum(mine(sizes).reshape(parts, -1), axis=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _ragged_exchange(rows: Array, num_rows: int, there: Any, back: Any) -> Array:
-    """rows [R,D] → [N,D], where what nobody sent is undefined. Its transpose is the exchange on the way back."""
-    del back
-    empty = jax.lax.empty((num_rows, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, empty, *there, axis_name="expert")
+def _carry(rows: Array, onto: Array | int, route: Any) -> Array:
+    """rows [R,D] over a route into a buffer [N,D], or into a new one of N rows, undefined where nobody sends."""
+    if isinstance(onto, int):
+        onto = jax.lax.empty((onto, rows.shape[1]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, onto, *route, axis_name="expert")
 
 
-def _ragged_exchange_fwd(rows, num_rows, there, back):
-    return _ragged_exchange(rows, num_rows, there, back), (there, back, rows.shape[0])
+def _further_waves(every: Array, wave: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
+    """Runs body(start, carry) over all waves but the first, as often on every device as the fullest one needs."""
+    parts = every.shape[0]
+    most = jnp.max(jnp.sum(every.reshape(parts, parts, -1), axis=(0, 2)))
+    # The name is known to moe.pods.
+    with jax.named_scope("overflow"):
+        return jax.lax.fori_loop(1, (most + wave - 1) // wave, lambda i, carry: body(i * wave, carry), carry)
 
 
-def _ragged_exchange_bwd(num_rows, residuals, gradient):
-    del num_rows
-    there, back, num_rows = residuals
-    none = jax.tree.map(_no_gradient, (there, back))
-    return _ragged_exchange(gradient, num_rows, back, there), *none
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_waves(ffn, wave, rows, matrices, every):
+    """rows [R,D] sorted by expert → ffn(matrices, rows, sizes) of each where its expert is, [R,D]."""
+    return _in_waves_fwd(ffn, wave, rows, matrices, every)[0]
 
 
-_ragged_exchange.defvjp(_ragged_exchange_fwd, _ragged_exchange_bwd)
+def _in_waves_fwd(ffn, wave, rows, matrices, every):
+    there, back, sizes = _wave(every, 0, wave)
+    outputs, backward = jax.vjp(lambda *a: ffn(*a, sizes), matrices, _carry(rows, wave, there))
+    outputs = _carry(outputs, rows.shape[0], back)
+
+    def body(start, outputs):
+        there, back, sizes = _wave(every, start, wave)
+        return _carry(ffn(matrices, _carry(rows, wave, there), sizes), outputs, back)
+
+    return _further_waves(every, wave, outputs, body), (rows, matrices, every, backward)
+
+
+def _in_waves_bwd(ffn, wave, residuals, gradient):
+    rows, matrices, every, backward = residuals
+    # The exchange's transpose is the exchange the other way.
+    there, back, _ = _wave(every, 0, wave)
+    d_matrices, d_rows = backward(_carry(gradient, wave, there))
+    d_rows = _carry(d_rows, rows.shape[0], back)
+
+    def body(start, carry):
+        d_rows, d_matrices = carry
+        there, back, sizes = _wave(every, start, wave)
+        _, backward = jax.vjp(lambda *a: ffn(*a, sizes), matrices, _carry(rows, wave, there))
+        more, new = backward(_carry(gradient, wave, there))
+        return _carry(new, d_rows, back), jax.tree.map(jnp.add, d_matrices, more)
+
+    return *_further_waves(every, wave, (d_rows, d_matrices), body), _no_gradient(every)
+
+
+_in_waves.defvjp(_in_waves_fwd, _in_waves_bwd)
 
 
 def _send(rows: Array, sent: Array) -> Array:

@@ -54,18 +54,13 @@ def _device_kind() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The static sizes of the pieces that rows are worked off in.
+    """The static sizes of the pieces that groups are worked off in; without :func:`in_chunks` none, and no padding.
 
-    Attributes:
-        sizes: with :func:`in_chunks`, of chunks. A group's first chunk is its size rounded up to one of them, and every
-            further one is the largest: an expert's matrices are read, and their gradients written, about once. The
-            sizes lie around the mean load, where most are. Otherwise none, and groups are not padded.
-        wave: otherwise, the rows, of whatever groups, that are worked off at once where there may be many more of them
-            than there mostly are; 0: all.
+    A group's first chunk is its size rounded up to one of them, and every further one is the largest: an expert's
+    matrices are read, and their gradients written, about once. The sizes lie around the mean load, where most are.
     """
 
     sizes: tuple[int, ...]
-    wave: int = 0
 
     def padded_sizes(self, sizes: Array) -> Array:
         """Rows to set aside for groups of these sizes, [E] int32; the surplus must be zero."""
@@ -80,10 +75,7 @@ class Chunks:
         return jnp.where(sizes > 0, (sizes - 1) % self.sizes[-1] + 1, 0)
 
     def total(self, num_rows: int, num_groups: int) -> int:
-        """The most that :meth:`padded_sizes` of R rows in E groups can sum to; in whole waves, or tiles of rows."""
-        if self.wave:
-            unit = self.wave if num_rows > self.wave else _TILE
-            return math.ceil(num_rows / unit) * unit
+        """The most that :meth:`padded_sizes` of R rows in E groups can sum to."""
         surplus = widest = smaller = 0
         for size in self.sizes:
             if size - smaller - 1 > widest:  # only groups of more than `smaller` rows can waste so many
@@ -94,9 +86,9 @@ class Chunks:
 
 
 def chunks(num_rows: int, num_groups: int) -> Chunks:
-    """For R rows in E groups, more or less."""
+    """For R rows in E groups."""
     if not in_chunks():
-        return Chunks((), math.ceil(num_rows * 5 / 4 / _TILE) * _TILE)  # a quarter above: a second wave is rare
+        return Chunks(())
     mean = num_rows / num_groups
     # Of the mean load: coarse where few groups are, 1/16 and in the middle 1/32 apart where most are.
     shares = [0, 1 / 4, 1 / 2, 5 / 4, 3 / 2, *np.arange(3 / 4, 5 / 4, 1 / 16), *np.arange(7 / 8, 9 / 8, 1 / 32)]
@@ -127,11 +119,14 @@ def grouped_ffn(
     """
     if pieces.sizes:
         return _chunked(first, second, pieces, rows, into, out_of, starts, sizes)
-    if second is not None and 0 < pieces.wave < rows.shape[0]:
-        return _in_waves(first, second, pieces.wave, rows, into, out_of, sizes)
     matmul = _grouped_matmul(sizes)
     hidden = first(rows, into, matmul)
     return hidden if second is None else second(hidden, out_of, matmul)
+
+
+def whole_tiles(num_rows: int) -> int:
+    """R rounded up to what kernels of accelerators like."""
+    return num_rows if in_chunks() else math.ceil(num_rows / _TILE) * _TILE
 
 
 def _grouped_matmul(sizes: Array) -> Callable[[Array, Array], Array]:
@@ -186,71 +181,6 @@ _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
-
-
-# Waves. A device of a split expert axis has room for every row of all its peers, but mostly gets about as many as it
-# has of its own. The kernels skip tiles without rows; activations and buffers of hidden rows would not. So one wave
-# holds what mostly comes, and a loop, mostly of no trips, computes the rest; it keeps nothing for the backward pass.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_waves(first, second, wave, rows, into, out_of, sizes):
-    return _in_waves_fwd(first, second, wave, rows, into, out_of, sizes)[0]
-
-
-def _within(sizes: Array, start: Array | int, wave: int) -> Array:
-    """[E] int32, how many of each group's rows are among the N from ``start`` on."""
-    ends = jnp.cumsum(sizes)
-    return jnp.clip(ends, start, start + wave) - jnp.clip(ends - sizes, start, start + wave)
-
-
-def _ffn(first, second, sizes):
-    matmul = _grouped_matmul(sizes)
-    return lambda rows, into, out_of: second(first(rows, into, matmul), out_of, matmul)
-
-
-def _further_waves(sizes: Array, wave: int, carry: Any, body: Callable[[Array, Array, Any], Any]) -> Any:
-    """Runs body(start, sizes within, carry) over all waves but the first. The name is known to moe.pods.hlo."""
-
-    def run(i: Array, carry: Any) -> Any:
-        return body(i * wave, _within(sizes, i * wave, wave), carry)
-
-    with jax.named_scope("overflow"):
-        return lax.fori_loop(1, (jnp.sum(sizes) + wave - 1) // wave, run, carry)
-
-
-def _in_waves_fwd(first, second, wave, rows, into, out_of, sizes):
-    matmul = _grouped_matmul(_within(sizes, 0, wave))
-    hidden = first(rows[:wave], into, matmul)
-    outputs = _set_rows(lax.empty(rows.shape, rows.dtype), 0, second(hidden, out_of, matmul))
-
-    def body(start, within, outputs):
-        new = _ffn(first, second, within)(_rows_at(rows, start, wave), into, out_of)
-        return _set_rows(outputs, start, new)
-
-    outputs = _further_waves(sizes, wave, outputs, body)
-    return outputs, (rows, hidden, into, out_of, sizes)
-
-
-def _in_waves_bwd(first, second, wave, residuals, gradient):
-    rows, hidden, into, out_of, sizes = residuals
-    matmul = _grouped_matmul(_within(sizes, 0, wave))
-    _, backward = jax.vjp(lambda hidden, matrices: second(hidden, matrices, matmul), hidden, out_of)
-    d_hidden, d_out_of = backward(gradient[:wave])
-    _, backward = jax.vjp(lambda rows, matrices: first(rows, matrices, matmul), rows[:wave], into)
-    d_rows, d_into = backward(d_hidden)
-
-    def body(start, within, carry):
-        d_rows, *sums = carry
-        _, backward = jax.vjp(_ffn(first, second, within), _rows_at(rows, start, wave), into, out_of)
-        new_rows, *new = backward(_rows_at(gradient, start, wave))
-        return _set_rows(d_rows, start, new_rows), *jax.tree.map(jnp.add, sums, new)
-
-    carry = (_set_rows(lax.empty(rows.shape, rows.dtype), 0, d_rows), d_into, d_out_of)
-    return *_further_waves(sizes, wave, carry, body), np.zeros(sizes.shape, jax.dtypes.float0)
-
-
-_in_waves.defvjp(_in_waves_fwd, _in_waves_bwd)
 
 
 # The loop over chunks. One while loop for each size of chunk: its trip count depends on the data, its shapes do not,
