@@ -124,7 +124,7 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
 
 
 def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
-    """The gradients, rows' by megablox, which CPUs can interpret, against one matmul a group; rows of none beyond."""
+    """The gradients, rows' by megablox, which CPUs can interpret, against one matmul a group; surplus rows beyond."""
     module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     monkeypatch.setattr(module, "gmm", functools.partial(module.gmm, interpret=True))
     monkeypatch.setattr(grouped, "_TILES", {"cpu": (256, 128, 128)})

@@ -26,7 +26,7 @@ def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "while" and "overflow" in str(equation.source_info.name_stack):
-            continue  # moe.grouped's further waves, which a balanced router never needs
+            continue  # moe.waves' further waves, which a balanced router never needs
         if name == "pallas_call" and not all(isinstance(size, int) for size in params["grid_mapping"].grid):
             # A grouped matmul, its grid as long as there are rows: it declares the FLOPs of all it has room for, and
             # its time is moe.pods.kernels' to tell.

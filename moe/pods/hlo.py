@@ -348,7 +348,7 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
             if opcode == "while":
                 trips = _trip_count(instruction, computations)
                 if trips is None and "overflow/" in _source(instruction):
-                    trips = 0  # moe.grouped's further waves, which a balanced router never needs
+                    trips = 0  # moe.waves' further waves, which a balanced router never needs
                 if trips is None:
                     totals["unknown_loops"] += 1
                     trips = 1
