@@ -80,7 +80,8 @@ class Plan:
         model_flops: of a step by the convention of :mod:`moe.flops`; simple_flops: 6 x active parameters x tokens.
         program_flops: matrix products a step really does, all devices.
         compute_seconds: the compiler's cycles at the chip's clock, SparseCore transfers at memory bandwidth, and
-            kernel_seconds: Pallas kernels, which the compiler does not price, as all blocks of their grid at peak
+            kernel_seconds: kernels, which the compiler does not price: grouped matmuls as :mod:`moe.pods.kernels`
+            counts them for a balanced router, others as all blocks of their grid at peak
             FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors cancel.
         parts: of compute_seconds, what the compiler's cycles say, by pass and kind (:class:`moe.pods.hlo.ProgramText`).
         unpriced: instructions of a step that the compiler gives no cycles; unknown_loops: loops taken as one trip.
