@@ -25,8 +25,9 @@ from jax import Array
 
 from moe import sharding
 from moe.gates import pick, top_k
-from moe.grouped import Chunks, chunks, in_chunks
+from moe.grouped import Chunks, chunks, in_chunks, whole_tiles
 from moe.routing import Routing
+from moe.waves import in_waves
 
 
 @jax.tree_util.register_dataclass
@@ -310,7 +311,7 @@ def _sorted_by_expert(x: Array, routing: Routing, plan: Plan, matrices: Any, exp
     groups, tokens, model_dim = x.shape
     load = _load(routing, plan)
     sizes, parts = jnp.sum(load, axis=0), sharding.axis_size("expert")
-    num_rows = min(routing.expert_index.size, plan.num_experts * groups * plan.capacity)
+    num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
     pieces = chunks(num_rows, plan.num_experts) if parts == 1 else Chunks(())
     room, num_rows = pieces.padded_sizes(sizes), pieces.total(num_rows, plan.num_experts)
     tables = _tables(routing, plan, load, jnp.cumsum(room) - room, num_rows)
@@ -338,10 +339,12 @@ def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts
         experts: the FFN.
         parts: X, devices that the experts are split over.
     """
+    if not in_chunks():
+        return in_waves(experts, rows, sizes, matrices)
     num_rows = rows.shape[0]
     sent = sizes.reshape(parts, -1)  # [X,E/X]
     received = jax.lax.all_to_all(sent, "expert", 0, 0, tiled=True)  # [X,E/X], by whom
-    arrived = _send(rows, jnp.sum(sent, axis=1), jnp.sum(received, axis=1))
+    arrived = _send(rows, jnp.sum(sent, axis=1))
     # Sorted by expert: for each of X·R places, its row; for each row, its place.
     pieces = chunks(num_rows, received.shape[1])  # R on average, whatever the most
     room, total = pieces.padded_sizes(jnp.sum(received, axis=0)), pieces.total(parts * num_rows, received.shape[1])
@@ -358,34 +361,22 @@ def _on_their_devices(rows: Array, sizes: Array, matrices: Any, experts: Experts
     outputs = experts.grouped(matrices, _fill(arrived, place_of_row, row_of_place), room, pieces)
     # Back: the same tables the other way round.
     outputs = _fill(outputs, row_of_place[:, 0], place_of_row[:, None])
-    return _send_back(outputs, jnp.sum(sent, axis=1), jnp.sum(received, axis=1))
+    return _send_back(outputs, jnp.sum(sent, axis=1))
 
 
-def _send(rows: Array, sent: Array, received: Array) -> Array:
-    """rows [R,D], sorted by the device they go to → places [X·R,D], from device s at s·R; sizes [X] int32 each."""
-    num_rows, parts = rows.shape[0], sent.shape[0]
-    if in_chunks():
-        # XLA's CPU has no ragged exchange: as many places for each device as all rows would need.
-        places = _fill(rows, *_place_tables(sent, num_rows))
-        return jax.lax.all_to_all(places, "expert", 0, 0, tiled=True)
-    me = jnp.full((parts,), jax.lax.axis_index("expert") * num_rows, jnp.int32)
-    empty = jnp.zeros((parts * num_rows, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, empty, jnp.cumsum(sent) - sent, sent, me, received, axis_name="expert")
+def _send(rows: Array, sent: Array) -> Array:
+    """rows [R,D], sorted by the device they go to → places [X·R,D], from device s at s·R; sizes [X] int32.
+
+    XLA's CPU has no ragged exchange: as many places for each device as all rows would need.
+    """
+    places = _fill(rows, *_place_tables(sent, rows.shape[0]))
+    return jax.lax.all_to_all(places, "expert", 0, 0, tiled=True)
 
 
-def _send_back(places: Array, sent: Array, received: Array) -> Array:
+def _send_back(places: Array, sent: Array) -> Array:
     """places [X·R,D] → rows [R,D]: undoes :func:`_send`."""
-    parts = sent.shape[0]
-    num_rows = places.shape[0] // parts
-    if in_chunks():
-        row_of_place, place_of_row = _place_tables(sent, num_rows)
-        return _fill(jax.lax.all_to_all(places, "expert", 0, 0, tiled=True), place_of_row[:, 0], row_of_place[:, None])
-    # Where this device's rows began on each of the others.
-    begin = jnp.cumsum(sent) - sent
-    theirs = jax.lax.all_to_all(begin, "expert", 0, 0, tiled=True)
-    empty = jnp.zeros((num_rows, places.shape[1]), places.dtype)
-    offsets = jnp.arange(parts, dtype=jnp.int32) * num_rows
-    return jax.lax.ragged_all_to_all(places, empty, offsets, received, theirs, sent, axis_name="expert")
+    row_of_place, place_of_row = _place_tables(sent, places.shape[0] // sent.shape[0])
+    return _fill(jax.lax.all_to_all(places, "expert", 0, 0, tiled=True), place_of_row[:, 0], row_of_place[:, None])
 
 
 def _place_tables(sent: Array, num_rows: int) -> tuple[Array, Array]:

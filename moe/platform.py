@@ -47,6 +47,26 @@ def use_tpu_compiler() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+#: KiB of a core's vector memory that one fusion may use, by the first words of the device kind, the first that fits.
+_SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """What XLA is told beside the program for a kind of device, as JAX names it; nothing for what is no TPU.
+
+    With the vector memory that it takes by default, XLA cuts a large matmul into windows so small that its operands
+    stream in again and again, with what is fused into them computed again. And all-to-alls that other work can be done
+    beside are started and awaited apart. docs/performance.md has the estimates.
+    """
+    if not device_kind.startswith("TPU"):
+        return {}
+    options = {"xla_tpu_enable_async_all_to_all": "true"}
+    for name, kibibytes in _SCOPED_VMEM_KIB.items():
+        if device_kind.startswith(name):
+            return options | {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}
+    return options
+
+
 def join_processes() -> None:
     """Makes this process one of a run of several, as the environment describes it.
 

@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe import sharding
+from moe import platform, sharding
 from moe.balancing import LayerReport, next_selection_bias
 from moe.config import Config, ModelConfig
 from moe.experts import SelectionBias
@@ -263,8 +263,13 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
         step_shardings += (sharding.shardings(mesh, sharding.parameter_specs(teacher_variables)),)
+    options = platform.compiler_options(mesh.devices.flat[0].device_kind) or None
     jitted_step = jax.jit(
-        train_step, in_shardings=step_shardings, out_shardings=(state_shardings, replicated), donate_argnums=0
+        train_step,
+        in_shardings=step_shardings,
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
+        compiler_options=options,
     )
     return Program(
         config=config,
@@ -278,6 +283,7 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
             eval_step,
             in_shardings=(state_shardings.variables, batch_sharding, replicated),
             out_shardings=replicated,
+            compiler_options=options,
         ),
         state=jax.tree.map(
             lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),

@@ -5,6 +5,9 @@ it is the median of the turns' own ratios, and means something on a busy machine
 of FLOPs over the rate of one large matmul and bytes of weights over the bandwidth of a copy, both measured. The column
 "of matmul" holds the active FLOPs a second against one large matmul's of the same dtype. `--model` times a 4-layer
 model's train step instead.
+
+`--topology=v5p:2x2x2` runs nothing: it compiles the layer for TPUs that are not here, --tokens on each of them, and
+prints what the compiler expects of it (moe/pods/layer.py says what is counted how). Needs libtpu.
 """
 
 import sys
@@ -16,6 +19,8 @@ from moe import platform
 
 if __name__ == "__main__":
     platform.use_huge_pages()
+    if any(word.lstrip("-").partition("=")[0] == "topology" for word in sys.argv[1:]):
+        platform.use_tpu_compiler()  # before JAX
 
 import dataclasses
 import json
@@ -38,11 +43,13 @@ _GROUP = flags.DEFINE_integer(
 _EXPERTS = flags.DEFINE_list("experts", [], "Numbers of experts, instead of the shape's.")
 _D_MODEL = flags.DEFINE_integer("d_model", 512, "D.", lower_bound=1)
 _D_FF = flags.DEFINE_integer("d_ff", 0, "F; 0: the shape's.", lower_bound=0)
+_CAPACITY = flags.DEFINE_float("capacity_factor", -1.0, "Of gather and einsum; -1: the gate's own.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the matmuls.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "Share of the first expert, in shares of the others; 1: the gate decides.")
 _MESH = flags.DEFINE_list("mesh", [], "Sizes of mesh axes, as in expert=4,data=2; empty: one device.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each program.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "File to write all numbers to.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Compile for this TPU topology, such as v5p:2x2x2, and run nothing.")
 _MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mixtral-style model of 100.7M parameters.")
 
 
@@ -152,17 +159,9 @@ def roof(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[], Any]]:
     return {"forward": lambda: forward(*arguments), "both": lambda: both(*arguments)}
 
 
-def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], Any]], float]:
-    """The layer's programs, router and losses included, and the share of its pairs that it drops."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
-    from moe import sharding
-    from moe.config import Config, ModelConfig, MoEConfig, resolve
-    from moe.experts import MoELayer
-    from moe.routing import GATES, Routing, route
+def model_config(tokens: int, case: Case, dtype: str) -> Any:
+    """The model of which the case is a layer."""
+    from moe.config import ModelConfig, MoEConfig
 
     moe = MoEConfig(
         gate=case.gate,
@@ -171,9 +170,24 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
         d_ff=case.d_ff,
         dispatch=case.mode,
         group_size=_GROUP.value or (min(512, tokens) if case.mode == "einsum" else tokens),
+        capacity_factor=_CAPACITY.value,
     )
-    model = ModelConfig(d_model=_D_MODEL.value, activation=case.activation, dtype=dtype, moe=moe)
-    config = resolve(Config(model=model)).model
+    return ModelConfig(d_model=_D_MODEL.value, activation=case.activation, dtype=dtype, moe=moe)
+
+
+def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], Any]], float]:
+    """The layer's programs, router and losses included, and the share of its pairs that it drops."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from moe import sharding
+    from moe.config import Config, resolve
+    from moe.experts import MoELayer
+    from moe.routing import GATES, Routing, route
+
+    config = resolve(Config(model=model_config(tokens, case, dtype))).model
     graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     rows = 1 if not _MESH.value else sharding.axis_size(*sharding.TOKEN_AXES)
     x = jax.random.normal(jax.random.key(1), (rows, tokens // rows, _D_MODEL.value), dtype)
@@ -182,7 +196,7 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
     if _SKEW.value != 1.0:
         # Gumbel top-k: choices of a token are drawn without replacement, by share.
         draws = jax.random.gumbel(jax.random.key(2), (*x.shape[:2], case.experts))
-        logits = draws.at[..., 0].add(np.log(_SKEW.value)).reshape(-1, moe.group_size, case.experts)
+        logits = draws.at[..., 0].add(np.log(_SKEW.value)).reshape(-1, config.moe.group_size, case.experts)
         masks = mask.reshape(logits.shape[:2])
         replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
     if not jax.sharding.get_abstract_mesh().empty:
@@ -199,7 +213,9 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
         y, report = forward(parameters, x)
         return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
 
-    run, gradient = jax.jit(forward), jax.jit(jax.grad(loss, argnums=(0, 1)))
+    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    run = jax.jit(forward, compiler_options=options)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
     dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
     return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
 
@@ -299,6 +315,40 @@ def bench_layers() -> list[dict[str, Any]]:
     return rows
 
 
+def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """All cases compiled for the topology, every device with tokens of its own."""
+    from moe import sharding
+    from moe.config import Config, DataConfig, MeshConfig, TrainConfig, resolve, validate_mesh
+    from moe.pods import layer as pods_layer
+    from moe.pods.topology import get_topology
+
+    topology = get_topology(_TOPOLOGY.value)
+    mesh = MeshConfig(**sizes) if _MESH.value else MeshConfig(data=1, expert=-1)
+    shape = sharding.make_mesh(mesh, topology.devices).shape
+    rows = shape["data"] * shape["fsdp"] * shape["expert"]
+    print(
+        f"{topology.name}, mesh {' x '.join(f'{axis} {size}' for axis, size in shape.items())}, {_DTYPE.value}, "
+        f"{_TOKENS.value} tokens a device, d {_D_MODEL.value}; compiled, not run"
+    )
+    print(pods_layer.HEADER)
+    found = []
+    for case in cases():
+        config = resolve(
+            Config(
+                model=model_config(_TOKENS.value, case, _DTYPE.value),
+                mesh=mesh,
+                data=DataConfig(sequence_length=_TOKENS.value),
+                train=TrainConfig(batch_size=rows),
+            )
+        )
+        validate_mesh(config, shape)
+        for which in ("forward", "both"):
+            reading = pods_layer.read_layer(config, topology, _TOKENS.value, backward=which == "both")
+            print(pods_layer.render(_name(case), which, reading), flush=True)
+            found.append(dataclasses.asdict(case) | {"name": _name(case), "pass": which} | reading.to_json())
+    return found
+
+
 def _name(case: Case) -> str:
     return f"{case.shape} E={case.experts} k={case.k} {case.gate} {case.mode}"
 
@@ -383,6 +433,9 @@ def main() -> None:
     sizes = {axis: 1 for axis in sharding.AXES} | {
         axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)
     }
+    if _TOPOLOGY.value:
+        _write({"topology": _TOPOLOGY.value}, read_layers(sizes))
+        return
     count = 1
     for size in sizes.values():
         count *= size
@@ -393,8 +446,12 @@ def main() -> None:
     )
     with jax.set_mesh(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])):
         rows = bench_model() if _MODEL.value else bench_layers()
+    _write({"device": device.device_kind, "devices": count, "huge_pages": platform.huge_pages()}, rows)
+
+
+def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """All numbers to --json."""
     if _JSON.value:
-        setting = {"device": device.device_kind, "devices": count, "huge_pages": platform.huge_pages()}
         values = {flag: flags.FLAGS[flag].value for flag in ("tokens", "dtype", "skew", "d_model", "group_size")}
         Path(_JSON.value).write_text(json.dumps(setting | values | {"rows": rows}, indent=1))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import re
 
 import jax
@@ -121,6 +123,32 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
     _assert_close(*gradients, 1e-5)
 
 
+def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
+    """The gradients, rows' by megablox, which CPUs can interpret, against one matmul a group; surplus rows beyond."""
+    module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    monkeypatch.setattr(module, "gmm", functools.partial(module.gmm, interpret=True))
+    monkeypatch.setattr(grouped, "_TILES", {"cpu": (256, 128, 128)})
+    sizes = np.array([700, 1200], np.int32)
+    rows, gradient = (jnp.asarray(rng.normal(size=(2048, d)), jnp.bfloat16) for d in (128, 256))
+    matrices = jnp.asarray(rng.normal(size=(2, 128, 256)), jnp.bfloat16)
+
+    def ours(rows, matrices, gradient):
+        y, backward = jax.vjp(lambda *a: grouped._ragged_dot(*a, jnp.asarray(sizes)), rows, matrices)
+        d_rows, d_matrices = backward(gradient)
+        return y[:1900], d_rows[:1900], d_matrices
+
+    assert "pallas_call" in str(jax.make_jaxpr(ours)(rows, matrices, gradient))
+    actual = [np.asarray(a, np.float32) for a in jax.jit(ours)(rows, matrices, gradient)]
+    x, w, g = (np.asarray(a, np.float32) for a in (rows, matrices, gradient))
+    groups = [slice(0, 700), slice(700, 1900)]
+    expected = [
+        np.concatenate([x[group] @ w[e] for e, group in enumerate(groups)]),
+        np.concatenate([g[group] @ w[e].T for e, group in enumerate(groups)]),
+        np.stack([x[group].T @ g[group] for group in groups]),
+    ]
+    _assert_close(actual, expected, 1e-2)
+
+
 def test_within_vmap_scan_and_remat(rng):
     """Values and gradients of three batches: one after the other, mapped, and scanned with the body recomputed."""
     config = tiny_model(num_experts=3, moe_d_ff=8)
@@ -204,6 +232,46 @@ def test_equal_on_meshes(mesh, load, rng):
     routing = _case(rng, 8, 10, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
     alone = _value_and_gradients("dropless", config, routing, x)
+    made = sharding.make_mesh(mesh)
+    with jax.set_mesh(made):
+        where = jax.NamedSharding(made, sharding.BATCH)
+        routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
+        split = _value_and_gradients("dropless", config, routing, x)
+    _assert_close(split, alone, 1e-5)
+
+
+def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What jax.lax.ragged_all_to_all is documented to do, which CPUs have not."""
+    me, parts = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    slices = send_sizes.shape[0] // parts
+    rows, begins, sizes, ends = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    place = jnp.arange(output.shape[0])
+    for device in range(parts):
+        for i in range(slices):
+            begin, size, to = (array[device, me * slices + i] for array in (begins, sizes, ends))
+            size = jnp.where(recv_sizes[device * slices + i] == size, size, -(10**6))  # both sides must say the same
+            source = jnp.clip(place - to + begin, 0, operand.shape[0] - 1)
+            output = jnp.where(((place >= to) & (place < to + size))[:, None], rows[device][source], output)
+    return output
+
+
+@pytest.mark.parametrize("load", ["random", "one", "padding"])
+@pytest.mark.parametrize(
+    "mesh", MESHES[:3], ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}"
+)
+def test_the_exchange_of_accelerators_is_equal(mesh, load, rng, monkeypatch):
+    """Ragged exchanges and waves, with 120 rows a device: under the load "one" a device gets more than one wave."""
+    config = tiny_model(num_experts=8)
+    routing = _case(rng, 8, 60, 8, 2, load)
+    x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
+    alone = _value_and_gradients("dropless", config, routing, x)
+    monkeypatch.setattr(grouped, "in_chunks", lambda: False)
+    monkeypatch.setattr(dispatch, "in_chunks", lambda: False)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # as garbage would be
+    if load == "one":
+        heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
+        assert heaviest > grouped.whole_tiles(120 * 5 // 4)
     made = sharding.make_mesh(mesh)
     with jax.set_mesh(made):
         where = jax.NamedSharding(made, sharding.BATCH)

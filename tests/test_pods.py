@@ -17,7 +17,7 @@ import pytest
 from configs import gshard_twin, mixtral_8x7b, switch_twin
 from moe.config import ConfigError, MoEConfig, from_config_dict
 from moe.flops import count_parameters
-from moe.pods import arithmetic, fit, hlo, network, search
+from moe.pods import arithmetic, fit, hlo, kernels, network, search
 from moe.pods.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -75,6 +75,56 @@ def test_reads_loops_exchanges_and_cycles():
     assert read.unpriced == 32
     assert read.unpriced_bytes == 32 * 2 * 16  # bf16[8] in and out
     assert read.unknown_loops == 0
+
+
+# A grouped matmul's kernel on rows with room for 8192, its gradient for the matrices, a copy of those, and the loop of
+# waves that a balanced router never enters; cut from a compiled layer.
+GROUPED = """HloModule jit_both, is_scheduled=true
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %fusion.7 = bf16[8,16]{1,0} fusion(%p), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"700"}}
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%i, %fusion.7)
+}
+%condition (p.1: (s32[], bf16[8,16])) -> pred[] {
+  %p.1 = (s32[], bf16[8,16]{1,0}) parameter(0)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (x: bf16[8192,1024], w: bf16[8,1024,4096], s: s32[8]) -> bf16[8192,4096] {
+  %x = bf16[8192,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[8,1024,4096]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %s = s32[8]{0:T(128)} parameter(2)
+  %y = bf16[8192,4096]{1,0} custom-call(%s, %s, %x, /*index=3*/%w), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,1024,1280"}, metadata={op_name="jit(both)/ragged_dot_general"}
+  %copy = bf16[8,1024,4096]{1,2,0} copy(%w), metadata={op_name="w"}, backend_config={"window_config":{"estimated_cycles":"900"}}
+  %d = bf16[8,1024,4096]{2,1,0} custom-call(%s, %x, %y), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,1024,512"}
+  %while = (s32[], bf16[8,16]{1,0}) while(%y), condition=%condition, body=%body, metadata={op_name="jit(both)/overflow/while"}
+  ROOT %out = bf16[8192,4096]{1,0} copy(%y)
+}
+"""  # noqa: E501
+
+
+def test_reads_grouped_matmuls_and_copies():
+    read = hlo.read(GROUPED, {"expert": 8})
+    assert read.grouped == (
+        hlo.GroupedMatmul("rows", (8192, 1024, 4096, 8), (128, 1024, 1280), 2, 1),
+        hlo.GroupedMatmul("weights", (8192, 1024, 4096, 8), (128, 1024, 512), 2, 1),
+    )
+    assert read.copies == ((8 * 1024 * 4096 * 2, 1, "w"), (8192 * 4096 * 2, 1, ""))
+    assert (read.cycles, read.unknown_loops) == (900, 0)
+
+
+def test_time_of_a_grouped_matmul_by_hand():
+    chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
+    rows, weights = hlo.read(GROUPED, {"expert": 8}).grouped
+    # 4 columns of tiles, the last partly empty; 8192/128 + 7 tiles of rows; 2·128·1024·1280 FLOPs a step.
+    assert kernels.seconds(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
+    # Half of the rows: the room does not count, the 7 tiles that two groups share stay.
+    assert kernels.seconds(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
+    chip = dataclasses.replace(chip, memory_bandwidth=1e9)
+    # Each step moves its rows in and out; a group's matrix moves once a column.
+    moved = 4 * 71 * (128 * 1024 + 128 * 1280) + 8 * 4 * 1024 * 1280
+    assert kernels.seconds(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    moved = 8 * 71 * 128 * (1024 + 512) + 8 * 8 * 1024 * 512
+    assert kernels.seconds(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
 
 
 def test_bytes_of_types():

@@ -58,6 +58,25 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupedMatmul:
+    """One ``lax.ragged_dot`` that XLA compiled to its kernel, which it gives no cycles.
+
+    Attributes:
+        kind: "rows" for [R,K]·[E,K,N] → [R,N], "weights" for [R,K]ᵀ·[R,N] → [E,K,N].
+        sizes: R (all rows there is room for), K, N, E.
+        tiles: rows, of K and of N that a step of its grid multiplies.
+        itemsize: bytes of an operand's number.
+        count: times a step.
+    """
+
+    kind: str
+    sizes: tuple[int, int, int, int]
+    tiles: tuple[int, int, int]
+    itemsize: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ProgramText:
     """What a step does, per device.
 
@@ -69,6 +88,9 @@ class ProgramText:
         unpriced: instructions of a step without an estimate.
         unpriced_bytes: what those read and write.
         unknown_loops: loops whose trip count could not be read and was taken as 1.
+        grouped: matmuls over rows sorted by expert, without an estimate and not among the unpriced.
+        copies: (bytes, times a step, JAX's name) of every array copied to another layout or place in HBM, of 1 MiB and
+            more: what another order of dimensions may save.
     """
 
     collectives: tuple[Collective, ...]
@@ -77,6 +99,8 @@ class ProgramText:
     unpriced: int
     unpriced_bytes: int
     unknown_loops: int
+    grouped: tuple[GroupedMatmul, ...] = ()
+    copies: tuple[tuple[int, int, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +261,32 @@ def _pass_of(instruction: _Instruction) -> str | None:
     return "forward" if "jvp(" in name.group(1) else "update"
 
 
+def _dims(type_text: str) -> tuple[int, ...]:
+    """Of the first array in a type."""
+    found = re.search(r"\[([0-9,]*)\]", type_text)
+    return tuple(int(dim) for dim in found.group(1).split(",") if dim) if found else ()
+
+
+def _grouped(kernel: _Instruction, types: Mapping[str, str], times: int) -> GroupedMatmul | None:
+    """The kernel's matmul, if it is one over groups of rows: its operands are scalars' arrays, then the two factors."""
+    tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)
+    if not tiles:
+        return None
+    left, right = (types.get(name, "") for name in kernel.operands[-2:])
+    itemsize = array_bytes(left) // math.prod(_dims(left))
+    (rows, k), result = _dims(left), _dims(kernel.type)
+    kind, groups = ("weights", result[0]) if len(result) == 3 else ("rows", _dims(right)[0])
+    return GroupedMatmul(
+        kind, (rows, k, result[-1], groups), tuple(int(tile) for tile in tiles.groups()), itemsize, times
+    )
+
+
+def _source(instruction: _Instruction) -> str:
+    """JAX's name of where an instruction comes from."""
+    name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.attributes)
+    return name.group(1).replace("\\", "") if name else ""
+
+
 def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
     """Reads a scheduled module.
 
@@ -246,6 +296,8 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
     """
     computations, entry = _parse_computations(text)
     collectives: list[Collective] = []
+    grouped: list[GroupedMatmul] = []
+    copies: list[tuple[int, int, str]] = []
     parts: dict[tuple[str, str], int] = {}
     multiplies: dict[str, bool] = {}
     totals = {"cycles": 0, "unpriced": 0, "unpriced_bytes": 0, "unknown_loops": 0}
@@ -263,11 +315,7 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
         if kind == "all-gather":
             # A start's result is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
-        name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', carrier.attributes or "") or re.search(
-            r'op_name="((?:[^"\\]|\\.)*)"', inner.attributes
-        )
-        source = name.group(1).replace("\\", "") if name else ""
-        collectives.append(Collective(kind, axes, group, size, times, overlap, source))
+        collectives.append(Collective(kind, axes, group, size, times, overlap, _source(carrier) or _source(inner)))
 
     def has_product(name: str) -> bool:
         """Whether there is a matrix product in a computation or those it calls."""
@@ -299,6 +347,8 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
             opcode = instruction.opcode
             if opcode == "while":
                 trips = _trip_count(instruction, computations)
+                if trips is None and "overflow/" in _source(instruction):
+                    trips = 0  # moe.waves' further waves, which a balanced router never needs
                 if trips is None:
                     totals["unknown_loops"] += 1
                     trips = 1
@@ -327,6 +377,12 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
                 if started:
                     record(started[0], started[1], types, times, own - started[2])
                 continue
+            if opcode == "custom-call":
+                matmul = _grouped(instruction, types, times)
+                if matmul:
+                    grouped.append(matmul)
+            if opcode == "copy" and array_bytes(instruction.type) >= 2**20:
+                copies.append((array_bytes(instruction.type), times, _source(instruction)))
             cycles = None if opcode == "call-start" else _cycles(instruction)  # calls to the SparseCore
             if cycles is None:
                 totals["unpriced"] += times
@@ -343,4 +399,4 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
         return own
 
     totals["cycles"] = walk(entry, 1)
-    return ProgramText(tuple(collectives), parts=parts, **totals)
+    return ProgramText(tuple(collectives), parts=parts, grouped=tuple(grouped), copies=tuple(copies), **totals)

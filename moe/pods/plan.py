@@ -15,7 +15,7 @@ import jax
 
 from moe import flops, sharding, step
 from moe.config import Config, validate_mesh
-from moe.pods import arithmetic, fit, hlo, network
+from moe.pods import arithmetic, fit, hlo, kernels, network
 from moe.pods.chips import GiB
 from moe.pods.topology import Topology
 
@@ -80,7 +80,8 @@ class Plan:
         model_flops: of a step by the convention of :mod:`moe.flops`; simple_flops: 6 x active parameters x tokens.
         program_flops: matrix products a step really does, all devices.
         compute_seconds: the compiler's cycles at the chip's clock, SparseCore transfers at memory bandwidth, and
-            kernel_seconds: Pallas kernels, which the compiler does not price, as all blocks of their grid at peak
+            kernel_seconds: kernels, which the compiler does not price: grouped matmuls as :mod:`moe.pods.kernels`
+            counts them for a balanced router, others as all blocks of their grid at peak
             FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors cancel.
         parts: of compute_seconds, what the compiler's cycles say, by pass and kind (:class:`moe.pods.hlo.ProgramText`).
         unpriced: instructions of a step that the compiler gives no cycles; unknown_loops: loops taken as one trip.
@@ -197,6 +198,9 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     total, active = flops.count_parameters(config.model)
     peak = chip.peak * topology.num_chips
     kernel_seconds = arithmetic.matmul_flops(traced.jaxpr.jaxpr, kernels_only=True) / peak
+    spread = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    pairs = tokens // config.train.accumulation_steps // spread * config.model.moe.experts_per_token
+    kernel_seconds += sum(matmul.count * kernels.seconds(matmul, pairs, chip) for matmul in text.grouped)
     return Plan(
         topology=topology.name,
         num_slices=topology.num_slices,
@@ -204,7 +208,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         devices=len(devices),
         mesh=dict(mesh.shape),
         memory=memory,
-        exchanges=_summarise(text, devices, chip),
+        exchanges=summarise(text, devices, chip),
         compile_seconds=compile_seconds,
         tokens=tokens,
         total_parameters=total,
@@ -223,7 +227,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exchange, ...]:
+def summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exchange, ...]:
     """Collectives of a kind, axes and purpose together, the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for collective in text.collectives:
