@@ -40,5 +40,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.model.moe.update(gate="switch", num_experts=experts, every=every)
     config.data.sequence_length = 512
     config.train.batch_size = 2048  # 2^20 tokens, section 2.1
-    config.mesh.update(data=1, fsdp=1, expert=-1)
+    # C's D of 2080 does not divide by 2048 cores: split by `expert` alone, its attention would lie whole on each.
+    config.mesh.update(data=1, fsdp=4 if size == "c" else 1, expert=-1)
     return config

@@ -1,8 +1,9 @@
 """Causal attention over packed documents: all scores at once, or in blocks, so that T x T is never held.
 
 In: query [B,T,N,H], key and value [B,U,M,H], documents [B,T]. Out: [B,T,N,H]. Both forms compute the same function.
-"blocked" is JAX's splash attention kernel on TPU where its shapes allow, and elsewhere a loop over blocks of queries
-whose scores the backward pass computes again.
+"blocked" is JAX's splash attention kernel on TPU where its shapes allow, and elsewhere a loop over blocks of queries:
+each by cuDNN's fused kernel on GPUs where its shapes allow, else as plain matmuls whose scores the backward pass
+computes again.
 
 Letters: B batch, T sequence, U key positions, N query heads, M key/value heads, H head dim.
 """
@@ -67,6 +68,22 @@ def _runs_splash() -> bool:
     return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
 
 
+def _runs_cudnn(query: Array, size: int) -> bool:
+    """Whether cuDNN's kernel takes blocks of ``size`` queries: bfloat16 (in float16 its mask is a finite -32768), H a
+    multiple of 8 of at most 128, even lengths (for its gradient under a mask), an NVIDIA GPU from Ampere on."""
+    device = jax.devices()[0]
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # "9" of "9.0"; AMD's is "gfx90a"
+    return (
+        device.platform == "gpu"
+        and generation.isdigit()
+        and int(generation) >= 8
+        and query.dtype == jnp.bfloat16
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+        and query.shape[1] % 2 == size % 2 == 0
+    )
+
+
 def _block(length: int, largest: int) -> int:
     """The largest divisor of a length that is at most this."""
     return next(size for size in range(min(length, largest), 0, -1) if length % size == 0)
@@ -76,6 +93,8 @@ def _query_blocks(query: Array, key: Array, value: Array, segment_ids: Array, wi
     batch, length, heads, head_dim = query.shape
     size = _block(length, 512)
     positions = jnp.arange(length, dtype=jnp.int32)
+    # The mask is all of [size,U]: cuDNN itself knows documents only as offsets, of a number fixed beforehand.
+    implementation = "cudnn" if _runs_cudnn(query, size) else None
 
     @jax.checkpoint
     def block(inputs: tuple[Array, Array, Array]) -> Array:
@@ -83,7 +102,7 @@ def _query_blocks(query: Array, key: Array, value: Array, segment_ids: Array, wi
         distance = part_positions[:, None] - positions  # [size,U]
         seen = (distance >= 0) & ((distance < window) if window else True)
         mask = seen & (part_segments[:, :, None] == segment_ids[:, None, :])
-        return jax.nn.dot_product_attention(part, key, value, mask=mask[:, None])
+        return jax.nn.dot_product_attention(part, key, value, mask=mask[:, None], implementation=implementation)
 
     # [B,T,...] → [B,T/size,size,...] → [T/size,B,size,...], and back
     def split(x: Array) -> Array:

@@ -8,6 +8,7 @@ Letters: see :mod:`moe.transformer`.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,14 +132,21 @@ def use(name: str, parameter: Array, dtype: Any) -> Array:
         dtype: of the computation.
     """
     stored = _fit(PARAMETERS[name], parameter.shape)
-    spread = ("fsdp",) if name.startswith("experts.") else STORED
-    gathered = P(*(_without(axes, spread) for axes in stored))
+    # One axis after the other: over both at once XLA for TPUs makes an all-reduce of it, of the whole weight padded
+    # with zeros, and sums the gradient by another; that is twice the traffic, and code that takes long to compile.
+    parts, whole = [stored], stored
+    for axis in ("fsdp",) if name.startswith("experts.") else reversed(STORED):
+        whole = P(*(_without(axes, (axis,)) for axes in whole))
+        parts.append(whole)
 
     @jax.custom_vjp
     def gather(weights: Array) -> Array:
-        return constrain(weights, gathered)
+        return functools.reduce(constrain, parts[1:], weights)
 
-    gather.defvjp(lambda weights: (gather(weights), None), lambda _, gradient: (constrain(gradient, stored),))
+    gather.defvjp(
+        lambda weights: (gather(weights), None),
+        lambda _, gradient: (functools.reduce(constrain, parts[-2::-1], gradient),),
+    )
     with jax.named_scope(f"weights.{name}"):  # by this a compiled program's exchanges of weights are told apart
         return gather(parameter.astype(dtype))
 

@@ -1,7 +1,8 @@
 """python scripts/scaling.py [--out=docs/results]: GShard's scaling, compiled again; table, plot and rows in FOLDER.
 
-GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores, for each dispatch mode; then its 128
-experts on 128 to 4096 v5p chips, the same tokens a chip. Points in FOLDER/scaling.jsonl are not compiled again.
+GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; then its 128 experts on 128 to 4096 v5p
+chips, the same tokens a chip; each for every dispatch mode. Points in FOLDER/scaling.jsonl are not compiled again:
+remove the file after a change to the model.
 Needs libtpu: pip install "jax[tpu]".
 """
 
@@ -26,14 +27,26 @@ _OUT = flags.DEFINE_string("out", "docs/results", "Folder of the table, the plot
 _MODES = flags.DEFINE_list("modes", ["gather", "einsum", "dropless"], "Dispatch modes to compare.")
 
 V3 = {128: "v3:8x8", 512: "v3:16x16", 2048: "v3:32x32"}
-V5P = {128: "v5p:4x4x8", 512: "v5p:8x8x8", 2048: "v5p:8x16x16", 4096: "v5p:16x16x16"}
+V5P = {128: "v5p:4x4x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
+
+_PAGE = """# GShard's scaling, compiled again
+
+Written by `python scripts/scaling.py` ({versions}). Memory, compile time and all-to-alls are compiled facts; times are
+estimates (docs/pods.md). A compile time is wall clock of tracing, lowering and compiling on the machine at hand.
+
+{table}
+
+![scaling](scaling.png)
+
+What it shows, and what it does not: docs/pods.md.
+"""
 
 
 def main() -> None:
     """Flags in, three files out."""
     from configs import gshard_twin
     from moe.config import from_config_dict
-    from moe.pods import scaling
+    from moe.pods import scaling, search
 
     points = []
     for mode in _MODES.value:
@@ -42,9 +55,10 @@ def main() -> None:
             config = scaling.at_scale(config, experts=cores, devices=cores, rows=2, dispatch=mode)
             points.append(scaling.Point(f"GShard 36 layers, v3, {mode}", topology, config))
     twin = from_config_dict(gshard_twin.get_config("128e36l"))
-    for chips, topology in V5P.items():
-        config = scaling.at_scale(twin, experts=128, devices=chips, rows=2, dispatch="gather")
-        points.append(scaling.Point("128 experts, weak scaling, v5p, gather", topology, config))
+    for mode in _MODES.value:
+        for chips, topology in V5P.items():
+            config = scaling.at_scale(twin, experts=128, devices=chips, rows=2, dispatch=mode)
+            points.append(scaling.Point(f"128 experts, weak scaling, v5p, {mode}", topology, config))
     folder = Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     memory = folder / "scaling.jsonl"
@@ -61,10 +75,7 @@ def main() -> None:
         (row for row in rows if (row["series"], row["topology"]) in order),
         key=lambda row: order[(row["series"], row["topology"])],
     )
-    (folder / "scaling.md").write_text(
-        "Written by `python scripts/scaling.py`. Memory, compile time and all-to-alls are compiled facts; times are "
-        "estimates (docs/pods.md).\n\n" + scaling.table(rows) + "\n\n![scaling](scaling.png)\n"
-    )
+    (folder / "scaling.md").write_text(_PAGE.format(table=scaling.table(rows), versions=", ".join(search.versions())))
     scaling.figure(folder / "scaling.png", rows)
     print(scaling.table(rows))
 

@@ -1,5 +1,7 @@
 """Forms that never hold T x T scores or [B,T,V] logits equal the plain ones, in value and gradient."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,37 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
             full,
             other,
         )
+
+
+def test_cudnn_is_asked_for_blocks_with_all_of_their_mask(monkeypatch):
+    """There is no GPU here: XLA's form stands in for the kernel, given the very arguments that cuDNN is."""
+    real, blocks = jax.nn.dot_product_attention, []
+
+    def cudnn(query, key, value, *, mask, implementation):
+        assert implementation == "cudnn"
+        blocks.append(mask.shape)
+        return real(query, key, value, mask=mask)
+
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    monkeypatch.setattr(attention, "_block", lambda length, largest: 16)
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, (2, 64, 4, 16), jnp.bfloat16) for k in keys)
+    segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
+    full = attention.attend(query, key, value, segment_ids, window=9, kind="full")
+    monkeypatch.setattr(attention.jax.nn, "dot_product_attention", cudnn)
+    blocked = attention.attend(query, key, value, segment_ids, window=9, kind="blocked")
+    assert blocks == [(2, 1, 16, 64)]
+    np.testing.assert_allclose(full.astype(jnp.float32), blocked.astype(jnp.float32), rtol=0.02, atol=0.02)
+
+    runs = attention._runs_cudnn
+    assert runs(query, 16)
+    assert not runs(query, 15)  # an odd length
+    assert not runs(query.astype(jnp.float32), 16)
+    assert not runs(query[..., :4], 16)
+    for unable in ("7.5", "gfx90a"):
+        device.compute_capability = unable
+        assert not runs(query, 16)
 
 
 def _loss_inputs(dtype="float32"):

@@ -17,7 +17,7 @@ import pytest
 from configs import gshard_twin, mixtral_8x7b, switch_twin
 from moe.config import ConfigError, MoEConfig, from_config_dict
 from moe.flops import count_parameters
-from moe.pods import arithmetic, fit, hlo, kernels, network, search
+from moe.pods import arithmetic, fit, hlo, kernels, network, scaling, search
 from moe.pods.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -165,6 +165,23 @@ def test_flops_count_loops_and_kernels():
     jaxpr = jax.make_jaxpr(scanned)(x, jnp.ones((16, 16))).jaxpr
     assert arithmetic.matmul_flops(jaxpr) == 5 * 2 * 8 * 16 * 16
     assert arithmetic.matmul_flops(jaxpr, kernels_only=True) == 0
+
+
+def test_scaling_says_what_is_refused():
+    config = tiny_config()
+    points = [scaling.Point("a series", "v5p:2x2x2", config)]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def make_plan(*_):
+            raise ConfigError("does not fit: by 1 GiB; what helps, most first: more chips")
+
+        patch.setattr(scaling.plan, "make_plan", make_plan)
+        patch.setattr(scaling, "get_topology", lambda name: types.SimpleNamespace(devices=range(8)))
+        (row,) = scaling.measure(points)
+    assert row["refused"] == "does not fit: by 1 GiB"
+    page = scaling.table([row, row | {"topology": "v5p:4x4x4", "parameters": 2_000_000_000}])
+    assert "| a series | v5p:2x2x2 | 8 | 4 | – | refused | – |" in page
+    assert "- a series on v5p:2x2x2: does not fit: by 1 GiB" in page
 
 
 def test_published_sizes():
@@ -363,8 +380,9 @@ def _plan_pod(*flags):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
-    plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--json"))
+    plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--config.mesh.expert=4", "--json"))
     assert plan["token_all_gathers"] == 0
+    assert not [e for e in plan["exchanges"] if e["kind"] == "all-reduce" and e["purpose"] == "weights"]
     assert sum(e["count"] for e in plan["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
     large = from_config_dict(mixtral_8x7b.get_config())
     small = dataclasses.replace(

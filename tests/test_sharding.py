@@ -55,8 +55,8 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
         assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
         assert sum(math.prod(shape) for shape in exchange.shapes) == slots, exchange.text
 
-    # What is gathered is a parameter, whole over the axes that have tokens (experts but over their own) and still
-    # split over the others.
+    # What is gathered is a parameter, over one after the other of the axes that have tokens (experts but over their
+    # own), and still split over the others.
     gathered = {use for use in _gathered_parameters(mesh, parameters) if len(next(iter(use[1]))) > 1}
     assert (len(by_kind["all-gather"]) > 0) == (len(gathered) > 0)
     for gather in by_kind["all-gather"]:
@@ -90,16 +90,19 @@ def _leaves(parameters):
 
 
 def _gathered_parameters(mesh, parameters):
-    """(dims, groups of devices) of each parameter of one layer as it is computed with."""
+    """(dims, groups of devices) of each parameter of one layer after each step of its gathering: over ``expert``, where
+    it is no expert's, then over ``fsdp``."""
     found = set()
     for names, leaf, spec in _leaves(parameters):
-        gathered = set(sharding.TOKEN_AXES) - ({"expert"} if "experts" in names else set())
-        kept = [math.prod(mesh.shape[axis] for axis in _axes(entry) if axis not in gathered) for entry in spec]
-        sizes = [size // shards for size, shards in zip(leaf.shape, kept, strict=False)]
-        over = [axis for axis in mesh.axis_names if axis in gathered and axis in _axes(spec)]
-        if over:
+        whole = set()
+        for over in ("fsdp",) if "experts" in names else ("expert", "fsdp"):
+            if over not in _axes(spec):
+                continue
+            whole.add(over)
+            kept = [math.prod(mesh.shape[axis] for axis in _axes(entry) if axis not in whole) for entry in spec]
+            sizes = [size // shards for size, shards in zip(leaf.shape, kept, strict=False)]
             layer = sizes[1:] if names[0].startswith("segment_") else sizes
-            found.add((_dims(layer), axis_groups(mesh, *over)))
+            found.add((_dims(layer), axis_groups(mesh, over)))
     return found
 
 

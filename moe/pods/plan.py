@@ -8,6 +8,7 @@ model of :mod:`moe.pods.network`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from typing import Any
 
@@ -54,7 +55,7 @@ class Exchange:
     """Collectives of one kind, over the same axes, of the same purpose.
 
     Attributes:
-        purpose: "weights" where the program moves parameters or their gradients, else JAX's name of the operation.
+        purpose: "weights" or "gradients of weights"; of tokens to their experts; else JAX's name of the operation.
         count: times a step.
         bytes: of one device's arrays, in a step.
         seconds: by the network model, in a step.
@@ -249,12 +250,13 @@ def _purpose(collective: hlo.Collective) -> str:
     source = collective.source
     if "weights." in source or source.startswith("state."):
         return "weights"
-    # A weight's gradient is named after the matmul that makes it.
-    if collective.kind != "all-gather" and "transpose(" in source and "dot_general" in source:
+    # A weight's gradient is named after what makes it: a matmul, or the embedding's sum over tokens.
+    if collective.kind != "all-gather" and "transpose(" in source and re.search("dot_general|scatter-add", source):
         return "gradients of weights"
-    for scope in ("exchange", "embedding", "loss"):
-        if f"/{scope}/" in source:
-            return scope
+    if "all-to-all" in collective.kind and collective.axes == ("expert",):
+        return "tokens to experts, back"
+    if "(loss)" in source:
+        return "loss"
     return source.rsplit("/", 1)[-1] or "unnamed"
 
 

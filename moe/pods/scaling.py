@@ -1,7 +1,7 @@
 """GShard's headline again: experts grow with the devices, and a device's memory and the compile time stay flat.
 
-In: a list of points, each a config and a topology. Out: rows of figures from their plans. One expert a device, the
-same tokens a device, so that only the exchange can grow (GShard 2020, section 4).
+In: a list of points, each a config and a topology. Out: rows of figures from their plans, or of the reason why there
+is none. One expert a device, the same tokens a device, so that only the exchange can grow (GShard 2020, section 4).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from moe.config import Config
+import jax
+
+from moe.config import Config, ConfigError
 from moe.pods import plan
 from moe.pods.topology import get_topology
 
@@ -52,15 +54,23 @@ def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch:
 
 
 def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
-    """Compiles the points one after the other; a row of each as it is done."""
+    """Compiles the points one after the other; a row of each as it is done. What is refused, by a check here or by the
+    compiler, has ``refused`` in place of figures: the reason."""
     for point in points:
-        made = plan.make_plan(point.config, get_topology(point.topology))
-        exchanges = [exchange for exchange in made.exchanges if "all-to-all" in exchange.kind]
-        yield {
+        where = get_topology(point.topology)
+        row = {
             "series": point.series,
             "topology": point.topology,
-            "devices": made.devices,
+            "devices": len(where.devices),
             "experts": point.config.model.moe.num_experts,
+        }
+        try:
+            made = plan.make_plan(point.config, where)
+        except (ConfigError, jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            yield row | {"refused": str(error).splitlines()[0].partition("; what helps")[0]}
+            continue
+        exchanges = [exchange for exchange in made.exchanges if "all-to-all" in exchange.kind]
+        yield row | {
             "parameters": made.total_parameters,
             "memory_gib": made.memory.total / 2**30,
             "compile_seconds": made.compile_seconds,
@@ -73,7 +83,7 @@ def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown; below it, why some points have no figures."""
     heads = {
         "series": "series",
         "topology": "topology",
@@ -87,10 +97,19 @@ def table(rows: list[dict[str, Any]]) -> str:
         "all_to_all_ms": "all-to-all (ms, model)",
         "step_ms": "step (ms, estimate)",
     }
+
+    def shown(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return "refused" if name == "memory_gib" else "–"
+        value = row[name] / 1e9 if name == "parameters" else row[name]
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
+
     lines = ["| " + " | ".join(heads.values()) + " |", "|" + " --- |" * len(heads)]
-    for row in rows:
-        shown = [row[name] / 1e9 if name == "parameters" else row[name] for name in heads]
-        lines.append("| " + " | ".join(f"{x:.1f}" if isinstance(x, float) else str(x) for x in shown) + " |")
+    lines += ["| " + " | ".join(shown(row, name) for name in heads) + " |" for row in rows]
+    refused = [row for row in rows if "refused" in row]
+    if refused:
+        lines += ["", "Refused:", ""]
+        lines += [f"- {row['series']} on {row['topology']}: {row['refused']}" for row in refused]
     return "\n".join(lines)
 
 
@@ -109,8 +128,9 @@ def figure(path: Any, rows: list[dict[str, Any]]) -> None:
     }
     drawing, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
-        for series in dict.fromkeys(row["series"] for row in rows):
-            mine = [row for row in rows if row["series"] == series]
+        compiled = [row for row in rows if "refused" not in row]
+        for series in dict.fromkeys(row["series"] for row in compiled):
+            mine = [row for row in compiled if row["series"] == series]
             axis.plot([row["devices"] for row in mine], [row[name] for row in mine], "o-", label=series)
         axis.set(xscale="log", xlabel="devices", ylabel=label, ylim=(0, None))
         axis.set_xscale("log", base=2)
