@@ -276,9 +276,8 @@ def _grouped(kernel: _Instruction, types: Mapping[str, str], times: int) -> Grou
     itemsize = array_bytes(left) // math.prod(_dims(left))
     (rows, k), result = _dims(left), _dims(kernel.type)
     kind, groups = ("weights", result[0]) if len(result) == 3 else ("rows", _dims(right)[0])
-    return GroupedMatmul(
-        kind, (rows, k, result[-1], groups), tuple(int(tile) for tile in tiles.groups()), itemsize, times
-    )
+    tiling = int(tiles[1]), int(tiles[2]), int(tiles[3])
+    return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, times)
 
 
 def _source(instruction: _Instruction) -> str:

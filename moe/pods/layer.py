@@ -107,7 +107,8 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
         options = platform.compiler_options(topology.devices[0].device_kind)
         compiled = lowered.compile(compiler_options=options or None)
         seconds = time.perf_counter() - start
-    text = hlo.read(compiled.as_text(), dict(mesh.shape))
+    text = hlo.read(compiled.as_text() or "", dict(mesh.shape))
+    memory = compiled.memory_analysis()
     devices = list(mesh.devices.flat)
     matmuls = 3 if model.activation in GATED_ACTIVATIONS else 2
     flops = 2 * matmuls * model.d_model * moe.d_ff * (3 if backward else 1) / mesh.shape["tensor"]
@@ -128,7 +129,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
         exchanges=plan.summarise(text, devices, chip),
         copies=sum(count for _, count, _ in text.copies),
         copied_bytes=sum(size * count for size, count, _ in text.copies),
-        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes if memory else 0,
         compile_seconds=seconds,
     )
 
