@@ -1,6 +1,6 @@
 """Decoder-only twins of Switch-Base, -Large, -XXL and -C (Switch 2021, table 9): never trained, sizes for planning.
 
-    python scripts/plan_pod.py --config=configs/switch_twin.py:c --topology=v3:32x32
+    python scripts/plan_pod.py --config=configs/switch_twin.py:c --topology=v4:8x16x16
 
 The published models are T5s. A twin has one causal stack with as many blocks as encoder and decoder together, the same
 widths, experts and ReLU or GEGLU, the vocabulary of 32,128 and tied embeddings. It lacks cross-attention and T5's
@@ -40,6 +40,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.model.moe.update(gate="switch", num_experts=experts, every=every)
     config.data.sequence_length = 512
     config.train.batch_size = 2048  # 2^20 tokens, section 2.1
-    # C's D of 2080 does not divide by 2048 cores: split by `expert` alone, its attention would lie whole on each.
-    config.mesh.update(data=1, fsdp=4 if size == "c" else 1, expert=-1)
+    # C's D of 2080 does not divide by 2048 devices: split by `expert` alone, its attention would lie whole on each.
+    config.mesh.update(data=1, fsdp=2 if size == "c" else 1, expert=-1)
     return config

@@ -27,13 +27,14 @@ _OUT = flags.DEFINE_string("out", "docs/results", "Folder of the table, the plot
 _MODES = flags.DEFINE_list("modes", ["gather", "einsum", "dropless"], "Dispatch modes to compare.")
 
 V3 = {128: "v3:8x8", 512: "v3:16x16", 2048: "v3:32x32"}
+ROWS = "scaling.jsonl"
 V5P = {128: "v5p:4x4x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
 
 _PAGE = """# GShard's scaling, compiled again
 
 Written by `python scripts/scaling.py` ({versions}). Memory, compile time and all-to-alls are compiled facts; times are
 estimates (docs/pods.md). A compile time is wall clock of tracing, lowering and compiling on the machine at hand.
-
+{missing}
 {table}
 
 ![scaling](scaling.png)
@@ -43,41 +44,60 @@ What it shows, and what it does not: docs/pods.md.
 
 
 def main() -> None:
-    """Flags in, three files out."""
+    """Flags in, three files out, written again after every point."""
+    from moe.pods import scaling
+
+    points, folder = every_point(_MODES.value), Path(_OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = remembered(folder)
+    known = {(row["series"], row["topology"]) for row in rows}
+    missing = [point for point in points if (point.series, point.topology) not in known]
+    for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
+        rows.append(row)
+        with (folder / ROWS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        write(folder, rows, points)
+    print(write(folder, rows, points))
+
+
+def every_point(modes) -> list:
+    """All programs of the table, in its order."""
     from configs import gshard_twin
     from moe.config import from_config_dict
-    from moe.pods import scaling, search
+    from moe.pods import scaling
 
     points = []
-    for mode in _MODES.value:
+    for mode in modes:
         for cores, topology in V3.items():
             config = from_config_dict(gshard_twin.get_config(f"{cores}e36l"))
             config = scaling.at_scale(config, experts=cores, devices=cores, rows=2, dispatch=mode)
             points.append(scaling.Point(f"GShard 36 layers, v3, {mode}", topology, config))
     twin = from_config_dict(gshard_twin.get_config("128e36l"))
-    for mode in _MODES.value:
+    for mode in modes:
         for chips, topology in V5P.items():
             config = scaling.at_scale(twin, experts=128, devices=chips, rows=2, dispatch=mode)
             points.append(scaling.Point(f"128 experts, weak scaling, v5p, {mode}", topology, config))
-    folder = Path(_OUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    memory = folder / "scaling.jsonl"
-    rows = [json.loads(line) for line in memory.read_text().splitlines()] if memory.exists() else []
-    known = {(row["series"], row["topology"]) for row in rows}
-    missing = [point for point in points if (point.series, point.topology) not in known]
-    with memory.open("a") as file:
-        for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    order = {(point.series, point.topology): i for i, point in enumerate(points)}
-    rows = sorted(
-        (row for row in rows if (row["series"], row["topology"]) in order),
-        key=lambda row: order[(row["series"], row["topology"])],
-    )
-    (folder / "scaling.md").write_text(_PAGE.format(table=scaling.table(rows), versions=", ".join(search.versions())))
-    scaling.figure(folder / "scaling.png", rows)
-    print(scaling.table(rows))
+    return points
+
+
+def remembered(folder: Path) -> list[dict]:
+    """Rows of earlier runs."""
+    path = folder / ROWS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(folder: Path, rows: list[dict], points: list) -> str:
+    """The page and the plot of what there is; returns the table."""
+    from moe.pods import scaling, search
+
+    by_point = {(row["series"], row["topology"]): row for row in rows}
+    shown = [by_point[key] for point in points if (key := (point.series, point.topology)) in by_point]
+    table, left = scaling.table(shown), len(points) - len(shown)
+    missing = f"\n{left} points are not compiled yet; the command goes on with them.\n" if left else ""
+    page = _PAGE.format(table=table, versions=", ".join(search.versions()), missing=missing)
+    (folder / "scaling.md").write_text(page)
+    scaling.figure(folder / "scaling.png", shown)
+    return table
 
 
 if __name__ == "__main__":

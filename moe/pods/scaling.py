@@ -129,9 +129,10 @@ def figure(path: Any, rows: list[dict[str, Any]]) -> None:
     drawing, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
         compiled = [row for row in rows if "refused" not in row]
-        for series in dict.fromkeys(row["series"] for row in compiled):
+        for i, series in enumerate(dict.fromkeys(row["series"] for row in compiled)):
             mine = [row for row in compiled if row["series"] == series]
-            axis.plot([row["devices"] for row in mine], [row[name] for row in mine], "o-", label=series)
+            style = ("o-", "s--", "^:")[i % 3]  # equal lines stay visible under each other
+            axis.plot([row["devices"] for row in mine], [row[name] for row in mine], style, label=series)
         axis.set(xscale="log", xlabel="devices", ylabel=label, ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
