@@ -18,10 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_BLOCKS, _LEAST = (
-    8,
-    32,
-)  # blocks of a row, of no fewer queries: 9/16 of T x T; more of them gain little and compile long
+_BLOCKS = 8  # of a row: 9/16 of T x T; more of them gain little and take long to compile
+_LEAST = 32  # queries of a block
 
 
 def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
