@@ -52,7 +52,7 @@ def test_cudnn_is_asked_for_blocks_with_all_of_their_mask(monkeypatch):
         blocks.append(mask.shape)
         return real(query, key, value, mask=mask)
 
-    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
     monkeypatch.setattr(attention.jax, "devices", lambda: [device])
     monkeypatch.setattr(attention, "_block", lambda length, largest: 16)
     keys = jax.random.split(jax.random.key(0), 3)
