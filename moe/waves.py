@@ -23,6 +23,9 @@ from jax import Array
 
 from moe.grouped import Chunks, whole_tiles
 
+#: Rows of a wave, in shares of a device's own.
+ROOM = 5 / 4
+
 
 def _wave(every: Array, start: Array | int, wave: int) -> tuple[Any, Any, Array]:
     """Which rows go where in a wave, there and back, and how many each of this device's experts gets, [E/X] int32.
@@ -84,7 +87,7 @@ def in_waves(experts: Any, rows: Array, sizes: Array, matrices: Any) -> Array:
         sizes: [E] int32, its rows for each expert.
         matrices: of this device's E/X experts.
     """
-    wave = whole_tiles(math.ceil(rows.shape[0] * 5 / 4))
+    wave = whole_tiles(math.ceil(rows.shape[0] * ROOM))
 
     def ffn(matrices: Any, rows: Array, sizes: Array) -> Array:
         return experts.grouped(matrices, rows, sizes, Chunks(()))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import gshard_twin, mixtral_8x7b, switch_twin
-from moe.config import ConfigError, MoEConfig, from_config_dict
+from moe.config import ConfigError, MoEConfig, from_config_dict, resolve
 from moe.flops import count_parameters
 from moe.pods import arithmetic, fit, hlo, kernels, network, scaling, search
 from moe.pods.chips import CHIPS
@@ -404,3 +404,17 @@ def test_a_search_compiles_and_names_the_best(tmp_path):
     assert "python main.py --config=configs/mixtral_8x7b.py --config.model.num_layers=2" in page
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}") == page
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "expert", "rows"),
+    [
+        ("gather", 8, 2.5),  # capacity factor 1.25 · K 2
+        ("dropless", 1, 2.0),  # K 2, sorted where they are
+        ("dropless", 8, 2.5),  # a wave has room for 5/4 of a device's own
+    ],
+)
+def test_rows_of_expert_buffers(dispatch, expert, rows):
+    config = mixtral_8x7b.get_config()
+    config.model.moe.dispatch = dispatch
+    assert fit._expert_rows(resolve(from_config_dict(config)), {**MESH, "expert": expert}) == rows

@@ -17,7 +17,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from moe import flops, sharding
+from moe import flops, sharding, waves
 from moe.config import Config, ConfigError, ModelConfig, OptimizerConfig
 from moe.layers import GATED_ACTIVATIONS
 from moe.optimizer import make_optimizer
@@ -122,8 +122,8 @@ def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
     moe = config.model.moe
     if moe.gate == "none" or GATES[moe.gate].router == "slots":
         return 0.0
-    if moe.dispatch == "dropless":  # room for all that the devices of an expert axis might send
-        return float(moe.experts_per_token * sizes["expert"])
+    if moe.dispatch == "dropless":
+        return moe.experts_per_token * (waves.ROOM if sizes["expert"] > 1 else 1.0)
     return min(moe.capacity_factor * moe.experts_per_token, moe.num_experts)
 
 
