@@ -225,6 +225,15 @@ MESHES = [
 ]
 
 
+def _on_mesh(mesh, config, routing, x):
+    """Of dropless, its tokens and experts spread."""
+    made = sharding.make_mesh(mesh)
+    with jax.set_mesh(made):
+        where = jax.NamedSharding(made, sharding.BATCH)
+        routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
+        return _value_and_gradients("dropless", config, routing, x)
+
+
 @pytest.mark.parametrize("load", ["random", "one"])
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}")
 def test_equal_on_meshes(mesh, load, rng):
@@ -232,12 +241,7 @@ def test_equal_on_meshes(mesh, load, rng):
     routing = _case(rng, 8, 10, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
     alone = _value_and_gradients("dropless", config, routing, x)
-    made = sharding.make_mesh(mesh)
-    with jax.set_mesh(made):
-        where = jax.NamedSharding(made, sharding.BATCH)
-        routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
-        split = _value_and_gradients("dropless", config, routing, x)
-    _assert_close(split, alone, 1e-5)
+    _assert_close(_on_mesh(mesh, config, routing, x), alone, 1e-5)
 
 
 def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -272,9 +276,4 @@ def test_the_exchange_of_accelerators_is_equal(mesh, load, rng, monkeypatch):
     if load == "one":
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
         assert heaviest > grouped.whole_tiles(120 * 5 // 4)
-    made = sharding.make_mesh(mesh)
-    with jax.set_mesh(made):
-        where = jax.NamedSharding(made, sharding.BATCH)
-        routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
-        split = _value_and_gradients("dropless", config, routing, x)
-    _assert_close(split, alone, 1e-5)
+    _assert_close(_on_mesh(mesh, config, routing, x), alone, 1e-5)
