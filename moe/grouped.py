@@ -30,6 +30,8 @@ _TILE = 128
 #: as their FLOPs at peak; these need as long, on v6e a quarter more, and the vector memory that XLA allows by default
 #: (docs/performance.md has the table).
 _TILES = {
+    "TPU v2": None,  # their matrix units have no kernel for bfloat16 that Mosaic knows
+    "TPU v3": None,
     "TPU v6": (1024, 1024, 1024),
     "TPU7": (512, 1024, 1024),
     "TPU": (512, 1024, 512),
@@ -92,7 +94,8 @@ def chunks(num_rows: int, num_groups: int) -> Chunks:
     mean = num_rows / num_groups
     # Of the mean load: coarse where few groups are, 1/16 and in the middle 1/32 apart where most are.
     shares = [0, 1 / 4, 1 / 2, 5 / 4, 3 / 2, *np.arange(3 / 4, 5 / 4, 1 / 16), *np.arange(7 / 8, 9 / 8, 1 / 32)]
-    return Chunks(tuple(sorted({max(16, math.ceil(mean * share / 8) * 8) for share in shares})))
+    step = 4 if mean >= 64 else 16  # XLA's matmul takes four rows at a time; where rows are few, code costs more
+    return Chunks(tuple(sorted({max(16, math.ceil(mean * share / step) * step) for share in shares})))
 
 
 def grouped_ffn(
@@ -233,13 +236,18 @@ def _set_rows(tree: Any, start: Array, rows: Any) -> Any:
     return jax.tree.map(lambda array, new: lax.dynamic_update_slice_in_dim(array, new, start, 0), tree, rows)
 
 
-def _zeros(tree: Any, dtype: Any = None) -> Any:
-    """Buffers to write chunks to. Neighbours differ in the sign of their zeros: of equal buffers XLA fills one and
-    copies it, which takes twice as long."""
+def _unwritten(tree: Any, sizes: Array, dtype: Any = None) -> Any:
+    """Buffers to write chunks to, holding whatever is there. XLA's CPU has no such thing, and zeros, which chunks then
+    overwrite, took a twentieth of shape B's time. JAX's target for "used, do not remove" does nothing: also not to a
+    result, if it is given one. Its argument, an own number from each layer's load, keeps XLA from making one call of
+    equal ones, whose result it would then copy."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(
-        [jnp.full(leaf.shape, -0.0 if i % 2 else 0.0, dtype or leaf.dtype) for i, leaf in enumerate(leaves)]
-    )
+
+    def buffer(i: int, leaf: Any) -> Array:
+        result = jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
+        return jax.ffi.ffi_call("dce_sink", result, vmap_method="broadcast_all")(sizes[0] + i)
+
+    return treedef.unflatten([buffer(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -259,7 +267,7 @@ def _chunked_fwd(first, second, pieces, rows, into, out_of, starts, sizes):
             outputs = _set_rows(outputs, start, second(new, _at(out_of, expert), _matmul))
         return _set_rows(hidden, start, new), outputs
 
-    hidden, outputs = _for_each_chunk(pieces, starts, sizes, rows.shape[0], (_zeros(hidden), _zeros(outputs)), body)
+    hidden, outputs = _for_each_chunk(pieces, starts, sizes, rows.shape[0], _unwritten((hidden, outputs), sizes), body)
     kept = () if second is None else hidden
     return hidden if second is None else outputs, (rows, kept, into, out_of, starts, sizes)
 
@@ -286,8 +294,9 @@ def _chunked_bwd(first, second, pieces, residuals, gradient):
         new_rows, new = backward(d_hidden)
         return _set_rows(d_rows, start, new_rows), _accumulate(d_into, expert, new, fresh), d_out_of
 
-    carry = (gradient, _zeros(into, jnp.float32), _zeros(out_of, jnp.float32))
+    carry = (gradient, *_unwritten((into, out_of), sizes, jnp.float32))
     d_rows, d_into, d_out_of = _for_each_chunk(pieces, starts, sizes, rows.shape[0], carry, body)
+    d_into, d_out_of = _zero_unused((d_into, d_out_of), sizes)
     d_into, d_out_of = jax.tree.map(lambda new, old: new.astype(old.dtype), (d_into, d_out_of), (into, out_of))
     none = np.zeros(sizes.shape, jax.dtypes.float0)
     return d_rows, d_into, d_out_of, none, none
@@ -303,6 +312,16 @@ def _accumulate(sums: Any, expert: Array, new: Any, fresh: bool) -> Any:
         return lax.dynamic_update_index_in_dim(total, new, expert, 0)
 
     return jax.tree.map(accumulate, sums, new)
+
+
+def _zero_unused(sums: Any, sizes: Array) -> Any:
+    """The gradients [E,·,·] of experts without rows, which no chunk has written."""
+    (unused,) = jnp.nonzero(sizes == 0, size=sizes.shape[0])
+
+    def put(i: Array, sums: Any) -> Any:
+        return jax.tree.map(lambda total: total.at[unused[i]].set(0.0), sums)
+
+    return lax.fori_loop(0, jnp.sum(sizes == 0), put, sums)
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -1,7 +1,8 @@
 """python scripts/scaling.py [--out=docs/results]: GShard's scaling, compiled again; table, plot and rows in FOLDER.
 
 GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; then its 128 experts on 128 to 4096 v5p
-chips, the same tokens a chip; each for every dispatch mode. Points in FOLDER/scaling.jsonl are not compiled again:
+chips, the same tokens a chip; each for every dispatch mode. And the first with gather once more, the two cores of a chip
+sharing two experts (mesh.tensor=2): then D = 1024 is split over 1024 and everything else over 2048 cores. Points in FOLDER/scaling.jsonl are not compiled again:
 remove the file after a change to the model.
 Needs libtpu: pip install "jax[tpu]".
 """
@@ -67,11 +68,12 @@ def every_point(modes) -> list:
     from moe.pods import scaling
 
     points = []
-    for mode in modes:
+    for mode, tensor in [*((mode, 1) for mode in modes), ("gather", 2)]:
+        series = f"GShard 36 layers, v3, {mode}" + (", tensor 2" if tensor > 1 else "")
         for cores, topology in V3.items():
             config = from_config_dict(gshard_twin.get_config(f"{cores}e36l"))
-            config = scaling.at_scale(config, experts=cores, devices=cores, rows=2, dispatch=mode)
-            points.append(scaling.Point(f"GShard 36 layers, v3, {mode}", topology, config))
+            config = scaling.at_scale(config, experts=cores, devices=cores, rows=2, dispatch=mode, tensor=tensor)
+            points.append(scaling.Point(series, topology, config))
     twin = from_config_dict(gshard_twin.get_config("128e36l"))
     for mode in modes:
         for chips, topology in V5P.items():

@@ -91,8 +91,13 @@ def test_gather_skips_empty_slots_without_a_trace(rng):
 
 @pytest.mark.parametrize("kernel", ["chunks", "ragged_dot"])
 def test_kernels_are_one_function(kernel, rng, monkeypatch):
-    """lax.ragged_dot, which accelerators run, and the loop, which CPUs run, against a plain loop over groups."""
+    """lax.ragged_dot, which accelerators run, and the loop, which CPUs run, against a plain loop over groups.
+
+    The loop's buffers begin as NaN: of what no chunk wrote, the first group's gradients too, nothing may come out.
+    """
     monkeypatch.setattr(grouped, "in_chunks", lambda: kernel == "chunks")
+    garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
+    monkeypatch.setattr(grouped, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
     sizes = np.array([0, 37, 3, 90])
     pieces = grouped.chunks(130, 4)
     room = pieces.padded_sizes(jnp.asarray(sizes, jnp.int32))

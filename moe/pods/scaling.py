@@ -31,8 +31,10 @@ class Point:
     config: Config
 
 
-def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch: str) -> Config:
-    """A config with so many experts on as many devices, `rows` rows of tokens on each.
+def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch: str, tensor: int = 1) -> Config:
+    """A config with so many experts on as many devices, `rows` rows of tokens for each.
+
+    With ``tensor`` as many devices share as many experts, a slice of each, and their tokens.
 
     Raises:
         ConfigError: see :func:`moe.config.from_config_dict`.
@@ -42,12 +44,12 @@ def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch:
     model = dataclasses.replace(
         config.model, moe=dataclasses.replace(config.model.moe, num_experts=experts, dispatch=dispatch)
     )
-    expert = min(experts, devices)
+    expert = min(experts, devices) // tensor
     return settings.validate(
         dataclasses.replace(
             config,
             model=model,
-            mesh=settings.MeshConfig(data=devices // expert, fsdp=1, expert=expert, tensor=1),
+            mesh=settings.MeshConfig(data=devices // (expert * tensor), fsdp=1, expert=expert, tensor=tensor),
             train=dataclasses.replace(config.train, batch_size=rows * devices),
         )
     )
