@@ -126,11 +126,12 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of something that is no weight and of more than a megabyte: a flaw of the sharding."""
+        """All-gathers of something that is no weight, more than a megabyte at once (dropless tells every device how many
+        rows each expert gets, which is less): a flaw of the sharding."""
         return tuple(
             exchange
             for exchange in self.exchanges
-            if exchange.kind == "all-gather" and exchange.purpose != "weights" and exchange.bytes > 2**20
+            if exchange.kind == "all-gather" and exchange.purpose != "weights" and exchange.bytes > exchange.count * 2**20
         )
 
     @property
