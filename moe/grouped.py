@@ -319,7 +319,9 @@ def _zero_unused(sums: Any, sizes: Array) -> Any:
     (unused,) = jnp.nonzero(sizes == 0, size=sizes.shape[0])
 
     def put(i: Array, sums: Any) -> Any:
-        return jax.tree.map(lambda total: total.at[unused[i]].set(0.0), sums)
+        return jax.tree.map(
+            lambda total: lax.dynamic_update_index_in_dim(total, jnp.zeros(total.shape[1:]), unused[i], 0), sums
+        )
 
     return lax.fori_loop(0, jnp.sum(sizes == 0), put, sums)
 

@@ -32,26 +32,31 @@ def _case(rng, groups, tokens, num_experts, k, load="random"):
     return dataclasses.replace(routing, combine_weights=weights.astype(jnp.float32))
 
 
-def _value_and_gradients(mode, config, routing, x):
-    """y, and the gradients of x, of the experts and of the combine weights, through one jitted program."""
-    experts = Experts(config, rngs=nnx.Rngs(0))
-    graphdef, parameters = nnx.split(experts)
-    if not jax.sharding.get_abstract_mesh().empty:
-        tree = {"experts": nnx.to_pure_dict(parameters)}
-        specs = sharding.parameter_specs(tree)["experts"]
-        pure = jax.tree.map(
-            lambda a, spec: jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec)), tree["experts"], specs
-        )
-        nnx.replace_by_pure_dict(parameters, pure)
+@functools.cache
+def _program(mode, config, variant):
+    """(Parameters of experts, a jitted function of x, those and a routing), compiled once for each shape and mesh."""
+    graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
 
-    def loss(x, parameters, weights):
+    def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
         plan = dispatch.make_plan(sent, weights.shape[1] * weights.shape[2])
         y = dispatch.MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters))
         return jnp.sum(jnp.sin(y)), y
 
-    function = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (_, y), gradients = jax.jit(function)(x, parameters, routing.combine_weights)
+    return parameters, jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def _value_and_gradients(mode, config, routing, x, variant=""):
+    """y, and the gradients of x, of the experts and of the combine weights.
+
+    Args:
+        variant: what a test has put in place of the code, so that its program is not another's.
+    """
+    parameters, function = _program(mode, config, variant)
+    if not jax.sharding.get_abstract_mesh().empty:
+        specs = sharding.parameter_specs({"experts": parameters})["experts"]
+        parameters = jax.device_put(parameters, sharding.shardings(jax.sharding.get_mesh(), specs))
+    (_, y), gradients = function(x, parameters, routing.combine_weights, routing)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), (y, *jax.tree.leaves(gradients)))
 
 
@@ -230,13 +235,13 @@ MESHES = [
 ]
 
 
-def _on_mesh(mesh, config, routing, x):
+def _on_mesh(mesh, config, routing, x, variant=""):
     """Of dropless, its tokens and experts spread."""
     made = sharding.make_mesh(mesh)
     with jax.set_mesh(made):
         where = jax.NamedSharding(made, sharding.BATCH)
         routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
-        return _value_and_gradients("dropless", config, routing, x)
+        return _value_and_gradients("dropless", config, routing, x, variant)
 
 
 @pytest.mark.parametrize("load", ["random", "one"])
@@ -281,4 +286,4 @@ def test_the_exchange_of_accelerators_is_equal(mesh, load, rng, monkeypatch):
     if load == "one":
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
         assert heaviest > grouped.whole_tiles(120 * 5 // 4)
-    _assert_close(_on_mesh(mesh, config, routing, x), alone, 1e-5)
+    _assert_close(_on_mesh(mesh, config, routing, x, "of accelerators"), alone, 1e-5)

@@ -96,6 +96,8 @@ ENTRY %main (x: bf16[8192,1024], w: bf16[8,1024,4096], s: s32[8]) -> bf16[8192,4
   %y = bf16[8192,4096]{1,0} custom-call(%s, %s, %x, /*index=3*/%w), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,1024,1280"}, metadata={op_name="jit(both)/ragged_dot_general"}
   %copy = bf16[8,1024,4096]{1,2,0} copy(%w), metadata={op_name="w"}, backend_config={"window_config":{"estimated_cycles":"900"}}
   %d = bf16[8,1024,4096]{2,1,0} custom-call(%s, %x, %y), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,1024,512"}
+  %room = bf16[10240,1024]{1,0} broadcast(%z), dimensions={}
+  %sent = bf16[10240,1024]{1,0} ragged-all-to-all(%x, %room, %s, %s, /*index=4*/%s, %s), replica_groups={{0,1,2,3,4,5,6,7}}
   %while = (s32[], bf16[8,16]{1,0}) while(%y), condition=%condition, body=%body, metadata={op_name="jit(both)/overflow/while"}
   ROOT %out = bf16[8192,4096]{1,0} copy(%y)
 }
@@ -110,6 +112,9 @@ def test_reads_grouped_matmuls_and_copies():
     )
     assert read.copies == ((8 * 1024 * 4096 * 2, 1, "w"), (8192 * 4096 * 2, 1, ""))
     assert (read.cycles, read.unknown_loops) == (900, 0)
+    # What a balanced load sends, not what there is room for.
+    (sent,) = read.collectives
+    assert (sent.kind, sent.axes, sent.bytes) == ("ragged-all-to-all", ("expert",), 8192 * 1024 * 2)
 
 
 def test_time_of_a_grouped_matmul_by_hand():

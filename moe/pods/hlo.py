@@ -41,7 +41,8 @@ class Collective:
         kind: an entry of :data:`KINDS`.
         axes: mesh axes along which a group's members differ; empty if the groups could not be read.
         group: devices in one group, as positions in the flattened mesh (the first group; all are alike).
-        bytes: of one device's array, once: the result of an all-gather, the input of every other kind.
+        bytes: of one device's array, once: the result of an all-gather, the smaller of input and buffer of a ragged
+            all-to-all, the input of every other kind.
         count: times a step.
         overlap_cycles: compiler-estimated cycles of work scheduled between its start and its done; -1 where it has no
             separate done, that is, where the chip waits for it.
@@ -311,6 +312,9 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
         if kind == "all-reduce" and carrier.opcode == "fusion" and len(group) > 1 and result * len(group) <= inputs:
             kind = "reduce-scatter"
         size = inputs or result
+        if kind == "ragged-all-to-all":
+            # Its operands are rows, a buffer for those that arrive, and offsets: a balanced load fills the smaller.
+            size = min(array_bytes(types.get(name, "")) for name in carrier.operands[:2])
         if kind == "all-gather":
             # A start's result is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result

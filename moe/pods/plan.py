@@ -131,7 +131,9 @@ class Plan:
         return tuple(
             exchange
             for exchange in self.exchanges
-            if exchange.kind == "all-gather" and exchange.purpose != "weights" and exchange.bytes > exchange.count * 2**20
+            if exchange.kind == "all-gather"
+            and exchange.purpose != "weights"
+            and exchange.bytes > exchange.count * 2**20
         )
 
     @property
