@@ -1,10 +1,11 @@
 """The MoE layer against its roof: `python scripts/bench_moe.py [--shapes=A,B] [--modes=gather,dropless] [--json=FILE]`.
 
 The roof is the layer's active FLOPs as bare batched matmuls, timed in turns with the layer in one process; a share of
-it is the median of the turns' own ratios, and means something on a busy machine too. On accelerators it is the larger
-of FLOPs over the rate of one large matmul and bytes of weights over the bandwidth of a copy, both measured. The column
-"of matmul" holds the active FLOPs a second against one large matmul's of the same dtype. `--model` times a 4-layer
-model's train step instead.
+it is the median of the turns' own ratios, and means something on a busy machine too. Beside it stand the ratio of the
+minima and, on CPU, the share by the processors' time, which leaves out what others do on the machine. On accelerators
+the roof is the larger of FLOPs over the rate of one large matmul and bytes of weights over the bandwidth of a copy,
+both measured. The column "of matmul" holds the active FLOPs a second against one large matmul's of the same dtype.
+`--model` times a 4-layer model's train step instead.
 
 `--topology=v5p:2x2x2` runs nothing: it compiles the layer for TPUs that are not here, --tokens on each of them, and
 prints what the compiler expects of it (moe/pods/layer.py says what is counted how). Needs libtpu.
@@ -113,19 +114,21 @@ def cases() -> list[Case]:
     return found
 
 
-def timed(programs: dict[Any, Callable[[], Any]]) -> dict[Any, list[float]]:
-    """Seconds of each program, called in turns so that a busy moment hits all alike."""
+def timed(programs: dict[Any, Callable[[], Any]]) -> tuple[dict[Any, list[float]], dict[Any, list[float]]]:
+    """Seconds of each program, by the clock and by the processors' time of all threads, called in turns so that a busy
+    moment hits all alike."""
     import jax
 
-    seconds = {name: [] for name in programs}
+    seconds, processor_seconds = {name: [] for name in programs}, {name: [] for name in programs}
     for program in programs.values():
         jax.block_until_ready(program())  # compiles
     for _ in range(_REPEATS.value):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             jax.block_until_ready(program())
             seconds[name].append(time.perf_counter() - start)
-    return seconds
+            processor_seconds[name].append(time.process_time() - processor_start)
+    return seconds, processor_seconds
 
 
 def roof(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[], Any]]:
@@ -263,7 +266,7 @@ def bench_layers() -> list[dict[str, Any]]:
         groups.setdefault((case.shape, case.experts, case.k, case.d_ff), []).append(case)
     print(
         f"{'case':44} {'pass':8} {'median ms':>9} {'min':>7} {'max':>7} "
-        f"{'share of roof':>13} {'by minima':>9} {'of matmul':>9} {'dropped':>8}"
+        f"{'share of roof':>13} {'by minima':>9} {'by CPU time':>11} {'of matmul':>9} {'dropped':>8}"
     )
     for members in groups.values():
         programs: dict[tuple[Case | None, str], Callable[[], Any]] = {}
@@ -279,7 +282,7 @@ def bench_layers() -> list[dict[str, Any]]:
                 continue
             programs |= {(case, which): f for which, f in made.items()}
         side = 2048 if on_cpu else 8192
-        seconds = timed(programs | {"large matmul": large_matmul(side)})
+        seconds, processor_seconds = timed(programs | {"large matmul": large_matmul(side)})
         rate = 2 * side**3 / statistics.median(seconds.pop("large matmul")) * (1 if on_cpu else jax.device_count())
         work = active_flops(_TOKENS.value, members[0])
         if on_cpu:
@@ -292,11 +295,17 @@ def bench_layers() -> list[dict[str, Any]]:
             name = f"{members[0].shape} E={members[0].experts} roof" if case is None else _name(case)
             # Each turn's own ratio: a machine that is slow for a while is slow for both.
             share = statistics.median(r / own for r, own in zip(roofs[which], values, strict=True))
+            # Of a machine whose host is shared, the steadiest: what others take is not counted.
+            by_processor = None
+            if on_cpu:
+                pairs = zip(processor_seconds[None, which], processor_seconds[case, which], strict=True)
+                by_processor = statistics.median(r / own for r, own in pairs)
             of_minima, of_matmul = min(roofs[which]) / min(values), work[which] / median / rate
             dropped = 0.0 if case is None else drops[case]
             print(
                 f"{name:44} {which:8} {median * 1e3:9.1f} {min(values) * 1e3:7.1f} {max(values) * 1e3:7.1f} "
-                f"{share:13.2f} {of_minima:9.2f} {of_matmul:9.2f} {dropped:8.3f}",
+                f"{share:13.2f} {of_minima:9.2f} {'–' if by_processor is None else f'{by_processor:.2f}':>11} "
+                f"{of_matmul:9.2f} {dropped:8.3f}",
                 flush=True,
             )
             fields = {} if case is None else dataclasses.asdict(case)
@@ -308,6 +317,7 @@ def bench_layers() -> list[dict[str, Any]]:
                     "seconds": values,
                     "share": share,
                     "share_of_minima": of_minima,
+                    "share_of_processor_time": by_processor,
                     "share_of_matmul": of_matmul,
                     "dropped": dropped,
                 }
@@ -403,7 +413,7 @@ def bench_model() -> list[dict[str, Any]]:
     rates = []
     programs["roof"] = roof(_TOKENS.value, experts, _DTYPE.value)["both"]
     programs["large matmul"] = lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, repeats=1))
-    seconds = timed(programs)
+    seconds, _ = timed(programs)
     total, active = flops.count_parameters(config.model)
     expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers
     rest = flops.train_flops_per_token(config.model, length) * _TOKENS.value - expert_flops

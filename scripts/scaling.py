@@ -1,9 +1,9 @@
 """python scripts/scaling.py [--out=docs/results]: GShard's scaling, compiled again; table, plot and rows in FOLDER.
 
 GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; then its 128 experts on 128 to 4096 v5p
-chips, the same tokens a chip; each for every dispatch mode. And the first with gather once more, the two cores of a chip
-sharing two experts (mesh.tensor=2): then D = 1024 is split over 1024 and everything else over 2048 cores. Points in FOLDER/scaling.jsonl are not compiled again:
-remove the file after a change to the model.
+chips, the same tokens a chip; each for every dispatch mode. And the first with gather once more, the two cores of a
+chip sharing two experts (mesh.tensor=2): what D = 1024 does not divide by, 2048 cores, is then 1024 x 2. Points in
+FOLDER/scaling.jsonl are not compiled again: remove the file after a change to the model.
 Needs libtpu: pip install "jax[tpu]".
 """
 

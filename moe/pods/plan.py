@@ -126,8 +126,8 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of something that is no weight, more than a megabyte at once (dropless tells every device how many
-        rows each expert gets, which is less): a flaw of the sharding."""
+        """All-gathers of something that is no weight, more than a megabyte at once: a flaw of the sharding. (Of less,
+        dropless tells every device how many rows each expert gets.)"""
         return tuple(
             exchange
             for exchange in self.exchanges
