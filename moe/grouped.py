@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
 #: Rows in a tile of ``lax.ragged_dot``'s kernel on TPUs, if R is a multiple of it. With 8200 rows the tile has 8, and
@@ -190,9 +191,23 @@ _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
 # and its carried buffers are updated in place.
 
 
+@jax.custom_vjp
 def _matmul(rows: Array, matrix: Array) -> Array:
     """[N,D] · [D,F] → [N,F], one expert's."""
     return rows @ matrix
+
+
+def _matmul_bwd(residuals, gradient):
+    rows, matrix = residuals
+    # XLA's CPU folds a transposition into the matmul, and has no bfloat16 kernel for a transposed left operand, but
+    # computes in float32, at half the speed. A layout that is asked for is no fold: [N,D] → [D,N], written out.
+    left = rows.T
+    if left.dtype == jnp.bfloat16:
+        left = with_layout_constraint(left, Layout(major_to_minor=(0, 1)))
+    return lax.dot_general(gradient, matrix, (((1,), (1,)), ((), ()))), left @ gradient
+
+
+_matmul.defvjp(lambda rows, matrix: (_matmul(rows, matrix), (rows, matrix)), _matmul_bwd)
 
 
 def _for_each_chunk(
