@@ -117,6 +117,27 @@ def test_reads_grouped_matmuls_and_copies():
     assert (sent.kind, sent.axes, sent.bytes) == ("ragged-all-to-all", ("expert",), 8192 * 1024 * 2)
 
 
+# A sum over two slices of four devices, 300 cycles of other work beside it; cut from a compiled train step.
+SLICES = """HloModule jit_train_step, is_scheduled=true
+ENTRY %main (g: bf16[256,8,128]) -> bf16[256,8,128] {
+  %g = bf16[256,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %send = (bf16[256,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%g, %after-all), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[256,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=7, is_host_transfer=true
+  %fusion = bf16[8]{0} fusion(%g), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"300"}}
+  %recv-done = (bf16[256,8,128]{2,1,0:T(8,128)(2,1)}, token[]) recv-done(%recv), channel_id=6, is_host_transfer=true
+  ROOT %out = bf16[256,8,128]{2,1,0} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_reads_what_slices_exchange():
+    mesh = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+    (sums,) = hlo.read(SLICES, mesh).collectives
+    assert sums == hlo.Collective("all-reduce", ("data",), (0, 4), 256 * 8 * 128 * 2, 1, 300, "between slices")
+
+
 def test_time_of_a_grouped_matmul_by_hand():
     chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
     rows, weights = hlo.read(GROUPED, {"expert": 8}).grouped

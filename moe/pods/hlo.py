@@ -3,6 +3,9 @@
 In: ``compiled.as_text()`` of a scheduled module and the sizes of the mesh. Out: a :class:`ProgramText`. Everything in
 it is the compiler's own statement but the trip counts, which are read from loop conditions.
 
+What TPU slices exchange goes through their hosts: a send and a receive that say for which collective. Programs of
+several slices carry no names of JAX's on their collectives.
+
 A loop's body stands once in the text; its instructions are multiplied by the loop's trip count. Fusions are one
 instruction: their insides are not walked, except where XLA hides a collective there (its reduce-scatter is a fusion
 around an all-reduce).
@@ -169,6 +172,12 @@ def _attribute(instruction: _Instruction, name: str) -> str | None:
     return found.group(1) if found else None
 
 
+def _attribute_of_hosts(name: str, transfer: _Instruction) -> str:
+    """Of a send or a receive between slices."""
+    found = re.search(rf'_xla_(?:megascale|host_transfer)_{name}="([^"]*)"', transfer.attributes)
+    return found.group(1) if found else ""
+
+
 def _trip_count(loop: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> int | None:
     """Trips of a while loop that counts from 0 by 1: the bound that its condition compares with."""
     known = re.search(r'known_trip_count\\?"?:?\{\\?"?n\\?"?:\\?"?(\d+)', loop.attributes)
@@ -320,6 +329,16 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         collectives.append(Collective(kind, axes, group, size, times, overlap, _source(carrier) or _source(inner)))
 
+    def record_between_slices(sent: _Instruction, received: _Instruction, size: int, times: int, overlap: int) -> None:
+        kind = _attribute_of_hosts("transfer_type", sent).lower().replace("_", "-")
+        # Only the first axis of the mesh spans slices (moe.sharding).
+        axis, *inner = mesh
+        stride = math.prod(mesh[name] for name in inner)
+        group = tuple(range(0, mesh[axis] * stride, stride))
+        if kind == "all-gather":
+            size = array_bytes(received.type.removeprefix("(").partition("{")[0])
+        collectives.append(Collective(kind, (axis,), group, size, times, overlap, "between slices"))
+
     def has_product(name: str) -> bool:
         """Whether there is a matrix product in a computation or those it calls."""
         if name not in multiplies:
@@ -346,6 +365,8 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
         own = 0
         types = {instruction.name: instruction.type for instruction in computations.get(name, ())}
         open_exchanges: dict[str, tuple[_Instruction, _Instruction, int]] = {}
+        sent_to_slices: dict[str, tuple[_Instruction, int]] = {}
+        received: dict[str, _Instruction] = {}
         for instruction in computations.get(name, ()):
             opcode = instruction.opcode
             if opcode == "while":
@@ -375,6 +396,16 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
                     if opcode == "fusion" and inner.opcode == "all-gather":
                         own += spend(instruction, _cycles(instruction) or 0, times)  # a matmul with the gather inside
                 continue
+            if opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
+                sent_to_slices[_attribute_of_hosts("rendezvous", instruction)] = instruction, own
+            elif opcode == "recv":
+                received[instruction.name] = instruction
+            elif opcode == "recv-done" and instruction.operands and instruction.operands[0] in received:
+                other = received.pop(instruction.operands[0])
+                started = sent_to_slices.pop(_attribute_of_hosts("rendezvous", other), None)
+                if started:
+                    size = array_bytes(types.get(started[0].operands[0], ""))
+                    record_between_slices(started[0], other, size, times, own - started[1])
             if opcode.endswith("-done"):
                 started = open_exchanges.pop(instruction.operands[0], None) if instruction.operands else None
                 if started:

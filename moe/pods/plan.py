@@ -20,6 +20,8 @@ from moe.pods import arithmetic, fit, hlo, kernels, network
 from moe.pods.chips import GiB
 from moe.pods.topology import Topology
 
+_UNNAMED = "unnamed"
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -131,10 +133,13 @@ class Plan:
         return tuple(
             exchange
             for exchange in self.exchanges
-            if exchange.kind == "all-gather"
-            and exchange.purpose != "weights"
-            and exchange.bytes > exchange.count * 2**20
+            if _is_large_gather(exchange) and _is_named(exchange) and exchange.purpose != "weights"
         )
+
+    @property
+    def unnamed_gathers(self) -> tuple[Exchange, ...]:
+        """Large all-gathers of which the compiled program does not say what they are."""
+        return tuple(exchange for exchange in self.exchanges if _is_large_gather(exchange) and not _is_named(exchange))
 
     @property
     def bound(self) -> str:
@@ -250,6 +255,14 @@ def summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exc
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
 
 
+def _is_large_gather(exchange: Exchange) -> bool:
+    return exchange.kind == "all-gather" and exchange.bytes > exchange.count * 2**20
+
+
+def _is_named(exchange: Exchange) -> bool:
+    return exchange.purpose != _UNNAMED
+
+
 def _purpose(collective: hlo.Collective) -> str:
     source = collective.source
     if "weights." in source or source.startswith("state."):
@@ -261,7 +274,7 @@ def _purpose(collective: hlo.Collective) -> str:
         return "tokens to experts, back"
     if "(loss)" in source:
         return "loss"
-    return source.rsplit("/", 1)[-1] or "unnamed"
+    return source.rsplit("/", 1)[-1] or _UNNAMED
 
 
 def render(plan: Plan) -> str:
@@ -301,6 +314,10 @@ def render(plan: Plan) -> str:
     if flaws:
         names = ", ".join(exchange.purpose for exchange in flaws)
         lines.append(f"  FLAW: something that is no weight is gathered on every {device}: {names}")
+    elif plan.unnamed_gathers:
+        lines.append(
+            "  the program names none of its exchanges; whether tokens are gathered, one slice's program tells"
+        )
     else:
         lines.append("  no all-gather of tokens")
     ratio = plan.program_flops / plan.model_flops
