@@ -292,9 +292,9 @@ def _chunked_bwd(first, second, pieces, residuals, gradient):
     rows, hidden, into, out_of, starts, sizes = residuals
 
     def body(carry, expert, start, size, fresh):
-        # The gradient of a chunk's outputs is read once, and that of its rows takes its place.
+        # The gradient of a chunk's outputs is read once, and that of its rows, of the same shape, takes its place.
         d_rows, d_into, d_out_of = carry
-        d_hidden = _rows_at(d_rows, start, size)
+        d_hidden = _rows_at(gradient if second is None else d_rows, start, size)
         if second is not None:
             _, backward = jax.vjp(
                 lambda hidden, matrices: second(hidden, matrices, _matmul),
@@ -309,7 +309,8 @@ def _chunked_bwd(first, second, pieces, residuals, gradient):
         new_rows, new = backward(d_hidden)
         return _set_rows(d_rows, start, new_rows), _accumulate(d_into, expert, new, fresh), d_out_of
 
-    carry = (gradient, *_unwritten((into, out_of), sizes, jnp.float32))
+    d_rows = _unwritten(rows, sizes) if second is None else gradient
+    carry = (d_rows, *_unwritten((into, out_of), sizes, jnp.float32))
     d_rows, d_into, d_out_of = _for_each_chunk(pieces, starts, sizes, rows.shape[0], carry, body)
     d_into, d_out_of = _zero_unused((d_into, d_out_of), sizes)
     d_into, d_out_of = jax.tree.map(lambda new, old: new.astype(old.dtype), (d_into, d_out_of), (into, out_of))

@@ -92,7 +92,9 @@ def in_waves(experts: Any, rows: Array, sizes: Array, matrices: Any) -> Array:
     def ffn(matrices: Any, rows: Array, sizes: Array) -> Array:
         return experts.grouped(matrices, rows, sizes, Chunks(()))
 
-    return _in_waves(ffn, wave, rows, matrices, jax.lax.all_gather(sizes, "expert"))
+    with jax.named_scope("expert_load"):  # the name is known to moe.pods
+        every = jax.lax.all_gather(sizes, "expert")
+    return _in_waves(ffn, wave, rows, matrices, every)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

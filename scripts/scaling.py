@@ -68,7 +68,7 @@ def every_point(modes) -> list:
     from moe.pods import scaling
 
     points = []
-    for mode, tensor in [*((mode, 1) for mode in modes), ("gather", 2)]:
+    for mode, tensor in [*((mode, 1) for mode in modes), *((mode, 2) for mode in modes if mode == "gather")]:
         series = f"GShard 36 layers, v3, {mode}" + (", tensor 2" if tensor > 1 else "")
         for cores, topology in V3.items():
             config = from_config_dict(gshard_twin.get_config(f"{cores}e36l"))

@@ -1,5 +1,6 @@
 """Forms that never hold T x T scores or [B,T,V] logits equal the plain ones, in value and gradient."""
 
+import itertools
 import types
 
 import jax
@@ -12,16 +13,23 @@ from moe.config import MeshConfig
 from tests.helpers import collectives
 
 
+#: Every value of every parameter; the other combinations are slow tests.
+FORMS = [
+    (0, 1, "float32"),
+    (0, 4, "float32"),
+    (1, 4, "float32"),
+    (7, 1, "float32"),  # less than a block
+    (40, 4, "float32"),  # more than two
+    (0, 4, "bfloat16"),
+    (40, 1, "bfloat16"),
+]
+
+
 @pytest.mark.parametrize(
     ("window", "kv_heads", "dtype"),
     [
-        (0, 1, "float32"),
-        (0, 4, "float32"),
-        (1, 4, "float32"),
-        (7, 1, "float32"),  # less than a block
-        (40, 4, "float32"),  # more than two
-        (0, 4, "bfloat16"),
-        (40, 1, "bfloat16"),
+        pytest.param(*form, marks=[] if form in FORMS else pytest.mark.slow)
+        for form in itertools.product([0, 1, 7, 40], [1, 4], ["float32", "bfloat16"])
     ],
 )
 def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):

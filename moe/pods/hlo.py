@@ -329,15 +329,17 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         collectives.append(Collective(kind, axes, group, size, times, overlap, _source(carrier) or _source(inner)))
 
-    def record_between_slices(sent: _Instruction, received: _Instruction, size: int, times: int, overlap: int) -> None:
+    def record_between_slices(
+        sent: _Instruction, received: _Instruction, types: Mapping[str, str], times: int, overlap: int
+    ) -> None:
         kind = _attribute_of_hosts("transfer_type", sent).lower().replace("_", "-")
+        # A receive's type is (array, ...).
+        carried = received.type[1:].partition("{")[0] if kind == "all-gather" else types.get(sent.operands[0], "")
         # Only the first axis of the mesh spans slices (moe.sharding).
         axis, *inner = mesh
         stride = math.prod(mesh[name] for name in inner)
         group = tuple(range(0, mesh[axis] * stride, stride))
-        if kind == "all-gather":
-            size = array_bytes(received.type.removeprefix("(").partition("{")[0])
-        collectives.append(Collective(kind, (axis,), group, size, times, overlap, "between slices"))
+        collectives.append(Collective(kind, (axis,), group, array_bytes(carried), times, overlap, "between slices"))
 
     def has_product(name: str) -> bool:
         """Whether there is a matrix product in a computation or those it calls."""
@@ -404,8 +406,7 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
                 other = received.pop(instruction.operands[0])
                 started = sent_to_slices.pop(_attribute_of_hosts("rendezvous", other), None)
                 if started:
-                    size = array_bytes(types.get(started[0].operands[0], ""))
-                    record_between_slices(started[0], other, size, times, own - started[1])
+                    record_between_slices(started[0], other, types, times, own - started[1])
             if opcode.endswith("-done"):
                 started = open_exchanges.pop(instruction.operands[0], None) if instruction.operands else None
                 if started:

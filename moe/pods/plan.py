@@ -20,7 +20,7 @@ from moe.pods import arithmetic, fit, hlo, kernels, network
 from moe.pods.chips import GiB
 from moe.pods.topology import Topology
 
-_UNNAMED = "unnamed"
+_UNNAMED, _LOADS = "unnamed", "loads of experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,18 +128,25 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of something that is no weight, more than a megabyte at once: a flaw of the sharding. (Of less,
-        dropless tells every device how many rows each expert gets.)"""
+        """All-gathers of more than a megabyte of what is neither a weight nor :mod:`moe.waves`' table of loads: a flaw
+        of the sharding. Of several slices, those without a name are in :attr:`unnamed_gathers`."""
         return tuple(
             exchange
             for exchange in self.exchanges
-            if _is_large_gather(exchange) and _is_named(exchange) and exchange.purpose != "weights"
+            if exchange.kind == "all-gather"
+            and exchange.purpose not in ("weights", _LOADS)
+            and exchange.bytes > 2**20
+            and exchange not in self.unnamed_gathers
         )
 
     @property
     def unnamed_gathers(self) -> tuple[Exchange, ...]:
-        """Large all-gathers of which the compiled program does not say what they are."""
-        return tuple(exchange for exchange in self.exchanges if _is_large_gather(exchange) and not _is_named(exchange))
+        """All-gathers of a program of several slices, which carries no names, so that nobody can tell what they are."""
+        return tuple(
+            exchange
+            for exchange in self.exchanges
+            if exchange.kind == "all-gather" and exchange.purpose == _UNNAMED and self.num_slices > 1
+        )
 
     @property
     def bound(self) -> str:
@@ -161,7 +168,7 @@ class Plan:
             dataclasses.asdict(self)
             | {name: getattr(self, name) for name in derived}
             | {"memory_total": self.memory.total, "tokens_per_second_per_chip": self.tokens_per_second_per_chip}
-            | {"token_all_gathers": len(self.token_exchanges)}
+            | {"token_all_gathers": len(self.token_exchanges), "unnamed_all_gathers": len(self.unnamed_gathers)}
         )
 
     @property
@@ -255,14 +262,6 @@ def summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exc
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
 
 
-def _is_large_gather(exchange: Exchange) -> bool:
-    return exchange.kind == "all-gather" and exchange.bytes > exchange.count * 2**20
-
-
-def _is_named(exchange: Exchange) -> bool:
-    return exchange.purpose != _UNNAMED
-
-
 def _purpose(collective: hlo.Collective) -> str:
     source = collective.source
     if "weights." in source or source.startswith("state."):
@@ -272,6 +271,8 @@ def _purpose(collective: hlo.Collective) -> str:
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return "tokens to experts, back"
+    if "expert_load/" in source:
+        return _LOADS
     if "(loss)" in source:
         return "loss"
     return source.rsplit("/", 1)[-1] or _UNNAMED
