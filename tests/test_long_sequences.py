@@ -12,7 +12,6 @@ from moe import attention, causal, losses, sharding
 from moe.config import MeshConfig
 from tests.helpers import collectives
 
-
 #: Every value of every parameter; the other combinations are slow tests.
 FORMS = [
     (0, 1, "float32"),
