@@ -5,20 +5,27 @@
 # process of a container this shell would otherwise keep the signal to itself. A second SIGTERM would end the command
 # without a checkpoint; so it has a session of its own, which Ctrl-C does not reach. A systemd unit needs KillMode=mixed.
 again() {
-    stopping=
-    trap 'stop_it' TERM INT HUP
+    stopping='' told=''
+    trap 'stopping=yes' TERM INT HUP
     while :; do
         setsid "$@" &
         child=$!
+        trap 'stop_it' TERM INT HUP
+        [ -z "$stopping" ] || stop_it # a signal came before the child's number was known
         finished "$child"
+        trap 'stopping=yes' TERM INT HUP
         if [ "$code" -ne 75 ] || [ -n "$stopping" ]; then return "$code"; fi
         echo "started again after exit code 75" >&2
     done
 }
 
 stop_it() {
-    [ -n "$stopping" ] || kill -TERM "$child" || :
+    trap '' TERM INT HUP # whatever comes now would come between these lines
     stopping=yes
+    if [ -z "$told" ]; then
+        told=yes
+        kill -TERM "$child" || :
+    fi
 }
 
 # Waits for a process, whatever signals come meanwhile; its exit code is then in $code.
