@@ -77,6 +77,13 @@ def test_reads_loops_exchanges_and_cycles():
     assert read.unknown_loops == 0
 
 
+@pytest.mark.parametrize(("result", "kind"), [("bf16[520,128]", "reduce-scatter"), ("bf16[4096,128]", "all-reduce")])
+def test_an_all_reduce_in_a_fusion_is_what_comes_out_of_it(result, kind):
+    """A reduce-scatter's parts may be padded; what is as large as its input is no part."""
+    text = PROGRAM.replace("%fusion.2 = bf16[512,128]", f"%fusion.2 = {result}")
+    assert hlo.read(text, MESH).collectives[-1].kind == kind
+
+
 # A grouped matmul's kernel on rows with room for 8192, its gradient for the matrices, a copy of those, and the loop of
 # waves that a balanced router never enters; cut from a compiled layer.
 GROUPED = """HloModule jit_both, is_scheduled=true

@@ -318,7 +318,8 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
         axes = tuple(axis for axis in axes if mesh.get(axis, 1) > 1)
         result = array_bytes(carrier.type)
         inputs = sum(array_bytes(types.get(name, "")) for name in carrier.operands)
-        if kind == "all-reduce" and carrier.opcode == "fusion" and len(group) > 1 and result * len(group) <= inputs:
+        # Where a part is no multiple of what the network likes, XLA pads it: [4096] to 8 times [520].
+        if kind == "all-reduce" and carrier.opcode == "fusion" and len(group) > 1 and result * len(group) < 2 * inputs:
             kind = "reduce-scatter"
         size = inputs or result
         if kind == "ragged-all-to-all":
