@@ -17,7 +17,7 @@ import pytest
 from configs import gshard_twin, mixtral_8x7b, switch_twin
 from moe.config import ConfigError, MoEConfig, from_config_dict, resolve
 from moe.flops import count_parameters
-from moe.pods import arithmetic, fit, hlo, kernels, network, scaling, search
+from moe.pods import arithmetic, fit, hlo, kernels, network, plan, scaling, search
 from moe.pods.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -82,6 +82,27 @@ def test_an_all_reduce_in_a_fusion_is_what_comes_out_of_it(result, kind):
     """A reduce-scatter's parts may be padded; what is as large as its input is no part."""
     text = PROGRAM.replace("%fusion.2 = bf16[512,128]", f"%fusion.2 = {result}")
     assert hlo.read(text, MESH).collectives[-1].kind == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "purpose", "mebibytes", "slices", "flaw", "unnamed"),
+    [
+        ("all-gather", "dot_general", 2, 1, True, False),
+        ("all-gather", "dot_general", 1, 1, False, False),  # small: some counter
+        ("all-gather", "weights", 2, 1, False, False),
+        ("all-gather", "loads of experts", 2, 1, False, False),
+        ("all-reduce", "dot_general", 2, 1, False, False),
+        ("all-gather", "unnamed", 2, 1, True, False),
+        ("all-gather", "unnamed", 2, 2, False, True),  # programs of several slices name nothing
+        ("all-gather", "dot_general", 2, 2, True, False),
+    ],
+)
+def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, flaw, unnamed):
+    exchange = plan.Exchange(kind, ("fsdp",), purpose, 1, mebibytes * 2**20, 0.0, 0.0)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(plan.Plan))
+    made = plan.Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
+    assert made.token_exchanges == (exchange,) * flaw
+    assert made.unnamed_gathers == (exchange,) * unnamed
 
 
 # A grouped matmul's kernel on rows with room for 8192, its gradient for the matrices, a copy of those, and the loop of
@@ -413,10 +434,10 @@ def _plan_pod(*flags):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
-    plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--config.mesh.expert=4", "--json"))
-    assert plan["token_all_gathers"] == 0
-    assert not [e for e in plan["exchanges"] if e["kind"] == "all-reduce" and e["purpose"] == "weights"]
-    assert sum(e["count"] for e in plan["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
+    made = json.loads(_plan_pod("--topology=v5p:2x2x2", "--config.mesh.expert=4", "--json"))
+    assert made["token_all_gathers"] == 0
+    assert not [e for e in made["exchanges"] if e["kind"] == "all-reduce" and e["purpose"] == "weights"]
+    assert sum(e["count"] for e in made["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
     large = from_config_dict(mixtral_8x7b.get_config())
     small = dataclasses.replace(
         large,
@@ -424,10 +445,10 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
         data=dataclasses.replace(large.data, sequence_length=512),
         train=dataclasses.replace(large.train, batch_size=8),
     )
-    bound = fit.lower_bound(small, plan["mesh"])
-    assert bound.parameters == plan["memory"]["parameters"]
-    assert bound.optimizer == plan["memory"]["optimizer"]
-    assert bound.total < plan["memory_total"]
+    bound = fit.lower_bound(small, made["mesh"])
+    assert bound.parameters == made["memory"]["parameters"]
+    assert bound.optimizer == made["memory"]["optimizer"]
+    assert bound.total < made["memory_total"]
 
 
 @pytest.mark.slow

@@ -391,8 +391,8 @@ def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, progra
         train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     model = weights.read_config(workdir).model
-    # One byte may lie in the optimizer's arrays, which are not read here. How many files hold the arrays, and which holds
-    # what, differs from run to run: bytes in all of them.
+    # One byte may lie in the optimizer's arrays, which are not read here. How many files hold the arrays, and which
+    # holds what, differs from run to run: bytes in all of them.
     for path in (workdir / "checkpoints" / "6" / "state" / "ocdbt.process_0" / "d").iterdir():
         spoilt = bytearray(path.read_bytes())
         spoilt[len(spoilt) // 8 :: 997] = bytes(255 - byte for byte in spoilt[len(spoilt) // 8 :: 997])
