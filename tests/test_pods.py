@@ -17,8 +17,9 @@ import pytest
 from configs import gshard_twin, mixtral_8x7b, switch_twin
 from moe.config import ConfigError, MoEConfig, from_config_dict, resolve
 from moe.flops import count_parameters
-from moe.pods import arithmetic, fit, hlo, kernels, network, plan, scaling, search
+from moe.pods import arithmetic, fit, hlo, kernels, network, scaling, search
 from moe.pods.chips import CHIPS
+from moe.pods.plan import Exchange, Plan
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 
@@ -98,9 +99,9 @@ def test_an_all_reduce_in_a_fusion_is_what_comes_out_of_it(result, kind):
     ],
 )
 def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, flaw, unnamed):
-    exchange = plan.Exchange(kind, ("fsdp",), purpose, 1, mebibytes * 2**20, 0.0, 0.0)
-    fields = dict.fromkeys(field.name for field in dataclasses.fields(plan.Plan))
-    made = plan.Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
+    exchange = Exchange(kind, ("fsdp",), purpose, 1, mebibytes * 2**20, 0.0, 0.0)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
+    made = Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
     assert made.token_exchanges == (exchange,) * flaw
     assert made.unnamed_gathers == (exchange,) * unnamed
 
@@ -434,10 +435,10 @@ def _plan_pod(*flags):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
-    made = json.loads(_plan_pod("--topology=v5p:2x2x2", "--config.mesh.expert=4", "--json"))
-    assert made["token_all_gathers"] == 0
-    assert not [e for e in made["exchanges"] if e["kind"] == "all-reduce" and e["purpose"] == "weights"]
-    assert sum(e["count"] for e in made["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
+    plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--config.mesh.expert=4", "--json"))
+    assert plan["token_all_gathers"] == 0
+    assert not [e for e in plan["exchanges"] if e["kind"] == "all-reduce" and e["purpose"] == "weights"]
+    assert sum(e["count"] for e in plan["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
     large = from_config_dict(mixtral_8x7b.get_config())
     small = dataclasses.replace(
         large,
@@ -445,10 +446,10 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
         data=dataclasses.replace(large.data, sequence_length=512),
         train=dataclasses.replace(large.train, batch_size=8),
     )
-    bound = fit.lower_bound(small, made["mesh"])
-    assert bound.parameters == made["memory"]["parameters"]
-    assert bound.optimizer == made["memory"]["optimizer"]
-    assert bound.total < made["memory_total"]
+    bound = fit.lower_bound(small, plan["mesh"])
+    assert bound.parameters == plan["memory"]["parameters"]
+    assert bound.optimizer == plan["memory"]["optimizer"]
+    assert bound.total < plan["memory_total"]
 
 
 @pytest.mark.slow

@@ -5,15 +5,15 @@
 # process of a container this shell would otherwise keep the signal to itself. A second SIGTERM would end the command
 # without a checkpoint; so it has a session of its own, which Ctrl-C does not reach. A systemd unit needs KillMode=mixed.
 again() {
-    stopping='' told=''
-    trap 'stopping=yes' TERM INT HUP
+    stopping=''
+    trap 'stopping=asked' TERM INT HUP
     while :; do
         setsid "$@" &
         child=$!
         trap 'stop_it' TERM INT HUP
         [ -z "$stopping" ] || stop_it # a signal came before the child's number was known
         finished "$child"
-        trap 'stopping=yes' TERM INT HUP
+        trap 'stopping=asked' TERM INT HUP
         if [ "$code" -ne 75 ] || [ -n "$stopping" ]; then return "$code"; fi
         echo "started again after exit code 75" >&2
     done
@@ -21,11 +21,8 @@ again() {
 
 stop_it() {
     trap '' TERM INT HUP # whatever comes now would come between these lines
-    stopping=yes
-    if [ -z "$told" ]; then
-        told=yes
-        kill -TERM "$child" || :
-    fi
+    [ "$stopping" = told ] || kill -TERM "$child" || :
+    stopping=told
 }
 
 # Waits for a process, whatever signals come meanwhile; its exit code is then in $code.
