@@ -50,6 +50,9 @@ _SKEW = flags.DEFINE_float("skew", 1.0, "Share of the first expert, in shares of
 _MESH = flags.DEFINE_list("mesh", [], "Sizes of mesh axes, as in expert=4,data=2; empty: one device.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed calls of each program.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "File to write all numbers to.")
+_ALONE = flags.DEFINE_bool(
+    "experts_alone", False, "Also the experts by themselves: equal loads, no router or dispatch."
+)
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Compile for this TPU topology, such as v5p:2x2x2, and run nothing.")
 _MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mixtral-style model of 100.7M parameters.")
 
@@ -84,6 +87,9 @@ def check() -> None:
         for entry in flags.FLAGS[name].value or []:
             if entry.partition("=")[0] not in choices:
                 raise ConfigError(f"--{name}={entry}: must be of {', '.join(choices)}")
+    for other in ("topology", "model", "mesh"):
+        if _ALONE.value and flags.FLAGS[other].value:
+            raise ConfigError(f"--experts_alone: is timed on one device, without --{other}")
     numbers = {"experts": _EXPERTS.value or [], "mesh": [entry.partition("=")[2] for entry in _MESH.value or []]}
     for name, values in numbers.items():
         for number in values:
@@ -110,7 +116,8 @@ def cases() -> list[Case]:
                 gate_k = k
                 if GATES[gate].fixed_k or gate == "dense_mixture":
                     gate_k = GATES[gate].experts_per_token or count
-                found += [Case(shape, gate, m, count, gate_k, _D_FF.value or d_ff, activation) for m in _MODES.value]
+                modes = [*_MODES.value, *["experts alone"] * _ALONE.value]
+                found += [Case(shape, gate, m, count, gate_k, _D_FF.value or d_ff, activation) for m in modes]
     return found
 
 
@@ -223,6 +230,38 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
     return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
 
 
+def experts_alone(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[], Any]]:
+    """The programs of the case's experts on rows that lie sorted by expert, as many for each."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from moe.config import Config, resolve
+    from moe.experts import Experts
+    from moe.grouped import chunks
+
+    dropless = dataclasses.replace(case, mode="dropless")
+    config = resolve(Config(model=model_config(tokens, dropless, dtype))).model
+    graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
+    num_rows = -(-tokens * case.k // case.experts) * case.experts
+    pieces = chunks(num_rows, case.experts)
+    sizes = pieces.padded_sizes(jnp.full((case.experts,), num_rows // case.experts, jnp.int32))
+    rows = jax.random.normal(jax.random.key(1), (pieces.total(num_rows, case.experts), _D_MODEL.value), dtype)
+
+    def forward(parameters, rows, sizes):
+        experts = nnx.merge(graphdef, parameters)
+        return experts.grouped(experts.matrices(rows.dtype), rows, sizes, pieces)
+
+    def loss(parameters, rows, sizes):
+        return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)
+
+    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    run = jax.jit(forward, compiler_options=options)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
+    arguments = (parameters, rows, sizes)
+    return {"forward": lambda: run(*arguments), "both": lambda: gradient(*arguments)}
+
+
 def active_flops(tokens: int, case: Case) -> dict[str, int]:
     """Of the experts' matmuls on chosen pairs."""
     forward = 2 * (3 if case.activation == "swiglu" else 2) * tokens * case.k * _D_MODEL.value * case.d_ff
@@ -275,6 +314,10 @@ def bench_layers() -> list[dict[str, Any]]:
         if on_cpu:
             programs |= {(None, which): f for which, f in roof(_TOKENS.value, members[0], _DTYPE.value).items()}
         for case in members:
+            if case.mode == "experts alone":
+                programs |= {(case, which): f for which, f in experts_alone(_TOKENS.value, case, _DTYPE.value).items()}
+                drops[case] = 0.0
+                continue
             try:
                 made, drops[case] = layer(_TOKENS.value, case, _DTYPE.value)
             except ValueError as refusal:
