@@ -388,6 +388,7 @@ CASES = [
     script("bench_moe", "--shapes=C", says=("shapes", "sweep")),
     script("bench_moe", "--gates=mixtrall", says=("gates", "mixtral")),
     script("bench_moe", "--modes=scatter", says=("modes", "gather")),
+    script("bench_moe", "--experts_alone", "--model", says="experts_alone"),
     script("bench_moe", "--experts=some", says="experts"),
     script("bench_moe", "--tokens=0", says="tokens"),
     script("bench_moe", "--d_model=-4", says="d_model"),
