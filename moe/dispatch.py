@@ -94,17 +94,32 @@ def _service_order(routing: Routing, drop_policy: str, rng: Array | None) -> Arr
     return jnp.argsort(-priority, axis=1, stable=True)
 
 
+#: Pairs that are counted one against another; those of earlier blocks are counted by expert.
+_BLOCK = 64
+
+
 def _positions(expert_index: Array, chosen: Array, num_experts: int) -> tuple[Array, Array]:
-    """[G,S,K] int32, how many chosen pairs before this one name its expert; and how many all do, [G,E]."""
+    """[G,S,K] int32, how many chosen pairs before this one name its expert (0 if it is not chosen itself); and how many
+    all do, [G,E].
+
+    The running sum over pairs of a one-hot [G,K·S,E] would be memory traffic: here it runs over blocks of pairs.
+    """
     groups, tokens, choices = expert_index.shape
     # [G,S,K] → [G,K,S] → [G,K·S]: the order of service.
-    in_order = jnp.swapaxes(expert_index, 1, 2).reshape(groups, choices * tokens)
-    sent = jnp.swapaxes(chosen, 1, 2).reshape(groups, choices * tokens)
-    asks = jax.nn.one_hot(in_order, num_experts, dtype=jnp.int32) * sent[..., None]  # [G,K·S,E]
-    before = jnp.cumsum(asks, axis=1) - asks
-    position = jnp.sum(before * asks, axis=-1)
-    # [G,K·S] → [G,K,S] → [G,S,K]
-    return jnp.swapaxes(position.reshape(groups, choices, tokens), 1, 2), jnp.sum(asks, axis=1)
+    asked = jnp.swapaxes(jnp.where(chosen, expert_index, num_experts), 1, 2).reshape(groups, choices * tokens)
+    size = min(_BLOCK, choices * tokens)
+    asked = jnp.pad(asked, ((0, 0), (0, -asked.shape[1] % size)), constant_values=num_experts)
+    asked = asked.reshape(groups, -1, size)  # [G,K·S] → [G,n,K·S/n]
+    pair = jnp.arange(size)
+    same = asked[..., :, None] == asked[..., None, :]
+    within = jnp.sum(same & (pair[:, None] > pair), axis=-1, dtype=jnp.int32)
+    by_block = jnp.sum(asked[..., None] == jnp.arange(num_experts), axis=2, dtype=jnp.int32)  # [G,n,E]
+    up_to = jnp.cumsum(by_block, axis=1)
+    position = jnp.take_along_axis(up_to - by_block, asked, axis=-1, mode="fill", fill_value=0) + within
+    position = jnp.where(asked < num_experts, position, 0)
+    # [G,n,K·S/n] → [G,K·S] → [G,K,S] → [G,S,K]
+    position = position.reshape(groups, -1)[:, : choices * tokens].reshape(groups, choices, tokens)
+    return jnp.swapaxes(position, 1, 2), up_to[:, -1]
 
 
 def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:

@@ -76,12 +76,15 @@ def top_k(scores: Array, k: int) -> tuple[Array, Array]:
     """``jax.lax.top_k`` as k rounds of argmax: scores [...,E] → values [...,K], indices [...,K]; of equals the lower.
 
     XLA's partitioner cannot split ``lax.top_k`` over tokens: on a mesh every device would gather everyone's logits and
-    route all tokens. Reductions over E it splits.
+    route all tokens. Reductions over E it splits. An argmax here is the lowest index that has the maximum: XLA's CPU
+    computes ``jnp.argmax``, a reduction of pairs, value by value on one core, ten times as long.
     """
-    experts = jnp.arange(scores.shape[-1])
+    num_experts = scores.shape[-1]
+    experts = jnp.arange(num_experts)
     remaining, indices = jax.lax.stop_gradient(scores), []
     for _ in range(k):
-        indices.append(jnp.argmax(remaining, axis=-1))
+        highest = jnp.max(remaining, axis=-1, keepdims=True)
+        indices.append(jnp.min(jnp.where(remaining == highest, experts, num_experts - 1), axis=-1))
         remaining = jnp.where(indices[-1][..., None] == experts, -jnp.inf, remaining)
     index = jnp.stack(indices, axis=-1)
     return pick(scores, index), index

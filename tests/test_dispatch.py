@@ -68,6 +68,24 @@ def test_choices_not_sent_take_no_row_and_groups_share_none():
     np.testing.assert_array_equal(plan.kept, [[[False], [True], [False]], [[True], [True], [False]]])
 
 
+@pytest.mark.parametrize("tokens", [31, 32, 33, 150])
+def test_rows_are_counted_across_blocks_of_pairs(tokens):
+    """62, 64, 66 and 300 pairs, counted by 64; a third of them not sent."""
+    numbers = np.random.default_rng(tokens)
+    experts = np.stack([numbers.permuted(np.tile(np.arange(3), (tokens, 1)), axis=1)[:, :2] for _ in range(2)])
+    chosen = numbers.random(experts.shape) < 2 / 3
+    plan = make_plan(_routing(experts, 3, chosen), capacity=tokens)
+    for group in range(2):
+        served = [0, 0, 0]
+        for choice in range(2):
+            for token in range(tokens):
+                expected = 0
+                if chosen[group, token, choice]:
+                    expected = served[experts[group, token, choice]]
+                    served[experts[group, token, choice]] += 1
+                assert plan.position_in_expert[group, token, choice] == expected
+
+
 @dataclasses.dataclass
 class Doubling:
     """Experts that multiply by e + 1, and keep the rows that each was given."""
