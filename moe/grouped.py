@@ -93,10 +93,10 @@ def chunks(num_rows: int, num_groups: int) -> Chunks:
     if not in_chunks():
         return Chunks(())
     mean = num_rows / num_groups
-    # Of the mean load: coarse where few groups are, 1/16 and in the middle 1/32 apart where most are.
-    shares = [0, 1 / 4, 1 / 2, 5 / 4, 3 / 2, *np.arange(3 / 4, 5 / 4, 1 / 16), *np.arange(7 / 8, 9 / 8, 1 / 32)]
-    step = 4 if mean >= 64 else 16  # XLA's matmul takes four rows at a time; where rows are few, code costs more
-    return Chunks(tuple(sorted({max(16, math.ceil(mean * share / step) * step) for share in shares})))
+    # Of the mean load: 1/8 apart up to its half, then 1/16, and in the middle, where most groups are, 1/32.
+    shares = [*np.arange(0, 1 / 2, 1 / 8), *np.arange(1 / 2, 25 / 16, 1 / 16), *np.arange(7 / 8, 9 / 8, 1 / 32)]
+    step = 5 if mean >= 64 else 15  # XLA's matmul takes five rows at a time; where rows are few, code costs more
+    return Chunks(tuple(sorted({max(15, math.ceil(mean * share / step) * step) for share in shares})))
 
 
 def grouped_ffn(
