@@ -121,23 +121,6 @@ def cases() -> list[Case]:
     return found
 
 
-def timed(programs: dict[Any, Callable[[], Any]]) -> tuple[dict[Any, list[float]], dict[Any, list[float]]]:
-    """Seconds of each program, by the clock and by the processors' time of all threads, called in turns so that a busy
-    moment hits all alike."""
-    import jax
-
-    seconds, processor_seconds = {name: [] for name in programs}, {name: [] for name in programs}
-    for program in programs.values():
-        jax.block_until_ready(program())  # compiles
-    for _ in range(_REPEATS.value):
-        for name, program in programs.items():
-            start, processor_start = time.perf_counter(), time.process_time()
-            jax.block_until_ready(program())
-            seconds[name].append(time.perf_counter() - start)
-            processor_seconds[name].append(time.process_time() - processor_start)
-    return seconds, processor_seconds
-
-
 def roof(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[], Any]]:
     """The bare batched matmuls of the active FLOPs, forward, and forward and backward."""
     import jax
@@ -299,6 +282,8 @@ def bench_layers() -> list[dict[str, Any]]:
     """All cases; those of one shape and number of experts in turns with their roof."""
     import jax
 
+    from moe import timing
+
     rows = []
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases():
@@ -325,15 +310,17 @@ def bench_layers() -> list[dict[str, Any]]:
                 continue
             programs |= {(case, which): f for which, f in made.items()}
         side = 2048 if on_cpu else 8192
-        seconds, processor_seconds = timed(programs | {"large matmul": large_matmul(side)})
-        rate = 2 * side**3 / statistics.median(seconds.pop("large matmul")) * (1 if on_cpu else jax.device_count())
+        times = timing.in_turns(programs | {"large matmul": large_matmul(side)}, _REPEATS.value)
+        large = statistics.median(times.pop("large matmul").clock)
+        rate = 2 * side**3 / large * (1 if on_cpu else jax.device_count())
         work = active_flops(_TOKENS.value, members[0])
         if on_cpu:
-            roofs = {which: seconds[None, which] for which in ("forward", "both")}
+            roofs = {which: times[None, which].clock for which in ("forward", "both")}
         else:
             fixed = accelerator_roof(_TOKENS.value, members[0], _DTYPE.value, rate)
             roofs = {which: [value] * _REPEATS.value for which, value in fixed.items()}
-        for (case, which), values in seconds.items():
+        for (case, which), seconds in times.items():
+            values = seconds.clock
             median = statistics.median(values)
             name = f"{members[0].shape} E={members[0].experts} roof" if case is None else _name(case)
             # Each turn's own ratio: a machine that is slow for a while is slow for both.
@@ -341,7 +328,7 @@ def bench_layers() -> list[dict[str, Any]]:
             # Of a machine whose host is shared, the steadiest: what others take is not counted.
             by_processor = None
             if on_cpu:
-                pairs = zip(processor_seconds[None, which], processor_seconds[case, which], strict=True)
+                pairs = zip(times[None, which].processor, seconds.processor, strict=True)
                 by_processor = statistics.median(r / own for r, own in pairs)
             of_minima, of_matmul = min(roofs[which]) / min(values), work[which] / median / rate
             dropped = 0.0 if case is None else drops[case]
@@ -412,7 +399,7 @@ def bench_model() -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
-    from moe import flops
+    from moe import flops, timing
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig, resolve
     from moe.step import build, place
 
@@ -458,7 +445,7 @@ def bench_model() -> list[dict[str, Any]]:
     rates = []
     programs["roof"] = roof(_TOKENS.value, experts, _DTYPE.value)["both"]
     programs["large matmul"] = lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, repeats=1))
-    seconds, _ = timed(programs)
+    seconds = {name: times.clock for name, times in timing.in_turns(programs, _REPEATS.value).items()}
     total, active = flops.count_parameters(config.model)
     expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers
     rest = flops.train_flops_per_token(config.model, length) * _TOKENS.value - expert_flops

@@ -69,25 +69,12 @@ class Stepper:
         jax.block_until_ready(self._state)
 
 
-def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turns, after one of each that compiles."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def utilisation(config: Any, mesh: Any) -> None:
     """Prints MFU, and perhaps how seeds train together."""
     import jax
     import numpy as np
 
-    from moe import flops
+    from moe import flops, timing
     from moe.step import build
 
     program = build(config, mesh)
@@ -107,7 +94,7 @@ def utilisation(config: Any, mesh: Any) -> None:
             jax.block_until_ready(states)
 
         calls["together"] = together
-    seconds = timed(calls, _STEPS.value)
+    seconds = {name: times.clock for name, times in timing.in_turns(calls, _STEPS.value).items()}
     step, rate = statistics.median(seconds["step"]), statistics.median(rates[1:])
     tokens = config.train.batch_size * config.data.sequence_length
     per_step = flops.train_flops_per_token(config.model, config.data.sequence_length) * tokens
@@ -145,6 +132,7 @@ def with_model(config: Any, **changes: Any) -> Any:
 
 def remat(config: Any, mesh: Any) -> None:
     """Prints bytes against step time."""
+    from moe import timing
     from moe.step import build
 
     programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
@@ -152,9 +140,9 @@ def remat(config: Any, mesh: Any) -> None:
         policy: program.train_step.lower(program.state, program.batch).compile().memory_analysis()
         for policy, program in programs.items()
     }
-    seconds = timed({policy: Stepper(program) for policy, program in programs.items()}, _STEPS.value)
-    for policy, values in seconds.items():
-        size = sizes[policy]
+    times = timing.in_turns({policy: Stepper(program) for policy, program in programs.items()}, _STEPS.value)
+    for policy, seconds in times.items():
+        values, size = seconds.clock, sizes[policy]
         print(
             f"{policy:5} {size.temp_size_in_bytes / 2**20:7.0f} MiB beside the state's "
             f"{size.alias_size_in_bytes / 2**20:.0f}; step {spread(values)}"
