@@ -3,7 +3,7 @@
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_huge_pages()  # before JAX: it restarts this program once
+    platform.use_allocator()  # before JAX: it restarts this program once
 
 from absl import flags
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_huge_pages()
+    platform.use_allocator()
     if any(word.lstrip("-").partition("=")[0] == "topology" for word in sys.argv[1:]):
         platform.use_tpu_compiler()  # before JAX
 
@@ -485,11 +485,11 @@ def main() -> None:
     device = jax.devices()[0]
     print(
         f"{device.device_kind} x {count}, {_DTYPE.value}, {_TOKENS.value} tokens, d {_D_MODEL.value}; "
-        f"huge pages {'on' if platform.huge_pages() else 'off'}; median of {_REPEATS.value}"
+        f"{platform.allocator()}; median of {_REPEATS.value}"
     )
     with jax.set_mesh(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])):
         rows = bench_model() if _MODEL.value else bench_layers()
-    _write({"device": device.device_kind, "devices": count, "huge_pages": platform.huge_pages()}, rows)
+    _write({"device": device.device_kind, "devices": count, "allocator": platform.allocator()}, rows)
 
 
 def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:

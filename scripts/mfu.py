@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_huge_pages()
+    platform.use_allocator()
 
 import dataclasses
 import statistics
@@ -99,7 +99,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     tokens = config.train.batch_size * config.data.sequence_length
     per_step = flops.train_flops_per_token(config.model, config.data.sequence_length) * tokens
     total, active = flops.count_parameters(config.model)
-    print(f"parameters: {total:,} total, {active:,} active; huge pages: {'on' if platform.huge_pages() else 'off'}")
+    print(f"parameters: {total:,} total, {active:,} active; {platform.allocator()}")
     print(f"model FLOPs per step of {tokens:,} tokens: {per_step / 1e9:.1f} GFLOP")
     print(f"step: {spread(seconds['step'])}")
     print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}")
