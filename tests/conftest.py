@@ -12,9 +12,13 @@ _FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
+import functools  # noqa: E402
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from moe import flops  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +27,14 @@ def eight_devices() -> list[jax.Device]:
     devices = jax.devices("cpu")
     assert len(devices) == 8
     return devices
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_matmul():
+    """Every run measures the machine's matmul rate, two seconds on a fake device: here with a small matrix."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "measured_matmul_rate", functools.partial(flops.measured_matmul_rate, size=64))
+        yield
 
 
 @pytest.fixture

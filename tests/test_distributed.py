@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from configs import mixtral
-from moe import train as training
 from moe.config import from_config_dict
 from moe.train import train
 from tests.tiny_text import build
@@ -42,14 +41,6 @@ SETTINGS = {
     "train.save_every": 2,
     "train.sample_tokens": 0,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """No timing of matmuls, which eight fake devices on two cores make long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.flops, "measured_matmul_rate", lambda *_: 1.0)
-        yield
 
 
 @pytest.fixture(scope="module")
