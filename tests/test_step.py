@@ -42,10 +42,10 @@ def test_every_buffer_of_the_state_is_reused(programs):
 
 
 def test_logits_are_held_a_chunk_at_a_time(programs):
-    """In no shape is there a float32 array of 4·24·48 numbers."""
+    """In no shape is there an array of 4·24·48 floating-point numbers."""
     text = programs[2]
     assert "f32[4,8,48]" in text
-    sizes = {shape: 1 for shape in re.findall(r"f32\[([\d,]+)\]", text) if shape.endswith(",48")}
+    sizes = {shape: 1 for shape in re.findall(r"\bb?f\d+\[([\d,]+)\]", text) if shape.endswith(",48")}
     for shape in sizes:
         elements = 1
         for size in shape.split(","):

@@ -166,6 +166,7 @@ def test_resume_is_exact(whole, tmp_path, monkeypatch, stop_at):
 
 MESHES = [
     (1, {}),
+    (4, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}),
     (8, {"mesh.expert": 8, "mesh.data": 1}),
     (8, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}),
 ]
