@@ -20,8 +20,8 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:
         platform.join_processes()
-    from moe import profiling
-    from moe.train import train
+    from moe.training import profiling
+    from moe.training.loop import train
 
     steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
     with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:

@@ -15,8 +15,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe import config as moe_config
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, check_field, check_path, type_name
+from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from, not only what it is.")
 
@@ -32,7 +32,7 @@ class _Path(flags.ArgumentParser):
     syntactic_help = "a path"
 
     def parse(self, argument: str) -> str:
-        moe_config.check_path("path", argument)
+        check_path("path", argument)
         return os.path.expanduser(argument)
 
 
@@ -69,7 +69,7 @@ class WorkdirFlags:
 
     @property
     def instead(self) -> dict[tuple[str, str], Any]:
-        """For :func:`moe.workdir.open_workdir`."""
+        """For :func:`moe.training.open_run.open_workdir`."""
         return {field: flag.value for field, flag in self._instead.items()}
 
 
@@ -77,12 +77,12 @@ def load_config(flag: flags.FlagHolder) -> Config:
     """The typed config of the flag.
 
     Raises:
-        ConfigError: see :func:`moe.config.from_config_dict`.
+        ConfigError: see :func:`moe.routing.resolve.from_config_dict`.
     """
     tree = flag.value
     if not isinstance(tree, ml_collections.ConfigDict):
         raise ConfigError(f"--config: get_config() must return a ConfigDict, not {type(tree).__name__}")
-    return moe_config.from_config_dict(tree)
+    return from_config_dict(tree)
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
@@ -122,7 +122,7 @@ def _sentence(error: Exception, argv: list[str]) -> str:
     """What was wrong with the command line, in one line."""
     text = " ".join(str(error).split())
     # ml_collections hands on what a config file raises as text, with its traceback.
-    _, refusal, words = text.rpartition("moe.config.ConfigError: ")
+    _, refusal, words = text.rpartition("moe.config.schema.ConfigError: ")
     if refusal:
         return words
     if isinstance(error, flags.IllegalFlagValueError):
@@ -130,7 +130,7 @@ def _sentence(error: Exception, argv: list[str]) -> str:
             name, _, value = argument.lstrip("-").partition("=")
             if name.startswith("config.") and f"--{name}=" in text:
                 field = name.removeprefix("config.")
-                return f"{field}={value!r}: must be {moe_config.type_name(field)}"
+                return f"{field}={value!r}: must be {type_name(field)}"
     if isinstance(error, (ConfigError, flags.Error)):
         return text
     files = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
@@ -141,7 +141,7 @@ def _parse(argv: list[str]) -> list[str]:
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):
-            moe_config.check_field(name.removeprefix("config."))
+            check_field(name.removeprefix("config."))
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
         raise flags.Error(f"unexpected arguments {rest[1:]}; options start with --")

@@ -35,7 +35,7 @@ def main() -> None:
 
     from moe.analysis import analyse, summary
     from moe.analysis.record import Recorder
-    from moe.workdir import open_workdir
+    from moe.training.open_run import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     recorder = Recorder(opened.program)

@@ -72,16 +72,16 @@ class Case:
 
 def check() -> None:
     """Refuses names and numbers that the flags' own types let pass."""
-    from moe import sharding
     from moe.config import ConfigError
-    from moe.dispatch import MODES
-    from moe.routing import GATES
+    from moe.dispatch.modes import MODES
+    from moe.parallel import partition_specs
+    from moe.routing.registry import GATES
 
     allowed: dict[str, list[str]] = {
         "shapes": ["A", "B", "sweep"],
         "gates": ["all", *GATES],
         "modes": list(MODES),
-        "mesh": list(sharding.AXES),
+        "mesh": list(partition_specs.AXES),
     }
     for name, choices in allowed.items():
         for entry in flags.FLAGS[name].value or []:
@@ -101,7 +101,7 @@ def check() -> None:
 
 def cases() -> list[Case]:
     """What the flags ask for."""
-    from moe.routing import GATES
+    from moe.routing.registry import GATES
 
     found = []
     for shape in _SHAPES.value:
@@ -175,14 +175,17 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
     import numpy as np
     from flax import nnx
 
-    from moe import sharding
-    from moe.config import Config, resolve
-    from moe.experts import MoELayer
-    from moe.routing import GATES, Routing, route
+    from moe.config import Config
+    from moe.layers.moe_layer import MoELayer
+    from moe.parallel import partition_specs
+    from moe.parallel.mesh import axis_size
+    from moe.routing.registry import GATES
+    from moe.routing.resolve import resolve
+    from moe.routing.routing import Routing, route
 
     config = resolve(Config(model=model_config(tokens, case, dtype))).model
     graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
-    rows = 1 if not _MESH.value else sharding.axis_size(*sharding.TOKEN_AXES)
+    rows = 1 if not _MESH.value else axis_size(*partition_specs.TOKEN_AXES)
     x = jax.random.normal(jax.random.key(1), (rows, tokens // rows, _D_MODEL.value), dtype)
     mask = jnp.ones(x.shape[:2], bool)
     replayed: Routing | None = None
@@ -194,8 +197,10 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
         replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
     if not jax.sharding.get_abstract_mesh().empty:
         mesh = jax.sharding.get_mesh()
-        x, mask = jax.device_put((x, mask), jax.NamedSharding(mesh, sharding.BATCH))
-        parameters = jax.device_put(parameters, sharding.shardings(mesh, sharding.parameter_specs(parameters)))
+        x, mask = jax.device_put((x, mask), jax.NamedSharding(mesh, partition_specs.BATCH))
+        parameters = jax.device_put(
+            parameters, partition_specs.shardings(mesh, partition_specs.parameter_specs(parameters))
+        )
 
     def forward(parameters, x):
         module = nnx.merge(graphdef, parameters, rest)
@@ -219,9 +224,10 @@ def experts_alone(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[],
     import jax.numpy as jnp
     from flax import nnx
 
-    from moe.config import Config, resolve
-    from moe.experts import Experts
-    from moe.grouped import chunks
+    from moe.config import Config
+    from moe.dispatch.grouped_matmul.grouped_ffn import chunks
+    from moe.layers.experts import Experts
+    from moe.routing.resolve import resolve
 
     dropless = dataclasses.replace(case, mode="dropless")
     config = resolve(Config(model=model_config(tokens, dropless, dtype))).model
@@ -282,7 +288,7 @@ def bench_layers() -> list[dict[str, Any]]:
     """All cases; those of one shape and number of experts in turns with their roof."""
     import jax
 
-    from moe import timing
+    from scripts import timing
 
     rows = []
     groups: dict[tuple[Any, ...], list[Case]] = {}
@@ -357,14 +363,15 @@ def bench_layers() -> list[dict[str, Any]]:
 
 def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """All cases compiled for the topology, every device with tokens of its own."""
-    from moe import sharding
-    from moe.config import Config, DataConfig, MeshConfig, TrainConfig, resolve, validate_mesh
-    from moe.pods import layer as pods_layer
-    from moe.pods.topology import get_topology
+    from moe.config import Config, DataConfig, MeshConfig, TrainConfig, validate_mesh
+    from moe.parallel.mesh import make_mesh
+    from moe.planner import layer as pods_layer
+    from moe.planner.topology import get_topology
+    from moe.routing.resolve import resolve
 
     topology = get_topology(_TOPOLOGY.value)
     mesh = MeshConfig(**sizes) if _MESH.value else MeshConfig(data=1, expert=-1)
-    shape = sharding.make_mesh(mesh, topology.devices).shape
+    shape = make_mesh(mesh, topology.devices).shape
     rows = shape["data"] * shape["fsdp"] * shape["expert"]
     print(
         f"{topology.name}, mesh {' x '.join(f'{axis} {size}' for axis, size in shape.items())}, {_DTYPE.value}, "
@@ -399,9 +406,11 @@ def bench_model() -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
-    from moe import flops, timing
-    from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig, resolve
-    from moe.step import build, place
+    from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+    from moe.models import flops
+    from moe.routing.resolve import resolve
+    from moe.training.step import build, place
+    from scripts import timing
 
     length, batch_size, layers, f = 512, _TOKENS.value // 512, 4, _D_FF.value or 1792
     mesh = jax.sharding.get_mesh()
@@ -469,11 +478,12 @@ def main() -> None:
     """Flags in, a table and perhaps a file out."""
     import jax
 
-    from moe import sharding
     from moe.config import MeshConfig
+    from moe.parallel import partition_specs
+    from moe.parallel.mesh import make_mesh
 
     check()
-    sizes = {axis: 1 for axis in sharding.AXES} | {
+    sizes = {axis: 1 for axis in partition_specs.AXES} | {
         axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)
     }
     if _TOPOLOGY.value:
@@ -487,7 +497,7 @@ def main() -> None:
         f"{device.device_kind} x {count}, {_DTYPE.value}, {_TOKENS.value} tokens, d {_D_MODEL.value}; "
         f"{platform.allocator()}; median of {_REPEATS.value}"
     )
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])):
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes), jax.devices()[:count])):
         rows = bench_model() if _MODEL.value else bench_layers()
     _write({"device": device.device_kind, "devices": count, "allocator": platform.allocator()}, rows)
 

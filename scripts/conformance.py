@@ -25,11 +25,14 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from moe import balancing, dispatch  # noqa: E402
 from moe.config import ConfigError  # noqa: E402
+from moe.dispatch.modes import MODES  # noqa: E402
+from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
 from moe.interop.convert import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
-from moe.routing import GATES, Routing, route  # noqa: E402
+from moe.routing import balancing  # noqa: E402
+from moe.routing.registry import GATES  # noqa: E402
+from moe.routing.routing import Routing, route  # noqa: E402
 from scripts.conformance_oracle import (  # noqa: E402
     CASES,
     LEAK,
@@ -91,14 +94,14 @@ DROPPED = (
 
 def dropped_share() -> Iterator[Row]:
     """Top-1 routing that is uniform at random, E = 8, simulated."""
-    plan = jax.jit(dispatch.make_plan, static_argnames="capacity")
+    plan = jax.jit(make_plan, static_argnames="capacity")
     for tokens, factor, percent in DROPPED:
         groups = 2**22 // tokens
         shape = (groups, tokens, 8)
         rng = jax.random.key(tokens + int(100 * factor))
         mask = jnp.ones(shape[:2], bool)
         routing = route(GATES["random"], jnp.zeros(shape), mask, experts_per_token=1, rng=rng)
-        kept = plan(routing, capacity=dispatch.expert_capacity(factor, 1, tokens, 8)).kept
+        kept = plan(routing, capacity=expert_capacity(factor, 1, tokens, 8)).kept
         # Of one group's share: the error of the mean is its deviation over sqrt(groups); five of them, and the print's.
         shares = 100 * (1 - np.asarray(kept, np.float64).mean(axis=(1, 2)))
         bound = 5 * shares.std() / np.sqrt(groups) + 0.5 * 10.0 ** -(2 if percent >= 0.1 else 3)
@@ -115,7 +118,7 @@ def reference_layers(folder: Path) -> Iterator[Row]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
         drops = "expert_capacity" in arrays
-        for mode in dispatch.MODES:
+        for mode in MODES:
             if drops and mode == "dropless":
                 continue  # has no capacity
             ours = run_reference(arrays, mode)

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe import dispatch, sharding
 from moe.config import ConfigError, MeshConfig
-from moe.experts import MoELayer
+from moe.dispatch.modes import MODES
 from moe.interop.layers import single_layer
-from moe.routing import GATES
+from moe.layers.moe_layer import MoELayer
+from moe.parallel import partition_specs
+from moe.parallel.mesh import make_mesh
+from moe.routing.registry import GATES
 from scripts.conformance_rows import FLOAT32, Row, close, error
 from tests import reference, rounding
 
@@ -244,7 +246,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         alone[np.arange(case.g), mask.argmax(1)] = True
         masks |= {", one real token a group": alone, ", all padding": np.zeros_like(mask)}
     known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by who was kept of which batch
-    for mode in dispatch.MODES:
+    for mode in MODES:
         factor = case.c * case.e / (case.k * case.s)
         fields = {"experts_per_token": case.k, "eval_capacity_factor": factor, "dispatch": mode, **case.fields}
         try:
@@ -309,16 +311,16 @@ def device_counts() -> Iterator[Row]:
         if gate == "mixtral":
             fields["drop_policy"] = "random"
         given = read_by(gate, weights_of(8, 8, 8, seed=11, slots=1 if rule.router == "slots" else 0))
-        for mode in dispatch.MODES:
+        for mode in MODES:
             if (gate, mode) in REFUSED_MODES:
                 continue
             run = program(single_layer(gate, **given, dispatch=mode, **fields), train=True)
             alone = run(x, mask, cotangent, tokens, key)
             for count in (1, 2, 4, 8):
                 fsdp = 2 if count == 8 else 1
-                mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=count // fsdp), jax.devices()[:count])
+                mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=count // fsdp), jax.devices()[:count])
                 with jax.set_mesh(mesh):
-                    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+                    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, partition_specs.BATCH))
                     spread = run(placed, mask, cotangent, tokens, key)
                 yield close(
                     DEVICES, f"{gate}, {mode}, {count} devices", "without a mesh", error(spread, alone), FLOAT32

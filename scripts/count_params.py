@@ -13,8 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # counting needs no accelerator
 
 import importlib
 
-from moe.config import from_config_dict
-from moe.flops import count_parameters
+from moe.models.flops import count_parameters
+from moe.routing.resolve import from_config_dict
 
 #: config: (published total, published active, exact total, exact active; None where not published to the last digit)
 PUBLISHED = {

@@ -1,4 +1,4 @@
-"""python scripts/evaluate.py --workdir=WORKDIR: perplexity and bits per byte of a checkpoint, per domain of a corpus.
+"""python scripts/evaluation.py --workdir=WORKDIR: perplexity and bits per byte of a checkpoint, per domain of a corpus.
 
 WORKDIR is of a run or an import; the corpus is the run's own unless --dataset or --domains name another that is
 prepared. Bits per byte compare models of different tokenizers; perplexity is per token of the model's own.
@@ -29,14 +29,14 @@ def main() -> None:
     """Flags in, a table out."""
     import jax
 
-    from moe import evaluate
-    from moe.workdir import open_workdir
+    from moe.training import evaluation
+    from moe.training.open_run import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | {("data", "heldout_rows"): _ROWS.value})
     program = opened.program
     with jax.set_mesh(program.mesh):
-        heldout = evaluate.load_heldout(program, opened.prepared)
-        results = evaluate.evaluate(program, opened.variables(_WORKDIR.step), heldout)
+        heldout = evaluation.load_heldout(program, opened.prepared)
+        results = evaluation.evaluate(program, opened.variables(_WORKDIR.step), heldout)
     if _JSON.value:
         print(json.dumps(results, indent=2))
         return

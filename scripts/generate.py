@@ -38,24 +38,27 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe import generate, sharding, weights
+    from moe.checkpoints import parameters
     from moe.config import ConfigError, MeshConfig, validate_mesh
     from moe.data.json_tokenizer import find_tokenizer
+    from moe.models import sampling
+    from moe.parallel import partition_specs
+    from moe.parallel.mesh import make_mesh
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
-    config = weights.read_config(workdir)
+    config = parameters.read_config(workdir)
     tokenizer = find_tokenizer(workdir)
     axes: dict[str, int] = {}
     for entry in _MESH.value or []:
         axis, _, size = str(entry).partition("=")
-        if axis not in sharding.AXES or not size.removeprefix("-").isdigit():
-            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(sharding.AXES)}")
+        if axis not in partition_specs.AXES or not size.removeprefix("-").isdigit():
+            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(partition_specs.AXES)}")
         axes[axis] = int(size)
-    mesh = sharding.make_mesh(MeshConfig(**axes))
+    mesh = make_mesh(MeshConfig(**axes))
     validate_mesh(
         dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=mesh.size)), mesh.shape
     )
-    sampling = generate.Sampling(
+    options = sampling.Sampling(
         temperature=_TEMPERATURE.value or 0.0,
         top_k=_TOP_K.value or 0,
         top_p=_TOP_P.value or 0.0,
@@ -68,10 +71,10 @@ def main() -> None:
     stream_one = len(rows) == 1
     shown, times = "", []
     with jax.set_mesh(mesh):
-        variables = weights.read_variables(workdir, config.model, mesh, step=_STEP.value)
+        variables = parameters.read_variables(workdir, config.model, mesh, step=_STEP.value)
         if stream_one:
             print(prompts[0], end="", flush=True)
-        for column in generate.stream(config.model, variables, rows, int(_TOKENS.value or 0), sampling):
+        for column in sampling.stream(config.model, variables, rows, int(_TOKENS.value or 0), options):
             times.append(time.perf_counter())
             for text, token in zip(texts, column, strict=True):
                 if token >= 0:

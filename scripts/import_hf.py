@@ -25,8 +25,8 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of acti
 
 def main() -> None:
     """Flags in, a workdir out."""
-    from moe.flops import count_parameters
     from moe.interop import import_checkpoint
+    from moe.models.flops import count_parameters
 
     config = import_checkpoint(str(_SOURCE.value), str(_OUT.value), dtype=_DTYPE.value)
     total, active = count_parameters(config.model)

@@ -51,7 +51,7 @@ MOMENTS = ("time", "start", "row", "evaluation", "save")
 def small(folder: Path, life: str) -> Any:
     """The config of a life: some seconds of start, then steps of some milliseconds, with something due at each."""
     from configs import base
-    from moe.config import from_config_dict
+    from moe.routing.resolve import from_config_dict
 
     tree: Any = base.get_config()
     tree.model.update(vocab_size=400, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
@@ -69,7 +69,7 @@ def live(folder: str, life: str) -> None:
     """One start of a life, in a process of its own, with programs compiled by those before it."""
     import jax
 
-    from moe.train import train
+    from moe.training.loop import train
 
     logging.set_verbosity(logging.WARNING)
     with open(Path(folder) / f"{life}.log", "a") as log:
@@ -189,9 +189,9 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
     """What of a finished run is not as in another."""
     import numpy as np
 
-    from moe import weights
-    from moe.metrics import read_rows
-    from moe.sealed import unseal
+    from moe.atomic_files import unseal
+    from moe.checkpoints import parameters
+    from moe.metrics_files import read_rows
 
     for name in ("metrics.jsonl", "report.txt"):
         if (ours / name).read_bytes() != (theirs / name).read_bytes():
@@ -209,10 +209,10 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
     ]
     if saved[0] != saved[1]:
         yield "state or memory of the last checkpoint"
-    model = weights.read_config(theirs).model
+    model = parameters.read_config(theirs).model
     import jax
 
-    trees = [weights.read_variables(run, model, step=STEPS) for run in (ours, theirs)]
+    trees = [parameters.read_variables(run, model, step=STEPS) for run in (ours, theirs)]
     equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *trees)
     if not all(jax.tree.leaves(equal)):
         yield "parameters"
@@ -225,7 +225,7 @@ def kill_runs(folder: Path) -> int:
     for path in (*root.glob("docs/*.md"), *root.glob("moe/*.py"), root / "README.md"):
         (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["configs.base", "moe.train"])
+    context.set_forkserver_preload(["configs.base", "moe.training.loop"])
     draw, seconds = random.Random(_SEED.value), 0.0
     tfds = wheel().exists()
     # The first one compiles; the last one says how long a run takes without that.

@@ -55,7 +55,7 @@ class Stepper:
     def __init__(self, program: Any):
         import jax
 
-        from moe.step import place
+        from moe.training.step import place
 
         self._step = program.train_step
         self._state, self._batch = program.init(), place(random_rows(program.config), program.mesh)
@@ -74,8 +74,9 @@ def utilisation(config: Any, mesh: Any) -> None:
     import jax
     import numpy as np
 
-    from moe import flops, timing
-    from moe.step import build
+    from moe.models import flops
+    from moe.training.step import build
+    from scripts import timing
 
     program = build(config, mesh)
     rates: list[float] = []
@@ -125,15 +126,15 @@ def spread(seconds: list[float]) -> str:
 
 def with_model(config: Any, **changes: Any) -> Any:
     """The config with other fields of its model, checked."""
-    from moe.config import validate
+    from moe.routing.resolve import validate
 
     return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)))
 
 
 def remat(config: Any, mesh: Any) -> None:
     """Prints bytes against step time."""
-    from moe import timing
-    from moe.step import build
+    from moe.training.step import build
+    from scripts import timing
 
     programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
     sizes = {
@@ -154,7 +155,7 @@ def compilation(config: Any, mesh: Any) -> None:
     import jax
 
     from moe.config import ConfigError
-    from moe.step import build
+    from moe.training.step import build
 
     for number in _LAYERS.value:
         if not (number.isdigit() and int(number) > 0):
@@ -187,8 +188,8 @@ class Alternating:
         self._start = 0.0
 
     def make_program(self, *arguments: Any) -> Any:
-        """:func:`moe.step.build`."""
-        from moe.step import build
+        """:func:`moe.training.step.build`."""
+        from moe.training.step import build
 
         program = build(*arguments)
         self._stepper = Stepper(program)
@@ -223,7 +224,7 @@ def timed_again(call: Callable[[], Any], repeats: int) -> list[float]:
 
 def whole_run(config: Any) -> None:
     """Prints the share of the bare step's speed that a run keeps."""
-    from moe.train import train
+    from moe.training.loop import train
 
     every = config.train.save_every
     num_steps = every * (_SAVES.value + 1)
@@ -245,10 +246,10 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     import jax
 
-    from moe import sharding
     from moe.config import validate_mesh
+    from moe.parallel.mesh import make_mesh
 
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)
     if _SAVES.value:
         whole_run(config)

@@ -37,7 +37,7 @@ _CACHE = flags.DEFINE_string("cache", "~/.cache/moe-plans", "Folder of what --se
 def main() -> None:
     """Flags in, one page out."""
     config = cli.load_config(_CONFIG)
-    from moe.pods import plan, topology
+    from moe.planner import plan, topology
 
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
     if _SEARCH.value:
@@ -51,7 +51,7 @@ def _search(config: Config, where) -> None:
     """A table of the best candidates, and the line that runs the first."""
     from tqdm import tqdm
 
-    from moe.pods import plan, search
+    from moe.planner import plan, search
 
     if _LIMIT.value < 1:
         raise ConfigError(f"--limit={_LIMIT.value}: must be at least 1")

@@ -38,13 +38,13 @@ def main() -> None:
     import scipy.stats
     from etils import epath
 
-    from moe import sharding
-    from moe.checkpoint import Checkpoints
+    from moe.checkpoints.manager import Checkpoints
     from moe.config import validate_mesh
     from moe.data import pipeline
-    from moe.step import build, place
+    from moe.parallel.mesh import make_mesh
+    from moe.training.step import build, place
 
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)
     prepared = pipeline.prepare(config.data, config.model.vocab_size)
     iterator = pipeline.train_iterator(prepared, config.data, batch_size=config.train.batch_size, seed=config.seed)

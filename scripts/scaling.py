@@ -46,7 +46,7 @@ What it shows, and what it does not: docs/pods.md.
 
 def main() -> None:
     """Flags in, three files out, written again after every point."""
-    from moe.pods import scaling
+    from moe.planner import scaling
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def main() -> None:
 def every_point(modes) -> list:
     """All programs of the table, in its order."""
     from configs import gshard_twin
-    from moe.config import from_config_dict
-    from moe.pods import scaling
+    from moe.planner import scaling
+    from moe.routing.resolve import from_config_dict
 
     points = []
     for mode, tensor in [*((mode, 1) for mode in modes), *((mode, 2) for mode in modes if mode == "gather")]:
@@ -90,7 +90,7 @@ def remembered(folder: Path) -> list[dict]:
 
 def write(folder: Path, rows: list[dict], points: list) -> str:
     """The page and the plot of what there is; returns the table."""
-    from moe.pods import scaling, search
+    from moe.planner import scaling, search
 
     by_point = {(row["series"], row["topology"]): row for row in rows}
     shown = [by_point[key] for point in points if (key := (point.series, point.topology)) in by_point]

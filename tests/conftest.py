@@ -18,7 +18,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from moe import flops  # noqa: E402
+from moe.models import flops  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

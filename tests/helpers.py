@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ModelConfig, MoEConfig, resolve
-from moe.routing import GATES, Routing, route
-from moe.transformer import Transformer
+from moe.config import Config, ModelConfig, MoEConfig
+from moe.models.decoder import Transformer
+from moe.routing.registry import GATES
+from moe.routing.resolve import resolve
+from moe.routing.routing import Routing, route
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}
 

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe import sharding
 from moe.analysis import analyse, measures, probes, render, summary
 from moe.analysis.documents import Document, document_batches, read_document
 from moe.analysis.record import Recorder
 from moe.analysis.syntax import CLASSES, byte_classes, token_classes
-from moe.balancing import max_violation
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.pipeline import Prepared
 from moe.data.tokenizer import train_tokenizer
-from moe.evaluate import Heldout, evaluate
-from moe.routing import GATES, route
-from moe.step import build
+from moe.parallel.mesh import make_mesh
+from moe.routing.balancing import max_violation
+from moe.routing.registry import GATES
+from moe.routing.routing import route
+from moe.training.evaluation import Heldout, evaluate
+from moe.training.step import build
 from tests.helpers import random_parameters, tiny_model
 
 B, T = 2, 8
@@ -209,7 +210,7 @@ def test_documents_become_rows():
 def tiny_program(**overrides):
     model = tiny_model(**overrides)
     config = Config(model=model, data=DataConfig(sequence_length=T), train=TrainConfig(batch_size=B))
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return build(config, mesh), random_parameters(model)[1]
 
 

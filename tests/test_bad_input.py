@@ -25,9 +25,10 @@ import safetensors.numpy
 from absl import flags
 
 from moe import cli
-from moe.config import Config, from_config_dict, to_dict
+from moe.config import Config, to_dict
 from moe.data import pipeline
 from moe.interop import import_checkpoint
+from moe.routing.resolve import from_config_dict
 from tests.tiny_text import build
 
 ROOT = Path(__file__).parents[1]

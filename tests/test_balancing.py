@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import balancing, dispatch
-from moe.balancing import dead_experts, max_violation, router_z_loss, token_mean
-from moe.routing import GATES
+from moe.dispatch.plan import make_plan
+from moe.routing import balancing
+from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
+from moe.routing.registry import GATES
 from tests.helpers import FOUR, tiny_routing
 
 E = 8
 # Compiled whole, they take a fifth of the time of one small program per operation.
 load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames="first_choice")
 report = jax.jit(balancing.report, static_argnames="first_choice")
-make_plan = jax.jit(dispatch.make_plan, static_argnames="capacity")
+make_plan = jax.jit(make_plan, static_argnames="capacity")
 
 
 def _cyclic(scale: float) -> np.ndarray:

@@ -6,8 +6,8 @@ import importlib
 import pytest
 
 from configs import base
-from moe import config as moe_config
-from moe.config import Config, ConfigError, from_config_dict, to_config_dict, validate_mesh
+from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
+from moe.routing.resolve import from_config_dict
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
 
@@ -72,13 +72,13 @@ def test_refused(overrides, words):
 )
 def test_unknown_field_names_the_nearest(path, words):
     with pytest.raises(ConfigError) as error:
-        moe_config.check_field(path)
+        check_field(path)
     assert words in str(error.value)
 
 
 def test_known_fields_pass():
-    moe_config.check_field("model.moe.num_experts")
-    moe_config.check_field("seed")
+    check_field("model.moe.num_experts")
+    check_field("seed")
 
 
 def test_unknown_key_and_wrong_type_in_a_tree():
@@ -135,5 +135,5 @@ def test_layers_differ_by_overrides_alone():
     assert {c.model.moe.gate for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
     for tree in trees.values():
         assert set(dataclasses.asdict(Config())) == set(tree.keys())
-    shared = {dataclasses.replace(c.model, d_ff=1, moe=moe_config.MoEConfig()) for c in configs.values()}
+    shared = {dataclasses.replace(c.model, d_ff=1, moe=MoEConfig()) for c in configs.values()}
     assert len(shared) == 1  # the rest of the model is one and the same

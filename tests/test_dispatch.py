@@ -10,10 +10,14 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moe import dispatch
-from moe.dispatch import MODES, Plan, expert_capacity, make_plan
-from moe.experts import Experts, MoELayer, Router
-from moe.routing import GATES, Routing, route
+from moe.dispatch.modes import MODES
+from moe.dispatch.plan import Plan, expert_capacity, make_plan
+from moe.layers.experts import Experts
+from moe.layers.moe_layer import MoELayer
+from moe.parallel import target
+from moe.routing.registry import GATES
+from moe.routing.router import Router
+from moe.routing.routing import Routing, route
 from tests import reference
 from tests.helpers import tiny_model, tiny_routing
 
@@ -110,7 +114,7 @@ class Doubling:
 @pytest.mark.parametrize(("mode", "on_cpu"), [("einsum", True), ("gather", True), ("gather", False)])
 def test_buffers_and_outputs_by_hand(mode, on_cpu, monkeypatch):
     # Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights 1/2, 1, 1; room for one: token 2 is dropped.
-    monkeypatch.setattr(dispatch, "in_chunks", lambda: on_cpu)
+    monkeypatch.setattr(target, "is_cpu", lambda: on_cpu)
     x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
     experts = Doubling([])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from configs import mixtral
-from moe.config import from_config_dict
-from moe.train import train
+from moe.routing.resolve import from_config_dict
+from moe.training.loop import train
 from tests.tiny_text import build
 
 ROOT = Path(__file__).parents[1]

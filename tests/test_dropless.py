@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe import dispatch, grouped, sharding
 from moe.config import MeshConfig
-from moe.experts import Experts
+from moe.dispatch.dropless import dropless
+from moe.dispatch.grouped_matmul import accelerator, cpu, grouped_ffn
+from moe.dispatch.modes import MODES
+from moe.dispatch.plan import make_plan
+from moe.layers.experts import Experts
+from moe.parallel import partition_specs, target
+from moe.parallel.mesh import make_mesh
 from tests.helpers import tiny_model, tiny_routing
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -39,8 +44,8 @@ def _program(mode, config, variant):
 
     def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
-        plan = dispatch.make_plan(sent, weights.shape[1] * weights.shape[2])
-        y = dispatch.MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters))
+        plan = make_plan(sent, weights.shape[1] * weights.shape[2])
+        y = MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters))
         return jnp.sum(jnp.sin(y)), y
 
     return parameters, jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -54,8 +59,8 @@ def _value_and_gradients(mode, config, routing, x, variant=""):
     """
     parameters, function = _program(mode, config, variant)
     if not jax.sharding.get_abstract_mesh().empty:
-        specs = sharding.parameter_specs({"experts": parameters})["experts"]
-        parameters = jax.device_put(parameters, sharding.shardings(jax.sharding.get_mesh(), specs))
+        specs = partition_specs.parameter_specs({"experts": parameters})["experts"]
+        parameters = jax.device_put(parameters, partition_specs.shardings(jax.sharding.get_mesh(), specs))
     (_, y), gradients = function(x, parameters, routing.combine_weights, routing)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), (y, *jax.tree.leaves(gradients)))
 
@@ -100,11 +105,11 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
 
     The loop's buffers begin as NaN: of what no chunk wrote, the first group's gradients too, nothing may come out.
     """
-    monkeypatch.setattr(grouped, "in_chunks", lambda: kernel == "chunks")
+    monkeypatch.setattr(target, "is_cpu", lambda: kernel == "chunks")
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
-    monkeypatch.setattr(grouped, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
+    monkeypatch.setattr(cpu, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
     sizes = np.array([0, 37, 3, 90])
-    pieces = grouped.chunks(130, 4)
+    pieces = grouped_ffn.chunks(130, 4)
     room = pieces.padded_sizes(jnp.asarray(sizes, jnp.int32))
     rows = np.zeros((pieces.total(130, 4), 6), np.float32)
     starts = np.cumsum(room) - np.asarray(room)
@@ -120,13 +125,13 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
         return matmul(jnp.tanh(hidden), matrices)
 
     def ours(rows, into, out_of):
-        y = grouped.grouped_ffn(first, second, rows, into, out_of, jnp.asarray(starts), room, pieces)
+        y = grouped_ffn.grouped_ffn(first, second, rows, into, out_of, jnp.asarray(starts), room, pieces)
         return jnp.concatenate([y[start : start + size] for start, size in zip(starts, sizes, strict=True)])
 
     def apart(rows, into, out_of):
         """Each matmul by itself, as where something is to be done to the hidden activations."""
         for matrices, after in ((into, jnp.tanh), (out_of, lambda y: y)):
-            rows = after(grouped.grouped_ffn(first, None, rows, matrices, (), jnp.asarray(starts), room, pieces))
+            rows = after(grouped_ffn.grouped_ffn(first, None, rows, matrices, (), jnp.asarray(starts), room, pieces))
         return jnp.concatenate([rows[start : start + size] for start, size in zip(starts, sizes, strict=True)])
 
     def plain(rows, into, out_of):
@@ -149,13 +154,13 @@ def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
     """The gradients, rows' by megablox, which CPUs can interpret, against one matmul a group; surplus rows beyond."""
     module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     monkeypatch.setattr(module, "gmm", functools.partial(module.gmm, interpret=True))
-    monkeypatch.setattr(grouped, "_TILES", {"cpu": (256, 128, 128)})
+    monkeypatch.setattr(accelerator, "_TILES", {"cpu": (256, 128, 128)})
     sizes = np.array([700, 1200], np.int32)
     rows, gradient = (jnp.asarray(rng.normal(size=(2048, d)), jnp.bfloat16) for d in (128, 256))
     matrices = jnp.asarray(rng.normal(size=(2, 128, 256)), jnp.bfloat16)
 
     def ours(rows, matrices, gradient):
-        y, backward = jax.vjp(lambda *a: grouped._ragged_dot(*a, jnp.asarray(sizes)), rows, matrices)
+        y, backward = jax.vjp(lambda *a: accelerator._ragged_dot(*a, jnp.asarray(sizes)), rows, matrices)
         d_rows, d_matrices = backward(gradient)
         return y[:1900], d_rows[:1900], d_matrices
 
@@ -180,7 +185,7 @@ def test_within_vmap_scan_and_remat(rng):
     x = jnp.asarray(rng.normal(size=(3, 1, 20, config.d_model)), jnp.float32)
 
     def layer(x, routing, parameters):
-        return dispatch.dropless(x, routing, dispatch.make_plan(routing, 40), nnx.merge(graphdef, parameters))
+        return dropless(x, routing, make_plan(routing, 40), nnx.merge(graphdef, parameters))
 
     def plain(x, parameters):
         return jnp.stack([layer(x[i], jax.tree.map(lambda a, i=i: a[i], routings), parameters) for i in range(3)])
@@ -208,7 +213,7 @@ def test_room_for_chunks_is_enough_and_little(rng):
     for _ in range(25):
         num_groups = int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
-        pieces = grouped.chunks(int(sizes.sum()), num_groups)
+        pieces = grouped_ffn.chunks(int(sizes.sum()), num_groups)
         padded = np.asarray(pieces.padded_sizes(jnp.asarray(sizes, jnp.int32)))
         first = np.asarray(pieces.first(jnp.asarray(padded)))
         assert np.all(padded >= sizes)
@@ -227,8 +232,8 @@ def test_tokens_move_by_gathers_alone(mode, rng):
 
     def loss(x, parameters, weights):
         sent = dataclasses.replace(routing, combine_weights=weights)
-        plan = dispatch.make_plan(sent, 24)
-        return jnp.sum(dispatch.MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters)))
+        plan = make_plan(sent, 24)
+        return jnp.sum(MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters)))
 
     x = jnp.zeros((2, 12, config.d_model), jnp.float32)
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, parameters, routing.combine_weights))
@@ -249,9 +254,9 @@ MESHES = [
 
 def _on_mesh(mesh, config, routing, x, variant=""):
     """Of dropless, its tokens and experts spread."""
-    made = sharding.make_mesh(mesh)
+    made = make_mesh(mesh)
     with jax.set_mesh(made):
-        where = jax.NamedSharding(made, sharding.BATCH)
+        where = jax.NamedSharding(made, partition_specs.BATCH)
         routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
         return _value_and_gradients("dropless", config, routing, x, variant)
 
@@ -291,11 +296,10 @@ def test_the_exchange_of_accelerators_is_equal(mesh, load, rng, monkeypatch):
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
     alone = _value_and_gradients("dropless", config, routing, x)
-    monkeypatch.setattr(grouped, "in_chunks", lambda: False)
-    monkeypatch.setattr(dispatch, "in_chunks", lambda: False)
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # as garbage would be
     if load == "one":
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
-        assert heaviest > grouped.whole_tiles(120 * 5 // 4)
+        assert heaviest > accelerator.whole_tiles(120 * 5 // 4)
     _assert_close(_on_mesh(mesh, config, routing, x, "of accelerators"), alone, 1e-5)

@@ -10,22 +10,20 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from moe import balancing, dispatch, sharding
-from moe.config import (
-    Config,
-    ConfigError,
-    MeshConfig,
-    from_config_dict,
-    resolve,
-    to_config_dict,
-    validate,
-    validate_mesh,
-)
-from moe.experts import MoELayer, Router, SelectionBias
+from moe.config import Config, ConfigError, MeshConfig, to_config_dict, validate_mesh
+from moe.dispatch.modes import MODES
+from moe.dispatch.plan import make_plan, overflow_to_next
 from moe.interop.layers import single_layer
-from moe.routing import GATES, route
-from moe.step import build, place
-from moe.transformer import Transformer, selection_biases
+from moe.layers.moe_layer import MoELayer
+from moe.models.decoder import Transformer
+from moe.models.stack import selection_biases
+from moe.parallel.mesh import make_mesh
+from moe.routing import balancing
+from moe.routing.registry import GATES
+from moe.routing.resolve import from_config_dict, resolve, validate
+from moe.routing.router import Router, SelectionBias
+from moe.routing.routing import route
+from moe.training.step import build, place
 from tests.helpers import FOUR, tiny_model
 
 # Two tokens with probabilities (6, 3, 1, 2)/12 and (1, 2, 9, 4)/16.
@@ -155,7 +153,7 @@ def test_expert_choice_by_hand():
 def test_expert_choice_never_drops_and_is_balanced(rng):
     routing = routed("expert_choice", rng.normal(size=(3, 16, 4)), 2, expert_capacity=8)
     np.testing.assert_array_equal(routing.chosen.sum(1), np.full((3, 4), 8))
-    np.testing.assert_array_equal(dispatch.make_plan(routing, 8).kept, routing.chosen)
+    np.testing.assert_array_equal(make_plan(routing, 8).kept, routing.chosen)
 
 
 def test_hash_depends_on_the_token_alone():
@@ -387,7 +385,7 @@ def _program(gate, mesh=None, **moe):
         tree.mesh[axis] = size
     config = from_config_dict(tree)
     devices = math.prod((mesh or {"data": 1}).values())
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
     validate_mesh(config, mesh.shape)
     return build(config, mesh)
 
@@ -452,7 +450,7 @@ def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
         "down": rng.normal(size=(3, 5, 4)),
     }
     mask = jnp.ones((1, 6), bool)
-    for mode in dispatch.MODES:
+    for mode in MODES:
         layer = single_layer("switch", **weights, eval_capacity_factor=3.0, dispatch=mode)
         run = jax.jit(lambda x, layer=layer: layer(x, mask))
         expected, _, _ = run(x)
@@ -475,14 +473,14 @@ def _one_expert(weights):
 def test_drop_policies_by_hand():
     routing = _one_expert([0.5, 0.9, 0.6, 0.8])
     for policy, kept in (("position", [1, 1, 0, 0]), ("probability", [0, 1, 0, 1])):
-        plan = dispatch.make_plan(routing, 2, drop_policy=policy)
+        plan = make_plan(routing, 2, drop_policy=policy)
         np.testing.assert_array_equal(plan.kept[0, :, 0], np.array(kept, bool), err_msg=policy)
         assert sorted(np.asarray(plan.position_in_expert)[plan.kept]) == [0, 1]
 
 
 def test_random_drops_are_fair():
     routing = _one_expert([0.9] * 6)
-    plans = jax.vmap(lambda key: dispatch.make_plan(routing, 2, drop_policy="random", rng=key).kept)(
+    plans = jax.vmap(lambda key: make_plan(routing, 2, drop_policy="random", rng=key).kept)(
         jax.random.split(jax.random.key(0), 600)
     )
     assert (np.asarray(plans).sum((1, 2, 3)) == 2).all()
@@ -494,7 +492,7 @@ def test_probability_serves_first_choices_before_any_second():
     # Token 0's weights: 0.6 for expert 0, 0.4 for 1. Token 1: 0.55 for 1, 0.45 for 0. Room for one each: both keep
     # their first choice though 0.4 and 0.45 of the other... and token 0, the larger weight, comes first in each round.
     routing = routed("mixtral", np.log([[[0.6, 0.4], [0.45, 0.55]]]), 2)
-    plan = dispatch.make_plan(routing, 1, drop_policy="probability")
+    plan = make_plan(routing, 1, drop_policy="probability")
     np.testing.assert_array_equal(plan.kept, [[[True, False], [True, False]]])
 
 
@@ -502,7 +500,7 @@ def test_overflow_goes_to_the_next_best_expert_after_everybody_else():
     # Room for one: token 0 keeps expert 0. Tokens 1 and 2 overflow to expert 1; the first gets the room, its weight
     # being p_1 = 0.9·(1 − 0.9) = 0.09. Token 2 finds none.
     routing = _one_expert([0.5, 0.9, 0.6])
-    moved, plan = dispatch.overflow_to_next(routing, dispatch.make_plan(routing, 1))
+    moved, plan = overflow_to_next(routing, make_plan(routing, 1))
     np.testing.assert_array_equal(moved.expert_index[0, :, 0], [0, 1, 1])
     np.testing.assert_array_equal(plan.kept[0, :, 0], [True, True, False])
     np.testing.assert_allclose(moved.combine_weights[0, :2, 0], [0.5, 0.09], rtol=1e-5)
@@ -527,7 +525,7 @@ def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
     # Asked, this router would choose the two worst of eight experts instead of the two best.
     router = other.segment_1.block_0.moe.router
     router.kernel[...] = -router.kernel[...]
-    mesh = sharding.make_mesh(MeshConfig(data=2, expert=4))
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
     with jax.set_mesh(mesh):
         replayed = jax.jit(lambda tokens, routing: other(tokens, routing=routing, return_routing=True))(
             tokens, recorded.routing

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe import cache, generate, sharding
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, resolve
-from moe.generate import Sampling
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe.interop import load_huggingface
-from moe.transformer import Transformer
+from moe.models import kv_cache, sampling
+from moe.models.decoder import Transformer
+from moe.models.sampling import Sampling
+from moe.parallel import partition_specs
+from moe.parallel.mesh import make_mesh
+from moe.routing.resolve import resolve
 from tests.test_interop import CASES, _expected
 
 GREEDY = Sampling(temperature=0)
@@ -29,7 +32,7 @@ def _model(**changes):
 
 def _without_cache(config, variables, prompts, num_tokens):
     """Runs the whole rows again for every token, padded to one length so that it compiles once."""
-    config = generate.without_drops(config)
+    config = sampling.without_drops(config)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     forward = jax.jit(lambda tokens, ids: nnx.merge(graphdef, variables)(tokens, ids).logits)
     lengths = np.asarray([len(prompt) for prompt in prompts])
@@ -58,7 +61,7 @@ PROMPTS = [[5, 9, 2, 30, 11, 7, 8], [3], [40, 41, 2, 1]]
 )
 def test_greedy_with_cache_is_greedy_without(changes):
     config, variables = _model(**changes)
-    texts = generate.sample(config, variables, PROMPTS, 10, GREEDY)
+    texts = sampling.sample(config, variables, PROMPTS, 10, GREEDY)
     np.testing.assert_array_equal(texts, _without_cache(config, variables, PROMPTS, 10))
 
 
@@ -68,15 +71,15 @@ def test_greedy_is_the_reference_librarys(path):
     width = 8 if expected.shape[1] == 20 else 6  # of the prompts: they are continued by 12 or by 10
     model, config = load_huggingface(path)
     variables = nnx.to_pure_dict(nnx.state(model))
-    texts = generate.sample(config.model, variables, list(expected[:, :width]), expected.shape[1] - width, GREEDY)
+    texts = sampling.sample(config.model, variables, list(expected[:, :width]), expected.shape[1] - width, GREEDY)
     np.testing.assert_array_equal(texts, expected[:, width:])
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     config, variables = _model(num_layers=1)
     sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)
-    together = generate.sample(config, variables, PROMPTS, 8, sampling)
-    alone = generate.sample(config, variables, PROMPTS[:1], 8, sampling)
+    together = sampling.sample(config, variables, PROMPTS, 8, sampling)
+    alone = sampling.sample(config, variables, PROMPTS[:1], 8, sampling)
     np.testing.assert_array_equal(together[0], alone[0])
     assert together[0].tolist() != together[1].tolist()
 
@@ -84,24 +87,26 @@ def test_a_row_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
 def test_a_mesh_writes_the_same_text(mesh):
     config, variables = _model(sliding_window=5)
-    want = generate.sample(config, variables, PROMPTS, 6, GREEDY)
-    devices = sharding.make_mesh(mesh)
+    want = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
+    devices = make_mesh(mesh)
     with jax.set_mesh(devices):
-        placed = jax.device_put(variables, sharding.shardings(devices, sharding.parameter_specs(variables)))
-        text = generate.sample(config, placed, PROMPTS, 6, GREEDY)
+        placed = jax.device_put(
+            variables, partition_specs.shardings(devices, partition_specs.parameter_specs(variables))
+        )
+        text = sampling.sample(config, placed, PROMPTS, 6, GREEDY)
     np.testing.assert_array_equal(text, want)
 
 
 def test_a_row_ends_with_its_stop_token():
     config, variables = _model()
-    free = generate.sample(config, variables, PROMPTS, 8, GREEDY)
+    free = sampling.sample(config, variables, PROMPTS, 8, GREEDY)
     stop = int(free[0][2])
-    stopped = generate.sample(config, variables, PROMPTS, 8, Sampling(temperature=0, stop_tokens=(stop,)))
+    stopped = sampling.sample(config, variables, PROMPTS, 8, Sampling(temperature=0, stop_tokens=(stop,)))
     for whole, cut in zip(free, stopped, strict=True):
         end = whole.tolist().index(stop) + 1 if stop in whole else len(whole)
         assert cut.tolist() == whole[:end].tolist()
     every = Sampling(temperature=0, stop_tokens=tuple(range(48)))
-    assert [len(column) for column in generate.stream(config, variables, PROMPTS, 8, every)] == [3]
+    assert [len(column) for column in sampling.stream(config, variables, PROMPTS, 8, every)] == [3]
 
 
 def test_choosing_by_hand():
@@ -109,7 +114,7 @@ def test_choosing_by_hand():
     keys = jax.random.split(jax.random.key(0), 4000)
 
     def shares(**sampling):
-        chosen = generate.choose(logits, keys, Sampling(**{"temperature": 1.0, **sampling}))
+        chosen = sampling.choose(logits, keys, Sampling(**{"temperature": 1.0, **sampling}))
         return np.bincount(chosen, minlength=4) / 4000
 
     np.testing.assert_allclose(shares(), [0.4, 0.3, 0.2, 0.1], atol=0.03)
@@ -127,9 +132,9 @@ def test_the_ring_holds_the_window_by_hand():
     config, variables = _model(sliding_window=3, num_layers=1)
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))), variables)
     tokens = jnp.asarray([[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
-    _, filled = cache.prefill(model, tokens, jnp.asarray([5, 2]), cache.empty(config, 2, 9))
+    _, filled = kv_cache.prefill(model, tokens, jnp.asarray([5, 2]), kv_cache.empty(config, 2, 9))
     assert filled[0][0].position[0].tolist() == [[3, 4, 2], [0, 1, -1]]
-    _, filled = cache.decode(model, tokens[:, 0], jnp.asarray([5, 2]), jnp.ones(2, bool), filled)
+    _, filled = kv_cache.decode(model, tokens[:, 0], jnp.asarray([5, 2]), jnp.ones(2, bool), filled)
     assert filled[0][0].position[0].tolist() == [[3, 4, 5], [0, 1, 2]]
 
 
@@ -147,4 +152,4 @@ def test_the_ring_holds_the_window_by_hand():
 def test_what_is_refused(prompts, sampling, pattern):
     config, variables = _model()
     with pytest.raises(ConfigError, match=pattern):
-        generate.sample(config, variables, prompts, 2, Sampling(**sampling))
+        sampling.sample(config, variables, prompts, 2, Sampling(**sampling))

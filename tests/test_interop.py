@@ -21,8 +21,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from moe import sharding
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, resolve
+from moe.checkpoints.parameters import read_config, read_parameters
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop import (
     export_checkpoint,
     import_checkpoint,
@@ -32,9 +32,10 @@ from moe.interop import (
 )
 from moe.interop.families import FAMILIES, write_config
 from moe.interop.families import read_config as read_open_config
-from moe.losses import cross_entropy
-from moe.transformer import Transformer, layer_kinds, sparse_layers
-from moe.weights import read_config, read_parameters
+from moe.models.decoder import Transformer
+from moe.parallel.mesh import make_mesh
+from moe.routing.resolve import resolve
+from moe.training.losses import cross_entropy
 
 HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"
@@ -127,7 +128,7 @@ def test_shards_are_read_where_the_mesh_wants_them(mesh, tmp_path):
     save_huggingface(original, config, tmp_path)
     tokens = np.arange(8 * 10).reshape(8, 10) % 48
     want = jax.jit(lambda t: original(t).logits)(tokens)
-    devices = sharding.make_mesh(mesh)
+    devices = make_mesh(mesh)
     with jax.set_mesh(devices):
         loaded, _ = load_huggingface(tmp_path, mesh=devices)
         jax.tree.map(np.testing.assert_array_equal, nnx.state(original), nnx.state(loaded))
@@ -334,7 +335,7 @@ def test_through_a_checkpoint_and_out(path, tmp_path):
 
 def test_a_checkpoint_onto_a_mesh(tmp_path):
     config = import_checkpoint(HERE / "qwen2_moe", tmp_path)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     one = read_parameters(tmp_path, config.model)
     many = read_parameters(tmp_path, config.model, mesh, dtype=np.float32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), b), one, many)

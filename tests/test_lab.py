@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from configs import base as defaults
-from moe.config import ConfigError, from_config_dict, to_dict
+from moe.config import ConfigError, to_dict
 from moe.lab import claims, report, results, runner, statistics
 from moe.lab.results import PRIMARY, Results
 from moe.lab.suite import Comparison, Suite, Variant, check, load_suite
-from moe.train import train
+from moe.routing.resolve import from_config_dict
+from moe.training.loop import train
 from tests.tiny_text import build
 
 ROOT = Path(__file__).resolve().parents[1]

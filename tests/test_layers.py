@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.layers import Attention, DenseFFN, Embedding, RMSNorm, activate, matrix, rotate
-from moe.transformer import Transformer
+from moe.layers.attention.attention import Attention, rotate
+from moe.layers.embedding import Embedding
+from moe.layers.ffn import DenseFFN, activate
+from moe.layers.norms import RMSNorm
+from moe.models.decoder import Transformer
+from moe.parallel.weights import matrix
 from tests import reference
 from tests.helpers import random_parameters, tiny_model
 

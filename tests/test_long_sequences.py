@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import attention, causal, losses, sharding
 from moe.config import MeshConfig
+from moe.layers.attention import attend, cpu
+from moe.parallel import partition_specs, target
+from moe.parallel.mesh import make_mesh
+from moe.training import losses
 from tests.helpers import collectives
 
 #: Every value of every parameter; the other combinations are slow tests.
@@ -33,8 +36,8 @@ FORMS = [
 )
 def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
     """All of T x T by JAX's own attention, in blocks of queries in a loop, and the CPU's with a gradient of its own."""
-    monkeypatch.setattr(attention, "_block", lambda length, largest: 16)  # 6 blocks of 96 positions
-    monkeypatch.setattr(causal, "_LEAST", 20)  # 5 blocks, the last of 16
+    monkeypatch.setattr(attend, "_block", lambda length, largest: 16)  # 6 blocks of 96 positions
+    monkeypatch.setattr(cpu, "_LEAST", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 96, 4, 16), dtype)
     key, value = (jax.random.normal(keys[i], (2, 96, kv_heads, 16), dtype) for i in (1, 2))
@@ -42,13 +45,13 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
 
     def results(kind):
         def loss(query, key, value):
-            output = attention.attend(query, key, value, segment_ids, window=window, kind=kind).astype(jnp.float32)
+            output = attend.attend(query, key, value, segment_ids, window=window, kind=kind).astype(jnp.float32)
             return jnp.sum(jnp.sin(output)), output
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
 
     of_cpu, blocked = results("full"), results("blocked")
-    monkeypatch.setattr(attention, "in_chunks", lambda: False)
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
     full = results("full")
     rtol, atol = (1e-4, 1e-5) if dtype == "float32" else (2e-2, 3e-2)
     for other in (of_cpu, blocked):
@@ -69,18 +72,18 @@ def test_cudnn_is_asked_for_blocks_with_all_of_their_mask(monkeypatch):
         return real(query, key, value, mask=mask)
 
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
-    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
-    monkeypatch.setattr(attention, "_block", lambda length, largest: 16)
+    monkeypatch.setattr(attend.jax, "devices", lambda: [device])
+    monkeypatch.setattr(attend, "_block", lambda length, largest: 16)
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (2, 64, 4, 16), jnp.bfloat16) for k in keys)
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
-    full = attention.attend(query, key, value, segment_ids, window=9, kind="full")
-    monkeypatch.setattr(attention.jax.nn, "dot_product_attention", cudnn)
-    blocked = attention.attend(query, key, value, segment_ids, window=9, kind="blocked")
+    full = attend.attend(query, key, value, segment_ids, window=9, kind="full")
+    monkeypatch.setattr(attend.jax.nn, "dot_product_attention", cudnn)
+    blocked = attend.attend(query, key, value, segment_ids, window=9, kind="blocked")
     assert blocks == [(2, 1, 16, 64)]
     np.testing.assert_allclose(full.astype(jnp.float32), blocked.astype(jnp.float32), rtol=0.02, atol=0.02)
 
-    runs = attention._runs_cudnn
+    runs = attend._runs_cudnn
     assert runs(query, 16)
     assert not runs(query, 15)  # an odd length
     assert not runs(query.astype(jnp.float32), 16)
@@ -126,12 +129,12 @@ def test_chunked_loss_on_a_mesh(monkeypatch):
         return jax.grad(lambda h, m: losses.linear_cross_entropy(h, m, targets)[0], (0, 1))(hidden, matrix)
 
     alone = jax.jit(gradient)(hidden, matrix, targets)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    specs = sharding.BATCH, jax.P(None, "tensor"), sharding.BATCH
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = partition_specs.BATCH, jax.P(None, "tensor"), partition_specs.BATCH
     with jax.set_mesh(mesh):
         split = jax.jit(gradient, in_shardings=specs, out_shardings=specs[:2])
         compiled = split.lower(hidden, matrix, targets).compile()
-        spread = compiled(*jax.device_put((hidden, matrix, targets), sharding.shardings(mesh, specs)))
+        spread = compiled(*jax.device_put((hidden, matrix, targets), partition_specs.shardings(mesh, specs)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), alone, spread)
     text = compiled.as_text() or ""
     sums = [c for c in collectives(text, 8) if (16, 25) in c.shapes or (1, 16, 25) in c.shapes]

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import pytest
 
 from configs import gshard_twin, mixtral_8x7b, switch_twin
-from moe.config import ConfigError, MoEConfig, from_config_dict, resolve
-from moe.flops import count_parameters
-from moe.pods import arithmetic, fit, hlo, kernels, network, scaling, search
-from moe.pods.chips import CHIPS
-from moe.pods.plan import Exchange, Plan
+from moe.config import ConfigError, MoEConfig
+from moe.models.flops import count_parameters
+from moe.planner import arithmetic, fit, hlo, kernels, network, scaling, search
+from moe.planner.chips import CHIPS
+from moe.planner.plan import Exchange, Plan
+from moe.routing.resolve import from_config_dict, resolve
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 
@@ -251,7 +252,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 def test_unknown_topology_lists_names(monkeypatch):
-    from moe.pods import topology
+    from moe.planner import topology
 
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ConfigError, match="for example v2:16x16, v3:32x32"):

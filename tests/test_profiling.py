@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe import profiling
 from moe.config import ConfigError
+from moe.training import profiling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import checkpoint, damage, guard, health, weights
-from moe import train as training
+from moe import signals
+from moe.atomic_files import seal, unseal
+from moe.checkpoints import integrity, lock, manager, parameters
 from moe.config import ConfigError, to_dict
-from moe.metrics import read_rows
-from moe.sealed import seal, unseal
-from moe.step import build
-from moe.train import train
+from moe.metrics_files import read_rows
+from moe.training import health
+from moe.training import loop as training
+from moe.training.loop import train
+from moe.training.step import build
 from tests.helpers import mounted
 from tests.test_train import ONE, compilation_cache, directory, tiny  # noqa: F401  fixtures
 
@@ -84,11 +86,11 @@ def rows(workdir, kind):
 
 
 def steps(workdir):
-    return checkpoint.complete_steps(training.epath.Path(workdir))
+    return manager.complete_steps(training.epath.Path(workdir))
 
 
 def state_of(program, workdir, step):
-    checkpoints = checkpoint.Checkpoints(training.epath.Path(workdir), 9)
+    checkpoints = manager.Checkpoints(training.epath.Path(workdir), 9)
     state, _ = checkpoints.restore(step, program.state)
     checkpoints.close()
     return state
@@ -365,17 +367,17 @@ def test_every_file_of_a_checkpoint_in_every_way(directory, whole, programs, tmp
     found = collections.Counter()
     with jax.set_mesh(mesh):
         program = programs(config, mesh)
-        good = {step: damage.checksums(state_of(program, whole, step)) for step in (4, 6)}
+        good = {step: integrity.checksums(state_of(program, whole, step)) for step in (4, 6)}
         for file in files:
             for name, spoil in ways.items():
                 shutil.rmtree(tmp_path / "run", ignore_errors=True)
                 shutil.copytree(whole, tmp_path / "run")
                 spoil(tmp_path / "run" / file)
-                checkpoints = checkpoint.Checkpoints(training.epath.Path(tmp_path / "run"), 2)
+                checkpoints = manager.Checkpoints(training.epath.Path(tmp_path / "run"), 2)
                 iterator = training.pipeline.train_iterator(prepared, config.data, batch_size=8, seed=0)
                 step, state, _ = checkpoints.resume(program.state, iterator, lambda _: None)
                 checkpoints.close()
-                assert damage.checksums(state) == good[step], (file, name)
+                assert integrity.checksums(state) == good[step], (file, name)
                 found[step] += 1
     with capsys.disabled():
         print(f"\n{found.total()} of {len(files) * len(ways)}: {found[6]} harmless, {found[4]} back to the one before")
@@ -390,7 +392,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, progra
     with pytest.raises(ConfigError, match=r"no checkpoint is good \(step 6: \d+ arrays? .*; step 4: "):
         train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
-    model = weights.read_config(workdir).model
+    model = parameters.read_config(workdir).model
     # One byte may lie in the optimizer's arrays, which are not read here. How many files hold the arrays, and which
     # holds what, differs from run to run: bytes in all of them.
     for path in (workdir / "checkpoints" / "6" / "state" / "ocdbt.process_0" / "d").iterdir():
@@ -398,12 +400,12 @@ def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, progra
         spoilt[len(spoilt) // 8 :: 997] = bytes(255 - byte for byte in spoilt[len(spoilt) // 8 :: 997])
         path.write_bytes(spoilt)
     with pytest.raises(ConfigError, match="the checkpoint of step 6 is damaged"):
-        weights.read_parameters(workdir, model)
-    weights.read_parameters(whole, model)
+        parameters.read_parameters(workdir, model)
+    parameters.read_parameters(whole, model)
 
 
 def test_what_cannot_be_read_for_other_reasons_is_not_called_damaged(whole, programs, monkeypatch, directory):  # noqa: F811
-    checkpoints = checkpoint.Checkpoints(training.epath.Path(whole), 2, read_only=True)
+    checkpoints = manager.Checkpoints(training.epath.Path(whole), 2, read_only=True)
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -420,14 +422,14 @@ def test_a_checksum_knows_every_bit_and_no_mesh():
     by_hand = int((words * (2 * np.arange(48, dtype=np.uint64) + 1)).sum() % 2**32)
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     split = jax.device_put(values, jax.NamedSharding(mesh, jax.P("a", "b")))
-    assert damage.checksums([values, split]) == {"[0]": by_hand, "[1]": by_hand}
+    assert integrity.checksums([values, split]) == {"[0]": by_hand, "[1]": by_hand}
     moved = values.copy()
     moved[0, 0], moved[0, 1] = values[0, 1], values[0, 0]
-    assert damage.checksums([moved])["[0]"] != by_hand
+    assert integrity.checksums([moved])["[0]"] != by_hand
     for bit in (0, 31):
         flipped = values.copy()
         flipped.view(np.uint32)[7, 5] ^= np.uint32(1) << np.uint32(bit)
-        assert damage.checksums([flipped])["[0]"] != by_hand
+        assert integrity.checksums([flipped])["[0]"] != by_hand
     assert unseal(seal({"a": [0.1, float("nan")]}))["a"][0] == 0.1
     with pytest.raises(ValueError, match="checksum"):
         unseal(seal({"a": 0.1}).replace("0.1", "0.2"))
@@ -457,7 +459,7 @@ def test_a_read_only_workdir_is_refused_before_anything_is_prepared(directory, w
         workdir = tmp_path / "disk" / "run"
         with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
             train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
-        weights.read_parameters(workdir, weights.read_config(workdir).model)  # reading needs no more
+        parameters.read_parameters(workdir, parameters.read_config(workdir).model)  # reading needs no more
 
 
 def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_path, monkeypatch):  # noqa: F811
@@ -488,7 +490,7 @@ def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_pa
 # --- Other processes -------------------------------------------------------------------------------------------------
 def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):  # noqa: F811
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with guard.locked(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run is in it"):
+    with lock.locked(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run is in it"):
         train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
@@ -497,7 +499,7 @@ def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):  # no
 def test_a_signal_saves_at_the_steps_end(directory, whole, programs, tmp_path, monkeypatch, number, code):  # noqa: F811
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(training, "_next", at_step(3, lambda: os.kill(os.getpid(), number)))
-    with pytest.raises(guard.Stopped) as caught:
+    with pytest.raises(signals.Stopped) as caught:
         train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
     assert caught.value.code == code
     assert steps(tmp_path) == [2, 3]
@@ -510,7 +512,7 @@ def test_a_signal_saves_at_the_steps_end(directory, whole, programs, tmp_path, m
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(training.pipeline, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(guard.Stopped):
+    with pytest.raises(signals.Stopped):
         train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs)
     assert not (tmp_path / "run").exists()
 
@@ -533,7 +535,7 @@ def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "evaluate", evaluated)
         patch.setattr(training, "_next", at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(guard.Stopped):
+        with pytest.raises(signals.Stopped):
             train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
         assert steps(tmp_path) == [4, 6, 9]
         train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
@@ -613,7 +615,7 @@ def test_two_processes_stop_at_one_step(directory, tmp_path):  # noqa: F811
             assert [process.poll() for process in pair] == [None, None], (tmp_path / "0.log").read_text()[-2000:]
             time.sleep(0.2)
         pair[1].send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=300) for process in pair] == [guard.START_AGAIN] * 2
+        assert [process.wait(timeout=300) for process in pair] == [signals.START_AGAIN] * 2
     finally:
         for process in pair:
             process.kill()

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from moe import weights
+from moe.checkpoints import parameters
 from moe.config import ConfigError, DataConfig
 from moe.data import corpora, pipeline
 from moe.data.json_tokenizer import read_tokenizer
@@ -144,17 +144,17 @@ def test_pickles_planted_in_a_checkpoint(tmp_path, payload, no_unpickling):
     folder = tmp_path / "run" / "checkpoints" / "0"
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5
-    before = weights.read_parameters(tmp_path / "run", config.model)
+    before = parameters.read_parameters(tmp_path / "run", config.model)
     for name in ("state.pkl", "data.pickle", "__init__.py"):
         (folder / name).write_bytes(payload)
     jax.tree.map(
-        np.testing.assert_array_equal, before, weights.read_parameters(tmp_path / "run", config.model)
+        np.testing.assert_array_equal, before, parameters.read_parameters(tmp_path / "run", config.model)
     )  # the planted ones are nothing to it
     for replaced in ([path for path in files if path.parent.name == "d"], files):
         for path in replaced:
             path.write_bytes(payload)
         with pytest.raises(Exception, match=r".") as refusal:  # Orbax and TensorStore refuse in their own words
-            weights.read_parameters(tmp_path / "run", config.model)
+            parameters.read_parameters(tmp_path / "run", config.model)
         assert not isinstance(refusal.value, pickle.UnpicklingError)
 
 

@@ -15,11 +15,12 @@ import optax
 import pytest
 from flax import nnx
 
-from moe import sharding
 from moe.config import ConfigError, MeshConfig
-from moe.dispatch import expert_capacity
-from moe.experts import MoELayer
-from moe.transformer import Transformer
+from moe.dispatch.plan import expert_capacity
+from moe.layers.moe_layer import MoELayer
+from moe.models.decoder import Transformer
+from moe.parallel import partition_specs
+from moe.parallel.mesh import constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, tiny_model
 
 P = jax.sharding.PartitionSpec
@@ -28,16 +29,16 @@ B, T, E = 8, 11, 8
 
 
 def _mesh(sizes):
-    return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
 
 def _place(mesh, tree, spec=None):
-    specs = sharding.parameter_specs(tree) if spec is None else jax.tree.map(lambda _: spec, tree)
-    return jax.device_put(tree, sharding.shardings(mesh, specs))
+    specs = partition_specs.parameter_specs(tree) if spec is None else jax.tree.map(lambda _: spec, tree)
+    return jax.device_put(tree, partition_specs.shardings(mesh, specs))
 
 
 def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
-    """The promises of moe.sharding, read off a compiled program of B rows of T tokens."""
+    """The promises of moe.parallel.mesh, read off a compiled program of B rows of T tokens."""
     found = collectives(compiled.as_text(), mesh.size)
     by_kind = collections.defaultdict(list)
     for collective in found:
@@ -49,7 +50,7 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
     assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
     moe = config.moe
     capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, T, moe.num_experts)
-    token_shards = math.prod(mesh.shape[axis] for axis in sharding.TOKEN_AXES)
+    token_shards = math.prod(mesh.shape[axis] for axis in partition_specs.TOKEN_AXES)
     slots = moe.num_experts * (B // token_shards) * capacity * config.d_model
     for exchange in exchanges:
         assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
@@ -85,7 +86,7 @@ def _names(path):
 def _leaves(parameters):
     """(names, leaf, spec) of each."""
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
-    specs = jax.tree.leaves(sharding.parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P))
+    specs = jax.tree.leaves(partition_specs.parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P))
     return [(_names(path), leaf, spec) for (path, leaf), spec in zip(leaves, specs, strict=True)]
 
 
@@ -142,7 +143,7 @@ def test_contract_of_a_layer(sizes, gate, mode, gradient):
     config, parameters, program = _layer_program(gate, mode, gradient=gradient)
     x, mask = jnp.zeros((B, T, config.d_model)), jnp.ones((B, T), bool)
     with jax.set_mesh(mesh):
-        arguments = (_place(mesh, parameters), *_place(mesh, (x, mask), sharding.BATCH), jax.random.key(0))
+        arguments = (_place(mesh, parameters), *_place(mesh, (x, mask), partition_specs.BATCH), jax.random.key(0))
         compiled = jax.jit(program).lower(*arguments).compile()
     _check_contract(compiled, mesh, parameters, config, all_to_alls=4 if gradient else 2)
 
@@ -154,7 +155,7 @@ def test_contract_of_the_forward_pass():
     tokens = jnp.zeros((B, T), jnp.int32)
     with jax.set_mesh(mesh):
         program = jax.jit(lambda parameters, tokens: nnx.merge(graphdef, parameters)(tokens).logits)
-        compiled = program.lower(_place(mesh, parameters), _place(mesh, tokens, sharding.BATCH)).compile()
+        compiled = program.lower(_place(mesh, parameters), _place(mesh, tokens, partition_specs.BATCH)).compile()
     _check_contract(compiled, mesh, parameters, config, all_to_alls=2)
 
 
@@ -200,10 +201,10 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode, gate):
     """And the train program keeps the contract: one scan body of a dense and an MoE block has four all-to-alls."""
     mesh = _mesh(sizes)
     config, parameters, tokens, rng, program = _case(gate, mode)
-    specs = sharding.parameter_specs(parameters)
+    specs = partition_specs.parameter_specs(parameters)
     with jax.set_mesh(mesh):
-        arguments = (_place(mesh, parameters), _place(mesh, tokens, sharding.BATCH), rng)
-        gradients_lie = sharding.shardings(mesh, specs)
+        arguments = (_place(mesh, parameters), _place(mesh, tokens, partition_specs.BATCH), rng)
+        gradients_lie = partition_specs.shardings(mesh, specs)
         compiled = jax.jit(program, out_shardings=(None, gradients_lie)).lower(*arguments).compile()
         (loss, layers), gradients = compiled(*arguments)
     (expected_loss, expected_layers), expected_gradients = _without_mesh(gate)
@@ -231,7 +232,7 @@ def test_remat_full_repeats_the_exchange_of_the_forward_pass():
     config = tiny_model(num_experts=E, remat="full")
     graphdef, parameters = random_parameters(config)
     with jax.set_mesh(mesh):
-        arguments = (_place(mesh, parameters), _place(mesh, jnp.zeros((B, T), jnp.int32), sharding.BATCH), None)
+        arguments = (_place(mesh, parameters), _place(mesh, jnp.zeros((B, T), jnp.int32), partition_specs.BATCH), None)
         program = jax.jit(jax.value_and_grad(functools.partial(_loss, graphdef), has_aux=True))
         compiled = program.lower(*arguments).compile()
     _check_contract(compiled, mesh, parameters, config, all_to_alls=4 + 2)
@@ -251,7 +252,7 @@ def test_remat_full_repeats_the_exchange_of_the_forward_pass():
     ids=str,
 )
 def test_make_mesh_fills_in_what_is_left(sizes, shape):
-    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    mesh = make_mesh(MeshConfig(**sizes))
     assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
     assert mesh.devices.shape == shape
     assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
@@ -260,7 +261,7 @@ def test_make_mesh_fills_in_what_is_left(sizes, shape):
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"expert": 3}, {"expert": 16}, {"data": 4, "fsdp": 1}], ids=str)
 def test_make_mesh_refuses_sizes_that_do_not_multiply_to_the_devices(sizes):
     with pytest.raises(ConfigError, match=r"mesh\.data=.*must multiply to the number of devices, 8"):
-        sharding.make_mesh(MeshConfig(**sizes))
+        make_mesh(MeshConfig(**sizes))
 
 
 MODELS = [
@@ -283,29 +284,29 @@ def test_every_matrix_is_in_the_table(overrides):
             assert not _axes(spec), f"{name} is a vector: replicated"
             continue
         matrices += 1
-        assert tuple(spec) == (None,) * stacked + tuple(sharding.PARAMETERS[name]), name
+        assert tuple(spec) == (None,) * stacked + tuple(partition_specs.PARAMETERS[name]), name
         assert len(spec) == leaf.ndim, name
         assert _axes(spec) or name == "router.kernel", f"{name} is on no axis"
     assert matrices >= 8
 
 
 def test_no_entry_of_the_table_uses_an_axis_twice():
-    for name, spec in sharding.PARAMETERS.items():
+    for name, spec in partition_specs.PARAMETERS.items():
         axes = _axes(spec)
         assert len(axes) == len(set(axes)), name
-        assert set(axes) <= set(sharding.AXES), name
+        assert set(axes) <= set(partition_specs.AXES), name
 
 
 def test_specs_of_optimizer_state_and_of_an_nnx_state():
     model = nnx.eval_shape(lambda: Transformer(tiny_model(), rngs=nnx.Rngs(0)))
     parameters = nnx.to_pure_dict(nnx.state(model))
     up = P(None, "expert", "fsdp", "tensor")
-    adam = sharding.parameter_specs(jax.eval_shape(optax.adam(1e-3).init, parameters))[0]
+    adam = partition_specs.parameter_specs(jax.eval_shape(optax.adam(1e-3).init, parameters))[0]
     assert adam.mu["segment_0"]["block_0"]["moe"]["experts"]["up"] == up
     assert adam.nu["embedding"]["table"] == P("tensor", ("fsdp", "expert"))
     assert adam.count == P()
     # nnx.state wraps each array in its Param; the name is one level up.
-    wrapped = sharding.parameter_specs(nnx.state(model))
+    wrapped = partition_specs.parameter_specs(nnx.state(model))
     assert wrapped["segment_0"]["block_0"]["moe"]["experts"]["up"].get_value() == up
     assert wrapped["segment_0"]["block_0"]["attention"]["value"].get_value() == P(
         None, ("fsdp", "expert"), "tensor", None
@@ -324,4 +325,4 @@ def test_a_device_holds_its_share_of_the_experts():
 
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.ones((3, 5))
-    assert sharding.constrain(x, sharding.BATCH) is x
+    assert constrain(x, partition_specs.BATCH) is x

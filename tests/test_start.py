@@ -14,11 +14,14 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from moe import sharding, start, weights
-from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, from_config_dict, to_dict
+from moe.checkpoints import parameters
+from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, to_dict
 from moe.interop import import_checkpoint, load_huggingface
-from moe.losses import soft_cross_entropy
-from moe.step import build, place
+from moe.parallel.mesh import make_mesh
+from moe.routing.resolve import from_config_dict
+from moe.training import warm_start
+from moe.training.losses import soft_cross_entropy
+from moe.training.step import build, place
 
 HERE = Path(__file__).parent / "data" / "checkpoints"
 T = 8
@@ -26,7 +29,7 @@ T = 8
 
 def _config(workdir, **changes) -> Config:
     """The imported model as a run's config: 2 rows of 8 tokens."""
-    tree = to_dict(import_checkpoint(workdir[0], workdir[1]) if workdir[0] else weights.read_config(workdir[1]))
+    tree = to_dict(import_checkpoint(workdir[0], workdir[1]) if workdir[0] else parameters.read_config(workdir[1]))
     tree["data"] |= {"sequence_length": T}
     tree["train"] |= {"batch_size": 2, "num_steps": 4}
     tree["optimizer"] |= {"warmup_steps": 0, "learning_rate": 1e-3}
@@ -37,7 +40,7 @@ def _config(workdir, **changes) -> Config:
 
 
 def _program(config, teacher=None):
-    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     return mesh, lambda: build(config, mesh, teacher)
 
 
@@ -60,16 +63,16 @@ def test_upcycled_experts_compute_what_the_dense_model_did(tmp_path):
     tokens = np.arange(16).reshape(2, 8)
     with jax.set_mesh(mesh):
         program = make()
-        state = start.first_state(program)
+        state = warm_start.first_state(program)
         upcycled = jax.jit(lambda v: program.model(v)(tokens).logits)(state.variables)
         np.testing.assert_allclose(upcycled, jax.jit(lambda t: dense(t).logits)(tokens), rtol=1e-4, atol=1e-5)
         noisy = dataclasses.replace(program, config=dataclasses.replace(config, start=StartConfig(str(tmp_path), 0.1)))
-        up = start.first_state(noisy).parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
+        up = warm_start.first_state(noisy).parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
         copied = state.parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
         np.testing.assert_allclose(np.std(up - copied), 0.1 * np.std(copied), rtol=0.1)
         assert np.abs(up[:, 0] - up[:, 1]).min() > 0
         with pytest.raises(ConfigError, match="holds no optimizer's state"):
-            start.first_state(
+            warm_start.first_state(
                 dataclasses.replace(
                     program, config=dataclasses.replace(config, start=StartConfig(str(tmp_path), optimizer="carry"))
                 )
@@ -81,11 +84,11 @@ def test_what_does_not_fit_is_named(tmp_path):
     config = _config((HERE / "mistral", tmp_path), moe=wider, start={"checkpoint": str(tmp_path)})
     mesh, make = _program(config)
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"moe\.experts\.(down|gate|up) is \(2, "):
-        start.first_state(make())
+        warm_start.first_state(make())
     deeper = _config((None, tmp_path), model={"num_layers": 3}, start={"checkpoint": str(tmp_path)})
     mesh, make = _program(deeper)
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"model\.num_layers=3: .* has 2"):
-        start.first_state(make())
+        warm_start.first_state(make())
 
 
 def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(tmp_path):
@@ -93,9 +96,9 @@ def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(t
     config = _config((HERE / "mixtral", tmp_path), moe={"gate": "none"}, **changes)
     mesh, _ = _program(config)
     with jax.set_mesh(mesh):
-        teacher = start.teacher(config, mesh)
+        teacher = warm_start.teacher(config, mesh)
         program = build(config, mesh, teacher)
-        state = start.first_state(program)
+        state = warm_start.first_state(program)
         block, theirs = state.parameters["segment_0"]["block_0"], teacher[1]["segment_0"]["block_0"]
         np.testing.assert_array_equal(block["attention"]["query"], np.float32(theirs["attention"]["query"]))
         assert "moe" not in block
@@ -106,10 +109,10 @@ def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(t
         assert losses[-1] < losses[0]
         # The same student, half on the text: the loss is the mean of both cross-entropies.
         half = dataclasses.replace(config, distill=DistillConfig(str(tmp_path), 0.5))
-        _, metrics = build(half, mesh, teacher).train_step(start.first_state(program), batch)
+        _, metrics = build(half, mesh, teacher).train_step(warm_start.first_state(program), batch)
         np.testing.assert_allclose(metrics.loss, (losses[0] + metrics.cross_entropy) / 2, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=40: must be the teacher's 32"):
-        start.teacher(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=40)), mesh)
+        warm_start.teacher(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=40)), mesh)
 
 
 def test_soft_targets_by_hand():
@@ -125,15 +128,15 @@ def test_frozen_parts_do_not_move(tmp_path):
     mesh, make = _program(config)
     with jax.set_mesh(mesh):
         program = make()
-        before = jax.tree.map(np.asarray, start.first_state(program).parameters)
+        before = jax.tree.map(np.asarray, warm_start.first_state(program).parameters)
         # Parts can also be left out of what is taken over: those are what a run from nothing starts with.
         partly = dataclasses.replace(config, start=StartConfig(str(tmp_path), fresh=("router",)))
-        partial, random = start.first_state(dataclasses.replace(program, config=partly)), program.init()
+        partial, random = warm_start.first_state(dataclasses.replace(program, config=partly)), program.init()
         for path, leaf in jax.tree_util.tree_leaves_with_path(partial.parameters):
             is_fresh = any(key.key == "router" for key in path)
             expected = random.parameters if is_fresh else before
             np.testing.assert_array_equal(leaf, functools.reduce(lambda tree, key: tree[key.key], path, expected))
-        state, _ = program.train_step(start.first_state(program), _batch(mesh, 32))
+        state, _ = program.train_step(warm_start.first_state(program), _batch(mesh, 32))
     moved = jax.tree_util.tree_map_with_path(
         lambda path, a, b: (bool((a != np.asarray(b)).any()), any(key.key in ("router", "experts") for key in path)),
         before,
@@ -161,7 +164,7 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
     mesh, make = _program(config)
     with jax.set_mesh(mesh):
-        state = start.first_state(make())
+        state = warm_start.first_state(make())
     adam = optax.tree_utils.tree_get(state.optimizer, "mu")["segment_0"]["block_0"]
     old = optax.tree_utils.tree_get(trained.optimizer, "mu")["segment_0"]["block_0"]
     for expert in range(4):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import losses, sharding
 from moe.config import Config, DataConfig, OptimizerConfig, TrainConfig
-from moe.optimizer import gradient_norm, make_optimizer
-from moe.step import build
+from moe.parallel.mesh import make_mesh
+from moe.training import losses
+from moe.training.optimizer import gradient_norm, make_optimizer
+from moe.training.step import build
 from tests.helpers import tiny_model
 
 
@@ -22,7 +23,7 @@ def programs():
     config = Config(
         model=tiny_model(), data=DataConfig(sequence_length=24), train=TrainConfig(batch_size=4, num_steps=100)
     )
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(losses, "_CHUNK", 32)
         program = build(config, mesh)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from configs import base
-from moe import profiling
-from moe import train as training
-from moe.checkpoint import Checkpoints
-from moe.config import ConfigError, from_config_dict
-from moe.metrics import read_rows
-from moe.train import train
+from moe.checkpoints.manager import Checkpoints
+from moe.config import ConfigError
+from moe.metrics_files import read_rows
+from moe.routing.resolve import from_config_dict
+from moe.training import loop as training
+from moe.training import profiling
+from moe.training.loop import train
 from tests.tiny_text import build
 
 ONE = jax.devices()[:1]

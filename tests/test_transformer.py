@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.transformer import REMAT_POLICIES, segments, sparse_layers
+from moe.config import sparse_layers
+from moe.models.stack import REMAT_POLICIES, segments
 from tests.helpers import random_parameters, tiny_model
 
 B, T = 2, 9

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from moe.config import Config, ConfigError, validate
-from moe.evaluate import Heldout, evaluate
-from moe.gates import Choice, Given, top_k
-from moe.routing import GATES
-from moe.step import Program, build
+from moe.config import Config, ConfigError
+from moe.routing.gates import Choice, Given, top_k
+from moe.routing.registry import GATES
+from moe.routing.resolve import validate
+from moe.training.evaluation import Heldout, evaluate
+from moe.training.step import Program, build
 
 #: (variables, held-out batches) → nats per token by domain, and under "all".
 Probe = Callable[[dict[str, Any], Heldout], dict[str, float]]

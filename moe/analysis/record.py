@@ -1,6 +1,6 @@
 """What every MoE layer did with every token of held-out text, as plain NumPy arrays.
 
-In: a :class:`moe.step.Program`, variables, and batches per domain (:class:`moe.evaluate.Heldout` has them, and
+In: a :class:`moe.training.step.Program`, variables, and batches per domain (:class:`moe.training.evaluation.Heldout` has them, and
 :mod:`moe.analysis.documents` makes them of whole documents). Out: :class:`Records`. ::
 
     recorder = Recorder(program)  # compiles once; any variables of that model
@@ -21,9 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe.config import ConfigError
-from moe.step import Batch, Program, place
-from moe.transformer import sparse_layers
+from moe.config import ConfigError, sparse_layers
+from moe.training.step import Batch, Program, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Recorder:
         """Runs the model over all batches.
 
         Args:
-            variables: as :func:`moe.weights.read_variables` or ``TrainState.variables``.
+            variables: as :func:`moe.checkpoints.parameters.read_variables` or ``TrainState.variables``.
             batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions; other [B,T] arrays
                 become marks; targets, and what is not [B,T], are not kept.
         """

@@ -18,8 +18,8 @@ from moe.analysis import measures
 from moe.analysis.documents import Document, document_batches
 from moe.analysis.record import Records
 from moe.analysis.syntax import CLASSES, NONE, token_classes
-from moe.balancing import max_violation
 from moe.data.tokenizer import Tokenizer
+from moe.routing.balancing import max_violation
 
 #: Tokens that occur less often than this are in no statistic of token identity.
 AT_LEAST = 20

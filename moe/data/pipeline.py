@@ -1,6 +1,6 @@
 """Documents to batches of packed rows, and back to the same place after a restart.
 
-In: a :class:`~moe.config.DataConfig`. Out: a Grain iterator of training batches whose state Orbax saves
+In: a :class:`~moe.config.schema.DataConfig`. Out: a Grain iterator of training batches whose state Orbax saves
 (:class:`moe.data.streams.StreamsSave`), and a fixed list of held-out batches per domain.
 
 Letters: B rows of this process, T sequence_length, V vocab_size.
@@ -36,10 +36,10 @@ import grain
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import write_whole
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
 from moe.data import corpora, datasets, folders, json_tokenizer, streams
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
-from moe.sealed import write_whole
 
 TOKENIZER_CHARACTERS = 10_000_000  # of text a tokenizer is trained on, an equal share from each domain
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
@@ -212,7 +212,7 @@ def train_dataset(
 
     Args:
       batch_size: B, rows of all processes together.
-      rows: numbers of the rows of a batch that this process holds (:func:`moe.sharding.local_rows`); None: all.
+      rows: numbers of the rows of a batch that this process holds (:func:`moe.parallel.mesh.local_rows`); None: all.
 
     Raises:
       ConfigError: these rows are not those of whole streams.

@@ -16,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from moe.atomic_files import seal, unseal
 from moe.config import ConfigError
-from moe.sealed import seal, unseal
 
 READ_AHEAD = 2  # batches made before they are asked for
 

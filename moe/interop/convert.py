@@ -1,6 +1,6 @@
 """From a folder to a model in memory, and back.
 
-Letters: see :mod:`moe.transformer`.
+Letters: see :mod:`moe.models.decoder`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from jax import Array
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from moe import sharding, weights
-from moe.balancing import count_per_expert
+from moe.checkpoints import parameters as stored
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.data.json_tokenizer import find_tokenizer
-from moe.flops import abstract_parameters
 from moe.interop.families import FAMILIES, Json, family_of, read_config, write_config
 from moe.interop.tensors import INDEX_FILE, SINGLE_FILE, Folder, Parameter, layout
-from moe.routing import Routing
-from moe.transformer import Transformer
+from moe.models.decoder import Transformer
+from moe.models.flops import abstract_parameters
+from moe.parallel import partition_specs
+from moe.routing.balancing import count_per_expert
+from moe.routing.routing import Routing
 
 #: Files that go with the weights, both ways, unread: what text means and how it ends.
 COMPANIONS = (
@@ -103,7 +104,7 @@ def place_parameters(
     folder: Folder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None
 ) -> dict[str, Any]:
     """Nested dict of arrays; a device's shard is put together from the slices of the files that it needs."""
-    specs = sharding.parameter_specs(abstract_parameters(model))
+    specs = partition_specs.parameter_specs(abstract_parameters(model))
     tree: dict[str, Any] = {}
     for parameter in parameters:
         spec, node = specs, tree
@@ -260,7 +261,7 @@ def import_checkpoint(
             node = node.setdefault(key, {})
         node[parameter.path[-1]] = _streamed(folder, parameter)
     workdir.mkdir(parents=True, exist_ok=True)
-    weights.write_parameters(workdir, tree)
+    stored.write_parameters(workdir, tree)
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, workdir / name)
@@ -271,14 +272,14 @@ def import_checkpoint(
     return config
 
 
-def _streamed(folder: Folder, parameter: Parameter) -> weights.Streamed:
+def _streamed(folder: Folder, parameter: Parameter) -> stored.Streamed:
     dtype, everything = parameter_dtype(folder, parameter), (slice(None),) * len(parameter.slot_shape)
 
     def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for piece in parameter.pieces:
             yield piece.slot, parameter.read(folder, piece, everything).astype(dtype)
 
-    return weights.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
+    return stored.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
 
 
 def export_checkpoint(
@@ -295,10 +296,10 @@ def export_checkpoint(
     Raises:
         ConfigError: as there, or no checkpoint.
     """
-    config = weights.read_config(workdir)
+    config = stored.read_config(workdir)
 
     def fetch(parameter: Parameter) -> Any:
-        node = weights.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
+        node = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
         for key in parameter.path:
             node = node[key]
         return node

@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, from_config_dict, to_dict
-from moe.transformer import layer_kinds, sparse_layers
+from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
+from moe.routing.resolve import from_config_dict
 
 Json = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """One MoE layer from given arrays: to compare it with another implementation, or with a paper by hand.
 
-In: router and expert matrices, and fields of :class:`moe.config.MoEConfig`. Out: a :class:`moe.experts.MoELayer`, to be
+In: router and expert matrices, and fields of :class:`moe.config.MoEConfig`. Out: a :class:`moe.layers.moe_layer.MoELayer`, to be
 called on x [B,T,D]. :func:`run_reference` does so for the layers that ``scripts/conformance.py`` is given as npz files,
 named as Hugging Face names them.
 
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe import dispatch
-from moe.config import Config, ConfigError, ModelConfig, MoEConfig, resolve, validate
-from moe.experts import MoELayer
+from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from moe.dispatch.plan import make_plan
+from moe.layers.moe_layer import MoELayer
+from moe.routing.resolve import resolve, validate
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,7 +43,7 @@ def single_layer(
     """A layer with these weights, float32.
 
     Args:
-        gate: a name in moe.routing.GATES.
+        gate: a name in moe.routing.registry.GATES.
         router: [D,E]; [D,E,P] for soft_moe; None for gates without a router.
         up: [E,D,F].
         down: [E,F,D].
@@ -107,7 +108,7 @@ def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np
             rows; or of a DeepSeek-V3 MoE (``gate.weight`` [E,D], ``gate.e_score_correction_bias`` [E],
             ``experts.gate_up_proj`` [E,2F,D] with gate rows first, ``experts.down_proj`` [E,D,F], ``shared_experts.*``)
             with ``n_group``, ``topk_group``, ``num_experts_per_tok``, ``routed_scaling_factor``, ``norm_topk_prob``.
-        dispatch_mode: a name in moe.dispatch.MODES.
+        dispatch_mode: a name in moe.dispatch.modes.MODES.
 
     Returns:
         Under the names that such files use. y [B,T,D]; router_logits, [B,T,E] or [B·T,E]; for Switch dispatch [B,T,E],
@@ -155,7 +156,7 @@ def _run_switch(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dic
         dispatch=mode,
     )
     y, _, routing = _run(layer, x)
-    kept = dispatch.make_plan(routing, capacity).kept
+    kept = make_plan(routing, capacity).kept
     return {
         "y": np.asarray(y),
         "router_logits": np.asarray(routing.router_logits),

@@ -3,7 +3,7 @@
 A :class:`Piece` is one tensor of a file and the slot of a parameter that it fills: a layer's, or a layer's expert's.
 :class:`Folder` reads slices of tensors from memory-mapped files; one tensor at a time is in memory.
 
-Letters: see :mod:`moe.transformer`; R repeats of a unit of layers.
+Letters: see :mod:`moe.models.decoder`; R repeats of a unit of layers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 import safetensors
 
 from moe.config import ConfigError, ModelConfig
-from moe.flops import abstract_parameters
 from moe.interop.families import OUTSIDE, Family
-from moe.transformer import segments
+from moe.models.flops import abstract_parameters
+from moe.models.stack import segments
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

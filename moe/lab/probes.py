@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe import checkpoint, weights
 from moe.analysis import documents, measures, probes, syntax
 from moe.analysis.record import Recorder, Records
+from moe.checkpoints import manager, parameters
 from moe.config import ConfigError
 from moe.data import pipeline
-from moe.evaluate import Heldout, load_heldout
-from moe.step import Program
+from moe.training.evaluation import Heldout, load_heldout
+from moe.training.step import Program
 
 SHUFFLES = 20  # permutations of a null
 EARLY = 0.25  # share of training after which saturation is read
@@ -69,11 +69,11 @@ class Trained:
     @property
     def steps(self) -> list[int]:
         """Of the checkpoints that are there."""
-        return checkpoint.complete_steps(epath.Path(self._directory))
+        return manager.complete_steps(epath.Path(self._directory))
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
         program = self.model.program
-        return weights.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
+        return parameters.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
 
     def loss(self, make: Callable[..., probes.Probe], *arguments: Any) -> float:
         """Held-out loss over the primary domains under a probe of :mod:`moe.analysis.probes`."""

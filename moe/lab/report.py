@@ -20,12 +20,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from moe.config import from_config_dict
 from moe.lab import statistics
 from moe.lab.claims import CLAIMS, MARGIN, Claim, Finding, chance_of_drop
 from moe.lab.results import PRIMARY, RESULTS, TIMES, Results
 from moe.lab.statistics import effect
 from moe.lab.suite import Comparison, Suite
+from moe.routing.resolve import from_config_dict
 
 ROUTING = (
     ("max_violation", "MaxVio"),

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe import balancing
 from moe.lab.runner import DONE, Run
 from moe.lab.suite import Suite
-from moe.metrics import METRICS, TIMING, read_rows
+from moe.metrics_files import METRICS, TIMING, read_rows
+from moe.routing import balancing
 
 #: Domain under which the mean loss over a suite's primary domains stands.
 PRIMARY = "primary"

@@ -21,14 +21,14 @@ import tqdm
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from moe import sharding
+from moe.atomic_files import write_whole
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.lab import probes
 from moe.lab.suite import Suite
-from moe.metrics import METRICS, read_rows
-from moe.sealed import write_whole
-from moe.step import Program, build
-from moe.train import refuse_other_run, train
+from moe.metrics_files import METRICS, read_rows
+from moe.parallel.mesh import make_mesh
+from moe.training.loop import refuse_other_run, train
+from moe.training.step import Program, build
 
 DONE = "done.json"
 
@@ -92,14 +92,14 @@ def shard(suite: Suite, runs: Sequence[Run], index: int, count: int) -> list[Run
 
 
 class Programs:
-    """:func:`moe.step.build` for many runs: those that differ in seed and start alone get one compiled program."""
+    """:func:`moe.training.step.build` for many runs: those that differ in seed and start alone get one compiled program."""
 
     def __init__(self) -> None:
         self._key: Config | None = None
         self._program: Program | None = None
 
     def __call__(self, config: Config, mesh: Any, teacher: Any = None) -> Program:
-        """As :func:`moe.step.build`."""
+        """As :func:`moe.training.step.build`."""
         if teacher is not None:  # whose variables are part of the program
             return build(config, mesh, teacher)
         key = dataclasses.replace(config, seed=0, start=StartConfig(), distill=DistillConfig())
@@ -147,7 +147,7 @@ def _run(suite: Suite, run: Run, programs: Programs, models: dict[str, probes.Mo
     train(run.config, str(run.directory), make_program=programs, quiet=True)
     measured: dict[str, float] = {}
     if names := suite.variants[run.variant].probes:
-        mesh = sharding.make_mesh(run.config.mesh)
+        mesh = make_mesh(run.config.mesh)
         with jax.set_mesh(mesh):
             if run.variant not in models:
                 models.clear()  # the variant before is done with

@@ -15,8 +15,9 @@ from typing import Any
 
 import ml_collections
 
-from moe import flops
-from moe.config import Config, ConfigError, from_config_dict
+from moe.config import Config, ConfigError
+from moe.models import flops
+from moe.routing.resolve import from_config_dict
 
 #: How large a suite can be: for two CPU cores in minutes, or for an accelerator pod.
 SIZES = ("laptop", "pod")

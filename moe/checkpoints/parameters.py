@@ -1,0 +1,240 @@
+"""Parameters alone, out of a checkpoint and into one: for evaluation, fine-tuning, analysis, imports and exports.
+
+In: the workdir of a run or an import. Out: its config, and its parameters on whatever mesh is there. Nothing of an
+optimizer or of a place in the data is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from moe.atomic_files import unseal
+from moe.checkpoints.integrity import DamagedError, compare, damage, quiet
+from moe.checkpoints.state import join
+from moe.config import Config, ConfigError, ModelConfig
+from moe.models.decoder import Transformer
+from moe.models.flops import abstract_parameters
+from moe.parallel import partition_specs
+from moe.routing.resolve import from_config_dict
+from moe.routing.router import SelectionBias
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """An array that is written part by part and never whole in memory.
+
+    Attributes:
+        shape: of the whole.
+        dtype: of the whole.
+        slot_axes: leading axes that number the parts.
+        parts: () → (index in the leading axes, part) for every part.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    slot_axes: int
+    parts: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a part of a Streamed as a chunk of the array that Orbax would have written; it is read as any other."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        for number, (value, info) in enumerate(zip(values, infos, strict=True)):
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=True,
+                global_shape=value.shape,
+                local_shape=(1,) * value.slot_axes + value.shape[value.slot_axes :],
+                dtype=value.dtype,
+                process_index=None,  # straight into the common database: nothing to merge from several writers
+                arg=args[number] if args else None,
+            )
+            array = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+            for index, part in value.parts():
+                await array[index].write(part, can_reference_source_data_indefinitely=True)
+        return []
+
+
+def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+    """A checkpoint at step 0 that holds parameters and nothing else: a start for a run, or a model to evaluate.
+
+    Args:
+        workdir: has no checkpoints yet.
+        parameters: nested dict of :class:`Streamed`.
+
+    Raises:
+        ConfigError: there are checkpoints already.
+    """
+    with quiet():
+        _write_parameters(workdir, parameters)
+
+
+def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+    registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
+    manager = ocp.CheckpointManager(
+        workdir / "checkpoints",
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
+    )
+    if manager.latest_step() is not None:
+        raise ConfigError(f"{workdir}: holds checkpoints already")
+    manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"parameters": parameters})), force=True)
+    manager.close()
+
+
+def read_config(workdir: str | os.PathLike[str]) -> Config:
+    """The config that a run or an import left beside its checkpoints.
+
+    Raises:
+        ConfigError: there is none, or it is none of ours.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or none of ours
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_parameters(
+    workdir: str | os.PathLike[str],
+    model: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+    only: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The parameters of a checkpoint of a run or of an import, without the optimizer's state.
+
+    Args:
+        workdir: holds ``checkpoints``.
+        model: what the checkpoint is of.
+        mesh: where to put them, each device reading its shard; None: the default device.
+        dtype: to cast to; None: as stored.
+        step: of the checkpoint; None: the newest.
+        only: keys down to the one parameter, or the branch, that is read; empty: all.
+
+    Raises:
+        ConfigError: no checkpoint, or one of another model; the parameter is named.
+    """
+    return _read_branch(epath.Path(workdir), "parameters", abstract_parameters(model), mesh, dtype, step, only)
+
+
+def read_variables(
+    workdir: str | os.PathLike[str],
+    model: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """As :func:`read_parameters`, with the routers' selection biases where the model has them."""
+    parameters = read_parameters(workdir, model, mesh, dtype=dtype, step=step)
+    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+    biases = nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
+    if not biases:
+        return parameters
+    return join(parameters, _read_branch(epath.Path(workdir), "biases", biases, mesh, dtype, step, ()))
+
+
+def _read_branch(
+    workdir: epath.Path,
+    branch: str,
+    wanted: dict[str, Any],
+    mesh: Mesh | None,
+    dtype: Any,
+    step: int | None,
+    only: tuple[str, ...],
+) -> dict[str, Any]:
+    """A field of the TrainState, checked against what the model wants."""
+    if not (workdir / "checkpoints").exists():
+        raise ConfigError(f"{workdir}: holds no checkpoints")
+    with quiet():
+        return _read(workdir, branch, wanted, mesh, dtype, step, only)
+
+
+def _read(workdir, branch, wanted, mesh, dtype, step, only) -> dict[str, Any]:
+    manager = ocp.CheckpointManager(
+        workdir / "checkpoints",
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    )
+    step = manager.latest_step() if step is None else step
+    try:
+        if step is None or step not in manager.all_steps():
+            raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
+        with damage():
+            return _read_checked(manager, workdir, branch, wanted, mesh, dtype, step, only)
+    except DamagedError as error:
+        raise ConfigError(f"{workdir}: the checkpoint of step {step} is damaged: {error}") from error
+    finally:
+        manager.close()
+
+
+def _read_checked(manager, workdir, branch, wanted, mesh, dtype, step, only) -> dict[str, Any]:
+    stored = manager.item_metadata(step)["state"].tree.get(branch, {})
+    _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
+    specs = partition_specs.parameter_specs(wanted)
+    stored, wanted, specs = (_branch(tree, only) for tree in (stored, wanted, specs))
+
+    def restore_args(leaf: Any, spec: Any) -> ocp.ArrayRestoreArgs:
+        where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, spec)
+        return ocp.ArrayRestoreArgs(dtype=leaf.dtype if dtype is None else dtype, sharding=where)
+
+    args = jax.tree.map(restore_args, stored, specs)
+    restore = ocp.args.PyTreeRestore({branch: wanted}, {branch: args}, partial_restore=True)
+    restored = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][branch]
+    saved = _saved_checksums(workdir, step)
+    if saved and (dtype is None or np.dtype(dtype) == np.float32):  # as they are stored
+        compare({name.removeprefix(f".{branch}"): value for name, value in saved.items()}, restored)
+    return restored
+
+
+def _saved_checksums(workdir: epath.Path, step: int) -> dict[str, int]:
+    """Of the arrays of a run's checkpoint; an import has none."""
+    path = workdir / "checkpoints" / str(step) / "memory" / "metadata"
+    if not path.exists():
+        return {}
+    with damage():
+        return unseal(json.loads(path.read_text())["sealed"])["checksums"]
+
+
+def _branch(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The tree without what is beside the path."""
+    return {path[0]: _branch(tree[path[0]], path[1:])} if path else tree
+
+
+def _refuse_other_model(stored: Any, wanted: Any, where: str) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+        return {".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+    theirs, ours = shapes(stored), shapes(wanted)
+    problems = [
+        f"{name} is {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} by the config"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if problems:
+        raise ConfigError(f"{where}: holds another model: {'; '.join(problems[:3])}")

@@ -1,0 +1,116 @@
+"""Conversion between ConfigDict trees and the typed Config, with checks of names and types."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+
+import ml_collections
+
+from moe.config.schema import LARGEST, LARGEST_FLOAT, Config, ConfigError
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """A mutable, type-checked ConfigDict with the same fields, for files in ``configs/`` and command-line overrides."""
+
+    def convert(node: typing.Any) -> ml_collections.ConfigDict:
+        result = ml_collections.ConfigDict()
+        hints = typing.get_type_hints(type(node))
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                value = convert(value)
+            elif hints[field.name] is float:
+                value = float(value)
+            result[field.name] = value
+        return result.lock()
+
+    return convert(config)
+
+
+def to_dict(config: Config) -> dict[str, typing.Any]:
+    """Plain nested dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def check_field(path: str) -> None:
+    """Refuses a dotted name such as ``model.moe.num_experts`` that is no field of :class:`Config`.
+
+    Raises:
+        ConfigError: with the nearest name.
+    """
+    cls: typing.Any = Config
+    *sections, last = path.split(".")
+    for depth, name in enumerate(sections):
+        _check_name(cls, name, "".join(f"{section}." for section in sections[:depth]))
+        cls = typing.get_type_hints(cls)[name]
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError(f"{path}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
+    _check_name(cls, last, "".join(f"{section}." for section in sections))
+
+
+def type_name(path: str) -> str:
+    """What the values of a field are, for a message; a section has fields of its own."""
+    hint: typing.Any = Config
+    for name in path.split("."):
+        hint = typing.get_type_hints(hint)[name]
+    if dataclasses.is_dataclass(hint):
+        return f"set by its fields: {', '.join(field.name for field in dataclasses.fields(hint))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {_item_name(typing.get_args(hint)[0])}, as in ('a','b') or (1,2)"
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return hint.__name__
+
+
+def _check_name(cls: typing.Any, name: str, path: str) -> None:
+    hints = typing.get_type_hints(cls)
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
+        hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(hints)}"
+        raise ConfigError(f"{path}{name}: no such field; {hint}")
+
+
+def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
+    """Builds a dataclass from a nested dict, checking names and types; ``path`` prefixes messages."""
+    hints = typing.get_type_hints(cls)
+    for name in tree:
+        _check_name(cls, name, path)
+    values = {}
+    for name, value in tree.items():
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, (dict, ml_collections.ConfigDict)):
+                raise ConfigError(f"{path}{name}={value!r}: is a section with fields of its own")
+            values[name] = build(typing.cast(type, hints[name]), dict(value.items()), f"{path}{name}.")
+        else:
+            values[name] = _check_type(hints[name], value, f"{path}{name}")
+    return cls(**values)
+
+
+def _item_name(hint: typing.Any) -> str:
+    return "names" if typing.get_origin(hint) is typing.Literal else hint.__name__
+
+
+def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_check_type(item, entry, field) for entry in value)
+        raise ConfigError(f"{field}={value!r}: must be a tuple of {_item_name(item)}")
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{field}={value!r}: must be one of {', '.join(typing.get_args(hint))}")
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        if not abs(value) <= LARGEST_FLOAT:
+            raise ConfigError(f"{field}={value!r}: must be a finite number, in float32")
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and not number):
+        raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
+    if hint is int and abs(value) > LARGEST:
+        raise ConfigError(f"{field}={value!r}: must be at most {LARGEST}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{field}={value!r}: must not hold the character NUL")
+    return value

@@ -1,0 +1,1 @@
+"""Dispatch of tokens to expert buffers and back."""

@@ -1,0 +1,97 @@
+"""Causal grouped-query attention with rotary positions."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moe.config import ModelConfig
+from moe.layers.attention.attend import attend
+from moe.layers.norms import RMSNorm
+from moe.parallel import partition_specs
+from moe.parallel.mesh import constrain
+from moe.parallel.weights import matrix, use, zeros
+
+
+def rotate(x: Array, positions: Array, theta: float) -> Array:
+    """Rotary positions, halves paired as (i, i + H/2) (RoFormer 2021, in the layout of open checkpoints).
+
+    Args:
+        x: [B,T,N,H], H even.
+        positions: [B,T] int32.
+        theta: base; frequency i is theta^(-2i/H).
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions; documents packed into one row never see each other."""
+
+    def __init__(self, config: ModelConfig, *, window: int, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        self.window = window
+        self.query = matrix(rngs, (c.d_model, c.num_heads, c.head_dim), c.d_model, c.init_scale)
+        self.key = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
+        self.value = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
+        self.out = matrix(rngs, (c.num_heads, c.head_dim, c.d_model), c.num_heads * c.head_dim, c.init_scale)
+        if c.attention_bias != "none":
+            self.query_bias = zeros((c.num_heads, c.head_dim))
+            self.key_bias = zeros((c.num_kv_heads, c.head_dim))
+            self.value_bias = zeros((c.num_kv_heads, c.head_dim))
+        if c.attention_bias == "all":
+            self.out_bias = zeros((c.d_model,))
+        if c.qk_norm == "head":
+            self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
+        elif c.qk_norm == "full":
+            self.query_norm = RMSNorm(c.num_heads * c.head_dim, c.norm_eps)
+            self.key_norm = RMSNorm(c.num_kv_heads * c.head_dim, c.norm_eps)
+
+    def __call__(self, x: Array, segment_ids: Array, positions: Array) -> Array:
+        """[B,T,D] → [B,T,D].
+
+        Args:
+            x: [B,T,D].
+            segment_ids: [B,T] int32, the document of each token; 0 is padding.
+            positions: [B,T] int32, position within the document.
+        """
+        query, key, value = self.project(x, positions)
+        return self.join(attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention))
+
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """[B,T,D] and positions [B,T] → query [B,T,N,H], key and value [B,T,M,H], rotated."""
+        c = self.config
+        query = jnp.einsum("btd,dnh->btnh", x, use("attention.query", self.query[...], x.dtype))
+        key = jnp.einsum("bud,dmh->bumh", x, use("attention.key", self.key[...], x.dtype))
+        value = jnp.einsum("bud,dmh->bumh", x, use("attention.value", self.value[...], x.dtype))
+        if c.attention_bias != "none":
+            query = query + self.query_bias[...].astype(x.dtype)
+            key = key + self.key_bias[...].astype(x.dtype)
+            value = value + self.value_bias[...].astype(x.dtype)
+        if c.qk_norm != "none":
+            query, key = self._normalise(self.query_norm, query), self._normalise(self.key_norm, key)
+        if c.clip_qkv:
+            query, key, value = (jnp.clip(heads, -c.clip_qkv, c.clip_qkv) for heads in (query, key, value))
+        query = constrain(rotate(query, positions, c.rope_theta), partition_specs.HEADS)
+        key = constrain(rotate(key, positions, c.rope_theta), partition_specs.HEADS)
+        value = constrain(value, partition_specs.HEADS)
+        return query, key, value
+
+    def join(self, heads: Array) -> Array:
+        """[B,T,N,H] → [B,T,D]."""
+        y = jnp.einsum("btnh,nhd->btd", heads, use("attention.out", self.out[...], heads.dtype))
+        return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
+
+    def _normalise(self, norm: RMSNorm, heads: Array) -> Array:
+        """QK-norm of [B,T,N,H]: per head, or over all heads at once."""
+        if self.config.qk_norm == "head":
+            return norm(heads)
+        # [B,T,N,H] → [B,T,N·H] → [B,T,N,H]
+        return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)

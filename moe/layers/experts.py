@@ -1,0 +1,115 @@
+"""Stacked expert FFNs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moe.config import ModelConfig
+from moe.dispatch.grouped_matmul.cpu import Chunks
+from moe.dispatch.grouped_matmul.grouped_ffn import grouped_ffn
+from moe.layers.ffn import GATED_ACTIVATIONS, activate
+from moe.parallel.weights import matrix, use
+
+Drop = Callable[[Array], Array]
+
+
+class Experts(nnx.Module):
+    """E FFNs of one shape, as three stacked matrices."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
+        self.activation = config.activation
+        self.up = matrix(rngs, (e, d, f), d, config.init_scale)
+        self.down = matrix(rngs, (e, f, d), f, config.init_scale)
+        self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
+
+    def matrices(self, dtype: Any) -> tuple[tuple[Array, ...], Array]:
+        """((up, and gate if any) [E,D,F], down [E,F,D]), ready for matmuls of that dtype."""
+        into = (use("experts.up", self.up[...], dtype),)
+        if self.gate is not None:
+            into += (use("experts.gate", self.gate[...], dtype),)
+        return into, use("experts.down", self.down[...], dtype)
+
+    def batched(self, rows: Array, drop: Drop | None = None) -> Array:
+        """[E,R,D] → [E,R,D]: expert e over its R rows.
+
+        Args:
+            rows: [E,R,D].
+            drop: applied to the hidden activations.
+        """
+        into, out_of = self.matrices(rows.dtype)
+        return _batched_matmul(_hidden(self.activation, drop, _first(rows, into, _batched_matmul)), out_of)
+
+    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks, drop: Drop | None = None) -> Array:
+        """[R,D] → [R,D]: the first sizes[0] rows by expert 0, the next by expert 1, and so on.
+
+        Args:
+            matrices: from :meth:`matrices`, all or one device's experts.
+            rows: [R,D].
+            sizes: [E] int32, padded for ``pieces``.
+            pieces: static.
+            drop: applied to the hidden activations.
+        """
+        into, out_of = matrices
+        starts = jnp.cumsum(sizes) - sizes
+        if drop is None:
+            second = functools.partial(_second, self.activation)
+            return grouped_ffn(_first, second, rows, into, out_of, starts, sizes, pieces)
+        hidden = _hidden(self.activation, drop, grouped_ffn(_first, None, rows, into, (), starts, sizes, pieces))
+        (rows,) = grouped_ffn(_first, None, hidden, (out_of,), (), starts, sizes, pieces)
+        return rows
+
+
+def _first(rows: Array, into: tuple[Array, ...], matmul: Callable[[Array, Array], Array]) -> tuple[Array, ...]:
+    return tuple(matmul(rows, matrix) for matrix in into)
+
+
+def _hidden(activation: str, drop: Drop | None, inputs: tuple[Array, ...]) -> Array:
+    hidden = activate(activation, inputs[0], inputs[1] if len(inputs) > 1 else None)
+    return hidden if drop is None else drop(hidden)
+
+
+def _second(
+    activation: str, inputs: tuple[Array, ...], out_of: Array, matmul: Callable[[Array, Array], Array]
+) -> Array:
+    return matmul(_hidden(activation, None, inputs), out_of)
+
+
+def _batched_matmul(rows: Array, matrices: Array) -> Array:
+    return jnp.einsum("eri,eij->erj", rows, matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertDropout:
+    """Experts whose hidden activations are dropped at a rate (Switch 2021, section 4.2, "expert dropout")."""
+
+    experts: Experts
+    rate: float
+    rng: Array
+
+    def matrices(self, dtype: Any) -> Any:
+        """As :meth:`Experts.matrices`."""
+        return self.experts.matrices(dtype)
+
+    def batched(self, rows: Array) -> Array:
+        """As :meth:`Experts.batched`."""
+        return self.experts.batched(rows, self._drop)
+
+    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks) -> Array:
+        """As :meth:`Experts.grouped`."""
+        return self.experts.grouped(matrices, rows, sizes, pieces, self._drop)
+
+    def _drop(self, hidden: Array) -> Array:
+        # Under shard_map each device has rows of its own: it draws its own.
+        manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        rng = jax.random.fold_in(self.rng, jax.lax.axis_index(manual)) if manual else self.rng
+        kept = jax.random.bernoulli(rng, 1.0 - self.rate, hidden.shape)
+        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)

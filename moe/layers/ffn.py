@@ -1,0 +1,47 @@
+"""The dense FFN and its activations."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import nnx
+from jax import Array
+
+from moe.config import ModelConfig
+from moe.parallel.weights import matrix, use
+
+#: geglu is T5's, by the tanh approximation; geglu_exact is by the error function.
+GATED_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "geglu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "reglu": jax.nn.relu,
+}
+
+
+PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
+
+
+def activate(activation: str, up: Array, gate: Array | None) -> Array:
+    """The hidden activation of an FFN: act(gate)·up where gated (Shazeer 2020), act(up) otherwise."""
+    if gate is not None:
+        return GATED_ACTIVATIONS[activation](gate) * up
+    return PLAIN_ACTIVATIONS[activation](up)
+
+
+class DenseFFN(nnx.Module):
+    """down(act(gate(x))·up(x)), or down(act(up(x))) for a plain activation. No biases."""
+
+    def __init__(self, config: ModelConfig, d_ff: int, *, rngs: nnx.Rngs):
+        d, f = config.d_model, d_ff
+        self.activation = config.activation
+        self.up = matrix(rngs, (d, f), d, config.init_scale)
+        self.down = matrix(rngs, (f, d), f, config.init_scale)
+        self.gate = matrix(rngs, (d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
+
+    def __call__(self, x: Array) -> Array:
+        """[B,T,D] → [B,T,D]."""
+        up = x @ use("dense.up", self.up[...], x.dtype)
+        gate = None if self.gate is None else x @ use("dense.gate", self.gate[...], x.dtype)
+        return activate(self.activation, up, gate) @ use("dense.down", self.down[...], x.dtype)

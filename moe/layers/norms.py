@@ -1,0 +1,22 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + epsilon) · scale over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        """[...,D] → [...,D], same dtype."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * self.scale[...]).astype(x.dtype)

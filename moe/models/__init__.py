@@ -1,0 +1,1 @@
+"""Whole models, their caches and their arithmetic."""

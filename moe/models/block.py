@@ -1,0 +1,56 @@
+"""One Transformer block."""
+
+from __future__ import annotations
+
+from flax import nnx
+from jax import Array
+
+from moe.config import ModelConfig
+from moe.config.layer_kinds import LayerKind
+from moe.layers.attention.attention import Attention
+from moe.layers.ffn import DenseFFN
+from moe.layers.moe_layer import MoELayer
+from moe.layers.norms import RMSNorm
+from moe.parallel import partition_specs
+from moe.parallel.mesh import constrain
+from moe.routing.balancing import LayerReport
+from moe.routing.routing import Routing
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, window=kind.window, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.sparse = kind.sparse
+        if kind.sparse:
+            self.moe = MoELayer(config, rngs=rngs)
+        else:
+            self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Array,
+        segment_ids: Array,
+        positions: Array,
+        *,
+        tokens: Array,
+        routing: Routing | None,
+        train: bool,
+        rng: Array | None,
+    ) -> tuple[Array, tuple[LayerReport, Routing] | None]:
+        """[B,T,D] → [B,T,D]; see :class:`Transformer` for the arguments."""
+        x = x + self.attention(self.attention_norm(x), segment_ids, positions)
+        return self.feed_forward(x, segment_ids, tokens=tokens, routing=routing, train=train, rng=rng)
+
+    def feed_forward(
+        self, x: Array, segment_ids: Array, *, tokens: Array, routing: Routing | None, train: bool, rng: Array | None
+    ) -> tuple[Array, tuple[LayerReport, Routing] | None]:
+        """The second half: x + FFN(norm(x))."""
+        h = self.ffn_norm(x)
+        if not self.sparse:
+            return constrain(x + self.dense(h), partition_specs.BATCH), None
+        y, report, routing = self.moe(h, segment_ids > 0, token_ids=tokens, routing=routing, train=train, rng=rng)
+        return constrain(x + y, partition_specs.BATCH), (report, routing)

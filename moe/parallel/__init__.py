@@ -1,0 +1,1 @@
+"""Device mesh, PartitionSpecs, parameter gathering, and the target hardware."""

@@ -1,0 +1,69 @@
+"""FLOPs of a traced program: every matrix product that a step does, recomputation and empty expert slots included.
+
+In: a jaxpr, before partitioning, so that the sum is over all devices. Out: FLOPs, 2 per multiply-add; elementwise work
+is not counted. The compiler's own figure counts a loop's body once, hence this.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.extend import core
+
+
+def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
+    """FLOPs of all matrix products, scans multiplied out; a conditional counts its dearest branch.
+
+    A Pallas kernel counts its body once for every point of its grid: blocks that it skips at run time, as causal
+    attention skips the upper triangle, are counted too.
+
+    Args:
+        jaxpr: of the traced program.
+        kernels_only: leave out what is not in a Pallas kernel.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "while" and "overflow" in str(equation.source_info.name_stack):
+            continue  # moe.dispatch.ragged_exchange' further waves, which a balanced router never needs
+        if name == "pallas_call" and not all(isinstance(size, int) for size in params["grid_mapping"].grid):
+            # A grouped matmul, its grid as long as there are rows: it declares the FLOPs of all it has room for, and
+            # its time is moe.planner.kernels' to tell.
+            total += 0.0 if kernels_only else params["cost_estimate"].flops
+        elif name == "pallas_call":
+            total += math.prod(params["grid_mapping"].grid) * matmul_flops(params["jaxpr"])
+        elif name == "cond":
+            total += max(matmul_flops(branch.jaxpr, kernels_only=kernels_only) for branch in params["branches"])
+        elif name in _PRODUCTS:
+            total += 0.0 if kernels_only else _product_flops(equation)
+        else:
+            times = params["length"] if name == "scan" else 1
+            if name == "shard_map":  # its shapes are one device's
+                times = math.prod(params["mesh"].shape.values())
+            total += times * sum(matmul_flops(inner, kernels_only=kernels_only) for inner in _inner_jaxprs(params))
+    return total
+
+
+_PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
+
+
+def _product_flops(equation: Any) -> float:
+    first, result = equation.invars[0].aval.shape, math.prod(equation.outvars[0].aval.shape)
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return 2.0 * result * math.prod(first[axis] for axis in contracted)
+    return 2.0 * result * first[-1]
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for name, value in params.items():
+        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):
+            continue
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, core.Jaxpr):
+                found.append(item)
+            elif isinstance(getattr(item, "jaxpr", None), core.Jaxpr):  # a ClosedJaxpr
+                found.append(item.jaxpr)
+    return found

@@ -1,0 +1,71 @@
+"""TPU generations: what a chip can hold, do and send, each figure with its source.
+
+In: a generation's name. Out: a :class:`Chip`. Sources: [cloud] the Cloud TPU documentation's page of that generation
+(read in 2026: peak, memory, memory bandwidth, bidirectional ICI bandwidth per chip, DCN bandwidth); [v4] Jouppi et al.
+2023, "TPU v4: An Optically Reconfigurable Supercomputer", table 4 (links of v3 and v4); [v2] Jouppi et al. 2020, "A
+Domain Specific Supercomputer for Training Deep Neural Networks" (v2); [v7] the vendor's announcement of Ironwood, 2025
+(memory and ICI bandwidth).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation.
+
+    Attributes:
+        memory: HBM bytes a chip.
+        peak: bfloat16 FLOP/s a chip.
+        memory_bandwidth: HBM bytes/s a chip.
+        link: ICI bytes/s in one direction of one link; a chip has two links per torus dimension.
+        wraps_at: a torus dimension closes to a ring if its size is a multiple of this; otherwise it is a line.
+        dcn: bytes/s a chip between slices.
+        devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
+        flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
+        example: a topology of it.
+        options: what ``get_topology_desc`` needs beyond the name, to show devices as JAX shows them on hardware.
+        source: of the figures.
+    """
+
+    memory: int
+    peak: float
+    memory_bandwidth: float
+    link: float
+    wraps_at: int
+    dcn: float
+    devices: int
+    flops_per_cycle: int
+    example: str
+    source: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def clock(self) -> float:
+        """Hz."""
+        return self.peak / self.flops_per_cycle
+
+
+_MXU = 2 * 128 * 128  # FLOP a cycle of one 128 x 128 matrix unit
+
+
+#: Keys are the names libtpu's topologies begin with. Where no page gives a DCN figure, v5e's is assumed.
+CHIPS: dict[str, Chip] = {
+    "v2": Chip(16 * GiB, 46e12, 700e9, 62e9, 16, 25e9 / 8, 2, 2 * _MXU, "v2:16x16", "[v2]; DCN assumed"),
+    "v3": Chip(32 * GiB, 123e12, 900e9, 70e9, 32, 25e9 / 8, 2, 4 * _MXU, "v3:32x32", "[cloud], [v4]; DCN assumed"),
+    "v4": Chip(
+        32 * GiB, 275e12, 1200e9, 50e9, 4, 25e9 / 8, 1, 8 * _MXU, "v4:4x4x4", "[cloud], [v4]; DCN assumed",
+        (("chip_config_name", "megacore"),),
+    ),
+    "v5e": Chip(16 * GiB, 197e12, 819e9, 50e9, 16, 25e9 / 8, 1, 4 * _MXU, "v5e:16x16", "[cloud]: 400 GB/s on 4 ports"),
+    "v5p": Chip(95 * GiB, 459e12, 2765e9, 100e9, 4, 50e9 / 8, 1, 8 * _MXU, "v5p:4x4x4", "[cloud]: 1200 GB/s, 3D torus"),
+    "v6e": Chip(32 * GiB, 918e12, 1638e9, 100e9, 16, 25e9 / 8, 1, 16 * _MXU, "v6e:16x16", "[cloud]; DCN assumed"),
+    "tpu7x": Chip(
+        192 * GiB, 2307e12, 7370e9, 100e9, 4, 50e9 / 8, 2, 32 * _MXU, "tpu7x:4x4x4", "[cloud], [v7]; DCN: v5p's assumed"
+    ),
+}  # fmt: skip

@@ -1,0 +1,144 @@
+"""GShard's headline again: experts grow with the devices, and a device's memory and the compile time stay flat.
+
+In: a list of points, each a config and a topology. Out: rows of figures from their plans, or of the reason why there
+is none. One expert a device, the same tokens a device, so that only the exchange can grow (GShard 2020, section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from moe.config import Config, ConfigError
+from moe.planner import plan
+from moe.planner.topology import get_topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One program to compile.
+
+    Attributes:
+        series: what it is compared within.
+        topology: a name for :func:`moe.planner.topology.get_topology`.
+    """
+
+    series: str
+    topology: str
+    config: Config
+
+
+def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch: str, tensor: int = 1) -> Config:
+    """A config with so many experts on as many devices, `rows` rows of tokens for each.
+
+    With ``tensor`` as many devices share as many experts, a slice of each, and their tokens.
+
+    Raises:
+        ConfigError: see :func:`moe.routing.resolve.from_config_dict`.
+    """
+    from moe.config import MeshConfig
+    from moe.routing.resolve import validate
+
+    model = dataclasses.replace(
+        config.model, moe=dataclasses.replace(config.model.moe, num_experts=experts, dispatch=dispatch)
+    )
+    expert = min(experts, devices) // tensor
+    return validate(
+        dataclasses.replace(
+            config,
+            model=model,
+            mesh=MeshConfig(data=devices // (expert * tensor), fsdp=1, expert=expert, tensor=tensor),
+            train=dataclasses.replace(config.train, batch_size=rows * devices),
+        )
+    )
+
+
+def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
+    """Compiles the points one after the other; a row of each as it is done. What is refused, by a check here or by the
+    compiler, has ``refused`` in place of figures: the reason."""
+    for point in points:
+        where = get_topology(point.topology)
+        row = {
+            "series": point.series,
+            "topology": point.topology,
+            "devices": len(where.devices),
+            "experts": point.config.model.moe.num_experts,
+        }
+        try:
+            made = plan.make_plan(point.config, where)
+        except (ConfigError, jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            yield row | {"refused": str(error).splitlines()[0].partition("; what helps")[0]}
+            continue
+        exchanges = [exchange for exchange in made.exchanges if "all-to-all" in exchange.kind]
+        yield row | {
+            "parameters": made.total_parameters,
+            "memory_gib": made.memory.total / 2**30,
+            "compile_seconds": made.compile_seconds,
+            "all_to_alls": sum(exchange.count for exchange in exchanges),
+            "all_to_all_mib": sum(exchange.bytes for exchange in exchanges) / 2**20,
+            "all_to_all_ms": 1e3 * sum(exchange.seconds for exchange in exchanges),
+            "step_ms": 1e3 * made.step_seconds,
+            "token_all_gathers": len(made.token_exchanges),
+        }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; below it, why some points have no figures."""
+    heads = {
+        "series": "series",
+        "topology": "topology",
+        "devices": "devices",
+        "experts": "experts",
+        "parameters": "parameters (B)",
+        "memory_gib": "memory a device (GiB)",
+        "compile_seconds": "compile (s)",
+        "all_to_alls": "all-to-alls a step",
+        "all_to_all_mib": "all-to-all a device (MiB)",
+        "all_to_all_ms": "all-to-all (ms, model)",
+        "step_ms": "step (ms, estimate)",
+    }
+
+    def shown(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return "refused" if name == "memory_gib" else "–"
+        value = row[name] / 1e9 if name == "parameters" else row[name]
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(heads.values()) + " |", "|" + " --- |" * len(heads)]
+    lines += ["| " + " | ".join(shown(row, name) for name in heads) + " |" for row in rows]
+    refused = [row for row in rows if "refused" in row]
+    if refused:
+        lines += ["", "Refused:", ""]
+        lines += [f"- {row['series']} on {row['topology']}: {row['refused']}" for row in refused]
+    return "\n".join(lines)
+
+
+def figure(path: Any, rows: list[dict[str, Any]]) -> None:
+    """Four panels over devices, a line a series, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "memory_gib": "memory a device (GiB)",
+        "compile_seconds": "compile time (s)",
+        "all_to_all_ms": "all-to-all a step (ms, network model)",
+        "step_ms": "step (ms, estimate)",
+    }
+    drawing, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
+        compiled = [row for row in rows if "refused" not in row]
+        for i, series in enumerate(dict.fromkeys(row["series"] for row in compiled)):
+            mine = [row for row in compiled if row["series"] == series]
+            style = ("o-", "s--", "^:")[i % 3]  # equal lines stay visible under each other
+            axis.plot([row["devices"] for row in mine], [row[name] for row in mine], style, label=series)
+        axis.set(xscale="log", xlabel="devices", ylabel=label, ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    drawing.savefig(path, dpi=110)
+    plt.close(drawing)

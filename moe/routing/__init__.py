@@ -1,0 +1,1 @@
+"""Gates, the router, and load balancing: logits to experts and weights."""

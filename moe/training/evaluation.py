@@ -1,0 +1,88 @@
+"""Held-out loss of a model, per domain.
+
+In: a model's variables, prepared data. Out: for each domain nats per token, perplexity, bits per byte of text, and
+what the routers did; and the same over all domains' tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.data import pipeline
+from moe.parallel.mesh import local_rows
+from moe.routing.balancing import LayerReport
+from moe.training.losses import mean_reports
+from moe.training.step import Program, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Heldout:
+    """Batches per domain, [B,T] each, kept in memory: an evaluation always sees the same tokens."""
+
+    batches: dict[str, list[dict[str, np.ndarray]]]
+    token_bytes: np.ndarray
+
+
+def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
+    """This process's rows of the held-out batches.
+
+    Raises:
+        moe.config.ConfigError: the held-out text is shorter than one row.
+    """
+    config = program.config
+    rows = config.train.batch_size // config.train.accumulation_steps
+    here = local_rows(program.mesh, rows)
+    batches = {
+        domain: [
+            {key: value[here] for key, value in batch.items()}
+            for batch in pipeline.heldout_batches(prepared, config.data, domain=domain, batch_size=rows)
+        ]
+        for domain in prepared.domains
+    }
+    token_bytes = np.zeros(config.model.vocab_size, np.int32)
+    token_bytes[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes
+    return Heldout(batches, token_bytes)
+
+
+def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, dict[str, Any]]:
+    """Metrics per domain and under "all".
+
+    Returns:
+        domain → loss (nats per target), perplexity, bits_per_byte, targets; in a sparse model also, per MoE layer,
+        expert_load, fraction_tokens_dropped, router_entropy, load_balancing_loss, router_z_loss.
+    """
+    results = {}
+    sums = np.zeros(3)
+    reports: list[LayerReport] = []
+    for domain, batches in heldout.batches.items():
+        # All batches are started before any result is read.
+        metrics = [program.eval_step(variables, place(b, program.mesh), heldout.token_bytes) for b in batches]
+        domain_sums = np.sum([[float(m.nll), int(m.targets), int(m.target_bytes)] for m in metrics], axis=0)
+        # Batches that are padding alone have nothing to report.
+        domain_reports = [m.layers for m in metrics if m.layers is not None and int(m.targets) > 0]
+        results[domain] = _summary(domain_sums, domain_reports)
+        sums += domain_sums
+        reports += domain_reports
+    return {"all": _summary(sums, reports), **results}
+
+
+def _summary(sums: np.ndarray, reports: list[LayerReport]) -> dict[str, Any]:
+    nll, targets, target_bytes = sums
+    loss = nll / max(targets, 1)
+    summary: dict[str, Any] = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nll / math.log(2) / max(target_bytes, 1),
+        "targets": int(targets),
+    }
+    if reports:
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *reports)
+        mean = dataclasses.asdict(mean_reports(stacked))
+        summary |= {name: np.asarray(value).tolist() for name, value in mean.items()}
+    return summary

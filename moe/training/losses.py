@@ -1,0 +1,148 @@
+"""What is minimised: cross-entropy of the next token, plus the named auxiliary terms of the MoE layers.
+
+In: a forward pass's :class:`moe.models.decoder.Output` and targets [B,T]. Out: a scalar, and every term raw.
+
+Letters: B batch, T sequence, V vocab, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from moe.config import MoEConfig
+from moe.parallel import partition_specs
+from moe.parallel.mesh import axis_size, constrain
+from moe.routing.balancing import LayerReport
+
+
+def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Sum over positions of −log p(target), nats, in float32, and how many positions had a target.
+
+    Args:
+        logits: [B,T,V].
+        targets: [B,T] int32; negative where there is nothing to predict.
+    """
+    known = targets >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(known, targets, 0))
+    return jnp.sum(jnp.where(known, losses, 0.0)), jnp.sum(known)
+
+
+#: Tokens of a device whose logits are held at once: 128 MiB of them in float32 at a vocabulary of 32,768.
+_CHUNK = 1024
+
+
+@jax.custom_vjp
+def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, Array]:
+    """:func:`cross_entropy` of ``hidden @ matrix``, without ever holding [B,T,V].
+
+    Chunks of positions go one after another. The result is a sum, so that a chunk's gradient is known but for one
+    factor as soon as its logits are: where a gradient is wanted it is summed up in the same pass, and nothing is
+    computed twice (as in Liger-Kernel, Hsu et al. 2024).
+
+    Args:
+        hidden: [B,T,D].
+        matrix: [D,V].
+        targets: [B,T] int32; negative where there is nothing to predict.
+    """
+    with jax.named_scope("loss"):
+        chunks = _chunks(hidden, targets)
+        nll, known = jax.lax.map(lambda chunk: cross_entropy(_logits(chunk[0], matrix), chunk[1]), chunks)
+    return jnp.sum(nll), jnp.sum(known)
+
+
+def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """[C,B,P,D] and [C,B,P]: C chunks of P positions; the last is filled up with positions that have no target."""
+    batch, length, _ = hidden.shape
+    rows = -(-batch // axis_size(*partition_specs.TOKEN_AXES))  # of one device
+    count = -(-length // max(_CHUNK // rows, 1))
+    size = -(-length // count)
+    surplus = ((0, 0), (0, count * size - length))
+
+    # [B,T,...] → [B,C·P,...] → [B,C,P,...] → [C,B,P,...]
+    def split(x: Array) -> Array:
+        return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return split(jnp.pad(hidden, (*surplus, (0, 0)))), split(jnp.pad(targets, surplus, constant_values=-1))
+
+
+def _logits(hidden: Array, matrix: Array) -> Array:
+    return constrain(hidden @ matrix, partition_specs.LOGITS)
+
+
+def _with_gradient(hidden, matrix, targets):
+    shards = axis_size(*partition_specs.TOKEN_AXES)
+
+    def chunk(sums, inputs):
+        part, part_targets = inputs
+        logits, back = jax.vjp(lambda part: _logits(part, matrix), part)
+        nll, d_logits, known = _softmax_gradient(logits, part_targets)
+        # Each device sums up its own tokens' part, [B,P,·] → [X,B/X,P,·]; they are added once, after the last chunk.
+        by_device = [x.reshape(shards, -1, *x.shape[1:]) for x in (part, d_logits)]
+        product = jnp.einsum("xbpd,xbpv->xdv", *by_device, preferred_element_type=jnp.float32)
+        d_matrix = constrain(sums + product, partition_specs.PARTIAL_LOGITS_MATRIX)
+        return d_matrix, (nll, known, *back(d_logits))
+
+    with jax.named_scope("loss"):
+        zeros = constrain(jnp.zeros((shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
+        d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
+        # [C,B,P,D] → [B,C,P,D] → [B,C·P,D] → [B,T,D]
+        d_hidden = d_hidden.swapaxes(0, 1).reshape(len(hidden), -1, hidden.shape[2])[:, : hidden.shape[1]]
+        d_matrix = jnp.sum(d_matrix, axis=0).astype(matrix.dtype)
+    return (jnp.sum(nll), jnp.sum(known)), (d_hidden, d_matrix, targets)
+
+
+def _softmax_gradient(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """:func:`cross_entropy` and its gradient [B,P,V], in the logits' dtype."""
+    (nll, known), back = jax.vjp(lambda logits: cross_entropy(logits, targets), logits)
+    (gradient,) = back((jnp.ones_like(nll), np.zeros((), jax.dtypes.float0)))
+    return nll, gradient, known
+
+
+def _scaled(residuals, cotangents):
+    d_hidden, d_matrix, targets = residuals
+    scaled = [(x * cotangents[0]).astype(x.dtype) for x in (d_hidden, d_matrix)]
+    return (*scaled, np.zeros(targets.shape, jax.dtypes.float0))
+
+
+linear_cross_entropy.defvjp(_with_gradient, _scaled)
+
+
+def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> Array:
+    """Sum over the positions of targets of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, at temperature 1).
+
+    Args:
+        logits: [B,T,V].
+        teacher_logits: [B,T,V]; no gradient reaches them.
+        targets: [B,T] int32; negative where there is nothing to predict.
+    """
+    probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32), axis=-1)
+    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), probs)
+    return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+
+
+def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
+    """Weighted auxiliary terms, summed over the MoE layers (Switch 2021, section 2.2: "for each Switch layer").
+
+    Args:
+        layers: reports with a leading axis [L], or None in a dense model.
+        config: resolved.
+    """
+    if layers is None:
+        return jnp.zeros((), jnp.float32)
+    terms = (
+        config.load_balancing_weight * layers.load_balancing_loss,
+        config.device_balance_weight * layers.device_balance_loss,
+        config.importance_weight * layers.importance_loss,
+        config.load_weight * layers.load_loss,
+        config.z_loss_weight * layers.router_z_loss,
+    )
+    return sum((jnp.sum(term) for term in terms), jnp.zeros((), jnp.float32))
+
+
+def mean_reports(reports: LayerReport) -> LayerReport:
+    """Mean over a leading axis of batches."""
+    return jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)

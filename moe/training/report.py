@@ -1,0 +1,93 @@
+"""What a run shows at its end: a table, and a picture.
+
+In: evaluation results (:func:`moe.training.evaluation.evaluate`) and the rows of ``metrics.jsonl``. Out: text, and a PNG.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from etils import epath
+
+matplotlib.use("Agg")  # a file, never a window
+
+
+def table(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> str:
+    """Held-out numbers per domain beside the unigram baseline, then load per expert and layer.
+
+    Args:
+        results: domain, or "all" → metrics.
+        unigram: domain → nats per token of the unigram model on the same tokens.
+    """
+    lines = [f"{'held-out text':<16}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'unigram loss':>14}{'tokens':>9}"]
+    for domain, m in results.items():
+        lines.append(
+            f"{domain:<16}{m['loss']:>8.3f}{m['perplexity']:>12.1f}{m['bits_per_byte']:>11.3f}"
+            f"{unigram[domain]:>14.3f}{m['targets']:>9d}"
+        )
+    overall = results["all"]
+    if "expert_load" in overall:
+        load = np.asarray(overall["expert_load"])
+        lines += ["", f"share of tokens per expert, %, even = {100 / load.shape[1]:.1f}" + " " * 8 + "dropped, %"]
+        for layer, (row, dropped) in enumerate(zip(load, overall["fraction_tokens_dropped"], strict=True)):
+            shown = " ".join(f"{100 * share:5.1f}" for share in row[:16]) + (" …" if len(row) > 16 else "")
+            lines.append(f"  MoE layer {layer:<3} {shown}   {100 * dropped:5.2f}")
+    return "\n".join(lines)
+
+
+def unigram_over_all(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> dict[str, float]:
+    """Adds "all": the token-weighted mean over domains."""
+    weights = {domain: results[domain]["targets"] for domain in unigram}
+    total = sum(weights.values())
+    return {"all": sum(unigram[d] * weights[d] for d in unigram) / total, **unigram}
+
+
+def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, float]) -> None:
+    """Writes a PNG: loss over steps, and the load of every expert of every MoE layer at the last evaluation.
+
+    Args:
+        path: of the PNG.
+        rows: of metrics.jsonl.
+        unigram: with "all", drawn as a line.
+    """
+    train = [row for row in rows if row["kind"] == "train"]
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["kind"].startswith("heldout/"):
+            evaluations.setdefault(row["kind"].removeprefix("heldout/"), []).append(row)
+    last = evaluations["all"][-1] if evaluations.get("all") else {}
+    load = np.asarray(last["expert_load"]) if "expert_load" in last else None
+    fig, axes = plt.subplots(1, 1 if load is None else 2, figsize=(6 if load is None else 12, 4.2), squeeze=False)
+    loss = axes[0, 0]
+    loss.plot([r["step"] for r in train], [r["cross_entropy"] for r in train], color="0.6", label="train")
+    for domain, points in evaluations.items():
+        style = {"color": "black", "linewidth": 2} if domain == "all" else {"linestyle": "--"}
+        steps, values = [r["step"] for r in points], [r["loss"] for r in points]
+        loss.plot(steps, values, marker="o", markersize=4, label=f"held-out, {domain}", **style)
+    loss.axhline(unigram["all"], color="tab:red", linestyle=":", label="unigram baseline, all")
+    loss.set(xlabel="step", ylabel="loss, nats per token", title="Cross-entropy")
+    loss.legend()
+    if load is not None:
+        even = 1 / load.shape[1]
+        image = axes[0, 1].imshow(100 * load, cmap="RdBu_r", aspect="auto", vmin=0, vmax=200 * even)
+        axes[0, 1].set(
+            xlabel="expert",
+            ylabel="MoE layer",
+            title=f"Share of held-out tokens per expert, % (even = {100 * even:.1f})",
+            xticks=range(0, load.shape[1], math.ceil(load.shape[1] / 16)),
+            yticks=range(0, load.shape[0], math.ceil(load.shape[0] / 16)),
+        )
+        if load.size <= 128:
+            for (layer, expert), share in np.ndenumerate(load):
+                # White on the two dark ends of the scale.
+                color = "white" if abs(share / even - 1) > 0.6 else "black"
+                axes[0, 1].text(expert, layer, f"{100 * share:.1f}", ha="center", va="center", color=color, fontsize=8)
+        fig.colorbar(image, ax=axes[0, 1])
+    fig.tight_layout()
+    with path.open("wb") as file:
+        fig.savefig(file, dpi=120, format="png")
+    plt.close(fig)

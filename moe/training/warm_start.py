@@ -1,0 +1,171 @@
+"""The first state of a run that does not start from nothing: fine-tuning, sparse upcycling, distillation's student.
+
+In: ``config.start.checkpoint``, the workdir of a run or an import. Out: a :class:`moe.checkpoints.state.TrainState` at step 0.
+Layer by layer, what both models have is copied; an MoE layer where the other has a dense one gets copies of its FFN as
+experts and a fresh router (Komatsuzaki et al. 2023, section 2.1); a dense layer where the other has an MoE one starts
+afresh (Switch 2021, section 4.2: non-expert weights are copied).
+
+Letters: see :mod:`moe.models.decoder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from moe.checkpoints import parameters as stored
+from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.state import TrainState
+from moe.config import Config, ConfigError, ModelConfig
+from moe.models.stack import segments
+from moe.parallel.mesh import make_mesh
+from moe.training.step import Program, build
+
+#: (layer, names within the block), or (-1, names) outside the blocks → one layer's array
+Flat = dict[tuple[int, tuple[str, ...]], Any]
+
+
+def check(config: Config) -> None:
+    """Whether there is something at start.checkpoint and distill.teacher, before anything is written.
+
+    Raises:
+        ConfigError: no config there, or no checkpoints.
+    """
+    for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
+        if workdir:
+            try:
+                stored.read_config(workdir)
+            except ConfigError as error:
+                raise ConfigError(f"{field}={workdir!r}: must be the workdir of a run or an import: {error}") from error
+            if not (epath.Path(workdir) / "checkpoints").exists():
+                raise ConfigError(f"{field}={workdir!r}: holds no checkpoints")
+
+
+def first_state(program: Program) -> TrainState:
+    """The state at step 0: fresh, or with what ``config.start`` says.
+
+    Raises:
+        ConfigError: no checkpoint there, one whose parameters do not fit, or no optimizer's state in it.
+    """
+    state, start = program.init(), program.config.start
+    if not start.checkpoint:
+        return state
+    source = stored.read_config(start.checkpoint)
+    theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
+    rng = np.random.default_rng(program.config.seed)
+    parameters = _transplant(program, source.model, theirs, state.parameters, start.expert_noise, rng)
+    optimizer = state.optimizer
+    if start.optimizer == "carry":
+        carried = _host(_optimizer_state(source, start.checkpoint))
+        if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(optimizer, is_leaf=_is_tree):
+            raise ConfigError(f"start.optimizer='carry': {start.checkpoint} was trained by another optimizer")
+        optimizer = jax.tree.map(
+            lambda fresh, old: (
+                _transplant(program, source.model, old, fresh, 0.0, rng) if _is_tree(fresh) else jnp.asarray(old)
+            ),
+            optimizer,
+            carried,
+            is_leaf=_is_tree,
+        )
+    placed = dataclasses.replace(state, parameters=parameters, optimizer=optimizer)
+    return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
+
+
+def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | None:
+    """The model of ``config.distill.teacher`` and its variables on the mesh; None if there is none.
+
+    Raises:
+        ConfigError: no checkpoint there, or another vocabulary.
+    """
+    if not config.distill.teacher:
+        return None
+    model = stored.read_config(config.distill.teacher).model
+    if model.vocab_size != config.model.vocab_size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
+    return model, stored.read_variables(config.distill.teacher, model, mesh)
+
+
+def _is_tree(node: Any) -> bool:
+    return isinstance(node, dict)
+
+
+def _host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _optimizer_state(source: Config, workdir: str) -> Any:
+    mesh = make_mesh(dataclasses.replace(source.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        program = build(source, mesh)
+    try:
+        checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
+        return checkpoints.restore_state(checkpoints.latest() or 0, program.state).optimizer
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer's state; use 'reset'") from error
+
+
+def _by_layer(model: ModelConfig, tree: dict[str, Any]) -> Flat:
+    """Unstacks the repeats."""
+    flat: Flat = {}
+    first = 0
+    for i, (unit, repeats) in enumerate(segments(model)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree[f"segment_{i}"]):
+            block, *names = (key.key for key in path)
+            for repeat in range(repeats):
+                layer = first + repeat * len(unit) + int(block.removeprefix("block_"))
+                flat[layer, tuple(names)] = leaf[repeat]
+        first += len(unit) * repeats
+    outside = {name: branch for name, branch in tree.items() if not name.startswith("segment_")}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outside):
+        flat[-1, tuple(key.key for key in path)] = leaf
+    return flat
+
+
+def _transplant(
+    program: Program, model: ModelConfig, source: Any, fresh: Any, noise: float, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Fresh parameters (or moments of them) with all that the source has a place for."""
+    ours, theirs = _by_layer(program.config.model, _host(fresh)), _by_layer(model, source)
+    fresh_parts = set(program.config.start.fresh)
+    where = f"start.checkpoint={program.config.start.checkpoint!r}"
+    layers = {layer for layer, _ in theirs if layer >= 0}
+    if layers != {layer for layer, _ in ours if layer >= 0}:
+        raise ConfigError(f"model.num_layers={program.config.model.num_layers}: {where} has {len(layers)}")
+    chosen: Flat = {}
+    for (layer, names), own in ours.items():
+        found = None if fresh_parts & set(names) else theirs.get((layer, names))
+        if found is None and not fresh_parts & set(names) and names[:2] == ("moe", "experts"):
+            dense = theirs.get((layer, ("dense", names[2])))
+            # [..] → [E,..]: every expert the same FFN
+            found = None if dense is None else np.broadcast_to(dense, (own.shape[0], *dense.shape))
+            if found is not None and noise:
+                found = found + noise * found.std() * rng.standard_normal(found.shape, np.float32)
+        if found is None:
+            found = own
+        elif found.shape != own.shape:
+            raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
+        chosen[layer, names] = found
+    return _restack(program.config.model, fresh, chosen)
+
+
+def _restack(model: ModelConfig, like: dict[str, Any], flat: Flat) -> dict[str, Any]:
+    runs, first = [], 0
+    for unit, repeats in segments(model):
+        runs.append((first, len(unit), repeats))
+        first += len(unit) * repeats
+
+    def leaf(path: Any, _: Any) -> np.ndarray:
+        keys = tuple(key.key for key in path)
+        if not keys[0].startswith("segment_"):
+            return flat[-1, keys]
+        start, size, repeats = runs[int(keys[0].removeprefix("segment_"))]
+        offset = start + int(keys[1].removeprefix("block_"))
+        return np.stack([flat[offset + repeat * size, keys[2:]] for repeat in range(repeats)])
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
