@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from moe.layers.moe_layer import MoELayer
+from moe.routing.gates import top_k
 from moe.routing.registry import GATES
 from moe.routing.router import Router
-from moe.routing.gates import top_k
 from moe.routing.routing import route
 from tests.helpers import FOUR, tiny_model, tiny_routing
 
