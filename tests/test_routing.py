@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from moe.layers.moe_layer import MoELayer
+from moe.routing.gates import top_k
 from moe.routing.registry import GATES
 from moe.routing.router import Router
-from moe.routing.routing import route, top_k
+from moe.routing.routing import route
 from tests.helpers import FOUR, tiny_model, tiny_routing
 
 # Two tokens with probabilities in 12ths and 16ths: token 0 (6, 3, 1, 2)/12, token 1 (1, 2, 9, 4)/16.
