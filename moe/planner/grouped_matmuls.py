@@ -1,6 +1,6 @@
 """Time of a grouped matmul's TPU kernel, which carries no estimate of the compiler. Counted, not measured.
 
-The longer of two times counts: the grid's steps at peak FLOP/s, with one partly filled block of rows for each group, and
+The longer of two times counts: the grid's steps at peak FLOP/s, with one partly filled block of rows a group, and
 the blocks that the grid moves, at the memory's bandwidth. Other overheads of a kernel are left out.
 """
 

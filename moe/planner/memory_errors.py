@@ -44,7 +44,7 @@ _MESSAGES = (
 
 
 def explained(config: Config, error: Exception) -> Exception:
-    """Turn the compiler's error about a device's memory into a :class:`ConfigError`; return any other error as it is."""
+    """Turn the compiler's error about device memory into a :class:`ConfigError`; return any other error as it is."""
     text = str(error)
     # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run helps.
     if "RESOURCE_EXHAUSTED" not in text or re.search(r"memory space (?!hbm)\w+", text):

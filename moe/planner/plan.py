@@ -56,7 +56,8 @@ class Plan:
     Attributes:
         compile_seconds: of tracing, lowering and compiling on this machine.
         tokens: a step.
-        model_flops: of a step by the convention of :mod:`moe.models.flops`; simple_flops: 6 x active parameters x tokens.
+        model_flops: of a step by the convention of :mod:`moe.models.flops`.
+        simple_flops: 6 x active parameters x tokens.
         program_flops: of all matrix products in a step's program, all devices.
         compute_seconds: the compiler's estimate, unpriced instructions at memory bandwidth, and kernel_seconds.
         kernel_seconds: kernels without an estimate: grouped matmuls by :mod:`moe.planner.grouped_matmuls` for a
@@ -205,7 +206,8 @@ def _compile(config: Config, mesh: Any, capacity: int) -> tuple[Any, Any, dict[s
         built = step.build(config, mesh)
         stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
         memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
-        traced = built.train_step.trace(built.state, built.batch)
+        train_step: Any = built.train_step  # jitted
+        traced = train_step.trace(built.state, built.batch)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:

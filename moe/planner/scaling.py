@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
 from moe.config import Config, ConfigError, MeshConfig
 from moe.planner import plan
@@ -117,18 +118,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def figure(path: Any, rows: list[dict[str, Any]]) -> None:
     """Save a PNG with four panels over the number of devices, one line per series."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {
         "memory_gib": "memory a device (GiB)",
         "compile_seconds": "compile time (s)",
         "all_to_all_ms": "all-to-all a step (ms, network model)",
         "step_ms": "step (ms, estimate)",
     }
-    drawing, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    drawing = Figure(figsize=(10, 7), layout="constrained")
+    axes = drawing.subplots(2, 2)
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
         compiled = [row for row in rows if "refused" not in row]
         for i, series in enumerate(dict.fromkeys(row["series"] for row in compiled)):
@@ -140,4 +137,3 @@ def figure(path: Any, rows: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     drawing.savefig(path, dpi=110)
-    plt.close(drawing)
