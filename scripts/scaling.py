@@ -39,7 +39,7 @@ exchange times are estimates (docs/pods.md). Compile time is the wall clock of t
 
 ![scaling](scaling.png)
 
-Discussion: docs/pods.md.
+Discussion: docs/log/2026-11.md.
 """
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = remembered(folder)
+    rows = earlier_rows(folder)
     known = {(row["series"], row["topology"]) for row in rows}
     missing = [point for point in points if (point.series, point.topology) not in known]
     for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
@@ -81,7 +81,7 @@ def every_point(modes) -> list:
     return points
 
 
-def remembered(folder: Path) -> list[dict]:
+def earlier_rows(folder: Path) -> list[dict]:
     """Rows of earlier runs."""
     path = folder / ROWS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
