@@ -23,6 +23,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.data.json_tokenizer import find_tokenizer
 from moe.interop.families import FAMILIES, Json, family_of, read_config, write_config
@@ -296,7 +297,7 @@ def export_checkpoint(
     Raises:
         ConfigError: as there, or no checkpoint.
     """
-    config = stored.read_config(workdir)
+    config = read_run_config(workdir)
 
     def fetch(parameter: Parameter) -> Any:
         node = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)

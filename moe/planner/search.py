@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, to_dict, validate_mesh
 from moe.dispatch.modes import MODES
 from moe.layers.ffn import GATED_ACTIVATIONS
@@ -180,7 +180,7 @@ class Cache:
 
     def put(self, config: Config, plan: Plan) -> None:
         """Remembers it: whole, or not at all."""
-        write_whole(self.path(config), json.dumps(plan).encode())
+        write_atomic(self.path(config), json.dumps(plan).encode())
 
     @contextlib.contextmanager
     def mine(self, config: Config) -> Iterator[bool]:
