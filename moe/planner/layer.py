@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe import platform
 from moe.config import Config
 from moe.dispatch.plan import expert_capacity
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size, make_mesh
 from moe.planner import hlo, kernels, plan
 from moe.planner.topology import Topology
@@ -107,7 +106,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
 
         start = time.perf_counter()
         lowered = jax.jit(both).lower(parameters, x, x) if backward else jax.jit(forward).lower(parameters, x)
-        options = platform.compiler_options(topology.devices[0].device_kind)
+        options = target.compiler_options(topology.devices[0].device_kind)
         compiled = lowered.compile(compiler_options=options or None)
         seconds = time.perf_counter() - start
     text = hlo.read(compiled.as_text() or "", dict(mesh.shape))

@@ -17,10 +17,12 @@ import jax
 from moe.config import Config, validate_mesh
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
+from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import arithmetic, fit, hlo, kernels, network
 from moe.planner.chips import GiB
 from moe.planner.topology import Topology
 from moe.training import step
+from moe.training.losses import LOSS_SCOPE
 
 _UNNAMED, _LOADS = "unnamed", "loads of experts"
 
@@ -266,7 +268,7 @@ def summarise(text: hlo.ProgramText, devices: list[Any], chip: Any) -> tuple[Exc
 
 def _purpose(collective: hlo.Collective) -> str:
     source = collective.source
-    if "weights." in source or source.startswith("state."):
+    if WEIGHTS_SCOPE in source or source.startswith("state."):
         return "weights"
     # A weight's gradient is named after what makes it: a matmul, or the embedding's sum over tokens.
     if collective.kind != "all-gather" and "transpose(" in source and re.search("dot_general|scatter-add", source):
@@ -275,7 +277,7 @@ def _purpose(collective: hlo.Collective) -> str:
         return "tokens to experts, back"
     if "expert_load/" in source:
         return _LOADS
-    if "(loss)" in source:
+    if f"({LOSS_SCOPE})" in source:
         return "loss"
     return source.rsplit("/", 1)[-1] or _UNNAMED
 
