@@ -15,7 +15,7 @@ from moe.analysis.documents import Document, document_batches, read_document
 from moe.analysis.record import Recorder
 from moe.analysis.syntax import CLASSES, byte_classes, token_classes
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
-from moe.data.pipeline import Prepared
+from moe.data.preparation import Prepared
 from moe.data.tokenizer import train_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import max_violation
