@@ -1,4 +1,4 @@
-"""Dependence of the first expert on a label (domain, token id, syntax class): mutual information against permutations."""
+"""Mutual information of the first expert and a label (domain, token id, syntax class), against permutations."""
 
 from __future__ import annotations
 

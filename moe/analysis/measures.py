@@ -28,7 +28,7 @@ def expert_load(
 
 
 def mean_entropy(router_probs: np.ndarray) -> np.ndarray:
-    """Mean entropy of the router's distribution divided by ln E, [L]: 1 for uniform, 0 for certain. router_probs: [L,n,E]."""
+    """Mean entropy of router_probs [L,n,E] divided by ln E, [L]: 1 for uniform, 0 for certain."""
     p = np.maximum(router_probs, 1e-30)
     return -(p * np.log(p)).sum(-1).mean(-1) / math.log(router_probs.shape[-1])
 

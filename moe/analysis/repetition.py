@@ -1,4 +1,4 @@
-"""Repetition: share of consecutive tokens with an expert in common (Mixtral 2024, Table 5), beside its chance values."""
+"""Share of consecutive tokens with an expert in common (Mixtral 2024, Table 5), and its chance values."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def uniform_repetition(num_experts: int, choices: int) -> float:
 def load_repetition(experts: np.ndarray, num_experts: int) -> float:
     """Chance that two independent draws from the observed sets overlap. experts: [n,m], m ≤ 2.
 
-    m = 1: Σ q_a². m = 2, with q_ab the share of the set {a,b} and l_a the share of all sets with a: Σ q_ab (l_a + l_b − q_ab).
+    m = 1: Σ q_a². m = 2: Σ q_ab (l_a + l_b − q_ab), with q_ab the share of the set {a,b} and l_a of the sets with a.
     """
     if experts.shape[1] == 1:
         shares = np.bincount(experts[:, 0], minlength=num_experts) / len(experts)
