@@ -24,7 +24,7 @@ import safetensors
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families import OUTSIDE, Family
 from moe.models.flops import abstract_parameters
-from moe.models.stack import segments
+from moe.models.stack import stacked_layers
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -128,25 +128,20 @@ class Parameter:
 
 def layout(model: ModelConfig, family: Family) -> list[Parameter]:
     """All parameters of a model and the tensors that make them, by the family's names."""
-    firsts, first = [], 0
-    for unit, repeats in segments(model):
-        firsts.append((first, len(unit)))
-        first += len(unit) * repeats
     parameters = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(model)):
         path = tuple(str(key.key) for key in key_path)
-        if not path[0].startswith("segment_"):
+        stacked = stacked_layers(model, path)
+        if stacked is None:
             parameters.append(Parameter(path, leaf.shape, (Piece(OUTSIDE[".".join(path)], ()),)))
             continue
-        start, size = firsts[int(path[0].removeprefix("segment_"))]
-        offset = start + int(path[1].removeprefix("block_"))
-        within = ".".join(path[2:])
+        within = ".".join(stacked[1])
         if within not in family.layer:
             raise ConfigError(f"{family.architecture}: has no tensor for {within}")
         template = family.layer[within]
         pieces = []
-        for repeat in range(leaf.shape[0]):
-            name = f"model.layers.{offset + repeat * size}.{template}"
+        for repeat, layer in enumerate(stacked[0]):
+            name = f"model.layers.{layer}.{template}"
             if "{expert}" in name:
                 pieces += [Piece(name.format(expert=e), (repeat, e)) for e in range(leaf.shape[1])]
             else:
