@@ -96,3 +96,19 @@ class Segment(nnx.Module):
     def blocks(self) -> list[Block]:
         """The blocks of the unit, in order."""
         return [getattr(self, f"block_{i}") for i in range(self.size)]
+
+
+def parameter_layers(config: ModelConfig, path: tuple[str, ...]) -> tuple[tuple[int, ...], str]:
+    """Numbers of the layers that a parameter's leading axis runs over, and its dotted name within the block.
+
+    A parameter outside the blocks has no layers, (), and its name is the whole path.
+    """
+    if not path[0].startswith("segment_"):
+        return (), ".".join(path)
+    first = 0
+    for i, (unit, repeats) in enumerate(segments(config)):
+        if path[0] == f"segment_{i}":
+            start = first + int(path[1].removeprefix("block_"))
+            return tuple(range(start, start + len(unit) * repeats, len(unit))), ".".join(path[2:])
+        first += len(unit) * repeats
+    raise KeyError(path[0])
