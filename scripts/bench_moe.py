@@ -8,7 +8,7 @@ both measured. The column "of matmul" holds the active FLOPs a second against on
 `--model` times a 4-layer model's train step instead.
 
 `--topology=v5p:2x2x2` runs nothing: it compiles the layer for TPUs that are not here, --tokens on each of them, and
-prints what the compiler expects of it (moe/pods/layer.py says what is counted how). Needs libtpu.
+prints what the compiler expects of it (see moe/planner/layer.py). Needs libtpu.
 """
 
 import sys

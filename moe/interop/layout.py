@@ -15,7 +15,7 @@ import numpy as np
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import OUTSIDE, Family, Tensor
 from moe.models.flops import abstract_parameters
-from moe.models.stack import parameter_layers
+from moe.models.stack import stacked_layers
 
 #: Number of leading axes of a matrix that are its inputs; a parameter that is not listed is no matrix.
 _INPUT_AXES: Mapping[str, int] = {
@@ -159,10 +159,12 @@ def layout(model: ModelConfig, family: Family) -> list[Parameter]:
     parameters = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(model)):
         path = tuple(str(key.key) for key in key_path)
-        layers, name = parameter_layers(model, path)
-        if not layers:
-            parameters.append(Parameter(path, leaf.shape, (Piece(OUTSIDE[name], ()),), Tensor(OUTSIDE[name])))
+        stacked = stacked_layers(model, path)
+        if stacked is None:
+            name = OUTSIDE[".".join(path)]
+            parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
             continue
+        layers, name = stacked[0], ".".join(stacked[1])
         if name not in family.tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = family.tensors[name]
@@ -172,7 +174,7 @@ def layout(model: ModelConfig, family: Family) -> list[Parameter]:
     return parameters
 
 
-def _pieces(tensor: Tensor, layers: tuple[int, ...], num_experts: int) -> tuple[Piece, ...]:
+def _pieces(tensor: Tensor, layers: range, num_experts: int) -> tuple[Piece, ...]:
     stacked = "{expert}" not in tensor.name
     pieces = []
     for i, layer in enumerate(layers):

@@ -14,7 +14,7 @@ from etils import epath
 
 from moe.checkpoints import parameters as stored
 from moe.config import Config, ConfigError, to_dict
-from moe.data.json_tokenizer import find_tokenizer
+from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.layout import Parameter, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
 from moe.interop.save import TOKEN_IDS, write_folder

@@ -21,6 +21,7 @@ from jax import Array
 from moe.config import ConfigError, ModelConfig
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
+from moe.models.stack import LayerStates
 from moe.parallel import partition_specs
 from moe.routing.registry import GATES
 
@@ -128,12 +129,12 @@ def stream(
         return choose(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
     @jax.jit
-    def begin(variables: Any, tokens: Array, lengths: Array) -> tuple[Array, kv_cache.Cache]:
-        room = kv_cache.empty(config, rows, tokens.shape[1] + num_tokens)
-        logits, filled = kv_cache.prefill(nnx.merge(graphdef, variables), tokens, lengths, room)
+    def begin(variables: Any, tokens: Array, lengths: Array) -> tuple[Array, LayerStates]:
+        caches = kv_cache.empty(config, rows, tokens.shape[1] + num_tokens)
+        logits, filled = kv_cache.prefill(nnx.merge(graphdef, variables), tokens, lengths, caches)
         return pick(logits, lengths), filled
 
-    def step(variables: Any, token: Array, positions: Array, active: Array, filled: kv_cache.Cache) -> Any:
+    def step(variables: Any, token: Array, positions: Array, active: Array, filled: LayerStates) -> Any:
         active &= ~jnp.isin(token, stops)
         logits, filled = kv_cache.decode(nnx.merge(graphdef, variables), token, positions, active, filled)
         return pick(logits, positions + 1), positions + 1, active, filled
