@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .venv with everything this project needs. Usage: sh scripts/install.sh [dev]
-# Picks a Python from 3.12 on that is there, whatever `python3` is; with "dev", adds tests, lint and types.
+# Installs this package in editable mode into .venv, with the versions of constraints.txt. Usage: sh scripts/install.sh [dev]
+# Uses the first Python >= 3.12 found, whatever `python3` is; "dev" adds what tests, lint and type checks need.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -28,7 +28,7 @@ if ! [ -x .venv/bin/python ] || ! fits .venv/bin/python; then
         exit 1
     fi
 fi
-requirements=requirements.txt
-[ "${1:-}" = dev ] && requirements=requirements-dev.txt
-echo "install: $("$python" --version), $requirements into .venv" >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+extras=
+[ "${1:-}" = dev ] && extras="[dev]"
+echo "install: $("$python" --version), this package$extras into .venv" >&2
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"

@@ -15,14 +15,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe import platform
 from moe.checkpoints.state import TrainState, join, set_schedule_step
 from moe.config import Config, ModelConfig
+from moe.layers.moe_layer import replace_gate
 from moe.models.decoder import Transformer
 from moe.models.stack import selection_biases
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport, next_selection_bias
+from moe.routing.interface import Gate
 from moe.routing.router import SelectionBias
 from moe.training.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
 from moe.training.optimizer import gradient_norm, make_optimizer
@@ -117,18 +118,19 @@ class _Parts:
     schedule: optax.Schedule
 
 
-def build(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program:
+def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: Gate | None = None) -> Program:
     """Build the programs of a run; nothing is compiled yet.
 
     Args:
         config: resolved and validated, against the mesh too (:func:`moe.config.checks.validate_mesh`).
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: model whose probabilities serve as soft targets (``config.distill``).
+        gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
     """
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = _Parts(
         config,
-        _graphdef(config.model),
+        _graphdef(config.model, gate),
         _graphdef(teacher_model),
         make_optimizer(config.optimizer, config.train.num_steps),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
@@ -138,7 +140,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program
     state_shardings = partition_specs.shardings(mesh, partition_specs.parameter_specs(shapes))
     batch_sharding = NamedSharding(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
-    options = platform.compiler_options(mesh.devices.flat[0].device_kind) or None
+    options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
         step_shardings += (partition_specs.shardings(mesh, partition_specs.parameter_specs(teacher_variables)),)
@@ -175,8 +177,11 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program
     )
 
 
-def _graphdef(model: ModelConfig) -> nnx.GraphDef[Transformer]:
-    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
+def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Transformer]:
+    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+    if gate is not None:
+        replace_gate(abstract, gate)
+    return nnx.graphdef(abstract)
 
 
 def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
