@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend import core
 
+from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+
 
 def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
     """FLOPs of all matrix products, scans multiplied out; a conditional counts its dearest branch.
@@ -25,8 +27,8 @@ def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "while" and "overflow" in str(equation.source_info.name_stack):
-            continue  # moe.dispatch.ragged_exchange' further waves, which a balanced router never needs
+        if name == "while" and OVERFLOW_SCOPE in str(equation.source_info.name_stack):
+            continue  # further exchange rounds, which a balanced router never needs
         if name == "pallas_call" and not all(isinstance(size, int) for size in params["grid_mapping"].grid):
             # A grouped matmul, its grid as long as there are rows: it declares the FLOPs of all it has room for, and
             # its time is moe.planner.kernels' to tell.

@@ -125,7 +125,7 @@ def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
     if moe.gate == "none" or GATES[moe.gate].router == "slots":
         return 0.0
     if moe.dispatch == "dropless":
-        return moe.experts_per_token * (ragged_exchange.ROOM if sizes["expert"] > 1 else 1.0)
+        return moe.experts_per_token * (ragged_exchange.ROUND_SIZE if sizes["expert"] > 1 else 1.0)
     return min(moe.capacity_factor * moe.experts_per_token, moe.num_experts)
 
 

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+
 _SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
 
 
@@ -377,8 +379,8 @@ def read(text: str, mesh: Mapping[str, int]) -> ProgramText:
             opcode = instruction.opcode
             if opcode == "while":
                 trips = _trip_count(instruction, computations)
-                if trips is None and "overflow/" in _source(instruction):
-                    trips = 0  # moe.dispatch.ragged_exchange' further waves, which a balanced router never needs
+                if trips is None and f"{OVERFLOW_SCOPE}/" in _source(instruction):
+                    trips = 0  # further exchange rounds, which a balanced router never needs
                 if trips is None:
                     totals["unknown_loops"] += 1
                     trips = 1

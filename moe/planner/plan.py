@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from moe.config import Config, validate_mesh
+from moe.dispatch.ragged_exchange import LOAD_SCOPE
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, hlo, kernels, network
@@ -130,7 +131,7 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of more than a megabyte of what is neither a weight nor :mod:`moe.dispatch.ragged_exchange`' table of loads: a flaw
+        """All-gathers of more than a megabyte of what is neither a weight nor the all-gather of expert loads: a flaw
         of the sharding. Of several slices, those without a name are in :attr:`unnamed_gathers`."""
         return tuple(
             exchange
@@ -273,7 +274,7 @@ def _purpose(collective: hlo.Collective) -> str:
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return "tokens to experts, back"
-    if "expert_load/" in source:
+    if f"{LOAD_SCOPE}/" in source:
         return _LOADS
     if "(loss)" in source:
         return "loss"
