@@ -1,9 +1,7 @@
-"""How long an exchange takes: a model of the interconnect, stated here and nowhere else. An estimate, not a fact.
+"""Model of the interconnect: the time of a collective. An estimate.
 
-In: a :class:`moe.planner.hlo.Collective`, the mesh of devices with coordinates, a chip. Out: seconds.
-
-The model counts bytes over links and nothing else: no latency, no congestion between different exchanges, no protocol
-overhead. w is a link's bandwidth in one direction; devices that share a chip share its links evenly.
+Only bytes over links count: no latency, no congestion between different exchanges, no protocol overhead. w is a link's
+bandwidth in one direction; devices that share a chip share its links evenly.
 
 - A group that spans k of a torus dimension's n chips has a ring there if k = n and the dimension wraps (2w usable),
   else a line (w). If its members are s chips apart, s groups share each link, and each gets 1/s.
@@ -24,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from moe.planner.chips import Chip
-from moe.planner.hlo import Collective
+from moe.planner.program import Collective
 
 
 def seconds(collective: Collective, devices: Sequence[Any], chip: Chip) -> float:
-    """Duration of one run of an exchange.
+    """Duration of one run of a collective.
 
     Args:
         collective: with its group read.

@@ -1,7 +1,7 @@
-"""TPU topologies as devices to compile for, on a machine that has none.
+"""Devices of a TPU topology to compile for, on a machine without TPUs.
 
-In: a name such as ``v5p:4x4x4`` and a number of slices. Out: a :class:`Topology`. Needs libtpu, whose compiler runs on
-any x86 Linux; the process must have been set up by :func:`moe.platform.use_tpu_compiler` before JAX was imported.
+Needs libtpu, whose compiler runs on any x86 Linux, and a process set up by :func:`moe.platform.use_tpu_compiler` before
+JAX was imported.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from moe.planner.chips import CHIPS, Chip
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of a pod slice, or of several.
+    """Devices of one or several pod slices.
 
     Attributes:
-        devices: in libtpu's order; they can be compiled for, not run on.
+        devices: in libtpu's order; for compilation only.
     """
 
     name: str
@@ -34,16 +34,16 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Chips of all slices."""
+        """Number of chips in all slices."""
         return len(self.devices) // self.chip.devices
 
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of a topology.
+    """Look up a topology.
 
     Args:
         name: generation, colon, chips per torus dimension.
-        num_slices: such slices, joined by the data-center network.
+        num_slices: number of such slices, joined by the data-center network.
 
     Raises:
         ConfigError: libtpu is not installed, or knows no such topology.
@@ -67,15 +67,14 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
-            f"--topology={name}: libtpu refuses it ({str(error).splitlines()[0]}); it knows, among others, "
+            f"--topology={name}: libtpu rejects it ({str(error).splitlines()[0]}); some that it accepts: "
             f"{', '.join(_known(generation))}"
         ) from error
     return Topology(name, num_slices, chip, tuple(devices))
 
 
 def _known(generation: str) -> list[str]:
-    """Names of a generation that libtpu takes, found by asking it: sides of 2, 4, 8 and 16, no side longer than the
-    next; and the smallest torus."""
+    """Topology names of a generation that libtpu accepts, among sides of 2, 4, 8 and 16 in ascending order."""
     chip, found = CHIPS[generation], []
     dimensions = chip.example.partition(":")[2].count("x") + 1
     shapes = list(itertools.combinations_with_replacement((2, 4, 8, 16), dimensions))

@@ -23,12 +23,9 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.state import TrainState
 from moe.config import Config, ConfigError, ModelConfig
-from moe.models.stack import segments
+from moe.models.stack import restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
 from moe.training.step import Program, build
-
-#: (layer, names within the block), or (-1, names) outside the blocks → one layer's array
-Flat = dict[tuple[int, tuple[str, ...]], Any]
 
 
 def check(config: Config) -> None:
@@ -110,34 +107,17 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
         raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer's state; use 'reset'") from error
 
 
-def _by_layer(model: ModelConfig, tree: dict[str, Any]) -> Flat:
-    """Unstacks the repeats."""
-    flat: Flat = {}
-    first = 0
-    for i, (unit, repeats) in enumerate(segments(model)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree[f"segment_{i}"]):
-            block, *names = (key.key for key in path)
-            for repeat in range(repeats):
-                layer = first + repeat * len(unit) + int(block.removeprefix("block_"))
-                flat[layer, tuple(names)] = leaf[repeat]
-        first += len(unit) * repeats
-    outside = {name: branch for name, branch in tree.items() if not name.startswith("segment_")}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(outside):
-        flat[-1, tuple(key.key for key in path)] = leaf
-    return flat
-
-
 def _transplant(
     program: Program, model: ModelConfig, source: Any, fresh: Any, noise: float, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Fresh parameters (or moments of them) with all that the source has a place for."""
-    ours, theirs = _by_layer(program.config.model, _host(fresh)), _by_layer(model, source)
+    ours, theirs = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     fresh_parts = set(program.config.start.fresh)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
     layers = {layer for layer, _ in theirs if layer >= 0}
     if layers != {layer for layer, _ in ours if layer >= 0}:
         raise ConfigError(f"model.num_layers={program.config.model.num_layers}: {where} has {len(layers)}")
-    chosen: Flat = {}
+    chosen = {}
     for (layer, names), own in ours.items():
         found = None if fresh_parts & set(names) else theirs.get((layer, names))
         if found is None and not fresh_parts & set(names) and names[:2] == ("moe", "experts"):
@@ -151,21 +131,4 @@ def _transplant(
         elif found.shape != own.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
         chosen[layer, names] = found
-    return _restack(program.config.model, fresh, chosen)
-
-
-def _restack(model: ModelConfig, like: dict[str, Any], flat: Flat) -> dict[str, Any]:
-    runs, first = [], 0
-    for unit, repeats in segments(model):
-        runs.append((first, len(unit), repeats))
-        first += len(unit) * repeats
-
-    def leaf(path: Any, _: Any) -> np.ndarray:
-        keys = tuple(key.key for key in path)
-        if not keys[0].startswith("segment_"):
-            return flat[-1, keys]
-        start, size, repeats = runs[int(keys[0].removeprefix("segment_"))]
-        offset = start + int(keys[1].removeprefix("block_"))
-        return np.stack([flat[offset + repeat * size, keys[2:]] for repeat in range(repeats)])
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    return restack_layers(program.config.model, fresh, chosen)

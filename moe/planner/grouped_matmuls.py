@@ -1,8 +1,7 @@
-"""How long a grouped matmul takes, whose kernel the compiler gives no cycles. A count, not a measurement.
+"""Time of a grouped matmul's TPU kernel, which carries no estimate of the compiler. Counted, not measured.
 
-In: a :class:`moe.planner.hlo.GroupedMatmul` and the rows that it finds. Out: seconds: the longer of its grid's steps at
-peak FLOP/s, one partly filled tile of rows for each group included, and of the windows that its grid moves at the
-memory's bandwidth. What else may slow a kernel shows in neither.
+The longer of two times counts: the grid's steps at peak FLOP/s, with one partly filled block of rows a group, and
+the blocks that the grid moves, at the memory's bandwidth. Other overheads of a kernel are left out.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import math
 
 from moe.planner.chips import Chip
-from moe.planner.hlo import GroupedMatmul
+from moe.planner.program import GroupedMatmul
 
 
 def seconds(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
-    """Seconds of one run of a grouped matmul's kernel over that many rows, groups alike, on one device.
+    """Seconds of one run over that many filled rows, evenly split over the groups, on one device.
 
-    Its grid is (N tiles, row tiles of all groups, K tiles), K innermost; for weights (N, K, row tiles), rows innermost.
-    A window is moved when its place changes from one step to the next.
+    The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
+    innermost. A block is moved when its index changes from one step to the next.
     """
     _, k, n, groups = matmul.sizes
     tile_rows, tile_k, tile_n = matmul.tiles
@@ -29,7 +28,7 @@ def seconds(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
         left, right, out = tile_rows * tile_k, tile_rows * tile_n, tile_k * tile_n
         moved = steps * (left + right) + groups * steps_k * steps_n * out
     else:
-        # With all of K in one step, a group's window of the matrix stays for all its row tiles.
+        # With all of K in one step, a group's block of the matrix stays for all its row blocks.
         matrices = steps if steps_k > 1 else groups * steps_n
         moved = steps * left + matrices * right + tiles * steps_n * out
     flops = 2.0 * steps * tile_rows * tile_k * tile_n
