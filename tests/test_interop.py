@@ -20,7 +20,8 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from moe.checkpoints.parameters import read_config, read_parameters
+from moe.checkpoints.parameters import read_parameters
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, sparse_layers, to_dict
 from moe.interop import (
     export_checkpoint,

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
@@ -90,7 +91,7 @@ def export_checkpoint(
         ConfigError: see there; or the workdir has no checkpoint.
     """
     refuse_files(Path(directory))
-    config = stored.read_config(workdir)
+    config = read_run_config(workdir)
     source = _source_config(epath.Path(workdir), config)
     written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
     written |= _token_ids(epath.Path(workdir), written)
@@ -116,7 +117,7 @@ def _source_config(workdir: epath.Path, config: Config) -> Json | None:
             return None
         workdir = epath.Path(config.start.checkpoint)
         try:
-            config = stored.read_config(workdir)
+            config = read_run_config(workdir)
         except ConfigError:  # it was moved or deleted since
             return None
     return None
