@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import seal, unseal
+from moe.atomic_files import from_checked_json, to_checked_json
 from moe.config import ConfigError
 from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
@@ -140,7 +140,7 @@ def _reader(root: epath.Path, index: epath.Path, entry: dict[str, Any]) -> epath
 def _read_index(root: epath.Path, index: epath.Path) -> tuple[dict[str, Any], np.ndarray]:
     """Returns the content of index.json and the places, both checked by their checksums."""
     try:
-        about = unseal((index / "index.json").read_text())
+        about = from_checked_json((index / "index.json").read_text())
         content = (index / "places.npy").read_bytes()
         if hashlib.sha256(content).hexdigest() != about["places_sha256"]:
             raise ValueError("the checksum of places.npy does not match")
@@ -227,7 +227,7 @@ class _IndexBuilder:
             "files": self.files,
             "places_sha256": hashlib.sha256((self.folder / "places.npy").read_bytes()).hexdigest(),
         }
-        (self.folder / "index.json").write_text(seal(about))
+        (self.folder / "index.json").write_text(to_checked_json(about))
 
 
 def _refuse_changes(root: epath.Path, files: list[dict[str, Any]], index: epath.Path) -> None:
