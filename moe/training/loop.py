@@ -33,7 +33,7 @@ from moe.models import flops, sampling
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.routing import balancing
 from moe.signals import StopSignals
-from moe.training import report, warm_start
+from moe.training import matmul_rate, report, warm_start
 from moe.training.evaluation import Heldout, evaluate, load_heldout
 from moe.training.health import Health
 from moe.training.step import Program, TrainMetrics, build, place
@@ -155,7 +155,7 @@ def _loop(
     config = program.config.train
     tokens = config.batch_size * program.config.data.sequence_length
     model_flops = tokens * flops.train_flops_per_token(program.config.model, program.config.data.sequence_length)
-    peak = flops.measured_matmul_rate(program.config.model.dtype) * jax.device_count()
+    peak = matmul_rate.measured_matmul_rate(program.config.model.dtype) * jax.device_count()
     if jax.default_backend() == "cpu":
         peak /= jax.device_count()  # fake devices share the processor's cores
     clock = _Clock()
