@@ -33,7 +33,8 @@ def main() -> None:
     """Flags in, files out."""
     from etils import epath
 
-    from moe.analysis import analyse, summary
+    from moe.analysis import analyse
+    from moe.analysis.markdown import markdown
     from moe.analysis.record import Recorder
     from moe.training.open_run import open_workdir
 
@@ -55,7 +56,7 @@ def main() -> None:
     title = f"Routing of {Path(opened.path).name} at step {last}"
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
     names = analyse.write(analysis, folder, title)
-    print(summary.markdown(analysis.summary, title))
+    print(markdown(analysis.summary, title))
     print(f"In {folder}: {', '.join(names)}")
 
 

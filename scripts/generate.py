@@ -40,7 +40,7 @@ def main() -> None:
 
     from moe.checkpoints import parameters
     from moe.config import ConfigError, MeshConfig, validate_mesh
-    from moe.data.json_tokenizer import find_tokenizer
+    from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling
     from moe.parallel import partition_specs
     from moe.parallel.mesh import make_mesh

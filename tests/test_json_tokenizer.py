@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe.config import ConfigError
-from moe.data.json_tokenizer import JsonTokenizer, find_tokenizer, read_tokenizer
+from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import train_tokenizer
+from moe.data.tokenizer_files import find_tokenizer, read_tokenizer
 
 TEXTS = ["hello wörld — 漢字\n", "  two  spaces\tand a tab", "", "a<|endoftext|>b"]
 
@@ -59,7 +60,7 @@ def test_special_tokens():
 
 
 def test_found_beside_a_checkpoint(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         find_tokenizer(tmp_path)
     settings = json.dumps({"eos_token": "a"}).encode()
     for name, content in JsonTokenizer(byte_fallback(), settings).files.items():

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from moe.checkpoints import parameters as stored
 from moe.config import Config, ConfigError, ModelConfig, to_dict
-from moe.data.json_tokenizer import find_tokenizer
+from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.families import FAMILIES, Json, family_of, read_config, write_config
 from moe.interop.tensors import INDEX_FILE, SINGLE_FILE, Folder, Parameter, layout
 from moe.models.decoder import Transformer

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.analysis import documents, measures, probes, syntax
+from moe.analysis import dependence, documents, measures, probes, repetition, syntax
 from moe.analysis.record import Recorder, Records
 from moe.checkpoints import manager, parameters
 from moe.config import ConfigError
@@ -112,9 +112,9 @@ def specialisation(run: Trained) -> dict[str, float]:
     for layer, first in enumerate(records.first_choice):
         repeat = _repetition(records, first, rng)
         explained = {
-            "token": measures.dependence(first, records.tokens, shuffles=SHUFFLES, rng=rng),
-            "domain": measures.dependence(first, records.domain, shuffles=SHUFFLES, rng=rng, units=records.row),
-            "syntax": measures.dependence(
+            "token": dependence.dependence(first, records.tokens, shuffles=SHUFFLES, rng=rng),
+            "domain": dependence.dependence(first, records.domain, shuffles=SHUFFLES, rng=rng, units=records.row),
+            "syntax": dependence.dependence(
                 python.first_choice[layer], python.marks["syntax"], shuffles=SHUFFLES, rng=rng
             ),
         }
@@ -129,7 +129,7 @@ def _repetition(records: Records, first: np.ndarray, rng: np.random.Generator) -
     rows = []
     for domain in range(len(records.domains)):
         own = records.select(records.domain == domain)
-        result = measures.repetition(
+        result = repetition.repetition(
             first[records.domain == domain][:, None], own.consecutive, own.num_experts, shuffles=SHUFFLES, rng=rng
         )
         rows.append((result.observed, result.load, result.shuffled_mean, result.uniform))

@@ -15,7 +15,7 @@ from etils import epath
 from moe.checkpoints import manager, parameters
 from moe.config import ConfigError, MeshConfig, to_dict, validate_mesh
 from moe.data import pipeline
-from moe.data.json_tokenizer import find_tokenizer
+from moe.data.tokenizer_files import find_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training.step import Program, build
