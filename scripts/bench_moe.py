@@ -177,7 +177,7 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
 
     from moe.config import Config
     from moe.layers.moe_layer import MoELayer
-    from moe.parallel import partition_specs
+    from moe.parallel import partition_specs, target
     from moe.parallel.mesh import axis_size
     from moe.routing.registry import GATES
     from moe.routing.resolve import resolve
@@ -211,7 +211,7 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
         y, report = forward(parameters, x)
         return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
 
-    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
     run = jax.jit(forward, compiler_options=options)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
     dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
@@ -227,6 +227,7 @@ def experts_alone(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[],
     from moe.config import Config
     from moe.dispatch.grouped_matmul.grouped_ffn import chunks
     from moe.layers.experts import Experts
+    from moe.parallel import target
     from moe.routing.resolve import resolve
 
     dropless = dataclasses.replace(case, mode="dropless")
@@ -244,7 +245,7 @@ def experts_alone(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[],
     def loss(parameters, rows, sizes):
         return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)
 
-    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
     run = jax.jit(forward, compiler_options=options)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
     arguments = (parameters, rows, sizes)

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from moe.config import ConfigError  # noqa: E402
 from moe.dispatch.modes import MODES  # noqa: E402
 from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
-from moe.interop.convert import load_balancing_loss as hugging_face_loss  # noqa: E402
+from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402
 from moe.routing.registry import GATES  # noqa: E402

@@ -608,7 +608,7 @@ REFUSED = [
     ({"gate": "switch", "drop_policy": "luck"}, "must be one of position, probability, random"),
     ({"gate": "switch", "expert_dropout": 1.0}, r"must be in \[0, 1\)"),
     ({"gate": "switch", "slots_per_expert": 2}, "needs the gate soft_moe"),
-    ({"gate": "mixtral", "num_experts": 3, "overflow_to_next": True}, "needs as many further experts"),
+    ({"gate": "mixtral", "num_experts": 3, "overflow_to_next": True}, "needs num_experts >= 2"),
     ({"gate": "mixtral", "dispatch": "dropless", "overflow_to_next": True}, "a capacity"),
 ]
 

@@ -18,7 +18,8 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.weights import matrix
 from moe.routing import balancing
-from moe.routing.registry import GATES
+from moe.routing.interface import Gate
+from moe.routing.registry import find_gate
 from moe.routing.router import Router
 from moe.routing.routing import Routing, route
 
@@ -38,12 +39,20 @@ class SharedExpert(nnx.Module):
         return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
 
 
+def replace_gate(model: nnx.Module, gate: Gate) -> None:
+    """Use this gate in every MoE layer of a model, with the router parameters that the layer has."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MoELayer):
+            module.gate = gate
+
+
 class MoELayer(nnx.Module):
     """A paper's layer: the gate of that name between a router and stacked experts."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs):
         self.config = config.moe
-        self.router = None if GATES[config.moe.gate].router == "none" else Router(config, rngs=rngs)
+        self.gate = find_gate(config.moe.gate) if gate is None else gate
+        self.router = None if self.gate.router == "none" else Router(config, gate=self.gate, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
@@ -71,7 +80,7 @@ class MoELayer(nnx.Module):
             y [B,T,D], 0 for a token that no expert had room for (the residual carries it); the layer's report; the
             routing over groups.
         """
-        c, gate = self.config, GATES[self.config.gate]
+        c, gate = self.config, self.gate
         group_size = c.group_size or x.shape[1]
         # [B,T,D] → [G,S,D]; a group is a run of S tokens of the batch in row order, on whatever mesh.
         tokens = constrain(x.reshape(-1, group_size, x.shape[-1]), partition_specs.BATCH)

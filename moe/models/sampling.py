@@ -22,7 +22,7 @@ from moe.models.decoder import Transformer
 from moe.models.stack import LayerStates
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size
-from moe.routing.registry import GATES
+from moe.routing.registry import find_gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
-    if config.moe.gate == "none" or GATES[config.moe.gate].looks_ahead:
+    if config.moe.gate == "none" or find_gate(config.moe.gate).looks_ahead:
         return config
     k = config.moe.experts_per_token
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
@@ -126,7 +126,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
         raise ConfigError("prompts: give at least one, each of at least one token")
     if any(not 0 <= int(token) < config.vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {config.vocab_size - 1}")
-    if config.moe.gate != "none" and GATES[config.moe.gate].looks_ahead:
+    if config.moe.gate != "none" and find_gate(config.moe.gate).looks_ahead:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
 
 

@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
 from moe.planner.program import Collective, Program
+from moe.training.losses import LOSS_SCOPE
 
 WEIGHTS, UNNAMED, LOADS = "weights", "unnamed", "loads of experts"
 
@@ -56,7 +58,7 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip) -> tuple[Exc
 def purpose(collective: Collective) -> str:
     """The purpose of a collective, from JAX's name of the operation it came from."""
     source = collective.source
-    if "weights." in source or source.startswith("state."):
+    if WEIGHTS_SCOPE in source or source.startswith("state."):
         return WEIGHTS
     # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens.
     if collective.kind != "all-gather" and "transpose(" in source and re.search("dot_general|scatter-add", source):
@@ -65,6 +67,6 @@ def purpose(collective: Collective) -> str:
         return "tokens to experts, back"
     if "expert_load/" in source:
         return LOADS
-    if "(loss)" in source:
+    if f"({LOSS_SCOPE})" in source:
         return "loss"
     return source.rsplit("/", 1)[-1] or UNNAMED

@@ -18,6 +18,9 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import LayerReport
 
+#: Named scope of the chunked loss, by which the planner finds it in a compiled program.
+LOSS_SCOPE = "loss"
+
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     """Sum over positions of −log p(target), nats, in float32, and how many positions had a target.
@@ -48,7 +51,7 @@ def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[
         matrix: [D,V].
         targets: [B,T] int32; negative where there is nothing to predict.
     """
-    with jax.named_scope("loss"):
+    with jax.named_scope(LOSS_SCOPE):
         chunks = _chunks(hidden, targets)
         nll, known = jax.lax.map(lambda chunk: cross_entropy(_logits(chunk[0], matrix), chunk[1]), chunks)
     return jnp.sum(nll), jnp.sum(known)
@@ -86,7 +89,7 @@ def _with_gradient(hidden, matrix, targets):
         d_matrix = constrain(sums + product, partition_specs.PARTIAL_LOGITS_MATRIX)
         return d_matrix, (nll, known, *back(d_logits))
 
-    with jax.named_scope("loss"):
+    with jax.named_scope(LOSS_SCOPE):
         zeros = constrain(jnp.zeros((shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
         d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
         # [C,B,P,D] → [B,C,P,D] → [B,C·P,D] → [B,T,D]

@@ -21,14 +21,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe import platform
 from moe.checkpoints.state import TrainState, at_step, join
 from moe.config import Config, ModelConfig
+from moe.layers.moe_layer import replace_gate
 from moe.models.decoder import Transformer
 from moe.models.stack import selection_biases
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport, next_selection_bias
+from moe.routing.interface import Gate
 from moe.routing.router import SelectionBias
 from moe.training.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
@@ -110,18 +111,24 @@ class Program:
         return nnx.merge(self.graphdef, variables)
 
 
-def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]] | None = None) -> Program:
+def build(
+    config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]] | None = None, *, gate: Gate | None = None
+) -> Program:
     """The programs of a run.
 
     Args:
         config: resolved and validated, against the mesh too (:func:`moe.config.checks.validate_mesh`).
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: a model and its variables, whose probabilities are targets too; see ``config.distill``.
+        gate: used in every MoE layer instead of the one that ``config.model.moe.gate`` names.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     microbatches, bias_update_rate = config.train.accumulation_steps, config.model.moe.bias_update_rate
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
+    abstract_model = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    if gate is not None:
+        replace_gate(abstract_model, gate)
+    graphdef = nnx.graphdef(abstract_model)
 
     def init(seed: ArrayLike) -> TrainState:  # an argument, so that runs of several seeds share one compiled program
         parameter_key, noise_key = jax.random.split(jax.random.key(seed))
@@ -217,7 +224,7 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
         step_shardings += (partition_specs.shardings(mesh, partition_specs.parameter_specs(teacher_variables)),)
-    options = platform.compiler_options(mesh.devices.flat[0].device_kind) or None
+    options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
     jitted_step = jax.jit(
         train_step,
         in_shardings=step_shardings,
