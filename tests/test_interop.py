@@ -22,7 +22,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from moe.checkpoints.parameters import read_config, read_parameters
+from moe.checkpoints.parameters import read_parameters
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop import (
     export_checkpoint,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe.checkpoints.parameters import read_config
+from moe.checkpoints.workdir import read_config
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
 from moe.interop.layout import layout

@@ -110,7 +110,7 @@ def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np
             rows; or of a DeepSeek-V3 MoE (``gate.weight`` [E,D], ``gate.e_score_correction_bias`` [E],
             ``experts.gate_up_proj`` [E,2F,D] with gate rows first, ``experts.down_proj`` [E,D,F], ``shared_experts.*``)
             with ``n_group``, ``topk_group``, ``num_experts_per_tok``, ``routed_scaling_factor``, ``norm_topk_prob``.
-        dispatch_mode: a name in moe.dispatch.modes.MODES.
+        dispatch_mode: a name in moe.dispatch.modes.CONFIG_MODES.
 
     Returns:
         Arrays under the names that such files use: y [B,T,D]; router_logits, [B,T,E] or [B·T,E]; for Switch dispatch

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.layout import Parameter, get_leaf, set_leaf
@@ -83,7 +84,7 @@ def export_checkpoint(
     Raises:
         ConfigError: see there; or the workdir has no checkpoint.
     """
-    config = stored.read_config(workdir)
+    config = read_run_config(workdir)
 
     def fetch(parameter: Parameter) -> Any:
         tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)

@@ -9,9 +9,9 @@ from jax import Array
 
 from moe.config import ModelConfig
 from moe.dispatch import experts as dispatch_experts
-from moe.dispatch.einsum import mix, soft_weights
 from moe.dispatch.modes import MODES
-from moe.dispatch.plan import expert_capacity, make_plan, overflow_to_next
+from moe.dispatch.plan import expert_capacity, plan_assignments
+from moe.dispatch.soft import plan_slots
 from moe.layers.experts import ExpertDropout, Experts
 from moe.layers.ffn import DenseFFN
 from moe.parallel import partition_specs
@@ -125,19 +125,10 @@ class MoELayer(nnx.Module):
         if train and dropout_rng is not None and c.expert_dropout > 0:
             experts = ExpertDropout(self.experts, c.expert_dropout, dropout_rng)
         if slot_logits is not None:
-            sound = mask & ~routing.broken
-            weights = soft_weights(jnp.where(sound[..., None, None], slot_logits, 0.0), sound)
-            y, kept = mix(tokens, *weights, experts), routing.chosen
+            mode, sent, plan = "soft", routing, plan_slots(slot_logits, routing, mask)
         else:
-            if c.dispatch == "dropless":
-                capacity = group_size * routing.chosen.shape[-1]  # room for every pair
-            # Where nothing can be dropped, the order of service is nobody's concern.
-            policy = c.drop_policy if capacity < group_size else "position"
-            plan = make_plan(routing, capacity, drop_policy=policy, rng=drop_rng)
-            sent = routing
-            if c.overflow_to_next:
-                sent, plan = overflow_to_next(routing, plan)
-            y, kept = MODES[c.dispatch](tokens, sent, plan, experts), plan.kept
+            mode, (sent, plan) = c.dispatch, plan_assignments(c, routing, capacity, rng=drop_rng)
+        y = MODES[mode](tokens, sent, plan, experts)
         # [G,S,D] → [B,T,D]
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
@@ -146,7 +137,7 @@ class MoELayer(nnx.Module):
         report = balancing.report(
             routing,
             mask,
-            kept,
+            plan.kept,
             first_choice=gate.balance_first_choice,
             parts={"batch": 1, "group": groups, "sequence": x.shape[0]}[c.balance_scope],
             expert_groups=c.expert_groups,

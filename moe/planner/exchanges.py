@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from moe.dispatch.ragged_exchange import LOAD_SCOPE
 from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
@@ -65,7 +66,7 @@ def purpose(collective: Collective) -> str:
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return "tokens to experts, back"
-    if "expert_load/" in source:
+    if f"{LOAD_SCOPE}/" in source:
         return LOADS
     if f"({LOSS_SCOPE})" in source:
         return "loss"
