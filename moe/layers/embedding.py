@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from moe.config import ModelConfig
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import matrix, use
+from moe.parallel.weights import gather_for_matmul, matrix
 
 
 class Embedding(nnx.Module):
@@ -22,12 +22,12 @@ class Embedding(nnx.Module):
         """Look up vectors, in this dtype."""
         # With this constraint the table's gradient is scatter-added where the tokens are and then split over D. Given
         # only the final sharding, XLA would send every token's gradient to every device.
-        table = constrain(use("embedding.table", self.table[...], dtype), partition_specs.TABLE)
+        table = constrain(gather_for_matmul("embedding.table", self.table[...], dtype), partition_specs.TABLE)
         return constrain(table[token_ids], partition_specs.BATCH)
 
     def matrix(self, dtype: jnp.dtype) -> Float[Array, "V D"]:
         """The table in this dtype, for tied logits."""
-        return use("embedding.table", self.table[...], dtype)
+        return gather_for_matmul("embedding.table", self.table[...], dtype)
 
 
 class Unembedding(nnx.Module):
@@ -38,4 +38,4 @@ class Unembedding(nnx.Module):
 
     def matrix(self, dtype: jnp.dtype) -> Float[Array, "D V"]:
         """The matrix in this dtype."""
-        return use("unembedding.kernel", self.kernel[...], dtype)
+        return gather_for_matmul("unembedding.kernel", self.kernel[...], dtype)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
-from moe.parallel.weights import matrix, use
+from moe.parallel.weights import gather_for_matmul, matrix
 
 #: geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
 GATED_ACTIVATIONS = {
@@ -44,6 +44,6 @@ class DenseFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Apply the FFN to every token."""
-        up = x @ use("dense.up", self.up[...], x.dtype)
-        gate = None if self.gate is None else x @ use("dense.gate", self.gate[...], x.dtype)
-        return activate(self.activation, up, gate) @ use("dense.down", self.down[...], x.dtype)
+        up = x @ gather_for_matmul("dense.up", self.up[...], x.dtype)
+        gate = None if self.gate is None else x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype)
+        return activate(self.activation, up, gate) @ gather_for_matmul("dense.down", self.down[...], x.dtype)

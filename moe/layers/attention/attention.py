@@ -11,7 +11,7 @@ from moe.layers.attention.attend import attend
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import matrix, use, zeros
+from moe.parallel.weights import gather_for_matmul, matrix, zeros
 
 
 def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
@@ -72,9 +72,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
         """Query, key and value; query and key are rotated."""
         c = self.config
-        query = jnp.einsum("btd,dnh->btnh", x, use("attention.query", self.query[...], x.dtype))
-        key = jnp.einsum("bud,dmh->bumh", x, use("attention.key", self.key[...], x.dtype))
-        value = jnp.einsum("bud,dmh->bumh", x, use("attention.value", self.value[...], x.dtype))
+        query = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul("attention.query", self.query[...], x.dtype))
+        key = jnp.einsum("bud,dmh->bumh", x, gather_for_matmul("attention.key", self.key[...], x.dtype))
+        value = jnp.einsum("bud,dmh->bumh", x, gather_for_matmul("attention.value", self.value[...], x.dtype))
         if c.attention_bias != "none":
             query = query + self.query_bias[...].astype(x.dtype)
             key = key + self.key_bias[...].astype(x.dtype)
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
     def join(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Output projection of all heads."""
-        y = jnp.einsum("btnh,nhd->btd", heads, use("attention.out", self.out[...], heads.dtype))
+        y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul("attention.out", self.out[...], heads.dtype))
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
