@@ -138,7 +138,7 @@ class MoELayer(nnx.Module):
             routing,
             mask,
             plan.kept,
-            first_choice=gate.balance_first_choice,
+            counts=gate.balance_counts,
             parts={"batch": 1, "group": groups, "sequence": x.shape[0]}[c.balance_scope],
             expert_groups=c.expert_groups,
         )
