@@ -12,6 +12,8 @@ from moe.dispatch.plan import make_plan
 from moe.routing import balancing
 from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
 from moe.routing.registry import GATES
+from moe.training.losses import mean_reports
+from moe.training.metrics import mean_row
 from tests.helpers import FOUR, tiny_routing
 
 E = 8
@@ -188,3 +190,16 @@ def test_declined_choices_are_not_counted():
 def test_token_mean_takes_real_tokens_alone():
     values = jnp.asarray([[[1.0, 10.0], [3.0, 30.0], [100.0, 1000.0]]])
     np.testing.assert_allclose(token_mean(values, jnp.asarray([[True, True, False]])), [2.0, 20.0])
+
+
+def test_broken_tokens_are_counted_over_microbatches_and_steps():
+    logits = np.zeros((1, 4, E))
+    logits[0, :3, 0] = np.nan
+    routing = tiny_routing("switch", logits)
+    one = report(routing, jnp.ones((1, 4), bool), routing.chosen)
+    none = dataclasses.replace(one, broken_tokens=jnp.zeros(()))
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), one, none)
+    assert float(mean_reports(stacked).broken_tokens) == 3
+    assert float(mean_reports(stacked).router_entropy) == pytest.approx(float(one.router_entropy))
+    steps = [{"skipped": skipped, "broken_tokens": [3, 0], "expert_load": [[1.0], [1.0]]} for skipped in (0, 1, 0)]
+    assert mean_row(steps)["broken_tokens"] == [9, 0]

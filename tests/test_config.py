@@ -2,11 +2,16 @@
 
 import dataclasses
 import importlib
+import typing
 
 import pytest
 
 from configs import base
 from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
+from moe.config.schema import Activation, Dispatch, Remat
+from moe.dispatch.modes import MODES
+from moe.layers.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe.models.stack import REMAT_POLICIES
 from moe.routing.resolve import from_config_dict
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
@@ -159,3 +164,15 @@ def test_layers_differ_by_overrides_alone():
         assert set(dataclasses.asdict(Config())) == set(tree.keys())
     shared = {dataclasses.replace(c.model, d_ff=1, moe=MoEConfig()) for c in configs.values()}
     assert len(shared) == 1  # the rest of the model is one and the same
+
+
+@pytest.mark.parametrize(
+    ("choices", "implemented"),
+    [
+        (Activation, {*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS}),
+        (Dispatch, set(MODES) - {"soft"}),  # of Soft MoE's layers, whatever the config names
+        (Remat, set(REMAT_POLICIES)),
+    ],
+)
+def test_choices_of_the_schema_are_those_implemented(choices, implemented):
+    assert set(typing.get_args(choices)) == implemented
