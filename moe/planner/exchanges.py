@@ -9,6 +9,7 @@ from typing import Any
 
 from moe.planner import network
 from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
 from moe.planner.program import Collective, Program
 
 WEIGHTS, UNNAMED, LOADS = "weights", "unnamed", "loads of experts"
@@ -21,6 +22,7 @@ class Exchange:
     Attributes:
         purpose: "weights", "gradients of weights", "tokens to experts, back", or JAX's name of the operation.
         count: times a step.
+        asynchronous: the part of ``count`` that is started and awaited apart.
         bytes: of one device's arrays, in a step.
         seconds: by the network model, in a step.
         exposed_seconds: the part of ``seconds`` with no work scheduled beside it.
@@ -30,12 +32,13 @@ class Exchange:
     axes: tuple[str, ...]
     purpose: str
     count: int
+    asynchronous: int
     bytes: int
     seconds: float
     exposed_seconds: float
 
 
-def summarise(program: Program, devices: Sequence[Any], chip: Chip) -> tuple[Exchange, ...]:
+def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
     """Add up the collectives of each kind, axes and purpose; the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for collective in program.collectives:
@@ -43,12 +46,13 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip) -> tuple[Exc
         exposed = duration
         if collective.overlap_seconds >= 0:
             exposed = max(0.0, duration - collective.overlap_seconds)
-        sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0.0, 0.0])
-        for i, value in enumerate((1, collective.bytes, duration, exposed)):
+        sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0, 0.0, 0.0])
+        apart = int(collective.overlap_seconds >= 0)
+        for i, value in enumerate((1, apart, collective.bytes, duration, exposed)):
             sums[i] += value * collective.count
     found = [
-        Exchange(kind, axes, name, int(count), int(size), duration, exposed)
-        for (kind, axes, name), (count, size, duration, exposed) in groups.items()
+        Exchange(kind, axes, name, int(count), int(apart), int(size), duration, exposed)
+        for (kind, axes, name), (count, apart, size, duration, exposed) in groups.items()
     ]
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
 
