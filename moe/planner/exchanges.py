@@ -62,8 +62,10 @@ def purpose(collective: Collective) -> str:
     source = collective.source
     if "weights." in source or source.startswith("state."):
         return WEIGHTS
-    # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens.
-    if collective.kind != "all-gather" and "transpose(" in source and re.search("dot_general|scatter-add", source):
+    # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens. On
+    # GPUs some are named after the transposition that follows.
+    made_by = "dot_general|scatter-add" + ("|transpose$" if collective.kind == "reduce-scatter" else "")
+    if collective.kind != "all-gather" and "transpose(" in source and re.search(made_by, source):
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return "tokens to experts, back"
@@ -71,4 +73,5 @@ def purpose(collective: Collective) -> str:
         return LOADS
     if "(loss)" in source:
         return "loss"
-    return source.rsplit("/", 1)[-1] or UNNAMED
+    first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # combined collectives
+    return first.rsplit("/", 1)[-1].strip("()") or UNNAMED
