@@ -26,9 +26,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moe.config import ConfigError  # noqa: E402
-from moe.dispatch.modes import MODES  # noqa: E402
+from moe.dispatch.modes import CONFIG_MODES  # noqa: E402
 from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
-from moe.interop.convert import load_balancing_loss as hugging_face_loss  # noqa: E402
+from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402
 from moe.routing.registry import GATES  # noqa: E402
@@ -118,7 +118,7 @@ def reference_layers(folder: Path) -> Iterator[Row]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
         drops = "expert_capacity" in arrays
-        for mode in MODES:
+        for mode in CONFIG_MODES:
             if drops and mode == "dropless":
                 continue  # has no capacity
             ours = run_reference(arrays, mode)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
-from moe.dispatch.modes import MODES
+from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs
@@ -246,7 +246,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         alone[np.arange(case.g), mask.argmax(1)] = True
         masks |= {", one real token a group": alone, ", all padding": np.zeros_like(mask)}
     known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by who was kept of which batch
-    for mode in MODES:
+    for mode in CONFIG_MODES:
         factor = case.c * case.e / (case.k * case.s)
         fields = {"experts_per_token": case.k, "eval_capacity_factor": factor, "dispatch": mode, **case.fields}
         try:
@@ -311,7 +311,7 @@ def device_counts() -> Iterator[Row]:
         if gate == "mixtral":
             fields["drop_policy"] = "random"
         given = read_by(gate, weights_of(8, 8, 8, seed=11, slots=1 if rule.router == "slots" else 0))
-        for mode in MODES:
+        for mode in CONFIG_MODES:
             if (gate, mode) in REFUSED_MODES:
                 continue
             run = program(single_layer(gate, **given, dispatch=mode, **fields), train=True)

@@ -51,7 +51,7 @@ def changed(**overrides):
         ({"train__num_steps": 5}, "optimizer.warmup_steps=30: must be below train.num_steps=5"),
         ({"optimizer__b2": 1.0}, "optimizer.b2=1.0: must be in [0, 1)"),
         ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be positive"),
-        ({"mesh__expert": 0}, "mesh.expert=0: must be positive, or -1 to fill"),
+        ({"mesh__expert": 0}, "mesh.expert=0: must be positive, or -1 to use"),
         ({"mesh__expert": -1}, "only one axis can be -1"),
     ],
 )
@@ -119,7 +119,11 @@ def test_gate_constants_are_defaults_and_yield_to_overrides():
         ({"data": 16}, {}, "must be divisible by mesh.data x mesh.fsdp x mesh.expert = 16"),
         ({"tensor": 8}, {}, "model.num_kv_heads=4: must be divisible by mesh.tensor = 8"),
         ({"fsdp": 3}, {"train__batch_size": 9}, "model.d_model=256: must be divisible by mesh.fsdp = 3"),
-        ({"data": 8}, {"model__moe__group_size": 512}, "model.moe.group_size=512 makes a number of groups which=4"),
+        (
+            {"data": 8},
+            {"model__moe__group_size": 512},
+            "model.moe.group_size=512: number of groups=4: must be",
+        ),
     ],
 )
 def test_mesh_refused(sizes, overrides, words):

@@ -11,7 +11,7 @@ import scipy.stats
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, to_config_dict, validate_mesh
-from moe.dispatch.modes import MODES
+from moe.dispatch.modes import CONFIG_MODES
 from moe.dispatch.plan import make_plan, overflow_to_next
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
@@ -450,7 +450,7 @@ def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
         "down": rng.normal(size=(3, 5, 4)),
     }
     mask = jnp.ones((1, 6), bool)
-    for mode in MODES:
+    for mode in CONFIG_MODES:
         layer = single_layer("switch", **weights, eval_capacity_factor=3.0, dispatch=mode)
         run = jax.jit(lambda x, layer=layer: layer(x, mask))
         expected, _, _ = run(x)
@@ -608,7 +608,7 @@ REFUSED = [
     ({"gate": "switch", "drop_policy": "luck"}, "must be one of position, probability, random"),
     ({"gate": "switch", "expert_dropout": 1.0}, r"must be in \[0, 1\)"),
     ({"gate": "switch", "slots_per_expert": 2}, "needs the gate soft_moe"),
-    ({"gate": "mixtral", "num_experts": 3, "overflow_to_next": True}, "needs as many further experts"),
+    ({"gate": "mixtral", "num_experts": 3, "overflow_to_next": True}, "needs num_experts >= 2"),
     ({"gate": "mixtral", "dispatch": "dropless", "overflow_to_next": True}, "a capacity"),
 ]
 

@@ -1,7 +1,8 @@
-"""Open checkpoints: what that library computes from a folder, we compute; what comes in goes out bit for bit.
+"""Open checkpoints: outputs equal Hugging Face transformers', and an export of an import is the same bit for bit.
 
-The reference values were computed by Hugging Face transformers, in float32: of random wide weights in tests/data, and
-in ../shared/parity where there is one. DeepSeekMoE v1's by its published formulas, with that library's modules.
+Reference values were computed in float32 by transformers, for random wide weights: in tests/data, and in
+../shared/parity where that exists. DeepSeekMoE v1 is not in that library; its values come from its published formulas
+with the library's modules.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from moe.checkpoints.parameters import read_config, read_parameters
+from moe.checkpoints.parameters import read_parameters
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop import (
     export_checkpoint,
@@ -30,8 +32,9 @@ from moe.interop import (
     load_huggingface,
     save_huggingface,
 )
-from moe.interop.families import FAMILIES, write_config
-from moe.interop.families import read_config as read_open_config
+from moe.interop.config_json import read_config as read_open_config
+from moe.interop.config_json import write_config
+from moe.interop.families import FAMILIES
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import resolve
@@ -117,7 +120,7 @@ def test_parameters_keep_the_dtype_of_their_tensors(path):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2), MeshConfig(data=1, expert=2, tensor=4)])
-def test_shards_are_read_where_the_mesh_wants_them(mesh, tmp_path):
+def test_each_device_reads_its_shard(mesh, tmp_path):
     moe = MoEConfig(num_experts=4, d_ff=12, shared_d_ff=20, shared_gate=True, dispatch="dropless")
     model = ModelConfig(
         **{"vocab_size": 48, "d_model": 16, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "num_layers": 2},
@@ -137,7 +140,7 @@ def test_shards_are_read_where_the_mesh_wants_them(mesh, tmp_path):
         np.testing.assert_allclose(jax.jit(lambda t: loaded(t).logits)(tokens), want, rtol=1e-4, atol=1e-4)
 
 
-# --- Out again -------------------------------------------------------------------------------------------------------
+# --- Export -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("path", "max_shard_bytes"),
     [pytest.param(path, 8000, id=f"{path.name}-sharded") for path in OURS]
@@ -155,7 +158,7 @@ def test_round_trip_is_bit_identical(path, max_shard_bytes, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == path.name
 
 
-def test_what_no_architecture_computes_is_named(tmp_path):
+def test_a_model_that_no_family_expresses_is_refused(tmp_path):
     def refused(pattern: str, **changes):
         moe = changes.pop("moe", {})
         model = ModelConfig(**{"num_layers": 2, **changes}, moe=MoEConfig(**moe))
@@ -180,7 +183,7 @@ def test_weights_are_never_overwritten(tmp_path):
         save_huggingface(model, config, tmp_path)
 
 
-# --- Nothing is guessed ----------------------------------------------------------------------------------------------
+# --- Malformed folders ----------------------------------------------------------------------------------------------
 EXPERT = "model.layers.1.block_sparse_moe.experts.4.w2.weight"
 
 
@@ -261,10 +264,10 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"model_type": "gpt2"}, "model_type='gpt2': must be one of mistral, mixtral"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn': scaled rotary positions"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
-        ({"hidden_act": "mish"}, "hidden_act='mish'"),
+        ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
         ({"hidden_size": None}, "has no hidden_size"),
-        ({"hidden_size": "16"}, "hidden_size='16': must be a positive whole number"),
+        ({"hidden_size": "16"}, "hidden_size='16': must be a valid integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),
         ({"num_experts_per_tok": 9}, r"model\.moe\.experts_per_token=9"),
     ],
@@ -278,7 +281,7 @@ def test_settings_that_are_refused(editable, fields, pattern):
 
 # --- config.json -----------------------------------------------------------------------------------------------------
 def test_published_config_of_mixtral():
-    """As its folder has it: no head_dim, rope_theta at the top."""
+    """The published file has no head_dim and keeps rope_theta at the top level."""
     model = read_open_config(
         {
             **{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000},
@@ -307,9 +310,9 @@ def test_every_family_has_a_case():
     assert {path.name for path in OURS} == set(FAMILIES)
 
 
-# --- Checkpoints of ours ---------------------------------------------------------------------------------------------
+# --- Workdirs ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in (OURS[0], OURS[3])])
-def test_through_a_checkpoint_and_out(path, tmp_path):
+def test_import_then_export(path, tmp_path):
     (tmp_path / "source").mkdir()
     for file in path.iterdir():
         shutil.copy(file, tmp_path / "source")
@@ -333,7 +336,7 @@ def test_through_a_checkpoint_and_out(path, tmp_path):
         import_checkpoint(tmp_path / "source", tmp_path / "run")
 
 
-def test_a_checkpoint_onto_a_mesh(tmp_path):
+def test_reading_parameters_onto_a_mesh(tmp_path):
     config = import_checkpoint(HERE / "qwen2_moe", tmp_path)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     one = read_parameters(tmp_path, config.model)

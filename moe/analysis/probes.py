@@ -11,9 +11,8 @@ The first two are dropless, so that they measure the choice of experts and not t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +21,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError
-from moe.routing.gates import Choice, Given, top_k
-from moe.routing.registry import GATES
+from moe.routing.interface import Gate, GateInputs, GateOutput
+from moe.routing.registry import find_gate
 from moe.routing.resolve import validate
+from moe.routing.selection import top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build
 
@@ -88,47 +88,36 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
         ConfigError: tokens do not choose experts in that model, or fewer than K would be left.
     """
     moe = config.model.moe
-    if moe.gate == "none" or GATES[moe.gate].router in ("none", "slots") or GATES[moe.gate].looks_ahead:
+    gate = None if moe.gate == "none" else find_gate(moe.gate)
+    if gate is None or gate.router in ("none", "slots") or gate.looks_ahead:
         raise ConfigError(f"model.moe.gate={moe.gate!r}: experts can be masked only where tokens choose by a router")
     if not 0 <= experts <= moe.num_experts - moe.experts_per_token:
         raise ConfigError(
             f"masked experts={experts}: must be from 0 to num_experts - experts_per_token = "
             f"{moe.num_experts - moe.experts_per_token}"
         )
-    program = _build(_dropless(config), mesh)
-
-    def probe(variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
-        with _masking(moe.gate, experts):  # the first call traces the program
-            return _losses(program, variables, heldout)
-
-    return probe
+    program = _build(_dropless(config), mesh, gate=masked_gate(gate, experts))
+    return lambda variables, heldout: _losses(program, variables, heldout)
 
 
-@contextlib.contextmanager
-def _masking(name: str, experts: int) -> Iterator[None]:
-    """The gate of that name without each token's most probable experts, for programs traced meanwhile."""
-    gate = GATES[name]
+def masked_gate(gate: Gate, experts: int) -> Gate:
+    """The gate over all but the ``experts`` most probable experts of each token."""
 
-    def choose(router_logits: Array, given: Given) -> Choice:
-        """As the gate does, on logits [G,S,E] with the masked ones out of reach but finite."""
-        bias = given.selection_bias
+    def choose(router_logits: Array, inputs: GateInputs) -> GateOutput:
+        bias = inputs.selection_bias
         scores = router_logits if bias is None else jax.nn.sigmoid(router_logits) + bias
         _, best = top_k(scores, experts)
         hidden = jnp.any(best[..., None] == jnp.arange(router_logits.shape[-1]), axis=-2)  # [G,S,experts,E] → [G,S,E]
         if bias is not None:  # a sigmoid of 0 could still win by its bias
-            given = dataclasses.replace(given, selection_bias=jnp.where(hidden, -1e9, bias))
-        return gate.choose(jnp.where(hidden, -1e9, router_logits), given)
+            inputs = dataclasses.replace(inputs, selection_bias=jnp.where(hidden, -1e9, bias))
+        return gate.choose(jnp.where(hidden, -1e9, router_logits), inputs)
 
-    GATES[name] = dataclasses.replace(gate, choose=choose) if experts else gate
-    try:
-        yield
-    finally:
-        GATES[name] = gate
+    return dataclasses.replace(gate, choose=choose) if experts else gate
 
 
-def _build(config: Config, mesh: Mesh) -> Program:
+def _build(config: Config, mesh: Mesh, gate: Gate | None = None) -> Program:
     with jax.set_mesh(mesh):
-        return build(validate(config), mesh)
+        return build(validate(config), mesh, gate=gate)
 
 
 def _losses(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:

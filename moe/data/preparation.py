@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
 from moe.data import corpora, folders, tfds_datasets
 from moe.data.directory import disk_errors, locked
@@ -125,7 +125,7 @@ def _cached_tokenizer(
     progress(f"training a tokenizer of {vocab_size} tokens")
     tokenizer = train_tokenizer(_tokenizer_sample(train), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, tokenizer.model_bytes)
+    write_atomic(path, tokenizer.model_bytes)
     return tokenizer
 
 

@@ -21,13 +21,14 @@ import tqdm
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
+from moe.checkpoints.workdir import refuse_other_run
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.lab import probes
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
 from moe.parallel.mesh import make_mesh
-from moe.training.loop import refuse_other_run, train
+from moe.training.loop import train
 from moe.training.step import Program, build
 
 DONE = "done.json"
@@ -157,7 +158,7 @@ def _run(suite: Suite, run: Run, programs: Programs, models: dict[str, probes.Mo
                 measured |= {f"{name}/{quantity}": value for quantity, value in probes.PROBES[name](trained).items()}
     _write_hparams(suite, run)
     done = {"probes": measured, "seconds": time.monotonic() - start, "devices": _devices()}
-    write_whole(run.directory / DONE, json.dumps(done, indent=1).encode())
+    write_atomic(run.directory / DONE, json.dumps(done, indent=1).encode())
 
 
 def _devices() -> str:

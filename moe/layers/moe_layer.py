@@ -9,16 +9,17 @@ from jax import Array
 
 from moe.config import ModelConfig
 from moe.dispatch import experts as dispatch_experts
-from moe.dispatch.einsum import mix, soft_weights
 from moe.dispatch.modes import MODES
-from moe.dispatch.plan import expert_capacity, make_plan, overflow_to_next
+from moe.dispatch.plan import expert_capacity, plan_assignments
+from moe.dispatch.soft import plan_slots
 from moe.layers.experts import ExpertDropout, Experts
 from moe.layers.ffn import DenseFFN
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.weights import matrix
 from moe.routing import balancing
-from moe.routing.registry import GATES
+from moe.routing.interface import Gate
+from moe.routing.registry import find_gate
 from moe.routing.router import Router
 from moe.routing.routing import Routing, route
 
@@ -38,12 +39,20 @@ class SharedExpert(nnx.Module):
         return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
 
 
+def replace_gate(model: nnx.Module, gate: Gate) -> None:
+    """Use this gate in every MoE layer of a model, with the router parameters that the layer has."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MoELayer):
+            module.gate = gate
+
+
 class MoELayer(nnx.Module):
     """A paper's layer: the gate of that name between a router and stacked experts."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs):
         self.config = config.moe
-        self.router = None if GATES[config.moe.gate].router == "none" else Router(config, rngs=rngs)
+        self.gate = find_gate(config.moe.gate) if gate is None else gate
+        self.router = None if self.gate.router == "none" else Router(config, gate=self.gate, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
@@ -71,7 +80,7 @@ class MoELayer(nnx.Module):
             y [B,T,D], 0 for a token that no expert had room for (the residual carries it); the layer's report; the
             routing over groups.
         """
-        c, gate = self.config, GATES[self.config.gate]
+        c, gate = self.config, self.gate
         group_size = c.group_size or x.shape[1]
         # [B,T,D] → [G,S,D]; a group is a run of S tokens of the batch in row order, on whatever mesh.
         tokens = constrain(x.reshape(-1, group_size, x.shape[-1]), partition_specs.BATCH)
@@ -116,19 +125,10 @@ class MoELayer(nnx.Module):
         if train and dropout_rng is not None and c.expert_dropout > 0:
             experts = ExpertDropout(self.experts, c.expert_dropout, dropout_rng)
         if slot_logits is not None:
-            sound = mask & ~routing.broken
-            weights = soft_weights(jnp.where(sound[..., None, None], slot_logits, 0.0), sound)
-            y, kept = mix(tokens, *weights, experts), routing.chosen
+            mode, sent, plan = "soft", routing, plan_slots(slot_logits, routing, mask)
         else:
-            if c.dispatch == "dropless":
-                capacity = group_size * routing.chosen.shape[-1]  # room for every pair
-            # Where nothing can be dropped, the order of service is nobody's concern.
-            policy = c.drop_policy if capacity < group_size else "position"
-            plan = make_plan(routing, capacity, drop_policy=policy, rng=drop_rng)
-            sent = routing
-            if c.overflow_to_next:
-                sent, plan = overflow_to_next(routing, plan)
-            y, kept = MODES[c.dispatch](tokens, sent, plan, experts), plan.kept
+            mode, (sent, plan) = c.dispatch, plan_assignments(c, routing, capacity, rng=drop_rng)
+        y = MODES[mode](tokens, sent, plan, experts)
         # [G,S,D] → [B,T,D]
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
@@ -137,7 +137,7 @@ class MoELayer(nnx.Module):
         report = balancing.report(
             routing,
             mask,
-            kept,
+            plan.kept,
             first_choice=gate.balance_first_choice,
             parts={"batch": 1, "group": groups, "sequence": x.shape[0]}[c.balance_scope],
             expert_groups=c.expert_groups,

@@ -23,7 +23,7 @@ from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.models.stack import LayerStates
 from moe.parallel import partition_specs
-from moe.routing.registry import GATES
+from moe.routing.registry import find_gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
-    if config.moe.gate == "none" or GATES[config.moe.gate].looks_ahead:
+    if config.moe.gate == "none" or find_gate(config.moe.gate).looks_ahead:
         return config
     k = config.moe.experts_per_token
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
@@ -108,7 +108,7 @@ def stream(
         raise ConfigError("prompts: give at least one, each of at least one token")
     if any(not 0 <= int(token) < config.vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {config.vocab_size - 1}")
-    if config.moe.gate != "none" and GATES[config.moe.gate].looks_ahead:
+    if config.moe.gate != "none" and find_gate(config.moe.gate).looks_ahead:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
     config = without_drops(config)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))

@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend import core
 
+from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+
 
 def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
     """FLOPs of all matrix products; a scan counts its length times, a conditional its most expensive branch.
@@ -25,8 +27,8 @@ def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "while" and "overflow" in str(equation.source_info.name_stack):
-            continue  # the further waves of moe.dispatch.ragged_exchange, which a balanced router never needs
+        if name == "while" and OVERFLOW_SCOPE in str(equation.source_info.name_stack):
+            continue  # further exchange rounds, which a balanced router never needs
         if name == "pallas_call" and not all(isinstance(size, int) for size in params["grid_mapping"].grid):
             # A grouped matmul: its grid depends on the rows that arrive, so it declares the FLOPs of a full buffer.
             # moe.planner.grouped_matmuls estimates its time.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
-from moe.dispatch.modes import MODES
+from moe.dispatch.modes import CONFIG_MODES
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
 from moe.models.stack import REMAT_POLICIES
@@ -59,7 +59,7 @@ def candidates(
     sparse = config.model.moe.gate != "none"
     for mesh in meshes(devices, num_slices):
         sizes = dataclasses.asdict(mesh)
-        for remat, mode in itertools.product(REMAT_POLICIES, MODES if sparse else (config.model.moe.dispatch,)):
+        for remat, mode in itertools.product(REMAT_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)):
             moe = dataclasses.replace(config.model.moe, dispatch=mode)
             model = dataclasses.replace(config.model, remat=remat, moe=moe)
             tried = dataclasses.replace(config, mesh=mesh, model=model)

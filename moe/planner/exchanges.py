@@ -7,10 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from moe.dispatch.ragged_exchange import LOAD_SCOPE
+from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.program import Collective, Program
+from moe.training.losses import LOSS_SCOPE
 
 WEIGHTS, UNNAMED, LOADS = "weights", "unnamed", "loads of experts"
 
@@ -60,7 +63,7 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tup
 def purpose(collective: Collective) -> str:
     """The purpose of a collective, from JAX's name of the operation it came from."""
     source = collective.source
-    if "weights." in source or source.startswith("state."):
+    if WEIGHTS_SCOPE in source or source.startswith("state."):
         return WEIGHTS
     # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens. On
     # GPUs some are named after the transposition that follows.
@@ -69,9 +72,9 @@ def purpose(collective: Collective) -> str:
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return "tokens to experts, back"
-    if "expert_load/" in source:
+    if f"{LOAD_SCOPE}/" in source:
         return LOADS
-    if "(loss)" in source:
+    if f"({LOSS_SCOPE})" in source:
         return "loss"
     first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # combined collectives
     return first.rsplit("/", 1)[-1].strip("()") or UNNAMED

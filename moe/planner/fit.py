@@ -13,12 +13,12 @@ from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers
-from moe.dispatch import ragged_exchange
+from moe.dispatch.ragged_exchange import ROUND_SIZE
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
 from moe.models.stack import segments
 from moe.parallel import partition_specs
-from moe.routing.registry import GATES
+from moe.routing.registry import find_gate
 from moe.training.optimizer import make_optimizer
 
 
@@ -119,8 +119,8 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
     """Rows of expert buffers per token of a device, filled or not."""
     moe = config.model.moe
-    if moe.gate == "none" or GATES[moe.gate].router == "slots":
+    if moe.gate == "none" or find_gate(moe.gate).router == "slots":
         return 0.0
     if moe.dispatch == "dropless":
-        return moe.experts_per_token * (ragged_exchange.ROOM if sizes["expert"] > 1 else 1.0)
+        return moe.experts_per_token * (ROUND_SIZE if sizes["expert"] > 1 else 1.0)
     return min(moe.capacity_factor * moe.experts_per_token, moe.num_experts)

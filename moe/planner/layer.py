@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe import platform
 from moe.config import Config, ModelConfig, MoEConfig
 from moe.dispatch.plan import expert_capacity
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size, make_mesh
 from moe.planner import exchanges, grouped_matmuls, program
 from moe.planner.topology import Topology
@@ -127,7 +126,7 @@ def _compile(model: ModelConfig, mesh: jax.sharding.Mesh, tokens: int, backward:
             return outputs, pull((gradient, jnp.ones_like(outputs[1])))
 
         lowered = jax.jit(both).lower(parameters, x, x) if backward else jax.jit(forward).lower(parameters, x)
-        options = platform.compiler_options(mesh.devices.flat[0].device_kind)
+        options = target.compiler_options(mesh.devices.flat[0].device_kind)
         return lowered.compile(compiler_options=options or None)
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
 from moe.planner import hlo
 from moe.planner.hlo import Instruction, array_bytes, array_shape
 
@@ -197,8 +198,8 @@ class _Reader:
 
     def _trips(self, loop: Instruction) -> int:
         trips = hlo.trip_count(loop, self.module)
-        if trips is None and "overflow/" in loop.op_name:
-            return 0  # the further waves of moe.dispatch.ragged_exchange, which a balanced router never needs
+        if trips is None and f"{OVERFLOW_SCOPE}/" in loop.op_name:
+            return 0  # further exchange rounds, which a balanced router never needs
         if trips is None:
             self.unknown_loops += 1
             return 1

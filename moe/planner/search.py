@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict
 from moe.planner.candidates import Candidate
 
@@ -53,7 +53,7 @@ class Cache:
 
     def put(self, config: Config, plan: Plan) -> None:
         """Store a plan atomically."""
-        write_whole(self.path(config), json.dumps(plan).encode())
+        write_atomic(self.path(config), json.dumps(plan).encode())
 
     @contextlib.contextmanager
     def mine(self, config: Config) -> Iterator[bool]:
