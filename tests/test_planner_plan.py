@@ -40,7 +40,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
     ],
 )
 def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, flaw, unnamed):
-    exchange = Exchange(kind, ("fsdp",), purpose, 1, mebibytes * 2**20, 0.0, 0.0)
+    exchange = Exchange(kind, ("fsdp",), purpose, 1, 0, mebibytes * 2**20, 0.0, 0.0)
     fields = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
     made = Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
     assert made.token_exchanges == (exchange,) * flaw

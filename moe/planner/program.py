@@ -291,9 +291,38 @@ class _Reader:
         """The compiler's seconds; 0 without an estimate, None for an estimate that says "unknown"."""
         found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if not found:
-            return _gpu_estimate(instruction)
+            return self._gpu_estimate(instruction)
         cycles = int(found.group(1))
         return None if cycles == _UNKNOWN_CYCLES else cycles / self._clock
+
+    def _gpu_estimate(self, instruction: Instruction) -> float:
+        """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
+
+        XLA states the times of several models. "sol" has measured rates of matmuls, whose result must have the type of
+        the operands; other matmuls are taken at peak. (The remaining models time a matmul with the tiles of this
+        compilation, which are chosen by measurement on a real device.) "indexing-cost-model" is for other Triton
+        fusions, the model without a name for all the rest.
+        """
+        found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
+        costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
+        if matmul := costs.get("experimental-gemm-cost-model"):
+            if self._keeps_type(instruction):
+                return costs["sol"]["exec_time_us"] * 1e-6
+            return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
+        cost = costs.get("indexing-cost-model") or costs.get("")
+        return cost["exec_time_us"] * 1e-6 if cost else 0.0
+
+    def _keeps_type(self, fusion: Instruction) -> bool:
+        """Check that the result of a fused matmul has the type of the matmul's operands."""
+        inner = self.module.called(fusion)
+        types = {instruction.name: instruction.type for instruction in inner}
+        for instruction in inner:
+            if instruction.opcode == "dot":
+                operands = {types.get(name, "").partition("[")[0] for name in instruction.operands}
+                return operands == {fusion.type.partition("[")[0]}
+            if instruction.opcode == "fusion" and self._has_product(instruction.attribute("calls")):
+                return self._keeps_type(dataclasses.replace(instruction, type=fusion.type))
+        return True
 
     def _moved_bytes(self, instruction: Instruction, scope: _Scope) -> int:
         """Bytes that an unpriced instruction reads and writes; a gather reads as much as it writes."""
@@ -337,17 +366,6 @@ def _pass_of(op_name: str) -> str | None:
     if "transpose(" in op_name:
         return "backward"
     return "forward" if "jvp(" in op_name else "update"
-
-
-def _gpu_estimate(instruction: Instruction) -> float:
-    """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
-
-    Of its models the one named "sol" is taken: it has measured rates of matmuls, while the others time a matmul with
-    the tiles of this compilation, which are chosen by measurement on the device.
-    """
-    found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
-    costs = {cost["name"]: float(cost["exec_time_us"]) for cost in json.loads(found.group(1))} if found else {}
-    return costs.get("sol", costs.get("", 0.0)) * 1e-6
 
 
 def _attention_flops(kernel: Instruction, scope: _Scope) -> float:
