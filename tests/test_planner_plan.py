@@ -103,6 +103,18 @@ def test_unknown_topology_lists_names(monkeypatch):
         topology.get_topology("v5p:2x2x1")
 
 
+def test_flops_of_grouped_matmuls_do_not_depend_on_the_number_of_groups():
+    x, w, sizes = jnp.ones((24, 16)), jnp.ones((4, 16, 8)), jnp.full(4, 6)
+    product = 2 * 24 * 16 * 8  # of all rows; the gradients of rows and of weights cost the same
+
+    def loss(x, w):
+        return jnp.sum(jax.lax.ragged_dot(x, w, sizes))
+
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr) == product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, 1))(x, w).jaxpr) == 2 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr) == 3 * product
+
+
 def test_scaling_lists_refused_points():
     points = [scaling.Point("a series", "v5p:2x2x2", from_config_dict({"model": {"moe": {"num_experts": 4}}}))]
     with pytest.MonkeyPatch.context() as patch:

@@ -39,7 +39,7 @@ def _memory(plan: Plan) -> list[str]:
         ),
         *(
             [f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest is gaps between buffers"]
-            if memory.peak
+            if 0 < memory.peak < memory.total
             else []
         ),
     ]
