@@ -39,14 +39,14 @@ _CACHE = flags.DEFINE_string(
 def main() -> None:
     """Print one plan, or the table of a search."""
     config = cli.load_config(_CONFIG)
-    from moe.planner import plan, topology
+    from moe.planner import page, plan, topology
 
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
     if _SEARCH.value:
         _search(config, where)
         return
     made = plan.make_plan(config, where)
-    print(json.dumps(made.to_json(), indent=2) if _JSON.value else plan.render(made))
+    print(json.dumps(made.to_json(), indent=2) if _JSON.value else page.render(made))
 
 
 def _search(config: Config, where) -> None:
