@@ -13,6 +13,7 @@ from moe.config import Config
 from moe.metrics_files import to_python
 from moe.models import flops
 from moe.routing import balancing
+from moe.training import matmul_rate
 from moe.training.step import TrainMetrics
 
 
@@ -76,7 +77,7 @@ class Throughput:
         length = config.data.sequence_length
         self._tokens = config.train.batch_size * length
         self._flops = self._tokens * flops.train_flops_per_token(config.model, length)
-        self._peak = flops.measured_matmul_rate(config.model.dtype) * jax.device_count()
+        self._peak = matmul_rate.measured_matmul_rate(config.model.dtype) * jax.device_count()
         if jax.default_backend() == "cpu":
             self._peak /= jax.device_count()  # fake devices share the host's cores
 
