@@ -192,7 +192,7 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
-        require(0 <= value and np.float32(value) < 1, f"optimizer.{name}", value, "must be in [0, 1), in float32")
+        require(value >= 0 and np.float32(value) < 1, f"optimizer.{name}", value, "must be in [0, 1), in float32")
     fraction = optimizer.final_learning_rate_fraction
     require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(

@@ -30,7 +30,7 @@ def check_moe(config: Config) -> None:
         require(getattr(moe, name) > 0, f"{_MOE}{name}", getattr(moe, name), "must be positive")
     for name in ("jitter", "expert_dropout"):
         value = getattr(moe, name)
-        require(0 <= value and np.float32(value) < 1, f"{_MOE}{name}", value, "must be in [0, 1), in float32")
+        require(value >= 0 and np.float32(value) < 1, f"{_MOE}{name}", value, "must be in [0, 1), in float32")
     require(
         moe.shared_d_ff > 0 or not moe.shared_gate, f"{_MOE}shared_gate", moe.shared_gate, "needs shared_d_ff above 0"
     )
