@@ -23,33 +23,79 @@ from absl import flags
 from moe import cli
 from moe.config import ConfigError
 
+#: Set in the processes that --jobs starts: they write no report.
+_WORKER = "MOE_LAB_WORKER"
+
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Instead of the suite's.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
-_TRAIN = flags.DEFINE_bool("train", True, "Train what is missing; --notrain only measures and reports.")
 _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
 _CLAIMS = flags.DEFINE_bool("claims", False, "Only write claims.md from all suites in the workdir.")
 
 
 def main() -> None:
     """Train, measure and report as the flags say."""
-    from moe.lab import runner
+    from moe.lab import report, runner
+    from moe.lab.records import read_all
     from moe.lab.registration import CLAIMS_FILE, read_claims
     from moe.lab.suite import load_suite
 
     workdir = Path(str(_WORKDIR.value))
+    if _CLAIMS.value:
+        _write_claims(workdir)
+        return
     if not _SUITE.value:
         raise ConfigError("--suite: must be given; suites are in configs/ablations/")
     suite = load_suite(_SUITE.value, _SIZE.value)
-    claims, _ = read_claims(Path(_SUITE.value).parent / CLAIMS_FILE)
-    seeds = [_seed(seed) for seed in _SEEDS.value]
-    if _JOBS.value and not _REPORT.value:
-        _start_jobs(_JOBS.value)
-    elif _TRAIN.value and not _REPORT.value:
-        runner.Worker(suite, workdir, claims, seeds=seeds, sweep=_SWEEP.value).run()
+    claims, digest = read_claims(Path(_SUITE.value).parent / CLAIMS_FILE)
+    if not _REPORT.value:
+        if _JOBS.value:
+            _start_jobs(_JOBS.value)
+        else:
+            worker = runner.Worker(
+                suite, workdir, claims, seeds=[_seed(seed) for seed in _SEEDS.value], sweep=_SWEEP.value
+            )
+            worker.run()
+            worker.measure()
+    records = read_all(workdir)
+    if not records:
+        raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
+    if not os.environ.get(_WORKER):
+        report.write(workdir, suite, records, claims, digest, _command())
+        print(f"{workdir / 'report.md'}")
+
+
+def _command() -> str:
+    """The command that the report names, without the name of the folder and what does not change the numbers."""
+    flags_given = {"size": _SIZE.value, "seeds": ",".join(_SEEDS.value), "sweep": _SWEEP.value}
+    defaults = {"size": "laptop", "seeds": "", "sweep": True}
+    others = [
+        f" --{name}={value}" if name != "sweep" else " --nosweep"
+        for name, value in flags_given.items()
+        if value != defaults[name]
+    ]
+    return f"python scripts/ablate.py --suite={_SUITE.value} --workdir=DIR{''.join(others)}"
+
+
+def _write_claims(workdir: Path) -> None:
+    """Test all claims on the suites whose records are in workdir/NAME."""
+    from moe.lab import claims_page
+    from moe.lab.records import RECORDS, read_all
+    from moe.lab.registration import CLAIMS_FILE, read_claims
+    from moe.lab.suite import load_suite
+    from moe.lab.table import Table
+
+    suites = Path(_SUITE.value or "configs/ablations")
+    claims, digest = read_claims(suites / CLAIMS_FILE)
+    names = [path.parent.name for path in sorted(workdir.glob(f"*/{RECORDS}"))]
+    tables = {
+        name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), read_all(workdir / name)) for name in names
+    }
+    claims_page.write_page(workdir, claims, digest, tables)
+    print(f"{workdir / 'claims.md'}: from {', '.join(names) or 'no suite'}")
 
 
 def _start_jobs(count: int) -> None:
@@ -61,7 +107,7 @@ def _start_jobs(count: int) -> None:
     jobs = []
     for core in cores[:count]:
         os.sched_setaffinity(0, {core})  # inherited by the process started next
-        jobs.append(subprocess.Popen([sys.executable, *arguments]))
+        jobs.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | {_WORKER: "1"}))
     os.sched_setaffinity(0, cores)
     if any([job.wait() for job in jobs]):
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")

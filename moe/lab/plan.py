@@ -63,7 +63,7 @@ def family(suite: Suite, variant: str) -> tuple[str, ...]:
 def runs(suite: Suite, records: Iterable[Record], *, seeds: Sequence[int] = (), sweep: bool = True) -> list[Key]:
     """All runs that can be named now, most informative first.
 
-    The sweep comes first, then its check, then the headline arms seed by seed with the longest horizon first, then the
+    The sweep comes first, then its check, then the headline arms seed by seed with the shortest horizon first, then the
     other arms in the same order. The runs of an arm are named once its learning rate is known.
 
     Args:
@@ -79,7 +79,7 @@ def runs(suite: Suite, records: Iterable[Record], *, seeds: Sequence[int] = (), 
     headline = [name for name in suite.variants if not suite.headline or name in suite.headline]
     others = [name for name in suite.variants if name not in headline]
     for arms in (headline, others):
-        for seed, steps, name in itertools.product(seeds or suite.seeds, reversed(suite.steps), arms):
+        for seed, steps, name in itertools.product(seeds or suite.seeds, suite.steps, arms):
             if settled.issuperset({name, *family(suite, name)}):
                 found += [Key(arm, steps, choices[arm].rate, seed) for arm in (*family(suite, name), name)]
     return list(dict.fromkeys(found))

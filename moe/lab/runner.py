@@ -24,9 +24,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe.checkpoints.parameters import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
-from moe.lab import plan, results
+from moe.lab import plan, probes, results
 from moe.lab.heldout import RowLosses, mixed_rows
 from moe.lab.progress import Progress
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record, commit, read_all
@@ -164,8 +165,35 @@ class Worker:
                 mixed = mixed_rows(prepared, config, self._suite.heldout_rows)
                 self._row_losses[key.variant] = RowLosses(self._programs(config, mesh), mixed)
             evaluate = self._row_losses[key.variant]
-            steps = results.checkpoint_steps(directory)
+            # Learning curves are drawn for the longest horizon alone.
+            steps = results.checkpoint_steps(directory) if key.steps == self._suite.longest else [key.steps]
             return evaluate.rows, {step: evaluate(directory, step) for step in steps}
+
+    def measure(self) -> None:
+        """Measure the probes that finished runs of the longest horizon lack, where their checkpoints still exist."""
+        models: dict[str, probes.Model] = {}
+        for record in sorted(read_all(self._workdir), key=lambda record: record.variant):
+            names = self._suite.variants[record.variant].probes if record.variant in self._suite.variants else ()
+            known = {quantity.partition("/")[0] for quantity in record.probes}
+            directory = run_directory(self._workdir, record.key)
+            wanted = record.steps == self._suite.longest and record.status == FINISHED and directory.exists()
+            for name in [name for name in names if wanted and name not in known]:
+                with filelock.FileLock(f"{directory}.lock"):
+                    self._progress.say(f"probe {name} of {record.key}")
+                    measured = self._probe(record, name, directory, models)
+                    record = dataclasses.replace(record, probes=record.probes | measured)
+                    record.write(self._workdir)
+
+    def _probe(self, record: Record, name: str, directory: Path, models: dict[str, probes.Model]) -> dict[str, float]:
+        """quantity → value of one probe, its name in front."""
+        config = read_config(directory)
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            if record.variant not in models:
+                models.clear()  # one arm's data and programs at a time
+                models[record.variant] = probes.Model(self._programs(config, mesh), self._suite.primary_domains)
+            found = probes.PROBES[name](probes.Trained(directory, models[record.variant]))
+        return {f"{name}/{quantity}": value for quantity, value in found.items()}
 
     def _prune(self, key: Key, directory: Path) -> None:
         """Keep only the last checkpoint, unless the arm has probes, which may read earlier ones."""
