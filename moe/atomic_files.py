@@ -1,7 +1,4 @@
-"""Small files: there whole or not at all, and JSON that shows when it was altered.
-
-A flipped bit in a number is still a number: so text is made of the JSON and its CRC-32, and JSON of that text.
-"""
+"""Atomic writes of small files, and JSON that carries its own checksum."""
 
 from __future__ import annotations
 
@@ -13,26 +10,26 @@ from typing import Any
 from etils import epath
 
 
-def write_whole(path: epath.Path | Path, content: bytes) -> None:
-    """Makes or replaces a file: whoever reads it, and whenever this process is killed, it is the old one or the new.
+def write_atomic(path: epath.Path | Path, content: bytes) -> None:
+    """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 
-    What a killed process leaves beside it, PATH.tmp, the next one takes. One process at a time writes a path.
+    The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
 
 
-def seal(content: Any) -> str:
-    """JSON of {content, crc32}."""
+def to_checked_json(content: Any) -> str:
+    """JSON of {content, crc32}: a flipped bit in a number still parses as a number, and the checksum catches it."""
     return json.dumps({"content": content, "crc32": _crc32(content)})
 
 
-def unseal(text: str) -> Any:
-    """What :func:`seal` was given, as JSON gives it back.
+def from_checked_json(text: str) -> Any:
+    """Return the content of a text made by :func:`to_checked_json`.
 
     Raises:
-        ValueError: the text is not what seal made.
+        ValueError: the text is not JSON, or its checksum does not match.
     """
     tree = json.loads(text)
     if not isinstance(tree, dict) or tree.keys() != {"content", "crc32"} or tree["crc32"] != _crc32(tree["content"]):

@@ -1,7 +1,6 @@
-"""What every command line shares: flags over a config file, one-line errors.
+"""Command lines: flags over a config file, and errors as one sentence on stderr with exit code 1.
 
-In: a ``main(config, argv)``-like function and absl flags. Out: exit code 0, or 1 with one sentence on stderr. Imports
-no JAX, so that an entry point may set up the process first (:mod:`moe.platform`).
+Importing this module imports JAX, so entry points call :mod:`moe.platform` before it.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from ml_collections import config_flags
 from moe.config import Config, ConfigError, check_field, check_path, type_name
 from moe.routing.resolve import from_config_dict
 
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error comes from, not only what it is.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
-    """The flag --config=FILE, whose fields --config.x.y=value overrides."""
+    """Define the flag --config=FILE, whose fields --config.x.y=value overrides."""
     return config_flags.DEFINE_config_file("config", default, "File with get_config(); --config.x.y=value overrides.")
 
 
 class _Path(flags.ArgumentParser):
-    """A path, with the home for a ~ that no shell has seen."""
+    """Path; a leading ~ is expanded even where the shell does not."""
 
     syntactic_help = "a path"
 
@@ -37,16 +36,16 @@ class _Path(flags.ArgumentParser):
 
 
 def define_path(name: str, explanation: str) -> flags.FlagHolder:
-    """A flag --name=PATH, of a folder of a file system or of a bucket."""
+    """Define a flag --name=PATH, for a local or remote path."""
     return flags.DEFINE(_Path(), name, None, explanation, serializer=flags.ArgumentSerializer())
 
 
 class WorkdirFlags:
-    """The flags of a script that opens a workdir: which, which step, and settings to use instead of its own."""
+    """Flags of scripts that open a workdir: its path, the checkpoint's step, and settings to override."""
 
     def __init__(self) -> None:
         self._workdir = define_path("workdir", "Folder of a run or an import.")
-        self._step = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+        self._step = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
         self._instead: dict[tuple[str, str], flags.FlagHolder] = {
             ("data", "dataset"): flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's."),
             ("data", "domains"): flags.DEFINE_list("domains", None, "data.domains instead of the workdir's."),
@@ -59,22 +58,22 @@ class WorkdirFlags:
 
     @property
     def path(self) -> str:
-        """Of the workdir."""
+        """Path of the workdir."""
         return str(self._workdir.value)
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint; None: the newest."""
+        """Step of the checkpoint; None: the newest."""
         return self._step.value
 
     @property
     def instead(self) -> dict[tuple[str, str], Any]:
-        """For :func:`moe.training.open_run.open_workdir`."""
+        """Settings to override, for :func:`moe.training.open_run.open_workdir`; None: not given."""
         return {field: flag.value for field, flag in self._instead.items()}
 
 
 def load_config(flag: flags.FlagHolder) -> Config:
-    """The typed config of the flag.
+    """Build the typed config of the flag.
 
     Raises:
         ConfigError: see :func:`moe.routing.resolve.from_config_dict`.
@@ -86,11 +85,11 @@ def load_config(flag: flags.FlagHolder) -> Config:
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
-    """Parses flags and calls main; a user's mistake ends in one sentence, without a traceback unless --traceback.
+    """Parse flags and call main; a user's mistake ends in one sentence, with a traceback only under --traceback.
 
     Args:
-        main: reads its flags itself.
-        required: names of flags that must be given.
+        main: called without arguments after flags are parsed.
+        required: names of flags that must be set.
     """
     flags.mark_flags_as_required(list(required))
     for name in required:
@@ -99,14 +98,14 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             return _parse(argv)
-        except Exception as error:  # a config file is a program, which may raise anything
+        except Exception as error:  # a config file is a program and may raise anything
             if "--traceback" in argv:
                 raise
             sys.exit(f"error: {_sentence(error, argv)}")
 
     def guarded(argv: list[str]) -> None:
         del argv
-        # Orbax, Grain and TFDS tell their every move at INFO.
+        # Orbax, Grain and TFDS log every operation at INFO.
         logging.set_verbosity(logging.WARNING)
         try:
             main()
@@ -119,12 +118,12 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
 
 
 def _sentence(error: Exception, argv: list[str]) -> str:
-    """What was wrong with the command line, in one line."""
+    """One-line description of an error in the command line."""
     text = " ".join(str(error).split())
-    # ml_collections hands on what a config file raises as text, with its traceback.
-    _, refusal, words = text.rpartition("moe.config.schema.ConfigError: ")
-    if refusal:
-        return words
+    # ml_collections re-raises errors of a config file as text that contains the traceback.
+    _, found, message = text.rpartition("moe.config.schema.ConfigError: ")
+    if found:
+        return message
     if isinstance(error, flags.IllegalFlagValueError):
         for argument in argv[1:]:
             name, _, value = argument.lstrip("-").partition("=")

@@ -1,7 +1,6 @@
-"""Where numbers go: ``metrics.jsonl`` (reproducible to the bit), ``timing.jsonl`` (wall clock), TensorBoard.
+"""Metric files: ``metrics.jsonl`` (bit-reproducible), ``timing.jsonl`` (wall clock) and TensorBoard.
 
-In: dicts of scalars and short lists. A row is written once: a resumed run first drops the rows after its checkpoint.
-Only process 0 writes.
+Rows are dicts of scalars and short lists. Only process 0 writes.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 
 def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line cut short by a crash is left out; no file is no rows.
+    """Read a JSON-lines file; a last line cut short by a crash is dropped, and a missing file has no rows.
 
     Raises:
-        ConfigError: any other line is no row.
+        ConfigError: any other line is not a row of metrics.
     """
     if not path.exists():
         return []
@@ -40,36 +39,36 @@ def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
                 raise ValueError
             rows.append(row)
         except (ValueError, RecursionError) as error:
-            if number < len(lines):  # the last one has no end of line, if it is not empty
-                raise ConfigError(f"{path}, line {number}: is no row of metrics; put it back, or delete it") from error
+            if number < len(lines):  # the last entry is empty or an unfinished line
+                raise ConfigError(f"{path}, line {number}: not a row of metrics; restore or delete it") from error
     return rows
 
 
 class MetricsWriter:
-    """Appends rows under a workdir."""
+    """Appends rows to the metric files of a workdir."""
 
     def __init__(self, workdir: epath.Path, step: int):
-        """Keeps the rows up to ``step``, the step the run goes on from."""
-        self.rows = {METRICS: 0, TIMING: 0}  # in the files by now, where this process writes
+        """Open the files and drop rows after ``step``, from which the run continues: they will be written again."""
+        self.rows = {METRICS: 0, TIMING: 0}  # number of rows in each file, in the process that writes
         self._active = jax.process_index() == 0
         if not self._active:
             return
         self._files = {}
         for name in (METRICS, TIMING):
             kept = [row for row in read_rows(workdir / name) if row["step"] <= step]
-            write_whole(workdir / name, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            write_atomic(workdir / name, "".join(json.dumps(row) + "\n" for row in kept).encode())
             self.rows[name] = len(kept)
             self._files[name] = (workdir / name).open("a")
         self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
-        """One row {step, kind, **values}; lists (per layer, per expert) are TensorBoard scalars name/0, name/1, …"""
+        """Write a row {step, kind, **values}; in TensorBoard lists become scalars name/0, name/1, …"""
         if not self._active:
             return
         self._files[file].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._files[file].flush()
         self.rows[file] += 1
-        if kind == "warning":  # words, for people
+        if kind == "warning":  # text, not numbers
             return
         for name, value in values.items():
             for index, entry in np.ndenumerate(np.asarray(value)):
@@ -78,12 +77,12 @@ class MetricsWriter:
         self._board.flush()
 
     def sync(self) -> None:
-        """Returns when the rows are on disk: a checkpoint that comes after them is never there without them."""
+        """Flush the metric rows to disk; called before a checkpoint, so that it never exists without its rows."""
         if self._active:
             os.fsync(self._files[METRICS].fileno())
 
     def close(self) -> None:
-        """Flushes and closes; all of them, if one cannot be."""
+        """Close all files, even if closing one of them fails."""
         if self._active:
             with contextlib.ExitStack() as stack:
                 for closing in (self._board, *self._files.values()):
@@ -91,5 +90,5 @@ class MetricsWriter:
 
 
 def to_python(tree: Any) -> Any:
-    """Arrays of a tree as Python numbers and lists, ready for JSON."""
+    """Convert the arrays of a tree to Python numbers and lists, for JSON."""
     return jax.tree.map(lambda array: np.asarray(array).tolist(), tree)

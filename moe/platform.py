@@ -1,7 +1,4 @@
-"""What must be settled before JAX starts: the allocator, and how processes find each other.
-
-Called first by every entry point, before anything imports JAX.
-"""
+"""Process settings that must be made before JAX is imported: the memory allocator and TPU compilation."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
 
 
 def use_allocator() -> None:
-    """Restarts this program once with memory that stays: jemalloc where Linux has it, else glibc with huge pages.
+    """Restart this program once with an allocator that keeps freed memory: jemalloc if installed, else glibc with huge
+    pages. Linux only.
 
-    XLA on CPU allocates every large buffer afresh. glibc returns them to the system, so that each step faults all
-    its pages in again, and without huge pages 4 KiB at a time: a fifth of a train step, half of a wide MoE layer.
-    jemalloc is told to return nothing. An allocator is chosen when a program starts, hence the restart.
+    XLA on CPU allocates every large buffer anew. glibc returns freed buffers to the system, so every step faults its
+    pages in again, 4 KiB at a time without huge pages: a fifth of a train step, half of a wide MoE layer. jemalloc is
+    configured to return nothing. The allocator is fixed when a program starts, hence the restart.
 
-    Does nothing where there is nothing to gain (another system; neither jemalloc nor huge pages on demand), and leaves
-    what the user chose: LD_PRELOAD, even empty, keeps jemalloc out, a word of huge pages in GLIBC_TUNABLES both;
-    MALLOC_CONF goes after what is asked here, and so above it.
+    The user's choice has priority: a set LD_PRELOAD, even empty, excludes jemalloc; GLIBC_TUNABLES with hugetlb
+    excludes both; MALLOC_CONF overrides the options set here.
     """
     tunables, preload = os.environ.get("GLIBC_TUNABLES", ""), os.environ.get("LD_PRELOAD")
     if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables or "jemalloc" in (preload or ""):
@@ -41,7 +38,7 @@ def use_allocator() -> None:
 
 
 def _starts(variables: dict[str, str]) -> bool:
-    """Whether Python starts under these variables, and the loader has nothing to say: the library is here and fits."""
+    """True if Python starts with these variables without a message of the loader: the library can be loaded."""
     probe = subprocess.run(
         [sys.executable, "-ISc", ""], env=os.environ | variables, capture_output=True, stdin=subprocess.DEVNULL
     )
@@ -49,27 +46,27 @@ def _starts(variables: dict[str, str]) -> bool:
 
 
 def _huge_page_mode() -> str:
-    """always, madvise (on demand) or never."""
+    """Linux's setting for transparent huge pages: always, madvise (on request) or never."""
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return modes.read_text().partition("[")[2].partition("]")[0] if modes.exists() else "never"
 
 
 def allocator() -> str:
-    """Whose memory this program runs with, for what benchmarks print: "jemalloc, huge pages on"."""
+    """Description of the allocator in use, for benchmark output, such as "jemalloc, huge pages on"."""
     jemalloc = "jemalloc" in os.environ.get("LD_PRELOAD", "")
-    asked = (
+    requested = (
         "thp:always" in os.environ.get("MALLOC_CONF", "")
         if jemalloc
         else _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
     )
-    on = {"always": True, "madvise": asked}.get(_huge_page_mode(), False)
+    on = {"always": True, "madvise": requested}.get(_huge_page_mode(), False)
     return f"{'jemalloc' if jemalloc else 'the system allocator'}, huge pages {'on' if on else 'off'}"
 
 
 def use_tpu_compiler() -> None:
-    """Lets this process compile for TPUs that are not here, and run nothing on those that may be.
+    """Set up this process to compile for absent TPUs and to run on CPU.
 
-    libtpu otherwise asks the cloud which TPU it is on, and holds a lock that keeps a second compilation out.
+    Otherwise libtpu queries the cloud for its TPU type, and takes a lock that prevents a second compilation.
     """
     os.environ.update(
         JAX_PLATFORMS="cpu",
@@ -79,50 +76,3 @@ def use_tpu_compiler() -> None:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
-#: KiB of a core's vector memory that one fusion may use, by the first words of the device kind, the first that fits.
-_SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
-
-
-def compiler_options(device_kind: str) -> dict[str, str]:
-    """What XLA is told beside the program for a kind of device, as JAX names it; nothing for what is no TPU.
-
-    With the vector memory that it takes by default, XLA cuts a large matmul into windows so small that its operands
-    stream in again and again, with what is fused into them computed again. And all-to-alls that other work can be done
-    beside are started and awaited apart. docs/performance.md has the estimates.
-    """
-    if not device_kind.startswith("TPU"):
-        return {}
-    options = {"xla_tpu_enable_async_all_to_all": "true"}
-    for name, kibibytes in _SCOPED_VMEM_KIB.items():
-        if device_kind.startswith(name):
-            return options | {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}
-    return options
-
-
-def join_processes() -> None:
-    """Makes this process one of a run of several, as the environment describes it.
-
-    On TPU pods, under SLURM and under Open MPI, JAX finds the others by itself. Elsewhere JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
-
-    Raises:
-        ConfigError: nothing in the environment says so.
-    """
-    import jax
-
-    from moe.config import ConfigError
-
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, count, index = (os.environ.get(name) for name in names)
-    try:
-        if address is None:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(address, int(count or ""), int(index or ""))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--distributed: no cluster found ({str(error).splitlines()[0]}); this works on TPU pods, under SLURM or "
-            f"Open MPI, or with {', '.join(names)} set"
-        ) from error

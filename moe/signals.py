@@ -1,4 +1,4 @@
-"""Stop signals, and the exit codes that answer them."""
+"""Stop signals and their exit codes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-#: Exit code of a run that wants to be started again with the same command: sysexits.h's "try again later".
+#: Exit code of a run that should be restarted with the same command (EX_TEMPFAIL of sysexits.h).
 START_AGAIN = os.EX_TEMPFAIL  # 75
 
-
-#: Exit code after Ctrl-C, as shells have it: nobody should start the run again by himself.
+#: Exit code after Ctrl-C, as in shells; launchers must not restart the run.
 INTERRUPTED = 128 + signal.SIGINT  # 130
 
 
 class Stopped(SystemExit):
-    """The run ends before its last step and nothing is wrong: ``code`` is START_AGAIN or INTERRUPTED."""
+    """A run stopped by a signal, without an error; ``code`` is START_AGAIN or INTERRUPTED."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(code)
@@ -32,11 +31,11 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Turns SIGTERM and the first Ctrl-C into a question that the loop asks at the end of each step.
+    """Handlers that defer SIGTERM and the first Ctrl-C to the end of a train step; a context manager.
 
-    As a context manager it puts the handlers in place, and the old ones back. Outside of the loop there is nothing to
-    save: the signal ends the run at once. In a run of several processes JAX's preemption service has SIGTERM, tells
-    the other processes, and names one step at which all of them stop; Ctrl-C stays what it is.
+    Outside the training loop a signal ends the run at once, because there is nothing to save. In a run of several
+    processes, JAX's preemption service handles SIGTERM and chooses one step at which all processes stop; Ctrl-C keeps
+    Python's default.
     """
 
     def __init__(self) -> None:
@@ -55,13 +54,13 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if not self._waiting or self._received is not None:  # a second one does not wait either
+        if not self._waiting or self._received is not None:  # a second signal is not deferred
             raise Stopped(self._code(number), f"stopped by {signal.Signals(number).name}")
         self._received = number
 
     @contextlib.contextmanager
     def at_steps(self) -> Iterator[None]:
-        """From here on signals wait for :meth:`due`."""
+        """Defer signals to :meth:`due` within this context."""
         self._waiting = True
         try:
             yield
@@ -69,7 +68,7 @@ class StopSignals:
             self._waiting = False
 
     def due(self, step: int) -> Stopped | None:
-        """At the end of every step, in every process: what to raise once a checkpoint of this step is on disk."""
+        """Return the exception to raise after saving this step, if any; call it after every step in every process."""
         if jax.process_count() > 1:
             if multihost_utils.reached_preemption_sync_point(step):
                 return Stopped(START_AGAIN, "stopped by a preemption notice")

@@ -6,8 +6,6 @@ trains nothing and writes the report again from DIR/records. --claims --workdir=
 all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the runs.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,9 +21,6 @@ from absl import flags
 from moe import cli
 from moe.config import ConfigError
 
-#: Set in the processes that --jobs starts: they write no report.
-_WORKER = "MOE_LAB_WORKER"
-
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
@@ -38,7 +33,7 @@ _CLAIMS = flags.DEFINE_bool("claims", False, "Only write claims.md from all suit
 
 def main() -> None:
     """Train, measure and report as the flags say."""
-    from moe.lab import report, runner
+    from moe.lab import jobs, report, runner
     from moe.lab.records import read_all
     from moe.lab.registration import CLAIMS_FILE, read_claims
     from moe.lab.suite import load_suite
@@ -53,7 +48,7 @@ def main() -> None:
     claims, digest = read_claims(Path(_SUITE.value).parent / CLAIMS_FILE)
     if not _REPORT.value:
         if _JOBS.value:
-            _start_jobs(_JOBS.value)
+            jobs.start(_JOBS.value)
         else:
             worker = runner.Worker(
                 suite, workdir, claims, seeds=[_seed(seed) for seed in _SEEDS.value], sweep=_SWEEP.value
@@ -63,7 +58,7 @@ def main() -> None:
     records = read_all(workdir)
     if not records:
         raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
-    if not os.environ.get(_WORKER):
+    if not jobs.is_worker():
         report.write(workdir, suite, records, claims, digest, _command())
         print(f"{workdir / 'report.md'}")
 
@@ -96,21 +91,6 @@ def _write_claims(workdir: Path) -> None:
     }
     claims_page.write_page(workdir, claims, digest, tables)
     print(f"{workdir / 'claims.md'}: from {', '.join(names) or 'no suite'}")
-
-
-def _start_jobs(count: int) -> None:
-    """Run this command in ``count`` processes, each pinned to a core of its own, and wait for them."""
-    cores = sorted(os.sched_getaffinity(0))
-    if count > len(cores):
-        raise ConfigError(f"--jobs={count}: at most the {len(cores)} cores that this process may use")
-    arguments = [argument for argument in sys.orig_argv[1:] if not argument.lstrip("-").startswith("jobs")]
-    jobs = []
-    for core in cores[:count]:
-        os.sched_setaffinity(0, {core})  # inherited by the process started next
-        jobs.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | {_WORKER: "1"}))
-    os.sched_setaffinity(0, cores)
-    if any([job.wait() for job in jobs]):
-        raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
 
 
 def _seed(text: str) -> int:

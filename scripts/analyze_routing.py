@@ -1,8 +1,8 @@
-"""python scripts/analyze_routing.py --workdir=WORKDIR: what the experts of a checkpoint learnt.
+"""python scripts/analyze_routing.py --workdir=WORKDIR: analyses the routing of a run's or an import's checkpoint.
 
-WORKDIR is of a run or an import. Prints tables, and writes analysis.json, analysis.md, PNGs and experts.html (text in
-the colours of its experts) to --output. A run with several checkpoints also gets the saturation of its routers. The
-same seed gives the same files. docs/analysis.md says what each measure means.
+Prints tables, and writes analysis.json, analysis.md, PNGs and experts.html (text coloured by expert) to --output. A run
+with several checkpoints also gets router saturation. The same seed gives the same files. docs/analysis.md explains the
+measures.
 """
 
 import sys
@@ -24,16 +24,17 @@ from moe import cli
 _WORKDIR = cli.WorkdirFlags()
 _OUTPUT = cli.define_path("output", "Folder to write to; WORKDIR/analysis if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
-_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations behind every null.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the permutations.")
+_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations per null distribution.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations.")
 _CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are Python source.")
 
 
 def main() -> None:
-    """Flags in, files out."""
+    """Runs the analysis, writes its files and prints its tables."""
     from etils import epath
 
-    from moe.analysis import analyse, summary
+    from moe.analysis import analyse
+    from moe.analysis.markdown import markdown
     from moe.analysis.record import Recorder
     from moe.training.open_run import open_workdir
 
@@ -55,8 +56,8 @@ def main() -> None:
     title = f"Routing of {Path(opened.path).name} at step {last}"
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
     names = analyse.write(analysis, folder, title)
-    print(summary.markdown(analysis.summary, title))
-    print(f"In {folder}: {', '.join(names)}")
+    print(markdown(analysis.summary, title))
+    print(f"Written to {folder}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

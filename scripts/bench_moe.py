@@ -8,7 +8,7 @@ both measured. The column "of matmul" holds the active FLOPs a second against on
 `--model` times a 4-layer model's train step instead.
 
 `--topology=v5p:2x2x2` runs nothing: it compiles the layer for TPUs that are not here, --tokens on each of them, and
-prints what the compiler expects of it (moe/pods/layer.py says what is counted how). Needs libtpu.
+prints what the compiler expects of it (see moe/planner/layer.py). Needs libtpu.
 """
 
 import sys
@@ -73,14 +73,14 @@ class Case:
 def check() -> None:
     """Refuses names and numbers that the flags' own types let pass."""
     from moe.config import ConfigError
-    from moe.dispatch.modes import MODES
+    from moe.dispatch.modes import CONFIG_MODES
     from moe.parallel import partition_specs
     from moe.routing.registry import GATES
 
     allowed: dict[str, list[str]] = {
         "shapes": ["A", "B", "sweep"],
         "gates": ["all", *GATES],
-        "modes": list(MODES),
+        "modes": list(CONFIG_MODES),
         "mesh": list(partition_specs.AXES),
     }
     for name, choices in allowed.items():
@@ -177,7 +177,7 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
 
     from moe.config import Config
     from moe.layers.moe_layer import MoELayer
-    from moe.parallel import partition_specs
+    from moe.parallel import partition_specs, target
     from moe.parallel.mesh import axis_size
     from moe.routing.registry import GATES
     from moe.routing.resolve import resolve
@@ -211,7 +211,7 @@ def layer(tokens: int, case: Case, dtype: str) -> tuple[dict[str, Callable[[], A
         y, report = forward(parameters, x)
         return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
 
-    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
     run = jax.jit(forward, compiler_options=options)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
     dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
@@ -225,26 +225,27 @@ def experts_alone(tokens: int, case: Case, dtype: str) -> dict[str, Callable[[],
     from flax import nnx
 
     from moe.config import Config
-    from moe.dispatch.grouped_matmul.grouped_ffn import chunks
+    from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks
     from moe.layers.experts import Experts
+    from moe.parallel import target
     from moe.routing.resolve import resolve
 
     dropless = dataclasses.replace(case, mode="dropless")
     config = resolve(Config(model=model_config(tokens, dropless, dtype))).model
     graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
     num_rows = -(-tokens * case.k // case.experts) * case.experts
-    pieces = chunks(num_rows, case.experts)
-    sizes = pieces.padded_sizes(jnp.full((case.experts,), num_rows // case.experts, jnp.int32))
-    rows = jax.random.normal(jax.random.key(1), (pieces.total(num_rows, case.experts), _D_MODEL.value), dtype)
+    row_blocks = choose_row_blocks(num_rows, case.experts)
+    sizes = row_blocks.padded_sizes(jnp.full((case.experts,), num_rows // case.experts, jnp.int32))
+    rows = jax.random.normal(jax.random.key(1), (row_blocks.total_rows(num_rows, case.experts), _D_MODEL.value), dtype)
 
     def forward(parameters, rows, sizes):
         experts = nnx.merge(graphdef, parameters)
-        return experts.grouped(experts.matrices(rows.dtype), rows, sizes, pieces)
+        return experts.grouped(experts.matrices(rows.dtype), rows, sizes, row_blocks)
 
     def loss(parameters, rows, sizes):
         return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)
 
-    options = platform.compiler_options(jax.devices()[0].device_kind) or None
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
     run = jax.jit(forward, compiler_options=options)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
     arguments = (parameters, rows, sizes)
@@ -409,6 +410,7 @@ def bench_model() -> list[dict[str, Any]]:
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
     from moe.models import flops
     from moe.routing.resolve import resolve
+    from moe.training import matmul_rate
     from moe.training.step import build, place
     from scripts import timing
 
@@ -453,7 +455,7 @@ def bench_model() -> list[dict[str, Any]]:
     assert config is not None
     rates = []
     programs["roof"] = roof(_TOKENS.value, experts, _DTYPE.value)["both"]
-    programs["large matmul"] = lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, repeats=1))
+    programs["large matmul"] = lambda: rates.append(matmul_rate.measured_matmul_rate(_DTYPE.value, repeats=1))
     seconds = {name: times.clock for name, times in timing.in_turns(programs, _REPEATS.value).items()}
     total, active = flops.count_parameters(config.model)
     expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers

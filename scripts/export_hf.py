@@ -1,7 +1,7 @@
-"""python scripts/export_hf.py --workdir=WORKDIR --out=DIR: a checkpoint of ours becomes an open one.
+"""Export a checkpoint for open-source libraries: python scripts/export_hf.py --workdir=WORKDIR --out=DIR
 
-DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint: float32 for a run
-of ours, an imported file's own for an import, unless --dtype says otherwise.
+DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint (float32 for a run,
+that of the imported files for an import) unless --dtype is given.
 """
 
 import sys
@@ -20,12 +20,14 @@ from moe import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _OUT = cli.define_path("out", "Folder to write.")
-_TYPE = flags.DEFINE_string("model_type", "", "Architecture to write it as; empty: the first that can say it.")
-_DTYPE = flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16", "float16"], "To cast to; empty: as stored.")
+_TYPE = flags.DEFINE_string("model_type", "", "Family to write; empty: the first that can express the model.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "float32", "bfloat16", "float16"], "Type to cast to; empty: keep the stored one."
+)
 
 
 def main() -> None:
-    """Flags in, a folder out."""
+    """Exports the workdir and lists the files written."""
     from moe.interop import export_checkpoint
 
     export_checkpoint(str(_WORKDIR.value), str(_OUT.value), model_type=str(_TYPE.value), dtype=str(_DTYPE.value))

@@ -39,14 +39,15 @@ def main() -> None:
     import numpy as np
 
     from moe.checkpoints import parameters
+    from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, MeshConfig, validate_mesh
-    from moe.data.json_tokenizer import find_tokenizer
+    from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling
     from moe.parallel import partition_specs
     from moe.parallel.mesh import make_mesh
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
-    config = parameters.read_config(workdir)
+    config = read_config(workdir)
     tokenizer = find_tokenizer(workdir)
     axes: dict[str, int] = {}
     for entry in _MESH.value or []:

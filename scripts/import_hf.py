@@ -1,4 +1,4 @@
-"""python scripts/import_hf.py --source=DIR --out=WORKDIR: an open checkpoint becomes one of ours.
+"""Import an open checkpoint: python scripts/import_hf.py --source=DIR --out=WORKDIR
 
 DIR holds config.json and safetensors files, sharded or not. WORKDIR gets config.json, checkpoints/0 and the tokenizer;
 generate, evaluate, fine-tune or export from there. One tensor at a time is in memory.
@@ -19,12 +19,12 @@ from absl import flags
 from moe import cli
 
 _SOURCE = cli.define_path("source", "Folder with config.json and safetensors.")
-_OUT = cli.define_path("out", "Workdir to make.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls.")
+_OUT = cli.define_path("out", "Workdir to create.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of activations and matmuls.")
 
 
 def main() -> None:
-    """Flags in, a workdir out."""
+    """Imports the folder and prints the parameter counts."""
     from moe.interop import import_checkpoint
     from moe.models.flops import count_parameters
 

@@ -189,8 +189,9 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
     """What of a finished run is not as in another."""
     import numpy as np
 
-    from moe.atomic_files import unseal
+    from moe.atomic_files import from_checked_json
     from moe.checkpoints import parameters
+    from moe.checkpoints.workdir import read_config
     from moe.metrics_files import read_rows
 
     for name in ("metrics.jsonl", "report.txt"):
@@ -204,12 +205,12 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
         if left[0] != left[1]:
             yield f"files {left[0]}, not {left[1]}"
     saved = [
-        unseal(json.loads((run / "checkpoints" / str(STEPS) / "memory" / "metadata").read_text())["sealed"])
+        from_checked_json(json.loads((run / "checkpoints" / str(STEPS) / "memory" / "metadata").read_text())["sealed"])
         for run in (ours, theirs)
     ]
     if saved[0] != saved[1]:
         yield "state or memory of the last checkpoint"
-    model = parameters.read_config(theirs).model
+    model = read_config(theirs).model
     import jax
 
     trees = [parameters.read_variables(run, model, step=STEPS) for run in (ours, theirs)]

@@ -1,9 +1,8 @@
-"""python scripts/scaling.py [--out=docs/results]: GShard's scaling, compiled again; table, plot and rows in FOLDER.
+"""python scripts/scaling.py [--out=docs/results]: compile GShard's scaling experiment; writes a table, a plot and rows.
 
-GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; then its 128 experts on 128 to 4096 v5p
-chips, the same tokens a chip; each for every dispatch mode. And the first with gather once more, the two cores of a
-chip sharing two experts (mesh.tensor=2): what D = 1024 does not divide by, 2048 cores, is then 1024 x 2. Points in
-FOLDER/scaling.jsonl are not compiled again: remove the file after a change to the model.
+Programs: GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; the same with gather and
+mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert twin on 128 to 4096 v5p chips with the
+same tokens a chip. Points in scaling.jsonl are not compiled again: remove the file after a change to the model.
 Needs libtpu: pip install "jax[tpu]".
 """
 
@@ -24,33 +23,33 @@ from tqdm import tqdm
 
 from moe import cli
 
-_OUT = flags.DEFINE_string("out", "docs/results", "Folder of the table, the plot and their rows.")
+_OUT = flags.DEFINE_string("out", "docs/results", "Folder for the table, the plot and the rows.")
 _MODES = flags.DEFINE_list("modes", ["gather", "einsum", "dropless"], "Dispatch modes to compare.")
 
 V3 = {128: "v3:8x8", 512: "v3:16x16", 2048: "v3:32x32"}
 ROWS = "scaling.jsonl"
 V5P = {128: "v5p:4x4x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
 
-_PAGE = """# GShard's scaling, compiled again
+_PAGE = """# GShard's scaling experiment, compiled
 
-Written by `python scripts/scaling.py` ({versions}). Memory, compile time and all-to-alls are compiled facts; times are
-estimates (docs/pods.md). A compile time is wall clock of tracing, lowering and compiling on the machine at hand.
+Written by `python scripts/scaling.py` ({versions}). Memory, compile time and all-to-alls are facts; step and
+exchange times are estimates (docs/pods.md). Compile time is the wall clock of tracing, lowering and compiling.
 {missing}
 {table}
 
 ![scaling](scaling.png)
 
-What it shows, and what it does not: docs/pods.md.
+Discussion: docs/log/2026-11.md.
 """
 
 
 def main() -> None:
-    """Flags in, three files out, written again after every point."""
+    """Compile the missing points; all files are written again after every point."""
     from moe.planner import scaling
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = remembered(folder)
+    rows = earlier_rows(folder)
     known = {(row["series"], row["topology"]) for row in rows}
     missing = [point for point in points if (point.series, point.topology) not in known]
     for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def every_point(modes) -> list:
-    """All programs of the table, in its order."""
+    """All points of the table, in order."""
     from configs import gshard_twin
     from moe.planner import scaling
     from moe.routing.resolve import from_config_dict
@@ -82,20 +81,20 @@ def every_point(modes) -> list:
     return points
 
 
-def remembered(folder: Path) -> list[dict]:
+def earlier_rows(folder: Path) -> list[dict]:
     """Rows of earlier runs."""
     path = folder / ROWS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write(folder: Path, rows: list[dict], points: list) -> str:
-    """The page and the plot of what there is; returns the table."""
+    """Write the page and the plot of the rows so far; returns the table."""
     from moe.planner import scaling, search
 
     by_point = {(row["series"], row["topology"]): row for row in rows}
     shown = [by_point[key] for point in points if (key := (point.series, point.topology)) in by_point]
     table, left = scaling.table(shown), len(points) - len(shown)
-    missing = f"\n{left} points are not compiled yet; the command goes on with them.\n" if left else ""
+    missing = f"\n{left} points are not compiled yet; run the command again to continue.\n" if left else ""
     page = _PAGE.format(table=table, versions=", ".join(search.versions()), missing=missing)
     (folder / "scaling.md").write_text(page)
     scaling.figure(folder / "scaling.png", shown)

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.analysis import analyse, measures, probes, render, summary
+from moe.analysis import analyse, explorer, measures, probes, summary
+from moe.analysis.dependence import dependence, frequent
 from moe.analysis.documents import Document, document_batches, read_document
+from moe.analysis.passages import Passage, colours, pieces_of
 from moe.analysis.record import Recorder
+from moe.analysis.repetition import repetition, uniform_repetition
 from moe.analysis.syntax import CLASSES, byte_classes, token_classes
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
-from moe.data.pipeline import Prepared
+from moe.data.preparation import Prepared
 from moe.data.tokenizer import train_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.routing.balancing import max_violation
-from moe.routing.registry import GATES
+from moe.routing.registry import find_gate
 from moe.routing.routing import route
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import build
@@ -32,7 +35,7 @@ B, T = 2, 8
 def test_first_choice_repetition_by_hand(rng):
     experts = np.array([0, 0, 1, 1, 1, 0])[:, None]
     # Equal neighbours: 00 yes, 01 no, 11 yes, 11 yes, 10 no.
-    found = measures.repetition(experts, np.arange(5), 4, shuffles=3000, rng=rng)
+    found = repetition(experts, np.arange(5), 4, shuffles=3000, rng=rng)
     assert found.observed == pytest.approx(3 / 5)
     assert found.uniform == pytest.approx(1 / 4)
     assert found.load == pytest.approx((3 / 6) ** 2 + (3 / 6) ** 2)
@@ -42,60 +45,60 @@ def test_first_choice_repetition_by_hand(rng):
     # and 2 + 2 have three: one expert in one run, the other's three tokens split 1 + 2 or 2 + 1 around it.
     assert found.p_value == pytest.approx(6 / 20, abs=0.04)
     # Pairs that are not consecutive are not looked at.
-    assert measures.repetition(experts, np.array([0, 2]), 4, shuffles=1, rng=rng).observed == 1.0
+    assert repetition(experts, np.array([0, 2]), 4, shuffles=1, rng=rng).observed == 1.0
 
 
 def test_first_or_second_choice_repetition_by_hand(rng):
     sets = np.array([[0, 1], [2, 1], [3, 0]])
-    found = measures.repetition(sets, np.arange(2), 4, shuffles=10, rng=rng)
+    found = repetition(sets, np.arange(2), 4, shuffles=10, rng=rng)
     assert found.observed == pytest.approx(1 / 2)  # {0,1} meets {1,2}; {1,2} does not meet {0,3}
     assert found.uniform == pytest.approx(1 - 1 / 6)  # C(2,2) / C(4,2)
     # Of 9 ordered pairs of these sets only ({1,2},{0,3}) and its mirror do not meet.
     assert found.load == pytest.approx(7 / 9)
     # Mixtral 2024, Table 5: 12.5 % and "about 46 %".
-    assert measures.uniform_repetition(8, 1) == pytest.approx(1 / 8)
-    assert measures.uniform_repetition(8, 2) == pytest.approx(1 - 15 / 28)
+    assert uniform_repetition(8, 1) == pytest.approx(1 / 8)
+    assert uniform_repetition(8, 2) == pytest.approx(1 - 15 / 28)
     with pytest.raises(ValueError, match="3 choices"):
-        measures.repetition(np.zeros((4, 3), int), np.arange(3), 8, shuffles=1, rng=rng)
+        repetition(np.zeros((4, 3), int), np.arange(3), 8, shuffles=1, rng=rng)
 
 
 def test_mutual_information_by_hand(rng):
     x, y = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     # H(x) = ¾ ln 4/3 + ¼ ln 4, H(y) = ln 2, joint (2, 1, 1)/4: H = ½ ln 2 + ½ ln 4
     h_x, h_y, h_xy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2), 1.5 * math.log(2)
-    found = measures.dependence(x, y, shuffles=2000, rng=rng)
+    found = dependence(x, y, shuffles=2000, rng=rng)
     assert found.information == pytest.approx(h_x + h_y - h_xy)
     assert found.nmi == pytest.approx((h_x + h_y - h_xy) / ((h_x + h_y) / 2))
     # Any order of y puts its one lone partner of x = 1 with one of the two values: always this table.
     assert found.null_mean == pytest.approx(found.information)
     assert found.explained == pytest.approx(0, abs=1e-12)
     assert found.p_value == 1.0
-    same = measures.dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), shuffles=20, rng=rng)
+    same = dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), shuffles=20, rng=rng)
     assert (same.nmi, same.information, same.values) == (pytest.approx(1), pytest.approx(math.log(2)), 2)
     assert same.p_value == pytest.approx(1 / 21)
-    assert measures.dependence(np.zeros(4, int), y, shuffles=2, rng=rng).nmi == 0
+    assert dependence(np.zeros(4, int), y, shuffles=2, rng=rng).nmi == 0
 
 
 def test_the_null_takes_the_bias_of_rare_labels_away(rng):
     x, y = rng.integers(0, 8, 2000), rng.integers(0, 500, 2000)
-    found = measures.dependence(x, y, shuffles=40, rng=rng)
+    found = dependence(x, y, shuffles=40, rng=rng)
     assert found.information > 0.5 * 7 * 499 / (2 * 2000)  # independent, yet the plug-in estimate is near (7·499)/2n
     assert abs(found.information - found.null_mean) < 4 * found.null_std
     assert abs(found.explained) < 0.05
-    assert measures.frequent(np.array([7, 7, 3, 7, 3]), 3).tolist() == [True, True, False, True, False]
+    assert frequent(np.array([7, 7, 3, 7, 3]), 3).tolist() == [True, True, False, True, False]
 
 
 def test_labels_of_rows_are_permuted_over_rows(rng):
     """Experts that differ from row to row have nothing to do with domains: a null over tokens would say they have."""
     rows = np.repeat(np.arange(40), 50)
     experts, domain = rng.integers(0, 8, 40)[rows], (np.arange(40) // 20)[rows]
-    by_token = measures.dependence(experts, domain, shuffles=40, rng=rng)
-    by_row = measures.dependence(experts, domain, shuffles=40, rng=rng, units=rows)
+    by_token = dependence(experts, domain, shuffles=40, rng=rng)
+    by_row = dependence(experts, domain, shuffles=40, rng=rng, units=rows)
     assert by_token.p_value == pytest.approx(1 / 41)
     assert by_row.p_value > 0.04
     assert by_row.null_mean > 10 * by_token.null_mean
     with pytest.raises(ValueError, match="same label"):
-        measures.dependence(experts, np.arange(2000), shuffles=1, rng=rng, units=rows)
+        dependence(experts, np.arange(2000), shuffles=1, rng=rng, units=rows)
 
 
 INDEX = np.array([[[0, 1], [0, 2], [1, 0], [3, 0]]])  # [L,n,K]
@@ -175,7 +178,7 @@ def test_spans_cover_the_text_byte_for_byte(tokenizer):
     assert (spans[0].tolist(), spans[-1].tolist()) == ([0, 0], [len(raw)] * 2)
     assert b"".join(raw[start:end] for start, end in spans) == raw
     assert (document.tokens[0], document.tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
-    pieces = render.pieces_of(text, spans)
+    pieces = pieces_of(text, spans)
     assert "".join(pieces) == text
     assert pieces.count("✈") == 1  # on the first of its three tokens
     np.testing.assert_array_equal(document.tokens[1:-1], np.concatenate([tokenizer.encode(text)]))
@@ -287,15 +290,13 @@ def test_a_dense_model_is_refused():
 def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
     order = np.argsort(-logits, axis=-1)
-    gate = GATES["mixtral"]
+    mask = np.ones((2, 5), bool)
 
     def masked_route(name, experts, **options):
-        with probes._masking(name, experts):
-            gate = GATES[name]
-            return jax.jit(lambda x: route(gate, x, np.ones((2, 5), bool), experts_per_token=2, **options))(logits)
+        gate = probes.masked_gate(find_gate(name), experts)
+        return jax.jit(lambda x: route(gate, x, mask, experts_per_token=2, **options))(logits)
 
     masked = masked_route("mixtral", 3)
-    assert GATES["mixtral"] is gate
     np.testing.assert_array_equal(masked.expert_index, order[..., 3:5])
     two = np.exp(np.take_along_axis(logits, order[..., 3:5], axis=-1))
     np.testing.assert_allclose(masked.combine_weights, two / two.sum(-1, keepdims=True), rtol=1e-5)
@@ -347,16 +348,16 @@ def test_impossible_probes_are_refused():
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 def test_html_is_escaped():
-    passage = render.Passage("<code>", ["<b>", " & ", '"é"'], np.array([[0, 1, 0], [1, 1, 0]]))
-    page = render.page([passage], [0, 5], 2, "a < b")
+    passage = Passage("<code>", ["<b>", " & ", '"é"'], np.array([[0, 1, 0], [1, 1, 0]]))
+    page = explorer.page([passage], [0, 5], 2, "a < b")
     assert "<b>" not in page
     assert '<span class="e0" title="expert 0">&lt;b&gt;</span><span class="e1" title="expert 1"> &amp; </span>' in page
     assert "&quot;é&quot;" in page
     assert "&lt;code&gt;" in page
     assert "<title>a &lt; b</title>" in page
     assert "layer 5" in page
-    assert len(set(render.colours(8))) == 8
-    assert len(set(render.colours(64))) == 64
+    assert len(set(colours(8))) == 8
+    assert len(set(colours(64))) == 64
 
 
 def test_an_analysis_from_text_to_files(tokenizer, tmp_path):

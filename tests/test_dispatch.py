@@ -1,4 +1,4 @@
-"""Capacity, the order of service, and every mode against the per-token oracle, in values and gradients."""
+"""Capacity, buffer positions, and every mode against the per-token oracle, in values and gradients."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_expert_capacity(factor, k, tokens, num_experts, capacity):
 
 
 def _routing(expert_index, num_experts, chosen=None, weights=1.0) -> Routing:
-    """A routing with these choices [G,S,K]; the logits play no part in a plan but for their shape."""
+    """A routing with these choices [G,S,K]; a plan reads only the shape of the logits."""
     expert_index = np.asarray(expert_index, np.int32)
     groups, tokens, k = expert_index.shape
     chosen = np.ones(expert_index.shape, bool) if chosen is None else np.asarray(chosen)
@@ -56,43 +56,43 @@ def _routing(expert_index, num_experts, chosen=None, weights=1.0) -> Routing:
     )
 
 
-def test_first_choices_are_served_before_any_second():
-    # Expert 0 hears first from tokens 0, 1, 3 (rows 0, 1, 2), then, as a second choice, from token 2 (row 3).
-    # Expert 1 hears first from token 2 (row 0), then, as second choices, from tokens 0, 1, 3 (rows 1, 2, 3).
+def test_first_choices_come_before_all_second_choices():
+    # Expert 0 is the first choice of tokens 0, 1, 3 (positions 0, 1, 2) and the second of token 2 (position 3).
+    # Expert 1 is the first choice of token 2 (position 0) and the second of tokens 0, 1, 3 (positions 1, 2, 3).
     plan = make_plan(_routing([[[0, 1], [0, 1], [1, 0], [0, 1]]], 2), capacity=2)
     np.testing.assert_array_equal(plan.position_in_expert, [[[0, 1], [1, 2], [0, 3], [2, 3]]])
     np.testing.assert_array_equal(plan.kept, [[[True, True], [True, False], [True, False], [False, False]]])
 
 
-def test_choices_not_sent_take_no_row_and_groups_share_none():
+def test_unchosen_assignments_take_no_position_and_groups_count_apart():
     chosen = [[[False], [True], [True]], [[True], [True], [False]]]
     plan = make_plan(_routing([[[0], [0], [0]], [[0], [1], [0]]], 2, chosen), capacity=1)
-    # Group 0: token 0 is padding, so token 1 has row 0. Group 1 counts from 0 again.
+    # Group 0: token 0 is padding, so token 1 has position 0. Group 1 counts from 0 again.
     np.testing.assert_array_equal(plan.position_in_expert[0, 1:], [[0], [1]])
     np.testing.assert_array_equal(plan.kept, [[[False], [True], [False]], [[True], [True], [False]]])
 
 
 @pytest.mark.parametrize("tokens", [31, 32, 33, 150])
-def test_rows_are_counted_across_blocks_of_pairs(tokens):
-    """62, 64, 66 and 300 pairs, counted by 64; a third of them not sent."""
+def test_positions_are_counted_across_blocks(tokens):
+    """62, 64, 66 and 300 assignments in blocks of 64, a third of them not chosen."""
     numbers = np.random.default_rng(tokens)
     experts = np.stack([numbers.permuted(np.tile(np.arange(3), (tokens, 1)), axis=1)[:, :2] for _ in range(2)])
     chosen = numbers.random(experts.shape) < 2 / 3
     plan = make_plan(_routing(experts, 3, chosen), capacity=tokens)
     for group in range(2):
-        served = [0, 0, 0]
+        taken = [0, 0, 0]
         for choice in range(2):
             for token in range(tokens):
                 expected = 0
                 if chosen[group, token, choice]:
-                    expected = served[experts[group, token, choice]]
-                    served[experts[group, token, choice]] += 1
+                    expected = taken[experts[group, token, choice]]
+                    taken[experts[group, token, choice]] += 1
                 assert plan.position_in_expert[group, token, choice] == expected
 
 
 @dataclasses.dataclass
 class Doubling:
-    """Experts that multiply by e + 1, and keep the rows that each was given."""
+    """Experts that multiply by e + 1 and record the rows that each received."""
 
     received: list
 
@@ -103,7 +103,7 @@ class Doubling:
     def matrices(self, dtype):
         return None
 
-    def grouped(self, matrices, rows, sizes, pieces):
+    def grouped(self, matrices, rows, sizes, row_blocks):
         ends = np.cumsum(sizes)
         for begin, end in zip(ends - np.asarray(sizes), ends, strict=True):
             self.received.append([row for row in rows[begin:end].tolist() if any(row)])
@@ -113,7 +113,7 @@ class Doubling:
 
 @pytest.mark.parametrize(("mode", "on_cpu"), [("einsum", True), ("gather", True), ("gather", False)])
 def test_buffers_and_outputs_by_hand(mode, on_cpu, monkeypatch):
-    # Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights 1/2, 1, 1; room for one: token 2 is dropped.
+    # Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights 1/2, 1, 1; capacity 1: token 2 is dropped.
     monkeypatch.setattr(target, "is_cpu", lambda: on_cpu)
     x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
@@ -124,7 +124,7 @@ def test_buffers_and_outputs_by_hand(mode, on_cpu, monkeypatch):
 
 
 def _parameters(config):
-    """Of a router and experts, twice their usual size, so that nothing is nearly uniform or nearly linear."""
+    """Parameters of a router and experts at twice their usual scale, so that nothing is nearly uniform or linear."""
     modules = {"router": Router(config, rngs=nnx.Rngs(1)), "experts": Experts(config, rngs=nnx.Rngs(2))}
     return jax.tree.map(
         lambda array: 2.0 * array, {name: nnx.to_pure_dict(nnx.state(m)) for name, m in modules.items()}
@@ -149,7 +149,7 @@ def _system(config, capacity, mode, key):
 
 
 def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
-    """y and the gradients of the same, by tests/reference.py, and its decisions."""
+    """y and gradients of the same function by tests/reference.py, and its decisions."""
     router = np.asarray(parameters["router"]["kernel"], np.float64)
     logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
     gate, k = config.moe.gate, config.moe.experts_per_token
@@ -191,7 +191,7 @@ def _compare(config, *, groups, tokens, capacity, mask, seed, draws=False):
     x = jnp.asarray(numbers.normal(size=(groups, tokens, config.d_model)), jnp.float32)
     cotangent = jnp.asarray(numbers.normal(size=x.shape), jnp.float32)
     key = jax.random.key(seed) if draws else None
-    # The numbers that gshard draws from this key.
+    # The uniform numbers that the gate gshard draws from this key.
     uniform = np.asarray(jax.random.uniform(key, (groups, tokens))) if draws else None
     y_ref, gradients_ref, decisions = _oracle(config, parameters, x, mask, cotangent, capacity, uniform)
     for mode in CAPACITY_MODES:
@@ -208,7 +208,7 @@ def _compare(config, *, groups, tokens, capacity, mask, seed, draws=False):
     return decisions
 
 
-# Six tokens a group, three experts: at the capacities below some pairs are dropped, which the test makes sure of.
+# Six tokens a group and three experts: at these capacities some assignments are dropped, which the test asserts.
 @pytest.mark.parametrize(
     ("gate", "k", "capacity", "draws"),
     [
@@ -245,7 +245,7 @@ def cases(draw):
     return {"gate": gate, "experts_per_token": k, "num_experts": num_experts, "activation": activation}, shape
 
 
-# An example compiles three programs, so few are taken, and a failing one is shown as found instead of shrunk.
+# An example compiles three programs: hence few examples, and no shrinking of a failing one.
 @settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(case=cases())
 def test_modes_equal_the_oracle_on_any_shape(case):
@@ -287,7 +287,7 @@ def test_bfloat16_to_its_own_rounding(mode, rng):
     """Activations in bfloat16, 8 bits of mantissa: within a few roundings of float32; decisions the same."""
     config = tiny_model(num_experts=3, d_model=8)
     parameters = _parameters(config)
-    # Numbers that bfloat16 holds exactly, so that both runs route alike.
+    # Inputs exact in bfloat16, so that both runs route alike.
     x = jnp.asarray(rng.normal(size=(2, 6, 8)), jnp.bfloat16)
     mask, cotangent = jnp.ones((2, 6), bool), jnp.asarray(rng.normal(size=x.shape), jnp.float32)
     system = _system(config, 3, mode, None)
@@ -306,14 +306,14 @@ def test_bfloat16_to_its_own_rounding(mode, rng):
 
 @pytest.mark.parametrize(("train", "capacity"), [(True, 2), (False, 4)])
 def test_layer_takes_its_capacity_factor_from_the_phase(train, capacity, rng):
-    # S = 8, E = 4, K = 1: factors 1 and 2 are rooms of 2 and 4.
+    # S = 8, E = 4, K = 1: factors 1 and 2 are capacities of 2 and 4.
     config = tiny_model(gate="switch", capacity_factor=1.0, eval_capacity_factor=2.0)
     layer = MoELayer(config, rngs=nnx.Rngs(0))
-    # All tokens alike: all to one expert, which keeps as many as it has room for.
+    # Equal tokens all choose one expert, which keeps its capacity of them.
     x = jnp.broadcast_to(jnp.asarray(rng.normal(size=config.d_model), jnp.float32), (3, 8, config.d_model))
     y, report, _ = jax.jit(lambda x: layer(x, jnp.ones((3, 8), bool), train=train))(x)
-    served = np.abs(np.asarray(y)).max(-1) > 0
-    np.testing.assert_array_equal(served, np.broadcast_to(np.arange(8) < capacity, (3, 8)))
+    kept = np.abs(np.asarray(y)).max(-1) > 0
+    np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(8) < capacity, (3, 8)))
     assert float(report.fraction_tokens_dropped) == pytest.approx(1 - capacity / 8)
 
 

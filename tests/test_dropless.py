@@ -1,10 +1,9 @@
-"""Dropless dispatch: the same function as einsum with room for all, on any load, on any mesh, by either kernel."""
+"""Dropless dispatch equals einsum without drops, on any load, on any mesh, by every kernel."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import re
 
 import jax
@@ -15,7 +14,8 @@ from flax import nnx
 
 from moe.config import MeshConfig
 from moe.dispatch.dropless import dropless
-from moe.dispatch.grouped_matmul import accelerator, cpu, grouped_ffn
+from moe.dispatch.grouped_matmul import cpu, grouped_ffn, tpu
+from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks, whole_tiles
 from moe.dispatch.modes import MODES
 from moe.dispatch.plan import make_plan
 from moe.layers.experts import Experts
@@ -27,7 +27,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
 def _case(rng, groups, tokens, num_experts, k, load="random"):
-    """Routing of random logits with some padding, or with every token's first choice expert 1."""
+    """Routing by random logits with some padding; "one": the first choice of every token is expert 1."""
     logits = rng.normal(size=(groups, tokens, num_experts))
     if load == "one":
         logits[..., 1 % num_experts] += 100.0
@@ -39,7 +39,7 @@ def _case(rng, groups, tokens, num_experts, k, load="random"):
 
 @functools.cache
 def _program(mode, config, variant):
-    """(Parameters of experts, a jitted function of x, those and a routing), compiled once for each shape and mesh."""
+    """Parameters of experts, and a jitted function of x, parameters and a routing; compiled once per shape and mesh."""
     graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
 
     def loss(x, parameters, weights, routing):
@@ -55,7 +55,7 @@ def _value_and_gradients(mode, config, routing, x, variant=""):
     """y, and the gradients of x, of the experts and of the combine weights.
 
     Args:
-        variant: what a test has put in place of the code, so that its program is not another's.
+        variant: names what a test has patched, so that it does not get a cached program.
     """
     parameters, function = _program(mode, config, variant)
     if not jax.sharding.get_abstract_mesh().empty:
@@ -74,14 +74,14 @@ def _assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize(
     ("groups", "tokens", "num_experts", "k", "load", "dtype"),
     [
-        (2, 90, 5, 2, "random", "float32"),  # several sizes of chunks, an expert count that is no power of two
-        (1, 150, 4, 1, "one", "float32"),  # many chunks of one expert, three experts empty
+        (2, 90, 5, 2, "random", "float32"),  # several sizes of row blocks, an expert count that is no power of two
+        (1, 150, 4, 1, "one", "float32"),  # many row blocks of one expert, three experts empty
         (3, 7, 3, 3, "random", "float32"),  # K = E
         (1, 20, 4, 2, "padding", "float32"),
         (1, 64, 4, 2, "random", "bfloat16"),
     ],
 )
-def test_equals_einsum_with_room_for_all(groups, tokens, num_experts, k, load, dtype, rng):
+def test_equals_einsum_without_drops(groups, tokens, num_experts, k, load, dtype, rng):
     config = tiny_model(num_experts=num_experts)
     routing = _case(rng, groups, tokens, num_experts, k, load)
     x = jnp.asarray(rng.normal(size=(groups, tokens, config.d_model)), dtype)
@@ -90,8 +90,8 @@ def test_equals_einsum_with_room_for_all(groups, tokens, num_experts, k, load, d
     assert (np.abs(results[1][0]).max() > 0) == (load != "padding")
 
 
-def test_gather_skips_empty_slots_without_a_trace(rng):
-    # Two groups that share a buffer, capacity far above the load: the loop sees filled rows alone.
+def test_gather_on_cpu_computes_filled_rows_only(rng):
+    # Two groups that share a buffer, and a capacity far above the load.
     config = tiny_model(num_experts=3)
     routing = _case(rng, 2, 40, 3, 2)
     x = jnp.asarray(rng.normal(size=(2, 40, config.d_model)), jnp.float32)
@@ -99,20 +99,20 @@ def test_gather_skips_empty_slots_without_a_trace(rng):
     _assert_close(results[1], results[0], TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("kernel", ["chunks", "ragged_dot"])
+@pytest.mark.parametrize("kernel", ["row_blocks", "ragged_dot"])
 def test_kernels_are_one_function(kernel, rng, monkeypatch):
-    """lax.ragged_dot, which accelerators run, and the loop, which CPUs run, against a plain loop over groups.
+    """lax.ragged_dot, used on accelerators, and the loop over row blocks, used on CPUs, against a loop over groups.
 
-    The loop's buffers begin as NaN: of what no chunk wrote, the first group's gradients too, nothing may come out.
+    Uninitialised buffers are filled with NaN: nothing that no row block wrote may reach a result.
     """
-    monkeypatch.setattr(target, "is_cpu", lambda: kernel == "chunks")
+    monkeypatch.setattr(target, "is_cpu", lambda: kernel == "row_blocks")
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
     monkeypatch.setattr(cpu, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
     sizes = np.array([0, 37, 3, 90])
-    pieces = grouped_ffn.chunks(130, 4)
-    room = pieces.padded_sizes(jnp.asarray(sizes, jnp.int32))
-    rows = np.zeros((pieces.total(130, 4), 6), np.float32)
-    starts = np.cumsum(room) - np.asarray(room)
+    row_blocks = choose_row_blocks(130, 4)
+    padded = row_blocks.padded_sizes(jnp.asarray(sizes, jnp.int32))
+    rows = np.zeros((row_blocks.total_rows(130, 4), 6), np.float32)
+    starts = np.cumsum(padded) - np.asarray(padded)
     for start, size in zip(starts, sizes, strict=True):
         rows[start : start + size] = rng.normal(size=(size, 6))
     into = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
@@ -125,13 +125,15 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
         return matmul(jnp.tanh(hidden), matrices)
 
     def ours(rows, into, out_of):
-        y = grouped_ffn.grouped_ffn(first, second, rows, into, out_of, jnp.asarray(starts), room, pieces)
+        y = grouped_ffn.grouped_ffn(first, second, rows, into, out_of, jnp.asarray(starts), padded, row_blocks)
         return jnp.concatenate([y[start : start + size] for start, size in zip(starts, sizes, strict=True)])
 
     def apart(rows, into, out_of):
-        """Each matmul by itself, as where something is to be done to the hidden activations."""
+        """One matmul at a time, as under expert dropout."""
         for matrices, after in ((into, jnp.tanh), (out_of, lambda y: y)):
-            rows = after(grouped_ffn.grouped_ffn(first, None, rows, matrices, (), jnp.asarray(starts), room, pieces))
+            rows = after(
+                grouped_ffn.grouped_ffn(first, None, rows, matrices, (), jnp.asarray(starts), padded, row_blocks)
+            )
         return jnp.concatenate([rows[start : start + size] for start, size in zip(starts, sizes, strict=True)])
 
     def plain(rows, into, out_of):
@@ -146,21 +148,20 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
     _assert_close([ours(*arguments), apart(*arguments)], [expected] * 2, 1e-5)
     _assert_close(gradients, of_plain, 1e-5)
     filled = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
-    of_apart, of_plain = ((rows[filled], *rest) for rows, *rest in (of_apart, of_plain))  # nobody reads what is between
+    of_apart, of_plain = ((rows[filled], *rest) for rows, *rest in (of_apart, of_plain))  # padding is never read
     _assert_close(of_apart, of_plain, 1e-5)
 
 
 def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
-    """The gradients, rows' by megablox, which CPUs can interpret, against one matmul a group; surplus rows beyond."""
-    module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
-    monkeypatch.setattr(module, "gmm", functools.partial(module.gmm, interpret=True))
-    monkeypatch.setattr(accelerator, "_TILES", {"cpu": (256, 128, 128)})
+    """Gradients with megablox, interpreted on CPU, against one matmul per group; the last rows belong to no group."""
+    monkeypatch.setattr(tpu, "megablox_gmm", functools.partial(tpu.megablox_gmm, interpret=True))
+    monkeypatch.setattr(tpu, "_TILES", {"cpu": (256, 128, 128)})
     sizes = np.array([700, 1200], np.int32)
     rows, gradient = (jnp.asarray(rng.normal(size=(2048, d)), jnp.bfloat16) for d in (128, 256))
     matrices = jnp.asarray(rng.normal(size=(2, 128, 256)), jnp.bfloat16)
 
     def ours(rows, matrices, gradient):
-        y, backward = jax.vjp(lambda *a: accelerator._ragged_dot(*a, jnp.asarray(sizes)), rows, matrices)
+        y, backward = jax.vjp(lambda *a: tpu.grouped_matmul(*a, jnp.asarray(sizes)), rows, matrices)
         d_rows, d_matrices = backward(gradient)
         return y[:1900], d_rows[:1900], d_matrices
 
@@ -209,19 +210,19 @@ def test_within_vmap_scan_and_remat(rng):
         _assert_close(run(function), expected, 1e-5)
 
 
-def test_room_for_chunks_is_enough_and_little(rng):
+def test_row_blocks_hold_all_rows_with_little_padding(rng):
     for _ in range(25):
         num_groups = int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
-        pieces = grouped_ffn.chunks(int(sizes.sum()), num_groups)
-        padded = np.asarray(pieces.padded_sizes(jnp.asarray(sizes, jnp.int32)))
-        first = np.asarray(pieces.first(jnp.asarray(padded)))
+        row_blocks = choose_row_blocks(int(sizes.sum()), num_groups)
+        padded = np.asarray(row_blocks.padded_sizes(jnp.asarray(sizes, jnp.int32)))
+        first = np.asarray(row_blocks.first_block(jnp.asarray(padded)))
         assert np.all(padded >= sizes)
-        assert np.all(padded - sizes < np.diff([0, *pieces.sizes]).max())
-        # Every padded group is one chunk of a known size and whole ones of the largest.
-        assert set(first) <= {0, *pieces.sizes}
-        assert np.all((padded - first) % pieces.sizes[-1] == 0)
-        assert padded.sum() <= pieces.total(int(sizes.sum()), num_groups)
+        assert np.all(padded - sizes < np.diff([0, *row_blocks.sizes]).max())
+        # Every padded group is one block of a known size and blocks of the largest.
+        assert set(first) <= {0, *row_blocks.sizes}
+        assert np.all((padded - first) % row_blocks.sizes[-1] == 0)
+        assert padded.sum() <= row_blocks.total_rows(int(sizes.sum()), num_groups)
 
 
 @pytest.mark.parametrize("mode", ["gather", "dropless"])
@@ -239,7 +240,7 @@ def test_tokens_move_by_gathers_alone(mode, rng):
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, parameters, routing.combine_weights))
     assert re.search(r"\bgather\[", text)
     assert not re.search(r"\b(sort|scatter-add|scatter_add)\[", text)
-    # Index tables are scattered; rows are not.
+    # Only index tables are scattered.
     assert re.search(r":i32\[\d+\] = scatter\[", text)
     assert not re.search(r":(f32|bf16)\[[\d,]*\] = scatter\[", text)
 
@@ -253,7 +254,7 @@ MESHES = [
 
 
 def _on_mesh(mesh, config, routing, x, variant=""):
-    """Of dropless, its tokens and experts spread."""
+    """Values and gradients of dropless with tokens and experts spread over a mesh."""
     made = make_mesh(mesh)
     with jax.set_mesh(made):
         where = jax.NamedSharding(made, partition_specs.BATCH)
@@ -272,7 +273,7 @@ def test_equal_on_meshes(mesh, load, rng):
 
 
 def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """What jax.lax.ragged_all_to_all is documented to do, which CPUs have not."""
+    """jax.lax.ragged_all_to_all by its documentation; XLA has none for CPUs."""
     me, parts = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
     slices = send_sizes.shape[0] // parts
     rows, begins, sizes, ends = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
@@ -280,7 +281,7 @@ def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_s
     for device in range(parts):
         for i in range(slices):
             begin, size, to = (array[device, me * slices + i] for array in (begins, sizes, ends))
-            size = jnp.where(recv_sizes[device * slices + i] == size, size, -(10**6))  # both sides must say the same
+            size = jnp.where(recv_sizes[device * slices + i] == size, size, -(10**6))  # both sides must agree
             source = jnp.clip(place - to + begin, 0, operand.shape[0] - 1)
             output = jnp.where(((place >= to) & (place < to + size))[:, None], rows[device][source], output)
     return output
@@ -290,16 +291,16 @@ def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_s
 @pytest.mark.parametrize(
     "mesh", MESHES[:3], ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}"
 )
-def test_the_exchange_of_accelerators_is_equal(mesh, load, rng, monkeypatch):
-    """Ragged exchanges and waves, with 120 rows a device: under the load "one" a device gets more than one wave."""
+def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeypatch):
+    """Ragged exchange with 120 rows a device: under the load "one" a device receives more than one round."""
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
     alone = _value_and_gradients("dropless", config, routing, x)
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
-    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # as garbage would be
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # uninitialised memory
     if load == "one":
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
-        assert heaviest > accelerator.whole_tiles(120 * 5 // 4)
-    _assert_close(_on_mesh(mesh, config, routing, x, "of accelerators"), alone, 1e-5)
+        assert heaviest > whole_tiles(120 * 5 // 4)
+    _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)

@@ -77,9 +77,9 @@ def test_greedy_is_the_reference_librarys(path):
 
 def test_a_row_does_not_depend_on_its_neighbours():
     config, variables = _model(num_layers=1)
-    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)
-    together = sampling.sample(config, variables, PROMPTS, 8, sampling)
-    alone = sampling.sample(config, variables, PROMPTS[:1], 8, sampling)
+    options = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    together = sampling.sample(config, variables, PROMPTS, 8, options)
+    alone = sampling.sample(config, variables, PROMPTS[:1], 8, options)
     np.testing.assert_array_equal(together[0], alone[0])
     assert together[0].tolist() != together[1].tolist()
 
@@ -113,8 +113,8 @@ def test_choosing_by_hand():
     logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]).repeat(4000, 0))
     keys = jax.random.split(jax.random.key(0), 4000)
 
-    def shares(**sampling):
-        chosen = sampling.choose(logits, keys, Sampling(**{"temperature": 1.0, **sampling}))
+    def shares(**options):
+        chosen = sampling.choose(logits, keys, Sampling(**{"temperature": 1.0, **options}))
         return np.bincount(chosen, minlength=4) / 4000
 
     np.testing.assert_allclose(shares(), [0.4, 0.3, 0.2, 0.1], atol=0.03)
@@ -139,7 +139,7 @@ def test_the_ring_holds_the_window_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "sampling", "pattern"),
+    ("prompts", "options", "pattern"),
     [
         ([], {}, "give at least one"),
         ([[1], []], {}, "each of at least one token"),
@@ -149,7 +149,7 @@ def test_the_ring_holds_the_window_by_hand():
         ([[1]], {"top_k": -1}, "top_k=-1"),
     ],
 )
-def test_what_is_refused(prompts, sampling, pattern):
+def test_what_is_refused(prompts, options, pattern):
     config, variables = _model()
     with pytest.raises(ConfigError, match=pattern):
-        sampling.sample(config, variables, prompts, 2, Sampling(**sampling))
+        sampling.sample(config, variables, prompts, 2, Sampling(**options))

@@ -1,4 +1,4 @@
-"""Mixtral-8x7B's real layer shapes come in on a small host: what is in memory is one tensor, not the model."""
+"""Memory of importing layers of Mixtral-8x7B's size: one tensor at a time, never the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe.checkpoints.parameters import read_config
+from moe.checkpoints.workdir import read_config
+from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
-from moe.interop.families import read_config as read_open_config
-from moe.interop.tensors import layout
+from moe.interop.layout import layout
 
 LIMIT = 6 * 1024**3  # bytes
 CONFIG = {

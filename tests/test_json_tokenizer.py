@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe.config import ConfigError
-from moe.data.json_tokenizer import JsonTokenizer, find_tokenizer, read_tokenizer
+from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import train_tokenizer
+from moe.data.tokenizer_files import find_tokenizer, read_tokenizer
 
 TEXTS = ["hello wörld — 漢字\n", "  two  spaces\tand a tab", "", "a<|endoftext|>b"]
 
@@ -59,7 +60,7 @@ def test_special_tokens():
 
 
 def test_found_beside_a_checkpoint(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         find_tokenizer(tmp_path)
     settings = json.dumps({"eos_token": "a"}).encode()
     for name, content in JsonTokenizer(byte_fallback(), settings).files.items():
@@ -69,6 +70,32 @@ def test_found_beside_a_checkpoint(tmp_path):
     for name, content in own.files.items():
         (tmp_path / name).write_bytes(content)
     assert find_tokenizer(tmp_path).vocab_size == 320
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("[]", r"tokenizer_config\.json must be an object"),
+        ("null", r"tokenizer_config\.json must be an object"),
+        ("{", "not a tokenizer.json with a valid"),
+        ('{"eos_token": 3}', "eos_token in tokenizer_config.json must be a string, not 3"),
+        ('{"bos_token": true}', "bos_token in tokenizer_config.json must be a string, not True"),
+        ('{"pad_token": {"content": [1]}}', "pad_token in tokenizer_config.json must be a string"),
+    ],
+)
+def test_malformed_settings_are_refused(tmp_path, settings, message):
+    (tmp_path / "tokenizer.json").write_bytes(byte_fallback())
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_tokenizer(tmp_path / "tokenizer.json")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_id_beyond_reason_is_refused():
+    source = json.loads(byte_fallback())
+    source["model"]["vocab"]["far"] = 2**31
+    with pytest.raises(ConfigError, match="has an id of 2147483648; ids must be below"):
+        JsonTokenizer(json.dumps(source).encode())
 
 
 def test_what_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""What the launchers do with exit codes and signals; the runs are stand-ins."""
+"""Exit codes and signals of the launchers, with stand-ins for the runs."""
 
 import signal
 import subprocess
@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Ends with the next of the codes in a file each time that it is run, and "stops" with 75 on SIGTERM, counting those.
+# A stand-in for a run: exits with the next code of a file each time; for "wait" exits with 75 on SIGTERM, and counts
+# the signals.
 RUN = """
 stop=
 trap 'echo term >> terms; stop=yes' TERM
@@ -27,7 +28,7 @@ def _again(folder, codes):
     (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
     (folder / "run.sh").write_text(RUN)
     return subprocess.Popen(
-        # Tests run in the background are born with SIGINT ignored, which a shell cannot undo by itself.
+        # Background processes start with SIGINT ignored, which a shell cannot undo by itself.
         ["env", "--default-signal=INT", "sh", "-euc", f". {ROOT}/scripts/launch/again.sh; again sh run.sh"],
         cwd=folder,
         stderr=subprocess.DEVNULL,
@@ -39,7 +40,7 @@ def _lines(path):
 
 
 @pytest.mark.parametrize(("codes", "last"), [([0], 0), ([75, 75, 0], 0), ([75, 1, 0], 1), ([130], 130)])
-def test_75_alone_is_started_again(tmp_path, codes, last):
+def test_only_exit_code_75_restarts(tmp_path, codes, last):
     assert _again(tmp_path, codes).wait(timeout=60) == last
     assert _lines(tmp_path / "starts") == codes.index(last) + 1
 
@@ -55,6 +56,6 @@ def test_a_stopped_launcher_stops_its_run_once(tmp_path, number):
         assert launcher.wait(timeout=60) == 75  # once the run has ended, not before
     finally:
         launcher.kill()
-        (tmp_path / "over").touch()  # ends a run that nobody stopped
+        (tmp_path / "over").touch()  # ends a run that was not stopped
     assert _lines(tmp_path / "starts") == 1
     assert _lines(tmp_path / "terms") == 1

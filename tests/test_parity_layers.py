@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.dispatch.modes import MODES
+from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import run_reference
 from scripts import conformance
 from tests import reference
@@ -73,7 +73,7 @@ def test_deepseek_v3_of_other_shapes(experts, groups, kept, k, normalise, scale,
     }
     rule = reference.Rule(groups, kept, normalise, scale, bias)
     y, decisions = _expected(arrays, "deepseek_v3", np.ones((2, 4), bool), k, 8, rule, matrices, "swiglu")
-    for mode in MODES:
+    for mode in CONFIG_MODES:
         ours = run_reference(arrays, mode)
         np.testing.assert_array_equal(ours["topk_index"], decisions.expert.reshape(-1, k))
         assert conformance.error(ours["y"], y + y_shared) < 1e-5

@@ -20,10 +20,13 @@ import numpy as np
 import pytest
 
 from moe import signals
-from moe.atomic_files import seal, unseal
-from moe.checkpoints import integrity, lock, manager, parameters
+from moe.atomic_files import from_checked_json, to_checked_json
+from moe.checkpoints import integrity, manager, parameters
+from moe.checkpoints import workdir as workdirs
+from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, to_dict
 from moe.metrics_files import read_rows
+from moe.parallel.mesh import make_mesh
 from moe.training import health
 from moe.training import loop as training
 from moe.training.loop import train
@@ -71,7 +74,7 @@ def raise_interrupted():
 
 def at_step(wanted, act):
     """train._next that does something before the batch of a step."""
-    take = training._next
+    take = training.next_batch
 
     def taking(iterator, step, checkpoints):
         if step == wanted:
@@ -99,7 +102,7 @@ def state_of(program, workdir, step):
 # --- Numbers going wrong ---------------------------------------------------------------------------------------------
 def test_an_update_that_is_not_finite_changes_nothing(directory, whole, programs):  # noqa: F811
     config = tiny(directory, **SETTINGS)
-    mesh = training.sharding.make_mesh(config.mesh, ONE)
+    mesh = make_mesh(config.mesh, ONE)
     with jax.set_mesh(mesh):
         program = programs(config, mesh)
         rng = np.random.default_rng(0)
@@ -169,7 +172,7 @@ def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):  
     assert logged[7]["learning_rate"] < logged[4]["learning_rate"] < logged[2]["learning_rate"]
     # Interrupted after the rollback and before the next checkpoint: the same bytes, rollback and all.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_next", at_step(8, raise_interrupted))
+        patch.setattr(training, "next_batch", at_step(8, raise_interrupted))
         with pytest.raises(Interrupted):
             train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
     assert steps(tmp_path / "stopped") == [2, 4]
@@ -182,7 +185,7 @@ def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):  
     ("overrides", "at", "words"),
     [
         ({"train.on_skipped_steps": "stop"}, {3}, "step 4: the last 2 updates were skipped, from step 3 on.*'stop'"),
-        ({}, {1}, "no checkpoint is left to go back to"),
+        ({}, {1}, "no checkpoint is left to roll back to"),
     ],
 )
 def test_numbers_that_stay_bad_stop_the_run(directory, tmp_path, programs, overrides, at, words):  # noqa: F811
@@ -301,7 +304,7 @@ def test_rows_that_are_lost_for_good_do_not_end_the_run(directory, whole, progra
     assert not (workdir / "damaged").exists()
     for name in ("metrics.jsonl", "report.txt"):
         (workdir / name).unlink()
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: has lost the last evaluation"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: the last evaluation, which the report shows, is missing"):
         train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs)
 
 
@@ -314,10 +317,10 @@ def two_steps_back(workdir):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda w: (w / "config.json").unlink(), "a checkpoint of step 4, but no config.json"),
+        (lambda w: (w / "config.json").unlink(), "a checkpoint of step 4 but no config.json"),
         (lambda w: (w / "config.json").write_bytes(b"\xff"), r"config\.json: 'utf-8' codec can't decode"),
-        (lambda w: (w / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model: is not the tokenizer of this run"),
-        (lambda w: (w / "metrics.jsonl").write_text("[]\n{}\n"), r"metrics\.jsonl, line 1: is no row of metrics"),
+        (lambda w: (w / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model: differs from this run.s tokenizer"),
+        (lambda w: (w / "metrics.jsonl").write_text("[]\n{}\n"), r"metrics\.jsonl, line 1: not a row of metrics"),
         (lambda w: (w / ".lock").unlink() or (w / ".lock").mkdir(), r"cannot be written \(Is a directory\)"),
     ],
 )
@@ -353,7 +356,7 @@ def test_what_else_lies_among_the_checkpoints_is_left_alone(directory, whole, pr
 def test_every_file_of_a_checkpoint_in_every_way(directory, whole, programs, tmp_path, capsys):  # noqa: F811
     """The state that comes back is the one that was saved, or the one of the checkpoint before."""
     config = tiny(directory, **SETTINGS)
-    mesh = training.sharding.make_mesh(config.mesh, ONE)
+    mesh = make_mesh(config.mesh, ONE)
     prepared = training.pipeline.prepare(config.data, config.model.vocab_size)
     ways = {
         "lost": lambda path: path.unlink(),
@@ -392,7 +395,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_good(directory, whole, progra
     with pytest.raises(ConfigError, match=r"no checkpoint is good \(step 6: \d+ arrays? .*; step 4: "):
         train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
-    model = parameters.read_config(workdir).model
+    model = read_config(workdir).model
     # One byte may lie in the optimizer's arrays, which are not read here. How many files hold the arrays, and which
     # holds what, differs from run to run: bytes in all of them.
     for path in (workdir / "checkpoints" / "6" / "state" / "ocdbt.process_0" / "d").iterdir():
@@ -430,9 +433,9 @@ def test_a_checksum_knows_every_bit_and_no_mesh():
         flipped = values.copy()
         flipped.view(np.uint32)[7, 5] ^= np.uint32(1) << np.uint32(bit)
         assert integrity.checksums([flipped])["[0]"] != by_hand
-    assert unseal(seal({"a": [0.1, float("nan")]}))["a"][0] == 0.1
+    assert from_checked_json(to_checked_json({"a": [0.1, float("nan")]}))["a"][0] == 0.1
     with pytest.raises(ValueError, match="checksum"):
-        unseal(seal({"a": 0.1}).replace("0.1", "0.2"))
+        from_checked_json(to_checked_json({"a": 0.1}).replace("0.1", "0.2"))
 
 
 def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(directory, whole, programs, tmp_path):  # noqa: F811
@@ -459,7 +462,7 @@ def test_a_read_only_workdir_is_refused_before_anything_is_prepared(directory, w
         workdir = tmp_path / "disk" / "run"
         with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
             train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
-        parameters.read_parameters(workdir, parameters.read_config(workdir).model)  # reading needs no more
+        parameters.read_parameters(workdir, read_config(workdir).model)  # reading needs no more
 
 
 def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_path, monkeypatch):  # noqa: F811
@@ -479,7 +482,7 @@ def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_pa
 
     make = training.pipeline.train_iterator
     monkeypatch.setattr(training.pipeline, "train_iterator", failing)
-    words = r"the batch of step 4 cannot be read \(\[Errno 5\] Input/output error\).* goes on from step 2"
+    words = r"the batch of step 4 cannot be read \(\[Errno 5\] Input/output error\).* continues from step 2"
     with pytest.raises(ConfigError, match=words):
         train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
     monkeypatch.undo()
@@ -490,7 +493,7 @@ def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_pa
 # --- Other processes -------------------------------------------------------------------------------------------------
 def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):  # noqa: F811
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with lock.locked(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run is in it"):
+    with workdirs.locked(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
         train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
@@ -498,7 +501,7 @@ def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):  # no
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_at_the_steps_end(directory, whole, programs, tmp_path, monkeypatch, number, code):  # noqa: F811
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(training, "_next", at_step(3, lambda: os.kill(os.getpid(), number)))
+    monkeypatch.setattr(training, "next_batch", at_step(3, lambda: os.kill(os.getpid(), number)))
     with pytest.raises(signals.Stopped) as caught:
         train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
     assert caught.value.code == code
@@ -534,7 +537,7 @@ def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_pat
     evaluate = training.evaluate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "evaluate", evaluated)
-        patch.setattr(training, "_next", at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        patch.setattr(training, "next_batch", at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(signals.Stopped):
             train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
         assert steps(tmp_path) == [4, 6, 9]
@@ -562,7 +565,7 @@ def test_reshard_matrix(directory, tmp_path, capsys):  # noqa: F811
     for number, (count, mesh, dispatch) in enumerate(TRAVELS):
         config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
-            patch.setattr(training, "_next", at_step(2 * number + 3, raise_interrupted))
+            patch.setattr(training, "next_batch", at_step(2 * number + 3, raise_interrupted))
             train(config, str(tmp_path / "moved"), jax.devices()[:count], quiet=True)
     still, moved = (rows(tmp_path / name, "train") for name in ("still", "moved"))
     with capsys.disabled():

@@ -11,6 +11,7 @@ from configs import base
 from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError
 from moe.metrics_files import read_rows
+from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import loop as training
 from moe.training import profiling
@@ -70,7 +71,7 @@ def tiny(directory, tree=None, **overrides):
 def parameters(workdir, step):
     checkpoints = Checkpoints(training.epath.Path(workdir), 2)
     config = from_config_dict(json.loads((workdir / "config.json").read_text()))
-    mesh = training.sharding.make_mesh(config.mesh, ONE)
+    mesh = make_mesh(config.mesh, ONE)
     state = checkpoints.restore_state(step, training.build(config, mesh).state)
     checkpoints.close()
     return jax.tree.map(np.asarray, state)
@@ -193,7 +194,7 @@ def test_a_run_moves_to_another_mesh(directory, tmp_path):
     train(config, str(tmp_path / "still"), ONE)
     moved = tiny(directory, **{"train.sample_tokens": 0, "mesh.data": 1, "mesh.expert": 4})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_finish", lambda *_: None)
+        patch.setattr(training, "finish", lambda *_: None)
         patch.setattr(training, "evaluate", _stop_at_second(training.evaluate))
         with pytest.raises(Interrupted):
             train(config, str(tmp_path / "moved"), ONE)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import sparse_layers
-from moe.models.stack import REMAT_POLICIES, segments
+from moe.config import layer_kinds, sparse_layers
+from moe.models.block import Block
+from moe.models.stack import REMAT_POLICIES, restack_layers, segments, unstack_layers
 from tests.helpers import random_parameters, tiny_model
 
 B, T = 2, 9
@@ -128,15 +129,16 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
     model = nnx.merge(_build(config)[0], parameters)
     x = model.embedding(tokens, jnp.dtype(config.dtype))
     records = []
-    for i, (unit, repeats) in enumerate(segments(config)):
-        graphdef, stacked = nnx.split(getattr(model, f"segment_{i}"))
-        for r in range(repeats):
-            blocks = nnx.merge(graphdef, jax.tree.map(lambda array, r=r: array[r], stacked)).blocks()
-            assert len(blocks) == len(unit)
-            for block in blocks:
-                key = None if rng is None else jax.random.fold_in(rng, len(records))
-                x, record = block(x, segment_ids, positions, tokens=tokens, routing=None, train=train, rng=key)
-                records.append(record)
+    flat = unstack_layers(config, parameters)
+    for layer, kind in enumerate(layer_kinds(config)):
+        block_def, state = nnx.split(nnx.eval_shape(lambda kind=kind: Block(config, kind, rngs=nnx.Rngs(0))))
+        variables = jax.tree_util.tree_map_with_path(
+            lambda path, _, layer=layer: flat[layer, tuple(key.key for key in path)], nnx.to_pure_dict(state)
+        )
+        key = None if rng is None else jax.random.fold_in(rng, layer)
+        block = nnx.merge(block_def, variables)
+        x, record = block(x, segment_ids, positions, token_ids=tokens, routing=None, train=train, rng=key)
+        records.append(record)
     return model.final_norm(x) @ model.output_matrix(), records
 
 
@@ -291,3 +293,17 @@ def test_default_positions_and_segments_are_one_document_a_row(rng):
     tokens = _tokens(rng, config)
     explicit = _forward(config)(parameters, tokens, np.ones((B, T), np.int32), np.tile(np.arange(T), (B, 1)))
     jax.tree.map(np.testing.assert_array_equal, _forward(config)(parameters, tokens), explicit)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"num_layers": 6, "layers": (1, 2, 4, 5)}, {"num_layers": 5, "every": 2}], ids=str
+)
+def test_unstacked_layers_restack_to_the_same_tree(overrides):
+    config = tiny_model(**overrides)
+    _, parameters = _build(config)
+    flat = unstack_layers(config, parameters)
+    assert {layer for layer, _ in flat} == {-1, *range(config.num_layers)}
+    sparse = {layer for layer, path in flat if path == ("moe", "router", "kernel")}
+    assert sparse == {layer for layer, is_sparse in enumerate(sparse_layers(config)) if is_sparse}
+    restacked = restack_layers(config, parameters, flat)
+    jax.tree.map(np.testing.assert_array_equal, restacked, parameters)

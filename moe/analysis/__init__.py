@@ -1,1 +1,1 @@
-"""What the experts of a checkpoint learnt: routing over held-out text, as numbers, tables, plots and coloured text."""
+"""Routing of checkpoints over held-out text: measures, tables, plots and coloured text."""

@@ -1,9 +1,4 @@
-"""A model analysed, and the files of it: records, then measures, then tables, plots and coloured text.
-
-In: a program and variables (of a checkpoint, or in memory), and prepared text. Out: the summary of
-:func:`moe.analysis.summary.summarise`, passages to show, and a folder with analysis.json, analysis.md, PNGs and
-experts.html.
-"""
+"""Analysis of a model's routing: records held-out text, measures it, and writes tables, plots and coloured text."""
 
 from __future__ import annotations
 
@@ -16,29 +11,30 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.analysis import plots, render, summary
+from moe.analysis import explorer, passages, picture, plots, summary
 from moe.analysis.documents import Document, document_batches, first_documents
+from moe.analysis.markdown import markdown
 from moe.analysis.record import Recorder, Records
 from moe.config import ConfigError
 from moe.data import pipeline
 
-_PASSAGE = 1_200  # characters of each domain that are shown in colours
-_STRETCH = 16  # tokens of whole documents read for every one that is kept, so that they are of many documents
-_CANDIDATES = 50  # documents of each domain, of which one is shown
+_PASSAGE = 1_200  # characters of each domain shown in colours
+_STRETCH = 16  # tokens of whole documents read per token kept, so that many documents contribute
+_CANDIDATES = 50  # documents of each domain from which the shown one is selected
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What :func:`analyse` found.
+    """Result of :func:`analyse`.
 
     Attributes:
-        summary: plain numbers.
+        summary: plain numbers (:func:`moe.analysis.summary.summarise`).
         passages: text of every domain with its first experts at the shown layers.
-        shown: numbers of these layers: the first, middle and last MoE layer.
+        shown: indices of these layers: the first, middle and last MoE layer.
     """
 
     summary: dict[str, Any]
-    passages: list[render.Passage]
+    passages: list[passages.Passage]
     shown: list[int]
 
 
@@ -56,14 +52,14 @@ def analyse(
     """Runs the model over held-out text and measures its routing.
 
     Args:
-        recorder: of the model's program, whose config says T, B and the rest of the data.
-        variables: of the model.
-        prepared: the text.
-        tokens: per domain, rounded up to rows; and of whole Python documents.
-        shuffles: permutations behind every null.
-        seed: of them.
-        code_domain: documents of it that tokenize as Python give the syntax classes; not among the domains: none do.
-        earlier: step → () → the variables then, for router saturation.
+        recorder: recorder of the model's program, whose config gives T and B.
+        variables: the model's variables.
+        prepared: tokenizer and documents.
+        tokens: tokens per domain, rounded up to rows; the same number of whole Python documents.
+        shuffles: permutations per null distribution.
+        seed: seed of the permutations.
+        code_domain: domain whose documents give the syntax classes; ignored if it is not among the domains.
+        earlier: step → function that reads the variables at that step, for router saturation.
 
     Raises:
         ConfigError: ``tokens`` or ``shuffles`` below 1, or held-out text shorter than a row.
@@ -95,13 +91,13 @@ def analyse(
 
 def _passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, shown: Sequence[int]
-) -> list[render.Passage]:
-    """The beginning of a held-out document of each domain: the first whose characters can be drawn."""
+) -> list[passages.Passage]:
+    """Takes the beginning of one held-out document per domain: the one with the most drawable characters."""
     config = recorder.program.config
     documents: dict[str, Document] = {}
     for domain in prepared.domains:
         beginnings = (text[:_PASSAGE] for text in itertools.islice(prepared.heldout[domain], _CANDIDATES))
-        clearest = max(beginnings, key=render.drawable)  # the first of equals
+        clearest = max(beginnings, key=picture.drawable)  # the first of equal ones
         for document in first_documents([clearest], prepared.tokenizer, 1):
             documents[domain] = document
     if not documents:
@@ -114,9 +110,9 @@ def _passages(
         },
     )
     return [
-        render.Passage(
+        passages.Passage(
             domain,
-            render.pieces_of(document.text, document.spans),
+            passages.pieces_of(document.text, document.spans),
             records.first_choice[np.asarray(shown)][:, records.domain == number],
         )
         for number, (domain, document) in enumerate(documents.items())
@@ -124,14 +120,14 @@ def _passages(
 
 
 def write(analysis: Analysis, folder: epath.Path, title: str) -> list[str]:
-    """Writes every file; returns their names."""
+    """Writes all files; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     found, size = analysis.summary, analysis.summary["num_experts"]
     (folder / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    (folder / "analysis.md").write_text(summary.markdown(found, title))
-    (folder / "experts.html").write_text(render.page(analysis.passages, analysis.shown, size, title))
+    (folder / "analysis.md").write_text(markdown(found, title))
+    (folder / "experts.html").write_text(explorer.page(analysis.passages, analysis.shown, size, title))
     names = ["analysis.json", "analysis.md", "experts.html", *plots.plot_all(found, folder)]
     if analysis.passages:
-        render.picture(folder / "experts.png", analysis.passages, analysis.shown, size)
+        picture.picture(folder / "experts.png", analysis.passages, analysis.shown, size)
         names.append("experts.png")
     return names

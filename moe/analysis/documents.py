@@ -1,9 +1,4 @@
-"""Whole documents as rows, where every token keeps its place in the text.
-
-In: texts and a tokenizer. Out: batches for :class:`moe.analysis.record.Recorder`, with marks beside the tokens.
-
-Letters: B batch, T sequence, m tokens of one document.
-"""
+"""Whole documents as rows of tokens, with the byte span of every token and labels (marks) beside the tokens."""
 
 from __future__ import annotations
 
@@ -21,8 +16,8 @@ class Document:
 
     Attributes:
         text: the source.
-        tokens: [m] int32: bos if the tokenizer has one, the text's, eos.
-        spans: [m,2] int32, first and behind-last byte of the UTF-8 text that a token stands for; empty for bos and eos.
+        tokens: [m] int32: bos if the tokenizer has one, the text's tokens, eos.
+        spans: [m,2] int32, byte range [start, end) of each token in the UTF-8 text; empty for bos and eos.
     """
 
     text: str
@@ -31,10 +26,9 @@ class Document:
 
 
 def read_document(text: str, tokenizer: Tokenizer) -> Document | None:
-    """Tokens and their places; None if the tokenizer does not give the text back byte for byte.
+    """Tokenises a text and locates its tokens; None if the tokens' bytes do not add up to the text.
 
-    A token that is one byte of a character has a span of that byte. A tokenizer that puts a space before every text
-    (Mixtral's) has its first token begin at 0 all the same.
+    Of a tokenizer that puts a space before every text (Mixtral's), the first token begins at byte 0 too.
     """
     ids = tokenizer.encode(text)
     ends = np.cumsum(tokenizer.token_bytes[ids])
@@ -59,18 +53,18 @@ def document_batches(
     batch_size: int,
     keep: int = 0,
 ) -> list[dict[str, np.ndarray]]:
-    """Documents end to end, cut into rows of T tokens; the last batch is padded.
+    """Concatenates documents and cuts them into rows of T tokens; the last batch is padded.
 
     Args:
-        documents: in order.
+        documents: the documents, in order.
         marks: name → [m] integers for each document.
         sequence_length: T.
         batch_size: B.
-        keep: evenly spaced rows, of all; 0: every one.
+        keep: number of evenly spaced rows to keep; 0: all.
 
     Returns:
         batches of [B,T] int32: tokens, segment_ids (1, 2, … within the row; 0 = padding), positions (from 0 in every
-        segment), document (its number), and the marks; these are −1 in padding.
+        segment), document (its number), and the marks; document and marks are −1 in padding.
     """
     numbers = [np.full(len(d.tokens), i) for i, d in enumerate(documents)]
     values = {"tokens": [d.tokens for d in documents], "document": numbers, **marks}
@@ -100,12 +94,12 @@ def document_batches(
 
 
 def first_documents(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> list[Document]:
-    """The first documents up to that many tokens, at least one; those that do not come back exactly are left out.
+    """Reads documents until they have `max_tokens` tokens together, at least one; skips those that fail to tokenise.
 
     Args:
-        texts: in order.
-        tokenizer: of the model.
-        max_tokens: of all together; no further document is read once there are as many.
+        texts: the texts, in order.
+        tokenizer: the model's tokenizer.
+        max_tokens: total number of tokens after which reading stops.
     """
     found, size = [], 0
     for text in texts:

@@ -1,8 +1,4 @@
-"""Plots of a summary (:func:`moe.analysis.summary.summarise`), as PNGs.
-
-In: that dict. Out: load.png, depth.png, coactivation.png where K > 1, saturation.png where there are several
-checkpoints.
-"""
+"""Plots of a summary (:func:`moe.analysis.summary.summarise`) as PNGs: load, depth, co-activation and saturation."""
 
 from __future__ import annotations
 
@@ -11,14 +7,14 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, never a window
+matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
 
 def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
-    """Writes every plot that the summary has numbers for; returns the file names."""
+    """Writes the plots that apply to the summary; returns the file names."""
     figures = {"load.png": _load, "depth.png": _depth}
     if summary["experts_per_token"] > 1:
         figures["coactivation.png"] = _coactivation
@@ -33,13 +29,13 @@ def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
 
 
 def _sparse_ticks(labels: list[Any]) -> dict[str, Any]:
-    """At most 16 of them."""
+    """At most 16 ticks."""
     step = math.ceil(len(labels) / 16)
     return {"ticks": range(0, len(labels), step), "labels": [str(label) for label in labels[::step]]}
 
 
 def _load(summary: dict[str, Any]) -> Any:
-    """A heat map per domain: layers down, experts across; white is even."""
+    """Heat map of load per domain: layers down, experts across; white is even load."""
     load = np.asarray(summary["load"])  # [L,domains,E]
     size, domains = summary["num_experts"], summary["domains"]
     fig, axes = plt.subplots(
@@ -63,7 +59,7 @@ def _load(summary: dict[str, Any]) -> Any:
 
 
 def _depth(summary: dict[str, Any]) -> Any:
-    """Repetition and dependence, layer by layer, beside chance."""
+    """Repetition and dependence per layer, with their chance values."""
     layers, repetition, dependence = summary["layers"], summary["repetition"], summary["dependence"]
     fig, axes = plt.subplots(1, len(repetition) + 2, figsize=(4.4 * (len(repetition) + 2), 5), layout="constrained")
     for ax, (name, by_domain) in zip(axes, repetition.items(), strict=False):
@@ -95,7 +91,7 @@ def _depth(summary: dict[str, Any]) -> Any:
 
 
 def _coactivation(summary: dict[str, Any]) -> Any:
-    """Of the tokens of the expert on the left, the share that also chose the one below; the diagonal is left out."""
+    """Share of the row expert's tokens that also chose the column expert, without the diagonal."""
     counts = np.asarray(summary["coactivation"], float)
     layers = summary["layers"]
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
@@ -118,7 +114,7 @@ def _coactivation(summary: dict[str, Any]) -> Any:
 
 
 def _saturation(summary: dict[str, Any]) -> Any:
-    """Share of the final experts that an earlier checkpoint chose already, a line per layer."""
+    """Share of the final experts that an earlier checkpoint chose too, one line per layer."""
     found, layers = summary["saturation"], summary["layers"]
     colour = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
     panels = [("top_1", "first expert")]

@@ -1,22 +1,18 @@
-"""What a frozen model loses when its routing is interfered with.
+"""Held-out loss of a frozen model under changed routing.
 
-In: a run's config and mesh. Out: a :data:`Probe`, which gives held-out loss per domain for any variables of that model
-(several seeds share its compiled program). Compare a probe with the one beside it:
+A :data:`Probe` gives loss per domain for any variables of a model; several seeds share its compiled program. Compare:
 
 - :func:`masked` of 1, 2, … experts with :func:`masked` of 0 (DeepSeekMoE 2024, section 4.5, figure 4);
-- :func:`shared_for_routed` with :func:`masked` of 0 (the same section: 1.808 → 2.414);
-- :func:`eval_capacity` of one factor with another's (ST-MoE 2022, section 4.1).
+- :func:`shared_for_routed` with :func:`masked` of 0 (same section: 1.808 → 2.414);
+- :func:`eval_capacity` of different factors (ST-MoE 2022, section 4.1).
 
-The first two run without a capacity, so that what is measured is the choice of experts and not the room in them.
-
-Letters: G groups, S tokens per group, E experts, K choices per token.
+The first two are dropless, so that they measure the choice of experts and not their capacity.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +21,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError
-from moe.routing.gates import Choice, Given, top_k
-from moe.routing.registry import GATES
+from moe.routing.interface import Gate, GateInputs, GateOutput
+from moe.routing.registry import find_gate
 from moe.routing.resolve import validate
+from moe.routing.selection import top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build
 
@@ -36,10 +33,10 @@ Probe = Callable[[dict[str, Any], Heldout], dict[str, float]]
 
 
 def eval_capacity(config: Config, mesh: Mesh, factor: float) -> Probe:
-    """The model as it is, with another ``model.moe.eval_capacity_factor``.
+    """Probe with another ``model.moe.eval_capacity_factor``.
 
     Raises:
-        ConfigError: the model has no capacity, or the factor is impossible.
+        ConfigError: the model has no capacity, or the factor is invalid.
     """
     if config.model.moe.gate == "none" or config.model.moe.dispatch == "dropless":
         raise ConfigError(
@@ -51,10 +48,10 @@ def eval_capacity(config: Config, mesh: Mesh, factor: float) -> Probe:
 
 
 def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
-    """Without the shared expert; every token visits as many more routed experts as are of its size.
+    """Probe without the shared expert, replaced by additional routed experts of the same total size.
 
     Raises:
-        ConfigError: there is no shared expert, or no further routed one.
+        ConfigError: the model has no shared expert, or too few routed ones.
     """
     moe = config.model.moe
     if not moe.shared_d_ff:
@@ -68,70 +65,59 @@ def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
 
 
 def fewer_routed(config: Config, mesh: Mesh, experts: int) -> Probe:
-    """Every token visits so many routed experts less: what :func:`shared_for_routed` is to be compared with.
+    """Probe with `experts` fewer routed experts per token, to compare with :func:`shared_for_routed`.
 
     Raises:
-        ConfigError: none would be left, or the gate exists for its K only.
+        ConfigError: no expert would be left, or the gate has a fixed K.
     """
     program = _build(_with_moe(_dropless(config), experts_per_token=config.model.moe.experts_per_token - experts), mesh)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
 def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
-    """Every token loses its ``experts`` most probable experts at every layer, then chooses K of the rest.
+    """Probe that masks each token's ``experts`` most probable experts in every layer; K of the others are chosen.
 
-    Probabilities and weights are those of a router over the rest: a softmax gate's sum to 1 over E − ``experts``.
+    Probabilities and weights are those of a router over the others: a softmax sums to 1 over E − ``experts``.
 
     Args:
-        config: of a sparse model whose tokens choose by a router.
-        mesh: of the variables.
-        experts: how many; 0 is the model as it is.
+        config: config of a sparse model whose tokens choose experts by a router.
+        mesh: mesh of the variables.
+        experts: number of masked experts; 0 leaves the model unchanged.
 
     Raises:
-        ConfigError: tokens do not choose in that model, or fewer than K experts would be left.
+        ConfigError: tokens do not choose experts in that model, or fewer than K would be left.
     """
     moe = config.model.moe
-    if moe.gate == "none" or GATES[moe.gate].router in ("none", "slots") or GATES[moe.gate].looks_ahead:
+    gate = None if moe.gate == "none" else find_gate(moe.gate)
+    if gate is None or gate.router in ("none", "slots") or gate.looks_ahead:
         raise ConfigError(f"model.moe.gate={moe.gate!r}: experts can be masked only where tokens choose by a router")
     if not 0 <= experts <= moe.num_experts - moe.experts_per_token:
         raise ConfigError(
             f"masked experts={experts}: must be from 0 to num_experts - experts_per_token = "
             f"{moe.num_experts - moe.experts_per_token}"
         )
-    program = _build(_dropless(config), mesh)
-
-    def probe(variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
-        with _masking(moe.gate, experts):  # the first call traces the program
-            return _losses(program, variables, heldout)
-
-    return probe
+    program = _build(_dropless(config), mesh, gate=masked_gate(gate, experts))
+    return lambda variables, heldout: _losses(program, variables, heldout)
 
 
-@contextlib.contextmanager
-def _masking(name: str, experts: int) -> Iterator[None]:
-    """The gate of that name without each token's most probable experts, for programs traced meanwhile."""
-    gate = GATES[name]
+def masked_gate(gate: Gate, experts: int) -> Gate:
+    """The gate over all but the ``experts`` most probable experts of each token."""
 
-    def choose(router_logits: Array, given: Given) -> Choice:
-        """As the gate does, on logits [G,S,E] with the masked ones out of reach but finite."""
-        bias = given.selection_bias
+    def choose(router_logits: Array, inputs: GateInputs) -> GateOutput:
+        bias = inputs.selection_bias
         scores = router_logits if bias is None else jax.nn.sigmoid(router_logits) + bias
         _, best = top_k(scores, experts)
         hidden = jnp.any(best[..., None] == jnp.arange(router_logits.shape[-1]), axis=-2)  # [G,S,experts,E] → [G,S,E]
         if bias is not None:  # a sigmoid of 0 could still win by its bias
-            given = dataclasses.replace(given, selection_bias=jnp.where(hidden, -1e9, bias))
-        return gate.choose(jnp.where(hidden, -1e9, router_logits), given)
+            inputs = dataclasses.replace(inputs, selection_bias=jnp.where(hidden, -1e9, bias))
+        return gate.choose(jnp.where(hidden, -1e9, router_logits), inputs)
 
-    GATES[name] = dataclasses.replace(gate, choose=choose) if experts else gate
-    try:
-        yield
-    finally:
-        GATES[name] = gate
+    return dataclasses.replace(gate, choose=choose) if experts else gate
 
 
-def _build(config: Config, mesh: Mesh) -> Program:
+def _build(config: Config, mesh: Mesh, gate: Gate | None = None) -> Program:
     with jax.set_mesh(mesh):
-        return build(validate(config), mesh)
+        return build(validate(config), mesh, gate=gate)
 
 
 def _losses(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:
@@ -149,7 +135,7 @@ def _dropless(config: Config) -> Config:
 
 
 def _without_key(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """The nested dict without any branch of that name."""
+    """Copies a nested dict without the branches of that name."""
     return {
         name: _without_key(branch, key) if isinstance(branch, dict) else branch
         for name, branch in tree.items()

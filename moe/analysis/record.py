@@ -1,15 +1,10 @@
-"""What every MoE layer did with every token of held-out text, as plain NumPy arrays.
+"""Routing of every token of held-out text in every MoE layer, as NumPy arrays::
 
-In: a :class:`moe.training.step.Program`, variables, and batches per domain (:class:`moe.training.evaluation.Heldout` has them, and
-:mod:`moe.analysis.documents` makes them of whole documents). Out: :class:`Records`. ::
-
-    recorder = Recorder(program)  # compiles once; any variables of that model
+    recorder = Recorder(program)  # compiles once, for any variables of the model
     records = recorder(variables, heldout.batches)
     records.first_choice  # [L,n]
 
-Routing is the routers' own decision in evaluation: before drops, without noise. For one process.
-
-Letters: L MoE layers, n real tokens (padding is left out), K choices, E experts; B batch, T sequence.
+The routing is the routers' decision in evaluation: without noise, before drops. Single process only.
 """
 
 from __future__ import annotations
@@ -27,23 +22,23 @@ from moe.training.step import Batch, Program, place
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Tokens by domain, and within a domain in reading order: batch by batch, row by row.
+    """Routing of n real tokens (no padding), by domain and in reading order within a domain.
 
     Attributes:
-        domains: names.
-        layers: [L] numbers of the MoE layers in the model, from 0.
+        domains: names of the domains.
+        layers: [L] indices of the MoE layers in the model, from 0.
         num_experts: E.
-        tokens: [n] int32, ids.
+        tokens: [n] int32 token ids.
         domain: [n] int32, index into ``domains``.
-        row: [n] int32, number of the row that a token is in; no two domains share one.
+        row: [n] int32, number of the token's row, unique over domains.
         segment_ids: [n] int32, document within the row, from 1.
-        positions: [n] int32, within the segment.
-        expert_index: [L,n,K] int32, first choice first. With a gate that lists every expert (K = E), ordered by
-            router probability.
+        positions: [n] int32, position within the segment.
+        expert_index: [L,n,K] int32, first choice first; ordered by router probability if the gate lists every expert
+            (K = E).
         combine_weights: [L,n,K] float32; 0 where not chosen.
-        chosen: [L,n,K] bool, False for a choice that the gate declined (under expert choice, most are).
+        chosen: [L,n,K] bool, False for an assignment that the gate declined (under expert choice, most are).
         router_probs: [L,n,E] float32.
-        marks: any further [B,T] arrays of the batches, flattened alike to [n].
+        marks: further [B,T] arrays of the batches, flattened to [n].
     """
 
     domains: tuple[str, ...]
@@ -62,17 +57,17 @@ class Records:
 
     @property
     def first_choice(self) -> np.ndarray:
-        """[L,n] int32, the first expert of every token."""
+        """First expert of every token, [L,n] int32."""
         return self.expert_index[..., 0]
 
     @property
     def consecutive(self) -> np.ndarray:
-        """[P] int64: every i whose token i + 1 is the next one of the same document."""
+        """Indices i whose token i + 1 is the next token of the same document, int64."""
         same = (self.row[1:] == self.row[:-1]) & (self.segment_ids[1:] == self.segment_ids[:-1])
         return np.flatnonzero(same)
 
     def select(self, tokens: np.ndarray) -> Records:
-        """The same of some tokens only. tokens: [n] bool, or indices in order."""
+        """Restricts the records to some tokens: [n] bool, or sorted indices."""
         flat = {name: getattr(self, name)[tokens] for name in ("tokens", "domain", "row", "segment_ids", "positions")}
         layered = {
             name: getattr(self, name)[:, tokens]
@@ -83,10 +78,10 @@ class Records:
 
 
 class Recorder:
-    """Records the routing of one model, whatever its variables; the forward pass is compiled at the first call."""
+    """Records the routing of one model for any variables; the forward pass is compiled at the first call."""
 
     def __init__(self, program: Program):
-        """Refuses a model without routers.
+        """Builds the recorder.
 
         Raises:
             ConfigError: the model is dense.
@@ -110,9 +105,9 @@ class Recorder:
         """Runs the model over all batches.
 
         Args:
-            variables: as :func:`moe.checkpoints.parameters.read_variables` or ``TrainState.variables``.
-            batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions; other [B,T] arrays
-                become marks; targets, and what is not [B,T], are not kept.
+            variables: from :func:`moe.checkpoints.parameters.read_variables` or ``TrainState.variables``.
+            batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions. Other [B,T] arrays
+                become marks, except targets.
         """
         model = self.program.config.model
         flat: dict[str, list[np.ndarray]] = {}
@@ -124,7 +119,7 @@ class Recorder:
                 with jax.set_mesh(self.program.mesh):
                     routed = self._forward(variables, place({"targets": batch["tokens"], **batch}, self.program.mesh))
                 real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
-                # [L,G,S,...] → [L,B·T,...]: groups are runs of tokens in row order.
+                # [L,G,S,...] → [L,B·T,...]: groups are consecutive tokens in row order.
                 layered.append(
                     tuple(np.asarray(x).reshape(x.shape[0], real.size, x.shape[-1])[:, real] for x in routed)
                 )

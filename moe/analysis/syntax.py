@@ -1,7 +1,4 @@
-"""The syntax class of every token of Python source, by Python's own ``tokenize``.
-
-In: a :class:`moe.analysis.documents.Document`. Out: [m] classes, or None where the source does not tokenize.
-"""
+"""Syntax class of every token of Python source, from Python's ``tokenize``."""
 
 from __future__ import annotations
 
@@ -17,19 +14,19 @@ from moe.analysis.documents import Document
 #: "layout" is indentation, newlines, blanks between tokens, and line continuations.
 CLASSES = ("keyword", "name", "operator", "number", "string", "comment", "layout")
 LAYOUT = CLASSES.index("layout")
-#: Of tokens that stand for no text: bos and eos.
+#: Class of tokens without text: bos and eos.
 NONE = -1
 
 _KINDS = {"NAME": "name", "OP": "operator", "NUMBER": "number", "STRING": "string", "COMMENT": "comment"}
 
 
 def byte_classes(source: str) -> np.ndarray | None:
-    """[bytes] int32, the class of every byte of the UTF-8 source; None if Python cannot tokenize it.
+    """Class of every byte of the UTF-8 source, int32; None if Python cannot tokenize it.
 
-    Text in f-strings is string, the expressions in them are what they are. Soft keywords (match, type) are names.
+    Text in f-strings is string; expressions in f-strings have their own classes. Soft keywords (match, type) are names.
     """
     lines = source.split("\n")
-    # Byte at which each line begins, and the byte of each column of it.
+    # First byte of each line.
     begins = np.cumsum([0, *(len(line.encode()) + 1 for line in lines)])
 
     def byte(position: tuple[int, int]) -> int:
@@ -54,9 +51,9 @@ def byte_classes(source: str) -> np.ndarray | None:
 
 
 def token_classes(document: Document) -> np.ndarray | None:
-    """[m] int32, index into :data:`CLASSES`: that of the first byte of a token that is not blank; NONE for bos and eos.
+    """Index into :data:`CLASSES` for each of m tokens: the class of its first non-blank byte; NONE for bos and eos.
 
-    A model's token may reach over several of Python's (``):`` say); it counts as the first. None: see
+    A token that covers several Python tokens, such as ``):``, has the class of the first. None: see
     :func:`byte_classes`.
     """
     classes = byte_classes(document.text)

@@ -1,1 +1,1 @@
-"""Checkpoints of a run and what they hold."""
+"""Checkpoints: writing, verifying and reading them, and the workdir around them."""

@@ -1,7 +1,6 @@
-"""Whether what is read of a checkpoint is what was saved.
+"""Checksums of saved arrays, and the error for checkpoints that cannot be read or differ from what was saved.
 
-In: arrays as they were saved, and as they were read. Out: checksums, and a DamagedError where they differ or where
-nothing can be read: TensorStore does not notice a flipped bit in an array.
+TensorStore's own checksums cover its index, not the numbers: a flipped bit in an array is read as another number.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from moe.config import ConfigError
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be read, or is not what was saved; the message says what is wrong with it."""
+    """A checkpoint cannot be read, or its content differs from what was saved."""
 
 
 @jax.jit
 def _checksum(array: Array) -> Array:
     """Σ (2i+1)·word_i mod 2³² over the words of an array, [] uint32.
 
-    Integers, so that the order of the sum, and with it the mesh, does not matter; odd factors, so that no change of
-    one word leaves it as it was; different ones, so that words cannot change places.
+    Integer arithmetic makes it independent of summation order, and so of the mesh; odd factors detect any change of
+    a single word; distinct factors detect swapped words.
     """
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
     number, stride = jnp.zeros((), jnp.uint32), 1
@@ -38,22 +37,22 @@ def _checksum(array: Array) -> Array:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Of every array of a tree (float32, int32 or uint32), by its place; the same on every mesh."""
+    """Checksum of every array of a tree (float32, int32 or uint32) by its key path; the same on every mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [_checksum(leaf) for _, leaf in leaves]  # all started before one is read
+    sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 
 def compare(saved: dict[str, int], tree: Any) -> None:
-    """Raises DamagedError if an array of the tree is not the one that was saved."""
+    """Raise DamagedError if an array of the tree differs from its saved checksum."""
     differing = [name for name, value in checksums(tree).items() if saved.get(name, value) != value]
     if differing:
-        raise DamagedError(f"{len(differing)} arrays are not those that were saved, the first is {differing[0]}")
+        raise DamagedError(f"{len(differing)} arrays differ from what was saved, the first is {differing[0]}")
 
 
 @contextlib.contextmanager
-def damage() -> Iterator[None]:
-    """Whatever goes wrong in reading a file that says nonsense; but not what is wrong outside of the file."""
+def unreadable_as_damaged() -> Iterator[None]:
+    """Turn errors caused by the content of a file into DamagedError; I/O and memory errors pass unchanged."""
     try:
         yield
     except (ConfigError, DamagedError, MemoryError, jax.errors.JaxRuntimeError):
@@ -66,16 +65,16 @@ def damage() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what was wrong first; those above it speak of the work that failed."""
+    """Type and first line of the root cause of an error, at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).strip() or "no more is known").splitlines()[0]
+    line = (str(error).strip() or "no details").splitlines()[0]
     return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-190:]}'}"
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences Orbax's warnings of what is meant: reading only, and parts that are not arrays."""
+def quiet_orbax() -> Iterator[None]:
+    """Silence Orbax's warnings about read-only managers and items that are not arrays, both intended."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:

@@ -1,9 +1,8 @@
-"""Checkpoints of a run, kept by Orbax: atomic, written in the background, restored onto whatever mesh is there.
+"""Checkpoints of a run, through Orbax: atomic, written in the background, restored onto any mesh.
 
-A checkpoint at step n holds the :class:`moe.checkpoints.state.TrainState` after n steps, the place in the data, what the loop
-itself remembers, and a checksum of all three: Orbax and TensorStore do not notice a flipped bit in an array. Retention:
-the newest ``keep``, multiples of ``keep_every`` steps, and the one with the lowest held-out loss. Nothing in a
-checkpoint is code, and none of it is unpickled.
+A checkpoint at step n holds the :class:`moe.checkpoints.state.TrainState` after n steps, the data position, the loop's
+own JSON, and checksums of all of them. Retention: the newest ``keep``, multiples of ``keep_every`` steps, and the one
+with the lowest held-out loss. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -23,8 +22,15 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.atomic_files import seal, unseal
-from moe.checkpoints.integrity import DamagedError, checksums, compare, damage, first_line, quiet
+from moe.atomic_files import from_checked_json, to_checked_json
+from moe.checkpoints.integrity import (
+    DamagedError,
+    checksums,
+    compare,
+    first_line,
+    quiet_orbax,
+    unreadable_as_damaged,
+)
 from moe.checkpoints.state import TrainState
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
@@ -33,7 +39,7 @@ from moe.signals import START_AGAIN, Stopped
 
 
 class RowsLostError(DamagedError):
-    """A checkpoint that is good, but comes after rows of metrics that are not there any more."""
+    """A good checkpoint whose earlier rows of metrics are missing from the metrics file."""
 
 
 class Checkpoints:
@@ -43,26 +49,26 @@ class Checkpoints:
         """
         Args:
             workdir: of the run.
-            keep: newest checkpoints kept.
-            keep_every: steps, whose multiples are kept too; 0: none.
-            read_only: for a look at another run.
+            keep: number of newest checkpoints to keep.
+            keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
+            read_only: create and delete nothing.
         """
         self._workdir = workdir
         self._best = _LowestLoss(workdir)
         policies = [preservation_policy.LatestN(keep), self._best]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
-        with _said_in_a_sentence(workdir, None):
+        with _as_config_error(workdir, None):
             self._manager = ocp.CheckpointManager(
                 workdir / "checkpoints",
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                     create=not read_only,
                     read_only=read_only,
-                    cleanup_tmp_directories=not read_only,  # what a killed run was writing
+                    cleanup_tmp_directories=not read_only,  # left by a killed run
                 ),
                 item_handlers={  # pyright: ignore[reportArgumentType]
-                    # zstd makes a state a tenth smaller, for four times the processor's time of a save.
+                    # zstd saves a tenth of the size for four times the CPU time.
                     "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                     "data": StreamsHandler(),
                     "memory": ocp.JsonCheckpointHandler(),
@@ -74,9 +80,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def before(self, step: int, save_every: int) -> list[int]:
-        """Steps of the complete checkpoints older than a step, the newest first.
+        """Steps of the complete checkpoints older than a step, newest first.
 
-        Multiples of ``save_every`` come before those that an interruption left, which another run would not have.
+        Multiples of ``save_every`` come before checkpoints left by an interruption, which an uninterrupted run would
+        not have: both then roll back to the same step.
         """
         older = [saved for saved in self._manager.all_steps() if saved < step]
         return sorted(older, key=lambda saved: (saved % save_every == 0, saved), reverse=True)
@@ -89,44 +96,44 @@ class Checkpoints:
         memory: dict[str, Any],
         heldout_loss: float | None,
     ) -> None:
-        """Starts writing and returns; the state's arrays may be reused at once.
+        """Start writing and return; the state's buffers may be reused at once.
 
         Args:
-            step: optimizer steps done.
+            step: steps done.
             state: on the mesh.
-            iterator: at the batch that the next step will take.
+            iterator: positioned at the batch of the next step.
             memory: JSON of the training loop.
-            heldout_loss: at this step, if it was evaluated.
+            heldout_loss: at this step, if evaluated.
 
         Raises:
-            ConfigError: this checkpoint, or the one before, could not be written.
+            ConfigError: this checkpoint, or the previous one, could not be written.
         """
         self._best.losses[step] = heldout_loss
         content = {"loop": memory, "checksums": checksums(state)}
-        with _said_in_a_sentence(self._workdir, self._manager):
+        with _as_config_error(self._workdir, self._manager):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
                     data=StreamsSave(iterator),
-                    memory=ocp.args.JsonSave({"sealed": seal(content)}),
+                    memory=ocp.args.JsonSave({"sealed": to_checked_json(content)}),
                 ),
                 force=True,
             )
 
     def check(self) -> None:
-        """Cheap. Raises ConfigError if what is being written in the background has failed."""
-        with _said_in_a_sentence(self._workdir, self._manager):
+        """Raise ConfigError if a background write has failed; does not wait."""
+        with _as_config_error(self._workdir, self._manager):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when what was started is on disk. Raises ConfigError if it could not be written."""
-        with _said_in_a_sentence(self._workdir, self._manager):
+        """Wait until started writes are on disk. Raises ConfigError if one failed."""
+        with _as_config_error(self._workdir, self._manager):
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
-        """An error within is told only when it is clear which checkpoints there are."""
+    def finish_on_error(self) -> Iterator[None]:
+        """Finish started writes before an error leaves the block, so that its message names the newest checkpoint."""
         try:
             yield
         except Exception:
@@ -137,21 +144,21 @@ class Checkpoints:
     def resume(
         self, state: TrainState, iterator: grain.DatasetIterator, say: Callable[[str], Any]
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """(step, state, the loop's JSON) of the newest good checkpoint, or None if there is none at all.
+        """(step, state, the loop's JSON) of the newest good checkpoint; None if there are no checkpoints.
 
-        Damaged ones that are newer are set aside in ``workdir/damaged``, and ``say`` is told so. So is one that comes
-        after rows of metrics that are lost, if an older one has its rows: the run writes them again.
+        Newer damaged ones are moved to ``workdir/damaged`` and reported through ``say``. A checkpoint whose earlier
+        rows of metrics are missing is moved too if an older checkpoint has its rows: the run then rewrites them.
 
-        In a run of several processes one of them may see the damage alone: it sets the checkpoint aside and asks for a
-        new start.
+        In a multi-process run damage may be visible to one process only: it moves the checkpoint and asks for a
+        restart.
 
         Args:
-            state: ShapeDtypeStructs with the shardings to restore to (:attr:`moe.training.step.Program.state`).
-            iterator: a fresh one of the same data; it is moved to its place.
-            say: told in a line.
+            state: ShapeDtypeStructs with the target shardings (``Program.state``).
+            iterator: fresh iterator over the same data, moved to the saved position.
+            say: receives one line per event.
 
         Raises:
-            ConfigError: there are checkpoints, and not one of them is good.
+            ConfigError: there are checkpoints, and all are damaged.
         """
         damaged: dict[int, DamagedError] = {}
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -168,14 +175,14 @@ class Checkpoints:
             return self._without(damaged, step, say, found)
         if lost := [step for step, error in damaged.items() if isinstance(error, RowsLostError)]:
             step = lost[0]
-            say(f"{damaged[step]}; no checkpoint has all of its rows, and those stay lost")
+            say(f"{damaged[step]}; no checkpoint has all of its rows, so they stay missing")
             newer = {bad: error for bad, error in damaged.items() if bad > step}
             return self._without(newer, step, say, self.restore(step, state, iterator))
         if damaged:
             listed = "; ".join(f"step {step}: {error}" for step, error in damaged.items())
             raise ConfigError(
                 f"{self._workdir / 'checkpoints'}: no checkpoint is good ({listed}); nothing was changed; "
-                "put one back from a copy, or use another --workdir"
+                "restore one from a backup, or use another --workdir"
             )
         return None
 
@@ -186,23 +193,23 @@ class Checkpoints:
         say: Callable[[str], Any],
         found: tuple[TrainState, dict[str, Any]],
     ) -> tuple[int, TrainState, dict[str, Any]]:
-        """What :meth:`resume` returns, when the damaged ones are out of the way."""
+        """The result of :meth:`resume`, after the damaged checkpoints are moved away."""
         for bad, error in damaged.items():
             self._set_aside(bad, say, str(error))
         self._manager.reload()
         return step, *found
 
     def _compare_rows(self, step: int, saved: int | None) -> None:
-        """Raises RowsLostError if rows that were written before the checkpoint are not in the metrics any more.
+        """Raise RowsLostError if rows written before the checkpoint are missing from the metrics file.
 
-        (Of several processes one might see an older file than the one that wrote it.)
+        Skipped with several processes: one may see an older version of the file than the process that writes it.
         """
         there = sum(row["step"] <= step for row in read_rows(self._workdir / METRICS))
         if saved not in (None, there) and jax.process_count() == 1:
             raise RowsLostError(f"{METRICS} has {there} rows up to step {step}, and had {saved} when that was saved")
 
     def _set_aside(self, step: int, say: Callable[[str], Any], reason: str) -> None:
-        """Moved, never deleted: somebody may mend it."""
+        """Move a checkpoint to ``workdir/damaged``; it is not deleted, because it may be repairable."""
         folder = self._workdir / "damaged"
         folder.mkdir(exist_ok=True)
         names = (str(step), *(f"{step}_{number}" for number in range(1, 1000)))
@@ -213,54 +220,54 @@ class Checkpoints:
         except OSError:
             if source.exists():
                 raise
-            return  # another process of this run has done it
+            return  # another process of this run moved it
         say(f"the checkpoint of step {step} is damaged and now lies in {target}: {reason}")
 
     def restore(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the loop's JSON of a step, known to be what was saved.
+        """The state and the loop's JSON of a step, verified against their checksums.
 
         Args:
             step: of a complete checkpoint.
-            state: ShapeDtypeStructs with the shardings to restore to (:attr:`moe.training.step.Program.state`).
-            iterator: a fresh one of the same data, which is moved to its place; None: the data's place is not read.
+            state: ShapeDtypeStructs with the target shardings (``Program.state``).
+            iterator: fresh iterator over the same data, moved to the saved position; None: the position is not read.
 
         Raises:
-            DamagedError: it cannot be read, or is not what was saved.
+            DamagedError: it cannot be read, or differs from what was saved.
             ConfigError: the iterator is over other documents.
-            OSError: it may be good, but this process cannot get at it.
+            OSError: an I/O error, which says nothing about the content.
         """
         items = {} if iterator is None else {"data": StreamsRestore(iterator)}
-        with quiet(), damage():
+        with quiet_orbax(), unreadable_as_damaged():
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(state=_restore(state), memory=ocp.args.JsonRestore(), **items),
             )
-            memory = unseal(restored["memory"]["sealed"])
+            memory = from_checked_json(restored["memory"]["sealed"])
             compare(memory["checksums"], restored["state"])
             if restored["state"].step != step:
-                raise DamagedError(f"it is of step {int(restored['state'].step)}")
+                raise DamagedError(f"it holds step {int(restored['state'].step)}")
             return restored["state"], memory["loop"]
 
     def restore_state(self, step: int, state: TrainState) -> TrainState:
-        """The state alone, as it is: without a look at its checksums, which what others wrote does not have."""
+        """The state alone, without verifying checksums."""
         return self._manager.restore(step, args=ocp.args.Composite(state=_restore(state)))["state"]
 
     def close(self) -> None:
-        """Waits until what was started is on disk. Raises ConfigError if it could not be written."""
+        """Wait until started writes are on disk, then close. Raises ConfigError if one failed."""
         self.wait()
         self._manager.close()
 
 
 def _restore(state: TrainState) -> ocp.args.PyTreeRestore:
-    """The whole of a state, each device reading its shards; an array of another shape is refused."""
+    """Restore arguments for a whole state, each device reading its shards; a different shape is an error."""
     return ocp.args.PyTreeRestore(state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
 
 
 @contextlib.contextmanager
-def errors_said_once() -> Iterator[None]:
-    """Without the tracebacks that Orbax's threads log of what is raised as well, and TensorStore of what comes late."""
+def no_background_tracebacks() -> Iterator[None]:
+    """Hide tracebacks that Orbax's threads log for errors which are also raised, and late ones of TensorStore."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in record.pathname)
@@ -279,9 +286,9 @@ def errors_said_once() -> Iterator[None]:
 
 
 class _LowestLoss(preservation_policy.PreservationPolicy):
-    """Keeps the checkpoint with the lowest held-out loss, which ``metrics.jsonl`` remembers from one start to the next.
+    """Keep the checkpoint with the lowest held-out loss, as recorded in ``metrics.jsonl``.
 
-    (Orbax's BestN asks for metrics of Orbax's own, a second place for the same number.)
+    Orbax's own BestN would store the same number a second time.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -300,8 +307,8 @@ class _LowestLoss(preservation_policy.PreservationPolicy):
 
 
 @contextlib.contextmanager
-def _said_in_a_sentence(workdir: epath.Path, manager: ocp.CheckpointManager | None) -> Iterator[None]:
-    """An error of writing, as a sentence with the step from which the run can go on."""
+def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None) -> Iterator[None]:
+    """Turn an error of opening or writing checkpoints into ConfigError with the newest good step."""
     try:
         yield
     except ConfigError:
@@ -312,12 +319,12 @@ def _said_in_a_sentence(workdir: epath.Path, manager: ocp.CheckpointManager | No
         what = "a checkpoint could not be written" if manager else "cannot be used"
         raise ConfigError(
             f"--workdir={workdir}: {what} ({first_line(error)}); {last}; "
-            "make room or repair it, and the same command goes on from there"
+            "free space or repair it, and the same command continues from there"
         ) from error
 
 
 def complete_steps(workdir: epath.Path) -> list[int]:
-    """Steps of the checkpoints that were written to their end."""
+    """Steps of the completely written checkpoints, in order."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))

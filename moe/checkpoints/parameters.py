@@ -1,8 +1,4 @@
-"""Parameters alone, out of a checkpoint and into one: for evaluation, fine-tuning, analysis, imports and exports.
-
-In: the workdir of a run or an import. Out: its config, and its parameters on whatever mesh is there. Nothing of an
-optimizer or of a place in the data is read.
-"""
+"""Parameters alone, read from or written to a checkpoint: for evaluation, fine-tuning, analysis, import and export."""
 
 from __future__ import annotations
 
@@ -20,25 +16,24 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from moe.atomic_files import unseal
-from moe.checkpoints.integrity import DamagedError, compare, damage, quiet
+from moe.atomic_files import from_checked_json
+from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.state import join
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import ConfigError, ModelConfig
 from moe.models.decoder import Transformer
 from moe.models.flops import abstract_parameters
 from moe.parallel import partition_specs
-from moe.routing.resolve import from_config_dict
 from moe.routing.router import SelectionBias
 
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """An array that is written part by part and never whole in memory.
+    """An array written in parts, so that it is never whole in memory.
 
     Attributes:
-        shape: of the whole.
-        dtype: of the whole.
-        slot_axes: leading axes that number the parts.
+        shape: whole array.
+        dtype: whole array.
+        slot_axes: number of leading axes that index the parts.
         parts: () → (index in the leading axes, part) for every part.
     """
 
@@ -49,7 +44,7 @@ class Streamed:
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a part of a Streamed as a chunk of the array that Orbax would have written; it is read as any other."""
+    """Write each part of a Streamed as one chunk of an ordinary Orbax array."""
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -65,7 +60,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
                 global_shape=value.shape,
                 local_shape=(1,) * value.slot_axes + value.shape[value.slot_axes :],
                 dtype=value.dtype,
-                process_index=None,  # straight into the common database: nothing to merge from several writers
+                process_index=None,  # one writer: write to the final database, no merge needed
                 arg=args[number] if args else None,
             )
             array = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
@@ -75,16 +70,16 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
-    """A checkpoint at step 0 that holds parameters and nothing else: a start for a run, or a model to evaluate.
+    """Write a checkpoint at step 0 that holds parameters only: a model to evaluate or to start a run from.
 
     Args:
-        workdir: has no checkpoints yet.
+        workdir: a folder without checkpoints.
         parameters: nested dict of :class:`Streamed`.
 
     Raises:
-        ConfigError: there are checkpoints already.
+        ConfigError: the workdir holds checkpoints.
     """
-    with quiet():
+    with quiet_orbax():
         _write_parameters(workdir, parameters)
 
 
@@ -101,21 +96,6 @@ def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
     manager.close()
 
 
-def read_config(workdir: str | os.PathLike[str]) -> Config:
-    """The config that a run or an import left beside its checkpoints.
-
-    Raises:
-        ConfigError: there is none, or it is none of ours.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        return from_config_dict(json.loads(path.read_text()))
-    except (ValueError, RecursionError) as error:  # no text, no JSON, or none of ours
-        raise ConfigError(f"{path}: {error}") from error
-
-
 def read_parameters(
     workdir: str | os.PathLike[str],
     model: ModelConfig,
@@ -125,18 +105,18 @@ def read_parameters(
     step: int | None = None,
     only: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint of a run or of an import, without the optimizer's state.
+    """Read the parameters of a checkpoint, without the optimizer state.
 
     Args:
-        workdir: holds ``checkpoints``.
-        model: what the checkpoint is of.
-        mesh: where to put them, each device reading its shard; None: the default device.
+        workdir: of a run or an import.
+        model: config of the model in the checkpoint.
+        mesh: devices to place them on, each reading its shard; None: the default device.
         dtype: to cast to; None: as stored.
         step: of the checkpoint; None: the newest.
-        only: keys down to the one parameter, or the branch, that is read; empty: all.
+        only: key path of the parameter or subtree to read; empty: all.
 
     Raises:
-        ConfigError: no checkpoint, or one of another model; the parameter is named.
+        ConfigError: the checkpoint is missing, damaged, or holds another model; the parameter is named.
     """
     return _read_branch(epath.Path(workdir), "parameters", abstract_parameters(model), mesh, dtype, step, only)
 
@@ -149,13 +129,23 @@ def read_variables(
     dtype: Any = None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """As :func:`read_parameters`, with the routers' selection biases where the model has them."""
+    """Read parameters as :func:`read_parameters`, and the routers' selection biases where the model has them."""
     parameters = read_parameters(workdir, model, mesh, dtype=dtype, step=step)
+    return join(parameters, read_biases(workdir, model, mesh, dtype=dtype, step=step))
+
+
+def read_biases(
+    workdir: str | os.PathLike[str],
+    model: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Read the routers' selection biases of a checkpoint; an empty dict for a model without them."""
     abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
-    biases = nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
-    if not biases:
-        return parameters
-    return join(parameters, _read_branch(epath.Path(workdir), "biases", biases, mesh, dtype, step, ()))
+    wanted = nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
+    return _read_branch(epath.Path(workdir), "biases", wanted, mesh, dtype, step, ()) if wanted else {}
 
 
 def _read_branch(
@@ -167,10 +157,10 @@ def _read_branch(
     step: int | None,
     only: tuple[str, ...],
 ) -> dict[str, Any]:
-    """A field of the TrainState, checked against what the model wants."""
+    """Read one field of the TrainState and check it against the shapes the model expects."""
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
-    with quiet():
+    with quiet_orbax():
         return _read(workdir, branch, wanted, mesh, dtype, step, only)
 
 
@@ -184,7 +174,7 @@ def _read(workdir, branch, wanted, mesh, dtype, step, only) -> dict[str, Any]:
     try:
         if step is None or step not in manager.all_steps():
             raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
-        with damage():
+        with unreadable_as_damaged():
             return _read_checked(manager, workdir, branch, wanted, mesh, dtype, step, only)
     except DamagedError as error:
         raise ConfigError(f"{workdir}: the checkpoint of step {step} is damaged: {error}") from error
@@ -206,22 +196,22 @@ def _read_checked(manager, workdir, branch, wanted, mesh, dtype, step, only) -> 
     restore = ocp.args.PyTreeRestore({branch: wanted}, {branch: args}, partial_restore=True)
     restored = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][branch]
     saved = _saved_checksums(workdir, step)
-    if saved and (dtype is None or np.dtype(dtype) == np.float32):  # as they are stored
+    if saved and (dtype is None or np.dtype(dtype) == np.float32):  # the checksums are of the stored dtype
         compare({name.removeprefix(f".{branch}"): value for name, value in saved.items()}, restored)
     return restored
 
 
 def _saved_checksums(workdir: epath.Path, step: int) -> dict[str, int]:
-    """Of the arrays of a run's checkpoint; an import has none."""
+    """Checksums saved with a run's checkpoint; empty for an import."""
     path = workdir / "checkpoints" / str(step) / "memory" / "metadata"
     if not path.exists():
         return {}
-    with damage():
-        return unseal(json.loads(path.read_text())["sealed"])["checksums"]
+    with unreadable_as_damaged():
+        return from_checked_json(json.loads(path.read_text())["sealed"])["checksums"]
 
 
 def _branch(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """The tree without what is beside the path."""
+    """Drop everything beside the key path."""
     return {path[0]: _branch(tree[path[0]], path[1:])} if path else tree
 
 

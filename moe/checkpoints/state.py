@@ -1,4 +1,4 @@
-"""The state of a run that a checkpoint holds."""
+"""The training state that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything on the devices that a resumed run needs.
+    """All arrays that a resumed run needs.
 
     Attributes:
-        step: [] int32, optimizer steps done.
+        step: [] int32, steps done, skipped updates included.
         parameters: nested dict of float32 arrays.
-        biases: nested dict of the routers' selection biases, which no gradient reaches; empty with most gates.
+        biases: nested dict of the routers' selection biases, which receive no gradient; empty for most gates.
         optimizer: Optax state.
         rng: [2] uint32, key of the run's routing noise; step n uses fold_in(rng, n).
     """
@@ -32,20 +32,20 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Parameters and biases in one nested dict: all that the model is made of."""
+        """Parameters and biases in one nested dict: everything the model reads."""
         return join(self.parameters, self.biases)
 
 
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two nested dicts without a common leaf as one."""
+    """Merge two nested dicts that share no leaf."""
     joined = dict(first)
     for name, value in second.items():
         joined[name] = join(joined[name], value) if name in joined else value
     return joined
 
 
-def at_step(optimizer: Any, step: Any) -> Any:
-    """An optimizer's state whose learning rate is that of a step; nothing else in it moves."""
+def set_schedule_step(optimizer: Any, step: Any) -> Any:
+    """Set the step count of the learning-rate schedule in an Optax state; moments and their counts are unchanged."""
 
     def move(node: Any) -> Any:
         return node._replace(count=step) if isinstance(node, optax.ScaleByScheduleState) else node
@@ -53,10 +53,10 @@ def at_step(optimizer: Any, step: Any) -> Any:
     return jax.tree.map(move, optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
-def rolled_back(state: TrainState, step: int) -> TrainState:
-    """An earlier state that goes on at a later step: its routing noise and learning rate are that step's."""
+def continue_at(state: TrainState, step: int) -> TrainState:
+    """An earlier state renumbered to a later step: routing noise and learning rate follow the new step."""
 
-    def count() -> Array:  # made twice: the train step reuses the buffers of its arguments
+    def count() -> Array:  # two buffers, because the train step donates its arguments
         return jax.device_put(np.asarray(step, np.int32), state.step.sharding)
 
-    return dataclasses.replace(state, step=count(), optimizer=at_step(state.optimizer, count()))
+    return dataclasses.replace(state, step=count(), optimizer=set_schedule_step(state.optimizer, count()))

@@ -1,18 +1,20 @@
-"""Settings of a run: typed schema, parsing from ConfigDict trees, and checks."""
+"""Typed settings of a run: schema, parsing and checks."""
 
 from moe.config.checks import check_path, validate_mesh
 from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
 from moe.config.schema import (
     EMBEDDED_DOMAINS,
-    GATES_OWN,
+    GATE_DEFAULT,
     LARGEST,
     LARGEST_FLOAT,
     SCHEMES,
+    BalanceScope,
     Config,
     ConfigError,
     DataConfig,
     DistillConfig,
+    DropPolicy,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -23,14 +25,16 @@ from moe.config.schema import (
 
 __all__ = [
     "EMBEDDED_DOMAINS",
-    "GATES_OWN",
+    "GATE_DEFAULT",
     "LARGEST",
     "LARGEST_FLOAT",
     "SCHEMES",
+    "BalanceScope",
     "Config",
     "ConfigError",
     "DataConfig",
     "DistillConfig",
+    "DropPolicy",
     "LayerKind",
     "MeshConfig",
     "MoEConfig",

@@ -6,51 +6,90 @@ import dataclasses
 import itertools
 import typing
 
-from moe.config.schema import SCHEMES, Config, ConfigError, MeshConfig, ModelConfig
+import numpy as np
+
+from moe.config.schema import (
+    LARGEST,
+    SCHEMES,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 def require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
-    """Raises ConfigError, naming the field, its value and what is allowed, unless the condition holds."""
+    """Raise a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
     if not holds:
         raise ConfigError(f"{field}={value!r}: {allowed}")
 
 
 def check_path(field: str, path: str) -> None:
-    """Refuses a path of a kind that etils.epath does not read. Raises ConfigError."""
+    """Raise a ConfigError for a path with a scheme that etils.epath does not read."""
     scheme, found, _ = path.partition("://")
-    require(
-        not found or scheme in SCHEMES,
-        field,
-        path,
-        f"must be a path, or one of {', '.join(SCHEMES)} before ://",
-    )
+    require(not found or scheme in SCHEMES, field, path, f"must be a path, or one of {', '.join(SCHEMES)} before ://")
 
 
 def require_at_least(section: str, node: typing.Any, least: float, *names: str) -> None:
-    """Refuses fields of a section that are below a bound."""
+    """Raise a ConfigError for the first of these fields of a section that is below a bound."""
     for name in names:
         value = getattr(node, name)
         require(value >= least, f"{section}{name}", value, f"must be at least {least}")
 
 
+#: Largest sizes per section, far above published models: larger ones overflow or hang in compilation.
+_MAXIMA = {
+    "model.": {
+        "vocab_size": 2**24,
+        "d_model": 2**20,
+        "num_layers": 10_000,
+        "num_heads": 2**16,
+        "num_kv_heads": 2**16,
+        "head_dim": 2**16,
+        "d_ff": 2**22,
+    },
+    "model.moe.": {
+        "num_experts": 2**17,
+        "d_ff": 2**22,
+        "shared_d_ff": 2**22,
+        "slots_per_expert": 2**16,
+        "group_size": 2**26,
+    },
+    "data.": {"sequence_length": 2**24, "streams": 2**16},
+    "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
+}
+
+#: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
+_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
+
+
+def require_at_most(section: str, node: typing.Any) -> None:
+    """Raise a ConfigError for the first field of a section above its largest reasonable size."""
+    for name, most in _MAXIMA[section].items():
+        value = getattr(node, name)
+        require(value <= most, f"{section}{name}", value, f"must be at most {most}")
+
+
 def require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:
-    """Refuses a tuple that is not an increasing selection of layer numbers."""
+    """Raise a ConfigError unless a tuple is an increasing selection of layer numbers."""
     increasing = all(low < high for low, high in itertools.pairwise(layers))
     inside = all(0 <= layer < num_layers for layer in layers)
     require(increasing and inside, field, layers, f"must be increasing layer numbers from 0 to {num_layers - 1}")
 
 
 def check_model(model: ModelConfig) -> None:
-    """Checks the model section, MoE fields apart."""
-
+    """Check the model section except ``model.moe``."""
     require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-    require(model.num_layers <= 10_000, "model.num_layers", model.num_layers, "must be at most 10000")
+    require_at_most("model.", model)
     require_at_least("model.", model, 0, "sliding_window", "clip_qkv")
     require(
         model.head_dim >= 2 and model.head_dim % 2 == 0,
         "model.head_dim",
         model.head_dim,
-        "must be even: rotary positions turn pairs",
+        "must be even: rotary positions rotate pairs of dimensions",
     )
     require(
         model.num_heads % model.num_kv_heads == 0,
@@ -70,26 +109,50 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_run(config: Config) -> None:
-    """Checks data, training, optimizer, start and mesh sections."""
-    data, train, optimizer = config.data, config.train, config.optimizer
-    require(config.seed >= 0, "seed", config.seed, "must be at least 0")
+    """Check all sections except the model, as far as possible without devices and data."""
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
+    _check_data(config.data, config.train)
+    tokens = config.train.batch_size * config.data.sequence_length
+    require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
+    for field, path in (
+        ("data.directory", config.data.directory),
+        ("data.tokenizer", config.data.tokenizer),
+        ("start.checkpoint", config.start.checkpoint),
+        ("distill.teacher", config.distill.teacher),
+    ):
+        check_path(field, path)
+    _check_train(config.train)
+    _check_optimizer(config.optimizer, config.train)
+    require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
+    soft = config.distill.soft_share
+    require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
+    _check_mesh_sizes(config.mesh)
+
+
+def _check_data(data: DataConfig, train: TrainConfig) -> None:
     require_at_least("data.", data, 2, "sequence_length")
     require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    require_at_most("data.", data)
+    length = data.sequence_length
+    for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
+        rows = getattr(data, name)
+        allowed = f"must be at most {most // length} with data.sequence_length={length}: the rows are kept in memory"
+        require(rows * length <= most, f"data.{name}", rows, allowed)
     require(
         data.streams >= 0 and (data.streams == 0 or train.batch_size % data.streams == 0),
         "data.streams",
         data.streams,
         f"must divide train.batch_size={train.batch_size}, or be 0 for gcd(8, batch_size)",
     )
-    require(all(data.dataset.split(",")), "data.dataset", data.dataset, "must name a dataset, or several, a,b")
-    require(data.directory != "", "data.directory", data.directory, "must name a folder; '.' is the current one")
+    require(
+        all(data.dataset.split(",")),
+        "data.dataset",
+        data.dataset,
+        "must name a dataset, or several separated by commas",
+    )
     for name in data.dataset.split(","):
         check_path("data.dataset", name)
-    check_path("data.directory", data.directory)
-    check_path("data.tokenizer", data.tokenizer)
-    check_path("start.checkpoint", config.start.checkpoint)
-    check_path("distill.teacher", config.distill.teacher)
+    require(data.directory != "", "data.directory", data.directory, "must name a folder; '.' is the current one")
     require(
         len(set(data.domains)) == len(data.domains) and all(data.domains),
         "data.domains",
@@ -102,10 +165,13 @@ def check_run(config: Config) -> None:
         data.weights,
         f"must be empty or one positive share for each of the {len(data.domains)} domains",
     )
+
+
+def _check_train(train: TrainConfig) -> None:
     require_at_least("train.", train, 1, "num_steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
-    require_at_least("train.", train, 1, "save_every", "keep_checkpoints")
-    require_at_least("train.", train, 1, "max_skipped_steps")
+    require_at_least("train.", train, 1, "save_every", "keep_checkpoints", "max_skipped_steps")
     require_at_least("train.", train, 0, "sample_tokens", "keep_every", "spike_sigmas")
+    require_at_most("train.", train)
     require(
         train.keep_every % train.save_every == 0,
         "train.keep_every",
@@ -118,14 +184,15 @@ def check_run(config: Config) -> None:
         train.accumulation_steps,
         f"must divide train.batch_size={train.batch_size}",
     )
+
+
+def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     require_at_least("optimizer.", optimizer, 0, "warmup_steps", "weight_decay", "gradient_clip")
-    require(optimizer.learning_rate > 0, "optimizer.learning_rate", optimizer.learning_rate, "must be positive")
-    require(optimizer.eps > 0, "optimizer.eps", optimizer.eps, "must be positive")
+    for name in ("learning_rate", "eps"):
+        require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
     for name in ("b1", "b2"):
-        require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", getattr(optimizer, name), "must be in [0, 1)")
-    require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
-    soft = config.distill.soft_share
-    require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
+        value = getattr(optimizer, name)
+        require(value >= 0 and np.float32(value) < 1, f"optimizer.{name}", value, "must be in [0, 1), in float32")
     fraction = optimizer.final_learning_rate_fraction
     require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(
@@ -134,22 +201,26 @@ def check_run(config: Config) -> None:
         optimizer.warmup_steps,
         f"must be below train.num_steps={train.num_steps}",
     )
-    for axis in dataclasses.fields(MeshConfig):
-        size = getattr(config.mesh, axis.name)
-        require(size == -1 or size >= 1, f"mesh.{axis.name}", size, "must be positive, or -1 to fill")
-    filled = [axis.name for axis in dataclasses.fields(MeshConfig) if getattr(config.mesh, axis.name) == -1]
+
+
+def _check_mesh_sizes(mesh: MeshConfig) -> None:
+    axes = [field.name for field in dataclasses.fields(mesh)]
+    for axis in axes:
+        size = getattr(mesh, axis)
+        require(size == -1 or size >= 1, f"mesh.{axis}", size, "must be positive, or -1 to use all remaining devices")
+    filled = [axis for axis in axes if getattr(mesh, axis) == -1]
     require(len(filled) <= 1, "mesh", filled, "only one axis can be -1")
 
 
 def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
-    """Checks a validated config against a mesh.
+    """Check that everything split over mesh axes divides by their sizes.
 
     Args:
-        config: resolved.
-        sizes: devices per axis, all filled in (``mesh.shape``).
+        config: resolved and validated.
+        sizes: devices per axis, without -1 (``mesh.shape``).
 
     Raises:
-        ConfigError: something that would be split does not divide.
+        ConfigError: a dimension does not divide.
     """
     model, moe, train = config.model, config.model.moe, config.train
 
@@ -160,18 +231,16 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
         names = " x ".join(f"mesh.{axis}" for axis in axes)
         require(value % shards == 0, field, value, f"must be divisible by {names} = {shards}")
 
-    tokens = ("data", "fsdp", "expert")
+    batch_axes = ("data", "fsdp", "expert")
     rows = train.batch_size // train.accumulation_steps
-    divides(tokens, "train.batch_size / train.accumulation_steps", rows)
+    divides(batch_axes, "train.batch_size / train.accumulation_steps", rows)
     divides(("fsdp",), "model.d_model", model.d_model)
-    divides(("tensor",), "model.num_heads", model.num_heads)
-    divides(("tensor",), "model.num_kv_heads", model.num_kv_heads)
-    divides(("tensor",), "model.d_ff", model.d_ff)
-    divides(("tensor",), "model.vocab_size", model.vocab_size)
+    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
+        divides(("tensor",), f"model.{name}", getattr(model, name))
     if moe.gate == "none":
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)
-    divides(tokens, f"model.moe.group_size={moe.group_size} makes a number of groups which", groups)
+    divides(batch_axes, f"model.moe.group_size={moe.group_size}: number of groups", groups)

@@ -1,4 +1,4 @@
-"""Which layers are MoE and which have a window."""
+"""Kind of each layer: dense or MoE, and its attention window."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from moe.config.schema import ModelConfig
 
 
 class LayerKind(NamedTuple):
-    """What distinguishes one layer from another."""
+    """Properties in which layers of one model differ."""
 
     sparse: bool  # MoE
-    window: int  # tokens a query sees, itself included; 0: all
+    window: int  # tokens a query attends to, including its own; 0: all
 
 
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
-    """[L] which layers are MoE."""
+    """True for each MoE layer, in layer order."""
     moe = config.moe
     if moe.gate != "none" and moe.layers:
         return tuple(layer in moe.layers for layer in range(config.num_layers))
@@ -26,7 +26,7 @@ def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
 
 
 def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
-    """[L] the kind of each layer."""
+    """Kind of each layer, in layer order."""
     windowed = config.sliding_window_layers or range(config.num_layers)
     return tuple(
         LayerKind(sparse, config.sliding_window if layer in windowed else 0)

@@ -8,11 +8,11 @@ import typing
 
 import ml_collections
 
-from moe.config.schema import LARGEST, LARGEST_FLOAT, Config, ConfigError
+from moe.config.schema import LARGEST, LARGEST_FLOAT, LONGEST_TUPLE, SMALLEST_FLOAT, Config, ConfigError
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """A mutable, type-checked ConfigDict with the same fields, for files in ``configs/`` and command-line overrides."""
+    """Convert to a locked, type-checked ConfigDict, for files in ``configs/`` and command-line overrides."""
 
     def convert(node: typing.Any) -> ml_collections.ConfigDict:
         result = ml_collections.ConfigDict()
@@ -30,15 +30,15 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Config) -> dict[str, typing.Any]:
-    """Plain nested dict, ready for JSON."""
+    """Convert to a nested dict of JSON types and tuples."""
     return dataclasses.asdict(config)
 
 
 def check_field(path: str) -> None:
-    """Refuses a dotted name such as ``model.moe.num_experts`` that is no field of :class:`Config`.
+    """Check that a dotted name such as ``model.moe.num_experts`` is a field of :class:`Config`.
 
     Raises:
-        ConfigError: with the nearest name.
+        ConfigError: it is not; the message has the nearest name.
     """
     cls: typing.Any = Config
     *sections, last = path.split(".")
@@ -51,7 +51,7 @@ def check_field(path: str) -> None:
 
 
 def type_name(path: str) -> str:
-    """What the values of a field are, for a message; a section has fields of its own."""
+    """Description of the values that a field takes, for error messages."""
     hint: typing.Any = Config
     for name in path.split("."):
         hint = typing.get_type_hints(hint)[name]
@@ -73,7 +73,7 @@ def _check_name(cls: typing.Any, name: str, path: str) -> None:
 
 
 def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
-    """Builds a dataclass from a nested dict, checking names and types; ``path`` prefixes messages."""
+    """Build a dataclass from a nested dict, checking names and types; ``path`` is the prefix of fields in messages."""
     hints = typing.get_type_hints(cls)
     for name in tree:
         _check_name(cls, name, path)
@@ -81,7 +81,7 @@ def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
     for name, value in tree.items():
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, (dict, ml_collections.ConfigDict)):
-                raise ConfigError(f"{path}{name}={value!r}: is a section with fields of its own")
+                raise ConfigError(f"{path}{name}={value!r}: is a section; set its fields instead")
             values[name] = build(typing.cast(type, hints[name]), dict(value.items()), f"{path}{name}.")
         else:
             values[name] = _check_type(hints[name], value, f"{path}{name}")
@@ -96,6 +96,8 @@ def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if isinstance(value, (list, tuple)):
+            if len(value) > LONGEST_TUPLE:
+                raise ConfigError(f"{field}: has {len(value)} entries; must have at most {LONGEST_TUPLE}")
             return tuple(_check_type(item, entry, field) for entry in value)
         raise ConfigError(f"{field}={value!r}: must be a tuple of {_item_name(item)}")
     if typing.get_origin(hint) is typing.Literal:
@@ -106,11 +108,13 @@ def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
     if hint is float and number:
         if not abs(value) <= LARGEST_FLOAT:
             raise ConfigError(f"{field}={value!r}: must be a finite number, in float32")
+        if 0 < abs(value) < SMALLEST_FLOAT:
+            raise ConfigError(f"{field}={value!r}: rounds to 0 in float32")
         return float(value)
     if not isinstance(value, hint) or (hint is int and not number):
         raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
     if hint is int and abs(value) > LARGEST:
         raise ConfigError(f"{field}={value!r}: must be at most {LARGEST}")
-    if isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"{field}={value!r}: must not hold the character NUL")
+    if isinstance(value, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+        raise ConfigError(f"{field}={value!r}: must be valid UTF-8 without the character NUL")
     return value

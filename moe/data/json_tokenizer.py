@@ -1,111 +1,109 @@
-"""Hugging Face's ``tokenizer.json``, read by their `tokenizers` library, behind the interface of a SentencePiece model;
-and the one place that finds a tokenizer: beside a checkpoint, by file, or in a package.
-
-In: a file or a workdir. Out: a :class:`moe.data.tokenizer.Tokenizer`.
-"""
+"""Hugging Face's ``tokenizer.json`` behind the interface of :class:`moe.data.tokenizer.Tokenizer`."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import zipfile
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tokenizers
-from etils import epath
 
 from moe.config import ConfigError
-from moe.data import corpora
 from moe.data.tokenizer import Tokenizer
 
-#: Carries Mixtral's own SentencePiece model; only that file of it is read.
-MISTRAL_COMMON = corpora.Wheel(
-    "mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af"
-)
-_MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
-
-SENTENCEPIECE_FILE, JSON_FILE, JSON_CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-#: How open tokenizers call the end and the beginning of a text, where no tokenizer_config.json says it.
+JSON_FILE, JSON_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+#: Usual names of the end and the beginning of a text, tried where no tokenizer_config.json gives them.
 _END_NAMES = ("</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<eos>")
 _BEGIN_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<bos>")
+_MAX_VOCAB = 1 << 24
 _SPACE = "\u2581"
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json``, with the ``tokenizer_config.json`` beside it if there is one.
+    """A ``tokenizer.json``, with an optional ``tokenizer_config.json``.
 
-    Texts are encoded without the special tokens that it would add; the pipeline adds its own bos and eos.
+    Encoding adds no special tokens; the pipeline adds bos and eos.
     """
 
-    def __init__(self, model_bytes: bytes, settings: bytes | None = None):
+    def __init__(self, model_bytes: bytes, settings: bytes | None = None, source: str = "data.tokenizer"):
         """Parses both files.
 
+        Args:
+          model_bytes: content of the tokenizer.json.
+          settings: content of the tokenizer_config.json.
+          source: field or file of the tokenizer, for messages.
+
         Raises:
-          ConfigError: it is no tokenizer.json, or it has no end-of-text token.
+          ConfigError: the file is not a tokenizer.json, or has no end-of-text token.
         """
         self.model_bytes, self._settings = model_bytes, settings
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
             named = json.loads(settings) if settings else {}
-        except Exception as error:  # the library raises bare Exceptions
-            raise ConfigError(f"data.tokenizer: not a {JSON_FILE}: {error}") from error
-        self._eos = self._special(named.get("eos_token"), _END_NAMES)
-        self._bos = self._special(named.get("bos_token"), () if "bos_token" in named else _BEGIN_NAMES)
-        self._pad = self._special(named.get("pad_token"), ())
+        except Exception as error:  # the library raises plain Exceptions
+            raise ConfigError(f"{source}: not a {JSON_FILE} with a valid {JSON_CONFIG_FILE}: {error}") from error
+        if not isinstance(named, dict):
+            raise ConfigError(f"{source}: {JSON_CONFIG_FILE} must be an object")
+        self._source = source
+        if self.vocab_size > _MAX_VOCAB:
+            raise ConfigError(f"{source}: has an id of {self.vocab_size - 1}; ids must be below {_MAX_VOCAB}")
+        self._eos = self._special(named, "eos_token", _END_NAMES)
+        self._bos = self._special(named, "bos_token", () if "bos_token" in named else _BEGIN_NAMES)
+        self._pad = self._special(named, "pad_token", ())
         if self._eos < 0:
-            raise ConfigError(
-                f"data.tokenizer: {JSON_FILE} has no end-of-text token; put eos_token in {JSON_CONFIG_FILE}"
-            )
+            raise ConfigError(f"{source}: {JSON_FILE} has no end-of-text token; put eos_token in {JSON_CONFIG_FILE}")
 
-    def _special(self, token: str | dict[str, str] | None, names: Iterable[str]) -> int:
-        if isinstance(token, dict):  # older files spell a token out with its options
+    def _special(self, named: dict[str, Any], field: str, names: Iterable[str]) -> int:
+        token = named.get(field)
+        if isinstance(token, dict):  # older files give a token with its options
             token = token.get("content")
+        if not (token is None or isinstance(token, str)):
+            raise ConfigError(f"{self._source}: {field} in {JSON_CONFIG_FILE} must be a string, not {token!r}")
         found = (self._tokenizer.token_to_id(name) for name in ([token] if token else names))
         return next((i for i in found if i is not None), -1)
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Name → content of what a workdir keeps of it."""
+        """File name → content, to store in a workdir."""
         return {JSON_FILE: self.model_bytes} | ({JSON_CONFIG_FILE: self._settings} if self._settings else {})
 
     @property
     def vocab_size(self) -> int:
-        """V, added tokens included."""
+        """Vocabulary size V, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def pad_id(self) -> int:
-        """0 where it has none."""
+        """Id of padding; 0 if there is none."""
         return max(self._pad, 0)
 
     @property
     def bos_id(self) -> int:
-        """-1 where it has none."""
+        """Id of the beginning of a text; -1 if there is none."""
         return self._bos
 
     @property
     def eos_id(self) -> int:
-        """Ends every document."""
+        """Id of the end of a text."""
         return self._eos
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids [n] int32 of the text alone."""
+        """Returns the ids [n] int32 of the text, without special tokens."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of ids [n]; special tokens give no text."""
+        """Returns the text of ids [n]; special tokens are skipped."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """[V] int32: UTF-8 bytes of text that each id stands for; 0 for special tokens."""
+        """UTF-8 bytes of each id's text, [V] int32; 0 for special tokens."""
         source = json.loads(self.model_bytes)
         special = {token["id"] for token in source.get("added_tokens", []) if token["special"]}
         added = {token["id"] for token in source.get("added_tokens", [])}
-        # Byte-level tokens are written in an alphabet of one character a byte; others as text, spaces as "▁".
+        # Byte-level tokens have one character per byte; others are text with "▁" for spaces.
         byte_level = "ByteLevel" in json.dumps(source.get("decoder"))
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
@@ -118,39 +116,3 @@ class JsonTokenizer(Tokenizer):
             else:
                 sizes[i] = len(token.replace(_SPACE, " ").encode())
         return sizes
-
-
-def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Of a SentencePiece model or a ``tokenizer.json``, local or in a bucket.
-
-    Raises:
-      ConfigError: there is no such file, or it is neither.
-    """
-    file = epath.Path(path).expanduser()
-    if file.suffix != ".json":
-        return Tokenizer.from_file(file)
-    if not file.is_file():
-        raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
-    settings = file.parent / JSON_CONFIG_FILE
-    return JsonTokenizer(file.read_bytes(), settings.read_bytes() if settings.is_file() else None)
-
-
-def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
-    """The one that a run or an import left beside its checkpoints.
-
-    Raises:
-      ConfigError: it left none.
-    """
-    for name in (SENTENCEPIECE_FILE, JSON_FILE):
-        if (epath.Path(workdir) / name).is_file():
-            return read_tokenizer(epath.Path(workdir) / name)
-    raise ConfigError(f"{os.fspath(workdir)}: holds neither {SENTENCEPIECE_FILE} nor {JSON_FILE}; put one there")
-
-
-def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:
-    """That of ``data.tokenizer``: "mixtral" is Mixtral's own 32,000 tokens, fetched once; all else is a file."""
-    if name != "mixtral":
-        return read_tokenizer(name)
-    wheel = corpora.fetch_wheel(MISTRAL_COMMON, Path(directory) / "downloads", progress)
-    with zipfile.ZipFile(wheel) as archive:
-        return Tokenizer.from_bytes(archive.read(_MIXTRAL_MODEL))

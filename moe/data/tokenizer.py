@@ -1,9 +1,6 @@
-"""Text to token ids and back, by SentencePiece.
+"""SentencePiece tokenizers: text to int32 ids and back, and the bytes of text per id (for bits per byte).
 
-In: documents (``str``) to train on, or a SentencePiece model as bytes or file. Out: ``int32`` ids, and for every id
-how many bytes of text it stands for, which is what turns a loss per token into bits per byte.
-
-A model is a protocol buffer that only SentencePiece parses: loading one never executes code.
+A model is a protocol buffer that SentencePiece parses; loading one executes no code.
 """
 
 from __future__ import annotations
@@ -19,78 +16,82 @@ from etils import epath
 
 from moe.config import ConfigError
 
-# Part of the name under which trained tokenizers are cached: raise it when train_tokenizer changes.
+# Part of the file name of cached tokenizers: raise it when train_tokenizer changes.
 TRAINER_VERSION = 1
-_SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
+_SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 
 class Tokenizer:
     """A SentencePiece model.
 
     For models of `train_tokenizer`, ``decode(encode(text)) == text`` and
-    ``token_bytes[encode(text)].sum() == len(text.encode())`` hold for every text. A foreign model that puts a space
-    before each text (Mixtral's does) counts one byte more per document; one without byte fallback counts none for
-    characters that it does not know.
+    ``token_bytes[encode(text)].sum() == len(text.encode())`` hold for every text. A model that puts a space before
+    each text, such as Mixtral's, counts one byte more per document; one without byte fallback counts 0 bytes for
+    unknown characters.
     """
 
-    def __init__(self, model_bytes: bytes):
-        """Parses a serialized model; use `from_bytes` or `from_file`.
+    def __init__(self, model_bytes: bytes, source: str = "data.tokenizer"):
+        """Parses a serialized model.
+
+        Args:
+          model_bytes: the model.
+          source: field or file of the model, for messages.
 
         Raises:
-          ConfigError: the bytes are no SentencePiece model, or it has no end-of-text token.
+          ConfigError: the bytes are not a SentencePiece model, or it has no end-of-text token.
         """
         self.model_bytes = model_bytes
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model_bytes)
         except RuntimeError as error:
-            raise ConfigError("data.tokenizer: not a SentencePiece model") from error
+            raise ConfigError(f"{source}: not a SentencePiece model") from error
         if self._processor.eos_id() < 0:
-            raise ConfigError("data.tokenizer: the SentencePiece model has no end-of-text token")
+            raise ConfigError(f"{source}: the SentencePiece model has no end-of-text token")
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
-        """Parses what `model_bytes` gave, from a checkpoint say."""
+        """Parses a serialized model."""
         return cls(model_bytes)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Reads a local or bucket path; ConfigError if there is no such file."""
+        """Reads a model from a local or bucket path; ConfigError if there is no such file."""
         file = epath.Path(path).expanduser()
         if not file.is_file():
             raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
-        return cls(file.read_bytes())
+        return cls(file.read_bytes(), f"data.tokenizer={os.fspath(path)!r}")
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Name → content of what a workdir keeps of it."""
+        """File name → content, to store in a workdir."""
         return {"tokenizer.model": self.model_bytes}
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Vocabulary size V."""
         return self._processor.vocab_size()
 
     @property
     def pad_id(self) -> int:
-        """0 where the model has none: padding is told by ``segment_ids``, never by its id."""
+        """Id of padding; 0 if the model has none. ``segment_ids`` mark padding, not this id."""
         return max(self._processor.pad_id(), 0)
 
     @property
     def bos_id(self) -> int:
-        """-1 where the model has none; documents then start without it."""
+        """Id at the start of a document; -1 if the model has none, and documents start without it."""
         return self._processor.bos_id()
 
     @property
     def eos_id(self) -> int:
-        """Ends every document."""
+        """Id at the end of every document."""
         return self._processor.eos_id()
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids [n] int32 of the text alone, without bos and eos."""
+        """Returns the ids [n] int32 of the text, without bos and eos."""
         if _SPACE not in text or not self._byte_ids:
             return np.asarray(self._processor.encode(text), np.int32)
-        # SentencePiece would read that character as a space: spell it in bytes instead.
+        # SentencePiece would read this character as a space, so it is encoded as bytes.
         ids: list[int] = []
         for number, part in enumerate(text.split(_SPACE)):
             ids += [self._byte_ids[byte] for byte in _SPACE.encode()] if number else []
@@ -98,7 +99,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of ids [n]; control tokens give no text."""
+        """Returns the text of ids [n]; control tokens are skipped."""
         return self._processor.decode([int(i) for i in ids])
 
     @functools.cached_property
@@ -109,7 +110,7 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """[V] int32: UTF-8 bytes of text that each id stands for; 0 for control and unknown tokens."""
+        """UTF-8 bytes of each id's text, [V] int32; 0 for control and unknown tokens."""
         processor, sizes = self._processor, np.zeros(self.vocab_size, np.int32)
         for i in range(self.vocab_size):
             if processor.is_byte(i):
@@ -120,19 +121,19 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-pair encoding with pad 0, bos 1, eos 2, unknown 3 and the 256 bytes; equal texts give equal models.
+    """Trains byte-pair encoding with pad 0, bos 1, eos 2, unknown 3 and the 256 bytes; deterministic.
 
-    Nothing is normalised and no space is added or dropped, so decoding returns the text exactly. Runs of spaces merge:
-    indentation is one token.
+    Text is not normalised and no space is added or removed, so decoding returns the text exactly. Runs of spaces may
+    merge, so that indentation is one token.
 
     Raises:
       ConfigError: `vocab_size` is too small for the bytes and the characters, or too large for the texts.
     """
-    # Sentences are lines, which bounds their length; "\n" is a piece of its own, so nothing merges across it anyway.
+    # A sentence is a line, which bounds its length; "\n" is a token of its own, so no merge crosses it.
     lines = [line for text in texts for line in text.split("\n") if line and _SPACE not in line]
     error = None
-    # Characters outside the coverage are spelled in bytes. Where the text has more characters than the vocabulary
-    # holds (many scripts, few ids), cover less of it.
+    # Characters outside the coverage become bytes. A smaller coverage is tried where the text has more characters than
+    # the vocabulary has ids.
     for coverage in (0.9995, 0.999, 0.995, 0.98):
         model = io.BytesIO()
         try:
@@ -147,7 +148,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                 eos_id=2,
                 unk_id=3,
                 byte_fallback=True,
-                split_digits=False,  # alone, each number would cost a token for its space and one per digit
+                split_digits=False,  # splitting would cost one token for the space and one per digit
                 allow_whitespace_only_pieces=True,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,

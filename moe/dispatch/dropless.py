@@ -8,53 +8,54 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from moe.dispatch.exchange import exchange_rows
 from moe.dispatch.experts import Experts
-from moe.dispatch.grouped_matmul.accelerator import whole_tiles
-from moe.dispatch.grouped_matmul.cpu import Chunks
-from moe.dispatch.grouped_matmul.grouped_ffn import chunks
-from moe.dispatch.plan import Plan
-from moe.dispatch.rows import combine_rows, fill_rows, index_tables, load_per_group
+from moe.dispatch.grouped_matmul.row_blocks import UNPADDED, choose_row_blocks, whole_tiles
+from moe.dispatch.plan import Plan, load_per_group
+from moe.dispatch.rows import combine_rows, fill_rows, index_tables
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size
 from moe.routing.routing import Routing
 
 
-def dropless(x: Array, routing: Routing, plan: Plan, experts: Experts) -> Array:
-    """Sorts all pairs by expert, by counting, and gives each expert exactly its rows: no capacity, nothing dropped.
+def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Experts) -> Float[Array, "G S D"]:
+    """Sorts all assignments by expert, by counting, and gives each expert exactly its rows; returns float32.
 
-    A row costs what it costs whatever the load of its expert; pairs that are not chosen have no row. On a mesh every
-    device sorts its own tokens, and where experts are split, sends each device the rows of its experts.
+    The cost of a row does not depend on the load of its expert, and assignments that are not chosen have no row. On a
+    mesh every device sorts its own tokens and, where experts are split, sends each device the rows of its experts.
     """
     matrices = experts.matrices(x.dtype)
     if axis_size(*partition_specs.AXES) == 1:
         return run_sorted_by_expert(x, routing, plan, matrices, experts)
-    tokens = jax.tree.map(lambda _: partition_specs.BATCH, (routing, plan))
+    batch = partition_specs.BATCH
     return jax.shard_map(
         functools.partial(run_sorted_by_expert, experts=experts),
-        in_specs=(partition_specs.BATCH, *tokens, partition_specs.EXPERT_MATRICES),
-        out_specs=partition_specs.BATCH,
+        in_specs=(batch, batch, batch, partition_specs.EXPERT_MATRICES),
+        out_specs=batch,
         check_vma=False,
     )(x, routing, plan, matrices)
 
 
-def run_sorted_by_expert(x: Array, routing: Routing, plan: Plan, matrices: Any, experts: Experts) -> Array:
-    """One device's tokens, their kept pairs sorted by expert, through its part of the experts' matrices."""
+def run_sorted_by_expert(
+    x: Float[Array, "G S D"], routing: Routing, plan: Plan, matrices: Any, experts: Experts
+) -> Float[Array, "G S D"]:
+    """Applies one device's part of the experts' matrices to its kept assignments, sorted by expert."""
     groups, tokens, model_dim = x.shape
     load = load_per_group(routing, plan)
-    sizes, parts = jnp.sum(load, axis=0), axis_size("expert")
+    sizes, num_devices = jnp.sum(load, axis=0), axis_size("expert")
     num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
-    pieces = chunks(num_rows, plan.num_experts) if parts == 1 else Chunks(())
-    room, num_rows = pieces.padded_sizes(sizes), pieces.total(num_rows, plan.num_experts)
-    tables = index_tables(routing, plan, load, jnp.cumsum(room) - room, num_rows)
+    row_blocks = choose_row_blocks(num_rows, plan.num_experts) if num_devices == 1 else UNPADDED
+    padded_sizes, num_rows = row_blocks.padded_sizes(sizes), row_blocks.total_rows(num_rows, plan.num_experts)
+    tables = index_tables(routing, plan, load, jnp.cumsum(padded_sizes) - padded_sizes, num_rows)
     # [G,S,D] → [G·S,D] → rows [R,D], sorted by expert
     rows = fill_rows(x.reshape(groups * tokens, model_dim), *tables)
-    if parts == 1:
-        outputs = experts.grouped(matrices, rows, room, pieces)
+    if num_devices == 1:
+        outputs = experts.grouped(matrices, rows, padded_sizes, row_blocks)
     else:
-        outputs = exchange_rows(rows, sizes, matrices, experts, parts)
+        outputs = exchange_rows(rows, sizes, matrices, experts, num_devices)
     weights = routing.combine_weights.reshape(groups * tokens, -1)
     y = combine_rows(outputs, weights, *tables).reshape(x.shape)
-    # The hidden dim is split over ``tensor``: every device there has a part of each output.
+    # The hidden dim is split over ``tensor``: every device of that axis has a partial sum of each output.
     return jax.lax.psum(y, "tensor") if axis_size("tensor") > 1 else y

@@ -1,10 +1,6 @@
-"""One MoE layer from given arrays: to compare it with another implementation, or with a paper by hand.
+"""One MoE layer from given arrays, to compare it with another implementation or with a paper by hand.
 
-In: router and expert matrices, and fields of :class:`moe.config.MoEConfig`. Out: a :class:`moe.layers.moe_layer.MoELayer`, to be
-called on x [B,T,D]. :func:`run_reference` does so for the layers that ``scripts/conformance.py`` is given as npz files,
-named as Hugging Face names them.
-
-Letters: B batch, T sequence, E experts, K choices per token, C expert capacity, D model dim, F hidden dim.
+:func:`run_reference` does so for npz files with Hugging Face's tensor names, as ``scripts/conformance.py`` takes them.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from moe.config.schema import Activation
 from moe.dispatch.plan import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.routing.resolve import resolve, validate
@@ -37,10 +34,10 @@ def single_layer(
     shared_gate_matrix: Any = None,
     selection_bias: Any = None,
     noise: Any = None,
-    activation: str = "swiglu",
+    activation: Activation = "swiglu",
     **fields: Any,
 ) -> MoELayer:
-    """A layer with these weights, float32.
+    """Builds a float32 layer with these weights.
 
     Args:
         gate: a name in moe.routing.registry.GATES.
@@ -48,16 +45,16 @@ def single_layer(
         up: [E,D,F].
         down: [E,F,D].
         gate_matrix: [E,D,F] for swiglu and geglu.
-        shared_up: [D,F'] of the expert that every token visits, or None.
+        shared_up: [D,F'] of the shared expert, or None.
         shared_down: [F',D].
         shared_gate_matrix: [D,F'].
         selection_bias: [E] of deepseek_v3; None: zeros.
         noise: [D,E] of noisy_topk; None: zeros.
         activation: swiglu, geglu, gelu or relu.
-        **fields: of :class:`moe.config.MoEConfig`; what is left out is the gate's own.
+        **fields: of :class:`moe.config.MoEConfig`; the gate's defaults for the others.
 
     Raises:
-        ConfigError: impossible fields, or an array whose shape is not what they and the others ask for.
+        ConfigError: impossible fields, or an array whose shape does not fit them and the other arrays.
     """
     num_experts, d_model, d_ff = np.shape(up)
     moe = MoEConfig(
@@ -84,23 +81,28 @@ def single_layer(
             "shared_gate_matrix": (layer.shared.dense, "gate", shared_gate_matrix),
         }
     for name, (module, attribute, value) in given.items():
-        variable = getattr(module, attribute, None)
-        shape = None if variable is None else variable.get_value().shape
-        if value is None and shape is not None:
-            # A selection bias and noise start at zero; a matrix that nobody gave would be a silent mistake.
-            if name not in ("selection_bias", "noise"):
-                raise ConfigError(f"{name}=None: the gate {gate!r} with {activation} needs {shape}")
-            value = np.zeros(shape)
-        given_shape = None if value is None else np.shape(value)
-        if shape != given_shape:
-            raise ConfigError(f"{name} of shape {given_shape}: must be {shape}")
-        if variable is not None:
-            variable.set_value(jnp.asarray(value, jnp.float32))
+        _assign(name, module, attribute, value, f"the gate {gate!r} with {activation}")
     return layer
 
 
+def _assign(name: str, module: Any, attribute: str, value: Any, asker: str) -> None:
+    """Sets a variable of a layer to a given array, after checking its shape."""
+    variable = getattr(module, attribute, None)
+    shape = None if variable is None else variable.get_value().shape
+    if value is None and shape is not None:
+        # A selection bias and noise start at zero; a missing matrix is a mistake.
+        if name not in ("selection_bias", "noise"):
+            raise ConfigError(f"{name}=None: {asker} needs {shape}")
+        value = np.zeros(shape)
+    given_shape = None if value is None else np.shape(value)
+    if shape != given_shape:
+        raise ConfigError(f"{name} of shape {given_shape}: must be {shape}")
+    if variable is not None:
+        variable.set_value(jnp.asarray(value, jnp.float32))
+
+
 def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np.ndarray]:
-    """What this code computes for a layer of another library.
+    """Runs a layer of another library here.
 
     Args:
         arrays: x [B,T,D] and, under ``weights/``, Hugging Face's tensors: of a Switch FFN (``router.classifier.weight``
@@ -108,14 +110,14 @@ def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np
             rows; or of a DeepSeek-V3 MoE (``gate.weight`` [E,D], ``gate.e_score_correction_bias`` [E],
             ``experts.gate_up_proj`` [E,2F,D] with gate rows first, ``experts.down_proj`` [E,D,F], ``shared_experts.*``)
             with ``n_group``, ``topk_group``, ``num_experts_per_tok``, ``routed_scaling_factor``, ``norm_topk_prob``.
-        dispatch_mode: a name in moe.dispatch.modes.MODES.
+        dispatch_mode: a name in moe.dispatch.modes.CONFIG_MODES.
 
     Returns:
-        Under the names that such files use. y [B,T,D]; router_logits, [B,T,E] or [B·T,E]; for Switch dispatch [B,T,E],
-        the kept one-hot, and gate [B,T,1]; for DeepSeek-V3 topk_weights and topk_index [B·T,K], best first.
+        Arrays under the names that such files use: y [B,T,D]; router_logits, [B,T,E] or [B·T,E]; for Switch dispatch
+        [B,T,E], the kept one-hot, and gate [B,T,1]; for DeepSeek-V3 topk_weights and topk_index [B·T,K], best first.
 
     Raises:
-        ConfigError: tensors of neither layer, or one that neither reads, such as a router's bias.
+        ConfigError: tensors of neither layer, or a tensor that the layer does not have, such as a router's bias.
     """
     weights = {name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")}
     x = jnp.asarray(arrays["x"], jnp.float32)
@@ -133,7 +135,7 @@ def _run(layer: MoELayer, x: jax.Array) -> tuple[Any, Any, Any]:
 def _all_read(weights: Arrays, *read: str) -> None:
     unread = sorted(set(weights) - set(read))
     if unread:
-        raise ConfigError(f"weights {unread}: no tensor of this layer; it has {sorted(read)}")
+        raise ConfigError(f"weights {unread}: must be among {sorted(read)}")
 
 
 def _run_switch(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dict[str, np.ndarray]:

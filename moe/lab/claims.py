@@ -71,7 +71,7 @@ class Finding:
     note: str = ""
 
 
-def test_claim(claim: Claim, table: Table | None) -> Finding:
+def assess(claim: Claim, table: Table | None) -> Finding:
     """Test a claim at the longest horizon for which its arms have runs."""
     if table is None:
         return Finding(claim, NOT_TESTED, note=f"suite {claim.suite} has not been run")

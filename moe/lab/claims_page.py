@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe.lab.claims import VERDICTS, Finding, Outcome, adjusted_p, arms_of, test_claim
+from moe.lab.claims import VERDICTS, Finding, Outcome, adjusted_p, arms_of, assess
 from moe.lab.markdown import table
 from moe.lab.registration import Claim
 from moe.lab.table import Table
@@ -26,7 +26,7 @@ def claims_section(claims: Sequence[Claim], tables: Mapping[str, Table]) -> str:
         claims: to test.
         tables: suite → its records.
     """
-    findings = [test_claim(claim, tables.get(claim.suite)) for claim in claims]
+    findings = [assess(claim, tables.get(claim.suite)) for claim in claims]
     verdicts = [(str(f.claim.number), f.claim.text, f"**{f.verdict}**", _standing(f)) for f in findings]
     adjusted = adjusted_p(findings)
     parts = [_part(finding, outcome, adjusted) for finding in findings for outcome in finding.outcomes]
@@ -44,7 +44,7 @@ def claims_section(claims: Sequence[Claim], tables: Mapping[str, Table]) -> str:
 
 def write_page(directory: Path, claims: Sequence[Claim], digest: str, tables: Mapping[str, Table]) -> None:
     """Write claims.md: all claims over the suites that have records."""
-    findings = [test_claim(claim, tables.get(claim.suite)) for claim in claims]
+    findings = [assess(claim, tables.get(claim.suite)) for claim in claims]
     counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in VERDICTS}
     complete = sum(f.verdict in VERDICTS[:3] and not f.lacks and not f.post_hoc for f in findings)
     text = [

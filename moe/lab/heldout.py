@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ class MixedRows:
     targets: np.ndarray
 
 
-def mixed_rows(prepared: pipeline.Prepared, config: Config, rows_per_domain: int) -> MixedRows:
-    """Up to ``rows_per_domain`` evenly spaced held-out rows of each domain, one of each domain in turn."""
+def mixed_rows(
+    prepared: pipeline.Prepared, config: Config, rows_per_domain: int, domains: Sequence[str] = ()
+) -> MixedRows:
+    """Up to ``rows_per_domain`` evenly spaced held-out rows of each domain (default: all), one of each in turn."""
     data = dataclasses.replace(config.data, heldout_rows=rows_per_domain)
     by_domain = {}
-    for domain in prepared.domains:
+    for domain in domains or prepared.domains:
         single = pipeline.heldout_batches(prepared, data, domain=domain, batch_size=1)
         by_domain[domain] = [row for row in single if (row["targets"] >= 0).any()]
     picked = [

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 
 RECORDS = "records"
@@ -102,7 +102,7 @@ class Record:
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
         text = json.dumps(_rounded(dataclasses.asdict(self)), separators=(",", ":"))
         # One line per logged value or list, so that a diff is readable.
-        write_whole(directory / RECORDS / f"{self.key.name}.json", text.replace('"],[', '"],\n[').encode() + b"\n")
+        write_atomic(directory / RECORDS / f"{self.key.name}.json", text.replace('"],[', '"],\n[').encode() + b"\n")
 
 
 def read_all(directory: Path) -> list[Record]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from moe.atomic_files import write_whole
+from moe.atomic_files import write_atomic
 from moe.checkpoints import manager
 from moe.lab.records import DIVERGED, Record
 from moe.metrics_files import METRICS, read_rows
@@ -77,4 +77,4 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
 def write(directory: Path, records: Iterable[Record]) -> None:
     """Write results.csv, atomically."""
-    write_whole(directory / RESULTS, frame(records).to_csv(index=False, float_format="%.7g").encode())
+    write_atomic(directory / RESULTS, frame(records).to_csv(index=False, float_format="%.7g").encode())

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe.checkpoints.parameters import read_config
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
 from moe.lab import plan, probes, results
@@ -191,7 +191,9 @@ class Worker:
         with jax.set_mesh(mesh):
             if record.variant not in models:
                 models.clear()  # one arm's data and programs at a time
-                models[record.variant] = probes.Model(self._programs(config, mesh), self._suite.primary_domains)
+                models[record.variant] = probes.Model(
+                    self._programs(config, mesh), self._suite.primary_domains, self._suite.heldout_rows
+                )
             found = probes.PROBES[name](probes.Trained(directory, models[record.variant]))
         return {f"{name}/{quantity}": value for quantity, value in found.items()}
 

@@ -76,11 +76,10 @@ def smallest_detectable(sd: float, n: int, *, power: float = POWER) -> float:
     critical = scipy.stats.t.ppf(1 - ALPHA / 2, n - 1)
 
     def shortfall(noncentrality: float) -> float:
-        return (
-            scipy.stats.nct.sf(critical, n - 1, noncentrality)
-            + scipy.stats.nct.cdf(-critical, n - 1, noncentrality)
-            - power
-        )
+        # Far out SciPy gives NaN: there the upper tail is 1 and the lower one 0.
+        upper = np.nan_to_num(scipy.stats.nct.sf(critical, n - 1, noncentrality), nan=1.0)
+        lower = np.nan_to_num(scipy.stats.nct.cdf(-critical, n - 1, noncentrality), nan=0.0)
+        return float(upper + lower - power)
 
     return float(scipy.optimize.brentq(shortfall, 1e-6, 100.0)) * sd / math.sqrt(n)
 

@@ -134,13 +134,13 @@ class Table:
     def row_differences(self, variant: str, baseline: str, steps: int) -> tuple[np.ndarray, list[str]]:
         """([seeds, rows] loss differences of primary held-out rows, domain of each row)."""
         primary, pairs = set(self.suite.primary_domains), []
-        seeds = [s for s in self.seeds(steps, variant, baseline)]
+        seeds = self.seeds(steps, variant, baseline)
         for seed in seeds:
             arm, base = (self.record(name, steps, seed) for name in (variant, baseline))
             if arm.row_losses and len(arm.row_losses) == len(base.row_losses):
                 pairs.append(np.asarray(arm.row_losses) - np.asarray(base.row_losses))
-        if not pairs:
-            return np.empty((0, 0)), []
-        domains = self.record(baseline, steps, seeds[0]).row_domains
+        domains = self.record(baseline, steps, seeds[0]).row_domains if pairs else []
         keep = [domain in primary for domain in domains]
+        if not any(keep):
+            return np.empty((0, 0)), []
         return np.asarray(pairs)[:, keep], [domain for domain in domains if domain in primary]

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Int
 
 from moe.config import ModelConfig
-from moe.dispatch.grouped_matmul.cpu import Chunks
 from moe.dispatch.grouped_matmul.grouped_ffn import grouped_ffn
+from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 from moe.layers.ffn import GATED_ACTIVATIONS, activate
-from moe.parallel.weights import matrix, use
+from moe.parallel.weights import gather_for_matmul, matrix
 
 Drop = Callable[[Array], Array]
 
@@ -33,10 +34,10 @@ class Experts(nnx.Module):
 
     def matrices(self, dtype: Any) -> tuple[tuple[Array, ...], Array]:
         """((up, and gate if any) [E,D,F], down [E,F,D]), ready for matmuls of that dtype."""
-        into = (use("experts.up", self.up[...], dtype),)
+        into = (gather_for_matmul("experts.up", self.up[...], dtype),)
         if self.gate is not None:
-            into += (use("experts.gate", self.gate[...], dtype),)
-        return into, use("experts.down", self.down[...], dtype)
+            into += (gather_for_matmul("experts.gate", self.gate[...], dtype),)
+        return into, gather_for_matmul("experts.down", self.down[...], dtype)
 
     def batched(self, rows: Array, drop: Drop | None = None) -> Array:
         """[E,R,D] → [E,R,D]: expert e over its R rows.
@@ -48,23 +49,30 @@ class Experts(nnx.Module):
         into, out_of = self.matrices(rows.dtype)
         return _batched_matmul(_hidden(self.activation, drop, _first(rows, into, _batched_matmul)), out_of)
 
-    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks, drop: Drop | None = None) -> Array:
-        """[R,D] → [R,D]: the first sizes[0] rows by expert 0, the next by expert 1, and so on.
+    def grouped(
+        self,
+        matrices: Any,
+        rows: Float[Array, "R D"],
+        sizes: Int[Array, " E"],
+        row_blocks: RowBlocks,
+        drop: Drop | None = None,
+    ) -> Float[Array, "R D"]:
+        """Applies expert 0 to the first sizes[0] rows, expert 1 to the next sizes[1], and so on.
 
         Args:
-            matrices: from :meth:`matrices`, all or one device's experts.
-            rows: [R,D].
-            sizes: [E] int32, padded for ``pieces``.
-            pieces: static.
+            matrices: from :meth:`matrices`, of all or one device's experts.
+            rows: sorted by expert.
+            sizes: rows of each expert, padded for ``row_blocks``.
+            row_blocks: static.
             drop: applied to the hidden activations.
         """
         into, out_of = matrices
         starts = jnp.cumsum(sizes) - sizes
         if drop is None:
             second = functools.partial(_second, self.activation)
-            return grouped_ffn(_first, second, rows, into, out_of, starts, sizes, pieces)
-        hidden = _hidden(self.activation, drop, grouped_ffn(_first, None, rows, into, (), starts, sizes, pieces))
-        (rows,) = grouped_ffn(_first, None, hidden, (out_of,), (), starts, sizes, pieces)
+            return grouped_ffn(_first, second, rows, into, out_of, starts, sizes, row_blocks)
+        hidden = _hidden(self.activation, drop, grouped_ffn(_first, None, rows, into, (), starts, sizes, row_blocks))
+        (rows,) = grouped_ffn(_first, None, hidden, (out_of,), (), starts, sizes, row_blocks)
         return rows
 
 
@@ -103,9 +111,9 @@ class ExpertDropout:
         """As :meth:`Experts.batched`."""
         return self.experts.batched(rows, self._drop)
 
-    def grouped(self, matrices: Any, rows: Array, sizes: Array, pieces: Chunks) -> Array:
+    def grouped(self, matrices: Any, rows: Array, sizes: Array, row_blocks: RowBlocks) -> Array:
         """As :meth:`Experts.grouped`."""
-        return self.experts.grouped(matrices, rows, sizes, pieces, self._drop)
+        return self.experts.grouped(matrices, rows, sizes, row_blocks, self._drop)
 
     def _drop(self, hidden: Array) -> Array:
         # Under shard_map each device has rows of its own: it draws its own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind
@@ -15,6 +15,9 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Routing
+
+#: An MoE layer's report and routing; None of a dense layer.
+Record = tuple[LayerReport, Routing] | None
 
 
 class Block(nnx.Module):
@@ -32,25 +35,32 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        segment_ids: Array,
-        positions: Array,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         *,
-        tokens: Array,
+        token_ids: Int[Array, "B T"],
         routing: Routing | None,
         train: bool,
-        rng: Array | None,
-    ) -> tuple[Array, tuple[LayerReport, Routing] | None]:
-        """[B,T,D] → [B,T,D]; see :class:`Transformer` for the arguments."""
+        rng: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], Record]:
+        """Apply both halves; :class:`moe.models.decoder.Transformer` describes the arguments."""
         x = x + self.attention(self.attention_norm(x), segment_ids, positions)
-        return self.feed_forward(x, segment_ids, tokens=tokens, routing=routing, train=train, rng=rng)
+        return self.feed_forward(x, segment_ids, token_ids=token_ids, routing=routing, train=train, rng=rng)
 
     def feed_forward(
-        self, x: Array, segment_ids: Array, *, tokens: Array, routing: Routing | None, train: bool, rng: Array | None
-    ) -> tuple[Array, tuple[LayerReport, Routing] | None]:
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        *,
+        token_ids: Int[Array, "B T"],
+        routing: Routing | None = None,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], Record]:
         """The second half: x + FFN(norm(x))."""
         h = self.ffn_norm(x)
         if not self.sparse:
             return constrain(x + self.dense(h), partition_specs.BATCH), None
-        y, report, routing = self.moe(h, segment_ids > 0, token_ids=tokens, routing=routing, train=train, rng=rng)
+        y, report, routing = self.moe(h, segment_ids > 0, token_ids=token_ids, routing=routing, train=train, rng=rng)
         return constrain(x + y, partition_specs.BATCH), (report, routing)

@@ -1,29 +1,24 @@
-"""Keys and values of the tokens so far: a prompt fills them, and each next token costs one position, not all.
+"""Keys and values of earlier tokens, so that each further token costs one position instead of the whole text.
 
-In: a :class:`moe.models.decoder.Transformer` and prompts of unequal length, each beginning at column 0. Out: the logits of
-each row's next token. A layer with a sliding window keeps its last W positions in a ring: position p lies in slot
-p mod W.
-
-Letters: B rows, T columns of the prompts, W slots, N query heads, M key/value heads, H head dim, D model dim, V vocab,
-R repeats of a unit of layers.
+Prompts of unequal length each begin at column 0. A layer with a sliding window keeps its last W positions in a ring:
+position p lies in slot p mod W.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
+from moe.config.layer_kinds import LayerKind
 from moe.layers.attention.attend import attend
 from moe.models.block import Block
 from moe.models.decoder import Transformer
-from moe.models.stack import segments
+from moe.models.stack import LayerStates, create_states
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 
@@ -31,12 +26,12 @@ from moe.parallel.mesh import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Of one layer; stacked over the repeats of its unit it gains a leading axis.
+    """Keys and values of one layer; stacked over layers it gains a leading axis.
 
     Attributes:
         key: [B,W,M,H], rotated.
         value: [B,W,M,H].
-        position: [B,W] int32, whose key lies there; -1: nobody's.
+        position: [B,W] int32, the position held in each slot; -1 where it is empty.
     """
 
     key: Array
@@ -44,36 +39,38 @@ class LayerCache:
     position: Array
 
 
-#: Per segment, per block of its unit: a stacked LayerCache.
-Cache = list[list[LayerCache]]
+#: (block, normalised x, cache) → (heads [B,T,N,H], cache)
+CachedAttention = Callable[[Block, Array, LayerCache], tuple[Array, LayerCache]]
 
 
-def empty(config: ModelConfig, rows: int, length: int) -> Cache:
-    """Room for that many positions a row, or for the window where a layer has a shorter one."""
+def empty(config: ModelConfig, rows: int, length: int) -> LayerStates:
+    """A cache of every layer for ``length`` positions a row, or for the window where a layer has a shorter one."""
 
-    def layer(window: int, repeats: int) -> LayerCache:
-        slots = min(window, length) if window else length
+    def create(kind: LayerKind, repeats: int) -> LayerCache:
+        slots = min(kind.window, length) if kind.window else length
         shape = (repeats, rows, slots, config.num_kv_heads, config.head_dim)
         heads = constrain(jnp.zeros(shape, config.dtype), partition_specs.CACHE)
         return LayerCache(heads, heads, jnp.full(shape[:3], -1, jnp.int32))
 
-    return [[layer(kind.window, repeats) for kind in unit] for unit, repeats in segments(config)]
+    return create_states(config, create)
 
 
-def prefill(model: Transformer, tokens: Array, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Runs the prompts.
+def prefill(
+    model: Transformer, token_ids: Int[Array, "B T"], lengths: Int[Array, " B"], caches: LayerStates
+) -> tuple[Float[Array, "B V"], LayerStates]:
+    """Run the prompts.
 
     Args:
-        model: any.
-        tokens: [B,T] int32; row b's prompt is its first lengths[b] tokens.
-        lengths: [B] int32, at least 1.
-        cache: from :func:`empty`.
+        model: the model.
+        token_ids: row b's prompt is its first lengths[b] tokens.
+        lengths: at least 1.
+        caches: from :func:`empty`.
 
     Returns:
-        logits [B,V] of the token after each prompt, and the filled cache.
+        logits of the token after each prompt, and the filled caches.
     """
-    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.broadcast_to(columns, tokens.shape)
+    columns = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
+    positions = jnp.broadcast_to(columns, token_ids.shape)
     segment_ids = (columns < lengths[:, None]).astype(jnp.int32)
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
@@ -82,23 +79,29 @@ def prefill(model: Transformer, tokens: Array, lengths: Array, cache: Cache) -> 
         heads = attend(query, key, value, segment_ids, window=block.attention.window, kind=kind)
         return heads, _fill(cache, key, value, lengths)
 
-    x, cache = _run(model, tokens, segment_ids, cache, attention)
+    x, caches = _run(model, token_ids, segment_ids, caches, attention)
     # [B,T,D] → [B,1,D]: the last token of each prompt
-    return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), cache
+    return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
 
 
-def decode(model: Transformer, tokens: Array, positions: Array, active: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Runs one more token a row.
+def decode(
+    model: Transformer,
+    token_ids: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    caches: LayerStates,
+) -> tuple[Float[Array, "B V"], LayerStates]:
+    """Run one more token a row.
 
     Args:
-        model: any.
-        tokens: [B] int32.
-        positions: [B] int32, of those tokens.
-        active: [B] bool; rows that are done go through no expert.
-        cache: of all tokens before.
+        model: the model.
+        token_ids: the tokens.
+        positions: their positions.
+        active: rows that are done go through no expert.
+        caches: of all tokens before.
 
     Returns:
-        logits [B,V] of the token after it, and the cache with it.
+        logits of the token after it, and the caches with it.
     """
     segment_ids = active.astype(jnp.int32)[:, None]
 
@@ -112,15 +115,15 @@ def decode(model: Transformer, tokens: Array, positions: Array, active: Array, c
         heads = jax.nn.dot_product_attention(query, cache.key, cache.value, mask=seen[:, None, None])
         return heads, cache
 
-    x, cache = _run(model, tokens[:, None], segment_ids, cache, attention)
-    return _logits(model, x), cache
+    x, caches = _run(model, token_ids[:, None], segment_ids, caches, attention)
+    return _logits(model, x), caches
 
 
 def _fill(cache: LayerCache, key: Array, value: Array, lengths: Array) -> LayerCache:
-    """The last W positions of each row, each in its slot."""
+    """Put the last W positions of each row into their slots."""
     slots = cache.position.shape[1]
     last = lengths[:, None] - 1
-    # The newest position that is slot's number modulo W; negative where the prompt is too short to reach the slot.
+    # The newest position congruent to the slot's number modulo W; negative where the prompt is too short to reach it.
     position = last - (last - jnp.arange(slots)) % slots  # [B,W]
     index = jnp.maximum(position, 0)[..., None, None]
     key, value = (jnp.take_along_axis(heads, index, axis=1).astype(cache.key.dtype) for heads in (key, value))
@@ -128,7 +131,7 @@ def _fill(cache: LayerCache, key: Array, value: Array, lengths: Array) -> LayerC
 
 
 def _append(cache: LayerCache, key: Array, value: Array, positions: Array) -> LayerCache:
-    """Position p of each row into slot p mod W. A choice by slot, not a scatter: rows stay on their devices."""
+    """Put position p of each row into slot p mod W: by selection, since a scatter would move rows between devices."""
     slots = cache.position.shape[1]
     here = jnp.arange(slots) == (positions % slots)[:, None]  # [B,W]
     return LayerCache(
@@ -139,31 +142,17 @@ def _append(cache: LayerCache, key: Array, value: Array, positions: Array) -> La
 
 
 def _run(
-    model: Transformer,
-    tokens: Array,
-    segment_ids: Array,
-    cache: Cache,
-    attention: Callable[[Block, Array, LayerCache], tuple[Array, LayerCache]],
-) -> tuple[Array, Cache]:
-    """All blocks with this attention: tokens [B,T] → [B,T,D]."""
-    x = model.embedding(tokens, jnp.dtype(model.config.dtype))
-    filled = []
-    for i, old in enumerate(cache):
-        graphdef, stacked = nnx.split(getattr(model, f"segment_{i}"))
+    model: Transformer, token_ids: Array, segment_ids: Array, caches: LayerStates, attention: CachedAttention
+) -> tuple[Array, LayerStates]:
+    """All blocks with this attention: token_ids [B,T] → hidden states [B,T,D]."""
 
-        def repeat(x: Array, inputs: Any, graphdef: Any = graphdef) -> tuple[Array, list[LayerCache]]:
-            variables, caches = inputs
-            new = []
-            for block, layer_cache in zip(nnx.merge(graphdef, variables).blocks(), caches, strict=True):
-                heads, layer_cache = attention(block, block.attention_norm(x), layer_cache)
-                x = x + block.attention.join(heads)
-                x, _ = block.feed_forward(x, segment_ids, tokens=tokens, routing=None, train=False, rng=None)
-                new.append(layer_cache)
-            return x, new
+    def body(block: Block, x: Array, cache: LayerCache, layer: Array) -> tuple[Array, LayerCache]:
+        del layer
+        heads, cache = attention(block, block.attention_norm(x), cache)
+        x, _ = block.feed_forward(x + block.attention.join(heads), segment_ids, token_ids=token_ids)
+        return x, cache
 
-        x, new = jax.lax.scan(repeat, x, (stacked, old))
-        filled.append(new)
-    return x, filled
+    return model.scan(body, model.embedding(token_ids, jnp.dtype(model.config.dtype)), caches)
 
 
 def _logits(model: Transformer, x: Array) -> Array:

@@ -1,31 +1,48 @@
-"""Storage and scan of repeated layers."""
+"""Repeated layers: how their parameters are stored, and the scan over them.
+
+Equal neighbouring layers are stored stacked, under ``segment_i/block_j``, and run as one ``jax.lax.scan``, so that a
+model of 32 layers compiles as fast as one of 4. No other module depends on this layout.
+"""
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind, layer_kinds
 from moe.models.block import Block
 
-#: What the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch axis; "full": the layer.
+#: Checkpoint policies: what the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch
+#: axis; "full": the layer.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+#: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
+#: stacked over the repeats.
+LayerStates = list[list[Any]]
 
-def segments(config: ModelConfig) -> list[tuple[tuple[LayerKind, ...], int]]:
+#: (block, x, the layer's state, layer number) → (x, the layer's new state)
+Body = Callable[[Block, Any, Any, Int[Array, ""]], tuple[Any, Any]]
+
+
+@functools.lru_cache
+def segments(config: ModelConfig) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
     """The layers as (unit, repeats) runs: a unit is a pattern of blocks, repeated.
 
-    Example: MoE in every second of 12 layers is [((dense, sparse), 6)]; all but the first of 4 is
-    [((dense,), 1), ((sparse,), 3)].
+    Example: MoE in every second of 12 layers is (((dense, sparse), 6),); all but the first of 4 is
+    (((dense,), 1), ((sparse,), 3)).
     """
     layers = layer_kinds(config)
     runs: list[tuple[tuple[LayerKind, ...], int]] = []
@@ -42,41 +59,11 @@ def segments(config: ModelConfig) -> list[tuple[tuple[LayerKind, ...], int]]:
                 best_unit, best_repeats = unit, repeats
         runs.append((best_unit, best_repeats))
         start += len(best_unit) * best_repeats
-    return runs
-
-
-def split_layers(config: ModelConfig, layers: Any) -> list[list[Any]]:
-    """What belongs to each MoE layer, by segment and by MoE block of its unit, stacked over the repeats.
-
-    Args:
-        config: of the model.
-        layers: a tree whose arrays lead with the number of MoE layers, in layer order; or None.
-    """
-    result, start = [], 0
-    for unit, repeats in segments(config):
-        sparse = sum(kind.sparse for kind in unit)
-        # [L,...] → [R·unit,...], of which every unit-th: [R,...]
-        stop = start + sparse * repeats
-        result.append(
-            [jax.tree.map(operator.itemgetter(slice(start + i, stop, sparse)), layers) for i in range(sparse)]
-        )
-        start = stop
-    return result
-
-
-def selection_biases(config: ModelConfig, layers: Array) -> dict[str, Any]:
-    """The nested dict in which a model keeps one [E] of every MoE layer as its router's bias. layers: [L,E]."""
-    biases: dict[str, Any] = {}
-    for i, blocks in enumerate(split_layers(config, layers)):
-        stacked = iter(blocks)
-        for j, kind in enumerate(segments(config)[i][0]):
-            if kind.sparse:
-                biases.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": next(stacked)}}}
-    return biases
+    return tuple(runs)
 
 
 class Segment(nnx.Module):
-    """Blocks of one unit, each with parameters stacked over the repeats (:func:`segments`)."""
+    """Blocks of one unit, each with parameters stacked over the repeats."""
 
     def __init__(self, config: ModelConfig, unit: tuple[LayerKind, ...], *, rngs: nnx.Rngs):
         self.size = len(unit)
@@ -85,7 +72,7 @@ class Segment(nnx.Module):
 
     @staticmethod
     def stacked(config: ModelConfig, unit: tuple[LayerKind, ...], repeats: int, *, rngs: nnx.Rngs) -> Segment:
-        """Every repeat drawn from its own key, then stacked along a new leading axis."""
+        """Draw every repeat from its own key and stack them along a new leading axis."""
 
         @nnx.vmap
         def create(key: Array) -> Segment:
@@ -96,3 +83,135 @@ class Segment(nnx.Module):
     def blocks(self) -> list[Block]:
         """The blocks of the unit, in order."""
         return [getattr(self, f"block_{i}") for i in range(self.size)]
+
+
+class Stack(nnx.Module):
+    """All layers of a model, in segments."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        for i, (unit, repeats) in enumerate(segments(config)):
+            setattr(self, f"segment_{i}", Segment.stacked(config, unit, repeats, rngs=rngs))
+
+    def scan(
+        self, body: Body, x: Any, states: LayerStates | None = None, *, remat: str = "none", unroll: bool = False
+    ) -> tuple[Any, LayerStates]:
+        """Run ``x, state = body(block, x, state, layer)`` over the layers, in order.
+
+        Args:
+            body: one layer; ``block`` holds that layer's parameters, ``layer`` is its number, traced.
+            x: carried from layer to layer.
+            states: an input for every layer, such as a cache; None: None for each.
+            remat: what the backward pass recomputes, a key of :data:`REMAT_POLICIES`.
+            unroll: write the repeats out instead of looping over them.
+
+        Returns:
+            The last x and the new state of every layer.
+        """
+        outputs, first = [], 0
+        for i, (unit, repeats) in enumerate(segments(self.config)):
+            before = [None] * len(unit) if states is None else states[i]
+            graphdef, stacked = nnx.split(getattr(self, f"segment_{i}"))
+
+            def repeat(x: Any, inputs: tuple[Any, Array, Any], graphdef: Any = graphdef, first: int = first) -> Any:
+                variables, index, before = inputs
+                after = []
+                blocks = nnx.merge(graphdef, variables).blocks()
+                for j, (block, state) in enumerate(zip(blocks, before, strict=True)):
+                    x, state = body(block, x, state, first + index * len(blocks) + j)
+                    after.append(state)
+                return x, after
+
+            if remat != "none":
+                repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            inputs = (stacked, jnp.arange(repeats), before)
+            x, after = jax.lax.scan(repeat, x, inputs, unroll=repeats if unroll else 1)
+            outputs.append(after)
+            first += len(unit) * repeats
+        return x, outputs
+
+
+def create_states(config: ModelConfig, create: Callable[[LayerKind, int], Any]) -> LayerStates:
+    """A state for every layer: ``create(kind, repeats)`` makes that of equal layers, stacked over the repeats."""
+    return [[create(kind, repeats) for kind in unit] for unit, repeats in segments(config)]
+
+
+def split_moe_layers(config: ModelConfig, tree: Any) -> LayerStates:
+    """Distribute a tree whose arrays lead with the number of MoE layers, in layer order; dense layers get None."""
+    result, start = [], 0
+    for unit, repeats in segments(config):
+        sparse = sum(kind.sparse for kind in unit)
+        stop = start + sparse * repeats
+        # [L,...] → [R·sparse,...], every sparse-th of them: [R,...]
+        columns = iter([slice(start + i, stop, sparse) for i in range(sparse)])
+        result.append(
+            [jax.tree.map(operator.itemgetter(next(columns)), tree) if kind.sparse else None for kind in unit]
+        )
+        start = stop
+    return result
+
+
+def join_moe_layers(states: LayerStates) -> Any:
+    """Undo :func:`split_moe_layers`: the states that are not None, stacked in layer order; None if all are."""
+    parts = []
+    for blocks in states:
+        sparse = [state for state in blocks if state is not None]
+        if sparse:
+            # [R,...] of each → [R,sparse,...] → [R·sparse,...]: layer order
+            parts.append(jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *sparse))
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else None
+
+
+def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[str, Any]:
+    """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases."""
+    biases: dict[str, Any] = {}
+    for i, blocks in enumerate(split_moe_layers(config, layers)):
+        for j, values in enumerate(blocks):
+            if values is not None:
+                biases.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
+    return biases
+
+
+def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:
+    """The layers whose arrays a parameter stacks, in the order of its leading axis, and its path within each block.
+
+    Args:
+        config: of the model.
+        path: keys of the parameter in the nested dict of all parameters.
+
+    Returns:
+        None for a parameter outside the layers, such as the embedding.
+    """
+    if not path[0].startswith("segment_"):
+        return None
+    i, j = int(path[0].removeprefix("segment_")), int(path[1].removeprefix("block_"))
+    runs = segments(config)
+    start = sum(len(unit) * repeats for unit, repeats in runs[:i])
+    size, repeats = len(runs[i][0]), runs[i][1]
+    return range(start + j, start + size * repeats, size), tuple(path[2:])
+
+
+def unstack_layers(config: ModelConfig, tree: dict[str, Any]) -> dict[tuple[int, tuple[str, ...]], Any]:
+    """Parameters, or moments of them, as {(layer, path within the block): one layer's array}; layer -1 is outside."""
+    flat: dict[tuple[int, tuple[str, ...]], Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = tuple(key.key for key in key_path)
+        found = stacked_layers(config, path)
+        if found is None:
+            flat[-1, path] = leaf
+        else:
+            flat |= {(layer, found[1]): leaf[repeat] for repeat, layer in enumerate(found[0])}
+    return flat
+
+
+def restack_layers(config: ModelConfig, like: dict[str, Any], flat: dict[tuple[int, tuple[str, ...]], Any]) -> Any:
+    """Undo :func:`unstack_layers`: a tree of NumPy arrays with the structure of ``like``."""
+
+    def leaf(key_path: tuple[Any, ...], _: Any) -> Any:
+        path = tuple(key.key for key in key_path)
+        found = stacked_layers(config, path)
+        if found is None:
+            return flat[-1, path]
+        return np.stack([flat[layer, found[1]] for layer in found[0]])
+
+    return jax.tree_util.tree_map_with_path(leaf, like)

@@ -1,4 +1,4 @@
-"""The device mesh, and constraints on the mesh in context."""
+"""Device mesh, and sharding constraints on the mesh in context."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moe.parallel.partition_specs import AXES, BATCH
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, with -1 filled in.
+    """Build the mesh over all devices, with -1 replaced.
 
     Raises:
-        ConfigError: if the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -30,42 +30,41 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise ConfigError(
             f"{given}: the sizes must multiply to the number of devices, {len(devices)}; "
-            "set one of them to -1 to fill it"
+            "set one of them to -1 to use all remaining devices"
         )
     return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices as an array of the mesh's sizes, neighbours on the network being neighbours on an axis.
+    """Arrange devices so that neighbours on a mesh axis are neighbours on the network.
 
-    A torus axis may be shared by two mesh axes: 8 x 8 on a 4x4x4 torus is otherwise refused. Between TPU slices there
-    is only the data-center network, so ``data`` is the axis that crosses it.
+    Two mesh axes may share a torus axis, which 8 x 8 on a 4x4x4 torus needs. Between TPU slices there is only the
+    data-center network, so only ``data`` spans slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
-        raise ConfigError(f"mesh.data={sizes[0]}: must be a multiple of the {slices} TPU slices, which it spans")
+        raise ConfigError(f"mesh.data={sizes[0]}: must be a multiple of the number of TPU slices, {slices}")
     return mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
     )
 
 
 def constrain(x: Array, spec: P) -> Array:
-    """Pins how x lies on the mesh in context (``jax.set_mesh``); without one, as on a laptop, does nothing."""
+    """Constrain the sharding of x on the mesh in context (``jax.set_mesh``); without a mesh, return x."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Numbers [b] of those of a batch's rows that this process's devices hold; where ``tensor`` spans processes, two
-    hold the same."""
+    """Indices [b] of the batch rows on this process's devices; where ``tensor`` spans processes, several share them."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
 
 
 def axis_size(*axes: str) -> int:
-    """Into how many parts these axes of the mesh in context split an array; 1 without a mesh."""
+    """Number of shards that these axes of the mesh in context make; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return int(np.prod([sizes.get(axis, 1) for axis in axes]))

@@ -1,4 +1,4 @@
-"""The one table of PartitionSpecs: how every parameter and activation lies on the mesh."""
+"""PartitionSpecs of all parameters and activations."""
 
 from __future__ import annotations
 
@@ -12,50 +12,30 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+#: Mesh axes, and those over which tokens are split.
 AXES = ("data", "fsdp", "expert", "tensor")
-
-
 TOKEN_AXES = ("data", "fsdp", "expert")
 
-
+# Activations.
 BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
-
-
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
-
-
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
-
-
 CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
-
-
-TABLE = P("tensor", None)  # [V,D] while tokens are looked up
-
-
+TABLE = P("tensor", None)  # [V,D] during the embedding lookup
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
+PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summed over each of X shards of the tokens
+GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
+EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] after dispatch, sharded as experts
 
-
-PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], what each of X parts of the tokens adds to a gradient
-
-
-GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] where the tokens are
-
-
-EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] where the experts are
-
-
-#: ((up, and gate if any) [E,D,F], down [E,F,D]) as the experts' matmuls take them
+#: Operands of the experts' matmuls: up and gate [E,D,F], down [E,F,D]
 EXPERT_MATRICES = (P("expert", None, "tensor"), P("expert", "tensor", None))
-
 
 REPLICATED = P()
 
+#: Axes over which D of a weight that all tokens use is stored: all token axes except data.
+STORED = ("fsdp", "expert")
 
-STORED = ("fsdp", "expert")  # D of a weight that every token needs: split over all that have tokens but data
-
-
-#: How each parameter is stored, by its last two names; stacked over layers it gains an unsharded leading axis.
+#: Storage of each parameter, by the last two names of its path; stacked layers add an unsharded leading axis.
 PARAMETERS: Mapping[str, P] = types.MappingProxyType(
     {
         "embedding.table": P("tensor", STORED),  # [V,D]
@@ -82,19 +62,19 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
 
 
 def axis_names(axes: Any) -> tuple[str, ...]:
-    """Mesh axes of one entry of a PartitionSpec."""
+    """Mesh axes in one entry of a PartitionSpec."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def without(axes: Any, dropped: Sequence[str]) -> Any:
-    """One entry of a PartitionSpec without some of its axes."""
+    """Remove axes from one entry of a PartitionSpec."""
     kept = tuple(axis for axis in axis_names(axes) if axis not in dropped)
     return kept if len(kept) > 1 else kept[0] if kept else None
 
 
 def fit(spec: P, shape: Sequence[int]) -> P:
-    """How a weight is stored where D does not divide by fsdp x expert, as 1024 by 2048 cores: ``expert`` then splits
-    another of its dimensions, or none."""
+    """Storage of a weight whose D does not divide by fsdp x expert (1024 over 2048 cores): ``expert`` splits another
+    dimension instead, or none."""
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def divides(dim: int, axes: Any) -> bool:
@@ -112,14 +92,14 @@ def fit(spec: P, shape: Sequence[int]) -> P:
 
 
 def parameter_specs(tree: Any) -> Any:
-    """PartitionSpecs of a tree of parameters, or of any tree that holds such trees (an optimizer's state, gradients).
+    """PartitionSpecs of a tree of parameters, or of any tree that contains such trees (optimizer state, gradients).
 
-    A leaf is looked up by the last two names of its path; one that is not in the table (norm scales, counters) is
+    Leaves are looked up by the last two names of their path; those not in the table (norm scales, counters) are
     replicated.
     """
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
-        if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # an nnx.State wraps each array in its Param
+        if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # nnx.State wraps arrays in Param
             path = path[:-1]
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         found = PARAMETERS.get(".".join(names[-2:]))
@@ -132,5 +112,5 @@ def parameter_specs(tree: Any) -> Any:
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
-    """NamedShardings of a tree of PartitionSpecs."""
+    """Convert a tree of PartitionSpecs to NamedShardings."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))

@@ -1,7 +1,7 @@
-"""The hardware that the program being traced is for: the one place that asks.
+"""Target hardware of the program being traced, and XLA's compiler options for it.
 
-The mesh in context says it, so that a program can be compiled for devices that are absent; without a mesh, the default
-device does.
+The target is that of the mesh in context, so that programs can be compiled for devices that are absent; without a mesh,
+that of the default device. No other module asks for the hardware.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kind of device.
+    """Kind of device.
 
     Attributes:
         platform: "cpu", "tpu" or "gpu".
-        device_kind: name as JAX gives it, such as "TPU v5" or "NVIDIA H100 80GB HBM3".
+        device_kind: JAX's name of it, such as "TPU v5" or "NVIDIA H100 80GB HBM3".
     """
 
     platform: str
@@ -25,7 +25,7 @@ class Target:
 
     @property
     def compute_capability(self) -> int:
-        """Major CUDA compute capability, 0 where the device is no NVIDIA GPU or is unknown."""
+        """Major CUDA compute capability; 0 for unknown devices and for anything but NVIDIA GPUs."""
         if self.platform != "gpu":
             return 0
         device = jax.devices()[0]
@@ -35,16 +35,36 @@ class Target:
         return next((major for name, major in _CAPABILITIES.items() if name in self.device_kind), 0)
 
 
-#: Major compute capability by a part of the device kind, for devices that are absent.
+#: Major compute capability by a substring of the device kind, for devices that are absent.
 _CAPABILITIES = {"A100": 8, "H100": 9, "H200": 9, "B200": 10}
 
 
 def current() -> Target:
-    """The target of the program being traced."""
+    """Return the target of the program being traced."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
     return Target(device.platform, device.device_kind)
 
 
 def is_cpu() -> bool:
-    """Whether the program being traced is for CPUs."""
+    """True if the program being traced is for CPUs."""
     return current().platform == "cpu"
+
+
+#: Vector memory of a core that one fusion may use, KiB, by prefix of the device kind; the first match counts.
+_SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """XLA options for a kind of device, by JAX's name of it; none except for TPUs.
+
+    With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
+    inputs computed, several times. Asynchronous all-to-alls overlap with independent work. docs/performance.md has the
+    estimated gains.
+    """
+    if not device_kind.startswith("TPU"):
+        return {}
+    options = {"xla_tpu_enable_async_all_to_all": "true"}
+    for prefix, kibibytes in _SCOPED_VMEM_KIB.items():
+        if device_kind.startswith(prefix):
+            return options | {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}
+    return options

@@ -1,4 +1,4 @@
-"""Parameters: how they are initialised, and gathered for a matmul."""
+"""Initialisation of parameters, and gathering them for a matmul."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from jax.sharding import PartitionSpec as P
 from moe.parallel.mesh import constrain
 from moe.parallel.partition_specs import PARAMETERS, STORED, fit, without
 
+#: Prefix of the named scopes of :func:`gather_for_matmul`, by which the planner finds weight exchanges in a compiled program.
+WEIGHTS_SCOPE = "weights."
 
-def use(name: str, parameter: Array, dtype: Any) -> Array:
-    """A parameter as a matmul wants it: cast, then gathered where it is stored split; its gradient is scattered back.
 
-    Said explicitly because XLA, left to itself, may move the tokens instead of the weights.
+def gather_for_matmul(name: str, parameter: Array, dtype: Any) -> Array:
+    """Cast a parameter and gather its stored shards for a matmul; its gradient is reduce-scattered.
+
+    The shardings are explicit because XLA might otherwise move tokens instead of weights.
 
     Args:
         name: key of :data:`PARAMETERS`.
-        parameter: one layer's array, without the leading layer axis.
-        dtype: of the computation.
+        parameter: array of one layer, without the leading layer axis.
+        dtype: compute dtype.
     """
     stored = fit(PARAMETERS[name], parameter.shape)
-    # One axis after the other: over both at once XLA for TPUs makes an all-reduce of it, of the whole weight padded
-    # with zeros, and sums the gradient by another; that is twice the traffic, and code that takes long to compile.
-    parts, whole = [stored], stored
+    # One axis at a time: for both at once, XLA for TPUs emits an all-reduce of the zero-padded weight, and another for
+    # the gradient, which doubles the traffic and compiles slowly.
+    specs, spec = [stored], stored
     for axis in ("fsdp",) if name.startswith("experts.") else reversed(STORED):
-        whole = P(*(without(axes, (axis,)) for axes in whole))
-        parts.append(whole)
+        spec = P(*(without(axes, (axis,)) for axes in spec))
+        specs.append(spec)
 
     @jax.custom_vjp
     def gather(weights: Array) -> Array:
-        return functools.reduce(constrain, parts[1:], weights)
+        return functools.reduce(constrain, specs[1:], weights)
 
     gather.defvjp(
         lambda weights: (gather(weights), None),
-        lambda _, gradient: (functools.reduce(constrain, parts[-2::-1], gradient),),
+        lambda _, gradient: (functools.reduce(constrain, specs[-2::-1], gradient),),
     )
-    with jax.named_scope(f"weights.{name}"):  # by this a compiled program's exchanges of weights are told apart
+    with jax.named_scope(f"{WEIGHTS_SCOPE}{name}"):
         return gather(parameter.astype(dtype))
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float) -> nnx.Param[Array]:
-    """A float32 parameter drawn from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma
-    (Switch 2021, section 2.4)."""
+    """Float32 parameter from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma (Switch 2021,
+    section 2.4)."""
     return nnx.Param(jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)(rngs.params(), shape, jnp.float32))
 
 
 def zeros(shape: tuple[int, ...]) -> nnx.Param[Array]:
-    """A float32 parameter of zeros: a bias."""
+    """Float32 parameter of zeros."""
     return nnx.Param(jnp.zeros(shape, jnp.float32))

@@ -1,1 +1,1 @@
-"""Planning a pod run on a machine without one: compile the real train step ahead of time, and read what came out."""
+"""Ahead-of-time compilation of the train step for absent accelerators, and estimates from the compiled program."""

@@ -1,7 +1,7 @@
-"""FLOPs of a traced program: every matrix product that a step does, recomputation and empty expert slots included.
+"""FLOPs of all matrix products in a traced program, recomputation and empty expert slots included.
 
-In: a jaxpr, before partitioning, so that the sum is over all devices. Out: FLOPs, 2 per multiply-add; elementwise work
-is not counted. The compiler's own figure counts a loop's body once, hence this.
+A jaxpr is not partitioned yet, so the sum is over all devices. A multiply-add is 2 FLOPs; elementwise work is not
+counted. (The compiler's own figure counts a loop's body once.)
 """
 
 from __future__ import annotations
@@ -11,25 +11,27 @@ from typing import Any
 
 from jax.extend import core
 
+from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+
 
 def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
-    """FLOPs of all matrix products, scans multiplied out; a conditional counts its dearest branch.
+    """FLOPs of all matrix products; a scan counts its length times, a conditional its most expensive branch.
 
-    A Pallas kernel counts its body once for every point of its grid: blocks that it skips at run time, as causal
-    attention skips the upper triangle, are counted too.
+    A Pallas kernel counts its body once for every point of its grid, including blocks skipped at run time (the upper
+    triangle in causal attention).
 
     Args:
         jaxpr: of the traced program.
-        kernels_only: leave out what is not in a Pallas kernel.
+        kernels_only: count products inside Pallas kernels only.
     """
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "while" and "overflow" in str(equation.source_info.name_stack):
-            continue  # moe.dispatch.ragged_exchange' further waves, which a balanced router never needs
+        if name == "while" and OVERFLOW_SCOPE in str(equation.source_info.name_stack):
+            continue  # further exchange rounds, which a balanced router never needs
         if name == "pallas_call" and not all(isinstance(size, int) for size in params["grid_mapping"].grid):
-            # A grouped matmul, its grid as long as there are rows: it declares the FLOPs of all it has room for, and
-            # its time is moe.planner.kernels' to tell.
+            # A grouped matmul: its grid depends on the rows that arrive, so it declares the FLOPs of a full buffer.
+            # moe.planner.grouped_matmuls estimates its time.
             total += 0.0 if kernels_only else params["cost_estimate"].flops
         elif name == "pallas_call":
             total += math.prod(params["grid_mapping"].grid) * matmul_flops(params["jaxpr"])
@@ -50,10 +52,18 @@ _PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 
 def _product_flops(equation: Any) -> float:
     first, result = equation.invars[0].aval.shape, math.prod(equation.outvars[0].aval.shape)
+    params = equation.params
     if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2.0 * result * math.prod(first[axis] for axis in contracted)
-    return 2.0 * result * first[-1]
+        (contracted, _), _ = params["dimension_numbers"]
+    elif equation.primitive.name == "ragged_dot":
+        contracted = (len(first) - 1,)
+    else:
+        numbers = params["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        if set(numbers.lhs_ragged_dimensions) & set(contracted):
+            # A weight gradient [R,K]ᵀ·[R,N] → [E,K,N]: each row contributes to one of the E results.
+            result //= equation.invars[2].aval.shape[-1]
+    return 2.0 * result * math.prod(first[axis] for axis in contracted)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:

@@ -1,6 +1,6 @@
-"""TPU generations: what a chip can hold, do and send, each figure with its source.
+"""Memory, FLOP/s and bandwidths of TPU generations, with their sources.
 
-In: a generation's name. Out: a :class:`Chip`. Sources: [cloud] the Cloud TPU documentation's page of that generation
+Sources: [cloud] the Cloud TPU documentation's page of that generation
 (read in 2026: peak, memory, memory bandwidth, bidirectional ICI bandwidth per chip, DCN bandwidth); [v4] Jouppi et al.
 2023, "TPU v4: An Optically Reconfigurable Supercomputer", table 4 (links of v3 and v4); [v2] Jouppi et al. 2020, "A
 Domain Specific Supercomputer for Training Deep Neural Networks" (v2); [v7] the vendor's announcement of Ironwood, 2025
@@ -17,7 +17,7 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation.
+    """One TPU generation.
 
     Attributes:
         memory: HBM bytes a chip.
@@ -28,8 +28,8 @@ class Chip:
         dcn: bytes/s a chip between slices.
         devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
         flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
-        example: a topology of it.
-        options: what ``get_topology_desc`` needs beyond the name, to show devices as JAX shows them on hardware.
+        example: name of a topology.
+        options: further arguments of ``get_topology_desc`` that make devices look as they do on hardware.
         source: of the figures.
     """
 
@@ -46,6 +46,20 @@ class Chip:
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
+    def estimate(self) -> str:
+        """Source of the compiler's estimate of time."""
+        return "the compiler's cycles"
+
+    @property
+    def grouped_matmul(self) -> bool:
+        """A grouped matmul costs the FLOPs of its rows, not of all rows for each expert."""
+        return self.example.startswith("v5p")
+
+    def axis_bandwidth(self, stride: int, size: int) -> float:
+        """Bytes/s of a device along a mesh axis, taken as a ring of neighbours whatever its stride and size."""
+        return 2 * self.link / self.devices
+
+    @property
     def clock(self) -> float:
         """Hz."""
         return self.peak / self.flops_per_cycle
@@ -54,7 +68,7 @@ class Chip:
 _MXU = 2 * 128 * 128  # FLOP a cycle of one 128 x 128 matrix unit
 
 
-#: Keys are the names libtpu's topologies begin with. Where no page gives a DCN figure, v5e's is assumed.
+#: Keys are the prefixes of libtpu's topology names. Where no page gives a DCN figure, v5e's is assumed.
 CHIPS: dict[str, Chip] = {
     "v2": Chip(16 * GiB, 46e12, 700e9, 62e9, 16, 25e9 / 8, 2, 2 * _MXU, "v2:16x16", "[v2]; DCN assumed"),
     "v3": Chip(32 * GiB, 123e12, 900e9, 70e9, 32, 25e9 / 8, 2, 4 * _MXU, "v3:32x32", "[cloud], [v4]; DCN assumed"),

@@ -1,7 +1,6 @@
-"""GShard's headline again: experts grow with the devices, and a device's memory and the compile time stay flat.
+"""GShard's scaling experiment, compiled: memory and compile time as experts grow with devices (GShard 2020, section 4).
 
-In: a list of points, each a config and a topology. Out: rows of figures from their plans, or of the reason why there
-is none. One expert a device, the same tokens a device, so that only the exchange can grow (GShard 2020, section 4).
+With one expert and the same tokens a device, only the exchange can grow.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, MeshConfig
 from moe.planner import plan
 from moe.planner.topology import get_topology
+from moe.routing.resolve import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Point:
     """One program to compile.
 
     Attributes:
-        series: what it is compared within.
+        series: name of the curve it belongs to.
         topology: a name for :func:`moe.planner.topology.get_topology`.
     """
 
@@ -32,16 +33,13 @@ class Point:
 
 
 def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch: str, tensor: int = 1) -> Config:
-    """A config with so many experts on as many devices, `rows` rows of tokens for each.
+    """Set the experts, devices and rows of tokens a device of a config.
 
-    With ``tensor`` as many devices share as many experts, a slice of each, and their tokens.
+    With ``tensor`` > 1 that many devices share that many experts, a slice of each, and their tokens.
 
     Raises:
         ConfigError: see :func:`moe.routing.resolve.from_config_dict`.
     """
-    from moe.config import MeshConfig
-    from moe.routing.resolve import validate
-
     model = dataclasses.replace(
         config.model, moe=dataclasses.replace(config.model.moe, num_experts=experts, dispatch=dispatch)
     )
@@ -57,8 +55,10 @@ def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch:
 
 
 def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
-    """Compiles the points one after the other; a row of each as it is done. What is refused, by a check here or by the
-    compiler, has ``refused`` in place of figures: the reason."""
+    """Compile the points in turn and yield a row of figures for each.
+
+    A point that the checks or the compiler refuse has ``refused``, the reason, instead of figures.
+    """
     for point in points:
         where = get_topology(point.topology)
         row = {
@@ -86,7 +86,7 @@ def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; below it, why some points have no figures."""
+    """Markdown table, followed by the reasons of refused points."""
     heads = {
         "series": "series",
         "topology": "topology",
@@ -117,28 +117,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(path: Any, rows: list[dict[str, Any]]) -> None:
-    """Four panels over devices, a line a series, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Save a PNG with four panels over the number of devices, one line per series."""
     panels = {
         "memory_gib": "memory a device (GiB)",
         "compile_seconds": "compile time (s)",
         "all_to_all_ms": "all-to-all a step (ms, network model)",
         "step_ms": "step (ms, estimate)",
     }
-    drawing, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    drawing = Figure(figsize=(10, 7), layout="constrained")
+    axes = drawing.subplots(2, 2)
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
         compiled = [row for row in rows if "refused" not in row]
         for i, series in enumerate(dict.fromkeys(row["series"] for row in compiled)):
             mine = [row for row in compiled if row["series"] == series]
-            style = ("o-", "s--", "^:")[i % 3]  # equal lines stay visible under each other
+            style = ("o-", "s--", "^:")[i % 3]  # overlapping lines stay visible
             axis.plot([row["devices"] for row in mine], [row[name] for row in mine], style, label=series)
         axis.set(xscale="log", xlabel="devices", ylabel=label, ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     drawing.savefig(path, dpi=110)
-    plt.close(drawing)

@@ -1,8 +1,4 @@
-"""Held-out loss of a model, per domain.
-
-In: a model's variables, prepared data. Out: for each domain nats per token, perplexity, bits per byte of text, and
-what the routers did; and the same over all domains' tokens.
-"""
+"""Held-out loss, perplexity, bits per byte and routing metrics, per domain and over all domains."""
 
 from __future__ import annotations
 
@@ -23,14 +19,19 @@ from moe.training.step import Program, place
 
 @dataclasses.dataclass(frozen=True)
 class Heldout:
-    """Batches per domain, [B,T] each, kept in memory: an evaluation always sees the same tokens."""
+    """Batches per domain, [B,T] each, kept in memory: every evaluation sees the same tokens.
+
+    Attributes:
+        batches: domain → batches.
+        token_bytes: [V] int32, UTF-8 bytes of each token's text.
+    """
 
     batches: dict[str, list[dict[str, np.ndarray]]]
     token_bytes: np.ndarray
 
 
 def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
-    """This process's rows of the held-out batches.
+    """Load this process's rows of the held-out batches.
 
     Raises:
         moe.config.ConfigError: the held-out text is shorter than one row.
@@ -51,7 +52,7 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
 
 
 def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, dict[str, Any]]:
-    """Metrics per domain and under "all".
+    """Evaluate every domain, and all of them together under "all".
 
     Returns:
         domain → loss (nats per target), perplexity, bits_per_byte, targets; in a sparse model also, per MoE layer,
@@ -61,10 +62,10 @@ def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> d
     sums = np.zeros(3)
     reports: list[LayerReport] = []
     for domain, batches in heldout.batches.items():
-        # All batches are started before any result is read.
+        # All batches are dispatched before a result is read.
         metrics = [program.eval_step(variables, place(b, program.mesh), heldout.token_bytes) for b in batches]
         domain_sums = np.sum([[float(m.nll), int(m.targets), int(m.target_bytes)] for m in metrics], axis=0)
-        # Batches that are padding alone have nothing to report.
+        # Batches of padding alone have no routing to report.
         domain_reports = [m.layers for m in metrics if m.layers is not None and int(m.targets) > 0]
         results[domain] = _summary(domain_sums, domain_reports)
         sums += domain_sums

@@ -1,7 +1,6 @@
-"""Numbers going wrong: what the logged steps say of the run's health.
+"""Warnings about skipped updates, loss spikes and dead experts.
 
-In: the metrics of every step, as JSON, once per logged row. Out: warnings (rows of kind "warning"), and how many
-updates in a row were skipped. A function of the metrics alone, so that a resumed run warns of the same things.
+They depend on the logged metrics alone, so that a resumed run gives the same warnings.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from typing import Any
 
 import numpy as np
 
-HISTORY = 64  # losses whose median is the running one
-
-
-ENOUGH = 16  # of them, before anything is called a spike
+HISTORY = 64  # number of recent losses in the running median
+MIN_HISTORY = 16  # losses needed before a spike is reported
 
 
 class Health:
-    """Follows a run; what it remembers between rows is in its checkpoints."""
+    """Running statistics of a run; they are saved in its checkpoints."""
 
     def __init__(self, spike_sigmas: float, rows_per_step: int, memory: dict[str, Any] | None = None):
         """
         Args:
-            spike_sigmas: a loss so many deviations above the running median is a spike; 0: none is.
-            rows_per_step: B, to name the place in the data.
-            memory: of an earlier :meth:`memory`.
+            spike_sigmas: report a loss this many deviations above the running median; 0: never.
+            rows_per_step: B, to compute positions in the data.
+            memory: result of :meth:`memory` from a checkpoint.
         """
         self._sigmas, self._rows = spike_sigmas, rows_per_step
         self._losses: list[float] = list((memory or {}).get("losses", ()))
@@ -32,19 +29,19 @@ class Health:
         self.skipped_in_a_row = 0  # at the last step seen
 
     def memory(self) -> dict[str, Any]:
-        """JSON for a checkpoint."""
+        """State as JSON, for a checkpoint."""
         return {"losses": self._losses, "dead": self._dead}
 
     def look(self, step: int, steps: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Warnings of a logged row, in the order of its steps.
+        """Warnings of a logged row, in step order.
 
         Args:
-            step: the row's, which is that of the last of the steps.
-            steps: metrics of each step since the row before.
+            step: step of the row, which is the last of the steps.
+            steps: metrics of each step since the previous row.
             row: their mean.
 
         Returns:
-            dicts with ``what`` (skipped, spike or dead), numbers, and ``text`` for people.
+            dicts with ``what`` (skipped, spike or dead), numbers, and a readable ``text``.
         """
         warnings = []
         for at, metrics in enumerate(steps, start=step - len(steps) + 1):
@@ -58,7 +55,7 @@ class Health:
 
     def _skipped(self, at: int, metrics: dict[str, Any]) -> dict[str, Any]:
         loss, norm = metrics["loss"], metrics["gradient_norm"]
-        first = (at - 1) * self._rows  # step n takes the n-th batch, whatever happened before
+        first = (at - 1) * self._rows  # step n always takes the n-th batch
         text = (
             f"step {at}: loss {loss}, gradient norm {norm}: the update is skipped "
             f"(rows {first} to {first + self._rows - 1} of the run's data)"
@@ -67,10 +64,10 @@ class Health:
 
     def _spike(self, at: int, loss: float) -> list[dict[str, Any]]:
         warnings = []
-        if len(self._losses) >= ENOUGH and self._sigmas:
+        if len(self._losses) >= MIN_HISTORY and self._sigmas:
             median = float(np.median(self._losses))
-            # The median absolute deviation times 1.4826 is the deviation of a normal distribution, and earlier spikes
-            # hardly move it.
+            # 1.4826 times the median absolute deviation estimates sigma of a normal distribution, robust to earlier
+            # spikes.
             sigma = 1.4826 * float(np.median(np.abs(np.subtract(self._losses, median))))
             if loss > median + self._sigmas * sigma > median:
                 text = (
@@ -83,7 +80,7 @@ class Health:
         return warnings
 
     def _newly_dead(self, expert_load: Any, steps: int) -> list[dict[str, Any]]:
-        """Pairs (MoE layer, expert) without a token in this row that had some in the row before."""
+        """(MoE layer, expert) pairs that received no token in this row but did in the previous one."""
         if expert_load is None:
             return []
         load = np.asarray(expert_load)

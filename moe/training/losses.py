@@ -1,11 +1,8 @@
-"""What is minimised: cross-entropy of the next token, plus the named auxiliary terms of the MoE layers.
-
-In: a forward pass's :class:`moe.models.decoder.Output` and targets [B,T]. Out: a scalar, and every term raw.
-
-Letters: B batch, T sequence, V vocab, L MoE layers.
-"""
+"""Training losses: cross-entropy of the next token, soft targets, and the auxiliary terms of the MoE layers."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +15,12 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import LayerReport
 
+#: Named scope of the chunked loss, by which the planner finds it in a compiled program.
+LOSS_SCOPE = "loss"
+
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Sum over positions of −log p(target), nats, in float32, and how many positions had a target.
+    """Sum over positions of −log p(target), in nats and float32, and the number of positions with a target.
 
     Args:
         logits: [B,T,V].
@@ -31,33 +31,32 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return jnp.sum(jnp.where(known, losses, 0.0)), jnp.sum(known)
 
 
-#: Tokens of a device whose logits are held at once: 128 MiB of them in float32 at a vocabulary of 32,768.
+#: Tokens per device whose logits are in memory at once: 128 MiB in float32 at a vocabulary of 32,768.
 _CHUNK = 1024
 
 
 @jax.custom_vjp
 def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, Array]:
-    """:func:`cross_entropy` of ``hidden @ matrix``, without ever holding [B,T,V].
+    """:func:`cross_entropy` of ``hidden @ matrix`` in chunks of positions, without [B,T,V] in memory.
 
-    Chunks of positions go one after another. The result is a sum, so that a chunk's gradient is known but for one
-    factor as soon as its logits are: where a gradient is wanted it is summed up in the same pass, and nothing is
-    computed twice (as in Liger-Kernel, Hsu et al. 2024).
+    The gradient is computed in the forward pass, chunk by chunk, up to the incoming factor, so that logits are
+    computed once (as in Liger-Kernel, Hsu et al. 2024).
 
     Args:
         hidden: [B,T,D].
         matrix: [D,V].
         targets: [B,T] int32; negative where there is nothing to predict.
     """
-    with jax.named_scope("loss"):
+    with jax.named_scope(LOSS_SCOPE):
         chunks = _chunks(hidden, targets)
         nll, known = jax.lax.map(lambda chunk: cross_entropy(_logits(chunk[0], matrix), chunk[1]), chunks)
     return jnp.sum(nll), jnp.sum(known)
 
 
 def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
-    """[C,B,P,D] and [C,B,P]: C chunks of P positions; the last is filled up with positions that have no target."""
+    """[C,B,P,D] and [C,B,P]: C chunks of P positions; the last one is padded with positions that have no target."""
     batch, length, _ = hidden.shape
-    rows = -(-batch // axis_size(*partition_specs.TOKEN_AXES))  # of one device
+    rows = -(-batch // axis_size(*partition_specs.TOKEN_AXES))  # per device
     count = -(-length // max(_CHUNK // rows, 1))
     size = -(-length // count)
     surplus = ((0, 0), (0, count * size - length))
@@ -80,13 +79,13 @@ def _with_gradient(hidden, matrix, targets):
         part, part_targets = inputs
         logits, back = jax.vjp(lambda part: _logits(part, matrix), part)
         nll, d_logits, known = _softmax_gradient(logits, part_targets)
-        # Each device sums up its own tokens' part, [B,P,·] → [X,B/X,P,·]; they are added once, after the last chunk.
+        # Each device accumulates over its own tokens, [B,P,·] → [X,B/X,P,·]; one sum over devices after the last chunk.
         by_device = [x.reshape(shards, -1, *x.shape[1:]) for x in (part, d_logits)]
         product = jnp.einsum("xbpd,xbpv->xdv", *by_device, preferred_element_type=jnp.float32)
         d_matrix = constrain(sums + product, partition_specs.PARTIAL_LOGITS_MATRIX)
         return d_matrix, (nll, known, *back(d_logits))
 
-    with jax.named_scope("loss"):
+    with jax.named_scope(LOSS_SCOPE):
         zeros = constrain(jnp.zeros((shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
         d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
         # [C,B,P,D] → [B,C,P,D] → [B,C·P,D] → [B,T,D]
@@ -96,7 +95,7 @@ def _with_gradient(hidden, matrix, targets):
 
 
 def _softmax_gradient(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """:func:`cross_entropy` and its gradient [B,P,V], in the logits' dtype."""
+    """:func:`cross_entropy` and its gradient [B,P,V] in the logits' dtype."""
     (nll, known), back = jax.vjp(lambda logits: cross_entropy(logits, targets), logits)
     (gradient,) = back((jnp.ones_like(nll), np.zeros((), jax.dtypes.float0)))
     return nll, gradient, known
@@ -112,11 +111,11 @@ linear_cross_entropy.defvjp(_with_gradient, _scaled)
 
 
 def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> Array:
-    """Sum over the positions of targets of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, at temperature 1).
+    """Sum over positions with a target of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, temperature 1).
 
     Args:
         logits: [B,T,V].
-        teacher_logits: [B,T,V]; no gradient reaches them.
+        teacher_logits: [B,T,V]; receives no gradient.
         targets: [B,T] int32; negative where there is nothing to predict.
     """
     probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32), axis=-1)
@@ -125,7 +124,7 @@ def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> 
 
 
 def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
-    """Weighted auxiliary terms, summed over the MoE layers (Switch 2021, section 2.2: "for each Switch layer").
+    """Sum of weighted auxiliary terms over the MoE layers (Switch 2021, section 2.2).
 
     Args:
         layers: reports with a leading axis [L], or None in a dense model.
@@ -144,5 +143,6 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
 
 
 def mean_reports(reports: LayerReport) -> LayerReport:
-    """Mean over a leading axis of batches."""
-    return jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
+    """Mean over the leading axis of batches; ``broken_tokens``, a count, is summed."""
+    mean = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
+    return dataclasses.replace(mean, broken_tokens=jnp.sum(reports.broken_tokens, axis=0))

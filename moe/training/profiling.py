@@ -1,8 +1,8 @@
-"""A trace of some steps of a run, for TensorBoard's profiler.
+"""Profiler trace of some steps of a run, ``--profile=STEP:COUNT``.
 
-In: ``--profile=STEP:COUNT``. Out: ``WORKDIR/profile/plugins/profile/steps_A-B/HOST.xplane.pb``, which
-``tensorboard --logdir=WORKDIR/profile`` shows where its plugin (``pip install xprof``) is installed. The loop knows
-nothing of it: the train step that it calls starts and stops the trace.
+The trace is ``WORKDIR/profile/plugins/profile/steps_A-B/HOST.xplane.pb``; view it with
+``tensorboard --logdir=WORKDIR/profile`` and its plugin (``pip install xprof``). The train step is wrapped, so the
+loop needs no profiling code.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from moe.training.step import Program, build
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """first, …, last: the steps to trace."""
+    """Range of steps to trace, both ends included."""
 
     first: int
     last: int
 
 
 def parse(text: str, num_steps: int) -> Steps:
-    """STEP:COUNT as steps.
+    """Parse STEP:COUNT.
 
     Args:
-        text: of the flag.
-        num_steps: of the run.
+        text: value of the flag.
+        num_steps: length of the run.
 
     Raises:
-        ConfigError: it is no such text, or the run has no such steps.
+        ConfigError: malformed text, or steps beyond the run.
     """
     step, _, count = text.partition(":")
     if not (step.isdecimal() and count.isdecimal() and int(step) >= 1 and int(count) >= 1):
@@ -52,12 +52,12 @@ def parse(text: str, num_steps: int) -> Steps:
 
 @contextlib.contextmanager
 def profiled(steps: Steps | None, workdir: str) -> Iterator[Callable[..., Program]]:
-    """As a context manager, what to give :func:`moe.training.loop.train` as ``make_program``.
+    """Context manager that gives the ``make_program`` argument of :func:`moe.training.loop.train`.
 
-    A run that is resumed after those steps traces nothing. One that ends between them keeps what was traced.
+    A run resumed after those steps traces nothing; a run that ends among them keeps the partial trace.
 
     Args:
-        steps: to trace; None: none.
+        steps: steps to trace; None: none.
         workdir: of the run.
     """
     if steps is None:
@@ -78,14 +78,14 @@ def profiled(steps: Steps | None, workdir: str) -> Iterator[Callable[..., Progra
 class _Tracer:
     def __init__(self, steps: Steps, folder: epath.Path):
         self._steps, self._folder = steps, folder
-        self._step: int | None = None  # the last one begun
-        self._local: tempfile.TemporaryDirectory[str] | None = None  # while it runs: where the trace will be written
+        self._step: int | None = None  # the last step started
+        self._local: tempfile.TemporaryDirectory[str] | None = None  # output of the running trace
 
     def around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """The same step, with the trace begun before and ended after it where that is due."""
+        """Wrap a train step: start the trace before the first step of the range, stop it after the last."""
 
         def traced(state: Any, batch: Any) -> Any:
-            # Read from the device once: later it would wait for the step before.
+            # Read from the device once: reading it every step would wait for the previous step.
             self._step = int(state.step) + 1 if self._step is None else self._step + 1
             inside = self._steps.first <= self._step <= self._steps.last
             if inside and self._local is None:
@@ -102,13 +102,13 @@ class _Tracer:
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
-        # All processes of a run under one name; the time of day would differ between them.
+        # One name for all processes of a run; the default is a time, which would differ between them.
         options.session_id = f"steps_{self._steps.first}-{self._steps.last}"
         self._local = tempfile.TemporaryDirectory()
         jax.profiler.start_trace(self._local.name, profiler_options=options)
 
     def stop(self) -> None:
-        """Ends the trace, if one runs, and puts its files where they belong."""
+        """Stop the trace, if one is running, and move its files to the workdir."""
         if self._local is None:
             return
         with self._local as local:
@@ -116,7 +116,7 @@ class _Tracer:
             jax.profiler.stop_trace()
             for path in Path(local).rglob("*.xplane.pb"):
                 target = self._folder / path.relative_to(local)
-                if jax.process_count() > 1:  # several on one host would have the same name
+                if jax.process_count() > 1:  # processes of one host would use the same name
                     target = target.with_name(f"{jax.process_index():05d}_{path.name}")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())

@@ -1,23 +1,79 @@
-"""What a run shows at its end: a table, and a picture.
-
-In: evaluation results (:func:`moe.training.evaluation.evaluate`) and the rows of ``metrics.jsonl``. Out: text, and a PNG.
-"""
+"""Final report of a run: a table, sampled text and a figure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
-matplotlib.use("Agg")  # a file, never a window
+from moe.atomic_files import write_atomic
+from moe.checkpoints.state import TrainState
+from moe.config import ConfigError
+from moe.data import pipeline
+from moe.metrics_files import METRICS, read_rows
+from moe.models import sampling
+from moe.training.step import Program
+
+matplotlib.use("Agg")  # draws to files, needs no display
+
+
+def finish(
+    program: Program,
+    state: TrainState,
+    prepared: pipeline.Prepared,
+    directory: epath.Path,
+    say: Callable[[str], Any],
+) -> None:
+    """Write report.txt and training.png from the last evaluation and the final state; a second call prints the report.
+
+    Raises:
+        ConfigError: the rows of the last evaluation are missing from the metrics file.
+    """
+    if (directory / "report.txt").exists():
+        say(f"{directory} is done: {program.config.train.num_steps} steps were trained. Its report:\n")
+        say((directory / "report.txt").read_text())
+        return
+    config = program.config
+    rows = read_rows(directory / METRICS)
+    final = [row for row in rows if row["step"] == config.train.num_steps and row["kind"].startswith("heldout/")]
+    if not final:
+        raise ConfigError(f"{directory / METRICS}: the last evaluation, which the report shows, is missing; restore it")
+    results = {row["kind"].removeprefix("heldout/"): row for row in final}
+    unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
+    unigram = unigram_over_all(results, unigram)
+    text = table(results, unigram)
+    if config.train.sample_tokens and jax.process_count() == 1:
+        text += "\n\n" + _samples(program, state, prepared)
+    figure(directory / "training.png", rows, unigram)
+    write_atomic(directory / "report.txt", (text + "\n").encode())
+    say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
+
+
+def _samples(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
+    """Continuations of the first tokens of each domain's first held-out document."""
+    tokenizer = prepared.tokenizer
+    prompts = [tokenizer.encode(prepared.heldout[domain][0][:2000])[:31] for domain in prepared.domains]
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    prompts = [np.concatenate([start, prompt]).astype(np.int32) for prompt in prompts]
+    config = program.config
+    text = sampling.sample(
+        config.model, state.variables, prompts, config.train.sample_tokens, sampling.Sampling(seed=config.seed)
+    )
+    shown = [
+        f"a continuation, {domain}:\n{tokenizer.decode(prompt)} >>> {tokenizer.decode(continuation)}"
+        for domain, prompt, continuation in zip(prepared.domains, prompts, text, strict=True)
+    ]
+    return "\n\n".join(shown)
 
 
 def table(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> str:
-    """Held-out numbers per domain beside the unigram baseline, then load per expert and layer.
+    """Held-out metrics per domain beside the unigram baseline, then the load per expert and layer.
 
     Args:
         results: domain, or "all" → metrics.
@@ -40,19 +96,19 @@ def table(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> str:
 
 
 def unigram_over_all(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> dict[str, float]:
-    """Adds "all": the token-weighted mean over domains."""
+    """Add "all", the token-weighted mean over domains."""
     weights = {domain: results[domain]["targets"] for domain in unigram}
     total = sum(weights.values())
     return {"all": sum(unigram[d] * weights[d] for d in unigram) / total, **unigram}
 
 
 def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, float]) -> None:
-    """Writes a PNG: loss over steps, and the load of every expert of every MoE layer at the last evaluation.
+    """Write a PNG: loss over steps, and the load of every expert at the last evaluation.
 
     Args:
-        path: of the PNG.
-        rows: of metrics.jsonl.
-        unigram: with "all", drawn as a line.
+        path: output file.
+        rows: rows of metrics.jsonl.
+        unigram: "all" → baseline, drawn as a line.
     """
     train = [row for row in rows if row["kind"] == "train"]
     evaluations: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +139,7 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
         )
         if load.size <= 128:
             for (layer, expert), share in np.ndenumerate(load):
-                # White on the two dark ends of the scale.
+                # White text on the two dark ends of the scale.
                 color = "white" if abs(share / even - 1) > 0.6 else "black"
                 axes[0, 1].text(expert, layer, f"{100 * share:.1f}", ha="center", va="center", color=color, fontsize=8)
         fig.colorbar(image, ax=axes[0, 1])

@@ -1,15 +1,9 @@
-"""The state of a run and the compiled programs that change and read it; the only train step there is.
-
-In: a :class:`moe.config.Config` and a mesh. Out: a :class:`Program` with ``init``, ``train_step`` and ``eval_step``,
-all jitted with their shardings, and the shapes of their arguments, so that a program can also be compiled for
-hardware that is not here.
-
-Letters: B batch, T sequence, L MoE layers.
-"""
+"""The train step and the evaluation step, jitted with their shardings."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,37 +15,40 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe import platform
-from moe.checkpoints.state import TrainState, at_step, join
+from moe.checkpoints.state import TrainState, join, set_schedule_step
 from moe.config import Config, ModelConfig
+from moe.layers.moe_layer import replace_gate
 from moe.models.decoder import Transformer
 from moe.models.stack import selection_biases
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport, next_selection_bias
+from moe.routing.interface import Gate
 from moe.routing.router import SelectionBias
 from moe.training.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
-from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
+from moe.training.optimizer import gradient_norm, make_optimizer
+from moe.training.schedules import learning_rate_schedule
 
 #: tokens, targets, segment_ids, positions: [B,T] int32 (see moe.data.pipeline)
 Batch = dict[str, Array]
-
-
 BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
+
+#: A teacher's model config and variables.
+Teacher = tuple[ModelConfig, dict[str, Any]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainMetrics:
-    """Of one step, over its whole batch.
+    """Metrics of one step over its whole batch.
 
     Attributes:
         loss: [] cross_entropy plus weighted auxiliary terms.
         cross_entropy: [] nats per target.
-        gradient_norm: [] of what is trained, before clipping.
+        gradient_norm: [] of the trained parameters, before clipping.
         learning_rate: [].
-        skipped: [] float32, 1 if the loss or a gradient was not finite, and nothing was updated; else 0.
-        layers: LayerReport with leading axis [L], or None.
+        skipped: [] float32, 1 if the loss or a gradient was not finite and nothing was updated, else 0.
+        layers: LayerReport with leading axis [L], or None in a dense model.
     """
 
     loss: Array
@@ -69,9 +66,9 @@ class EvalMetrics:
 
     Attributes:
         nll: [] nats.
-        targets: [] int32, how many.
-        target_bytes: [] int32, UTF-8 bytes those targets stand for.
-        layers: LayerReport with leading axis [L], or None.
+        targets: [] int32, number of targets.
+        target_bytes: [] int32, UTF-8 bytes of the targets' text.
+        layers: LayerReport with leading axis [L], or None in a dense model.
     """
 
     nll: Array
@@ -82,11 +79,11 @@ class EvalMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Compiled on first call; arguments and results lie on the mesh as their shardings say.
+    """The jitted functions of a run, compiled on first call, and the shapes and shardings of their arguments.
 
     Attributes:
         initialise: seed → TrainState at step 0.
-        train_step: (TrainState, Batch) → (TrainState, TrainMetrics); the old state's buffers are reused.
+        train_step: (TrainState, Batch) → (TrainState, TrainMetrics); donates the old state.
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: Batch of ShapeDtypeStructs with shardings.
@@ -102,145 +99,77 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     def init(self) -> TrainState:
-        """The state at step 0 of the config's seed."""
+        """Random state at step 0, from the config's seed."""
         return self.initialise(self.config.seed)
 
     def model(self, variables: dict[str, Any]) -> Transformer:
-        """The NNX module over these variables (:attr:`TrainState.variables`)."""
+        """NNX module over these variables (:attr:`TrainState.variables`)."""
         return nnx.merge(self.graphdef, variables)
 
 
-def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]] | None = None) -> Program:
-    """The programs of a run.
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Static parts of a run that the traced functions share."""
+
+    config: Config
+    graphdef: nnx.GraphDef[Transformer]
+    teacher_graphdef: nnx.GraphDef[Transformer]
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+
+
+def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: Gate | None = None) -> Program:
+    """Build the programs of a run; nothing is compiled yet.
 
     Args:
         config: resolved and validated, against the mesh too (:func:`moe.config.checks.validate_mesh`).
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
-        teacher: a model and its variables, whose probabilities are targets too; see ``config.distill``.
+        teacher: model whose probabilities serve as soft targets (``config.distill``).
+        gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    microbatches, bias_update_rate = config.train.accumulation_steps, config.model.moe.bias_update_rate
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
-
-    def init(seed: ArrayLike) -> TrainState:  # an argument, so that runs of several seeds share one compiled program
-        parameter_key, noise_key = jax.random.split(jax.random.key(seed))
-        model = Transformer(config.model, rngs=nnx.Rngs(params=parameter_key))
-        parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
-        return TrainState(
-            jnp.zeros((), jnp.int32), parameters, biases, optimizer.init(parameters), jax.random.key_data(noise_key)
-        )
-
     teacher_model, teacher_variables = teacher or (config.model, None)
-    teacher_graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(teacher_model, rngs=nnx.Rngs(0))))
-
-    def teach(variables: dict[str, Any], batch: Batch) -> Array:
-        """The teacher's logits [B,T,V]."""
-        model = nnx.merge(teacher_graphdef, variables)
-        return model(batch["tokens"], batch["segment_ids"], batch["positions"]).logits
-
-    def loss_and_report(parameters, biases, batch: Batch, rng: Array, num_targets: Array, teaching=None):
-        """This microbatch's share of the batch's loss."""
-        model = nnx.merge(graphdef, join(parameters, biases))
-        output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
-        nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-        share = loss = nll / jnp.maximum(num_targets, 1)
-        if teaching is not None:
-            soft = soft_cross_entropy(output.logits, teach(teaching, batch), batch["targets"])
-            loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
-        return loss + auxiliary_loss(output.layers, config.model.moe) / microbatches, (share, output.layers)
-
-    def train_step(state: TrainState, batch: Batch, teaching=None) -> tuple[TrainState, TrainMetrics]:
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        num_targets = jnp.sum(batch["targets"] >= 0)
-        value_and_grad = jax.value_and_grad(loss_and_report, has_aux=True)
-        if microbatches == 1:
-            (loss, (ce, layers)), gradients = value_and_grad(
-                state.parameters, state.biases, batch, rng, num_targets, teaching
-            )
-        else:
-
-            def accumulate(sums, inputs):
-                microbatch, index = inputs
-                result = value_and_grad(
-                    state.parameters, state.biases, microbatch, jax.random.fold_in(rng, index), num_targets, teaching
-                )
-                (loss, (ce, layers)), gradients = result
-                return jax.tree.map(jnp.add, sums, (loss, ce, gradients)), layers
-
-            # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
-            split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
-            split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
-            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
-            (loss, ce, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
-            layers = mean_reports(layers)
-        norm = gradient_norm(config.optimizer, gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        metrics = TrainMetrics(
-            loss, ce, norm, jnp.asarray(schedule(state.step)), 1.0 - finite.astype(jnp.float32), layers
-        )
-        biases = state.biases
-        if biases:
-            # Outside the gradient, from the loads of this step: loss-free balancing.
-            loads = selection_biases(config.model, layers.expert_load)
-            biases = jax.tree.map(lambda b, load: next_selection_bias(b, load, bias_update_rate), biases, loads)
-        # One branch runs. (Selecting old or new leaf by leaf reads and copies more; optax.apply_if_finite also keeps
-        # counters in the optimizer's state, and in the end applies what is not finite.)
-        parameters, optimizer_state, biases = jax.lax.cond(
-            finite,
-            lambda: (*update(gradients, norm, state), biases),
-            lambda: (state.parameters, at_step(state.optimizer, state.step + 1), state.biases),
-        )
-        return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
-
-    def update(gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
-        """(parameters, optimizer's state) after a step."""
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters, norm=norm)
-        return optax.apply_updates(state.parameters, updates), optimizer_state
-
-    def eval_step(variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike) -> EvalMetrics:
-        model = nnx.merge(graphdef, variables)
-        output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-        nll, num_targets = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-        known = batch["targets"] >= 0
-        sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
-        return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
-
+    parts = _Parts(
+        config,
+        _graphdef(config.model, gate),
+        _graphdef(teacher_model),
+        make_optimizer(config.optimizer, config.train.num_steps),
+        learning_rate_schedule(config.optimizer, config.train.num_steps),
+    )
+    init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
     state_shardings = partition_specs.shardings(mesh, partition_specs.parameter_specs(shapes))
     batch_sharding = NamedSharding(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
-    rows = jax.ShapeDtypeStruct(
-        (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=batch_sharding
-    )
+    options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
         step_shardings += (partition_specs.shardings(mesh, partition_specs.parameter_specs(teacher_variables)),)
-    options = platform.compiler_options(mesh.devices.flat[0].device_kind) or None
     jitted_step = jax.jit(
-        train_step,
+        functools.partial(train_step, parts),
         in_shardings=step_shardings,
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
         compiler_options=options,
     )
+    rows = jax.ShapeDtypeStruct(
+        (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=batch_sharding
+    )
     return Program(
         config=config,
         mesh=mesh,
-        graphdef=graphdef,
+        graphdef=parts.graphdef,
         initialise=jax.jit(init, out_shardings=state_shardings),
         train_step=jitted_step
         if teacher_variables is None
         else lambda state, batch: jitted_step(state, batch, teacher_variables),
         eval_step=jax.jit(
-            eval_step,
+            functools.partial(eval_step, parts.graphdef),
             in_shardings=(state_shardings.variables, batch_sharding, replicated),
             out_shardings=replicated,
             compiler_options=options,
         ),
         state=jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
             shapes,
             state_shardings,
         ),
@@ -248,7 +177,125 @@ def build(config: Config, mesh: Mesh, teacher: tuple[ModelConfig, dict[str, Any]
     )
 
 
+def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Transformer]:
+    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+    if gate is not None:
+        replace_gate(abstract, gate)
+    return nnx.graphdef(abstract)
+
+
+def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
+    """Random state at step 0. The seed is an argument so that runs of several seeds share one compiled program."""
+    parameter_key, noise_key = jax.random.split(jax.random.key(seed))
+    model = Transformer(parts.config.model, rngs=nnx.Rngs(params=parameter_key))
+    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
+    return TrainState(
+        jnp.zeros((), jnp.int32), parameters, biases, parts.optimizer.init(parameters), jax.random.key_data(noise_key)
+    )
+
+
+def train_step(
+    parts: _Parts, state: TrainState, batch: Batch, teacher_variables: dict[str, Any] | None = None
+) -> tuple[TrainState, TrainMetrics]:
+    """Gradients, then an update unless the loss or a gradient is not finite."""
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    (loss, cross_entropy, layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
+    norm = gradient_norm(parts.config.optimizer, gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    learning_rate = jnp.asarray(parts.schedule(state.step))
+    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers)
+    biases = _next_biases(parts.config, state.biases, layers)
+    # Only one branch is executed. Selecting leaf by leaf reads and copies more; optax.apply_if_finite keeps counters
+    # in the optimizer state and eventually applies updates that are not finite.
+    parameters, optimizer_state, biases = jax.lax.cond(
+        finite,
+        lambda: (*_update(parts, gradients, norm, state), biases),
+        lambda: (state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases),
+    )
+    return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
+
+
+def _gradients(
+    parts: _Parts, state: TrainState, batch: Batch, rng: Array, teacher_variables: dict[str, Any] | None
+) -> tuple[tuple[Array, Array, LayerReport | None], Any]:
+    """(loss, cross-entropy, layer reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
+    microbatches = parts.config.train.accumulation_steps
+    num_targets = jnp.sum(batch["targets"] >= 0)
+    value_and_grad = jax.value_and_grad(functools.partial(_loss, parts), has_aux=True)
+    if microbatches == 1:
+        (loss, (cross_entropy, layers)), gradients = value_and_grad(
+            state.parameters, state.biases, batch, rng, num_targets, teacher_variables
+        )
+        return (loss, cross_entropy, layers), gradients
+
+    def accumulate(sums, inputs):
+        microbatch, index = inputs
+        key = jax.random.fold_in(rng, index)
+        result = value_and_grad(state.parameters, state.biases, microbatch, key, num_targets, teacher_variables)
+        (loss, (cross_entropy, layers)), gradients = result
+        return jax.tree.map(jnp.add, sums, (loss, cross_entropy, gradients)), layers
+
+    # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
+    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
+    split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+    (loss, cross_entropy, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
+    return (loss, cross_entropy, mean_reports(layers)), gradients
+
+
+def _loss(
+    parts: _Parts,
+    parameters: dict[str, Any],
+    biases: dict[str, Any],
+    batch: Batch,
+    rng: Array,
+    num_targets: Array,
+    teacher_variables: dict[str, Any] | None,
+) -> tuple[Array, tuple[Array, LayerReport | None]]:
+    """A microbatch's share of the batch's loss, and (its share of the cross-entropy, layer reports)."""
+    config = parts.config
+    model = nnx.merge(parts.graphdef, join(parameters, biases))
+    output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
+    nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
+    cross_entropy = loss = nll / jnp.maximum(num_targets, 1)
+    if teacher_variables is not None:
+        teacher = nnx.merge(parts.teacher_graphdef, teacher_variables)
+        teacher_logits = teacher(batch["tokens"], batch["segment_ids"], batch["positions"]).logits
+        soft = soft_cross_entropy(output.logits, teacher_logits, batch["targets"])
+        loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
+    auxiliary = auxiliary_loss(output.layers, config.model.moe) / config.train.accumulation_steps
+    return loss + auxiliary, (cross_entropy, output.layers)
+
+
+def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
+    """(parameters, optimizer state) after an update."""
+    updates, optimizer_state = parts.optimizer.update(gradients, state.optimizer, state.parameters, norm=norm)
+    return optax.apply_updates(state.parameters, updates), optimizer_state
+
+
+def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
+    """Selection biases after a step of loss-free balancing, from the step's loads; no gradient is involved."""
+    if not biases or layers is None:
+        return biases
+    loads = selection_biases(config.model, layers.expert_load)
+    rate = config.model.moe.bias_update_rate
+    return jax.tree.map(lambda bias, load: next_selection_bias(bias, load, rate), biases, loads)
+
+
+def eval_step(
+    graphdef: nnx.GraphDef[Transformer], variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike
+) -> EvalMetrics:
+    """Sums over a held-out batch; no routing noise, no dropout."""
+    model = nnx.merge(graphdef, variables)
+    output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+    nll, num_targets = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
+    known = batch["targets"] >= 0
+    sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
+    return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
+
+
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """This process's rows of a batch (numpy [b,T]) as global arrays [B,T] on the mesh."""
-    where = NamedSharding(mesh, partition_specs.BATCH)
-    return {key: jax.make_array_from_process_local_data(where, batch[key]) for key in BATCH_KEYS}
+    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh."""
+    sharding = NamedSharding(mesh, partition_specs.BATCH)
+    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in BATCH_KEYS}

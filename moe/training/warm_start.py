@@ -1,11 +1,8 @@
-"""The first state of a run that does not start from nothing: fine-tuning, sparse upcycling, distillation's student.
+"""Initial state of a run that starts from a checkpoint: fine-tuning, sparse upcycling, distillation.
 
-In: ``config.start.checkpoint``, the workdir of a run or an import. Out: a :class:`moe.checkpoints.state.TrainState` at step 0.
-Layer by layer, what both models have is copied; an MoE layer where the other has a dense one gets copies of its FFN as
-experts and a fresh router (Komatsuzaki et al. 2023, section 2.1); a dense layer where the other has an MoE one starts
-afresh (Switch 2021, section 4.2: non-expert weights are copied).
-
-Letters: see :mod:`moe.models.decoder`.
+Parameters that both models have are copied layer by layer. Where an MoE layer replaces a dense one, every expert is a
+copy of the dense FFN and the router is fresh (Komatsuzaki et al. 2023, section 2.1); where a dense layer replaces an
+MoE one, its FFN is fresh (Switch 2021, section 4.2: non-expert weights are copied).
 """
 
 from __future__ import annotations
@@ -22,25 +19,23 @@ from jax.sharding import Mesh
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.state import TrainState
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, ModelConfig
-from moe.models.stack import segments
+from moe.models.stack import restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
 from moe.training.step import Program, build
 
-#: (layer, names within the block), or (-1, names) outside the blocks → one layer's array
-Flat = dict[tuple[int, tuple[str, ...]], Any]
-
 
 def check(config: Config) -> None:
-    """Whether there is something at start.checkpoint and distill.teacher, before anything is written.
+    """Check that start.checkpoint and distill.teacher exist, before anything is written.
 
     Raises:
-        ConfigError: no config there, or no checkpoints.
+        ConfigError: a config or checkpoints are missing.
     """
     for field, workdir in (("start.checkpoint", config.start.checkpoint), ("distill.teacher", config.distill.teacher)):
         if workdir:
             try:
-                stored.read_config(workdir)
+                read_config(workdir)
             except ConfigError as error:
                 raise ConfigError(f"{field}={workdir!r}: must be the workdir of a run or an import: {error}") from error
             if not (epath.Path(workdir) / "checkpoints").exists():
@@ -48,15 +43,15 @@ def check(config: Config) -> None:
 
 
 def first_state(program: Program) -> TrainState:
-    """The state at step 0: fresh, or with what ``config.start`` says.
+    """The state at step 0: random, or taken from a checkpoint as ``config.start`` says.
 
     Raises:
-        ConfigError: no checkpoint there, one whose parameters do not fit, or no optimizer's state in it.
+        ConfigError: no checkpoint, parameters of another shape, or no optimizer state in it.
     """
     state, start = program.init(), program.config.start
     if not start.checkpoint:
         return state
-    source = stored.read_config(start.checkpoint)
+    source = read_config(start.checkpoint)
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
     rng = np.random.default_rng(program.config.seed)
     parameters = _transplant(program, source.model, theirs, state.parameters, start.expert_noise, rng)
@@ -78,14 +73,14 @@ def first_state(program: Program) -> TrainState:
 
 
 def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | None:
-    """The model of ``config.distill.teacher`` and its variables on the mesh; None if there is none.
+    """Model config of ``config.distill.teacher`` and its variables on the mesh; None without a teacher.
 
     Raises:
-        ConfigError: no checkpoint there, or another vocabulary.
+        ConfigError: no checkpoint, or another vocabulary.
     """
     if not config.distill.teacher:
         return None
-    model = stored.read_config(config.distill.teacher).model
+    model = read_config(config.distill.teacher).model
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
     return model, stored.read_variables(config.distill.teacher, model, mesh)
@@ -100,6 +95,7 @@ def _host(tree: Any) -> Any:
 
 
 def _optimizer_state(source: Config, workdir: str) -> Any:
+    """Optimizer state of the newest checkpoint of a run, on one device."""
     mesh = make_mesh(dataclasses.replace(source.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         program = build(source, mesh)
@@ -107,42 +103,34 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
         checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
         return checkpoints.restore_state(checkpoints.latest() or 0, program.state).optimizer
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer's state; use 'reset'") from error
-
-
-def _by_layer(model: ModelConfig, tree: dict[str, Any]) -> Flat:
-    """Unstacks the repeats."""
-    flat: Flat = {}
-    first = 0
-    for i, (unit, repeats) in enumerate(segments(model)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree[f"segment_{i}"]):
-            block, *names = (key.key for key in path)
-            for repeat in range(repeats):
-                layer = first + repeat * len(unit) + int(block.removeprefix("block_"))
-                flat[layer, tuple(names)] = leaf[repeat]
-        first += len(unit) * repeats
-    outside = {name: branch for name, branch in tree.items() if not name.startswith("segment_")}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(outside):
-        flat[-1, tuple(key.key for key in path)] = leaf
-    return flat
+        raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer state; use 'reset'") from error
 
 
 def _transplant(
     program: Program, model: ModelConfig, source: Any, fresh: Any, noise: float, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Fresh parameters (or moments of them) with all that the source has a place for."""
-    ours, theirs = _by_layer(program.config.model, _host(fresh)), _by_layer(model, source)
+    """Fill fresh parameters, or optimizer moments, with every array of the source that fits.
+
+    Args:
+        program: of the new run.
+        model: config of the source.
+        source: parameters or moments of the source.
+        fresh: the same of the new run.
+        noise: standard deviation of the noise on upcycled experts, relative to their weights'.
+        rng: of that noise.
+    """
+    ours, theirs = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     fresh_parts = set(program.config.start.fresh)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
     layers = {layer for layer, _ in theirs if layer >= 0}
     if layers != {layer for layer, _ in ours if layer >= 0}:
         raise ConfigError(f"model.num_layers={program.config.model.num_layers}: {where} has {len(layers)}")
-    chosen: Flat = {}
+    chosen = {}
     for (layer, names), own in ours.items():
         found = None if fresh_parts & set(names) else theirs.get((layer, names))
         if found is None and not fresh_parts & set(names) and names[:2] == ("moe", "experts"):
             dense = theirs.get((layer, ("dense", names[2])))
-            # [..] → [E,..]: every expert the same FFN
+            # [..] → [E,..]: every expert is the same FFN
             found = None if dense is None else np.broadcast_to(dense, (own.shape[0], *dense.shape))
             if found is not None and noise:
                 found = found + noise * found.std() * rng.standard_normal(found.shape, np.float32)
@@ -151,21 +139,4 @@ def _transplant(
         elif found.shape != own.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
         chosen[layer, names] = found
-    return _restack(program.config.model, fresh, chosen)
-
-
-def _restack(model: ModelConfig, like: dict[str, Any], flat: Flat) -> dict[str, Any]:
-    runs, first = [], 0
-    for unit, repeats in segments(model):
-        runs.append((first, len(unit), repeats))
-        first += len(unit) * repeats
-
-    def leaf(path: Any, _: Any) -> np.ndarray:
-        keys = tuple(key.key for key in path)
-        if not keys[0].startswith("segment_"):
-            return flat[-1, keys]
-        start, size, repeats = runs[int(keys[0].removeprefix("segment_"))]
-        offset = start + int(keys[1].removeprefix("block_"))
-        return np.stack([flat[offset + repeat * size, keys[2:]] for repeat in range(repeats)])
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    return restack_layers(program.config.model, fresh, chosen)

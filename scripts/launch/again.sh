@@ -1,9 +1,10 @@
 # shellcheck shell=sh
-# Sourced: `again COMMAND` runs it as long as it ends with 75, which says "start me again" (docs/restarts.md).
+# Sourced by launchers: `again COMMAND` runs a command and repeats it while it exits with 75 ("restart me",
+# docs/restarts.md).
 #
-# SIGTERM, SIGHUP or Ctrl-C to this shell reaches the command as one SIGTERM, and it is not started again: as the first
-# process of a container this shell would otherwise keep the signal to itself. A second SIGTERM would end the command
-# without a checkpoint; so it has a session of its own, which Ctrl-C does not reach. A systemd unit needs KillMode=mixed.
+# SIGTERM, SIGHUP or Ctrl-C to this shell is passed on as one SIGTERM, and the command is not started again. The command
+# runs in a session of its own, so that Ctrl-C does not reach it directly: a second signal would end it without a
+# checkpoint. A systemd unit needs KillMode=mixed.
 again() {
     stopping=''
     trap 'stopping=asked' TERM INT HUP
@@ -11,7 +12,7 @@ again() {
         setsid "$@" &
         child=$!
         trap 'stop_it' TERM INT HUP
-        [ -z "$stopping" ] || stop_it # a signal came before the child's number was known
+        [ -z "$stopping" ] || stop_it # a signal came before the child's process id was known
         finished "$child"
         trap 'stopping=asked' TERM INT HUP
         if [ "$code" -ne 75 ] || [ -n "$stopping" ]; then return "$code"; fi
@@ -20,12 +21,12 @@ again() {
 }
 
 stop_it() {
-    trap '' TERM INT HUP # whatever comes now would come between these lines
+    trap '' TERM INT HUP # ignore signals between these lines
     [ "$stopping" = told ] || kill -TERM "$child" || :
     stopping=told
 }
 
-# Waits for a process, whatever signals come meanwhile; its exit code is then in $code.
+# Waits for a process even if signals arrive meanwhile; leaves its exit code in $code.
 finished() {
     code=0
     wait "$1" || code=$?

@@ -1,5 +1,5 @@
 #!/bin/sh
-# One host with NVIDIA GPUs; needs pip install "jax[cuda13]". All its GPUs belong to one process.
+# One host with NVIDIA GPUs, one process for all of them. Needs pip install "jax[cuda13]".
 #   sh scripts/launch/gpu_host.sh --config=configs/quickstart.py --workdir=DIR --config.mesh.data=-1
 set -eu
 cd "$(dirname "$0")/../.."

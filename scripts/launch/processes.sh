@@ -1,8 +1,8 @@
 #!/bin/sh
-# N processes on this machine with fake CPU devices, to rehearse a run of several hosts:
+# N processes on this machine with fake CPU devices, to rehearse a multi-host run:
 #   sh scripts/launch/processes.sh 2 4 --config=configs/quickstart.py --workdir=DIR    (2 processes, 4 devices each)
-# SIGTERM or Ctrl-C to this script: all save, and end. SIGTERM to one of the Python processes, as when one host is
-# preempted: all save, and start again.
+# SIGTERM or Ctrl-C to this script: all processes save and end. SIGTERM to one Python process, as in a preemption of one
+# host: all save and start again.
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts/launch/again.sh

@@ -1,11 +1,11 @@
 #!/bin/sh
-# One TPU VM, or every worker of a TPU slice: run the same line on each of them.
+# One TPU VM, or every worker of a TPU slice, with the same line on each of them.
 #   sh scripts/launch/tpu_vm.sh --config=configs/mixtral_8x7b.py --workdir=SHARED/run1
 # On a slice of several hosts, or on several slices, start it on all workers at once, for instance with
 #   gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd REPOSITORY && sh scripts/launch/tpu_vm.sh ..."
-# SHARED is a folder that all workers see: a shared disk, or a bucket mounted with gcsfuse (docs/pods.md). Several slices:
-# the same line on the workers of all of them, with --config.mesh.data a multiple of their number.
-# JAX finds the other workers by itself. Started again after a preemption, the same line goes on at the last checkpoint.
+# SHARED is a folder that all workers see: a shared disk, or a bucket mounted with gcsfuse (docs/pods.md). For several
+# slices, run it on the workers of all of them, with --config.mesh.data a multiple of their number.
+# JAX finds the other workers. Run again after a preemption, the same line resumes at the last checkpoint.
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts/launch/again.sh

@@ -1,1 +1,1 @@
-"""Grouped matmul: rows sorted by expert, one file per backend."""
+"""Matmuls of rows sorted by expert, one file per backend."""

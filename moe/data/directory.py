@@ -1,0 +1,81 @@
+"""The cache directory data.directory: its lock, and its disk errors as config errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from moe.config import ConfigError
+
+
+@contextlib.contextmanager
+def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Iterator[None]:
+    """Converts an exception of type `raised`, such as a full disk's, to a ConfigError that names data.directory."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except raised as error:
+        strerror, filename = getattr(error, "strerror", None), getattr(error, "filename", None)
+        reason = strerror or " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"data.directory={os.fspath(directory)!r}: cannot be written ({reason}"
+            f"{f': {filename}' if filename else ''}); free or repair the disk and run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory's lock, so that one of several processes prepares the data and the others reuse it.
+
+    Creates the directory if it is missing, and removes it again if an error leaves it empty. A read-only directory is
+    not locked, because nothing can be prepared there.
+
+    Raises:
+      ConfigError: the directory cannot be created, or its .lock is a link or not a regular file.
+    """
+    made: list[Path] = []
+    try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_lock(directory / ".lock")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half a character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"data.directory={os.fspath(directory)!r}: cannot be written ({reason})") from error
+    if descriptor is None:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel releases it also when the process is killed
+        yield
+    except ConfigError:
+        if made and os.listdir(directory) == [".lock"]:
+            (directory / ".lock").unlink()
+            for path in made:
+                path.rmdir()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int | None:
+    """Opens or creates the lock file without following links or truncating; None in a read-only directory."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and path.parent.is_dir():
+            return None
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, ".lock is a symbolic link; delete it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, ".lock is not a regular file; delete it")
+    return descriptor

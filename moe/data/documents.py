@@ -1,0 +1,133 @@
+"""Text files to documents: long texts cut into sections, JSON lines parsed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from moe.config import ConfigError
+
+HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
+MAX_DOMAIN_NAME = 100  # characters
+SECTION_TARGET, SECTION_LIMIT, SECTION_TAIL = 10_000, 18_000, 2_000  # characters of a text, bytes of a file
+
+
+def sections(text: str, target: int, limit: int) -> list[str]:
+    """Cuts text at the first blank line after `target` characters, or at any line end after `limit`.
+
+    The sections joined give the text. A tail shorter than 2,000 characters stays with the section before it.
+    """
+    parts, current, size = [], [], 0
+    for line in text.splitlines(keepends=True):
+        current.append(line)
+        size += len(line)
+        if size >= limit or (size >= target and not line.strip()):
+            parts.append("".join(current))
+            current, size = [], 0
+    if tail := "".join(current):
+        if parts and len(tail) < SECTION_TAIL:
+            parts[-1] += tail
+        else:
+            parts.append(tail)
+    return parts
+
+
+def check_domain(domain: str, source: str) -> None:
+    """Refuses a domain's name that could not be shown in tables and plots. Raises ConfigError naming `source`."""
+    try:
+        _check_domain(domain)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_domain(domain: str) -> None:
+    if not domain or len(domain) > MAX_DOMAIN_NAME or not domain.isprintable():
+        shown = ascii(domain[: 2 * MAX_DOMAIN_NAME])
+        raise ValueError(f"domain={shown}: must be a non-empty string of 1 to {MAX_DOMAIN_NAME} printable characters")
+
+
+def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, str, str | None]]:
+    """Yields (first byte, bytes, text, domain or None) of each document of a .txt or .jsonl file.
+
+    Args:
+      path: the file.
+      digest: a hashlib object, updated with the bytes of the whole file.
+
+    Raises:
+      ConfigError: a record is malformed; the file and line are named.
+    """
+    start, line = 0, 1
+    with path.open("rb") as file:
+        for blob in file_sections(file) if path.suffix == ".txt" else file:
+            digest.update(blob)
+            if blob.strip():
+                try:
+                    text, domain = parse_document(blob, path)
+                except UnicodeDecodeError as error:
+                    at = line + blob[: error.start].count(b"\n")
+                    raise ConfigError(f"{path}, line {at}: is not UTF-8 text ({error.reason})") from error
+                except ValueError as error:
+                    raise ConfigError(f"{path}, line {line}: {error}") from error
+                if text.strip():
+                    yield start, blob, text, domain
+            start, line = start + len(blob), line + blob.count(b"\n")
+
+
+def file_sections(file: Any) -> Iterator[bytes]:
+    """Cuts a binary file by the rule of :func:`sections`, reading it as a stream."""
+    before, current, size = b"", [], 0
+    while line := _line(file):
+        current.append(line)
+        size += len(line)
+        if size >= SECTION_LIMIT or (size >= SECTION_TARGET and not line.strip()):
+            if before:
+                yield before
+            before, current, size = b"".join(current), [], 0
+    tail = b"".join(current)
+    if len(tail) < SECTION_TAIL:
+        before, tail = before + tail, b""
+    yield from (part for part in (before, tail) if part)
+
+
+def _line(file: Any) -> bytes:
+    """Reads a line; of a line longer than SECTION_LIMIT, that many bytes and the rest of their last character."""
+    line = file.readline(SECTION_LIMIT)
+    if not line.endswith(b"\n"):
+        for back in range(1, min(4, len(line)) + 1):
+            byte = line[-back]
+            if byte >= 0xC0:  # begins a character of 2 to 4 bytes
+                return line + file.read(max(0, 2 + (byte >= 0xE0) + (byte >= 0xF0) - back))
+            if byte < 0x80:
+                break
+    return line
+
+
+def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
+    """Returns (text, domain or None) of a document's bytes; the suffix of `path` gives the format.
+
+    Raises:
+      ValueError: the bytes are not UTF-8, or not a JSON object with a string ``text``.
+    """
+    if path.suffix == ".txt":
+        return blob.decode("utf-8"), None
+    try:
+        record = json.loads(blob.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg} in column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("cannot be parsed as JSON: nested too deeply") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError("needs an object with a string 'text'")
+    domain = record.get("domain")
+    if domain is not None:
+        if not isinstance(domain, str):
+            raise ValueError(f"domain={domain!r}: must be a non-empty string")
+        _check_domain(domain)
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("has half a character (a lone surrogate) in its text") from error
+    return record["text"], domain

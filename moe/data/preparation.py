@@ -1,0 +1,156 @@
+"""Documents and tokenizer of a run: downloads, builds and trains under data.directory what is missing, and opens it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from moe.atomic_files import write_atomic
+from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
+from moe.data import corpora, folders, tfds_datasets
+from moe.data.directory import disk_errors, locked
+from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
+from moe.data.tokenizer_files import named_tokenizer
+
+TOKENIZER_CHARACTERS = 10_000_000  # text that a tokenizer is trained on, an equal share from each domain
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Tokenizer and documents (``str``, by index) of every domain."""
+
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+    train: dict[str, Sequence[str]]
+    heldout: dict[str, Sequence[str]]
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # version of each domain's documents
+    _unigram_counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+
+def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, ...]:
+    """Returns data.weights, or equal ones; ConfigError unless there is one positive weight per domain."""
+    weights = tuple(data.weights) or (1.0,) * len(domains)
+    if len(weights) != len(domains):
+        raise ConfigError(
+            f"data.weights={weights}: give one for each of the {len(domains)} domains {domains}, or leave it empty"
+        )
+    if not all(np.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigError(
+            f"data.weights={weights}: each must be a positive number; leave a domain out of data.domains instead"
+        )
+    return weights
+
+
+def prepare(
+    data: DataConfig,
+    vocab_size: int,
+    *,
+    tokenizer: Tokenizer | None = None,
+    progress: Callable[[str], None] = print,
+) -> Prepared:
+    """Opens documents and tokenizer, after downloading, building and training what is missing.
+
+    Args:
+      data: a TFDS dataset's domain is its name; for folders see :mod:`moe.data.folders`.
+      vocab_size: V; a tokenizer of exactly that size is trained unless one is cached.
+      tokenizer: replaces data.tokenizer and the trained one, for example by a checkpoint's.
+      progress: called with a line before each slow step.
+
+    Raises:
+      ConfigError: invalid domains, weights, dataset or tokenizer.
+    """
+    directory = _reach(data.directory)
+    # In a bucket nothing is built or trained, so no lock is needed.
+    local = "://" not in os.fspath(directory)
+    lock = locked(Path(directory)) if local else contextlib.nullcontext()
+    with lock, disk_errors(directory):
+        found = _open(data, directory, progress)
+        domains = tuple(data.domains) or tuple(found)
+        train, heldout = ({domain: found[domain][part] for domain in domains} for part in (0, 1))
+        versions = {domain: found[domain][2] for domain in domains}
+        domain_weights(data, domains)
+        if tokenizer is None and data.tokenizer:
+            tokenizer = named_tokenizer(data.tokenizer, directory, progress)
+        if tokenizer is None:
+            text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
+            readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
+            path = directory / "tokenizers" / f"{readable}-{text}-v{vocab_size}-{TRAINER_VERSION}.model"
+            tokenizer = _cached_tokenizer(path, train, vocab_size, progress)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least that"
+        )
+
+    return Prepared(tokenizer, domains, train, heldout, versions)
+
+
+def _reach(name: str) -> epath.Path:
+    """Returns the path of data.directory, after asking a bucket for it."""
+    try:
+        directory = epath.Path(name).expanduser()
+        if "://" in name:
+            directory.exists()
+    except Exception as error:  # a bucket's library may be missing, or raise other types
+        raise ConfigError(f"data.directory={name!r}: cannot be reached ({error})") from error
+    return directory
+
+
+def _open(
+    data: DataConfig, directory: epath.Path, progress: Callable[[str], None]
+) -> dict[str, tuple[Sequence[str], Sequence[str], str]]:
+    """Returns domain → (train, heldout, version) of the datasets in data.dataset."""
+    names = data.dataset.split(",")
+    found: dict[str, tuple[Sequence[str], Sequence[str], str]] = {}
+    for name in names:
+        if folders.is_folder(name):
+            parts, version = folders.open_folder(name, directory, progress)
+            added = {domain: (*splits, version) for domain, splits in parts.items()}
+        else:
+            added = {} if name == "embedded" else {name: tfds_datasets.open_tfds(name, directory)}
+        if twice := sorted(added.keys() & (found.keys() | (corpora.DOMAINS if "embedded" in names else {}))):
+            raise ConfigError(f"data.dataset={data.dataset!r}: two of these have a domain {twice[0]!r}; rename one")
+        found |= added
+    embedded = tuple(corpora.DOMAINS) if "embedded" in names else ()
+    if unknown := sorted(set(data.domains) - {*found, *embedded}):
+        raise ConfigError(f"data.domains: unknown {unknown}; allowed are {sorted([*found, *embedded])}")
+    for domain in [name for name in data.domains or EMBEDDED_DOMAINS if name in embedded]:
+        found[domain] = (*corpora.open_embedded(domain, directory, progress), str(corpora.EmbeddedCorpus.VERSION))
+    return found
+
+
+def _cached_tokenizer(
+    path: epath.Path, train: dict[str, Sequence[str]], vocab_size: int, progress: Callable[[str], None]
+) -> Tokenizer:
+    """Reads the tokenizer at `path`, after training it if the file is missing."""
+    if path.exists():
+        try:
+            return Tokenizer.from_bytes(path.read_bytes())
+        except ConfigError as error:
+            raise ConfigError(f"{path}: a damaged cached tokenizer; delete it to train it again") from error
+    progress(f"training a tokenizer of {vocab_size} tokens")
+    tokenizer = train_tokenizer(_tokenizer_sample(train), vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, tokenizer.model_bytes)
+    return tokenizer
+
+
+def _tokenizer_sample(train: dict[str, Sequence[str]]) -> Iterator[str]:
+    """Yields random documents of each domain, up to its share of TOKENIZER_CHARACTERS."""
+    for documents in train.values():
+        left = TOKENIZER_CHARACTERS // len(train)
+        order = np.random.default_rng(0).permutation(min(len(documents), 1_000_000))
+        for index in order:
+            text = documents[int(index)][:left]
+            left -= len(text)
+            yield text
+            if not left:
+                break

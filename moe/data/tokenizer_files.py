@@ -1,0 +1,55 @@
+"""Reading of tokenizers: from a file, a workdir, or the package that contains Mixtral's."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from etils import epath
+
+from moe.config import ConfigError
+from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, JsonTokenizer
+from moe.data.tokenizer import Tokenizer
+from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+_MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a SentencePiece model or a ``tokenizer.json``, local or in a bucket.
+
+    Raises:
+      ConfigError: no such file, or it is neither.
+    """
+    file = epath.Path(path).expanduser()
+    if file.suffix != ".json":
+        return Tokenizer.from_file(file)
+    if not file.is_file():
+        raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
+    settings = file.parent / JSON_CONFIG_FILE
+    content = settings.read_bytes() if settings.is_file() else None
+    return JsonTokenizer(file.read_bytes(), content, f"data.tokenizer={os.fspath(path)!r}")
+
+
+def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
+    """Reads the tokenizer of a run or an import from its workdir.
+
+    Raises:
+      ConfigError: the workdir has none.
+    """
+    for name in (SENTENCEPIECE_FILE, JSON_FILE):
+        if (epath.Path(workdir) / name).is_file():
+            return read_tokenizer(epath.Path(workdir) / name)
+    raise ConfigError(f"{os.fspath(workdir)}: has neither {SENTENCEPIECE_FILE} nor {JSON_FILE}; copy one there")
+
+
+def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:
+    """Opens ``data.tokenizer``: "mixtral" (Mixtral's 32,000 tokens, fetched once) or a file."""
+    if name != "mixtral":
+        return read_tokenizer(name)
+    wheel = fetch_wheel(MISTRAL_COMMON, Path(directory) / "downloads", progress)
+    with zipfile.ZipFile(wheel) as archive:
+        return Tokenizer.from_bytes(archive.read(_MIXTRAL_MODEL))

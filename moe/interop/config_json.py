@@ -1,0 +1,184 @@
+"""Conversion between ``config.json`` of an open checkpoint and :class:`moe.config.Config`.
+
+A setting that the family's own code computes and this one does not is refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
+from moe.interop import balance
+from moe.interop.families import FAMILIES
+from moe.interop.families.family import Family, selection_rule
+from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
+from moe.routing.resolve import from_config_dict
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def family_of(source: Json) -> Family:
+    """The family of a ``config.json``.
+
+    Raises:
+        ConfigError: an unsupported ``model_type``, or a quantised checkpoint.
+    """
+    kind = source.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
+    if source.get("quantization_config"):
+        raise ConfigError("config.json: quantization_config: quantised weights are not read; take the original ones")
+    return FAMILIES[kind]
+
+
+def read_config(source: Json) -> Config:
+    """The config of a model that computes what the family's code computes from this ``config.json``, dropless.
+
+    ``data.sequence_length`` becomes the longest context of the model.
+
+    Raises:
+        ConfigError: a missing or malformed field, or a setting that is not supported.
+    """
+    family = family_of(source)
+    fields: OpenConfig = parse(family.schema, source)
+    changes, moe_changes = family.read(fields)
+    model = dataclasses.replace(_model(fields), **changes)
+    moe = dataclasses.replace(model.moe, **moe_changes)
+    total = moe.num_experts * model.num_layers
+    if total > MOST_EXPERTS:
+        raise ConfigError(f"config.json: {total} experts in {model.num_layers} layers: must be at most {MOST_EXPERTS}")
+    if moe.gate != "none":
+        moe = dataclasses.replace(moe, experts_per_token=fields.num_experts_per_tok)
+        model = dataclasses.replace(model, moe=moe)
+        weight = balance.weight_here(family, getattr(fields, family.balance_field), model)
+        moe = dataclasses.replace(moe, load_balancing_weight=weight)
+    model = dataclasses.replace(model, moe=moe)
+    data = DataConfig(sequence_length=fields.max_position_embeddings)
+    return from_config_dict(to_dict(Config(model=model, data=data)))
+
+
+def _model(fields: OpenConfig) -> ModelConfig:
+    """The settings that all families write alike."""
+    rope = fields.rope
+    if rope.rope_type != "default":
+        raise ConfigError(
+            f"config.json: rope_type={rope.rope_type!r}: scaled rotary positions are not supported, only 'default'"
+        )
+    if rope.partial_rotary_factor != 1:
+        raise ConfigError(f"config.json: partial_rotary_factor={rope.partial_rotary_factor}: must be 1")
+    return ModelConfig(
+        vocab_size=fields.vocab_size,
+        d_model=fields.hidden_size,
+        num_layers=fields.num_hidden_layers,
+        num_heads=fields.num_attention_heads,
+        num_kv_heads=fields.num_key_value_heads or fields.num_attention_heads,
+        head_dim=fields.head_dim or fields.hidden_size // fields.num_attention_heads,
+        d_ff=fields.intermediate_size,
+        activation=ACTIVATIONS[fields.hidden_act],
+        norm_eps=fields.rms_norm_eps,
+        rope_theta=rope.rope_theta or fields.rope_theta,
+        tie_embeddings=fields.tie_word_embeddings,
+        moe=MoEConfig(jitter=0.0, z_loss_weight=0.0, dispatch="dropless"),
+    )
+
+
+def write_config(config: Config, model_type: str = "") -> Json:
+    """A ``config.json`` from which Hugging Face transformers builds the same model.
+
+    Args:
+        config: resolved.
+        model_type: a key of :data:`FAMILIES`; empty: the first family that can express the model.
+
+    Raises:
+        ConfigError: no family can; the message names what each one lacks.
+    """
+    if model_type and model_type not in FAMILIES:
+        raise ConfigError(f"model_type={model_type!r}: must be one of {', '.join(FAMILIES)}")
+    reasons = []
+    for name in [model_type] if model_type else FAMILIES:
+        result = _write_as(config, FAMILIES[name])
+        try:
+            lost = _differences(config.model, read_config(result).model)
+        except ConfigError as error:
+            reasons.append(f"{name} cannot ({error})")
+            continue
+        if not lost:
+            return result
+        reasons.append(f"{name} lacks {', '.join(lost)}")
+    raise ConfigError(f"no open architecture computes this model: {'; '.join(reasons)}")
+
+
+def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
+    """A ``config.json`` for a model that was imported: the fields of the source, but for what has changed since.
+
+    The longest context is the source's, unless the model was trained on a longer one.
+
+    Raises:
+        ConfigError: see :func:`write_config`.
+    """
+    before = read_config(source)
+    length = max(config.data.sequence_length, before.data.sequence_length)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
+    kept_type = source["model_type"]
+    if model_type not in ("", kept_type) or _differences(
+        config.model, read_config(_write_as(config, FAMILIES[kept_type])).model
+    ):
+        return write_config(config, model_type)
+    ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
+    result = source | {name: value for name, value in ours.items() if theirs.get(name) != value}
+    if _differences(config.model, read_config(result).model):
+        # A changed setting stands in the source under another name, such as rope_parameters, too.
+        known = {*FAMILIES[kept_type].schema.model_fields, "num_local_experts"} - set(TOKEN_IDS)
+        result = {name: value for name, value in source.items() if name not in known} | ours
+    return result
+
+
+def _write_as(config: Config, family: Family) -> Json:
+    model = config.model
+    written = next((name for name, activation in ACTIVATIONS.items() if activation == model.activation), "silu")
+    result = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": written,
+        "max_position_embeddings": config.data.sequence_length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    if any(sparse_layers(model)):
+        result["num_experts_per_tok"] = model.moe.experts_per_token
+        result[family.balance_field] = balance.coefficient_there(family, model)
+    return result | family.write(model)
+
+
+_MODEL_FACTS = (
+    *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
+    *("rope_theta", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
+)
+_MOE_FACTS = ("num_experts", "experts_per_token", "d_ff", "shared_d_ff", "shared_gate")
+
+
+def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Names of settings that change what a model computes in evaluation and that did not survive."""
+    left, right = _facts(ours), _facts(theirs)
+    return [name for name in left if left[name] != right.get(name)]
+
+
+def _facts(model: ModelConfig) -> Json:
+    """Every setting that changes what a model computes in evaluation."""
+    sparse, moe = sparse_layers(model), model.moe
+    facts = {f"model.{name}": getattr(model, name) for name in _MODEL_FACTS}
+    facts |= {"model.moe.layers": sparse, "model.sliding_window": tuple(kind.window for kind in layer_kinds(model))}
+    if not all(sparse):
+        facts["model.d_ff"] = model.d_ff
+    if any(sparse):
+        facts |= {f"model.moe.{name}": getattr(moe, name) for name in _MOE_FACTS}
+        facts["model.moe.gate"] = selection_rule(moe)
+    return facts

@@ -1,0 +1,78 @@
+"""DeepSeekMoE (v1): fine-grained and shared experts, leading dense layers. Its code is not part of transformers."""
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from moe.config import ModelConfig, sparse_layers
+from moe.interop.families.family import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    Family,
+    read_bias,
+    read_gate,
+    read_sparse_layers,
+    selection_rule,
+    shared_expert,
+)
+from moe.interop.schema import Coefficient, Count, Json, OpenConfig, OptionalCount, Size
+
+
+class DeepseekConfig(OpenConfig):
+    """Fields of ``config.json`` with the defaults of the published code."""
+
+    n_routed_experts: OptionalCount = 0
+    n_shared_experts: OptionalCount = 0
+    moe_intermediate_size: Size
+    first_k_dense_replace: OptionalCount = 0
+    moe_layer_freq: Count = 1
+    aux_loss_alpha: Coefficient = 0.001
+    seq_aux: bool = True
+    scoring_func: Literal["softmax"] = "softmax"
+    topk_method: Literal["greedy"] = "greedy"
+    routed_scaling_factor: Annotated[float, pydantic.Field(ge=1, le=1)] = 1.0
+    kv_lora_rank: None = None
+
+
+def read(source: DeepseekConfig) -> tuple[Json, Json]:
+    """See :class:`Family`."""
+    num_layers, width = source.num_hidden_layers, source.moe_intermediate_size
+    first, step = source.first_k_dense_replace, source.moe_layer_freq
+    chosen = [n for n in range(num_layers) if source.n_routed_experts and n >= first and n % step == 0]
+    moe = {
+        "gate": read_gate(source),
+        "num_experts": source.n_routed_experts,
+        "d_ff": width,
+        "shared_d_ff": width * source.n_shared_experts,
+        "balance_scope": "sequence" if source.seq_aux else "batch",
+    }
+    return {"attention_bias": read_bias(source)}, moe | read_sparse_layers(chosen, num_layers)
+
+
+def write(model: ModelConfig) -> Json:
+    """See :class:`Family`."""
+    moe, sparse = model.moe, sparse_layers(model)
+    return {
+        "attention_bias": model.attention_bias == "all",
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.shared_d_ff // moe.d_ff or None,
+        "moe_intermediate_size": moe.d_ff,
+        "norm_topk_prob": selection_rule(moe) is True,
+        "scoring_func": "softmax",
+        "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
+        "moe_layer_freq": 1,
+        "seq_aux": moe.balance_scope == "sequence",
+    }
+
+
+FAMILY = Family(
+    "deepseek",
+    "DeepseekForCausalLM",
+    DeepseekConfig,
+    read,
+    write,
+    ATTENTION | DENSE | EXPERTS | shared_expert("shared_experts"),
+    balance_field="aux_loss_alpha",
+    balance_scale="per layer",
+)

@@ -1,0 +1,134 @@
+"""Base of the families of open checkpoints: what one declares, and what several share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from moe.config import ModelConfig, MoEConfig, layer_kinds, sparse_layers
+from moe.interop.schema import Json, OpenConfig
+
+#: Hugging Face computes one loss over all MoE layers, K at perfect balance; DeepSeek's code sums a loss per layer that
+#: is 1 at perfect balance.
+BalanceScale = Literal["all layers together", "per layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Place of one parameter of a block in the tensors of a checkpoint.
+
+    Attributes:
+        name: what follows ``model.layers.N.``. ``{expert}`` stands for the number of an expert; without it, the
+            parameters of all experts are one tensor with a leading axis E.
+        part: which of the ``parts`` equal shares of the tensor's outputs the parameter is.
+        parts: number of parameters that share the tensor.
+        interleaved: the outputs of the parts alternate, instead of one part following the other.
+        inputs_first: matrices are [inputs, outputs] instead of [outputs, inputs].
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    interleaved: bool = False
+    inputs_first: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of open checkpoints.
+
+    Attributes:
+        model_type: value of that field in ``config.json``.
+        architecture: class name in Hugging Face transformers, for ``architectures``.
+        schema: fields of ``config.json`` that are read.
+        read: fields → (changes of ModelConfig, changes of MoEConfig).
+        write: the reverse of ``read``.
+        tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else.
+        balance_field: name of the load-balancing coefficient.
+        balance_scale: normalisation of its loss, see :data:`BalanceScale`.
+    """
+
+    model_type: str
+    architecture: str
+    schema: type[OpenConfig]
+    read: Callable[[Any], tuple[Json, Json]]
+    write: Callable[[ModelConfig], Json]
+    tensors: Mapping[str, str | Tensor]
+    balance_field: str = "router_aux_loss_coef"
+    balance_scale: BalanceScale = "all layers together"
+
+
+# --- Tensor names ----------------------------------------------------------------------------------------------------
+ATTENTION = {
+    "attention_norm.scale": "input_layernorm.weight",
+    "ffn_norm.scale": "post_attention_layernorm.weight",
+    "attention.query": "self_attn.q_proj.weight",
+    "attention.key": "self_attn.k_proj.weight",
+    "attention.value": "self_attn.v_proj.weight",
+    "attention.out": "self_attn.o_proj.weight",
+    "attention.query_bias": "self_attn.q_proj.bias",
+    "attention.key_bias": "self_attn.k_proj.bias",
+    "attention.value_bias": "self_attn.v_proj.bias",
+    "attention.out_bias": "self_attn.o_proj.bias",
+    "attention.query_norm.scale": "self_attn.q_norm.weight",
+    "attention.key_norm.scale": "self_attn.k_norm.weight",
+}
+DENSE = {
+    "dense.gate": "mlp.gate_proj.weight",
+    "dense.up": "mlp.up_proj.weight",
+    "dense.down": "mlp.down_proj.weight",
+}
+EXPERTS = {
+    "moe.router.kernel": "mlp.gate.weight",
+    "moe.experts.gate": "mlp.experts.{expert}.gate_proj.weight",
+    "moe.experts.up": "mlp.experts.{expert}.up_proj.weight",
+    "moe.experts.down": "mlp.experts.{expert}.down_proj.weight",
+}
+#: Parameters outside the blocks, the same in every family.
+OUTSIDE = {
+    "embedding.table": "model.embed_tokens.weight",
+    "final_norm.scale": "model.norm.weight",
+    "unembedding.kernel": "lm_head.weight",
+}
+
+
+def shared_expert(name: str) -> dict[str, str]:
+    """Tensor names of the expert that every token visits, under ``mlp.NAME``."""
+    return {f"moe.shared.dense.{matrix}": f"mlp.{name}.{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
+
+
+# --- Fields ----------------------------------------------------------------------------------------------------------
+def read_bias(source: OpenConfig) -> str:
+    """``attention_bias`` → model.attention_bias, for families in which it includes the output's bias."""
+    return "all" if source.attention_bias else "none"
+
+
+def read_gate(source: OpenConfig) -> str:
+    """``norm_topk_prob`` → the gate with that rule."""
+    return "mixtral" if source.norm_topk_prob else "switch"
+
+
+def read_sparse_layers(layers: list[int], num_layers: int) -> Json:
+    """Changes of MoEConfig that make exactly these layers MoE."""
+    if not layers:
+        return {"gate": "none"}
+    return {} if len(layers) == num_layers else {"layers": tuple(layers)}
+
+
+def window_of(model: ModelConfig) -> int:
+    """The largest window of all layers; where a family cannot say more, write_config finds and reports the loss."""
+    return max(kind.window for kind in layer_kinds(model))
+
+
+def dense_layers(model: ModelConfig) -> list[int]:
+    """Numbers of the layers that are not MoE."""
+    return [layer for layer, sparse in enumerate(sparse_layers(model)) if not sparse]
+
+
+def selection_rule(moe: MoEConfig) -> bool | str:
+    """``norm_topk_prob``, for softmax top-k; the gate's name if its rule is another."""
+    if moe.gate in ("mixtral", "gshard"):
+        return True
+    limited = moe.kept_expert_groups < moe.expert_groups or moe.routing_scale != 1.0
+    return moe.renormalise == 1 if moe.gate in ("switch", "deepseek_moe") and not limited else moe.gate

@@ -1,0 +1,40 @@
+"""Fields that Qwen2-MoE and Qwen3-MoE share: which layers are MoE, and their experts."""
+
+import pydantic
+
+from moe.config import ModelConfig
+from moe.interop.families.family import dense_layers, read_gate, read_sparse_layers, selection_rule
+from moe.interop.schema import Count, Json, LayerNumbers, OpenConfig, OptionalCount, Size, Window
+
+
+class QwenConfig(OpenConfig):
+    """Fields of ``config.json``; ``num_local_experts`` is the newer name of ``num_experts``."""
+
+    num_experts: OptionalCount = pydantic.Field(
+        0, validation_alias=pydantic.AliasChoices("num_experts", "num_local_experts"), le=4096
+    )
+    moe_intermediate_size: Size
+    decoder_sparse_step: Count = 1
+    mlp_only_layers: LayerNumbers | None = None
+    use_sliding_window: bool = False
+    sliding_window: Window = 4096
+
+
+def read_experts(source: QwenConfig) -> Json:
+    """Changes of MoEConfig; a layer is MoE at every ``decoder_sparse_step`` unless ``mlp_only_layers`` lists it."""
+    num_layers, step = source.num_hidden_layers, source.decoder_sparse_step
+    dense = source.mlp_only_layers or ()
+    chosen = [n for n in range(num_layers) if n not in dense and (n + 1) % step == 0]
+    moe = {"gate": read_gate(source), "num_experts": source.num_experts, "d_ff": source.moe_intermediate_size}
+    return moe | read_sparse_layers(chosen if source.num_experts else [], num_layers)
+
+
+def write_experts(model: ModelConfig) -> Json:
+    """The reverse of :func:`read_experts`."""
+    return {
+        "num_experts": model.moe.num_experts,
+        "moe_intermediate_size": model.moe.d_ff,
+        "norm_topk_prob": selection_rule(model.moe) is True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense_layers(model),
+    }

@@ -1,0 +1,211 @@
+"""Place of every parameter in the tensors of a checkpoint: names, shapes, and copies of parts both ways.
+
+A :class:`Piece` is the part of a parameter that comes from one tensor: one layer, or one expert of one layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from moe.config import ConfigError, ModelConfig
+from moe.interop.families.family import OUTSIDE, Family, Tensor
+from moe.models.flops import abstract_parameters
+from moe.models.stack import stacked_layers
+
+#: Number of leading axes of a matrix that are its inputs; a parameter that is not listed is no matrix.
+_INPUT_AXES: Mapping[str, int] = {
+    "attention.query": 1,
+    "attention.key": 1,
+    "attention.value": 1,
+    "attention.out": 2,
+    "dense.gate": 1,
+    "dense.up": 1,
+    "dense.down": 1,
+    "experts.gate": 1,
+    "experts.up": 1,
+    "experts.down": 1,
+    "router.kernel": 1,
+    "shared.gate": 1,
+    "unembedding.kernel": 1,
+}
+
+
+class Reader(Protocol):
+    """Source of tensors, such as :class:`moe.interop.tensor_files.TensorFolder`."""
+
+    def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """Copy of a part of a tensor."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Part of a parameter.
+
+    Attributes:
+        name: of the tensor in the file.
+        slot: index in the leading axes of the parameter: (), (layer,) or (layer, expert).
+        expert: index in the tensor's leading axis of experts, if it has one.
+    """
+
+    name: str
+    slot: tuple[int, ...]
+    expert: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One stacked array of the model.
+
+    Attributes:
+        path: keys in the nested dict of parameters.
+        shape: of the whole array.
+        pieces: all parts, in slot order.
+        tensor: where they lie in their tensors.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    tensor: Tensor
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """Shape of one piece of the parameter."""
+        return self.shape[len(self.pieces[0].slot) :]
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of one tensor in the file."""
+        sizes = [int(np.prod([self.slot_shape[axis] for axis in axes])) for axes in self._file_axes]
+        sizes[self._shared_axis] *= self.tensor.parts
+        experts = () if self.pieces[0].expert is None else (self.shape[1],)
+        return *experts, *sizes
+
+    @property
+    def _file_axes(self) -> list[tuple[int, ...]]:
+        """For each axis of the tensor, the axes of the piece that are flattened into it."""
+        axes = tuple(range(len(self.slot_shape)))
+        inputs = _INPUT_AXES.get(".".join(self.path[-2:]), 0)
+        if inputs:
+            matrix = [axes[inputs:], axes[:inputs]]
+            return matrix[::-1] if self.tensor.inputs_first else matrix
+        return [axes] if self.path[-1].endswith("bias") else [(axis,) for axis in axes]
+
+    @property
+    def _shared_axis(self) -> int:
+        """Axis of the tensor, experts apart, that the parts share: the outputs."""
+        last = len(self.slot_shape) - 1
+        return next(i for i, axes in enumerate(self._file_axes) if last in axes)
+
+    def read(self, folder: Reader, piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
+        """Copy of a slice of one piece, in the file's dtype.
+
+        Args:
+            folder: to read from.
+            piece: of this parameter.
+            index: a slice per axis of :attr:`slot_shape`.
+        """
+        reads: list[slice] = []
+        cuts: list[slice] = []
+        sizes: list[int] = []
+        for axes in self._file_axes:
+            dims = [self.slot_shape[axis] for axis in axes]
+            # Of several flattened axes the outermost is sliced in the file, the others after reading.
+            start, stop, _ = index[axes[0]].indices(dims[0])
+            inner = int(np.prod(dims[1:]))
+            reads.append(slice(start * inner, stop * inner))
+            sizes += [stop - start, *dims[1:]]
+            cuts += [slice(None), *(index[axis] for axis in axes[1:])]
+        array = self._read_part(folder, piece, reads)
+        order = [axis for axes in self._file_axes for axis in axes]
+        return array.reshape(sizes)[tuple(cuts)].transpose(np.argsort(order))
+
+    def _read_part(self, folder: Reader, piece: Piece, reads: list[slice]) -> np.ndarray:
+        """The same slices, counted within this parameter's part of the tensor."""
+        part, parts, axis = self.tensor.part, self.tensor.parts, self._shared_axis
+        start, stop = reads[axis].start, reads[axis].stop
+        if self.tensor.interleaved:
+            reads[axis] = slice(start * parts, stop * parts)
+        else:
+            size = self.file_shape[axis - len(reads)] // parts
+            reads[axis] = slice(start + part * size, stop + part * size)
+        expert = () if piece.expert is None else (piece.expert,)
+        array = folder.read(piece.name, (*expert, *reads))
+        return array[(slice(None),) * axis + (slice(part, None, parts),)] if self.tensor.interleaved else array
+
+    def write(self, tensor: np.ndarray, piece: Piece, values: np.ndarray) -> None:
+        """Copies one whole piece to its place in a tensor of :attr:`file_shape`."""
+        target = tensor if piece.expert is None else tensor[piece.expert]
+        axis, part, parts = self._shared_axis, self.tensor.part, self.tensor.parts
+        size = target.shape[axis] // parts
+        share = slice(part, None, parts) if self.tensor.interleaved else slice(part * size, (part + 1) * size)
+        target = target[(slice(None),) * axis + (share,)]
+        order = [axis for axes in self._file_axes for axis in axes]
+        target[...] = values.transpose(order).reshape(target.shape)
+
+
+def layout(model: ModelConfig, family: Family) -> list[Parameter]:
+    """All parameters of a model with the tensors that hold them, by the family's names.
+
+    Raises:
+        ConfigError: the family has no tensor for a parameter.
+    """
+    parameters = []
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(model)):
+        path = tuple(str(key.key) for key in key_path)
+        stacked = stacked_layers(model, path)
+        if stacked is None:
+            name = OUTSIDE[".".join(path)]
+            parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
+            continue
+        layers, name = stacked[0], ".".join(stacked[1])
+        if name not in family.tensors:
+            raise ConfigError(f"{family.architecture}: has no tensor for {name}")
+        found = family.tensors[name]
+        tensor = Tensor(found) if isinstance(found, str) else found
+        pieces = _pieces(tensor, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
+        parameters.append(Parameter(path, leaf.shape, pieces, tensor))
+    return parameters
+
+
+def _pieces(tensor: Tensor, layers: range, num_experts: int) -> tuple[Piece, ...]:
+    stacked = "{expert}" not in tensor.name
+    pieces = []
+    for i, layer in enumerate(layers):
+        name = f"model.layers.{layer}.{tensor.name}"
+        if num_experts:
+            pieces += [
+                Piece(name.format(expert=expert), (i, expert), expert if stacked else None)
+                for expert in range(num_experts)
+            ]
+        else:
+            pieces.append(Piece(name, (i,)))
+    return tuple(pieces)
+
+
+def by_tensor(parameters: list[Parameter]) -> list[list[Parameter]]:
+    """Groups of parameters that share tensors, in order; most parameters are a group of their own."""
+    groups: dict[str, list[Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.pieces[0].name, []).append(parameter)
+    return list(groups.values())
+
+
+def set_leaf(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    """Puts a leaf into a nested dict, making the dicts on its path."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def get_leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf of a nested dict at a path."""
+    for key in path:
+        tree = tree[key]
+    return tree

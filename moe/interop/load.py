@@ -1,0 +1,96 @@
+"""From a folder of ``config.json`` and safetensors to a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from moe.config import Config, ModelConfig
+from moe.interop.config_json import family_of, read_config
+from moe.interop.layout import Parameter, get_leaf, layout, set_leaf
+from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
+from moe.models.decoder import Transformer
+from moe.models.flops import abstract_parameters
+from moe.parallel import partition_specs
+
+
+def load_huggingface(
+    directory: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: str = "float32"
+) -> tuple[Transformer, Config]:
+    """Builds the model of a folder.
+
+    Args:
+        directory: holds ``config.json`` and safetensors files.
+        mesh: where to put the parameters, each shard read by itself; None: on the default device.
+        dtype: of activations and matmuls; parameters keep the dtype of their tensors.
+
+    Returns:
+        (model, config): ``model(tokens).logits`` are [B,T,V].
+
+    Raises:
+        ConfigError: an architecture or a setting that is not supported, or a tensor that is missing, surplus or of the
+            wrong shape.
+    """
+    config, folder, parameters = open_folder(directory, dtype=dtype)
+    arrays = _place(folder, parameters, config.model, mesh)
+    return _module(config.model, arrays), config
+
+
+def open_folder(
+    directory: str | os.PathLike[str], *, dtype: str = "float32"
+) -> tuple[Config, TensorFolder, list[Parameter]]:
+    """The config of a folder, its tensors, checked, and the parameters they make. Reads headers only."""
+    source = read_json(Path(directory) / CONFIG_FILE)
+    config = read_config(source)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    folder = TensorFolder(directory)
+    parameters = layout(config.model, family_of(source))
+    folder.check(parameters, config.model.tie_embeddings)
+    return config, folder, parameters
+
+
+def parameter_dtype(folder: TensorFolder, parameter: Parameter) -> np.dtype[Any]:
+    """The dtype of a parameter's tensors, or float32 if they differ."""
+    dtypes = {folder.dtype(piece.name) for piece in parameter.pieces}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def _module(model: ModelConfig, parameters: dict[str, Any]) -> Transformer:
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))), parameters)
+
+
+def _place(folder: TensorFolder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """Nested dict of arrays; a device's shard is put together from the slices of the files that it needs."""
+    specs = partition_specs.parameter_specs(abstract_parameters(model))
+    tree: dict[str, Any] = {}
+    for parameter in parameters:
+        spec = get_leaf(specs, parameter.path)
+        where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else jax.NamedSharding(mesh, spec)
+        array = jax.make_array_from_callback(parameter.shape, where, _shard_reader(folder, parameter))
+        set_leaf(tree, parameter.path, array)
+    return tree
+
+
+def _shard_reader(folder: TensorFolder, parameter: Parameter) -> Callable[[Any], np.ndarray]:
+    """Function from an index (a slice per axis of the parameter) to that part of it."""
+    dtype = parameter_dtype(folder, parameter)
+    leading = len(parameter.pieces[0].slot)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [at.indices(size)[:2] for at, size in zip(index, parameter.shape, strict=True)]
+        shard = np.empty([stop - start for start, stop in bounds], dtype)
+        for piece in parameter.pieces:
+            slot = [at - start for at, (start, _) in zip(piece.slot, bounds[:leading], strict=True)]
+            if all(0 <= at < stop - start for at, (start, stop) in zip(slot, bounds[:leading], strict=True)):
+                shard[tuple(slot)] = parameter.read(folder, piece, index[leading:])
+        return shard
+
+    return read

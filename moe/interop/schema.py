@@ -1,0 +1,164 @@
+"""Validated schema of a foreign ``config.json``: names, types and bounds of the fields that are read.
+
+Both generations of the file are read: ``rope_theta`` and ``torch_dtype`` at the top level, or ``rope_parameters`` and
+``dtype``. Unknown fields are ignored. A null counts as absent where a field has no meaning for null.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import pydantic
+
+from moe.config import ConfigError
+from moe.config.schema import Activation
+
+Json = dict[str, Any]
+
+# Bounds far above every published model keep shapes within 64-bit arithmetic and loops over layers short.
+Count = Annotated[int, pydantic.Field(ge=1, le=1 << 16)]
+Size = Annotated[int, pydantic.Field(ge=1, le=1 << 24)]
+OptionalCount = Annotated[int, pydantic.Field(ge=0, le=1 << 16)]
+Layers = Annotated[int, pydantic.Field(ge=1, le=1024)]
+Experts = Annotated[int, pydantic.Field(ge=1, le=4096)]
+Window = Annotated[int, pydantic.Field(ge=0, le=(1 << 31) - 1)] | None
+Context = Annotated[int, pydantic.Field(ge=1, le=(1 << 31) - 1)]
+Positive = Annotated[float, pydantic.Field(gt=0, le=1e30, allow_inf_nan=False)]
+Coefficient = Annotated[float, pydantic.Field(ge=0, le=1e30, allow_inf_nan=False)]
+Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
+LayerNumbers = list[Annotated[int, pydantic.Field(ge=0, lt=1024)]]
+LayerTypes = list[Literal["sliding_attention", "full_attention"]]
+TokenIds = int | list[int] | None
+
+#: Names of activations there → model.activation.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "geglu",
+    "gelu": "geglu_exact",
+    "relu": "reglu",
+}
+HiddenAct = Literal["silu", "swish", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu"]
+
+#: Bound on experts times layers, several times that of the largest published model.
+MOST_EXPERTS = 1 << 17
+
+
+class Fields(pydantic.BaseModel):
+    """Base of all schemas: strict types, unknown fields kept aside, null taken as absent where null is no value."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        nullable = {name for name, field in cls.model_fields.items() if type(None) in _members(field.annotation)}
+        return {name: value for name, value in tree.items() if value is not None or name in nullable}
+
+
+class RopeParameters(Fields):
+    """Rotary positions; ``type`` is the older name of ``rope_type``."""
+
+    rope_type: str = pydantic.Field("default", validation_alias=pydantic.AliasChoices("rope_type", "type"))
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Positive = 1.0
+
+
+class OpenConfig(Fields):
+    """Fields that every decoder family has; a family adds its own (:mod:`moe.interop.families`)."""
+
+    model_type: str
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    hidden_act: HiddenAct = "silu"
+    max_position_embeddings: Context = 2048
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10_000.0
+    rope_parameters: RopeParameters | None = None
+    rope_scaling: RopeParameters | None = None
+    partial_rotary_factor: Positive = 1.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    layer_types: LayerTypes | None = None
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
+    pad_token_id: TokenIds = None
+
+    # Of MoE families; a dense family leaves them out.
+    num_experts_per_tok: Count = 2
+    router_aux_loss_coef: Coefficient = 0.001
+    norm_topk_prob: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_layer_types(self) -> OpenConfig:
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries, must be {self.num_hidden_layers}")
+        return self
+
+    @property
+    def rope(self) -> RopeParameters:
+        """Rotary positions, from the newer or the older fields; ``rope_theta`` is set."""
+        rope = self.rope_parameters or self.rope_scaling or RopeParameters.model_validate({})
+        theta = rope.rope_theta or self.rope_theta
+        own_factor = "partial_rotary_factor" in rope.model_fields_set
+        factor = rope.partial_rotary_factor if own_factor else self.partial_rotary_factor
+        return rope.model_copy(update={"rope_theta": theta, "partial_rotary_factor": factor})
+
+
+def parse(schema: type[OpenConfig], source: Json) -> Any:
+    """The typed fields of a ``config.json``.
+
+    Raises:
+        ConfigError: one sentence that names the first wrong field.
+    """
+    try:
+        return schema.model_validate(source)
+    except pydantic.ValidationError as error:
+        _refuse("config.json", error)
+
+
+def _refuse(where: str, error: pydantic.ValidationError) -> NoReturn:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        raise ConfigError(f"{where}: has no {name}") from None
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    field = f"{name}={_shorten(first['input'])}: " if name else ""
+    raise ConfigError(f"{where}: {field}{message}") from None
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ())
+
+
+_FileName = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*\.safetensors$")]
+
+
+class _Index(Fields):
+    weight_map: dict[str, _FileName]
+
+
+def parse_index(source: Json, path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index: tensor → name of a file beside it.
+
+    Raises:
+        ConfigError: no such map, or a file name that leaves the folder or is no safetensors file.
+    """
+    try:
+        return _Index.model_validate(source).weight_map
+    except pydantic.ValidationError as error:
+        _refuse(str(path), error)

@@ -1,0 +1,144 @@
+"""Candidates of the search: combinations of mesh, remat policy and dispatch mode that may run, in order of a guess."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
+from moe.dispatch.modes import CONFIG_MODES
+from moe.layers.ffn import GATED_ACTIVATIONS
+from moe.models import flops
+from moe.models.stack import REMAT_POLICIES
+from moe.planner import fit
+from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
+from moe.routing.resolve import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh, remat policy and dispatch mode to try.
+
+    Attributes:
+        config: valid, also for its mesh.
+        seconds: a rough guess of its step, used only to choose what to compile first.
+    """
+
+    config: Config
+    seconds: float
+
+
+def meshes(devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
+    """All meshes of that many devices; only ``data`` crosses slices."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for data, fsdp, expert in itertools.product(divisors, repeat=3):
+        if devices % (data * fsdp * expert) == 0 and data % num_slices == 0:
+            yield MeshConfig(data, fsdp, expert, devices // (data * fsdp * expert))
+
+
+def candidates(
+    config: Config, devices: int, chip: Chip | Gpu, num_slices: int = 1
+) -> tuple[list[Candidate], collections.Counter[str]]:
+    """Enumerate the combinations that may run; also count those that cannot, by reason.
+
+    First comes the best guess of every pair of remat policy and dispatch mode, then the second best of each, and so on,
+    because the guess ranks meshes better than kernels.
+
+    Args:
+        config: of the run; its mesh, remat policy and dispatch mode are replaced.
+        devices: number in all slices.
+        chip: of the devices.
+        num_slices: slices joined by the data-center network.
+    """
+    found, pruned = [], collections.Counter[str]()
+    sparse = config.model.moe.gate != "none"
+    for mesh in meshes(devices, num_slices):
+        sizes = dataclasses.asdict(mesh)
+        for remat, mode in itertools.product(REMAT_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)):
+            moe = dataclasses.replace(config.model.moe, dispatch=mode)
+            model = dataclasses.replace(config.model, remat=remat, moe=moe)
+            tried = dataclasses.replace(config, mesh=mesh, model=model)
+            try:
+                validate(tried)
+                validate_mesh(tried, sizes)
+            except ConfigError as error:
+                pruned[re.sub(r" = \d+$", "", str(error))] += 1
+                continue
+            if not sparse and mesh.expert > 1:
+                pruned["a dense model has no use for mesh.expert"] += 1
+                continue
+            bound, capacity = fit.lower_bound(tried, sizes), chip.memory // chip.devices
+            if bound.parameters + bound.optimizer > capacity:
+                pruned["parameters and optimizer alone do not fit"] += 1
+            elif bound.total > capacity:
+                pruned["with gradients and the least of activations it does not fit"] += 1
+            else:
+                found.append(Candidate(tried, guess_seconds(tried, chip)))
+    ranks = collections.Counter[tuple[str, str]]()
+    order = []
+    for candidate in sorted(found, key=lambda candidate: candidate.seconds):
+        pair = candidate.config.model.remat, candidate.config.model.moe.dispatch
+        order.append((ranks[pair], candidate.seconds, len(order), candidate))
+        ranks[pair] += 1
+    return [candidate for *_, candidate in sorted(order, key=lambda entry: entry[:3])], pruned
+
+
+def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
+    """Guess a step: its arithmetic at peak plus its exchange over one ring per mesh axis, without overlap.
+
+    Arithmetic: the model's FLOPs, a third more with recomputation, empty expert slots, one-hot matmuls, and every
+    expert's matmul over every row where ``lax.ragged_dot`` has no kernel. Exchange: over fsdp, weights gathered
+    forward, backward and in recomputation and their gradients scattered; expert rows out and back, three times;
+    partial sums over tensor; gradients summed over data.
+    """
+    model, moe, mesh = config.model, config.model.moe, config.mesh
+    length = config.data.sequence_length
+    devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
+    tokens = config.train.batch_size * length
+    tokens_here = tokens / (devices / mesh.tensor)  # of one device
+    layers, moe_layers = model.num_layers, sum(sparse_layers(model))
+    size = 4 if model.dtype == "float32" else 2
+
+    into = 2 if model.activation in GATED_ACTIVATIONS else 1
+    expert_parameters = moe_layers * (into + 1) * model.d_model * moe.d_ff
+    rows = moe.experts_per_token * (moe.capacity_factor if moe.dispatch != "dropless" else 1.0)
+    per_token, total = _of_model(fit.same_parameters(model), length)
+    per_token += 6 * expert_parameters * (rows - moe.experts_per_token)
+    if moe_layers and moe.dispatch == "einsum":  # in and out: [S,E·C] x [S,D]
+        per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.d_model
+    if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
+        per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
+    per_token *= 1.0 if model.remat == "none" else 4 / 3
+    arithmetic = per_token * tokens / (devices * chip.peak / chip.devices)
+
+    def share(parts: int) -> float:
+        return (parts - 1) / parts
+
+    experts = expert_parameters * moe.num_experts
+    passes = 3 if model.remat == "none" else 4
+    weights = experts / (mesh.expert * mesh.tensor) * share(mesh.fsdp)
+    weights += (total - experts) / mesh.tensor * share(mesh.fsdp * mesh.expert)
+    routed = 6 * moe_layers * tokens_here * rows * model.d_model * size * share(mesh.expert) * mesh.expert / 4
+    partial_sums = 2 * passes * 2 * layers * tokens_here * model.d_model * size * share(mesh.tensor)
+    gradients = 2 * 4 * total / (mesh.fsdp * mesh.expert * mesh.tensor) * share(mesh.data)
+    exchange, stride = 0.0, 1
+    for sent, axis in (
+        (partial_sums, "tensor"),
+        (routed, "expert"),
+        (passes * weights * size, "fsdp"),
+        (gradients, "data"),
+    ):
+        exchange += sent / chip.axis_bandwidth(stride, getattr(mesh, axis))
+        stride *= getattr(mesh, axis)
+    return arithmetic + exchange
+
+
+@functools.lru_cache
+def _of_model(model: ModelConfig, length: int) -> tuple[float, int]:
+    """(model FLOPs per token, parameters)."""
+    return flops.train_flops_per_token(model, length), flops.count_parameters(model)[0]

@@ -1,0 +1,80 @@
+"""Collectives of a step, grouped by kind, axes and purpose, with their time by the network model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from moe.dispatch.ragged_exchange import LOAD_SCOPE
+from moe.parallel.weights import WEIGHTS_SCOPE
+from moe.planner import network
+from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
+from moe.planner.program import Collective, Program
+from moe.training.losses import LOSS_SCOPE
+
+WEIGHTS, UNNAMED, LOADS = "weights", "unnamed", "loads of experts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind, over the same axes, for the same purpose.
+
+    Attributes:
+        purpose: "weights", "gradients of weights", "tokens to experts, back", or JAX's name of the operation.
+        count: times a step.
+        asynchronous: the part of ``count`` that is started and awaited apart.
+        bytes: of one device's arrays, in a step.
+        seconds: by the network model, in a step.
+        exposed_seconds: the part of ``seconds`` with no work scheduled beside it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    purpose: str
+    count: int
+    asynchronous: int
+    bytes: int
+    seconds: float
+    exposed_seconds: float
+
+
+def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
+    """Add up the collectives of each kind, axes and purpose; the slowest first."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for collective in program.collectives:
+        duration = network.seconds(collective, devices, chip)
+        exposed = duration
+        if collective.overlap_seconds >= 0:
+            exposed = max(0.0, duration - collective.overlap_seconds)
+        sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0, 0.0, 0.0])
+        apart = int(collective.overlap_seconds >= 0)
+        for i, value in enumerate((1, apart, collective.bytes, duration, exposed)):
+            sums[i] += value * collective.count
+    found = [
+        Exchange(kind, axes, name, int(count), int(apart), int(size), duration, exposed)
+        for (kind, axes, name), (count, apart, size, duration, exposed) in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
+
+
+def purpose(collective: Collective) -> str:
+    """The purpose of a collective, from JAX's name of the operation it came from."""
+    source = collective.source
+    if WEIGHTS_SCOPE in source or source.startswith("state."):
+        return WEIGHTS
+    # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens. On
+    # GPUs some are named after the transposition that follows.
+    made_by = "dot_general|scatter-add" + ("|transpose$" if collective.kind == "reduce-scatter" else "")
+    if collective.kind != "all-gather" and "transpose(" in source and re.search(made_by, source):
+        return "gradients of weights"
+    if "all-to-all" in collective.kind and collective.axes == ("expert",):
+        return "tokens to experts, back"
+    if f"{LOAD_SCOPE}/" in source:
+        return LOADS
+    if f"({LOSS_SCOPE})" in source:
+        return "loss"
+    first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # combined collectives
+    return first.rsplit("/", 1)[-1].strip("()") or UNNAMED

@@ -1,0 +1,36 @@
+"""Time of a grouped matmul's TPU kernel, which carries no estimate of the compiler. Counted, not measured.
+
+The longer of two times counts: the grid's steps at peak FLOP/s, with one partly filled block of rows a group, and
+the blocks that the grid moves, at the memory's bandwidth. Other overheads of a kernel are left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
+from moe.planner.program import GroupedMatmul
+
+
+def seconds(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> float:
+    """Seconds of one run over that many filled rows, evenly split over the groups, on one device.
+
+    The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
+    innermost. A block is moved when its index changes from one step to the next.
+    """
+    _, k, n, groups = matmul.sizes
+    tile_rows, tile_k, tile_n = matmul.tiles
+    steps_k, steps_n = math.ceil(k / tile_k), math.ceil(n / tile_n)
+    tiles = math.ceil(rows / tile_rows) + groups - 1
+    steps = tiles * steps_k * steps_n
+    left, right, out = tile_rows * tile_k, tile_k * tile_n, tile_rows * tile_n
+    if matmul.kind == "weights":
+        left, right, out = tile_rows * tile_k, tile_rows * tile_n, tile_k * tile_n
+        moved = steps * (left + right) + groups * steps_k * steps_n * out
+    else:
+        # With all of K in one step, a group's block of the matrix stays for all its row blocks.
+        matrices = steps if steps_k > 1 else groups * steps_n
+        moved = steps * left + matrices * right + tiles * steps_n * out
+    flops = 2.0 * steps * tile_rows * tile_k * tile_n
+    return max(flops / chip.peak, matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices

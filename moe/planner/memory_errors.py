@@ -1,0 +1,98 @@
+"""Errors for programs that do not fit a device's memory, with the settings that help."""
+
+from __future__ import annotations
+
+import re
+
+from moe.config import Config, ConfigError
+from moe.planner.chips import GiB
+
+
+def refuse_state_that_does_not_fit(config: Config, state: int, capacity: int) -> None:
+    """Check before minutes of compiling that parameters and optimizer fit.
+
+    Args:
+        config: of the run.
+        state: bytes of parameters and optimizer on a device.
+        capacity: bytes of the device.
+
+    Raises:
+        ConfigError: they do not fit; the message says by how much.
+    """
+    if state > capacity:
+        raise ConfigError(
+            f"does not fit: parameters and optimizer alone take {state / GiB:.1f} GiB a device, "
+            f"{(state - capacity) / GiB:.1f} GiB more than its {capacity / GiB:.0f} GiB; use more chips, or split "
+            f"them further (mesh.fsdp={config.mesh.fsdp}, mesh.expert={config.mesh.expert}, "
+            f"mesh.tensor={config.mesh.tensor})"
+        )
+
+
+def refuse_program_that_does_not_fit(config: Config, total: int, capacity: int) -> None:
+    """Check the memory of a compiled program; the compiler for TPUs does so itself, the one for GPUs does not.
+
+    Args:
+        config: of the run.
+        total: bytes of the program on a device.
+        capacity: bytes of the device.
+
+    Raises:
+        ConfigError: it does not fit; the message says by how much and which settings help.
+    """
+    if total > capacity:
+        figures = f"{total / GiB:.2f} GiB a device of {capacity / GiB:.2f}, {(total - capacity) / GiB:.2f} GiB too much"
+        raise ConfigError(f"does not fit: the program: {figures}; what helps, most first: {'; '.join(_levers(config))}")
+
+
+#: A number with B, K, M, G or T (powers of 1024).
+_SIZE = r"([\d.]+[BKMGT]?)"
+
+#: Messages of libtpu versions about memory; the groups are the sizes needed, then the size available.
+_MESSAGES = (
+    (rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", "temporaries alone"),
+    (rf"memory space hbm\.?\s+Used {_SIZE} of {_SIZE} hbm", "the program"),
+    (
+        rf"TensorCore Hbm usage: {_SIZE}, SparseCore Hbm usage:? {_SIZE}, exceeding available bytes: {_SIZE}",
+        "TensorCore and SparseCore together",
+    ),
+    (rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", "the program"),
+)
+
+
+def explained(config: Config, error: Exception) -> Exception:
+    """Turn the compiler's error about device memory into a :class:`ConfigError`; return any other error as it is."""
+    text = str(error)
+    # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run helps.
+    if "RESOURCE_EXHAUSTED" not in text or re.search(r"memory space (?!hbm)\w+", text):
+        return error
+    figures = "the compiled program exceeds a device's memory"
+    for pattern, what in _MESSAGES:
+        found = re.search(pattern, text)
+        if found:
+            *needed, available = (_gib(size) for size in found.groups())
+            over = sum(needed) - available
+            amount = f"{over:.2f} GiB" if over >= 0.01 else f"{over * 1024:.1f} MiB"
+            figures = f"{what}: {sum(needed):.2f} GiB a device of {available:.2f}, {amount} too much"
+            break
+    return ConfigError(f"does not fit: {figures}; what helps, most first: {'; '.join(_levers(config))}")
+
+
+def _gib(size: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)([BKMGT]?)", size).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return float(number.rstrip(".")) * 1024.0 ** ("BKMGT".index(unit or "B")) / GiB
+
+
+def _levers(config: Config) -> list[str]:
+    model, train = config.model, config.train
+    levers = []
+    if model.remat != "full":
+        levers.append(f"model.remat=full (now {model.remat})")
+    if model.attention != "blocked" and config.data.sequence_length > 1024:
+        levers.append(f"model.attention=blocked (now {model.attention}), which never holds T x T")
+    if model.moe.gate != "none" and model.moe.dispatch == "einsum":
+        levers.append("model.moe.dispatch=gather, which makes no one-hot tensors")
+    levers.append(f"train.accumulation_steps above {train.accumulation_steps}, or a smaller train.batch_size")
+    if model.dtype == "float32":
+        levers.append("model.dtype=bfloat16 (now float32)")
+    levers.append("more chips, or a larger mesh.fsdp")
+    return levers

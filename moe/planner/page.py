@@ -1,0 +1,99 @@
+"""The page of a plan that a person reads."""
+
+from __future__ import annotations
+
+from moe.planner.chips import GiB
+from moe.planner.plan import Plan
+
+
+def render(plan: Plan) -> str:
+    """Memory, exchanges, FLOPs and predicted time, each marked as a fact or an estimate."""
+    return "\n".join([*_head(plan), "", *_memory(plan), "", *_exchanges(plan), "", *_flops(plan), "", *_time(plan)])
+
+
+def _device(plan: Plan) -> str:
+    if plan.platform == "gpu":
+        return "GPU"
+    return "chip" if plan.devices == plan.chips else "core"
+
+
+def _head(plan: Plan) -> list[str]:
+    unit = "GPUs" if plan.platform == "gpu" else "chips"
+    chips = f"{plan.chips} {unit}" + (f" = {plan.devices} cores" if plan.devices != plan.chips else "")
+    slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    return [
+        f"{slices}{plan.topology}: {chips}; mesh {mesh}; compiled in {plan.compile_seconds:.1f} s",
+        f"model: {plan.total_parameters:,} parameters, {plan.active_parameters:,} active; "
+        f"{plan.tokens:,} tokens a step",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.memory
+    return [
+        f"Memory per {_device(plan)} (fact): fits, {memory.total / GiB:.2f} GiB of {memory.capacity / GiB:.0f}",
+        *(
+            f"  {name:12} {getattr(memory, name) / GiB:8.2f} GiB"
+            for name in ("parameters", "optimizer", "inputs", "temporaries", "code")
+        ),
+        *(
+            [f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest is gaps between buffers"]
+            if 0 < memory.peak < memory.total
+            else []
+        ),
+    ]
+
+
+def _exchanges(plan: Plan) -> list[str]:
+    lines = [
+        f"Exchanges of a step, bytes per {_device(plan)} (fact; times: network model, an estimate)",
+        f"  {'kind':20} {'axes':16} {'purpose':24} {'count':>6} {'async':>6} {'MiB':>10} {'ms':>9} {'exposed':>9}",
+    ]
+    for exchange in plan.exchanges:
+        if exchange.bytes >= 2**20:
+            figures = (
+                f"{exchange.count:6} {exchange.asynchronous:6} {exchange.bytes / 2**20:10,.0f} "
+                f"{1e3 * exchange.seconds:9.2f} {1e3 * exchange.exposed_seconds:9.2f}"
+            )
+            lines.append(f"  {exchange.kind:20} {'+'.join(exchange.axes):16} {exchange.purpose:24} {figures}")
+    small = [exchange for exchange in plan.exchanges if exchange.bytes < 2**20]
+    if small:
+        lines.append(f"  {sum(e.count for e in small)} more, in groups of less than 1 MiB")
+    if plan.token_exchanges:
+        names = ", ".join(exchange.purpose for exchange in plan.token_exchanges)
+        lines.append(f"  FLAW: arrays that are no weights are gathered on every {_device(plan)}: {names}")
+    elif plan.unnamed_gathers:
+        lines.append("  the program does not name its exchanges; plan one slice to see whether tokens are gathered")
+    else:
+        lines.append("  no all-gather of tokens")
+    return lines
+
+
+def _flops(plan: Plan) -> list[str]:
+    ratio = plan.program_flops / plan.model_flops
+    return [
+        "FLOPs of a step, all chips (counted)",
+        f"  6 x active parameters x tokens        {plan.simple_flops:.4g}",
+        f"  model, with attention (MFU's)         {plan.model_flops:.4g}",
+        f"  matrix products traced                {plan.program_flops:.4g} = {ratio:.2f} x the model's: "
+        "recomputation, empty expert slots, masked attention",
+    ]
+
+
+def _time(plan: Plan) -> list[str]:
+    unit = "GPU" if plan.platform == "gpu" else "chip"
+    lines = [
+        "Time of a step (estimate)",
+        f"  on the {_device(plan):7}{1e3 * plan.compute_seconds:9.1f} ms  "
+        f"{plan.estimate}; {plan.unpriced} instructions at memory bandwidth; "
+        f"kernels, {1e3 * plan.kernel_seconds:.1f} ms, at peak",
+        *(f"    {name:22} {1e3 * part:9.1f} ms" for name, part in sorted(plan.parts.items()) if part > 1e-5),
+        f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
+        f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/{unit}, "
+        f"MFU {100 * plan.mfu:.1f} %",
+        f"  bound by      {plan.bound}",
+    ]
+    if plan.unknown_loops:
+        lines.append(f"  {plan.unknown_loops} loops whose trip count could not be read count once: an underestimate")
+    return lines

@@ -1,0 +1,387 @@
+"""Contents of a compiled program, read from its text: collectives, estimated work, copies, kernels without estimate.
+
+Everything is the compiler's own statement except trip counts, which are read from loop conditions. A loop's body stands
+once in the text; its instructions count as often as the loop runs. A fusion counts as one instruction unless XLA put a
+collective into it (a reduce-scatter on TPUs is a fusion around an all-reduce).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+
+from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+from moe.planner import hlo
+from moe.planner.hlo import Instruction, array_bytes, array_shape
+
+#: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
+_UNKNOWN_CYCLES = 2**63 - 1
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+        kind: an entry of :data:`KINDS`.
+        axes: mesh axes along which a group's members differ; empty if the groups could not be read.
+        group: devices of the first group, as positions in the flattened mesh; the other groups are alike.
+        bytes: of one device's array, once: the result of an all-gather, the smaller of input and buffer of a ragged
+            all-to-all, the input of every other kind.
+        count: times a step.
+        overlap_seconds: estimated work scheduled between its start and its done; -1 without a separate done, that is,
+            if the device waits for it.
+        source: JAX's name of the operation it came from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    bytes: int
+    count: int
+    overlap_seconds: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedMatmul:
+    """One ``lax.ragged_dot`` compiled to the TPU kernel, which carries no estimate.
+
+    Attributes:
+        kind: "rows" for [R,K]·[E,K,N] → [R,N], "weights" for [R,K]ᵀ·[R,N] → [E,K,N].
+        sizes: R (rows of the buffer, filled or not), K, N, E.
+        tiles: sizes in rows, K and N of the blocks that a step of its grid multiplies.
+        itemsize: bytes of one number.
+        count: times a step.
+    """
+
+    kind: str
+    sizes: tuple[int, int, int, int]
+    tiles: tuple[int, int, int]
+    itemsize: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Work and exchanges of a step, per device.
+
+    Attributes:
+        collectives: in program order.
+        seconds: the compiler's estimate of a step, without exchanges and without unpriced instructions.
+        parts: the same by pass ("forward", "recomputation", "backward", "update") and kind ("matmuls": fusions that
+            contain a matrix product; "other"); all branches of a conditional.
+        unpriced: instructions of a step without an estimate.
+        unpriced_bytes: bytes that those read and write.
+        unknown_loops: loops whose trip count could not be read and was taken as 1.
+        grouped: matmuls over rows sorted by expert; without an estimate, not among the unpriced.
+        attention_flops: of cuDNN's attention kernels, all keys of all queries; without an estimate, not among the
+            unpriced.
+        copies: (bytes, times a step, JAX's name) of each array of 1 MiB and more copied to another layout or address.
+    """
+
+    collectives: tuple[Collective, ...]
+    seconds: float
+    parts: dict[tuple[str, str], float]
+    unpriced: int
+    unpriced_bytes: int
+    unknown_loops: int
+    grouped: tuple[GroupedMatmul, ...] = ()
+    attention_flops: float = 0.0
+    copies: tuple[tuple[int, int, str], ...] = ()
+
+
+def read(text: str, mesh: Mapping[str, int], clock: float) -> Program:
+    """Read a scheduled module.
+
+    Args:
+        text: ``compiled.as_text()``.
+        mesh: devices per axis, in the order of the mesh's axes.
+        clock: Hz, of the cycles in the text.
+    """
+    reader = _Reader(hlo.parse(text), mesh, clock)
+    seconds = reader.walk(reader.module.entry, 1)
+    return Program(
+        tuple(reader.collectives),
+        seconds,
+        reader.parts,
+        reader.unpriced,
+        reader.unpriced_bytes,
+        reader.unknown_loops,
+        tuple(reader.grouped),
+        reader.attention_flops,
+        tuple(reader.copies),
+    )
+
+
+@dataclasses.dataclass
+class _Scope:
+    """Progress in one computation.
+
+    Attributes:
+        types: result type of each instruction.
+        times: runs of the computation in a step.
+        seconds: estimated work of one run so far.
+        started: carriers of collectives that are not done, the collective inside, and ``seconds`` at their start.
+        sent: transfers between slices that are not done, by rendezvous, and ``seconds`` at their start.
+        received: receives that are not done.
+    """
+
+    types: Mapping[str, str]
+    times: int
+    seconds: float = 0.0
+    started: dict[str, tuple[Instruction, Instruction, float]] = dataclasses.field(default_factory=dict)
+    sent: dict[str, tuple[Instruction, float]] = dataclasses.field(default_factory=dict)
+    received: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+
+    def operand_bytes(self, instruction: Instruction, stop: int | None = None) -> list[int]:
+        """Bytes of each operand, or of the first ``stop`` of them."""
+        return [array_bytes(self.types.get(name, "")) for name in instruction.operands[:stop]]
+
+
+class _Reader:
+    """Walk over the computations of a module; its public attributes are those of :class:`Program`."""
+
+    def __init__(self, module: hlo.Module, mesh: Mapping[str, int], clock: float):
+        self.module, self._mesh, self._clock = module, mesh, clock
+        self.collectives: list[Collective] = []
+        self.grouped: list[GroupedMatmul] = []
+        self.copies: list[tuple[int, int, str]] = []
+        self.parts: dict[tuple[str, str], float] = {}
+        self.unpriced = self.unpriced_bytes = self.unknown_loops = 0
+        self.attention_flops = 0.0
+        self._pass = "forward"
+        self._multiplies: dict[str, bool] = {}
+
+    def walk(self, name: str, times: int) -> float:
+        """Record a computation that runs ``times`` times a step; returns the estimated seconds of one run."""
+        instructions = self.module.computations.get(name, ())
+        scope = _Scope({instruction.name: instruction.type for instruction in instructions}, times)
+        for instruction in instructions:
+            self._visit(instruction, scope)
+        return scope.seconds
+
+    def _visit(self, instruction: Instruction, scope: _Scope) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = self._trips(instruction)
+            scope.seconds += trips * self.walk(instruction.attribute("body"), scope.times * trips)
+        elif opcode == "conditional":
+            branches = re.findall(r"%([\w.\-]+)", instruction.attributes.partition("branch_computations=")[2])
+            known = [branch for branch in branches if branch in self.module.computations]
+            scope.seconds += max((self.walk(branch, scope.times) for branch in known), default=0.0)
+        elif opcode == "call":
+            scope.seconds += self.walk(instruction.attribute("to_apply"), scope.times)
+        elif inner := self._collective_in(instruction):
+            self._visit_collective(instruction, inner, scope)
+        elif opcode.endswith("-done"):
+            self._visit_done(instruction, scope)
+        elif opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
+            scope.sent[_slice_attribute(instruction, "rendezvous")] = instruction, scope.seconds
+        elif opcode == "recv":
+            scope.received[instruction.name] = instruction
+        else:
+            self._visit_work(instruction, scope)
+
+    def _trips(self, loop: Instruction) -> int:
+        trips = hlo.trip_count(loop, self.module)
+        if trips is None and f"{OVERFLOW_SCOPE}/" in loop.op_name:
+            return 0  # further exchange rounds, which a balanced router never needs
+        if trips is None:
+            self.unknown_loops += 1
+            return 1
+        return trips
+
+    def _collective_in(self, instruction: Instruction) -> Instruction | None:
+        """The collective that an instruction is, or that is inside its fusion or asynchronous computation."""
+        if instruction.opcode.removesuffix("-start") in KINDS:
+            return instruction
+        if instruction.opcode not in ("fusion", "async-start"):
+            return None
+        return self._hidden_collective(instruction)
+
+    def _hidden_collective(self, instruction: Instruction) -> Instruction | None:
+        for inner in self.module.called(instruction):
+            if inner.opcode.removesuffix("-start") in KINDS:
+                return inner
+            if inner.opcode in ("fusion", "call") and (found := self._hidden_collective(inner)):
+                return found
+        return None
+
+    def _visit_collective(self, carrier: Instruction, inner: Instruction, scope: _Scope) -> None:
+        if carrier.opcode.endswith("-start"):
+            scope.started[carrier.name] = (carrier, inner, scope.seconds)
+            return
+        self._record(carrier, inner, scope, -1.0)
+        if carrier.opcode == "fusion" and inner.opcode == "all-gather":  # a matmul with the gather inside
+            self._spend(carrier, self._estimate(carrier) or 0.0, scope)
+
+    def _visit_done(self, instruction: Instruction, scope: _Scope) -> None:
+        first = instruction.operands[0] if instruction.operands else ""
+        if first in scope.received:
+            received = scope.received.pop(first)
+            started = scope.sent.pop(_slice_attribute(received, "rendezvous"), None)
+            if started:
+                self._record_between_slices(started[0], received, scope, scope.seconds - started[1])
+        elif first in scope.started:
+            carrier, inner, seconds = scope.started.pop(first)
+            self._record(carrier, inner, scope, scope.seconds - seconds)
+
+    def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, overlap: float) -> None:
+        kind = inner.opcode.removesuffix("-start")
+        named, group = hlo.first_group(inner.attributes)
+        axes = named if named and set(named) <= set(self._mesh) else hlo.group_axes(group, self._mesh)
+        axes = tuple(axis for axis in axes if self._mesh.get(axis, 1) > 1)
+        result, inputs = array_bytes(carrier.type), sum(scope.operand_bytes(carrier))
+        # XLA pads parts that are no multiple of the network's unit: [4096] to 8 times [520].
+        if kind == "all-reduce" and carrier.opcode == "fusion" and len(group) > 1 and result * len(group) < 2 * inputs:
+            kind = "reduce-scatter"
+        size = inputs or result
+        if kind == "ragged-all-to-all":
+            # The operands are rows, a buffer for those that arrive, and offsets; a balanced load fills the smaller.
+            size = min(scope.operand_bytes(carrier, 2))
+        if kind == "all-gather":
+            # The result of a start is (operands, results, ...).
+            size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
+        source = carrier.op_name or inner.op_name
+        self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source))
+
+    def _record_between_slices(self, sent: Instruction, received: Instruction, scope: _Scope, overlap: float) -> None:
+        """Record an exchange between TPU slices: a send and a receive through the hosts, without JAX's names."""
+        kind = _slice_attribute(sent, "transfer_type").lower().replace("_", "-")
+        # The type of a receive is (array, ...).
+        carried = received.type[1:].partition("{")[0] if kind == "all-gather" else scope.types.get(sent.operands[0], "")
+        # Only the first axis of the mesh spans slices (moe.parallel.mesh).
+        axis, *inner = self._mesh
+        stride = math.prod(self._mesh[name] for name in inner)
+        group = tuple(range(0, self._mesh[axis] * stride, stride))
+        self.collectives.append(
+            Collective(kind, (axis,), group, array_bytes(carried), scope.times, overlap, "between slices")
+        )
+
+    def _visit_work(self, instruction: Instruction, scope: _Scope) -> None:
+        if instruction.opcode == "custom-call" and (matmul := _grouped_matmul(instruction, scope)):
+            self.grouped.append(matmul)
+        if instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
+            self.attention_flops += scope.times * _attention_flops(instruction, scope)
+        if instruction.opcode == "copy" and array_bytes(instruction.type) >= 2**20:
+            self.copies.append((array_bytes(instruction.type), scope.times, instruction.op_name))
+        # Asynchronous calls to the SparseCore and copies on GPUs have no estimate.
+        estimate = None if instruction.opcode in ("call-start", "fusion-start") else self._estimate(instruction)
+        if estimate is None:
+            self.unpriced += scope.times
+            self.unpriced_bytes += scope.times * self._moved_bytes(instruction, scope)
+        elif estimate:
+            self._spend(instruction, estimate, scope)
+
+    def _estimate(self, instruction: Instruction) -> float | None:
+        """The compiler's seconds; 0 without an estimate, None for an estimate that says "unknown"."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        if not found:
+            return self._gpu_estimate(instruction)
+        cycles = int(found.group(1))
+        return None if cycles == _UNKNOWN_CYCLES else cycles / self._clock
+
+    def _gpu_estimate(self, instruction: Instruction) -> float:
+        """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
+
+        XLA states the times of several models. "sol" has measured rates of matmuls, whose result must have the type of
+        the operands; other matmuls are taken at peak. (The remaining models time a matmul with the tiles of this
+        compilation, which are chosen by measurement on a real device.) "indexing-cost-model" is for other Triton
+        fusions, the model without a name for all the rest.
+        """
+        found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
+        costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
+        if matmul := costs.get("experimental-gemm-cost-model"):
+            if self._keeps_type(instruction):
+                return costs["sol"]["exec_time_us"] * 1e-6
+            return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
+        cost = costs.get("indexing-cost-model") or costs.get("")
+        return cost["exec_time_us"] * 1e-6 if cost else 0.0
+
+    def _keeps_type(self, fusion: Instruction) -> bool:
+        """Check that the result of a fused matmul has the type of the matmul's operands."""
+        inner = self.module.called(fusion)
+        types = {instruction.name: instruction.type for instruction in inner}
+        for instruction in inner:
+            if instruction.opcode == "dot":
+                operands = {types.get(name, "").partition("[")[0] for name in instruction.operands}
+                return operands == {fusion.type.partition("[")[0]}
+            if instruction.opcode == "fusion" and self._has_product(instruction.attribute("calls")):
+                return self._keeps_type(dataclasses.replace(instruction, type=fusion.type))
+        return True
+
+    def _moved_bytes(self, instruction: Instruction, scope: _Scope) -> int:
+        """Bytes that an unpriced instruction reads and writes; a gather reads as much as it writes."""
+        written = array_bytes(instruction.type)
+        if instruction.opcode in ("call-start", "fusion-start"):  # the called computation says how much is moved
+            called = self.module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
+            return 2 * sum(array_bytes(inner.type) for inner in called if inner.root)
+        return min(written + sum(scope.operand_bytes(instruction)), 2 * written)
+
+    def _spend(self, instruction: Instruction, seconds: float, scope: _Scope) -> None:
+        """Book estimated work; an instruction without a name belongs to the pass of the one before it."""
+        self._pass = _pass_of(instruction.op_name) or self._pass
+        product = instruction.opcode in ("convolution", "dot") or self._has_product(instruction.attribute("calls"))
+        part = self._pass, "matmuls" if product else "other"
+        self.parts[part] = self.parts.get(part, 0.0) + seconds * scope.times
+        scope.seconds += seconds
+
+    def _has_product(self, name: str) -> bool:
+        """Check for a matrix product in a computation or in those it calls."""
+        if name not in self._multiplies:
+            self._multiplies[name] = any(
+                inner.opcode in ("convolution", "dot")
+                or (inner.opcode == "fusion" and self._has_product(inner.attribute("calls")))
+                for inner in self.module.computations.get(name, ())
+            )
+        return self._multiplies[name]
+
+
+def _slice_attribute(transfer: Instruction, name: str) -> str:
+    """A frontend attribute of a send or receive between TPU slices."""
+    found = re.search(rf'_xla_(?:megascale|host_transfer)_{name}="([^"]*)"', transfer.attributes)
+    return found.group(1) if found else ""
+
+
+def _pass_of(op_name: str) -> str | None:
+    """The part of a train step that JAX's name of an operation belongs to; None without a name."""
+    if not op_name:
+        return None
+    if "rematted_computation" in op_name:
+        return "recomputation"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "update"
+
+
+def _attention_flops(kernel: Instruction, scope: _Scope) -> float:
+    """FLOPs of one cuDNN attention kernel, q [B,T,N,H] and k [B,U,M,H]: 2 matmuls forward, 5 backward."""
+    q, k = (array_shape(scope.types.get(name, "")) for name in kernel.operands[:2])
+    return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
+
+
+def _grouped_matmul(kernel: Instruction, scope: _Scope) -> GroupedMatmul | None:
+    """The grouped matmul of a TPU kernel, whose operands are arrays of scalars, then the two factors."""
+    tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)
+    if not tiles:
+        return None
+    left, right = (scope.types.get(name, "") for name in kernel.operands[-2:])
+    itemsize = array_bytes(left) // math.prod(array_shape(left))
+    (rows, k), result = array_shape(left), array_shape(kernel.type)
+    kind, groups = ("weights", result[0]) if len(result) == 3 else ("rows", array_shape(right)[0])
+    tiling = int(tiles[1]), int(tiles[2]), int(tiles[3])
+    return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, scope.times)

@@ -1,0 +1,64 @@
+"""Helpers that gates share: top-k without a gather over tokens, group limits, weight normalisation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from moe.routing.interface import GateInputs
+
+
+def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+    """Select entries of the last axis; the gradient is elementwise instead of a scatter."""
+    # [...,1,E] where [...,K,E] → [...,K]
+    chosen = index[..., None] == jnp.arange(scores.shape[-1])
+    return jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1)
+
+
+def top_k(scores: Float[Array, "*batch E"], k: int) -> tuple[Float[Array, "*batch K"], Int[Array, "*batch K"]]:
+    """Values and indices of the k highest scores, ties to the lower index; ``jax.lax.top_k`` as k rounds of argmax.
+
+    XLA's partitioner cannot split ``lax.top_k`` over tokens: on a mesh every device would gather all logits and route
+    all tokens. It can split reductions over E. The argmax is written as the lowest index that has the maximum because
+    XLA on CPU runs ``jnp.argmax``, a reduction of (value, index) pairs, on one core and ten times slower.
+    """
+    num_experts = scores.shape[-1]
+    experts = jnp.arange(num_experts)
+    remaining, indices = jax.lax.stop_gradient(scores), []
+    for _ in range(k):
+        highest = jnp.max(remaining, axis=-1, keepdims=True)
+        indices.append(jnp.min(jnp.where(remaining == highest, experts, num_experts - 1), axis=-1))
+        remaining = jnp.where(indices[-1][..., None] == experts, -jnp.inf, remaining)
+    index = jnp.stack(indices, axis=-1)
+    return pick(scores, index), index
+
+
+def rank(scores: Float[Array, "*batch N"]) -> Int[Array, "*batch N"]:
+    """Rank of each entry of the last axis: 0 for the highest, ties to the lower index."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1).astype(jnp.int32)
+
+
+def normalised_weights(weights: Float[Array, "*batch K"], inputs: GateInputs) -> Float[Array, "*batch K"]:
+    """Chosen weights, divided by their sum if ``inputs.renormalise``, times ``inputs.routing_scale``."""
+    if inputs.renormalise:
+        # The epsilon, as in DeepSeek's code, guards against a sum of sigmoids that underflows.
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * inputs.routing_scale
+
+
+def limit_to_groups(
+    scores: Float[Array, "*batch E"], inputs: GateInputs, scores_per_group: int
+) -> Float[Array, "*batch E"]:
+    """Scores with −∞ outside the kept groups; a group is ranked by the sum of its ``scores_per_group`` highest."""
+    groups, kept = inputs.expert_groups, inputs.kept_expert_groups
+    if kept >= groups:
+        return scores
+    # [...,E] → [...,groups,E/groups]
+    by_group = scores.reshape(*scores.shape[:-1], groups, -1)
+    values, _ = top_k(by_group, min(scores_per_group, by_group.shape[-1]))
+    _, kept_index = top_k(jnp.sum(values, axis=-1), kept)
+    is_kept = jnp.any(kept_index[..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(is_kept[..., None], by_group, -jnp.inf).reshape(scores.shape)

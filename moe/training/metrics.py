@@ -1,0 +1,93 @@
+"""Metrics of logged steps: conversion, averages, and time per step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe.config import Config
+from moe.metrics_files import to_python
+from moe.models import flops
+from moe.routing import balancing
+from moe.training import matmul_rate
+from moe.training.step import TrainMetrics
+
+
+def step_metrics(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
+    """One step's metrics as a flat JSON dict; waits for the step. Metrics from a checkpoint are JSON already."""
+    if isinstance(metrics, dict):
+        return metrics
+    values = to_python(dataclasses.asdict(metrics))
+    layers = values.pop("layers") or {}
+    return values | layers
+
+
+def mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Average the metrics of several steps; per-layer values derived from the load use the mean load.
+
+    Steps with a skipped update are counted in ``skipped`` and excluded from the means, unless all were skipped.
+    ``broken_tokens`` is the sum over all steps.
+    """
+    averaged = [values for values in steps if not values["skipped"]] or steps
+    row = {name: np.mean([values[name] for values in averaged], axis=0).tolist() for name in steps[0]}
+    row["skipped"] = sum(int(values["skipped"]) for values in steps)
+    if "expert_load" in row:
+        row["broken_tokens"] = np.sum([values["broken_tokens"] for values in steps], axis=0).tolist()
+        load = np.asarray(row["expert_load"])
+        row["max_violation"] = balancing.max_violation(load).tolist()
+        row["dead_experts"] = balancing.dead_experts(load).tolist()
+    return row
+
+
+class StepClock:
+    """Seconds per step, excluding evaluation and saving, and the share spent waiting for data.
+
+    As a context manager it measures the wait for one batch.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval."""
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def __enter__(self) -> None:
+        self._steps += 1
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self._waited += time.perf_counter() - self._entered
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds per step, seconds of waiting per step) of the interval; starts a new one."""
+        steps = max(self._steps, 1)
+        result = (time.perf_counter() - self._start) / steps, self._waited / steps
+        self.restart()
+        return result
+
+
+class Throughput:
+    """Tokens per second and MFU from seconds per step."""
+
+    def __init__(self, config: Config):
+        """Measure the matmul rate of the devices, which is the denominator of MFU."""
+        length = config.data.sequence_length
+        self._tokens = config.train.batch_size * length
+        self._flops = self._tokens * flops.train_flops_per_token(config.model, length)
+        self._peak = matmul_rate.measured_matmul_rate(config.model.dtype) * jax.device_count()
+        if jax.default_backend() == "cpu":
+            self._peak /= jax.device_count()  # fake devices share the host's cores
+
+    def row(self, seconds: float, waited: float) -> dict[str, float]:
+        """Row for ``timing.jsonl``."""
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "mfu": self._flops / seconds / self._peak,
+            "data_wait_share": waited / seconds,
+        }

@@ -1,0 +1,151 @@
+"""Reading of compiled programs, and the time of grouped matmuls."""
+
+import dataclasses
+
+import pytest
+
+from moe.planner import grouped_matmuls, hlo, program
+from moe.planner.chips import CHIPS
+
+MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
+
+# Excerpt of a compiled train step: a loop of 32 trips with an all-to-all, a gather with a fusion of 1000 cycles between
+# its start and its done, a reduce-scatter hidden in a fusion, and a kernel whose metadata breaks the line.
+PROGRAM = """HloModule jit_train_step, is_scheduled=true
+%all-reduce-scatter.1 (input.1: bf16[4096,128]) -> bf16[512,128] {
+  %input.1 = bf16[4096,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-reduce.1 = bf16[4096,128]{1,0} all-reduce(%input.1), replica_groups={{0,8,16,24,32,40,48,56}}, to_apply=%a
+}
+%product (a: bf16[8,1280,4096]) -> bf16[8,1280,4096] {
+  %a = bf16[8,1280,4096]{2,1,0} parameter(0)
+  ROOT %dot.1 = bf16[8,1280,4096]{2,1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+%body (p: (s32[], bf16[8,1280,4096])) -> (s32[], bf16[8,1280,4096]) {
+  %p = (s32[]{:T(128)}, bf16[8,1280,4096]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,1280,4096]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %w = bf16[512,128]{1,0} broadcast(%c), dimensions={}
+  %all-to-all.1 = bf16[8,1280,4096]{2,1,0} all-to-all(%x), channel_id=5, replica_groups=mesh['data'=1,'fsdp'=8,'expert'=8,'tensor'=1] {'expert'}, dimensions={0}, metadata={op_name="jit(train_step)/sharding_constraint"}
+  %all-gather-start.1 = (bf16[512,128]{1,0}, bf16[4096,128]{1,0}) all-gather-start(%w), replica_groups=[8,8]<=[8,8]T(1,0), dimensions={0}, metadata={op_name="jit(train_step)/weights.experts.up/convert_element_type"}
+  %fusion.1 = bf16[8,1280,4096]{2,1,0} fusion(%all-to-all.1), kind=kLoop, calls=%product, metadata={op_name="jit(train_step)/transpose(jvp())/checkpoint/rematted_computation/dot_general"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %all-gather-done.1 = bf16[4096,128]{1,0} all-gather-done(%all-gather-start.1)
+  %fusion.2 = bf16[512,128]{1,0} fusion(%all-gather-done.1), kind=kCustom, calls=%all-reduce-scatter.1
+  %kernel = bf16[8]{0} custom-call(%w), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"name": "splash"
+}}
+  %fusion.3 = bf16[8]{0} fusion(%kernel), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  ROOT %t = (s32[], bf16[8,1280,4096]{2,1,0}) tuple(%i, %fusion.1)
+}
+%condition (p.1: (s32[], bf16[8,1280,4096])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(32)
+  %p.1 = (s32[]{:T(128)}, bf16[8,1280,4096]{2,1,0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %constant.1), direction=LT
+}
+ENTRY %main (arg: bf16[8,1280,4096]) -> bf16[8,1280,4096] {
+  %arg = bf16[8,1280,4096]{2,1,0} parameter(0)
+  %fusion.9 = bf16[8,1280,4096]{2,1,0} fusion(%arg), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"500"}}
+  %while.1 = (s32[], bf16[8,1280,4096]{2,1,0}) while(%tuple), condition=%condition, body=%body
+  ROOT %out = bf16[8,1280,4096]{2,1,0} get-tuple-element(%while.1), index=1
+}
+"""  # noqa: E501
+
+
+def test_reads_loops_exchanges_and_cycles():
+    read = program.read(PROGRAM, MESH, clock=1.0)
+    assert [(c.kind, c.axes, c.bytes, c.count, c.overlap_seconds) for c in read.collectives] == [
+        ("all-to-all", ("expert",), 8 * 1280 * 4096 * 2, 32, -1),
+        ("all-gather", ("fsdp",), 4096 * 128 * 2, 32, 1000),
+        ("reduce-scatter", ("fsdp",), 4096 * 128 * 2, 32, -1),
+    ]
+    assert read.seconds == 500 + 32 * 1000
+    assert read.parts == {("forward", "other"): 500, ("recomputation", "matmuls"): 32 * 1000}
+    assert read.unpriced == 32
+    assert read.unpriced_bytes == 32 * 2 * 16  # bf16[8] in and out
+    assert read.unknown_loops == 0
+
+
+@pytest.mark.parametrize(("result", "kind"), [("bf16[520,128]", "reduce-scatter"), ("bf16[4096,128]", "all-reduce")])
+def test_an_all_reduce_in_a_fusion_is_classified_by_its_result(result, kind):
+    """A reduce-scatter's parts may be padded; a result as large as the input is an all-reduce."""
+    text = PROGRAM.replace("%fusion.2 = bf16[512,128]", f"%fusion.2 = {result}")
+    assert program.read(text, MESH, clock=1.0).collectives[-1].kind == kind
+
+
+# Excerpt of a compiled layer: a grouped matmul's kernel on a buffer of 8192 rows, its gradient for the matrices, a copy
+# of those, and the loop of further waves that a balanced router never enters.
+GROUPED = """HloModule jit_both, is_scheduled=true
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %fusion.7 = bf16[8,16]{1,0} fusion(%p), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"700"}}
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%i, %fusion.7)
+}
+%condition (p.1: (s32[], bf16[8,16])) -> pred[] {
+  %p.1 = (s32[], bf16[8,16]{1,0}) parameter(0)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (x: bf16[8192,1024], w: bf16[8,1024,4096], s: s32[8]) -> bf16[8192,4096] {
+  %x = bf16[8192,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[8,1024,4096]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %s = s32[8]{0:T(128)} parameter(2)
+  %y = bf16[8192,4096]{1,0} custom-call(%s, %s, %x, /*index=3*/%w), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,1024,1280"}, metadata={op_name="jit(both)/ragged_dot_general"}
+  %copy = bf16[8,1024,4096]{1,2,0} copy(%w), metadata={op_name="w"}, backend_config={"window_config":{"estimated_cycles":"900"}}
+  %d = bf16[8,1024,4096]{2,1,0} custom-call(%s, %x, %y), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="128,1024,512"}
+  %room = bf16[10240,1024]{1,0} broadcast(%z), dimensions={}
+  %sent = bf16[10240,1024]{1,0} ragged-all-to-all(%x, %room, %s, %s, /*index=4*/%s, %s), replica_groups={{0,1,2,3,4,5,6,7}}
+  %while = (s32[], bf16[8,16]{1,0}) while(%y), condition=%condition, body=%body, metadata={op_name="jit(both)/overflow/while"}
+  ROOT %out = bf16[8192,4096]{1,0} copy(%y)
+}
+"""  # noqa: E501
+
+
+def test_reads_grouped_matmuls_and_copies():
+    read = program.read(GROUPED, {"expert": 8}, clock=1.0)
+    assert read.grouped == (
+        program.GroupedMatmul("rows", (8192, 1024, 4096, 8), (128, 1024, 1280), 2, 1),
+        program.GroupedMatmul("weights", (8192, 1024, 4096, 8), (128, 1024, 512), 2, 1),
+    )
+    assert read.copies == ((8 * 1024 * 4096 * 2, 1, "w"), (8192 * 4096 * 2, 1, ""))
+    assert (read.seconds, read.unknown_loops) == (900, 0)
+    # The bytes of a balanced load, not of the whole buffer.
+    (sent,) = read.collectives
+    assert (sent.kind, sent.axes, sent.bytes) == ("ragged-all-to-all", ("expert",), 8192 * 1024 * 2)
+
+
+# Excerpt of a compiled train step: a sum over two slices of four devices beside 300 cycles of other work.
+SLICES = """HloModule jit_train_step, is_scheduled=true
+ENTRY %main (g: bf16[256,8,128]) -> bf16[256,8,128] {
+  %g = bf16[256,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %send = (bf16[256,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%g, %after-all), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (bf16[256,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=7, is_host_transfer=true
+  %fusion = bf16[8]{0} fusion(%g), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"300"}}
+  %recv-done = (bf16[256,8,128]{2,1,0:T(8,128)(2,1)}, token[]) recv-done(%recv), channel_id=6, is_host_transfer=true
+  ROOT %out = bf16[256,8,128]{2,1,0} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_reads_exchanges_between_slices():
+    mesh = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+    (sums,) = program.read(SLICES, mesh, clock=1.0).collectives
+    assert sums == program.Collective("all-reduce", ("data",), (0, 4), 256 * 8 * 128 * 2, 1, 300, "between slices")
+
+
+def test_time_of_a_grouped_matmul_by_hand():
+    chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
+    rows, weights = program.read(GROUPED, {"expert": 8}, clock=1.0).grouped
+    # 4 columns of tiles, the last partly empty; 8192/128 + 7 tiles of rows; 2·128·1024·1280 FLOPs a step.
+    assert grouped_matmuls.seconds(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
+    # Half of the rows: empty rows of the buffer do not count; the 7 tiles that two groups share stay.
+    assert grouped_matmuls.seconds(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
+    chip = dataclasses.replace(chip, memory_bandwidth=1e9)
+    # Each step moves its rows in and out; a group's matrix moves once a column.
+    moved = 4 * 71 * (128 * 1024 + 128 * 1280) + 8 * 4 * 1024 * 1280
+    assert grouped_matmuls.seconds(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    moved = 8 * 71 * 128 * (1024 + 512) + 8 * 8 * 1024 * 512
+    assert grouped_matmuls.seconds(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
+
+
+def test_bytes_of_types():
+    assert hlo.array_bytes("(bf16[4,128]{1,0:T(8,128)(2,1)}, s32[], pred[3])") == 4 * 128 * 2 + 4 + 3
