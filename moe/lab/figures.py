@@ -37,8 +37,8 @@ def colors(table: Table) -> dict[str, str]:
 def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> statistics.Effect:
     """Difference of the primary loss at the last step, paired by seed."""
     seeds = table.seeds(steps, variant, baseline)
-    losses = ([table.record(name, steps, seed).primary_loss for seed in seeds] for name in (variant, baseline))
-    return statistics.effect(np.subtract(*losses) if seeds else [])
+    ours, base = ([table.record(name, steps, seed).primary_loss for seed in seeds] for name in (variant, baseline))
+    return statistics.effect([a - b for a, b in zip(ours, base, strict=True)])
 
 
 def forest(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:

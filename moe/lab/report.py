@@ -150,7 +150,7 @@ def _comparison(found: Table, comparison: Comparison) -> str:
         decided = [arm for arm in arms if effects[arm].n > 1]
         adjusted = dict(zip(decided, statistics.holm([effects[arm].p for arm in decided]), strict=True))
         pooled = statistics.pooled(_losses(found, [base, *arms], steps), base)
-        rows = [(base, loss_cell(found, base, steps), "baseline", "", "", "", "", "")]
+        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", "", "", "", "", "")]
         for arm in arms:
             rows.append(_comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm)))
         tokens = steps * found.suite.tokens_per_step / 1e6

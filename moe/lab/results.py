@@ -53,7 +53,7 @@ def run_rows(directory: Path) -> list[Row]:
 _TRAINING = ("fraction_tokens_dropped", "router_z_loss", "max_violation")
 
 
-def _per_layer(row: dict[str, Any], prefix: str, quantities: dict[str, Iterable[float]]) -> list[Row]:
+def _per_layer(row: dict[str, Any], prefix: str, quantities: dict[str, Any]) -> list[Row]:
     return [
         (row["step"], f"{prefix}{name}", "", str(layer), float(value))
         for name, values in quantities.items()

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -61,7 +62,7 @@ def effect(values: ArrayLike) -> Effect:
     mean, sd = float(values.mean()), float(values.std(ddof=1))
     if sd == 0.0:
         return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, n, 0.0)
-    test = scipy.stats.ttest_1samp(values, 0.0)
+    test: Any = scipy.stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
     return Effect(mean, float(interval.low), float(interval.high), float(test.pvalue), n, sd)
 
@@ -81,7 +82,8 @@ def smallest_detectable(sd: float, n: int, *, power: float = POWER) -> float:
         lower = np.nan_to_num(scipy.stats.nct.cdf(-critical, n - 1, noncentrality), nan=0.0)
         return float(upper + lower - power)
 
-    return float(scipy.optimize.brentq(shortfall, 1e-6, 100.0)) * sd / math.sqrt(n)
+    noncentrality: Any = scipy.optimize.brentq(shortfall, 1e-6, 100.0)
+    return float(noncentrality) * sd / math.sqrt(n)
 
 
 def seeds_needed(sd: float, difference: float, *, power: float = POWER, most: int = 1000) -> int:
@@ -111,7 +113,8 @@ def pitman_morgan(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
     ratio = float(np.var(a, ddof=1) / np.var(b, ddof=1))
     if len(a) < 3:
         return ratio, 1.0
-    return ratio, float(scipy.stats.pearsonr(a + b, a - b, alternative="less").pvalue)
+    test: Any = scipy.stats.pearsonr(a + b, a - b, alternative="less")
+    return ratio, float(test.pvalue)
 
 
 def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Effect]:

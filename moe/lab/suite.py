@@ -124,9 +124,14 @@ class Suite:
     whole_batch_groups: bool = True
 
     @property
+    def _base(self) -> Any:
+        """The base config, untyped: the fields of a ConfigDict have no static types."""
+        return self.base
+
+    @property
     def steps(self) -> tuple[int, ...]:
         """Horizons in ascending order."""
-        return tuple(sorted(self.horizons)) or (self.base.train.num_steps,)
+        return tuple(sorted(self.horizons)) or (self._base.train.num_steps,)
 
     @property
     def longest(self) -> int:
@@ -136,17 +141,17 @@ class Suite:
     @property
     def learning_rate(self) -> float:
         """Peak learning rate of the base config, used where no sweep has been run."""
-        return float(self.base.optimizer.learning_rate)
+        return float(self._base.optimizer.learning_rate)
 
     @property
     def primary_domains(self) -> tuple[str, ...]:
         """Domains of the primary loss."""
-        return self.primary or tuple(self.base.data.domains) or (self.base.data.dataset,)
+        return self.primary or tuple(self._base.data.domains) or (self._base.data.dataset,)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step of the base config."""
-        return self.base.train.batch_size * self.base.data.sequence_length
+        return self._base.train.batch_size * self._base.data.sequence_length
 
     def config(
         self,
@@ -182,7 +187,7 @@ class Suite:
             "optimizer.learning_rate": chosen.rate_scale * (learning_rate or self.learning_rate),
         }
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
-        tree = self.base.copy_and_resolve_references()
+        tree: Any = self.base.copy_and_resolve_references()
         try:
             tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
             grouped = tree.model.moe.gate != "none" and "model.moe.group_size" not in chosen.overrides
