@@ -148,17 +148,47 @@ def test_frozen_parts_do_not_move(tmp_path):
         _config((None, tmp_path), optimizer={"frozen": ["gate"]})
 
 
+def _save_run(workdir, config, state):
+    """A run's workdir with one checkpoint, without the loop."""
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        manager.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+
+
+LOSS_FREE = {"gate": "deepseek_v3", "num_experts": 4, "experts_per_token": 2, "expert_groups": 1, "bias_update_rate": 0.1}
+
+
+def test_selection_biases_are_copied_unless_the_router_is_fresh_and_frozen_with_it(tmp_path):
+    """Biases of 1 stay 1 in a run that starts from them with a frozen router; a fresh router has zeros."""
+    source = _config((HERE / "mixtral", tmp_path / "open"), moe=LOSS_FREE)
+    mesh, make = _program(source)
+    with jax.set_mesh(mesh):
+        state = make().init()
+        _save_run(
+            tmp_path / "run", source, dataclasses.replace(state, biases=jax.tree.map(jnp.ones_like, state.biases))
+        )
+        start = {"checkpoint": str(tmp_path / "run")}
+        config = _config((None, tmp_path / "run"), start=start, optimizer={"frozen": ["router"]})
+        program = _program(config)[1]()
+        first = warm_start.first_state(program)
+        assert jax.tree.leaves(first.biases)
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), first.biases)
+        fresh = dataclasses.replace(config, start=StartConfig(str(tmp_path / "run"), fresh=("router",)))
+        zeros = warm_start.first_state(dataclasses.replace(program, config=fresh)).biases
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 0), zeros)
+        after, _ = program.train_step(first, _batch(mesh, 32))
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), after.biases)
+
+
 def test_the_optimizers_state_is_carried_on_request(tmp_path):
-    """Adam's moments of the dense FFN become each expert's, its count goes on; the fresh router's are zero."""
+    """Each expert gets the moments of the dense FFN and Adam's count goes on; the schedule is the new run's, from step 0."""
     dense = _config((HERE / "mistral", tmp_path / "open"))
     mesh, make = _program(dense)
     with jax.set_mesh(mesh):
         program = make()
         trained, _ = program.train_step(program.init(), _batch(mesh, 32))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(dense)))
-    with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
-        manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(trained)))
+    _save_run(tmp_path / "run", dense, trained)
     sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
     carry = {"checkpoint": str(tmp_path / "run"), "optimizer": "carry"}
     config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
@@ -170,5 +200,15 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     for expert in range(4):
         np.testing.assert_array_equal(adam["moe"]["experts"]["up"][:, expert], old["dense"]["up"])
     assert not np.any(adam["moe"]["router"]["kernel"])
-    assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 1]
+    assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 0]
     assert int(state.step) == 0
+    with jax.set_mesh(mesh):
+        # A rate logged is the rate used: at a rate of 0 nothing moves, and a skipped update leaves Adam's count alone.
+        program = make()
+        broken = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+        skipped, metrics = program.train_step(
+            dataclasses.replace(state, parameters=state.parameters | {"final_norm": broken}), _batch(mesh, 32)
+        )
+    assert metrics.skipped == 1
+    counts = [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(skipped.optimizer, "count")]
+    assert counts == [1, 1]  # Adam's, and the schedule's, which is the step

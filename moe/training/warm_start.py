@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints
-from moe.checkpoints.state import TrainState
+from moe.checkpoints.state import TrainState, set_schedule_step
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models.stack import restack_layers, unstack_layers
@@ -54,7 +54,12 @@ def first_state(program: Program) -> TrainState:
     source = read_config(start.checkpoint)
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
     rng = np.random.default_rng(program.config.seed)
+    _refuse_other_depth(program.config, source.model)
     parameters = _transplant(program, source.model, theirs, state.parameters, start.expert_noise, rng)
+    biases = state.biases
+    if biases:
+        found = _host(stored.read_biases(start.checkpoint, source.model))
+        biases = _transplant(program, source.model, found, biases, 0.0, rng)
     optimizer = state.optimizer
     if start.optimizer == "carry":
         carried = _host(_optimizer_state(source, start.checkpoint))
@@ -68,7 +73,8 @@ def first_state(program: Program) -> TrainState:
             carried,
             is_leaf=_is_tree,
         )
-    placed = dataclasses.replace(state, parameters=parameters, optimizer=optimizer)
+        optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
+    placed = dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer)
     return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
 
 
@@ -106,6 +112,12 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
         raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer state; use 'reset'") from error
 
 
+def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
+    if source.num_layers != config.model.num_layers:
+        where = f"start.checkpoint={config.start.checkpoint!r}"
+        raise ConfigError(f"model.num_layers={config.model.num_layers}: {where} has {source.num_layers}")
+
+
 def _transplant(
     program: Program, model: ModelConfig, source: Any, fresh: Any, noise: float, rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -122,9 +134,6 @@ def _transplant(
     ours, theirs = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     fresh_parts = set(program.config.start.fresh)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
-    layers = {layer for layer, _ in theirs if layer >= 0}
-    if layers != {layer for layer, _ in ours if layer >= 0}:
-        raise ConfigError(f"model.num_layers={program.config.model.num_layers}: {where} has {len(layers)}")
     chosen = {}
     for (layer, names), own in ours.items():
         found = None if fresh_parts & set(names) else theirs.get((layer, names))
