@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,8 +15,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from configs import base, upcycle
 from moe.checkpoints.workdir import read_config
-from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, to_dict
+from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, inherit_model, to_dict
+from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
@@ -148,6 +151,51 @@ def test_frozen_parts_do_not_move(tmp_path):
         _config((None, tmp_path), optimizer={"frozen": ["gate"]})
 
 
+def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
+    """Fine-tuning takes the whole model section; upcycling says what changes, and the gate brings its own constants."""
+    imported = import_checkpoint(HERE / "mixtral", tmp_path / "moe")
+    tree = base.get_config()
+    tree.start.checkpoint = str(tmp_path / "moe")
+    tree.model.remat = "full"
+    inherit_model(tree)
+    assert from_config_dict(tree).model == dataclasses.replace(imported.model, remat="full")
+
+    dense = import_checkpoint(HERE / "mistral", tmp_path / "dense")
+    tree = upcycle.get_config()
+    tree.start.checkpoint = str(tmp_path / "dense")
+    inherit_model(tree)
+    model = from_config_dict(tree).model
+    assert (model.moe.gate, model.moe.num_experts, model.moe.d_ff) == ("mixtral", 8, dense.model.d_ff)
+    assert (model.d_model, model.num_layers) == (dense.model.d_model, dense.model.num_layers)
+
+    tree.start.checkpoint = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"start\.checkpoint=.*must be the workdir of a run or an import"):
+        inherit_model(tree)
+
+
+def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
+    config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"holds neither .*, or set data\.tokenizer"):
+        warm_start.tokenizer(config)
+    words = ["one text and another text"] * 300
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(iter(words), 280).model_bytes)
+    assert warm_start.tokenizer(config).vocab_size == 280
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="mine.model"))
+    assert warm_start.tokenizer(named) is None
+    assert warm_start.tokenizer(dataclasses.replace(config, start=StartConfig())) is None
+
+
+def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
+    config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path), "fresh": ["router"]})
+    mesh, make = _program(config)
+    said = []
+    with jax.set_mesh(mesh):
+        warm_start.first_state(make(), said.append)
+    (line,) = said
+    assert re.match(r"start: (\d+) of (\d+) arrays from .*; fresh: moe\.router\.kernel; optimizer state: new", line)
+    assert line.endswith("tokenizer: inherited; model: inherited")
+
+
 def _save_run(workdir, config, state):
     """A run's workdir with one checkpoint, without the loop."""
     workdir.mkdir()
@@ -156,7 +204,13 @@ def _save_run(workdir, config, state):
         manager.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
 
 
-LOSS_FREE = {"gate": "deepseek_v3", "num_experts": 4, "experts_per_token": 2, "expert_groups": 1, "bias_update_rate": 0.1}
+LOSS_FREE = {
+    "gate": "deepseek_v3",
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_groups": 1,
+    "bias_update_rate": 0.1,
+}
 
 
 def test_selection_biases_are_copied_unless_the_router_is_fresh_and_frozen_with_it(tmp_path):
