@@ -39,6 +39,7 @@ from moe.training import memory, warm_start
 from moe.training.evaluation import Heldout, evaluate, load_heldout
 from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
+from moe.training.progress import Progress
 from moe.training.recovery import Recovery, next_batch
 from moe.training.report import finish
 from moe.training.step import Program, build, place
