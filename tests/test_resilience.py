@@ -604,7 +604,7 @@ def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp
 
 # --- Going on with other settings ------------------------------------------------------------------------------------
 def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):  # noqa: F811
-    """Four more steps at a constant rate: recorded, exact also when interrupted, and refused without being asked for."""
+    """Four more steps at a constant rate: refused without the flag, recorded with it, and exact when interrupted."""
     made = []
 
     def make(config, mesh, teacher=None):  # another schedule is another program

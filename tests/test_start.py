@@ -236,7 +236,7 @@ def test_selection_biases_are_copied_unless_the_router_is_fresh_and_frozen_with_
 
 
 def test_the_optimizers_state_is_carried_on_request(tmp_path):
-    """Each expert gets the moments of the dense FFN and Adam's count goes on; the schedule is the new run's, from step 0."""
+    """Each expert gets the dense FFN's moments and Adam's count continues; the schedule starts at step 0."""
     dense = _config((HERE / "mistral", tmp_path / "open"))
     mesh, make = _program(dense)
     with jax.set_mesh(mesh):
@@ -257,7 +257,7 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 0]
     assert int(state.step) == 0
     with jax.set_mesh(mesh):
-        # A rate logged is the rate used: at a rate of 0 nothing moves, and a skipped update leaves Adam's count alone.
+        # A skipped update advances the schedule with the step and leaves Adam's count alone.
         program = make()
         broken = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
         skipped, metrics = program.train_step(

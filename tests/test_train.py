@@ -275,7 +275,7 @@ def test_a_workdir_belongs_to_one_config(directory, tmp_path):
     ("overrides", "words"),
     [
         ({"mesh.expert": 3}, "must multiply to the number of devices, 8"),
-        ({"data.sequence_length": 8192}, "gives only"),
+        ({"data.sequence_length": 8192}, "has only"),
         ({"data.dataset": "nowhere"}, "data.dataset"),
         ({"model.vocab_size": 300_000}, "vocab"),
     ],
