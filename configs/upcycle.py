@@ -16,7 +16,6 @@ from configs import base
 def get_config() -> ml_collections.ConfigDict:
     """Overrides of the defaults."""
     config = base.get_config()
-    config.model.d_ff = 1024  # as configs/dense.py has it
     config.model.moe.update(gate="mixtral", num_experts=8, dispatch="dropless")
     config.optimizer.learning_rate = 1e-3
     return config

@@ -691,7 +691,8 @@ TRAVELS = [
 @pytest.mark.timeout(1800)
 def test_reshard_matrix(directory, tmp_path, capsys):  # noqa: F811
     """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
-    settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10, "model.moe.capacity_factor": 8.0}
+    settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10}
+    settings |= {"model.moe.capacity_factor": 8.0, "model.moe.eval_capacity_factor": 8.0}
     train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
     for number, (count, mesh, dispatch) in enumerate(TRAVELS):
         config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})

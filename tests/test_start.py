@@ -175,7 +175,7 @@ def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
 
 def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
     config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"holds neither .*, or set data\.tokenizer"):
+    with pytest.raises(ConfigError, match=r"has neither .*, or set data\.tokenizer"):
         warm_start.tokenizer(config)
     words = ["one text and another text"] * 300
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(iter(words), 280).model_bytes)

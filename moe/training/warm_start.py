@@ -121,7 +121,8 @@ def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | 
 
 def _summary(config: Config, source: Config, theirs: Any) -> str:
     """One line: what a run takes from its checkpoint."""
-    ours = unstack_layers(config.model, abstract_parameters(config.model))
+    shapes = jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), abstract_parameters(config.model))
+    ours = unstack_layers(config.model, shapes)
     available = unstack_layers(source.model, theirs).keys()
     loaded = {key for key in ours if _source(key, available, config) is not None}
     fresh = sorted({".".join(names) for layer, names in ours.keys() - loaded})
