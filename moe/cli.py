@@ -97,6 +97,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     """
     platform.raise_on_stop_signals()
     _harden_streams()
+    _extend_import_path(sys.argv)
     flags.mark_flags_as_required(list(required))
     for name in required:
         flags.register_validator(name, bool, "must not be empty")
@@ -126,6 +127,14 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
             sys.exit(f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {' '.join(reason.split())}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _extend_import_path(argv: list[str]) -> None:
+    """Find a user's modules, such as gates, in the current directory and beside the config file too."""
+    configs = [argument.partition("=")[2] for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
+    for folder in (os.getcwd(), *(os.path.dirname(os.path.abspath(path)) for path in configs if path)):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _from_jax_backends(error: Exception) -> bool:
