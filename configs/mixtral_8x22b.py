@@ -17,4 +17,5 @@ def get_config() -> ml_collections.ConfigDict:
     """Mixtral-8x7B's overrides, in other sizes."""
     config = mixtral_8x7b.get_config()
     config.model.update(d_model=6144, num_layers=56, num_heads=48, d_ff=16384)
+    config.model.moe.load_balancing_weight = 0.001 * 2 / 56  # Hugging Face's coefficient · K / L, see docs/interop.md
     return config

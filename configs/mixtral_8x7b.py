@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.moe.update(
         gate="mixtral",
         num_experts=8,
+        load_balancing_weight=0.02 * 2 / 32,  # Hugging Face's coefficient · K / L, see docs/interop.md
     )
     config.data.sequence_length = 4096
     config.train.batch_size = 64

@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_experts=64,
         experts_per_token=8,
         jitter=0.0,
-        load_balancing_weight=0.01,
+        load_balancing_weight=0.01 * 8 / 16,  # Hugging Face's coefficient · K / L, see docs/interop.md
         z_loss_weight=0.001,
     )
     config.data.sequence_length = 4096

@@ -38,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
         shared_d_ff=5632,
         shared_gate=True,
         num_experts=60,
+        load_balancing_weight=0.001 * 4 / 24,  # Hugging Face's coefficient · K / L, see docs/interop.md
     )
     config.data.sequence_length = 4096
     config.train.batch_size = 64

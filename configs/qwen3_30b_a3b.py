@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_experts=128,
         experts_per_token=8,
         d_ff=768,
-        load_balancing_weight=0.001,
+        load_balancing_weight=0.001 * 8 / 48,  # Hugging Face's coefficient · K / L, see docs/interop.md
     )
     config.data.sequence_length = 4096
     config.train.batch_size = 64

@@ -1,8 +1,8 @@
-"""python scripts/analyze_routing.py --workdir=WORKDIR: what the experts of a checkpoint learnt.
+"""python scripts/analyze_routing.py --workdir=WORKDIR: analyses the routing of a run's or an import's checkpoint.
 
-WORKDIR is of a run or an import. Prints tables, and writes analysis.json, analysis.md, PNGs and experts.html (text in
-the colours of its experts) to --output. A run with several checkpoints also gets the saturation of its routers. The
-same seed gives the same files. docs/analysis.md says what each measure means.
+Prints tables, and writes analysis.json, analysis.md, PNGs and experts.html (text coloured by expert) to --output. A run
+with several checkpoints also gets router saturation. The same seed gives the same files. docs/analysis.md explains the
+measures.
 """
 
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()  # before JAX: it restarts this program once
+    platform.prepare()  # before JAX is imported; may restart this program
 
 import functools
 
@@ -24,13 +24,14 @@ from moe import cli
 _WORKDIR = cli.WorkdirFlags()
 _OUTPUT = cli.define_path("output", "Folder to write to; WORKDIR/analysis if not given.")
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
-_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations behind every null.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the permutations.")
+_SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations per null distribution.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations.")
+_CHARACTERS = flags.DEFINE_integer("characters", 6_000, "Characters of each domain in experts.html.")
 _CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are Python source.")
 
 
 def main() -> None:
-    """Flags in, files out."""
+    """Runs the analysis, writes its files and prints its tables."""
     from etils import epath
 
     from moe.analysis import analyse
@@ -50,14 +51,15 @@ def main() -> None:
         shuffles=_SHUFFLES.value,
         seed=_SEED.value,
         code_domain=_CODE.value,
+        step=last,
+        characters=_CHARACTERS.value,
         earlier={step: functools.partial(opened.variables, step) for step in steps},
     )
-    analysis.summary["step"] = last
     title = f"Routing of {Path(opened.path).name} at step {last}"
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
     names = analyse.write(analysis, folder, title)
     print(markdown(analysis.summary, title))
-    print(f"In {folder}: {', '.join(names)}")
+    print(f"Written to {folder}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()
+    platform.prepare()
     if any(word.lstrip("-").partition("=")[0] == "topology" for word in sys.argv[1:]):
         platform.use_tpu_compiler()  # before JAX
 
@@ -410,6 +410,7 @@ def bench_model() -> list[dict[str, Any]]:
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
     from moe.models import flops
     from moe.routing.resolve import resolve
+    from moe.training import matmul_rate
     from moe.training.step import build, place
     from scripts import timing
 
@@ -454,7 +455,7 @@ def bench_model() -> list[dict[str, Any]]:
     assert config is not None
     rates = []
     programs["roof"] = roof(_TOKENS.value, experts, _DTYPE.value)["both"]
-    programs["large matmul"] = lambda: rates.append(flops.measured_matmul_rate(_DTYPE.value, repeats=1))
+    programs["large matmul"] = lambda: rates.append(matmul_rate.measured_matmul_rate(_DTYPE.value, repeats=1))
     seconds = {name: times.clock for name, times in timing.in_turns(programs, _REPEATS.value).items()}
     total, active = flops.count_parameters(config.model)
     expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()
+    platform.prepare()
 
 import dataclasses
 import statistics
@@ -75,6 +75,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     import numpy as np
 
     from moe.models import flops
+    from moe.training import matmul_rate
     from moe.training.step import build
     from scripts import timing
 
@@ -82,7 +83,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     rates: list[float] = []
     calls = {
         "step": Stepper(program),
-        "matmul": lambda: rates.append(flops.measured_matmul_rate(config.model.dtype, repeats=1)),
+        "matmul": lambda: rates.append(matmul_rate.measured_matmul_rate(config.model.dtype, repeats=1)),
     }
     if _SEEDS.value > 1:
         states = [jax.vmap(program.initialise)(np.arange(_SEEDS.value))]

@@ -18,7 +18,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from moe.models import flops  # noqa: E402
+from moe.training import matmul_rate  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +33,7 @@ def eight_devices() -> list[jax.Device]:
 def small_matmul():
     """Every run measures the machine's matmul rate, two seconds on a fake device: here with a small matrix."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flops, "measured_matmul_rate", functools.partial(flops.measured_matmul_rate, size=64))
+        patch.setattr(matmul_rate, "measured_matmul_rate", functools.partial(matmul_rate.measured_matmul_rate, size=64))
         yield
 
 

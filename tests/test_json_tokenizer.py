@@ -72,6 +72,32 @@ def test_found_beside_a_checkpoint(tmp_path):
     assert find_tokenizer(tmp_path).vocab_size == 320
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("[]", r"tokenizer_config\.json must be an object"),
+        ("null", r"tokenizer_config\.json must be an object"),
+        ("{", "not a tokenizer.json with a valid"),
+        ('{"eos_token": 3}', "eos_token in tokenizer_config.json must be a string, not 3"),
+        ('{"bos_token": true}', "bos_token in tokenizer_config.json must be a string, not True"),
+        ('{"pad_token": {"content": [1]}}', "pad_token in tokenizer_config.json must be a string"),
+    ],
+)
+def test_malformed_settings_are_refused(tmp_path, settings, message):
+    (tmp_path / "tokenizer.json").write_bytes(byte_fallback())
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_tokenizer(tmp_path / "tokenizer.json")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_id_beyond_reason_is_refused():
+    source = json.loads(byte_fallback())
+    source["model"]["vocab"]["far"] = 2**31
+    with pytest.raises(ConfigError, match="has an id of 2147483648; ids must be below"):
+        JsonTokenizer(json.dumps(source).encode())
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         read_tokenizer(tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Forms that never hold T x T scores or [B,T,V] logits equal the plain ones, in value and gradient."""
+"""Forms that never hold T x T scores or [B,T,V] logits equal the plain ones, in values and gradients."""
 
 import itertools
 import types
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.config import MeshConfig
-from moe.layers.attention import attend, cpu
+from moe.layers.attention import attend, blocked, cpu, gpu
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.training import losses
@@ -35,9 +35,9 @@ FORMS = [
     ],
 )
 def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
-    """All of T x T by JAX's own attention, in blocks of queries in a loop, and the CPU's with a gradient of its own."""
-    monkeypatch.setattr(attend, "_block", lambda length, largest: 16)  # 6 blocks of 96 positions
-    monkeypatch.setattr(cpu, "_LEAST", 20)  # 5 blocks, the last of 16
+    """JAX's attention over all T x T scores, the loop over blocks of queries, and the form for CPUs."""
+    monkeypatch.setattr(blocked, "_block_size", lambda length, largest: 16)  # 6 blocks of 96 positions
+    monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 96, 4, 16), dtype)
     key, value = (jax.random.normal(keys[i], (2, 96, kv_heads, 16), dtype) for i in (1, 2))
@@ -50,11 +50,11 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
 
-    of_cpu, blocked = results("full"), results("blocked")
+    of_cpu, in_blocks = results("full"), results("blocked")
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     full = results("full")
     rtol, atol = (1e-4, 1e-5) if dtype == "float32" else (2e-2, 3e-2)
-    for other in (of_cpu, blocked):
+    for other in (of_cpu, in_blocks):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=rtol, atol=atol),
             full,
@@ -62,8 +62,8 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
         )
 
 
-def test_cudnn_is_asked_for_blocks_with_all_of_their_mask(monkeypatch):
-    """There is no GPU here: XLA's form stands in for the kernel, given the very arguments that cuDNN is."""
+def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
+    """Without a GPU, XLA's attention stands in for the kernel and gets the arguments that cuDNN would get."""
     real, blocks = jax.nn.dot_product_attention, []
 
     def cudnn(query, key, value, *, mask, implementation):
@@ -72,18 +72,18 @@ def test_cudnn_is_asked_for_blocks_with_all_of_their_mask(monkeypatch):
         return real(query, key, value, mask=mask)
 
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
-    monkeypatch.setattr(attend.jax, "devices", lambda: [device])
-    monkeypatch.setattr(attend, "_block", lambda length, largest: 16)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(blocked, "_block_size", lambda length, largest: 16)
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (2, 64, 4, 16), jnp.bfloat16) for k in keys)
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
     full = attend.attend(query, key, value, segment_ids, window=9, kind="full")
-    monkeypatch.setattr(attend.jax.nn, "dot_product_attention", cudnn)
-    blocked = attend.attend(query, key, value, segment_ids, window=9, kind="blocked")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    in_blocks = attend.attend(query, key, value, segment_ids, window=9, kind="blocked")
     assert blocks == [(2, 1, 16, 64)]
-    np.testing.assert_allclose(full.astype(jnp.float32), blocked.astype(jnp.float32), rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(full.astype(jnp.float32), in_blocks.astype(jnp.float32), rtol=0.02, atol=0.02)
 
-    runs = attend._runs_cudnn
+    runs = gpu.runs_cudnn
     assert runs(query, 16)
     assert not runs(query, 15)  # an odd length
     assert not runs(query.astype(jnp.float32), 16)
@@ -101,7 +101,7 @@ def _loss_inputs(dtype="float32"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunked_loss_equals_plain(dtype, monkeypatch):
-    monkeypatch.setattr(losses, "_CHUNK", 32)  # 6 chunks of 4 positions of 8 rows; the last position is filled up
+    monkeypatch.setattr(losses, "_CHUNK", 32)  # 6 chunks of 4 positions of 8 rows; the last position is padding
     hidden, matrix, targets = _loss_inputs(dtype)
 
     def results(loss):
@@ -121,7 +121,7 @@ def test_chunked_loss_equals_plain(dtype, monkeypatch):
 
 
 def test_chunked_loss_on_a_mesh(monkeypatch):
-    """The same on 4 x 2 devices; logits of one chunk at a time, and one sum over the devices, after the last chunk."""
+    """The same on 4 x 2 devices: logits of one chunk at a time, and one sum over devices after the last chunk."""
     monkeypatch.setattr(losses, "_CHUNK", 8)  # 6 chunks of 4 positions of each device's 2 rows
     hidden, matrix, targets = _loss_inputs()
 

@@ -11,6 +11,12 @@ GATE_DEFAULT = -1
 #: Limits of int and float fields: values go to devices as int32 and float32.
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
+#: Smallest normal float32; below it, devices round to 0.
+SMALLEST_FLOAT = 1.18e-38
+
+#: Limit of entries in a tuple field.
+LONGEST_TUPLE = 10_000
+
 #: Schemes of remote paths that etils.epath reads.
 SCHEMES = ("gs", "s3", "az", "hf")
 
@@ -37,7 +43,7 @@ class ConfigError(ValueError):
 class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
-    gate: str = "mixtral"  # name of a gate in moe.routing.registry, or "none": every FFN is dense
+    gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff

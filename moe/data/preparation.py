@@ -68,7 +68,7 @@ def prepare(
     Raises:
       ConfigError: invalid domains, weights, dataset or tokenizer.
     """
-    directory = epath.Path(data.directory).expanduser()
+    directory = _reach(data.directory)
     # In a bucket nothing is built or trained, so no lock is needed.
     local = "://" not in os.fspath(directory)
     lock = locked(Path(directory)) if local else contextlib.nullcontext()
@@ -82,7 +82,7 @@ def prepare(
             tokenizer = named_tokenizer(data.tokenizer, directory, progress)
         if tokenizer is None:
             text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
-            readable = re.sub(r"[^\w.-]", "_", "-".join([data.dataset, *domains]))[:80]
+            readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
             path = directory / "tokenizers" / f"{readable}-{text}-v{vocab_size}-{TRAINER_VERSION}.model"
             tokenizer = _cached_tokenizer(path, train, vocab_size, progress)
     if tokenizer.vocab_size > vocab_size:
@@ -91,6 +91,17 @@ def prepare(
         )
 
     return Prepared(tokenizer, domains, train, heldout, versions)
+
+
+def _reach(name: str) -> epath.Path:
+    """Returns the path of data.directory, after asking a bucket for it."""
+    try:
+        directory = epath.Path(name).expanduser()
+        if "://" in name:
+            directory.exists()
+    except Exception as error:  # a bucket's library may be missing, or raise other types
+        raise ConfigError(f"data.directory={name!r}: cannot be reached ({error})") from error
+    return directory
 
 
 def _open(
@@ -121,7 +132,10 @@ def _cached_tokenizer(
 ) -> Tokenizer:
     """Reads the tokenizer at `path`, after training it if the file is missing."""
     if path.exists():
-        return Tokenizer.from_bytes(path.read_bytes())
+        try:
+            return Tokenizer.from_bytes(path.read_bytes())
+        except ConfigError as error:
+            raise ConfigError(f"{path}: a damaged cached tokenizer; delete it to train it again") from error
     progress(f"training a tokenizer of {vocab_size} tokens")
     tokenizer = train_tokenizer(_tokenizer_sample(train), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)

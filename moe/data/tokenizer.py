@@ -30,8 +30,12 @@ class Tokenizer:
     unknown characters.
     """
 
-    def __init__(self, model_bytes: bytes):
-        """Parses a serialized model; use `from_bytes` or `from_file`.
+    def __init__(self, model_bytes: bytes, source: str = "data.tokenizer"):
+        """Parses a serialized model.
+
+        Args:
+          model_bytes: the model.
+          source: field or file of the model, for messages.
 
         Raises:
           ConfigError: the bytes are not a SentencePiece model, or it has no end-of-text token.
@@ -41,9 +45,9 @@ class Tokenizer:
         try:
             self._processor.LoadFromSerializedProto(model_bytes)
         except RuntimeError as error:
-            raise ConfigError("data.tokenizer: not a SentencePiece model") from error
+            raise ConfigError(f"{source}: not a SentencePiece model") from error
         if self._processor.eos_id() < 0:
-            raise ConfigError("data.tokenizer: the SentencePiece model has no end-of-text token")
+            raise ConfigError(f"{source}: the SentencePiece model has no end-of-text token")
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
@@ -56,7 +60,7 @@ class Tokenizer:
         file = epath.Path(path).expanduser()
         if not file.is_file():
             raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
-        return cls(file.read_bytes())
+        return cls(file.read_bytes(), f"data.tokenizer={os.fspath(path)!r}")
 
     @property
     def files(self) -> dict[str, bytes]:

@@ -30,7 +30,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if not file.is_file():
         raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
     settings = file.parent / JSON_CONFIG_FILE
-    return JsonTokenizer(file.read_bytes(), settings.read_bytes() if settings.is_file() else None)
+    content = settings.read_bytes() if settings.is_file() else None
+    return JsonTokenizer(file.read_bytes(), content, f"data.tokenizer={os.fspath(path)!r}")
 
 
 def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 
 
+@runtime_checkable
 class Experts(Protocol):
     """Stacked FFNs, over either layout of rows."""
 

@@ -1,7 +1,7 @@
-"""Load-balancing coefficients: the one place that converts between Hugging Face's normalisation and ours.
+"""Load-balancing coefficients: the one place that converts between the normalisations of other code and ours.
 
 Our loss is 1 at perfect balance in each layer and summed over the L MoE layers. Hugging Face's is one for all layers
-together and K at perfect balance.
+together and K at perfect balance, hence the factor K / L. DeepSeek's is normalised as ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def coefficient_there(family: Family, model: ModelConfig) -> float:
 
 
 def _factor(family: Family, model: ModelConfig) -> float:
-    del family
+    if family.balance_scale == "per layer":
+        return 1.0
     return model.moe.experts_per_token / sum(sparse_layers(model))
 
 

@@ -14,6 +14,8 @@ from moe.interop.families.family import Family, selection_rule
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
 from moe.routing.resolve import from_config_dict
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def family_of(source: Json) -> Family:
     """The family of a ``config.json``.
@@ -104,6 +106,31 @@ def write_config(config: Config, model_type: str = "") -> Json:
             return result
         reasons.append(f"{name} lacks {', '.join(lost)}")
     raise ConfigError(f"no open architecture computes this model: {'; '.join(reasons)}")
+
+
+def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
+    """A ``config.json`` for a model that was imported: the fields of the source, but for what has changed since.
+
+    The longest context is the source's, unless the model was trained on a longer one.
+
+    Raises:
+        ConfigError: see :func:`write_config`.
+    """
+    before = read_config(source)
+    length = max(config.data.sequence_length, before.data.sequence_length)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
+    kept_type = source["model_type"]
+    if model_type not in ("", kept_type) or _differences(
+        config.model, read_config(_write_as(config, FAMILIES[kept_type])).model
+    ):
+        return write_config(config, model_type)
+    ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
+    result = source | {name: value for name, value in ours.items() if theirs.get(name) != value}
+    if _differences(config.model, read_config(result).model):
+        # A changed setting stands in the source under another name, such as rope_parameters, too.
+        known = {*FAMILIES[kept_type].schema.model_fields, "num_local_experts"} - set(TOKEN_IDS)
+        result = {name: value for name, value in source.items() if name not in known} | ours
+    return result
 
 
 def _write_as(config: Config, family: Family) -> Json:

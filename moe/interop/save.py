@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from moe.config import Config, ConfigError
-from moe.interop.config_json import write_config
+from moe.config import Config, ConfigError, ModelConfig
+from moe.interop.config_json import keep_fields, write_config
 from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, by_tensor, get_leaf, layout
 from moe.interop.schema import Json
-from moe.interop.tensor_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, TensorWriter
+from moe.interop.tensor_files import CONFIG_FILE, TensorWriter
 from moe.models.decoder import Transformer
-
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_huggingface(
@@ -29,55 +28,71 @@ def save_huggingface(
     *,
     model_type: str = "",
     max_shard_bytes: int = 2 * 1024**3,
+    source: Json | None = None,
+    fused: bool = False,
 ) -> None:
     """Writes ``config.json`` and safetensors, each tensor in its parameter's dtype.
 
     Args:
         model: its parameters may lie on a mesh, if all its devices are this process's.
         config: of the model.
-        directory: made if missing; must hold no weights yet.
-        model_type: family to write; empty: the first that can express the model.
+        directory: made if missing; must be empty.
+        model_type: family to write; empty: that of ``source``, else the first that can express the model.
         max_shard_bytes: of one file, unless a single tensor is larger.
+        source: ``config.json`` that the model was imported with, whose unchanged fields are kept.
+        fused: write the experts of a layer as two tensors, the library's own layout, instead of three for each expert.
 
     Raises:
-        ConfigError: no open architecture computes this model, or the folder holds weights.
+        ConfigError: no open architecture computes this model, or the folder holds files.
     """
     parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def fetch(parameter: Parameter) -> Any:
         return get_leaf(parameters, parameter.path)
 
-    write_folder(config, fetch, Path(directory), model_type=model_type, max_shard_bytes=max_shard_bytes)
+    written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
+    write_folder(written, config.model, fetch, Path(directory), max_shard_bytes=max_shard_bytes, fused=fused)
 
 
 def write_folder(
-    config: Config,
+    source: Json,
+    model: ModelConfig,
     fetch: Callable[[Parameter], Any],
     directory: Path,
     *,
-    model_type: str = "",
     max_shard_bytes: int = 2 * 1024**3,
-    token_ids: Json | None = None,
+    fused: bool = False,
 ) -> None:
     """Writes a folder as :func:`save_huggingface` does, taking the parameters one by one.
 
     Args:
-        config: of the model.
+        source: content of ``config.json``, without the type of the weights.
+        model: of these parameters.
         fetch: returns a parameter's whole array, sliceable; called once for each, and the result is not kept.
         directory: see there.
-        model_type: see there.
         max_shard_bytes: see there.
-        token_ids: those of :data:`TOKEN_IDS` that are known.
+        fused: see there.
     """
-    source: Json = {**write_config(config, model_type), **dict.fromkeys(TOKEN_IDS), **(token_ids or {})}
-    if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
-        raise ConfigError(f"{directory}: holds weights already")
+    refuse_files(directory)
     writer = TensorWriter(directory, max_shard_bytes)
-    for group in by_tensor(layout(config.model, FAMILIES[source["model_type"]])):
+    for group in by_tensor(layout(model, FAMILIES[source["model_type"]], fused=fused)):
         _write_group(writer, group, fetch)
     writer.finish()
-    source["torch_dtype"] = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
-    (directory / CONFIG_FILE).write_text(json.dumps(source, indent=2) + "\n")
+    dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
+    content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def refuse_files(directory: Path | epath.Path) -> None:
+    """Raises ConfigError if a folder that is to be written exists and is not empty: nothing is ever overwritten."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: must be a folder, existing and empty or new")
+    held = sorted(path.name for path in directory.iterdir())
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise ConfigError(f"{directory}: must be empty or new; it holds {', '.join(held[:3])}{more}")
 
 
 def _write_group(writer: TensorWriter, group: list[Parameter], fetch: Callable[[Parameter], Any]) -> None:

@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Activation] = {
 HiddenAct = Literal["silu", "swish", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu"]
 
 #: Bound on experts times layers, several times that of the largest published model.
-MOST_EXPERTS = 1 << 18
+MOST_EXPERTS = 1 << 17
 
 
 class Fields(pydantic.BaseModel):
@@ -88,6 +88,7 @@ class OpenConfig(Fields):
     partial_rotary_factor: Positive = 1.0
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    layer_types: LayerTypes | None = None
     bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None
     pad_token_id: TokenIds = None
@@ -96,6 +97,12 @@ class OpenConfig(Fields):
     num_experts_per_tok: Count = 2
     router_aux_loss_coef: Coefficient = 0.001
     norm_topk_prob: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_layer_types(self) -> OpenConfig:
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries, must be {self.num_hidden_layers}")
+        return self
 
     @property
     def rope(self) -> RopeParameters:

@@ -16,13 +16,16 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import find_tokenizer
+from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
-from moe.interop.save import TOKEN_IDS, write_folder
+from moe.interop.save import refuse_files, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 
 GENERATION_FILE = "generation_config.json"
+#: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
+SOURCE_FILE = "huggingface_config.json"
 #: Files that are copied with the weights both ways: the tokenizer, and how generation ends.
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -37,14 +40,16 @@ def import_checkpoint(
 
     Args:
         source: holds ``config.json`` and safetensors files.
-        workdir: gets ``config.json``, ``checkpoints/0`` and the :data:`COMPANIONS`; must hold no checkpoints.
+        workdir: gets ``config.json``, ``checkpoints/0``, :data:`SOURCE_FILE` and the :data:`COMPANIONS`; must be new or
+            empty.
         dtype: of activations and matmuls.
 
     Raises:
-        ConfigError: see :func:`moe.interop.load.load_huggingface`; or the workdir holds checkpoints.
+        ConfigError: see :func:`moe.interop.load.load_huggingface`; or the workdir holds files.
     """
-    config, folder, parameters = open_folder(source, dtype=dtype)
     workdir = epath.Path(workdir)
+    refuse_files(workdir)
+    config, folder, parameters = open_folder(source, dtype=dtype)
     tree: dict[str, Any] = {}
     for parameter in parameters:
         set_leaf(tree, parameter.path, _streamed(folder, parameter))
@@ -53,8 +58,9 @@ def import_checkpoint(
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, workdir / name)
+    written = read_json(Path(source) / CONFIG_FILE)
+    (workdir / SOURCE_FILE).write_text(json.dumps(written, indent=2) + "\n")
     if not (workdir / GENERATION_FILE).exists():
-        written = read_json(Path(source) / CONFIG_FILE)
         (workdir / GENERATION_FILE).write_text(json.dumps({name: written.get(name) for name in TOKEN_IDS}) + "\n")
     (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2))
     return config
@@ -71,7 +77,12 @@ def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
 
 
 def export_checkpoint(
-    workdir: str | os.PathLike[str], directory: str | os.PathLike[str], *, model_type: str = "", dtype: str = ""
+    workdir: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    model_type: str = "",
+    dtype: str = "",
+    fused: bool = False,
 ) -> None:
     """Writes the newest checkpoint of a workdir as a folder that open-source libraries load, a parameter at a time.
 
@@ -80,30 +91,53 @@ def export_checkpoint(
         directory: see :func:`moe.interop.save.save_huggingface`.
         model_type: see there.
         dtype: to cast to; empty: keep the stored one.
+        fused: see there.
 
     Raises:
         ConfigError: see there; or the workdir has no checkpoint.
     """
+    refuse_files(Path(directory))
     config = read_run_config(workdir)
+    source = _source_config(epath.Path(workdir), config)
+    written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
+    written |= _token_ids(epath.Path(workdir), written)
 
     def fetch(parameter: Parameter) -> Any:
         tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
         return get_leaf(tree, parameter.path)
 
-    write_folder(config, fetch, Path(directory), model_type=model_type, token_ids=_token_ids(epath.Path(workdir)))
+    write_folder(written, config.model, fetch, Path(directory), fused=fused)
     for name in COMPANIONS:
         if (epath.Path(workdir) / name).exists():
             (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())
 
 
-def _token_ids(workdir: epath.Path) -> Json:
-    """Token ids of begin, end and padding, from an import's generation config or from the run's tokenizer."""
+def _source_config(workdir: epath.Path, config: Config) -> Json | None:
+    """The ``config.json`` that a workdir was imported with, or the run it started from, or that run's, and so on."""
+    seen = set()
+    while str(workdir) not in seen:
+        seen.add(str(workdir))
+        if (workdir / SOURCE_FILE).exists():
+            return json.loads((workdir / SOURCE_FILE).read_text())
+        if not config.start.checkpoint:
+            return None
+        workdir = epath.Path(config.start.checkpoint)
+        try:
+            config = read_run_config(workdir)
+        except ConfigError:  # it was moved or deleted since
+            return None
+    return None
+
+
+def _token_ids(workdir: epath.Path, written: Json) -> Json:
+    """Token ids of begin, end and padding: those in ``written``, else the generation config's or the tokenizer's."""
+    known = {name: written[name] for name in TOKEN_IDS if written.get(name) is not None}
     if (workdir / GENERATION_FILE).exists():
         source = json.loads((workdir / GENERATION_FILE).read_text())
-        return {name: source.get(name) for name in TOKEN_IDS}
+        return {name: source.get(name) for name in TOKEN_IDS} | known
     try:
         tokenizer = find_tokenizer(workdir)
     except ConfigError:
-        return {}
+        return dict.fromkeys(TOKEN_IDS) | known
     bos = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
-    return dict(zip(TOKEN_IDS, (bos, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+    return dict(zip(TOKEN_IDS, (bos, tokenizer.eos_id, tokenizer.pad_id), strict=True)) | known

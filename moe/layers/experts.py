@@ -17,7 +17,7 @@ from moe.config import ModelConfig
 from moe.dispatch.grouped_matmul.grouped_ffn import grouped_ffn
 from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 from moe.layers.ffn import GATED_ACTIVATIONS, activate
-from moe.parallel.weights import matrix, use
+from moe.parallel.weights import gather_for_matmul, matrix
 
 Drop = Callable[[Array], Array]
 
@@ -34,10 +34,10 @@ class Experts(nnx.Module):
 
     def matrices(self, dtype: Any) -> tuple[tuple[Array, ...], Array]:
         """((up, and gate if any) [E,D,F], down [E,F,D]), ready for matmuls of that dtype."""
-        into = (use("experts.up", self.up[...], dtype),)
+        into = (gather_for_matmul("experts.up", self.up[...], dtype),)
         if self.gate is not None:
-            into += (use("experts.gate", self.gate[...], dtype),)
-        return into, use("experts.down", self.down[...], dtype)
+            into += (gather_for_matmul("experts.gate", self.gate[...], dtype),)
+        return into, gather_for_matmul("experts.down", self.down[...], dtype)
 
     def batched(self, rows: Array, drop: Drop | None = None) -> Array:
         """[E,R,D] → [E,R,D]: expert e over its R rows.

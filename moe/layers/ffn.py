@@ -6,12 +6,12 @@ import functools
 
 import jax
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
-from moe.parallel.weights import matrix, use
+from moe.parallel.weights import gather_for_matmul, matrix
 
-#: geglu is T5's, by the tanh approximation; geglu_exact is by the error function.
+#: geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
 GATED_ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
@@ -23,8 +23,10 @@ GATED_ACTIVATIONS = {
 PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
-def activate(activation: str, up: Array, gate: Array | None) -> Array:
-    """The hidden activation of an FFN: act(gate)·up where gated (Shazeer 2020), act(up) otherwise."""
+def activate(
+    activation: str, up: Float[Array, "*batch F"], gate: Float[Array, "*batch F"] | None
+) -> Float[Array, "*batch F"]:
+    """Hidden activation of an FFN: act(gate)·up where gated (Shazeer 2020), act(up) otherwise."""
     if gate is not None:
         return GATED_ACTIVATIONS[activation](gate) * up
     return PLAIN_ACTIVATIONS[activation](up)
@@ -40,8 +42,8 @@ class DenseFFN(nnx.Module):
         self.down = matrix(rngs, (f, d), f, config.init_scale)
         self.gate = matrix(rngs, (d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def __call__(self, x: Array) -> Array:
-        """[B,T,D] → [B,T,D]."""
-        up = x @ use("dense.up", self.up[...], x.dtype)
-        gate = None if self.gate is None else x @ use("dense.gate", self.gate[...], x.dtype)
-        return activate(self.activation, up, gate) @ use("dense.down", self.down[...], x.dtype)
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Apply the FFN to every token."""
+        up = x @ gather_for_matmul("dense.up", self.up[...], x.dtype)
+        gate = None if self.gate is None else x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype)
+        return activate(self.activation, up, gate) @ gather_for_matmul("dense.down", self.down[...], x.dtype)

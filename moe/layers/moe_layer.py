@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.dispatch import experts as dispatch_experts
+from moe.dispatch.experts import Experts as ExpertsProtocol
 from moe.dispatch.modes import MODES
-from moe.dispatch.plan import expert_capacity, plan_assignments
-from moe.dispatch.soft import plan_slots
+from moe.dispatch.plan import Plan, expert_capacity, plan_assignments
+from moe.dispatch.soft import SoftPlan, plan_slots
 from moe.layers.experts import ExpertDropout, Experts
 from moe.layers.ffn import DenseFFN
 from moe.parallel import partition_specs
@@ -25,29 +28,31 @@ from moe.routing.routing import Routing, route
 
 
 class SharedExpert(nnx.Module):
-    """An FFN that every token visits, its output weighted by sigmoid(x·w) if so configured (DeepSeekMoE 2024,
-    equation 9; the gate is Qwen2-MoE's). Not one of the E."""
+    """FFN applied to every token beside its K experts (DeepSeekMoE 2024, equation 9), optionally weighted by
+    sigmoid(x·w) (Qwen2-MoE)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
         d, scale = config.d_model, config.init_scale
         self.gate = matrix(rngs, (d, 1), d, scale) if config.moe.shared_gate else None
 
-    def __call__(self, x: Array) -> Array:
-        """[B,T,D] → [B,T,D]."""
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply the FFN and its weight."""
         y = self.dense(x)
         return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
 
 
-def replace_gate(model: nnx.Module, gate: Gate) -> None:
-    """Use this gate in every MoE layer of a model, with the router parameters that the layer has."""
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, MoELayer):
-            module.gate = gate
+class _Keys(NamedTuple):
+    """A key for each kind of noise; None: deterministic."""
+
+    jitter: PRNGKeyArray | None = None
+    gate: PRNGKeyArray | None = None
+    drop: PRNGKeyArray | None = None
+    dropout: PRNGKeyArray | None = None
 
 
 class MoELayer(nnx.Module):
-    """A paper's layer: the gate of that name between a router and stacked experts."""
+    """Router, dispatch and experts with the constants of one paper's gate."""
 
     def __init__(self, config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs):
         self.config = config.moe
@@ -58,88 +63,138 @@ class MoELayer(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        mask: Array,
+        x: Float[Array, "B T D"],
+        mask: Bool[ArrayLike, "B T"],
         *,
-        token_ids: Array | None = None,
+        token_ids: Int[ArrayLike, "B T"] | None = None,
         routing: Routing | None = None,
         train: bool = False,
-        rng: Array | None = None,
-    ) -> tuple[Array, balancing.LayerReport, Routing]:
-        """Each token through its experts.
+        rng: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
+        """Apply the experts that the gate chooses for each token.
 
         Args:
-            x: [B,T,D].
-            mask: [B,T] bool, real tokens; padding takes no slot, gets 0 and counts in no loss.
-            token_ids: [B,T] int32, for gates that route by identity.
-            routing: over groups, used instead of the router's: a recorded one, replayed. The router is not asked.
-            train: picks the capacity factor.
+            x: normalised activations.
+            mask: real tokens; padding takes no capacity, gets 0 and counts in no loss.
+            token_ids: for gates that route by token id.
+            routing: recorded routing to replay instead of asking the router.
+            train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
 
         Returns:
-            y [B,T,D], 0 for a token that no expert had room for (the residual carries it); the layer's report; the
-            routing over groups.
+            The output, 0 for a token whose assignments were all dropped (the residual carries it); the layer's report;
+            the routing over groups.
         """
-        c, gate = self.config, self.gate
-        group_size = c.group_size or x.shape[1]
-        # [B,T,D] → [G,S,D]; a group is a run of S tokens of the batch in row order, on whatever mesh.
-        tokens = constrain(x.reshape(-1, group_size, x.shape[-1]), partition_specs.BATCH)
-        groups = tokens.shape[0]
-        mask = mask.reshape(groups, group_size)
-        jitter_rng, gate_rng, drop_rng, dropout_rng = (None,) * 4 if rng is None else tuple(jax.random.split(rng, 4))
-        factor = c.capacity_factor if train else c.eval_capacity_factor
-        capacity = expert_capacity(factor, c.experts_per_token, group_size, c.num_experts)
-        slot_logits = None
+        # A group is a run of S tokens of the batch in row order, whatever the mesh.
+        size = self.config.group_size or x.shape[1]
+        tokens = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.BATCH)
+        valid = jnp.asarray(mask).reshape(-1, size)
+        ids = None if token_ids is None else jnp.asarray(token_ids).reshape(-1, size)
+        keys = _Keys() if rng is None else _Keys(*jax.random.split(rng, 4))
+        capacity = self._capacity(size, train)
+
         if routing is None:
-            logits = jnp.zeros((groups, group_size, c.num_experts), jnp.float32)
-            if self.router is not None:
-                logits = self.router(tokens, jitter=c.jitter, rng=jitter_rng)
-            if gate.router == "slots":
-                # An expert's probability is the sum of its slots': [G,S,E,P] → [G,S,E]
-                slot_logits, logits = logits, jax.nn.logsumexp(logits, axis=-1)
-                # A slot at -inf would not show in the sum: the token is broken all the same.
-                logits = jnp.where(jnp.all(jnp.isfinite(slot_logits), axis=-1), logits, jnp.nan)
-            routing = route(
-                gate,
-                logits,
-                mask,
-                experts_per_token=c.experts_per_token,
-                rng=gate_rng,
-                expert_capacity=capacity,
-                expert_groups=c.expert_groups,
-                kept_expert_groups=c.kept_expert_groups,
-                renormalise=c.renormalise == 1,
-                routing_scale=c.routing_scale,
-                noise_logits=None if self.router is None or gate_rng is None else self.router.noise_logits(tokens),
-                selection_bias=None if self.router is None or self.router.bias is None else self.router.bias[...],
-                token_ids=None if token_ids is None else token_ids.reshape(groups, group_size),
-            )
-        elif gate.router == "slots" or routing.chosen.shape[:2] != (groups, group_size):
-            raise ValueError(
-                f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: the gate is "
-                f"{c.gate!r} (soft_moe's slots are not in it), groups and tokens are {(groups, group_size)}"
-            )
-        # A broken token must not reach others through a sum in which its weight is 0.
-        tokens = jnp.where(routing.broken[..., None], 0, tokens)
-        experts: dispatch_experts.Experts = self.experts
-        if train and dropout_rng is not None and c.expert_dropout > 0:
-            experts = ExpertDropout(self.experts, c.expert_dropout, dropout_rng)
-        if slot_logits is not None:
-            mode, sent, plan = "soft", routing, plan_slots(slot_logits, routing, mask)
+            routing, slot_logits = self._route(tokens, valid, ids, capacity, keys)
         else:
-            mode, (sent, plan) = c.dispatch, plan_assignments(c, routing, capacity, rng=drop_rng)
-        y = MODES[mode](tokens, sent, plan, experts)
-        # [G,S,D] → [B,T,D]
+            slot_logits = self._check_replay(routing, tokens)
+        # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
+        tokens = jnp.where(routing.broken[..., None], 0, tokens)
+        sent, plan = self._plan(routing, slot_logits, valid, capacity, keys.drop)
+        y = MODES[self.mode](tokens, sent, plan, self._experts(train, keys.dropout))
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
-            # mask: [G,S] → [B,T,1]
-            y = y + jnp.where(mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
-        report = balancing.report(
+            y = y + jnp.where(valid.reshape(*x.shape[:2], 1), self.shared(x), 0)
+        return y, self._report(routing, valid, plan.kept, rows=x.shape[0]), routing
+
+    @property
+    def mode(self) -> str:
+        """Key of :data:`moe.dispatch.modes.MODES`."""
+        return "soft" if self.gate.router == "slots" else self.config.dispatch
+
+    def _capacity(self, group_size: int, train: bool) -> int:
+        c = self.config
+        factor = c.capacity_factor if train else c.eval_capacity_factor
+        return expert_capacity(factor, c.experts_per_token, group_size, c.num_experts)
+
+    def _route(
+        self,
+        tokens: Float[Array, "G S D"],
+        mask: Bool[Array, "G S"],
+        token_ids: Int[Array, "G S"] | None,
+        capacity: int,
+        keys: _Keys,
+    ) -> tuple[Routing, Float[Array, "G S E C"] | None]:
+        """The gate's routing, and the slot logits of Soft MoE."""
+        c, router, slot_logits = self.config, self.router, None
+        if router is None:
+            logits = jnp.zeros((*mask.shape, c.num_experts), jnp.float32)
+        else:
+            logits = router(tokens, jitter=c.jitter, rng=keys.jitter)
+        if self.gate.router == "slots":
+            slot_logits, logits = logits, _expert_logits(logits)
+        routing = route(
+            self.gate,
+            logits,
+            mask,
+            experts_per_token=c.experts_per_token,
+            rng=keys.gate,
+            expert_capacity=capacity,
+            expert_groups=c.expert_groups,
+            kept_expert_groups=c.kept_expert_groups,
+            renormalise=c.renormalise == 1,
+            routing_scale=c.routing_scale,
+            noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens),
+            selection_bias=None if router is None or router.bias is None else router.bias[...],
+            token_ids=token_ids,
+        )
+        return routing, slot_logits
+
+    def _check_replay(self, routing: Routing, tokens: Array) -> None:
+        if self.gate.router == "slots" or routing.chosen.shape[:2] != tokens.shape[:2]:
+            raise ValueError(
+                f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: the gate is "
+                f"{self.config.gate!r} (soft_moe's slots are not in it), groups and tokens are {tokens.shape[:2]}"
+            )
+
+    def _plan(
+        self,
+        routing: Routing,
+        slot_logits: Float[Array, "G S E C"] | None,
+        mask: Bool[Array, "G S"],
+        capacity: int,
+        rng: PRNGKeyArray | None,
+    ) -> tuple[Routing, Plan | SoftPlan]:
+        if slot_logits is not None:
+            return routing, plan_slots(slot_logits, routing, mask)
+        return plan_assignments(self.config, routing, capacity, rng=rng)
+
+    def _experts(self, train: bool, rng: PRNGKeyArray | None) -> ExpertsProtocol:
+        rate = self.config.expert_dropout
+        return ExpertDropout(self.experts, rate, rng) if train and rng is not None and rate > 0 else self.experts
+
+    def _report(
+        self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
+    ) -> balancing.LayerReport:
+        parts = {"batch": 1, "group": mask.shape[0], "sequence": rows}[self.config.balance_scope]
+        return balancing.report(
             routing,
             mask,
-            plan.kept,
-            first_choice=gate.balance_first_choice,
-            parts={"batch": 1, "group": groups, "sequence": x.shape[0]}[c.balance_scope],
-            expert_groups=c.expert_groups,
+            kept,
+            counts=self.gate.balance_counts,
+            parts=parts,
+            expert_groups=self.config.expert_groups,
         )
-        return y, report, routing
+
+
+def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:
+    """Logits by which an expert's probability is the sum over its slots; NaN where a slot's logit is not finite, since
+    a slot at −inf would not show in the sum."""
+    logits = jax.nn.logsumexp(slot_logits, axis=-1)
+    return jnp.where(jnp.all(jnp.isfinite(slot_logits), axis=-1), logits, jnp.nan)
+
+
+def replace_gate(model: nnx.Module, gate: Gate) -> None:
+    """Use this gate in every MoE layer of a model, with the router parameters that the layer has."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MoELayer):
+            module.gate = gate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
@@ -15,8 +15,8 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
         self.epsilon = epsilon
 
-    def __call__(self, x: Array) -> Array:
-        """[...,D] → [...,D], same dtype."""
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalise x and return it in its own dtype."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         return (x32 * self.scale[...]).astype(x.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
@@ -50,9 +51,9 @@ class Transformer(Stack):
 
     def __call__(
         self,
-        token_ids: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        token_ids: Int[ArrayLike, "B T"],
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
+        positions: Int[ArrayLike, "B T"] | None = None,
         *,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -71,10 +72,10 @@ class Transformer(Stack):
                 it must be for tokens in the same groups, under whatever dispatch mode and mesh.
             return_routing: also return the Routing of every MoE layer.
         """
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(token_ids)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
+        token_ids = jnp.asarray(token_ids)
+        segment_ids = jnp.ones_like(token_ids) if segment_ids is None else jnp.asarray(segment_ids)
+        columns = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
+        positions = columns if positions is None else jnp.asarray(positions)
 
         def body(block: Block, x: Array, replayed: Routing | None, layer: Array) -> tuple[Array, Any]:
             key = None if rng is None else jax.random.fold_in(rng, layer)

@@ -1,18 +1,15 @@
-"""Arithmetic of a model, and the arithmetic rate of the machine: what MFU is made of.
+"""Parameter counts and training FLOPs of a model, the numerator of MFU.
 
-In: a :class:`moe.config.ModelConfig`. Out: parameters and FLOPs per token, by the convention of PaLM (2022, appendix
-B): 6 per active matmul parameter, plus attention scores, forward and backward together; recomputation never counts.
+FLOPs follow PaLM (2022, appendix B): 6 per active matmul parameter, plus attention scores, forward and backward
+together; recomputation does not count.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -55,16 +52,3 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         # The first `window` queries see 1..window keys, the others `window` each.
         keys += (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     return 6 * active + 12 * config.num_heads * config.head_dim * keys
-
-
-def measured_matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of one large square matmul on one device here and now; the median of a few."""
-    matrix = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda a, b: a @ b)
-    multiply(matrix, matrix).block_until_ready()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        multiply(matrix, matrix).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times)

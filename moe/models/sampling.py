@@ -1,28 +1,27 @@
-"""Text from a model: prompts of unequal length in, tokens out as they are chosen.
+"""Text generation with a key/value cache.
 
-In: a model's variables and prompts. Out: a stream of one token a row, or whole rows. Every step costs one position
-(:mod:`moe.models.kv_cache`). Nothing is dropped, so that a row's text does not depend on what shares its batch.
-
-Letters: B rows, T columns of the prompts, V vocab.
+No assignment is dropped, so a row's text does not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float, Int, Key
 
 from moe.config import ConfigError, ModelConfig
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.models.stack import LayerStates
 from moe.parallel import partition_specs
+from moe.parallel.mesh import axis_size
 from moe.routing.registry import find_gate
 
 
@@ -32,10 +31,10 @@ class Sampling:
 
     Attributes:
         temperature: of the softmax; 0 takes the likeliest token.
-        top_k: choose among this many likeliest; 0: all.
+        top_k: choose among this many likeliest tokens; 0: all.
         top_p: choose among the fewest likeliest tokens that together have this probability.
-        stop_tokens: a row ends after any of these.
-        seed: of the draws; row b draws the same whatever the other rows are.
+        stop_tokens: ids that end a row.
+        seed: of the draws; the draws of row b do not depend on the other rows.
     """
 
     temperature: float = 0.8
@@ -54,8 +53,8 @@ class Sampling:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {allowed}")
 
 
-def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
-    """logits [B,V] float32 and a key per row → tokens [B] int32."""
+def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+    """Choose a token id for each row, with a key of its own."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -71,7 +70,7 @@ def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
 
 
 def without_drops(config: ModelConfig) -> ModelConfig:
-    """The same model with room for every token in one group a row: text must not depend on what shares its batch.
+    """The same model with capacity for every token and one group a row, so that no row depends on the others.
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
@@ -89,67 +88,86 @@ def stream(
     num_tokens: int,
     sampling: Sampling = Sampling(),
 ) -> Iterator[np.ndarray]:
-    """Continues prompts, a token a row at a time.
+    """Continue prompts, one token a row at a time.
 
     Args:
         config: of the model.
         variables: nested dict of all its variables, on the mesh in context if there is one.
         prompts: B token sequences of any lengths from 1.
-        num_tokens: at most so many more.
+        num_tokens: the most tokens to add to a row.
         sampling: how they are chosen.
 
     Yields:
-        [B] int32, the next token of each row, -1 after a row's stop token; ends when all rows have.
+        [B] int32, the next token of each row, -1 after a row's stop token; ends when all rows have ended.
 
     Raises:
-        ConfigError: no prompts, an empty one, a token that the model has not, or a gate that needs later tokens.
+        ConfigError: no prompts, an empty one, a token outside the vocabulary, or a gate that needs later tokens.
     """
+    check_prompts(config, prompts)
+    config = without_drops(config)
+    token_ids, lengths = _pad(prompts)
+    active = np.arange(len(lengths)) < len(prompts)
+    begin, step = _programs(config, len(lengths), token_ids.shape[1] + num_tokens, sampling)
+    next_ids, caches = begin(variables, token_ids, lengths)
+    positions = jnp.asarray(lengths)
+    for i in range(num_tokens):
+        shown, shown_active = next_ids, active
+        if i + 1 < num_tokens:  # started before the last token is read: the device never waits for the host
+            next_ids, positions, active, caches = step(variables, next_ids, positions, active, caches)
+        column = np.where(np.asarray(shown_active), np.asarray(shown), -1)[: len(prompts)]
+        if (column == -1).all():
+            return
+        yield column
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+    """Refuse what cannot be continued. Raises ConfigError; see :func:`stream`."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompts: give at least one, each of at least one token")
     if any(not 0 <= int(token) < config.vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {config.vocab_size - 1}")
     if config.moe.gate != "none" and find_gate(config.moe.gate).looks_ahead:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
-    config = without_drops(config)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in partition_specs.TOKEN_AXES]))
-    rows = -(-len(prompts) // shards) * shards  # rows are split over the mesh: idle ones fill it up
+
+
+def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as token_ids [B,T] and lengths [B], with idle rows up to a multiple of the devices that rows are split
+    over."""
+    shards = axis_size(*partition_specs.TOKEN_AXES)
+    rows = -(-len(prompts) // shards) * shards
     lengths = np.ones(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((rows, lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
+    token_ids = np.zeros((rows, lengths.max()), np.int32)
+    for row, prompt in zip(token_ids, prompts, strict=False):
         row[: len(prompt)] = prompt
-    active = np.arange(rows) < len(prompts)
+    return token_ids, lengths
+
+
+def _programs(
+    config: ModelConfig, rows: int, length: int, sampling: Sampling
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled prefill and decoding step for that many rows and positions."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     stops = np.asarray(sampling.stop_tokens, np.int32)
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(sampling.seed), row))(jnp.arange(rows))
 
     def pick(logits: Array, positions: Array) -> Array:
-        """The token at each row's position."""
+        """Choose the token at each row's position."""
         return choose(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
     @jax.jit
-    def begin(variables: Any, tokens: Array, lengths: Array) -> tuple[Array, LayerStates]:
-        caches = kv_cache.empty(config, rows, tokens.shape[1] + num_tokens)
-        logits, filled = kv_cache.prefill(nnx.merge(graphdef, variables), tokens, lengths, caches)
-        return pick(logits, lengths), filled
+    def begin(variables: Any, token_ids: Array, lengths: Array) -> tuple[Array, LayerStates]:
+        caches = kv_cache.empty(config, rows, length)
+        logits, caches = kv_cache.prefill(nnx.merge(graphdef, variables), token_ids, lengths, caches)
+        return pick(logits, lengths), caches
 
-    def step(variables: Any, token: Array, positions: Array, active: Array, filled: LayerStates) -> Any:
-        active &= ~jnp.isin(token, stops)
-        logits, filled = kv_cache.decode(nnx.merge(graphdef, variables), token, positions, active, filled)
-        return pick(logits, positions + 1), positions + 1, active, filled
+    @functools.partial(jax.jit, donate_argnames="caches")
+    def step(variables: Any, token_ids: Array, positions: Array, active: Array, caches: LayerStates) -> Any:
+        active &= ~jnp.isin(token_ids, stops)
+        logits, caches = kv_cache.decode(nnx.merge(graphdef, variables), token_ids, positions, active, caches)
+        return pick(logits, positions + 1), positions + 1, active, caches
 
-    step = jax.jit(step, donate_argnums=4)
-    token, filled = begin(variables, tokens, lengths)
-    positions = jnp.asarray(lengths)
-    for i in range(num_tokens):
-        shown, shown_active = token, active
-        if i + 1 < num_tokens:  # started before the last token is read: the device never waits for the host
-            token, positions, active, filled = step(variables, token, positions, active, filled)
-        chosen = np.where(np.asarray(shown_active), np.asarray(shown), -1)[: len(prompts)]
-        if (chosen == -1).all():
-            return
-        yield chosen
+    return begin, step
 
 
 def sample(
@@ -159,7 +177,7 @@ def sample(
     num_tokens: int,
     sampling: Sampling = Sampling(),
 ) -> list[np.ndarray]:
-    """The continuations of :func:`stream`, whole: B arrays of at most num_tokens int32, stop tokens included."""
+    """Whole continuations of :func:`stream`: B arrays of at most num_tokens int32, stop tokens included."""
     columns = list(stream(config, variables, prompts, num_tokens, sampling))
     table = np.stack(columns, axis=1) if columns else np.zeros((len(prompts), 0), np.int32)
     return [row[row >= 0] for row in table]

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 from moe.parallel.mesh import constrain
 from moe.parallel.partition_specs import PARAMETERS, STORED, fit, without
 
-#: Prefix of the named scopes of :func:`use`, by which the planner finds weight exchanges in a compiled program.
+#: Prefix of the named scopes of :func:`gather_for_matmul`, by which the planner finds weight exchanges in a compiled program.
 WEIGHTS_SCOPE = "weights."
 
 
-def use(name: str, parameter: Array, dtype: Any) -> Array:
+def gather_for_matmul(name: str, parameter: Array, dtype: Any) -> Array:
     """Cast a parameter and gather its stored shards for a matmul; its gradient is reduce-scattered.
 
     The shardings are explicit because XLA might otherwise move tokens instead of weights.

@@ -13,6 +13,7 @@ from moe.config import Config
 from moe.metrics_files import to_python
 from moe.models import flops
 from moe.routing import balancing
+from moe.training import matmul_rate
 from moe.training.step import TrainMetrics
 
 
@@ -29,11 +30,13 @@ def mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Average the metrics of several steps; per-layer values derived from the load use the mean load.
 
     Steps with a skipped update are counted in ``skipped`` and excluded from the means, unless all were skipped.
+    ``broken_tokens`` is the sum over all steps.
     """
     averaged = [values for values in steps if not values["skipped"]] or steps
     row = {name: np.mean([values[name] for values in averaged], axis=0).tolist() for name in steps[0]}
     row["skipped"] = sum(int(values["skipped"]) for values in steps)
     if "expert_load" in row:
+        row["broken_tokens"] = np.sum([values["broken_tokens"] for values in steps], axis=0).tolist()
         load = np.asarray(row["expert_load"])
         row["max_violation"] = balancing.max_violation(load).tolist()
         row["dead_experts"] = balancing.dead_experts(load).tolist()
@@ -76,7 +79,7 @@ class Throughput:
         length = config.data.sequence_length
         self._tokens = config.train.batch_size * length
         self._flops = self._tokens * flops.train_flops_per_token(config.model, length)
-        self._peak = flops.measured_matmul_rate(config.model.dtype) * jax.device_count()
+        self._peak = matmul_rate.measured_matmul_rate(config.model.dtype) * jax.device_count()
         if jax.default_backend() == "cpu":
             self._peak /= jax.device_count()  # fake devices share the host's cores
 

@@ -28,6 +28,7 @@ class DeepseekConfig(OpenConfig):
     first_k_dense_replace: OptionalCount = 0
     moe_layer_freq: Count = 1
     aux_loss_alpha: Coefficient = 0.001
+    seq_aux: bool = True
     scoring_func: Literal["softmax"] = "softmax"
     topk_method: Literal["greedy"] = "greedy"
     routed_scaling_factor: Annotated[float, pydantic.Field(ge=1, le=1)] = 1.0
@@ -44,6 +45,7 @@ def read(source: DeepseekConfig) -> tuple[Json, Json]:
         "num_experts": source.n_routed_experts,
         "d_ff": width,
         "shared_d_ff": width * source.n_shared_experts,
+        "balance_scope": "sequence" if source.seq_aux else "batch",
     }
     return {"attention_bias": read_bias(source)}, moe | read_sparse_layers(chosen, num_layers)
 
@@ -60,6 +62,7 @@ def write(model: ModelConfig) -> Json:
         "scoring_func": "softmax",
         "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
         "moe_layer_freq": 1,
+        "seq_aux": moe.balance_scope == "sequence",
     }
 
 
@@ -70,5 +73,6 @@ FAMILY = Family(
     read,
     write,
     ATTENTION | DENSE | EXPERTS | shared_expert("shared_experts"),
-    balance_field="router_aux_loss_coef",
+    balance_field="aux_loss_alpha",
+    balance_scale="per layer",
 )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from moe.config import ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop.schema import Json, OpenConfig
+
+#: Hugging Face computes one loss over all MoE layers, K at perfect balance; DeepSeek's code sums a loss per layer that
+#: is 1 at perfect balance.
+BalanceScale = Literal["all layers together", "per layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Family:
         read: fields → (changes of ModelConfig, changes of MoEConfig).
         write: the reverse of ``read``.
         tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else.
-        balance_field: name of the balance coefficient, for the conversion in :mod:`moe.interop.balance`.
+        balance_field: name of the load-balancing coefficient.
+        balance_scale: normalisation of its loss, see :data:`BalanceScale`.
     """
 
     model_type: str
@@ -51,6 +56,7 @@ class Family:
     write: Callable[[ModelConfig], Json]
     tensors: Mapping[str, str | Tensor]
     balance_field: str = "router_aux_loss_coef"
+    balance_scale: BalanceScale = "all layers together"
 
 
 # --- Tensor names ----------------------------------------------------------------------------------------------------
@@ -78,6 +84,13 @@ EXPERTS = {
     "moe.experts.gate": "mlp.experts.{expert}.gate_proj.weight",
     "moe.experts.up": "mlp.experts.{expert}.up_proj.weight",
     "moe.experts.down": "mlp.experts.{expert}.down_proj.weight",
+}
+#: Hugging Face transformers' own layout, whatever the family: the matrices of all experts in two tensors, gate first.
+FUSED_EXPERTS = {
+    "moe.router.kernel": Tensor("mlp.gate.weight"),
+    "moe.experts.gate": Tensor("mlp.experts.gate_up_proj", part=0, parts=2),
+    "moe.experts.up": Tensor("mlp.experts.gate_up_proj", part=1, parts=2),
+    "moe.experts.down": Tensor("mlp.experts.down_proj"),
 }
 #: Parameters outside the blocks, the same in every family.
 OUTSIDE = {

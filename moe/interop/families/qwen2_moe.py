@@ -3,7 +3,7 @@
 from moe.config import ModelConfig, layer_kinds
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, shared_expert, window_of
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
-from moe.interop.schema import Json, LayerTypes, OptionalCount, Size
+from moe.interop.schema import Json, OptionalCount, Size
 
 
 class Qwen2Config(QwenConfig):
@@ -12,7 +12,6 @@ class Qwen2Config(QwenConfig):
     qkv_bias: bool = True
     shared_expert_intermediate_size: Size
     max_window_layers: OptionalCount = 28
-    layer_types: LayerTypes | None = None
 
 
 def read(source: Qwen2Config) -> tuple[Json, Json]:

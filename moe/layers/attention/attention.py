@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import matrix, use, zeros
+from moe.parallel.weights import gather_for_matmul, matrix, zeros
 
 
-def rotate(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary positions, halves paired as (i, i + H/2) (RoFormer 2021, in the layout of open checkpoints).
+def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Apply rotary positions, halves paired as (i, i + H/2) (RoFormer 2021, in the layout of open checkpoints).
 
     Args:
-        x: [B,T,N,H], H even.
-        positions: [B,T] int32.
+        x: H even.
+        positions: of the tokens.
         theta: base; frequency i is theta^(-2i/H).
     """
     half = x.shape[-1] // 2
@@ -31,7 +31,7 @@ def rotate(x: Array, positions: Array, theta: float) -> Array:
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions; documents packed into one row never see each other."""
+    """Causal grouped-query attention with rotary positions; no attention between documents of one row."""
 
     def __init__(self, config: ModelConfig, *, window: int, rngs: nnx.Rngs):
         c = config
@@ -54,23 +54,27 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(c.num_heads * c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.num_kv_heads * c.head_dim, c.norm_eps)
 
-    def __call__(self, x: Array, segment_ids: Array, positions: Array) -> Array:
-        """[B,T,D] → [B,T,D].
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Attend within each document.
 
         Args:
-            x: [B,T,D].
-            segment_ids: [B,T] int32, the document of each token; 0 is padding.
-            positions: [B,T] int32, position within the document.
+            x: normalised activations.
+            segment_ids: the document of each token; 0 is padding.
+            positions: position within the document.
         """
         query, key, value = self.project(x, positions)
         return self.join(attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention))
 
-    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """[B,T,D] and positions [B,T] → query [B,T,N,H], key and value [B,T,M,H], rotated."""
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
+        """Query, key and value; query and key are rotated."""
         c = self.config
-        query = jnp.einsum("btd,dnh->btnh", x, use("attention.query", self.query[...], x.dtype))
-        key = jnp.einsum("bud,dmh->bumh", x, use("attention.key", self.key[...], x.dtype))
-        value = jnp.einsum("bud,dmh->bumh", x, use("attention.value", self.value[...], x.dtype))
+        query = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul("attention.query", self.query[...], x.dtype))
+        key = jnp.einsum("bud,dmh->bumh", x, gather_for_matmul("attention.key", self.key[...], x.dtype))
+        value = jnp.einsum("bud,dmh->bumh", x, gather_for_matmul("attention.value", self.value[...], x.dtype))
         if c.attention_bias != "none":
             query = query + self.query_bias[...].astype(x.dtype)
             key = key + self.key_bias[...].astype(x.dtype)
@@ -84,13 +88,13 @@ class Attention(nnx.Module):
         value = constrain(value, partition_specs.HEADS)
         return query, key, value
 
-    def join(self, heads: Array) -> Array:
-        """[B,T,N,H] → [B,T,D]."""
-        y = jnp.einsum("btnh,nhd->btd", heads, use("attention.out", self.out[...], heads.dtype))
+    def join(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Output projection of all heads."""
+        y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul("attention.out", self.out[...], heads.dtype))
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 
-    def _normalise(self, norm: RMSNorm, heads: Array) -> Array:
-        """QK-norm of [B,T,N,H]: per head, or over all heads at once."""
+    def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """QK-norm: per head, or over all heads at once."""
         if self.config.qk_norm == "head":
             return norm(heads)
         # [B,T,N,H] → [B,T,N·H] → [B,T,N,H]

@@ -6,27 +6,31 @@ import functools
 
 import jax
 from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from moe.parallel import partition_specs, target
 
-LANES = 128  # splash attention wants H and T in multiples of a TPU's vector lanes
+#: Vector lanes of a TPU: splash attention takes H and T in multiples of them.
+LANES = 128
 
 
 def runs_splash() -> bool:
-    """Whether this program is for a TPU that has the kernel; v2 and v3 lack its bfloat16 products.
-
-    The mesh says what it is for, also when it is compiled for devices that are not here.
-    """
-    here = target.current()
-    return here.platform == "tpu" and here.device_kind not in ("TPU v2", "TPU v3")
+    """Whether this program is for a TPU that has the kernel; v2 and v3 lack its bfloat16 products."""
+    device = target.current()
+    return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
 
 
-def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array, window: int) -> Array:
-    """Splash attention over each device\'s rows and heads; same function as :func:`moe.layers.attention.attend.attend`."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
+def splash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T M H"],
+    value: Float[Array, "B T M H"],
+    segment_ids: Int[Array, "B T"],
+    window: int,
+) -> Float[Array, "B T N H"]:
+    """Same function as :func:`moe.layers.attention.attend.attend`, by each device on its rows and heads."""
     length = query.shape[1]
     size = next(size for size in (1024, 512, 256, 128) if length % size == 0)
     sizes = kernels.BlockSizes(
@@ -39,7 +43,7 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array,
         use_fused_bwd_kernel=True,
     )
 
-    def local(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:  # one device's rows and heads
+    def local(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:  # rows and heads of one device
         shape = (length, length)
         mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
         kernel = kernels.make_splash_mha(
@@ -51,7 +55,7 @@ def splash_attention(query: Array, key: Array, value: Array, segment_ids: Array,
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(query, key, value, segment_ids)
-    # XLA cannot split a kernel: each device runs it on the rows and heads that it has.
+    # XLA cannot partition a kernel: each device runs it on its own rows and heads.
     spread = functools.partial(
         jax.shard_map,
         in_specs=(partition_specs.HEADS, partition_specs.HEADS, partition_specs.HEADS, P(*partition_specs.BATCH)),

@@ -1,0 +1,122 @@
+"""Text columns of Parquet and Arrow files, memory-mapped. Needs the optional package pyarrow."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from moe.config import ConfigError
+from moe.data.documents import check_domain
+
+SUFFIXES = (".parquet", ".arrow")
+_BATCH = 1_000  # rows
+
+
+class TextTable:
+    """Local Arrow file (stream or file format) with a string column ``text`` and an optional one ``domain``."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens the file at the first read."""
+        self._path = os.fspath(path)
+
+    def __str__(self) -> str:
+        return self._path
+
+    @functools.cached_property
+    def _table(self) -> Any:
+        pa = _pyarrow(self._path)
+        try:
+            return pa.ipc.open_stream(pa.memory_map(self._path)).read_all()
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(pa.memory_map(self._path)).read_all()
+
+    def __getitem__(self, row: int) -> str:
+        """Returns the text of a row; OSError or ValueError if the file is damaged."""
+        return self._table["text"][row].as_py()
+
+    def rows(self, name: str) -> Iterator[tuple[int, str, str | None]]:
+        """Yields (row, text, domain or None) of the rows whose text is not blank.
+
+        Args:
+            name: path of the source, for messages.
+
+        Raises:
+            ConfigError: the file is damaged, or a column has the wrong type; file and row are named.
+        """
+        pa = _pyarrow(name)
+        row = 0
+        try:
+            table = self._table
+            _check_columns(pa, table.schema, name)
+            columns = [column for column in ("text", "domain") if column in table.column_names]
+            for batch in table.select(columns).to_batches(max_chunksize=_BATCH):
+                batch.validate(full=True)
+                values = batch.to_pydict()
+                domains = values.get("domain") or [None] * len(batch)
+                for text, domain in zip(values["text"], domains, strict=True):
+                    if text is None:
+                        raise ConfigError(f"{name}, row {row}: text is null")
+                    if domain is not None:
+                        check_domain(domain, f"{name}, row {row}")
+                    if text.strip():
+                        yield row, text, domain
+                    row += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _damaged(name, error) from error
+
+
+def copy_columns(source: epath.Path, target: Path) -> None:
+    """Copies the columns ``text`` and ``domain`` of a Parquet or Arrow file to an Arrow stream file.
+
+    Raises:
+        ConfigError: the source is damaged, or a column has the wrong type.
+    """
+    pa = _pyarrow(os.fspath(source))
+    try:
+        with source.open("rb") as file:
+            if source.suffix == ".parquet":
+                reader = pa.parquet.ParquetFile(file)
+                schema, batches = reader.schema_arrow, functools.partial(reader.iter_batches, _BATCH)
+            else:
+                table = pa.ipc.open_stream(file).read_all()
+                schema, batches = table.schema, lambda columns: table.select(columns).to_batches(_BATCH)
+            _check_columns(pa, schema, os.fspath(source))
+            columns = [name for name in ("text", "domain") if name in schema.names]
+            kept = pa.schema([(name, pa.large_string()) for name in columns])
+            with pa.OSFile(os.fspath(target), "wb") as out, pa.ipc.new_stream(out, kept) as writer:
+                for batch in batches(columns=columns):
+                    arrays = [batch.column(name).cast(pa.large_string()) for name in columns]
+                    writer.write_batch(pa.record_batch(arrays, schema=kept))
+    except (pa.ArrowException, ValueError) as error:
+        raise _damaged(os.fspath(source), error) from error
+
+
+def _check_columns(pa: Any, schema: Any, name: str) -> None:
+    for column in ("text", "domain"):
+        if column not in schema.names:
+            if column == "text":
+                raise ConfigError(f"{name}: needs a string column 'text'; it has {schema.names}")
+            continue
+        kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise ConfigError(f"{name}: column {column!r} must be of strings, not {kind}")
+
+
+def _damaged(name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{name}: cannot be read as a table ({' '.join(str(error).split())[:200]})")
+
+
+def _pyarrow(name: str) -> Any:
+    try:
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.ipc  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(f"{name}: reading this file needs pyarrow; install it with pip install pyarrow") from error
+    return pyarrow

@@ -1,0 +1,76 @@
+"""The text files of a folder, with domain and split: plain folders, and layouts of Hugging Face ``datasets``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import PurePosixPath
+
+from etils import epath
+
+from moe.data.documents import check_domain
+
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+#: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
+UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
+_HELDOUT_NAMES = ("heldout", "validation", "valid", "test")  # the first that exists is used
+_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}\.(parquet|arrow)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A text file: its path below the root, the domain of its documents, and its split."""
+
+    name: str
+    domain: str
+    split: int
+
+
+def find_sources(root: epath.Path) -> list[Source]:
+    """Lists the text files below a folder, sorted by name, without hidden ones.
+
+    Two layouts of Hugging Face have splits: folders of ``DatasetDict.save_to_disk``, and files of the hub named
+    SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation and test are used.
+
+    Raises:
+      ConfigError: a folder's name cannot be a domain.
+    """
+    saved = (root / "dataset_dict.json").exists()
+    found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in _list_files(root)]
+    splits = {split for _, _, split in found}
+    heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
+    if "train" in splits and heldout:
+        numbers = {"train": TRAIN, heldout: HELDOUT, None: UNSPLIT}
+        sources = [Source(name, domain, numbers[split]) for name, domain, split in found if split in numbers]
+    else:
+        sources = [Source(name, domain, UNSPLIT) for name, domain, _ in found]
+    for source in sources:
+        check_domain(source.domain, os.fspath(root / source.name))
+    return sources
+
+
+def _domain_and_split(name: PurePosixPath, root: str, saved: bool) -> tuple[str, str | None]:
+    if saved and len(name.parts) > 1:  # SPLIT/data-00000-of-00001.arrow
+        return root, name.parts[0]
+    shard = _SHARD.fullmatch(name.name)
+    split = shard[1] if shard and shard[1] in ("train", *_HELDOUT_NAMES) else None
+    folders = [part for part in name.parts[:-1] if not (split and part == "data")]  # the hub's folder of shards
+    return (folders[0] if folders else root), split
+
+
+def _list_files(root: epath.Path) -> list[str]:
+    """Sorted names of the text files, without hidden ones and caches of ``datasets``."""
+
+    def place(path: epath.Path) -> PurePosixPath:
+        # Walking a bucket gives names without gs://, on some file systems without a leading slash.
+        return PurePosixPath("/", os.fspath(path).rpartition("://")[2].lstrip("/"))
+
+    names = []
+    for folder, _, files in root.walk():
+        for file in files:
+            path = (place(folder) / file).relative_to(place(root))
+            cache = path.name.startswith("cache-") and path.suffix == ".arrow"
+            if path.suffix in SUFFIXES and not cache and not any(part.startswith(".") for part in path.parts):
+                names.append(os.fspath(path))
+    return sorted(names)

@@ -1,0 +1,35 @@
+"""python scripts/heldout_overlap.py --config=configs/quickstart.py: overlap of held-out text with training text.
+
+Prints for each domain the share of held-out characters in lines (of at least 40 characters) that training text has too,
+and the share in the document with the largest overlap. Reads every training document once.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe import cli
+
+_CONFIG = cli.define_config("configs/quickstart.py")
+
+
+def main() -> None:
+    """Prints a line per domain."""
+    from moe.data import preparation
+    from moe.data.overlap import line_overlap
+
+    config = cli.load_config(_CONFIG)
+    prepared = preparation.prepare(config.data, config.model.vocab_size)
+    for domain in prepared.domains:
+        counts = line_overlap(list(prepared.heldout[domain]), prepared.train[domain])
+        shared, total = (sum(column) for column in zip(*counts, strict=True))
+        largest = max(part / max(whole, 1) for part, whole in counts)
+        print(
+            f"{domain}: {len(counts)} held-out documents, {shared / max(total, 1):.1%} of their text in lines that "
+            f"training text has too; at most {largest:.1%} of one document"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
