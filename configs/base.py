@@ -2,8 +2,8 @@
 
 Fine-tuning of a run or an import, with its model shape and tokenizer:
 
-    python main.py --config=configs/base.py --config.start.checkpoint=/tmp/imported --config.data.dataset=/path/to/text \\
-        --workdir=/tmp/tuned
+    python main.py --config=configs/base.py --workdir=/tmp/tuned --config.start.checkpoint=/tmp/imported \\
+        --config.data.dataset=/path/to/text
 """
 
 import ml_collections

@@ -19,7 +19,8 @@ def inherit_model(tree: typing.Any) -> None:
     their defaults are the gate's.
 
     Args:
-        tree: ConfigDict of :func:`moe.config.parse.to_config_dict`; other trees do not know what was assigned and are unchanged.
+        tree: ConfigDict of :func:`moe.config.parse.to_config_dict`. Others do not know what was assigned and stay as
+            they are.
 
     Raises:
         ConfigError: the checkpoint's config cannot be read.
