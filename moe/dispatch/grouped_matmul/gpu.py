@@ -1,8 +1,8 @@
 """Grouped matmul for NVIDIA GPUs, by Pallas kernels that compute only the tiles that groups have.
 
-XLA turns ``lax.ragged_dot`` into a dense matmul with E times the work there. On Hopper, rows are multiplied by JAX's own
-Mosaic kernel. All else is in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell: JAX's other Mosaic
-kernels ask the default device for its core count and so cannot be compiled for absent GPUs.
+XLA turns ``lax.ragged_dot`` into a dense matmul with E times the work there. On Hopper, rows are multiplied by JAX's
+own Mosaic kernel. All else is in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell: JAX's other
+Mosaic kernels ask the default device for its core count and so cannot be compiled for absent GPUs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from moe.parallel import target
 _SURPLUS = 0.1
 
 #: Output tile, bytes of a contraction step, stages and warps of the Triton kernels. 128 x 128 x 64 in bfloat16 does 64
-#: FLOPs for each byte it loads, about what an A100's L2 cache needs (312 TFLOP/s over about 5 TB/s), and three stages of
-#: 32 KiB fit the shared memory of every GPU from Ampere on (99 KiB at least).
+#: FLOPs for each byte it loads, about what an A100's L2 cache needs (312 TFLOP/s over about 5 TB/s), and three stages
+#: of 32 KiB fit the shared memory of every GPU from Ampere on (99 KiB at least).
 _TILE, _STEP_BYTES, _STAGES, _WARPS = 128, 128, 3, 8
 
 #: Tiles of rows that run side by side over the same columns, so that both operands stay in the L2 cache.
@@ -33,7 +33,7 @@ _SUPERTILE = 8
 
 #: Tiles of JAX's Hopper kernel: two operands of 128 x 64 bfloat16 are 32 KiB a step, four steps and the output tile fit
 #: 227 KiB of shared memory.
-_HOPPER = {"block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 8}
+_HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
 
 
 def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:
@@ -91,13 +91,20 @@ def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, i
     (num_rows, contracted), num_groups = rows.shape, matrices.shape[0]
     columns = matrices.shape[1 if transposed else 2]
     hopper = target.current().compute_capability == 9 and not interpret and rows.dtype in (jnp.bfloat16, jnp.float16)
-    if hopper and contracted % _HOPPER["block_k"] == 0 and columns % _HOPPER["block_n"] == 0 and num_rows % 64 == 0:
+    if hopper and contracted % _HOPPER_CONTRACTED == columns % _HOPPER_COLUMNS == num_rows % 64 == 0:
         # Optional: not in every supported release of JAX, and it imports JAX's test utilities.
         from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu  # noqa: PLC0415
 
-        block = max(64, tile_rows(num_rows, num_groups))
         return ragged_dot_mgpu.ragged_dot(
-            rows, matrices, group_sizes=sizes, block_m=block, transpose_rhs=transposed, **_HOPPER
+            rows,
+            matrices,
+            group_sizes=sizes,
+            block_m=max(64, tile_rows(num_rows, num_groups)),
+            block_n=_HOPPER_COLUMNS,
+            block_k=_HOPPER_CONTRACTED,
+            max_concurrent_steps=_HOPPER_STEPS,
+            grid_block_n=_HOPPER_GRID,
+            transpose_rhs=transposed,
         )
     block = tile_rows(num_rows, num_groups)
     steps = num_rows // block + num_groups - 1
