@@ -19,6 +19,7 @@ from moe.config.schema import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    RopeScalingConfig,
     StartConfig,
     TrainConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeScalingConfig",
     "StartConfig",
     "TrainConfig",
     "check_field",
