@@ -43,7 +43,7 @@ class ConfigError(ValueError):
 class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
-    gate: str = "mixtral"  # name of a gate in moe.routing.registry, or "none": every FFN is dense
+    gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff

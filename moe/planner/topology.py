@@ -92,7 +92,7 @@ def tpu_name(name: str) -> str:
     chips, rest = divmod(int(found.group(2)), _SLICE_NAMES[found.group(1)])
     if rest or chips < 1 or chips & (chips - 1):
         raise ConfigError(f"--topology={name}: must count a power of two of chips; give the shape of other slices")
-    dimensions = CHIPS[generation].example.count("x") + 1
+    dimensions = CHIPS[generation].example.partition(":")[2].count("x") + 1
     if dimensions == 3 and chips < 4:
         raise ConfigError(f"--topology={name}: must have at least 4 chips")
     sides = [1] * dimensions
