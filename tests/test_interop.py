@@ -39,24 +39,8 @@ from moe.training.losses import cross_entropy
 HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"
 OURS = [HERE / name for name in ("mistral", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek")]
-THEIRS = [
-    SHARED / name
-    for name in (
-        *("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),
-    )
-]
-    SHARED / name
-    for name in (
-        "mistral",
-        "llama",
-        "mixtral",
-        "mixtral_fused",
-        "olmoe",
-        "qwen3_moe",
-        "deepseek_v2_lite",
-        "deepseek_v3",
-    )
-]
+_THEIRS = (*("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),)
+THEIRS = [SHARED / name for name in _THEIRS]
 #: Family of an export that names none, where it is not that of the import: a Llama is a Mistral without a window.
 WRITTEN_AS = {"mixtral_fused": "mixtral", "llama": "mistral", "deepseek_v2_lite": "deepseek_v2"}
 CASES = [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS]

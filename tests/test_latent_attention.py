@@ -38,10 +38,8 @@ def _reference(module: LatentAttention, x: np.ndarray, segments: np.ndarray, pos
         return v / np.sqrt(np.mean(v * v) + LATENT_NORM_EPS)
 
     def turn(v, position):
-        angle = position  # one pair: frequency 1
-        return np.array(
-            [v[0] * math.cos(angle) - v[1] * math.sin(angle), v[1] * math.cos(angle) + v[0] * math.sin(angle)]
-        )
+        cos, sin = math.cos(position), math.sin(position)  # one pair: frequency 1
+        return np.array([v[0] * cos - v[1] * sin, v[1] * cos + v[0] * sin])
 
     y = np.zeros_like(x, np.float64)
     for b, t in np.ndindex(*x.shape[:2]):
