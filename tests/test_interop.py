@@ -24,6 +24,7 @@ from moe.checkpoints.parameters import read_parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, sparse_layers, to_dict
 from moe.interop import (
+    balance,
     export_checkpoint,
     import_checkpoint,
     load_balancing_loss,
@@ -31,6 +32,7 @@ from moe.interop import (
     save_huggingface,
 )
 from moe.interop.config_json import read_config as read_open_config
+from moe.interop.families import FAMILIES
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import resolve
@@ -89,8 +91,8 @@ def test_parity(path):
     if "aux_loss" in expected:
         auxiliary = load_balancing_loss(output.routing)
         np.testing.assert_allclose(auxiliary, expected["aux_loss"], rtol=1e-5)
-        moe = config.model.moe
-        loss += moe.load_balancing_weight * len(names) / moe.experts_per_token * auxiliary
+        family = FAMILIES[json.loads((path / "config.json").read_text())["model_type"]]
+        loss += balance.coefficient_there(family, config.model) * auxiliary
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
 
 
