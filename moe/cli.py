@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe import platform
-from moe.config import Config, ConfigError, check_field, check_path, type_name
+from moe.config import Config, ConfigError, check_field, check_path, inherit_model, type_name
 from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
@@ -85,6 +85,7 @@ def load_config(flag: flags.FlagHolder) -> Config:
     tree = flag.value
     if not isinstance(tree, ml_collections.ConfigDict):
         raise ConfigError(f"--config: get_config() must return a ConfigDict, not {type(tree).__name__}")
+    inherit_model(tree)
     return from_config_dict(tree)
 
 
