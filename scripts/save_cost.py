@@ -1,9 +1,9 @@
-"""Measure the cost of checkpoints: `python scripts/save_cost.py [--config=FILE] [--every=50] [--window=10] [--pairs=12]`.
+"""Measure the cost of checkpoints: python scripts/save_cost.py [--config=FILE] [--every=50] [--window=10] [--pairs=12].
 
 Trains the config (the quickstart by default) in pairs of windows of --window steps: one window of a pair starts with a
-checkpoint and ends when it is on disk and the previous one is deleted, the other has none. Prints the cost as a share of
---every steps: median over pairs and its 95 % interval (order statistics, scipy.stats.quantile_test), in wall time and in
-CPU time, which depends less on other programs.
+checkpoint and ends when it is on disk and the previous one is deleted, the other has none. Prints the cost as a share
+of --every steps: median over pairs and its 95 % interval (order statistics, scipy.stats.quantile_test), in wall time
+and in CPU time, which depends less on other programs.
 """
 
 import sys
