@@ -84,6 +84,15 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert together[0].tolist() != together[1].tolist()
 
 
+@pytest.mark.parametrize("gate", ["random", "balanced"])
+def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
+    config, variables = _model(num_layers=1, moe={"gate": gate, "num_experts": 4})
+    together = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        (alone,) = sampling.sample(config, variables, [prompt], 6, GREEDY)
+        np.testing.assert_array_equal(text, alone)
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
 def test_a_mesh_writes_the_same_text(mesh):
     config, variables = _model(sliding_window=5)

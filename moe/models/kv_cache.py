@@ -79,7 +79,7 @@ def prefill(
         heads = attend(query, key, value, segment_ids, window=block.attention.window, kind=kind)
         return heads, _fill(cache, key, value, lengths)
 
-    x, caches = _run(model, token_ids, segment_ids, caches, attention)
+    x, caches = _run(model, token_ids, segment_ids, positions, caches, attention)
     # [B,T,D] → [B,1,D]: the last token of each prompt
     return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
 
@@ -115,7 +115,7 @@ def decode(
         heads = jax.nn.dot_product_attention(query, cache.key, cache.value, mask=seen[:, None, None])
         return heads, cache
 
-    x, caches = _run(model, token_ids[:, None], segment_ids, caches, attention)
+    x, caches = _run(model, token_ids[:, None], segment_ids, positions[:, None], caches, attention)
     return _logits(model, x), caches
 
 
@@ -142,14 +142,20 @@ def _append(cache: LayerCache, key: Array, value: Array, positions: Array) -> La
 
 
 def _run(
-    model: Transformer, token_ids: Array, segment_ids: Array, caches: LayerStates, attention: CachedAttention
+    model: Transformer,
+    token_ids: Array,
+    segment_ids: Array,
+    positions: Array,
+    caches: LayerStates,
+    attention: CachedAttention,
 ) -> tuple[Array, LayerStates]:
     """All blocks with this attention: token_ids [B,T] → hidden states [B,T,D]."""
 
     def body(block: Block, x: Array, cache: LayerCache, layer: Array) -> tuple[Array, LayerCache]:
         del layer
         heads, cache = attention(block, block.attention_norm(x), cache)
-        x, _ = block.feed_forward(x + block.attention.join(heads), segment_ids, token_ids=token_ids)
+        x = x + block.attention.join(heads)
+        x, _ = block.feed_forward(x, segment_ids, token_ids=token_ids, positions=positions)
         return x, cache
 
     return model.scan(body, model.embedding(token_ids, jnp.dtype(model.config.dtype)), caches)
