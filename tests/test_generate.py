@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
@@ -104,6 +104,18 @@ def test_a_mesh_writes_the_same_text(mesh):
         )
         text = sampling.sample(config, placed, PROMPTS, 6, GREEDY)
     np.testing.assert_array_equal(text, want)
+
+
+def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mesh():
+    config = resolve(
+        Config(
+            model=ModelConfig(moe=MoEConfig(num_experts=8, group_size=1024)),
+            train=TrainConfig(batch_size=32, accumulation_steps=4),
+        )
+    )
+    validate_mesh(sampling.for_generation(config, 8), {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1})
+    with pytest.raises(ConfigError, match="num_experts"):
+        validate_mesh(sampling.for_generation(config, 3), {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1})
 
 
 def test_a_row_ends_with_its_stop_token():

@@ -210,6 +210,7 @@ class _Loop:
         self._writer.write(step, "timing", timing, file=TIMING)
         self._bar.set_postfix_str(
             f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
+            + (f" ({timing['mfu_datasheet']:.2f} of the datasheet's peak)" if "mfu_datasheet" in timing else "")
         )
         self._checkpoints.check()
         state, more = self._recovery.after(step, self._health.skipped_in_a_row, state)
