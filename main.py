@@ -3,7 +3,7 @@
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()  # before JAX is imported: restarts this program once
+    platform.prepare()  # before JAX is imported; may restart this program
 
 from absl import flags
 

@@ -5,8 +5,11 @@ Importing this module imports JAX, so entry points call :mod:`moe.platform` befo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from moe import platform
 from moe.config import Config, ConfigError, check_field, check_path, type_name
 from moe.routing.resolve import from_config_dict
 
@@ -91,6 +95,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         main: called without arguments after flags are parsed.
         required: names of flags that must be set.
     """
+    platform.raise_on_stop_signals()
+    _harden_streams()
     flags.mark_flags_as_required(list(required))
     for name in required:
         flags.register_validator(name, bool, "must not be empty")
@@ -113,8 +119,46 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
             if _TRACEBACK.value:
                 raise
             sys.exit(f"error: {' '.join(str(error).split())}")
+        except (RuntimeError, AssertionError) as error:
+            if _TRACEBACK.value or not _from_jax_backends(error):
+                raise
+            reason = str(error).partition(" (you may")[0] or "no such device on this machine"
+            sys.exit(f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {' '.join(reason.split())}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _from_jax_backends(error: Exception) -> bool:
+    """True for an error of JAX's search for devices, which raises bare assertions too."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
+
+
+class _TolerantStream:
+    """Stream whose write errors are ignored: a full disk or a closed pipe behind stderr must not end a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _harden_streams() -> None:
+    """Escape characters that the terminal's encoding lacks, and ignore write errors of stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = _TolerantStream(sys.stderr)
 
 
 def _sentence(error: Exception, argv: list[str]) -> str:

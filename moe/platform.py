@@ -1,15 +1,81 @@
-"""Process settings that must be made before JAX is imported: the memory allocator and TPU compilation."""
+"""Process settings that must be made before JAX is imported: streams, stop signals, environment, memory allocator."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 _TUNABLE = "glibc.malloc.hugetlb=1"
 _JEMALLOC = "libjemalloc.so.2"
 _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
+
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def prepare() -> None:
+    """Set up this process; entry points call it before importing anything that imports JAX. May restart the program."""
+    _open_standard_streams()
+    _exit_on_stop_signals()
+    _check_environment()
+    use_allocator()
+
+
+def _open_standard_streams() -> None:
+    """Open closed standard streams on /dev/null, so that no file of a run gets the descriptor of stderr."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+def _exit_on_stop_signals() -> None:
+    """End the program at once on SIGTERM (75) or SIGINT (130) while it starts, when there is nothing to clean up."""
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _exit)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # blocked by the restart in use_allocator
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    del frame
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(_exit_code(number))
+
+
+def raise_on_stop_signals() -> None:
+    """From here on, SIGTERM and SIGINT raise SystemExit with the same codes, so that ``finally`` blocks run."""
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is _exit:
+            signal.signal(number, _raise)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise SystemExit(_exit_code(number))
+
+
+def _exit_code(number: int) -> int:
+    return os.EX_TEMPFAIL if number == signal.SIGTERM else 128 + number
+
+
+def _check_environment() -> None:
+    """Refuse 64-bit mode, and write figures without a display."""
+    value = os.environ.get("JAX_ENABLE_X64", "0")
+    if value.lower() not in ("0", "false", "f", "no", "n", "off"):
+        sys.exit(f"error: JAX_ENABLE_X64={value!r}: must be unset or 0, because this program computes in 32 bits")
+    os.environ["MPLBACKEND"] = "Agg"
 
 
 def use_allocator() -> None:
@@ -34,7 +100,11 @@ def use_allocator() -> None:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
     else:
         return
-    os.execv(sys.executable, sys.orig_argv)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # until the restarted program has its handlers
+    try:
+        os.execv(sys.executable, sys.orig_argv)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def _starts(variables: dict[str, str]) -> bool:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()  # before JAX: it restarts this program once
+    platform.prepare()  # before JAX is imported; may restart this program
 
 import functools
 
@@ -26,6 +26,7 @@ _OUTPUT = cli.define_path("output", "Folder to write to; WORKDIR/analysis if not
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations per null distribution.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations.")
+_CHARACTERS = flags.DEFINE_integer("characters", 6_000, "Characters of each domain in experts.html.")
 _CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are Python source.")
 
 
@@ -50,9 +51,10 @@ def main() -> None:
         shuffles=_SHUFFLES.value,
         seed=_SEED.value,
         code_domain=_CODE.value,
+        step=last,
+        characters=_CHARACTERS.value,
         earlier={step: functools.partial(opened.variables, step) for step in steps},
     )
-    analysis.summary["step"] = last
     title = f"Routing of {Path(opened.path).name} at step {last}"
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
     names = analyse.write(analysis, folder, title)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()
+    platform.prepare()
     if any(word.lstrip("-").partition("=")[0] == "topology" for word in sys.argv[1:]):
         platform.use_tpu_compiler()  # before JAX
 

@@ -67,7 +67,7 @@ class Case:
 GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
 ONE_GROUP = {"expert_groups": 1, "kept_expert_groups": 1}
 OVERFLOW = {"overflow_to_next": True}
-BY_WEIGHT = reference.Rule(policy="probability")
+BY_PROBABILITY = reference.Rule(policy="probability")
 #: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
 CASES = (
     Case("dense_mixture", 2, 5, 3, 3, 5, 0.3),
@@ -77,8 +77,8 @@ CASES = (
     Case("gshard", 2, 7, 3, 2, 3, 0.2, draws=True),
     Case("switch", 2, 7, 3, 1, 2, 0.3),
     Case("switch_sampled", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2), draws=True),
-    Case("st_moe", 2, 7, 3, 2, 2, 0.3, rule=BY_WEIGHT),
-    Case("st_moe", 2, 7, 5, 3, 3, 0.2, rule=BY_WEIGHT, draws=True),
+    Case("st_moe", 2, 7, 3, 2, 2, 0.3),
+    Case("st_moe", 2, 7, 5, 3, 3, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY, draws=True),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2),
     Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"routing_scale": 1.5, **GROUPED}, reference.Rule(3, 2, scale=1.5)),
     Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
@@ -90,8 +90,8 @@ CASES = (
     Case("switch", 2, 6, 5, 2, 1, 0.0, {"renormalise": 1}, reference.Rule(renormalise=True)),
     Case("switch", 2, 7, 5, 1, 1, 0.2, OVERFLOW, reference.Rule(overflow=True)),
     Case("mixtral", 2, 6, 5, 2, 2, 0.2, OVERFLOW, reference.Rule(overflow=True)),
-    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"drop_policy": "probability"}, BY_WEIGHT),
-    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"drop_policy": "random"}, reference.Rule(policy="random"), draws=True),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "random"}, reference.Rule(policy="random"), draws=True),
 )
 
 
@@ -100,7 +100,7 @@ def edges() -> Iterator[Case]:
     rng = np.random.default_rng(42)
     for gate in GATES:
         fields: dict[str, Any] = dict(LEAK) if GATES[gate].looks_ahead else {}
-        rule = BY_WEIGHT if gate == "st_moe" else reference.PLAIN
+        rule = reference.PLAIN
         if gate == "deepseek_v3":
             fields, rule = dict(ONE_GROUP), reference.Rule(renormalise=True, scale=2.5)
         every = GATES[gate].experts_per_token == 0  # K = E is the rule
@@ -309,7 +309,7 @@ def device_counts() -> Iterator[Row]:
         if rule.looks_ahead:
             fields |= LEAK
         if gate == "mixtral":
-            fields["drop_policy"] = "random"
+            fields |= LEAK | {"drop_policy": "random"}
         given = read_by(gate, weights_of(8, 8, 8, seed=11, slots=1 if rule.router == "slots" else 0))
         for mode in CONFIG_MODES:
             if (gate, mode) in REFUSED_MODES:

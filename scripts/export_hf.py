@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()  # before JAX: it restarts this program once
+    platform.prepare()  # before JAX is imported; may restart this program
 
 from absl import flags
 
@@ -24,13 +24,22 @@ _TYPE = flags.DEFINE_string("model_type", "", "Family to write; empty: the first
 _DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16", "float16"], "Type to cast to; empty: keep the stored one."
 )
+_LAYOUT = flags.DEFINE_enum(
+    "layout", "per_expert", ["per_expert", "fused"], "Three tensors for each expert, or two for all experts of a layer."
+)
 
 
 def main() -> None:
     """Exports the workdir and lists the files written."""
     from moe.interop import export_checkpoint
 
-    export_checkpoint(str(_WORKDIR.value), str(_OUT.value), model_type=str(_TYPE.value), dtype=str(_DTYPE.value))
+    export_checkpoint(
+        str(_WORKDIR.value),
+        str(_OUT.value),
+        model_type=str(_TYPE.value),
+        dtype=str(_DTYPE.value),
+        fused=_LAYOUT.value == "fused",
+    )
     print(f"{_OUT.value}: {', '.join(sorted(path.name for path in Path(str(_OUT.value)).iterdir()))}")
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()  # before JAX: it restarts this program once
+    platform.prepare()  # before JAX is imported; may restart this program
 
 from absl import flags
 

@@ -1,8 +1,8 @@
 """python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4 [--config.x.y=value ...]
 
-Compiles the train step of main.py for absent TPUs and prints its memory, exchanges and predicted time. With --search it
-tries meshes, remat policies and dispatch modes, and prints a ranked table and the command that runs the best of them.
-Needs libtpu: pip install "jax[tpu]". docs/pods.md explains both pages.
+Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time. With
+--search it tries meshes, remat policies and dispatch modes, and prints a ranked table and the command of the best.
+Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains both pages.
 """
 
 import sys
@@ -24,9 +24,13 @@ from moe import cli
 from moe.config import Config, ConfigError
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and shape, such as v5p:4x4x4 or v5e:16x16.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "TPUs as v5p:4x4x4 or v5p-128; GPUs as h100:8x8 (hosts x devices per host) or a3-megagpu-8g:8 (machines).",
+)
 _SLICES = flags.DEFINE_integer(
-    "num_slices", 1, "Slices of that shape, joined by the data-center network.", lower_bound=1
+    "num_slices", 1, "TPU slices of that shape, joined by the data-center network.", lower_bound=1
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
@@ -39,14 +43,14 @@ _CACHE = flags.DEFINE_string(
 def main() -> None:
     """Print one plan, or the table of a search."""
     config = cli.load_config(_CONFIG)
-    from moe.planner import plan, topology
+    from moe.planner import page, plan, topology
 
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
     if _SEARCH.value:
         _search(config, where)
         return
     made = plan.make_plan(config, where)
-    print(json.dumps(made.to_json(), indent=2) if _JSON.value else plan.render(made))
+    print(json.dumps(made.to_json(), indent=2) if _JSON.value else page.render(made))
 
 
 def _search(config: Config, where) -> None:

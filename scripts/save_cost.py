@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from moe import platform
 
 if __name__ == "__main__":
-    platform.use_allocator()
+    platform.prepare()
 
 from absl import flags
 

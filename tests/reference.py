@@ -202,8 +202,8 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
         if rule.policy == "probability":
             largest = [
                 max(
-                    float(w) * sent
-                    for w, sent in zip(weights(gate, logits[g, s], list(expert[g, s]), rule), chosen[g, s], strict=True)
+                    float(probabilities(gate, logits[g, s])[e]) * sent
+                    for e, sent in zip(expert[g, s], chosen[g, s], strict=True)
                 )
                 for s in order
             ]

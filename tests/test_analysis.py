@@ -1,21 +1,24 @@
 """Analysis of routing: hand-computed measures, chance, syntax classes, records, probes, and the files at the end."""
 
+import base64
 import dataclasses
 import itertools
 import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from sklearn.metrics import mutual_info_score
 
-from moe.analysis import analyse, explorer, measures, probes, summary
+from moe.analysis import analyse, controls, explorer, lexical, markdown, measures, probes, summary
 from moe.analysis.dependence import dependence, frequent
 from moe.analysis.documents import Document, document_batches, read_document
 from moe.analysis.passages import Passage, colours, pieces_of
 from moe.analysis.record import Recorder
-from moe.analysis.repetition import repetition, uniform_repetition
+from moe.analysis.repetition import repetition, shared_experts, token_null, uniform_repetition
 from moe.analysis.syntax import CLASSES, byte_classes, token_classes
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.preparation import Prepared
@@ -62,6 +65,36 @@ def test_first_or_second_choice_repetition_by_hand(rng):
         repetition(np.zeros((4, 3), int), np.arange(3), 8, shuffles=1, rng=rng)
 
 
+def test_repetition_that_repeated_tokens_explain(rng):
+    """Experts that are a function of the token repeat as often as tokens do; experts that follow the context more."""
+    tokens = rng.integers(0, 3, 600).repeat(2)  # every token stands twice in a row
+    consecutive = np.arange(len(tokens) - 1)
+    found = token_null(tokens[:, None] % 2, tokens, consecutive, shuffles=20, rng=rng)
+    observed = shared_experts(tokens[:, None] % 2, consecutive)
+    assert (found.token_mean, found.token_std) == (pytest.approx(observed), 0)
+    assert found.token_p_value == 1.0
+    # By hand: tokens a a b with experts 0 1 0. The two a's exchange or not: 0 1 0 and 1 0 0 repeat 0 and 1 of 2.
+    tokens, experts = np.array([7, 7, 9]), np.array([[0], [1], [0]])
+    found = token_null(experts, tokens, np.arange(2), shuffles=2000, rng=rng)
+    assert found.token_mean == pytest.approx(1 / 4, abs=0.03)
+    # The first and the second half of a text have an expert each, whatever the token.
+    halves = np.arange(400)[:, None] // 200
+    found = token_null(halves, rng.integers(0, 3, 400), np.arange(399), shuffles=20, rng=rng)
+    assert found.token_p_value == pytest.approx(1 / 21)
+    assert found.token_mean == pytest.approx(0.5, abs=0.05)
+
+
+def test_lexical_classes_and_merged_labels():
+    texts = [" the", " The", "ing", " 42", ",", "(", "+", "\n  ", "«3»", "é"]
+    names = ["word", "capitalised word", "word part", "number", "punctuation", "bracket", "symbol", "layout", "other"]
+    found = lexical.lexical_classes(np.array([*range(10), 0]), texts.__getitem__)
+    assert [lexical.CLASSES[i] for i in found] == [*names, "word part", "word"]
+    labels = np.array([5, 5, 5, 2, 2, 9, 7])
+    assert lexical.merge_labels(labels, 2).tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert lexical.merge_labels(labels, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert lexical.merge_labels(labels, 9).tolist() == [0, 0, 0, 1, 1, 3, 2]
+
+
 def test_mutual_information_by_hand(rng):
     x, y = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     # H(x) = ¾ ln 4/3 + ¼ ln 4, H(y) = ln 2, joint (2, 1, 1)/4: H = ½ ln 2 + ½ ln 4
@@ -73,6 +106,7 @@ def test_mutual_information_by_hand(rng):
     assert found.null_mean == pytest.approx(found.information)
     assert found.explained == pytest.approx(0, abs=1e-12)
     assert found.p_value == 1.0
+    assert found.information == pytest.approx(mutual_info_score(x, y))
     same = dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), shuffles=20, rng=rng)
     assert (same.nmi, same.information, same.values) == (pytest.approx(1), pytest.approx(math.log(2)), 2)
     assert same.p_value == pytest.approx(1 / 21)
@@ -286,6 +320,41 @@ def test_a_dense_model_is_refused():
         Recorder(program)
 
 
+# --- Controls --------------------------------------------------------------------------------------------------------
+def test_hash_routing_depends_on_the_token_alone(recorded):
+    _, _, _, records = recorded
+    control = controls.hash_routing(records)
+    assert control.expert_index.shape == records.expert_index.shape
+    for token in np.unique(records.tokens):
+        sets = control.expert_index[:, records.tokens == token].reshape(-1, 2)
+        assert (sets == sets[0]).all()
+        assert sets[0, 0] != sets[0, 1]
+    assert len(np.unique(control.first_choice)) == 4
+
+
+def test_untrained_routers_leave_the_rest_of_the_model(recorded):
+    recorder, variables, batches, records = recorded
+    model = recorder.program.config.model
+    random = controls.untrain_routers(variables, model, seed=0)
+    changed = []
+
+    def compare(path, before, after):
+        assert before.shape == after.shape
+        if not np.array_equal(before, after):
+            changed.append([entry.key for entry in path])
+
+    jax.tree_util.tree_map_with_path(compare, variables, random)
+    assert len(changed) == 1
+    assert changed[0][-2:] == ["router", "kernel"]
+    kernel = random["segment_1"]["block_0"]["moe"]["router"]["kernel"]
+    assert not np.array_equal(kernel[0], kernel[1])  # a layer each
+    control = recorder(random, batches)
+    np.testing.assert_array_equal(control.tokens, records.tokens)
+    assert (control.first_choice != records.first_choice).any()
+    assert controls.has_router(model)
+    assert not controls.has_router(tiny_program(gate="hash")[0].config.model)
+
+
 # --- Probes ----------------------------------------------------------------------------------------------------------
 def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
@@ -347,15 +416,37 @@ def test_impossible_probes_are_refused():
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
-def test_html_is_escaped():
-    passage = Passage("<code>", ["<b>", " & ", '"é"'], np.array([[0, 1, 0], [1, 1, 0]]))
-    page = explorer.page([passage], [0, 5], 2, "a < b")
-    assert "<b>" not in page
-    assert '<span class="e0" title="expert 0">&lt;b&gt;</span><span class="e1" title="expert 1"> &amp; </span>' in page
-    assert "&quot;é&quot;" in page
-    assert "&lt;code&gt;" in page
-    assert "<title>a &lt; b</title>" in page
-    assert "layer 5" in page
+def passage(title, pieces, experts):
+    """A passage of one choice per token, with weights 1/2."""
+    experts = np.array(experts)[..., None]
+    return Passage(title, pieces, experts, np.full(experts.shape, 0.5))
+
+
+def explorer_summary(layers, num_experts, **more):
+    return {
+        "experts_per_token": 1,
+        "num_experts": num_experts,
+        "layers": layers,
+        "domains": ["text"],
+        "load": np.full((len(layers), 1, num_experts), 1 / num_experts).tolist(),
+        "top_tokens": [[[] for _ in range(num_experts)] for _ in layers],
+        **more,
+    }
+
+
+def test_the_explorer_is_one_file_and_escapes_its_data():
+    pieces = ["<b>", "</script><script>alert(1)</script>", '"é"', "\u2028"]
+    page = explorer.explorer_page(
+        [passage("<code>", pieces, [[0, 1, 0, 0]])], explorer_summary([5], 2), [0], "a < b & </title>"
+    )
+    assert page.count("<script") == page.count("</script") == 2
+    inside = page.partition('id="data">')[2].partition("</script>")[0]
+    data = json.loads(inside)
+    assert data["passages"][0]["pieces"] == pieces
+    assert data["title"] == "a < b & </title>"
+    assert np.frombuffer(base64.b64decode(data["passages"][0]["experts"]), "<u2").tolist() == [0, 1, 0, 0]
+    assert np.frombuffer(base64.b64decode(data["passages"][0]["weights"]), "<u2").tolist() == [32768] * 4
+    assert not re.search(r"""(src|href)=|url\(|@import|fetch\(""", page.replace(inside, ""))
     assert len(set(colours(8))) == 8
     assert len(set(colours(64))) == 64
 
@@ -364,7 +455,7 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     program, variables = tiny_program(vocab_size=320, num_layers=2)
     words = np.random.default_rng(0).choice(["red", "green", "blue", "fox", "über"], 400)
     prepared = Prepared(
-        tokenizer, ("words", "python"), {}, {"words": [" ".join(words)], "python": [SOURCE * 30, "x = (\n" * 30]}
+        tokenizer, ("words", "$_$ |"), {}, {"words": [" ".join(words)], "$_$ |": [SOURCE * 30, "x = (\n" * 30]}
     )
     recorder = Recorder(program)
     other = jax.tree.map(lambda x: 0.5 * x, variables)
@@ -377,6 +468,9 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
             tokens=400,
             shuffles=5,
             seed=3,
+            code_domain="$_$ |",
+            step=12,
+            characters=1000,
             earlier={4: lambda: other, 8: lambda: variables},
         )
 
@@ -385,14 +479,31 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert found == run().summary, "the same seed, the same numbers"
     assert all(392 < tokens <= 400 for tokens in found["tokens"]), "50 rows of 8, the last one padded"
     assert found["documents_without_syntax"] == 1
-    assert set(found["dependence"]) == {"domain", "token", "syntax", "token_in_code"}
+    assert set(found["dependence"]) == {"domain", "lexical_matched", "token", "syntax", "token_in_code"}
+    assert set(found["controls"]) == {"untrained", "hash"}
+    for control in found["controls"].values():
+        assert set(control["dependence"]) == set(found["dependence"])
+        assert set(control["repetition"]["first"]) == {"words", "$_$ |"}
+    # A hash of the token is explained by the token, and repeats as often as tokens do.
+    hashed = found["controls"]["hash"]
+    for layer in hashed["dependence"]["token"]:
+        assert layer["information"] == pytest.approx(layer["x_entropy"])
+    for layer in hashed["repetition"]["first"]["words"]:
+        assert layer["token_mean"] == pytest.approx(layer["observed"])
+    assert found["dependence"]["lexical_matched"][0]["values"] == found["dependence"]["domain"][0]["values"] == 2
+    assert found["load_over_training"]["steps"] == [4, 8, 12]
+    np.testing.assert_allclose(np.sum(found["load_over_training"]["load"], axis=-1), 1)
     np.testing.assert_allclose(np.sum(found["load"], axis=-1), 1)
     # A checkpoint that is the last one has all of its choices; another one has not.
     assert found["saturation"]["top_k"][1] == found["saturation"]["top_1"][1] == [1.0, 1.0]
     assert max(found["saturation"]["top_1"][0]) < 1
     assert found["saturation"]["chance_top_k"] == 2 / 4
-    for passage, text in zip(analysis.passages, (" ".join(words), SOURCE * 30), strict=True):
-        assert "".join(passage.pieces) == text[:1200]
+    shares, excess = (np.array(found["saturation"][name]) for name in ("top_k", "excess_top_k"))
+    np.testing.assert_allclose(excess, (shares - 0.5) / 0.5)
+    assert len(found["saturation"]["untrained_top_k"]) == 2
+    for shown, text in zip(analysis.passages, (" ".join(words), SOURCE * 30), strict=True):
+        assert "".join(shown.pieces) == text[:1000]
+        assert shown.experts.shape == shown.weights.shape == (2, len(shown.pieces), 2)
 
     names = analyse.write(analysis, epath.Path(tmp_path), "Tiny | model")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
@@ -402,7 +513,9 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     text = (tmp_path / "analysis.md").read_text()
     for before, line in itertools.pairwise(text.splitlines()):
         if before.startswith("|") and line.startswith("|"):  # of one table: as many cells
-            assert line.count("|") == before.count("|")
+            assert line.replace(r"\|", "").count("|") == before.replace(r"\|", "").count("|")
+    assert r"$_$ \|" in text
+    assert "\x1b" not in markdown.markdown(found, "evil \x1b[31m\nname")
     first = found["repetition"]["first"]["words"][1]
     assert f"{100 * first['observed']:.1f} ({100 * first['shuffled_mean']:.1f} ± " in text
     with pytest.raises(ConfigError, match="shuffles=0"):

@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -430,6 +431,7 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.setattr(os, "environ", os.environ.copy() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
     monkeypatch.chdir(ROOT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     assert cli  # whose flag is defined once, when it is imported; an entry point's own go after it
     known = set(flags.FLAGS)
     sys.modules.pop("config_config", None)  # what ml_collections calls a config file: a second one would add to it
@@ -442,6 +444,8 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
             return 1, errors.getvalue() + end.code
         return int(end.code or 0), errors.getvalue()
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()

@@ -12,12 +12,14 @@ from moe.dispatch.plan import make_plan
 from moe.routing import balancing
 from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
 from moe.routing.registry import GATES
+from moe.training.losses import mean_reports
+from moe.training.metrics import mean_row
 from tests.helpers import FOUR, tiny_routing
 
 E = 8
 # Compiled whole, they take a fifth of the time of one small program per operation.
-load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames="first_choice")
-report = jax.jit(balancing.report, static_argnames="first_choice")
+load_balancing_loss = jax.jit(balancing.load_balancing_loss, static_argnames="counts")
+report = jax.jit(balancing.report, static_argnames="counts")
 make_plan = jax.jit(make_plan, static_argnames="capacity")
 
 
@@ -73,19 +75,19 @@ def _gshard_auxiliary_loss(logits: np.ndarray) -> float:
     ids=["uniform", "collapse", "random"],
 )
 def test_gshard_auxiliary_loss_is_ours_over_e_squared(logits, expected):
-    ours = float(load_balancing_loss(tiny_routing("gshard", logits), _mask(logits), first_choice=True)) / E**2
+    ours = float(load_balancing_loss(tiny_routing("gshard", logits), _mask(logits), counts="first_choice")) / E**2
     assert ours == pytest.approx(_gshard_auxiliary_loss(logits), rel=1e-5)
     assert expected is None or ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_gshard_counts_first_choices_alone_and_the_others_all():
-    assert [gate for gate in FOUR if GATES[gate].balance_first_choice] == ["gshard"]
+    assert [gate for gate in FOUR if GATES[gate].balance_counts == "first_choice"] == ["gshard"]
     # One token, second choice expert 1: over both choices f = (1/2, 1/2), over the first f = (1, 0); P = (2/3, 1/3).
     routing = tiny_routing("gshard", np.log([[[2.0, 1.0]]]))
     mask = jnp.ones((1, 1), bool)
     kept = routing.chosen
-    assert float(report(routing, mask, kept, first_choice=True).load_balancing_loss) == pytest.approx(2 * 2 / 3)
-    assert float(report(routing, mask, kept, first_choice=False).load_balancing_loss) == pytest.approx(1.0)
+    assert float(report(routing, mask, kept, counts="first_choice").load_balancing_loss) == pytest.approx(2 * 2 / 3)
+    assert float(report(routing, mask, kept).load_balancing_loss) == pytest.approx(1.0)
 
 
 def test_load_balancing_gradient_flows_through_the_mean_probability_only(rng):
@@ -136,7 +138,7 @@ def test_report_by_hand():
     # Three tokens, E = 2, K = 1, room for one a group: experts 0, 0, 1, so the second token is dropped.
     logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]])
     routing = tiny_routing("switch", logits)
-    out = report(routing, _mask(logits), make_plan(routing, 1).kept, first_choice=False)
+    out = report(routing, _mask(logits), make_plan(routing, 1).kept)
     np.testing.assert_allclose(out.expert_load, [2 / 3, 1 / 3], rtol=1e-6)
     assert float(out.fraction_tokens_dropped) == pytest.approx(1 / 3)
     # −(3/4)·ln(3/4) − (1/4)·ln(1/4) = 0.2158 + 0.3466 = 0.5623 for every token.
@@ -146,7 +148,7 @@ def test_report_by_hand():
 
 def test_entropy_of_an_undecided_router_is_ln_e():
     routing = tiny_routing("switch", np.zeros((1, 4, E)))
-    assert float(report(routing, jnp.ones((1, 4), bool), routing.chosen, first_choice=False).router_entropy) == (
+    assert float(report(routing, jnp.ones((1, 4), bool), routing.chosen).router_entropy) == (
         pytest.approx(math.log(E), rel=1e-6)
     )
 
@@ -156,11 +158,11 @@ def test_padding_changes_nothing(gate, rng):
     logits = rng.normal(size=(2, 12, 5))
     padded = np.concatenate([logits, rng.normal(size=(2, 7, 5)) * 10], axis=1)
     mask = np.concatenate([np.ones((2, 12)), np.zeros((2, 7))], axis=1).astype(bool)
-    first_choice = GATES[gate].balance_first_choice
+    counts = GATES[gate].balance_counts
     plain = tiny_routing(gate, logits)
     with_padding = tiny_routing(gate, padded, mask)
-    plain_report = report(plain, _mask(logits), make_plan(plain, 4).kept, first_choice=first_choice)
-    padded_report = report(with_padding, mask, make_plan(with_padding, 4).kept, first_choice=first_choice)
+    plain_report = report(plain, _mask(logits), make_plan(plain, 4).kept, counts=counts)
+    padded_report = report(with_padding, mask, make_plan(with_padding, 4).kept, counts=counts)
     for field in dataclasses.fields(plain_report):
         # To rounding: a sum with zeros appended may be taken in another order.
         np.testing.assert_allclose(
@@ -171,7 +173,7 @@ def test_padding_changes_nothing(gate, rng):
 
 def test_a_batch_of_padding_reports_zeros():
     routing = tiny_routing("mixtral", np.ones((2, 3, 4)), np.zeros((2, 3), bool))
-    out = report(routing, jnp.zeros((2, 3), bool), routing.chosen, first_choice=False)
+    out = report(routing, jnp.zeros((2, 3), bool), routing.chosen)
     for field in dataclasses.fields(out):
         np.testing.assert_array_equal(getattr(out, field.name), np.zeros_like(getattr(out, field.name)), field.name)
 
@@ -180,7 +182,7 @@ def test_declined_choices_are_not_counted():
     # Both tokens want experts 0 then 1; second choices of token 0 declined by hand: pairs 0:2, 1:1.
     routing = tiny_routing("gshard", np.log([[[2.0, 1.0, 0.5], [2.0, 1.0, 0.5]]]))
     routing = dataclasses.replace(routing, chosen=routing.chosen.at[0, 0, 1].set(False))
-    out = report(routing, jnp.ones((1, 2), bool), routing.chosen, first_choice=True)
+    out = report(routing, jnp.ones((1, 2), bool), routing.chosen, counts="first_choice")
     np.testing.assert_allclose(out.expert_load, [2 / 3, 1 / 3, 0], rtol=1e-6)
     assert float(out.fraction_tokens_dropped) == 0
 
@@ -188,3 +190,16 @@ def test_declined_choices_are_not_counted():
 def test_token_mean_takes_real_tokens_alone():
     values = jnp.asarray([[[1.0, 10.0], [3.0, 30.0], [100.0, 1000.0]]])
     np.testing.assert_allclose(token_mean(values, jnp.asarray([[True, True, False]])), [2.0, 20.0])
+
+
+def test_broken_tokens_are_counted_over_microbatches_and_steps():
+    logits = np.zeros((1, 4, E))
+    logits[0, :3, 0] = np.nan
+    routing = tiny_routing("switch", logits)
+    one = report(routing, jnp.ones((1, 4), bool), routing.chosen)
+    none = dataclasses.replace(one, broken_tokens=jnp.zeros(()))
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), one, none)
+    assert float(mean_reports(stacked).broken_tokens) == 3
+    assert float(mean_reports(stacked).router_entropy) == pytest.approx(float(one.router_entropy))
+    steps = [{"skipped": skipped, "broken_tokens": [3, 0], "expert_load": [[1.0], [1.0]]} for skipped in (0, 1, 0)]
+    assert mean_row(steps)["broken_tokens"] == [9, 0]

@@ -2,11 +2,16 @@
 
 import dataclasses
 import importlib
+import typing
 
 import pytest
 
 from configs import base
 from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
+from moe.config.schema import Activation, Dispatch, Remat
+from moe.dispatch.modes import MODES
+from moe.layers.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe.models.stack import REMAT_POLICIES
 from moe.routing.resolve import from_config_dict
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
@@ -50,6 +55,24 @@ def changed(**overrides):
         ({"train__accumulation_steps": 3}, "train.accumulation_steps=3: must divide train.batch_size=8"),
         ({"train__num_steps": 5}, "optimizer.warmup_steps=30: must be below train.num_steps=5"),
         ({"optimizer__b2": 1.0}, "optimizer.b2=1.0: must be in [0, 1)"),
+        ({"optimizer__b1": 1 - 1e-9}, "optimizer.b1=0.999999999: must be in [0, 1), in float32"),
+        ({"optimizer__eps": 1e-50}, "optimizer.eps=1e-50: rounds to 0 in float32"),
+        ({"model__norm_eps": 1e-40}, "model.norm_eps=1e-40: rounds to 0 in float32"),
+        ({"model__moe__expert_dropout": 1 - 1e-9}, "must be in [0, 1), in float32"),
+        ({"data__sequence_length": 0}, "data.sequence_length=0: must be at least 2"),
+        ({"data__sequence_length": 2**31 - 1}, "data.sequence_length=2147483647: must be at most"),
+        ({"model__vocab_size": 2**31 - 1}, "model.vocab_size=2147483647: must be at most"),
+        ({"model__d_model": 2**31 - 1}, "model.d_model=2147483647: must be at most"),
+        ({"model__head_dim": 2**31 - 2}, "model.head_dim=2147483646: must be at most"),
+        ({"model__moe__num_experts": 2**31 - 1}, "model.moe.num_experts=2147483647: must be at most"),
+        ({"model__moe__shared_d_ff": 2**31 - 1}, "model.moe.shared_d_ff=2147483647: must be at most"),
+        ({"train__batch_size": 2**23}, "train.batch_size * data.sequence_length=2147483648: must be at most"),
+        ({"train__sample_tokens": 10**6}, "train.sample_tokens=1000000: must be at most 10000"),
+        ({"data__shuffle_window": 2**31 - 1}, "data.shuffle_window=2147483647: must be at most 1048576"),
+        ({"data__heldout_rows": 10**6}, "data.heldout_rows=1000000: must be at most 65536"),
+        ({"data__domains": tuple(str(n) for n in range(70_000))}, "data.domains: has 70000 entries; must have at most"),
+        ({"data__domains": ("\ud800",)}, "must be valid UTF-8 without the character NUL"),
+        ({"data__tokenizer": "a\0b"}, "data.tokenizer='a\\x00b': must be valid UTF-8 without the character NUL"),
         ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be positive"),
         ({"mesh__expert": 0}, "mesh.expert=0: must be positive, or -1 to use"),
         ({"mesh__expert": -1}, "only one axis can be -1"),
@@ -141,3 +164,15 @@ def test_layers_differ_by_overrides_alone():
         assert set(dataclasses.asdict(Config())) == set(tree.keys())
     shared = {dataclasses.replace(c.model, d_ff=1, moe=MoEConfig()) for c in configs.values()}
     assert len(shared) == 1  # the rest of the model is one and the same
+
+
+@pytest.mark.parametrize(
+    ("choices", "implemented"),
+    [
+        (Activation, {*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS}),
+        (Dispatch, set(MODES) - {"soft"}),  # of Soft MoE's layers, whatever the config names
+        (Remat, set(REMAT_POLICIES)),
+    ],
+)
+def test_choices_of_the_schema_are_those_implemented(choices, implemented):
+    assert set(typing.get_args(choices)) == implemented

@@ -295,6 +295,23 @@ def test_importance_and_load_loss_by_hand():
     assert float(half) == pytest.approx(np.var([0.9, 0.1, 0, 0]) / 0.0625, rel=1e-5)
 
 
+def test_deepseek_v3_balance_loss_counts_the_top_scores_without_bias_and_groups():
+    # Scores (0.8, 0.5, 0.6, 0.2) and (0.1, 0.3, 0.4, 0.9), K = 1. The bias sends both tokens to expert 1, but the
+    # scores alone choose experts 0 and 3 (DeepSeek-V3 2024, equation 18): f = (1/2, 0, 0, 1/2).
+    routing = routed("deepseek_v3", SIGMOID_LOGITS, 1, selection_bias=jnp.asarray([0.0, 9.0, 0.0, 0.0]))
+    np.testing.assert_array_equal(routing.expert_index, [[[1], [1]]])
+    p = (SIGMOIDS / SIGMOIDS.sum(-1, keepdims=True))[0].mean(0)
+    mask = jnp.ones((1, 2), bool)
+    loss = balancing.load_balancing_loss(routing, mask, counts=GATES["deepseek_v3"].balance_counts)
+    assert float(loss) == pytest.approx(4 * (p[0] + p[3]) / 2, rel=1e-6)
+    assert float(balancing.load_balancing_loss(routing, mask)) == pytest.approx(4 * p[1], rel=1e-6)
+    # Of groups (0, 1) and (2, 3) token 0 keeps the first, token 1 the second; the scores alone take 0 and 2, 3 and 2.
+    limited = routed("deepseek_v3", SIGMOID_LOGITS, 2, expert_groups=2, kept_expert_groups=1)
+    np.testing.assert_array_equal(limited.expert_index, [[[0, 1], [3, 2]]])
+    loss = balancing.load_balancing_loss(limited, mask, counts="top_scores")
+    assert float(loss) == pytest.approx(4 * (p[0] / 4 + p[2] / 2 + p[3] / 4), rel=1e-6)
+
+
 def test_device_balance_by_hand():
     # Top-1 of (6, 3, 1, 2)/12 and (1, 2, 9, 4)/16: f = (1/2, 0, 1/2, 0); P = mean. Two groups of two experts.
     routing = routed("switch", LOGITS, 1)
@@ -478,6 +495,15 @@ def test_drop_policies_by_hand():
         assert sorted(np.asarray(plan.position_in_expert)[plan.kept]) == [0, 1]
 
 
+def test_priority_is_the_router_probability_and_not_the_renormalised_weight():
+    # First choices by probability: 0.46, 0.48, 0.42; by Mixtral's weight: 0.46/0.90 = 0.51, 0.48/0.93 = 0.52 and
+    # 0.42/0.72 = 0.58. Of two rows, the third token's is the one beyond the capacity.
+    probs = np.array([[[0.46, 0.10, 0.44], [0.48, 0.45, 0.07], [0.42, 0.28, 0.30]]])
+    routing = routed("mixtral", np.log(probs), 2)
+    plan = make_plan(routing, 2, drop_policy="probability")
+    np.testing.assert_array_equal(plan.kept[0, :, 0], [True, True, False])
+
+
 def test_random_drops_are_fair():
     routing = _one_expert([0.9] * 6)
     plans = jax.vmap(lambda key: make_plan(routing, 2, drop_policy="random", rng=key).kept)(
@@ -610,6 +636,27 @@ REFUSED = [
     ({"gate": "switch", "slots_per_expert": 2}, "needs the gate soft_moe"),
     ({"gate": "mixtral", "num_experts": 3, "overflow_to_next": True}, "needs num_experts >= 2"),
     ({"gate": "mixtral", "dispatch": "dropless", "overflow_to_next": True}, "a capacity"),
+    ({"gate": "mixtral", "experts_per_token": 1}, "must be at least 2 with the gate 'mixtral', which renormalises"),
+    ({"gate": "st_moe", "experts_per_token": 1}, "must be at least 2"),
+    ({"gate": "noisy_topk", "experts_per_token": 1}, "must be at least 2"),
+    ({"gate": "switch", "renormalise": 1}, "renormalise=1: must be 0 with experts_per_token=1"),
+    (
+        {"gate": "deepseek_v3", "experts_per_token": 1, "expert_groups": 1, "kept_expert_groups": 1},
+        "renormalise=1: must be 0 with experts_per_token=1",
+    ),
+    ({"gate": "st_moe", "drop_policy": "probability"}, "accept_future_leak=True"),
+    ({"gate": "switch", "drop_policy": "random"}, "accept_future_leak=True"),
+    ({"gate": "expert_choice", "accept_future_leak": True, "drop_policy": "random"}, "drops no assignment"),
+    ({"gate": "hash", "jitter": 0.1}, "jitter=0.1: must be 0: the gate 'hash' has no router"),
+    ({"gate": "random", "load_balancing_weight": 0.1}, "load_balancing_weight=0.1: must be 0"),
+    ({"gate": "hash", "z_loss_weight": 0.1}, "z_loss_weight=0.1: must be 0"),
+    ({"gate": "hash", "router_dtype": "bfloat16"}, "has no router"),
+    ({"gate": "dense_mixture", "load_balancing_weight": 0.1}, "the loss is constant"),
+    ({"gate": "deepseek_moe", "device_balance_weight": 0.05}, "needs expert_groups above 1"),
+    (
+        {"gate": "soft_moe", "dispatch": "einsum", "accept_future_leak": True, "capacity_factor": 2.0},
+        "soft_moe has slots_per_expert instead",
+    ),
 ]
 
 

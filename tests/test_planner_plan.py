@@ -40,7 +40,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
     ],
 )
 def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, flaw, unnamed):
-    exchange = Exchange(kind, ("fsdp",), purpose, 1, mebibytes * 2**20, 0.0, 0.0)
+    exchange = Exchange(kind, ("fsdp",), purpose, 1, 0, mebibytes * 2**20, 0.0, 0.0)
     fields = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
     made = Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
     assert made.token_exchanges == (exchange,) * flaw
@@ -101,6 +101,18 @@ def test_unknown_topology_lists_names(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install \"jax\[tpu\]=="):
         topology.get_topology("v5p:2x2x1")
+
+
+def test_flops_of_grouped_matmuls_do_not_depend_on_the_number_of_groups():
+    x, w, sizes = jnp.ones((24, 16)), jnp.ones((4, 16, 8)), jnp.full(4, 6)
+    product = 2 * 24 * 16 * 8  # of all rows; the gradients of rows and of weights cost the same
+
+    def loss(x, w):
+        return jnp.sum(jax.lax.ragged_dot(x, w, sizes))
+
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr) == product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, 1))(x, w).jaxpr) == 2 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr) == 3 * product
 
 
 def test_scaling_lists_refused_points():

@@ -1,10 +1,12 @@
-"""Which allocator a program restarts itself with, and that it does so once."""
+"""Allocator, stop signals during startup, standard streams and environment of an entry point."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +70,7 @@ def test_what_benchmarks_print(monkeypatch):
 def test_an_entry_point_runs_with_what_this_machine_has():
     """mappings of a program after its restart: jemalloc's library exactly where it can be loaded."""
     program = (
-        "from moe import platform; platform.use_allocator(); print(platform.allocator()); "
+        "from moe import platform; platform.prepare(); print(platform.allocator()); "
         "print('jemalloc' in open('/proc/self/maps').read())"
     )
     if not sys.platform.startswith("linux"):
@@ -80,3 +82,78 @@ def test_an_entry_point_runs_with_what_this_machine_has():
     has = platform._starts({"LD_PRELOAD": "libjemalloc.so.2"})
     assert output[0].startswith("jemalloc" if has else "the system allocator")
     assert output[1] == str(has)
+
+
+PROGRAM = """
+import sys
+from moe import platform
+platform.prepare()
+print("prepared", flush=True)
+from moe import cli
+import jax
+
+def main():
+    print("stderr \u2713", file=sys.stderr, flush=True)
+    print("stdout \u2713", flush=True)
+    jax.devices()
+
+cli.run(main)
+"""
+
+
+def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
+    """PROGRAM in a process of its own, restored to the default handlers."""
+    command = f'exec "$0" -c "$1" {" ".join(redirections)}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.Popen(
+        ["sh", "-c", command, sys.executable, PROGRAM],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, code, seconds):
+    process = start()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "prepared\n"
+    time.sleep(seconds)  # while JAX is imported
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_a_closed_or_full_stderr_does_not_end_a_run(redirection):
+    process = start(redirection)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert output.splitlines()[1:] == ["stdout \u2713"]
+
+
+def test_an_ascii_terminal_gets_escapes():
+    process = start(PYTHONIOENCODING="ascii")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (output.splitlines()[1], errors) == ("stdout \\u2713", "stderr \\u2713\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"JAX_PLATFORMS": "abacus"}, "error: JAX_PLATFORMS='abacus': Unable to initialize backend"),
+        ({"JAX_PLATFORMS": "cuda"}, "error: JAX_PLATFORMS='cuda': "),
+        ({"JAX_ENABLE_X64": "1"}, "error: JAX_ENABLE_X64='1': must be unset or 0"),
+        ({"JAX_ENABLE_X64": "perhaps"}, "error: JAX_ENABLE_X64='perhaps': must be unset or 0"),
+    ],
+)
+def test_variables_of_the_environment_are_refused_in_one_sentence(variables, words):
+    _, errors = (process := start(**variables)).communicate(timeout=60)
+    assert process.returncode == 1
+    assert words in errors
+    assert "Traceback" not in errors

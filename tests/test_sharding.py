@@ -7,6 +7,7 @@ one. Parameters are gathered over the axes they are stored split over; tokens ar
 import collections
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from moe.config import ConfigError, MeshConfig
 from moe.dispatch.plan import expert_capacity
 from moe.layers.moe_layer import MoELayer
 from moe.models.decoder import Transformer
+from moe.parallel import mesh as mesh_module
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, tiny_model
@@ -256,6 +258,13 @@ def test_make_mesh_fills_in_what_is_left(sizes, shape):
     assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
     assert mesh.devices.shape == shape
     assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
+
+
+def test_any_axis_may_span_hosts_with_gpus():
+    # Each host is a slice of its own there, and the devices come in no order.
+    gpus = [types.SimpleNamespace(platform="gpu", id=i, slice_index=i // 4) for i in reversed(range(8))]
+    arranged = mesh_module._arrange((1, 2, 4, 1), gpus)
+    assert [[device.id for device in host] for host in arranged[0, :, :, 0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"expert": 3}, {"expert": 16}, {"data": 4, "fsdp": 1}], ids=str)

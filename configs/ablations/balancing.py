@@ -31,8 +31,8 @@ def get_suite(size: str) -> Suite:
         question="What keeps experts busy, and what does it cost?",
         base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2),
-        primary=common.primary(size),
+        seeds=(0, 1, 2, 3, 4),
+        horizons=common.horizons(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("none", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS),
             "loss-free against its auxiliary loss": Comparison(

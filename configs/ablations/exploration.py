@@ -19,8 +19,8 @@ def get_suite(size: str) -> Suite:
         question="Does a top-1 router need to explore?",
         base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2),
-        primary=common.primary(size),
+        seeds=(0, 1, 2, 3, 4),
+        horizons=common.horizons(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("argmax", ("jitter", "sampled"), common.FLOPS_AND_PARAMETERS)
         },

@@ -30,8 +30,8 @@ def get_suite(size: str) -> Suite:
         question="Do finer experts, and a shared one, make better use of the same parameters?",
         base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2),
-        primary=common.primary(size),
+        seeds=(0, 1, 2, 3, 4),
+        horizons=common.horizons(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("gshard_16x2", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS)
         },

@@ -23,8 +23,8 @@ def get_suite(size: str) -> Suite:
         question="Do small initial weights and a float32 router make training start better and steadier?",
         base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2),
-        primary=common.primary(size),
+        seeds=(0, 1, 2, 3, 4),
+        horizons=common.horizons(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("init_1.0", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS)
         },

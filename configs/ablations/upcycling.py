@@ -1,29 +1,34 @@
 """Experts copied from a trained dense model, against experts from scratch, and against more dense training.
 
 python scripts/ablate.py --suite=configs/ablations/upcycling.py --workdir=/tmp/upcycling
+
+An upcycled run of n steps has cost its parent's n dense steps too: from scratch with twice the steps is its match in
+FLOPs, and is the next horizon's run where the horizons double.
 """
 
 from configs.ablations import common
-from moe.lab.suite import Comparison, Suite, Variant
+from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """A dense parent, then as many steps again on other text: upcycled (top-2 of 8), from scratch, dense."""
-    moe = common.moe(size, "mixtral", 8, 2, common.hidden(size))
-    again = {"optimizer.learning_rate": common.base(size).optimizer.learning_rate / 2}
+    """A dense parent, then as many steps again on other text: upcycled (top-2 of 8), from scratch, dense continued."""
+    moe = common.moe(size, "mixtral", 8, 2, common.hidden(size), dispatch="dropless", eval_capacity_factor=-1)
+    longest = common.horizons(size)[-1]
+    rate = float(common.base(size).optimizer.learning_rate)
     variants = {
         "parent": Variant({}, note="dense"),
-        "scratch": Variant({**moe, **again}, seed_offset=1000),
-        "upcycled": Variant({**moe, **again}, starts_from="parent", seed_offset=1000),
-        "dense_continued": Variant(again, starts_from="parent", seed_offset=1000),
+        "scratch": Variant(moe, seed_offset=1000),
+        "upcycled": Variant(moe, starts_from="parent", seed_offset=1000, rate_scale=0.5),
+        "dense_continued": Variant({}, starts_from="parent", seed_offset=1000, rate_scale=0.5),
     }
     return Suite(
         name="upcycling",
-        question="Is a dense checkpoint a head start for a sparse model?",
+        question="Is a dense checkpoint a head start for a sparse model, its own cost counted?",
         base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2),
-        primary=common.primary(size),
+        seeds=(0, 1, 2, 3, 4),
+        horizons=(longest // 4, longest // 2, longest),
+        sweep=Sweep((rate / 2, rate, rate * 2), seeds=(100,), horizon=longest // 2),
         comparisons={
             "equal FLOPs and parameters, beside the parent's": Comparison(
                 "scratch", ("upcycled",), common.FLOPS_AND_PARAMETERS

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from moe.analysis import explorer, passages, picture, plots, summary
+from moe.analysis.controls import has_router, hash_routing, untrain_routers
 from moe.analysis.documents import Document, document_batches, first_documents
 from moe.analysis.markdown import markdown
 from moe.analysis.record import Recorder, Records
 from moe.config import ConfigError
 from moe.data import pipeline
 
-_PASSAGE = 1_200  # characters of each domain shown in colours
+PASSAGE = 6_000  # characters of each domain in the explorer
 _STRETCH = 16  # tokens of whole documents read per token kept, so that many documents contribute
 _CANDIDATES = 50  # documents of each domain from which the shown one is selected
 
@@ -29,8 +29,8 @@ class Analysis:
 
     Attributes:
         summary: plain numbers (:func:`moe.analysis.summary.summarise`).
-        passages: text of every domain with its first experts at the shown layers.
-        shown: indices of these layers: the first, middle and last MoE layer.
+        passages: text of every domain with its routing.
+        shown: layers of the picture, as indices of MoE layers: the first, middle and last.
     """
 
     summary: dict[str, Any]
@@ -47,6 +47,8 @@ def analyse(
     shuffles: int,
     seed: int,
     code_domain: str = "python",
+    step: int = 0,
+    characters: int = PASSAGE,
     earlier: dict[int, Callable[[], dict[str, Any]]] | None = None,
 ) -> Analysis:
     """Runs the model over held-out text and measures its routing.
@@ -59,12 +61,14 @@ def analyse(
         shuffles: permutations per null distribution.
         seed: seed of the permutations.
         code_domain: domain whose documents give the syntax classes; ignored if it is not among the domains.
-        earlier: step → function that reads the variables at that step, for router saturation.
+        step: step of the checkpoint.
+        characters: length of the text of each domain in the explorer.
+        earlier: step → function that reads the variables at that step, for saturation and load over training.
 
     Raises:
         ConfigError: ``tokens`` or ``shuffles`` below 1, or held-out text shorter than a row.
     """
-    for name, value in (("tokens", tokens), ("shuffles", shuffles)):
+    for name, value in (("tokens", tokens), ("shuffles", shuffles), ("characters", characters)):
         if value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1")
     data, batch_size = recorder.program.config.data, recorder.program.config.train.batch_size
@@ -75,28 +79,38 @@ def analyse(
         for domain in prepared.domains
     }
     records = recorder(variables, rows)
-    code, skipped = None, 0
+    code, code_rows, skipped = None, None, 0
     if code_domain in prepared.domains:
         documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, _STRETCH * tokens)
         batches, skipped = summary.code_batches(documents, length, batch_size, keep=-(-tokens // length))
-        code = recorder(variables, {code_domain: batches}) if batches else None
-    found = summary.summarise(records, code, summary.piece_of(prepared.tokenizer), shuffles=shuffles, seed=seed)
-    found["documents_without_syntax"] = skipped
+        code_rows = {code_domain: batches} if batches else None
+        code = recorder(variables, code_rows) if code_rows else None
+    controlled = {"hash": (hash_routing(records), hash_routing(code) if code else None)}
+    model = recorder.program.config.model
+    untrained = None
+    if has_router(model):
+        random = untrain_routers(variables, model, seed)
+        untrained = recorder(random, rows)
+        controlled["untrained"] = (untrained, recorder(random, code_rows) if code_rows else None)
+    piece = summary.piece_of(prepared.tokenizer)
+    found = summary.summarise(records, code, piece, shuffles=shuffles, seed=seed, controls=controlled)
+    found |= {"step": step, "documents_without_syntax": skipped}
     if earlier:
-        then = {step: recorder(read(), rows) for step, read in earlier.items()}
-        found["saturation"] = summary.saturation(then, records)
+        then = {number: recorder(read(), rows) for number, read in earlier.items()}
+        found["saturation"] = summary.saturation(then, records, untrained)
+        found["load_over_training"] = summary.load_over_training({**then, step: records})
     shown = sorted({0, len(records.layers) // 2, len(records.layers) - 1})
-    return Analysis(found, _passages(recorder, variables, prepared, shown), [records.layers[i] for i in shown])
+    return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
 
 
 def _passages(
-    recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, shown: Sequence[int]
+    recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
 ) -> list[passages.Passage]:
     """Takes the beginning of one held-out document per domain: the one with the most drawable characters."""
     config = recorder.program.config
     documents: dict[str, Document] = {}
     for domain in prepared.domains:
-        beginnings = (text[:_PASSAGE] for text in itertools.islice(prepared.heldout[domain], _CANDIDATES))
+        beginnings = (text[:characters] for text in itertools.islice(prepared.heldout[domain], _CANDIDATES))
         clearest = max(beginnings, key=picture.drawable)  # the first of equal ones
         for document in first_documents([clearest], prepared.tokenizer, 1):
             documents[domain] = document
@@ -113,7 +127,8 @@ def _passages(
         passages.Passage(
             domain,
             passages.pieces_of(document.text, document.spans),
-            records.first_choice[np.asarray(shown)][:, records.domain == number],
+            records.expert_index[:, records.domain == number],
+            records.combine_weights[:, records.domain == number],
         )
         for number, (domain, document) in enumerate(documents.items())
     ]
@@ -125,9 +140,9 @@ def write(analysis: Analysis, folder: epath.Path, title: str) -> list[str]:
     found, size = analysis.summary, analysis.summary["num_experts"]
     (folder / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     (folder / "analysis.md").write_text(markdown(found, title))
-    (folder / "experts.html").write_text(explorer.page(analysis.passages, analysis.shown, size, title))
+    (folder / "experts.html").write_text(explorer.explorer_page(analysis.passages, found, analysis.shown, title))
     names = ["analysis.json", "analysis.md", "experts.html", *plots.plot_all(found, folder)]
     if analysis.passages:
-        picture.picture(folder / "experts.png", analysis.passages, analysis.shown, size)
+        picture.picture(folder / "experts.png", analysis.passages, analysis.shown, found["layers"], size)
         names.append("experts.png")
     return names

@@ -1,47 +1,57 @@
-"""Self-contained HTML page of passages in which every token has the colour of its first expert."""
+"""Routing explorer: one self-contained HTML page (``explorer.html`` with the data inside) to read in any browser."""
 
 from __future__ import annotations
 
-import html
+import base64
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe.analysis.passages import Passage, colours
 
+_TEMPLATE = Path(__file__).with_name("explorer.html")
+_CHOICES = 8  # assignments per token that are shown
+_WEIGHT_ONE = 65_535  # a weight of 1
 
-def page(passages: Sequence[Passage], layers: Sequence[int], num_experts: int, title: str) -> str:
-    """Renders the page: one row per passage, one column per layer, experts in tooltips.
+
+def explorer_page(passages: Sequence[Passage], summary: dict[str, Any], shown: Sequence[int], title: str) -> str:
+    """Renders the page.
 
     Args:
-        passages: passages with L rows of experts.
-        layers: [L] indices of the layers in the model.
-        num_experts: E.
+        passages: texts with the routing of all L layers.
+        summary: the numbers (:func:`moe.analysis.summary.summarise`).
+        shown: MoE layers shown at first, as indices below L.
         title: title of the page.
     """
-    palette = colours(num_experts)
-    style = "".join(f".e{expert}{{background:{colour}}}" for expert, colour in enumerate(palette))
-    legend = " ".join(f'<span class="e{expert}">&nbsp;{expert}&nbsp;</span>' for expert in range(num_experts))
-    head = "".join(f"<th>layer {layer}</th>" for layer in layers)
-    body = "".join(
-        f"<tr><td colspan={len(layers)}><h2>{html.escape(passage.title)}</h2></td></tr><tr>"
-        + "".join(f"<td><pre>{_spans(passage.pieces, experts)}</pre></td>" for experts in passage.experts)
-        + "</tr>"
-        for passage in passages
-    )
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
-        "body{font-family:sans-serif;color:#111;background:#fff;margin:1.5em}table{width:100%;table-layout:fixed}"
-        "td{vertical-align:top;padding:.3em}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px;"
-        f"line-height:1.5}}h2{{font-size:1em;margin:.5em 0 0}}{style}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><p>First expert of each token. Experts: {legend}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></body></html>\n"
-    )
+    choices = min(_CHOICES, summary["experts_per_token"])
+    data = {
+        "title": title,
+        "num_experts": summary["num_experts"],
+        "choices": choices,
+        "layers": summary["layers"],
+        "shown": list(shown),
+        "domains": summary["domains"],
+        "load": summary["load"],
+        "training": summary.get("load_over_training"),
+        "top_tokens": summary["top_tokens"],
+        "colours": colours(summary["num_experts"]),
+        "passages": [
+            {
+                "title": passage.title,
+                "pieces": list(passage.pieces),
+                "experts": _encode(passage.experts[..., :choices]),
+                "weights": _encode(np.rint(np.clip(passage.weights[..., :choices], 0, 1) * _WEIGHT_ONE)),
+            }
+            for passage in passages
+        ],
+    }
+    # In a script element only "<" could end the data.
+    return _TEMPLATE.read_text().replace("__DATA__", json.dumps(data).replace("<", "\\u003c"))
 
 
-def _spans(pieces: Sequence[str], experts: np.ndarray) -> str:
-    return "".join(
-        f'<span class="e{expert}" title="expert {expert}">{html.escape(piece)}</span>'
-        for piece, expert in zip(pieces, experts, strict=True)
-        if piece
-    )
+def _encode(values: np.ndarray) -> str:
+    """Base64 of little-endian uint16."""
+    return base64.b64encode(np.ascontiguousarray(values, "<u2").tobytes()).decode()

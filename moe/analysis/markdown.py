@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,68 +11,122 @@ import numpy as np
 
 def markdown(summary: dict[str, Any], title: str) -> str:
     """Formats a summary as a document of tables."""
-    layers, domains = summary["layers"], summary["domains"]
-    k, size = summary["experts_per_token"], summary["num_experts"]
-    tokens = ", ".join(f"{domain} {count:,}" for domain, count in zip(domains, summary["tokens"], strict=True))
-    lines = [
-        f"# {title}",
-        "",
-        f"{len(layers)} MoE layers of {size} experts, {k} per token; held-out tokens: {tokens}. Layers are numbered "
-        f"from 0 in the whole model. Null distributions are of {summary['shuffles']} permutations (seed "
-        f"{summary['seed']}), as mean ± standard deviation; p is one-sided, at least 1 / (1 + permutations).",
-        "",
-        "## With depth",
-        "",
-        *_depth_table(summary),
-        "",
-        "Repetition is the mean over domains, with the chance given the load; *explained* is the share of the first "
-        "expert's entropy explained by a label, above its null.",
+    domains, k, size = summary["domains"], summary["experts_per_token"], summary["num_experts"]
+    tokens = ", ".join(f"{_plain(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
+    sections = [
+        [
+            f"# {_plain(title)}",
+            "",
+            f"{len(summary['layers'])} MoE layers of {size} experts, {k} per token; held-out tokens: {tokens}. Layers "
+            f"are numbered from 0 in the whole model. Null distributions are of {summary['shuffles']} permutations "
+            f"(seed {summary['seed']}), as mean ± standard deviation; p is one-sided, at least 1 / (1 + permutations).",
+        ],
+        [
+            "## With depth",
+            "",
+            *_depth_table(summary),
+            "",
+            "Repetition is the mean over domains, with the chance given the load; *explained* is the share of the "
+            "first expert's entropy explained by a label, above its null. *lexical matched*: classes of the "
+            "tokens' text, merged to as many labels as there are domains, on the same tokens as *domain*.",
+        ],
+        _controls_table(summary) if summary["controls"] else [],
+        *(_repetition_section(summary, name) for name in summary["repetition"]),
+        _dependence_section(summary),
+        _syntax_table(summary) if "syntax_load" in summary else [],
+        [f"## Load, % of a domain's choices (even: {100 / size:.1f})", "", *_load_table(summary)],
+        _saturation_table(summary) if "saturation" in summary else [],
+        ["## Tokens of highest lift per expert", "", *_token_table(summary)],
     ]
-    for name, by_domain in summary["repetition"].items():
-        uniform = next(iter(by_domain.values()))[0]["uniform"] if by_domain else float("nan")
-        lines += [
-            "",
-            f"## Consecutive tokens with the same expert: {name.replace('_', ' ')} choice, %",
-            "",
-            f"Chance if all sets of experts were equally likely: {100 * uniform:.1f}. In brackets: tokens shuffled "
-            "within the domain; p.",
-            "",
-            *_table(
-                ["layer", *by_domain],
-                [[layer, *(_repetition(rows[i]) for rows in by_domain.values())] for i, layer in enumerate(layers)],
-            ),
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _plain(name: str) -> str:
+    """Escapes a name for Markdown and for terminals."""
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", printable)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _repetition_section(summary: dict[str, Any], name: str) -> list[str]:
+    by_domain = summary["repetition"][name]
+    uniform = next(iter(by_domain.values()))[0]["uniform"] if by_domain else float("nan")
+    rows = [
+        [layer, *(_repetition(of_layers[i]) for of_layers in by_domain.values())]
+        for i, layer in enumerate(summary["layers"])
+    ]
+    return [
+        f"## Consecutive tokens with the same expert: {_words(name)} choice, %",
+        "",
+        f"Chance if all sets of experts were equally likely: {100 * uniform:.1f}. In brackets: tokens shuffled within "
+        "the domain, with p; then expert sets exchanged among occurrences of the same token, with p.",
+        "",
+        *_table(["layer", *map(_plain, by_domain)], rows),
+    ]
+
+
+def _dependence_section(summary: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            _words(label),
+            layer,
+            f"{d['nmi']:.4f}",
+            f"{d['nmi_null']:.4f} ± {d['nmi_null_std']:.4f}",
+            f"{d['nmi_debiased']:.4f}",
+            f"{d['explained']:.4f}",
+            f"{d['p_value']:.3f}",
+            d["values"],
+            f"{d['samples']:,}",
         ]
-    lines += ["", "## Dependence of the first expert on labels", ""]
-    lines += [
+        for label, of_layers in summary["dependence"].items()
+        for layer, d in zip(summary["layers"], of_layers, strict=True)
+    ]
+    return [
+        "## Dependence of the first expert on labels",
+        "",
         "nmi = 2 I / (H(expert) + H(label)). Domains are permuted over rows, other labels over tokens. Token identity: "
         f"tokens with at least {summary['at_least']} occurrences.",
         "",
-        *_table(
-            ["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"],
-            [
-                [
-                    label.replace("_", " "),
-                    layer,
-                    f"{d['nmi']:.4f}",
-                    f"{d['nmi_null']:.4f} ± {d['nmi_null_std']:.4f}",
-                    f"{d['nmi_debiased']:.4f}",
-                    f"{d['explained']:.4f}",
-                    f"{d['p_value']:.3f}",
-                    d["values"],
-                    f"{d['samples']:,}",
-                ]
-                for label, rows in summary["dependence"].items()
-                for layer, d in zip(layers, rows, strict=True)
-            ],
-        ),
+        *_table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
     ]
-    if "syntax_load" in summary:
-        lines += ["", *_syntax_table(summary)]
-    lines += ["", f"## Load, % of a domain's choices (even: {100 / size:.1f})", "", *_load_table(summary)]
-    if "saturation" in summary:
-        lines += ["", *_saturation_table(summary)]
-    lines += ["", "## Tokens of highest lift per expert", "", *_token_table(summary)]
-    return "\n".join(lines) + "\n"
+
+
+def _controls_table(summary: dict[str, Any]) -> list[str]:
+    """Repetition and dependence of the model, and of the controls."""
+    names = ["trained", *summary["controls"]]
+    found = [summary, *summary["controls"].values()]
+    repeated, labels = list(summary["repetition"]), list(summary["dependence"])
+
+    def repetition(of: dict[str, Any], name: str, i: int) -> str:
+        rows = [of_layers[i] for of_layers in of["repetition"][name].values()]
+        observed, null = (100 * np.mean([row[key] for row in rows]) for key in ("observed", "token_mean"))
+        return f"{observed:.1f} ({null:.1f})"
+
+    def explained(of: dict[str, Any], label: str, i: int) -> str:
+        return f"{of['dependence'][label][i]['explained']:.3f}"
+
+    rows = []
+    for i, layer in enumerate(summary["layers"]):
+        for name, of in zip(names, found, strict=True):
+            cells = [repetition(of, choice, i) for choice in repeated]
+            rows.append([layer, name, *cells, *(explained(of, label, i) for label in labels)])
+    header = [
+        "layer",
+        "router",
+        *(f"repeated, {_words(choice)}, %" for choice in repeated),
+        *(f"explained by {_words(label)}" for label in labels),
+    ]
+    return [
+        "## Controls, by depth",
+        "",
+        "The same measures for the trained model with untrained routers, and for routing by a hash of the token id. In "
+        "brackets: expert sets exchanged among occurrences of the same token.",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -82,8 +137,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _repetition(r: dict[str, Any]) -> str:
-    observed, mean, std = (100 * r[name] for name in ("observed", "shuffled_mean", "shuffled_std"))
-    return f"{observed:.1f} ({mean:.1f} ± {std:.1f}; {r['p_value']:.3f})"
+    def null(kind: str, p: str) -> str:
+        return f"{100 * r[f'{kind}_mean']:.1f} ± {100 * r[f'{kind}_std']:.1f}; {r[p]:.3f}"
+
+    return f"{100 * r['observed']:.1f} ({null('shuffled', 'p_value')}) ({null('token', 'token_p_value')})"
 
 
 def _depth_table(summary: dict[str, Any]) -> list[str]:
@@ -108,7 +165,7 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
     rows = []
     for layer, loads, violations in zip(summary["layers"], summary["load"], summary["max_violation"], strict=True):
         for domain, load, violation in zip(summary["domains"], loads, violations, strict=True):
-            rows.append([layer, domain, f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])])
+            rows.append([layer, _plain(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])])
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
     return _table([str(cell) for cell in header], rows)
 
@@ -136,17 +193,19 @@ def _saturation_table(summary: dict[str, Any]) -> list[str]:
     found = summary["saturation"]
     lines = []
     for name, meaning in (("top_k", "the final experts"), ("top_1", "tokens' final first expert")):
+        rows = [
+            [step, *(f"{100 * share:.1f} ({100 * excess:.1f})" for share, excess in zip(*of_step, strict=True))]
+            for step, *of_step in zip(found["steps"], found[name], found[f"excess_{name}"], strict=True)
+        ]
+        if f"untrained_{name}" in found:
+            rows.append(["untrained routers", *(f"{100 * share:.1f}" for share in found[f"untrained_{name}"])])
         lines += [
-            f"## Saturation: share of {meaning} that an earlier step chose too, % (chance "
-            f"{100 * found[f'chance_{name}']:.1f})",
+            f"## Saturation: share of {meaning} that an earlier step chose too, %",
             "",
-            *_table(
-                ["step", *(f"layer {layer}" for layer in summary["layers"])],
-                [
-                    [step, *(f"{100 * share:.1f}" for share in shares)]
-                    for step, shares in zip(found["steps"], found[name], strict=True)
-                ],
-            ),
+            f"Chance: {100 * found[f'chance_{name}']:.1f}. In brackets: excess over chance, from 0 (chance) to 100 "
+            "(the same experts).",
+            "",
+            *_table(["step", *(f"layer {layer}" for layer in summary["layers"])], rows),
             "",
         ]
     return lines[:-1]

@@ -13,17 +13,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A text with the first expert of every token.
+    """A text with the routing of every token.
 
     Attributes:
         title: domain of the text.
         pieces: [m] texts of the tokens.
-        experts: [L,m] first experts.
+        experts: [L,m,K] experts, first choice first.
+        weights: [L,m,K] combine weights; 0 where the gate declined the assignment.
     """
 
     title: str
     pieces: Sequence[str]
     experts: np.ndarray
+    weights: np.ndarray
 
 
 def pieces_of(text: str, spans: np.ndarray) -> list[str]:

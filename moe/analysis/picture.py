@@ -28,25 +28,29 @@ def drawable(text: str) -> float:
     return sum(bool(font.get_char_index(ord(c))) or c.isspace() for c in text) / max(len(text), 1)
 
 
-def picture(path: epath.Path, passages: Sequence[Passage], layers: Sequence[int], num_experts: int) -> None:
+def picture(
+    path: epath.Path, passages: Sequence[Passage], shown: Sequence[int], layers: Sequence[int], num_experts: int
+) -> None:
     """Draws the first lines of each passage, wrapped and without blank lines.
 
     Args:
         path: file to write.
-        passages: passages with L rows of experts.
+        passages: texts with the routing of all L layers.
+        shown: MoE layers to draw, as indices below L.
         layers: [L] indices of the layers in the model.
         num_experts: E.
     """
     palette = colours(num_experts)
-    rows, columns = len(passages), len(layers)
+    rows, columns = len(passages), len(shown)
     height = 2.3 * rows + 0.6  # inches, including 0.6 for the legend
     fig, axes = plt.subplots(rows, columns, figsize=(4.1 * columns, height), squeeze=False)
     fig.subplots_adjust(0.005, 0.02 / rows, 0.995, 1 - 0.6 / height, wspace=0.02, hspace=0.16)
     for passage, of_passage in zip(passages, axes, strict=True):
         lines = _wrap(passage.pieces)
-        for experts, layer, ax in zip(passage.experts, layers, of_passage, strict=True):
+        for layer, ax in zip(shown, of_passage, strict=True):
+            experts = passage.experts[layer, :, 0]
             ax.set(xlim=(0, _COLUMNS), ylim=(_LINES, 0), xticks=[], yticks=[])
-            ax.set_title(f"{passage.title}, layer {layer}", fontsize=9, loc="left", pad=3)
+            ax.set_title(f"{passage.title}, layer {layers[layer]}", fontsize=9, loc="left", pad=3, parse_math=False)
             for number, line in enumerate(lines):
                 for column, (character, owner) in enumerate(line):
                     colour = palette[experts[owner]]

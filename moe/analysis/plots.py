@@ -20,11 +20,13 @@ def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
         figures["coactivation.png"] = _coactivation
     if "saturation" in summary:
         figures["saturation.png"] = _saturation
-    for name, draw in figures.items():
-        fig = draw(summary)
-        with (folder / name).open("wb") as file:
-            fig.savefig(file, dpi=110, format="png")
-        plt.close(fig)
+    # Domain names are text, not mathematics: "$_$" would be parsed as TeX.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        for name, draw in figures.items():
+            fig = draw(summary)
+            with (folder / name).open("wb") as file:
+                fig.savefig(file, dpi=110, format="png")
+            plt.close(fig)
     return list(figures)
 
 
@@ -77,7 +79,13 @@ def _depth(summary: dict[str, Any]) -> Any:
         axes[-2].plot(layers, [d["nmi"] for d in rows], marker="o", color=colour, label=shown)
         axes[-2].plot(layers, [d["nmi_null"] for d in rows], color=colour, linestyle=":", linewidth=1)
         axes[-1].plot(layers, [100 * d["explained"] for d in rows], marker="o", color=colour, label=shown)
+        for control, linestyle in (("untrained", "--"), ("hash", ":")):
+            if control in summary["controls"]:
+                explained = [100 * d["explained"] for d in summary["controls"][control]["dependence"][label]]
+                axes[-1].plot(layers, explained, color=colour, linestyle=linestyle, linewidth=1)
     axes[-2].plot([], [], color="0.5", linestyle=":", label="permuted labels")
+    axes[-1].plot([], [], color="0.5", linestyle="--", label="untrained routers")
+    axes[-1].plot([], [], color="0.5", linestyle=":", label="hash of the token")
     axes[-2].set(
         title="First expert and …: mutual information", ylabel="normalised by the mean entropy", ylim=(0, None)
     )

@@ -76,6 +76,39 @@ def repetition(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenNull:
+    """Repetition after exchanging expert sets among the occurrences of each token.
+
+    The exchange keeps the text and how often each token goes to each expert. Excess over it is therefore not explained
+    by the repetition of tokens in the text, but by context.
+
+    Attributes:
+        token_mean: mean share over shuffles.
+        token_std: standard deviation over shuffles.
+        token_p_value: one-sided, (1 + shuffles with at least the observed share) / (1 + shuffles).
+    """
+
+    token_mean: float
+    token_std: float
+    token_p_value: float
+
+
+def token_null(
+    experts: np.ndarray, tokens: np.ndarray, consecutive: np.ndarray, *, shuffles: int, rng: np.random.Generator
+) -> TokenNull:
+    """Shuffles expert sets within each token's occurrences; see :func:`repetition` for the arguments. tokens: [n]."""
+    positions = np.argsort(tokens, kind="stable")
+    null = np.empty(shuffles)
+    for i in range(shuffles):
+        shuffled = np.empty_like(experts)
+        shuffled[positions] = experts[np.lexsort((rng.random(len(tokens)), tokens))]
+        null[i] = shared_experts(shuffled, consecutive)
+    reached = int((null >= shared_experts(experts, consecutive)).sum())
+    std = float(np.std(null, ddof=1)) if shuffles > 1 else 0.0
+    return TokenNull(float(null.mean()), std, (1 + reached) / (1 + shuffles))
+
+
 def shared_experts(experts: np.ndarray, consecutive: np.ndarray) -> float:
     """Share of the i in `consecutive` whose sets experts[i] and experts[i + 1] overlap. experts: [n,m]."""
     now, then = experts[consecutive], experts[consecutive + 1]

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 
 from moe.analysis import measures
-from moe.analysis.dependence import dependence, frequent
 from moe.analysis.documents import Document, document_batches
 from moe.analysis.record import Records
-from moe.analysis.repetition import repetition
+from moe.analysis.specialisation import AT_LEAST, specialise
 from moe.analysis.syntax import CLASSES, NONE, token_classes
 from moe.data.tokenizer import Tokenizer
 from moe.routing.balancing import max_violation
 
-#: Minimum occurrences of a token in statistics of token identity.
-AT_LEAST = 20
 _TOP_TOKENS = 8  # tokens listed per expert
 
 
@@ -38,7 +35,13 @@ def code_batches(
 
 
 def summarise(
-    records: Records, code: Records | None, piece: Callable[[int], str], *, shuffles: int, seed: int
+    records: Records,
+    code: Records | None,
+    piece: Callable[[int], str],
+    *,
+    shuffles: int,
+    seed: int,
+    controls: Mapping[str, tuple[Records, Records | None]] | None = None,
 ) -> dict[str, Any]:
     """Computes every measure per layer.
 
@@ -48,14 +51,17 @@ def summarise(
         piece: token id → its text.
         shuffles: permutations per null distribution.
         seed: seed of all permutations.
+        controls: name → records and code of a control (:mod:`moe.analysis.controls`).
 
     Returns:
         layers, domains, num_experts, experts_per_token, tokens (per domain), shuffles, seed, at_least;
         load [L][domain][E], max_violation [L][domain], router_entropy [L];
         repetition: "first" and, with K ≥ 2, "first_or_second" → domain → [L]
-        :class:`moe.analysis.repetition.Repetition`;
-        dependence: "domain" (over at least two), "token", "syntax" and "token_in_code" → [L]
+        :class:`moe.analysis.repetition.Repetition` and :class:`moe.analysis.repetition.TokenNull`;
+        dependence: "domain" and "lexical_matched" (with two or more domains), "domain_matched" (if the domains had to
+        be merged to as many labels as there are lexical classes), "token", "syntax" and "token_in_code" → [L]
         :class:`moe.analysis.dependence.Dependence` with nmi, nmi_null, nmi_null_std, nmi_debiased and explained;
+        controls: name → repetition and dependence;
         syntax_classes, code_tokens, code_documents, syntax_load [L][class][E] share of first choices;
         coactivation [L][E][E] counts; top_tokens [L][E] of piece, count, total, lift. All as plain lists and dicts.
     """
@@ -74,8 +80,10 @@ def summarise(
         "load": load.tolist(),
         "max_violation": max_violation(load).tolist(),
         "router_entropy": measures.mean_entropy(records.router_probs).tolist(),
-        "repetition": _repetitions(records, shuffles, rng),
-        "dependence": _dependences(records, code, shuffles, rng),
+        **specialise(records, code, piece, shuffles, rng),
+        "controls": {
+            name: specialise(*of_control, piece, shuffles, rng) for name, of_control in (controls or {}).items()
+        },
         "coactivation": measures.coactivation(records.expert_index, records.chosen, size).tolist(),
         "top_tokens": [
             [
@@ -94,65 +102,44 @@ def summarise(
     return summary
 
 
-def _repetitions(records: Records, shuffles: int, rng: np.random.Generator) -> dict[str, Any]:
-    result: dict[str, Any] = {"first": {}}
-    if records.expert_index.shape[-1] >= 2:
-        result["first_or_second"] = {}
-    for number, domain in enumerate(records.domains):
-        own = records.select(records.domain == number)
-        if len(own.consecutive) == 0:
-            continue
-        for choices, by_domain in enumerate(result.values(), start=1):
-            by_domain[domain] = [
-                dataclasses.asdict(
-                    repetition(index[:, :choices], own.consecutive, records.num_experts, shuffles=shuffles, rng=rng)
-                )
-                for index in own.expert_index
-            ]
-    return result
-
-
-def _dependences(records: Records, code: Records | None, shuffles: int, rng: np.random.Generator) -> dict[str, Any]:
-    def over_layers(of: Records, labels: np.ndarray, units: np.ndarray | None = None) -> list[dict[str, Any]]:
-        found = [dependence(first, labels, shuffles=shuffles, rng=rng, units=units) for first in of.first_choice]
-        derived = ("nmi", "nmi_null", "nmi_null_std", "nmi_debiased", "explained")
-        return [dataclasses.asdict(d) | {name: getattr(d, name) for name in derived} for d in found]
-
-    def of_tokens(of: Records) -> list[dict[str, Any]]:
-        of = of.select(frequent(of.tokens, AT_LEAST))
-        return over_layers(of, of.tokens) if len(of.tokens) else []
-
-    result = {"token": of_tokens(records)}
-    if len(records.domains) > 1:
-        result = {"domain": over_layers(records, records.domain, units=records.row), **result}
-    if code is not None:
-        code = code.select(code.marks["syntax"] != NONE)
-        result |= {"syntax": over_layers(code, code.marks["syntax"]), "token_in_code": of_tokens(code)}
-    return {label: layers for label, layers in result.items() if layers}
-
-
-def saturation(earlier: Mapping[int, Records], final: Records) -> dict[str, Any]:
+def saturation(earlier: Mapping[int, Records], final: Records, untrained: Records | None = None) -> dict[str, Any]:
     """Computes router saturation of the same tokens over checkpoints.
 
     Args:
         earlier: step → records, in order.
         final: records of the last checkpoint.
+        untrained: records of the final model with untrained routers.
 
     Returns:
-        steps; top_k and top_1: [steps][L]; chance_top_k = K/E (K: mean assignments per token) and chance_top_1 = 1/E.
+        steps; top_k and top_1: [steps][L]; chance_top_k = K/E (K: mean assignments per token) and chance_top_1 = 1/E;
+        excess_top_k and excess_top_1: [steps][L] (share − chance) / (1 − chance), 0 by chance and 1 for equal routing;
+        untrained_top_k and untrained_top_1 [L]: the same share for the untrained routers.
     """
     size = final.num_experts
 
     def members(records: Records, choices: int | None) -> np.ndarray:
         return measures.membership(records.expert_index[..., :choices], records.chosen[..., :choices], size)
 
-    return {
-        "steps": list(earlier),
-        "top_k": [measures.saturation(members(r, None), members(final, None)).tolist() for r in earlier.values()],
-        "top_1": [measures.saturation(members(r, 1), members(final, 1)).tolist() for r in earlier.values()],
-        "chance_top_k": float(final.chosen.sum(-1).mean() / size),
-        "chance_top_1": 1 / size,
-    }
+    result: dict[str, Any] = {"steps": list(earlier)}
+    chances = {"top_k": float(final.chosen.sum(-1).mean() / size), "top_1": 1 / size}
+    for name, choices in (("top_k", None), ("top_1", 1)):
+        last = members(final, choices)
+        shares = np.array([measures.saturation(members(r, choices), last) for r in earlier.values()])
+        excess = (shares - chances[name]) / max(1 - chances[name], 1e-9)
+        result |= {name: shares.tolist(), f"chance_{name}": chances[name], f"excess_{name}": excess.tolist()}
+        if untrained is not None:
+            result[f"untrained_{name}"] = measures.saturation(members(untrained, choices), last).tolist()
+    return result
+
+
+def load_over_training(by_step: Mapping[int, Records]) -> dict[str, Any]:
+    """Share of all assignments per expert at several checkpoints: steps, and load [steps][L][E]."""
+
+    def load(records: Records) -> np.ndarray:
+        everything = np.zeros_like(records.domain)
+        return measures.expert_load(records.expert_index, records.chosen, everything, 1, records.num_experts)[:, 0]
+
+    return {"steps": list(by_step), "load": [load(records).tolist() for records in by_step.values()]}
 
 
 def piece_of(tokenizer: Tokenizer) -> Callable[[int], str]:

@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 import typing
 
+import numpy as np
+
 from moe.config.schema import (
+    LARGEST,
     SCHEMES,
     Config,
     ConfigError,
@@ -37,6 +40,39 @@ def require_at_least(section: str, node: typing.Any, least: float, *names: str) 
         require(value >= least, f"{section}{name}", value, f"must be at least {least}")
 
 
+#: Largest sizes per section, far above published models: larger ones overflow or hang in compilation.
+_MAXIMA = {
+    "model.": {
+        "vocab_size": 2**24,
+        "d_model": 2**20,
+        "num_layers": 10_000,
+        "num_heads": 2**16,
+        "num_kv_heads": 2**16,
+        "head_dim": 2**16,
+        "d_ff": 2**22,
+    },
+    "model.moe.": {
+        "num_experts": 2**17,
+        "d_ff": 2**22,
+        "shared_d_ff": 2**22,
+        "slots_per_expert": 2**16,
+        "group_size": 2**26,
+    },
+    "data.": {"sequence_length": 2**24, "streams": 2**16},
+    "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
+}
+
+#: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
+_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
+
+
+def require_at_most(section: str, node: typing.Any) -> None:
+    """Raise a ConfigError for the first field of a section above its largest reasonable size."""
+    for name, most in _MAXIMA[section].items():
+        value = getattr(node, name)
+        require(value <= most, f"{section}{name}", value, f"must be at most {most}")
+
+
 def require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:
     """Raise a ConfigError unless a tuple is an increasing selection of layer numbers."""
     increasing = all(low < high for low, high in itertools.pairwise(layers))
@@ -47,7 +83,7 @@ def require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None
 def check_model(model: ModelConfig) -> None:
     """Check the model section except ``model.moe``."""
     require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-    require(model.num_layers <= 10_000, "model.num_layers", model.num_layers, "must be at most 10000")
+    require_at_most("model.", model)
     require_at_least("model.", model, 0, "sliding_window", "clip_qkv")
     require(
         model.head_dim >= 2 and model.head_dim % 2 == 0,
@@ -76,6 +112,8 @@ def check_run(config: Config) -> None:
     """Check all sections except the model, as far as possible without devices and data."""
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _check_data(config.data, config.train)
+    tokens = config.train.batch_size * config.data.sequence_length
+    require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     for field, path in (
         ("data.directory", config.data.directory),
         ("data.tokenizer", config.data.tokenizer),
@@ -94,6 +132,12 @@ def check_run(config: Config) -> None:
 def _check_data(data: DataConfig, train: TrainConfig) -> None:
     require_at_least("data.", data, 2, "sequence_length")
     require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    require_at_most("data.", data)
+    length = data.sequence_length
+    for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
+        rows = getattr(data, name)
+        allowed = f"must be at most {most // length} with data.sequence_length={length}: the rows are kept in memory"
+        require(rows * length <= most, f"data.{name}", rows, allowed)
     require(
         data.streams >= 0 and (data.streams == 0 or train.batch_size % data.streams == 0),
         "data.streams",
@@ -127,6 +171,7 @@ def _check_train(train: TrainConfig) -> None:
     require_at_least("train.", train, 1, "num_steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
     require_at_least("train.", train, 1, "save_every", "keep_checkpoints", "max_skipped_steps")
     require_at_least("train.", train, 0, "sample_tokens", "keep_every", "spike_sigmas")
+    require_at_most("train.", train)
     require(
         train.keep_every % train.save_every == 0,
         "train.keep_every",
@@ -146,7 +191,8 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
     for name in ("b1", "b2"):
-        require(0 <= getattr(optimizer, name) < 1, f"optimizer.{name}", getattr(optimizer, name), "must be in [0, 1)")
+        value = getattr(optimizer, name)
+        require(value >= 0 and np.float32(value) < 1, f"optimizer.{name}", value, "must be in [0, 1), in float32")
     fraction = optimizer.final_learning_rate_fraction
     require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(

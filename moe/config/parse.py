@@ -8,7 +8,7 @@ import typing
 
 import ml_collections
 
-from moe.config.schema import LARGEST, LARGEST_FLOAT, Config, ConfigError
+from moe.config.schema import LARGEST, LARGEST_FLOAT, LONGEST_TUPLE, SMALLEST_FLOAT, Config, ConfigError
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -96,6 +96,8 @@ def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if isinstance(value, (list, tuple)):
+            if len(value) > LONGEST_TUPLE:
+                raise ConfigError(f"{field}: has {len(value)} entries; must have at most {LONGEST_TUPLE}")
             return tuple(_check_type(item, entry, field) for entry in value)
         raise ConfigError(f"{field}={value!r}: must be a tuple of {_item_name(item)}")
     if typing.get_origin(hint) is typing.Literal:
@@ -106,11 +108,13 @@ def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
     if hint is float and number:
         if not abs(value) <= LARGEST_FLOAT:
             raise ConfigError(f"{field}={value!r}: must be a finite number, in float32")
+        if 0 < abs(value) < SMALLEST_FLOAT:
+            raise ConfigError(f"{field}={value!r}: rounds to 0 in float32")
         return float(value)
     if not isinstance(value, hint) or (hint is int and not number):
         raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
     if hint is int and abs(value) > LARGEST:
         raise ConfigError(f"{field}={value!r}: must be at most {LARGEST}")
-    if isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"{field}={value!r}: must not contain the character NUL")
+    if isinstance(value, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+        raise ConfigError(f"{field}={value!r}: must be valid UTF-8 without the character NUL")
     return value

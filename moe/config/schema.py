@@ -11,6 +11,12 @@ GATE_DEFAULT = -1
 #: Limits of int and float fields: values go to devices as int32 and float32.
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
+#: Smallest normal float32; below it, devices round to 0.
+SMALLEST_FLOAT = 1.18e-38
+
+#: Limit of entries in a tuple field.
+LONGEST_TUPLE = 10_000
+
 #: Schemes of remote paths that etils.epath reads.
 SCHEMES = ("gs", "s3", "az", "hf")
 

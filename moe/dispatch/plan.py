@@ -92,7 +92,9 @@ def _token_order(routing: Routing, drop_policy: str, rng: Array | None) -> Int[A
     if drop_policy == "position":
         return None
     if drop_policy == "probability":
-        priority = jax.lax.stop_gradient(jnp.max(routing.combine_weights, axis=-1))
+        # The router's probability, not the weight: renormalised weights do not compare between tokens.
+        probs = pick(routing.router_probs, routing.expert_index)
+        priority = jax.lax.stop_gradient(jnp.max(jnp.where(routing.chosen, probs, 0.0), axis=-1))
     else:
         priority = jax.random.uniform(jax.random.key(0) if rng is None else rng, routing.chosen.shape[:2])
     return jnp.argsort(-priority, axis=1, stable=True)

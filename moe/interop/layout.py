@@ -6,14 +6,14 @@ A :class:`Piece` is the part of a parameter that comes from one tensor: one laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig
-from moe.interop.families.family import OUTSIDE, Family, Tensor
+from moe.interop.families.family import FUSED_EXPERTS, OUTSIDE, Family, Tensor
 from moe.models.flops import abstract_parameters
 from moe.models.stack import stacked_layers
 
@@ -150,13 +150,23 @@ class Parameter:
         target[...] = values.transpose(order).reshape(target.shape)
 
 
-def layout(model: ModelConfig, family: Family) -> list[Parameter]:
+def is_fused(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold all experts of a layer together."""
+    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+
+
+def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[Parameter]:
     """All parameters of a model with the tensors that hold them, by the family's names.
+
+    Args:
+        model: whose parameters.
+        family: whose names.
+        fused: the experts of a layer lie in two tensors, instead of three for each expert.
 
     Raises:
         ConfigError: the family has no tensor for a parameter.
     """
-    parameters = []
+    parameters, tensors = [], {**family.tensors, **(FUSED_EXPERTS if fused else {})}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(model)):
         path = tuple(str(key.key) for key in key_path)
         stacked = stacked_layers(model, path)
@@ -165,9 +175,9 @@ def layout(model: ModelConfig, family: Family) -> list[Parameter]:
             parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
             continue
         layers, name = stacked[0], ".".join(stacked[1])
-        if name not in family.tensors:
+        if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
-        found = family.tensors[name]
+        found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
         pieces = _pieces(tensor, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
         parameters.append(Parameter(path, leaf.shape, pieces, tensor))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from moe.config import Config, ModelConfig
 from moe.interop.config_json import family_of, read_config
-from moe.interop.layout import Parameter, get_leaf, layout, set_leaf
+from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 from moe.models.decoder import Transformer
 from moe.models.flops import abstract_parameters
@@ -52,7 +52,7 @@ def open_folder(
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     folder = TensorFolder(directory)
-    parameters = layout(config.model, family_of(source))
+    parameters = layout(config.model, family_of(source), fused=is_fused(folder.names()))
     folder.check(parameters, config.model.tie_embeddings)
     return config, folder, parameters
 

@@ -29,6 +29,7 @@ def save_huggingface(
     model_type: str = "",
     max_shard_bytes: int = 2 * 1024**3,
     source: Json | None = None,
+    fused: bool = False,
 ) -> None:
     """Writes ``config.json`` and safetensors, each tensor in its parameter's dtype.
 
@@ -39,6 +40,7 @@ def save_huggingface(
         model_type: family to write; empty: that of ``source``, else the first that can express the model.
         max_shard_bytes: of one file, unless a single tensor is larger.
         source: ``config.json`` that the model was imported with, whose unchanged fields are kept.
+        fused: write the experts of a layer as two tensors, the library's own layout, instead of three for each expert.
 
     Raises:
         ConfigError: no open architecture computes this model, or the folder holds files.
@@ -49,7 +51,7 @@ def save_huggingface(
         return get_leaf(parameters, parameter.path)
 
     written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
-    write_folder(written, config.model, fetch, Path(directory), max_shard_bytes=max_shard_bytes)
+    write_folder(written, config.model, fetch, Path(directory), max_shard_bytes=max_shard_bytes, fused=fused)
 
 
 def write_folder(
@@ -59,6 +61,7 @@ def write_folder(
     directory: Path,
     *,
     max_shard_bytes: int = 2 * 1024**3,
+    fused: bool = False,
 ) -> None:
     """Writes a folder as :func:`save_huggingface` does, taking the parameters one by one.
 
@@ -68,10 +71,11 @@ def write_folder(
         fetch: returns a parameter's whole array, sliceable; called once for each, and the result is not kept.
         directory: see there.
         max_shard_bytes: see there.
+        fused: see there.
     """
     refuse_files(directory)
     writer = TensorWriter(directory, max_shard_bytes)
-    for group in by_tensor(layout(model, FAMILIES[source["model_type"]])):
+    for group in by_tensor(layout(model, FAMILIES[source["model_type"]], fused=fused)):
         _write_group(writer, group, fetch)
     writer.finish()
     dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"

@@ -77,7 +77,12 @@ def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
 
 
 def export_checkpoint(
-    workdir: str | os.PathLike[str], directory: str | os.PathLike[str], *, model_type: str = "", dtype: str = ""
+    workdir: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    model_type: str = "",
+    dtype: str = "",
+    fused: bool = False,
 ) -> None:
     """Writes the newest checkpoint of a workdir as a folder that open-source libraries load, a parameter at a time.
 
@@ -86,6 +91,7 @@ def export_checkpoint(
         directory: see :func:`moe.interop.save.save_huggingface`.
         model_type: see there.
         dtype: to cast to; empty: keep the stored one.
+        fused: see there.
 
     Raises:
         ConfigError: see there; or the workdir has no checkpoint.
@@ -100,7 +106,7 @@ def export_checkpoint(
         tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
         return get_leaf(tree, parameter.path)
 
-    write_folder(written, config.model, fetch, Path(directory))
+    write_folder(written, config.model, fetch, Path(directory), fused=fused)
     for name in COMPANIONS:
         if (epath.Path(workdir) / name).exists():
             (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())

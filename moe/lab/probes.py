@@ -1,13 +1,11 @@
-"""What is measured on a trained model beside its loss, by name.
+"""Measurements on a trained model beside its loss, by name (:data:`PROBES`).
 
-In: a run's workdir. Out: quantity → value; a value of one MoE layer is named ``quantity@layer``, by its place among the
-MoE layers. The measurements are :mod:`moe.analysis`'s; here they are chosen, once for all runs, before any is seen.
+Each maps a run to quantity → value; a value of one MoE layer is named ``quantity@layer``, counted among MoE layers.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,25 +18,35 @@ from moe.analysis.record import Recorder, Records
 from moe.checkpoints import manager, parameters
 from moe.config import ConfigError
 from moe.data import pipeline
+from moe.lab.heldout import mixed_rows
 from moe.training.evaluation import Heldout, load_heldout
 from moe.training.step import Program
 
-SHUFFLES = 20  # permutations of a null
-EARLY = 0.25  # share of training after which saturation is read
-MASKED_SHARE = 1 / 8  # of the experts, the most probable of each token
+MIXED = "mixed"
+SHUFFLES = 20  # permutations of a null distribution
+EARLY = 0.25  # share of training after which saturation is measured
+MASKED_SHARE = 1 / 8  # share of the experts that is masked, each token's most probable ones
 EVAL_FACTORS = (0.75, 1.0, 1.25, 2.0, 4.0)
-PYTHON_TOKENS = 20_000  # of held-out source whose syntax is looked at
+PYTHON_TOKENS = 20_000  # held-out source tokens whose syntax is analysed
 
 
 class Model:
-    """A variant's model: what is compiled for one run serves the others of its variant."""
+    """Compiled programs and held-out data that all runs of one arm share.
 
-    def __init__(self, program: Program, primary: tuple[str, ...]):
-        """Of any run of the variant; its data are read once. ``primary``: domains that a loss is the mean over."""
-        self.program, self.primary = program, primary
+    Attributes:
+        heldout: batches of one domain each, for statistics by domain.
+        mixed: batches of the primary domains mixed as in training, for losses: under a capacity, a batch of one domain
+            would overflow experts that training never overflows.
+    """
+
+    def __init__(self, program: Program, primary: tuple[str, ...], rows_per_domain: int):
+        """``program`` may be of any run of the arm; ``primary`` are the domains of the loss."""
+        self.program = program
         config = program.config
         self.prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
         self.heldout: Heldout = load_heldout(program, self.prepared)
+        mixed = mixed_rows(self.prepared, config, rows_per_domain, primary)
+        self.mixed = Heldout({MIXED: mixed.batches}, self.heldout.token_bytes)
         self.probe = functools.cache(lambda make, *arguments: make(config, program.mesh, *arguments))
         self.recorder = functools.cache(lambda: Recorder(program))
         self.python = functools.cache(self._python)
@@ -61,14 +69,14 @@ class Trained:
     """One run's variables, by checkpoint."""
 
     def __init__(self, directory: Path, model: Model):
-        """``directory`` holds the run."""
+        """``directory`` is the run's workdir."""
         self.model = model
         self._directory = directory
         self.variables = functools.cache(self._read)
 
     @property
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there."""
+        """Steps of the run's checkpoints."""
         return manager.complete_steps(epath.Path(self._directory))
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
@@ -76,9 +84,8 @@ class Trained:
         return parameters.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
 
     def loss(self, make: Callable[..., probes.Probe], *arguments: Any) -> float:
-        """Held-out loss over the primary domains under a probe of :mod:`moe.analysis.probes`."""
-        losses = self.model.probe(make, *arguments)(self.variables(), self.model.heldout)
-        return statistics.fmean(losses[domain] for domain in self.model.primary)
+        """Held-out loss of the primary domains under a probe of :mod:`moe.analysis.probes`."""
+        return self.model.probe(make, *arguments)(self.variables(), self.model.mixed)[MIXED]
 
 
 def eval_capacity(run: Trained) -> dict[str, float]:

@@ -1,325 +1,325 @@
-"""A suite's report: tables with intervals, curves with bands, and the claims it decides.
-
-In: a :class:`moe.lab.suite.Suite` and its :class:`moe.lab.results.Results`, nothing else. Out: Markdown, and PNGs
-beside it.
-"""
+"""A suite's report: verdict and effects first, then claims, comparisons, cost and routing. Made from the records alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files, never a window
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from moe.lab import statistics
-from moe.lab.claims import CLAIMS, MARGIN, Claim, Finding, chance_of_drop
-from moe.lab.results import PRIMARY, RESULTS, TIMES, Results
-from moe.lab.statistics import effect
+from moe.lab import figures, results, statistics
+from moe.lab.claims_page import claims_section
+from moe.lab.costs import executed_flops
+from moe.lab.figures import loss_effect
+from moe.lab.markdown import loss_cell, mean_sd, table
+from moe.lab.records import PRIMARY, RECORDS, Record
+from moe.lab.registration import Claim
+from moe.lab.statistics import Effect
 from moe.lab.suite import Comparison, Suite
-from moe.routing.resolve import from_config_dict
-
-ROUTING = (
-    ("max_violation", "MaxVio"),
-    ("router_entropy", "router entropy, nats"),
-    ("dead_experts", "dead experts"),
-    ("fraction_tokens_dropped", "dropped share"),
-)
+from moe.lab.table import Table
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def write(directory: Path, suite: Suite, results: Results, command: str) -> None:
-    """report.md and its pictures.
+def write(directory: Path, suite: Suite, records: Iterable[Record], claims: Sequence[Claim], digest: str, command: str):
+    """Write results.csv, report.md and its pictures.
 
     Args:
-        directory: where results.csv is.
-        suite: with the comparisons.
-        results: of whatever runs are done.
-        command: that made them.
+        directory: folder of the suite.
+        suite: with its comparisons.
+        records: of whatever runs are finished.
+        claims: all registered claims.
+        digest: SHA-256 of the file of claims.
+        command: that made the records.
     """
-    missing = [name for name in suite.variants if name not in results.variants]
-    devices = sorted({row["devices"] for row in results.times.values()})
-    base = from_config_dict(suite.base)
-    tokens = base.train.batch_size * base.data.sequence_length
-    parts = [
-        f"# {suite.name}\n\n{suite.question}",
-        f"Command: `{command}`. Hardware: {', '.join(devices) or 'not recorded'}. Seeds: "
-        f"{', '.join(map(str, results.seeds))}. {base.train.num_steps:,} steps of {tokens:,} tokens, "
-        f"{base.model.num_layers} layers of {base.model.d_model}; domains: {', '.join(results.domains())}.",
-        "Losses are nats per token of held-out text at the last step, and unless a domain is named the mean over "
-        f"{', '.join(suite.primary)}. Differences are paired by seed (same text in the "
-        "same order), with a 95 % interval and a two-sided p by Student's t; they are not corrected for their number. "
-        f"This page is made from `{RESULTS}` and `{TIMES}` alone.",
-    ]
-    if missing:
-        parts.append(f"**Not run yet:** {', '.join(missing)}.")
-    parts += ["## Arms", _arms(suite, results)]
+    records = list(records)
+    results.write(directory, records)
+    found = Table(suite, records)
+    parts = [f"# {suite.name}", suite.question, *_headline(found)]
+    main = next(iter(suite.comparisons.items()), None)
+    pictures: list[str] = []
+    if main:
+        arms = _arms(found, main[1])
+        pictures = _pictures(directory, found, main[1], arms)
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures[:2]]
+    own = [claim for claim in claims if claim.suite == suite.name]
+    if own:
+        parts += ["## Claims", claims_section(own, {suite.name: found})]
     for name, comparison in suite.comparisons.items():
-        arms = [arm for arm in (comparison.baseline, *comparison.variants) if arm in results.variants]
-        if comparison.baseline in arms and len(arms) > 1:
-            parts += [f"## {name[0].upper()}{name[1:]}", _comparison(results, comparison, arms)]
-    parts += ["## Held-out loss per domain", _domains(results)]
-    if routed := _routing(suite, results):
-        parts += ["## Routing at the last step", routed]
-    if probed := _probes(results):
+        if _arms(found, comparison):
+            parts += [f"## {name[0].upper()}{name[1:]}", _comparison(found, comparison)]
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures[2:]]
+    if suite.sweep is not None:
+        parts += ["## Learning rates", _sweep(directory, found)]
+    parts += ["## Cost", _costs(found), "## Held-out loss per domain", _domains(found)]
+    if routed := _routing(found):
+        picture = figures.routing(directory / "routing.png", found)
+        parts += ["## Routing at the last step of the longest runs", routed, f"![routing]({picture})"]
+    if probed := _probes(found):
         parts += ["## Probes of the trained models", probed]
-    parts += ["## Claims", claims_table({suite.name: results}, [c for c in CLAIMS if c.suite == suite.name])]
-    pictures = [
-        _curves(directory / "loss.png", suite, results),
-        _routing_curves(directory / "routing.png", results),
-    ]
-    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures if name]
-    (directory / "report.md").write_text("\n\n".join(parts) + "\n")
+    parts += ["## Where the numbers come from", _provenance(found, command, digest if own else "")]
+    (directory / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def claims_page(directory: Path, found: dict[str, Results]) -> None:
-    """claims.md: all twenty claims over the suites that have been run."""
-    tested = [claim.test(found.get(claim.suite)) for claim in CLAIMS]
-    counts = {verdict: sum(f.verdict == verdict for f in tested) for verdict in sorted({f.verdict for f in tested})}
-    text = [
-        "# Twenty claims",
-        "Each rule was fixed in `moe/lab/claims.py` before the runs: an inequality holds if the whole 95 % interval of "
-        f'the paired differences is on its side; "no worse" and "alike" allow {MARGIN} nats. '
-        + "; ".join(f"{verdict}: {count}" for verdict, count in counts.items())
-        + ". The models are tiny (see each suite's report) and say nothing of large ones.",
-        claims_table(found, CLAIMS),
-    ]
-    (directory / "claims.md").write_text("\n\n".join(text) + "\n")
+def _arms(found: Table, comparison: Comparison) -> list[str]:
+    """Arms of a comparison that share at least one run with the baseline."""
+    return [arm for arm in comparison.variants if any(found.seeds(s, arm, comparison.baseline) for s in found.horizons)]
 
 
-def claims_table(found: dict[str, Results], claims: Sequence[Claim]) -> str:
-    """A row per claim: rule, our effects, the paper's figure, verdict."""
+def _pictures(directory: Path, found: Table, comparison: Comparison, arms: Sequence[str]) -> list[str]:
+    if not arms:
+        return []
+    names = [figures.forest(directory / "effects.png", found, comparison, arms)]
+    if len(found.horizons) > 1:
+        names.append(figures.by_horizon(directory / "horizons.png", found, comparison, arms))
+    return [*names, *filter(None, [figures.curve_differences(directory / "curves.png", found, comparison, arms)])]
 
-    def shown(finding: Finding) -> str:
-        lines = [f"{part.what}: {part.effect}" for part in finding.parts]
-        return "<br>".join(lines + ([finding.note] if finding.note else []))
 
-    rows = []
-    for claim in claims:
-        finding = claim.test(found.get(claim.suite))
-        rows.append(
-            (
-                str(claim.number),
-                claim.text,
-                claim.rule,
-                shown(finding),
-                claim.paper,
-                f"**{finding.verdict}**",
-                claim.suite,
-            )
-        )
-    return table(("", "claim", "rule", "ours: effect [95 % interval]", "published", "verdict", "suite"), rows)
+# --- Verdict ---------------------------------------------------------------------------------------------------------
+def _headline(found: Table) -> list[str]:
+    """What the first comparison says at the longest horizon, in sentences; then what is missing."""
+    suite, lines = found.suite, []
+    if not found.horizons:
+        return ["**No run is finished yet.**"]
+    reached = found.horizons[-1]
+    for comparison in list(suite.comparisons.values())[:1]:
+        for arm in _arms(found, comparison):
+            lines.append(f"- {_sentence(found, arm, comparison.baseline)}")
+    if lines:
+        tokens = reached * suite.tokens_per_step
+        lines.insert(0, f"**After {tokens / 1e6:.2g} million tokens ({reached:,} steps):**\n")
+    parts = ["\n".join(lines)]
+    if len(suite.seeds) < 3:
+        parts.append("**A trial:** two seeds show the size of an effect, not whether it is there.")
+    if missing := _missing(found):
+        parts.append(f"**Not complete.** {missing}")
+    return parts
+
+
+def _sentence(found: Table, arm: str, baseline: str) -> str:
+    steps = max(s for s in found.horizons if found.seeds(s, arm, baseline))
+    e = loss_effect(found, arm, baseline, steps)
+    where = "" if steps == found.horizons[-1] else f" after {steps:,} steps"
+    if not math.isfinite(e.mean):
+        counts = {name: len(found.diverged(name, steps)) for name in (arm, baseline)}
+        return f"{arm}{where}: diverged in {counts[arm]} runs, {baseline} in {counts[baseline]}, of {e.n} seeds."
+    if e.n < 2:
+        return f"{arm}{where}: {e.mean:+.4f} nats against {baseline} on one seed, which decides nothing."
+    side = "better than" if e.high < 0 else "worse than" if e.low > 0 else "not told apart from"
+    detectable = statistics.smallest_detectable(e.sd, e.n)
+    text = f"{arm}{where} is {side} {baseline}: {e} nats, p = {e.p:.2g} (smallest detectable effect {detectable:.4f})."
+    return text + _crossing(found, arm, baseline)
+
+
+def _crossing(found: Table, arm: str, baseline: str) -> str:
+    """The sentence about where an arm gets ahead; empty without two horizons."""
+    points = [(s, loss_effect(found, arm, baseline, s)) for s in found.horizons]
+    points = [(s * found.suite.tokens_per_step, e) for s, e in points if math.isfinite(e.mean)]
+    if len(points) < 2:
+        return ""
+    crossing = statistics.crossing(*zip(*points, strict=True))
+    if crossing.tokens == 0:
+        return " It is ahead at every horizon."
+    if math.isnan(crossing.tokens):
+        return " It is behind at every horizon."
+    end = "beyond the longest horizon" if math.isinf(crossing.high) else f"{crossing.high / 1e6:.2f}"
+    return f" It gets ahead at about {crossing.tokens / 1e6:.2f} million tokens [{crossing.low / 1e6:.2f}, {end}]."
+
+
+def _missing(found: Table) -> str:
+    """Arms and seeds of the suite that have no run, by horizon."""
+    suite, texts = found.suite, []
+    for steps in suite.steps:
+        counts = {name: len(set(found.seeds(steps, name)) & set(suite.seeds)) for name in suite.variants}
+        lacking = [f"{name} {count}" for name, count in counts.items() if count < len(suite.seeds)]
+        if lacking:
+            texts.append(f"{steps:,} steps: {', '.join(lacking)}")
+    if not texts:
+        return ""
+    return f"Finished runs, of {len(suite.seeds)} seeds each, where seeds are missing: {'; '.join(texts)}."
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
-def _mean_sd(values: Sequence[float], digits: int = 4) -> str:
-    kept = [value for value in values if math.isfinite(value)]
-    if not kept:
+def _comparison(found: Table, comparison: Comparison) -> str:
+    """Per horizon: loss, paired effect, pooled effect, adjusted p, bootstrap over rows and seeds."""
+    base, blocks = comparison.baseline, []
+    for steps in reversed(found.horizons):
+        arms = [arm for arm in comparison.variants if found.seeds(steps, arm, base)]
+        if not arms:
+            continue
+        effects = {arm: loss_effect(found, arm, base, steps) for arm in arms}
+        decided = [arm for arm in arms if effects[arm].n > 1]
+        adjusted = dict(zip(decided, statistics.holm([effects[arm].p for arm in decided]), strict=True))
+        pooled = statistics.pooled(_losses(found, [base, *arms], steps), base)
+        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", "", "", "", "", "")]
+        for arm in arms:
+            rows.append(_comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm)))
+        tokens = steps * found.suite.tokens_per_step / 1e6
+        header = (
+            "arm", "loss", f"less {base} [95 %]", "p", "p, Holm", "pooled model [95 %]", "rows × seeds [95 %]",
+            "steps to its loss",
+        )  # fmt: skip
+        blocks.append(f"**{steps:,} steps, {tokens:.2g} million tokens**\n\n{table(header, rows)}")
+    note = (
+        f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}. Losses in nats per token; "
+        "differences are paired by seed, negative is better. Pooled: least squares on arm and seed with one residual "
+        "variance. Rows × seeds: bootstrap over held-out rows and seeds. Steps to its loss: median share of the "
+        "baseline's steps after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached."
+    )
+    return "\n\n".join([note, *blocks])
+
+
+def _comparison_row(
+    found: Table, arm: str, base: str, steps: int, e: Effect, adjusted: float | None, pooled: Effect | None
+) -> tuple[str, ...]:
+    differences, groups = found.row_differences(arm, base, steps)
+    low, high = statistics.bootstrap(differences, groups) if len(differences) else (math.nan, math.nan)
+    diverged = len(found.diverged(arm, steps)) + len(found.diverged(base, steps))
+    return (
+        arm,
+        loss_cell(found, arm, steps),
+        f"{e}, smallest detectable {statistics.smallest_detectable(e.sd, e.n):.4f}" if e.n > 1 and not diverged else
+        f"{diverged} diverged runs" if diverged else str(e),
+        f"{e.p:.2g}" if e.n > 1 else "–",
+        f"{adjusted:.2g}" if adjusted is not None else "–",
+        f"{pooled.mean:+.4f} [{pooled.low:+.4f}, {pooled.high:+.4f}]" if pooled else "–",
+        f"[{low:+.4f}, {high:+.4f}]" if math.isfinite(low) else "–",
+        _steps_to_loss(found, arm, base, steps),
+    )  # fmt: skip
+
+
+def _losses(found: Table, arms: Sequence[str], steps: int) -> dict[str, dict[int, float]]:
+    return {arm: {s: found.record(arm, steps, s).primary_loss for s in found.seeds(steps, arm)} for arm in arms}
+
+
+def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
+    shares = []
+    for seed in found.seeds(steps, arm, base):
+        target, curve = (found.curve(name, steps, seed, "loss", PRIMARY) for name in (base, arm))
+        if target and len(curve) > 1:
+            shares.append(statistics.steps_to_reach(curve, target[-1][1]) / steps)
+    if not shares:
         return "–"
-    spread = f" ± {np.std(kept, ddof=1):.{digits}f}" if len(kept) > 1 else ""
-    return f"{np.mean(kept):.{digits}f}{spread}"
+    c = statistics.censored_median(shares)
+
+    def shown(value: float) -> str:
+        return "> 1" if math.isinf(value) else f"{value:.2f}"
+
+    interval = f" [{shown(c.low)}, {shown(c.high)}], {c.coverage:.0%}" if c.n > 1 else ""
+    return shown(c.median) + interval
 
 
-def _arms(suite: Suite, results: Results) -> str:
+def _sweep(directory: Path, found: Table) -> str:
+    """The curve, the choices, and which arms are not tuned."""
+    sweep = found.suite.sweep
+    assert sweep is not None
+    picture = figures.sweep(directory / "sweep.png", found)
     rows = []
-    for name in results.variants:
-        cost = {quantity: results.last(name, results.seeds[0], quantity) for quantity in suite.costs(name)}
-        rate = [float(row["tokens_per_second"]) for (variant, _), row in results.times.items() if variant == name]
-        rows.append(
-            (
-                name,
-                suite.variants[name].note if name in suite.variants else "",
-                f"{cost['total_parameters'] / 1e6:.2f} M",
-                f"{cost['active_parameters'] / 1e6:.2f} M",
-                f"{cost['flops']:.3g}",
-                _mean_sd([results.last(name, seed, "loss", PRIMARY) for seed in results.seeds]),
-                f"{np.median(rate):,.0f}" if rate else "–",
-            )
-        )
-    header = ("arm", "", "parameters", "active", "training FLOPs", "loss, mean ± sd", "tokens/s (noisy)")
-    return table(header, rows)
+    for name, choice in found.choices.items():
+        tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
+        rows.append((name, f"{choice.rate:g}", "tuned" if choice.tuned else "**not tuned**", tried or "–"))
+    note = (
+        f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
+        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps; the best one and its neighbours again for "
+        f"{found.suite.longest:,} steps. Until both are done an arm uses {found.suite.learning_rate:g} and is not tuned."
+    )
+    text = f"{note}\n\n{table(('arm', 'rate used', '', 'loss by rate (steps)'), rows)}"
+    return f"{text}\n\n![sweep]({picture})" if picture else text
 
 
-def _comparison(results: Results, comparison: Comparison, arms: Sequence[str]) -> str:
-    timed = "wall_time" in comparison.equal
-    if timed:
-        losses, note = _at_equal_time(results, arms)
-    else:
-        losses = {arm: [results.last(arm, seed, "loss", PRIMARY) for seed in results.seeds] for arm in arms}
-        note = f"Equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal)}."
-    base = np.asarray(losses[comparison.baseline])
+def _costs(found: Table) -> str:
+    """Parameters, model FLOPs, and FLOPs executed at the longest horizon that the arm has."""
     rows = []
-    for arm in arms:
-        row = [arm, _mean_sd(losses[arm])]
-        row.append("baseline" if arm == comparison.baseline else str(effect(np.asarray(losses[arm]) - base)))
-        if not timed:
-            row += [_speed_up(results, comparison.baseline, arm)]
-        rows.append(row)
-    header = ["arm", "loss", f"difference to {comparison.baseline} [95 % interval]"]
-    if not timed:
-        header.append("speed-up in steps")
-        note += (
-            " Speed-up: the baseline's steps over the steps after which the arm has the baseline's last loss (Switch, "
-        )
-        note += "figure 5: 7.5 with 64 experts)."
-    return note + "\n\n" + table(header, rows)
-
-
-def _at_equal_time(results: Results, arms: Sequence[str]) -> tuple[dict[str, list[float]], str]:
-    """Losses at the longest time by the clock that every run has reached."""
-    timed = {
-        (arm, seed): [
-            (step * results.seconds_per_step(arm, seed), loss)
-            for step, loss in results.curve(arm, seed, "loss", PRIMARY)
-        ]
-        for arm in arms
-        for seed in results.seeds
-    }
-    ends = [curve[-1][0] for curve in timed.values() if curve]
-    common = min(ends)
-    losses = {
-        arm: [statistics.at(timed[arm, seed], common) if timed[arm, seed] else math.nan for seed in results.seeds]
-        for arm in arms
-    }
-    return losses, (
-        f"Each run read at {common:.1f} s of training by its clock (the shortest run's end; the longest: "
-        f"{max(ends):.1f} s), linear between evaluations. The machine was shared, so its clock is noisy."
+    for name in found.variants:
+        steps = max(s for s in found.horizons if found.seeds(s, name))
+        cost = found.suite.costs(name, steps)
+        dropped = _dropped(found, name, steps)
+        executed = executed_flops(found.suite.config(name, steps=steps), dropped)
+        rows.append((
+            name,
+            found.suite.variants[name].note,
+            f"{cost['total_parameters'] / 1e6:.2f}M",
+            f"{cost['active_parameters'] / 1e6:.2f}M",
+            f"{steps:,}",
+            f"{cost['flops']:.3g}",
+            f"{executed:.3g}",
+            f"{dropped:.2%}",
+        ))  # fmt: skip
+    header = ("arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "dropped in training")
+    return (
+        "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. No "
+        f"wall-clock time is compared: the runs were not timed in turns on an idle machine.\n\n{table(header, rows)}"
     )
 
 
-def _speed_up(results: Results, baseline: str, arm: str) -> str:
-    ratios = []
-    for seed in results.seeds:
-        target, curve = results.curve(baseline, seed, "loss", PRIMARY), results.curve(arm, seed, "loss", PRIMARY)
-        if target and curve:
-            ratios.append(target[-1][0] / statistics.steps_to_reach(curve, target[-1][1]))
-    return "–" if not ratios else "not reached" if min(ratios) == 0 else f"{_mean_sd(ratios, 2)}"
-
-
-def _domains(results: Results) -> str:
-    rows = []
-    for name in results.variants:
-        losses = [[results.last(name, seed, "loss", domain) for seed in results.seeds] for domain in results.domains()]
-        rows.append((name, *map(_mean_sd, losses)))
-    return table(("arm", *results.domains()), rows)
-
-
-def _routing(suite: Suite, results: Results) -> str:
-    rows = []
-    for name in results.variants:
-        layers = results.layers(name, "max_violation")
-        if not layers or name not in suite.variants:
-            continue
-        config = suite.config(name)
-        moe, tokens = config.model.moe, config.model.moe.group_size or config.data.sequence_length
-        chance = chance_of_drop(tokens, moe.num_experts, moe.capacity_factor, moe.experts_per_token)
-        trained = effect([results.over_layers(name, seed, "train_fraction_tokens_dropped") for seed in results.seeds])
-        cells = []
-        for quantity, _ in ROUTING[:3]:
-            means = [np.mean([results.last(name, seed, quantity, layer=i) for seed in results.seeds]) for i in layers]
-            cells.append(" / ".join(f"{mean:.2f}" for mean in means))
-        rows.append((name, *cells, f"{trained.mean:.2%}", "–" if moe.dispatch == "dropless" else f"{chance:.2%}"))
-    header = ("arm", *(f"{label}, per layer" for _, label in ROUTING[:3]), "dropped in training", "by chance")
-    note = "Means over seeds. By chance: were every choice uniform and independent, at the training capacity factor."
-    return f"{note}\n\n{table(header, rows)}" if rows else ""
-
-
-def _probes(results: Results) -> str:
-    rows = []
-    for name in results.variants:
-        for quantity in results.quantities(name):
-            if "/" not in quantity:
-                continue
-            layers = results.layers(name, quantity) or [""]
-            means = [[results.last(name, seed, quantity, layer=layer) for seed in results.seeds] for layer in layers]
-            rows.append((name, quantity, " / ".join(_mean_sd(values) for values in means)))
-    return table(("arm", "quantity", "mean ± sd over seeds (per MoE layer)"), rows) if rows else ""
-
-
-# --- Pictures --------------------------------------------------------------------------------------------------------
-def _band(axis: Axes, xs: Any, curves: np.ndarray, label: str, color: str) -> None:
-    """Mean over seeds, and from the lowest to the highest."""
-    axis.plot(xs, curves.mean(0), label=label, color=color, linewidth=1.6)
-    axis.fill_between(xs, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
-
-
-def _colors(results: Results) -> dict[str, str]:
-    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    return {name: cycle[i % len(cycle)] for i, name in enumerate(results.variants)}
-
-
-def _curves(path: Path, suite: Suite, results: Results) -> str:
-    """Held-out loss over steps, FLOPs and wall time."""
-    scales: list[tuple[str, Callable[[str], float]]] = [
-        ("step", lambda name: 1.0),
-        ("training FLOPs", lambda name: suite.costs(name)["flops"] / suite.costs(name)["steps"]),
+def _dropped(found: Table, name: str, steps: int) -> float:
+    """Share of assignments dropped over the whole training, mean over layers and seeds."""
+    quantity = "train_fraction_tokens_dropped"
+    curves = [
+        found.curve(name, steps, seed, quantity, "", layer)
+        for seed in found.seeds(steps, name)
+        for layer in found.layers(name, quantity)
     ]
-    if results.times:
-        scales.append(
-            (
-                "seconds of training (mean over seeds, shared machine)",
-                lambda name: float(np.nanmean([results.seconds_per_step(name, seed) for seed in results.seeds])),
-            )
-        )
-    fig, axes = plt.subplots(1, len(scales), figsize=(5.2 * len(scales), 4.2), squeeze=False, sharey=True)
-    colors = _colors(results)
-    for axis, (label, scale) in zip(axes[0], scales, strict=True):
-        for name in results.variants:
-            curves = [curve for seed in results.seeds if (curve := results.curve(name, seed, "loss", PRIMARY))]
-            if not curves or name not in suite.variants:
-                continue
-            steps = np.asarray([step for step, _ in curves[0]])
-            _band(axis, steps * scale(name), np.asarray([[loss for _, loss in c] for c in curves]), name, colors[name])
-        axis.set(xlabel=label, yscale="log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        ticks = np.arange(1, 11, 0.5)
-        axis.set_yticks([tick for tick in ticks if axis.get_ylim()[0] <= tick <= axis.get_ylim()[1]])
-        axis.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="held-out loss, nats per token", title=suite.name)
-    axes[0, -1].legend(fontsize=8)
-    return _save(fig, path)
+    return float(np.mean([v for curve in curves for _, v in curve])) if any(curves) else 0.0
 
 
-def _routing_curves(path: Path, results: Results) -> str:
-    """Mean over layers of what the routers do, over training."""
-    sparse = [name for name in results.variants if results.layers(name, "max_violation")]
-    if not sparse:
-        return ""
-    colors = _colors(results)
-    fig, axes = plt.subplots(1, len(ROUTING), figsize=(4.4 * len(ROUTING), 3.8))
-    for axis, (quantity, label) in zip(axes, ROUTING, strict=True):
-        for name in sparse:
-            layers = results.layers(name, quantity)
-            per_seed = [
-                [results.curve(name, seed, quantity, layer=layer) for layer in layers]
-                for seed in results.seeds
-                if results.curve(name, seed, quantity, layer=layers[0])
-            ]
-            # [seeds,layers,points] → [seeds,points]
-            values = np.asarray([[[v for _, v in c] for c in curves] for curves in per_seed]).mean(1)
-            _band(axis, [step for step, _ in per_seed[0][0]], values, name, colors[name])
-        axis.set(xlabel="step", title=f"{label}, mean over layers")
-        axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8)
-    return _save(fig, path)
+def _domains(found: Table) -> str:
+    """Loss per domain at the longest horizon that the arm has."""
+    domains = list(dict.fromkeys(d for record in found.used for d in record.row_domains))
+    rows = []
+    for name in found.variants:
+        steps = max(s for s in found.horizons if found.seeds(s, name))
+        cells = []
+        for domain in domains:
+            curves = [found.curve(name, steps, s, "loss", domain) for s in found.seeds(steps, name)]
+            cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
+        rows.append((name, f"{steps:,}", *cells))
+    return table(("arm", "steps", *domains), rows)
 
 
-def _save(fig: Figure, path: Path) -> str:
-    fig.tight_layout()
-    fig.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(fig)
-    return path.name
+def _routing(found: Table) -> str:
+    rows, steps = [], found.horizons[-1] if found.horizons else 0
+    for name in found.variants:
+        layers, seeds = found.layers(name, "max_violation"), found.seeds(steps, name)
+        if not layers or not seeds:
+            continue
+        cells = []
+        for quantity in ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped"):
+            curves = [[found.curve(name, steps, s, quantity, "", layer) for s in seeds] for layer in layers]
+            means = [np.mean([c[-1][1] for c in of_layer if c] or [math.nan]) for of_layer in curves]
+            cells.append(" / ".join(f"{mean:.2f}" for mean in means))
+        rows.append((name, str(len(seeds)), *cells))
+    header = ("arm", "n", "MaxVio", "router entropy, nats", "dead experts", "dropped in training")
+    return f"Per MoE layer, means over seeds.\n\n{table(header, rows)}" if rows else ""
+
+
+def _probes(found: Table) -> str:
+    rows = []
+    for name in found.variants:
+        records = [record for record in found.used if record.variant == name and record.probes]
+        names = sorted({quantity.partition("@")[0] for record in records for quantity in record.probes})
+        for quantity in names:
+            layers = found.layers(name, quantity) or [""]
+            keys = [f"{quantity}@{layer}" if layer else quantity for layer in layers]
+            cells = [mean_sd([r.probes[key] for r in records if key in r.probes]) for key in keys]
+            rows.append((name, quantity, str(len(records)), " / ".join(cells)))
+    return table(("arm", "quantity", "n", "mean ± sd over seeds, per MoE layer"), rows) if rows else ""
+
+
+def _provenance(found: Table, command: str, digest: str) -> str:
+    records, base = found.records, found.suite.config(next(iter(found.suite.variants)))
+    commits, hardware = (sorted({getattr(r, field) for r in records}) for field in ("commit", "hardware"))
+    data = sorted({f"{name} {version}" for r in records for name, version in r.data.items()})
+    lines = [
+        f"Command: `{command}`",
+        f"Commit: {', '.join(f'`{commit}`' for commit in commits) or 'none'}",
+        f"Hardware: {'; '.join(hardware) or 'none'}",
+        f"Model: {base.model.num_layers} layers of {base.model.d_model}; {found.suite.tokens_per_step:,} tokens a step",
+        f"Text: {', '.join(data) or 'none'}; primary: {', '.join(found.suite.primary_domains)}; up to "
+        f"{found.suite.heldout_rows} held-out rows per domain, mixed over domains in every batch",
+        f"Runs: {len(records)} in `{RECORDS}/`, of which {len(found.used)} are compared; "
+        f"{sum(record.seconds for record in records) / 3600:.1f} hours",
+        "Every number is made from these records; `results.csv` holds all but the row losses as one long table",
+    ]
+    if digest:
+        lines.append(f"Claims file: SHA-256 `{digest}`; each run stores the hash of its claims at its start")
+    return "\n".join(f"- {line}." for line in lines)

@@ -1,182 +1,239 @@
-"""Runs what a suite is missing, one run after another, and keeps each in a workdir of its own.
+"""Trains the runs of a suite that have no record yet.
 
-In: a :class:`moe.lab.suite.Suite` and a workdir. Out: ``workdir/runs/VARIANT/seed_N/``, each a workdir of
-``main.py`` (resumable, readable by every script), with ``done.json`` once its probes are measured too. Runs of one
-variant differ in the seed alone and share one compiled program. A variant that starts from another comes after it, and
-stays in the same shard.
+Any number of processes may work on one suite at a time, on one machine or on several that share the folder: each takes
+the first run that is neither finished nor taken. A run's workdir is ``runs/ARM/steps_N/lr_X/seed_S``, an ordinary
+workdir of ``main.py``, and resumes after an interruption.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import shutil
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
-import tqdm
+import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
-from moe.atomic_files import write_atomic
-from moe.checkpoints.workdir import refuse_other_run
+from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
-from moe.lab import probes
+from moe.data import pipeline
+from moe.lab import plan, probes, results
+from moe.lab.heldout import RowLosses, mixed_rows
+from moe.lab.progress import Progress
+from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record, commit, read_all
+from moe.lab.registration import Claim
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
 from moe.training.step import Program, build
 
-DONE = "done.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One variant with one seed."""
-
-    variant: str
-    seed: int
-    config: Config
-    directory: Path
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.variant}, seed {self.seed}"
-
-    @property
-    def done(self) -> bool:
-        """Whether it is trained and probed."""
-        return (self.directory / DONE).exists()
-
-
-def run_directory(workdir: Path, variant: str, seed: int) -> Path:
-    """Of one run of a suite."""
-    return workdir / "runs" / variant / f"seed_{seed}"
-
-
-def plan(suite: Suite, workdir: Path, seeds: Sequence[int] | None = None) -> list[Run]:
-    """All runs of a suite: parents first, then variant by variant, so that seeds share a program."""
-    parents = {p for v in suite.variants.values() for p in (v.starts_from, v.teacher) if p}
-    ordered = sorted(suite.variants, key=lambda name: name not in parents)
-    runs = []
-    for variant in ordered:
-        for seed in suite.seeds if seeds is None else seeds:
-            chosen = suite.variants[variant]
-            where = {
-                field: str(run_directory(workdir, parent, seed)) if parent else ""
-                for field, parent in (("starts_from", chosen.starts_from), ("teacher", chosen.teacher))
-            }
-            runs.append(Run(variant, seed, suite.config(variant, seed, **where), run_directory(workdir, variant, seed)))
-    return runs
-
-
-def shard(suite: Suite, runs: Sequence[Run], index: int, count: int) -> list[Run]:
-    """The index-th of count parts of about equal cost; whoever starts from another run stays with it."""
-
-    def family(run: Run) -> tuple[str, int]:
-        chosen = suite.variants[run.variant]
-        root = chosen.starts_from or chosen.teacher or run.variant
-        return root, run.seed
-
-    families: dict[tuple[str, int], list[Run]] = {}
-    for run in runs:
-        families.setdefault(family(run), []).append(run)
-    # Whole variants first, so that a part compiles few programs: part i takes families i·n/count to (i+1)·n/count.
-    members = list(families.values())
-    taken = members[index * len(members) // count : (index + 1) * len(members) // count]
-    return sorted((run for member in taken for run in member), key=runs.index)
+RUNS = "runs"
 
 
 class Programs:
-    """:func:`moe.training.step.build` for many runs: those that differ in seed and start alone get one compiled program."""
+    """Compiled programs by config; runs that differ only in seed and starting point share one."""
 
     def __init__(self) -> None:
-        self._key: Config | None = None
-        self._program: Program | None = None
+        self._programs: dict[Config, Program] = {}
 
     def __call__(self, config: Config, mesh: Any, teacher: Any = None) -> Program:
-        """As :func:`moe.training.step.build`."""
-        if teacher is not None:  # whose variables are part of the program
+        """See :func:`moe.training.step.build`."""
+        if teacher is not None:  # the teacher's variables are part of the program
             return build(config, mesh, teacher)
         key = dataclasses.replace(config, seed=0, start=StartConfig(), distill=DistillConfig())
-        if key != self._key or self._program is None:
-            self._key, self._program = key, build(config, mesh)
-        return dataclasses.replace(self._program, config=config)
+        if key not in self._programs:
+            self._programs[key] = build(config, mesh)
+        return dataclasses.replace(self._programs[key], config=config)
 
 
-def run_missing(suite: Suite, runs: Sequence[Run]) -> None:
-    """Trains and probes the runs that are not done, with a bar over all of them, in FLOPs.
+def run_directory(workdir: Path, key: Key) -> Path:
+    """Workdir of a run."""
+    return workdir / RUNS / key.path
 
-    Raises:
-        ConfigError: a run that cannot go on; the others are tried first.
-    """
-    programs, failed = Programs(), {}
-    models: dict[str, probes.Model] = {}
-    flops = {variant: suite.costs(variant)["flops"] for variant in {run.variant for run in runs}}
-    with tqdm.tqdm(
-        total=sum(flops[run.variant] for run in runs),
-        unit="FLOP",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0,
-        initial=sum(flops[run.variant] for run in runs if run.done),
-        desc=suite.name,
-    ) as bar:
-        for run in runs:
-            if run.done:
-                refuse_other_run(run.config, epath.Path(run.directory))
+
+class Worker:
+    """One process that trains runs of a suite, one after another."""
+
+    def __init__(self, suite: Suite, workdir: Path, claims: Sequence[Claim], *, seeds: Sequence[int] = (), sweep: bool):
+        self._suite, self._workdir, self._seeds, self._sweep = suite, workdir, seeds, sweep
+        self._hashes = {str(claim.number): claim.hash for claim in claims if claim.suite == suite.name}
+        self._programs = Programs()
+        self._row_losses: dict[str, RowLosses] = {}
+        self._failed: dict[Key, str] = {}
+        self._progress = Progress(suite, workdir)
+
+    def run(self) -> None:
+        """Train until every run is finished or taken by another process.
+
+        Raises:
+            ConfigError: runs that could not be trained, after all others were.
+        """
+        while True:
+            with self._take() as key:
+                if key is None:
+                    break
+                try:
+                    self._train(key)
+                except ConfigError as error:
+                    self._failed[key] = str(error)
+                    self._progress.say(f"failed: {key}: {error}")
+        if self._failed:
+            key, reason = next(iter(self._failed.items()))
+            raise ConfigError(f"{len(self._failed)} runs did not finish; the first, {key}: {reason}")
+
+    @contextlib.contextmanager
+    def _take(self) -> Iterator[Key | None]:
+        """The first run that is not finished, not taken and whose parents are finished; None if there is none."""
+        finished = read_all(self._workdir)
+        planned = plan.runs(self._suite, finished, seeds=self._seeds, sweep=self._sweep)
+        done = {record.key for record in finished}
+        for key in planned:
+            needed = plan.parents(self._suite, finished, key).values()
+            if key in done or key in self._failed or not done.issuperset(needed):
                 continue
-            bar.set_postfix_str(run.name)
+            directory = run_directory(self._workdir, key)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(f"{directory}.lock", blocking=False)
             try:
-                _run(suite, run, programs, models)
+                lock.acquire()
+            except filelock.Timeout:
+                continue
+            with lock:
+                if key not in {record.key for record in read_all(self._workdir)}:
+                    self._progress.start(key, planned, done)
+                    yield key
+                    return
+        yield None
+
+    def _train(self, key: Key) -> None:
+        """Train and evaluate a run, and write its record."""
+        start = time.monotonic()
+        directory = run_directory(self._workdir, key)
+        parents = plan.parents(self._suite, read_all(self._workdir), key)
+        where = {field: str(run_directory(self._workdir, parent)) for field, parent in parents.items()}
+        rate = key.learning_rate
+        config = self._suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **where)
+        status, reason, row_losses, domains = FINISHED, "", [], []
+        with self._progress.following(key, directory):
+            try:
+                train(config, str(directory), make_program=self._programs, quiet=True)
             except ConfigError as error:
-                failed[run.name] = str(error)
-                bar.write(f"{run.name}: {error}")
-            bar.update(flops[run.variant])
-    if failed:
-        first = next(iter(failed))
-        raise ConfigError(f"{len(failed)} of {len(runs)} runs did not finish; the first, {first}: {failed[first]}")
+                if not _skipping(directory):
+                    raise
+                status, reason = DIVERGED, str(error)
+        rows = results.run_rows(directory)
+        versions = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None).versions
+        if status == FINISHED:
+            mixed, losses = self._evaluate(key, config, directory)
+            domains, row_losses = mixed.domains, losses[key.steps].tolist()
+            rows += _mixed_rows(losses, domains, self._suite.primary_domains)
+            status, reason = _outcome(losses[key.steps], config.model.vocab_size)
+        Record(
+            *key,
+            status,
+            reason,
+            commit(),
+            self._hashes,
+            versions,
+            hardware(),
+            time.monotonic() - start,
+            self._suite.costs(key.variant, key.steps),
+            rows,
+            domains,
+            row_losses,
+        ).write(self._workdir)
+        self._prune(key, directory)
+        self._progress.finish(key, status, row_losses)
 
-
-def _run(suite: Suite, run: Run, programs: Programs, models: dict[str, probes.Model]) -> None:
-    start = time.monotonic()
-    train(run.config, str(run.directory), make_program=programs, quiet=True)
-    measured: dict[str, float] = {}
-    if names := suite.variants[run.variant].probes:
-        mesh = make_mesh(run.config.mesh)
+    def _evaluate(self, key: Key, config: Config, directory: Path) -> tuple[Any, dict[int, np.ndarray]]:
+        """(held-out rows, checkpoint step → loss of each row)."""
+        mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            if run.variant not in models:
-                models.clear()  # the variant before is done with
-                models[run.variant] = probes.Model(programs(run.config, mesh), suite.primary)
-            trained = probes.Trained(run.directory, models[run.variant])
-            for name in names:
-                measured |= {f"{name}/{quantity}": value for quantity, value in probes.PROBES[name](trained).items()}
-    _write_hparams(suite, run)
-    done = {"probes": measured, "seconds": time.monotonic() - start, "devices": _devices()}
-    write_atomic(run.directory / DONE, json.dumps(done, indent=1).encode())
+            if key.variant not in self._row_losses:
+                prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
+                mixed = mixed_rows(prepared, config, self._suite.heldout_rows)
+                self._row_losses[key.variant] = RowLosses(self._programs(config, mesh), mixed)
+            evaluate = self._row_losses[key.variant]
+            # Learning curves are drawn for the longest horizon alone.
+            steps = results.checkpoint_steps(directory) if key.steps == self._suite.longest else [key.steps]
+            return evaluate.rows, {step: evaluate(directory, step) for step in steps}
+
+    def measure(self) -> None:
+        """Measure the probes that finished runs of the longest horizon lack, where their checkpoints still exist."""
+        models: dict[str, probes.Model] = {}
+        for record in sorted(read_all(self._workdir), key=lambda record: record.variant):
+            names = self._suite.variants[record.variant].probes if record.variant in self._suite.variants else ()
+            known = {quantity.partition("/")[0] for quantity in record.probes}
+            directory = run_directory(self._workdir, record.key)
+            wanted = record.steps == self._suite.longest and record.status == FINISHED and directory.exists()
+            for name in [name for name in names if wanted and name not in known]:
+                with filelock.FileLock(f"{directory}.lock"):
+                    self._progress.say(f"probe {name} of {record.key}")
+                    measured = self._probe(record, name, directory, models)
+                    record = dataclasses.replace(record, probes=record.probes | measured)
+                    record.write(self._workdir)
+
+    def _probe(self, record: Record, name: str, directory: Path, models: dict[str, probes.Model]) -> dict[str, float]:
+        """quantity → value of one probe, its name in front."""
+        config = read_config(directory)
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            if record.variant not in models:
+                models.clear()  # one arm's data and programs at a time
+                models[record.variant] = probes.Model(
+                    self._programs(config, mesh), self._suite.primary_domains, self._suite.heldout_rows
+                )
+            found = probes.PROBES[name](probes.Trained(directory, models[record.variant]))
+        return {f"{name}/{quantity}": value for quantity, value in found.items()}
+
+    def _prune(self, key: Key, directory: Path) -> None:
+        """Keep only the last checkpoint, unless the arm has probes, which may read earlier ones."""
+        if self._suite.variants[key.variant].probes and key.steps == self._suite.longest:
+            return
+        for step in results.checkpoint_steps(directory)[:-1]:
+            shutil.rmtree(directory / "checkpoints" / str(step))
 
 
-def _devices() -> str:
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+def _mixed_rows(
+    losses: dict[int, np.ndarray], domains: list[str], primary: Sequence[str]
+) -> list[tuple[int, str, str, str, float]]:
+    """Mean loss per domain and over the primary domains, at every evaluated step."""
+    rows = []
+    for step, values in losses.items():
+        means = {name: float(values[[d == name for d in domains]].mean()) for name in dict.fromkeys(domains)}
+        rows += [(step, "loss", name, "", value) for name, value in means.items()]
+        rows.append((step, "loss", PRIMARY, "", statistics.fmean(means[name] for name in primary)))
+    return rows
 
 
-def _write_hparams(suite: Suite, run: Run) -> None:
-    """What TensorBoard's HParams view compares: overrides beside the last held-out losses."""
-    final: dict[str, float] = {}
-    for row in read_rows(epath.Path(run.directory) / METRICS):
-        if row["kind"].startswith("heldout/") and math.isfinite(row["loss"]):
-            final[f"final/{row['kind']}"] = row["loss"]
-    parameters = {name: _plain(value) for name, value in suite.variants[run.variant].overrides.items()}
-    with SummaryWriter(str(run.directory / "tensorboard")) as board:
-        board.add_hparams(
-            {"variant": run.variant, "seed": run.seed, **parameters}, final, "hparams", run.config.train.num_steps
-        )
+def _outcome(losses: np.ndarray, vocab_size: int) -> tuple[str, str]:
+    """(status, reason): diverged if a loss is not finite, or worse on average than a uniform guess."""
+    if not np.isfinite(losses).all():
+        return DIVERGED, "held-out loss not finite at the last step"
+    if losses.mean() > math.log(vocab_size):
+        return DIVERGED, f"held-out loss {losses.mean():.2f} above that of a uniform guess"
+    return FINISHED, ""
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else str(value)
+def _skipping(directory: Path) -> bool:
+    """True if the last logged training row had skipped updates: the run stopped because it diverged."""
+    rows = [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
+    return bool(rows and rows[-1]["skipped"])
+
+
+def hardware() -> str:
+    """Devices, and the cores that this process may use."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return devices + (f", CPU cores {json.dumps(cores)}" if jax.default_backend() == "cpu" and cores else "")

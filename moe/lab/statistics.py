@@ -1,8 +1,6 @@
-"""Paired differences over seeds, with intervals.
+"""Paired differences over seeds: intervals, equivalence, variances, power, and corrections for many tests.
 
-In: one number per seed and arm. Out: a mean difference, its 95 % interval and p-value by Student's t on the paired
-differences, and n. A seed is a pair: both arms saw the same text in the same order and, where shapes allow, the same
-initial weights.
+A seed is a pair: both arms see the same text in the same order. Differences are nats per token unless said otherwise.
 """
 
 from __future__ import annotations
@@ -10,18 +8,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 from numpy.typing import ArrayLike
 
 CONFIDENCE = 0.95
+ALPHA = 1 - CONFIDENCE
+POWER = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """A mean over seeds and what is known of it.
+    """A mean over seeds with its interval.
 
     Attributes:
         mean: of the per-seed values.
@@ -29,6 +31,7 @@ class Effect:
         high: upper end.
         p: two-sided, against a mean of zero.
         n: seeds.
+        sd: standard deviation over seeds; NaN for one seed.
     """
 
     mean: float
@@ -36,46 +39,219 @@ class Effect:
     high: float
     p: float
     n: int
+    sd: float = math.nan
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p = {self.p:.2g}, n = {self.n}"
+        if self.n < 2:
+            return f"{self.mean:+.4f}, n = {self.n}: no interval"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], n = {self.n}"
 
 
 def effect(values: ArrayLike) -> Effect:
-    """Of one value per seed, against zero. Values that are not finite are left out, and n says so.
+    """Mean of one value per seed with a Student's t interval.
 
-    With fewer than two seeds the interval is infinite: nothing is decided by one seed.
+    A value that is not finite is a diverged run and makes the mean and the interval undefined: the caller reports it as
+    an outcome. One seed has no interval.
     """
-    kept = np.asarray(values, np.float64)
-    kept = kept[np.isfinite(kept)]
-    n = len(kept)
-    if n < 2:
-        return Effect(float(kept[0]) if n else math.nan, -math.inf, math.inf, 1.0, n)
-    mean, error = float(kept.mean()), float(kept.std(ddof=1)) / math.sqrt(n)
-    if error == 0.0:  # equal in every seed
-        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
-    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    p = 2 * float(scipy.stats.t.sf(abs(mean) / error, n - 1))
-    return Effect(mean, mean - half, mean + half, p, n)
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    if n == 0 or not np.isfinite(values).all():
+        return Effect(math.nan, -math.inf, math.inf, 1.0, n)
+    if n == 1:
+        return Effect(float(values[0]), -math.inf, math.inf, 1.0, 1)
+    mean, sd = float(values.mean()), float(values.std(ddof=1))
+    if sd == 0.0:
+        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, n, 0.0)
+    test: Any = scipy.stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Effect(mean, float(interval.low), float(interval.high), float(test.pvalue), n, sd)
 
 
-def variance_ratio(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
-    """(variance of first / variance of second, one-sided p of its being below 1), by the F test on two independent
-    samples."""
+def smallest_detectable(sd: float, n: int, *, power: float = POWER) -> float:
+    """Smallest mean difference that a two-sided paired t test of n seeds finds with the given power.
+
+    Solves P(|T'| > t(1 - α/2, n - 1)) = power for T' noncentral t with noncentrality δ·√n / sd.
+    """
+    if n < 2 or not sd > 0:
+        return math.inf if n < 2 else 0.0 if sd == 0 else math.inf
+    critical = scipy.stats.t.ppf(1 - ALPHA / 2, n - 1)
+
+    def shortfall(noncentrality: float) -> float:
+        # Far out SciPy gives NaN: there the upper tail is 1 and the lower one 0.
+        upper = np.nan_to_num(scipy.stats.nct.sf(critical, n - 1, noncentrality), nan=1.0)
+        lower = np.nan_to_num(scipy.stats.nct.cdf(-critical, n - 1, noncentrality), nan=0.0)
+        return float(upper + lower - power)
+
+    noncentrality: Any = scipy.optimize.brentq(shortfall, 1e-6, 100.0)
+    return float(noncentrality) * sd / math.sqrt(n)
+
+
+def seeds_needed(sd: float, difference: float, *, power: float = POWER, most: int = 1000) -> int:
+    """Seeds that a paired t test needs to find a difference; ``most`` + 1 if more than ``most``."""
+    for n in itertools.chain(range(2, 50), range(50, most + 1, 10)):
+        if smallest_detectable(sd, n, power=power) <= abs(difference):
+            return n
+    return most + 1
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, running = [0.0] * len(order), 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = float(running)
+    return adjusted
+
+
+def pitman_morgan(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
+    """(variance of first / variance of second, one-sided p of its being below 1) for paired samples.
+
+    The correlation of sum and difference is zero if the two variances are equal (Pitman 1939, Morgan 1939).
+    """
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     ratio = float(np.var(a, ddof=1) / np.var(b, ddof=1))
-    return ratio, float(scipy.stats.f.cdf(ratio, len(a) - 1, len(b) - 1))
+    if len(a) < 3:
+        return ratio, 1.0
+    test: Any = scipy.stats.pearsonr(a + b, a - b, alternative="less")
+    return ratio, float(test.pvalue)
+
+
+def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Effect]:
+    """Each arm's difference to the baseline in the model loss = arm + seed + noise, fitted to all arms at once.
+
+    The residual variance is shared by all arms, so that few seeds still give many degrees of freedom. Arms may lack
+    seeds.
+
+    Args:
+        losses: arm → seed → loss.
+        baseline: arm that the others are compared with.
+
+    Returns:
+        arm → effect; empty if no degree of freedom is left.
+    """
+    cells = [(arm, seed, loss) for arm, by_seed in losses.items() for seed, loss in by_seed.items()]
+    cells = [cell for cell in cells if math.isfinite(cell[2])]
+    arms = [arm for arm in losses if arm != baseline and any(cell[0] == arm for cell in cells)]
+    seeds = sorted({seed for _, seed, _ in cells})
+    design = np.asarray([[arm == a for a in arms] + [seed == s for s in seeds] for arm, seed, _ in cells], float)
+    observed = np.asarray([loss for *_, loss in cells])
+    if not arms or len(cells) <= design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
+        return {}
+    degrees = len(cells) - design.shape[1]
+    solution = np.linalg.lstsq(design, observed)[0]
+    variance = float(((observed - design @ solution) ** 2).sum()) / degrees
+    covariance = variance * np.linalg.inv(design.T @ design)
+    found = {}
+    for index, arm in enumerate(arms):
+        mean, error = float(solution[index]), math.sqrt(covariance[index, index])
+        half = float(scipy.stats.t.ppf(1 - ALPHA / 2, degrees)) * error
+        p = 2 * float(scipy.stats.t.sf(abs(mean) / error, degrees)) if error > 0 else float(mean == 0)
+        n = sum(cell[0] == arm for cell in cells)
+        found[arm] = Effect(mean, mean - half, mean + half, p, n, error * math.sqrt(n / 2))
+    return found
+
+
+def bootstrap(
+    differences: ArrayLike, groups: Sequence[str], *, draws: int = 2000, random_seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean difference over seeds and held-out rows, both resampled.
+
+    Seeds are drawn with replacement, and rows with replacement within each group, the same for all seeds. The
+    statistic is the mean over groups of the mean over their rows.
+
+    Args:
+        differences: [seeds, rows] loss of an arm less that of the baseline.
+        groups: domain of each row.
+        draws: bootstrap samples.
+        random_seed: of the resampling.
+    """
+    rng = np.random.default_rng(random_seed)
+    values = np.asarray(differences, np.float64)
+    members = [np.flatnonzero(np.asarray(groups) == name) for name in dict.fromkeys(groups)]
+    means = np.empty(draws)
+    for draw in range(draws):
+        seeds = rng.integers(len(values), size=len(values))
+        weights = np.bincount(seeds, minlength=len(values)) / len(values)
+        over_seeds = weights @ values
+        means[draw] = np.mean([over_seeds[rng.choice(rows, len(rows))].mean() for rows in members])
+    low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Censored:
+    """Median of a positive quantity over seeds some of which are known only to exceed a bound.
+
+    Attributes:
+        median: infinite if half of the seeds or more are censored.
+        low: lower end of a distribution-free interval (order statistics).
+        high: upper end; infinite if that order statistic is censored.
+        coverage: exact coverage of the interval, 1 - 2·P(Binomial(n, 1/2) < k).
+        censored: number of censored seeds.
+        n: seeds.
+    """
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+    censored: int
+    n: int
+
+
+def censored_median(values: Sequence[float]) -> Censored:
+    """Median and exact interval from order statistics; a censored value is infinite.
+
+    The interval is the narrowest symmetric one with at least 95 % coverage, or the whole range if there is none.
+    """
+    ordered, n = sorted(values), len(values)
+    middle = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
+    best = 1
+    for k in range(1, n // 2 + 1):
+        if 1 - 2 * scipy.stats.binom.cdf(k - 1, n, 0.5) >= CONFIDENCE:
+            best = k
+    coverage = 1 - 2 * float(scipy.stats.binom.cdf(best - 1, n, 0.5)) if n > 1 else 0.0
+    return Censored(middle, ordered[best - 1], ordered[n - best], coverage, sum(map(math.isinf, values)), n)
 
 
 def steps_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float:
-    """The step at which a falling curve first reaches a loss, linear between evaluations; inf if it never does."""
+    """Step at which a falling curve first reaches a loss, linear between evaluations; infinite if it never does."""
     for (before, high), (step, low) in itertools.pairwise(curve):
         if low <= loss:
             return step if high <= low else before + (step - before) * max(0.0, (high - loss) / (high - low))
     return math.inf
 
 
-def at(curve: Sequence[tuple[float, float]], x: float) -> float:
-    """A curve's value at x, linear between points."""
-    xs, ys = zip(*curve, strict=True)
-    return float(np.interp(x, xs, ys))
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """Tokens from which an arm's mean difference to the baseline is below zero.
+
+    Attributes:
+        tokens: interpolated in log tokens; NaN if the sign does not change.
+        low: earliest token count that the pointwise interval allows.
+        high: latest one; infinite if the difference is not shown to be below zero at the last horizon.
+    """
+
+    tokens: float
+    low: float
+    high: float
+
+
+def crossing(tokens: Sequence[int], effects: Sequence[Effect]) -> Crossing:
+    """Where the mean difference falls through zero, and where the two ends of its pointwise interval do."""
+
+    def root(values: Sequence[float], *, missing: float) -> float:
+        if values[0] <= 0:
+            return 0.0
+        for (t0, v0), (t1, v1) in itertools.pairwise(zip(tokens, values, strict=True)):
+            if v0 > 0 >= v1:
+                if not (math.isfinite(v0) and math.isfinite(v1)):
+                    return float(t1)
+                share = v0 / (v0 - v1)
+                return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0)))
+        return missing
+
+    point = root([e.mean for e in effects], missing=math.nan)
+    low = root([e.low for e in effects], missing=math.inf)
+    return Crossing(point, low, root([e.high for e in effects], missing=math.inf))

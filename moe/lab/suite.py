@@ -1,8 +1,7 @@
-"""What an ablation compares: variants of one base config, seeds, and what is held equal between them.
+"""A suite: arms of one base config, horizons, seeds, a learning-rate sweep, and what each comparison holds equal.
 
-In: a file of ``configs/ablations/`` with ``get_suite(size)``, or its path. Out: a :class:`Suite` whose configs are
-resolved and valid, and whose comparisons are as equal as they say; anything else is a :class:`moe.config.ConfigError`
-before a run starts.
+:func:`load_suite` reads a file with ``get_suite(size)`` and refuses a suite that is impossible or not equal in what it
+claims to hold equal, before anything is trained.
 """
 
 from __future__ import annotations
@@ -19,12 +18,16 @@ from moe.config import Config, ConfigError
 from moe.models import flops
 from moe.routing.resolve import from_config_dict
 
-#: How large a suite can be: for two CPU cores in minutes, or for an accelerator pod.
+#: Sizes of a suite: two CPU cores in minutes to hours, or an accelerator pod.
 SIZES = ("laptop", "pod")
 
-#: What a comparison can hold equal. ``wall_time`` is of the runs, not of the configs: every run of the comparison is
-#: read at the longest time that all have reached.
-QUANTITIES = ("steps", "flops", "active_parameters", "total_parameters", "wall_time")
+#: Quantities that a comparison can hold equal, computed from the configs.
+QUANTITIES = ("steps", "flops", "active_parameters", "total_parameters")
+
+#: Evaluations and checkpoints of a run, evenly spaced; the last one is at the last step.
+EVALUATIONS = 8
+#: Logged training rows of a run, evenly spaced.
+LOGGED = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +35,33 @@ class Variant:
     """One arm.
 
     Attributes:
-        overrides: field of the config ("model.moe.gate") → value.
-        starts_from: a variant whose last checkpoint, of the same seed, this one starts from.
-        teacher: a variant whose last checkpoint, of the same seed, teaches this one.
-        seed_offset: added to the seed: other data and other draws than those of the variant it starts from.
-        probes: what is measured on the trained model (:data:`moe.lab.probes.PROBES`).
-        note: a sentence for the report.
+        overrides: config field ("model.moe.gate") → value.
+        starts_from: arm whose last checkpoint, of the same horizon and seed, initialises this one.
+        teacher: arm whose last checkpoint, of the same horizon and seed, teaches this one.
+        seed_offset: added to the seed, for other data and other draws than those of ``starts_from``.
+        rate_scale: factor on the learning rate.
+        probes: measurements on the model trained for the longest horizon (:data:`moe.lab.probes.PROBES`).
+        note: one sentence for the report.
     """
 
     overrides: Mapping[str, Any]
     starts_from: str = ""
     teacher: str = ""
     seed_offset: int = 0
+    rate_scale: float = 1.0
     probes: tuple[str, ...] = ()
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Arms beside a baseline.
+    """Arms against a baseline.
 
     Attributes:
-        baseline: the variant that the others are subtracted from.
-        variants: the others.
-        equal: of :data:`QUANTITIES`; checked for all but wall_time.
-        tolerance: largest relative difference that counts as equal: a router is a few parameters more.
+        baseline: arm that is subtracted from the others.
+        variants: the other arms.
+        equal: names from :data:`QUANTITIES` that all arms share.
+        tolerance: largest relative difference that counts as equal; a router adds a few parameters.
     """
 
     baseline: str
@@ -66,16 +71,42 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
-    """A question, and the runs that answer it.
+class Sweep:
+    """Learning rates tried for every arm on seeds that no comparison uses.
+
+    The rate with the lowest mean loss at ``horizon`` and its neighbours are then trained for the longest horizon on
+    the first seed; the best of these is the arm's rate.
 
     Attributes:
-        question: in a sentence.
-        base: the config that every variant overrides.
-        variants: by name.
-        seeds: of every variant; at least three, so that a difference has an interval.
-        comparisons: by name.
-        primary: domains whose mean held-out loss every comparison and claim is about; fixed before the runs.
+        learning_rates: peak rates in ascending order; the base config's rate is one of them.
+        seeds: reserved seeds.
+        horizon: steps of a sweep run.
+    """
+
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    horizon: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A question and the runs that answer it.
+
+    Attributes:
+        name: file name of the suite.
+        question: one sentence.
+        base: config that every arm overrides.
+        variants: arms by name.
+        seeds: at least two; with fewer than three the report is marked as a trial.
+        comparisons: by title.
+        primary: domains whose mean held-out loss every comparison and claim is about; empty: all of the base config.
+        horizons: numbers of steps, each a run with a full learning-rate schedule of its own; empty: the base config's.
+        sweep: learning rates to try for every arm first.
+        headline: arms that are run on all seeds before the other arms start; empty: all arms.
+        warmup_share: learning-rate warm-up as a share of the steps.
+        heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text.
+        whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens; an arm
+            that sets ``model.moe.group_size`` keeps its own.
     """
 
     name: str
@@ -84,32 +115,92 @@ class Suite:
     variants: Mapping[str, Variant]
     seeds: tuple[int, ...]
     comparisons: Mapping[str, Comparison]
-    primary: tuple[str, ...]
+    primary: tuple[str, ...] = ()
+    horizons: tuple[int, ...] = ()
+    sweep: Sweep | None = None
+    headline: tuple[str, ...] = ()
+    warmup_share: float = 0.1
+    heldout_rows: int = 256
+    whole_batch_groups: bool = True
 
-    def config(self, variant: str, seed: int = 0, *, starts_from: str = "", teacher: str = "") -> Config:
-        """Of one run.
+    @property
+    def _base(self) -> Any:
+        """The base config, untyped: the fields of a ConfigDict have no static types."""
+        return self.base
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Horizons in ascending order."""
+        return tuple(sorted(self.horizons)) or (self._base.train.num_steps,)
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest horizon, which the verdicts are about."""
+        return self.steps[-1]
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the base config, used where no sweep has been run."""
+        return float(self._base.optimizer.learning_rate)
+
+    @property
+    def primary_domains(self) -> tuple[str, ...]:
+        """Domains of the primary loss."""
+        return self.primary or tuple(self._base.data.domains) or (self._base.data.dataset,)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step of the base config."""
+        return self._base.train.batch_size * self._base.data.sequence_length
+
+    def config(
+        self,
+        variant: str,
+        seed: int = 0,
+        *,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        starts_from: str = "",
+        teacher: str = "",
+    ) -> Config:
+        """The config of one run.
 
         Args:
-            variant: a name in ``variants``.
-            seed: of ``seeds``.
-            starts_from: workdir of the run that the variant's ``starts_from`` names.
-            teacher: the same, of its ``teacher``.
+            variant: name of an arm.
+            seed: data order and initialisation.
+            steps: horizon; None: the longest.
+            learning_rate: peak rate before the arm's ``rate_scale``; None: the base config's.
+            starts_from: workdir of the run that the arm's ``starts_from`` names.
+            teacher: workdir of the run that the arm's ``teacher`` names.
 
         Raises:
-            ConfigError: the variant's config is impossible.
+            ConfigError: the arm's config is impossible.
         """
-        chosen = self.variants[variant]
-        tree = self.base.copy_and_resolve_references()
+        chosen, steps = self.variants[variant], steps or self.longest
+        schedule = {
+            "train.num_steps": steps,
+            "train.eval_every": max(steps // EVALUATIONS, 1),
+            "train.save_every": max(steps // EVALUATIONS, 1),
+            "train.keep_checkpoints": EVALUATIONS,
+            "train.log_every": max(steps // LOGGED, 1),
+            "optimizer.warmup_steps": max(round(self.warmup_share * steps), 1),
+            "optimizer.learning_rate": chosen.rate_scale * (learning_rate or self.learning_rate),
+        }
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
+        tree: Any = self.base.copy_and_resolve_references()
         try:
-            tree.update_from_flattened_dict({**chosen.overrides, **own})
+            tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
+            grouped = tree.model.moe.gate != "none" and "model.moe.group_size" not in chosen.overrides
+            if self.whole_batch_groups and grouped:
+                rows = tree.train.batch_size // tree.train.accumulation_steps
+                tree.model.moe.group_size = rows * tree.data.sequence_length
             return from_config_dict(tree)
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"suite {self.name!r}, variant {variant!r}: {' '.join(str(error).split())}") from error
 
-    def costs(self, variant: str) -> dict[str, float]:
-        """What the variant's run costs, by :data:`QUANTITIES` without wall_time: computed from the model."""
-        config = self.config(variant)
+    def costs(self, variant: str, steps: int | None = None) -> dict[str, float]:
+        """Cost of one run by :data:`QUANTITIES`, computed from its config; FLOPs as if no assignment were dropped."""
+        config = self.config(variant, steps=steps)
         total, active = flops.count_parameters(config.model)
         tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
         per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
@@ -122,11 +213,11 @@ class Suite:
 
 
 def load_suite(path: str, size: str) -> Suite:
-    """Reads a suite and checks it.
+    """Read and check the suite of a file.
 
     Raises:
-        ConfigError: no such file, no ``get_suite``, an impossible variant, or a comparison that is not equal in what
-            it claims to be.
+        ConfigError: no such file, no ``get_suite``, an impossible arm, or a comparison that is not equal in what it
+            claims to hold equal.
     """
     if size not in SIZES:
         raise ConfigError(f"--size={size!r}: must be one of {', '.join(SIZES)}")
@@ -145,39 +236,60 @@ def load_suite(path: str, size: str) -> Suite:
 
 
 def check(suite: Suite) -> None:
-    """Refuses a suite that cannot be run or compared as it says.
+    """Refuse a suite that cannot be run or compared as it says.
 
     Raises:
-        ConfigError: as in :func:`load_suite`.
+        ConfigError: see :func:`load_suite`.
     """
-
-    def known(name: str, where: str) -> None:
-        if name not in suite.variants:
-            raise ConfigError(f"suite {suite.name!r}, {where}: no variant {name!r}; there are {sorted(suite.variants)}")
-
-    if len(suite.seeds) < 3 or len(set(suite.seeds)) < len(suite.seeds):
-        raise ConfigError(f"suite {suite.name!r}, seeds={suite.seeds}: at least three different ones")
+    where = f"suite {suite.name!r}"
+    if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):
+        raise ConfigError(f"{where}, seeds={suite.seeds}: at least two different ones, and five for a result")
+    if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):
+        raise ConfigError(f"{where}, horizons={suite.horizons}: different positive numbers of steps")
+    for name in suite.headline:
+        _known(suite, name, "headline")
     for name, variant in suite.variants.items():
         for parent in filter(None, (variant.starts_from, variant.teacher)):
-            known(parent, f"variant {name!r}")
+            _known(suite, parent, f"variant {name!r}")
             grandparent = suite.variants[parent]
             if grandparent.starts_from or grandparent.teacher:
-                raise ConfigError(f"suite {suite.name!r}, variant {name!r}: {parent!r} itself starts from another run")
+                raise ConfigError(f"{where}, variant {name!r}: {parent!r} itself starts from another run")
+    if suite.sweep is not None:
+        _check_sweep(suite, suite.sweep)
     costs = {name: suite.costs(name) for name in suite.variants}
     for name, comparison in suite.comparisons.items():
-        where = f"comparison {name!r}"
-        for arm in (comparison.baseline, *comparison.variants):
-            known(arm, where)
-        for quantity in comparison.equal:
-            if quantity not in QUANTITIES:
-                raise ConfigError(f"suite {suite.name!r}, {where}: {quantity!r} is not one of {QUANTITIES}")
-            if quantity == "wall_time":
-                continue
-            base = costs[comparison.baseline][quantity]
-            for arm in comparison.variants:
-                ratio = costs[arm][quantity] / base
-                if abs(ratio - 1) > comparison.tolerance:
-                    raise ConfigError(
-                        f"suite {suite.name!r}, {where}: {arm!r} has {ratio:.3f} times the {quantity} of "
-                        f"{comparison.baseline!r}, which is not equal within {comparison.tolerance:.0%}"
-                    )
+        _check_comparison(suite, name, comparison, costs)
+
+
+def _known(suite: Suite, name: str, where: str) -> None:
+    if name not in suite.variants:
+        raise ConfigError(f"suite {suite.name!r}, {where}: no variant {name!r}; there are {sorted(suite.variants)}")
+
+
+def _check_sweep(suite: Suite, sweep: Sweep) -> None:
+    where, rates = f"suite {suite.name!r}, sweep", sweep.learning_rates
+    if len(rates) < 2 or list(rates) != sorted(set(rates)):
+        raise ConfigError(f"{where}, learning_rates={rates}: at least two different ones in ascending order")
+    if suite.learning_rate not in rates:
+        raise ConfigError(f"{where}, learning_rates={rates}: must contain the base config's {suite.learning_rate}")
+    if not sweep.seeds or set(sweep.seeds) & set(suite.seeds):
+        raise ConfigError(f"{where}, seeds={sweep.seeds}: at least one, and none of the suite's {suite.seeds}")
+    if sweep.horizon not in suite.steps:
+        raise ConfigError(f"{where}, horizon={sweep.horizon}: must be one of the suite's {suite.steps}")
+
+
+def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: dict[str, dict[str, float]]) -> None:
+    where = f"comparison {name!r}"
+    for arm in (comparison.baseline, *comparison.variants):
+        _known(suite, arm, where)
+    for quantity in comparison.equal:
+        if quantity not in QUANTITIES:
+            raise ConfigError(f"suite {suite.name!r}, {where}: {quantity!r} is not one of {QUANTITIES}")
+        base = costs[comparison.baseline][quantity]
+        for arm in comparison.variants:
+            ratio = costs[arm][quantity] / base
+            if abs(ratio - 1) > comparison.tolerance:
+                raise ConfigError(
+                    f"suite {suite.name!r}, {where}: {arm!r} has {ratio:.3f} times the {quantity} of "
+                    f"{comparison.baseline!r}, which is not equal within {comparison.tolerance:.0%}"
+                )

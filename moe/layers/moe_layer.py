@@ -186,7 +186,7 @@ class MoELayer(nnx.Module):
             routing,
             mask,
             kept,
-            first_choice=self.gate.balance_first_choice,
+            counts=self.gate.balance_counts,
             parts=parts,
             expert_groups=self.config.expert_groups,
         )

@@ -39,8 +39,11 @@ def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Arrange devices so that neighbours on a mesh axis are neighbours on the network.
 
     Two mesh axes may share a torus axis, which 8 x 8 on a 4x4x4 torus needs. Between TPU slices there is only the
-    data-center network, so only ``data`` spans slices.
+    data-center network, so only ``data`` spans slices. GPUs are numbered host by host: the last axes stay inside a host
+    (where a GPU has a slice index, each host counts as a slice, and any axis may span them).
     """
+    if devices[0].platform == "gpu":
+        return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -52,10 +52,18 @@ _PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 
 def _product_flops(equation: Any) -> float:
     first, result = equation.invars[0].aval.shape, math.prod(equation.outvars[0].aval.shape)
+    params = equation.params
     if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2.0 * result * math.prod(first[axis] for axis in contracted)
-    return 2.0 * result * first[-1]
+        (contracted, _), _ = params["dimension_numbers"]
+    elif equation.primitive.name == "ragged_dot":
+        contracted = (len(first) - 1,)
+    else:
+        numbers = params["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        if set(numbers.lhs_ragged_dimensions) & set(contracted):
+            # A weight gradient [R,K]ᵀ·[R,N] → [E,K,N]: each row contributes to one of the E results.
+            result //= equation.invars[2].aval.shape[-1]
+    return 2.0 * result * math.prod(first[axis] for axis in contracted)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:

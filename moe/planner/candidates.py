@@ -16,6 +16,7 @@ from moe.models import flops
 from moe.models.stack import REMAT_POLICIES
 from moe.planner import fit
 from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
 from moe.routing.resolve import validate
 
 
@@ -41,7 +42,7 @@ def meshes(devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
 
 
 def candidates(
-    config: Config, devices: int, chip: Chip, num_slices: int = 1
+    config: Config, devices: int, chip: Chip | Gpu, num_slices: int = 1
 ) -> tuple[list[Candidate], collections.Counter[str]]:
     """Enumerate the combinations that may run; also count those that cannot, by reason.
 
@@ -87,7 +88,7 @@ def candidates(
     return [candidate for *_, candidate in sorted(order, key=lambda entry: entry[:3])], pruned
 
 
-def guess_seconds(config: Config, chip: Chip) -> float:
+def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     """Guess a step: its arithmetic at peak plus its exchange over one ring per mesh axis, without overlap.
 
     Arithmetic: the model's FLOPs, a third more with recomputation, empty expert slots, one-hot matmuls, and every
@@ -110,7 +111,7 @@ def guess_seconds(config: Config, chip: Chip) -> float:
     per_token += 6 * expert_parameters * (rows - moe.experts_per_token)
     if moe_layers and moe.dispatch == "einsum":  # in and out: [S,E·C] x [S,D]
         per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.d_model
-    if moe_layers and moe.dispatch == "dropless" and not chip.example.startswith("v5p"):
+    if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
     per_token *= 1.0 if model.remat == "none" else 4 / 3
     arithmetic = per_token * tokens / (devices * chip.peak / chip.devices)
@@ -122,11 +123,19 @@ def guess_seconds(config: Config, chip: Chip) -> float:
     passes = 3 if model.remat == "none" else 4
     weights = experts / (mesh.expert * mesh.tensor) * share(mesh.fsdp)
     weights += (total - experts) / mesh.tensor * share(mesh.fsdp * mesh.expert)
-    sent = passes * weights * size
-    sent += 6 * moe_layers * tokens_here * rows * model.d_model * size * share(mesh.expert) * mesh.expert / 4
-    sent += 2 * passes * 2 * layers * tokens_here * model.d_model * size * share(mesh.tensor)
-    sent += 2 * 4 * total / (mesh.fsdp * mesh.expert * mesh.tensor) * share(mesh.data)
-    return arithmetic + sent / (2 * chip.link / chip.devices)
+    routed = 6 * moe_layers * tokens_here * rows * model.d_model * size * share(mesh.expert) * mesh.expert / 4
+    partial_sums = 2 * passes * 2 * layers * tokens_here * model.d_model * size * share(mesh.tensor)
+    gradients = 2 * 4 * total / (mesh.fsdp * mesh.expert * mesh.tensor) * share(mesh.data)
+    exchange, stride = 0.0, 1
+    for sent, axis in (
+        (partial_sums, "tensor"),
+        (routed, "expert"),
+        (passes * weights * size, "fsdp"),
+        (gradients, "data"),
+    ):
+        exchange += sent / chip.axis_bandwidth(stride, getattr(mesh, axis))
+        stride *= getattr(mesh, axis)
+    return arithmetic + exchange
 
 
 @functools.lru_cache

@@ -48,6 +48,20 @@ class Chip:
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
+    def estimate(self) -> str:
+        """Source of the compiler's estimate of time."""
+        return "the compiler's cycles"
+
+    @property
+    def grouped_matmul(self) -> bool:
+        """A grouped matmul costs the FLOPs of its rows, not of all rows for each expert."""
+        return self.example.startswith("v5p")
+
+    def axis_bandwidth(self, stride: int, size: int) -> float:
+        """Bytes/s of a device along a mesh axis, taken as a ring of neighbours whatever its stride and size."""
+        return 2 * self.link / self.devices
+
+    @property
     def clock(self) -> float:
         """Hz."""
         return self.peak / self.flops_per_cycle

@@ -11,6 +11,7 @@ from moe.dispatch.ragged_exchange import LOAD_SCOPE
 from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
 from moe.planner.program import Collective, Program
 from moe.training.losses import LOSS_SCOPE
 
@@ -24,6 +25,7 @@ class Exchange:
     Attributes:
         purpose: "weights", "gradients of weights", "tokens to experts, back", or JAX's name of the operation.
         count: times a step.
+        asynchronous: the part of ``count`` that is started and awaited apart.
         bytes: of one device's arrays, in a step.
         seconds: by the network model, in a step.
         exposed_seconds: the part of ``seconds`` with no work scheduled beside it.
@@ -33,12 +35,13 @@ class Exchange:
     axes: tuple[str, ...]
     purpose: str
     count: int
+    asynchronous: int
     bytes: int
     seconds: float
     exposed_seconds: float
 
 
-def summarise(program: Program, devices: Sequence[Any], chip: Chip) -> tuple[Exchange, ...]:
+def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
     """Add up the collectives of each kind, axes and purpose; the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for collective in program.collectives:
@@ -46,12 +49,13 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip) -> tuple[Exc
         exposed = duration
         if collective.overlap_seconds >= 0:
             exposed = max(0.0, duration - collective.overlap_seconds)
-        sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0.0, 0.0])
-        for i, value in enumerate((1, collective.bytes, duration, exposed)):
+        sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0, 0.0, 0.0])
+        apart = int(collective.overlap_seconds >= 0)
+        for i, value in enumerate((1, apart, collective.bytes, duration, exposed)):
             sums[i] += value * collective.count
     found = [
-        Exchange(kind, axes, name, int(count), int(size), duration, exposed)
-        for (kind, axes, name), (count, size, duration, exposed) in groups.items()
+        Exchange(kind, axes, name, int(count), int(apart), int(size), duration, exposed)
+        for (kind, axes, name), (count, apart, size, duration, exposed) in groups.items()
     ]
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
 
@@ -61,8 +65,10 @@ def purpose(collective: Collective) -> str:
     source = collective.source
     if WEIGHTS_SCOPE in source or source.startswith("state."):
         return WEIGHTS
-    # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens.
-    if collective.kind != "all-gather" and "transpose(" in source and re.search("dot_general|scatter-add", source):
+    # A weight's gradient is named after the operation that makes it: a matmul, or the embedding's sum over tokens. On
+    # GPUs some are named after the transposition that follows.
+    made_by = "dot_general|scatter-add" + ("|transpose$" if collective.kind == "reduce-scatter" else "")
+    if collective.kind != "all-gather" and "transpose(" in source and re.search(made_by, source):
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return "tokens to experts, back"
@@ -70,4 +76,5 @@ def purpose(collective: Collective) -> str:
         return LOADS
     if f"({LOSS_SCOPE})" in source:
         return "loss"
-    return source.rsplit("/", 1)[-1] or UNNAMED
+    first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # combined collectives
+    return first.rsplit("/", 1)[-1].strip("()") or UNNAMED

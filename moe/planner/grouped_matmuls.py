@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 
 from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
 from moe.planner.program import GroupedMatmul
 
 
-def seconds(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
+def seconds(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> float:
     """Seconds of one run over that many filled rows, evenly split over the groups, on one device.
 
     The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows

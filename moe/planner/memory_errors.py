@@ -28,6 +28,22 @@ def refuse_state_that_does_not_fit(config: Config, state: int, capacity: int) ->
         )
 
 
+def refuse_program_that_does_not_fit(config: Config, total: int, capacity: int) -> None:
+    """Check the memory of a compiled program; the compiler for TPUs does so itself, the one for GPUs does not.
+
+    Args:
+        config: of the run.
+        total: bytes of the program on a device.
+        capacity: bytes of the device.
+
+    Raises:
+        ConfigError: it does not fit; the message says by how much and which settings help.
+    """
+    if total > capacity:
+        figures = f"{total / GiB:.2f} GiB a device of {capacity / GiB:.2f}, {(total - capacity) / GiB:.2f} GiB too much"
+        raise ConfigError(f"does not fit: the program: {figures}; what helps, most first: {'; '.join(_levers(config))}")
+
+
 #: A number with B, K, M, G or T (powers of 1024).
 _SIZE = r"([\d.]+[BKMGT]?)"
 

@@ -1,5 +1,7 @@
 """Model of the interconnect: the time of a collective. An estimate.
 
+Of TPUs:
+
 Only bytes over links count: no latency, no congestion between different exchanges, no protocol overhead. w is a link's
 bandwidth in one direction; devices that share a chip share its links evenly.
 
@@ -12,6 +14,14 @@ bandwidth in one direction; devices that share a chip share its links evenly.
 - A permutation to a neighbour: b/w, times s.
 - Devices on one chip exchange through its memory. Between slices, every byte that must leave a slice goes at the
   chip's share of the data-center network.
+
+Of GPUs, with v and w a GPU's bandwidths in one direction of NVLink and of the network between NVLink domains (hosts, or
+racks of GB200), for a group of g GPUs in h domains, m = g/h in each:
+
+- all-gather, reduce-scatter of b bytes: the longer of b·(g−1)/g over v and b·(h−1)/h over m·w, because the GPUs of a
+  domain fetch different parts from the network and exchange them by NVLink; all-reduce twice that.
+- all-to-all of b bytes a device: the longer of b·(m−1)/g over v and b·(g−m)/g over w.
+- A permutation: b/w if it leaves a domain, else b/v.
 """
 
 from __future__ import annotations
@@ -22,10 +32,11 @@ from typing import Any
 import numpy as np
 
 from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
 from moe.planner.program import Collective
 
 
-def seconds(collective: Collective, devices: Sequence[Any], chip: Chip) -> float:
+def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> float:
     """Duration of one run of a collective.
 
     Args:
@@ -36,6 +47,8 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip) -> float
     group = [devices[position] for position in collective.group]
     if len(group) < 2:
         return 0.0
+    if isinstance(chip, Gpu):
+        return _seconds_of_gpus(collective, group, chip)
     passes = 2.0 if collective.kind == "all-reduce" else 1.0
     slices = len({getattr(device, "slice_index", 0) for device in group})
     if slices > 1:
@@ -60,3 +73,17 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip) -> float
     if collective.kind == "collective-permute":
         return collective.bytes * stride_of_slowest / link
     return passes * collective.bytes * (len(group) - 1) / len(group) / bandwidth
+
+
+def _seconds_of_gpus(collective: Collective, group: Sequence[Any], chip: Gpu) -> float:
+    size, members = collective.bytes, len(group)
+    domains = len({device.id // chip.domain for device in group})
+    each = members / domains
+    if collective.kind in ("all-to-all", "ragged-all-to-all"):
+        return max(size * (each - 1) / members / chip.nvlink, size * (members - each) / members / chip.network)
+    if collective.kind == "collective-permute":
+        return size / (chip.network if domains > 1 else chip.nvlink)
+    passes = 2.0 if collective.kind == "all-reduce" else 1.0
+    by_nvlink = size * (members - 1) / members / chip.nvlink if each > 1 else 0.0
+    by_network = size * (domains - 1) / domains / (each * chip.network)
+    return passes * max(by_nvlink, by_network)

@@ -12,11 +12,14 @@ def render(plan: Plan) -> str:
 
 
 def _device(plan: Plan) -> str:
+    if plan.platform == "gpu":
+        return "GPU"
     return "chip" if plan.devices == plan.chips else "core"
 
 
 def _head(plan: Plan) -> list[str]:
-    chips = f"{plan.chips} chips" + (f" = {plan.devices} cores" if plan.devices != plan.chips else "")
+    unit = "GPUs" if plan.platform == "gpu" else "chips"
+    chips = f"{plan.chips} {unit}" + (f" = {plan.devices} cores" if plan.devices != plan.chips else "")
     slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     return [
@@ -34,21 +37,26 @@ def _memory(plan: Plan) -> list[str]:
             f"  {name:12} {getattr(memory, name) / GiB:8.2f} GiB"
             for name in ("parameters", "optimizer", "inputs", "temporaries", "code")
         ),
-        f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest of the temporaries is gaps between buffers",
+        *(
+            [f"  alive at the peak {memory.peak / GiB:.2f} GiB; the rest is gaps between buffers"]
+            if 0 < memory.peak < memory.total
+            else []
+        ),
     ]
 
 
 def _exchanges(plan: Plan) -> list[str]:
     lines = [
         f"Exchanges of a step, bytes per {_device(plan)} (fact; times: network model, an estimate)",
-        f"  {'kind':20} {'axes':16} {'purpose':24} {'count':>6} {'MiB':>10} {'ms':>9} {'exposed':>9}",
+        f"  {'kind':20} {'axes':16} {'purpose':24} {'count':>6} {'async':>6} {'MiB':>10} {'ms':>9} {'exposed':>9}",
     ]
     for exchange in plan.exchanges:
         if exchange.bytes >= 2**20:
-            lines.append(
-                f"  {exchange.kind:20} {'+'.join(exchange.axes):16} {exchange.purpose:24} {exchange.count:6} "
-                f"{exchange.bytes / 2**20:10,.0f} {1e3 * exchange.seconds:9.2f} {1e3 * exchange.exposed_seconds:9.2f}"
+            figures = (
+                f"{exchange.count:6} {exchange.asynchronous:6} {exchange.bytes / 2**20:10,.0f} "
+                f"{1e3 * exchange.seconds:9.2f} {1e3 * exchange.exposed_seconds:9.2f}"
             )
+            lines.append(f"  {exchange.kind:20} {'+'.join(exchange.axes):16} {exchange.purpose:24} {figures}")
     small = [exchange for exchange in plan.exchanges if exchange.bytes < 2**20]
     if small:
         lines.append(f"  {sum(e.count for e in small)} more, in groups of less than 1 MiB")
@@ -74,13 +82,15 @@ def _flops(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
+    unit = "GPU" if plan.platform == "gpu" else "chip"
     lines = [
         "Time of a step (estimate)",
-        f"  on the chip   {1e3 * plan.compute_seconds:9.1f} ms  the compiler's estimate; {plan.unpriced} instructions "
-        f"without one, at memory bandwidth; kernels, {1e3 * plan.kernel_seconds:.1f} ms, at peak",
+        f"  on the {_device(plan):7}{1e3 * plan.compute_seconds:9.1f} ms  "
+        f"{plan.estimate}; {plan.unpriced} instructions at memory bandwidth; "
+        f"kernels, {1e3 * plan.kernel_seconds:.1f} ms, at peak",
         *(f"    {name:22} {1e3 * part:9.1f} ms" for name, part in sorted(plan.parts.items()) if part > 1e-5),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
-        f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip, "
+        f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/{unit}, "
         f"MFU {100 * plan.mfu:.1f} %",
         f"  bound by      {plan.bound}",
     ]

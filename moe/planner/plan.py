@@ -54,6 +54,8 @@ class Plan:
     """Facts and estimates of a run that was not started.
 
     Attributes:
+        platform: "tpu" or "gpu".
+        estimate: source of the compiler's estimate of time.
         compile_seconds: of tracing, lowering and compiling on this machine.
         tokens: a step.
         model_flops: of a step by the convention of :mod:`moe.models.flops`.
@@ -61,13 +63,15 @@ class Plan:
         program_flops: of all matrix products in a step's program, all devices.
         compute_seconds: the compiler's estimate, unpriced instructions at memory bandwidth, and kernel_seconds.
         kernel_seconds: kernels without an estimate: grouped matmuls by :mod:`moe.planner.grouped_matmuls` for a
-            balanced router, others as all blocks of their grid at peak FLOP/s. Causal attention skips half of its
-            blocks and reaches about half of the peak: the two errors cancel.
+            balanced router; cuDNN's attention and other kernels as all their blocks at peak FLOP/s. Causal attention
+            skips half of its blocks and reaches about half of the peak: the two errors cancel.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
     """
 
     topology: str
+    platform: str
+    estimate: str
     num_slices: int
     chips: int
     devices: int
@@ -166,22 +170,29 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     mesh = make_mesh(config.mesh, topology.devices)
     validate_mesh(config, mesh.shape)
     chip, devices = topology.chip, list(mesh.devices.flat)
-    compiled, traced, stored, compile_seconds = _compile(config, mesh, chip.memory // chip.devices)
+    capacity = chip.memory // chip.devices
+    compiled, traced, stored, compile_seconds = _compile(config, mesh, topology)
+    memory = _memory(compiled.memory_analysis(), stored, capacity)
+    memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
     text = program.read(compiled.as_text(), dict(mesh.shape), chip.clock)
     peak = chip.peak * topology.num_chips
     jaxpr = traced.jaxpr.jaxpr
-    kernel_seconds = arithmetic.matmul_flops(jaxpr, kernels_only=True) / peak + _grouped_seconds(
-        text, config, topology, mesh.shape
+    kernel_seconds = (
+        arithmetic.matmul_flops(jaxpr, kernels_only=True) / peak
+        + text.attention_flops / (chip.peak / chip.devices)
+        + _grouped_seconds(text, config, topology, mesh.shape)
     )
     total, active = flops.count_parameters(config.model)
     tokens = config.train.batch_size * config.data.sequence_length
     return Plan(
         topology=topology.name,
+        platform=topology.platform,
+        estimate=chip.estimate,
         num_slices=topology.num_slices,
         chips=topology.num_chips,
         devices=len(devices),
         mesh=dict(mesh.shape),
-        memory=_memory(compiled.memory_analysis(), stored, chip.memory // chip.devices),
+        memory=memory,
         exchanges=exchanges.summarise(text, devices, chip),
         compile_seconds=compile_seconds,
         tokens=tokens,
@@ -199,17 +210,18 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _compile(config: Config, mesh: Any, capacity: int) -> tuple[Any, Any, dict[str, int], float]:
+def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, dict[str, int], float]:
     """(compiled program, traced program, bytes of state by kind, seconds it took)."""
     with jax.set_mesh(mesh):
         start = time.perf_counter()
         built = step.build(config, mesh)
         stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
+        capacity = topology.chip.memory // topology.chip.devices
         memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
         train_step: Any = built.train_step  # jitted
         traced = train_step.trace(built.state, built.batch)
         try:
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(compiler_options=dict(topology.compiler_options) or None)
         except jax.errors.JaxRuntimeError as error:
             raise memory_errors.explained(config, error) from error
         return compiled, traced, stored, time.perf_counter() - start

@@ -8,6 +8,7 @@ collective into it (a reduce-scatter on TPUs is a fusion around an all-reduce).
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -87,6 +88,8 @@ class Program:
         unpriced_bytes: bytes that those read and write.
         unknown_loops: loops whose trip count could not be read and was taken as 1.
         grouped: matmuls over rows sorted by expert; without an estimate, not among the unpriced.
+        attention_flops: of cuDNN's attention kernels, all keys of all queries; without an estimate, not among the
+            unpriced.
         copies: (bytes, times a step, JAX's name) of each array of 1 MiB and more copied to another layout or address.
     """
 
@@ -97,6 +100,7 @@ class Program:
     unpriced_bytes: int
     unknown_loops: int
     grouped: tuple[GroupedMatmul, ...] = ()
+    attention_flops: float = 0.0
     copies: tuple[tuple[int, int, str], ...] = ()
 
 
@@ -118,6 +122,7 @@ def read(text: str, mesh: Mapping[str, int], clock: float) -> Program:
         reader.unpriced_bytes,
         reader.unknown_loops,
         tuple(reader.grouped),
+        reader.attention_flops,
         tuple(reader.copies),
     )
 
@@ -157,6 +162,7 @@ class _Reader:
         self.copies: list[tuple[int, int, str]] = []
         self.parts: dict[tuple[str, str], float] = {}
         self.unpriced = self.unpriced_bytes = self.unknown_loops = 0
+        self.attention_flops = 0.0
         self._pass = "forward"
         self._multiplies: dict[str, bool] = {}
 
@@ -269,9 +275,12 @@ class _Reader:
     def _visit_work(self, instruction: Instruction, scope: _Scope) -> None:
         if instruction.opcode == "custom-call" and (matmul := _grouped_matmul(instruction, scope)):
             self.grouped.append(matmul)
+        if instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
+            self.attention_flops += scope.times * _attention_flops(instruction, scope)
         if instruction.opcode == "copy" and array_bytes(instruction.type) >= 2**20:
             self.copies.append((array_bytes(instruction.type), scope.times, instruction.op_name))
-        estimate = None if instruction.opcode == "call-start" else self._estimate(instruction)  # SparseCore calls
+        # Asynchronous calls to the SparseCore and copies on GPUs have no estimate.
+        estimate = None if instruction.opcode in ("call-start", "fusion-start") else self._estimate(instruction)
         if estimate is None:
             self.unpriced += scope.times
             self.unpriced_bytes += scope.times * self._moved_bytes(instruction, scope)
@@ -282,15 +291,44 @@ class _Reader:
         """The compiler's seconds; 0 without an estimate, None for an estimate that says "unknown"."""
         found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if not found:
-            return 0.0
+            return self._gpu_estimate(instruction)
         cycles = int(found.group(1))
         return None if cycles == _UNKNOWN_CYCLES else cycles / self._clock
+
+    def _gpu_estimate(self, instruction: Instruction) -> float:
+        """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
+
+        XLA states the times of several models. "sol" has measured rates of matmuls, whose result must have the type of
+        the operands; other matmuls are taken at peak. (The remaining models time a matmul with the tiles of this
+        compilation, which are chosen by measurement on a real device.) "indexing-cost-model" is for other Triton
+        fusions, the model without a name for all the rest.
+        """
+        found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
+        costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
+        if matmul := costs.get("experimental-gemm-cost-model"):
+            if self._keeps_type(instruction):
+                return costs["sol"]["exec_time_us"] * 1e-6
+            return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
+        cost = costs.get("indexing-cost-model") or costs.get("")
+        return cost["exec_time_us"] * 1e-6 if cost else 0.0
+
+    def _keeps_type(self, fusion: Instruction) -> bool:
+        """Check that the result of a fused matmul has the type of the matmul's operands."""
+        inner = self.module.called(fusion)
+        types = {instruction.name: instruction.type for instruction in inner}
+        for instruction in inner:
+            if instruction.opcode == "dot":
+                operands = {types.get(name, "").partition("[")[0] for name in instruction.operands}
+                return operands == {fusion.type.partition("[")[0]}
+            if instruction.opcode == "fusion" and self._has_product(instruction.attribute("calls")):
+                return self._keeps_type(dataclasses.replace(instruction, type=fusion.type))
+        return True
 
     def _moved_bytes(self, instruction: Instruction, scope: _Scope) -> int:
         """Bytes that an unpriced instruction reads and writes; a gather reads as much as it writes."""
         written = array_bytes(instruction.type)
-        if instruction.opcode == "call-start":  # asynchronous: the called computation says how much is moved
-            called = self.module.called(instruction, "to_apply")
+        if instruction.opcode in ("call-start", "fusion-start"):  # the called computation says how much is moved
+            called = self.module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
             return 2 * sum(array_bytes(inner.type) for inner in called if inner.root)
         return min(written + sum(scope.operand_bytes(instruction)), 2 * written)
 
@@ -328,6 +366,12 @@ def _pass_of(op_name: str) -> str | None:
     if "transpose(" in op_name:
         return "backward"
     return "forward" if "jvp(" in op_name else "update"
+
+
+def _attention_flops(kernel: Instruction, scope: _Scope) -> float:
+    """FLOPs of one cuDNN attention kernel, q [B,T,N,H] and k [B,U,M,H]: 2 matmuls forward, 5 backward."""
+    q, k = (array_shape(scope.types.get(name, "")) for name in kernel.operands[:2])
+    return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
 
 
 def _grouped_matmul(kernel: Instruction, scope: _Scope) -> GroupedMatmul | None:

@@ -68,9 +68,9 @@ class Cache:
 
 
 def versions() -> list[str]:
-    """Versions of JAX, jaxlib and libtpu."""
+    """Versions of JAX and of the compilers."""
     found = []
-    for name in ("jax", "jaxlib", "libtpu"):
+    for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin"):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

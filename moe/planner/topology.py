@@ -1,7 +1,7 @@
-"""Devices of a TPU topology to compile for, on a machine without TPUs.
+"""Devices of a TPU or GPU topology to compile for, on a machine without them.
 
-Needs libtpu, whose compiler runs on any x86 Linux, and a process set up by :func:`moe.platform.use_tpu_compiler` before
-JAX was imported.
+TPUs need libtpu and a process set up by :func:`moe.platform.use_tpu_compiler`; NVIDIA GPUs need JAX's CUDA plugin, no
+driver. Both compilers run on any x86 Linux.
 """
 
 from __future__ import annotations
@@ -10,59 +10,146 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from moe.config import ConfigError
+from moe.planner import gpus
 from moe.planner.chips import CHIPS, Chip
+from moe.planner.gpus import GPUS, MACHINES, Gpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of one or several pod slices.
+    """Devices of one or several pod slices, or of hosts with GPUs.
 
     Attributes:
-        devices: in libtpu's order; for compilation only.
+        name: as libtpu has it, or GPU:HOSTSxDEVICES.
+        devices: in the compiler's order; for compilation only.
+        compiler_options: needed to read estimates from the program.
     """
 
     name: str
     num_slices: int
-    chip: Chip
+    chip: Chip | Gpu
     devices: tuple[Any, ...]
+    compiler_options: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
 
     @property
     def num_chips(self) -> int:
         """Number of chips in all slices."""
         return len(self.devices) // self.chip.devices
 
+    @property
+    def platform(self) -> str:
+        """ "tpu" or "gpu"."""
+        return "gpu" if isinstance(self.chip, Gpu) else "tpu"
+
 
 def get_topology(name: str, num_slices: int = 1) -> Topology:
     """Look up a topology.
 
     Args:
-        name: generation, colon, chips per torus dimension.
-        num_slices: number of such slices, joined by the data-center network.
+        name: ``v5p:4x4x4`` (generation, chips per torus dimension), ``v5p-128`` (a cloud's name of a slice),
+            ``h100:8x8`` (GPU, hosts x devices per host) or ``a3-megagpu-8g:8`` (a cloud's machine, hosts).
+        num_slices: number of such TPU slices, joined by the data-center network.
 
     Raises:
-        ConfigError: libtpu is not installed, or knows no such topology.
+        ConfigError: the compiler is not installed, or there is no such topology.
     """
+    if num_slices < 1:
+        raise ConfigError(f"--num_slices={num_slices}: must be at least 1")
+    kind, _, shape = tpu_name(name).partition(":")
+    if kind in GPUS or kind in MACHINES:
+        if num_slices > 1:
+            raise ConfigError(f"--num_slices={num_slices}: must be 1 for GPUs; --topology={name} has the hosts")
+        return _gpu_topology(name, kind, shape)
+    return _tpu_topology(name, kind, shape, num_slices)
+
+
+#: TPU generations by the prefix of a cloud's slice name, and what the number behind it counts per chip.
+_SLICE_NAMES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5litepod": 1, "v5e": 1, "v6e": 1, "tpu7x": 2}
+
+
+def tpu_name(name: str) -> str:
+    """Translate a cloud's name of a TPU slice, such as ``v5p-128``; any other name is returned as it is.
+
+    The number counts TensorCores (chips for v5e and v6e), and the slice has the default topology of that many chips:
+    powers of two split over the torus dimensions as evenly as possible.
+
+    Raises:
+        ConfigError: no slice has that number.
+    """
+    found = re.fullmatch(rf"({'|'.join(_SLICE_NAMES)})-(\d+)", name)
+    if not found:
+        return name
+    generation = found.group(1).replace("v5litepod", "v5e")
+    chips, rest = divmod(int(found.group(2)), _SLICE_NAMES[found.group(1)])
+    if rest or chips < 1 or chips & (chips - 1):
+        raise ConfigError(f"--topology={name}: must count a power of two of chips; give the shape of other slices")
+    dimensions = CHIPS[generation].example.partition(":")[2].count("x") + 1
+    if dimensions == 3 and chips < 4:
+        raise ConfigError(f"--topology={name}: must have at least 4 chips")
+    sides = [1] * dimensions
+    for i in range(int(math.log2(chips))):
+        sides[-1 - i % dimensions] *= 2
+    if dimensions == 3 and chips == 4:
+        sides = [2, 2, 1]
+    return f"{generation}:{'x'.join(map(str, sides))}"
+
+
+def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
+    machine = MACHINES.get(kind)
+    gpu = machine.gpu if machine else kind
+    pattern = r"(\d+)" if machine else r"(\d+)x(\d+)"
+    found = re.fullmatch(pattern, shape)
+    if not found or 0 in map(int, found.groups()):
+        form = "MACHINE:HOSTS, for example a3-megagpu-8g:8" if machine else "GPU:HOSTSxDEVICES, for example h100:8x8"
+        raise ConfigError(f"--topology={name}: must be {form}")
+    hosts, each = int(found.group(1)), machine.count if machine else int(found.group(2))
+    chip = GPUS[gpu]
+    if machine:
+        chip = dataclasses.replace(chip, network=machine.network)
+    if each > chip.domain:
+        raise ConfigError(f"--topology={name}: must have at most {chip.domain} devices a host")
+    # An NVLink domain is a host, or all hosts of a rack.
+    chip = dataclasses.replace(chip, domain=chip.domain // each * each if chip.domain > 8 else each)
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ConfigError(
+            f"--topology={name}: compiling for NVIDIA GPUs needs JAX's CUDA plugin (no GPU or driver): "
+            f'pip install "jax[cuda13]=={jax.__version__}"'
+        )
+    try:
+        devices = topologies.get_topology_desc(
+            platform="cuda", target_config=gpus.target_config(gpu), topology=f"1x{hosts}x{each}"
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--topology={name}: the CUDA plugin rejects it ({str(error).splitlines()[0]})") from error
+    return Topology(f"{gpu}:{hosts}x{each}", 1, chip, tuple(devices), gpus.compiler_options(gpu))
+
+
+def _tpu_topology(name: str, generation: str, shape: str, num_slices: int) -> Topology:
+    if generation not in CHIPS or not shape:
+        examples = ", ".join([*(chip.example for chip in CHIPS.values()), *(f"{gpu}:8x8" for gpu in GPUS)])
+        raise ConfigError(
+            f"--topology={name}: must be GENERATION:AxB or GENERATION:AxBxC for TPUs, GPU:HOSTSxDEVICES for GPUs, for "
+            f"example {examples}; or a cloud's name: v5p-128, {', '.join(f'{machine}:8' for machine in MACHINES)}"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"--topology={name}: compiling for TPUs needs libtpu, of the version that this JAX names: "
             f'pip install "jax[tpu]=={jax.__version__}"'
         )
-    generation, _, shape = name.partition(":")
-    if generation not in CHIPS or not shape:
-        examples = ", ".join(chip.example for chip in CHIPS.values())
-        raise ConfigError(f"--topology={name}: must be GENERATION:AxB or GENERATION:AxBxC; for example {examples}")
-    if num_slices < 1:
-        raise ConfigError(f"--num_slices={num_slices}: must be at least 1")
     chip = CHIPS[generation]
     options: dict[str, Any] = dict(chip.options)
     if num_slices > 1:
         options["num_slices"] = num_slices
+    name = f"{generation}:{shape}"
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:

@@ -14,7 +14,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from moe.routing.interface import BalanceCounts
 from moe.routing.routing import Routing
+from moe.routing.selection import top_k
 
 
 @jax.tree_util.register_dataclass
@@ -58,18 +60,21 @@ def token_mean(values: Float[Array, "G S *rest"], mask: Bool[Array, "G S"]) -> F
     return jnp.sum(values * weights, axis=(0, 1)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def _shares(routing: Routing, mask: Array, parts: int, first_choice: bool) -> tuple[Array, Array, Array]:
+def _shares(routing: Routing, mask: Array, parts: int, counts: BalanceCounts) -> tuple[Array, Array, Array]:
     """f [parts,E], P [parts,E], and which parts have tokens [parts], for equal consecutive parts of the batch."""
     num_experts = routing.router_probs.shape[-1]
-    columns = slice(0, 1 if first_choice else None)
+    chosen, expert_index = routing.chosen, routing.expert_index
+    if counts == "first_choice":
+        chosen, expert_index = chosen[..., :1], expert_index[..., :1]
+    elif counts == "top_scores":
+        _, expert_index = top_k(routing.router_probs, expert_index.shape[-1])
 
     def split(array: Array) -> Array:  # [G,S,...] → [parts,G·S/parts,...]
         return array.reshape(parts, -1, *array.shape[2:])
 
-    chosen = split(routing.chosen[..., columns])
-    is_expert = jax.nn.one_hot(split(routing.expert_index[..., columns]), num_experts) * chosen[..., None]
-    counts = jnp.sum(is_expert, axis=(1, 2))  # [parts,E]
-    share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
+    is_expert = jax.nn.one_hot(split(expert_index), num_experts) * split(chosen)[..., None]
+    load = jnp.sum(is_expert, axis=(1, 2))  # [parts,E]
+    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
     tokens = split(mask)
     total = jnp.sum(jnp.where(tokens[..., None], split(routing.router_probs), 0.0), axis=1)
     probability = total / jnp.maximum(jnp.sum(tokens, axis=1), 1)[:, None]
@@ -80,7 +85,7 @@ def load_balancing_loss(
     routing: Routing,
     mask: Bool[Array, "G S"],
     *,
-    first_choice: bool = False,
+    counts: BalanceCounts = "assignments",
     parts: int = 1,
     expert_groups: int = 0,
 ) -> Float[Array, ""]:
@@ -94,12 +99,13 @@ def load_balancing_loss(
     Args:
         routing: assignments of one layer.
         mask: real tokens.
-        first_choice: count first choices only, as GShard does.
+        counts: what f counts: all assignments, first choices only (GShard), or the top-K of the router probabilities
+            without selection bias and group limits (DeepSeek-V3 2024, equation 18).
         parts: number of equal consecutive parts of the tokens; the loss is the mean over parts: 1 for the whole batch,
             G for groups, B for sequences. Parts without real tokens do not count.
         expert_groups: n; 0: no groups.
     """
-    share, probability, present = _shares(routing, mask, parts, first_choice)
+    share, probability, present = _shares(routing, mask, parts, counts)
     if expert_groups:
         # [parts,E] → [parts,n,E/n] → [parts,n]
         share, probability = (
@@ -144,7 +150,7 @@ def report(
     mask: Bool[Array, "G S"],
     kept: Bool[Array, "G S K"],
     *,
-    first_choice: bool = False,
+    counts: BalanceCounts = "assignments",
     parts: int = 1,
     expert_groups: int = 1,
 ) -> LayerReport:
@@ -154,23 +160,23 @@ def report(
         routing: assignments of the layer.
         mask: real tokens.
         kept: chosen assignments within the capacity.
-        first_choice: see :func:`load_balancing_loss`.
+        counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.
         expert_groups: number of groups of the device-level loss.
     """
     num_experts = routing.router_probs.shape[-1]
-    counts = count_per_expert(routing.expert_index, routing.chosen, num_experts)
+    load = count_per_expert(routing.expert_index, routing.chosen, num_experts)
     num_chosen = jnp.maximum(jnp.sum(routing.chosen), 1)
     valid = mask & ~routing.broken
     entropy = jnp.sum(jax.scipy.special.entr(routing.router_probs), axis=-1)
     return LayerReport(
-        load_balancing_loss=load_balancing_loss(routing, valid, first_choice=first_choice, parts=parts),
+        load_balancing_loss=load_balancing_loss(routing, valid, counts=counts, parts=parts),
         device_balance_loss=load_balancing_loss(routing, valid, expert_groups=expert_groups),
         importance_loss=importance_loss(routing),
         load_loss=load_loss(routing, valid),
         router_z_loss=router_z_loss(routing.router_logits, valid),
         broken_tokens=jnp.sum(routing.broken).astype(jnp.float32),
-        expert_load=counts / num_chosen,
+        expert_load=load / num_chosen,
         fraction_tokens_dropped=jnp.sum(routing.chosen & ~kept) / num_chosen,
         router_entropy=token_mean(entropy, valid),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moe.config.checks import require, require_at_least, require_layers
+import numpy as np
+
+from moe.config.checks import require, require_at_least, require_at_most, require_layers
 from moe.config.layer_kinds import sparse_layers
 from moe.config.schema import Config, MoEConfig
 from moe.routing.interface import Gate
@@ -23,10 +25,12 @@ def check_moe(config: Config) -> None:
     require_at_least(_MOE, moe, 0, "shared_d_ff", "first_dense", "group_size", "importance_weight", "load_weight")
     require_at_least(_MOE, moe, 0, "load_balancing_weight", "device_balance_weight", "z_loss_weight")
     require_at_least(_MOE, moe, 0, "bias_update_rate")
+    require_at_most(_MOE, moe)
     for name in ("capacity_factor", "eval_capacity_factor"):
         require(getattr(moe, name) > 0, f"{_MOE}{name}", getattr(moe, name), "must be positive")
     for name in ("jitter", "expert_dropout"):
-        require(0 <= getattr(moe, name) < 1, f"{_MOE}{name}", getattr(moe, name), "must be in [0, 1)")
+        value = getattr(moe, name)
+        require(value >= 0 and np.float32(value) < 1, f"{_MOE}{name}", value, "must be in [0, 1), in float32")
     require(
         moe.shared_d_ff > 0 or not moe.shared_gate, f"{_MOE}shared_gate", moe.shared_gate, "needs shared_d_ff above 0"
     )
@@ -44,6 +48,20 @@ def _check_experts_per_token(moe: MoEConfig, gate: Gate) -> None:
     if gate.fixed_k:
         fixed = gate.experts_per_token or moe.num_experts
         require(k == fixed, f"{_MOE}experts_per_token", k, f"the gate {moe.gate!r} exists for {fixed} only")
+    if k == 1 and moe.num_experts > 1:
+        no_gradient = "the only weight is then always 1 and the router gets no gradient"
+        require(
+            not gate.weights_sum_to_one,
+            f"{_MOE}experts_per_token",
+            k,
+            f"must be at least 2 with the gate {moe.gate!r}, which renormalises its weights: {no_gradient}",
+        )
+        require(
+            moe.renormalise != 1,
+            f"{_MOE}renormalise",
+            moe.renormalise,
+            f"must be 0 with experts_per_token=1: {no_gradient}",
+        )
 
 
 def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
@@ -71,7 +89,7 @@ def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
 
 
 def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
-    """A field that this gate does not read must keep its default."""
+    """A field that only other gates read must keep its default."""
     require(
         _limits_groups(gate) or moe.routing_scale == 1,
         f"{_MOE}routing_scale",
@@ -82,6 +100,37 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
         require(moe.renormalise in (0, 1), f"{_MOE}renormalise", moe.renormalise, "must be 0, 1 or -1 (the gate's)")
     else:
         require(moe.renormalise == -1, f"{_MOE}renormalise", moe.renormalise, f"is fixed by the gate {moe.gate!r}")
+    if gate.router == "none":
+        for name in ("jitter", "load_balancing_weight", "z_loss_weight", "importance_weight", "device_balance_weight"):
+            value = getattr(moe, name)
+            require(value == 0, f"{_MOE}{name}", value, f"must be 0: the gate {moe.gate!r} has no router")
+        require(
+            moe.router_dtype == "float32",
+            f"{_MOE}router_dtype",
+            moe.router_dtype,
+            f"the gate {moe.gate!r} has no router",
+        )
+    require(
+        gate.experts_per_token > 0 or moe.load_balancing_weight == 0,
+        f"{_MOE}load_balancing_weight",
+        moe.load_balancing_weight,
+        f"must be 0: with the gate {moe.gate!r} every token goes to every expert and the loss is constant",
+    )
+    require(
+        moe.expert_groups > 1 or moe.device_balance_weight == 0,
+        f"{_MOE}device_balance_weight",
+        moe.device_balance_weight,
+        "needs expert_groups above 1",
+    )
+    if gate.router == "slots":
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(moe, name)
+            require(
+                value == getattr(gate, name),
+                f"{_MOE}{name}",
+                value,
+                "soft_moe has slots_per_expert instead: leave it at -1",
+            )
     require(
         moe.load_weight == 0 or gate.router == "noisy",
         f"{_MOE}load_weight",
@@ -110,6 +159,19 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
 
 
 def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
+    require(
+        moe.drop_policy == "position" or not gate.looks_ahead,
+        f"{_MOE}drop_policy",
+        moe.drop_policy,
+        f"must be position: the gate {moe.gate!r} drops no assignment",
+    )
+    require(
+        moe.drop_policy == "position" or moe.dispatch == "dropless" or moe.accept_future_leak,
+        f"{_MOE}drop_policy",
+        moe.drop_policy,
+        "lets later tokens displace earlier ones, which a causal model must not see; "
+        f"set {_MOE}accept_future_leak=True to accept that",
+    )
     require(
         gate.router != "slots" or moe.dispatch == "einsum",
         f"{_MOE}dispatch",

@@ -10,6 +10,7 @@ from jax import Array
 
 from moe.config import BalanceScope, DropPolicy
 
+BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 RouterKind = Literal["linear", "noisy", "biased", "slots", "none"]
 
 
@@ -77,7 +78,10 @@ class Gate:
         kept_expert_groups: 0: all groups.
         renormalise: 1 or 0, whether the chosen weights are divided by their sum; -1: fixed by the rule.
         fixed_k: the rule is defined for this K only.
-        balance_first_choice: the load-balancing loss counts first choices only.
+        weights_sum_to_one: the rule renormalises by itself; with K = 1 the weight is always 1 and the router gets no
+            gradient.
+        balance_counts: what f of the load-balancing loss counts: all assignments, first choices only, or the top-K of
+            the router probabilities, without selection bias and group limits.
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), biased (W_g and a
             selection bias without gradient), slots (a W_g per slot of every expert) or none.
         looks_ahead: the experts of a token depend on later tokens.
@@ -103,7 +107,8 @@ class Gate:
     renormalise: int = -1
     routing_scale: float = 1.0
     fixed_k: bool = False
-    balance_first_choice: bool = False
+    weights_sum_to_one: bool = False
+    balance_counts: BalanceCounts = "assignments"
     router: RouterKind = "linear"
     looks_ahead: bool = False
     experts_choose: bool = False

@@ -40,6 +40,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             importance_weight=0.1,
             load_weight=0.1,
             router="noisy",
+            weights_sum_to_one=True,
         ),
         "gshard": Gate(
             gates.gshard,
@@ -50,7 +51,8 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             load_balancing_weight=0.01,
             balance_scope="group",
             fixed_k=True,
-            balance_first_choice=True,
+            balance_counts="first_choice",
+            weights_sum_to_one=True,
         ),
         "switch": Gate(
             gates.softmax_top_k,
@@ -79,7 +81,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             z_loss_weight=1e-3,
-            drop_policy="probability",
+            weights_sum_to_one=True,
         ),
         "mixtral": Gate(
             gates.mixtral,
@@ -88,6 +90,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             capacity_factor=1.25,
             eval_capacity_factor=2.0,
             load_balancing_weight=0.02,
+            weights_sum_to_one=True,
         ),
         "deepseek_moe": Gate(
             gates.softmax_top_k,
@@ -110,6 +113,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             bias_update_rate=1e-3,
             expert_groups=8,
             kept_expert_groups=4,
+            balance_counts="top_scores",
             renormalise=1,
             routing_scale=2.5,
             router="biased",

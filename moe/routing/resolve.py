@@ -56,7 +56,7 @@ def resolve(config: Config) -> Config:
 def validate(config: Config) -> Config:
     """Return a resolved config unchanged if it passes every check; see :func:`from_config_dict`."""
     check_model(config.model)
+    check_run(config)
     if config.model.moe.gate != "none":
         check_moe(config)
-    check_run(config)
     return config

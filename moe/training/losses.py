@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,5 +143,6 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
 
 
 def mean_reports(reports: LayerReport) -> LayerReport:
-    """Mean over the leading axis of batches."""
-    return jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
+    """Mean over the leading axis of batches; ``broken_tokens``, a count, is summed."""
+    mean = jax.tree.map(lambda values: jnp.mean(values, axis=0), reports)
+    return dataclasses.replace(mean, broken_tokens=jnp.sum(reports.broken_tokens, axis=0))

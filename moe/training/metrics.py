@@ -31,11 +31,13 @@ def mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Average the metrics of several steps; per-layer values derived from the load use the mean load.
 
     Steps with a skipped update are counted in ``skipped`` and excluded from the means, unless all were skipped.
+    ``broken_tokens`` is the sum over all steps.
     """
     averaged = [values for values in steps if not values["skipped"]] or steps
     row = {name: np.mean([values[name] for values in averaged], axis=0).tolist() for name in steps[0]}
     row["skipped"] = sum(int(values["skipped"]) for values in steps)
     if "expert_load" in row:
+        row["broken_tokens"] = np.sum([values["broken_tokens"] for values in steps], axis=0).tolist()
         load = np.asarray(row["expert_load"])
         row["max_violation"] = balancing.max_violation(load).tolist()
         row["dead_experts"] = balancing.dead_experts(load).tolist()

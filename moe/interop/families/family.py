@@ -85,6 +85,13 @@ EXPERTS = {
     "moe.experts.up": "mlp.experts.{expert}.up_proj.weight",
     "moe.experts.down": "mlp.experts.{expert}.down_proj.weight",
 }
+#: Hugging Face transformers' own layout, whatever the family: the matrices of all experts in two tensors, gate first.
+FUSED_EXPERTS = {
+    "moe.router.kernel": Tensor("mlp.gate.weight"),
+    "moe.experts.gate": Tensor("mlp.experts.gate_up_proj", part=0, parts=2),
+    "moe.experts.up": Tensor("mlp.experts.gate_up_proj", part=1, parts=2),
+    "moe.experts.down": Tensor("mlp.experts.down_proj"),
+}
 #: Parameters outside the blocks, the same in every family.
 OUTSIDE = {
     "embedding.table": "model.embed_tokens.weight",

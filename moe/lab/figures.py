@@ -1,0 +1,194 @@
+"""Pictures of a suite's report: effects, effects by horizon, learning curves as differences, sweep and routing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, never a window
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from moe.lab import statistics
+from moe.lab.records import PRIMARY
+from moe.lab.suite import Comparison
+from moe.lab.table import Table
+
+ROUTING = (
+    ("max_violation", "MaxVio"),
+    ("router_entropy", "router entropy, nats"),
+    ("train_fraction_tokens_dropped", "dropped in training"),
+)
+_MARKERS = "osD^vP*X<>"
+
+
+def colors(table: Table) -> dict[str, str]:
+    """A color per arm, the same in all pictures of a suite."""
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    return {name: cycle[i % len(cycle)] for i, name in enumerate(table.suite.variants)}
+
+
+def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> statistics.Effect:
+    """Difference of the primary loss at the last step, paired by seed."""
+    seeds = table.seeds(steps, variant, baseline)
+    ours, base = ([table.record(name, steps, seed).primary_loss for seed in seeds] for name in (variant, baseline))
+    return statistics.effect([a - b for a, b in zip(ours, base, strict=True)])
+
+
+def forest(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
+    """Effect and interval of every arm at every horizon; single seeds as open markers without an interval."""
+    horizons = [s for s in table.horizons if any(table.seeds(s, arm, comparison.baseline) for arm in arms)]
+    fig, axis = plt.subplots(figsize=(7.2, 1.2 + 0.3 * len(arms) * len(horizons)))
+    color, ticks, labels, y = colors(table), [], [], 0.0
+    for arm in arms:
+        for steps in horizons:
+            e = loss_effect(table, arm, comparison.baseline, steps)
+            if math.isfinite(e.mean):
+                error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 1 else None
+                axis.errorbar(
+                    e.mean, y, xerr=error, fmt="o", color=color[arm], capsize=3,
+                    markerfacecolor=color[arm] if e.n > 1 else "white",
+                )  # fmt: skip
+            ticks.append(y)
+            labels.append(f"{arm}, {_tokens(steps * table.suite.tokens_per_step)} (n = {e.n})")
+            y -= 1
+        y -= 0.6
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(ticks, labels, fontsize=8)
+    axis.set(xlabel=f"held-out loss less that of {comparison.baseline}, nats per token (left: better)")
+    axis.grid(axis="x", alpha=0.3)
+    return _save(fig, path)
+
+
+def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
+    """Paired difference at the end of each horizon against its tokens, with intervals."""
+    fig, axis = plt.subplots(figsize=(7.2, 4.4))
+    color = colors(table)
+    for index, arm in enumerate(arms):
+        points = [(s, loss_effect(table, arm, comparison.baseline, s)) for s in table.horizons]
+        points = [(steps, e) for steps, e in points if math.isfinite(e.mean)]
+        if not points:
+            continue
+        # Arms are set apart a little so that intervals at one horizon do not cover each other.
+        shift = 1.03 ** (index - (len(arms) - 1) / 2)
+        xs = [steps * table.suite.tokens_per_step * shift for steps, _ in points]
+        half = [(e.high - e.low) / 2 if e.n > 1 else 0.0 for _, e in points]
+        axis.errorbar(
+            xs, [e.mean for _, e in points], yerr=half, color=color[arm], marker=_MARKERS[index % len(_MARKERS)],
+            capsize=3, label=f"{arm} (n = {'/'.join(str(e.n) for _, e in points)})",
+        )  # fmt: skip
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks([steps * table.suite.tokens_per_step for steps in table.horizons])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tokens(x)))
+    axis.set(
+        xlabel="training tokens, each point a run with a full schedule of its own",
+        ylabel=f"loss less that of {comparison.baseline}, nats",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(fig, path)
+
+
+def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
+    """Held-out loss along the longest runs less that of the baseline, with the interval over seeds as a band."""
+    fig, axis = plt.subplots(figsize=(7.2, 4.4))
+    color, drawn = colors(table), False
+    steps = table.horizons[-1]
+    for arm in arms:
+        differences, at = [], None
+        for seed in table.seeds(steps, arm, comparison.baseline):
+            ours, base = (table.curve(name, steps, seed, "loss", PRIMARY) for name in (arm, comparison.baseline))
+            if ours and len(ours) == len(base):
+                at = [step for step, _ in ours]
+                differences.append([a - b for (_, a), (_, b) in zip(ours, base, strict=True)])
+        if at is None:
+            continue
+        drawn = True
+        effects = [statistics.effect(values) for values in zip(*differences, strict=True)]
+        xs = [step * table.suite.tokens_per_step for step in at]
+        axis.plot(xs, [e.mean for e in effects], color=color[arm], marker=".", label=f"{arm} (n = {effects[0].n})")
+        if effects[0].n > 1:
+            axis.fill_between(xs, [e.low for e in effects], [e.high for e in effects], color=color[arm], alpha=0.15)
+    if not drawn:
+        plt.close(fig)
+        return ""
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tokens(x)))
+    axis.set(
+        xlabel=f"training tokens of the runs of {steps:,} steps",
+        ylabel=f"loss less that of {comparison.baseline}, nats",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _save(fig, path)
+
+
+def sweep(path: Path, table: Table) -> str:
+    """Loss against learning rate at the sweep's horizon and at the longest one, the chosen rate marked."""
+    tried = {name: choice for name, choice in table.choices.items() if choice.tried}
+    if not tried:
+        return ""
+    horizons = sorted({steps for choice in tried.values() for steps, _ in choice.tried})
+    fig, axes = plt.subplots(1, len(horizons), figsize=(5.2 * len(horizons), 4), squeeze=False)
+    color = colors(table)
+    for axis, steps in zip(axes[0], horizons, strict=True):
+        for name, choice in tried.items():
+            points = sorted((rate, loss) for (s, rate), loss in choice.tried.items() if s == steps)
+            axis.plot(*zip(*points, strict=True), color=color[name], marker="o", label=name) if points else None
+            axis.plot(*zip(*[p for p in points if choice.tuned and p[0] == choice.rate], strict=False) or ([], []),
+                      color=color[name], marker="*", markersize=14, linestyle="")  # fmt: skip
+        axis.set_xscale("log")
+        _rate_ticks(axis, sorted({rate for c in tried.values() for s, rate in c.tried if s == steps}))
+        axis.set(xlabel="peak learning rate", ylabel="held-out loss, nats", title=f"{steps:,} steps")
+        axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=8)
+    return _save(fig, path)
+
+
+def routing(path: Path, table: Table) -> str:
+    """Routers of the longest runs over training, mean over layers and seeds."""
+    steps = table.horizons[-1]
+    sparse = [n for n in table.variants if table.seeds(steps, n) and table.layers(n, "max_violation")]
+    if not sparse:
+        return ""
+    fig, axes = plt.subplots(1, len(ROUTING), figsize=(4.6 * len(ROUTING), 3.8))
+    color = colors(table)
+    for axis, (quantity, label) in zip(axes, ROUTING, strict=True):
+        for name in sparse:
+            curves = [
+                table.curve(name, steps, seed, quantity, "", layer)
+                for seed in table.seeds(steps, name)
+                for layer in table.layers(name, quantity)
+            ]
+            curves = [curve for curve in curves if curve]
+            if curves:
+                xs = [step for step, _ in curves[0]]
+                axis.plot(xs, np.mean([[v for _, v in curve] for curve in curves], 0), color=color[name], label=name)
+        axis.set(xlabel="step", title=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return _save(fig, path)
+
+
+def _rate_ticks(axis: Axes, rates: Sequence[float]) -> None:
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}k" if count >= 1e3 else f"{count:.0f}"
+
+
+def _save(fig: Figure, path: Path) -> str:
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(fig)
+    return path.name

@@ -1,0 +1,85 @@
+"""Progress of a suite: runs, steps and time left, as lines on the terminal and in ``progress.log``."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from moe.lab.records import Key
+from moe.lab.suite import Suite
+from moe.metrics_files import METRICS, read_rows
+
+LOG = "progress.log"
+_SECONDS_BETWEEN_LINES = 60.0
+
+
+class Progress:
+    """Writes a line when a run starts and ends, and one a minute in between."""
+
+    def __init__(self, suite: Suite, workdir: Path):
+        self._suite, self._path = suite, workdir / LOG
+        self._start = time.monotonic()
+        self._trained = 0.0  # FLOPs of the runs that this process has finished
+        self._left = 0.0  # FLOPs of the run in hand and of those after it
+        self._title = ""
+
+    def say(self, text: str) -> None:
+        """Append a line with the time of day."""
+        line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}"
+        print(line, flush=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+
+    def start(self, key: Key, planned: Sequence[Key], done: Iterable[Key]) -> None:
+        """Note the run that starts, and what is left from it on."""
+        done = set(done)
+        left = [run for run in planned if run not in done]
+        self._left = sum(self._flops(run) for run in left)
+        self._title = f"run {len(planned) - len(left) + 1} of {len(planned)}, {key}"
+        self.say(f"{self._title}: start")
+
+    @contextlib.contextmanager
+    def following(self, key: Key, directory: Path) -> Iterator[None]:
+        """Write a line a minute while the run in ``directory`` is trained."""
+        ended = threading.Event()
+
+        def follow() -> None:
+            while not ended.wait(_SECONDS_BETWEEN_LINES):
+                trained = [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
+                if trained:
+                    self._follow(key, trained[-1]["step"], trained[-1]["cross_entropy"])
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self._trained += self._flops(key)
+
+    def finish(self, key: Key, status: str, row_losses: Sequence[float]) -> None:
+        """Note the run that ended."""
+        loss = f", mean held-out loss {np.mean(row_losses):.4f}" if row_losses else ""
+        self.say(f"{self._title}: {status}{loss}; {self._time_left(self._flops(key))}")
+
+    def _follow(self, key: Key, step: int, loss: float) -> None:
+        time_left = self._time_left(self._flops(key) * step / key.steps, running=True)
+        self.say(f"{self._title}: step {step:,} of {key.steps:,}, loss {loss:.3f}; {time_left}")
+
+    def _flops(self, key: Key) -> float:
+        return self._suite.costs(key.variant, key.steps)["flops"]
+
+    def _time_left(self, current: float, *, running: bool = False) -> str:
+        """Time left for all planned runs at this process's pace so far; ``current``: FLOPs done of the run in hand."""
+        trained = self._trained + current * running
+        minutes = (self._left - current) * (time.monotonic() - self._start) / trained / 60
+        return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min left at the pace of this process"

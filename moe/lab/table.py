@@ -1,0 +1,146 @@
+"""Look-ups in the records of a suite, at the learning rate of each arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moe.lab import plan
+from moe.lab.expressions import Term, parse
+from moe.lab.records import DIVERGED, PRIMARY, Record
+from moe.lab.suite import Suite
+
+
+class MissingError(LookupError):
+    """A run or a quantity that the records do not hold."""
+
+
+class Table:
+    """Values of the runs that comparisons and claims are about: the suite's seeds at each arm's learning rate."""
+
+    def __init__(self, suite: Suite, records: Iterable[Record]):
+        records = list(records)
+        self.suite, self.records = suite, records
+        self.choices = {name: plan.choose(suite, records, name) for name in suite.variants}
+        reserved = set(suite.sweep.seeds) if suite.sweep else set()
+        self._runs: dict[tuple[str, int, int], Record] = {}
+        self._curves: dict[tuple[str, int, int], dict[tuple[str, str, str], list[tuple[int, float]]]] = {}
+        for record in records:
+            choice = self.choices.get(record.variant)
+            if choice and record.seed not in reserved and math.isclose(record.learning_rate, choice.rate):
+                self._runs[record.variant, record.steps, record.seed] = record
+
+    @property
+    def variants(self) -> list[str]:
+        """Arms with a run, in the suite's order."""
+        return [name for name in self.suite.variants if any(key[0] == name for key in self._runs)]
+
+    @property
+    def horizons(self) -> list[int]:
+        """Horizons with a run, ascending."""
+        return sorted({key[1] for key in self._runs})
+
+    @property
+    def used(self) -> list[Record]:
+        """The runs that this table is about."""
+        return list(self._runs.values())
+
+    def seeds(self, steps: int, *variants: str) -> list[int]:
+        """Seeds of a horizon that all of these arms have."""
+        of = [{seed for name, horizon, seed in self._runs if (name, horizon) == (arm, steps)} for arm in variants]
+        return sorted(set.intersection(*of)) if of else []
+
+    def record(self, variant: str, steps: int, seed: int) -> Record:
+        """One run.
+
+        Raises:
+            MissingError: it has not been made.
+        """
+        try:
+            return self._runs[variant, steps, seed]
+        except KeyError:
+            raise MissingError(f"no run of {variant} at {steps:,} steps with seed {seed}") from None
+
+    def diverged(self, variant: str, steps: int) -> list[int]:
+        """Seeds of the arm's diverged runs."""
+        return [s for s in self.seeds(steps, variant) if self.record(variant, steps, s).status == DIVERGED]
+
+    def curve(
+        self, variant: str, steps: int, seed: int, quantity: str, domain: str = "", layer: str = ""
+    ) -> list[tuple[int, float]]:
+        """[(step, value)] in order; empty if it was not measured."""
+        key = (variant, steps, seed)
+        if key not in self._curves:
+            curves = self._curves.setdefault(key, {})
+            for step, name, where, depth, value in self.record(*key).rows:
+                curves.setdefault((name, where, depth), []).append((step, value))
+        return self._curves[key].get((quantity, domain, layer), [])
+
+    def layers(self, variant: str, quantity: str) -> list[str]:
+        """Layers for which a quantity was logged or probed."""
+        found = set()
+        for record in self.used:
+            if record.variant == variant:
+                found |= {layer for _, name, _, layer, _ in record.rows if name == quantity}
+                found |= {name.partition("@")[2] for name in record.probes if name.partition("@")[0] == quantity}
+        return sorted(found - {""}, key=int)
+
+    def value(self, steps: int, seed: int, term: Term) -> float:
+        """A term without its factor; infinite if it is the loss of a diverged run.
+
+        Raises:
+            MissingError: the run or the quantity is missing.
+        """
+        record = self.record(term.variant, steps, seed)
+        if record.status == DIVERGED and term.quantity == "loss":
+            return math.inf
+        layers = self.layers(term.variant, term.quantity)
+        if term.layers.endswith("-"):
+            layers = [layer for layer in layers if int(layer) >= int(term.layers[:-1])]
+        elif term.layers:
+            layers = [term.layers]
+        domain = PRIMARY if term.quantity == "loss" else ""
+        return float(np.mean([self._single(record, term, domain, layer) for layer in layers or [""]]))
+
+    def _single(self, record: Record, term: Term, domain: str, layer: str) -> float:
+        name = f"{term.quantity}@{layer}" if layer else term.quantity
+        if name in record.probes:
+            return record.probes[name]
+        curve = self.curve(record.variant, record.steps, record.seed, term.quantity, domain, layer)
+        if not curve:
+            raise MissingError(f"no {term.quantity} of {term.variant}")
+        return curve[0 if term.first else -1][1]
+
+    def values(self, steps: int, expression: str | Sequence[Term]) -> dict[int, float]:
+        """Seed → value of a linear combination, for the seeds that all its arms share.
+
+        Raises:
+            MissingError: no seed, or a quantity is missing.
+        """
+        terms = parse(expression) if isinstance(expression, str) else expression
+        arms = list(dict.fromkeys(term.variant for term in terms if term.quantity))
+        seeds = self.seeds(steps, *arms)
+        if not seeds:
+            raise MissingError(f"no seed at {steps:,} steps that {', '.join(arms)} share")
+
+        def of(seed: int) -> float:
+            parts = [t.factor * (self.value(steps, seed, t) if t.quantity else 1.0) for t in terms]
+            return float(sum(parts))  # +inf or -inf if one side diverged, NaN if both did
+
+        return {seed: of(seed) for seed in seeds}
+
+    def row_differences(self, variant: str, baseline: str, steps: int) -> tuple[np.ndarray, list[str]]:
+        """([seeds, rows] loss differences of primary held-out rows, domain of each row)."""
+        primary, pairs = set(self.suite.primary_domains), []
+        seeds = self.seeds(steps, variant, baseline)
+        for seed in seeds:
+            arm, base = (self.record(name, steps, seed) for name in (variant, baseline))
+            if arm.row_losses and len(arm.row_losses) == len(base.row_losses):
+                pairs.append(np.asarray(arm.row_losses) - np.asarray(base.row_losses))
+        domains = self.record(baseline, steps, seeds[0]).row_domains if pairs else []
+        keep = [domain in primary for domain in domains]
+        if not any(keep):
+            return np.empty((0, 0)), []
+        return np.asarray(pairs)[:, keep], [domain for domain in domains if domain in primary]

@@ -1,0 +1,109 @@
+"""Memory, FLOP/s and bandwidths of GPUs and of the machines that hold them, with their sources.
+
+Sources: [A100] NVIDIA A100 80GB SXM and DGX A100 datasheets (HDR InfiniBand, 200 Gb/s a GPU); [H100] NVIDIA H100 SXM
+and DGX H100 datasheets (NDR, 400 Gb/s a GPU); [H200] NVIDIA H200 and DGX H200 datasheets; [B200] NVIDIA DGX B200
+datasheet; [NVL72] NVIDIA GB200 NVL72 datasheet; [gcp] Google Cloud's page on GPU machine types; [aws] the pages of
+EC2 P4, P5 and P6 instances; [azure] the page of the ND H100 v5 series. Peaks are of dense bfloat16 matmuls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+TARGETS = Path(__file__).parent / "targets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU, in machines of its vendor.
+
+    Attributes:
+        memory: bytes.
+        peak: dense bfloat16 FLOP/s.
+        memory_bandwidth: bytes/s.
+        nvlink: bytes/s in one direction between GPUs of an NVLink domain.
+        network: bytes/s in one direction of a GPU's share of the network between NVLink domains.
+        domain: GPUs of a full NVLink domain; a host is a domain if it has fewer in all.
+        source: of the figures.
+        matmuls: source of XLA's rates of matmuls.
+        grouped_matmul: a grouped matmul costs the FLOPs of its rows, not of all rows for each expert.
+        devices: JAX devices of a GPU.
+        clock: Hz of the compiler's estimates, which are in microseconds.
+    """
+
+    memory: int
+    peak: float
+    memory_bandwidth: float
+    nvlink: float
+    network: float
+    domain: int
+    source: str
+    matmuls: str
+    grouped_matmul: bool = False
+    devices: int = 1
+    clock: float = 1e6
+
+    @property
+    def estimate(self) -> str:
+        """Source of the compiler's estimate of time."""
+        return f"XLA's cost model, matmuls at {self.matmuls}"
+
+    def axis_bandwidth(self, stride: int, size: int) -> float:
+        """Bytes/s of a device along a mesh axis with that distance between its members."""
+        return self.nvlink if stride * size <= self.domain else self.network
+
+
+GPUS: dict[str, Gpu] = {
+    "a100": Gpu(85_100_068_864, 312e12, 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)"),
+    "h100": Gpu(84_942_979_072, 989e12, 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100"),
+    "h200": Gpu(151_397_597_184, 989e12, 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100"),
+    "b200": Gpu(191_514_411_008, 2250e12, 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200"),
+    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A cloud's machine type.
+
+    Attributes:
+        gpu: key of :data:`GPUS`.
+        count: GPUs a machine.
+        network: bytes/s in one direction of a GPU's share of the machine's network.
+        source: of the figures.
+    """
+
+    gpu: str
+    count: int
+    network: float
+    source: str
+
+
+MACHINES: dict[str, Machine] = {
+    "a2-ultragpu-8g": Machine("a100", 8, 100e9 / 8 / 8, "[gcp] 100 Gb/s a machine"),
+    "a3-highgpu-8g": Machine("h100", 8, 800e9 / 8 / 8, "[gcp] 4 x 200 Gb/s for GPUs"),
+    "a3-megagpu-8g": Machine("h100", 8, 1600e9 / 8 / 8, "[gcp] 8 x 200 Gb/s for GPUs"),
+    "a3-ultragpu-8g": Machine("h200", 8, 3200e9 / 8 / 8, "[gcp] 8 x 400 Gb/s for GPUs"),
+    "a4-highgpu-8g": Machine("b200", 8, 3200e9 / 8 / 8, "[gcp] 8 x 400 Gb/s for GPUs"),
+    "a4x-highgpu-4g": Machine("gb200", 4, 1600e9 / 8 / 4, "[gcp] 4 x 400 Gb/s for GPUs"),
+    "p4de.24xlarge": Machine("a100", 8, 400e9 / 8 / 8, "[aws] 400 Gb/s a machine"),
+    "p5.48xlarge": Machine("h100", 8, 3200e9 / 8 / 8, "[aws] 3200 Gb/s a machine"),
+    "p5en.48xlarge": Machine("h200", 8, 3200e9 / 8 / 8, "[aws] 3200 Gb/s a machine"),
+    "p6-b200.48xlarge": Machine("b200", 8, 3200e9 / 8 / 8, "[aws] 3200 Gb/s a machine"),
+    "nd96isr-h100-v5": Machine("h100", 8, 3200e9 / 8 / 8, "[azure] 400 Gb/s a GPU"),
+}
+
+
+def target_config(gpu: str) -> str:
+    """The compile target of a GPU, a stream_executor.GpuTargetConfigProto as text."""
+    return (TARGETS / f"{gpu}.textproto").read_text()
+
+
+def compiler_options(gpu: str) -> dict[str, str | bool]:
+    """Options that make XLA state the estimated time of each fusion."""
+    options: dict[str, str | bool] = {"xla_gpu_collect_cost_model_stats": True}
+    if gpu == "a100":  # XLA has no measured tables of it and does not compile without
+        options["xla_gpu_experimental_matmul_perf_table_path"] = str(TARGETS / "a100_matmuls.textproto")
+        options["xla_gpu_experimental_collective_perf_table_path"] = str(TARGETS / "a100_collectives.textproto")
+    return options

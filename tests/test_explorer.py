@@ -1,0 +1,155 @@
+"""The routing explorer in a headless browser: layers, experts, tooltips, and speed with long texts."""
+
+import json
+import re
+import shutil
+import subprocess
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from moe.analysis.explorer import explorer_page
+from moe.analysis.passages import Passage
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,900",
+    "--virtual-time-budget=20000",
+    "--dump-dom",
+]
+LAYERS, EXPERTS, STEPS = [1, 3, 5], 4, [50, 100]
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
+
+
+def write_page(path, tokens):
+    """A page of two passages: token i of the first one goes to the experts i mod 4 and i + 1 mod 4 in layer 1."""
+    pieces = [[" the", "<b>", " fox", "\n"][i % 4] for i in range(tokens)]
+    first = (np.arange(tokens) + np.arange(len(LAYERS))[:, None]) % EXPERTS
+    experts = np.stack([first, (first + 1) % EXPERTS], axis=-1)
+    weights = np.broadcast_to([0.75, 0.25], experts.shape)
+    passages = [Passage("one", pieces, experts, weights), Passage("<i>two", pieces[:8], experts[:, :8], weights[:, :8])]
+    top = [{"piece": " fox", "token": 2, "count": 7, "total": 9, "lift": 3.1}]
+    summary = {
+        "experts_per_token": 2,
+        "num_experts": EXPERTS,
+        "layers": LAYERS,
+        "domains": ["one", "<i>two"],
+        "load": np.full((3, 2, EXPERTS), 0.25).tolist(),
+        "top_tokens": [[top, [], [], []] for _ in LAYERS],
+        "load_over_training": {"steps": STEPS, "load": np.full((2, 3, EXPERTS), 0.25).tolist()},
+    }
+    path.write_text(explorer_page(passages, summary, [0, 2], "Routing of <run>"))
+    return path
+
+
+def run(page, tmp_path, script):
+    """Runs a script in the page; returns the object that it gives."""
+    probe = (
+        "<script>let answer; try { answer = (() => {" + script + "})(); } catch (error) { answer = String(error); }"
+        "document.body.dataset.answer = encodeURIComponent(JSON.stringify(answer));</script></body>"
+    )
+    tested = tmp_path / "tested.html"
+    tested.write_text(page.read_text().replace("</body>", probe))
+    profile = tmp_path / "profile"
+    shutil.rmtree(profile, ignore_errors=True)
+    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", tested.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    answer = re.search(r'data-answer="([^"]*)"', done.stdout)
+    assert answer, done.stderr[-2000:]
+    return json.loads(unquote(answer[1]))
+
+
+def test_layers_experts_and_tooltips(tmp_path):
+    page = write_page(tmp_path / "page.html", 100)
+    found = run(
+        page,
+        tmp_path,
+        """
+        const texts = selector => [...document.querySelectorAll(selector)].map(node => node.textContent);
+        const hover = span => span.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+        const found = { title: document.title, headings: texts("#text h2"), columns: texts("#text .head")[0] };
+        found.text = document.querySelector("#text pre").textContent;
+        found.classes = [...document.querySelectorAll("#text pre")].slice(0, 2).map(
+          pre => [...pre.querySelectorAll("span")].slice(0, 5).map(span => span.className));
+        hover(document.querySelectorAll("#text pre span")[2]);
+        found.tip = texts("#tip th, #tip td");
+        found.piece = texts("#tip code");
+        found.shown = getComputedStyle(document.querySelector("#tip")).display;
+        hover(document.querySelector("#text h2"));
+        found.hidden = getComputedStyle(document.querySelector("#tip")).display;
+        document.querySelectorAll("button.expert")[0].click();
+        found.pressed = texts("button.expert[aria-pressed=true]");
+        const colour = name => getComputedStyle(document.querySelector("#text pre span." + name)).backgroundColor;
+        found.backgrounds = [colour("e0"), colour("e1")];
+        found.top = texts("#panel table.top td").slice(0, 3);
+        found.domains = texts("#panel table.domains td").slice(0, 4);
+        found.curves = document.querySelectorAll("#panel svg polyline.load").length;
+        document.querySelectorAll("button.expert")[0].click();
+        found.released = [texts("button.expert[aria-pressed=true]").length, colour("e1")];
+        document.querySelectorAll("#layers input")[1].click();
+        found.layers = texts("#text .head")[0];
+        for (const box of document.querySelectorAll("#layers input:checked")) box.click();
+        found.none = document.querySelectorAll("#text pre").length;
+        document.querySelectorAll("#layers input")[2].click();
+        document.querySelectorAll("#text pre span")[1].click();
+        found.clicked = texts("button.expert[aria-pressed=true]");
+        return found;
+        """,
+    )
+    assert isinstance(found, dict), found
+    assert found["title"] == "Routing of <run>"
+    assert found["headings"] == ["one", "<i>two"]
+    assert found["columns"] == "layer 1layer 5"
+    assert found["text"] == " the<b> fox\n" * 25
+    assert found["classes"] == [["e0", "e1", "e2", "e3", "e0"], ["e2", "e3", "e0", "e1", "e2"]]
+    assert found["tip"] == [
+        *("▸ layer 1", "expert 2: 0.750", "expert 3: 0.250"),
+        *("layer 5", "expert 0: 0.750", "expert 1: 0.250"),
+    ]
+    assert found["piece"] == ['" fox"']
+    assert (found["shown"], found["hidden"]) == ("block", "none")
+    assert found["pressed"] == ["0"]
+    assert found["backgrounds"][1] == "rgba(0, 0, 0, 0)" != found["backgrounds"][0]
+    assert found["top"] == [" fox", "7 of 9", "3.1×"]
+    assert found["domains"] == ["one", "25.0 %", "<i>two", "25.0 %"]
+    assert found["curves"] == 2 * EXPERTS
+    assert found["released"][0] == 0
+    assert found["released"][1] not in ("rgba(0, 0, 0, 0)", found["backgrounds"][0])
+    assert found["layers"] == "layer 1layer 3layer 5"
+    assert found["none"] == 0
+    assert found["clicked"] == ["3"]
+
+
+def test_long_texts_stay_quick(tmp_path):
+    """200,000 tokens: little more than what is in view gets elements, whatever is chosen."""
+    page = write_page(tmp_path / "page.html", 200_000)
+    found = run(
+        page,
+        tmp_path,
+        """
+        const spans = () => document.querySelectorAll("#text span").length;
+        const timed = action => { const start = Date.now(); action(); return Date.now() - start; };
+        const found = { length: document.querySelector("#text").textContent.length, spans: spans() };
+        found.layer = timed(() => document.querySelectorAll("#layers input")[1].click());
+        found.after = spans();
+        found.pick = timed(() => document.querySelectorAll("button.expert")[1].click());
+        document.querySelectorAll("#text .row")[300].scrollIntoView();
+        return found;
+        """,
+    )
+    assert isinstance(found, dict), found
+    assert found["length"] > 2 * 600_000
+    assert 0 < found["spans"] < 20_000
+    assert 0 < found["after"] < 20_000
+    assert found["layer"] < 5_000
+    assert found["pick"] < 1_000
