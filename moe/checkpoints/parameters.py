@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from moe.atomic_files import from_checked_json
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
+from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.state import join
 from moe.config import ConfigError, ModelConfig
 from moe.models.decoder import Transformer
@@ -77,8 +78,9 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
         parameters: nested dict of :class:`Streamed`.
 
     Raises:
-        ConfigError: the workdir holds checkpoints.
+        ConfigError: the workdir holds checkpoints, or its path cannot hold any.
     """
+    refuse_unusable_path(workdir)
     with quiet_orbax():
         _write_parameters(workdir, parameters)
 
@@ -158,6 +160,7 @@ def _read_branch(
     only: tuple[str, ...],
 ) -> dict[str, Any]:
     """Read one field of the TrainState and check it against the shapes the model expects."""
+    refuse_unusable_path(workdir)
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
     with quiet_orbax():

@@ -201,6 +201,13 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
         optimizer.warmup_steps,
         f"must be below train.num_steps={train.num_steps}",
     )
+    require(
+        0 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps
+        and (optimizer.decay_steps == 0 or optimizer.schedule == "wsd"),
+        "optimizer.decay_steps",
+        optimizer.decay_steps,
+        "must be 0 unless optimizer.schedule is 'wsd', and at most train.num_steps - optimizer.warmup_steps",
+    )
 
 
 def _check_mesh_sizes(mesh: MeshConfig) -> None:

@@ -32,6 +32,7 @@ DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
+Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 
 
 class ConfigError(ValueError):
@@ -42,7 +43,7 @@ class ConfigError(ValueError):
 class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
-    gate: str = "mixtral"  # name of a gate in moe.routing.registry, or "none": every FFN is dense
+    gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
@@ -140,11 +141,13 @@ Part = Literal["embedding", "unembedding", "attention", "dense", "router", "expe
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW, and the learning-rate schedule."""
 
     learning_rate: float = 3e-3  # peak
-    final_learning_rate_fraction: float = 0.1  # of the peak, at the last step
+    schedule: Schedule = "cosine"  # after the warm-up: cosine decay, constant, wsd (constant, then a decay) or rsqrt
+    final_learning_rate_fraction: float = 0.1  # of the peak, at the last step; cosine and wsd
     warmup_steps: int = 30  # steps
+    decay_steps: int = 0  # steps of the decay of wsd; 0: a tenth of train.num_steps
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -173,7 +176,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-    """Initial parameters (moe.training.warm_start)."""
+    """Initial parameters (moe.training.warm_start).
+
+    With a checkpoint, model fields that the config file or the command line does not set are the checkpoint's, and so
+    is the tokenizer if data.tokenizer is empty.
+    """
 
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights

@@ -66,6 +66,10 @@ class GateOutput(NamedTuple):
     smooth_load: Array | None = None
 
 
+#: A rule: router logits [G,S,E] float32 → assignments.
+GateRule = Callable[[Array, GateInputs], GateOutput]
+
+
 @dataclasses.dataclass(frozen=True)
 class Gate:
     """A routing rule and the constants of its paper; each constant is the default of the ``model.moe`` field of the
@@ -88,7 +92,7 @@ class Gate:
         experts_choose: each expert takes C tokens, so K is an average.
     """
 
-    choose: Callable[[Array, GateInputs], GateOutput]
+    choose: GateRule
     source: str
     experts_per_token: int
     capacity_factor: float

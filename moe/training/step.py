@@ -269,14 +269,18 @@ def _loss(
 
 
 def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
-    """(parameters, optimizer state) after an update."""
-    updates, optimizer_state = parts.optimizer.update(gradients, state.optimizer, state.parameters, norm=norm)
+    """(parameters, optimizer state) after an update, at the learning rate of ``state.step``."""
+    optimizer_state = set_schedule_step(state.optimizer, state.step)
+    updates, optimizer_state = parts.optimizer.update(gradients, optimizer_state, state.parameters, norm=norm)
     return optax.apply_updates(state.parameters, updates), optimizer_state
 
 
 def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
-    """Selection biases after a step of loss-free balancing, from the step's loads; no gradient is involved."""
-    if not biases or layers is None:
+    """Selection biases after a step of loss-free balancing, from the step's loads; no gradient is involved.
+
+    ``optimizer.frozen`` with "router" keeps them as they are.
+    """
+    if not biases or layers is None or "router" in config.optimizer.frozen:
         return biases
     loads = selection_biases(config.model, layers.expert_load)
     rate = config.model.moe.bias_update_rate
