@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ from moe.config import ConfigError
 AXES = ("data", "fsdp", "expert", "tensor")
 TOKEN_AXES = ("data", "fsdp", "expert")
 
-_names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh roles", default={})
+_names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
+    "mesh roles", default=types.MappingProxyType({})
+)
 
 
 @contextlib.contextmanager
