@@ -22,7 +22,8 @@ from moe.config import ConfigError
 AXES = ("data", "fsdp", "expert", "tensor")
 TOKEN_AXES = ("data", "fsdp", "expert")
 
-_names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
+_NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
+_names = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
     "mesh roles", default=types.MappingProxyType({})
 )
 
