@@ -24,8 +24,6 @@ TOKEN_AXES = ("data", "fsdp", "expert")
 
 _NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
 _names = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
-    "mesh roles", default=types.MappingProxyType({})
-)
 
 
 @contextlib.contextmanager
