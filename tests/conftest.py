@@ -21,6 +21,11 @@ import pytest  # noqa: E402
 from moe.training import matmul_rate  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker of tests that are skipped without JAX's CUDA plugin."""
+    config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> list[jax.Device]:
     """The fake devices; fails loudly if jax was imported before this file could ask for them."""

@@ -51,4 +51,5 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         window = min(window or sequence_length, sequence_length)
         # The first `window` queries see 1..window keys, the others `window` each.
         keys += (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
-    return 6 * active + 12 * config.num_heads * config.head_dim * keys
+    score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
+    return 6 * active + 6 * config.num_heads * score_and_value_dims * keys

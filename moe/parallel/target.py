@@ -36,7 +36,7 @@ class Target:
 
 
 #: Major compute capability by a substring of the device kind, for devices that are absent.
-_CAPABILITIES = {"A100": 8, "H100": 9, "H200": 9, "B200": 10}
+_CAPABILITIES = {"A100": 8, "A30": 8, "A10": 8, "L40": 8, "L4": 8, "H100": 9, "H200": 9, "B200": 10, "B300": 10}
 
 
 def current() -> Target:
