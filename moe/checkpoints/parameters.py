@@ -70,22 +70,23 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: dict[str, Any] | None = None) -> None:
     """Write a checkpoint at step 0 that holds parameters only: a model to evaluate or to start a run from.
 
     Args:
         workdir: a folder without checkpoints.
         parameters: nested dict of :class:`Streamed`.
+        biases: the same, of the routers' selection biases.
 
     Raises:
         ConfigError: the workdir holds checkpoints, or its path cannot hold any.
     """
     refuse_unusable_path(workdir)
     with quiet_orbax():
-        _write_parameters(workdir, parameters)
+        _write_parameters(workdir, {"parameters": parameters} | ({"biases": biases} if biases else {}))
 
 
-def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
     manager = ocp.CheckpointManager(
         workdir / "checkpoints",
@@ -94,7 +95,7 @@ def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
     )
     if manager.latest_step() is not None:
         raise ConfigError(f"{workdir}: holds checkpoints already")
-    manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"parameters": parameters})), force=True)
+    manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
     manager.close()
 
 

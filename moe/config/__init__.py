@@ -20,6 +20,7 @@ from moe.config.schema import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    RopeScalingConfig,
     StartConfig,
     TrainConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeScalingConfig",
     "StartConfig",
     "TrainConfig",
     "check_field",

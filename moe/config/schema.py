@@ -27,6 +27,7 @@ BalanceScope = Literal["batch", "group", "sequence"]
 Activation = Literal["swiglu", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
+RopeScaling = Literal["none", "linear", "yarn", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -77,6 +78,23 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Scaling of rotary positions for contexts longer than those of pre-training."""
+
+    kind: RopeScaling = "none"
+    factor: float = 1.0  # longest context over original_length
+    original_length: int = 0  # tokens, context of pre-training; yarn and llama3
+    beta_fast: float = 32.0  # yarn: rotations in the original context above which a pair is not interpolated
+    beta_slow: float = 1.0  # yarn: rotations below which it is interpolated fully
+    truncate: bool = True  # yarn: round the two bounds to whole pairs
+    attention_factor: float = 0.0  # yarn: factor of rotated queries and keys; 0: computed
+    mscale: float = 0.0  # yarn: DeepSeek's constants of that factor; 0: not used
+    mscale_all_dim: float = 0.0
+    low_freq_factor: float = 1.0  # llama3: rotations in the original context below which a pair is interpolated fully
+    high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Decoder-only Transformer."""
 
@@ -90,6 +108,12 @@ class ModelConfig:
     activation: Activation = "swiglu"
     norm_eps: float = 1e-5  # epsilon of RMSNorm
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
+    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
+    kv_lora_rank: int = 0  # dimension of the latent of keys and values (DeepSeek-V2); 0: grouped-query attention
+    q_lora_rank: int = 0  # latent attention: dimension of the latent of queries; 0: none
+    value_dim: int = 0  # latent attention: H of the values
     sliding_window: int = 0  # tokens a query attends to, including its own; 0: all
     sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
     qk_norm: QKNorm = "none"  # RMSNorm of queries and keys: head (over H, Qwen3) or full (over N*H, OLMoE)

@@ -21,6 +21,9 @@ BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
 CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
+
+
+CACHE_OF_ONE_HEAD = P(None, TOKEN_AXES)  # [R,B,W,1,H]
 TABLE = P("tensor", None)  # [V,D] during the embedding lookup
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
 PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summed over each of X shards of the tokens
@@ -44,6 +47,10 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "attention.key": P(STORED, "tensor", None),  # [D,M,H]
         "attention.value": P(STORED, "tensor", None),  # [D,M,H]
         "attention.out": P("tensor", None, STORED),  # [N,H,D]
+        "attention.query_down": P(STORED, None),  # [D,q_lora_rank]
+        "attention.query_up": P(STORED, "tensor", None),  # [q_lora_rank,N,H]
+        "attention.kv_down": P(STORED, None),  # [D,kv_lora_rank + rope_dim]
+        "attention.kv_up": P(STORED, "tensor", None),  # [kv_lora_rank,N,unrotated and value dims]
         "attention.query_bias": P("tensor", None),  # [N,H]
         "attention.key_bias": P("tensor", None),  # [M,H]
         "attention.value_bias": P("tensor", None),  # [M,H]

@@ -158,6 +158,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             capacity_factor=1.0,
             eval_capacity_factor=1.0,
             looks_ahead=True,
+            experts_choose=True,
         ),
         "soft_moe": Gate(
             gates.dense_mixture,  # weights as reported; the layer itself mixes slots
