@@ -15,6 +15,9 @@ from moe.training.loop import train
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_path("workdir", "Folder for checkpoints, metrics and reports; created if missing.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run.")
+_CHANGE = flags.DEFINE_bool(
+    "change", False, "Let a run go on with another train.num_steps, learning rate or schedule (docs/restarts.md)."
+)
 _PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps from STEP (docs/pods.md).")
 
 
@@ -25,7 +28,7 @@ def main() -> None:
         join_processes()
     steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
     with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:
-        train(config, str(_WORKDIR.value), make_program=make_program)
+        train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""Every field with its default; each is listed once, with its unit, in ``moe/config.py``. Other configs override."""
+"""All defaults, listed with their units in moe/config/schema.py; other configs override them.
+
+Fine-tuning of a run or an import, with its model shape and tokenizer:
+
+    python main.py --config=configs/base.py --workdir=/tmp/tuned --config.start.checkpoint=/tmp/imported \\
+        --config.data.dataset=/path/to/text
+"""
 
 import ml_collections
 

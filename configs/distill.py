@@ -4,8 +4,7 @@
     python main.py --config=configs/distill.py --config.start.checkpoint=/tmp/teacher \\
         --config.distill.teacher=/tmp/teacher --workdir=/tmp/student
 
-The student starts with the teacher's weights wherever it has a place for them: all but the experts. The tokenizer must
-be the teacher's: set config.data.tokenizer to the one in its workdir where it is not trained anew.
+The student starts with the teacher's weights except for the experts, and uses its tokenizer and model shape.
 """
 
 import ml_collections

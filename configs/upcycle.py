@@ -3,9 +3,9 @@
     python main.py --config=configs/dense.py --workdir=/tmp/dense
     python main.py --config=configs/upcycle.py --config.start.checkpoint=/tmp/dense --workdir=/tmp/upcycled
 
-With top-2 weights that sum to 1, the first step's loss is the dense model's. --config.start.expert_noise=0.01 breaks
-the experts' symmetry; --config.start.optimizer=carry goes on with Adam's moments and the schedule's count. For an
-import, set config.model to what its config.json says, and config.data.tokenizer to its tokenizer.
+Works for a run and for an import: the rest of the model section and the tokenizer are the checkpoint's. With top-2
+weights that sum to 1, the first step's loss is the dense model's. --config.start.expert_noise=0.01 breaks the symmetry
+of the experts; --config.start.optimizer=carry takes over Adam's moments.
 """
 
 import ml_collections
@@ -16,7 +16,6 @@ from configs import base
 def get_config() -> ml_collections.ConfigDict:
     """Overrides of the defaults."""
     config = base.get_config()
-    config.model.d_ff = 1024  # as configs/dense.py has it
     config.model.moe.update(gate="mixtral", num_experts=8, dispatch="dropless")
     config.optimizer.learning_rate = 1e-3
     return config

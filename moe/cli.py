@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe import platform
-from moe.config import Config, ConfigError, check_field, check_path, type_name
+from moe.config import Config, ConfigError, check_field, check_path, inherit_model, type_name
 from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
@@ -85,6 +85,7 @@ def load_config(flag: flags.FlagHolder) -> Config:
     tree = flag.value
     if not isinstance(tree, ml_collections.ConfigDict):
         raise ConfigError(f"--config: get_config() must return a ConfigDict, not {type(tree).__name__}")
+    inherit_model(tree)
     return from_config_dict(tree)
 
 
@@ -97,6 +98,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     """
     platform.raise_on_stop_signals()
     _harden_streams()
+    _extend_import_path(sys.argv)
     flags.mark_flags_as_required(list(required))
     for name in required:
         flags.register_validator(name, bool, "must not be empty")
@@ -126,6 +128,14 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
             sys.exit(f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {' '.join(reason.split())}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _extend_import_path(argv: list[str]) -> None:
+    """Find a user's modules, such as gates, in the current directory and beside the config file too."""
+    configs = [argument.partition("=")[2] for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
+    for folder in (os.getcwd(), *(os.path.dirname(os.path.abspath(path)) for path in configs if path)):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _from_jax_backends(error: Exception) -> bool:

@@ -14,11 +14,23 @@ os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_
 
 import functools  # noqa: E402
 
+import jaxtyping  # noqa: E402
+
+import tests.shape_checks  # noqa: E402, F401
+
+# Shape annotations of these packages are checked at every call, which under jit means once per trace.
+jaxtyping.install_import_hook(("moe.routing", "moe.dispatch", "moe.layers", "moe.models"), "tests.shape_checks.check")
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from moe.training import matmul_rate  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker of tests that are skipped without JAX's CUDA plugin."""
+    config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import jax
 import pytest
+import yaml
 from jax._src import clusters
 
 from moe.parallel import processes
@@ -142,3 +144,88 @@ def test_slurm_options_describe_whole_nodes():
     )
     assert options["ntasks-per-node"] == "1"
     assert {"nodes", "gpus-per-node", "cpus-per-task", "time", "requeue", "signal"} <= set(options)
+
+
+def _queued_resource(folder, *words):
+    """Runs the script with a gcloud that notes its arguments and runs commands for workers here, once."""
+    _script(
+        folder / "bin/gcloud",
+        'printf "%s\\n" "$*" >> asked\n'
+        'for word; do case $word in --command=*) sh -c "${word#--command=}";; esac; done\n',
+    )
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    command = ["sh", str(ROOT / "scripts/launch/queued_resource.sh"), *words]
+    return subprocess.run(command, cwd=folder, env=environment, timeout=60, capture_output=True, text=True)
+
+
+def test_queued_resource_starts_runs_that_outlive_the_connection(tmp_path):
+    # The stand-in for a run shows its arguments, then waits for SIGTERM; SIGHUP must not end it.
+    run = "printf '<%s>' \"$@\"; trap 'echo stopped; exit 75' TERM; touch ready; while :; do sleep 0.05; done\n"
+    _script(tmp_path / "moe/scripts/launch/tpu_vm.sh", run)
+    arguments = ("--config=configs/mixtral.py", "--workdir=a b", "--config.data.dataset=it's $HOME")
+    assert _queued_resource(tmp_path, "start", "pod", *arguments).returncode == 0
+    pid = int((tmp_path / "moe/moe.pid").read_text())
+    try:
+        while not (tmp_path / "moe/ready").exists():
+            os.kill(pid, 0)  # fails if the run has ended
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGHUP)
+        log = tmp_path / "moe/moe.log"
+        assert log.read_text().endswith("".join(f"<{argument}>" for argument in arguments))
+        assert _queued_resource(tmp_path, "stop", "pod").returncode == 0
+        while "stopped" not in log.read_text():
+            time.sleep(0.02)
+    finally:
+        subprocess.run(["kill", "-KILL", str(pid)], check=False, capture_output=True)
+    assert all("tpu-vm ssh pod --worker=all" in line for line in (tmp_path / "asked").read_text().splitlines()[:1])
+
+
+def test_queued_resource_asks_for_the_slice(tmp_path):
+    assert _queued_resource(tmp_path, "create", "pod", "v5p-128", "v2-alpha-tpuv5", "--spot").returncode == 0
+    assert (tmp_path / "asked").read_text() == (
+        "compute tpus queued-resources create pod --node-id=pod --accelerator-type=v5p-128 "
+        "--runtime-version=v2-alpha-tpuv5 --spot\n"
+    )
+    refused = _queued_resource(tmp_path, "create", "pod")
+    assert refused.returncode == 2
+    assert "queued_resource.sh create NAME v5p-128" in refused.stderr
+
+
+@pytest.mark.parametrize(("name", "resource"), [("gpu", "nvidia.com/gpu"), ("tpu", "google.com/tpu")])
+def test_job_sets_start_a_launcher_on_every_host(name, resource):
+    job_set = yaml.safe_load((ROOT / f"scripts/launch/jobset_{name}.yaml").read_text())
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["parallelism"] == job["completions"]
+    assert job["completionMode"] == "Indexed"
+    (container,) = job["template"]["spec"]["containers"]
+    assert (ROOT / container["args"][0]).exists()
+    assert container["resources"]["limits"][resource] > 0
+    volumes = {volume["name"] for volume in job["template"]["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    variables = {variable["name"]: variable for variable in container.get("env", [])}
+    if name == "gpu":
+        host = f"{job_set['metadata']['name']}-{replicated['name']}-0-0.{job_set['metadata']['name']}"
+        assert variables["JAX_COORDINATOR_ADDRESS"]["value"] == f"{host}:12321"
+        assert variables["JAX_NUM_PROCESSES"]["value"] == str(job["parallelism"])
+        assert "job-completion-index" in variables["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+
+
+def test_dockerfile_copies_files_that_exist():
+    lines = (ROOT / "scripts/launch/Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert "pyproject.toml" in copied
+    assert all((ROOT / word).exists() for word in copied)
+    assert lines[-2:] == ['ENTRYPOINT ["sh"]', 'CMD ["scripts/launch/gpu_host.sh", "--help"]']
+
+
+def test_gpu_hosts_join_only_if_there_are_several(tmp_path):
+    for file in ("again.sh", "gpu_host.sh"):
+        (tmp_path / "scripts/launch").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scripts/launch" / file).write_text((ROOT / "scripts/launch" / file).read_text())
+    _script(tmp_path / ".venv/bin/python", 'echo "$@" >> started\n')
+    for variables in ({}, {"JAX_COORDINATOR_ADDRESS": "host0:12321"}):
+        command = ["sh", "scripts/launch/gpu_host.sh", "--workdir=run"]
+        subprocess.run(command, cwd=tmp_path, env=dict(os.environ) | variables, check=True, timeout=60)
+    assert (tmp_path / "started").read_text() == "main.py --workdir=run\nmain.py --distributed --workdir=run\n"

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.layers.attention.attention import Attention, rotate
+from moe.config import ModelConfig
+from moe.layers.attention.attention import Attention
+from moe.layers.attention.rotary import rotate
 from moe.layers.embedding import Embedding
 from moe.layers.ffn import DenseFFN, activate
 from moe.layers.norms import RMSNorm
@@ -16,6 +18,8 @@ from moe.models.decoder import Transformer
 from moe.parallel.weights import matrix
 from tests import reference
 from tests.helpers import random_parameters, tiny_model
+
+CONFIG_100 = ModelConfig(rope_theta=100.0)
 
 
 def _params(module) -> dict:
@@ -48,12 +52,14 @@ def test_rotate(rng):
     expected = [
         [[reference.rope(head, int(positions[b, t]), 100.0) for head in x[b, t]] for t in range(5)] for b in range(2)
     ]
-    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        rotate(jnp.asarray(x), jnp.asarray(positions), CONFIG_100), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rotate_by_hand():
     # H = 4, theta 100: pair (0, 2) turns by the position, pair (1, 3) by a tenth of it (100^(-2/4)).
-    turned = rotate(jnp.asarray([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4), jnp.asarray([[2]]), 100.0)
+    turned = rotate(jnp.asarray([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4), jnp.asarray([[2]]), CONFIG_100)
     expected = [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]
     np.testing.assert_allclose(turned.reshape(4), expected, rtol=1e-6)
 
@@ -62,7 +68,9 @@ def test_rotated_products_depend_on_relative_positions_alone(rng):
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def product(i, j):
-        return float(jnp.sum(rotate(query, jnp.asarray([[i]]), 1e4) * rotate(key, jnp.asarray([[j]]), 1e4)))
+        return float(
+            jnp.sum(rotate(query, jnp.asarray([[i]]), ModelConfig()) * rotate(key, jnp.asarray([[j]]), ModelConfig()))
+        )
 
     assert product(7, 3) == pytest.approx(product(104, 100), rel=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-2)

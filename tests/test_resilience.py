@@ -520,6 +520,137 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs
     assert not (tmp_path / "run").exists()
 
 
+# --- Workdirs --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a[x]", "star*", "what?", "back\\slash", "bytes\udcff"])
+def test_a_path_that_orbax_cannot_read_back_is_refused(directory, programs, tmp_path, name):  # noqa: F811
+    with pytest.raises(ConfigError, match="checkpoints cannot be kept under a path with"):
+        train(tiny(directory, **SETTINGS), str(tmp_path / name / "run"), ONE, make_program=programs, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_odd_characters_in_a_path_work(directory, whole, programs, tmp_path):  # noqa: F811
+    workdir = tmp_path / " -~!@#$%^&'(\") {+=,;:}|<`>\t\n%41é.\N{SNOWMAN} " / "run"
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    (workdir / "report.txt").unlink()
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(directory, whole, programs, tmp_path):  # noqa: F811
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="has metrics up to step 6 but no checkpoint; put checkpoints/ back, or del"):
+        train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    for name in ("metrics.jsonl", "report.txt"):
+        (workdir / name).unlink()
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(directory, programs, tmp_path):  # noqa: F811
+    """It fails in the first step, as one that does not compile or fit; the corrected command trains."""
+
+    def broken(config, mesh, teacher=None):
+        def step(state, batch):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+        return dataclasses.replace(programs(config, mesh, teacher), train_step=step)
+
+    wrong = tiny(directory, **SETTINGS, **{"train.num_steps": 1000})
+    with pytest.raises(ConfigError, match="does not fit in memory"):
+        train(wrong, str(tmp_path / "run"), ONE, make_program=broken, quiet=True)
+    assert read_config(tmp_path / "run") == wrong
+    train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
+    assert read_config(tmp_path / "run").train.num_steps == 6
+
+
+def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):  # noqa: F811
+    config = tiny(directory, **SETTINGS, **{"model.moe.d_ff": 2**30})
+    with pytest.raises(ConfigError, match=r"parameters and optimizer state need [\d,.]+ GiB where there are"):
+        train(config, str(tmp_path / "run"), ONE, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp_path):  # noqa: F811
+    """An update that leaves infinite parameters while its own loss and gradients were finite."""
+
+    def spoiling(at):
+        def make(config, mesh, teacher=None):
+            program = programs(config, mesh, teacher)
+
+            def step(state, batch):
+                state, metrics = program.train_step(state, batch)
+                if int(state.step) in at:
+                    norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+                    state = dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
+                return state, metrics
+
+            return dataclasses.replace(program, train_step=step)
+
+        return make
+
+    config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 1})
+    train(config, str(tmp_path / "run"), ONE, make_program=spoiling({4}), quiet=True)
+    assert steps(tmp_path / "run") == [2, 6]
+    assert [row["to"] for row in rows(tmp_path / "run", "warning") if row["what"] == "rollback"] == [2]
+    with pytest.raises(ConfigError, match="step 6: the parameters are not finite"):
+        train(config, str(tmp_path / "last"), ONE, make_program=spoiling({6}), quiet=True)
+    assert steps(tmp_path / "last") == [2, 4]
+
+
+# --- Going on with other settings ------------------------------------------------------------------------------------
+def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):  # noqa: F811
+    """Four more steps at a constant rate: refused without the flag, recorded with it, and exact when interrupted."""
+    made = []
+
+    def make(config, mesh, teacher=None):  # another schedule is another program
+        if not made:
+            made.append(build(config, mesh, teacher))
+        return dataclasses.replace(made[0], config=config)
+
+    changes = {"train.num_steps": 10, "optimizer.schedule": "constant", "optimizer.learning_rate": 5e-3}
+    config = tiny(directory, **SETTINGS | changes | {"train.eval_every": 5})
+    for name in ("run", "stopped"):
+        shutil.copytree(whole, tmp_path / name)
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule .*train\.num_steps .*, or add --change to go on"):
+        train(config, str(tmp_path / "run"), ONE, make_program=make)
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ConfigError, match=r"set back seed \(there 0, here 1\)$"):
+        train(other, str(tmp_path / "run"), ONE, make_program=make, allow_changes=True)
+    train(config, str(tmp_path / "run"), ONE, make_program=make, allow_changes=True)
+    assert "changed from step 6 on: optimizer.learning_rate 0.01 to 0.005" in capsys.readouterr().out
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in recorded] == [6]
+    assert recorded[0]["changes"]["train.num_steps"] == [6, 10]
+    assert read_config(tmp_path / "run") == config
+    logged = rows(tmp_path / "run", "train")
+    assert logged[:6] == rows(whole, "train")
+    assert [row["step"] for row in logged] == [*range(1, 11)]
+    np.testing.assert_allclose([row["learning_rate"] for row in logged[6:]], 5e-3, rtol=1e-6)
+    assert [row["step"] for row in rows(tmp_path / "run", "heldout/all")] == [6, 10]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "next_batch", at_step(9, raise_interrupted))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "stopped"), ONE, make_program=make, allow_changes=True, quiet=True)
+    train(config, str(tmp_path / "stopped"), ONE, make_program=make, quiet=True)
+    for name in ("metrics.jsonl", "report.txt", "changes.jsonl", "config.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_the_dispatch_may_change_only_where_nothing_can_be_dropped(directory, tmp_path):  # noqa: F811
+    """Capacity 1.25 drops; 4 = E / K does not, since C is then S."""
+    for factor, refused in ((1.25, True), (4.0, False)):
+        settings = {"model.moe.capacity_factor": factor, "model.moe.eval_capacity_factor": 4.0}
+        theirs, ours = (tiny(directory, **settings, **{"model.moe.dispatch": mode}) for mode in ("gather", "dropless"))
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(theirs)))
+        with pytest.raises(ConfigError, match=r"model\.moe\.dispatch") if refused else contextlib.nullcontext():
+            assert workdirs.refuse_other_run(ours, training.epath.Path(tmp_path)) == {}
+
+
 # --- Retention -------------------------------------------------------------------------------------------------------
 def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_path):  # noqa: F811
     """Held-out losses 3, 1, 2, ... at steps 2, 4, 6, ...: 4 is the best, also for a run that was started again."""
@@ -560,7 +691,8 @@ TRAVELS = [
 @pytest.mark.timeout(1800)
 def test_reshard_matrix(directory, tmp_path, capsys):  # noqa: F811
     """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
-    settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10, "model.moe.capacity_factor": 8.0}
+    settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10}
+    settings |= {"model.moe.capacity_factor": 8.0, "model.moe.eval_capacity_factor": 8.0}
     train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
     for number, (count, mesh, dispatch) in enumerate(TRAVELS):
         config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,8 +15,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from configs import base, upcycle
 from moe.checkpoints.workdir import read_config
-from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, to_dict
+from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, inherit_model, to_dict
+from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
@@ -148,17 +151,98 @@ def test_frozen_parts_do_not_move(tmp_path):
         _config((None, tmp_path), optimizer={"frozen": ["gate"]})
 
 
+def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
+    """Fine-tuning takes the whole model section; upcycling says what changes, and the gate brings its own constants."""
+    imported = import_checkpoint(HERE / "mixtral", tmp_path / "moe")
+    tree = base.get_config()
+    tree.start.checkpoint = str(tmp_path / "moe")
+    tree.model.remat = "full"
+    inherit_model(tree)
+    assert from_config_dict(tree).model == dataclasses.replace(imported.model, remat="full")
+
+    dense = import_checkpoint(HERE / "mistral", tmp_path / "dense")
+    tree = upcycle.get_config()
+    tree.start.checkpoint = str(tmp_path / "dense")
+    inherit_model(tree)
+    model = from_config_dict(tree).model
+    assert (model.moe.gate, model.moe.num_experts, model.moe.d_ff) == ("mixtral", 8, dense.model.d_ff)
+    assert (model.d_model, model.num_layers) == (dense.model.d_model, dense.model.num_layers)
+
+    tree.start.checkpoint = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"start\.checkpoint=.*must be the workdir of a run or an import"):
+        inherit_model(tree)
+
+
+def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
+    config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"has neither .*, or set data\.tokenizer"):
+        warm_start.tokenizer(config)
+    words = ["one text and another text"] * 300
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(iter(words), 280).model_bytes)
+    assert warm_start.tokenizer(config).vocab_size == 280
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="mine.model"))
+    assert warm_start.tokenizer(named) is None
+    assert warm_start.tokenizer(dataclasses.replace(config, start=StartConfig())) is None
+
+
+def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
+    config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path), "fresh": ["router"]})
+    mesh, make = _program(config)
+    said = []
+    with jax.set_mesh(mesh):
+        warm_start.first_state(make(), said.append)
+    (line,) = said
+    assert re.match(r"start: (\d+) of (\d+) arrays from .*; fresh: moe\.router\.kernel; optimizer state: new", line)
+    assert line.endswith("tokenizer: inherited; model: inherited")
+
+
+def _save_run(workdir, config, state):
+    """A run's workdir with one checkpoint, without the loop."""
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        manager.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+
+
+LOSS_FREE = {
+    "gate": "deepseek_v3",
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_groups": 1,
+    "bias_update_rate": 0.1,
+}
+
+
+def test_selection_biases_are_copied_unless_the_router_is_fresh_and_frozen_with_it(tmp_path):
+    """Biases of 1 stay 1 in a run that starts from them with a frozen router; a fresh router has zeros."""
+    source = _config((HERE / "mixtral", tmp_path / "open"), moe=LOSS_FREE)
+    mesh, make = _program(source)
+    with jax.set_mesh(mesh):
+        state = make().init()
+        _save_run(
+            tmp_path / "run", source, dataclasses.replace(state, biases=jax.tree.map(jnp.ones_like, state.biases))
+        )
+        start = {"checkpoint": str(tmp_path / "run")}
+        config = _config((None, tmp_path / "run"), start=start, optimizer={"frozen": ["router"]})
+        program = _program(config)[1]()
+        first = warm_start.first_state(program)
+        assert jax.tree.leaves(first.biases)
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), first.biases)
+        fresh = dataclasses.replace(config, start=StartConfig(str(tmp_path / "run"), fresh=("router",)))
+        zeros = warm_start.first_state(dataclasses.replace(program, config=fresh)).biases
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 0), zeros)
+        after, _ = program.train_step(first, _batch(mesh, 32))
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), after.biases)
+
+
 def test_the_optimizers_state_is_carried_on_request(tmp_path):
-    """Adam's moments of the dense FFN become each expert's, its count goes on; the fresh router's are zero."""
+    """Each expert gets the dense FFN's moments and Adam's count continues; the schedule starts at step 0."""
     dense = _config((HERE / "mistral", tmp_path / "open"))
     mesh, make = _program(dense)
     with jax.set_mesh(mesh):
         program = make()
         trained, _ = program.train_step(program.init(), _batch(mesh, 32))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(dense)))
-    with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
-        manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(trained)))
+    _save_run(tmp_path / "run", dense, trained)
     sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
     carry = {"checkpoint": str(tmp_path / "run"), "optimizer": "carry"}
     config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
@@ -170,5 +254,15 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     for expert in range(4):
         np.testing.assert_array_equal(adam["moe"]["experts"]["up"][:, expert], old["dense"]["up"])
     assert not np.any(adam["moe"]["router"]["kernel"])
-    assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 1]
+    assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 0]
     assert int(state.step) == 0
+    with jax.set_mesh(mesh):
+        # A skipped update advances the schedule with the step and leaves Adam's count alone.
+        program = make()
+        broken = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+        skipped, metrics = program.train_step(
+            dataclasses.replace(state, parameters=state.parameters | {"final_norm": broken}), _batch(mesh, 32)
+        )
+    assert metrics.skipped == 1
+    counts = [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(skipped.optimizer, "count")]
+    assert counts == [1, 1]  # Adam's, and the schedule's, which is the step

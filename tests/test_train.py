@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import re
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import loop as training
 from moe.training import profiling
+from moe.training.evaluation import load_heldout
 from moe.training.loop import train
 from tests.tiny_text import build
 
@@ -127,6 +131,28 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
     train(config, str(tmp_path / "run"), ONE)
     assert "is done: 6 steps were trained" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_without_a_terminal_every_logged_step_is_a_line(whole, tmp_path, capsys):
+    config, workdir = whole
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    (tmp_path / "run" / "report.txt").unlink()
+    train(config, str(tmp_path / "run"), ONE)
+    lines = capsys.readouterr().err.splitlines()
+    pattern = r"step (\d) loss \d\.\d{3}( heldout \d\.\d{3})? dropped 0\.\d{3} tokens/s \d+ MFU \d\.\d\d"
+    matches = [re.fullmatch(pattern, line) for line in lines if line.startswith("step")]
+    assert [(match[1], bool(match[2])) for match in matches] == [("4", False), ("6", True)]
+    report = (tmp_path / "run" / "report.txt").read_text()
+    assert "dropped, %: held-out, training (first row, last row)" in report
+    last = 100 * train_rows(tmp_path / "run")[-1]["fraction_tokens_dropped"][1]
+    assert report.split("MoE layer 1")[1].splitlines()[0].endswith(f" {last:5.2f}")
+
+
+def test_a_domain_called_all_does_not_replace_the_total(directory):
+    prepared = types.SimpleNamespace(domains=("all",))
+    with pytest.raises(ConfigError, match="no domain may be called 'all'"):
+        load_heldout(types.SimpleNamespace(config=tiny(directory)), prepared)
 
 
 class Interrupted(Exception):
@@ -249,7 +275,7 @@ def test_a_workdir_belongs_to_one_config(directory, tmp_path):
     ("overrides", "words"),
     [
         ({"mesh.expert": 3}, "must multiply to the number of devices, 8"),
-        ({"data.sequence_length": 8192}, "gives only"),
+        ({"data.sequence_length": 8192}, "has only"),
         ({"data.dataset": "nowhere"}, "data.dataset"),
         ({"model.vocab_size": 300_000}, "vocab"),
     ],

@@ -64,6 +64,16 @@ def unreadable_as_damaged() -> Iterator[None]:
         raise DamagedError(first_line(error)) from error
 
 
+@jax.jit
+def _is_finite(arrays: list[Array]) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]))
+
+
+def is_finite(tree: Any) -> bool:
+    """True if no number of a tree of arrays is infinite or NaN."""
+    return bool(_is_finite(jax.tree.leaves(tree)))
+
+
 def first_line(error: BaseException) -> str:
     """Type and first line of the root cause of an error, at most 300 characters."""
     while error.__cause__ is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,7 @@ class Checkpoints:
             keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
             read_only: create and delete nothing.
         """
+        refuse_unusable_path(workdir)
         self._workdir = workdir
         self._best = _LowestLoss(workdir)
         policies = [preservation_policy.LatestN(keep), self._best]
@@ -321,6 +323,20 @@ def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None)
             f"--workdir={workdir}: {what} ({first_line(error)}); {last}; "
             "free space or repair it, and the same command continues from there"
         ) from error
+
+
+def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
+    """Raise ConfigError for a path that Orbax cannot read back: it globs below it, and TensorStore wants UTF-8."""
+    path = os.path.abspath(workdir)
+    found = [character for character in "*?[]\\" if character in path]
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        found.append("bytes that are not UTF-8")
+    if found:
+        raise ConfigError(
+            f"--workdir={path!a}: checkpoints cannot be kept under a path with {' '.join(found)}; use another name"
+        )
 
 
 def complete_steps(workdir: epath.Path) -> list[int]:

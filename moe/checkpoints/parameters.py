@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from moe.atomic_files import from_checked_json
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
+from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.state import join
 from moe.config import ConfigError, ModelConfig
 from moe.models.decoder import Transformer
@@ -69,21 +70,23 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: dict[str, Any] | None = None) -> None:
     """Write a checkpoint at step 0 that holds parameters only: a model to evaluate or to start a run from.
 
     Args:
         workdir: a folder without checkpoints.
         parameters: nested dict of :class:`Streamed`.
+        biases: the same, of the routers' selection biases.
 
     Raises:
-        ConfigError: the workdir holds checkpoints.
+        ConfigError: the workdir holds checkpoints, or its path cannot hold any.
     """
+    refuse_unusable_path(workdir)
     with quiet_orbax():
-        _write_parameters(workdir, parameters)
+        _write_parameters(workdir, {"parameters": parameters} | ({"biases": biases} if biases else {}))
 
 
-def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
+def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
     manager = ocp.CheckpointManager(
         workdir / "checkpoints",
@@ -92,7 +95,7 @@ def _write_parameters(workdir: epath.Path, parameters: dict[str, Any]) -> None:
     )
     if manager.latest_step() is not None:
         raise ConfigError(f"{workdir}: holds checkpoints already")
-    manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"parameters": parameters})), force=True)
+    manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
     manager.close()
 
 
@@ -158,6 +161,7 @@ def _read_branch(
     only: tuple[str, ...],
 ) -> dict[str, Any]:
     """Read one field of the TrainState and check it against the shapes the model expects."""
+    refuse_unusable_path(workdir)
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
     with quiet_orbax():

@@ -16,9 +16,11 @@ from etils import epath
 from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, to_dict
+from moe.dispatch.plan import expert_capacity
+from moe.metrics_files import METRICS, read_rows
 from moe.routing.resolve import from_config_dict
 
-LOCK, CONFIG = ".lock", "config.json"
+LOCK, CONFIG, CHANGES, REPORT = ".lock", "config.json", "changes.jsonl", "report.txt"
 
 #: Fields, or prefixes of fields, that do not change what is learnt: they may differ when a run is resumed.
 FREE_FIELDS = (
@@ -26,13 +28,29 @@ FREE_FIELDS = (
     "mesh.",
     "model.remat",
     "model.scan_layers",
-    "model.moe.dispatch",
+    "train.eval_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.log_every",
     "train.max_skipped_steps",
     "train.on_skipped_steps",
     "train.sample_tokens",
     "train.save_every",
+)
+
+#: Fields that a run may change from its newest checkpoint on; each change is recorded in changes.jsonl.
+CHANGEABLE_FIELDS = (
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.decay_steps",
+    "optimizer.eps",
+    "optimizer.final_learning_rate_fraction",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "train.num_steps",
+    "train.spike_sigmas",
 )
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
@@ -65,9 +83,33 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         lock.release()
 
 
-def has_config(workdir: epath.Path) -> bool:
-    """Return True if a run was started in the workdir."""
-    return (workdir / CONFIG).exists()
+def holds_run(workdir: epath.Path) -> bool:
+    """Return True if a run in the workdir has something to lose: a config with metrics or a checkpoint.
+
+    A config alone is from a start that failed before its first step, and binds nobody.
+
+    Raises:
+        ConfigError: there are checkpoints without a config, or a run's checkpoints are gone.
+    """
+    steps = complete_steps(workdir)
+    if not (workdir / CONFIG).exists():
+        if steps:
+            raise ConfigError(
+                f"--workdir={workdir}: holds a checkpoint of step {steps[-1]} but no {CONFIG}; put that file back, or "
+                "use another workdir"
+            )
+        return False
+    if steps:
+        return True
+    rows = read_rows(workdir / METRICS)
+    last = max((row["step"] for row in rows), default=0)
+    # The second save waits for the first: rows beyond it prove that there was a checkpoint.
+    if rows and ((workdir / REPORT).exists() or last > 2 * read_config(workdir).train.save_every):
+        raise ConfigError(
+            f"--workdir={workdir}: has metrics up to step {last} but no checkpoint; put checkpoints/ back, or delete "
+            f"{METRICS} and {REPORT} to train again from step 0"
+        )
+    return bool(rows)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:
@@ -85,38 +127,88 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def refuse_other_run(config: Config, workdir: epath.Path) -> None:
-    """Raise ConfigError, naming the fields, if the workdir holds a run of another config."""
-    theirs, ours = (_flatten(json.loads(json.dumps(to_dict(tree)))) for tree in (read_config(workdir), config))
-    differing = [
-        f"{name} (there {theirs[name]!r}, here {ours[name]!r})"
+def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool = False) -> dict[str, list[Any]]:
+    """Compare the config of the workdir's run with the given one.
+
+    Args:
+        config: of this start.
+        workdir: holds a run.
+        allow_changes: accept differences in :data:`CHANGEABLE_FIELDS`.
+
+    Returns:
+        field → [old, new] of the accepted changes.
+
+    Raises:
+        ConfigError: another field differs; all such fields are named.
+    """
+    theirs_config = read_config(workdir)
+    theirs, ours = (flatten(json.loads(json.dumps(to_dict(tree)))) for tree in (theirs_config, config))
+    differing = {
+        name: [theirs[name], ours[name]]
         for name in sorted(ours)
         if theirs[name] != ours[name] and not name.startswith(FREE_FIELDS)
-    ]
-    if differing:
-        raise ConfigError(
-            f"--workdir={workdir}: holds a run with another config; use another workdir, "
-            f"or set back {'; '.join(differing)}"
+    }
+    if _same_function(theirs_config, config):
+        differing.pop("model.moe.dispatch", None)
+    changeable = {name: values for name, values in differing.items() if name in CHANGEABLE_FIELDS}
+    if differing and not (allow_changes and changeable == differing):
+        listed = "; ".join(
+            f"{name} (there {old!r}, here {new!r})"
+            for name, (old, new) in differing.items()
+            if not (allow_changes and name in changeable)
         )
+        change = ", or add --change to go on with the new values" if changeable == differing else ""
+        raise ConfigError(
+            f"--workdir={workdir}: holds a run with another config; use another workdir, or set back {listed}{change}"
+        )
+    return changeable
 
 
-def refuse_orphaned_checkpoints(workdir: epath.Path) -> None:
-    """Raise ConfigError if there are checkpoints without the config that describes them."""
-    if steps := complete_steps(workdir):
-        raise ConfigError(
-            f"--workdir={workdir}: holds a checkpoint of step {steps[-1]} but no {CONFIG}; put that file back, or use "
-            "another workdir"
-        )
+def _same_function(theirs: Config, ours: Config) -> bool:
+    """True if the two dispatch modes compute the same: both have a capacity, or the capacity drops nothing."""
+    if "dropless" not in (theirs.model.moe.dispatch, ours.model.moe.dispatch):
+        return True
+    moe = ours.model.moe
+    size = moe.group_size or ours.data.sequence_length
+    return all(
+        expert_capacity(factor, moe.experts_per_token, size, moe.num_experts) >= size
+        for factor in (moe.capacity_factor, moe.eval_capacity_factor)
+    )
+
+
+def record_changes(config: Config, changes: dict[str, list[Any]], step: int, workdir: epath.Path) -> None:
+    """Append changed fields to changes.jsonl and replace config.json.
+
+    Args:
+        config: with the new values.
+        changes: result of :func:`refuse_other_run`.
+        step: of the checkpoint that the run continues from.
+        workdir: of the run.
+    """
+    if jax.process_index() != 0 or not changes:
+        return
+    path, line = workdir / CHANGES, json.dumps({"step": step, "changes": changes}) + "\n"
+    text = path.read_text() if path.exists() else ""
+    if not text.endswith(line):  # else a start was killed between the two files
+        write_atomic(path, (text + line).encode())
+    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2).encode())
+
+
+def latest_change(workdir: epath.Path) -> int:
+    """Step of the newest recorded change; 0: none."""
+    path = workdir / CHANGES
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: epath.Path, *, new: bool) -> None:
-    """Write the tokenizer, then the config, which marks the run as started.
+    """Write the tokenizer, then the config.
 
     Args:
         config: of the run.
         tokenizer_files: name → content.
         workdir: existing folder.
-        new: no run was started in it; otherwise only a missing tokenizer file is written.
+        new: it holds no run yet; otherwise only a missing tokenizer file is written.
 
     Raises:
         ConfigError: a tokenizer file differs from this run's.
@@ -144,8 +236,9 @@ def disk_errors(workdir: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict as {dotted name: value}."""
     flat = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

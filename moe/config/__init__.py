@@ -1,6 +1,7 @@
 """Typed settings of a run: schema, parsing and checks."""
 
 from moe.config.checks import check_path, validate_mesh
+from moe.config.inherit import inherit_model
 from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
 from moe.config.schema import (
@@ -19,6 +20,7 @@ from moe.config.schema import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    RopeScalingConfig,
     StartConfig,
     TrainConfig,
 )
@@ -40,10 +42,12 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeScalingConfig",
     "StartConfig",
     "TrainConfig",
     "check_field",
     "check_path",
+    "inherit_model",
     "layer_kinds",
     "sparse_layers",
     "to_config_dict",

@@ -49,6 +49,9 @@ _MAXIMA = {
         "num_heads": 2**16,
         "num_kv_heads": 2**16,
         "head_dim": 2**16,
+        "kv_lora_rank": 2**16,
+        "q_lora_rank": 2**16,
+        "value_dim": 2**16,
         "d_ff": 2**22,
     },
     "model.moe.": {
@@ -91,6 +94,9 @@ def check_model(model: ModelConfig) -> None:
         model.head_dim,
         "must be even: rotary positions rotate pairs of dimensions",
     )
+    _check_rope(model)
+    if model.kv_lora_rank:
+        _check_latent_attention(model)
     require(
         model.num_heads % model.num_kv_heads == 0,
         "model.num_kv_heads",
@@ -106,6 +112,54 @@ def check_model(model: ModelConfig) -> None:
     )
     for name in ("norm_eps", "rope_theta", "init_scale"):
         require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
+
+
+def _check_rope(model: ModelConfig) -> None:
+    require(
+        0 <= model.rope_dim <= model.head_dim and model.rope_dim % 2 == 0,
+        "model.rope_dim",
+        model.rope_dim,
+        f"must be even and at most model.head_dim={model.head_dim}, or 0 for all",
+    )
+    scaling = model.rope_scaling
+    require(scaling.factor >= 1, "model.rope_scaling.factor", scaling.factor, "must be at least 1")
+    require(
+        scaling.original_length >= 1 or scaling.kind not in ("yarn", "llama3"),
+        "model.rope_scaling.original_length",
+        scaling.original_length,
+        "must be at least 1",
+    )
+    for name in ("beta_fast", "beta_slow"):
+        value = getattr(scaling, name)
+        require(value > 0, f"model.rope_scaling.{name}", value, "must be positive")
+    require_at_least("model.rope_scaling.", scaling, 0, "attention_factor", "mscale", "mscale_all_dim")
+    require(
+        scaling.high_freq_factor > scaling.low_freq_factor > 0,
+        "model.rope_scaling.high_freq_factor",
+        scaling.high_freq_factor,
+        f"must be above low_freq_factor={scaling.low_freq_factor}, which must be positive",
+    )
+
+
+def _check_latent_attention(model: ModelConfig) -> None:
+    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank")
+    require_at_least("model.", model, 2, "rope_dim")
+    require_at_least("model.", model, 1, "value_dim")
+    require(
+        model.rope_dim < model.head_dim,
+        "model.rope_dim",
+        model.rope_dim,
+        f"must be below model.head_dim={model.head_dim} where model.kv_lora_rank is set",
+    )
+    require(
+        model.num_kv_heads == model.num_heads,
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        f"must be model.num_heads={model.num_heads} where model.kv_lora_rank is set",
+    )
+    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("clip_qkv", 0.0)):
+        value = getattr(model, name)
+        require(value == none, f"model.{name}", value, f"must be {none} where model.kv_lora_rank is set")
 
 
 def check_run(config: Config) -> None:
@@ -201,6 +255,13 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
         optimizer.warmup_steps,
         f"must be below train.num_steps={train.num_steps}",
     )
+    require(
+        0 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps
+        and (optimizer.decay_steps == 0 or optimizer.schedule == "wsd"),
+        "optimizer.decay_steps",
+        optimizer.decay_steps,
+        "must be 0 unless optimizer.schedule is 'wsd', and at most train.num_steps - optimizer.warmup_steps",
+    )
 
 
 def _check_mesh_sizes(mesh: MeshConfig) -> None:
@@ -235,6 +296,8 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     rows = train.batch_size // train.accumulation_steps
     divides(batch_axes, "train.batch_size / train.accumulation_steps", rows)
     divides(("fsdp",), "model.d_model", model.d_model)
+    for name in ("q_lora_rank", "kv_lora_rank"):
+        divides(("fsdp",), f"model.{name}", getattr(model, name))
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
         divides(("tensor",), f"model.{name}", getattr(model, name))
     if moe.gate == "none":

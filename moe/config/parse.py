@@ -11,11 +11,29 @@ import ml_collections
 from moe.config.schema import LARGEST, LARGEST_FLOAT, LONGEST_TUPLE, SMALLEST_FLOAT, Config, ConfigError
 
 
+class _TrackedConfigDict(ml_collections.ConfigDict):
+    """ConfigDict that remembers which of its fields were assigned; see :func:`assigned_fields`."""
+
+    def __setitem__(self, key: str, value: typing.Any) -> None:
+        super().__setitem__(key, value)
+        self.__dict__.setdefault("_assigned", set()).add(key)
+
+
+def assigned_fields(tree: ml_collections.ConfigDict, path: str = "") -> set[str]:
+    """Dotted names of the fields that a config file or the command line set in a tree of :func:`to_config_dict`."""
+    assigned = tree.__dict__.get("_assigned", set())
+    names = {path + name for name in assigned}
+    for name, value in tree.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            names |= assigned_fields(value, f"{path}{name}.")
+    return names
+
+
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """Convert to a locked, type-checked ConfigDict, for files in ``configs/`` and command-line overrides."""
 
     def convert(node: typing.Any) -> ml_collections.ConfigDict:
-        result = ml_collections.ConfigDict()
+        result = _TrackedConfigDict()
         hints = typing.get_type_hints(type(node))
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)
@@ -24,6 +42,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
             elif hints[field.name] is float:
                 value = float(value)
             result[field.name] = value
+        result.__dict__["_assigned"] = set()
         return result.lock()
 
     return convert(config)

@@ -27,11 +27,13 @@ BalanceScope = Literal["batch", "group", "sequence"]
 Activation = Literal["swiglu", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
+RopeScaling = Literal["none", "linear", "yarn", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
+Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 
 
 class ConfigError(ValueError):
@@ -42,7 +44,7 @@ class ConfigError(ValueError):
 class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
-    gate: str = "mixtral"  # name of a gate in moe.routing.registry, or "none": every FFN is dense
+    gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
@@ -76,6 +78,23 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Scaling of rotary positions for contexts longer than those of pre-training."""
+
+    kind: RopeScaling = "none"
+    factor: float = 1.0  # longest context over original_length
+    original_length: int = 0  # tokens, context of pre-training; yarn and llama3
+    beta_fast: float = 32.0  # yarn: rotations in the original context above which a pair is not interpolated
+    beta_slow: float = 1.0  # yarn: rotations below which it is interpolated fully
+    truncate: bool = True  # yarn: round the two bounds to whole pairs
+    attention_factor: float = 0.0  # yarn: factor of rotated queries and keys; 0: computed
+    mscale: float = 0.0  # yarn: DeepSeek's constants of that factor; 0: not used
+    mscale_all_dim: float = 0.0
+    low_freq_factor: float = 1.0  # llama3: rotations in the original context below which a pair is interpolated fully
+    high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Decoder-only Transformer."""
 
@@ -89,6 +108,12 @@ class ModelConfig:
     activation: Activation = "swiglu"
     norm_eps: float = 1e-5  # epsilon of RMSNorm
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
+    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
+    kv_lora_rank: int = 0  # dimension of the latent of keys and values (DeepSeek-V2); 0: grouped-query attention
+    q_lora_rank: int = 0  # latent attention: dimension of the latent of queries; 0: none
+    value_dim: int = 0  # latent attention: H of the values
     sliding_window: int = 0  # tokens a query attends to, including its own; 0: all
     sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
     qk_norm: QKNorm = "none"  # RMSNorm of queries and keys: head (over H, Qwen3) or full (over N*H, OLMoE)
@@ -140,11 +165,15 @@ Part = Literal["embedding", "unembedding", "attention", "dense", "router", "expe
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer, and the learning-rate schedule."""
+
+    name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
 
     learning_rate: float = 3e-3  # peak
-    final_learning_rate_fraction: float = 0.1  # of the peak, at the last step
+    schedule: Schedule = "cosine"  # after the warm-up: cosine decay, constant, wsd (constant, then a decay) or rsqrt
+    final_learning_rate_fraction: float = 0.1  # of the peak, at the last step; cosine and wsd
     warmup_steps: int = 30  # steps
+    decay_steps: int = 0  # steps of the decay of wsd; 0: a tenth of train.num_steps
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -173,7 +202,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-    """Initial parameters (moe.training.warm_start)."""
+    """Initial parameters (moe.training.warm_start).
+
+    With a checkpoint, model fields that the config file or the command line does not set are the checkpoint's, and so
+    is the tokenizer if data.tokenizer is empty.
+    """
 
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights

@@ -11,6 +11,7 @@ from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, 
 from moe.interop import balance
 from moe.interop.families import FAMILIES
 from moe.interop.families.family import Family, selection_rule
+from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
 from moe.routing.resolve import from_config_dict
 
@@ -42,6 +43,8 @@ def read_config(source: Json) -> Config:
     family = family_of(source)
     fields: OpenConfig = parse(family.schema, source)
     changes, moe_changes = family.read(fields)
+    if fields.rope.partial_rotary_factor != 1 and "rope_dim" not in changes:
+        raise ConfigError(f"config.json: partial_rotary_factor={fields.rope.partial_rotary_factor}: must be 1")
     model = dataclasses.replace(_model(fields), **changes)
     moe = dataclasses.replace(model.moe, **moe_changes)
     total = moe.num_experts * model.num_layers
@@ -59,13 +62,6 @@ def read_config(source: Json) -> Config:
 
 def _model(fields: OpenConfig) -> ModelConfig:
     """The settings that all families write alike."""
-    rope = fields.rope
-    if rope.rope_type != "default":
-        raise ConfigError(
-            f"config.json: rope_type={rope.rope_type!r}: scaled rotary positions are not supported, only 'default'"
-        )
-    if rope.partial_rotary_factor != 1:
-        raise ConfigError(f"config.json: partial_rotary_factor={rope.partial_rotary_factor}: must be 1")
     return ModelConfig(
         vocab_size=fields.vocab_size,
         d_model=fields.hidden_size,
@@ -76,7 +72,8 @@ def _model(fields: OpenConfig) -> ModelConfig:
         d_ff=fields.intermediate_size,
         activation=ACTIVATIONS[fields.hidden_act],
         norm_eps=fields.rms_norm_eps,
-        rope_theta=rope.rope_theta or fields.rope_theta,
+        rope_theta=fields.rope.rope_theta or fields.rope_theta,
+        rope_scaling=read_scaling(fields),
         tie_embeddings=fields.tie_word_embeddings,
         moe=MoEConfig(jitter=0.0, z_loss_weight=0.0, dispatch="dropless"),
     )
@@ -149,19 +146,20 @@ def _write_as(config: Config, family: Family) -> Json:
         "hidden_act": written,
         "max_position_embeddings": config.data.sequence_length,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
         "tie_word_embeddings": model.tie_embeddings,
     }
     if any(sparse_layers(model)):
         result["num_experts_per_tok"] = model.moe.experts_per_token
         result[family.balance_field] = balance.coefficient_there(family, model)
-    return result | family.write(model)
+    return result | write_scaling(model) | family.write(model)
 
 
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
-    *("rope_theta", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
+    *("kv_lora_rank", "q_lora_rank", "value_dim"),
 )
+_SELECTION_FACTS = ("expert_groups", "kept_expert_groups", "renormalise", "routing_scale")
 _MOE_FACTS = ("num_experts", "experts_per_token", "d_ff", "shared_d_ff", "shared_gate")
 
 
@@ -175,10 +173,14 @@ def _facts(model: ModelConfig) -> Json:
     """Every setting that changes what a model computes in evaluation."""
     sparse, moe = sparse_layers(model), model.moe
     facts = {f"model.{name}": getattr(model, name) for name in _MODEL_FACTS}
+    facts["model.rope_dim"] = model.rope_dim or model.head_dim
     facts |= {"model.moe.layers": sparse, "model.sliding_window": tuple(kind.window for kind in layer_kinds(model))}
     if not all(sparse):
         facts["model.d_ff"] = model.d_ff
     if any(sparse):
         facts |= {f"model.moe.{name}": getattr(moe, name) for name in _MOE_FACTS}
-        facts["model.moe.gate"] = selection_rule(moe)
+        rule = selection_rule(moe)
+        facts["model.moe.gate"] = rule
+        if isinstance(rule, str):
+            facts |= {f"model.moe.{name}": getattr(moe, name) for name in _SELECTION_FACTS}
     return facts

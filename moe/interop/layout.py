@@ -11,11 +11,14 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import FUSED_EXPERTS, OUTSIDE, Family, Tensor
+from moe.models.decoder import Transformer
 from moe.models.flops import abstract_parameters
 from moe.models.stack import stacked_layers
+from moe.routing.router import SelectionBias
 
 #: Number of leading axes of a matrix that are its inputs; a parameter that is not listed is no matrix.
 _INPUT_AXES: Mapping[str, int] = {
@@ -32,6 +35,10 @@ _INPUT_AXES: Mapping[str, int] = {
     "router.kernel": 1,
     "shared.gate": 1,
     "unembedding.kernel": 1,
+    "attention.query_down": 1,
+    "attention.query_up": 1,
+    "attention.kv_down": 1,
+    "attention.kv_up": 1,
 }
 
 
@@ -67,12 +74,14 @@ class Parameter:
         shape: of the whole array.
         pieces: all parts, in slot order.
         tensor: where they lie in their tensors.
+        selection_bias: it is a router's selection bias, which checkpoints keep apart, always in float32.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     tensor: Tensor
+    selection_bias: bool = False
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
@@ -150,6 +159,12 @@ class Parameter:
         target[...] = values.transpose(order).reshape(target.shape)
 
 
+def abstract_selection_biases(model: ModelConfig) -> dict[str, Any]:
+    """ShapeDtypeStructs of the routers' selection biases, as a nested dict; empty for gates without them."""
+    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
+
+
 def is_fused(names: Iterable[str]) -> bool:
     """Whether tensors of these names hold all experts of a layer together."""
     return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
@@ -167,7 +182,9 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[P
         ConfigError: the family has no tensor for a parameter.
     """
     parameters, tensors = [], {**family.tensors, **(FUSED_EXPERTS if fused else {})}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(model)):
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
+    biases = jax.tree_util.tree_leaves_with_path(abstract_selection_biases(model))
+    for key_path, leaf in leaves + biases:
         path = tuple(str(key.key) for key in key_path)
         stacked = stacked_layers(model, path)
         if stacked is None:
@@ -180,7 +197,7 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[P
         found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
         pieces = _pieces(tensor, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
-        parameters.append(Parameter(path, leaf.shape, pieces, tensor))
+        parameters.append(Parameter(path, leaf.shape, pieces, tensor, name == "moe.router.bias"))
     return parameters
 
 

@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from moe.checkpoints.state import join
 from moe.config import Config, ModelConfig
 from moe.interop.config_json import family_of, read_config
-from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
+from moe.interop.layout import Parameter, abstract_selection_biases, get_leaf, is_fused, layout, set_leaf
+from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 from moe.models.decoder import Transformer
 from moe.models.flops import abstract_parameters
@@ -53,12 +55,16 @@ def open_folder(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     folder = TensorFolder(directory)
     parameters = layout(config.model, family_of(source), fused=is_fused(folder.names()))
+    last, extra = config.model.num_layers, parse(family_of(source).schema, source).num_nextn_predict_layers
+    folder.skip_layers(range(last, last + extra))
     folder.check(parameters, config.model.tie_embeddings)
     return config, folder, parameters
 
 
 def parameter_dtype(folder: TensorFolder, parameter: Parameter) -> np.dtype[Any]:
-    """The dtype of a parameter's tensors, or float32 if they differ."""
+    """The dtype of a parameter's tensors; float32 if they differ, and for selection biases."""
+    if parameter.selection_bias:
+        return np.dtype(np.float32)
     dtypes = {folder.dtype(piece.name) for piece in parameter.pieces}
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
@@ -69,7 +75,7 @@ def _module(model: ModelConfig, parameters: dict[str, Any]) -> Transformer:
 
 def _place(folder: TensorFolder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
     """Nested dict of arrays; a device's shard is put together from the slices of the files that it needs."""
-    specs = partition_specs.parameter_specs(abstract_parameters(model))
+    specs = partition_specs.parameter_specs(join(abstract_parameters(model), abstract_selection_biases(model)))
     tree: dict[str, Any] = {}
     for parameter in parameters:
         spec = get_leaf(specs, parameter.path)

@@ -19,6 +19,7 @@ from moe.interop.layout import Parameter, by_tensor, get_leaf, layout
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorWriter
 from moe.models.decoder import Transformer
+from moe.routing.router import SelectionBias
 
 
 def save_huggingface(
@@ -45,7 +46,7 @@ def save_huggingface(
     Raises:
         ConfigError: no open architecture computes this model, or the folder holds files.
     """
-    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, SelectionBias)))
 
     def fetch(parameter: Parameter) -> Any:
         return get_leaf(parameters, parameter.path)

@@ -16,6 +16,13 @@ from moe.config.schema import Activation
 
 Json = dict[str, Any]
 
+
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise ValueError("must be false")
+    return value
+
+
 # Bounds far above every published model keep shapes within 64-bit arithmetic and loops over layers short.
 Count = Annotated[int, pydantic.Field(ge=1, le=1 << 16)]
 Size = Annotated[int, pydantic.Field(ge=1, le=1 << 24)]
@@ -27,6 +34,7 @@ Context = Annotated[int, pydantic.Field(ge=1, le=(1 << 31) - 1)]
 Positive = Annotated[float, pydantic.Field(gt=0, le=1e30, allow_inf_nan=False)]
 Coefficient = Annotated[float, pydantic.Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
+Off = Annotated[bool, pydantic.AfterValidator(_refuse_true)]
 LayerNumbers = list[Annotated[int, pydantic.Field(ge=0, lt=1024)]]
 LayerTypes = list[Literal["sliding_attention", "full_attention"]]
 TokenIds = int | list[int] | None
@@ -61,11 +69,33 @@ class Fields(pydantic.BaseModel):
 
 
 class RopeParameters(Fields):
-    """Rotary positions; ``type`` is the older name of ``rope_type``."""
+    """Rotary positions and their scaling; ``type`` is the older name of ``rope_type``."""
 
-    rope_type: str = pydantic.Field("default", validation_alias=pydantic.AliasChoices("rope_type", "type"))
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = pydantic.Field(
+        "default", validation_alias=pydantic.AliasChoices("rope_type", "type")
+    )
     rope_theta: Positive | None = None
     partial_rotary_factor: Positive = 1.0
+    factor: Annotated[float, pydantic.Field(ge=1, le=1e6)] | None = None
+    original_max_position_embeddings: Context | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    truncate: bool = True
+    attention_factor: Positive | None = None
+    mscale: Coefficient | None = None
+    mscale_all_dim: Coefficient | None = None
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_second_type(cls, tree: Any) -> Any:
+        """Drop ``type`` where ``rope_type`` says the same."""
+        if isinstance(tree, dict) and "type" in tree and tree.get("rope_type") == tree["type"]:
+            return {name: value for name, value in tree.items() if name != "type"}
+        return tree
 
 
 class OpenConfig(Fields):
@@ -89,6 +119,7 @@ class OpenConfig(Fields):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     layer_types: LayerTypes | None = None
+    num_nextn_predict_layers: OptionalCount = 0
     bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None
     pad_token_id: TokenIds = None

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
+from absl import logging
 from safetensors.numpy import save_file
 
 from moe.config import ConfigError
@@ -105,6 +106,14 @@ class TensorFolder:
         with _open(self._file[name]) as file:
             return file.get_slice(name)[index or (slice(None),) * len(self._shape[name])]
 
+    def skip_layers(self, after: range) -> None:
+        """Ignore layers of these numbers: multi-token prediction (DeepSeek-V3), which no model here computes."""
+        skipped = [name for name in self._file if _layer_number(name) in after]
+        for name in skipped:
+            del self._file[name], self._shape[name], self._dtype[name]
+        if skipped:
+            logging.warning("%s: %d tensors of multi-token prediction are skipped", self.directory, len(skipped))
+
     def check(self, parameters: Sequence[Parameter], tied: bool) -> None:
         """Checks that tensors and parameters match one to one, in shape, with a float type.
 
@@ -171,6 +180,12 @@ class TensorWriter:
 
     def _temporary(self, number: int) -> Path:
         return self.directory / f"model-{number:05d}.safetensors.tmp"
+
+
+def _layer_number(name: str) -> int:
+    """Number of the layer that a tensor belongs to; -1 outside the layers."""
+    number = name.removeprefix("model.layers.").partition(".")[0]
+    return int(number) if name.startswith("model.layers.") and number.isdecimal() and len(number) < 9 else -1
 
 
 def _by_number(names: set[str]) -> list[str]:

@@ -51,10 +51,11 @@ def import_checkpoint(
     refuse_files(workdir)
     config, folder, parameters = open_folder(source, dtype=dtype)
     tree: dict[str, Any] = {}
+    biases: dict[str, Any] = {}
     for parameter in parameters:
-        set_leaf(tree, parameter.path, _streamed(folder, parameter))
+        set_leaf(biases if parameter.selection_bias else tree, parameter.path, _streamed(folder, parameter))
     workdir.mkdir(parents=True, exist_ok=True)
-    stored.write_parameters(workdir, tree)
+    stored.write_parameters(workdir, tree, biases)
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, workdir / name)
@@ -103,7 +104,10 @@ def export_checkpoint(
     written |= _token_ids(epath.Path(workdir), written)
 
     def fetch(parameter: Parameter) -> Any:
-        tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
+        if parameter.selection_bias:
+            tree = stored.read_biases(workdir, config.model)
+        else:
+            tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
         return get_leaf(tree, parameter.path)
 
     write_folder(written, config.model, fetch, Path(directory), fused=fused)

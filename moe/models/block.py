@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind
 from moe.layers.attention.attention import Attention
+from moe.layers.attention.mla import LatentAttention
 from moe.layers.ffn import DenseFFN
 from moe.layers.moe_layer import MoELayer
 from moe.layers.norms import RMSNorm
@@ -20,12 +21,17 @@ from moe.routing.routing import Routing
 Record = tuple[LayerReport, Routing] | None
 
 
+def attention_class(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
+    """Latent attention where ``model.kv_lora_rank`` is set, else grouped-query attention."""
+    return LatentAttention if config.kv_lora_rank else Attention
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, window=kind.window, rngs=rngs)
+        self.attention = attention_class(config)(config, window=kind.window, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.sparse = kind.sparse
         if kind.sparse:
@@ -54,13 +60,16 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"],
         *,
         token_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
         routing: Routing | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
-        """The second half: x + FFN(norm(x))."""
+        """The second half: x + FFN(norm(x)); ``positions`` are given when generating."""
         h = self.ffn_norm(x)
         if not self.sparse:
             return constrain(x + self.dense(h), partition_specs.BATCH), None
-        y, report, routing = self.moe(h, segment_ids > 0, token_ids=token_ids, routing=routing, train=train, rng=rng)
+        y, report, routing = self.moe(
+            h, segment_ids > 0, token_ids=token_ids, positions=positions, routing=routing, train=train, rng=rng
+        )
         return constrain(x + y, partition_specs.BATCH), (report, routing)

@@ -21,6 +21,9 @@ BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
 CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
+
+
+CACHE_OF_ONE_HEAD = P(None, TOKEN_AXES)  # [R,B,W,1,H]
 TABLE = P("tensor", None)  # [V,D] during the embedding lookup
 LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
 PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summed over each of X shards of the tokens
@@ -44,6 +47,10 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "attention.key": P(STORED, "tensor", None),  # [D,M,H]
         "attention.value": P(STORED, "tensor", None),  # [D,M,H]
         "attention.out": P("tensor", None, STORED),  # [N,H,D]
+        "attention.query_down": P(STORED, None),  # [D,q_lora_rank]
+        "attention.query_up": P(STORED, "tensor", None),  # [q_lora_rank,N,H]
+        "attention.kv_down": P(STORED, None),  # [D,kv_lora_rank + rope_dim]
+        "attention.kv_up": P(STORED, "tensor", None),  # [kv_lora_rank,N,unrotated and value dims]
         "attention.query_bias": P("tensor", None),  # [N,H]
         "attention.key_bias": P("tensor", None),  # [M,H]
         "attention.value_bias": P("tensor", None),  # [M,H]
@@ -109,6 +116,36 @@ def parameter_specs(tree: Any) -> Any:
         return P(*(None,) * stacked, *fit(found, jnp.shape(leaf)[stacked:]))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
+    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments.
+
+    The rest (counters, factored moments) is replicated.
+
+    Args:
+        parameters: arrays or ShapeDtypeStructs.
+        optimizer: state whose arrays have paths that end with their parameter's.
+    """
+
+    def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+        keys = [getattr(key, "key", None) for key in path]
+        start = max((i + 1 for i, key in enumerate(keys) if not isinstance(key, str)), default=0)
+        return tuple(str(key) for key in keys[start:])
+
+    shapes = {names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    specs = {
+        names(path): spec
+        for path, spec in jax.tree_util.tree_leaves_with_path(
+            parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P)
+        )
+    }
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
+        own = names(path)
+        return specs[own] if shapes.get(own) == leaf.shape else REPLICATED
+
+    return jax.tree_util.tree_map_with_path(spec, optimizer)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

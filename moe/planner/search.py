@@ -79,10 +79,10 @@ def versions() -> list[str]:
 
 
 def source_hash() -> str:
-    """Hash of the package's source: plans of other source are not reused."""
+    """Hash of the package's source and compile targets: plans of other source are not reused."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.textproto")]):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

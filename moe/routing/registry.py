@@ -1,24 +1,57 @@
-"""Gates by name, with the constants of their papers."""
+"""Gates by name, with the constants of their papers, and gates from a user's module."""
 
 from __future__ import annotations
 
+import difflib
 import types
 from collections.abc import Mapping
+from typing import cast
 
 from moe.config import ConfigError
+from moe.config.references import import_object
 from moe.routing import gates
-from moe.routing.interface import Gate
+from moe.routing.interface import Gate, GateRule
 
 
 def find_gate(name: str) -> Gate:
-    """Return the record of the gate ``model.moe.gate`` names.
+    """Return the record of the gate that ``model.moe.gate`` names.
+
+    Args:
+        name: a key of :data:`GATES`, or ``module:object``, an importable :class:`Gate` or a function with the signature
+            of :attr:`Gate.choose`. A function gets the constants of :func:`default_gate`.
 
     Raises:
-        ConfigError: no such gate.
+        ConfigError: no such gate, or its module cannot be imported.
     """
+    if ":" in name:
+        return _import_gate(name)
     if name not in GATES:
-        raise ConfigError(f"model.moe.gate={name!r}: must be one of {', '.join(('none', *GATES))}")
+        near = difflib.get_close_matches(name, GATES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        allowed = f"must be one of {', '.join(('none', *GATES))}, or module:object"
+        raise ConfigError(f"model.moe.gate={name!r}: {allowed}{hint}")
     return GATES[name]
+
+
+def default_gate(choose: GateRule, source: str) -> Gate:
+    """Record of a rule without constants of its own: Mixtral's K and capacity factors, Switch's balance weight."""
+    return Gate(
+        choose,
+        source,
+        experts_per_token=2,
+        capacity_factor=1.25,
+        eval_capacity_factor=2.0,
+        load_balancing_weight=0.01,
+    )
+
+
+def _import_gate(name: str) -> Gate:
+    gate = import_object("model.moe.gate", name)
+    if isinstance(gate, Gate):
+        return gate
+    if not callable(gate):
+        raise ConfigError(f"model.moe.gate={name!r}: must be a Gate or a function, not {type(gate).__name__}")
+    return default_gate(cast(GateRule, gate), name)
 
 
 GATES: Mapping[str, Gate] = types.MappingProxyType(
@@ -125,6 +158,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             capacity_factor=1.0,
             eval_capacity_factor=1.0,
             looks_ahead=True,
+            experts_choose=True,
         ),
         "soft_moe": Gate(
             gates.dense_mixture,  # weights as reported; the layer itself mixes slots

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from moe.routing.interface import Gate, GateInputs
+from moe.config import ConfigError
+from moe.routing.interface import Gate, GateInputs, GateOutput
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,8 @@ def route(
     router_logits = jnp.where(finite[..., None], router_logits, 0.0)
     valid = mask & finite
     output = gate.choose(router_logits, GateInputs(mask=valid, experts_per_token=experts_per_token, **inputs))
+    if not isinstance(output, GateOutput) or output.weights.shape != output.expert_index.shape:
+        raise ConfigError(f"gate {gate.source!r}: must return a GateOutput with expert_index and weights of one shape")
     chosen = jnp.broadcast_to(valid[..., None], output.expert_index.shape)
     if output.accepted is not None:
         chosen = chosen & output.accepted

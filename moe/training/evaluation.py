@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe.config import ConfigError
 from moe.data import pipeline
 from moe.parallel.mesh import local_rows
 from moe.routing.balancing import LayerReport
 from moe.training.losses import mean_reports
 from moe.training.step import Program, place
+
+ALL = "all"  # the name under which the total over domains is reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,10 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     """Load this process's rows of the held-out batches.
 
     Raises:
-        moe.config.ConfigError: the held-out text is shorter than one row.
+        moe.config.ConfigError: the held-out text is shorter than one row, or a domain is called "all".
     """
+    if ALL in prepared.domains:
+        raise ConfigError(f"data.domains: no domain may be called {ALL!r}, which names all of them; rename the folder")
     config = program.config
     rows = config.train.batch_size // config.train.accumulation_steps
     here = local_rows(program.mesh, rows)
@@ -70,7 +75,7 @@ def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> d
         results[domain] = _summary(domain_sums, domain_reports)
         sums += domain_sums
         reports += domain_reports
-    return {"all": _summary(sums, reports), **results}
+    return {ALL: _summary(sums, reports), **results}
 
 
 def _summary(sums: np.ndarray, reports: list[LayerReport]) -> dict[str, Any]:

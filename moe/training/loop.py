@@ -13,16 +13,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 
-from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
+from moe.checkpoints.integrity import is_finite
+from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.state import TrainState
 from moe.checkpoints.workdir import (
+    CONFIG,
+    REPORT,
     disk_errors,
-    has_config,
+    holds_run,
+    latest_change,
     locked,
-    refuse_orphaned_checkpoints,
+    record_changes,
     refuse_other_run,
     write_run_files,
 )
@@ -32,10 +35,11 @@ from moe.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.models import flops
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.signals import StopSignals
-from moe.training import warm_start
+from moe.training import memory, warm_start
 from moe.training.evaluation import Heldout, evaluate, load_heldout
 from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
+from moe.training.progress import Progress
 from moe.training.recovery import Recovery, next_batch
 from moe.training.report import finish
 from moe.training.step import Program, build, place
@@ -47,6 +51,7 @@ def train(
     devices: Sequence[Any] | None = None,
     *,
     make_program: Callable[..., Program] = build,
+    allow_changes: bool = False,
     quiet: bool = False,
 ) -> None:
     """Run or resume training, then write the report.
@@ -56,7 +61,9 @@ def train(
         workdir: folder of a file system, created if missing; a mounted bucket will do.
         devices: devices of the mesh; None: all.
         make_program: :func:`moe.training.step.build`, or a caching version for callers that train many runs.
-        quiet: print nothing and draw no progress bar.
+        allow_changes: let a run go on with other values of :data:`moe.checkpoints.workdir.CHANGEABLE_FIELDS`, which
+            its changes.jsonl then records.
+        quiet: print nothing and show no progress.
 
     Raises:
         ConfigError: before anything is compiled or written, if the config does not fit the devices, the data or the
@@ -69,22 +76,26 @@ def train(
             f"--workdir={workdir}: must be a folder of a file system, because rows are appended and files renamed "
             "there; mount the bucket and name the folder (docs/pods.md)"
         )
+    directory = epath.Path(workdir)
+    refuse_unusable_path(directory)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     warm_start.check(config)
-    directory = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        new = not has_config(directory)
-        if new:
-            refuse_orphaned_checkpoints(directory)
-        else:
-            refuse_other_run(config, directory)
+        started = (directory / CONFIG).exists()
+        if started:
             stack.enter_context(locked(directory))
-        prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=say)
+        new = not holds_run(directory)
+        changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
+        prepared = pipeline.prepare(
+            config.data, config.model.vocab_size, tokenizer=warm_start.tokenizer(config), progress=say
+        )
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(no_background_tracebacks())
+        stack.enter_context(memory.out_of_memory_as_config_error())
         program = make_program(config, mesh, warm_start.teacher(config, mesh))
+        memory.refuse_too_large(program)
         heldout = load_heldout(program, prepared)
         iterator = pipeline.train_iterator(
             prepared,
@@ -93,11 +104,13 @@ def train(
             seed=config.seed,
             rows=local_rows(mesh, config.train.batch_size),
         )
+        state = warm_start.first_state(program, say) if new else None
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        if new:
-            stack.enter_context(locked(directory))
-        with disk_errors(directory):
+            if not started:
+                stack.enter_context(locked(directory))
+                if jax.process_index() == 0 and holds_run(directory):
+                    raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         total, active = flops.count_parameters(config.model)
@@ -106,18 +119,35 @@ def train(
         with disk_errors(directory):
             found = checkpoints.resume(program.state, iterator, say)
         if found is None:
-            step, state, memory = 0, warm_start.first_state(program), {}
+            step, state, saved = 0, state or warm_start.first_state(program, say), {}
         else:
-            step, state, memory = found
+            step, state, saved = found
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
+        with disk_errors(directory):
+            _apply_changes(config, changes, step, directory, say)
         if step < config.train.num_steps:
             with disk_errors(directory), checkpoints.finish_on_error(), signals.at_steps():
-                loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, memory, quiet)
+                loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, saved, quiet)
                 state = loop.run(state)
         checkpoints.close()
         if jax.process_index() == 0:
             with disk_errors(directory):
                 finish(program, state, prepared, directory, say)
+
+
+def _apply_changes(
+    config: Config, changes: dict[str, list[Any]], step: int, directory: epath.Path, say: Callable[[str], Any]
+) -> None:
+    """Record changed settings; a report of fewer steps is deleted, since it will be written again."""
+    if step > config.train.num_steps:
+        raise ConfigError(f"train.num_steps={config.train.num_steps}: the run has done {step} steps already")
+    if step < (latest := latest_change(directory)):
+        say(f"steps {step + 1} to {latest} are trained again, with the settings that were changed at step {latest}")
+    record_changes(config, changes, step, directory)
+    for name, (old, new) in changes.items():
+        say(f"changed from step {step} on: {name} {old!r} to {new!r}")
+    if step < config.train.num_steps and jax.process_index() == 0:
+        (directory / REPORT).unlink(missing_ok=True)
 
 
 class _Loop:
@@ -136,7 +166,7 @@ class _Loop:
         directory: epath.Path,
         signals: StopSignals,
         start: int,
-        memory: dict[str, Any],
+        saved: dict[str, Any],
         quiet: bool,
     ):
         """
@@ -148,15 +178,15 @@ class _Loop:
             directory: the workdir.
             signals: asked at the end of every step.
             start: steps done.
-            memory: JSON that :meth:`_save` left in the checkpoint of that step.
-            quiet: draw no progress bar.
+            saved: JSON that :meth:`_save` left in the checkpoint of that step.
+            quiet: show no progress.
         """
         self._program, self._iterator, self._heldout = program, iterator, heldout
         self._checkpoints, self._directory, self._signals = checkpoints, directory, signals
         self._start, self._quiet = start, quiet
         self._config = program.config.train
-        self._pending: list[Any] = memory.get("pending", [])
-        self._health = Health(self._config.spike_sigmas, self._config.batch_size, memory.get("health"))
+        self._pending: list[Any] = saved.get("pending", [])
+        self._health = Health(self._config.spike_sigmas, self._config.batch_size, saved.get("health"))
         self._recovery = Recovery(program, checkpoints)
         self._throughput = Throughput(program.config)
         self._clock = StepClock()
@@ -166,7 +196,7 @@ class _Loop:
         config, first, end = self._config, self._start + 1, self._config.num_steps + 1
         with (
             contextlib.closing(MetricsWriter(self._directory, self._start)) as self._writer,
-            self._progress() as self._bar,
+            contextlib.closing(Progress(self._start, config.num_steps, self._quiet)) as self._progress,
         ):
             for step in range(first, end):
                 last = step == config.num_steps
@@ -174,29 +204,20 @@ class _Loop:
                     batch = next_batch(self._iterator, step, self._checkpoints)
                 state, metrics = self._program.train_step(state, place(batch, self._program.mesh))
                 self._pending.append(metrics)
-                self._bar.update()
+                self._progress.advance()
                 if step % config.log_every == 0 or last:
                     state = self._log(step, state)
                 loss = self._evaluate(step, state) if step % config.eval_every == 0 or last else None
+                self._progress.show(step)
                 stop = self._signals.due(step)
                 if step % config.save_every == 0 or last or stop:
                     self._save(step, state, loss, last)
                 if stop and not last:
                     self._checkpoints.close()
                     newest = self._checkpoints.latest() or 0
-                    self._bar.write(f"{stop} after step {step}; the same command continues from step {newest}")
+                    self._progress.write(f"{stop} after step {step}; the same command continues from step {newest}")
                     raise stop
         return state
-
-    def _progress(self) -> tqdm.tqdm:
-        return tqdm.tqdm(
-            total=self._config.num_steps,
-            initial=self._start,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            disable=self._quiet or jax.process_index() != 0,
-        )
 
     def _log(self, step: int, state: TrainState) -> TrainState:
         """Write the row of the pending steps; return the state to continue with, an earlier one after a rollback."""
@@ -206,16 +227,16 @@ class _Loop:
         warnings = self._health.look(step, steps, row)
         self._writer.write(step, "train", row)
         if np.any(row.get("broken_tokens", 0)):
-            self._bar.write(f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}")
+            self._progress.write(
+                f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}"
+            )
         self._writer.write(step, "timing", timing, file=TIMING)
-        self._bar.set_postfix_str(
-            f"loss {row['cross_entropy']:.3f}, {timing['tokens_per_second']:,.0f} tokens/s, MFU {timing['mfu']:.2f}"
-        )
+        self._progress.logged(row, timing)
         self._checkpoints.check()
         state, more = self._recovery.after(step, self._health.skipped_in_a_row, state)
         for warning in warnings + more:
             self._writer.write(step, "warning", warning)
-            self._bar.write(f"warning: {warning['text']}")
+            self._progress.write(f"warning: {warning['text']}")
         return state
 
     def _evaluate(self, step: int, state: TrainState) -> float:
@@ -223,15 +244,26 @@ class _Loop:
         results = evaluate(self._program, state.variables, self._heldout)
         for domain, values in results.items():
             self._writer.write(step, f"heldout/{domain}", values)
+        self._progress.evaluated(results["all"]["loss"])
         self._clock.restart()
         return results["all"]["loss"]
 
     def _save(self, step: int, state: TrainState, heldout_loss: float | None, last: bool) -> None:
-        """Start a checkpoint, unless updates are being skipped: the cause may be in the parameters themselves."""
+        """Start a checkpoint, unless updates are being skipped: the cause may be in the parameters themselves.
+
+        Raises:
+            ConfigError: this is the last step, and the parameters are not finite.
+        """
         self._pending = [step_metrics(metrics) for metrics in self._pending]
         skipping = self._pending[-1]["skipped"] if self._pending else self._health.skipped_in_a_row
-        if not skipping or last:
-            memory = {"pending": self._pending, "health": self._health.memory(), "rows": self._writer.rows[METRICS]}
+        finite = is_finite(state.variables)
+        if last and not finite:
+            raise ConfigError(
+                f"step {step}: the parameters are not finite, so that the run cannot end here; a lower "
+                "optimizer.learning_rate may help (--change)"
+            )
+        if finite and (not skipping or last):
+            saved = {"pending": self._pending, "health": self._health.memory(), "rows": self._writer.rows[METRICS]}
             self._writer.sync()
-            self._checkpoints.save(step, state, self._iterator, memory, heldout_loss)
+            self._checkpoints.save(step, state, self._iterator, saved, heldout_loss)
         self._clock.restart()

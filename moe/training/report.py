@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def finish(
     results = {row["kind"].removeprefix("heldout/"): row for row in final}
     unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
     unigram = unigram_over_all(results, unigram)
-    text = table(results, unigram)
+    text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
     if config.train.sample_tokens and jax.process_count() == 1:
         text += "\n\n" + _samples(program, state, prepared)
     figure(directory / "training.png", rows, unigram)
@@ -72,12 +72,13 @@ def _samples(program: Program, state: TrainState, prepared: pipeline.Prepared) -
     return "\n\n".join(shown)
 
 
-def table(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> str:
+def table(results: dict[str, dict[str, Any]], unigram: dict[str, float], train_rows: Sequence[dict[str, Any]]) -> str:
     """Held-out metrics per domain beside the unigram baseline, then the load per expert and layer.
 
     Args:
         results: domain, or "all" → metrics.
         unigram: domain → nats per token of the unigram model on the same tokens.
+        train_rows: rows of kind "train"; the first and the last give the share of assignments dropped in training.
     """
     lines = [f"{'held-out text':<16}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'unigram loss':>14}{'tokens':>9}"]
     for domain, m in results.items():
@@ -88,10 +89,14 @@ def table(results: dict[str, dict[str, Any]], unigram: dict[str, float]) -> str:
     overall = results["all"]
     if "expert_load" in overall:
         load = np.asarray(overall["expert_load"])
-        lines += ["", f"share of tokens per expert, %, even = {100 / load.shape[1]:.1f}" + " " * 8 + "dropped, %"]
+        width = 6 * min(load.shape[1], 16) + (2 if load.shape[1] > 16 else 0)
+        title = f"  share of tokens per expert, %, even = {100 / load.shape[1]:.1f}"
+        lines += ["", f"{title:<{width + 15}}   dropped, %: held-out, training (first row, last row)"]
+        first, last = (row["fraction_tokens_dropped"] for row in (train_rows[0], train_rows[-1]))
         for layer, (row, dropped) in enumerate(zip(load, overall["fraction_tokens_dropped"], strict=True)):
             shown = " ".join(f"{100 * share:5.1f}" for share in row[:16]) + (" …" if len(row) > 16 else "")
-            lines.append(f"  MoE layer {layer:<3} {shown}   {100 * dropped:5.2f}")
+            training = f"{100 * first[layer]:5.2f} {100 * last[layer]:5.2f}"
+            lines.append(f"  MoE layer {layer:<3} {shown}   {100 * dropped:5.2f}  {training}")
     return "\n".join(lines)
 
 
@@ -102,6 +107,7 @@ def unigram_over_all(results: dict[str, dict[str, Any]], unigram: dict[str, floa
     return {"all": sum(unigram[d] * weights[d] for d in unigram) / total, **unigram}
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # the name of a domain, such as "$_$", is not TeX
 def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, float]) -> None:
     """Write a PNG: loss over steps, and the load of every expert at the last evaluation.
 

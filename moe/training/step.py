@@ -137,7 +137,11 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
-    state_shardings = partition_specs.shardings(mesh, partition_specs.parameter_specs(shapes))
+    specs = dataclasses.replace(
+        partition_specs.parameter_specs(dataclasses.replace(shapes, optimizer=())),
+        optimizer=partition_specs.optimizer_specs(shapes.parameters, shapes.optimizer),
+    )
+    state_shardings = partition_specs.shardings(mesh, specs)
     batch_sharding = NamedSharding(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
     options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
@@ -269,14 +273,18 @@ def _loss(
 
 
 def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
-    """(parameters, optimizer state) after an update."""
-    updates, optimizer_state = parts.optimizer.update(gradients, state.optimizer, state.parameters, norm=norm)
+    """(parameters, optimizer state) after an update, at the learning rate of ``state.step``."""
+    optimizer_state = set_schedule_step(state.optimizer, state.step)
+    updates, optimizer_state = parts.optimizer.update(gradients, optimizer_state, state.parameters, norm=norm)
     return optax.apply_updates(state.parameters, updates), optimizer_state
 
 
 def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
-    """Selection biases after a step of loss-free balancing, from the step's loads; no gradient is involved."""
-    if not biases or layers is None:
+    """Selection biases after a step of loss-free balancing, from the step's loads; no gradient is involved.
+
+    ``optimizer.frozen`` with "router" keeps them as they are.
+    """
+    if not biases or layers is None or "router" in config.optimizer.frozen:
         return biases
     loads = selection_biases(config.model, layers.expert_load)
     rate = config.model.moe.bias_update_rate

@@ -8,6 +8,7 @@ MoE one, its FFN is fresh (Switch 2021, section 4.2: non-expert weights are copi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -18,12 +19,18 @@ from jax.sharding import Mesh
 
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints
-from moe.checkpoints.state import TrainState
-from moe.checkpoints.workdir import read_config
+from moe.checkpoints.state import TrainState, set_schedule_step
+from moe.checkpoints.workdir import flatten, read_config
 from moe.config import Config, ConfigError, ModelConfig
+from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer_files import find_tokenizer
+from moe.models.flops import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
 from moe.training.step import Program, build
+
+#: (layer, key path within its block); layer -1: outside the blocks.
+LayerKey = tuple[int, tuple[str, ...]]
 
 
 def check(config: Config) -> None:
@@ -42,8 +49,27 @@ def check(config: Config) -> None:
                 raise ConfigError(f"{field}={workdir!r}: holds no checkpoints")
 
 
-def first_state(program: Program) -> TrainState:
+def tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer of the checkpoint that a run starts from, or of its teacher; None if the config has its own.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    workdir = config.start.checkpoint or config.distill.teacher
+    if not workdir or config.data.tokenizer:
+        return None
+    try:
+        return find_tokenizer(workdir)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or set data.tokenizer") from error
+
+
+def first_state(program: Program, say: Callable[[str], Any] = lambda _: None) -> TrainState:
     """The state at step 0: random, or taken from a checkpoint as ``config.start`` says.
+
+    Args:
+        program: of the run.
+        say: receives a line that says what was loaded, what is fresh and what is inherited.
 
     Raises:
         ConfigError: no checkpoint, parameters of another shape, or no optimizer state in it.
@@ -54,7 +80,12 @@ def first_state(program: Program) -> TrainState:
     source = read_config(start.checkpoint)
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
     rng = np.random.default_rng(program.config.seed)
+    _refuse_other_depth(program.config, source.model)
     parameters = _transplant(program, source.model, theirs, state.parameters, start.expert_noise, rng)
+    biases = state.biases
+    if biases:
+        found = _host(stored.read_biases(start.checkpoint, source.model))
+        biases = _transplant(program, source.model, found, biases, 0.0, rng)
     optimizer = state.optimizer
     if start.optimizer == "carry":
         carried = _host(_optimizer_state(source, start.checkpoint))
@@ -68,7 +99,9 @@ def first_state(program: Program) -> TrainState:
             carried,
             is_leaf=_is_tree,
         )
-    placed = dataclasses.replace(state, parameters=parameters, optimizer=optimizer)
+        optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
+    say(_summary(program.config, source, theirs))
+    placed = dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer)
     return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
 
 
@@ -84,6 +117,24 @@ def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | 
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
     return model, stored.read_variables(config.distill.teacher, model, mesh)
+
+
+def _summary(config: Config, source: Config, theirs: Any) -> str:
+    """One line: what a run takes from its checkpoint."""
+    shapes = jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), abstract_parameters(config.model))
+    ours = unstack_layers(config.model, shapes)
+    available = unstack_layers(source.model, theirs).keys()
+    loaded = {key for key in ours if _source(key, available, config) is not None}
+    fresh = sorted({".".join(names) for layer, names in ours.keys() - loaded})
+    flat = [flatten(dataclasses.asdict(tree.model)) for tree in (config, source)]
+    changed = [f"{name} {flat[1][name]} -> {value}" for name, value in flat[0].items() if value != flat[1][name]]
+    optimizer = "carried over" if config.start.optimizer == "carry" else "new"
+    return (
+        f"start: {len(loaded)} of {len(ours)} arrays from {config.start.checkpoint}; "
+        f"fresh: {', '.join(fresh) or 'none'}; optimizer state: {optimizer}; "
+        f"tokenizer: {config.data.tokenizer or 'inherited'}; "
+        f"model: inherited{' but for ' + ', '.join(changed) if changed else ''}"
+    )
 
 
 def _is_tree(node: Any) -> bool:
@@ -106,6 +157,12 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
         raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer state; use 'reset'") from error
 
 
+def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
+    if source.num_layers != config.model.num_layers:
+        where = f"start.checkpoint={config.start.checkpoint!r}"
+        raise ConfigError(f"model.num_layers={config.model.num_layers}: {where} has {source.num_layers}")
+
+
 def _transplant(
     program: Program, model: ModelConfig, source: Any, fresh: Any, noise: float, rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -120,23 +177,30 @@ def _transplant(
         rng: of that noise.
     """
     ours, theirs = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
-    fresh_parts = set(program.config.start.fresh)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
-    layers = {layer for layer, _ in theirs if layer >= 0}
-    if layers != {layer for layer, _ in ours if layer >= 0}:
-        raise ConfigError(f"model.num_layers={program.config.model.num_layers}: {where} has {len(layers)}")
     chosen = {}
     for (layer, names), own in ours.items():
-        found = None if fresh_parts & set(names) else theirs.get((layer, names))
-        if found is None and not fresh_parts & set(names) and names[:2] == ("moe", "experts"):
-            dense = theirs.get((layer, ("dense", names[2])))
-            # [..] → [E,..]: every expert is the same FFN
-            found = None if dense is None else np.broadcast_to(dense, (own.shape[0], *dense.shape))
-            if found is not None and noise:
+        key = _source((layer, names), theirs.keys(), program.config)
+        if key is None:
+            chosen[layer, names] = own
+            continue
+        found = theirs[key]
+        if key[1] != names:  # [..] → [E,..]: every expert is the same FFN
+            found = np.broadcast_to(found, (own.shape[0], *found.shape))
+            if noise:
                 found = found + noise * found.std() * rng.standard_normal(found.shape, np.float32)
-        if found is None:
-            found = own
-        elif found.shape != own.shape:
+        if found.shape != own.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
         chosen[layer, names] = found
     return restack_layers(program.config.model, fresh, chosen)
+
+
+def _source(key: LayerKey, available: Collection[LayerKey], config: Config) -> LayerKey | None:
+    """Key of the checkpoint's array that initialises an array of the run; None: the array is fresh."""
+    layer, names = key
+    if set(config.start.fresh) & set(names):
+        return None
+    if key in available:
+        return key
+    dense = layer, ("dense", names[-1])
+    return dense if names[:2] == ("moe", "experts") and dense in available else None

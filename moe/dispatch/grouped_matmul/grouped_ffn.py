@@ -7,7 +7,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float, Int
 
-from moe.dispatch.grouped_matmul import cpu, tpu
+from moe.dispatch.grouped_matmul import cpu, gpu, tpu
 from moe.dispatch.grouped_matmul.cpu import FirstStage, SecondStage
 from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 
@@ -39,6 +39,8 @@ def grouped_ffn(
         return cpu.grouped_ffn(first, second, row_blocks, rows, first_matrices, second_matrices, starts, sizes)
 
     def matmul(rows: Array, matrices: Array) -> Array:
+        if gpu.supports(rows, matrices):
+            return gpu.grouped_matmul(rows, matrices, sizes)
         return tpu.grouped_matmul(rows, matrices, sizes)
 
     hidden = first(rows, first_matrices, matmul)

@@ -1,11 +1,21 @@
 """Families of open checkpoints, one module each. A new family is one more module here and in :data:`FAMILIES`."""
 
-from moe.interop.families import deepseek, llama, mistral, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moe.interop.families import (
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 
 #: By ``model_type``, in the order in which an export tries them.
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe)
+    for module in (mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, deepseek_v2, deepseek_v3)
 }
 
 __all__ = ["FAMILIES"]

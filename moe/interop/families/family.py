@@ -85,6 +85,7 @@ EXPERTS = {
     "moe.experts.up": "mlp.experts.{expert}.up_proj.weight",
     "moe.experts.down": "mlp.experts.{expert}.down_proj.weight",
 }
+SELECTION_BIAS = {"moe.router.bias": "mlp.gate.e_score_correction_bias"}
 #: Hugging Face transformers' own layout, whatever the family: the matrices of all experts in two tensors, gate first.
 FUSED_EXPERTS = {
     "moe.router.kernel": Tensor("mlp.gate.weight"),
@@ -114,6 +115,17 @@ def read_bias(source: OpenConfig) -> str:
 def read_gate(source: OpenConfig) -> str:
     """``norm_topk_prob`` → the gate with that rule."""
     return "mixtral" if source.norm_topk_prob else "switch"
+
+
+def read_sigmoid_gate(source: Any) -> Json:
+    """Changes of MoEConfig for a DeepSeek-V3 gate, from the fields that such families share."""
+    return {
+        "gate": "deepseek_v3",
+        "expert_groups": source.n_group,
+        "kept_expert_groups": source.topk_group,
+        "renormalise": int(source.norm_topk_prob),
+        "routing_scale": source.routed_scaling_factor,
+    }
 
 
 def read_sparse_layers(layers: list[int], num_layers: int) -> Json:

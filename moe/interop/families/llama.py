@@ -1,16 +1,14 @@
 """Llama: dense, grouped-query attention over the whole context."""
 
-from typing import Literal
-
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, DENSE, Family, read_bias
-from moe.interop.schema import Json, OpenConfig
+from moe.interop.schema import Json, Off, OpenConfig
 
 
 class LlamaConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
-    mlp_bias: Literal[False] = False
+    mlp_bias: Off = False
 
 
 def read(source: LlamaConfig) -> tuple[Json, Json]:

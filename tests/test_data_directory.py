@@ -1,0 +1,68 @@
+"""data.directory: its lock, its disk, what is cached there."""
+
+# ruff: noqa: F811
+import dataclasses
+import os
+import subprocess
+
+import fsspec
+import pytest
+
+from moe.config import ConfigError
+from moe.data import pipeline
+from tests.helpers import mounted
+from tests.text_fixtures import VOCAB, data, directory, folder  # noqa: F401
+
+
+# --- data.directory --------------------------------------------------------------------------------------------------
+def test_the_lock_does_not_follow_links(folder, tmp_path):
+    config, _, _ = folder
+    precious, lock = tmp_path / "precious", tmp_path / "cache" / ".lock"
+    precious.write_text("content")
+    lock.parent.mkdir()
+    lock.symlink_to(precious)
+    with pytest.raises(ConfigError, match=r"data\.directory=.*\.lock is a symbolic link"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert precious.read_text() == "content"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(ConfigError, match=r"data\.directory=.*\.lock is not a regular file"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    lock.unlink()
+    lock.write_text("kept")
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert lock.read_text() == "kept"
+
+
+def test_a_prepared_read_only_directory_is_usable(folder, tmp_path):
+    config, _, _ = folder
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "tmpfs"):
+        config = dataclasses.replace(config, directory=str(tmp_path / "disk" / "cache"))
+        first = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+        (tmp_path / "disk" / "cache" / ".lock").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        told = []
+        again = pipeline.prepare(config, VOCAB, progress=told.append)
+        assert not told
+        assert again.tokenizer.model_bytes == first.tokenizer.model_bytes
+        with pytest.raises(ConfigError, match=r"data\.directory=.*cannot be written \(Read-only"):
+            pipeline.prepare(config, VOCAB + 1, progress=lambda _: None)
+
+
+def test_a_damaged_cached_tokenizer_is_named(folder, tmp_path):
+    config, _, _ = folder
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (path,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=rf"{path.name}: a damaged cached tokenizer; delete it"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_bucket_without_its_library_is_named(data, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    for field in ("dataset", "directory"):
+        with pytest.raises(ConfigError, match=f"data.{field}='s3://bucket/x': cannot be reached .*s3fs"):
+            pipeline.prepare(dataclasses.replace(data, **{field: "s3://bucket/x"}), VOCAB)

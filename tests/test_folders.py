@@ -1,0 +1,310 @@
+"""Folders of text files and tables: documents, domains, splits, the index, and what is refused."""
+
+# ruff: noqa: F811
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from moe.config import ConfigError
+from moe.data import documents, pipeline
+from moe.training import report
+from tests.text_fixtures import VOCAB, assert_equal, data, directory, folder  # noqa: F401
+from tests.tiny_text import random_text
+
+
+def test_a_folder_of_text(folder):
+    config, long, lines = folder
+    told = []
+    prepared = pipeline.prepare(config, VOCAB, progress=told.append)
+    assert prepared.domains == ("books", "notes", "chat")
+    assert len(told) == 2  # the index and the tokenizer
+    both = {name: [*prepared.train[name], *prepared.heldout[name]] for name in prepared.domains}
+    assert sorted(both["notes"]) == sorted(lines[::2])
+    assert sorted(both["chat"]) == sorted(lines[1::2])
+    for name in prepared.domains:
+        assert prepared.heldout[name]
+        assert not set(prepared.train[name]) & set(prepared.heldout[name])
+    # The long file comes back whole, in sections of the size that `sections` cuts.
+    parts = sorted((part for part in both["books"] if part in long), key=long.index)
+    assert "".join(parts) == long
+    assert [len(part.encode()) for part in parts[:-1]] == pytest.approx([10_000] * (len(parts) - 1), rel=0.2)
+    # Again: nothing is read or trained, and the rows are the same.
+    again = pipeline.prepare(config, VOCAB, progress=told.append)
+    assert len(told) == 2
+    first, second = (pipeline.train_iterator(p, config, batch_size=4, seed=0) for p in (prepared, again))
+    assert_equal([next(first) for _ in range(3)], [next(second) for _ in range(3)])
+
+
+def test_a_domain_named_like_tex_is_drawn(tmp_path):
+    rows = [{"kind": "train", "step": 1, "cross_entropy": 2.0}]
+    rows += [{"kind": f"heldout/{domain}", "step": 1, "loss": 2.0} for domain in ("all", "$_$", "$x^$")]
+    report.figure(epath.Path(tmp_path / "figure.png"), rows, {"all": 3.0})
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_domains_and_weights_of_a_folder(folder):
+    config, _, _ = folder
+    config = dataclasses.replace(config, domains=("chat", "books"), weights=(1.0, 3.0))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert prepared.domains == ("chat", "books")
+    iterator = pipeline.train_iterator(prepared, config, batch_size=4, seed=0)
+    domains = np.concatenate([next(iterator)["domain"] for _ in range(52)])
+    assert (domains == 1).mean() == 0.75
+    with pytest.raises(
+        ConfigError, match=r"data.domains: unknown \['poems'\]; allowed are \['books', 'chat', 'notes'\]"
+    ):
+        pipeline.prepare(dataclasses.replace(config, domains=("poems",)), VOCAB)
+
+
+def test_datasets_are_mixed(folder, directory):
+    config, _, _ = folder
+    config = dataclasses.replace(config, dataset=f"tiny_text/split,{config.dataset}", directory=str(directory))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert prepared.domains == ("tiny_text/split", "books", "notes", "chat")
+    config = dataclasses.replace(config, dataset=f"{config.dataset},tiny_text/split")
+    with pytest.raises(ConfigError, match="two of these have a domain 'tiny_text/split'"):
+        pipeline.prepare(config, VOCAB)
+
+
+def test_lines_without_an_end_are_cut_between_characters(tmp_path):
+    """A file of 3-byte characters and no line end: pieces of 18,000 bytes, or one character's rest more."""
+    text = "x" + "語" * 20_000
+    (tmp_path / "one.txt").write_text(text)
+    with (tmp_path / "one.txt").open("rb") as file:
+        parts = [part.decode() for part in documents.file_sections(file)]
+    assert "".join(parts) == text
+    assert len(parts) == 4
+    assert all(len(part.encode()) <= 18_002 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a\.jsonl, line 2: is not JSON \(Expecting ',' delimiter"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"txt": "y"}\n', r"a\.jsonl, line 3: needs an object with a string 'text'"),
+        ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: needs an object"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: needs an object"),
+        ("a.jsonl", b'{"text": "x", "domain": 3}\n', r"a\.jsonl, line 1: domain=3: must be a non-empty string"),
+        ("a.jsonl", b'{"text": "x", "domain": "\\ud800"}\n', r"a\.jsonl, line 1: domain='\\ud800': must be"),
+        ("a.jsonl", b'{"text": "x", "domain": "\\u001b[31m"}\n', r"a\.jsonl, line 1: domain='\\x1b\[31m': must be"),
+        ("a.jsonl", b'{"text": "x", "domain": "' + b"x" * 101 + b'"}\n', "of 1 to 100 printable characters"),
+        ("a.jsonl", b"".join(b'{"text": "x", "domain": "%d"}\n' % i for i in range(70_000)), "more than 4096 domains"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot be read as a table"),
+        ("a.arrow", b"ARROW1", r"a\.arrow: cannot be read as a table"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: has half a character"),
+        ("a.jsonl", b'{"text": "x\xff"}\n', r"a\.jsonl, line 1: is not UTF-8 text \(invalid start byte\)"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", r"a\.jsonl, line 1: cannot be parsed as JSON: nested"),
+        ("a.txt", b"good\nbad \xe9 latin\n", r"a\.txt, line 2: is not UTF-8 text"),
+        ("a.txt", b"\n \n", "has no text in .txt, .jsonl, .parquet or .arrow files"),
+        ("a.txt", b"one document", r"the 1 document\(s\) of 'text' cannot be divided"),
+        ("a.md", b"text", "has no text in .txt, .jsonl, .parquet or .arrow files"),
+    ],
+)
+def test_a_broken_record_is_named(tmp_path, data, name, content, message):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_bytes(content)
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("absent", path)]
+)
+def test_a_fifo_or_device_in_a_folder_is_refused(folder, tmp_path, make):
+    config, _, _ = folder
+    make(tmp_path / "text" / "books" / "endless.txt")
+    with pytest.raises(ConfigError, match=r"endless\.txt: (is not a regular file|cannot be read)"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (tmp_path / "text" / "books" / "endless.txt").unlink()
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    name = tmp_path / "text" / "books" / "0.txt"
+    name.unlink()
+    make(name)  # in place of a file that was indexed
+    with pytest.raises(ConfigError, match=r"0\.txt: (is not a regular file|was removed)"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_damaged_index_is_refused(folder, tmp_path):
+    config, _, _ = folder
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (index,) = (tmp_path / "cache" / "folders").iterdir()
+    places = np.load(index / "places.npy")
+    places["start"][3:] += 1  # every document after the third begins a byte later
+    np.save(index / "places.npy", places)
+    with pytest.raises(ConfigError, match=r"a damaged index of .*checksum of places.npy"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    shutil.rmtree(index)
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    text = (index / "index.json").read_text()
+    (index / "index.json").write_text(text.replace("books", "looks"))
+    with pytest.raises(ConfigError, match=r"a damaged index of .*checksum"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_file_names_that_are_not_utf8(folder, tmp_path):
+    config, _, _ = folder
+    os.rename(tmp_path / "text" / "books" / "0.txt", os.fsencode(tmp_path / "text" / "books") + b"/\xff\n.txt")
+    assert pipeline.prepare(config, VOCAB, progress=lambda _: None).domains == ("books", "notes", "chat")
+    os.rename(tmp_path / "text", os.fsencode(tmp_path) + b"/\xfe")
+    config = dataclasses.replace(config, dataset=os.fsdecode(os.fsencode(tmp_path) + b"/\xfe"))
+    assert pipeline.prepare(config, VOCAB, progress=lambda _: None).domains == ("books", "notes", "chat")
+    os.rename(os.fsencode(tmp_path) + b"/\xfe/books", os.fsencode(tmp_path) + b"/\xfe/\xfd")
+    shutil.rmtree(tmp_path / "cache" / "folders")
+    with pytest.raises(ConfigError, match=r"domain='\\udcfd': must be"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+# --- Parquet and Hugging Face datasets -------------------------------------------------------------------------------
+def _write_table(path, texts, domains=None, stream=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"number": range(len(texts)), "text": texts} | ({"domain": domains} if domains else {}))
+    if stream:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    else:
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+
+
+def _split(prepared, name):
+    return sorted(prepared.train[name]), sorted(prepared.heldout[name])
+
+
+def test_parquet_files_of_a_folder(tmp_path, data):
+    texts = [random_text(i) for i in range(60)]
+    _write_table(tmp_path / "text" / "web" / "a.parquet", [*texts[:40], " \n"])
+    kinds = pyarrow.array(["law", None] * 10).dictionary_encode()
+    _write_table(tmp_path / "text" / "web" / "b.parquet", texts[40:], kinds)
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    train, heldout = _split(prepared, "web")
+    assert sorted(train + heldout) == sorted([*texts[:40], *texts[41::2]])
+    train, heldout = _split(prepared, "law")
+    assert sorted(train + heldout) == sorted(texts[40::2])
+    # The same documents in JSON lines are divided alike.
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts[:40], *texts[41::2]])
+    (tmp_path / "same" / "web").mkdir(parents=True)
+    (tmp_path / "same" / "web" / "a.jsonl").write_text(lines)
+    same = dataclasses.replace(config, dataset=str(tmp_path / "same"))
+    assert _split(pipeline.prepare(same, VOCAB, progress=lambda _: None), "web") == _split(prepared, "web")
+    # A second run reads the copy in the index; without it, it says what to delete.
+    next((tmp_path / "cache" / "folders").glob("*/table-00001.arrow")).unlink()
+    with pytest.raises(ConfigError, match=r"table-00001\.arrow: is missing; delete .*folders"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
+    """A folder of DatasetDict.save_to_disk, and the hub's layout of Parquet shards: the splits are kept."""
+    texts = {"train": [random_text(i) for i in range(30)], "test": [random_text(100 + i) for i in range(5)]}
+    unused = [random_text(200)]
+    for split, documents_ in texts.items():
+        _write_table(tmp_path / "saved" / split / "data-00000-of-00001.arrow", documents_, stream=True)
+        _write_table(tmp_path / "saved" / split / "cache-0123456789abcdef.arrow", unused, stream=True)
+        _write_table(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", documents_)
+        _write_table(tmp_path / "languages" / "en" / f"{split}-00000-of-00001.parquet", documents_)
+    _write_table(tmp_path / "saved" / "other" / "data-00000-of-00001.arrow", unused, stream=True)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test", "other"]}')
+    for folder_, domain in (("saved", "saved"), ("hub", "hub"), ("languages", "en")):
+        config = dataclasses.replace(data, dataset=str(tmp_path / folder_), directory=str(tmp_path / "cache"))
+        for _ in range(2):  # indexed, and then known
+            prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+            assert prepared.domains == (domain,)
+            assert _split(prepared, domain) == (sorted(texts["train"]), sorted(texts["test"]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"\.parquet: reading this file needs pyarrow; install it with pip"):
+        pipeline.prepare(dataclasses.replace(config, directory=str(tmp_path / "other")), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["x"]}, r"a\.parquet: needs a string column 'text'; it has \['body'\]"),
+        ({"text": [3]}, r"a\.parquet: column 'text' must be of strings, not int64"),
+        ({"text": ["x"], "domain": [3]}, r"a\.parquet: column 'domain' must be of strings, not int64"),
+        ({"text": ["x", None]}, r"a\.parquet, row 1: text is null"),
+        ({"text": ["x"], "domain": [""]}, r"a\.parquet, row 0: domain='': must be a non-empty string"),
+    ],
+)
+def test_wrong_tables_are_named(tmp_path, data, columns, message):
+    (tmp_path / "text").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "text" / "a.parquet")
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+class Bucket(MemoryFileSystem):
+    """A bucket in memory. It is walked as gcsfs walks one: names have neither gs:// nor a slash before them."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+    def walk(self, path, **named):
+        for place, *inside in super().walk(path, **named):
+            yield place.lstrip("/"), *inside
+
+
+def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypatch):
+    config, _, _ = folder
+    there = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    bucket = Bucket()
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: {"gcs": bucket}[name])
+    bucket.put(config.dataset, "gs://bucket/text", recursive=True)
+    remote = dataclasses.replace(config, dataset="gs://bucket/text", directory=str(tmp_path / "elsewhere"))
+    for _ in range(2):  # indexed, and then known
+        prepared = pipeline.prepare(remote, VOCAB, tokenizer=there.tokenizer, progress=lambda _: None)
+    assert prepared.domains == there.domains
+    for split in ("train", "heldout"):
+        assert {name: list(texts) for name, texts in getattr(prepared, split).items()} == {
+            name: list(texts) for name, texts in getattr(there, split).items()
+        }
+    bucket.rm("gs://bucket/text/notes/all.jsonl")
+    with pytest.raises(ConfigError, match=r"gs://bucket/text/notes/all\.jsonl: was removed"):
+        pipeline.prepare(remote, VOCAB, progress=lambda _: None)
+
+
+def test_a_folder_that_changes_is_refused(folder, tmp_path):
+    config, _, _ = folder
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    file, before = tmp_path / "text" / "notes" / "all.jsonl", (tmp_path / "text" / "notes" / "all.jsonl").read_bytes()
+
+    def refuses(words):
+        with pytest.raises(ConfigError, match=words):
+            pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+    file.write_bytes(before + b'{"text": "more"}\n')
+    refuses(r"all\.jsonl: was changed since it was indexed; restore it, or delete .*folders")
+    file.write_bytes(before.replace(b"document 600", b"document 999"))  # of the same length
+    os.utime(file, (0, 0))
+    refuses(r"all\.jsonl: was changed")
+    file.unlink()
+    refuses(r"all\.jsonl: was removed")
+    with pytest.raises(ConfigError, match=r"all\.jsonl, position \d+: no longer matches the index"):
+        prepared.train["notes"][0]
+    file.write_bytes(before)
+    os.utime(file, (0, 0))  # other times, the same content
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (tmp_path / "text" / "notes" / "new.txt").write_text("new")
+    refuses(r"new\.txt: was added")
+    # Indexed anew, it is another dataset: a place in the old one means nothing.
+    state = pipeline.train_iterator(prepared, config, batch_size=4, seed=0).get_state()
+    shutil.rmtree(tmp_path / "cache" / "folders")
+    changed = pipeline.prepare(config, VOCAB, tokenizer=prepared.tokenizer, progress=lambda _: None)
+    with pytest.raises(ConfigError, match="are not those of the checkpoint"):
+        pipeline.train_iterator(changed, config, batch_size=4, seed=0).set_state(state)

@@ -1,0 +1,151 @@
+"""Multi-head latent attention: against plain loops, with its cache, over a mesh; scaled rotary positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from moe.interop import load_huggingface, save_huggingface
+from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
+from moe.layers.attention.rotary import attention_factor, inverse_frequencies
+from moe.models.decoder import Transformer
+from moe.parallel.mesh import make_mesh
+from moe.routing.resolve import resolve, validate
+
+CONFIG = ModelConfig(
+    **{"d_model": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "rope_dim": 2, "rope_interleaved": True},
+    **{"kv_lora_rank": 5, "q_lora_rank": 4, "value_dim": 7},
+)
+
+
+def _reference(module: LatentAttention, x: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One query, head and key at a time, after DeepSeek-V2 2024, equations 37-47."""
+    c = module.config
+    weights = {
+        name: np.asarray(leaf, np.float64)
+        for name, leaf in nnx.to_pure_dict(nnx.state(module)).items()
+        if not isinstance(leaf, dict)
+    }
+
+    def norm(v):
+        return v / np.sqrt(np.mean(v * v) + LATENT_NORM_EPS)
+
+    def turn(v, position):
+        cos, sin = math.cos(position), math.sin(position)  # one pair: frequency 1
+        return np.array([v[0] * cos - v[1] * sin, v[1] * cos + v[0] * sin])
+
+    y = np.zeros_like(x, np.float64)
+    for b, t in np.ndindex(*x.shape[:2]):
+        query = np.einsum("r,rnh->nh", norm(x[b, t] @ weights["query_down"]), weights["query_up"])
+        for n in range(c.num_heads):
+            scores, values = [], []
+            for u in range(t + 1):
+                if segments[b, u] != segments[b, t]:
+                    continue
+                latent = x[b, u] @ weights["kv_down"]
+                expanded = norm(latent[:5]) @ weights["kv_up"][:, n]
+                key = np.concatenate([expanded[:4], turn(latent[5:], positions[b, u])])
+                mine = np.concatenate([query[n, :4], turn(query[n, 4:], positions[b, t])])
+                scores.append(mine @ key / math.sqrt(6))
+                values.append(expanded[4:])
+            probs = np.exp(scores - np.max(scores))
+            y[b, t] += (probs / probs.sum()) @ np.array(values) @ weights["out"][n]
+    return y
+
+
+@pytest.fixture
+def module():
+    return LatentAttention(CONFIG, window=0, rngs=nnx.Rngs(0))
+
+
+def test_against_plain_loops(module, rng):
+    x = rng.normal(size=(2, 7, 8)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1] * 7])
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3], list(range(7))])
+    got = module(jnp.asarray(x), jnp.asarray(segments), jnp.asarray(positions))
+    np.testing.assert_allclose(got, _reference(module, x, segments, positions), rtol=1e-4, atol=1e-5)
+
+
+def test_absorbed_projections_compute_the_same(module, rng):
+    x = jnp.asarray(rng.normal(size=(2, 7, 8)), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    query, latent, value = module.project_cached(x, positions)
+    assert latent.shape == (2, 7, 1, 5 + 2)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 1, 7, 7))
+    got = module.join(module.attend_cached(query, latent, value, causal))
+    np.testing.assert_allclose(got, module(x, jnp.ones((2, 7), jnp.int32), positions), rtol=1e-4, atol=1e-5)
+
+
+def test_over_a_mesh(tmp_path):
+    """Heads over tensor: logits, gradients and the shards that each device reads."""
+    moe = MoEConfig(
+        gate="deepseek_v3",
+        num_experts=8,
+        experts_per_token=2,
+        d_ff=12,
+        expert_groups=2,
+        kept_expert_groups=1,
+        dispatch="dropless",
+    )
+    model = dataclasses.replace(
+        CONFIG, vocab_size=48, d_model=16, num_heads=4, num_kv_heads=4, num_layers=2, d_ff=20, kv_lora_rank=6, moe=moe
+    )
+    config = resolve(Config(model=model))
+    original = Transformer(config.model, rngs=nnx.Rngs(0))
+    save_huggingface(original, config, tmp_path)
+    tokens = np.arange(4 * 10).reshape(4, 10) % 48
+
+    def loss(model, tokens):
+        return jnp.mean(jax.nn.logsumexp(model(tokens).logits, axis=-1) ** 2)
+
+    want, gradients = nnx.jit(nnx.value_and_grad(loss))(original, tokens)
+    devices = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    with jax.set_mesh(devices):
+        loaded, _ = load_huggingface(tmp_path, mesh=devices)
+        up = nnx.to_pure_dict(nnx.state(loaded))["segment_0"]["block_0"]["attention"]["kv_up"]
+        assert up.sharding.shard_shape(up.shape)[2] == 1
+        got, sharded = nnx.jit(nnx.value_and_grad(loss))(loaded, tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), sharded, gradients)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"rope_dim": 6}, "rope_dim=6"),
+        ({"rope_dim": 3}, "rope_dim=3"),
+        ({"value_dim": 0}, "value_dim=0"),
+        ({"num_kv_heads": 1}, "num_kv_heads=1"),
+        ({"qk_norm": "head"}, "qk_norm='head'"),
+        ({"rope_scaling": RopeScalingConfig(kind="yarn", factor=4.0)}, "original_length=0"),
+        ({"rope_scaling": RopeScalingConfig(factor=0.5)}, r"factor=0\.5"),
+    ],
+)
+def test_impossible_settings(changes, field):
+    with pytest.raises(ConfigError, match=field):
+        validate(resolve(Config(model=dataclasses.replace(CONFIG, **changes))))
+
+
+def test_scaled_frequencies_by_hand():
+    """theta 10^4, 4 dims: frequencies 1 and 1/100."""
+    plain = np.array([1.0, 0.01])
+    linear = RopeScalingConfig(kind="linear", factor=4.0)
+    np.testing.assert_allclose(inverse_frequencies(4, 1e4, linear), plain / 4, rtol=1e-6)
+    # Llama 3: 1024/2π = 163 rotations stay; 1024/200π = 1.63 lie (1.63 - 1)/(4 - 1) = 0.21 of the way from 1/8 to 1.
+    llama = RopeScalingConfig(kind="llama3", factor=8.0, original_length=1024)
+    smooth = (10.24 / (2 * math.pi) - 1) / 3
+    want = plain * [1, (1 - smooth) / 8 + smooth]
+    np.testing.assert_allclose(inverse_frequencies(4, 1e4, llama), want, rtol=1e-6)
+    # YaRN: the pair with 32 rotations is number 4·ln(1024/64π)/(2·ln 10^4) = 0.35, floor 0; that with 1 is 1.11,
+    # ceil 2: pair 1 is half interpolated.
+    yarn = RopeScalingConfig(kind="yarn", factor=4.0, original_length=1024)
+    np.testing.assert_allclose(inverse_frequencies(4, 1e4, yarn), [1, 0.01 * (0.5 / 4 + 0.5)], rtol=1e-6)
+    assert attention_factor(yarn) == pytest.approx(0.1 * math.log(4) + 1)
+    assert attention_factor(dataclasses.replace(yarn, mscale=0.7, mscale_all_dim=0.7)) == 1

@@ -1,0 +1,141 @@
+"""Measures of routing against hand-computed values and chance."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import mutual_info_score
+
+from moe.analysis import lexical, measures
+from moe.analysis.dependence import dependence, frequent
+from moe.analysis.repetition import repetition, shared_experts, token_null, uniform_repetition
+from moe.routing.balancing import max_violation
+
+
+def test_first_choice_repetition_by_hand(rng):
+    experts = np.array([0, 0, 1, 1, 1, 0])[:, None]
+    # Equal neighbours: 00 yes, 01 no, 11 yes, 11 yes, 10 no.
+    found = repetition(experts, np.arange(5), 4, shuffles=3000, rng=rng)
+    assert found.observed == pytest.approx(3 / 5)
+    assert found.uniform == pytest.approx(1 / 4)
+    assert found.load == pytest.approx((3 / 6) ** 2 + (3 / 6) ** 2)
+    # A shuffle puts two of the same expert side by side with probability (3·2 + 3·2) / (6·5).
+    assert found.shuffled_mean == pytest.approx(12 / 30, abs=0.02)
+    # At least 3 of 5 neighbours are equal in orders of at most 3 runs. Of C(6,3) = 20 orders, 2 have two runs (000111),
+    # and 2 + 2 have three: one expert in one run, the other's three tokens split 1 + 2 or 2 + 1 around it.
+    assert found.p_value == pytest.approx(6 / 20, abs=0.04)
+    # Pairs that are not consecutive are not looked at.
+    assert repetition(experts, np.array([0, 2]), 4, shuffles=1, rng=rng).observed == 1.0
+
+
+def test_first_or_second_choice_repetition_by_hand(rng):
+    sets = np.array([[0, 1], [2, 1], [3, 0]])
+    found = repetition(sets, np.arange(2), 4, shuffles=10, rng=rng)
+    assert found.observed == pytest.approx(1 / 2)  # {0,1} meets {1,2}; {1,2} does not meet {0,3}
+    assert found.uniform == pytest.approx(1 - 1 / 6)  # C(2,2) / C(4,2)
+    # Of 9 ordered pairs of these sets only ({1,2},{0,3}) and its mirror do not meet.
+    assert found.load == pytest.approx(7 / 9)
+    # Mixtral 2024, Table 5: 12.5 % and "about 46 %".
+    assert uniform_repetition(8, 1) == pytest.approx(1 / 8)
+    assert uniform_repetition(8, 2) == pytest.approx(1 - 15 / 28)
+    with pytest.raises(ValueError, match="3 choices"):
+        repetition(np.zeros((4, 3), int), np.arange(3), 8, shuffles=1, rng=rng)
+
+
+def test_repetition_that_repeated_tokens_explain(rng):
+    """Experts that are a function of the token repeat as often as tokens do; experts that follow the context more."""
+    tokens = rng.integers(0, 3, 600).repeat(2)  # every token stands twice in a row
+    consecutive = np.arange(len(tokens) - 1)
+    found = token_null(tokens[:, None] % 2, tokens, consecutive, shuffles=20, rng=rng)
+    observed = shared_experts(tokens[:, None] % 2, consecutive)
+    assert (found.token_mean, found.token_std) == (pytest.approx(observed), 0)
+    assert found.token_p_value == 1.0
+    # By hand: tokens a a b with experts 0 1 0. The two a's exchange or not: 0 1 0 and 1 0 0 repeat 0 and 1 of 2.
+    tokens, experts = np.array([7, 7, 9]), np.array([[0], [1], [0]])
+    found = token_null(experts, tokens, np.arange(2), shuffles=2000, rng=rng)
+    assert found.token_mean == pytest.approx(1 / 4, abs=0.03)
+    # The first and the second half of a text have an expert each, whatever the token.
+    halves = np.arange(400)[:, None] // 200
+    found = token_null(halves, rng.integers(0, 3, 400), np.arange(399), shuffles=20, rng=rng)
+    assert found.token_p_value == pytest.approx(1 / 21)
+    assert found.token_mean == pytest.approx(0.5, abs=0.05)
+
+
+def test_lexical_classes_and_merged_labels():
+    texts = [" the", " The", "ing", " 42", ",", "(", "+", "\n  ", "«3»", "é"]
+    names = ["word", "capitalised word", "word part", "number", "punctuation", "bracket", "symbol", "layout", "other"]
+    found = lexical.lexical_classes(np.array([*range(10), 0]), texts.__getitem__)
+    assert [lexical.CLASSES[i] for i in found] == [*names, "word part", "word"]
+    labels = np.array([5, 5, 5, 2, 2, 9, 7])
+    assert lexical.merge_labels(labels, 2).tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert lexical.merge_labels(labels, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert lexical.merge_labels(labels, 9).tolist() == [0, 0, 0, 1, 1, 3, 2]
+
+
+def test_mutual_information_by_hand(rng):
+    x, y = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    # H(x) = ¾ ln 4/3 + ¼ ln 4, H(y) = ln 2, joint (2, 1, 1)/4: H = ½ ln 2 + ½ ln 4
+    h_x, h_y, h_xy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2), 1.5 * math.log(2)
+    found = dependence(x, y, shuffles=2000, rng=rng)
+    assert found.information == pytest.approx(h_x + h_y - h_xy)
+    assert found.nmi == pytest.approx((h_x + h_y - h_xy) / ((h_x + h_y) / 2))
+    # Any order of y puts its one lone partner of x = 1 with one of the two values: always this table.
+    assert found.null_mean == pytest.approx(found.information)
+    assert found.explained == pytest.approx(0, abs=1e-12)
+    assert found.p_value == 1.0
+    assert found.information == pytest.approx(mutual_info_score(x, y))
+    same = dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), shuffles=20, rng=rng)
+    assert (same.nmi, same.information, same.values) == (pytest.approx(1), pytest.approx(math.log(2)), 2)
+    assert same.p_value == pytest.approx(1 / 21)
+    assert dependence(np.zeros(4, int), y, shuffles=2, rng=rng).nmi == 0
+
+
+def test_the_null_takes_the_bias_of_rare_labels_away(rng):
+    x, y = rng.integers(0, 8, 2000), rng.integers(0, 500, 2000)
+    found = dependence(x, y, shuffles=40, rng=rng)
+    assert found.information > 0.5 * 7 * 499 / (2 * 2000)  # independent, yet the plug-in estimate is near (7·499)/2n
+    assert abs(found.information - found.null_mean) < 4 * found.null_std
+    assert abs(found.explained) < 0.05
+    assert frequent(np.array([7, 7, 3, 7, 3]), 3).tolist() == [True, True, False, True, False]
+
+
+def test_labels_of_rows_are_permuted_over_rows(rng):
+    """Experts that differ from row to row have nothing to do with domains: a null over tokens would say they have."""
+    rows = np.repeat(np.arange(40), 50)
+    experts, domain = rng.integers(0, 8, 40)[rows], (np.arange(40) // 20)[rows]
+    by_token = dependence(experts, domain, shuffles=40, rng=rng)
+    by_row = dependence(experts, domain, shuffles=40, rng=rng, units=rows)
+    assert by_token.p_value == pytest.approx(1 / 41)
+    assert by_row.p_value > 0.04
+    assert by_row.null_mean > 10 * by_token.null_mean
+    with pytest.raises(ValueError, match="same label"):
+        dependence(experts, np.arange(2000), shuffles=1, rng=rng, units=rows)
+
+
+INDEX = np.array([[[0, 1], [0, 2], [1, 0], [3, 0]]])  # [L,n,K]
+CHOSEN = np.array([[[True, True], [True, True], [True, False], [True, True]]])
+
+
+def test_load_coactivation_saturation_and_top_tokens_by_hand():
+    load = measures.expert_load(INDEX, CHOSEN, np.array([0, 0, 1, 1]), 2, 4)
+    np.testing.assert_allclose(load, [[[2 / 4, 1 / 4, 1 / 4, 0], [1 / 3, 1 / 3, 0, 1 / 3]]])
+    np.testing.assert_allclose(max_violation(load), [[(1 / 2) / (1 / 4) - 1, (1 / 3) / (1 / 4) - 1]])
+    probs = np.array([[[0.25] * 4, [1.0, 0, 0, 0]]])
+    np.testing.assert_allclose(measures.mean_entropy(probs), [0.5])  # (ln 4 + 0) / 2 over ln 4
+
+    pairs = measures.coactivation(INDEX, CHOSEN, 4)
+    # Tokens: {0,1}, {0,2}, {1}, {0,3}; the third token's second choice was declined.
+    np.testing.assert_array_equal(pairs, [[[3, 1, 1, 1], [1, 2, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]])
+
+    final = measures.membership(INDEX, CHOSEN, 4)
+    earlier = measures.membership(np.array([[[0, 3], [2, 0], [1, 2], [1, 2]]]), np.ones((1, 4, 2), bool), 4)
+    # Of {0,1} one was there, of {0,2} both, of {1} all, of {0,3} none.
+    np.testing.assert_allclose(measures.saturation(earlier, final), [(1 / 2 + 1 + 1 + 0) / 4])
+
+    first, tokens = np.array([0, 0, 1, 0, 1, 1]), np.array([7, 7, 7, 8, 8, 9])
+    found = measures.top_tokens(first, tokens, 3, at_least=2, number=5)
+    # Expert 0 has half of all: 7 has 2/3 of it, 8 has 1/2, 9 is too rare; expert 2 has nothing.
+    assert [(t.token, t.count, t.total) for t in found[0]] == [(7, 2, 3), (8, 1, 2)]
+    assert [t.lift for t in found[0]] == pytest.approx([(2 / 3) / (1 / 2), 1.0])
+    assert [t.token for t in found[1]] == [8, 7]
+    assert found[2] == []

@@ -1,0 +1,29 @@
+"""Learning-rate schedules against values computed by hand."""
+
+import typing
+
+import numpy as np
+import pytest
+
+from moe.config import OptimizerConfig
+from moe.config.schema import Schedule
+from moe.training.schedules import SCHEDULES, learning_rate_schedule
+
+#: Rates after a peak of 1 at step 4 of 20, at steps 0, 2, 4, 12 and 20; the final fraction is 0.1.
+EXPECTED = {
+    "cosine": [0.2, 0.6, 1.0, 0.55, 0.1],
+    "constant": [0.2, 0.6, 1.0, 1.0, 1.0],
+    "wsd": [0.2, 0.6, 1.0, 0.82, 0.1],  # a decay of 10 steps: 0.09 less a step from step 10 on
+    "rsqrt": [0.2, 0.6, 1.0, (4 / 12) ** 0.5, (4 / 20) ** 0.5],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_by_hand(name):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule=name, decay_steps=10 if name == "wsd" else 0)
+    schedule = learning_rate_schedule(config, 20)
+    np.testing.assert_allclose([schedule(step) for step in (0, 2, 4, 12, 20)], EXPECTED[name], rtol=1e-5)
+
+
+def test_every_name_of_the_config_has_a_schedule():
+    assert set(typing.get_args(Schedule)) == set(SCHEDULES)

@@ -1,0 +1,67 @@
+"""Prepared TFDS datasets: published layouts, and broken shards."""
+
+# ruff: noqa: F811
+import dataclasses
+import shutil
+
+import pytest
+
+from moe.config import ConfigError
+from moe.data import pipeline
+from tests.text_fixtures import VOCAB, data, directory, prepared  # noqa: F401
+from tests.tiny_text import published, random_text
+
+
+# --- TFDS ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "version", "texts"),
+    [
+        ("c4/en", "3.1.0", {"train": 30, "validation": 5}),
+        ("lm1b", "1.1.0", {"train": 30, "test": 5}),
+        ("wiki40b/en", "1.3.0", {"train": 30, "validation": 5, "test": 5}),
+        ("tiny_shakespeare", "1.0.0", {"train": 1, "validation": 1, "test": 1}),
+    ],
+)
+def test_published_datasets_by_name(tmp_path, data, prepared, name, version, texts):
+    """Their directories as TFDS lays them out, with a few texts of ours; the splits are the published ones."""
+    length = 20_000 if name == "tiny_shakespeare" else 60  # words: tiny_shakespeare is one document a split
+    published(name, version, texts, length, tmp_path)
+    config = dataclasses.replace(data, dataset=name, directory=str(tmp_path))
+    prepared = pipeline.prepare(config, VOCAB, tokenizer=prepared.tokenizer)
+    assert prepared.domains == (name,)
+    if name == "tiny_shakespeare":
+        assert len(prepared.train[name]) > 3
+        assert "".join(prepared.train[name]) == random_text(0, length)
+    else:
+        assert sorted(prepared.train[name]) == sorted(random_text(i) for i in range(30))
+        assert len(prepared.heldout[name]) == 5
+
+
+def _shard(directory):
+    return next((directory / "tiny_text" / "split" / "1.0.0").glob("*train*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"train.array_record-00000-of-00001: missing, or changed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "a shard of .*array_record.*: missing, or changed"),
+        (lambda path: path.write_bytes(b""), "a shard of .*array_record.*: missing, or changed"),
+        (lambda path: (path.parent / "dataset_info.json").write_text("{"), "data.dataset='tiny_text/split': cannot be"),
+    ],
+)
+def test_a_broken_shard_is_named(directory, tmp_path, data, damage, message):
+    shutil.copytree(directory, tmp_path / "copy")
+    damage(_shard(tmp_path / "copy"))
+    with pytest.raises(ConfigError, match=message):
+        pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
+
+
+def test_a_broken_record_of_a_shard_is_named(directory, tmp_path, data):
+    shutil.copytree(directory, tmp_path / "copy")
+    shard = _shard(tmp_path / "copy")
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"train.array_record-00000-of-00001.*missing, or changed since"):
+        pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
