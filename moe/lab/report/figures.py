@@ -116,7 +116,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         differences, at = [], None
         for seed in table.seeds(steps, arm, comparison.baseline):
             ours, base = (table.curve(name, steps, seed, "loss", PRIMARY) for name in (arm, comparison.baseline))
-            if ours and len(ours) == len(base):
+            if len(ours) > 1 and len(ours) == len(base):
                 at = [step for step, _ in ours]
                 differences.append([a - b for (_, a), (_, b) in zip(ours, base, strict=True)])
         if at is None:
