@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import types
+import typing
 from collections.abc import Mapping
 
 from moe.config import ConfigError
@@ -33,15 +34,8 @@ def find_gate(name: str) -> Gate:
 
 
 def default_gate(choose: GateRule, source: str) -> Gate:
-    """Record of a rule without constants of its own: Mixtral's K and capacity factors, Switch's balance weight."""
-    return Gate(
-        choose,
-        source,
-        experts_per_token=2,
-        capacity_factor=1.25,
-        eval_capacity_factor=2.0,
-        load_balancing_weight=0.01,
-    )
+    """Record of a rule without constants of its own: K = 2 and Switch's balance weight."""
+    return Gate(choose, source, experts_per_token=2, load_balancing_weight=0.01)
 
 
 def _import_gate(name: str) -> Gate:
@@ -68,7 +62,7 @@ def _import_gate(name: str) -> Gate:
         return gate
     if not callable(gate):
         raise ConfigError(f"{field}: must be a Gate or a function, not {type(gate).__name__}")
-    return default_gate(gate, name)
+    return default_gate(typing.cast(GateRule, gate), name)
 
 
 GATES: Mapping[str, Gate] = types.MappingProxyType(
@@ -86,7 +80,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             "Shazeer 2017, equations 3-11",
             experts_per_token=4,
             capacity_factor=2.0,  # not in the paper, which has no capacity limit
-            eval_capacity_factor=2.0,
             importance_weight=0.1,
             load_weight=0.1,
             router="noisy",
@@ -108,8 +101,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_top_k,
             "Switch 2021, equations 1-6",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             jitter=0.01,
             renormalise=0,
@@ -118,8 +109,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_sampled,
             "Switch 2021, appendix C",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             renormalise=0,
         ),
@@ -127,8 +116,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.st_moe,
             "ST-MoE 2022, equations 1-6 and appendix D",
             experts_per_token=2,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             z_loss_weight=1e-3,
             weights_sum_to_one=True,
@@ -137,8 +124,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.mixtral,
             "Mixtral 2024, section 2.1",
             experts_per_token=2,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.02,
             weights_sum_to_one=True,
         ),
@@ -146,8 +131,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_top_k,
             "DeepSeekMoE 2024, equations 9-17",
             experts_per_token=6,
-            capacity_factor=1.25,  # not in the paper, which drops nothing (model.moe.dispatch=dropless)
-            eval_capacity_factor=2.0,
             load_balancing_weight=1e-3,
             device_balance_weight=0.0,  # 0.05 in the paper's 145B model, with experts on several devices
             renormalise=0,
@@ -156,8 +139,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.deepseek_v3,
             "DeepSeek-V3 2024, equations 12-20",
             experts_per_token=8,
-            capacity_factor=1.25,  # not in the paper, which drops nothing (model.moe.dispatch=dropless)
-            eval_capacity_factor=2.0,
             load_balancing_weight=1e-4,
             balance_scope="sequence",
             bias_update_rate=1e-3,
@@ -190,16 +171,12 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.hash_tokens,
             "Hash Layers 2021, section 3",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router="none",
         ),
         "random": Gate(
             gates.random_experts,
             "baseline: uniform draws",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router="none",
         ),
         "balanced": Gate(
