@@ -383,8 +383,15 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert "\x1b" not in markdown.markdown(found, "evil \x1b[31m\nname")
     first = found["repetition"]["first"]["words"][1]
     assert f"{100 * first['observed']:.1f} ({100 * first['shuffled_mean']:.1f} ± " in text
-    with pytest.raises(ConfigError, match="shuffles=0"):
-        analyse.analyse(recorder, variables, prepared, tokens=8, shuffles=0, seed=0)
+    valid = {"tokens": 8, "shuffles": 1, "seed": 0, "characters": 100}
+    for name, value in [
+        *((name, 0) for name in analyse.LARGEST),
+        ("shuffles", 10**6),
+        ("tokens", 10**12),
+        ("seed", -1),
+    ]:
+        with pytest.raises(ConfigError, match=f"{name}={value}: must be"):
+            analyse.analyse(recorder, variables, prepared, **valid | {name: value})
 
 
 def test_pieces_of_tokens(tokenizer):

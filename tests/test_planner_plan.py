@@ -15,6 +15,7 @@ import pytest
 
 from configs import gshard_twin, mixtral_8x7b, switch_twin
 from moe.config import ConfigError
+from moe.dispatch.grouped_matmul import gpu
 from moe.models.flops import count_parameters
 from moe.planner import arithmetic, fit, network, scaling, topology
 from moe.planner.chips import CHIPS
@@ -79,8 +80,7 @@ def test_flops_count_loops_and_kernels():
         return jax.lax.scan(lambda h, _: (h @ w, None), x, None, length=5)[0]
 
     jaxpr = jax.make_jaxpr(scanned)(x, jnp.ones((16, 16))).jaxpr
-    assert arithmetic.matmul_flops(jaxpr) == 5 * 2 * 8 * 16 * 16
-    assert arithmetic.matmul_flops(jaxpr, kernels_only=True) == 0
+    assert arithmetic.matmul_flops(jaxpr) == arithmetic.Flops(matmuls=5 * 2 * 8 * 16 * 16)
 
 
 def test_unknown_topology_lists_names(monkeypatch):
@@ -110,9 +110,21 @@ def test_flops_of_grouped_matmuls_do_not_depend_on_the_number_of_groups():
     def loss(x, w):
         return jnp.sum(jax.lax.ragged_dot(x, w, sizes))
 
-    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr) == product
-    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, 1))(x, w).jaxpr) == 2 * product
-    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr) == 3 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr).total == product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, 1))(x, w).jaxpr).total == 2 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr).total == 3 * product
+
+
+def test_flops_of_grouped_kernels_for_gpus_are_those_of_their_rows():
+    x, w, sizes = jnp.ones((64, 32)), jnp.ones((4, 32, 16)), jnp.full(4, 16)
+    product = 2 * 64 * 32 * 16
+
+    def loss(x, w):
+        return jnp.sum(gpu.grouped_matmul(x, w, sizes, True))
+
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr).grouped == product
+    both = arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr)
+    assert both == arithmetic.Flops(grouped=3 * product)
 
 
 def test_scaling_lists_refused_points():

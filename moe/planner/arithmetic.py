@@ -6,6 +6,7 @@ counted. (The compiler's own figure counts a loop's body once.)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,37 +15,90 @@ from jax.extend import core
 from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
 
 
-def matmul_flops(jaxpr: Any, *, kernels_only: bool = False) -> float:
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of a program.
+
+    Attributes:
+        matmuls: matrix products of XLA.
+        kernels: in Pallas kernels other than grouped matmuls.
+        grouped: in kernels of grouped matmuls, all rows of their buffers.
+    """
+
+    matmuls: float = 0.0
+    kernels: float = 0.0
+    grouped: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of all kinds."""
+        return self.matmuls + self.kernels + self.grouped
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.matmuls + other.matmuls, self.kernels + other.kernels, self.grouped + other.grouped)
+
+    def times(self, count: int) -> Flops:
+        """FLOPs of that many runs."""
+        return Flops(self.matmuls * count, self.kernels * count, self.grouped * count)
+
+
+def matmul_flops(jaxpr: Any) -> Flops:
     """FLOPs of all matrix products; a scan counts its length times, a conditional its most expensive branch.
 
     A Pallas kernel counts its body once for every point of its grid, including blocks skipped at run time (the upper
-    triangle in causal attention).
-
-    Args:
-        jaxpr: of the traced program.
-        kernels_only: count products inside Pallas kernels only.
+    triangle in causal attention); a grouped matmul's kernel counts all rows of its buffer.
     """
-    total = 0.0
+    total = Flops()
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "while" and OVERFLOW_SCOPE in str(equation.source_info.name_stack):
             continue  # further exchange rounds, which a balanced router never needs
-        if name == "pallas_call" and not all(isinstance(size, int) for size in params["grid_mapping"].grid):
-            # A grouped matmul: its grid depends on the rows that arrive, so it declares the FLOPs of a full buffer.
-            # moe.planner.grouped_matmuls estimates its time.
-            total += 0.0 if kernels_only else params["cost_estimate"].flops
-        elif name == "pallas_call":
-            total += math.prod(params["grid_mapping"].grid) * matmul_flops(params["jaxpr"])
+        if name in ("pallas_call", "mpmd_map"):
+            total += _kernel_flops(equation)
         elif name == "cond":
-            total += max(matmul_flops(branch.jaxpr, kernels_only=kernels_only) for branch in params["branches"])
+            branches = [matmul_flops(branch.jaxpr) for branch in params["branches"]]
+            total += max(branches, key=lambda flops: flops.total)
         elif name in _PRODUCTS:
-            total += 0.0 if kernels_only else _product_flops(equation)
+            total += Flops(matmuls=_product_flops(equation))
         else:
             times = params["length"] if name == "scan" else 1
             if name == "shard_map":  # its shapes are one device's
                 times = math.prod(params["mesh"].shape.values())
-            total += times * sum(matmul_flops(inner, kernels_only=kernels_only) for inner in _inner_jaxprs(params))
+            total += sum((matmul_flops(inner) for inner in _inner_jaxprs(params)), Flops()).times(times)
     return total
+
+
+def _kernel_flops(kernel: Any) -> Flops:
+    """FLOPs of a Pallas kernel, for TPUs or GPUs (``mpmd_map`` is one of Mosaic for GPUs)."""
+    params = kernel.params
+    grouped = _grouped_flops(kernel)
+    if grouped is not None:
+        return Flops(grouped=grouped)
+    if kernel.primitive.name != "pallas_call":
+        return Flops()
+    if not all(isinstance(size, int) for size in params["grid_mapping"].grid):
+        # A grouped matmul for TPUs: its grid depends on the rows that arrive; it declares the FLOPs of a full buffer.
+        return Flops(grouped=float(params["cost_estimate"].flops))
+    return Flops(kernels=math.prod(params["grid_mapping"].grid) * matmul_flops(params["jaxpr"]).total)
+
+
+def _grouped_flops(kernel: Any) -> float | None:
+    """FLOPs of a grouped matmul for GPUs, told by its shapes; None for any other kernel.
+
+    Operands are rows [R,K] and matrices [E,K,N] for [R,N], or two kinds of rows, [R,K] and [R,N], for [E,K,N]; and
+    int32 arrays that describe the groups.
+    """
+    arrays = [v.aval for v in kernel.invars if hasattr(v.aval, "shape")]
+    factors = [a.shape for a in arrays if a.ndim >= 2]
+    if len(factors) != 2 or not any(a.ndim == 1 and a.dtype.kind == "i" for a in arrays):
+        return None
+    ranks = sorted(map(len, factors))
+    rows, result = max(factors, key=lambda shape: -len(shape)), kernel.outvars[0].aval.shape
+    if ranks == [2, 3] and len(result) == 2:
+        return 2.0 * rows[0] * rows[1] * result[-1]
+    if ranks == [2, 2] and len(result) == 3 and factors[0][0] == factors[1][0]:
+        return 2.0 * rows[0] * result[1] * result[2]
+    return None
 
 
 _PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")

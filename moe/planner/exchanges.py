@@ -65,8 +65,8 @@ def purpose(collective: Collective) -> str:
     source = collective.source
     if WEIGHTS_SCOPE in source or source.startswith("state."):
         return WEIGHTS
-    # A weight's gradient is named after the operation that makes it: a matmul or the embedding's sum over tokens; on GPUs
-    # also after the transposition or the end of a shard_map that follows.
+    # A weight's gradient is named after the operation that makes it: a matmul or the embedding's sum over tokens; on
+    # GPUs also after the transposition or the end of a shard_map that follows.
     made_by = "dot_general|scatter-add" + ("|transpose$|psum$" if collective.kind == "reduce-scatter" else "")
     if collective.kind != "all-gather" and "transpose(" in source and re.search(made_by, source):
         return "gradients of weights"

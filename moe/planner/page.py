@@ -87,7 +87,7 @@ def _time(plan: Plan) -> list[str]:
         "Time of a step (estimate)",
         f"  on the {_device(plan):7}{1e3 * plan.compute_seconds:9.1f} ms  "
         f"{plan.estimate}; {plan.unpriced} instructions at memory bandwidth; "
-        f"kernels, {1e3 * plan.kernel_seconds:.1f} ms, at peak",
+        f"kernels counted, {1e3 * plan.kernel_seconds:.1f} ms",
         *(f"    {name:22} {1e3 * part:9.1f} ms" for name, part in sorted(plan.parts.items()) if part > 1e-5),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
         f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/{unit}, "

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 
 from moe.config import Config, validate_mesh
+from moe.dispatch import ragged_exchange
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, exchanges, fit, grouped_matmuls, memory_errors, program
 from moe.planner.exchanges import Exchange
+from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 from moe.training import step
 
@@ -62,9 +64,10 @@ class Plan:
         simple_flops: 6 x active parameters x tokens.
         program_flops: of all matrix products in a step's program, all devices.
         compute_seconds: the compiler's estimate, unpriced instructions at memory bandwidth, and kernel_seconds.
-        kernel_seconds: kernels without an estimate: grouped matmuls by :mod:`moe.planner.grouped_matmuls` for a
-            balanced router; cuDNN's attention and other kernels as all their blocks at peak FLOP/s. Causal attention
-            skips half of its blocks and reaches about half of the peak: the two errors cancel.
+        kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router, on TPUs by
+            :mod:`moe.planner.grouped_matmuls`, on GPUs at the rate of large matmuls; other kernels as all their blocks
+            at peak FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors
+            cancel.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
     """
@@ -176,11 +179,11 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
     text = program.read(compiled.as_text(), dict(mesh.shape), chip.clock)
     peak = chip.peak * topology.num_chips
-    jaxpr = traced.jaxpr.jaxpr
+    products = arithmetic.matmul_flops(traced.jaxpr.jaxpr)
     kernel_seconds = (
-        arithmetic.matmul_flops(jaxpr, kernels_only=True) / peak
+        products.kernels / peak
         + text.attention_flops / (chip.peak / chip.devices)
-        + _grouped_seconds(text, config, topology, mesh.shape)
+        + _grouped_seconds(text, products.grouped / len(devices), config, topology, mesh.shape)
     )
     total, active = flops.count_parameters(config.model)
     tokens = config.train.batch_size * config.data.sequence_length
@@ -200,7 +203,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         active_parameters=active,
         model_flops=tokens * flops.train_flops_per_token(config.model, config.data.sequence_length),
         simple_flops=6.0 * active * tokens,
-        program_flops=arithmetic.matmul_flops(jaxpr),
+        program_flops=products.total,
         peak_flops=peak,
         compute_seconds=text.seconds + text.unpriced_bytes / (chip.memory_bandwidth / chip.devices) + kernel_seconds,
         kernel_seconds=kernel_seconds,
@@ -239,9 +242,13 @@ def _memory(statistics: Any, stored: dict[str, int], capacity: int) -> Memory:
     )
 
 
-def _grouped_seconds(text: program.Program, config: Config, topology: Topology, mesh: Any) -> float:
-    """Seconds of a step's grouped matmuls for a balanced router."""
+def _grouped_seconds(text: program.Program, flops: float, config: Config, topology: Topology, mesh: Any) -> float:
+    """Seconds of a step's grouped matmuls on a device for a balanced router; flops: of all rows of their buffers."""
+    chip = topology.chip
+    if isinstance(chip, Gpu):  # at the rate of large matmuls; the kernels skip rows that are not filled
+        filled = 1 / ragged_exchange.ROUND_SIZE if mesh["expert"] > 1 else 1.0
+        return flops * filled / (chip.peak * chip.matmul_share)
     token_devices = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     tokens = config.train.batch_size * config.data.sequence_length // config.train.accumulation_steps // token_devices
     rows = tokens * config.model.moe.experts_per_token
-    return sum(matmul.count * grouped_matmuls.seconds(matmul, rows, topology.chip) for matmul in text.grouped)
+    return sum(matmul.count * grouped_matmuls.seconds(matmul, rows, chip) for matmul in text.grouped)

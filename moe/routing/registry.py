@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import types
-import typing
 from collections.abc import Mapping
+from typing import cast
 
 from moe.config import ConfigError
+from moe.config.references import import_object
 from moe.routing import gates
 from moe.routing.interface import Gate, GateRule
 
@@ -39,30 +39,12 @@ def default_gate(choose: GateRule, source: str) -> Gate:
 
 
 def _import_gate(name: str) -> Gate:
-    field = f"model.moe.gate={name!r}"
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{field}: must be module:object, such as my_gates:my_rule")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{field}: importing {module_name} failed: {error}") from error
-        raise ConfigError(
-            f"{field}: no module {error.name!r} on PYTHONPATH, in the current directory, or beside the config file"
-        ) from error
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigError(f"{field}: importing {module_name} failed: {type(error).__name__}: {error}") from error
-    gate = getattr(module, attribute, None)
-    if gate is None:
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{field}: module {module_name!r} has no {attribute!r}{hint}")
+    gate = import_object("model.moe.gate", name)
     if isinstance(gate, Gate):
         return gate
     if not callable(gate):
-        raise ConfigError(f"{field}: must be a Gate or a function, not {type(gate).__name__}")
-    return default_gate(typing.cast(GateRule, gate), name)
+        raise ConfigError(f"model.moe.gate={name!r}: must be a Gate or a function, not {type(gate).__name__}")
+    return default_gate(cast(GateRule, gate), name)
 
 
 GATES: Mapping[str, Gate] = types.MappingProxyType(
@@ -156,6 +138,7 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             capacity_factor=1.0,
             eval_capacity_factor=1.0,
             looks_ahead=True,
+            experts_choose=True,
         ),
         "soft_moe": Gate(
             gates.dense_mixture,  # weights as reported; the layer itself mixes slots
