@@ -14,7 +14,6 @@ from moe import platform
 if __name__ == "__main__":
     platform.prepare()  # before JAX is imported; may restart this program
 
-import dataclasses
 import time
 
 from absl import flags
@@ -56,9 +55,7 @@ def main() -> None:
             raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(partition_specs.AXES)}")
         axes[axis] = int(size)
     mesh = make_mesh(MeshConfig(**axes))
-    validate_mesh(
-        dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=mesh.size)), mesh.shape
-    )
+    validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
     options = sampling.Sampling(
         temperature=_TEMPERATURE.value or 0.0,
         top_k=_TOP_K.value or 0,

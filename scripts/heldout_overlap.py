@@ -16,11 +16,11 @@ _CONFIG = cli.define_config("configs/quickstart.py")
 
 def main() -> None:
     """Prints a line per domain."""
-    from moe.data import preparation
+    from moe.data import pipeline
     from moe.data.overlap import line_overlap
 
     config = cli.load_config(_CONFIG)
-    prepared = preparation.prepare(config.data, config.model.vocab_size)
+    prepared = pipeline.prepare(config.data, config.model.vocab_size)
     for domain in prepared.domains:
         counts = line_overlap(list(prepared.heldout[domain]), prepared.train[domain])
         shared, total = (sum(column) for column in zip(*counts, strict=True))

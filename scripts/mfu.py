@@ -75,6 +75,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     import numpy as np
 
     from moe.models import flops
+    from moe.parallel import target
     from moe.training import matmul_rate
     from moe.training.step import build
     from scripts import timing
@@ -109,6 +110,10 @@ def utilisation(config: Any, mesh: Any) -> None:
     print(
         f"MFU: {per_step / step / rate:.2f} by medians, {per_step / min(seconds['step']) / max(rates):.2f} by the best"
     )
+    peak = target.current().peak_flops
+    if peak:
+        share = per_step / step / (peak * jax.device_count())
+        print(f"MFU against the datasheet's {peak / 1e12:.0f} TFLOP/s in bfloat16: {share:.2f}")
     if _SEEDS.value > 1:
         vmapped_step = statistics.median(seconds["together"])
         print(

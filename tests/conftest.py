@@ -14,6 +14,13 @@ os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_
 
 import functools  # noqa: E402
 
+import jaxtyping  # noqa: E402
+
+import tests.shape_checks  # noqa: E402, F401
+
+# Shape annotations of these packages are checked at every call, which under jit means once per trace.
+jaxtyping.install_import_hook(("moe.routing", "moe.dispatch", "moe.layers", "moe.models"), "tests.shape_checks.check")
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -344,7 +344,14 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert found == run().summary, "the same seed, the same numbers"
     assert all(392 < tokens <= 400 for tokens in found["tokens"]), "50 rows of 8, the last one padded"
     assert found["documents_without_syntax"] == 1
-    assert set(found["dependence"]) == {"domain", "lexical_matched", "token", "syntax", "token_in_code"}
+    assert set(found["dependence"]) == {
+        "domain",
+        "domain_matched",
+        "lexical_matched",
+        "token",
+        "syntax",
+        "token_in_code",
+    }
     assert set(found["controls"]) == {"untrained", "hash"}
     for control in found["controls"].values():
         assert set(control["dependence"]) == set(found["dependence"])
@@ -355,7 +362,9 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
         assert layer["information"] == pytest.approx(layer["x_entropy"])
     for layer in hashed["repetition"]["first"]["words"]:
         assert layer["token_mean"] == pytest.approx(layer["observed"])
-    assert found["dependence"]["lexical_matched"][0]["values"] == found["dependence"]["domain"][0]["values"] == 2
+    matched = [found["dependence"][label][0] for label in ("domain_matched", "lexical_matched")]
+    assert matched[0]["samples"] == matched[1]["samples"] == pytest.approx(400, abs=12)  # odd ones of 100 rows
+    assert matched[0]["values"] == matched[1]["values"] == 2
     assert found["load_over_training"]["steps"] == [4, 8, 12]
     np.testing.assert_allclose(np.sum(found["load_over_training"]["load"], axis=-1), 1)
     np.testing.assert_allclose(np.sum(found["load"], axis=-1), 1)
@@ -383,8 +392,15 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert "\x1b" not in markdown.markdown(found, "evil \x1b[31m\nname")
     first = found["repetition"]["first"]["words"][1]
     assert f"{100 * first['observed']:.1f} ({100 * first['shuffled_mean']:.1f} ± " in text
-    with pytest.raises(ConfigError, match="shuffles=0"):
-        analyse.analyse(recorder, variables, prepared, tokens=8, shuffles=0, seed=0)
+    valid = {"tokens": 8, "shuffles": 1, "seed": 0, "characters": 100}
+    for name, value in [
+        *((name, 0) for name in analyse.LARGEST),
+        ("shuffles", 10**6),
+        ("tokens", 10**12),
+        ("seed", -1),
+    ]:
+        with pytest.raises(ConfigError, match=f"{name}={value}: must be"):
+            analyse.analyse(recorder, variables, prepared, **valid | {name: value})
 
 
 def test_pieces_of_tokens(tokenizer):

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError
 from moe.data import documents, pipeline
+from moe.training import report
 from tests.text_fixtures import VOCAB, assert_equal, data, directory, folder  # noqa: F401
 from tests.tiny_text import random_text
 
@@ -42,6 +44,13 @@ def test_a_folder_of_text(folder):
     assert len(told) == 2
     first, second = (pipeline.train_iterator(p, config, batch_size=4, seed=0) for p in (prepared, again))
     assert_equal([next(first) for _ in range(3)], [next(second) for _ in range(3)])
+
+
+def test_a_domain_named_like_tex_is_drawn(tmp_path):
+    rows = [{"kind": "train", "step": 1, "cross_entropy": 2.0}]
+    rows += [{"kind": f"heldout/{domain}", "step": 1, "loss": 2.0} for domain in ("all", "$_$", "$x^$")]
+    report.figure(epath.Path(tmp_path / "figure.png"), rows, {"all": 3.0})
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_domains_and_weights_of_a_folder(folder):

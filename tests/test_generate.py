@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
@@ -84,6 +84,15 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert together[0].tolist() != together[1].tolist()
 
 
+@pytest.mark.parametrize("gate", ["random", "balanced"])
+def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
+    config, variables = _model(num_layers=1, moe={"gate": gate, "num_experts": 4})
+    together = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        (alone,) = sampling.sample(config, variables, [prompt], 6, GREEDY)
+        np.testing.assert_array_equal(text, alone)
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
 def test_a_mesh_writes_the_same_text(mesh):
     config, variables = _model(sliding_window=5)
@@ -95,6 +104,18 @@ def test_a_mesh_writes_the_same_text(mesh):
         )
         text = sampling.sample(config, placed, PROMPTS, 6, GREEDY)
     np.testing.assert_array_equal(text, want)
+
+
+def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mesh():
+    config = resolve(
+        Config(
+            model=ModelConfig(moe=MoEConfig(num_experts=8, group_size=1024)),
+            train=TrainConfig(batch_size=32, accumulation_steps=4),
+        )
+    )
+    validate_mesh(sampling.for_generation(config, 8), {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1})
+    with pytest.raises(ConfigError, match="num_experts"):
+        validate_mesh(sampling.for_generation(config, 3), {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1})
 
 
 def test_a_row_ends_with_its_stop_token():

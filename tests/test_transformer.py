@@ -11,6 +11,7 @@ from flax import nnx
 
 from moe.config import layer_kinds, sparse_layers
 from moe.models.block import Block
+from moe.models.decoder import Transformer
 from moe.models.stack import REMAT_POLICIES, restack_layers, segments, unstack_layers
 from tests.helpers import random_parameters, tiny_model
 
@@ -122,6 +123,26 @@ def test_remat_full_recomputes_and_none_does_not():
         return str(jax.make_jaxpr(jax.grad(loss))(parameters)).count("dot_general")
 
     assert dots("none") < dots("dots") < dots("full")
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_saves_memory_with_layers_scanned_and_written_out(scan):
+    config = tiny_model(num_layers=4, gate="none", d_model=32, d_ff=512, scan_layers=scan)
+
+    def temporaries(policy):
+        graphdef, state = nnx.split(
+            nnx.eval_shape(lambda: Transformer(dataclasses.replace(config, remat=policy), rngs=nnx.Rngs(0)))
+        )
+
+        def loss(parameters, tokens):
+            return jnp.sum(nnx.merge(graphdef, parameters)(tokens).hidden ** 2)
+
+        tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(nnx.to_pure_dict(state), tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # 33.9 and 9.8 MiB scanned; written out, 28.3 and 10.0.
+    assert temporaries("full") < 0.5 * temporaries("none")
 
 
 def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng):

@@ -19,6 +19,8 @@ from moe.config import ConfigError
 from moe.data import pipeline
 
 PASSAGE = 6_000  # characters of each domain in the explorer
+#: Bounds of what :func:`analyse` takes: records and texts are held in memory.
+LARGEST = {"tokens": 1 << 24, "shuffles": 100_000, "characters": 10_000_000}
 _STRETCH = 16  # tokens of whole documents read per token kept, so that many documents contribute
 _CANDIDATES = 50  # documents of each domain from which the shown one is selected
 
@@ -66,11 +68,13 @@ def analyse(
         earlier: step → function that reads the variables at that step, for saturation and load over training.
 
     Raises:
-        ConfigError: ``tokens`` or ``shuffles`` below 1, or held-out text shorter than a row.
+        ConfigError: a number out of range (:data:`LARGEST`), or held-out text shorter than a row.
     """
     for name, value in (("tokens", tokens), ("shuffles", shuffles), ("characters", characters)):
-        if value < 1:
-            raise ConfigError(f"{name}={value}: must be at least 1")
+        if not 1 <= value <= LARGEST[name]:
+            raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: must be at least 0")
     data, batch_size = recorder.program.config.data, recorder.program.config.train.batch_size
     length = data.sequence_length
     data = dataclasses.replace(data, heldout_rows=-(-tokens // length))

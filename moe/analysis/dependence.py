@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
+from moe.analysis.permutation import permutation_test
+
 
 @dataclasses.dataclass(frozen=True)
 class Dependence:
@@ -101,23 +103,14 @@ def dependence(
     def information(permuted: np.ndarray) -> float:
         return mutual_information(x, permuted[number])
 
-    test = stats.permutation_test(
-        (labels,),
-        information,
-        permutation_type="pairings",
-        n_resamples=shuffles,
-        batch=1,
-        alternative="greater",
-        rng=rng,
-    )
-    null = test.null_distribution
+    test = permutation_test(labels, information, permutations=shuffles, rng=rng)
     return Dependence(
-        information=float(test.statistic),
+        information=test.observed,
         x_entropy=_entropy(x),
         y_entropy=_entropy(y),
-        null_mean=float(np.mean(null)),
-        null_std=float(np.std(null, ddof=1)) if len(null) > 1 else 0.0,
-        p_value=float(test.pvalue),
+        null_mean=test.mean,
+        null_std=test.std,
+        p_value=test.p_value,
         samples=len(x),
         values=len(np.unique(y)),
     )

@@ -6,7 +6,8 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
+
+from moe.analysis.permutation import permutation_test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +56,14 @@ def repetition(
     def share(order: np.ndarray) -> float:
         return shared_experts(experts[order], consecutive)
 
-    test = stats.permutation_test(
-        (np.arange(len(experts)),),
-        share,
-        permutation_type="pairings",
-        n_resamples=shuffles,
-        batch=1,
-        alternative="greater",
-        rng=rng,
-    )
-    null = test.null_distribution
+    test = permutation_test(np.arange(len(experts)), share, permutations=shuffles, rng=rng)
     return Repetition(
-        observed=float(test.statistic),
+        observed=test.observed,
         uniform=uniform_repetition(num_experts, m),
         load=load_repetition(experts, num_experts),
-        shuffled_mean=float(np.mean(null)),
-        shuffled_std=float(np.std(null, ddof=1)) if len(null) > 1 else 0.0,
-        p_value=float(test.pvalue),
+        shuffled_mean=test.mean,
+        shuffled_std=test.std,
+        p_value=test.p_value,
         pairs=len(consecutive),
     )
 

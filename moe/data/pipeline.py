@@ -25,8 +25,8 @@ import grain
 import numpy as np
 
 from moe.config import ConfigError, DataConfig
-from moe.data import preparation, streams
-from moe.data.preparation import Prepared, domain_weights
+from moe.data import streams
+from moe.data.preparation import Prepared, domain_weights, open_data
 from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
@@ -44,7 +44,7 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str], None] = print,
 ) -> Prepared:
-    """Opens documents and tokenizer (:func:`moe.data.preparation.prepare`) and checks the held-out splits.
+    """Opens documents and tokenizer (:func:`moe.data.preparation.open_data`) and checks the held-out splits.
 
     Raises:
       ConfigError: also for rows longer than a held-out split, and for more than MAX_TOKENS in memory.
@@ -56,7 +56,7 @@ def prepare(
                 f"data.{name}={getattr(data, name)}: must be at most {largest} for data.sequence_length="
                 f"{data.sequence_length}, because the rows are held in memory"
             )
-    prepared = preparation.prepare(data, vocab_size, tokenizer=tokenizer, progress=progress)
+    prepared = open_data(data, vocab_size, tokenizer, progress)
     for domain in prepared.domains:
         _heldout_rows(prepared, data, domain)
     return prepared

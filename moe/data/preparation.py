@@ -50,12 +50,8 @@ def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, .
     return weights
 
 
-def prepare(
-    data: DataConfig,
-    vocab_size: int,
-    *,
-    tokenizer: Tokenizer | None = None,
-    progress: Callable[[str], None] = print,
+def open_data(
+    data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, progress: Callable[[str], None]
 ) -> Prepared:
     """Opens documents and tokenizer, after downloading, building and training what is missing.
 

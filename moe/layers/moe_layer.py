@@ -67,6 +67,7 @@ class MoELayer(nnx.Module):
         mask: Bool[ArrayLike, "B T"],
         *,
         token_ids: Int[ArrayLike, "B T"] | None = None,
+        positions: Int[ArrayLike, "B T"] | None = None,
         routing: Routing | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
@@ -77,6 +78,7 @@ class MoELayer(nnx.Module):
             x: normalised activations.
             mask: real tokens; padding takes no capacity, gets 0 and counts in no loss.
             token_ids: for gates that route by token id.
+            positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
             routing: recorded routing to replay instead of asking the router.
             train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
@@ -89,12 +91,14 @@ class MoELayer(nnx.Module):
         size = self.config.group_size or x.shape[1]
         tokens = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.BATCH)
         valid = jnp.asarray(mask).reshape(-1, size)
-        ids = None if token_ids is None else jnp.asarray(token_ids).reshape(-1, size)
+        token_ids, positions = (
+            None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions)
+        )
         keys = _Keys() if rng is None else _Keys(*jax.random.split(rng, 4))
         capacity = self._capacity(size, train)
 
         if routing is None:
-            routing, slot_logits = self._route(tokens, valid, ids, capacity, keys)
+            routing, slot_logits = self._route(tokens, valid, token_ids, positions, capacity, keys)
         else:
             slot_logits = self._check_replay(routing, tokens)
         # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
@@ -121,6 +125,7 @@ class MoELayer(nnx.Module):
         tokens: Float[Array, "G S D"],
         mask: Bool[Array, "G S"],
         token_ids: Int[Array, "G S"] | None,
+        positions: Int[Array, "G S"] | None,
         capacity: int,
         keys: _Keys,
     ) -> tuple[Routing, Float[Array, "G S E C"] | None]:
@@ -146,6 +151,7 @@ class MoELayer(nnx.Module):
             noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens),
             selection_bias=None if router is None or router.bias is None else router.bias[...],
             token_ids=token_ids,
+            positions=positions,
         )
         return routing, slot_logits
 

@@ -60,13 +60,16 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"],
         *,
         token_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
         routing: Routing | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
-        """The second half: x + FFN(norm(x))."""
+        """The second half: x + FFN(norm(x)); ``positions`` are given when generating."""
         h = self.ffn_norm(x)
         if not self.sparse:
             return constrain(x + self.dense(h), partition_specs.BATCH), None
-        y, report, routing = self.moe(h, segment_ids > 0, token_ids=token_ids, routing=routing, train=train, rng=rng)
+        y, report, routing = self.moe(
+            h, segment_ids > 0, token_ids=token_ids, positions=positions, routing=routing, train=train, rng=rng
+        )
         return constrain(x + y, partition_specs.BATCH), (report, routing)

@@ -84,7 +84,7 @@ def prefill(
         heads, key, value = block.attention.prefill(x, segment_ids, positions)
         return heads, _fill(cache, key, value, lengths)
 
-    x, caches = _run(model, token_ids, segment_ids, caches, attention)
+    x, caches = _run(model, token_ids, segment_ids, positions, caches, attention)
     # [B,T,D] → [B,1,D]: the last token of each prompt
     return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
 
@@ -121,7 +121,7 @@ def decode(
         attend_cached: Any = block.attention.attend_cached
         return attend_cached(query, cache.key, cache.value, seen[:, None, None]), cache
 
-    x, caches = _run(model, token_ids[:, None], segment_ids, caches, attention)
+    x, caches = _run(model, token_ids[:, None], segment_ids, positions[:, None], caches, attention)
     return _logits(model, x), caches
 
 
@@ -152,14 +152,20 @@ def _append(cache: LayerCache, key: Array, value: Array | None, positions: Array
 
 
 def _run(
-    model: Transformer, token_ids: Array, segment_ids: Array, caches: LayerStates, attention: CachedAttention
+    model: Transformer,
+    token_ids: Array,
+    segment_ids: Array,
+    positions: Array,
+    caches: LayerStates,
+    attention: CachedAttention,
 ) -> tuple[Array, LayerStates]:
     """All blocks with this attention: token_ids [B,T] → hidden states [B,T,D]."""
 
     def body(block: Block, x: Array, cache: LayerCache, layer: Array) -> tuple[Array, LayerCache]:
         del layer
         heads, cache = attention(block, block.attention_norm(x), cache)
-        x, _ = block.feed_forward(x + block.attention.join(heads), segment_ids, token_ids=token_ids)
+        x = x + block.attention.join(heads)
+        x, _ = block.feed_forward(x, segment_ids, token_ids=token_ids, positions=positions)
         return x, cache
 
     return model.scan(body, model.embedding(token_ids, jnp.dtype(model.config.dtype)), caches)

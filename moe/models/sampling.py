@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from moe.config import ConfigError, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig
 from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.models.stack import LayerStates
@@ -79,6 +79,13 @@ def without_drops(config: ModelConfig) -> ModelConfig:
     k = config.moe.experts_per_token
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
     return dataclasses.replace(config, moe=moe)
+
+
+def for_generation(config: Config, num_devices: int) -> Config:
+    """A run's config as generation uses it, to be checked against a mesh: one row a device, no microbatches, and one
+    group a row whatever the run's group size."""
+    train = dataclasses.replace(config.train, batch_size=num_devices, accumulation_steps=1)
+    return dataclasses.replace(config, model=without_drops(config.model), train=train)
 
 
 def stream(

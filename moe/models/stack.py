@@ -123,7 +123,9 @@ class Stack(nnx.Module):
                 return x, after
 
             if remat != "none":
-                repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=False)
+                # Within a loop XLA cannot merge the recomputation with the forward pass; written out it would, and
+                # nothing would be saved.
+                repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
             inputs = (stacked, jnp.arange(repeats), before)
             x, after = jax.lax.scan(repeat, x, inputs, unroll=repeats if unroll else 1)
             outputs.append(after)

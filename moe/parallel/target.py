@@ -7,6 +7,8 @@ that of the default device. No other module asks for the hardware.
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 
 import jax
 
@@ -34,6 +36,31 @@ class Target:
             return int(major) if major.isdigit() else 0
         return next((major for name, major in _CAPABILITIES.items() if name in self.device_kind), 0)
 
+    @property
+    def peak_flops(self) -> float | None:
+        """Datasheet FLOP/s of one device in bfloat16, without sparsity; None for CPUs and unknown devices."""
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_kind), None)
+
+
+#: Datasheet FLOP/s of one JAX device in bfloat16, without sparsity, by a substring of the device kind; the first match
+#: counts. Half a chip for TPU v2, v3 and 7x, whose two cores are devices of their own. Sources: the Cloud TPU
+#: documentation's page of each generation, and NVIDIA's datasheets (A100 and H100, SXM unless named PCIe; H200; B200).
+PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
+    {
+        "TPU v2": 23e12,
+        "TPU v3": 61.5e12,
+        "TPU v4": 275e12,
+        "TPU v5 lite": 197e12,
+        "TPU v5": 459e12,
+        "TPU v6": 918e12,
+        "TPU7": 1153.5e12,
+        "A100": 312e12,
+        "H100 PCIe": 756e12,
+        "H100": 989e12,
+        "H200": 989e12,
+        "B200": 2250e12,
+    }
+)
 
 #: Major compute capability by a substring of the device kind, for devices that are absent.
 _CAPABILITIES = {"A100": 8, "A30": 8, "A10": 8, "L40": 8, "L4": 8, "H100": 9, "H200": 9, "B200": 10, "B300": 10}

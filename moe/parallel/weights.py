@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from moe.parallel.mesh import constrain
 from moe.parallel.partition_specs import PARAMETERS, STORED, fit, without
 
-#: Prefix of the named scopes of :func:`gather_for_matmul`, by which the planner finds weight exchanges in a compiled program.
+#: Prefix of the named scopes of :func:`gather_for_matmul`, by which the planner finds weight exchanges in compiled
+#: programs.
 WEIGHTS_SCOPE = "weights."
 
 

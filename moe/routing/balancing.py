@@ -189,11 +189,11 @@ def next_selection_bias(
     return bias + rate * jnp.sign(jnp.mean(expert_load, axis=-1, keepdims=True) - expert_load)
 
 
-def max_violation(expert_load: Array | np.ndarray) -> Array | np.ndarray:
+def max_violation(expert_load: Array | np.ndarray) -> Array | np.ndarray | np.generic:
     """(max − mean) / mean over experts, 0 at balance (loss-free balancing 2024, section 2.1); [...,E] → [...]."""
     return expert_load.max(axis=-1) * expert_load.shape[-1] - 1.0
 
 
-def dead_experts(expert_load: Array | np.ndarray) -> Array | np.ndarray:
+def dead_experts(expert_load: Array | np.ndarray) -> Array | np.ndarray | np.generic:
     """Number of experts without an assignment; [...,E] → [...]."""
     return (expert_load == 0).sum(axis=-1)

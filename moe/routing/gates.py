@@ -136,31 +136,44 @@ def hash_tokens(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Gat
     """
     if inputs.token_ids is None:
         raise ValueError("the gate 'hash' routes by token id and needs token_ids")
-    num_experts = router_logits.shape[-1]
-    keys = inputs.token_ids[..., None].astype(jnp.uint32) * num_experts + jnp.arange(num_experts, dtype=jnp.uint32)
+    _, expert_index = top_k(_hashes(inputs.token_ids, router_logits.shape[-1]), inputs.experts_per_token)
+    return _equal_weights(expert_index)
+
+
+def _hashes(numbers: Int[Array, "G S"], num_experts: int) -> Float[Array, "G S E"]:
+    """A hash of (number, expert) for every expert, from 0 to 2^24."""
+    keys = numbers[..., None].astype(jnp.uint32) * num_experts + jnp.arange(num_experts, dtype=jnp.uint32)
     h = keys + jnp.uint32(0x9E3779B9)
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         h = (h ^ (h >> 16)) * jnp.uint32(factor)
     # float32 represents 24 bits exactly.
-    _, expert_index = top_k(((h ^ (h >> 16)) >> 8).astype(jnp.float32), inputs.experts_per_token)
-    return _equal_weights(expert_index)
+    return ((h ^ (h >> 16)) >> 8).astype(jnp.float32)
 
 
 def random_experts(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """K experts drawn uniformly for each token, weighted equally: a baseline. Without a key, always the same draw."""
-    rng = jax.random.key(0) if inputs.rng is None else inputs.rng
-    _, expert_index = top_k(jax.random.uniform(rng, router_logits.shape), inputs.experts_per_token)
+    """K experts drawn uniformly for each token, weighted equally: a baseline.
+
+    Without a key the draw is always the same; when generating, it is a hash of each token's position.
+    """
+    if inputs.rng is None and inputs.positions is not None:
+        scores = _hashes(inputs.positions, router_logits.shape[-1])
+    else:
+        rng = jax.random.key(0) if inputs.rng is None else inputs.rng
+        scores = jax.random.uniform(rng, router_logits.shape)
+    _, expert_index = top_k(scores, inputs.experts_per_token)
     return _equal_weights(expert_index)
 
 
 def balanced(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """K experts per real token, round-robin within a group: equal loads for benchmarks.
+    """K experts per real token, round-robin within a group, or by position when generating: equal loads for benchmarks.
 
     Weights are the softmax over the chosen logits, so the router is computed and trained but does not choose.
     """
     groups, tokens, num_experts = router_logits.shape
     k = inputs.experts_per_token
-    token_number = jnp.cumsum(inputs.mask, axis=1) - 1 + tokens * jnp.arange(groups)[:, None]  # [G,S]
+    token_number = inputs.positions
+    if token_number is None:
+        token_number = jnp.cumsum(inputs.mask, axis=1) - 1 + tokens * jnp.arange(groups)[:, None]  # [G,S]
     expert_index = (token_number[..., None] * k + jnp.arange(k)) % num_experts
     return GateOutput(expert_index, jax.nn.softmax(pick(router_logits, expert_index), axis=-1))
 

@@ -30,6 +30,8 @@ class GateInputs:
         noise_logits: [G,S,E] float32, x·W_noise of noisy top-k; None: no noise.
         selection_bias: [E] float32, added to the scores for selection only; None: zeros.
         token_ids: [G,S] int32, for gates that route by token id.
+        positions: [G,S] int32, position of each token in its text, given when generating: a rule that would draw, or
+            count tokens of the batch, uses them so that no row depends on the others; None: not generating.
     """
 
     mask: Array
@@ -43,6 +45,7 @@ class GateInputs:
     noise_logits: Array | None = None
     selection_bias: Array | None = None
     token_ids: Array | None = None
+    positions: Array | None = None
 
 
 class GateOutput(NamedTuple):
@@ -86,13 +89,14 @@ class Gate:
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), biased (W_g and a
             selection bias without gradient), slots (a W_g per slot of every expert) or none.
         looks_ahead: the experts of a token depend on later tokens.
+        experts_choose: each expert takes C tokens, so K is an average.
     """
 
     choose: GateRule
     source: str
     experts_per_token: int
-    capacity_factor: float
-    eval_capacity_factor: float
+    capacity_factor: float = 1.25  # with eval_capacity_factor 2.0 as in Switch 2021
+    eval_capacity_factor: float = 2.0
     load_balancing_weight: float = 0.0
     z_loss_weight: float = 0.0
     importance_weight: float = 0.0
@@ -111,3 +115,4 @@ class Gate:
     balance_counts: BalanceCounts = "assignments"
     router: RouterKind = "linear"
     looks_ahead: bool = False
+    experts_choose: bool = False

@@ -12,6 +12,7 @@ import numpy as np
 from moe.config import Config
 from moe.metrics_files import to_python
 from moe.models import flops
+from moe.parallel import target
 from moe.routing import balancing
 from moe.training import matmul_rate
 from moe.training.step import TrainMetrics
@@ -75,19 +76,26 @@ class Throughput:
     """Tokens per second and MFU from seconds per step."""
 
     def __init__(self, config: Config):
-        """Measure the matmul rate of the devices, which is the denominator of MFU."""
+        """Measure the matmul rate of the devices, the denominator of ``mfu``.
+
+        Where the datasheet's peak is known, ``mfu_datasheet`` has that as its denominator.
+        """
         length = config.data.sequence_length
         self._tokens = config.train.batch_size * length
         self._flops = self._tokens * flops.train_flops_per_token(config.model, length)
         self._peak = matmul_rate.measured_matmul_rate(config.model.dtype) * jax.device_count()
+        self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()
         if jax.default_backend() == "cpu":
             self._peak /= jax.device_count()  # fake devices share the host's cores
 
     def row(self, seconds: float, waited: float) -> dict[str, float]:
         """Row for ``timing.jsonl``."""
-        return {
+        row = {
             "step_seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
             "mfu": self._flops / seconds / self._peak,
             "data_wait_share": waited / seconds,
         }
+        if self._datasheet:
+            row["mfu_datasheet"] = self._flops / seconds / self._datasheet
+        return row

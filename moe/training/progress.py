@@ -39,6 +39,8 @@ class Progress:
         if "fraction_tokens_dropped" in row:
             self._shown["dropped"] = f"{np.mean(row['fraction_tokens_dropped']):.3f}"
         self._shown |= {"tokens/s": f"{timing['tokens_per_second']:.0f}", "MFU": f"{timing['mfu']:.2f}"}
+        if "mfu_datasheet" in timing:
+            self._shown |= {"MFU of the datasheet's peak": f"{timing['mfu_datasheet']:.2f}"}
 
     def evaluated(self, heldout_loss: float) -> None:
         """Take the held-out loss, shown by the next :meth:`show`."""

@@ -107,6 +107,7 @@ def unigram_over_all(results: dict[str, dict[str, Any]], unigram: dict[str, floa
     return {"all": sum(unigram[d] * weights[d] for d in unigram) / total, **unigram}
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # the name of a domain, such as "$_$", is not TeX
 def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, float]) -> None:
     """Write a PNG: loss over steps, and the load of every expert at the last evaluation.
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from moe.lab import figures, results, statistics
-from moe.lab.claims_page import claims_section
+from moe.lab import law, results, statistics
+from moe.lab.claims.registration import Claim
 from moe.lab.costs import executed_flops
-from moe.lab.figures import loss_effect
-from moe.lab.markdown import loss_cell, mean_sd, table
+from moe.lab.expressions import parse
 from moe.lab.records import PRIMARY, RECORDS, Record
-from moe.lab.registration import Claim
+from moe.lab.report import figures
+from moe.lab.report.claims_page import claims_section
+from moe.lab.report.figures import loss_effect
+from moe.lab.report.markdown import loss_cell, mean_sd, table
 from moe.lab.statistics import Effect
 from moe.lab.suite import Comparison, Suite
 from moe.lab.table import Table
@@ -34,20 +36,23 @@ def write(directory: Path, suite: Suite, records: Iterable[Record], claims: Sequ
     records = list(records)
     results.write(directory, records)
     found = Table(suite, records)
+    own = [claim for claim in claims if claim.suite == suite.name]
     parts = [f"# {suite.name}", suite.question, *_headline(found)]
     main = next(iter(suite.comparisons.items()), None)
     pictures: list[str] = []
     if main:
         arms = _arms(found, main[1])
-        pictures = _pictures(directory, found, main[1], arms)
+        pictures = _pictures(directory, found, main[1], arms, _published(own, main[1].baseline))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[:2]]
-    own = [claim for claim in claims if claim.suite == suite.name]
     if own:
         parts += ["## Claims", claims_section(own, {suite.name: found})]
-    for name, comparison in suite.comparisons.items():
+    for index, (name, comparison) in enumerate(suite.comparisons.items()):
         if _arms(found, comparison):
-            parts += [f"## {name[0].upper()}{name[1:]}", _comparison(found, comparison)]
+            note = _COMPARISON_NOTE if index == 0 else ""
+            parts += [f"## {name[0].upper()}{name[1:]}", _comparison(found, comparison, note)]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[2:]]
+    if suite.experts:
+        parts += ["## Law of experts and tokens", _law(found)]
     if suite.sweep is not None:
         parts += ["## Learning rates", _sweep(directory, found)]
     parts += ["## Cost", _costs(found), "## Held-out loss per domain", _domains(found)]
@@ -65,10 +70,23 @@ def _arms(found: Table, comparison: Comparison) -> list[str]:
     return [arm for arm in comparison.variants if any(found.seeds(s, arm, comparison.baseline) for s in found.horizons)]
 
 
-def _pictures(directory: Path, found: Table, comparison: Comparison, arms: Sequence[str]) -> list[str]:
+def _published(claims: Sequence[Claim], baseline: str) -> dict[str, float]:
+    """Arm → published effect of the claims that are about its loss less that of the baseline."""
+    found = {}
+    for part in (part for claim in claims for part in claim.parts if part.published is not None):
+        terms = parse(part.value)
+        difference = [(t.factor, t.quantity, t.first) for t in terms] == [(1, "loss", False), (-1, "loss", False)]
+        if difference and terms[1].variant == baseline and part.published is not None:
+            found[terms[0].variant] = part.published
+    return found
+
+
+def _pictures(
+    directory: Path, found: Table, comparison: Comparison, arms: Sequence[str], published: Mapping[str, float]
+) -> list[str]:
     if not arms:
         return []
-    names = [figures.forest(directory / "effects.png", found, comparison, arms)]
+    names = [figures.forest(directory / "effects.png", found, comparison, arms, published)]
     if len(found.horizons) > 1:
         names.append(figures.by_horizon(directory / "horizons.png", found, comparison, arms))
     return [*names, *filter(None, [figures.curve_differences(directory / "curves.png", found, comparison, arms)])]
@@ -80,14 +98,23 @@ def _headline(found: Table) -> list[str]:
     suite, lines = found.suite, []
     if not found.horizons:
         return ["**No run is finished yet.**"]
-    reached = found.horizons[-1]
-    for comparison in list(suite.comparisons.values())[:1]:
+    compared = list(suite.comparisons.values())[:1]
+    reached = max(
+        (s for c in compared for arm in _arms(found, c) for s in found.horizons if found.seeds(s, arm, c.baseline)),
+        default=found.horizons[-1],
+    )
+    for comparison in compared:
         for arm in _arms(found, comparison):
-            lines.append(f"- {_sentence(found, arm, comparison.baseline)}")
+            lines.append(f"- {_sentence(found, arm, comparison.baseline, reached)}")
     if lines:
         tokens = reached * suite.tokens_per_step
         lines.insert(0, f"**After {tokens / 1e6:.2g} million tokens ({reached:,} steps):**\n")
     parts = ["\n".join(lines)]
+    if reached < suite.longest:
+        parts.append(
+            f"The longest horizon, {suite.longest:,} steps, has no comparison yet: what these horizons show is **below the "
+            "crossing** that the suite looks for, and no evidence against a claim about longer training."
+        )
     if len(suite.seeds) < 3:
         parts.append("**A trial:** two seeds show the size of an effect, not whether it is there.")
     if missing := _missing(found):
@@ -95,10 +122,10 @@ def _headline(found: Table) -> list[str]:
     return parts
 
 
-def _sentence(found: Table, arm: str, baseline: str) -> str:
+def _sentence(found: Table, arm: str, baseline: str, reached: int) -> str:
     steps = max(s for s in found.horizons if found.seeds(s, arm, baseline))
     e = loss_effect(found, arm, baseline, steps)
-    where = "" if steps == found.horizons[-1] else f" after {steps:,} steps"
+    where = "" if steps == reached else f" after {steps:,} steps"
     if not math.isfinite(e.mean):
         counts = {name: len(found.diverged(name, steps)) for name in (arm, baseline)}
         return f"{arm}{where}: diverged in {counts[arm]} runs, {baseline} in {counts[baseline]}, of {e.n} seeds."
@@ -106,7 +133,8 @@ def _sentence(found: Table, arm: str, baseline: str) -> str:
         return f"{arm}{where}: {e.mean:+.4f} nats against {baseline} on one seed, which decides nothing."
     side = "better than" if e.high < 0 else "worse than" if e.low > 0 else "not told apart from"
     detectable = statistics.smallest_detectable(e.sd, e.n)
-    text = f"{arm}{where} is {side} {baseline}: {e} nats, p = {e.p:.2g} (smallest detectable effect {detectable:.4f})."
+    text = f"{arm}{where} is {side} {baseline}: {e.mean:+.4f} nats [{e.low:+.4f}, {e.high:+.4f}], "
+    text += f"n = {e.n}, p = {e.p:.2g}, smallest detectable effect {detectable:.4f}."
     return text + _crossing(found, arm, baseline)
 
 
@@ -139,7 +167,16 @@ def _missing(found: Table) -> str:
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
-def _comparison(found: Table, comparison: Comparison) -> str:
+_COMPARISON_NOTE = (
+    "Losses are nats per token; differences are paired by seed, negative is better. Pooled: least squares on arm and seed "
+    "with one residual variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over seeds, for "
+    "which it is too narrow by a factor of about √(1 − 1/n). Steps to its loss: median share of the baseline's steps "
+    "after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached; only along the "
+    "longest runs."
+)
+
+
+def _comparison(found: Table, comparison: Comparison, note: str) -> str:
     """Per horizon: loss, paired effect, pooled effect, adjusted p, bootstrap over rows and seeds."""
     base, blocks = comparison.baseline, []
     for steps in reversed(found.horizons):
@@ -159,13 +196,8 @@ def _comparison(found: Table, comparison: Comparison) -> str:
             "steps to its loss",
         )  # fmt: skip
         blocks.append(f"**{steps:,} steps, {tokens:.2g} million tokens**\n\n{table(header, rows)}")
-    note = (
-        f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}. Losses in nats per token; "
-        "differences are paired by seed, negative is better. Pooled: least squares on arm and seed with one residual "
-        "variance. Rows × seeds: bootstrap over held-out rows and seeds. Steps to its loss: median share of the "
-        "baseline's steps after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached."
-    )
-    return "\n\n".join([note, *blocks])
+    equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
+    return "\n\n".join([f"{equal} {note}".strip(), *blocks])
 
 
 def _comparison_row(
@@ -173,6 +205,7 @@ def _comparison_row(
 ) -> tuple[str, ...]:
     differences, groups = found.row_differences(arm, base, steps)
     low, high = statistics.bootstrap(differences, groups) if len(differences) else (math.nan, math.nan)
+    fixed = ", rows alone" if len(differences) < statistics.FEW_SEEDS else ""
     diverged = len(found.diverged(arm, steps)) + len(found.diverged(base, steps))
     return (
         arm,
@@ -182,7 +215,7 @@ def _comparison_row(
         f"{e.p:.2g}" if e.n > 1 else "–",
         f"{adjusted:.2g}" if adjusted is not None else "–",
         f"{pooled.mean:+.4f} [{pooled.low:+.4f}, {pooled.high:+.4f}]" if pooled else "–",
-        f"[{low:+.4f}, {high:+.4f}]" if math.isfinite(low) else "–",
+        f"[{low:+.4f}, {high:+.4f}]{fixed}" if math.isfinite(low) else "–",
         _steps_to_loss(found, arm, base, steps),
     )  # fmt: skip
 
@@ -208,10 +241,37 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
     return shown(c.median) + interval
 
 
+def _law(found: Table) -> str:
+    """The fitted law, its residuals, or what it lacks."""
+    losses = {}
+    for name, experts in found.suite.experts.items():
+        for steps in found.horizons:
+            values = [found.record(name, steps, seed).primary_loss for seed in found.seeds(steps, name)]
+            if values and all(map(math.isfinite, values)):
+                losses[experts, steps * found.suite.tokens_per_step] = float(np.mean(values))
+    fitted = law.fit(losses) if losses else None
+    if fitted is None:
+        return "Not fitted: two numbers of experts at two horizons are needed."
+    terms = zip(law.NAMES, fitted.coefficients, fitted.errors, strict=True)
+    text = ", ".join(f"{name} = {value:.4g} ± {error:.2g}" for name, value, error in terms)
+    rows = [
+        (str(experts), f"{tokens / 1e6:.2g}M", f"{loss:.4f}", f"{fitted.loss(experts, tokens):.4f}",
+         f"{fitted.residuals[experts, tokens]:+.4f}")
+        for (experts, tokens), loss in losses.items()
+    ]  # fmt: skip
+    return (
+        f"log L = d + a·log D + b·log E + c·log D·log E, least squares on means over seeds: {text} (standard errors); "
+        f"residual standard deviation {fitted.sd:.4f}.\n\n"
+        + table(("experts E", "tokens D", "loss", "law", "log loss − law"), rows)
+    )
+
+
 def _sweep(directory: Path, found: Table) -> str:
     """The curve, the choices, and which arms are not tuned."""
     sweep = found.suite.sweep
     assert sweep is not None
+    if not any(choice.tried for choice in found.choices.values()):
+        return f"**Not tuned:** the sweep has not been run. All arms use the base config's rate, {found.suite.learning_rate:g}."
     picture = figures.sweep(directory / "sweep.png", found)
     rows = []
     for name, choice in found.choices.items():

@@ -16,8 +16,8 @@ import numpy as np
 import scipy.stats
 
 from moe.lab import statistics
+from moe.lab.claims.registration import Claim, Part
 from moe.lab.expressions import parse
-from moe.lab.registration import Claim, Part
 from moe.lab.statistics import ALPHA, Effect
 from moe.lab.table import MissingError, Table
 
@@ -113,10 +113,10 @@ def _outcome(part: Part, table: Table, steps: int) -> Outcome:
     effect = statistics.effect(values)
     detectable = statistics.smallest_detectable(effect.sd, effect.n)
     needed = statistics.seeds_needed(effect.sd, part.published) if part.published and effect.sd > 0 else 0
-    return Outcome(part, effect, decide(part.rule, part.margin, effect), detectable, needed)
+    return Outcome(part, effect, verdict_of(part.rule, part.margin, effect), detectable, needed)
 
 
-def decide(rule: str, margin: float, e: Effect) -> str:
+def verdict_of(rule: str, margin: float, e: Effect) -> str:
     """Verdict of an interval; "" for the rule "shown"."""
     if rule == "shown":
         return ""
@@ -180,7 +180,7 @@ def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) 
         lacks.append(f"seeds: {n} of at least 5")
     for outcome in outcomes:
         published = outcome.part.published
-        if published and outcome.verdict == UNDECIDED and outcome.detectable > abs(published):
+        if published and outcome.verdict == UNDECIDED and abs(published) < outcome.detectable < math.inf:
             lacks.append(f"power: finds {outcome.detectable:.3f}, the paper's effect is {published:+.3f}")
     return tuple(lacks)
 

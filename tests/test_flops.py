@@ -1,0 +1,89 @@
+"""FLOPs by hand, and the matmul rate that MFU divides by."""
+
+import numpy as np
+import pytest
+
+from moe.models.flops import count_parameters, expert_rows_per_token, train_flops_per_token
+from moe.parallel.target import PEAK_FLOPS, Target
+from moe.planner.chips import CHIPS
+from moe.training import matmul_rate
+from tests.helpers import tiny_model
+
+# D 16, F 20, V 48, N 4, M 2, H 6; swiglu: an expert has 3·16·20 = 960 parameters. Attention: 16·6·(4+2+2) in, 4·6·16 out.
+EXPERT, ATTENTION, NORMS, TABLE = 960, 768 + 384, 2 * 16, 48 * 16
+
+
+def _by_hand(router, expert_rows, extra=0.0, length=8):
+    """One layer, 4 experts: 6 FLOPs a parameter, and scores over (T+1)/2 keys on average."""
+    parameters = ATTENTION + NORMS + router + EXPERT * expert_rows + 16 + TABLE
+    return 6 * parameters + extra + 12 * 4 * 6 * (length + 1) / 2
+
+
+def test_a_gate_in_which_tokens_choose_counts_k_experts():
+    config = tiny_model(num_layers=1, gate="mixtral")
+    assert train_flops_per_token(config, 8) == _by_hand(16 * 4, expert_rows=2)
+    total, active = count_parameters(config)
+    assert total - active == 2 * EXPERT
+
+
+@pytest.mark.parametrize(("group_size", "rows"), [(0, 4 * 2 / 8), (16, 4 * 2 / 16)])
+def test_soft_moe_counts_its_slots_and_their_mixing(group_size, rows):
+    """E·P = 8 slots a group, each one row of one expert; mixing in and out multiplies 8 slots by D twice."""
+    config = tiny_model(
+        num_layers=1, gate="soft_moe", dispatch="einsum", accept_future_leak=True, slots_per_expert=2,
+        group_size=group_size,
+    )  # fmt: skip
+    assert expert_rows_per_token(config, 8) == rows
+    mixing = 6 * 2 * 8 * 16
+    assert train_flops_per_token(config, 8) == _by_hand(16 * 8, expert_rows=rows, extra=mixing)
+
+
+@pytest.mark.parametrize(("factor", "rows"), [(1.0, 2.0), (0.5, 1.0), (1.1, 4 * 5 / 8)])
+def test_expert_choice_counts_its_capacity(factor, rows):
+    """C = ceil(factor · 2 · 8 / 4) tokens for each of 4 experts; 1.1: ceil(4.4) = 5."""
+    config = tiny_model(num_layers=1, gate="expert_choice", accept_future_leak=True, capacity_factor=factor)
+    assert expert_rows_per_token(config, 8) == rows
+    assert train_flops_per_token(config, 8) == _by_hand(16 * 4, expert_rows=rows)
+
+
+def test_the_matmul_rate_counts_every_matmul_of_its_chain(monkeypatch):
+    clock = iter(np.arange(100.0) * 0.5)  # each measurement takes half a second
+    monkeypatch.setattr(matmul_rate.time, "perf_counter", lambda: next(clock))
+    assert matmul_rate.measured_matmul_rate(size=64, chain=1) == 2 * 64**3 / 0.5
+    assert matmul_rate.measured_matmul_rate(size=64, chain=7) == 7 * 2 * 64**3 / 0.5
+
+
+def test_accelerators_are_measured_by_a_chain_of_large_matmuls(monkeypatch):
+    seen = {}
+
+    def multiply(matrix, factor, chain):
+        seen.update(size=matrix.shape[0], chain=chain)
+        return factor[:1, :1]
+
+    monkeypatch.setattr(matmul_rate.target, "is_cpu", lambda: False)
+    monkeypatch.setattr(matmul_rate, "_multiply", multiply)
+    matmul_rate.measured_matmul_rate.func("bfloat16", repeats=1)  # not the small one of conftest.py
+    assert seen["size"] >= 8192
+    assert seen["chain"] >= 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v4", 275e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ],
+)
+def test_datasheet_peaks(kind, peak):
+    assert Target(kind.split()[0].lower(), kind).peak_flops == peak
+
+
+def test_the_planners_chips_have_the_same_peaks():
+    assert CHIPS["v5e"].peak == PEAK_FLOPS["TPU v5 lite"] == 197e12
+    assert CHIPS["tpu7x"].peak == 2 * PEAK_FLOPS["TPU7"] == 2307e12
