@@ -1,6 +1,6 @@
-"""Mixture-of-Experts language models in JAX and Flax NNX, sharded by annotation. docs/api.md describes the public names.
+"""Mixture-of-Experts language models in JAX and Flax NNX, sharded by annotation.
 
-They are imported when first used: ``import moe`` alone does not import JAX.
+docs/api.md describes the public names. They are imported when first used: ``import moe`` alone does not import JAX.
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ def test_the_layer_in_a_users_mesh(dispatch):
 
 
 def test_a_mesh_with_explicit_axes_is_refused():
-    with jax.set_mesh(jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Explicit,))):
-        with pytest.raises(ConfigError, match="Explicit axes"):
-            _layer()(_x(8, 6))
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="Explicit axes"):
+        _layer()(_x(8, 6))
 
 
 def test_unresolved_configs_are_filled_in():
@@ -117,7 +117,7 @@ def test_unresolved_configs_are_filled_in():
 @pytest.mark.parametrize(
     ("settings", "pattern"),
     [
-        ({"num_expert": 4}, "num_expert: no such field; did you mean num_experts"),
+        ({"num_expert": 4}, "moe.num_expert: no such field; did you mean moe.num_experts"),
         ({"gate": "mixtrall"}, "did you mean 'mixtral'"),
         ({"d_model": "8"}, "d_model='8': must be int"),
         ({"experts_per_token": 9}, "must be at most num_experts=4"),
@@ -125,7 +125,7 @@ def test_unresolved_configs_are_filled_in():
         ({"config": moe.Config()}, "config must be a moe.ModelConfig"),
         ({"config": moe.ModelConfig()}, "not both"),
     ],
-    ids=str,
+    ids=["name", "gate", "type", "value", "choice", "config", "both"],
 )
 def test_wrong_settings_get_a_sentence(settings, pattern):
     with pytest.raises(ConfigError, match=pattern):

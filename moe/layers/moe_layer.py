@@ -245,7 +245,7 @@ def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
     return validate(config).model
 
 
-def _resolved(config: ModelConfig, settings: dict[str, Any]) -> ModelConfig:
+def _resolved(config: Any, settings: dict[str, Any]) -> ModelConfig:
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
     if settings:

@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Float, Int
 
 from moe.parallel import partition_specs, target
+from moe.parallel.axes import on_mesh
 
 #: Vector lanes of a TPU: splash attention takes H and T in multiples of them.
 LANES = 128
