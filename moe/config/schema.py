@@ -165,7 +165,9 @@ Part = Literal["embedding", "unembedding", "attention", "dense", "router", "expe
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the learning-rate schedule."""
+    """The optimizer, and the learning-rate schedule."""
+
+    name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
 
     learning_rate: float = 3e-3  # peak
     schedule: Schedule = "cosine"  # after the warm-up: cosine decay, constant, wsd (constant, then a decay) or rsqrt

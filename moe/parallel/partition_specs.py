@@ -116,6 +116,36 @@ def parameter_specs(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
+def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
+    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments.
+
+    The rest (counters, factored moments) is replicated.
+
+    Args:
+        parameters: arrays or ShapeDtypeStructs.
+        optimizer: state whose arrays have paths that end with their parameter's.
+    """
+
+    def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+        keys = [getattr(key, "key", None) for key in path]
+        start = max((i + 1 for i, key in enumerate(keys) if not isinstance(key, str)), default=0)
+        return tuple(str(key) for key in keys[start:])
+
+    shapes = {names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    specs = {
+        names(path): spec
+        for path, spec in jax.tree_util.tree_leaves_with_path(
+            parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P)
+        )
+    }
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
+        own = names(path)
+        return specs[own] if shapes.get(own) == leaf.shape else REPLICATED
+
+    return jax.tree_util.tree_map_with_path(spec, optimizer)
+
+
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Convert a tree of PartitionSpecs to NamedShardings."""
     return jax.tree.map(

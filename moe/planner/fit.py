@@ -61,10 +61,10 @@ def lower_bound(config: Config, sizes: Mapping[str, int]) -> Bound:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     parameters, optimizer = _shapes(same_parameters(config.model), config.optimizer)
     with jax.sharding.use_abstract_mesh(mesh):
-        stored = shard_bytes(_placed(mesh, parameters))
+        stored = shard_bytes(_placed(mesh, parameters, partition_specs.parameter_specs(parameters)))
         return Bound(
             stored,
-            shard_bytes(_placed(mesh, optimizer)),
+            shard_bytes(_placed(mesh, optimizer, partition_specs.optimizer_specs(parameters, optimizer))),
             stored * jnp.dtype(config.model.dtype).itemsize // 4,
             _kept_activations(config, sizes),
         )
@@ -82,11 +82,11 @@ def _shapes(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Any, Any]:
     return parameters, jax.eval_shape(make_optimizer(optimizer, optimizer.warmup_steps + 1).init, parameters)
 
 
-def _placed(mesh: AbstractMesh, tree: Any) -> Any:
+def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
         tree,
-        partition_specs.parameter_specs(tree),
+        specs,
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import types
 from collections.abc import Mapping
+from typing import cast
 
 from moe.config import ConfigError
+from moe.config.references import import_object
 from moe.routing import gates
 from moe.routing.interface import Gate, GateRule
 
@@ -33,42 +34,17 @@ def find_gate(name: str) -> Gate:
 
 
 def default_gate(choose: GateRule, source: str) -> Gate:
-    """Record of a rule without constants of its own: Mixtral's K and capacity factors, Switch's balance weight."""
-    return Gate(
-        choose,
-        source,
-        experts_per_token=2,
-        capacity_factor=1.25,
-        eval_capacity_factor=2.0,
-        load_balancing_weight=0.01,
-    )
+    """Record of a rule without constants of its own: K = 2 and Switch's balance weight."""
+    return Gate(choose, source, experts_per_token=2, load_balancing_weight=0.01)
 
 
 def _import_gate(name: str) -> Gate:
-    field = f"model.moe.gate={name!r}"
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{field}: must be module:object, such as my_gates:my_rule")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{field}: importing {module_name} failed: {error}") from error
-        raise ConfigError(
-            f"{field}: no module {error.name!r} on PYTHONPATH, in the current directory, or beside the config file"
-        ) from error
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigError(f"{field}: importing {module_name} failed: {type(error).__name__}: {error}") from error
-    gate = getattr(module, attribute, None)
-    if gate is None:
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{field}: module {module_name!r} has no {attribute!r}{hint}")
+    gate = import_object("model.moe.gate", name)
     if isinstance(gate, Gate):
         return gate
     if not callable(gate):
-        raise ConfigError(f"{field}: must be a Gate or a function, not {type(gate).__name__}")
-    return default_gate(gate, name)
+        raise ConfigError(f"model.moe.gate={name!r}: must be a Gate or a function, not {type(gate).__name__}")
+    return default_gate(cast(GateRule, gate), name)
 
 
 GATES: Mapping[str, Gate] = types.MappingProxyType(
@@ -86,7 +62,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             "Shazeer 2017, equations 3-11",
             experts_per_token=4,
             capacity_factor=2.0,  # not in the paper, which has no capacity limit
-            eval_capacity_factor=2.0,
             importance_weight=0.1,
             load_weight=0.1,
             router="noisy",
@@ -108,8 +83,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_top_k,
             "Switch 2021, equations 1-6",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             jitter=0.01,
             renormalise=0,
@@ -118,8 +91,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_sampled,
             "Switch 2021, appendix C",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             renormalise=0,
         ),
@@ -127,8 +98,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.st_moe,
             "ST-MoE 2022, equations 1-6 and appendix D",
             experts_per_token=2,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             z_loss_weight=1e-3,
             weights_sum_to_one=True,
@@ -137,8 +106,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.mixtral,
             "Mixtral 2024, section 2.1",
             experts_per_token=2,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.02,
             weights_sum_to_one=True,
         ),
@@ -146,8 +113,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_top_k,
             "DeepSeekMoE 2024, equations 9-17",
             experts_per_token=6,
-            capacity_factor=1.25,  # not in the paper, which drops nothing (model.moe.dispatch=dropless)
-            eval_capacity_factor=2.0,
             load_balancing_weight=1e-3,
             device_balance_weight=0.0,  # 0.05 in the paper's 145B model, with experts on several devices
             renormalise=0,
@@ -156,8 +121,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.deepseek_v3,
             "DeepSeek-V3 2024, equations 12-20",
             experts_per_token=8,
-            capacity_factor=1.25,  # not in the paper, which drops nothing (model.moe.dispatch=dropless)
-            eval_capacity_factor=2.0,
             load_balancing_weight=1e-4,
             balance_scope="sequence",
             bias_update_rate=1e-3,
@@ -191,16 +154,12 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.hash_tokens,
             "Hash Layers 2021, section 3",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router="none",
         ),
         "random": Gate(
             gates.random_experts,
             "baseline: uniform draws",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router="none",
         ),
         "balanced": Gate(

@@ -1,7 +1,8 @@
-"""AdamW with clipping of the global gradient norm and frozen parameters, built from Optax."""
+"""Optimizers from Optax, with clipping of the global gradient norm, masked weight decay and frozen parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,21 +10,23 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from moe.config import OptimizerConfig
+from moe.config import ConfigError, OptimizerConfig
+from moe.config.references import import_object
 from moe.training.schedules import learning_rate_schedule
+
+#: (config, learning-rate schedule) → gradient transformation that includes weight decay and learning rate.
+Factory = Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW with weight decay on matrices only; ``update`` takes ``norm=``, the result of :func:`gradient_norm`."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, num_steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=_decay_mask,
-    )
-    optimizer = optax.chain(_clip(config.gradient_clip), adamw) if config.gradient_clip > 0 else adamw
+    """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`.
+
+    Raises:
+        ConfigError: no such optimizer.
+    """
+    optimizer = _factory(config.name)(config, learning_rate_schedule(config, num_steps))
+    if config.gradient_clip > 0:
+        optimizer = optax.chain(_clip(config.gradient_clip), optimizer)
     if not config.frozen:
         return optax.with_extra_args_support(optimizer)
 
@@ -42,9 +45,82 @@ def gradient_norm(config: OptimizerConfig, gradients: Any) -> Array:
     return optax.global_norm([leaf for path, leaf in leaves if not _is_frozen(config, path)])
 
 
-def _decay_mask(parameters: Any) -> Any:
+def adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019)."""
+    return optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+
+
+def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adafactor with the settings of T5 and Switch: second moments factored over dimensions from 128 on, no momentum,
+    updates clipped at RMS 1 and multiplied by the parameter's RMS (Shazeer and Stern 2018, algorithm 4).
+
+    They go with schedule "rsqrt", a learning rate of 1/√warmup_steps and no weight decay; if there is any, it is
+    decoupled as in AdamW. Layers and experts that are stacked in one array share their clipping and scale.
+    """
+    unscaled = optax.adafactor(decay_rate=0.8, clipping_threshold=1.0, min_dim_size_to_factor=128, eps=1e-30)
+    return optax.chain(
+        unscaled,
+        optax.scale(-1.0),  # Optax's descends already
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on the matrices of attention, FFNs and experts, each layer and expert for itself; AdamW on the rest.
+
+    Updates have an RMS of 0.2, so that AdamW's learning rate and weight decay serve both (Liu et al. 2025, section
+    2.2). The rest is embeddings, routers, norm scales and biases.
+    """
+
+    def axes(parameters: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: _matrix_axes(path), parameters)
+
+    def labels(parameters: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "adamw" if _matrix_axes(path) is None else "muon", parameters
+        )
+
+    matrices = optax.contrib.muon(
+        schedule, weight_decay=config.weight_decay, muon_weight_dimension_numbers=axes, consistent_rms=0.2
+    )
+    return optax.multi_transform({"muon": matrices, "adamw": adamw(config, schedule)}, labels)
+
+
+#: One entry per name that optimizer.name may have, beside module:function.
+OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
+
+
+def decay_mask(parameters: Any) -> Any:
     """True for matrices, False for norm scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters)
+
+
+def _factory(name: str) -> Factory:
+    if ":" in name:
+        return import_object("optimizer.name", name)
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"optimizer.name={name!r}: must be one of {', '.join(OPTIMIZERS)}, or module:function")
+    return OPTIMIZERS[name]
+
+
+def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Input and output axes of a matrix by the last two names of its path; None if it is not one."""
+    owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
+    if owner == "attention" and name in ("query", "key", "value"):  # [D,N,H]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
+    if owner == "attention" and name == "out":  # [N,H,D]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,))
+    if owner in ("dense", "experts") and name in ("gate", "up", "down"):  # [D,F], [F,D]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
+    return None
 
 
 def _is_frozen(config: OptimizerConfig, path: Any) -> bool:

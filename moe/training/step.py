@@ -137,7 +137,11 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
-    state_shardings = partition_specs.shardings(mesh, partition_specs.parameter_specs(shapes))
+    specs = dataclasses.replace(
+        partition_specs.parameter_specs(dataclasses.replace(shapes, optimizer=())),
+        optimizer=partition_specs.optimizer_specs(shapes.parameters, shapes.optimizer),
+    )
+    state_shardings = partition_specs.shardings(mesh, specs)
     batch_sharding = NamedSharding(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
     options = target.compiler_options(mesh.devices.flat[0].device_kind) or None

@@ -1,0 +1,108 @@
+"""Optimizers: what they move, what they decay, how their state is stored, and updates computed by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe.config import ConfigError, OptimizerConfig
+from moe.parallel import partition_specs
+from moe.training.optimizer import OPTIMIZERS, make_optimizer
+
+RATE = 0.1
+CONFIG = OptimizerConfig(
+    learning_rate=RATE, warmup_steps=0, schedule="constant", weight_decay=0.0, gradient_clip=0.0, eps=1e-30
+)
+
+
+def tree(fill):
+    """Two stacked layers with two experts of 3 x 4, their router, and a norm."""
+    shapes = {"experts": {"up": (2, 2, 3, 4)}, "router": {"kernel": (2, 3, 2)}, "norm": {"scale": (2, 3)}}
+    return jax.tree.map(fill, {"segment_0": shapes}, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def step(config, gradients, parameters):
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters, norm=jnp.ones(()))
+    return updates["segment_0"]
+
+
+def own(config, schedule):
+    """Sign descent, as a user's optimizer."""
+    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(schedule))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "tests.test_optimizer:own"])
+def test_frozen_parameters_stay_and_have_no_state(name):
+    config = dataclasses.replace(CONFIG, name=name, frozen=("router",))
+    parameters = tree(jnp.ones)
+    updates = step(config, tree(jnp.ones), parameters)
+    assert not np.any(updates["router"]["kernel"])
+    assert np.all(updates["experts"]["up"] < 0)
+    assert np.all(updates["norm"]["scale"] < 0)
+    state = make_optimizer(config, 10).init(parameters)
+    assert not any("router" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_is_decoupled_and_spares_norm_scales(name):
+    """Decay of 0.5 at a rate of 0.1 takes 0.05 of a matrix of ones, whatever the gradient does."""
+    gradients, parameters = tree(jnp.ones), tree(jnp.ones)
+    plain, decayed = (
+        step(dataclasses.replace(CONFIG, name=name, weight_decay=decay), gradients, parameters) for decay in (0.0, 0.5)
+    )
+    difference = jax.tree.map(jnp.subtract, plain, decayed)
+    np.testing.assert_allclose(difference["experts"]["up"], 0.05, rtol=1e-4)
+    np.testing.assert_allclose(difference["router"]["kernel"], 0.05, rtol=1e-4)
+    np.testing.assert_array_equal(difference["norm"]["scale"], 0)
+
+
+def test_adafactor_multiplies_by_the_parameters_size():
+    """The first update is the gradient's sign, of RMS 1, times the RMS of the parameter, 2, and the rate."""
+    updates = step(dataclasses.replace(CONFIG, name="adafactor"), tree(jnp.ones), tree(lambda s: jnp.full(s, 2.0)))
+    np.testing.assert_allclose(updates["router"]["kernel"], -2 * RATE, rtol=1e-3)
+
+
+def test_adafactor_factors_large_matrices():
+    """Second moments of [2,256,128] are [2,256] and [2,128]; no array of its size is kept."""
+    parameters = {"dense": {"up": jnp.ones((2, 256, 128))}}
+    state = make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), 10).init(parameters)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert {(2, 256), (2, 128)} <= shapes
+    assert (2, 256, 128) not in shapes
+
+
+def test_muon_makes_each_experts_update_orthogonal(rng):
+    """Rows of an update of 3 x 4 are orthogonal and of equal length for every expert by itself: rate * 0.2 * sqrt(4)."""
+    gradients = tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32))
+    scaled = jax.tree.map(lambda gradient: 1000 * gradient, gradients)
+    scaled["segment_0"]["experts"]["up"] = gradients["segment_0"]["experts"]["up"].at[0, 0].multiply(1000)
+    config = dataclasses.replace(CONFIG, name="muon")
+    updates, others = (step(config, tried, tree(jnp.ones)) for tried in (gradients, scaled))
+    np.testing.assert_allclose(updates["experts"]["up"], others["experts"]["up"], rtol=0.05, atol=1e-3)
+    for matrix in np.asarray(updates["experts"]["up"]).reshape(4, 3, 4):
+        singular = np.linalg.svd(matrix, compute_uv=False) / (RATE * 0.2 * 2)
+        assert 0.5 < singular.min() <= singular.max() < 1.4  # five Newton-Schulz steps go so far
+    np.testing.assert_allclose(np.abs(updates["router"]["kernel"]), RATE, rtol=1e-3)  # AdamW's first step
+
+
+def test_state_is_stored_as_the_parameter_where_it_has_its_shape():
+    parameters = {"segment_0": {"experts": {"up": jnp.ones((2, 8, 256, 128))}}}
+    expected = partition_specs.parameter_specs(parameters)["segment_0"]["experts"]["up"]
+    for name, count in (("adamw", 2), ("muon", 1), ("adafactor", 0)):
+        state = make_optimizer(dataclasses.replace(CONFIG, name=name), 10).init(parameters)
+        found = jax.tree.leaves(
+            partition_specs.optimizer_specs(parameters, state), is_leaf=lambda leaf: isinstance(leaf, jax.P)
+        )
+        assert found.count(expected) == count
+        assert found.count(partition_specs.REPLICATED) == len(found) - count
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ConfigError, match=r"optimizer\.name='sgd': must be one of adamw, adafactor, muon, or module:f"):
+        make_optimizer(dataclasses.replace(CONFIG, name="sgd"), 10)
+    with pytest.raises(ConfigError, match=r"optimizer\.name='nowhere:at_all': no module 'nowhere'"):
+        make_optimizer(dataclasses.replace(CONFIG, name="nowhere:at_all"), 10)
