@@ -23,6 +23,7 @@ from moe.checkpoints.workdir import (
     REPORT,
     disk_errors,
     holds_run,
+    is_finished,
     latest_change,
     locked,
     record_changes,
@@ -88,6 +89,10 @@ def train(
             stack.enter_context(locked(directory))
         new = not holds_run(directory)
         changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
+        if not new and not changes and is_finished(config, directory):
+            say(f"{directory} is done: {config.train.num_steps} steps were trained. Its report:\n")
+            say((directory / REPORT).read_text())
+            return
         prepared = pipeline.prepare(
             config.data, config.model.vocab_size, tokenizer=warm_start.tokenizer(config), progress=say
         )
