@@ -20,6 +20,12 @@ from absl import flags
 
 from moe import cli
 from moe.config import ConfigError
+from moe.lab.claims.registration import CLAIMS_FILE, read_claims
+from moe.lab.records import RECORDS, read_all
+from moe.lab.report import claims_page, page
+from moe.lab.running import jobs, runner
+from moe.lab.suite import load_suite
+from moe.lab.table import Table
 
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
@@ -33,11 +39,6 @@ _CLAIMS = flags.DEFINE_bool("claims", False, "Only write claims.md from all suit
 
 def main() -> None:
     """Train, measure and report as the flags say."""
-    from moe.lab import jobs, report, runner
-    from moe.lab.records import read_all
-    from moe.lab.registration import CLAIMS_FILE, read_claims
-    from moe.lab.suite import load_suite
-
     workdir = Path(str(_WORKDIR.value))
     if _CLAIMS.value:
         _write_claims(workdir)
@@ -59,7 +60,7 @@ def main() -> None:
     if not records:
         raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
     if not jobs.is_worker():
-        report.write(workdir, suite, records, claims, digest, _command())
+        page.write(workdir, suite, records, claims, digest, _command())
         print(f"{workdir / 'report.md'}")
 
 
@@ -77,12 +78,6 @@ def _command() -> str:
 
 def _write_claims(workdir: Path) -> None:
     """Test all claims on the suites whose records are in workdir/NAME."""
-    from moe.lab import claims_page
-    from moe.lab.records import RECORDS, read_all
-    from moe.lab.registration import CLAIMS_FILE, read_claims
-    from moe.lab.suite import load_suite
-    from moe.lab.table import Table
-
     suites = Path(_SUITE.value or "configs/ablations")
     claims, digest = read_claims(suites / CLAIMS_FILE)
     names = [path.parent.name for path in sorted(workdir.glob(f"*/{RECORDS}"))]

@@ -7,8 +7,8 @@ the roof is the larger of FLOPs over the rate of one large matmul and bytes of w
 both measured. The column "of matmul" holds the active FLOPs a second against one large matmul's of the same dtype.
 `--model` times a 4-layer model's train step instead.
 
-`--topology=v5p:2x2x2` runs nothing: it compiles the layer for TPUs that are not here, --tokens on each of them, and
-prints what the compiler expects of it (see moe/planner/layer.py). Needs libtpu.
+`--topology=v5p:2x2x2` runs nothing: it compiles the layer for absent TPUs, or GPUs as `h100:1x8`, with --tokens on each
+of them, and prints the compiler's estimates (see moe/planner/layer.py and docs/pods.md).
 """
 
 import sys

@@ -25,6 +25,7 @@ def base(size: str) -> ml_collections.ConfigDict:
     if size == "pod":
         config.model.update(vocab_size=32768, d_model=1024, num_layers=16, num_heads=16, num_kv_heads=8, head_dim=64)
         config.model.update(d_ff=4096, dtype="bfloat16", remat="full", attention="blocked")
+        config.model.moe.group_size = 2048  # a sequence
         config.data.update(dataset="c4/en", sequence_length=2048, heldout_rows=256)
         config.train.update(batch_size=256, num_steps=20_000)
         config.mesh.update(data=-1, expert=8)

@@ -56,7 +56,7 @@ class Record:
         status: ``finished`` or ``diverged`` (an outcome; its losses may be missing or not finite).
         reason: why it counts as diverged.
         commit: of the code, with "+changes" if the checkout had uncommitted changes.
-        claims: claim → hash of its text when the run started (:mod:`moe.lab.registration`).
+        claims: claim → hash of its text when the run started (:mod:`moe.lab.claims.registration`).
         data: domain → version of its text.
         hardware: devices and the CPU cores that the process was pinned to.
         seconds: wall-clock time of the run, evaluation included.
@@ -101,8 +101,8 @@ class Record:
         """Write ``records/NAME.json`` below the suite's folder, atomically."""
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
         text = json.dumps(_rounded(dataclasses.asdict(self)), separators=(",", ":"))
-        # One line per logged value or list, so that a diff is readable.
-        write_atomic(directory / RECORDS / f"{self.key.name}.json", text.replace('"],[', '"],\n[').encode() + b"\n")
+        # One line per logged value, so that a diff is readable.
+        write_atomic(directory / RECORDS / f"{self.key.name}.json", text.replace("],[", "],\n[").encode() + b"\n")
 
 
 def read_all(directory: Path) -> list[Record]:

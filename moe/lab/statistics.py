@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
+#: Below this many seeds the bootstrap keeps the seeds as they are.
+FEW_SEEDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +159,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """95 % percentile interval of a mean difference over seeds and held-out rows, both resampled.
 
-    Seeds are drawn with replacement, and rows with replacement within each group, the same for all seeds. The
-    statistic is the mean over groups of the mean over their rows.
+    Seeds are drawn with replacement unless there are fewer than three, and rows with replacement within each group,
+    the same for all seeds. The statistic is the mean over groups of the mean over their rows.
 
     Args:
         differences: [seeds, rows] loss of an arm less that of the baseline.
@@ -171,7 +173,8 @@ def bootstrap(
     members = [np.flatnonzero(np.asarray(groups) == name) for name in dict.fromkeys(groups)]
     means = np.empty(draws)
     for draw in range(draws):
-        seeds = rng.integers(len(values), size=len(values))
+        few = len(values) < FEW_SEEDS
+        seeds = np.arange(len(values)) if few else rng.integers(len(values), size=len(values))
         weights = np.bincount(seeds, minlength=len(values)) / len(values)
         over_seeds = weights @ values
         means[draw] = np.mean([over_seeds[rng.choice(rows, len(rows))].mean() for rows in members])

@@ -40,7 +40,7 @@ class Variant:
         teacher: arm whose last checkpoint, of the same horizon and seed, teaches this one.
         seed_offset: added to the seed, for other data and other draws than those of ``starts_from``.
         rate_scale: factor on the learning rate.
-        probes: measurements on the model trained for the longest horizon (:data:`moe.lab.probes.PROBES`).
+        probes: measurements on the model trained for the longest horizon (:data:`moe.lab.running.probes.PROBES`).
         note: one sentence for the report.
     """
 
@@ -103,10 +103,11 @@ class Suite:
         horizons: numbers of steps, each a run with a full learning-rate schedule of its own; empty: the base config's.
         sweep: learning rates to try for every arm first.
         headline: arms that are run on all seeds before the other arms start; empty: all arms.
+        experts: arm → number of experts, for a fitted law of loss against experts and tokens (:mod:`moe.lab.law`).
         warmup_share: learning-rate warm-up as a share of the steps.
         heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text.
-        whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens; an arm
-            that sets ``model.moe.group_size`` keeps its own.
+        whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens, unless
+            the base config or an arm sets ``model.moe.group_size``; a mesh of several devices needs that.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Suite:
     horizons: tuple[int, ...] = ()
     sweep: Sweep | None = None
     headline: tuple[str, ...] = ()
+    experts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     warmup_share: float = 0.1
     heldout_rows: int = 256
     whole_batch_groups: bool = True
@@ -190,8 +192,7 @@ class Suite:
         tree: Any = self.base.copy_and_resolve_references()
         try:
             tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
-            grouped = tree.model.moe.gate != "none" and "model.moe.group_size" not in chosen.overrides
-            if self.whole_batch_groups and grouped:
+            if self.whole_batch_groups and tree.model.moe.gate != "none" and not tree.model.moe.group_size:
                 rows = tree.train.batch_size // tree.train.accumulation_steps
                 tree.model.moe.group_size = rows * tree.data.sequence_length
             return from_config_dict(tree)
@@ -248,6 +249,8 @@ def check(suite: Suite) -> None:
         raise ConfigError(f"{where}, horizons={suite.horizons}: different positive numbers of steps")
     for name in suite.headline:
         _known(suite, name, "headline")
+    for name in suite.experts:
+        _known(suite, name, "experts")
     for name, variant in suite.variants.items():
         for parent in filter(None, (variant.starts_from, variant.teacher)):
             _known(suite, parent, f"variant {name!r}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from moe.lab import figures, results, statistics
-from moe.lab.claims_page import claims_section
+from moe.lab import law, results, statistics
+from moe.lab.claims.registration import Claim
 from moe.lab.costs import executed_flops
-from moe.lab.figures import loss_effect
-from moe.lab.markdown import loss_cell, mean_sd, table
+from moe.lab.expressions import parse
 from moe.lab.records import PRIMARY, RECORDS, Record
-from moe.lab.registration import Claim
+from moe.lab.report import figures
+from moe.lab.report.claims_page import claims_section
+from moe.lab.report.figures import loss_effect
+from moe.lab.report.markdown import loss_cell, mean_sd, table
 from moe.lab.statistics import Effect
 from moe.lab.suite import Comparison, Suite
 from moe.lab.table import Table
@@ -34,20 +36,22 @@ def write(directory: Path, suite: Suite, records: Iterable[Record], claims: Sequ
     records = list(records)
     results.write(directory, records)
     found = Table(suite, records)
+    own = [claim for claim in claims if claim.suite == suite.name]
     parts = [f"# {suite.name}", suite.question, *_headline(found)]
     main = next(iter(suite.comparisons.items()), None)
     pictures: list[str] = []
     if main:
         arms = _arms(found, main[1])
-        pictures = _pictures(directory, found, main[1], arms)
+        pictures = _pictures(directory, found, main[1], arms, _published(own, main[1].baseline))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[:2]]
-    own = [claim for claim in claims if claim.suite == suite.name]
     if own:
         parts += ["## Claims", claims_section(own, {suite.name: found})]
     for name, comparison in suite.comparisons.items():
         if _arms(found, comparison):
             parts += [f"## {name[0].upper()}{name[1:]}", _comparison(found, comparison)]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[2:]]
+    if suite.experts:
+        parts += ["## Law of experts and tokens", _law(found)]
     if suite.sweep is not None:
         parts += ["## Learning rates", _sweep(directory, found)]
     parts += ["## Cost", _costs(found), "## Held-out loss per domain", _domains(found)]
@@ -65,10 +69,23 @@ def _arms(found: Table, comparison: Comparison) -> list[str]:
     return [arm for arm in comparison.variants if any(found.seeds(s, arm, comparison.baseline) for s in found.horizons)]
 
 
-def _pictures(directory: Path, found: Table, comparison: Comparison, arms: Sequence[str]) -> list[str]:
+def _published(claims: Sequence[Claim], baseline: str) -> dict[str, float]:
+    """Arm → published effect of the claims that are about its loss less that of the baseline."""
+    found = {}
+    for part in (part for claim in claims for part in claim.parts if part.published is not None):
+        terms = parse(part.value)
+        difference = [(t.factor, t.quantity, t.first) for t in terms] == [(1, "loss", False), (-1, "loss", False)]
+        if difference and terms[1].variant == baseline and part.published is not None:
+            found[terms[0].variant] = part.published
+    return found
+
+
+def _pictures(
+    directory: Path, found: Table, comparison: Comparison, arms: Sequence[str], published: Mapping[str, float]
+) -> list[str]:
     if not arms:
         return []
-    names = [figures.forest(directory / "effects.png", found, comparison, arms)]
+    names = [figures.forest(directory / "effects.png", found, comparison, arms, published)]
     if len(found.horizons) > 1:
         names.append(figures.by_horizon(directory / "horizons.png", found, comparison, arms))
     return [*names, *filter(None, [figures.curve_differences(directory / "curves.png", found, comparison, arms)])]
@@ -106,7 +123,8 @@ def _sentence(found: Table, arm: str, baseline: str) -> str:
         return f"{arm}{where}: {e.mean:+.4f} nats against {baseline} on one seed, which decides nothing."
     side = "better than" if e.high < 0 else "worse than" if e.low > 0 else "not told apart from"
     detectable = statistics.smallest_detectable(e.sd, e.n)
-    text = f"{arm}{where} is {side} {baseline}: {e} nats, p = {e.p:.2g} (smallest detectable effect {detectable:.4f})."
+    text = f"{arm}{where} is {side} {baseline}: {e.mean:+.4f} nats [{e.low:+.4f}, {e.high:+.4f}], "
+    text += f"n = {e.n}, p = {e.p:.2g}, smallest detectable effect {detectable:.4f}."
     return text + _crossing(found, arm, baseline)
 
 
@@ -162,7 +180,8 @@ def _comparison(found: Table, comparison: Comparison) -> str:
     note = (
         f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}. Losses in nats per token; "
         "differences are paired by seed, negative is better. Pooled: least squares on arm and seed with one residual "
-        "variance. Rows × seeds: bootstrap over held-out rows and seeds. Steps to its loss: median share of the "
+        "variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over seeds, for which it is too "
+        "narrow by a factor of about √(1 − 1/n). Steps to its loss: median share of the "
         "baseline's steps after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached."
     )
     return "\n\n".join([note, *blocks])
@@ -173,6 +192,7 @@ def _comparison_row(
 ) -> tuple[str, ...]:
     differences, groups = found.row_differences(arm, base, steps)
     low, high = statistics.bootstrap(differences, groups) if len(differences) else (math.nan, math.nan)
+    fixed = ", rows alone" if len(differences) < statistics.FEW_SEEDS else ""
     diverged = len(found.diverged(arm, steps)) + len(found.diverged(base, steps))
     return (
         arm,
@@ -182,7 +202,7 @@ def _comparison_row(
         f"{e.p:.2g}" if e.n > 1 else "–",
         f"{adjusted:.2g}" if adjusted is not None else "–",
         f"{pooled.mean:+.4f} [{pooled.low:+.4f}, {pooled.high:+.4f}]" if pooled else "–",
-        f"[{low:+.4f}, {high:+.4f}]" if math.isfinite(low) else "–",
+        f"[{low:+.4f}, {high:+.4f}]{fixed}" if math.isfinite(low) else "–",
         _steps_to_loss(found, arm, base, steps),
     )  # fmt: skip
 
@@ -206,6 +226,31 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
 
     interval = f" [{shown(c.low)}, {shown(c.high)}], {c.coverage:.0%}" if c.n > 1 else ""
     return shown(c.median) + interval
+
+
+def _law(found: Table) -> str:
+    """The fitted law, its residuals, or what it lacks."""
+    losses = {}
+    for name, experts in found.suite.experts.items():
+        for steps in found.horizons:
+            values = [found.record(name, steps, seed).primary_loss for seed in found.seeds(steps, name)]
+            if values and all(map(math.isfinite, values)):
+                losses[experts, steps * found.suite.tokens_per_step] = float(np.mean(values))
+    fitted = law.fit(losses) if losses else None
+    if fitted is None:
+        return "Not fitted: two numbers of experts at two horizons are needed."
+    terms = zip(law.NAMES, fitted.coefficients, fitted.errors, strict=True)
+    text = ", ".join(f"{name} = {value:.4g} ± {error:.2g}" for name, value, error in terms)
+    rows = [
+        (str(experts), f"{tokens / 1e6:.2g}M", f"{loss:.4f}", f"{fitted.loss(experts, tokens):.4f}",
+         f"{fitted.residuals[experts, tokens]:+.4f}")
+        for (experts, tokens), loss in losses.items()
+    ]  # fmt: skip
+    return (
+        f"log L = d + a·log D + b·log E + c·log D·log E, least squares on means over seeds: {text} (standard errors); "
+        f"residual standard deviation {fitted.sd:.4f}.\n\n"
+        + table(("experts E", "tokens D", "loss", "law", "log loss − law"), rows)
+    )
 
 
 def _sweep(directory: Path, found: Table) -> str:

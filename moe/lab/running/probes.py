@@ -18,7 +18,7 @@ from moe.analysis.record import Recorder, Records
 from moe.checkpoints import manager, parameters
 from moe.config import ConfigError
 from moe.data import pipeline
-from moe.lab.heldout import mixed_rows
+from moe.lab.running.heldout import mixed_rows
 from moe.training.evaluation import Heldout, load_heldout
 from moe.training.step import Program
 

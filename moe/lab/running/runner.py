@@ -27,11 +27,12 @@ from etils import epath
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
-from moe.lab import plan, probes, results
-from moe.lab.heldout import RowLosses, mixed_rows
-from moe.lab.progress import Progress
+from moe.lab import plan, results
+from moe.lab.claims.registration import Claim
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record, commit, read_all
-from moe.lab.registration import Claim
+from moe.lab.running import probes
+from moe.lab.running.heldout import RowLosses, mixed_rows
+from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
 from moe.parallel.mesh import make_mesh
@@ -218,11 +219,11 @@ def _mixed_rows(
 
 
 def _outcome(losses: np.ndarray, vocab_size: int) -> tuple[str, str]:
-    """(status, reason): diverged if a loss is not finite, or worse on average than a uniform guess."""
+    """(status, reason): diverged if a loss is not finite, or more than a nat worse on average than a uniform guess."""
     if not np.isfinite(losses).all():
         return DIVERGED, "held-out loss not finite at the last step"
-    if losses.mean() > math.log(vocab_size):
-        return DIVERGED, f"held-out loss {losses.mean():.2f} above that of a uniform guess"
+    if losses.mean() > math.log(vocab_size) + 1:
+        return DIVERGED, f"held-out loss {losses.mean():.2f}, more than a nat above that of a uniform guess"
     return FINISHED, ""
 
 

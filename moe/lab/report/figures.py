@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -41,8 +41,13 @@ def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> statis
     return statistics.effect([a - b for a, b in zip(ours, base, strict=True)])
 
 
-def forest(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
-    """Effect and interval of every arm at every horizon; single seeds as open markers without an interval."""
+def forest(
+    path: Path, table: Table, comparison: Comparison, arms: Sequence[str], published: Mapping[str, float]
+) -> str:
+    """Effect and interval of every arm at every horizon; single seeds as open markers without an interval.
+
+    ``published``: arm → the paper's effect in the same unit and sign, drawn beside the longest horizon.
+    """
     horizons = [s for s in table.horizons if any(table.seeds(s, arm, comparison.baseline) for arm in arms)]
     fig, axis = plt.subplots(figsize=(7.2, 1.2 + 0.3 * len(arms) * len(horizons)))
     color, ticks, labels, y = colors(table), [], [], 0.0
@@ -56,13 +61,18 @@ def forest(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]
                     markerfacecolor=color[arm] if e.n > 1 else "white",
                 )  # fmt: skip
             ticks.append(y)
-            labels.append(f"{arm}, {_tokens(steps * table.suite.tokens_per_step)} (n = {e.n})")
+            labels.append(f"{arm}, {_tokens(steps * table.suite.tokens_per_step)} tokens (n = {e.n})")
+            if arm in published and steps == horizons[-1]:
+                axis.plot(published[arm], y, "kx", label="published, at the paper's size")
             y -= 1
         y -= 0.6
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(ticks, labels, fontsize=8)
     axis.set(xlabel=f"held-out loss less that of {comparison.baseline}, nats per token (left: better)")
     axis.grid(axis="x", alpha=0.3)
+    if published.keys() & set(arms):
+        handles, texts = axis.get_legend_handles_labels()
+        axis.legend(handles[:1], texts[:1], fontsize=8)
     return _save(fig, path)
 
 
@@ -93,7 +103,7 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
         ylabel=f"loss less that of {comparison.baseline}, nats",
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _legend_beside(axis)
     return _save(fig, path)
 
 
@@ -115,7 +125,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         effects = [statistics.effect(values) for values in zip(*differences, strict=True)]
         xs = [step * table.suite.tokens_per_step for step in at]
         axis.plot(xs, [e.mean for e in effects], color=color[arm], marker=".", label=f"{arm} (n = {effects[0].n})")
-        if effects[0].n > 1:
+        if effects[0].n > 2:  # with two seeds the interval covers everything else
             axis.fill_between(xs, [e.low for e in effects], [e.high for e in effects], color=color[arm], alpha=0.15)
     if not drawn:
         plt.close(fig)
@@ -127,7 +137,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         ylabel=f"loss less that of {comparison.baseline}, nats",
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _legend_beside(axis)
     return _save(fig, path)
 
 
@@ -149,7 +159,7 @@ def sweep(path: Path, table: Table) -> str:
         _rate_ticks(axis, sorted({rate for c in tried.values() for s, rate in c.tried if s == steps}))
         axis.set(xlabel="peak learning rate", ylabel="held-out loss, nats", title=f"{steps:,} steps")
         axis.grid(alpha=0.3)
-    axes[0, -1].legend(fontsize=8)
+    _legend_beside(axes[0, -1])
     return _save(fig, path)
 
 
@@ -174,8 +184,13 @@ def routing(path: Path, table: Table) -> str:
                 axis.plot(xs, np.mean([[v for _, v in curve] for curve in curves], 0), color=color[name], label=name)
         axis.set(xlabel="step", title=label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    _legend_beside(axes[-1])
     return _save(fig, path)
+
+
+def _legend_beside(axis: Axes) -> None:
+    """A legend to the right of the axes, where it covers no curve."""
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def _rate_ticks(axis: Axes, rates: Sequence[float]) -> None:

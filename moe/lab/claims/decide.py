@@ -16,8 +16,8 @@ import numpy as np
 import scipy.stats
 
 from moe.lab import statistics
+from moe.lab.claims.registration import Claim, Part
 from moe.lab.expressions import parse
-from moe.lab.registration import Claim, Part
 from moe.lab.statistics import ALPHA, Effect
 from moe.lab.table import MissingError, Table
 
@@ -113,10 +113,10 @@ def _outcome(part: Part, table: Table, steps: int) -> Outcome:
     effect = statistics.effect(values)
     detectable = statistics.smallest_detectable(effect.sd, effect.n)
     needed = statistics.seeds_needed(effect.sd, part.published) if part.published and effect.sd > 0 else 0
-    return Outcome(part, effect, decide(part.rule, part.margin, effect), detectable, needed)
+    return Outcome(part, effect, verdict_of(part.rule, part.margin, effect), detectable, needed)
 
 
-def decide(rule: str, margin: float, e: Effect) -> str:
+def verdict_of(rule: str, margin: float, e: Effect) -> str:
     """Verdict of an interval; "" for the rule "shown"."""
     if rule == "shown":
         return ""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe.lab.claims import VERDICTS, Finding, Outcome, adjusted_p, arms_of, assess
-from moe.lab.markdown import table
-from moe.lab.registration import Claim
+from moe.lab.claims.decide import VERDICTS, Finding, Outcome, adjusted_p, arms_of, assess
+from moe.lab.claims.registration import Claim
+from moe.lab.report.markdown import table
 from moe.lab.table import Table
 
 _RULES = {

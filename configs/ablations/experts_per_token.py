@@ -1,0 +1,27 @@
+"""Experts per token alone: 1, 2 and 4 with one gate, at equal FLOPs and parameters, and of the same experts.
+
+python scripts/ablate.py --suite=configs/ablations/experts_per_token.py --workdir=/tmp/experts_per_token
+"""
+
+from configs.ablations import common
+from moe.lab.suite import Comparison, Suite, Variant
+
+
+def get_suite(size: str) -> Suite:
+    """DeepSeekMoE's gate (softmax probabilities as weights, for any K) without shared experts, dropless."""
+    own = {"load_balancing_weight": 0.01, "dispatch": "dropless", "eval_capacity_factor": -1}
+    equal = {f"k{k}": Variant(common.moe(size, "deepseek_moe", 8 * k, k, **own)) for k in (1, 2, 4)}
+    width = common.hidden(size) // 4
+    same = {f"k{k}_of_32": Variant(common.moe(size, "deepseek_moe", 32, k, width, **own)) for k in (1, 2)}
+    return Suite(
+        name="experts_per_token",
+        question="Does a token gain from more experts, at equal FLOPs and at the FLOPs that they cost?",
+        base=common.base(size),
+        variants={**equal, **same},
+        seeds=(0, 1, 2, 3, 4),
+        horizons=common.horizons(size),
+        comparisons={
+            "equal FLOPs and parameters": Comparison("k1", ("k2", "k4"), common.FLOPS_AND_PARAMETERS),
+            "the same 32 experts": Comparison("k1_of_32", ("k2_of_32", "k4"), ("steps", "total_parameters")),
+        },
+    )

@@ -1,0 +1,1 @@
+"""Claims of the papers: registered before the runs, decided on their records."""

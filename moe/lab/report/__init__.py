@@ -1,0 +1,1 @@
+"""Reports of suites and of claims: Markdown and pictures, from records alone."""
