@@ -1,7 +1,7 @@
 """Time of grouped matmuls' kernels, which carry no estimate of the compiler. Counted, not measured.
 
-On GPUs: their FLOPs at the rate of large matmuls. On TPUs the longer of two times: the grid's steps at peak FLOP/s, with
-one partly filled block of rows a group, and the blocks that the grid moves, at the memory's bandwidth.
+On GPUs: their FLOPs at the rate of large matmuls. On TPUs: the longer of the grid's steps at peak FLOP/s, with
+one partly filled block of rows a group, and the bytes of the blocks that the grid moves, at the memory's bandwidth.
 """
 
 from __future__ import annotations
