@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -224,7 +225,7 @@ def test_untrained_routers_leave_the_rest_of_the_model(recorded):
 def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
     order = np.argsort(-logits, axis=-1)
-    mask = np.ones((2, 5), bool)
+    mask = jnp.ones((2, 5), bool)
 
     def masked_route(name, experts, **options):
         gate = probes.masked_gate(find_gate(name), experts)
@@ -237,7 +238,7 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     # With a selection bias, the highest of s + b go, however large the bias.
     bias = np.array([0, 0, 3, 0, -1, 0], np.float32)
     biased = np.argsort(-(1 / (1 + np.exp(-logits)) + bias), axis=-1)
-    masked = masked_route("deepseek_v3", 2, selection_bias=bias, renormalise=True)
+    masked = masked_route("deepseek_v3", 2, selection_bias=jnp.asarray(bias), renormalise=True)
     np.testing.assert_array_equal(masked.expert_index, biased[..., 2:4])
 
 
@@ -344,7 +345,14 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert found == run().summary, "the same seed, the same numbers"
     assert all(392 < tokens <= 400 for tokens in found["tokens"]), "50 rows of 8, the last one padded"
     assert found["documents_without_syntax"] == 1
-    assert set(found["dependence"]) == {"domain", "lexical_matched", "token", "syntax", "token_in_code"}
+    assert set(found["dependence"]) == {
+        "domain",
+        "domain_matched",
+        "lexical_matched",
+        "token",
+        "syntax",
+        "token_in_code",
+    }
     assert set(found["controls"]) == {"untrained", "hash"}
     for control in found["controls"].values():
         assert set(control["dependence"]) == set(found["dependence"])
@@ -355,7 +363,9 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
         assert layer["information"] == pytest.approx(layer["x_entropy"])
     for layer in hashed["repetition"]["first"]["words"]:
         assert layer["token_mean"] == pytest.approx(layer["observed"])
-    assert found["dependence"]["lexical_matched"][0]["values"] == found["dependence"]["domain"][0]["values"] == 2
+    matched = [found["dependence"][label][0] for label in ("domain_matched", "lexical_matched")]
+    assert matched[0]["samples"] == matched[1]["samples"] == pytest.approx(400, abs=12)  # odd ones of 100 rows
+    assert matched[0]["values"] == matched[1]["values"] == 2
     assert found["load_over_training"]["steps"] == [4, 8, 12]
     np.testing.assert_allclose(np.sum(found["load_over_training"]["load"], axis=-1), 1)
     np.testing.assert_allclose(np.sum(found["load"], axis=-1), 1)
