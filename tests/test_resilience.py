@@ -319,7 +319,10 @@ def two_steps_back(workdir):
     [
         (lambda w: (w / "config.json").unlink(), "a checkpoint of step 4 but no config.json"),
         (lambda w: (w / "config.json").write_bytes(b"\xff"), r"config\.json: 'utf-8' codec can't decode"),
-        (lambda w: (w / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model: differs from this run.s tokenizer"),
+        (
+            lambda w: (w / "tokenizer.model").write_bytes(b"x"),
+            r"tokenizer\.model: differs from the tokenizer of this config",
+        ),
         (lambda w: (w / "metrics.jsonl").write_text("[]\n{}\n"), r"metrics\.jsonl, line 1: not a row of metrics"),
         (lambda w: (w / ".lock").unlink() or (w / ".lock").mkdir(), r"cannot be written \(Is a directory\)"),
     ],
