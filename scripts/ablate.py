@@ -6,10 +6,7 @@ trains nothing and writes the report again from DIR/records. --claims --workdir=
 all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the runs.
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

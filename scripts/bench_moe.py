@@ -14,8 +14,6 @@ of them, and prints the compiler's estimates (see moe/planner/layer.py and docs/
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":

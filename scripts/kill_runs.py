@@ -16,8 +16,6 @@ Runs are forked from a server that has imported everything, to save the start of
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":

@@ -10,11 +10,6 @@ saved, and prints the share of the bare step's speed that is left beside data, l
 `--seeds=N` also times N runs as one vmapped program, on one device: whether seeds should train together.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":
