@@ -1,9 +1,10 @@
 """python scripts/ablate.py --suite=configs/ablations/NAME.py --workdir=DIR: train what a suite is missing, then report.
 
-The report (report.md, results.csv, PNGs) is written to DIR, one record per finished run to DIR/records/. --jobs=2 starts
-two processes, each pinned to a core; more machines that share DIR may run the same command at the same time. --report
-trains nothing and writes the report again from DIR/records. --claims --workdir=DIR writes DIR/claims.md, the table of
-all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the runs.
+The report (report.md, results.csv, PNGs) is written to DIR, one record per finished run to DIR/records/. --jobs=2
+starts two processes, each pinned to a core; more machines that share DIR may run the same command at the same time.
+--report trains nothing and writes the report again from DIR/records. --claims --workdir=DIR writes DIR/claims.md, the
+table of all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the
+runs.
 """
 
 import sys
