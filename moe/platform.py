@@ -134,7 +134,7 @@ def allocator() -> str:
 
 
 def use_tpu_compiler() -> None:
-    """Set up this process to compile for absent TPUs and to run on CPU.
+    """Set up this process to compile for absent TPUs, or GPUs, and to run on CPU.
 
     Otherwise libtpu queries the cloud for its TPU type, and takes a lock that prevents a second compilation.
     """

@@ -6,8 +6,8 @@ time, which excludes other processes. On accelerators the reference is the large
 matmul and weight bytes over the bandwidth of a copy, both measured. The column "of matmul" is the rate of active FLOPs
 over that of one large matmul of the same dtype. `--model` times a 4-layer model's train step instead.
 
-`--topology=v5p:2x2x2` runs nothing: it compiles the layer for absent TPUs, with --tokens on each of them, and prints
-the compiler's estimates (see moe/planner/layer.py). Needs libtpu.
+`--topology=v5p:2x2x2` runs nothing: it compiles the layer for absent TPUs, or GPUs as `h100:1x8`, with --tokens on
+each of them, and prints the compiler's estimates (see moe/planner/layer.py and docs/pods.md).
 """
 
 import sys

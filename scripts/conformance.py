@@ -123,7 +123,7 @@ def reference_layers(folder: Path) -> Iterator[Row]:
                 continue  # has no capacity
             ours = run_reference(arrays, mode)
             if "topk_index" in ours:
-                # The order of the chosen is nobody's promise: compared as [T,E].
+                # Libraries may list the chosen experts in any order: compared as [T,E].
                 num_experts = arrays["router_logits"].shape[-1]
                 ours, theirs = ({**a, "topk": scattered(a, num_experts)} for a in (ours, arrays))
             else:

@@ -35,7 +35,7 @@ LEAK = {"accept_future_leak": True}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer to hold against the oracle: G groups of S tokens, E experts, K choices, room for C.
+    """A layer to compare with the oracle: G groups of S tokens, E experts, K experts per token, capacity C.
 
     Attributes:
         gate, g, s, e, k, c: as above.
@@ -257,7 +257,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         if refused(case, mode):
             yield Row(ORACLE, f"{case.gate}, {mode}; {case}", "refused", "accepted", False)
         run = program(layer)
-        # Dropless has room for all, but expert choice keeps its own C.
+        # Dropless has no capacity, but expert choice keeps its own C.
         capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
         k = case.e if case.gate == "expert_choice" else case.k  # an expert's column is a choice
         for batch, real in masks.items():

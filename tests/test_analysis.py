@@ -344,7 +344,14 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     assert found == run().summary, "the same seed, the same numbers"
     assert all(392 < tokens <= 400 for tokens in found["tokens"]), "50 rows of 8, the last one padded"
     assert found["documents_without_syntax"] == 1
-    assert set(found["dependence"]) == {"domain", "lexical_matched", "token", "syntax", "token_in_code"}
+    assert set(found["dependence"]) == {
+        "domain",
+        "domain_matched",
+        "lexical_matched",
+        "token",
+        "syntax",
+        "token_in_code",
+    }
     assert set(found["controls"]) == {"untrained", "hash"}
     for control in found["controls"].values():
         assert set(control["dependence"]) == set(found["dependence"])
@@ -355,7 +362,9 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
         assert layer["information"] == pytest.approx(layer["x_entropy"])
     for layer in hashed["repetition"]["first"]["words"]:
         assert layer["token_mean"] == pytest.approx(layer["observed"])
-    assert found["dependence"]["lexical_matched"][0]["values"] == found["dependence"]["domain"][0]["values"] == 2
+    matched = [found["dependence"][label][0] for label in ("domain_matched", "lexical_matched")]
+    assert matched[0]["samples"] == matched[1]["samples"] == pytest.approx(400, abs=12)  # odd ones of 100 rows
+    assert matched[0]["values"] == matched[1]["values"] == 2
     assert found["load_over_training"]["steps"] == [4, 8, 12]
     np.testing.assert_allclose(np.sum(found["load_over_training"]["load"], axis=-1), 1)
     np.testing.assert_allclose(np.sum(found["load"], axis=-1), 1)

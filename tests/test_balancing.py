@@ -120,7 +120,7 @@ def test_router_z_loss():
     assert float(router_z_loss(jnp.full((1, 5, 8), 3.0), mask)) == pytest.approx((math.log(8) + 3) ** 2, rel=1e-6)
 
 
-# Balanced; all to one; each token to the same K = 2 (half of the pairs each): 8/2 − 1.
+# Balanced; all to one; each token to the same K = 2 (half of the assignments each): 8/2 − 1.
 @pytest.mark.parametrize(
     ("load", "violation", "dead"),
     [(np.full(8, 1 / 8), 0.0, 0), (np.eye(8)[0], 7.0, 7), (np.eye(8)[0] / 2 + np.eye(8)[3] / 2, 3.0, 6)],
@@ -135,7 +135,7 @@ def test_max_violation_and_dead_experts(load, violation, dead):
 
 
 def test_report_by_hand():
-    # Three tokens, E = 2, K = 1, room for one a group: experts 0, 0, 1, so the second token is dropped.
+    # Three tokens, E = 2, K = 1, C = 1: experts 0, 0, 1, so the second token is dropped.
     logits = np.log([[[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]])
     routing = tiny_routing("switch", logits)
     out = report(routing, _mask(logits), make_plan(routing, 1).kept)
@@ -179,7 +179,7 @@ def test_a_batch_of_padding_reports_zeros():
 
 
 def test_declined_choices_are_not_counted():
-    # Both tokens want experts 0 then 1; second choices of token 0 declined by hand: pairs 0:2, 1:1.
+    # Both tokens want experts 0 then 1; second choices of token 0 declined by hand: assignments 0:2, 1:1.
     routing = tiny_routing("gshard", np.log([[[2.0, 1.0, 0.5], [2.0, 1.0, 0.5]]]))
     routing = dataclasses.replace(routing, chosen=routing.chosen.at[0, 0, 1].set(False))
     out = report(routing, jnp.ones((1, 2), bool), routing.chosen, counts="first_choice")

@@ -113,10 +113,10 @@ def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
     mask[0, 3] = mask[1, 5] = True
     mask[1, 6] = False  # broken padding is not counted
     routing = routed(gate, logits, None, mask, token_ids=jnp.zeros((2, 12), jnp.int32))
-    sound = mask & np.isfinite(logits).all(-1)
-    np.testing.assert_array_equal(routing.chosen, np.broadcast_to(sound[..., None], routing.chosen.shape))
-    np.testing.assert_array_equal(routing.broken, mask & ~sound)
-    assert (np.asarray(routing.combine_weights)[~sound] == 0).all()
+    valid = mask & np.isfinite(logits).all(-1)
+    np.testing.assert_array_equal(routing.chosen, np.broadcast_to(valid[..., None], routing.chosen.shape))
+    np.testing.assert_array_equal(routing.broken, mask & ~valid)
+    assert (np.asarray(routing.combine_weights)[~valid] == 0).all()
     report = balancing.report(routing, jnp.asarray(mask), routing.chosen)
     assert float(report.broken_tokens) == 2
     for field in dataclasses.fields(report):
@@ -514,17 +514,17 @@ def test_random_drops_are_fair():
     assert np.abs(np.asarray(plans).sum((0, 1, 3)) - 200).max() < 58
 
 
-def test_probability_serves_first_choices_before_any_second():
-    # Token 0's weights: 0.6 for expert 0, 0.4 for 1. Token 1: 0.55 for 1, 0.45 for 0. Room for one each: both keep
-    # their first choice though 0.4 and 0.45 of the other... and token 0, the larger weight, comes first in each round.
+def test_first_choices_have_priority_over_second_ones_under_probability():
+    # Token 0's weights: 0.6 for expert 0, 0.4 for 1. Token 1: 0.55 for 1, 0.45 for 0. With C = 1 both keep their first
+    # choice, and token 0, with the higher probability, does not displace token 1's.
     routing = routed("mixtral", np.log([[[0.6, 0.4], [0.45, 0.55]]]), 2)
     plan = make_plan(routing, 1, drop_policy="probability")
     np.testing.assert_array_equal(plan.kept, [[[True, False], [True, False]]])
 
 
-def test_overflow_goes_to_the_next_best_expert_after_everybody_else():
-    # Room for one: token 0 keeps expert 0. Tokens 1 and 2 overflow to expert 1; the first gets the room, its weight
-    # being p_1 = 0.9·(1 − 0.9) = 0.09. Token 2 finds none.
+def test_overflow_goes_to_the_next_best_expert_after_all_others():
+    # C = 1: token 0 keeps expert 0. Tokens 1 and 2 overflow to expert 1, which takes token 1 with the weight
+    # p_1 = 0.9·(1 − 0.9) = 0.09 and drops token 2.
     routing = _one_expert([0.5, 0.9, 0.6])
     moved, plan = overflow_to_next(routing, make_plan(routing, 1))
     np.testing.assert_array_equal(moved.expert_index[0, :, 0], [0, 1, 1])

@@ -111,9 +111,11 @@ def test_an_index_must_agree_with_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2': must be one of mistral, mixtral"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn': scaled rotary positions"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2': must be one of mistral, llama"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn': needs original_max_position_embeddings"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear': needs factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, "rope_type='longrope': must be 'default'"),
+        ({"rope_parameters": {"rope_type": "default", "new_factor": 4}}, "new_factor=4"),
         ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
         ({"hidden_size": None}, "has no hidden_size"),

@@ -9,6 +9,9 @@ import pytest
 
 from configs import (
     deepseek_moe_16b,
+    deepseek_v2,
+    deepseek_v2_lite,
+    deepseek_v3,
     mixtral_8x7b,
     mixtral_8x22b,
     olmoe_1b_7b,
@@ -20,6 +23,7 @@ from moe.interop import balance
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
+from moe.models.flops import count_parameters
 from moe.routing.resolve import from_config_dict, resolve
 from tests.test_interop import HERE, OURS, THEIRS
 
@@ -49,6 +53,8 @@ def test_published_config_of_mixtral():
         ("qwen2_moe", "router_aux_loss_coef", 2 / 2),
         ("qwen3_moe", "router_aux_loss_coef", 2 / 2),
         ("deepseek", "aux_loss_alpha", 1),
+        ("deepseek_v2", "aux_loss_alpha", 1),
+        ("deepseek_v3", "aux_loss_alpha", 1),
     ],
 )
 def test_balance_coefficients_both_ways(name, coefficient, factor):
@@ -56,6 +62,13 @@ def test_balance_coefficients_both_ways(name, coefficient, factor):
     config = read_open_config(source)
     assert config.model.moe.load_balancing_weight == pytest.approx(0.04 * factor)
     assert write_config(config, name)[coefficient] == pytest.approx(0.04)
+
+
+def test_published_counts_of_deepseek():
+    """Without multi-token prediction."""
+    published = {deepseek_v2_lite: 15_706_484_224, deepseek_v2: 235_741_434_880, deepseek_v3: 671_026_419_200}
+    for config, count in published.items():
+        assert count_parameters(from_config_dict(config.get_config()).model)[0] == count
 
 
 def test_scope_of_the_balance_loss_of_deepseek():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 #: "word" begins with a blank, "word part" does not; "layout" is blanks and newlines; "other" has no text of its own.
 CLASSES = ("word", "capitalised word", "word part", "number", "punctuation", "bracket", "symbol", "layout", "other")
@@ -39,9 +41,39 @@ def _class(piece: str) -> str:
     return "punctuation" if first in ".,;:!?'\"-–—’“”" else "symbol"
 
 
-def merge_labels(labels: np.ndarray, values: int) -> np.ndarray:
-    """Keeps the most frequent labels and merges the others, so that at most `values` different ones remain."""
-    _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    rank = np.empty(len(counts), np.int64)
-    rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-    return np.minimum(rank[number], values - 1)
+def merge_labels(labels: np.ndarray, experts: np.ndarray, *, num_labels: int, values: int) -> np.ndarray:
+    """Merges labels until `values` groups are left, losing as little information about the expert as possible.
+
+    Repeatedly merges the two groups whose union loses the least (the agglomerative information bottleneck, Slonim and
+    Tishby 1999). Measure the information on other tokens than these.
+
+    Args:
+        labels: [n] integers below num_labels.
+        experts: [n] first experts.
+        num_labels: number of labels; those without tokens are merged first.
+        values: number of groups.
+
+    Returns:
+        group of each label, [num_labels].
+    """
+    counts = np.zeros((num_labels, int(experts.max()) + 1))
+    np.add.at(counts, (labels, experts), 1)
+    groups = [[label] for label in range(len(counts))]
+    tables = list(counts)
+    while len(groups) > values:
+        loss = {
+            (a, b): _uncertainty(tables[a] + tables[b]) - _uncertainty(tables[a]) - _uncertainty(tables[b])
+            for a, b in itertools.combinations(range(len(groups)), 2)
+        }
+        a, b = min(loss, key=lambda pair: loss[pair])
+        groups[a] += groups.pop(b)
+        tables[a] = tables[a] + tables.pop(b)
+    result = np.zeros(len(counts), np.int64)
+    for number, group in enumerate(groups):
+        result[group] = number
+    return result
+
+
+def _uncertainty(counts: np.ndarray) -> float:
+    """Entropy of the expert in nats, times the number of tokens."""
+    return float(counts.sum() * stats.entropy(counts)) if counts.any() else 0.0

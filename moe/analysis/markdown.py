@@ -27,8 +27,8 @@ def markdown(summary: dict[str, Any], title: str) -> str:
             *_depth_table(summary),
             "",
             "Repetition is the mean over domains, with the chance given the load; *explained* is the share of the "
-            "first expert's entropy explained by a label, above its null. *lexical matched*: classes of the "
-            "tokens' text, merged to as many labels as there are domains, on the same tokens as *domain*.",
+            "first expert's entropy explained by a label, above its null. *matched*: domains and classes of "
+            "the tokens' text with the same number of labels, on the same tokens.",
         ],
         _controls_table(summary) if summary["controls"] else [],
         *(_repetition_section(summary, name) for name in summary["repetition"]),

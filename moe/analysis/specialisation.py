@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe.analysis.dependence import dependence, frequent
-from moe.analysis.lexical import CLASSES as LEXICAL
+from moe.analysis.dependence import Dependence, dependence, frequent
 from moe.analysis.lexical import lexical_classes, merge_labels
 from moe.analysis.record import Records
 from moe.analysis.repetition import repetition, token_null
@@ -60,9 +59,9 @@ def _dependences(
     records: Records, code: Records | None, piece: Callable[[int], str], shuffles: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     def over_layers(of: Records, labels: np.ndarray, units: np.ndarray | None = None) -> list[dict[str, Any]]:
-        found = [dependence(first, labels, shuffles=shuffles, rng=rng, units=units) for first in of.first_choice]
-        derived = ("nmi", "nmi_null", "nmi_null_std", "nmi_debiased", "explained")
-        return [dataclasses.asdict(d) | {name: getattr(d, name) for name in derived} for d in found]
+        return [
+            _numbers(dependence(first, labels, shuffles=shuffles, rng=rng, units=units)) for first in of.first_choice
+        ]
 
     def token_identity(of: Records) -> list[dict[str, Any]]:
         of = of.select(frequent(of.tokens, AT_LEAST))
@@ -70,16 +69,38 @@ def _dependences(
 
     result: dict[str, list[dict[str, Any]]] = {}
     if len(records.domains) > 1:
-        # The same tokens and the same number of labels for both, so that their shares compare.
-        values = min(len(records.domains), len(LEXICAL))
-        domain = merge_labels(records.domain, values)
-        lexical = merge_labels(lexical_classes(records.tokens, piece), values)
         result["domain"] = over_layers(records, records.domain, units=records.row)
-        if len(records.domains) > values:
-            result["domain_matched"] = over_layers(records, domain, units=records.row)
-        result["lexical_matched"] = over_layers(records, lexical)
+        result |= _matched(records, lexical_classes(records.tokens, piece), shuffles, rng)
     result["token"] = token_identity(records)
     if code is not None:
         code = code.select(code.marks["syntax"] != NONE)
         result |= {"syntax": over_layers(code, code.marks["syntax"]), "token_in_code": token_identity(code)}
     return {label: layers for label, layers in result.items() if layers}
+
+
+def _matched(
+    records: Records, lexical: np.ndarray, shuffles: int, rng: np.random.Generator
+) -> dict[str, list[dict[str, Any]]]:
+    """Dependence on the domain and on lexical classes with the same number of labels, on the same tokens.
+
+    Labels are merged to the smaller of the two numbers so as to keep what they tell about the expert. The tokens of
+    even rows decide which labels are merged; the tokens of odd rows are measured.
+    """
+    fit = records.row % 2 == 0
+    if fit.all() or not fit.any():
+        return {}
+    values = min(len(np.unique(records.domain)), len(np.unique(lexical)))
+    rest = records.select(~fit)
+    result: dict[str, list[dict[str, Any]]] = {"domain_matched": [], "lexical_matched": []}
+    for own, measured in zip(records.first_choice, rest.first_choice, strict=True):
+        for name, labels in (("domain_matched", records.domain), ("lexical_matched", lexical)):
+            groups = merge_labels(labels[fit], own[fit], num_labels=int(labels.max()) + 1, values=values)
+            merged = groups[labels[~fit]]
+            units = rest.row if name == "domain_matched" else None
+            result[name].append(_numbers(dependence(measured, merged, shuffles=shuffles, rng=rng, units=units)))
+    return result
+
+
+def _numbers(found: Dependence) -> dict[str, Any]:
+    derived = ("nmi", "nmi_null", "nmi_null_std", "nmi_debiased", "explained")
+    return dataclasses.asdict(found) | {name: getattr(found, name) for name in derived}

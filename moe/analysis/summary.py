@@ -58,8 +58,8 @@ def summarise(
         load [L][domain][E], max_violation [L][domain], router_entropy [L];
         repetition: "first" and, with K ≥ 2, "first_or_second" → domain → [L]
         :class:`moe.analysis.repetition.Repetition` and :class:`moe.analysis.repetition.TokenNull`;
-        dependence: "domain" and "lexical_matched" (with two or more domains), "domain_matched" (if the domains had to
-        be merged to as many labels as there are lexical classes), "token", "syntax" and "token_in_code" → [L]
+        dependence: with two or more domains "domain", and "domain_matched" and "lexical_matched" (as many labels, on
+        the same tokens); "token", "syntax" and "token_in_code" → [L]
         :class:`moe.analysis.dependence.Dependence` with nmi, nmi_null, nmi_null_std, nmi_debiased and explained;
         controls: name → repetition and dependence;
         syntax_classes, code_tokens, code_documents, syntax_load [L][class][E] share of first choices;

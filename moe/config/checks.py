@@ -76,6 +76,13 @@ def require_at_most(section: str, node: typing.Any) -> None:
         require(value <= most, f"{section}{name}", value, f"must be at most {most}")
 
 
+def require_fractions(section: str, node: typing.Any, *names: str) -> None:
+    """Raise a ConfigError for the first of these fields of a section that is not in [0, 1) as a float32."""
+    for name in names:
+        value = getattr(node, name)
+        require(value >= 0 and float(np.float32(value)) < 1, f"{section}{name}", value, "must be in [0, 1), in float32")
+
+
 def require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:
     """Raise a ConfigError unless a tuple is an increasing selection of layer numbers."""
     increasing = all(low < high for low, high in itertools.pairwise(layers))
@@ -244,9 +251,7 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     require_at_least("optimizer.", optimizer, 0, "warmup_steps", "weight_decay", "gradient_clip")
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
-    for name in ("b1", "b2"):
-        value = getattr(optimizer, name)
-        require(value >= 0 and np.float32(value) < 1, f"optimizer.{name}", value, "must be in [0, 1), in float32")
+    require_fractions("optimizer.", optimizer, "b1", "b2")
     fraction = optimizer.final_learning_rate_fraction
     require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(

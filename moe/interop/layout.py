@@ -11,14 +11,11 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import FUSED_EXPERTS, OUTSIDE, Family, Tensor
-from moe.models.decoder import Transformer
-from moe.models.flops import abstract_parameters
+from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.models.stack import stacked_layers
-from moe.routing.router import SelectionBias
 
 #: Number of leading axes of a matrix that are its inputs; a parameter that is not listed is no matrix.
 _INPUT_AXES: Mapping[str, int] = {
@@ -157,12 +154,6 @@ class Parameter:
         target = target[(slice(None),) * axis + (share,)]
         order = [axis for axes in self._file_axes for axis in axes]
         target[...] = values.transpose(order).reshape(target.shape)
-
-
-def abstract_selection_biases(model: ModelConfig) -> dict[str, Any]:
-    """ShapeDtypeStructs of the routers' selection biases, as a nested dict; empty for gates without them."""
-    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
 
 
 def is_fused(names: Iterable[str]) -> bool:

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from moe.checkpoints.state import join
 from moe.config import Config, ModelConfig
 from moe.interop.config_json import family_of, read_config
-from moe.interop.layout import Parameter, abstract_selection_biases, get_leaf, is_fused, layout, set_leaf
+from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 from moe.models.decoder import Transformer
-from moe.models.flops import abstract_parameters
+from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
 
 

@@ -17,6 +17,7 @@ from moe.config import ModelConfig, layer_kinds, sparse_layers
 from moe.dispatch.plan import expert_capacity
 from moe.models.decoder import Transformer
 from moe.routing.registry import find_gate
+from moe.routing.router import SelectionBias
 
 
 def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
@@ -25,8 +26,15 @@ def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
+def abstract_selection_biases(config: ModelConfig) -> dict[str, Any]:
+    """ShapeDtypeStructs of the routers' selection biases, as a nested dict; empty for gates without them."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, SelectionBias))
+
+
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active): active leaves out the experts that a token does not visit; both count all embeddings."""
+    """(total, active): active leaves out the experts that a token does not visit; both count all embeddings, and
+    selection biases, as the published counts do."""
     others, experts = _count(config)
     return others + experts, others + experts * config.moe.experts_per_token // config.moe.num_experts
 
@@ -35,9 +43,10 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 def _count(config: ModelConfig) -> tuple[int, int]:
     """Parameters outside the experts, and of all experts of all layers."""
     others = experts = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(config)):
+    trees = (abstract_parameters(config), abstract_selection_biases(config))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         size = int(np.prod(leaf.shape))
-        if any(key.key == "experts" for key in path):
+        if any(getattr(key, "key", None) == "experts" for key in path):
             experts += size
         else:
             others += size

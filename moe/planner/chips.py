@@ -72,16 +72,33 @@ _MXU = 2 * 128 * 128  # FLOP a cycle of one 128 x 128 matrix unit
 
 #: Keys are the prefixes of libtpu's topology names. Where no page gives a DCN figure, v5e's is assumed.
 CHIPS: dict[str, Chip] = {
-    "v2": Chip(16 * GiB, 2 * PEAK_FLOPS["TPU v2"], 700e9, 62e9, 16, 25e9 / 8, 2, 2 * _MXU, "v2:16x16", "[v2]; DCN assumed"),
-    "v3": Chip(32 * GiB, 2 * PEAK_FLOPS["TPU v3"], 900e9, 70e9, 32, 25e9 / 8, 2, 4 * _MXU, "v3:32x32", "[cloud], [v4]; DCN assumed"),
-    "v4": Chip(
-        32 * GiB, PEAK_FLOPS["TPU v4"], 1200e9, 50e9, 4, 25e9 / 8, 1, 8 * _MXU, "v4:4x4x4", "[cloud], [v4]; DCN assumed",
-        (("chip_config_name", "megacore"),),
+    "v2": Chip(
+        memory=16 * GiB, peak=2 * PEAK_FLOPS["TPU v2"], memory_bandwidth=700e9, link=62e9, wraps_at=16, dcn=25e9 / 8,
+        devices=2, flops_per_cycle=2 * _MXU, example="v2:16x16", source="[v2]; DCN assumed",
     ),
-    "v5e": Chip(16 * GiB, PEAK_FLOPS["TPU v5 lite"], 819e9, 50e9, 16, 25e9 / 8, 1, 4 * _MXU, "v5e:16x16", "[cloud]: 400 GB/s on 4 ports"),
-    "v5p": Chip(95 * GiB, PEAK_FLOPS["TPU v5"], 2765e9, 100e9, 4, 50e9 / 8, 1, 8 * _MXU, "v5p:4x4x4", "[cloud]: 1200 GB/s, 3D torus"),
-    "v6e": Chip(32 * GiB, PEAK_FLOPS["TPU v6"], 1638e9, 100e9, 16, 25e9 / 8, 1, 16 * _MXU, "v6e:16x16", "[cloud]; DCN assumed"),
+    "v3": Chip(
+        memory=32 * GiB, peak=2 * PEAK_FLOPS["TPU v3"], memory_bandwidth=900e9, link=70e9, wraps_at=32, dcn=25e9 / 8,
+        devices=2, flops_per_cycle=4 * _MXU, example="v3:32x32", source="[cloud], [v4]; DCN assumed",
+    ),
+    "v4": Chip(
+        memory=32 * GiB, peak=PEAK_FLOPS["TPU v4"], memory_bandwidth=1200e9, link=50e9, wraps_at=4, dcn=25e9 / 8,
+        devices=1, flops_per_cycle=8 * _MXU, example="v4:4x4x4", source="[cloud], [v4]; DCN assumed",
+        options=(("chip_config_name", "megacore"),),
+    ),
+    "v5e": Chip(
+        memory=16 * GiB, peak=PEAK_FLOPS["TPU v5 lite"], memory_bandwidth=819e9, link=50e9, wraps_at=16, dcn=25e9 / 8,
+        devices=1, flops_per_cycle=4 * _MXU, example="v5e:16x16", source="[cloud]: 400 GB/s on 4 ports",
+    ),
+    "v5p": Chip(
+        memory=95 * GiB, peak=PEAK_FLOPS["TPU v5"], memory_bandwidth=2765e9, link=100e9, wraps_at=4, dcn=50e9 / 8,
+        devices=1, flops_per_cycle=8 * _MXU, example="v5p:4x4x4", source="[cloud]: 1200 GB/s, 3D torus",
+    ),
+    "v6e": Chip(
+        memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=100e9, wraps_at=16, dcn=25e9 / 8,
+        devices=1, flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]; DCN assumed",
+    ),
     "tpu7x": Chip(
-        192 * GiB, 2 * PEAK_FLOPS["TPU7"], 7370e9, 100e9, 4, 50e9 / 8, 2, 32 * _MXU, "tpu7x:4x4x4", "[cloud], [v7]; DCN: v5p's assumed"
+        memory=192 * GiB, peak=2 * PEAK_FLOPS["TPU7"], memory_bandwidth=7370e9, link=100e9, wraps_at=4, dcn=50e9 / 8,
+        devices=2, flops_per_cycle=32 * _MXU, example="tpu7x:4x4x4", source="[cloud], [v7]; DCN: v5p's assumed",
     ),
 }  # fmt: skip

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from moe.parallel.target import PEAK_FLOPS
+
 TARGETS = Path(__file__).parent / "targets"
 
 
@@ -57,10 +59,10 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu(85_100_068_864, 312e12, 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 0.8),
-    "h100": Gpu(84_942_979_072, 989e12, 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100", 0.79),
-    "h200": Gpu(151_397_597_184, 989e12, 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100", 0.79),
-    "b200": Gpu(191_514_411_008, 2250e12, 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200", 0.63),
+    "a100": Gpu(85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 0.8),
+    "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100", 0.79),
+    "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100", 0.79),
+    "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200", 0.63),
     "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200", 0.57),
 }
 

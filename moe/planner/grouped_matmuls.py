@@ -1,20 +1,36 @@
-"""Time of a grouped matmul's TPU kernel, which carries no estimate of the compiler. Counted, not measured.
+"""Time of grouped matmuls' kernels, which carry no estimate of the compiler. Counted, not measured.
 
-The longer of two times counts: the grid's steps at peak FLOP/s, with one partly filled block of rows a group, and
-the blocks that the grid moves, at the memory's bandwidth. Other overheads of a kernel are left out.
+On GPUs: their FLOPs at the rate of large matmuls. On TPUs: the longer of the grid's steps at peak FLOP/s, with
+one partly filled block of rows a group, and the bytes of the blocks that the grid moves, at the memory's bandwidth.
 """
 
 from __future__ import annotations
 
 import math
 
+from moe.dispatch.ragged_exchange import ROUND_SIZE
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.program import GroupedMatmul
+from moe.planner.program import GroupedMatmul, Program
 
 
-def seconds(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> float:
-    """Seconds of one run over that many filled rows, evenly split over the groups, on one device.
+def total_seconds(program: Program, flops: float, rows: int, chip: Chip | Gpu, *, exchanged: bool) -> float:
+    """Seconds of all grouped matmuls of a program on one device, for a balanced router.
+
+    Args:
+        program: read from its text, which describes the kernels of TPUs.
+        flops: of one device's kernels, all rows of their buffers (:mod:`moe.planner.arithmetic`); used for GPUs.
+        rows: filled rows of a device.
+        chip: of the device.
+        exchanged: rows are exchanged between devices, in buffers that a balanced router does not fill.
+    """
+    if isinstance(chip, Gpu):  # the kernels skip rows that are not filled
+        return flops / (ROUND_SIZE if exchanged else 1.0) / (chip.peak * chip.matmul_share)
+    return sum(matmul.count * seconds(matmul, rows, chip) for matmul in program.grouped)
+
+
+def seconds(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
+    """Seconds of one run of a TPU kernel over that many filled rows, evenly split over the groups, on one device.
 
     The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
     innermost. A block is moved when its index changes from one step to the next.

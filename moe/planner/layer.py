@@ -21,7 +21,7 @@ from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size, make_mesh
-from moe.planner import exchanges, grouped_matmuls, program
+from moe.planner import arithmetic, exchanges, grouped_matmuls, program
 from moe.planner.topology import Topology
 
 
@@ -33,7 +33,7 @@ class Reading:
         estimated: the compiler's estimate without exchanges and kernels; matmuls: its part in fusions with a matrix
             product.
         kernels: grouped matmuls, by :mod:`moe.planner.grouped_matmuls` for a balanced router.
-        unpriced: instructions without an estimate (the SparseCore's gathers), at memory bandwidth.
+        unpriced: instructions without an estimate (the SparseCore's gathers, copies on GPUs), at memory bandwidth.
         active_floor, slot_floor: the experts' matmuls at peak, over active assignments and over all rows computed.
         exchanges: as in a plan.
         copies: number of arrays of 1 MiB and more copied in HBM; copied_bytes: their sum.
@@ -79,7 +79,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     """
     mesh = make_mesh(config.mesh, topology.devices)
     start = time.perf_counter()
-    compiled = _compile(config.model, mesh, tokens, backward)
+    compiled, products = _compile(config.model, mesh, tokens, topology, backward=backward)
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
     text = program.read(compiled.as_text() or "", dict(mesh.shape), chip.clock)
@@ -91,7 +91,9 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     return Reading(
         estimated=text.seconds,
         matmuls=sum(part for (_, kind), part in text.parts.items() if kind == "matmuls"),
-        kernels=sum(matmul.count * grouped_matmuls.seconds(matmul, active, chip) for matmul in text.grouped),
+        kernels=grouped_matmuls.total_seconds(
+            text, products.grouped / mesh.size, active, chip, exchanged=mesh.shape["expert"] > 1
+        ),
         unpriced=text.unpriced_bytes / (chip.memory_bandwidth / chip.devices),
         active_floor=flops * active / peak,
         slot_floor=flops * _computed_rows(moe, tokens) / peak,
@@ -103,7 +105,10 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     )
 
 
-def _compile(model: ModelConfig, mesh: jax.sharding.Mesh, tokens: int, backward: bool) -> jax.stages.Compiled:
+def _compile(
+    model: ModelConfig, mesh: jax.sharding.Mesh, tokens: int, topology: Topology, *, backward: bool
+) -> tuple[jax.stages.Compiled, arithmetic.Flops]:
+    """The compiled layer, and the FLOPs of its matrix products on all devices."""
     with jax.set_mesh(mesh):
         graphdef, parameters, rest = nnx.split(
             nnx.eval_shape(lambda: MoELayer(model, rngs=nnx.Rngs(0))), nnx.Param, ...
@@ -125,9 +130,10 @@ def _compile(model: ModelConfig, mesh: jax.sharding.Mesh, tokens: int, backward:
             outputs, pull = jax.vjp(forward, parameters, x)
             return outputs, pull((gradient, jnp.ones_like(outputs[1])))
 
-        lowered = jax.jit(both).lower(parameters, x, x) if backward else jax.jit(forward).lower(parameters, x)
-        options = target.compiler_options(mesh.devices.flat[0].device_kind)
-        return lowered.compile(compiler_options=options or None)
+        traced = jax.jit(both).trace(parameters, x, x) if backward else jax.jit(forward).trace(parameters, x)
+        options = {**target.compiler_options(mesh.devices.flat[0].device_kind), **topology.compiler_options}
+        compiled = traced.lower().compile(compiler_options=options or None)
+        return compiled, arithmetic.matmul_flops(traced.jaxpr.jaxpr)
 
 
 def _computed_rows(moe: MoEConfig, tokens: int) -> int:

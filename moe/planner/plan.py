@@ -13,12 +13,10 @@ from typing import Any
 import jax
 
 from moe.config import Config, validate_mesh
-from moe.dispatch import ragged_exchange
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, exchanges, fit, grouped_matmuls, memory_errors, program
 from moe.planner.exchanges import Exchange
-from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 from moe.training import step
 
@@ -183,7 +181,9 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     kernel_seconds = (
         products.kernels / peak
         + text.attention_flops / (chip.peak / chip.devices)
-        + _grouped_seconds(text, products.grouped / len(devices), config, topology, mesh.shape)
+        + grouped_matmuls.total_seconds(
+            text, products.grouped / len(devices), _assignments(config, mesh), chip, exchanged=mesh.shape["expert"] > 1
+        )
     )
     total, active = flops.count_parameters(config.model)
     tokens = config.train.batch_size * config.data.sequence_length
@@ -242,13 +242,8 @@ def _memory(statistics: Any, stored: dict[str, int], capacity: int) -> Memory:
     )
 
 
-def _grouped_seconds(text: program.Program, flops: float, config: Config, topology: Topology, mesh: Any) -> float:
-    """Seconds of a step's grouped matmuls on a device for a balanced router; flops: of all rows of their buffers."""
-    chip = topology.chip
-    if isinstance(chip, Gpu):  # at the rate of large matmuls; the kernels skip rows that are not filled
-        filled = 1 / ragged_exchange.ROUND_SIZE if mesh["expert"] > 1 else 1.0
-        return flops * filled / (chip.peak * chip.matmul_share)
-    token_devices = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-    tokens = config.train.batch_size * config.data.sequence_length // config.train.accumulation_steps // token_devices
-    rows = tokens * config.model.moe.experts_per_token
-    return sum(matmul.count * grouped_matmuls.seconds(matmul, rows, chip) for matmul in text.grouped)
+def _assignments(config: Config, mesh: Any) -> int:
+    """(token, expert) choices of a device in one pass of a layer."""
+    rows = config.train.batch_size // config.train.accumulation_steps
+    devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    return rows * config.data.sequence_length // devices * config.model.moe.experts_per_token

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from moe.config.checks import require, require_at_least, require_at_most, require_layers
+from moe.config.checks import require, require_at_least, require_at_most, require_fractions, require_layers
 from moe.config.layer_kinds import sparse_layers
 from moe.config.schema import Config, MoEConfig
 from moe.routing.interface import Gate
@@ -28,9 +26,7 @@ def check_moe(config: Config) -> None:
     require_at_most(_MOE, moe)
     for name in ("capacity_factor", "eval_capacity_factor"):
         require(getattr(moe, name) > 0, f"{_MOE}{name}", getattr(moe, name), "must be positive")
-    for name in ("jitter", "expert_dropout"):
-        value = getattr(moe, name)
-        require(value >= 0 and np.float32(value) < 1, f"{_MOE}{name}", value, "must be in [0, 1), in float32")
+    require_fractions(_MOE, moe, "jitter", "expert_dropout")
     require(
         moe.shared_d_ff > 0 or not moe.shared_gate, f"{_MOE}shared_gate", moe.shared_gate, "needs shared_d_ff above 0"
     )

@@ -95,8 +95,8 @@ class Gate:
     choose: GateRule
     source: str
     experts_per_token: int
-    capacity_factor: float
-    eval_capacity_factor: float
+    capacity_factor: float = 1.25  # with eval_capacity_factor 2.0 as in Switch 2021
+    eval_capacity_factor: float = 2.0
     load_balancing_weight: float = 0.0
     z_loss_weight: float = 0.0
     importance_weight: float = 0.0

@@ -34,15 +34,8 @@ def find_gate(name: str) -> Gate:
 
 
 def default_gate(choose: GateRule, source: str) -> Gate:
-    """Record of a rule without constants of its own: Mixtral's K and capacity factors, Switch's balance weight."""
-    return Gate(
-        choose,
-        source,
-        experts_per_token=2,
-        capacity_factor=1.25,
-        eval_capacity_factor=2.0,
-        load_balancing_weight=0.01,
-    )
+    """Record of a rule without constants of its own: K = 2 and Switch's balance weight."""
+    return Gate(choose, source, experts_per_token=2, load_balancing_weight=0.01)
 
 
 def _import_gate(name: str) -> Gate:
@@ -69,7 +62,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             "Shazeer 2017, equations 3-11",
             experts_per_token=4,
             capacity_factor=2.0,  # not in the paper, which has no capacity limit
-            eval_capacity_factor=2.0,
             importance_weight=0.1,
             load_weight=0.1,
             router="noisy",
@@ -91,8 +83,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_top_k,
             "Switch 2021, equations 1-6",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             jitter=0.01,
             renormalise=0,
@@ -101,8 +91,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_sampled,
             "Switch 2021, appendix C",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             renormalise=0,
         ),
@@ -110,8 +98,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.st_moe,
             "ST-MoE 2022, equations 1-6 and appendix D",
             experts_per_token=2,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.01,
             z_loss_weight=1e-3,
             weights_sum_to_one=True,
@@ -120,8 +106,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.mixtral,
             "Mixtral 2024, section 2.1",
             experts_per_token=2,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             load_balancing_weight=0.02,
             weights_sum_to_one=True,
         ),
@@ -129,8 +113,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.softmax_top_k,
             "DeepSeekMoE 2024, equations 9-17",
             experts_per_token=6,
-            capacity_factor=1.25,  # not in the paper, which drops nothing (model.moe.dispatch=dropless)
-            eval_capacity_factor=2.0,
             load_balancing_weight=1e-3,
             device_balance_weight=0.0,  # 0.05 in the paper's 145B model, with experts on several devices
             renormalise=0,
@@ -139,8 +121,6 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.deepseek_v3,
             "DeepSeek-V3 2024, equations 12-20",
             experts_per_token=8,
-            capacity_factor=1.25,  # not in the paper, which drops nothing (model.moe.dispatch=dropless)
-            eval_capacity_factor=2.0,
             load_balancing_weight=1e-4,
             balance_scope="sequence",
             bias_update_rate=1e-3,
@@ -174,16 +154,12 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             gates.hash_tokens,
             "Hash Layers 2021, section 3",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router="none",
         ),
         "random": Gate(
             gates.random_experts,
             "baseline: uniform draws",
             experts_per_token=1,
-            capacity_factor=1.25,
-            eval_capacity_factor=2.0,
             router="none",
         ),
         "balanced": Gate(

@@ -4,6 +4,7 @@ from moe.interop.families import (
     deepseek,
     deepseek_v2,
     deepseek_v3,
+    glm4_moe,
     llama,
     mistral,
     mixtral,
@@ -15,7 +16,7 @@ from moe.interop.families import (
 #: By ``model_type``, in the order in which an export tries them.
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, deepseek_v2, deepseek_v3)
+    for module in (mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, deepseek_v2, deepseek_v3, glm4_moe)
 }
 
 __all__ = ["FAMILIES"]

@@ -1,9 +1,9 @@
 """Fields and tensors that DeepSeek-V2 and V3 share: latent attention, shared experts, leading dense layers."""
 
-from typing import Literal
+import pydantic
 
 from moe.config import ModelConfig, sparse_layers
-from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, read_sparse_layers, shared_expert
+from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, read_sparse_layers, shared_expert, write_groups
 from moe.interop.schema import Count, Json, Off, OpenConfig, OptionalCount, Size
 
 
@@ -19,7 +19,7 @@ class LatentConfig(OpenConfig):
     n_shared_experts: OptionalCount = 0
     moe_intermediate_size: Size
     first_k_dense_replace: OptionalCount = 0
-    moe_layer_freq: Literal[1] = 1
+    moe_layer_freq: OptionalCount = pydantic.Field(1, ge=1, le=1)
     n_group: Count = 1
     topk_group: Count = 1
     attention_bias: Off = False
@@ -64,10 +64,7 @@ def write_fields(model: ModelConfig) -> Json:
         "n_shared_experts": moe.shared_d_ff // moe.d_ff,
         "moe_intermediate_size": moe.d_ff,
         "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
-        "n_group": moe.expert_groups,
-        "topk_group": moe.kept_expert_groups,
-        "routed_scaling_factor": moe.routing_scale,
-    }
+    } | write_groups(moe)
 
 
 LATENT_ATTENTION = {name: tensor for name, tensor in ATTENTION.items() if "key" not in name and "value" not in name} | {

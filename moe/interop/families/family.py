@@ -128,6 +128,15 @@ def read_sigmoid_gate(source: Any) -> Json:
     }
 
 
+def write_groups(moe: MoEConfig) -> Json:
+    """Groups of experts and scale of the weights, for DeepSeek's gates."""
+    return {
+        "n_group": moe.expert_groups,
+        "topk_group": moe.kept_expert_groups,
+        "routed_scaling_factor": moe.routing_scale,
+    }
+
+
 def read_sparse_layers(layers: list[int], num_layers: int) -> Json:
     """Changes of MoEConfig that make exactly these layers MoE."""
     if not layers:

@@ -49,7 +49,7 @@ def _rotate_all(x: Array, positions: Array, config: ModelConfig) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig) -> Float[Array, " H/2"]:
+def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig) -> Float[Array, " pairs"]:
     """Angle per position of each pair: theta^(-2i/dim), scaled."""
     half = dim // 2
     plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

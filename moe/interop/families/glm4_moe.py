@@ -1,0 +1,66 @@
+"""GLM-4-MoE: grouped-query attention with half of each head rotated, DeepSeek-V3's routing, shared experts."""
+
+from moe.config import ModelConfig, sparse_layers
+from moe.interop.families.family import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    SELECTION_BIAS,
+    Family,
+    read_sigmoid_gate,
+    read_sparse_layers,
+    shared_expert,
+    write_groups,
+)
+from moe.interop.schema import Count, Json, OpenConfig, OptionalCount, Positive, Size
+
+
+class Glm4MoeConfig(OpenConfig):
+    """Fields of ``config.json`` with the library's defaults; multi-token prediction is skipped."""
+
+    rms_norm_eps: Positive = 1e-5
+    partial_rotary_factor: Positive = 0.5
+    use_qk_norm: bool = False
+    n_group: Count = 1
+    topk_group: Count = 1
+    num_experts_per_tok: Count = 8
+    norm_topk_prob: bool = True
+    routed_scaling_factor: Positive = 1.0
+    n_routed_experts: Count = 128
+    n_shared_experts: OptionalCount = 1
+    moe_intermediate_size: Size = 1408
+    first_k_dense_replace: OptionalCount = 1
+    num_nextn_predict_layers: OptionalCount = 1
+
+
+def read(source: Glm4MoeConfig) -> tuple[Json, Json]:
+    """See :class:`Family`."""
+    num_layers, width = source.num_hidden_layers, source.moe_intermediate_size
+    head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
+    model = {
+        "rope_dim": int(head_dim * source.rope.partial_rotary_factor),
+        "attention_bias": "qkv" if source.attention_bias else "none",
+        "qk_norm": "head" if source.use_qk_norm else "none",
+    }
+    moe = {"num_experts": source.n_routed_experts, "d_ff": width, "shared_d_ff": width * source.n_shared_experts}
+    layers = list(range(source.first_k_dense_replace, num_layers))
+    return model, read_sigmoid_gate(source) | moe | read_sparse_layers(layers, num_layers)
+
+
+def write(model: ModelConfig) -> Json:
+    """See :class:`Family`."""
+    moe, sparse = model.moe, sparse_layers(model)
+    return {
+        "partial_rotary_factor": (model.rope_dim or model.head_dim) / model.head_dim,
+        "attention_bias": model.attention_bias == "qkv",
+        "use_qk_norm": model.qk_norm == "head",
+        "norm_topk_prob": moe.renormalise == 1,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.shared_d_ff // moe.d_ff,
+        "moe_intermediate_size": moe.d_ff,
+        "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
+    } | write_groups(moe)
+
+
+TENSORS = ATTENTION | DENSE | EXPERTS | SELECTION_BIAS | shared_expert("shared_experts")
+FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", Glm4MoeConfig, read, write, TENSORS)
