@@ -523,6 +523,30 @@ def test_report_of_horizons_tells_the_crossing(tmp_path):
     assert "![horizons](horizons.png)" in text
 
 
+def test_report_below_the_longest_horizon_says_so(tmp_path):
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 400))
+    found = [record(name, seed, loss, 4) for name, loss in (("dense", 5.0), ("mixtral", 5.1)) for seed in (0, 1, 2)]
+    page.write(tmp_path, suite, found, [], "", "COMMAND")
+    text = (tmp_path / "report.md").read_text()
+    assert "The longest horizon, 400 steps, has no comparison yet" in text
+    assert "below the crossing" in text
+
+
+def test_effects_of_the_report_follow_from_results_csv(tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path))
+    ours, base = (4.91, 4.87, 4.95), (5.02, 4.99, 5.01)
+    found = [record("dense", seed, loss, 4) for seed, loss in enumerate(base)]
+    found += [record("mixtral", seed, loss, 4) for seed, loss in enumerate(ours)]
+    page.write(tmp_path, suite, found, [], "", "COMMAND")
+    results_csv = pd.read_csv(tmp_path / "results.csv")
+    final = results_csv.query("quantity == 'loss' and domain == 'primary' and step == steps")
+    by_seed = final.pivot_table("value", "seed", "variant")
+    difference = by_seed["mixtral"] - by_seed["dense"]
+    half = 4.30265 * difference.std() / math.sqrt(3)
+    low, high = difference.mean() - half, difference.mean() + half
+    assert f"{difference.mean():+.4f} nats [{low:+.4f}, {high:+.4f}], n = 3" in (tmp_path / "report.md").read_text()
+
+
 def test_what_counts_as_diverged():
     assert runner._outcome(np.asarray([3.0, 4.0]), 400)[0] == FINISHED
     assert runner._outcome(np.asarray([3.0, math.nan]), 400)[0] == DIVERGED

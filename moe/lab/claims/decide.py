@@ -180,7 +180,7 @@ def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) 
         lacks.append(f"seeds: {n} of at least 5")
     for outcome in outcomes:
         published = outcome.part.published
-        if published and outcome.verdict == UNDECIDED and outcome.detectable > abs(published):
+        if published and outcome.verdict == UNDECIDED and abs(published) < outcome.detectable < math.inf:
             lacks.append(f"power: finds {outcome.detectable:.3f}, the paper's effect is {published:+.3f}")
     return tuple(lacks)
 

@@ -21,8 +21,8 @@ from moe.lab.suite import Comparison
 from moe.lab.table import Table
 
 ROUTING = (
-    ("max_violation", "MaxVio"),
-    ("router_entropy", "router entropy, nats"),
+    ("max_violation", "MaxVio, held-out"),
+    ("router_entropy", "router entropy, held-out, nats"),
     ("train_fraction_tokens_dropped", "dropped in training"),
 )
 _MARKERS = "osD^vP*X<>"
@@ -46,11 +46,11 @@ def forest(
 ) -> str:
     """Effect and interval of every arm at every horizon; single seeds as open markers without an interval.
 
-    ``published``: arm → the paper's effect in the same unit and sign, drawn beside the longest horizon.
+    ``published``: arm → the paper's effect in the same unit and sign, drawn beside the suite's longest horizon.
     """
     horizons = [s for s in table.horizons if any(table.seeds(s, arm, comparison.baseline) for arm in arms)]
     fig, axis = plt.subplots(figsize=(7.2, 1.2 + 0.3 * len(arms) * len(horizons)))
-    color, ticks, labels, y = colors(table), [], [], 0.0
+    color, ticks, labels, y, note = colors(table), [], [], 0.0, ""
     for arm in arms:
         for steps in horizons:
             e = loss_effect(table, arm, comparison.baseline, steps)
@@ -62,17 +62,16 @@ def forest(
                 )  # fmt: skip
             ticks.append(y)
             labels.append(f"{arm}, {_tokens(steps * table.suite.tokens_per_step)} tokens (n = {e.n})")
-            if arm in published and steps == horizons[-1]:
-                axis.plot(published[arm], y, "kx", label="published, at the paper's size")
+            if arm in published and steps == table.suite.longest:
+                axis.plot(published[arm], y, "kx")
+                note = "\n× published effect, at the paper's size"
             y -= 1
         y -= 0.6
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(ticks, labels, fontsize=8)
-    axis.set(xlabel=f"held-out loss less that of {comparison.baseline}, nats per token (left: better)")
+    axis.set_ylim(y + 0.6, 1.0)
+    axis.set(xlabel=f"held-out loss less that of {comparison.baseline}, nats per token (left: better){note}")
     axis.grid(axis="x", alpha=0.3)
-    if published.keys() & set(arms):
-        handles, texts = axis.get_legend_handles_labels()
-        axis.legend(handles[:1], texts[:1], fontsize=8)
     return _save(fig, path)
 
 
@@ -116,7 +115,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         differences, at = [], None
         for seed in table.seeds(steps, arm, comparison.baseline):
             ours, base = (table.curve(name, steps, seed, "loss", PRIMARY) for name in (arm, comparison.baseline))
-            if ours and len(ours) == len(base):
+            if len(ours) > 1 and len(ours) == len(base):
                 at = [step for step, _ in ours]
                 differences.append([a - b for (_, a), (_, b) in zip(ours, base, strict=True)])
         if at is None:

@@ -46,9 +46,10 @@ def write(directory: Path, suite: Suite, records: Iterable[Record], claims: Sequ
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[:2]]
     if own:
         parts += ["## Claims", claims_section(own, {suite.name: found})]
-    for name, comparison in suite.comparisons.items():
+    for index, (name, comparison) in enumerate(suite.comparisons.items()):
         if _arms(found, comparison):
-            parts += [f"## {name[0].upper()}{name[1:]}", _comparison(found, comparison)]
+            note = _COMPARISON_NOTE if index == 0 else ""
+            parts += [f"## {name[0].upper()}{name[1:]}", _comparison(found, comparison, note)]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[2:]]
     if suite.experts:
         parts += ["## Law of experts and tokens", _law(found)]
@@ -97,14 +98,23 @@ def _headline(found: Table) -> list[str]:
     suite, lines = found.suite, []
     if not found.horizons:
         return ["**No run is finished yet.**"]
-    reached = found.horizons[-1]
-    for comparison in list(suite.comparisons.values())[:1]:
+    compared = list(suite.comparisons.values())[:1]
+    reached = max(
+        (s for c in compared for arm in _arms(found, c) for s in found.horizons if found.seeds(s, arm, c.baseline)),
+        default=found.horizons[-1],
+    )
+    for comparison in compared:
         for arm in _arms(found, comparison):
-            lines.append(f"- {_sentence(found, arm, comparison.baseline)}")
+            lines.append(f"- {_sentence(found, arm, comparison.baseline, reached)}")
     if lines:
         tokens = reached * suite.tokens_per_step
         lines.insert(0, f"**After {tokens / 1e6:.2g} million tokens ({reached:,} steps):**\n")
     parts = ["\n".join(lines)]
+    if reached < suite.longest:
+        parts.append(
+            f"The longest horizon, {suite.longest:,} steps, has no comparison yet: what these horizons show is **below the "
+            "crossing** that the suite looks for, and no evidence against a claim about longer training."
+        )
     if len(suite.seeds) < 3:
         parts.append("**A trial:** two seeds show the size of an effect, not whether it is there.")
     if missing := _missing(found):
@@ -112,10 +122,10 @@ def _headline(found: Table) -> list[str]:
     return parts
 
 
-def _sentence(found: Table, arm: str, baseline: str) -> str:
+def _sentence(found: Table, arm: str, baseline: str, reached: int) -> str:
     steps = max(s for s in found.horizons if found.seeds(s, arm, baseline))
     e = loss_effect(found, arm, baseline, steps)
-    where = "" if steps == found.horizons[-1] else f" after {steps:,} steps"
+    where = "" if steps == reached else f" after {steps:,} steps"
     if not math.isfinite(e.mean):
         counts = {name: len(found.diverged(name, steps)) for name in (arm, baseline)}
         return f"{arm}{where}: diverged in {counts[arm]} runs, {baseline} in {counts[baseline]}, of {e.n} seeds."
@@ -157,7 +167,16 @@ def _missing(found: Table) -> str:
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
-def _comparison(found: Table, comparison: Comparison) -> str:
+_COMPARISON_NOTE = (
+    "Losses are nats per token; differences are paired by seed, negative is better. Pooled: least squares on arm and seed "
+    "with one residual variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over seeds, for "
+    "which it is too narrow by a factor of about √(1 − 1/n). Steps to its loss: median share of the baseline's steps "
+    "after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached; only along the "
+    "longest runs."
+)
+
+
+def _comparison(found: Table, comparison: Comparison, note: str) -> str:
     """Per horizon: loss, paired effect, pooled effect, adjusted p, bootstrap over rows and seeds."""
     base, blocks = comparison.baseline, []
     for steps in reversed(found.horizons):
@@ -177,14 +196,8 @@ def _comparison(found: Table, comparison: Comparison) -> str:
             "steps to its loss",
         )  # fmt: skip
         blocks.append(f"**{steps:,} steps, {tokens:.2g} million tokens**\n\n{table(header, rows)}")
-    note = (
-        f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}. Losses in nats per token; "
-        "differences are paired by seed, negative is better. Pooled: least squares on arm and seed with one residual "
-        "variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over seeds, for which it is too "
-        "narrow by a factor of about √(1 − 1/n). Steps to its loss: median share of the "
-        "baseline's steps after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached."
-    )
-    return "\n\n".join([note, *blocks])
+    equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
+    return "\n\n".join([f"{equal} {note}".strip(), *blocks])
 
 
 def _comparison_row(
@@ -257,6 +270,8 @@ def _sweep(directory: Path, found: Table) -> str:
     """The curve, the choices, and which arms are not tuned."""
     sweep = found.suite.sweep
     assert sweep is not None
+    if not any(choice.tried for choice in found.choices.values()):
+        return f"**Not tuned:** the sweep has not been run. All arms use the base config's rate, {found.suite.learning_rate:g}."
     picture = figures.sweep(directory / "sweep.png", found)
     rows = []
     for name, choice in found.choices.items():
