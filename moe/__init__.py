@@ -1,1 +1,63 @@
-"""Mixture-of-Experts language models in JAX and Flax NNX, sharded by annotation."""
+"""Mixture-of-Experts language models in JAX and Flax NNX, sharded by annotation.
+
+docs/api.md describes the public names. They are imported when first used: ``import moe`` alone does not import JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+    from moe.interop import load_huggingface, save_huggingface
+    from moe.layers.moe_layer import MoELayer
+    from moe.models.decoder import Transformer
+    from moe.parallel.axes import mesh_roles
+    from moe.routing.interface import Gate, GateInputs, GateOutput
+    from moe.routing.routing import Routing
+    from moe.training.loop import train
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Gate",
+    "GateInputs",
+    "GateOutput",
+    "MoEConfig",
+    "MoELayer",
+    "ModelConfig",
+    "Routing",
+    "Transformer",
+    "load_huggingface",
+    "mesh_roles",
+    "save_huggingface",
+    "train",
+]
+
+_MODULES = {
+    "Config": "moe.config",
+    "ConfigError": "moe.config",
+    "Gate": "moe.routing.interface",
+    "GateInputs": "moe.routing.interface",
+    "GateOutput": "moe.routing.interface",
+    "MoEConfig": "moe.config",
+    "MoELayer": "moe.layers.moe_layer",
+    "ModelConfig": "moe.config",
+    "Routing": "moe.routing.routing",
+    "Transformer": "moe.models.decoder",
+    "load_huggingface": "moe.interop",
+    "mesh_roles": "moe.parallel.axes",
+    "save_huggingface": "moe.interop",
+    "train": "moe.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'moe' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

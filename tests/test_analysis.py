@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -224,7 +225,7 @@ def test_untrained_routers_leave_the_rest_of_the_model(recorded):
 def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     logits = rng.normal(size=(2, 5, 6)).astype(np.float32)
     order = np.argsort(-logits, axis=-1)
-    mask = np.ones((2, 5), bool)
+    mask = jnp.ones((2, 5), bool)
 
     def masked_route(name, experts, **options):
         gate = probes.masked_gate(find_gate(name), experts)
@@ -237,7 +238,7 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     # With a selection bias, the highest of s + b go, however large the bias.
     bias = np.array([0, 0, 3, 0, -1, 0], np.float32)
     biased = np.argsort(-(1 / (1 + np.exp(-logits)) + bias), axis=-1)
-    masked = masked_route("deepseek_v3", 2, selection_bias=bias, renormalise=True)
+    masked = masked_route("deepseek_v3", 2, selection_bias=jnp.asarray(bias), renormalise=True)
     np.testing.assert_array_equal(masked.expert_index, biased[..., 2:4])
 
 

@@ -244,7 +244,7 @@ def test_a_place_in_other_documents_is_refused(prepared, data):
 
 
 def _documents(row, tokenizer):
-    """Texts of the documents that start in the row with room for their number."""
+    """Texts of the documents that start at least 20 tokens before the end of the row."""
     starts = [int(start) for start in np.flatnonzero(row == tokenizer.bos_id) if start + 20 <= len(row)]
     return [tokenizer.decode(row[start:]) for start in starts]
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.checkpoints.workdir import read_config
@@ -149,9 +150,7 @@ def test_round_trip_is_bit_identical(path, max_shard_bytes, tmp_path):
     again, config_again = load_huggingface(tmp_path)
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, again, model)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == WRITTEN_AS.get(
-        f"{path.parent.name}/{path.name}", WRITTEN_AS.get(path.name, path.name)
-    )
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == WRITTEN_AS.get(path, path.name)
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in MOE])
@@ -163,6 +162,23 @@ def test_the_fused_layout_of_every_family(path, tmp_path):
     assert not any(".experts.0." in name for name in names)
     again, _ = load_huggingface(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+def test_multi_token_prediction_is_skipped(tmp_path, caplog):
+    """DeepSeek-V3's layers after the last one; in a family without them they are surplus tensors."""
+    shutil.copytree(HERE / "deepseek_v3", tmp_path / "v3")
+    tensors = load_file(tmp_path / "v3" / "model.safetensors")
+    extra = {name.replace("layers.2.", "layers.3."): tensor for name, tensor in tensors.items() if "layers.2." in name}
+    save_file(tensors | extra, tmp_path / "v3" / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        load_huggingface(tmp_path / "v3")
+    assert f"{len(extra)} tensors of multi-token prediction are skipped" in caplog.text
+    shutil.copytree(HERE / "llama", tmp_path / "llama")
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    tensors["model.layers.3.input_layernorm.weight"] = tensors["model.layers.2.input_layernorm.weight"]
+    save_file(tensors, tmp_path / "llama" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"surplus model\.layers\.3\.input_layernorm"):
+        load_huggingface(tmp_path / "llama")
 
 
 def test_weights_are_never_overwritten(tmp_path):

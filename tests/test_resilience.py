@@ -319,7 +319,10 @@ def two_steps_back(workdir):
     [
         (lambda w: (w / "config.json").unlink(), "a checkpoint of step 4 but no config.json"),
         (lambda w: (w / "config.json").write_bytes(b"\xff"), r"config\.json: 'utf-8' codec can't decode"),
-        (lambda w: (w / "tokenizer.model").write_bytes(b"x"), r"tokenizer\.model: differs from this run.s tokenizer"),
+        (
+            lambda w: (w / "tokenizer.model").write_bytes(b"x"),
+            r"tokenizer\.model: differs from the tokenizer of this config",
+        ),
         (lambda w: (w / "metrics.jsonl").write_text("[]\n{}\n"), r"metrics\.jsonl, line 1: not a row of metrics"),
         (lambda w: (w / ".lock").unlink() or (w / ".lock").mkdir(), r"cannot be written \(Is a directory\)"),
     ],
@@ -569,7 +572,7 @@ def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(dir
 
 
 def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):  # noqa: F811
-    config = tiny(directory, **SETTINGS, **{"model.moe.d_ff": 2**30})
+    config = tiny(directory, **SETTINGS, **{"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096})
     with pytest.raises(ConfigError, match=r"parameters and optimizer state need [\d,.]+ GiB where there are"):
         train(config, str(tmp_path / "run"), ONE, quiet=True)
     assert not (tmp_path / "run").exists()

@@ -112,6 +112,11 @@ def holds_run(workdir: epath.Path) -> bool:
     return bool(rows)
 
 
+def is_finished(config: Config, workdir: epath.Path) -> bool:
+    """Return True if the run has its last checkpoint and its report."""
+    return (workdir / REPORT).exists() and config.train.num_steps in complete_steps(workdir)
+
+
 def read_config(workdir: str | os.PathLike[str]) -> Config:
     """Read the config that a run or an import left beside its checkpoints.
 
@@ -219,7 +224,10 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         if new or not (workdir / name).exists():
             write_atomic(workdir / name, content)
         elif (workdir / name).read_bytes() != content:
-            raise ConfigError(f"{workdir / name}: differs from this run's tokenizer; delete it to have it restored")
+            raise ConfigError(
+                f"{workdir / name}: differs from the tokenizer of this config and its data; if the file was damaged, "
+                "delete it to have it restored; if the data changed, use another workdir"
+            )
     if new:
         write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2).encode())
 

@@ -16,6 +16,7 @@ from moe.dispatch.grouped_matmul.row_blocks import UNPADDED, choose_row_blocks, 
 from moe.dispatch.plan import Plan, load_per_group
 from moe.dispatch.rows import combine_rows, fill_rows, index_tables
 from moe.parallel import partition_specs
+from moe.parallel.axes import axis_of, on_mesh
 from moe.parallel.mesh import axis_size
 from moe.routing.routing import Routing
 
@@ -29,10 +30,10 @@ def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Ex
     matrices = experts.matrices(x.dtype)
     if axis_size(*partition_specs.AXES) == 1:
         return run_sorted_by_expert(x, routing, plan, matrices, experts)
-    batch = partition_specs.BATCH
+    batch = on_mesh(partition_specs.BATCH)
     return jax.shard_map(
         functools.partial(run_sorted_by_expert, experts=experts),
-        in_specs=(batch, batch, batch, partition_specs.EXPERT_MATRICES),
+        in_specs=(batch, batch, batch, tuple(map(on_mesh, partition_specs.EXPERT_MATRICES))),
         out_specs=batch,
         check_vma=False,
     )(x, routing, plan, matrices)
@@ -58,4 +59,4 @@ def run_sorted_by_expert(
     weights = routing.combine_weights.reshape(groups * tokens, -1)
     y = combine_rows(outputs, weights, *tables).reshape(x.shape)
     # The hidden dim is split over ``tensor``: every device of that axis has a partial sum of each output.
-    return jax.lax.psum(y, "tensor") if axis_size("tensor") > 1 else y
+    return jax.lax.psum(y, axis_of("tensor")) if axis_size("tensor") > 1 else y

@@ -14,6 +14,7 @@ from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks
 from moe.dispatch.ragged_exchange import run_experts_in_rounds
 from moe.dispatch.rows import fill_rows
 from moe.parallel import target
+from moe.parallel.axes import axis_of
 
 
 def exchange_rows(
@@ -35,7 +36,7 @@ def exchange_rows(
         return run_experts_in_rounds(experts, rows, sizes, matrices)
     num_rows = rows.shape[0]
     sent = sizes.reshape(num_devices, -1)  # [X,E/X]
-    received = jax.lax.all_to_all(sent, "expert", 0, 0, tiled=True)  # [X,E/X], by sender
+    received = jax.lax.all_to_all(sent, axis_of("expert"), 0, 0, tiled=True)  # [X,E/X], by sender
     arrived = _send(rows, jnp.sum(sent, axis=1))
     num_experts = received.shape[1]
     row_blocks = choose_row_blocks(num_rows, num_experts)  # a device receives R rows on average
@@ -68,13 +69,15 @@ def _sorted_tables(
 def _send(rows: Float[Array, "R D"], sent: Int[Array, " X"]) -> Float[Array, "XR D"]:
     """Sends rows sorted by receiving device, ``sent`` of them to each; those of sender s arrive from slot s·R on."""
     slots = fill_rows(rows, *_slot_tables(sent, rows.shape[0]))
-    return jax.lax.all_to_all(slots, "expert", 0, 0, tiled=True)
+    return jax.lax.all_to_all(slots, axis_of("expert"), 0, 0, tiled=True)
 
 
 def _send_back(slots: Float[Array, "XR D"], sent: Int[Array, " X"]) -> Float[Array, "R D"]:
     """The inverse of :func:`_send`."""
     row_of_slot, slot_of_row = _slot_tables(sent, slots.shape[0] // sent.shape[0])
-    return fill_rows(jax.lax.all_to_all(slots, "expert", 0, 0, tiled=True), slot_of_row[:, 0], row_of_slot[:, None])
+    return fill_rows(
+        jax.lax.all_to_all(slots, axis_of("expert"), 0, 0, tiled=True), slot_of_row[:, 0], row_of_slot[:, None]
+    )
 
 
 def _slot_tables(sent: Int[Array, " X"], num_rows: int) -> tuple[Int[Array, " XR"], Int[Array, "R 1"]]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from moe.dispatch.experts import Experts
 from moe.dispatch.grouped_matmul.row_blocks import UNPADDED, whole_tiles
+from moe.parallel.axes import axis_of
 
 #: Rows of an exchange round, as a multiple of a device's own.
 ROUND_SIZE = 5 / 4
@@ -51,7 +52,7 @@ def run_experts_in_rounds(
         return experts.grouped(matrices, rows, sizes, UNPADDED)
 
     with jax.named_scope(LOAD_SCOPE):
-        loads = jax.lax.all_gather(sizes, "expert")
+        loads = jax.lax.all_gather(sizes, axis_of("expert"))
     return _run_in_rounds(ffn, round_size, rows, matrices, loads)
 
 
@@ -66,7 +67,7 @@ def _round(loads: Int[Array, "X E"], start: Array | int, round_size: int) -> tup
         start: first arrival position of the round.
         round_size: rows of a round.
     """
-    me, num_devices = jax.lax.axis_index("expert"), loads.shape[0]
+    me, num_devices = jax.lax.axis_index(axis_of("expert")), loads.shape[0]
     total = jnp.sum(loads, axis=0).reshape(num_devices, -1)  # [X,E/X]
     first = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows on its device
     arrival = first + jnp.cumsum(loads, axis=0) - loads  # [X,E]
@@ -90,7 +91,7 @@ def _exchange(rows: Float[Array, "R D"], onto: Float[Array, "N D"] | int, route:
     """Sends rows over a route onto a buffer, or onto a new one of N rows that is undefined where nothing arrives."""
     if isinstance(onto, int):
         onto = jax.lax.empty((onto, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, onto, *route, axis_name="expert")
+    return jax.lax.ragged_all_to_all(rows, onto, *route, axis_name=axis_of("expert"))
 
 
 def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:

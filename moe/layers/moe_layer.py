@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moe.config import ModelConfig
+from moe.config import Config, ConfigError, DataConfig, ModelConfig
+from moe.config.parse import build
 from moe.dispatch.experts import Experts as ExpertsProtocol
 from moe.dispatch.modes import MODES
 from moe.dispatch.plan import Plan, expert_capacity, plan_assignments
@@ -23,6 +24,7 @@ from moe.parallel.weights import matrix
 from moe.routing import balancing
 from moe.routing.interface import Gate
 from moe.routing.registry import find_gate
+from moe.routing.resolve import resolve, validate
 from moe.routing.router import Router
 from moe.routing.routing import Routing, route
 
@@ -52,11 +54,32 @@ class _Keys(NamedTuple):
 
 
 class MoELayer(nnx.Module):
-    """Router, dispatch and experts with the constants of one paper's gate."""
+    """Router, dispatch and experts with the constants of one paper's gate.
 
-    def __init__(self, config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs):
-        self.config = config.moe
-        self.gate = find_gate(config.moe.gate) if gate is None else gate
+    Example::
+
+        layer = MoELayer(d_model=512, d_ff=1024, num_experts=8, gate="mixtral", rngs=nnx.Rngs(0))
+        y, report, routing = layer(x)
+    """
+
+    def __init__(
+        self, config: ModelConfig | None = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any
+    ):
+        """Draw the parameters.
+
+        Args:
+            config: of a whole model, whose ``moe`` section describes the layer; None: ``settings`` do.
+            gate: name of the gate, or ``module:object``; with a config, a record to use instead of its gate's.
+            rngs: keys of the parameters.
+            **settings: ``d_model``, ``activation`` and ``init_scale`` of :class:`moe.config.ModelConfig`, and fields of
+                :class:`moe.config.MoEConfig` such as ``d_ff``, ``num_experts`` and ``dispatch``.
+
+        Raises:
+            ConfigError: an unknown setting, or an impossible value or combination.
+        """
+        config = _layer_config(gate or "mixtral", settings) if config is None else _resolved(config, settings)
+        self.config, self.d_model = config.moe, config.d_model
+        self.gate = gate if isinstance(gate, Gate) else find_gate(config.moe.gate)
         self.router = None if self.gate.router == "none" else Router(config, gate=self.gate, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
@@ -64,7 +87,7 @@ class MoELayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[ArrayLike, "B T"],
+        mask: Bool[ArrayLike, "B T"] | None = None,
         *,
         token_ids: Int[ArrayLike, "B T"] | None = None,
         positions: Int[ArrayLike, "B T"] | None = None,
@@ -76,7 +99,7 @@ class MoELayer(nnx.Module):
 
         Args:
             x: normalised activations.
-            mask: real tokens; padding takes no capacity, gets 0 and counts in no loss.
+            mask: real tokens; padding takes no capacity, gets 0 and counts in no loss. None: all are real.
             token_ids: for gates that route by token id.
             positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
             routing: recorded routing to replay instead of asking the router.
@@ -89,6 +112,8 @@ class MoELayer(nnx.Module):
         """
         # A group is a run of S tokens of the batch in row order, whatever the mesh.
         size = self.config.group_size or x.shape[1]
+        self._check_input(x, size)
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         tokens = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.BATCH)
         valid = jnp.asarray(mask).reshape(-1, size)
         token_ids, positions = (
@@ -109,6 +134,12 @@ class MoELayer(nnx.Module):
         if self.shared is not None:
             y = y + jnp.where(valid.reshape(*x.shape[:2], 1), self.shared(x), 0)
         return y, self._report(routing, valid, plan.kept, rows=x.shape[0]), routing
+
+    def _check_input(self, x: Array, group_size: int) -> None:
+        if x.ndim != 3 or x.shape[2] != self.d_model:
+            raise ValueError(f"x of shape {x.shape}: must be [batch, sequence, d_model={self.d_model}]")
+        if x.shape[0] * x.shape[1] % group_size:
+            raise ValueError(f"group_size={group_size}: must divide the {x.shape[0]} x {x.shape[1]} tokens of x")
 
     @property
     def mode(self) -> str:
@@ -190,6 +221,36 @@ class MoELayer(nnx.Module):
             parts=parts,
             expert_groups=self.config.expert_groups,
         )
+
+
+#: Settings of a layer that belong to the model, not to its MoE section.
+_MODEL_SETTINGS = ("d_model", "activation", "init_scale")
+
+
+def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
+    """The resolved and checked config of a layer on its own."""
+    if not isinstance(gate, str):
+        raise ConfigError(f"gate={gate!r}: must be a name or 'module:object'")
+    missing = [name for name in ("d_model", "d_ff") if name not in settings]
+    if missing:
+        raise ConfigError(f"MoELayer: needs {' and '.join(missing)}, or the config of a model")
+    model = {name: value for name, value in settings.items() if name in _MODEL_SETTINGS}
+    moe = {name: value for name, value in settings.items() if name not in _MODEL_SETTINGS}
+    # A layer on its own need not be causal.
+    moe = {"accept_future_leak": True, **moe, "gate": gate}
+    if gate == "soft_moe":
+        moe.setdefault("dispatch", "einsum")
+    data = DataConfig(sequence_length=max(2, moe.get("group_size") or 256))  # groups are checked when x is known
+    config = resolve(Config(model=build(ModelConfig, {**model, "moe": moe}, ""), data=data))
+    return validate(config).model
+
+
+def _resolved(config: Any, settings: dict[str, Any]) -> ModelConfig:
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
+    if settings:
+        raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
+    return resolve(Config(model=config)).model
 
 
 def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moe.config import ModelConfig
+from moe.config import Config, ConfigError, ModelConfig
 from moe.config.layer_kinds import LayerKind, layer_kinds
 from moe.models.block import Block
+from moe.routing.resolve import resolve
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch
 #: axis; "full": the layer.
@@ -89,7 +90,10 @@ class Stack(nnx.Module):
     """All layers of a model, in segments."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        """Draw the parameters of all layers; what the config leaves to its gate is filled in."""
+        if not isinstance(config, ModelConfig):
+            raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
+        self.config = config = resolve(Config(model=config)).model
         for i, (unit, repeats) in enumerate(segments(config)):
             setattr(self, f"segment_{i}", Segment.stacked(config, unit, repeats, rngs=rngs))
 

@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "expert", "tensor")
 TOKEN_AXES = ("data", "fsdp", "expert")
 
 _NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
-_names = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
+_names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
 
 
 @contextlib.contextmanager

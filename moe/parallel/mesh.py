@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
-from moe.parallel.partition_specs import AXES, BATCH
+from moe.parallel.axes import AXES, on_mesh, role_size
+from moe.parallel.partition_specs import BATCH
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -55,10 +56,20 @@ def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def constrain(x: Array, spec: P) -> Array:
-    """Constrain the sharding of x on the mesh in context (``jax.set_mesh``); without a mesh, return x."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Constrain the sharding of x on the mesh in context (``jax.set_mesh``); without a mesh, return x.
+
+    Raises:
+        ConfigError: a mesh with Explicit axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    if AxisType.Explicit in mesh.axis_types:
+        raise ConfigError(
+            f"the mesh in context has Explicit axes, {mesh.axis_names}: make it with "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
+        )
+    return jax.lax.with_sharding_constraint(x, on_mesh(spec))
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
@@ -69,5 +80,4 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 def axis_size(*axes: str) -> int:
     """Number of shards that these axes of the mesh in context make; 1 without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return int(np.prod([sizes.get(axis, 1) for axis in axes]))
+    return int(np.prod([role_size(axis) for axis in axes]))

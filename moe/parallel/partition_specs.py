@@ -12,9 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-#: Mesh axes, and those over which tokens are split.
-AXES = ("data", "fsdp", "expert", "tensor")
-TOKEN_AXES = ("data", "fsdp", "expert")
+from moe.parallel.axes import AXES as AXES
+from moe.parallel.axes import TOKEN_AXES, on_mesh, role_size
 
 # Activations.
 BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
@@ -82,10 +81,9 @@ def without(axes: Any, dropped: Sequence[str]) -> Any:
 def fit(spec: P, shape: Sequence[int]) -> P:
     """Storage of a weight whose D does not divide by fsdp x expert (1024 over 2048 cores): ``expert`` splits another
     dimension instead, or none."""
-    sizes = jax.sharding.get_abstract_mesh().shape
 
     def divides(dim: int, axes: Any) -> bool:
-        return dim % int(np.prod([sizes.get(axis, 1) for axis in axis_names(axes)])) == 0
+        return dim % int(np.prod([role_size(axis) for axis in axis_names(axes)])) == 0
 
     if STORED not in tuple(spec) or all(divides(dim, axes) for dim, axes in zip(shape, spec, strict=True)):
         return spec
@@ -150,4 +148,8 @@ def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Convert a tree of PartitionSpecs to NamedShardings."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, on_mesh(spec, mesh.axis_names)),
+        specs,
+        is_leaf=lambda leaf: isinstance(leaf, P),
+    )

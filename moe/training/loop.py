@@ -23,6 +23,7 @@ from moe.checkpoints.workdir import (
     REPORT,
     disk_errors,
     holds_run,
+    is_finished,
     latest_change,
     locked,
     record_changes,
@@ -71,13 +72,7 @@ def train(
         Stopped: a SystemExit, after SIGTERM or Ctrl-C; the checkpoint of the last step is on disk.
     """
     say = print if jax.process_index() == 0 and not quiet else lambda *_: None
-    if "://" in workdir:
-        raise ConfigError(
-            f"--workdir={workdir}: must be a folder of a file system, because rows are appended and files renamed "
-            "there; mount the bucket and name the folder (docs/pods.md)"
-        )
-    directory = epath.Path(workdir)
-    refuse_unusable_path(directory)
+    directory = _folder(workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     warm_start.check(config)
@@ -88,6 +83,10 @@ def train(
             stack.enter_context(locked(directory))
         new = not holds_run(directory)
         changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
+        if not new and not changes and is_finished(config, directory):
+            say(f"{directory} is done: {config.train.num_steps} steps were trained. Its report:\n")
+            say((directory / REPORT).read_text())
+            return
         prepared = pipeline.prepare(
             config.data, config.model.vocab_size, tokenizer=warm_start.tokenizer(config), progress=say
         )
@@ -97,12 +96,9 @@ def train(
         program = make_program(config, mesh, warm_start.teacher(config, mesh))
         memory.refuse_too_large(program)
         heldout = load_heldout(program, prepared)
+        rows = local_rows(mesh, config.train.batch_size)
         iterator = pipeline.train_iterator(
-            prepared,
-            config.data,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            rows=local_rows(mesh, config.train.batch_size),
+            prepared, config.data, batch_size=config.train.batch_size, seed=config.seed, rows=rows
         )
         state = warm_start.first_state(program, say) if new else None
         with disk_errors(directory):
@@ -113,9 +109,7 @@ def train(
                     raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
-        total, active = flops.count_parameters(config.model)
-        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        say(f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})")
+        say(_description(program))
         with disk_errors(directory):
             found = checkpoints.resume(program.state, iterator, say)
         if found is None:
@@ -133,6 +127,24 @@ def train(
         if jax.process_index() == 0:
             with disk_errors(directory):
                 finish(program, state, prepared, directory, say)
+
+
+def _folder(workdir: str) -> epath.Path:
+    """The workdir as a path. Raises ConfigError for one that cannot hold a run."""
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir={workdir}: must be a folder of a file system, because rows are appended and files renamed "
+            "there; mount the bucket and name the folder (docs/pods.md)"
+        )
+    refuse_unusable_path(workdir)
+    return epath.Path(workdir)
+
+
+def _description(program: Program) -> str:
+    """One line on model and mesh."""
+    total, active = flops.count_parameters(program.config.model)
+    axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    return f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})"
 
 
 def _apply_changes(

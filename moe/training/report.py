@@ -30,15 +30,11 @@ def finish(
     directory: epath.Path,
     say: Callable[[str], Any],
 ) -> None:
-    """Write report.txt and training.png from the last evaluation and the final state; a second call prints the report.
+    """Write report.txt and training.png from the last evaluation and the final state.
 
     Raises:
         ConfigError: the rows of the last evaluation are missing from the metrics file.
     """
-    if (directory / "report.txt").exists():
-        say(f"{directory} is done: {program.config.train.num_steps} steps were trained. Its report:\n")
-        say((directory / "report.txt").read_text())
-        return
     config = program.config
     rows = read_rows(directory / METRICS)
     final = [row for row in rows if row["step"] == config.train.num_steps and row["kind"].startswith("heldout/")]

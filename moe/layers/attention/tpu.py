@@ -8,10 +8,10 @@ import jax
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from moe.parallel import partition_specs, target
+from moe.parallel.axes import on_mesh
 
 #: Vector lanes of a TPU: splash attention takes H and T in multiples of them.
 LANES = 128
@@ -55,11 +55,12 @@ def splash_attention(
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(query, key, value, segment_ids)
+    heads = on_mesh(partition_specs.HEADS)
     # XLA cannot partition a kernel: each device runs it on its own rows and heads.
     spread = functools.partial(
         jax.shard_map,
-        in_specs=(partition_specs.HEADS, partition_specs.HEADS, partition_specs.HEADS, P(*partition_specs.BATCH)),
-        out_specs=partition_specs.HEADS,
+        in_specs=(heads, heads, heads, on_mesh(partition_specs.BATCH)),
+        out_specs=heads,
         check_vma=False,
     )
     return spread(local)(query, key, value, segment_ids)

@@ -1,0 +1,156 @@
+"""The public names: a layer on its own, under JAX's and Flax's transformations, in Linen and in a user's mesh."""
+
+import subprocess
+import sys
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+from jax.sharding import AxisType
+
+import moe
+from moe import ConfigError, MoELayer
+
+SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
+
+
+def _layer(**settings):
+    return MoELayer(**{**SIZES, **settings}, rngs=nnx.Rngs(0))
+
+
+def _x(*shape):
+    return jax.random.normal(jax.random.key(1), (*shape, 8))
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import moe, sys; assert 'jax' not in sys.modules; moe.Config; assert 'MoELayer' in dir(moe)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", moe.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(moe, name).__name__ == name
+
+
+def test_an_unknown_name_is_refused_with_those_there_are():
+    with pytest.raises(AttributeError, match="MoELayer"):
+        _ = moe.MixtureLayer
+
+
+@pytest.mark.parametrize("gate", ["mixtral", "switch", "soft_moe", "expert_choice"])
+def test_the_layer_alone(gate):
+    y, report, routing = jax.jit(_layer(gate=gate).__call__)(_x(2, 6))
+    assert y.shape == (2, 6, 8)
+    assert bool(jnp.any(y != 0))
+    assert report.expert_load.shape == (4,)
+    assert routing.expert_index.shape[:2] == (2, 6)
+
+
+def test_no_mask_is_a_mask_of_real_tokens():
+    layer, x = _layer(), _x(2, 6)
+    np.testing.assert_array_equal(layer(x)[0], layer(x, jnp.ones((2, 6), bool))[0])
+
+
+def test_the_layer_under_grad_scan_and_vmap():
+    layer, x = _layer(dispatch="dropless"), _x(3, 2, 6)
+    graphdef, state = nnx.split(layer)
+    expected = jnp.stack([layer(part)[0] for part in x])
+
+    def apply(part):
+        return nnx.merge(graphdef, state)(part)[0]
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(apply))(x), expected, rtol=1e-4, atol=1e-5)
+    _, scanned = jax.lax.scan(lambda carry, part: (carry, apply(part)), None, x)
+    np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-5)
+    gradients = nnx.grad(lambda layer: jnp.sum(layer(x[0])[0] ** 2))(layer)
+    assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradients))
+
+
+def test_the_layer_in_a_linen_model():
+    class Model(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x):
+            y, report, _ = bridge.to_linen(MoELayer, **SIZES)(flax.linen.LayerNorm()(x))
+            return x + y, report.load_balancing_loss
+
+    x, model = _x(2, 6), Model()
+    variables = model.init(jax.random.key(0), x)
+    y, loss = jax.jit(model.apply)(variables, x)
+    assert y.shape == x.shape
+    assert float(loss) > 0
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+def test_the_layer_in_a_users_mesh(dispatch):
+    """Axes without a role are ignored; with mesh_roles the experts are split over the user's axis."""
+    layer, x = _layer(dispatch=dispatch, capacity_factor=4.0, eval_capacity_factor=4.0), _x(8, 6)
+    expected = layer(x)[0]
+    mesh = jax.make_mesh((4, 2), ("ep", "replica"), axis_types=(AxisType.Auto,) * 2)
+    graphdef, state = nnx.split(layer)
+    with jax.set_mesh(mesh):
+        plain = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)[0])
+        np.testing.assert_allclose(plain(state, x), expected, rtol=1e-4, atol=1e-5)
+        with moe.mesh_roles({"expert": "ep"}):
+            split = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)[0]).lower(state, x).compile()
+        np.testing.assert_allclose(split(state, x), expected, rtol=1e-4, atol=1e-5)
+        assert "all-to-all" in split.as_text()
+        assert "all-to-all" not in plain.lower(state, x).compile().as_text()
+
+
+def test_a_mesh_with_explicit_axes_is_refused():
+    mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="Explicit axes"):
+        _layer()(_x(8, 6))
+
+
+def test_unresolved_configs_are_filled_in():
+    config = moe.ModelConfig(d_model=8, num_layers=1, moe=moe.MoEConfig(num_experts=4, d_ff=12))
+    assert MoELayer(config, rngs=nnx.Rngs(0)).config.experts_per_token == 2
+    model = nnx.eval_shape(lambda: moe.Transformer(config, rngs=nnx.Rngs(0)))
+    assert model.config.moe.capacity_factor == 1.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"num_expert": 4}, "moe.num_expert: no such field; did you mean moe.num_experts"),
+        ({"gate": "mixtrall"}, "did you mean 'mixtral'"),
+        ({"d_model": "8"}, "d_model='8': must be int"),
+        ({"experts_per_token": 9}, "must be at most num_experts=4"),
+        ({"dispatch": "scatter"}, "must be one of"),
+        ({"config": moe.Config()}, "config must be a moe.ModelConfig"),
+        ({"config": moe.ModelConfig()}, "not both"),
+    ],
+    ids=["name", "gate", "type", "value", "choice", "config", "both"],
+)
+def test_wrong_settings_get_a_sentence(settings, pattern):
+    with pytest.raises(ConfigError, match=pattern):
+        _layer(**settings)
+
+
+def test_sizes_are_needed():
+    with pytest.raises(ConfigError, match="needs d_model and d_ff"):
+        MoELayer(rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "x", "pattern"),
+    [
+        ({}, jnp.zeros((2, 6, 7)), r"must be \[batch, sequence, d_model=8\]"),
+        ({"group_size": 5}, jnp.zeros((2, 6, 8)), "group_size=5: must divide the 2 x 6 tokens"),
+        ({"gate": "hash"}, jnp.zeros((2, 6, 8)), "needs token_ids"),
+    ],
+    ids=["dims", "groups", "token ids"],
+)
+def test_wrong_inputs_get_a_sentence(settings, x, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        _layer(**settings)(x)
+
+
+def test_unknown_roles_are_refused():
+    with pytest.raises(ConfigError, match="roles are data, fsdp, expert, tensor"), moe.mesh_roles({"experts": "ep"}):
+        pass
