@@ -1,9 +1,10 @@
 """python scripts/ablate.py --suite=configs/ablations/NAME.py --workdir=DIR: train what a suite is missing, then report.
 
-The report (report.md, results.csv, PNGs) is written to DIR, one record per finished run to DIR/records/. --jobs=2 starts
-two processes, each pinned to a core; more machines that share DIR may run the same command at the same time. --report
-trains nothing and writes the report again from DIR/records. --claims --workdir=DIR writes DIR/claims.md, the table of
-all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the runs.
+The report (report.md, results.csv, PNGs) is written to DIR, one record per finished run to DIR/records/. --jobs=2
+starts two processes, each pinned to a core; more machines that share DIR may run the same command at the same time.
+--report trains nothing and writes the report again from DIR/records. --claims --workdir=DIR writes DIR/claims.md, the
+table of all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the
+runs.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from moe.lab.claims.registration import CLAIMS_FILE, read_claims
 from moe.lab.records import RECORDS, read_all
 from moe.lab.report import claims_page, page
 from moe.lab.running import jobs, runner
-from moe.lab.suite import load_suite
+from moe.lab.suite import load_suite, with_seeds
 from moe.lab.table import Table
 
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
@@ -43,14 +44,14 @@ def main() -> None:
     if not _SUITE.value:
         raise ConfigError("--suite: must be given; suites are in configs/ablations/")
     suite = load_suite(_SUITE.value, _SIZE.value)
+    if _SEEDS.value:
+        suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
     claims, digest = read_claims(Path(_SUITE.value).parent / CLAIMS_FILE)
     if not _REPORT.value:
         if _JOBS.value:
             jobs.start(_JOBS.value)
         else:
-            worker = runner.Worker(
-                suite, workdir, claims, seeds=[_seed(seed) for seed in _SEEDS.value], sweep=_SWEEP.value
-            )
+            worker = runner.Worker(suite, workdir, claims, sweep=_SWEEP.value)
             worker.run()
             worker.measure()
     records = read_all(workdir)

@@ -1,7 +1,7 @@
 """Model FLOPs utilisation of a config's train step: `python scripts/mfu.py [--config=FILE] [--steps=N]`.
 
-Prints the machine's matmul rate and the step's, measured in turns in one process, on random tokens: no data needed.
-Instead of that:
+Prints the rate of one large matmul and that of the step, measured in turns in one process on random tokens.
+Alternatives:
 
 `--remat=none,dots,full` prints bytes and step time of each policy, timed in turns.
 `--compile_layers=4,32` prints how long the step of a model of so many layers takes to compile.
@@ -35,7 +35,7 @@ _SAVES = flags.DEFINE_integer("saves", 0, "Checkpoints of a real run to compare 
 
 
 def random_rows(config: Any) -> dict[str, Any]:
-    """A batch of one document a row, as NumPy arrays."""
+    """A batch of random tokens, one document per row, as NumPy arrays."""
     import numpy as np
 
     shape = (config.train.batch_size, config.data.sequence_length)
@@ -45,7 +45,7 @@ def random_rows(config: Any) -> dict[str, Any]:
 
 
 class Stepper:
-    """A program with a state of its own; called, it takes one step."""
+    """A train step with its own state; a call runs one step."""
 
     def __init__(self, program: Any):
         import jax
@@ -57,7 +57,7 @@ class Stepper:
         jax.block_until_ready(self._state)
 
     def __call__(self) -> None:
-        """One step, and waits for it."""
+        """Runs one step and waits for it."""
         import jax
 
         self._state, _ = self._step(self._state, self._batch)
@@ -65,7 +65,7 @@ class Stepper:
 
 
 def utilisation(config: Any, mesh: Any) -> None:
-    """Prints MFU, and perhaps how seeds train together."""
+    """Prints MFU, and with --seeds the time of several seeds in one vmapped program."""
     import jax
     import numpy as np
 
@@ -118,7 +118,7 @@ def utilisation(config: Any, mesh: Any) -> None:
 
 
 def spread(seconds: list[float]) -> str:
-    """Median and extremes, for a line of text."""
+    """Median, minimum and maximum as text."""
     return (
         f"median {statistics.median(seconds) * 1e3:.0f} ms of {len(seconds)}, "
         f"{min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}"
@@ -126,14 +126,14 @@ def spread(seconds: list[float]) -> str:
 
 
 def with_model(config: Any, **changes: Any) -> Any:
-    """The config with other fields of its model, checked."""
+    """The config with changed fields of its model, validated."""
     from moe.routing.resolve import validate
 
     return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)))
 
 
 def remat(config: Any, mesh: Any) -> None:
-    """Prints bytes against step time."""
+    """Prints memory and step time of each remat policy."""
     from moe.training.step import build
     from scripts import timing
 
@@ -152,7 +152,7 @@ def remat(config: Any, mesh: Any) -> None:
 
 
 def compilation(config: Any, mesh: Any) -> None:
-    """Prints seconds to trace, lower and compile; the first number of layers once before, unmeasured."""
+    """Prints seconds to trace, lower and compile, after an unmeasured warm-up of the first number of layers."""
     import jax
 
     from moe.config import ConfigError
@@ -179,12 +179,11 @@ def compilation(config: Any, mesh: Any) -> None:
 
 
 class Alternating:
-    """Puts bare steps, on a state of their own, between the steps of a run, halfway between checkpoints: by then the
-    last one is written."""
+    """Inserts bare steps with their own state into a run, halfway between checkpoints, when the last one is written."""
 
     def __init__(self, every: int):
         self._every, self._calls = every, 0
-        self.run: list[float] = []  # seconds a step, of all steps from one such moment to the next
+        self.run: list[float] = []  # seconds per step, from one insertion to the next
         self.bare: list[float] = []
         self._start = 0.0
 
@@ -214,7 +213,7 @@ class Alternating:
 
 
 def timed_again(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of some calls."""
+    """Seconds of each of several calls."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -224,7 +223,7 @@ def timed_again(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def whole_run(config: Any) -> None:
-    """Prints the share of the bare step's speed that a run keeps."""
+    """Prints a run's speed as a share of the bare step's."""
     from moe.training.loop import train
 
     every = config.train.save_every
@@ -243,7 +242,7 @@ def whole_run(config: Any) -> None:
 
 
 def main() -> None:
-    """Flags in, a few lines out."""
+    """Prints what the flags ask for."""
     config = cli.load_config(_CONFIG)
     import jax
 

@@ -1,7 +1,4 @@
-"""Programs timed in turns: what the benchmarks in ``scripts/`` share.
-
-In: calls by name. Out: seconds of each, by the clock and by the processors.
-"""
+"""Programs timed in turns, for the benchmarks in ``scripts/``."""
 
 from __future__ import annotations
 
@@ -15,15 +12,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """Of one program, call by call: by the clock, and the processors' time of all threads."""
+    """Seconds of each call of one program: wall clock, and processor time of all threads."""
 
     clock: list[float] = dataclasses.field(default_factory=list)
     processor: list[float] = dataclasses.field(default_factory=list)
 
 
 def in_turns(programs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, Seconds]:
-    """Times each program as often, waiting for what it returns; in turns, so that a busy moment hits all alike, and
-    after one call of each, which compiles."""
+    """Times each program ``repeats`` times, waiting for its results, after one call of each that compiles it. Programs
+    take turns, so that a busy moment of the machine affects all of them."""
     seconds = {name: Seconds() for name in programs}
     for program in programs.values():
         jax.block_until_ready(program())

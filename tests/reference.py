@@ -1,10 +1,7 @@
-"""The oracle: papers' equations in plain loops, one token, one expert, one query at a time.
+"""The oracle: equations of the papers in plain loops over tokens, experts and queries.
 
-Calls nothing of ``moe``. Decisions (who goes where, who finds room) are counted one by one in NumPy; what must be
-differentiated (:func:`moe_output`) is the same loop over JAX scalars and vectors, decisions being constants.
-
-Letters: G groups, S tokens per group, E experts, K choices per token, D model dim, F hidden dim; B, T, N, M, H as in
-:mod:`moe.layers`.
+Independent of ``moe``. Decisions (which expert, which buffer position, dropped or not) are made one by one in NumPy;
+:func:`moe_output`, which is differentiated, is the same loop over JAX vectors with the decisions as constants.
 """
 
 from __future__ import annotations
@@ -20,14 +17,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Decisions:
-    """Who goes where.
+    """Expert and buffer position of every assignment.
 
     Attributes:
-        expert: [G,S,K] int, where the pair goes.
-        chosen: [G,S,K] bool, sent by the gate.
-        position: [G,S,K] int, how many were sent to that expert before, in its group.
-        kept: [G,S,K] bool, sent and found room.
-        original: [G,S,K] int, whom the gate named: another than ``expert`` only for a pair that overflowed.
+        expert: [G,S,K] int, the expert.
+        chosen: [G,S,K] bool, accepted by the gate.
+        position: [G,S,K] int, position in the expert's buffer of that group.
+        kept: [G,S,K] bool, chosen and not dropped.
+        original: [G,S,K] int, the gate's choice; differs from ``expert`` only after an overflow.
     """
 
     expert: np.ndarray
@@ -46,15 +43,15 @@ def softmax(z: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a gate's rule is told beside the logits.
+    """Inputs of a gate beside the logits.
 
     Attributes:
-        groups, kept_groups: experts are split into, and chosen from, so many.
+        groups, kept_groups: number of groups of experts, and of those that a token may choose from.
         renormalise: divide the chosen weights by their sum, where the gate leaves that open.
         scale: of the weights.
         bias: [E], added to DeepSeek-V3's scores for the choice alone.
-        policy: who is served first: position, probability (the largest weight) or random (the largest priority).
-        overflow: a pair without room tries the token's next best expert once, after everybody else.
+        policy: order of tokens: position, probability (largest weight first) or random (largest priority first).
+        overflow: an overflowing assignment is retried once on the token's next-best expert, after all others.
         token_ids: [G,S], for the gate hash.
         draws: the gate's random numbers, uniform: [G,S] of gshard, [G,S,K] of st_moe, [G,S,E] of random; standard
             normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
@@ -77,7 +74,7 @@ PLAIN = Rule()
 
 
 def hashed(token_id: int, num_experts: int, k: int) -> list[int]:
-    """The experts of a token id: those of the highest hashes, murmur3's finalizer over id·E + e + 2^32/golden ratio."""
+    """Experts of a token id, those of the highest hashes: murmur3's finalizer over id·E + e + 2^32/golden ratio."""
     hashes = []
     for expert in range(num_experts):
         h = (token_id * num_experts + expert + 0x9E3779B9) % 2**32
@@ -112,7 +109,7 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
 
 
 def probabilities(gate: str, logits: Any) -> Any:
-    """What balancing losses and overflowing pairs go by: the softmax; DeepSeek-V3, equation 19: s over its sum."""
+    """Probabilities for balancing losses and overflow: the softmax; DeepSeek-V3, equation 19: s over its sum."""
     if gate == "deepseek_v3":
         scores = sigmoid(logits)
         return scores / scores.sum()
@@ -120,7 +117,7 @@ def probabilities(gate: str, logits: Any) -> Any:
 
 
 def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> list[Any]:
-    """What the outputs of these experts are multiplied by, for one token.
+    """Combine weights of these experts for one token.
 
     Jacobs et al. 1991, equation 1, and Switch, equation 2: the softmax over all experts. GShard, algorithm 1, and
     ST-MoE: renormalised over the chosen. Mixtral, section 2.1, and Shazeer 2017, equation 3: softmax over the chosen
@@ -140,13 +137,13 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
 
 
 def noisy(logits: Any, noise_logits: Any, draws: Any) -> Any:
-    """Of one token, [E]: x·W_g + N(0,1)·softplus(x·W_noise) (Shazeer 2017, equation 4)."""
+    """Noisy logits [E] of one token: x·W_g + N(0,1)·softplus(x·W_noise) (Shazeer 2017, equation 4)."""
     xp = jnp if isinstance(logits, jax.Array) else np
     return logits + draws * xp.log1p(xp.exp(noise_logits))
 
 
-def pair_weights(gate: str, logits: Any, named: list[int], placed: list[int], rule: Rule = PLAIN) -> list[Any]:
-    """:func:`weights` of the experts a token named, times p(placed)/p(named) where a pair overflowed elsewhere."""
+def assignment_weights(gate: str, logits: Any, named: list[int], placed: list[int], rule: Rule = PLAIN) -> list[Any]:
+    """:func:`weights` of the experts a token named, times p(placed)/p(named) where an assignment overflowed."""
     result = weights(gate, logits, named, rule)
     probs = probabilities(gate, logits)
     return [
@@ -156,7 +153,7 @@ def pair_weights(gate: str, logits: Any, named: list[int], placed: list[int], ru
 
 
 def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: int, rule: Rule = PLAIN) -> Decisions:
-    """Routes token by token, then fills buffers one by one: all first choices in token order, then all second ones.
+    """Routes token by token, then fills buffers: all first choices in token order, then all second choices.
 
     Args:
         gate: a name in moe.routing.registry.GATES whose tokens choose by their logits.
@@ -275,7 +272,7 @@ def moe_output(
             if noise is not None and rule.draws is not None:
                 logits = noisy(logits, noise.T @ x[g, s], rule.draws[g, s])
             y = jnp.zeros_like(x[g, s])
-            for choice, weight in enumerate(pair_weights(gate, logits, named, placed, rule)):
+            for choice, weight in enumerate(assignment_weights(gate, logits, named, placed, rule)):
                 if decisions.kept[g, s, choice]:
                     e = placed[choice]
                     matrix = None if gate_matrix is None else gate_matrix[e]

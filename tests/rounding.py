@@ -124,7 +124,7 @@ def sparse(
 
     def weights(logits: np.ndarray) -> np.ndarray:  # [G·S,E] → [G·S,K]
         rows = zip(logits, named, placed, strict=True)
-        return np.array([reference.pair_weights(gate, *row, rule) for row in rows], np.float64)
+        return np.array([reference.assignment_weights(gate, *row, rule) for row in rows], np.float64)
 
     weight, step = weights(logits), 1e-5 * np.eye(num_experts)
     slope = np.stack([(weights(logits + e) - weights(logits - e)) / 2e-5 for e in step], axis=-1)

@@ -18,7 +18,7 @@ from moe.lab.expressions import Term, parse
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record
 from moe.lab.report import claims_page, page
 from moe.lab.running import jobs, runner
-from moe.lab.suite import Comparison, Suite, Sweep, Variant, check, load_suite
+from moe.lab.suite import Comparison, Suite, Sweep, Variant, check, load_suite, with_seeds
 from moe.lab.table import MissingError, Table
 from moe.training.loop import train
 from tests.tiny_text import build
@@ -181,6 +181,14 @@ SWITCH = Variant({"model.moe.gate": "switch"})
 def test_a_suite_that_cannot_be_compared_is_refused(suite, message):
     with pytest.raises(ConfigError, match=message):
         check(suite)
+
+
+def test_other_seeds_are_not_those_of_the_sweep():
+    suite = suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,), 320))
+    assert with_seeds(suite, [4]).seeds == (4,)
+    for seeds in ([9], [1, 1]):
+        with pytest.raises(ConfigError, match="--seeds"):
+            with_seeds(suite, seeds)
 
 
 def test_each_horizon_has_a_schedule_of_its_own():
@@ -450,9 +458,9 @@ def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
     texts = []
     for name in ("first", "second"):
         workdir = tmp_path / name
-        runner.Worker(suite, workdir, [], seeds=[0], sweep=True).run()
+        runner.Worker(with_seeds(suite, [0]), workdir, []).run()
         assert len(faked) == 2
-        runner.Worker(suite, workdir, [], sweep=True).run()
+        runner.Worker(suite, workdir, []).run()
         assert len(faked) == len(set(faked)) == 6
         faked.clear()
         page.write(workdir, suite, records.read_all(workdir), [], "", "COMMAND")
@@ -468,12 +476,12 @@ def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
 
 def test_a_suite_goes_on_from_records_alone(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
-    runner.Worker(suite, tmp_path / "here", [], seeds=[0, 1], sweep=True).run()
+    runner.Worker(with_seeds(suite, [0, 1]), tmp_path / "here", []).run()
     there = tmp_path / "there"
     there.mkdir()
     (tmp_path / "here" / "records").rename(there / "records")
     faked.clear()
-    runner.Worker(suite, there, [], sweep=True).run()
+    runner.Worker(suite, there, []).run()
     assert {key.seed for key in faked} == {2}
 
 
@@ -483,7 +491,7 @@ def test_a_run_that_another_process_has_taken_is_left_to_it(faked, tmp_path):
     path = runner.run_directory(tmp_path, taken)
     path.parent.mkdir(parents=True)
     with runner.filelock.FileLock(f"{path}.lock"):
-        runner.Worker(suite, tmp_path, [], sweep=True).run()
+        runner.Worker(suite, tmp_path, []).run()
     assert len(faked) == 5
     assert taken not in faked
 
@@ -498,7 +506,7 @@ def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):
 
     monkeypatch.setattr(runner.Worker, "_train", fails_once)
     with pytest.raises(ConfigError, match=r"2 runs did not finish; the first, dense, .* seed 1: the disk is full"):
-        runner.Worker(tiny_suite(tiny_base(tmp_path)), tmp_path, [], sweep=True).run()
+        runner.Worker(tiny_suite(tiny_base(tmp_path)), tmp_path, []).run()
     assert len(records.read_all(tmp_path)) == 4
 
 
@@ -583,7 +591,7 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     suite = tiny_suite(tiny_base(directory))
     tables = []
     for attempt in ("first", "second"):
-        runner.Worker(suite, tmp_path / attempt, [], seeds=[0, 1], sweep=True).run()
+        runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, []).run()
         tables.append([dataclasses.replace(r, seconds=0.0) for r in records.read_all(tmp_path / attempt)])
     assert tables[0] == tables[1]
     mixtral = [r for r in tables[0] if r.variant == "mixtral"]

@@ -60,7 +60,7 @@ def family(suite: Suite, variant: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, (chosen.starts_from, chosen.teacher))))
 
 
-def runs(suite: Suite, records: Iterable[Record], *, seeds: Sequence[int] = (), sweep: bool = True) -> list[Key]:
+def runs(suite: Suite, records: Iterable[Record], *, sweep: bool = True) -> list[Key]:
     """All runs that can be named now, most informative first.
 
     The sweep comes first, then its check, then the headline arms seed by seed with the shortest horizon first, then the
@@ -69,7 +69,6 @@ def runs(suite: Suite, records: Iterable[Record], *, seeds: Sequence[int] = (), 
     Args:
         suite: the suite.
         records: finished runs.
-        seeds: instead of the suite's.
         sweep: False: no sweep; every arm takes the base config's rate unless its sweep is complete already.
     """
     records = list(records)
@@ -79,7 +78,7 @@ def runs(suite: Suite, records: Iterable[Record], *, seeds: Sequence[int] = (), 
     headline = [name for name in suite.variants if not suite.headline or name in suite.headline]
     others = [name for name in suite.variants if name not in headline]
     for arms in (headline, others):
-        for seed, steps, name in itertools.product(seeds or suite.seeds, suite.steps, arms):
+        for seed, steps, name in itertools.product(suite.seeds, suite.steps, arms):
             if settled.issuperset({name, *family(suite, name)}):
                 found += [Key(arm, steps, choices[arm].rate, seed) for arm in (*family(suite, name), name)]
     return list(dict.fromkeys(found))

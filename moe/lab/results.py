@@ -1,7 +1,7 @@
 """The numbers of a suite as one long table.
 
-``results.csv`` has a row per (variant, steps, learning_rate, seed, step, quantity, domain, layer) with a value and loads
-with ``pandas.read_csv``. It is made from the records alone, byte for byte the same on every machine.
+``results.csv`` has a value per (variant, steps, learning_rate, seed, step, quantity, domain, layer) and loads with
+``pandas.read_csv``. It is made from the records alone, byte for byte the same on every machine.
 """
 
 from __future__ import annotations

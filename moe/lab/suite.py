@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,20 @@ def load_suite(path: str, size: str) -> Suite:
     suite = module.get_suite(size)
     check(suite)
     return suite
+
+
+def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
+    """The suite on other seeds; one is enough, for instance to divide a suite between machines.
+
+    Raises:
+        ConfigError: a seed is there twice, or the sweep reserves it.
+    """
+    reserved = set(suite.sweep.seeds) if suite.sweep else set()
+    if len(set(seeds)) < len(seeds) or reserved & set(seeds):
+        raise ConfigError(
+            f"--seeds={','.join(map(str, seeds))}: different ones, and none of the sweep's {reserved or ''}"
+        )
+    return dataclasses.replace(suite, seeds=tuple(seeds))
 
 
 def check(suite: Suite) -> None:

@@ -1,9 +1,9 @@
 """Decides registered claims on the records of their suite.
 
-"below" is supported if the whole 95 % interval is below zero, contradicted if it is above, undecided otherwise; the other
-rules are as symmetric. A claim is supported if all its parts are, contradicted if one is. A claim tested at a horizon
-shorter than it applies from is "below the crossing", whatever its effects are. Diverged runs count as outcomes: their
-loss is infinite, and a sign test over all seeds decides.
+"below" is supported if the whole 95 % interval is below zero, contradicted if it is above, undecided otherwise; the
+other rules are as symmetric. A claim is supported if all its parts are, contradicted if one is. A claim tested at a
+horizon shorter than it applies from is "below the crossing", whatever its effects are. Diverged runs count as outcomes:
+their loss is infinite, and a sign test over all seeds decides.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def _with_diverged(part: Part, values: np.ndarray) -> Outcome:
     finite = values[np.isfinite(values)]
     mean = float(finite.mean()) if len(finite) else math.nan
     effect = Effect(mean, -math.inf, math.inf, p, len(values))
-    note = f"{len(values) - len(finite)} of {len(values)} pairs have a diverged run; sign test: {lower} lower, {higher} higher"
+    diverged = f"{len(values) - len(finite)} of {len(values)} pairs have a diverged run"
+    note = f"{diverged}; sign test: {lower} lower, {higher} higher"
     verdict = UNDECIDED
     if part.rule == "shown":
         verdict = ""

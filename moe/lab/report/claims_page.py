@@ -33,8 +33,8 @@ def claims_section(claims: Sequence[Claim], tables: Mapping[str, Table]) -> str:
     blocks = [table(("", "claim", "verdict", "what it lacks"), verdicts)]
     if parts:
         header = (
-            "", "quantity", "rule", "ours [95 %]", "p", "p, Holm", "published", "smallest detectable", "seeds for published",
-            "source",
+            "", "quantity", "rule", "ours [95 %]", "p", "p, Holm", "published", "smallest detectable",
+            "seeds for published", "source",
         )  # fmt: skip
         blocks.append(table(header, parts))
     if several := _several(findings):
@@ -51,11 +51,11 @@ def write_page(directory: Path, claims: Sequence[Claim], digest: str, tables: Ma
         "# Claims of the papers",
         "; ".join(f"{verdict}: {count}" for verdict, count in counts.items())
         + f". {complete} of {len(findings)} meet all criteria of this page: regime, tuned arms, five seeds, power.",
-        "A claim is supported if the whole 95 % interval of each part is on its side, contradicted if that of one part is "
-        "on the other side, undecided otherwise. It is tested at the longest horizon that its arms have; if that is "
-        "shorter than the one from which the claim applies, the result is below the crossing and no evidence against it. "
-        "The smallest detectable effect is that of a paired t test with 80 % power at the spread seen. The models are "
-        "tiny (see each suite's report).",
+        "A claim is supported if the whole 95 % interval of each part is on its side, contradicted if that of one part "
+        "is on the other side, undecided otherwise. It is tested at the longest horizon that its arms have; if that is "
+        "shorter than the one from which the claim applies, the result is below the crossing and no evidence against "
+        "it. The smallest detectable effect is that of a paired t test with 80 % power at the spread seen. The models "
+        "are tiny (see each suite's report).",
         f"Claims file: SHA-256 `{digest}`.",
         claims_section(claims, tables),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,14 +23,19 @@ def start(count: int) -> None:
     if count > len(cores):
         raise ConfigError(f"--jobs={count}: at most the {len(cores)} cores that this process may use")
     arguments = [argument for argument in sys.orig_argv[1:] if not argument.lstrip("-").startswith("jobs")]
-    jobs = []
+    jobs: list[subprocess.Popen[bytes]] = []
+    # Ctrl-C reaches the whole process group by itself; SIGTERM only this process.
+    previous = signal.signal(signal.SIGTERM, lambda *_: [job.terminate() for job in jobs])
     try:
         for core in cores[:count]:
             os.sched_setaffinity(0, {core})  # inherited by the process started next
             jobs.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | {WORKER: "1"}))
+        os.sched_setaffinity(0, cores)
+        failed = any([job.wait() for job in jobs])
     finally:
         os.sched_setaffinity(0, cores)
-    if any([job.wait() for job in jobs]):
+        signal.signal(signal.SIGTERM, previous)
+    if failed:
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
 
 

@@ -66,8 +66,8 @@ def run_directory(workdir: Path, key: Key) -> Path:
 class Worker:
     """One process that trains runs of a suite, one after another."""
 
-    def __init__(self, suite: Suite, workdir: Path, claims: Sequence[Claim], *, seeds: Sequence[int] = (), sweep: bool):
-        self._suite, self._workdir, self._seeds, self._sweep = suite, workdir, seeds, sweep
+    def __init__(self, suite: Suite, workdir: Path, claims: Sequence[Claim], *, sweep: bool = True):
+        self._suite, self._workdir, self._sweep = suite, workdir, sweep
         self._hashes = {str(claim.number): claim.hash for claim in claims if claim.suite == suite.name}
         self._programs = Programs()
         self._row_losses: dict[str, RowLosses] = {}
@@ -97,7 +97,7 @@ class Worker:
     def _take(self) -> Iterator[Key | None]:
         """The first run that is not finished, not taken and whose parents are finished; None if there is none."""
         finished = read_all(self._workdir)
-        planned = plan.runs(self._suite, finished, seeds=self._seeds, sweep=self._sweep)
+        planned = plan.runs(self._suite, finished, sweep=self._sweep)
         done = {record.key for record in finished}
         for key in planned:
             needed = plan.parents(self._suite, finished, key).values()
@@ -105,12 +105,11 @@ class Worker:
                 continue
             directory = run_directory(self._workdir, key)
             directory.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{directory}.lock", blocking=False)
             try:
-                lock.acquire()
+                held = filelock.FileLock(f"{directory}.lock", blocking=False).acquire()
             except filelock.Timeout:
                 continue
-            with lock:
+            with held:
                 if key not in {record.key for record in read_all(self._workdir)}:
                     self._progress.start(key, planned, done)
                     yield key

@@ -1,0 +1,219 @@
+"""Sections of a suite's report, each a note and a Markdown table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe.lab import law, statistics
+from moe.lab.costs import executed_flops
+from moe.lab.records import PRIMARY
+from moe.lab.report import figures
+from moe.lab.report.figures import loss_effect
+from moe.lab.report.markdown import loss_cell, mean_sd, table
+from moe.lab.statistics import Effect
+from moe.lab.suite import Comparison
+from moe.lab.table import Table
+
+COMPARISON_NOTE = (
+    "Losses are nats per token; differences are paired by seed, negative is better. Pooled: least squares on arm and "
+    "seed with one residual variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over "
+    "seeds, for which it is too narrow by a factor of about √(1 − 1/n). Steps to its loss: median share of the "
+    "baseline's steps after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached; "
+    "only along the longest runs."
+)
+
+
+def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
+    """Per horizon: loss, paired effect, pooled effect, adjusted p, bootstrap over rows and seeds."""
+    base, blocks = comparison.baseline, []
+    for steps in reversed(found.horizons):
+        arms = [arm for arm in comparison.variants if found.seeds(steps, arm, base)]
+        if not arms:
+            continue
+        effects = {arm: loss_effect(found, arm, base, steps) for arm in arms}
+        decided = [arm for arm in arms if effects[arm].n > 1]
+        adjusted = dict(zip(decided, statistics.holm([effects[arm].p for arm in decided]), strict=True))
+        pooled = statistics.pooled(_losses(found, [base, *arms], steps), base)
+        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", "", "", "", "", "")]
+        for arm in arms:
+            rows.append(_comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm)))
+        tokens = steps * found.suite.tokens_per_step / 1e6
+        header = (
+            "arm", "loss", f"less {base} [95 %]", "p", "p, Holm", "pooled model [95 %]", "rows × seeds [95 %]",
+            "steps to its loss",
+        )  # fmt: skip
+        blocks.append(f"**{steps:,} steps, {tokens:.2g} million tokens**\n\n{table(header, rows)}")
+    equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
+    return "\n\n".join([f"{equal} {note}".strip(), *blocks])
+
+
+def _comparison_row(
+    found: Table, arm: str, base: str, steps: int, e: Effect, adjusted: float | None, pooled: Effect | None
+) -> tuple[str, ...]:
+    differences, groups = found.row_differences(arm, base, steps)
+    low, high = statistics.bootstrap(differences, groups) if len(differences) else (math.nan, math.nan)
+    fixed = ", rows alone" if len(differences) < statistics.FEW_SEEDS else ""
+    diverged = len(found.diverged(arm, steps)) + len(found.diverged(base, steps))
+    return (
+        arm,
+        loss_cell(found, arm, steps),
+        f"{e}, smallest detectable {statistics.smallest_detectable(e.sd, e.n):.4f}" if e.n > 1 and not diverged else
+        f"{diverged} diverged runs" if diverged else str(e),
+        f"{e.p:.2g}" if e.n > 1 else "–",
+        f"{adjusted:.2g}" if adjusted is not None else "–",
+        f"{pooled.mean:+.4f} [{pooled.low:+.4f}, {pooled.high:+.4f}]" if pooled else "–",
+        f"[{low:+.4f}, {high:+.4f}]{fixed}" if math.isfinite(low) else "–",
+        _steps_to_loss(found, arm, base, steps),
+    )  # fmt: skip
+
+
+def _losses(found: Table, arms: Sequence[str], steps: int) -> dict[str, dict[int, float]]:
+    return {arm: {s: found.record(arm, steps, s).primary_loss for s in found.seeds(steps, arm)} for arm in arms}
+
+
+def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
+    shares = []
+    for seed in found.seeds(steps, arm, base):
+        target, curve = (found.curve(name, steps, seed, "loss", PRIMARY) for name in (base, arm))
+        if target and len(curve) > 1:
+            shares.append(statistics.steps_to_reach(curve, target[-1][1]) / steps)
+    if not shares:
+        return "–"
+    c = statistics.censored_median(shares)
+
+    def shown(value: float) -> str:
+        return "> 1" if math.isinf(value) else f"{value:.2f}"
+
+    interval = f" [{shown(c.low)}, {shown(c.high)}], {c.coverage:.0%}" if c.n > 1 else ""
+    return shown(c.median) + interval
+
+
+def law_section(found: Table) -> str:
+    """The fitted law, its residuals, or what it lacks."""
+    losses = {}
+    for name, experts in found.suite.experts.items():
+        for steps in found.horizons:
+            values = [found.record(name, steps, seed).primary_loss for seed in found.seeds(steps, name)]
+            if values and all(map(math.isfinite, values)):
+                losses[experts, steps * found.suite.tokens_per_step] = float(np.mean(values))
+    fitted = law.fit(losses) if losses else None
+    if fitted is None:
+        return "Not fitted: two numbers of experts at two horizons are needed."
+    terms = zip(law.NAMES, fitted.coefficients, fitted.errors, strict=True)
+    text = ", ".join(f"{name} = {value:.4g} ± {error:.2g}" for name, value, error in terms)
+    rows = [
+        (str(experts), f"{tokens / 1e6:.2g}M", f"{loss:.4f}", f"{fitted.loss(experts, tokens):.4f}",
+         f"{fitted.residuals[experts, tokens]:+.4f}")
+        for (experts, tokens), loss in losses.items()
+    ]  # fmt: skip
+    return (
+        f"log L = d + a·log D + b·log E + c·log D·log E, least squares on means over seeds: {text} (standard errors); "
+        f"residual standard deviation {fitted.sd:.4f}.\n\n"
+        + table(("experts E", "tokens D", "loss", "law", "log loss − law"), rows)
+    )
+
+
+def sweep_section(directory: Path, found: Table) -> str:
+    """The curve, the choices, and which arms are not tuned."""
+    sweep = found.suite.sweep
+    assert sweep is not None
+    if not any(choice.tried for choice in found.choices.values()):
+        rate = f"{found.suite.learning_rate:g}"
+        return f"**Not tuned:** the sweep has not been run. All arms use the base config's rate, {rate}."
+    picture = figures.sweep(directory / "sweep.png", found)
+    rows = []
+    for name, choice in found.choices.items():
+        tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
+        rows.append((name, f"{choice.rate:g}", "tuned" if choice.tuned else "**not tuned**", tried or "–"))
+    note = (
+        f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
+        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps; the best one and its neighbours again for "
+        f"{found.suite.longest:,} steps. Until both are done an arm uses {found.suite.learning_rate:g}, not tuned."
+    )
+    text = f"{note}\n\n{table(('arm', 'rate used', '', 'loss by rate (steps)'), rows)}"
+    return f"{text}\n\n![sweep]({picture})" if picture else text
+
+
+def costs_section(found: Table) -> str:
+    """Parameters, model FLOPs, and FLOPs executed at the longest horizon that the arm has."""
+    rows = []
+    for name in found.variants:
+        steps = max(s for s in found.horizons if found.seeds(s, name))
+        cost = found.suite.costs(name, steps)
+        dropped = _dropped(found, name, steps)
+        executed = executed_flops(found.suite.config(name, steps=steps), dropped)
+        rows.append((
+            name,
+            found.suite.variants[name].note,
+            f"{cost['total_parameters'] / 1e6:.2f}M",
+            f"{cost['active_parameters'] / 1e6:.2f}M",
+            f"{steps:,}",
+            f"{cost['flops']:.3g}",
+            f"{executed:.3g}",
+            f"{dropped:.2%}",
+        ))  # fmt: skip
+    header = ("arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "dropped in training")
+    return (
+        "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. No "
+        f"wall-clock time is compared: the runs were not timed in turns on an idle machine.\n\n{table(header, rows)}"
+    )
+
+
+def _dropped(found: Table, name: str, steps: int) -> float:
+    """Share of assignments dropped over the whole training, mean over layers and seeds."""
+    quantity = "train_fraction_tokens_dropped"
+    curves = [
+        found.curve(name, steps, seed, quantity, "", layer)
+        for seed in found.seeds(steps, name)
+        for layer in found.layers(name, quantity)
+    ]
+    return float(np.mean([v for curve in curves for _, v in curve])) if any(curves) else 0.0
+
+
+def domains_section(found: Table) -> str:
+    """Loss per domain at the longest horizon that the arm has."""
+    domains = list(dict.fromkeys(d for record in found.used for d in record.row_domains))
+    rows = []
+    for name in found.variants:
+        steps = max(s for s in found.horizons if found.seeds(s, name))
+        cells = []
+        for domain in domains:
+            curves = [found.curve(name, steps, s, "loss", domain) for s in found.seeds(steps, name)]
+            cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
+        rows.append((name, f"{steps:,}", *cells))
+    return table(("arm", "steps", *domains), rows)
+
+
+def routing_section(found: Table) -> str:
+    """What the routers did, per MoE layer, at the longest horizon that has runs; empty without sparse arms."""
+    rows, steps = [], found.horizons[-1] if found.horizons else 0
+    for name in found.variants:
+        layers, seeds = found.layers(name, "max_violation"), found.seeds(steps, name)
+        if not layers or not seeds:
+            continue
+        cells = []
+        for quantity in ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped"):
+            curves = [[found.curve(name, steps, s, quantity, "", layer) for s in seeds] for layer in layers]
+            means = [np.mean([c[-1][1] for c in of_layer if c] or [math.nan]) for of_layer in curves]
+            cells.append(" / ".join(f"{mean:.2f}" for mean in means))
+        rows.append((name, str(len(seeds)), *cells))
+    header = ("arm", "n", "MaxVio", "router entropy, nats", "dead experts", "dropped in training")
+    return f"Per MoE layer, means over seeds.\n\n{table(header, rows)}" if rows else ""
+
+
+def probes_section(found: Table) -> str:
+    """All probes that were measured; empty without any."""
+    rows = []
+    for name in found.variants:
+        records = [record for record in found.used if record.variant == name and record.probes]
+        names = sorted({quantity.partition("@")[0] for record in records for quantity in record.probes})
+        for quantity in names:
+            layers = found.layers(name, quantity) or [""]
+            keys = [f"{quantity}@{layer}" if layer else quantity for layer in layers]
+            cells = [mean_sd([r.probes[key] for r in records if key in r.probes]) for key in keys]
+            rows.append((name, quantity, str(len(records)), " / ".join(cells)))
+    return table(("arm", "quantity", "n", "mean ± sd over seeds, per MoE layer"), rows) if rows else ""

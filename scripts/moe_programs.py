@@ -1,0 +1,178 @@
+"""Programs that ``scripts/bench_moe.py`` times: an MoE layer, its experts alone, and matmuls to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe.config import Config, ModelConfig, MoEConfig
+from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks
+from moe.layers.experts import Experts
+from moe.layers.moe_layer import MoELayer
+from moe.parallel import partition_specs, target
+from moe.parallel.mesh import axis_size
+from moe.routing.registry import GATES
+from moe.routing.resolve import resolve
+from moe.routing.routing import Routing, route
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer and its input; see the flags of ``scripts/bench_moe.py``."""
+
+    shape: str
+    gate: str
+    mode: str
+    experts: int
+    k: int
+    d_model: int
+    d_ff: int
+    activation: str
+    tokens: int
+    group_size: int
+    capacity_factor: float
+    dtype: str
+    skew: float
+
+    @property
+    def name(self) -> str:
+        """Label of a row."""
+        return f"{self.shape} E={self.experts} k={self.k} {self.gate} {self.mode}"
+
+
+def reference(case: Case) -> dict[str, Callable[[], Any]]:
+    """Bare batched matmuls of the active FLOPs, forward, and forward and backward."""
+    e, d, f, rows = case.experts, case.d_model, case.d_ff, -(-case.tokens * case.k // case.experts)
+    gated = case.activation == "swiglu"
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (e, rows, d), case.dtype)
+    hidden = [jax.random.normal(key, (e, rows, f), case.dtype) for _ in range(1 + gated)]  # separate buffers
+    into = [jax.random.normal(key, (e, d, f), case.dtype) for _ in range(1 + gated)]
+    out_of = jax.random.normal(key, (e, f, d), case.dtype)
+
+    @jax.jit
+    def forward(x, hidden, into, out_of):
+        return [jnp.einsum("erd,edf->erf", x, w) for w in into], jnp.einsum("erf,efd->erd", hidden[0], out_of)
+
+    @jax.jit
+    def both(x, hidden, into, out_of):
+        return (
+            forward(x, hidden, into, out_of),
+            [jnp.einsum("erf,edf->erd", h, w) for h, w in zip(hidden, into, strict=True)],
+            [jnp.einsum("erd,erf->edf", x, h) for h in hidden],
+            jnp.einsum("erd,efd->erf", x, out_of),
+            jnp.einsum("erf,erd->efd", hidden[0], x),
+        )
+
+    arguments = (x, hidden, into, out_of)
+    return {"forward": lambda: forward(*arguments), "both": lambda: both(*arguments)}
+
+
+def model_config(case: Case) -> Any:
+    """Config of a model with the case's layer."""
+    moe = MoEConfig(
+        gate=case.gate,
+        num_experts=case.experts,
+        experts_per_token=case.k,
+        d_ff=case.d_ff,
+        dispatch=case.mode,
+        group_size=case.group_size or (min(512, case.tokens) if case.mode == "einsum" else case.tokens),
+        capacity_factor=case.capacity_factor,
+    )
+    return ModelConfig(d_model=case.d_model, activation=case.activation, dtype=case.dtype, moe=moe)
+
+
+def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
+    """Programs of the layer, with router and losses, and the share of assignments that it drops."""
+    config = resolve(Config(model=model_config(case))).model
+    graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    rows = axis_size(*partition_specs.TOKEN_AXES)
+    x = jax.random.normal(jax.random.key(1), (rows, case.tokens // rows, case.d_model), case.dtype)
+    mask = jnp.ones(x.shape[:2], bool)
+    replayed: Routing | None = None
+    if case.skew != 1.0:
+        # Gumbel top-k: the choices of a token are drawn without replacement, in proportion to the shares.
+        draws = jax.random.gumbel(jax.random.key(2), (*x.shape[:2], case.experts))
+        logits = draws.at[..., 0].add(np.log(case.skew)).reshape(-1, config.moe.group_size, case.experts)
+        masks = mask.reshape(logits.shape[:2])
+        replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
+    if not jax.sharding.get_abstract_mesh().empty:
+        mesh = jax.sharding.get_mesh()
+        x, mask = jax.device_put((x, mask), jax.NamedSharding(mesh, partition_specs.BATCH))
+        parameters = jax.device_put(
+            parameters, partition_specs.shardings(mesh, partition_specs.parameter_specs(parameters))
+        )
+
+    def forward(parameters, x):
+        module = nnx.merge(graphdef, parameters, rest)
+        y, report, _ = module(x, mask, routing=replayed, train=True)
+        return y, report
+
+    def loss(parameters, x):
+        y, report = forward(parameters, x)
+        return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
+
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
+    run = jax.jit(forward, compiler_options=options)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
+    dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
+    return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
+
+
+def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
+    """Programs of the experts on rows sorted by expert, equally many for each."""
+    dropless = dataclasses.replace(case, mode="dropless")
+    config = resolve(Config(model=model_config(dropless))).model
+    graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
+    num_rows = -(-case.tokens * case.k // case.experts) * case.experts
+    row_blocks = choose_row_blocks(num_rows, case.experts)
+    sizes = row_blocks.padded_sizes(jnp.full((case.experts,), num_rows // case.experts, jnp.int32))
+    shape = (row_blocks.total_rows(num_rows, case.experts), case.d_model)
+    rows = jax.random.normal(jax.random.key(1), shape, case.dtype)
+
+    def forward(parameters, rows, sizes):
+        experts = nnx.merge(graphdef, parameters)
+        return experts.grouped(experts.matrices(rows.dtype), rows, sizes, row_blocks)
+
+    def loss(parameters, rows, sizes):
+        return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)
+
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
+    run = jax.jit(forward, compiler_options=options)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
+    arguments = (parameters, rows, sizes)
+    return {"forward": lambda: run(*arguments), "both": lambda: gradient(*arguments)}
+
+
+def active_flops(case: Case) -> dict[str, int]:
+    """FLOPs of the experts' matmuls on chosen assignments."""
+    forward = 2 * (3 if case.activation == "swiglu" else 2) * case.tokens * case.k * case.d_model * case.d_ff
+    return {"forward": forward, "both": 3 * forward}
+
+
+def large_matmul(side: int, dtype: str) -> Callable[[], Any]:
+    """One square matmul."""
+    matrix = jnp.ones((side, side), dtype)
+    multiply = jax.jit(lambda a, b: a @ b)
+    return lambda: multiply(matrix, matrix)
+
+
+def accelerator_seconds(case: Case, rate: float) -> dict[str, float]:
+    """Seconds by the rate of one large matmul, or by the bandwidth of a copy where that takes longer."""
+    work = active_flops(case)["forward"]
+    weights = (3 if case.activation == "swiglu" else 2) * case.experts * case.d_model * case.d_ff
+    weights *= jnp.dtype(case.dtype).itemsize
+    big = jnp.ones((1 << 28,), jnp.int8)
+    copy = jax.jit(lambda a: a + 1)
+    jax.block_until_ready(copy(big))
+    start = time.perf_counter()
+    jax.block_until_ready([copy(big) for _ in range(8)])
+    bandwidth = 8 * 2 * big.size / (time.perf_counter() - start) * jax.device_count()
+    return {"forward": max(work / rate, weights / bandwidth), "both": max(3 * work / rate, 3 * weights / bandwidth)}
