@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -40,7 +41,12 @@ class Routing:
 
 
 def route(
-    gate: Gate, router_logits: Float[Array, "G S E"], mask: Bool[Array, "G S"], *, experts_per_token: int, **inputs: Any
+    gate: Gate,
+    router_logits: Float[Array, "G S E"],
+    mask: Bool[Array | np.ndarray, "G S"],
+    *,
+    experts_per_token: int,
+    **inputs: Any,
 ) -> Routing:
     """Apply a gate, and mask out padding and tokens with non-finite logits.
 
