@@ -52,6 +52,10 @@ class Table:
         of = [{seed for name, horizon, seed in self._runs if (name, horizon) == (arm, steps)} for arm in variants]
         return sorted(set.intersection(*of)) if of else []
 
+    def longest(self, *variants: str) -> int:
+        """Longest horizon at which all of these arms share a seed; 0 if there is none."""
+        return max((steps for steps in self.horizons if self.seeds(steps, *variants)), default=0)
+
     def record(self, variant: str, steps: int, seed: int) -> Record:
         """One run.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -40,7 +41,12 @@ class Routing:
 
 
 def route(
-    gate: Gate, router_logits: Float[Array, "G S E"], mask: Bool[Array, "G S"], *, experts_per_token: int, **inputs: Any
+    gate: Gate,
+    router_logits: Float[Array, "G S E"],
+    mask: Bool[Array | np.ndarray, "G S"],
+    *,
+    experts_per_token: int,
+    **inputs: Any,
 ) -> Routing:
     """Apply a gate, and mask out padding and tokens with non-finite logits.
 
@@ -51,7 +57,7 @@ def route(
         experts_per_token: K, at most E.
         **inputs: further fields of :class:`moe.routing.interface.GateInputs`, such as ``rng``.
     """
-    router_logits = router_logits.astype(jnp.float32)
+    router_logits, mask = router_logits.astype(jnp.float32), jnp.asarray(mask)
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
     if inputs.get("noise_logits") is not None:
         finite &= jnp.all(jnp.isfinite(inputs["noise_logits"]), axis=-1)

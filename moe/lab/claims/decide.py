@@ -76,7 +76,7 @@ def assess(claim: Claim, table: Table | None) -> Finding:
     if table is None:
         return Finding(claim, NOT_TESTED, note=f"suite {claim.suite} has not been run")
     arms = arms_of(claim)
-    steps = max((steps for steps in table.horizons if table.seeds(steps, *arms)), default=0)
+    steps = table.longest(*arms)
     if not steps:
         missing = [arm for arm in arms if arm not in table.variants]
         return Finding(claim, NOT_TESTED, note=f"no runs of {', '.join(missing)}" if missing else "no common seeds")

@@ -110,7 +110,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
     """Held-out loss along the longest runs less that of the baseline, with the interval over seeds as a band."""
     fig, axis = plt.subplots(figsize=(7.2, 4.4))
     color, drawn = colors(table), False
-    steps = table.horizons[-1]
+    steps = max((table.longest(arm, comparison.baseline) for arm in arms), default=0)
     for arm in arms:
         differences, at = [], None
         for seed in table.seeds(steps, arm, comparison.baseline):
@@ -164,8 +164,9 @@ def sweep(path: Path, table: Table) -> str:
 
 def routing(path: Path, table: Table) -> str:
     """Routers of the longest runs over training, mean over layers and seeds."""
-    steps = table.horizons[-1]
-    sparse = [n for n in table.variants if table.seeds(steps, n) and table.layers(n, "max_violation")]
+    sparse = [name for name in table.variants if table.layers(name, "max_violation")]
+    steps = max((table.longest(name) for name in sparse), default=0)
+    sparse = [name for name in sparse if table.seeds(steps, name)]
     if not sparse:
         return ""
     fig, axes = plt.subplots(1, len(ROUTING), figsize=(4.6 * len(ROUTING), 3.8))
@@ -181,7 +182,7 @@ def routing(path: Path, table: Table) -> str:
             if curves:
                 xs = [step for step, _ in curves[0]]
                 axis.plot(xs, np.mean([[v for _, v in curve] for curve in curves], 0), color=color[name], label=name)
-        axis.set(xlabel="step", title=label)
+        axis.set(xlabel=f"step of {steps:,}", title=label)
         axis.grid(alpha=0.3)
     _legend_beside(axes[-1])
     return _save(fig, path)

@@ -55,7 +55,7 @@ def write(
     parts += ["## Cost", sections.costs_section(found), "## Held-out loss per domain", sections.domains_section(found)]
     if routed := sections.routing_section(found):
         picture = figures.routing(directory / "routing.png", found)
-        parts += ["## Routing at the last step of the longest runs", routed, f"![routing]({picture})"]
+        parts += ["## Routing at the last step", routed, f"![routing]({picture})"]
     if probed := sections.probes_section(found):
         parts += ["## Probes of the trained models", probed]
     parts += ["## Where the numbers come from", _provenance(found, command, digest if own else "")]
@@ -64,7 +64,7 @@ def write(
 
 def _arms(found: Table, comparison: Comparison) -> list[str]:
     """Arms of a comparison that share at least one run with the baseline."""
-    return [arm for arm in comparison.variants if any(found.seeds(s, arm, comparison.baseline) for s in found.horizons)]
+    return [arm for arm in comparison.variants if found.longest(arm, comparison.baseline)]
 
 
 def _published(claims: Sequence[Claim], baseline: str) -> dict[str, float]:
@@ -84,7 +84,8 @@ def _pictures(
     if not arms:
         return []
     names = [figures.forest(directory / "effects.png", found, comparison, arms, published)]
-    if len(found.horizons) > 1:
+    compared = [steps for steps in found.horizons if any(found.seeds(steps, a, comparison.baseline) for a in arms)]
+    if len(compared) > 1:
         names.append(figures.by_horizon(directory / "horizons.png", found, comparison, arms))
     return [*names, *filter(None, [figures.curve_differences(directory / "curves.png", found, comparison, arms)])]
 
@@ -96,10 +97,8 @@ def _headline(found: Table) -> list[str]:
     if not found.horizons:
         return ["**No run is finished yet.**"]
     compared = list(suite.comparisons.values())[:1]
-    reached = max(
-        (s for c in compared for arm in _arms(found, c) for s in found.horizons if found.seeds(s, arm, c.baseline)),
-        default=found.horizons[-1],
-    )
+    pairs = [(arm, comparison.baseline) for comparison in compared for arm in comparison.variants]
+    reached = max((found.longest(*pair) for pair in pairs), default=found.horizons[-1])
     for comparison in compared:
         for arm in _arms(found, comparison):
             lines.append(f"- {_sentence(found, arm, comparison.baseline, reached)}")
@@ -120,7 +119,7 @@ def _headline(found: Table) -> list[str]:
 
 
 def _sentence(found: Table, arm: str, baseline: str, reached: int) -> str:
-    steps = max(s for s in found.horizons if found.seeds(s, arm, baseline))
+    steps = found.longest(arm, baseline)
     e = loss_effect(found, arm, baseline, steps)
     where = "" if steps == reached else f" after {steps:,} steps"
     if not math.isfinite(e.mean):

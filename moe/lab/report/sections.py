@@ -142,7 +142,7 @@ def costs_section(found: Table) -> str:
     """Parameters, model FLOPs, and FLOPs executed at the longest horizon that the arm has."""
     rows = []
     for name in found.variants:
-        steps = max(s for s in found.horizons if found.seeds(s, name))
+        steps = found.longest(name)
         cost = found.suite.costs(name, steps)
         dropped = _dropped(found, name, steps)
         executed = executed_flops(found.suite.config(name, steps=steps), dropped)
@@ -179,7 +179,7 @@ def domains_section(found: Table) -> str:
     domains = list(dict.fromkeys(d for record in found.used for d in record.row_domains))
     rows = []
     for name in found.variants:
-        steps = max(s for s in found.horizons if found.seeds(s, name))
+        steps = found.longest(name)
         cells = []
         for domain in domains:
             curves = [found.curve(name, steps, s, "loss", domain) for s in found.seeds(steps, name)]
@@ -189,19 +189,20 @@ def domains_section(found: Table) -> str:
 
 
 def routing_section(found: Table) -> str:
-    """What the routers did, per MoE layer, at the longest horizon that has runs; empty without sparse arms."""
-    rows, steps = [], found.horizons[-1] if found.horizons else 0
+    """What the routers did, per MoE layer, at the longest horizon that the arm has; empty without sparse arms."""
+    rows = []
     for name in found.variants:
-        layers, seeds = found.layers(name, "max_violation"), found.seeds(steps, name)
-        if not layers or not seeds:
+        steps, layers = found.longest(name), found.layers(name, "max_violation")
+        if not layers:
             continue
+        seeds = found.seeds(steps, name)
         cells = []
         for quantity in ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped"):
             curves = [[found.curve(name, steps, s, quantity, "", layer) for s in seeds] for layer in layers]
             means = [np.mean([c[-1][1] for c in of_layer if c] or [math.nan]) for of_layer in curves]
             cells.append(" / ".join(f"{mean:.2f}" for mean in means))
-        rows.append((name, str(len(seeds)), *cells))
-    header = ("arm", "n", "MaxVio", "router entropy, nats", "dead experts", "dropped in training")
+        rows.append((name, f"{steps:,}", str(len(seeds)), *cells))
+    header = ("arm", "steps", "n", "MaxVio", "router entropy, nats", "dead experts", "dropped in training")
     return f"Per MoE layer, means over seeds.\n\n{table(header, rows)}" if rows else ""
 
 
