@@ -7,10 +7,7 @@ table of all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.l
 runs.
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

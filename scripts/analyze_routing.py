@@ -5,10 +5,7 @@ with several checkpoints also gets router saturation. The same seed gives the sa
 measures.
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

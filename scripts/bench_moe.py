@@ -13,8 +13,6 @@ each of them, and prints the compiler's estimates (see moe/planner/layer.py and 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":
@@ -26,7 +24,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -268,10 +266,10 @@ def bench_model() -> list[dict[str, Any]]:
             num_kv_heads=_D_MODEL.value // 64,
             head_dim=64,
             d_ff=f,
-            dtype=_DTYPE.value,
+            dtype=cast(Any, _DTYPE.value),
             vocab_size=8192,
             tie_embeddings=False,
-            moe=MoEConfig(num_experts=8, dispatch=mode),
+            moe=MoEConfig(num_experts=8, dispatch=cast(Any, mode)),
         )
         config = resolve(
             Config(

@@ -6,9 +6,7 @@ No array is allocated. "exact" compares with the count that follows from the pub
 
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"  # counting needs no accelerator
 
 import importlib

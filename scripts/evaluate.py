@@ -4,11 +4,6 @@ WORKDIR is of a run or an import; the corpus is the run's own unless --dataset o
 Perplexity is per token of the model's own tokenizer; bits per byte compare models with different tokenizers.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":

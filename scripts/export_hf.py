@@ -4,10 +4,7 @@ DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtyp
 that of the imported files for an import) unless --dtype is given.
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

@@ -5,9 +5,6 @@ Several --prompt run as one batch and are printed one after the other; with one,
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

@@ -4,11 +4,6 @@ Prints for each domain the share of held-out characters in lines (of at least 40
 and the share in the document with the largest overlap. Reads every training document once.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import cli
 
 _CONFIG = cli.define_config("configs/quickstart.py")

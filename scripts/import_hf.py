@@ -4,11 +4,6 @@ DIR holds config.json and safetensors files, sharded or not. WORKDIR gets config
 generate, evaluate, fine-tune or export from there. One tensor at a time is in memory.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":

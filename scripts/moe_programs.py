@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -82,11 +82,13 @@ def model_config(case: Case) -> Any:
         num_experts=case.experts,
         experts_per_token=case.k,
         d_ff=case.d_ff,
-        dispatch=case.mode,
+        dispatch=cast(Any, case.mode),
         group_size=case.group_size or (min(512, case.tokens) if case.mode == "einsum" else case.tokens),
         capacity_factor=case.capacity_factor,
     )
-    return ModelConfig(d_model=case.d_model, activation=case.activation, dtype=case.dtype, moe=moe)
+    return ModelConfig(
+        d_model=case.d_model, activation=cast(Any, case.activation), dtype=cast(Any, case.dtype), moe=moe
+    )
 
 
 def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:

@@ -5,11 +5,6 @@ Compiles the train step of main.py for absent TPUs or GPUs and prints its memory
 Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains both pages.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from moe import platform
 
 if __name__ == "__main__":

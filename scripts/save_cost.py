@@ -6,10 +6,7 @@ of --every steps: median over pairs and its 95 % interval (order statistics, sci
 and in CPU time, which depends less on other programs.
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

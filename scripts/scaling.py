@@ -6,10 +6,7 @@ same tokens a chip. Points in scaling.jsonl are not compiled again: remove the f
 Needs libtpu: pip install "jax[tpu]".
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe import platform
 

@@ -9,7 +9,8 @@ from moe.planner.chips import CHIPS
 from moe.training import matmul_rate
 from tests.helpers import tiny_model
 
-# D 16, F 20, V 48, N 4, M 2, H 6; swiglu: an expert has 3·16·20 = 960 parameters. Attention: 16·6·(4+2+2) in, 4·6·16 out.
+# D 16, F 20, V 48, N 4, M 2, H 6; swiglu: an expert has 3·16·20 = 960 parameters.
+# Attention: 16·6·(4+2+2) in, 4·6·16 out.
 EXPERT, ATTENTION, NORMS, TABLE = 960, 768 + 384, 2 * 16, 48 * 16
 
 

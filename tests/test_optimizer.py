@@ -76,7 +76,7 @@ def test_adafactor_factors_large_matrices():
 
 
 def test_muon_makes_each_experts_update_orthogonal(rng):
-    """Rows of an update of 3 x 4 are orthogonal and of equal length for every expert by itself: rate * 0.2 * sqrt(4)."""
+    """Rows of each expert's 3 x 4 update are orthogonal and of equal length, rate * 0.2 * sqrt(4)."""
     gradients = tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32))
     scaled = jax.tree.map(lambda gradient: 1000 * gradient, gradients)
     scaled["segment_0"]["experts"]["up"] = gradients["segment_0"]["experts"]["up"].at[0, 0].multiply(1000)

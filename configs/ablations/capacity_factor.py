@@ -3,6 +3,8 @@
 python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity_factor
 """
 
+from typing import Any
+
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
@@ -14,11 +16,15 @@ def get_suite(size: str) -> Suite:
     variants = {}
     for factor in FACTORS:
         for k, gate in ((1, "switch"), (2, "mixtral")):
-            fields = {"capacity_factor": factor, "load_balancing_weight": 0.01, "eval_capacity_factor": 2.0}
+            fields: dict[str, Any] = {
+                "capacity_factor": factor,
+                "load_balancing_weight": 0.01,
+                "eval_capacity_factor": 2.0,
+            }
             variants[f"top{k}_{factor}"] = Variant(
                 common.moe(size, gate, 8 * k, k, **fields), probes=("eval_capacity",)
             )
-    same = {"capacity_factor": 1.25, "load_balancing_weight": 0.01, "eval_capacity_factor": 2.0}
+    same: dict[str, Any] = {"capacity_factor": 1.25, "load_balancing_weight": 0.01, "eval_capacity_factor": 2.0}
     variants["top2_same_experts_1.25"] = Variant(common.moe(size, "mixtral", 8, 2, common.hidden(size), **same))
     others = tuple(f"top{k}_{factor}" for factor in FACTORS for k in (1, 2) if (k, factor) != (1, 1.25))
     return Suite(

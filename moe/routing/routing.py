@@ -57,7 +57,7 @@ def route(
         experts_per_token: K, at most E.
         **inputs: further fields of :class:`moe.routing.interface.GateInputs`, such as ``rng``.
     """
-    router_logits = router_logits.astype(jnp.float32)
+    router_logits, mask = router_logits.astype(jnp.float32), jnp.asarray(mask)
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
     if inputs.get("noise_logits") is not None:
         finite &= jnp.all(jnp.isfinite(inputs["noise_logits"]), axis=-1)
