@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from moe.training import matmul_rate  # noqa: E402
+from tests.run_helpers import compilation_cache, directory, programs, whole  # noqa: E402, F401
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""What bfloat16 may cost a layer, derived from its rounding alone: the layer's equations with random roundings.
+"""Error bounds of a layer in bfloat16, derived from its rounding alone: the layer's equations with random roundings.
 
 bfloat16 keeps 8 significant bits: storing a number changes it by at most 2^-8 of itself, its unit roundoff u. Here the
 equations of a SwiGLU layer, forward and backward, are computed in float64, and every number that a bfloat16 layer
@@ -157,7 +157,7 @@ def sparse(
 
 
 def soft(x: np.ndarray, matrices: Arrays, mask: np.ndarray, cotangent: np.ndarray) -> Callable[[Store], Arrays]:
-    """The same of Soft MoE; router [D,E,P], mask [G,S] of real tokens, of which each group has some."""
+    """Soft MoE with the same rounding; router [D,E,P], mask [G,S] of real tokens, at least one in each group."""
     groups, _, model_dim = x.shape
     matrices = {name: array.astype(np.float64) for name, array in matrices.items()}
     router = matrices["router"].reshape(model_dim, -1)  # [D,E,P] → [D,E·P]

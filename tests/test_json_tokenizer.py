@@ -1,4 +1,4 @@
-"""Tokenizers of open checkpoints: text comes back, every byte is counted once, and a workdir keeps what it needs."""
+"""Tokenizers of open checkpoints: round trips, bytes counted once, and the files that a workdir keeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = ["hello wörld — 漢字\n", "  two  spaces\tand a tab", "", "a<|endoft
 
 
 def byte_level() -> bytes:
-    """A tokenizer.json as Qwen's and OLMoE's are: byte-level BPE."""
+    """A byte-level BPE tokenizer.json, like those of Qwen and OLMoE."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -28,7 +28,7 @@ def byte_level() -> bytes:
 
 
 def byte_fallback() -> bytes:
-    """As Mixtral's is: spaces are "▁", what is not in the vocabulary is spelled in bytes."""
+    """A BPE tokenizer.json like Mixtral's: spaces are "▁", characters outside the vocabulary are spelled in bytes."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": i + 3 for i in range(256)}, "▁": 259, "a": 260}
     merges = [("▁", "a")]
     vocab["▁a"] = 261

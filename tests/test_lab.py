@@ -590,13 +590,21 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     directory = build(tmp_path / "data")
     suite = tiny_suite(tiny_base(directory))
     tables = []
+    probed = dataclasses.replace(suite.variants["mixtral"], probes=("eval_capacity", "mask_top", "saturation"))
+    suite = dataclasses.replace(suite, variants={**suite.variants, "mixtral": probed})
     for attempt in ("first", "second"):
-        runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, []).run()
+        worker = runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, [])
+        worker.run()
+        worker.measure()
         tables.append([dataclasses.replace(r, seconds=0.0) for r in records.read_all(tmp_path / attempt)])
     assert tables[0] == tables[1]
     mixtral = [r for r in tables[0] if r.variant == "mixtral"]
     assert len({r.primary_loss for r in mixtral}) == 2
     assert len(mixtral[0].row_losses) == 8
+    # At a capacity of 4·2·16/4 = 32 for 16 tokens nothing is dropped, as in the dropless model without masked experts.
+    measured = mixtral[0].probes
+    assert measured["eval_capacity/loss_4.0"] == pytest.approx(measured["mask_top/loss_full"], rel=1e-5)
+    assert 0 <= measured["saturation/early@1"] <= 1
     # A run of the lab is an ordinary run: alone, with a program of its own, it logs the same rows.
     key = mixtral[-1].key
     train(

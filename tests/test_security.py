@@ -35,7 +35,7 @@ PROGRAMS = {"moe/lab/suite.py"}
 
 
 class _Planted:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -58,7 +58,7 @@ def payload(tmp_path):
 
 @pytest.fixture
 def no_unpickling():
-    """Python tells its audit hooks of every class that a pickle names; one cannot be removed, so it is switched off."""
+    """A list of the classes that pickles name, asserted empty at the end; an audit hook cannot be removed."""
     if not hasattr(sys, "_moe_unpickled"):
         sys._moe_unpickled = []
         sys.addaudithook(lambda event, args: sys._moe_unpickled.append(args) if event == "pickle.find_class" else None)
@@ -138,7 +138,7 @@ def test_pickles_in_place_of_open_weights(tmp_path, payload, no_unpickling):
 
 
 def test_pickles_planted_in_a_checkpoint(tmp_path, payload, no_unpickling):
-    """Beside its files, and in place of each of them: it is read as before, or refused."""
+    """A pickle beside the files, and in place of each of them: the checkpoint is read as before, or refused."""
     source = Path(__file__).parent / "data" / "checkpoints" / "mixtral"
     config = import_checkpoint(source, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "0"
@@ -192,7 +192,7 @@ def test_pickles_in_place_of_text(tmp_path, payload, no_unpickling, name):
 
 
 def test_a_wheel_with_another_byte_is_not_used(tmp_path, monkeypatch):
-    """Neither where one lies already, nor from pip: it is told to require the hash."""
+    """A wheel with another hash is refused on disk, and pip is told to require the hash."""
     wheel = tmp_path / "wheel"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("sympy/a.py", "x = 1\n")
@@ -219,7 +219,7 @@ def test_a_wheel_with_another_byte_is_not_used(tmp_path, monkeypatch):
 
 
 def test_orbax_state_of_ours_names_no_class(tmp_path, no_unpickling):
-    """What is saved is arrays and JSON; restoring it asks no pickle for a class."""
+    """Checkpoints are arrays and JSON; restoring one loads no class from a pickle."""
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave({"x": np.ones(3)})))
         manager.wait_until_finished()

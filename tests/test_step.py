@@ -1,4 +1,4 @@
-"""What the compiled train step must and must not do with memory, and how its gradients are clipped."""
+"""Memory of the compiled train step, and clipping of its gradients."""
 
 import dataclasses
 import re
@@ -43,7 +43,7 @@ def test_every_buffer_of_the_state_is_reused(programs):
 
 
 def test_logits_are_held_a_chunk_at_a_time(programs):
-    """In no shape is there an array of 4·24·48 floating-point numbers."""
+    """The program holds no array of 4·24·48 floating-point numbers, in any shape."""
     text = programs[2]
     assert "f32[4,8,48]" in text
     sizes = {shape: 1 for shape in re.findall(r"\bb?f\d+\[([\d,]+)\]", text) if shape.endswith(",48")}

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError
 from moe.metrics_files import read_rows
@@ -20,56 +19,10 @@ from moe.training import loop as training
 from moe.training import profiling
 from moe.training.evaluation import load_heldout
 from moe.training.loop import train
-from tests.tiny_text import build
+from tests.run_helpers import ONE, tiny
 
-ONE = jax.devices()[:1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Most runs here are the same program: it is compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("data"))
-
-
-def tiny(directory, tree=None, **overrides):
-    tree = base.get_config() if tree is None else tree
-    settings = {
-        "model.vocab_size": 400,
-        "model.d_model": 16,
-        "model.num_layers": 2,
-        "model.num_heads": 2,
-        "model.num_kv_heads": 2,
-        "model.head_dim": 8,
-        "model.d_ff": 16,
-        "model.moe.d_ff": 16,
-        "data.dataset": "tiny_text/split",
-        "data.directory": str(directory),
-        "data.sequence_length": 16,
-        "data.shuffle_window": 4,
-        "data.heldout_rows": 8,
-        "optimizer.warmup_steps": 2,
-        "train.batch_size": 8,  # few rows an expert: few sizes of chunk to compile
-        "train.num_steps": 6,
-        "train.log_every": 2,
-        "train.eval_every": 3,
-        "train.save_every": 2,
-        "train.sample_tokens": 4,
-    } | overrides
-    for path, value in settings.items():
-        *sections, name = path.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[name] = value
-    return from_config_dict(tree)
+# Most runs of a file are the same program.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def parameters(workdir, step):

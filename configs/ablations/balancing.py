@@ -1,4 +1,4 @@
-"""No balancing, auxiliary losses of three weights, the z-loss, and loss-free biases; nothing is ever dropped.
+"""No balancing, auxiliary losses of three weights, the z-loss, and loss-free biases, all dropless.
 
 python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/balancing
 """
@@ -8,7 +8,7 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """top-2 of 8; dropless, so that an uneven load costs no token its experts."""
+    """Top-2 of 8, dropless, so that an uneven load drops no assignment."""
     wide = common.hidden(size) // 2
 
     def top2(gate: str = "mixtral", **fields: float) -> Variant:
@@ -22,7 +22,7 @@ def get_suite(size: str) -> Suite:
         "aux_0.01_z": top2(load_balancing_weight=0.01, z_loss_weight=1e-3),
     }
     sigmoid = {"expert_groups": 1, "kept_expert_groups": 1, "routing_scale": 1.0}
-    # The bias moves by 0.001 a step in the paper, over some 10^5 steps; a short run needs larger ones.
+    # The paper moves the bias by 0.001 a step over about 10^5 steps; a short run needs larger steps.
     rate = 1e-3 if size == "pod" else 1e-2
     variants["sigmoid_aux"] = top2("deepseek_v3", bias_update_rate=0.0, load_balancing_weight=0.01, **sigmoid)
     variants["loss_free"] = top2("deepseek_v3", bias_update_rate=rate, load_balancing_weight=0.0, **sigmoid)

@@ -8,11 +8,11 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """Switch's layer."""
+    """Switch's layer with three exploration rules."""
     variants = {
         "argmax": Variant(common.moe(size, "switch", 8, 1, jitter=0.0)),
         "jitter": Variant(common.moe(size, "switch", 8, 1, jitter=0.01), note="uniform [0.99, 1.01]"),
-        "sampled": Variant(common.moe(size, "switch_sampled", 8, 1), note="in proportion to the softmax"),
+        "sampled": Variant(common.moe(size, "switch_sampled", 8, 1), note="expert drawn from the softmax"),
     }
     return Suite(
         name="exploration",

@@ -8,12 +8,12 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """GShard's 2 of 16; DeepSeekMoE's 4 of 32 and 8 of 64; and 3 + 1 and 7 + 1 with one shared."""
+    """GShard with 2 of 16 experts; DeepSeekMoE's gate with 4 of 32 and 8 of 64, each also with one of them shared."""
     f = common.hidden(size)
     weights = {"load_balancing_weight": 0.01}
 
     def fine(k: int, shared: int = 0) -> dict[str, object]:
-        # One shared expert less among the routed; on a mesh their number must divide, so none less there.
+        # The shared expert replaces a routed one, except on a mesh, whose expert axis must divide their number.
         routed = 8 * k - (shared if size == "laptop" else 0)
         own = common.moe(size, "deepseek_moe", routed, k - shared, f // k, **weights)
         return {**own, "model.moe.shared_d_ff": shared * f // k}

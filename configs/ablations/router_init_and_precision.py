@@ -8,7 +8,7 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """Switch's layer with matrices of scale 1.0 and 0.1; float32, bfloat16, and bfloat16 but for the router."""
+    """Switch's layer with matrices of scale 1.0 and 0.1; float32, bfloat16, and bfloat16 with a float32 router."""
     moe = common.moe(size, "switch", 8, 1)
     rounded = {**moe, "model.dtype": "bfloat16"}
     full = {**moe, "model.dtype": "float32"}
@@ -16,7 +16,7 @@ def get_suite(size: str) -> Suite:
         "init_1.0": Variant(full, note="float32"),
         "init_0.1": Variant({**full, "model.init_scale": 0.1}, note="float32"),
         "selective": Variant(rounded, note="bfloat16, the router in float32"),
-        "bfloat16": Variant({**rounded, "model.moe.router_dtype": "bfloat16"}, note="the router too"),
+        "bfloat16": Variant({**rounded, "model.moe.router_dtype": "bfloat16"}, note="bfloat16, router included"),
     }
     return Suite(
         name="router_init_and_precision",

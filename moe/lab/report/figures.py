@@ -54,6 +54,8 @@ def forest(
     for arm in arms:
         for steps in horizons:
             e = loss_effect(table, arm, comparison.baseline, steps)
+            if not e.n:
+                continue
             if math.isfinite(e.mean):
                 error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 1 else None
                 axis.errorbar(

@@ -1,0 +1,111 @@
+"""A command with a wrong input, and the functions that write such a case or break its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+TINY = (
+    "--config=configs/quickstart.py",
+    "--config.data.dataset=tiny_text/split",
+    "--config.data.directory={data}",
+    "--config.model.vocab_size=400",
+    "--config.data.sequence_length=16",
+    "--config.data.heldout_rows=8",
+    "--workdir={new}/run",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A command and the words of its error. In arguments, `{new}` is an empty folder, `{data}` prepared text,
+    `{run}` an imported model and `{open}` an open checkpoint.
+
+    `break_it` changes copies of the last two, or puts something in the first.
+    """
+
+    script: str
+    arguments: tuple[str, ...]
+    says: tuple[str, ...]
+    break_it: Callable[[Path], None] | None = None
+
+
+def main(*arguments: str, says: str | tuple[str, ...], break_it: Callable[[Path], None] | None = None) -> Case:
+    """A case of main.py: these arguments, and the others of TINY."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    tiny = [argument for argument in TINY if argument.partition("=")[0] not in given]
+    ordered = sorted([*tiny, *arguments], key=lambda argument: not argument.startswith("--config="))  # it comes first
+    return Case("main.py", tuple(ordered), (says,) if isinstance(says, str) else says, break_it)
+
+
+def script(
+    name: str, *arguments: str, says: str | tuple[str, ...], break_it: Callable[[Path], None] | None = None
+) -> Case:
+    return Case(f"scripts/{name}.py", arguments, (says,) if isinstance(says, str) else says, break_it)
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """Puts a file in the case's folder."""
+
+    def put(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return put
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    def take(folder: Path) -> None:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return take
+
+
+def change(name: str, **fields) -> Callable[[Path], None]:
+    """Changes fields of a JSON file; a value of None takes the field out."""
+
+    def edit(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text()) | fields
+        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+    return edit
+
+
+def cut(pattern: str, keep: float) -> Callable[[Path], None]:
+    """Truncates the files of a pattern to a share of their size."""
+
+    def truncate(folder: Path) -> None:
+        paths = [path for path in folder.glob(pattern) if path.is_file()]
+        assert paths, pattern
+        for path in paths:
+            os.truncate(path, int(keep * path.stat().st_size))
+
+    return truncate
+
+
+def rename_tensor(folder: Path) -> None:
+    path = folder / "open" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    name = sorted(tensors)[0]
+    safetensors.numpy.save_file({(key + "x" if key == name else key): value for key, value in tensors.items()}, path)
+
+
+def turn_tensor(folder: Path) -> None:
+    path = folder / "open" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["lm_head.weight"] = np.ascontiguousarray(tensors["lm_head.weight"].T)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def value(field: str, text: str, allowed: str) -> Case:
+    """A value that main.py refuses, naming the field and what is allowed."""
+    return main(f"--config.{field}={text}", says=(field, allowed))

@@ -1,0 +1,167 @@
+"""Non-finite losses and parameters: skipped updates, rollback, spikes and dead experts."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.parallel.mesh import make_mesh
+from moe.training import health
+from moe.training import loop as training
+from moe.training.loop import train
+from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, rows, state_of, steps, tiny
+
+# Most runs of a file are the same program.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def test_an_update_that_is_not_finite_changes_nothing(directory, whole, programs):
+    config = tiny(directory, **SETTINGS)
+    mesh = make_mesh(config.mesh, ONE)
+    with jax.set_mesh(mesh):
+        program = programs(config, mesh)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(3, 400, (8, 16)).astype(np.int32)
+        ones = np.ones_like(tokens)
+        batch = {"tokens": tokens, "targets": tokens, "segment_ids": ones, "positions": ones.cumsum(1) - 1}
+        batch = training.place(batch, mesh)
+        # One infinite norm scale: the loss is NaN.
+        scale = lambda state: state.parameters["final_norm"]["scale"]  # noqa: E731
+        before = state_of(program, whole, 4)
+        scale_before = scale(before)
+        before.parameters["final_norm"]["scale"] = scale_before.at[0].set(jnp.inf)
+        kept = jax.tree.map(np.asarray, before)
+        after, metrics = program.train_step(before, batch)
+        assert not np.isfinite(metrics.loss)
+        assert metrics.skipped == 1
+        assert after.step == 5
+        for name in ("parameters", "biases", "rng"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(kept, name))
+        changed = [
+            jax.tree_util.keystr(path)
+            for (path, ours), theirs in zip(
+                jax.tree_util.tree_leaves_with_path(after.optimizer), jax.tree.leaves(kept.optimizer), strict=True
+            )
+            if (np.asarray(ours) != theirs).any()
+        ]
+        assert len(changed) == 1  # the schedule's count: the learning rate goes on with the steps
+        assert metrics.learning_rate == pytest.approx(rows(whole, "train")[4]["learning_rate"])
+        # The same state, mended, is updated.
+        after.parameters["final_norm"]["scale"] = scale_before
+        last, metrics = program.train_step(after, batch)
+        assert metrics.skipped == 0
+        assert (np.asarray(scale(last)) != np.asarray(kept.parameters["final_norm"]["scale"])).all()
+
+
+def poisoned(programs, at):
+    """make_program whose parameters turn infinite before some steps, as an update gone wrong leaves them."""
+
+    def make(config, mesh, teacher=None):
+        program = programs(config, mesh, teacher)
+
+        def step(state, batch):
+            if int(state.step) + 1 in at:
+                norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+                state = dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
+            return program.train_step(state, batch)
+
+        return dataclasses.replace(program, train_step=step)
+
+    return make
+
+
+def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):
+    config = tiny(directory, **SETTINGS, **{"train.num_steps": 10, "train.max_skipped_steps": 3})
+    bad = poisoned(programs, {5})
+    train(config, str(tmp_path / "run"), ONE, make_program=bad)
+    warned = [(row["step"], row["what"]) for row in rows(tmp_path / "run", "warning") if row["what"] != "dead"]
+    assert warned == [(5, "skipped"), (6, "skipped"), (7, "skipped"), (7, "rollback")]
+    back = next(row for row in rows(tmp_path / "run", "warning") if row["what"] == "rollback")
+    assert back["to"] == 4
+    first = next(row for row in rows(tmp_path / "run", "warning") if row["what"] == "skipped")
+    assert first["first_row"] == 4 * 8  # the fifth batch of 8 rows
+    logged = rows(tmp_path / "run", "train")
+    assert [row["step"] for row in logged] == [*range(1, 11)]
+    assert [row["skipped"] for row in logged] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert np.isfinite([row["loss"] for row in logged[7:]]).all()
+    assert logged[7]["learning_rate"] < logged[4]["learning_rate"] < logged[2]["learning_rate"]
+    # Interrupted after the rollback and before the next checkpoint: the same bytes, rollback and all.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "next_batch", at_step(8, raise_interrupted))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
+    assert steps(tmp_path / "stopped") == [2, 4]
+    train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at", "words"),
+    [
+        ({"train.on_skipped_steps": "stop"}, {3}, "step 4: the last 2 updates were skipped, from step 3 on.*'stop'"),
+        ({}, {1}, "no checkpoint is left to roll back to"),
+    ],
+)
+def test_numbers_that_stay_bad_stop_the_run(directory, tmp_path, programs, overrides, at, words):
+    config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 2}, **overrides)
+    with pytest.raises(ConfigError, match=words):
+        train(config, str(tmp_path), ONE, make_program=poisoned(programs, at))
+
+
+def test_a_streak_that_goes_on_goes_back_further(directory, tmp_path, programs):
+    """Spoilt at 7, back to 6, spoilt again at 9 without a good step between: back to 4."""
+    config = tiny(directory, **SETTINGS, **{"train.num_steps": 12, "train.max_skipped_steps": 2})
+    train(config, str(tmp_path), ONE, make_program=poisoned(programs, {7, 9}))
+    assert [row["to"] for row in rows(tmp_path, "warning") if row["what"] == "rollback"] == [6, 4]
+    assert rows(tmp_path, "train")[-1]["skipped"] == 0
+
+
+def test_spikes_and_dead_experts_by_hand():
+    """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; six of them end at 5.9478."""
+    watch = health.Health(6.0, 8)
+    metrics = [{"skipped": 0.0, "cross_entropy": 1.0 + step % 2} for step in range(16)]
+    load = [[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]
+    (dead,) = watch.look(16, metrics, {"expert_load": load})
+    assert (dead["what"], dead["experts"]) == ("dead", [[0, 2]])
+    resumed = health.Health(6.0, 8, json.loads(json.dumps(watch.memory())))
+    for follower in (watch, resumed):
+        assert follower.look(17, [{"skipped": 1.0, "loss": 9.0, "gradient_norm": np.inf}], {})[0]["what"] == "skipped"
+    assert watch.look(18, [{"skipped": 0.0, "cross_entropy": 5.9}], {"expert_load": load}) == []
+    (spike,) = resumed.look(18, [{"skipped": 0.0, "cross_entropy": 6.0}], {"expert_load": load})
+    assert (spike["what"], spike["at"], spike["median"]) == ("spike", 18, 1.5)
+    assert (watch.skipped_in_a_row, resumed.skipped_in_a_row) == (0, 0)
+    (dead,) = resumed.look(19, [], {"expert_load": [[0.5, 0.5, 0.0], [0.0, 0.4, 0.6]]})
+    assert dead["experts"] == [[1, 0]]  # the other one was dead before
+    assert health.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
+
+
+def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp_path):
+    """An update that leaves infinite parameters while its own loss and gradients were finite."""
+
+    def spoiling(at):
+        def make(config, mesh, teacher=None):
+            program = programs(config, mesh, teacher)
+
+            def step(state, batch):
+                state, metrics = program.train_step(state, batch)
+                if int(state.step) in at:
+                    norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+                    state = dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
+                return state, metrics
+
+            return dataclasses.replace(program, train_step=step)
+
+        return make
+
+    config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 1})
+    train(config, str(tmp_path / "run"), ONE, make_program=spoiling({4}), quiet=True)
+    assert steps(tmp_path / "run") == [2, 6]
+    assert [row["to"] for row in rows(tmp_path / "run", "warning") if row["what"] == "rollback"] == [2]
+    with pytest.raises(ConfigError, match="step 6: the parameters are not finite"):
+        train(config, str(tmp_path / "last"), ONE, make_program=spoiling({6}), quiet=True)
+    assert steps(tmp_path / "last") == [2, 4]

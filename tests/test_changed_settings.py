@@ -1,0 +1,107 @@
+"""Resuming with other settings: more steps, another rate, dispatch or mesh."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from moe.checkpoints import workdir as workdirs
+from moe.checkpoints.workdir import read_config
+from moe.config import ConfigError, to_dict
+from moe.training import loop as training
+from moe.training.loop import train
+from moe.training.step import build
+from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, rows, tiny
+
+# Most runs of a file are the same program.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):
+    """Four more steps at a constant rate: refused without the flag, recorded with it, and exact when interrupted."""
+    made = []
+
+    def make(config, mesh, teacher=None):  # another schedule is another program
+        if not made:
+            made.append(build(config, mesh, teacher))
+        return dataclasses.replace(made[0], config=config)
+
+    changes = {"train.num_steps": 10, "optimizer.schedule": "constant", "optimizer.learning_rate": 5e-3}
+    config = tiny(directory, **SETTINGS | changes | {"train.eval_every": 5})
+    for name in ("run", "stopped"):
+        shutil.copytree(whole, tmp_path / name)
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule .*train\.num_steps .*, or add --change to go on"):
+        train(config, str(tmp_path / "run"), ONE, make_program=make)
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ConfigError, match=r"set back seed \(there 0, here 1\)$"):
+        train(other, str(tmp_path / "run"), ONE, make_program=make, allow_changes=True)
+    train(config, str(tmp_path / "run"), ONE, make_program=make, allow_changes=True)
+    assert "changed from step 6 on: optimizer.learning_rate 0.01 to 0.005" in capsys.readouterr().out
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "changes.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in recorded] == [6]
+    assert recorded[0]["changes"]["train.num_steps"] == [6, 10]
+    assert read_config(tmp_path / "run") == config
+    logged = rows(tmp_path / "run", "train")
+    assert logged[:6] == rows(whole, "train")
+    assert [row["step"] for row in logged] == [*range(1, 11)]
+    np.testing.assert_allclose([row["learning_rate"] for row in logged[6:]], 5e-3, rtol=1e-6)
+    assert [row["step"] for row in rows(tmp_path / "run", "heldout/all")] == [6, 10]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "next_batch", at_step(9, raise_interrupted))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "stopped"), ONE, make_program=make, allow_changes=True, quiet=True)
+    train(config, str(tmp_path / "stopped"), ONE, make_program=make, quiet=True)
+    for name in ("metrics.jsonl", "report.txt", "changes.jsonl", "config.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_the_dispatch_may_change_only_where_nothing_can_be_dropped(directory, tmp_path):
+    """Capacity 1.25 drops; 4 = E / K does not, since C is then S."""
+    for factor, refused in ((1.25, True), (4.0, False)):
+        settings = {"model.moe.capacity_factor": factor, "model.moe.eval_capacity_factor": 4.0}
+        theirs, ours = (tiny(directory, **settings, **{"model.moe.dispatch": mode}) for mode in ("gather", "dropless"))
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(theirs)))
+        with pytest.raises(ConfigError, match=r"model\.moe\.dispatch") if refused else contextlib.nullcontext():
+            assert workdirs.refuse_other_run(ours, training.epath.Path(tmp_path)) == {}
+
+
+#: (devices, mesh, dispatch) of one run's starts; nothing is dropped, so that every way to travel computes the same.
+TRAVELS = [
+    (8, {"mesh.data": 2, "mesh.expert": 4}, "gather"),
+    (4, {"mesh.data": 1, "mesh.expert": 2, "mesh.fsdp": 2}, "einsum"),
+    (2, {"mesh.data": 1, "mesh.tensor": 2}, "dropless"),
+    (1, {}, "gather"),
+    (8, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}, "dropless"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_reshard_matrix(directory, tmp_path, capsys):
+    """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
+    settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10}
+    settings |= {"model.moe.capacity_factor": 8.0, "model.moe.eval_capacity_factor": 8.0}
+    train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
+    for number, (count, mesh, dispatch) in enumerate(TRAVELS):
+        config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
+            patch.setattr(training, "next_batch", at_step(2 * number + 3, raise_interrupted))
+            train(config, str(tmp_path / "moved"), jax.devices()[:count], quiet=True)
+    still, moved = (rows(tmp_path / name, "train") for name in ("still", "moved"))
+    with capsys.disabled():
+        print(
+            "\nstep  devices  mesh, dispatch                                            loss  on one device  difference"
+        )
+        for one, other in zip(still, moved, strict=True):
+            count, mesh, dispatch = TRAVELS[(one["step"] - 1) // 2]
+            sizes = " ".join(f"{axis.removeprefix('mesh.')} {size}" for axis, size in mesh.items())
+            print(
+                f"{one['step']:4}  {count:7}  {sizes + ', ' + dispatch:52} {other['loss']:9.6f}  {one['loss']:13.6f}  "
+                f"{abs(other['loss'] - one['loss']):.1e}"
+            )
+    assert [row["step"] for row in moved] == [*range(1, 11)]
+    np.testing.assert_allclose([row["loss"] for row in moved], [row["loss"] for row in still], rtol=1e-4)

@@ -1,0 +1,130 @@
+"""MoE layers under each gate: router precision, broken logits, replayed routing, dropout, future leaks."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import MeshConfig
+from moe.dispatch.modes import CONFIG_MODES
+from moe.interop.layers import single_layer
+from moe.models.decoder import Transformer
+from moe.parallel.mesh import make_mesh
+from moe.routing.registry import GATES
+from moe.routing.router import Router
+from tests.gate_helpers import routed
+from tests.helpers import tiny_model
+
+
+def test_the_router_rounds_only_when_asked(rng):
+    x, logits = jnp.asarray(rng.normal(size=(1, 4, 16)), jnp.float32), {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_model(gate="switch", router_dtype=dtype)
+        router = Router(config, rngs=nnx.Rngs(0))
+        logits[dtype] = np.asarray(router(x))
+        assert logits[dtype].dtype == np.float32
+    rounded = logits["bfloat16"].astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(logits["bfloat16"], rounded)
+    assert (logits["float32"] != rounded).all()
+    np.testing.assert_allclose(logits["float32"], rounded, atol=0.05)
+
+
+def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
+    x = jnp.asarray(rng.normal(size=(1, 6, 4)), jnp.float32)
+    weights = {
+        "router": rng.normal(size=(4, 3)),
+        "up": rng.normal(size=(3, 4, 5)),
+        "gate_matrix": rng.normal(size=(3, 4, 5)),
+        "down": rng.normal(size=(3, 5, 4)),
+    }
+    mask = jnp.ones((1, 6), bool)
+    for mode in CONFIG_MODES:
+        layer = single_layer("switch", **weights, eval_capacity_factor=3.0, dispatch=mode)
+        run = jax.jit(lambda x, layer=layer: layer(x, mask))
+        expected, _, _ = run(x)
+        y, report, _ = run(x.at[0, 2].set(jnp.nan))
+        assert float(report.broken_tokens) == 1
+        others = np.arange(6) != 2
+        np.testing.assert_allclose(y[0, others], expected[0, others], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(y[0, 2], np.zeros(4))
+
+
+def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
+    """Other routers, another mode, eight devices: the recorded routing decides, and the logits are the same."""
+    config = tiny_model(
+        gate="gshard", num_layers=3, first_dense=1, num_experts=8, d_model=16, num_kv_heads=4, eval_capacity_factor=0.5
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(rng.integers(0, 48, (8, 6)))
+    recorded = jax.jit(lambda tokens: model(tokens, return_routing=True))(tokens)
+    assert recorded.routing.expert_index.shape == (2, 8, 6, 2)
+    assert 0 < float(recorded.layers.fraction_tokens_dropped.mean()) < 1
+    other = Transformer(
+        dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="einsum")), rngs=nnx.Rngs(0)
+    )
+    # Asked, this router would choose the two worst of eight experts instead of the two best.
+    router = other.segment_1.block_0.moe.router
+    router.kernel[...] = -router.kernel[...]
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    with jax.set_mesh(mesh):
+        replayed = jax.jit(lambda tokens, routing: other(tokens, routing=routing, return_routing=True))(
+            tokens, recorded.routing
+        )
+    np.testing.assert_allclose(replayed.logits, recorded.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(replayed.routing.expert_index, recorded.routing.expert_index)
+
+
+def test_replay_in_other_groups_is_refused(rng):
+    layer = single_layer(
+        "switch", router=np.ones((3, 2)), up=np.ones((2, 3, 3)), down=np.ones((2, 3, 3)), activation="relu"
+    )
+    routing = routed("switch", rng.normal(size=(2, 4, 2)), 1)
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        layer(jnp.ones((2, 2, 3)), jnp.ones((2, 2), bool), routing=routing)
+
+
+@pytest.mark.parametrize("mode", ["gather", "dropless"])
+def test_expert_dropout_drops_hidden_activations_in_training_alone(mode):
+    # x = 1, up = 1: hidden 1 in 4000 units, down averages them with weights w_j = j/sum: y is the kept weight over 0.6.
+    f = 4000
+    down = np.arange(1, f + 1) / (f * (f + 1) / 2)
+    weights = {"up": np.ones((1, 1, f)), "down": down[None, :, None], "router": np.zeros((1, 1))}
+    layer = single_layer("switch", **weights, activation="relu", expert_dropout=0.4, dispatch=mode, jitter=0.0)
+    x, mask, key = jnp.ones((1, 3, 1)), jnp.ones((1, 3), bool), jax.random.key(0)
+    noisy = jax.jit(lambda x: layer(x, mask, train=True, rng=key)[0])(x)
+    # Each weight is kept or not: variance 0.6·0.4·sum w²/0.36, sum w² = 4/3f.
+    np.testing.assert_allclose(noisy, np.ones((1, 3, 1)), atol=5 * math.sqrt(0.24 / 0.36 * 4 / (3 * f)))
+    assert len(np.unique(noisy)) == 3, "each token draws its own"
+    quiet = jax.jit(lambda x: layer(x, mask, rng=key)[0])(x)
+    np.testing.assert_allclose(quiet, np.ones((1, 3, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "leaks"), [("expert_choice", True), ("soft_moe", True), ("switch", False), ("deepseek_v3", False)]
+)
+def test_who_looks_ahead(gate, leaks, rng):
+    """Changing the last token changes an earlier one's output only under the gates that are refused for it."""
+    assert GATES[gate].looks_ahead == leaks
+    soft = gate == "soft_moe"
+    weights = {
+        "router": rng.normal(size=(4, 4, 1) if soft else (4, 4)) * 2,
+        "up": rng.normal(size=(4, 4, 5)),
+        "gate_matrix": rng.normal(size=(4, 4, 5)),
+        "down": rng.normal(size=(4, 5, 4)),
+    }
+    fields = {"expert_groups": 1, "kept_expert_groups": 1, "experts_per_token": 2} if gate == "deepseek_v3" else {}
+    mode = "einsum" if soft else "gather"
+    layer = single_layer(gate, **weights, eval_capacity_factor=1.0, accept_future_leak=True, dispatch=mode, **fields)
+    if not leaks:
+        layer.config = dataclasses.replace(layer.config, eval_capacity_factor=4.0)
+    x = jnp.asarray(rng.normal(size=(1, 8, 4)), jnp.float32)
+    run = jax.jit(lambda x: layer(x, jnp.ones((1, 8), bool))[0])
+    changed = max(
+        float(jnp.abs(run(x)[0, :-1] - run(x.at[0, -1].set(jnp.asarray(last)))[0, :-1]).max())
+        for last in rng.normal(size=(4, 4)) * 3
+    )
+    assert (changed > 1e-4) == leaks

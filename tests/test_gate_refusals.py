@@ -1,0 +1,81 @@
+"""Settings of gates that are refused, and the constants that each gate's paper gives."""
+
+import numpy as np
+import pytest
+
+from moe.config import Config, ConfigError, to_config_dict
+from moe.interop.layers import single_layer
+from moe.routing.registry import GATES
+from moe.routing.resolve import from_config_dict, resolve, validate
+
+REFUSED = [
+    ({"gate": "expert_choice"}, "accept_future_leak"),
+    ({"gate": "soft_moe", "dispatch": "einsum"}, "accept_future_leak"),
+    ({"gate": "soft_moe", "accept_future_leak": True}, "must be einsum"),
+    ({"gate": "deepseek_v3", "num_experts": 12}, "model.moe.expert_groups=8: must be at least 1 and divide"),
+    ({"gate": "deepseek_v3", "num_experts": 16, "kept_expert_groups": 9}, "must be from 1 to expert_groups=8"),
+    ({"gate": "deepseek_v3", "num_experts": 8}, "must be at most the 4 experts"),
+    ({"gate": "mixtral", "num_experts": 4, "experts_per_token": 5}, "must be at most num_experts=4"),
+    ({"gate": "gshard", "experts_per_token": 3}, "exists for 2 only"),
+    ({"gate": "switch", "num_experts": 4, "expert_groups": 3}, "divide num_experts=4"),
+    ({"gate": "mixtral", "renormalise": 0}, "is fixed by the gate"),
+    ({"gate": "mixtral", "routing_scale": 2.0}, "needs a DeepSeek gate"),
+    ({"gate": "mixtral", "load_weight": 0.1}, "needs the gate noisy_topk"),
+    ({"gate": "mixtral", "bias_update_rate": 0.1}, "needs the gate deepseek_v3"),
+    ({"gate": "switch", "capacity_factor": 0.0}, "must be positive"),
+    ({"gate": "switch", "balance_scope": "world"}, "must be one of batch, group, sequence"),
+    ({"gate": "switch", "drop_policy": "luck"}, "must be one of position, probability, random"),
+    ({"gate": "switch", "expert_dropout": 1.0}, r"must be in \[0, 1\)"),
+    ({"gate": "switch", "slots_per_expert": 2}, "needs the gate soft_moe"),
+    ({"gate": "mixtral", "num_experts": 3, "overflow_to_next": True}, "needs num_experts >= 2"),
+    ({"gate": "mixtral", "dispatch": "dropless", "overflow_to_next": True}, "a capacity"),
+    ({"gate": "mixtral", "experts_per_token": 1}, "must be at least 2 with the gate 'mixtral', which renormalises"),
+    ({"gate": "st_moe", "experts_per_token": 1}, "must be at least 2"),
+    ({"gate": "noisy_topk", "experts_per_token": 1}, "must be at least 2"),
+    ({"gate": "switch", "renormalise": 1}, "renormalise=1: must be 0 with experts_per_token=1"),
+    (
+        {"gate": "deepseek_v3", "experts_per_token": 1, "expert_groups": 1, "kept_expert_groups": 1},
+        "renormalise=1: must be 0 with experts_per_token=1",
+    ),
+    ({"gate": "st_moe", "drop_policy": "probability"}, "accept_future_leak=True"),
+    ({"gate": "switch", "drop_policy": "random"}, "accept_future_leak=True"),
+    ({"gate": "expert_choice", "accept_future_leak": True, "drop_policy": "random"}, "drops no assignment"),
+    ({"gate": "hash", "jitter": 0.1}, "jitter=0.1: must be 0: the gate 'hash' has no router"),
+    ({"gate": "random", "load_balancing_weight": 0.1}, "load_balancing_weight=0.1: must be 0"),
+    ({"gate": "hash", "z_loss_weight": 0.1}, "z_loss_weight=0.1: must be 0"),
+    ({"gate": "hash", "router_dtype": "bfloat16"}, "has no router"),
+    ({"gate": "dense_mixture", "load_balancing_weight": 0.1}, "the loss is constant"),
+    ({"gate": "deepseek_moe", "device_balance_weight": 0.05}, "needs expert_groups above 1"),
+    (
+        {"gate": "soft_moe", "dispatch": "einsum", "accept_future_leak": True, "capacity_factor": 2.0},
+        "soft_moe has slots_per_expert instead",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_impossible_settings_are_refused(fields, message):
+    tree = to_config_dict(Config())
+    for name, value in fields.items():
+        tree.model.moe[name] = value
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict(tree)
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_every_gate_has_a_valid_config_with_its_papers_constants(gate):
+    tree = to_config_dict(Config())
+    tree.model.moe.gate, tree.model.moe.num_experts = gate, 64
+    tree.model.moe.accept_future_leak = True
+    tree.model.moe.dispatch = "einsum" if gate == "soft_moe" else "gather"
+    moe = validate(resolve(from_config_dict(tree))).model.moe
+    for name in ("load_balancing_weight", "balance_scope", "drop_policy", "routing_scale", "capacity_factor"):
+        assert getattr(moe, name) == getattr(GATES[gate], name)
+
+
+def test_single_layer_refuses_missing_and_misshapen_arrays():
+    arrays = {"router": np.zeros((4, 2)), "up": np.zeros((2, 4, 3)), "down": np.zeros((2, 3, 4))}
+    with pytest.raises(ConfigError, match="gate_matrix=None"):
+        single_layer("switch", **arrays)
+    with pytest.raises(ConfigError, match="router of shape"):
+        single_layer("switch", **(arrays | {"router": np.zeros((2, 4))}), activation="relu")

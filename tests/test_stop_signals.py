@@ -1,0 +1,85 @@
+"""SIGTERM and SIGINT: the run saves at the end of the step, in one process and in two."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe import signals
+from moe.config import to_dict
+from moe.training import loop as training
+from moe.training.loop import train
+from tests.run_helpers import ONE, SETTINGS, at_step, rows, steps, tiny
+
+# Most runs of a file are the same program.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_steps_end(directory, whole, programs, tmp_path, monkeypatch, number, code):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(training, "next_batch", at_step(3, lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(signals.Stopped) as caught:
+        train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert caught.value.code == code
+    assert steps(tmp_path) == [2, 3]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    monkeypatch.undo()
+    train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(directory, programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.pipeline, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(signals.Stopped):
+        train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_stop_at_one_step(directory, tmp_path):
+    """SIGTERM reaches one of them; both save the same step and end with 75."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    }
+    tree = to_dict(tiny(directory, **SETTINGS, **{"train.num_steps": 100_000, "train.save_every": 100_000}))
+    (tmp_path / "config.py").write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({tree!r}, convert_dict=True)\n"
+    )
+    command = [
+        sys.executable,
+        "main.py",
+        "--distributed",
+        f"--config={tmp_path}/config.py",
+        f"--workdir={tmp_path}/run",
+    ]
+    root = Path(__file__).parents[1]
+    pair = []
+    for index in range(2):
+        with (tmp_path / f"{index}.log").open("w") as log:
+            own = environment | {"JAX_PROCESS_ID": str(index)}
+            pair.append(subprocess.Popen(command, cwd=root, env=own, stdout=log, stderr=log))
+    try:
+        while len(train_rows := rows(tmp_path / "run", "train")) < 3:
+            assert [process.poll() for process in pair] == [None, None], (tmp_path / "0.log").read_text()[-2000:]
+            time.sleep(0.2)
+        pair[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=300) for process in pair] == [signals.START_AGAIN] * 2
+    finally:
+        for process in pair:
+            process.kill()
+    (saved,) = steps(tmp_path / "run")
+    assert saved == rows(tmp_path / "run", "train")[-1]["step"] >= len(train_rows)
