@@ -89,7 +89,7 @@ def holds_run(workdir: epath.Path) -> bool:
     A config alone is from a start that failed before its first step, and binds nobody.
 
     Raises:
-        ConfigError: there are checkpoints without a config, or a run's checkpoints are gone.
+        ConfigError: there are checkpoints without a config, the config is not a run's, or a run's checkpoints are gone.
     """
     steps = complete_steps(workdir)
     if not (workdir / CONFIG).exists():
@@ -101,10 +101,11 @@ def holds_run(workdir: epath.Path) -> bool:
         return False
     if steps:
         return True
+    config = read_config(workdir)  # a file that is not a run's config is never replaced
     rows = read_rows(workdir / METRICS)
     last = max((row["step"] for row in rows), default=0)
     # The second save waits for the first: rows beyond it prove that there was a checkpoint.
-    if rows and ((workdir / REPORT).exists() or last > 2 * read_config(workdir).train.save_every):
+    if rows and ((workdir / REPORT).exists() or last > 2 * config.train.save_every):
         raise ConfigError(
             f"--workdir={workdir}: has metrics up to step {last} but no checkpoint; put checkpoints/ back, or delete "
             f"{METRICS} and {REPORT} to train again from step 0"

@@ -14,7 +14,7 @@ from moe.routing.checks import check_moe
 from moe.routing.registry import GATES, find_gate
 
 
-def from_config_dict(tree: ml_collections.ConfigDict | dict[str, typing.Any]) -> Config:
+def from_config_dict(tree: object) -> Config:
     """Build the typed config of a tree, resolved and checked as far as possible without devices and data.
 
     Raises:

@@ -79,10 +79,11 @@ def train(
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         started = (directory / CONFIG).exists()
-        if started:
-            stack.enter_context(locked(directory))
+        # Before the lock, so that nothing is written into a folder that is refused.
         new = not holds_run(directory)
         changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
+        if started:
+            stack.enter_context(locked(directory))
         if not new and not changes and is_finished(config, directory):
             say(f"{directory} is done: {config.train.num_steps} steps were trained. Its report:\n")
             say((directory / REPORT).read_text())
@@ -105,8 +106,8 @@ def train(
             directory.mkdir(parents=True, exist_ok=True)
             if not started:
                 stack.enter_context(locked(directory))
-                if jax.process_index() == 0 and holds_run(directory):
-                    raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
+            if new and jax.process_index() == 0 and holds_run(directory):
+                raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         say(_description(program))
