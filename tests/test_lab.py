@@ -11,127 +11,22 @@ import pytest
 
 from configs import base as defaults
 from moe.config import ConfigError
-from moe.lab import costs, law, plan, records, results, statistics
-from moe.lab.claims import decide, registration
-from moe.lab.claims.registration import Claim, Part
+from moe.lab import costs, plan, records, results
+from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse
-from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record
-from moe.lab.report import claims_page, page
+from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key
+from moe.lab.report import page
 from moe.lab.running import jobs, runner
-from moe.lab.suite import Comparison, Suite, Sweep, Variant, check, load_suite, with_seeds
+from moe.lab.suite import Comparison, Sweep, Variant, check, load_suite, with_seeds
 from moe.lab.table import MissingError, Table
 from moe.training.loop import train
+from tests.lab_helpers import CLAIMS, DENSE, SWITCH, record, suite_of
 from tests.tiny_text import build
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if path.stem not in ("__init__", "common"))
-CLAIMS, DIGEST = registration.read_claims(ROOT / "configs/ablations/claims.toml")
 
 
-# --- Statistics ------------------------------------------------------------------------------------------------------
-def test_paired_interval_by_hand():
-    # Mean 2, standard deviation 1, error 1/sqrt(3) = 0.57735; t(0.975, 2) = 4.30265: ± 2.48414. t = 3.46410,
-    # p = 1 - t/sqrt(2 + t²) = 1 - 0.92582 = 0.07418, which is the closed form for two degrees of freedom.
-    e = statistics.effect([1.0, 2.0, 3.0])
-    assert (e.mean, e.n, e.sd) == (2.0, 3, 1.0)
-    assert (e.low, e.high, e.p) == pytest.approx((-0.48414, 4.48414, 0.07418), abs=1e-5)
-
-
-def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
-    one, diverged = statistics.effect([5.0]), statistics.effect([5.0, math.inf, 4.0])
-    assert (one.mean, one.low, one.high, one.n) == (5.0, -math.inf, math.inf, 1)
-    assert math.isnan(diverged.mean)
-    assert diverged.n == 3
-
-
-def test_smallest_detectable_effect_is_the_published_table():
-    # papers: standard deviation 0.025 → 0.082 (n = 3), 0.042 (5), 0.025 (10).
-    found = [statistics.smallest_detectable(0.025, n) for n in (3, 5, 10)]
-    assert found == pytest.approx([0.082, 0.042, 0.025], abs=6e-4)
-    assert statistics.smallest_detectable(0.025, 1) == math.inf
-    assert statistics.seeds_needed(0.025, found[1]) == 5
-    assert statistics.seeds_needed(0.025, -found[2]) == 10
-
-
-def test_holm_by_hand():
-    # 0.01·3 = 0.03; 0.03·2 = 0.06; 0.04·1, but not less than the one before.
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert statistics.holm([]) == []
-
-
-def test_pitman_morgan_by_hand():
-    # Sums (1,-1,2,-2), differences (1,-1,-2,2): r = (1 + 1 - 4 - 4)/10 = -0.6, t = -0.6·√2/0.8 = -1.06066, and with
-    # two degrees of freedom p = (1 - |t|/sqrt(2 + t²))/2 = (1 - 0.6)/2. Variances 2/3 and 8/3.
-    assert statistics.pitman_morgan([1, -1, 0, 0], [0, 0, 2, -2]) == pytest.approx((0.25, 0.2))
-
-
-def test_pooled_model_of_two_arms_is_the_paired_test_and_uses_incomplete_seeds():
-    losses = {"base": {0: 5.0, 1: 6.0, 2: 7.0}, "arm": {0: 6.0, 1: 8.0, 2: 10.0}}
-    paired, found = statistics.effect([1.0, 2.0, 3.0]), statistics.pooled(losses, "base")["arm"]
-    assert (found.mean, found.low, found.high, found.p) == pytest.approx(
-        (paired.mean, paired.low, paired.high, paired.p)
-    )
-    more = statistics.pooled({**losses, "third": {0: 5.0, 1: 6.5}}, "base")
-    assert set(more) == {"arm", "third"}
-    assert more["third"].n == 2
-    assert statistics.pooled({"base": {0: 5.0}, "arm": {0: 6.0}}, "base") == {}
-
-
-def test_bootstrap_weighs_domains_alike_and_covers_the_seeds():
-    # Constant within a domain: every draw is (1 + 4)/2.
-    assert statistics.bootstrap([[1, 1, 1, 4]], ["a", "a", "a", "b"]) == (2.5, 2.5)
-    # Three seeds of -1, 0 and 1: all three the same, -1 or 1, once in 27 each, which is more than 2.5 %.
-    assert statistics.bootstrap([[-1.0], [0.0], [1.0]], ["a"]) == (-1.0, 1.0)
-    # Two seeds are kept as they are, and one row leaves nothing to draw.
-    assert statistics.bootstrap([[-1.0], [2.0]], ["a"]) == (0.5, 0.5)
-
-
-def test_censored_median_by_hand():
-    # Three seeds: the range covers the median with 1 - 2/8; six: with 1 - 2/64.
-    three = statistics.censored_median([0.5, math.inf, 0.7])
-    assert (three.median, three.low, three.high, three.coverage, three.censored) == (0.7, 0.5, math.inf, 0.75, 1)
-    six = statistics.censored_median([1, 2, 3, 4, 5, 6])
-    assert (six.median, six.low, six.high, six.coverage) == (3.5, 1, 6, 1 - 2 / 64)
-    assert statistics.censored_median([0.5, math.inf]).median == math.inf
-
-
-def test_steps_to_reach_a_loss():
-    curve = [(10, 5.0), (20, 4.0), (30, 3.5)]
-    assert statistics.steps_to_reach(curve, 4.25) == 17.5  # three quarters of the way from 5 to 4
-    assert statistics.steps_to_reach(curve, 3.5) == 30
-    assert statistics.steps_to_reach(curve, 3.4) == math.inf
-
-
-def test_crossing_is_interpolated_in_log_tokens():
-    def effect(mean, half):
-        return statistics.Effect(mean, mean - half, mean + half, 0.5, 3)
-
-    # Halfway in log tokens; the lower end -0.1 is below zero from the start, the upper one 0.1 never.
-    found = statistics.crossing([100, 10_000], [effect(0.1, 0.2), effect(-0.1, 0.2)])
-    assert (found.tokens, found.low, found.high) == (pytest.approx(1000), 0.0, math.inf)
-    assert math.isnan(statistics.crossing([100, 10_000], [effect(0.1, 0.05), effect(0.2, 0.05)]).tokens)
-    found = statistics.crossing([100, 10_000], [effect(0.2, 0.1), effect(-0.2, 0.1)])
-    # Ends: 0.1 → -0.3 crosses at a quarter, 0.3 → -0.1 at three quarters of the two decades.
-    assert (found.low, found.high) == pytest.approx((100 * 10**0.5, 100 * 10**1.5))
-
-
-def test_law_is_recovered_from_its_own_losses():
-    def loss(experts, tokens):
-        return math.exp(3.0 - 0.1 * math.log(tokens) - 0.05 * math.log(experts))
-
-    points = {(e, t): loss(e, t) for e in (1, 4, 16) for t in (10**5, 10**6)}
-    found = law.fit(points)
-    assert found.coefficients == pytest.approx((3.0, -0.1, -0.05, 0.0), abs=1e-9)
-    assert found.loss(64, 10**7) == pytest.approx(loss(64, 10**7))
-    assert max(map(abs, found.residuals.values())) < 1e-9
-    # One loss 1 % higher: its residual is positive; with an intercept all residuals sum to zero.
-    found = law.fit({**points, (4, 10**6): points[4, 10**6] * 1.01})
-    assert found.residuals[4, 10**6] > 0
-    assert sum(found.residuals.values()) == pytest.approx(0.0, abs=1e-9)
-    assert law.fit({(1, 10**5): 5.0, (4, 10**5): 4.9}) is None
-
-
-# --- Suites and plans ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("size", ["laptop", "pod"])
 def test_every_suite_is_as_equal_as_it_says(path, size):
@@ -146,15 +41,6 @@ def test_every_claim_names_arms_of_its_suite():
     for claim in CLAIMS:
         assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number
         assert claim.min_steps <= suites[claim.suite].longest
-
-
-def suite_of(variants, comparisons=None, seeds=(0, 1, 2), base=None, **fields):
-    base = defaults.get_config() if base is None else base
-    return Suite("test", "?", base, variants, seeds, comparisons or {}, **fields)
-
-
-DENSE = Variant({"model.moe.gate": "none"})
-SWITCH = Variant({"model.moe.gate": "switch"})
 
 
 @pytest.mark.parametrize(
@@ -209,19 +95,6 @@ def test_routing_groups_follow_the_batch_size():
     length = suite.base.data.sequence_length
     assert suite.config("whole").model.moe.group_size == 6 * length
     assert suite.config("own").model.moe.group_size == 64
-
-
-def record(variant, seed, loss, steps=20, rate=3e-3, status=FINISHED, **fields):
-    """A run with one domain of two rows and two evaluations."""
-    rows = [
-        (step, "loss", domain, "", value)
-        for step, value in ((steps // 2, loss + 1.0), (steps, loss))
-        for domain in ("a", PRIMARY)
-    ]
-    own = {"rows": rows, "row_domains": ["a", "a"], "row_losses": [loss - 0.1, loss + 0.1], "claims": {}, **fields}
-    return Record(
-        variant, steps, rate, seed, status, "", commit="c", data={}, hardware="h", seconds=1.0, costs={}, **own
-    )
 
 
 def test_the_plan_goes_seed_by_seed_with_the_headline_arms_first():
@@ -316,107 +189,6 @@ def test_values_of_layers_and_first_evaluations():
         table.values(20, "nothing[a]")
 
 
-def claim_of(rule="below", value="loss[b] - loss[a]", **fields):
-    part = {"margin": fields.pop("margin", 0.0), "published": fields.pop("published", None)}
-    return Claim(1, "test", "b beats a", "paper", (Part("loss", rule, value, **part),), **fields)
-
-
-def table_of(b, a=(5.0, 5.0, 5.0), claim=None, steps=20, **fields):
-    hashes = {"1": (claim or claim_of()).hash}
-    runs = [
-        record(name, seed, loss, steps, status=DIVERGED if math.isinf(loss) else FINISHED, claims=hashes)
-        for name, losses in (("a", a), ("b", b))
-        for seed, loss in enumerate(losses)
-    ]
-    return Table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(steps,), **fields), runs)
-
-
-@pytest.mark.parametrize(
-    ("b", "verdict"),
-    [
-        ((4.9, 4.91, 4.89), decide.SUPPORTED),  # -0.1 ± 0.025
-        ((5.1, 5.11, 5.09), decide.CONTRADICTED),
-        ((4.9, 5.12, 4.95), decide.UNDECIDED),  # -0.01 ± 0.29
-        ((4.0,), decide.UNDECIDED),  # one seed, however large the effect
-    ],
-)
-def test_a_claim_is_decided_by_its_interval(b, verdict):
-    finding = decide.assess(claim_of(), table_of(b))
-    assert (finding.verdict, finding.post_hoc) == (verdict, False)
-
-
-def test_below_its_horizon_a_claim_is_not_contradicted():
-    claim = claim_of(min_steps=100)
-    finding = decide.assess(claim, table_of((5.1, 5.11, 5.09), claim=claim))
-    assert finding.verdict == decide.BELOW
-    assert "regime: 20 steps of at least 100" in finding.lacks
-
-
-def test_a_claim_edited_after_its_runs_is_post_hoc():
-    edited = dataclasses.replace(claim_of(), text="b beats a, really")
-    assert decide.assess(edited, table_of((4.9, 4.91, 4.89))).post_hoc
-    text = claims_page.claims_section([edited], {"test": table_of((4.9, 4.91, 4.89))})
-    assert "**post hoc: the claim was edited after its runs started**" in text
-
-
-def test_a_claim_without_its_runs_or_its_premise_is_not_tested():
-    assert decide.assess(claim_of(), None).verdict == decide.NOT_TESTED
-    finding = decide.assess(claim_of(), Table(suite_of({"a": DENSE, "b": SWITCH}), [record("a", 0, 5.0)]))
-    assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "no runs of b")
-    needs_gain = claim_of(requires="loss[a] - loss[b]")
-    finding = decide.assess(needs_gain, table_of((4.9, 4.91, 4.89), claim=needs_gain))
-    assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "loss[a] - loss[b] is not below zero")
-
-
-def test_margins_allow_what_was_stated():
-    # Interval of (0, 0.001, 0.002): 0.001 ± 0.0025.
-    small, large = statistics.effect([0.0, 0.001, 0.002]), statistics.effect([0.1, 0.101, 0.102])
-    opposite = statistics.effect([-0.1, -0.101, -0.102])
-    for rule in ("not_above", "within"):
-        assert decide.verdict_of(rule, 0.02, small) == decide.SUPPORTED
-        assert decide.verdict_of(rule, 0.02, large) == decide.CONTRADICTED
-        assert decide.verdict_of(rule, 0.002, small) == decide.UNDECIDED
-    assert decide.verdict_of("not_above", 0.02, opposite) == decide.SUPPORTED
-    assert decide.verdict_of("within", 0.02, opposite) == decide.CONTRADICTED
-
-
-def test_diverged_runs_are_outcomes():
-    # Six seeds on which b diverges and a does not: sign test p = 2/64.
-    worse = decide.assess(claim_of(), table_of((math.inf,) * 6, (5.0,) * 6))
-    assert worse.verdict == decide.CONTRADICTED
-    assert worse.outcomes[0].effect.p == pytest.approx(2 / 64)
-    assert "6 of 6 pairs have a diverged run" in worse.outcomes[0].note
-    # Two of three: no verdict, and the two seeds are not dropped.
-    some = decide.assess(claim_of(), table_of((math.inf, math.inf, 4.9)))
-    assert (some.verdict, some.outcomes[0].effect.n) == (decide.UNDECIDED, 3)
-
-
-def test_less_variance_is_tested_on_pairs():
-    # The pairs of test_pitman_morgan_by_hand: p = 0.2, no verdict.
-    claim = claim_of("less_variance")
-    finding = decide.assess(claim, table_of((5.0, 5.0, 7.0, 3.0), (6.0, 4.0, 5.0, 5.0), claim=claim))
-    assert finding.outcomes[0].effect.mean == pytest.approx(4.0)  # b varies more
-    assert finding.verdict == decide.UNDECIDED
-
-
-def test_power_is_told_beside_the_published_effect():
-    claim = claim_of(published=-0.05)
-    finding = decide.assess(claim, table_of((4.9, 5.12, 4.95), claim=claim))
-    outcome = finding.outcomes[0]
-    assert outcome.detectable == pytest.approx(statistics.smallest_detectable(outcome.effect.sd, 3))
-    assert outcome.seeds_needed == statistics.seeds_needed(outcome.effect.sd, 0.05) > 3
-    assert any(text.startswith("power: finds") for text in finding.lacks)
-
-
-def test_all_claims_on_one_page(tmp_path):
-    claims_page.write_page(tmp_path, CLAIMS, DIGEST, {})
-    text = (tmp_path / "claims.md").read_text()
-    assert all(f"| {claim.number} | {claim.text} |" in text for claim in CLAIMS)
-    assert f"not tested: {len(CLAIMS)}" in text
-    assert DIGEST in text
-
-
-# --- Running and reporting -------------------------------------------------------------------------------------------
 def tiny_base(directory):
     base = defaults.get_config()
     base.model.update(vocab_size=400, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)

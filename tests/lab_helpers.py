@@ -1,0 +1,50 @@
+"""Suites, records and tables for tests of the ablation lab."""
+
+import math
+from pathlib import Path
+
+from configs import base as defaults
+from moe.lab.claims import registration
+from moe.lab.claims.registration import Claim, Part
+from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
+from moe.lab.suite import Suite, Variant
+from moe.lab.table import Table
+
+CLAIMS, DIGEST = registration.read_claims(Path(__file__).resolve().parents[1] / "configs/ablations/claims.toml")
+
+
+def suite_of(variants, comparisons=None, seeds=(0, 1, 2), base=None, **fields):
+    base = defaults.get_config() if base is None else base
+    return Suite("test", "?", base, variants, seeds, comparisons or {}, **fields)
+
+
+DENSE = Variant({"model.moe.gate": "none"})
+SWITCH = Variant({"model.moe.gate": "switch"})
+
+
+def record(variant, seed, loss, steps=20, rate=3e-3, status=FINISHED, **fields):
+    """A run with one domain of two rows and two evaluations."""
+    rows = [
+        (step, "loss", domain, "", value)
+        for step, value in ((steps // 2, loss + 1.0), (steps, loss))
+        for domain in ("a", PRIMARY)
+    ]
+    own = {"rows": rows, "row_domains": ["a", "a"], "row_losses": [loss - 0.1, loss + 0.1], "claims": {}, **fields}
+    return Record(
+        variant, steps, rate, seed, status, "", commit="c", data={}, hardware="h", seconds=1.0, costs={}, **own
+    )
+
+
+def claim_of(rule="below", value="loss[b] - loss[a]", **fields):
+    part = {"margin": fields.pop("margin", 0.0), "published": fields.pop("published", None)}
+    return Claim(1, "test", "b beats a", "paper", (Part("loss", rule, value, **part),), **fields)
+
+
+def table_of(b, a=(5.0, 5.0, 5.0), claim=None, steps=20, **fields):
+    hashes = {"1": (claim or claim_of()).hash}
+    runs = [
+        record(name, seed, loss, steps, status=DIVERGED if math.isinf(loss) else FINISHED, claims=hashes)
+        for name, losses in (("a", a), ("b", b))
+        for seed, loss in enumerate(losses)
+    ]
+    return Table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(steps,), **fields), runs)
