@@ -62,7 +62,7 @@ CASES = [
     value("model.moe.layers", "(3,2)", "increasing"),
     value("model.moe.group_size", "100", "must divide"),
     value("model.moe.load_weight", "1.0", "needs the gate noisy_topk"),
-    value("seed", "-1", "at least 0"),
+    value("seed", "-1", "in [0, 2^31)"),
     value("seed", "lucky", "must be int"),
     value("optimizer.learning_rate", "nan", "finite"),
     value("optimizer.learning_rate", "0.0", "must be positive"),
@@ -98,7 +98,7 @@ CASES = [
     value("data.dataset", "../..//weird name:1.0", "data.dataset"),
     value("data.dataset", "/nowhere/at/all", "no such folder"),
     value("data.dataset", "gs://nowhere/text", "gs://nowhere/text"),
-    main("--config.data.dataset={new}", says=("data.dataset", "no text in .txt or .jsonl")),
+    main("--config.data.dataset={new}", says=("data.dataset", "no text in .txt, .jsonl")),
     main(
         "--config.data.dataset={new}",
         "--config.data.directory={new}/cache",

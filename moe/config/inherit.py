@@ -8,6 +8,7 @@ import typing
 import ml_collections
 from etils import epath
 
+from moe.config.checks import check_path
 from moe.config.parse import assigned_fields
 from moe.config.schema import ConfigError
 
@@ -28,7 +29,12 @@ def inherit_model(tree: typing.Any) -> None:
     if "_assigned" not in tree.__dict__ or not tree.start.checkpoint:
         return
     workdir = tree.start.checkpoint
+    check_path("start.checkpoint", workdir)
     path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(
+            f"start.checkpoint={workdir!r}: must be the workdir of a run or an import; {path}: no such file"
+        )
     try:
         model = json.loads(path.read_text())["model"]
         moe = model.pop("moe")

@@ -161,6 +161,8 @@ def _write_index(root: epath.Path, index: epath.Path) -> None:
         os.replace(unfinished, index)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not os.listdir(index.parent):
+            index.parent.rmdir()
 
 
 @dataclasses.dataclass

@@ -245,7 +245,7 @@ def _gradients(
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
     (loss, cross_entropy, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
-    return (loss, cross_entropy, mean_reports(layers)), gradients
+    return (loss, cross_entropy, layers if layers is None else mean_reports(layers)), gradients
 
 
 def _loss(
