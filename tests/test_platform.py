@@ -85,7 +85,9 @@ def test_an_entry_point_runs_with_what_this_machine_has():
 
 
 PROGRAM = """
+import os
 import sys
+import time
 from moe import platform
 platform.prepare()
 print("prepared", flush=True)
@@ -96,6 +98,7 @@ def main():
     print("stderr \u2713", file=sys.stderr, flush=True)
     print("stdout \u2713", flush=True)
     jax.devices()
+    time.sleep(float(os.environ.get("STAY", "0")))
 
 cli.run(main)
 """
@@ -119,7 +122,7 @@ def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, code, seconds):
-    process = start()
+    process = start(STAY="30")  # seconds: it must not end by itself before the signal
     assert process.stdout is not None
     assert process.stdout.readline() == "prepared\n"
     time.sleep(seconds)  # while JAX is imported
