@@ -140,7 +140,7 @@ def weights_of(d: int, f: int, e: int, seed: int, slots: int = 0) -> dict[str, n
 
 
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of the matrices that a layer of this gate has."""
+    """Matrices that a layer of this gate has."""
     kind = GATES[gate].router
     absent = ({"router"} if kind == "none" else set()) | (set() if kind == "noisy" else {"noise"})
     return {name: array for name, array in weights.items() if name not in absent}

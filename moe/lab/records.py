@@ -23,7 +23,7 @@ FINISHED, DIVERGED = "finished", "diverged"
 
 
 class Key(NamedTuple):
-    """What distinguishes the runs of a suite."""
+    """Identity of a run within its suite."""
 
     variant: str
     steps: int
@@ -86,7 +86,7 @@ class Record:
 
     @property
     def key(self) -> Key:
-        """What distinguishes it from the other runs."""
+        """Identity of the run within its suite."""
         return Key(self.variant, self.steps, self.learning_rate, self.seed)
 
     @property

@@ -33,7 +33,7 @@ def checkpoint_steps(directory: Path) -> list[int]:
 
 
 def run_rows(directory: Path) -> list[Row]:
-    """What a run logged: training loss and drops, and the routers' statistics on held-out text."""
+    """Logged values of a run: training loss and drops, and the routers' statistics on held-out text."""
     rows: list[Row] = []
     for row in read_rows(epath.Path(directory) / METRICS):
         if row["kind"] == "train":

@@ -104,15 +104,15 @@ class ExpertDropout:
     rng: Array
 
     def matrices(self, dtype: Any) -> Any:
-        """As :meth:`Experts.matrices`."""
+        """Return :meth:`Experts.matrices`."""
         return self.experts.matrices(dtype)
 
     def batched(self, rows: Array) -> Array:
-        """As :meth:`Experts.batched`."""
+        """Apply :meth:`Experts.batched` with dropout."""
         return self.experts.batched(rows, self._drop)
 
     def grouped(self, matrices: Any, rows: Array, sizes: Array, row_blocks: RowBlocks) -> Array:
-        """As :meth:`Experts.grouped`."""
+        """Apply :meth:`Experts.grouped` with dropout."""
         return self.experts.grouped(matrices, rows, sizes, row_blocks, self._drop)
 
     def _drop(self, hidden: Array) -> Array:

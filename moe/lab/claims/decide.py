@@ -50,7 +50,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a suite's records say about a claim.
+    """Verdict of a suite's records on a claim.
 
     Attributes:
         claim: as registered.

@@ -63,7 +63,7 @@ def write_page(directory: Path, claims: Sequence[Claim], digest: str, tables: Ma
 
 
 def _standing(finding: Finding) -> str:
-    """What a reader must know beside the verdict."""
+    """Remarks on the verdict."""
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
     parts += [finding.note] if finding.note else []
     return "; ".join([*parts, *finding.lacks]) or "nothing"

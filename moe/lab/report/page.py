@@ -92,7 +92,7 @@ def _pictures(
 
 # --- Verdict ---------------------------------------------------------------------------------------------------------
 def _headline(found: Table) -> list[str]:
-    """What the first comparison says at the longest horizon, in sentences; then what is missing."""
+    """Sentences on the first comparison at the longest horizon, then on missing runs."""
     suite, lines = found.suite, []
     if not found.horizons:
         return ["**No run is finished yet.**"]

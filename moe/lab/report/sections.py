@@ -189,7 +189,7 @@ def domains_section(found: Table) -> str:
 
 
 def routing_section(found: Table) -> str:
-    """What the routers did, per MoE layer, at the longest horizon that the arm has; empty without sparse arms."""
+    """Routing statistics per MoE layer at the longest horizon that the arm has; empty without sparse arms."""
     rows = []
     for name in found.variants:
         steps, layers = found.longest(name), found.layers(name, "max_violation")
