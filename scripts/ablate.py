@@ -29,6 +29,8 @@ _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Instead of the suite's.")
+_ARMS = flags.DEFINE_list("arms", [], "Train only these arms; the report covers all. Default: every arm.")
+_HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers of steps. Default: every horizon.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
 _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
@@ -51,7 +53,8 @@ def main() -> None:
         if _JOBS.value:
             jobs.start(_JOBS.value)
         else:
-            worker = runner.Worker(suite, workdir, claims, sweep=_SWEEP.value)
+            only = runner.only(suite, _ARMS.value, _HORIZONS.value)
+            worker = runner.Worker(suite, workdir, claims, sweep=_SWEEP.value, only=only)
             worker.run()
             worker.measure()
     records = read_all(workdir)

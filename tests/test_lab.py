@@ -246,6 +246,17 @@ def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
     assert "run 1 of 2, dense, 4 steps, learning rate 0.003, seed 0: start" in log
 
 
+def test_only_the_arms_and_horizons_asked_for_are_trained(faked, tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path), horizons=(2, 4))
+    only = runner.only(suite, ["mixtral"], ["4"])
+    runner.Worker(suite, tmp_path / "w", [], only=only).run()
+    assert {(key.variant, key.steps) for key in faked} == {("mixtral", 4)}
+    with pytest.raises(ConfigError, match="--horizons=3: must be among 2, 4"):
+        runner.only(suite, [], ["3"])
+    with pytest.raises(ConfigError, match="--arms=none: must be among dense, mixtral"):
+        runner.only(suite, ["none"], [])
+
+
 def test_a_suite_goes_on_from_records_alone(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
     runner.Worker(with_seeds(suite, [0, 1]), tmp_path / "here", []).run()

@@ -15,7 +15,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ class Programs:
         return dataclasses.replace(self._programs[key], config=config)
 
 
+def only(suite: Suite, arms: Sequence[str], horizons: Sequence[str]) -> Callable[[Key], bool]:
+    """Predicate of runs of the given arms and numbers of steps; an empty sequence stands for all.
+
+    Raises:
+        ConfigError: an arm or horizon that the suite does not have.
+    """
+    for flag, given, known in (("arms", arms, suite.variants), ("horizons", horizons, map(str, suite.steps))):
+        known = list(known)
+        if unknown := [name for name in given if name not in known]:
+            raise ConfigError(f"--{flag}={','.join(unknown)}: must be among {', '.join(known)}")
+    return lambda key: (not arms or key.variant in arms) and (not horizons or str(key.steps) in horizons)
+
+
 def run_directory(workdir: Path, key: Key) -> Path:
     """Workdir of a run."""
     return workdir / RUNS / key.path
@@ -66,8 +79,17 @@ def run_directory(workdir: Path, key: Key) -> Path:
 class Worker:
     """One process that trains runs of a suite, one after another."""
 
-    def __init__(self, suite: Suite, workdir: Path, claims: Sequence[Claim], *, sweep: bool = True):
-        self._suite, self._workdir, self._sweep = suite, workdir, sweep
+    def __init__(
+        self,
+        suite: Suite,
+        workdir: Path,
+        claims: Sequence[Claim],
+        *,
+        sweep: bool = True,
+        only: Callable[[Key], bool] = lambda _: True,
+    ):
+        """``sweep``: see :func:`moe.lab.plan.runs`; ``only``: which of the planned runs this process trains."""
+        self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
         self._hashes = {str(claim.number): claim.hash for claim in claims if claim.suite == suite.name}
         self._programs = Programs()
         self._row_losses: dict[str, RowLosses] = {}
@@ -97,7 +119,7 @@ class Worker:
     def _take(self) -> Iterator[Key | None]:
         """The first run that is not finished, not taken and whose parents are finished; None if there is none."""
         finished = read_all(self._workdir)
-        planned = plan.runs(self._suite, finished, sweep=self._sweep)
+        planned = list(filter(self._only, plan.runs(self._suite, finished, sweep=self._sweep)))
         done = {record.key for record in finished}
         for key in planned:
             needed = plan.parents(self._suite, finished, key).values()
