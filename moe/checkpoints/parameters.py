@@ -13,7 +13,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from moe.atomic_files import from_checked_json
@@ -21,10 +20,8 @@ from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unread
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.state import join
 from moe.config import ConfigError, ModelConfig
-from moe.models.decoder import Transformer
-from moe.models.flops import abstract_parameters
+from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
-from moe.routing.router import SelectionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +143,7 @@ def read_biases(
     step: int | None = None,
 ) -> dict[str, Any]:
     """Read the routers' selection biases of a checkpoint; an empty dict for a model without them."""
-    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
-    wanted = nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
+    wanted = abstract_selection_biases(model)
     return _read_branch(epath.Path(workdir), "biases", wanted, mesh, dtype, step, ()) if wanted else {}
 
 
