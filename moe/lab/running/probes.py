@@ -81,7 +81,7 @@ class Trained:
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
         program = self.model.program
-        return parameters.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
+        return parameters.read_variables(str(self._directory), program.config.model, mesh=program.mesh, step=step)
 
     def loss(self, make: Callable[..., probes.Probe], *arguments: Any) -> float:
         """Held-out loss of the primary domains under a probe of :mod:`moe.analysis.probes`."""
