@@ -373,7 +373,9 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     directory = build(tmp_path / "data")
     suite = tiny_suite(tiny_base(directory))
     tables = []
-    probed = dataclasses.replace(suite.variants["mixtral"], probes=("eval_capacity", "mask_top", "saturation"))
+    probed = dataclasses.replace(
+        suite.variants["mixtral"], probes=("eval_capacity", "mask_top", "specialisation", "saturation")
+    )
     suite = dataclasses.replace(suite, variants={**suite.variants, "mixtral": probed})
     for attempt in ("first", "second"):
         worker = runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, [])
@@ -388,6 +390,8 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     measured = mixtral[0].probes
     assert measured["eval_capacity/loss_4.0"] == pytest.approx(measured["mask_top/loss_full"], rel=1e-5)
     assert 0 <= measured["saturation/early@1"] <= 1
+    for control in ("", "untrained_", "hash_"):
+        assert 0 <= measured[f"specialisation/{control}repeat_first@1"] <= 1
     # A run of the lab is an ordinary run: alone, with a program of its own, it logs the same rows.
     key = mixtral[-1].key
     train(
