@@ -62,7 +62,7 @@ _MAXIMA = {
         "slots_per_expert": 2**16,
         "group_size": 2**26,
     },
-    "data.": {"sequence_length": 2**24, "streams": 2**16},
+    "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
     "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
 }
 
@@ -217,7 +217,10 @@ def check_run(config: Config) -> None:
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:
     require_at_least("data.", data, 2, "sequence_length")
-    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows", "mean_span")
+    require_at_least("data.", data, 0, "input_length")
+    require(0 < data.corruption_rate < 1, "data.corruption_rate", data.corruption_rate, "must be in (0, 1)")
+    require(data.objective == "causal", "data.objective", data.objective, "must be causal in a decoder-only model")
     require_at_most("data.", data)
     length = data.sequence_length
     for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):

@@ -34,6 +34,7 @@ Remat = Literal["none", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
@@ -141,7 +142,7 @@ EMBEDDED_DOMAINS = ("literature", "python")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text datasets, tokenizer, and packed rows."""
+    """Text datasets, tokenizer, objective, and packed rows."""
 
     dataset: str = (
         "embedded"  # "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
@@ -150,8 +151,12 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
+    objective: Objective = "causal"  # what is predicted from what (moe.data.objectives)
     sequence_length: int = 256  # T, tokens
     input_length: int = 0  # U, tokens of an encoder's row; 0: sequence_length where there is an encoder
+    pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
+    corruption_rate: float = 0.15  # span_corruption: share of the tokens that is removed
+    mean_span: float = 3.0  # span_corruption: tokens removed at once, on average
     streams: int = 0  # independent document streams per batch, a multiple of processes; 0: gcd(8, batch_size)
     shuffle_window: int = 512  # rows in the shuffle buffers of all streams
     heldout_rows: int = 64  # rows of T tokens per domain in each evaluation
