@@ -57,6 +57,8 @@ def read_config(source: Json) -> Config:
         moe = dataclasses.replace(moe, load_balancing_weight=weight)
     model = dataclasses.replace(model, moe=moe)
     data = DataConfig(sequence_length=fields.max_position_embeddings)
+    if model.encoder_layers:
+        data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
     return from_config_dict(to_dict(Config(model=model, data=data)))
 
 

@@ -24,6 +24,7 @@ def attend(
     kind: str,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
 ) -> Float[Array, "B T N H"]:
@@ -40,10 +41,11 @@ def attend(
             shapes allow, elsewhere a loop over blocks of queries.
         causal: a query sees earlier positions and its own; else all.
         bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        prefix: 1 for keys that all queries of their document see, whatever ``causal``.
         scale: of the products; None: 1/sqrt(H).
         drop: dropout of the weights.
     """
-    if not causal or bias is not None or scale is not None or drop.active:
+    if not causal or bias is not None or prefix is not None or scale is not None or drop.active:
         return blocked_attention(
             query,
             key,
@@ -53,6 +55,7 @@ def attend(
             segment_ids if key_segment_ids is None else key_segment_ids,
             causal=causal,
             bias=bias,
+            prefix=prefix,
             scale=scale,
             drop=drop,
             one_block=kind == "full",
