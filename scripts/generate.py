@@ -1,6 +1,7 @@
 """python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
 
 A decoder-only model continues the prompt; an encoder-decoder reads it and writes its target, which alone is printed.
+One that was trained by span corruption fills in blanks: --prompt="Once <extra_id_0> a <extra_id_1>."
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
 --mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows.
 """
@@ -12,6 +13,7 @@ from moe import platform
 if __name__ == "__main__":
     platform.prepare()  # before JAX is imported; may restart this program
 
+import functools
 import json
 import time
 from typing import Any
@@ -49,6 +51,7 @@ def main() -> None:
     from moe.checkpoints import parameters
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, MeshConfig, validate_mesh
+    from moe.data.sentinels import decode_blanks, encode_blanks
     from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling
     from moe.parallel import partition_specs
@@ -76,10 +79,13 @@ def main() -> None:
     )
     reads = config.model.encoder_layers > 0  # the prompt, instead of continuing it
     start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 and not reads else []
-    rows = [start + tokenizer.encode(prompt).tolist() + [tokenizer.eos_id] * reads for prompt in prompts]
+    blanks = config.data.objective == "span_corruption"
+    encode = functools.partial(encode_blanks, tokenizer) if blanks else tokenizer.encode
+    decode = functools.partial(decode_blanks, tokenizer) if blanks else tokenizer.decode
+    rows = [start + encode(prompt).tolist() + [tokenizer.eos_id] * reads for prompt in prompts]
 
     def written(row: list[int], text: list[int]) -> str:
-        return tokenizer.decode(text) if reads else tokenizer.decode(row + text).removeprefix(tokenizer.decode(row))
+        return decode(text) if reads else decode(row + text).removeprefix(decode(row))
 
     texts: list[list[int]] = [[] for _ in rows]
     stream_one = len(rows) == 1

@@ -63,9 +63,8 @@ def import_checkpoint(
     (workdir / SOURCE_FILE).write_text(json.dumps(written, indent=2) + "\n")
     starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
     if not (workdir / GENERATION_FILE).exists():
-        (workdir / GENERATION_FILE).write_text(
-            json.dumps({name: written.get(name) for name in TOKEN_IDS + starts}) + "\n"
-        )
+        known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}
+        (workdir / GENERATION_FILE).write_text(json.dumps(known) + "\n")
     (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2))
     return config
 
