@@ -340,7 +340,7 @@ def test_a_cache_generates_what_recomputation_does(changes):
     np.testing.assert_allclose(logits, run(texts)[:, 2], rtol=1e-4, atol=1e-5)
 
 
-# --- Layout, counts, refusals ------------------------------------------------------------------------------------------
+# --- Layout, counts, refusals ----------------------------------------------------------------------------------------
 def test_layers_are_numbered_through_both_stacks():
     config = _model(every=1, layers=(1, 3, 4))
     assert [kind.sparse for kind in layer_kinds(config)] == [False, True, False, True, True]
