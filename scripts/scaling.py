@@ -1,7 +1,7 @@
 """python scripts/scaling.py [--out=docs/results]: compile GShard's scaling experiment; writes a table, a plot and rows.
 
-Programs: GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; the same with gather and
-mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert twin on 128 to 4096 v5p chips with the
+Programs: GShard's 36-layer model with 128, 512 and 2048 experts on as many TPU v3 cores; the same with gather and
+mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert one on 128 to 4096 v5p chips with the
 same tokens a chip. Points in scaling.jsonl are not compiled again: remove the file after a change to the model.
 Needs libtpu: pip install "jax[tpu]".
 """
