@@ -21,6 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     )  # fmt: skip
     config.model.moe.update(gate="gshard", num_experts=8, every=2, group_size=1024)
     config.data.update(objective="pairs", domains=("english_german",), input_length=64, sequence_length=64)
-    config.train.update(batch_size=32, num_steps=800, eval_every=200, save_every=200)
-    config.optimizer.warmup_steps = 80
+    config.train.update(batch_size=16, num_steps=600, eval_every=150, save_every=150)
+    config.optimizer.warmup_steps = 60
     return config
