@@ -22,6 +22,6 @@ def get_config() -> ml_collections.ConfigDict:
     # Inputs of 128 tokens have targets of 29 (moe.data.objectives.span_lengths); groups are of whole rows of either.
     config.data.update(objective="span_corruption", input_length=128, sequence_length=32)
     config.model.moe.update(gate="switch", num_experts=8, every=2, group_size=512)
-    config.train.update(batch_size=16, num_steps=600, eval_every=150, save_every=150)
-    config.optimizer.warmup_steps = 60
+    config.train.update(batch_size=16, num_steps=300, eval_every=100, save_every=100)
+    config.optimizer.warmup_steps = 30
     return config
