@@ -131,11 +131,23 @@ def _check_rope(model: ModelConfig) -> None:
     scaling = model.rope_scaling
     require(scaling.factor >= 1, "model.rope_scaling.factor", scaling.factor, "must be at least 1")
     require(
-        scaling.original_length >= 1 or scaling.kind not in ("yarn", "llama3"),
+        scaling.original_length >= 2 or scaling.kind in ("none", "linear"),
         "model.rope_scaling.original_length",
         scaling.original_length,
-        "must be at least 1",
+        "must be at least 2",
     )
+    size = model.rope_dim or model.head_dim
+    require(
+        scaling.kind != "dynamic" or size > 2, "model.rope_scaling.kind", scaling.kind, "needs rotated heads above 2"
+    )
+    for name in ("short_factors", "long_factors"):
+        value = getattr(scaling, name)
+        require(
+            all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2),
+            f"model.rope_scaling.{name}",
+            value,
+            f"must be positive, and one for each of the {size // 2} rotated pairs for longrope",
+        )
     for name in ("beta_fast", "beta_slow"):
         value = getattr(scaling, name)
         require(value > 0, f"model.rope_scaling.{name}", value, "must be positive")
@@ -164,7 +176,7 @@ def _check_latent_attention(model: ModelConfig) -> None:
         model.num_kv_heads,
         f"must be model.num_heads={model.num_heads} where model.kv_lora_rank is set",
     )
-    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("clip_qkv", 0.0)):
+    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("attention_sinks", False), ("clip_qkv", 0.0)):
         value = getattr(model, name)
         require(value == none, f"model.{name}", value, f"must be {none} where model.kv_lora_rank is set")
 

@@ -6,7 +6,7 @@ A :class:`Piece` is the part of a parameter that comes from one tensor: one laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -158,21 +158,24 @@ class Parameter:
 
 def is_fused(names: Iterable[str]) -> bool:
     """Whether tensors of these names hold all experts of a layer together."""
-    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
-def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[Parameter]:
+def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Collection[str] = ()) -> list[Parameter]:
     """All parameters of a model with the tensors that hold them, by the family's names.
 
     Args:
         model: whose parameters.
         family: whose names.
         fused: the experts of a layer lie in two tensors, instead of three for each expert.
+        names: of the tensors in a file, which chooses among the family's aliases.
 
     Raises:
         ConfigError: the family has no tensor for a parameter.
     """
-    parameters, tensors = [], {**family.tensors, **(FUSED_EXPERTS if fused else {})}
+    parameters, tensors = [], dict(family.tensors)
+    if fused and "{expert}" in str(tensors.get("moe.experts.up")):
+        tensors |= FUSED_EXPERTS
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     biases = jax.tree_util.tree_leaves_with_path(abstract_selection_biases(model))
     for key_path, leaf in leaves + biases:
@@ -187,9 +190,20 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[P
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
+        tensor = _as_named(tensor, layers[0], family.aliases, names)
         pieces = _pieces(tensor, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
         parameters.append(Parameter(path, leaf.shape, pieces, tensor, name == "moe.router.bias"))
     return parameters
+
+
+def _as_named(tensor: Tensor, layer: int, aliases: tuple[str, ...], names: Collection[str]) -> Tensor:
+    """The tensor under the alias that a file has; its own name if the file has none."""
+    own = next((alias for alias in aliases if tensor.name.startswith(alias)), "")
+    for alias in aliases if own else ():
+        name = alias + tensor.name.removeprefix(own)
+        if f"model.layers.{layer}.{name.format(expert=0)}" in names:
+            return dataclasses.replace(tensor, name=name)
+    return tensor
 
 
 def _pieces(tensor: Tensor, layers: range, num_experts: int) -> tuple[Piece, ...]:

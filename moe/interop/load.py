@@ -54,7 +54,7 @@ def open_folder(
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     folder = TensorFolder(directory)
-    parameters = layout(config.model, family_of(source), fused=is_fused(folder.names()))
+    parameters = layout(config.model, family_of(source), fused=is_fused(folder.names()), names=folder.names())
     last, extra = config.model.num_layers, parse(family_of(source).schema, source).num_nextn_predict_layers
     folder.skip_layers(range(last, last + extra))
     folder.check(parameters, config.model.tie_embeddings)

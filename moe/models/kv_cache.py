@@ -77,8 +77,8 @@ def prefill(
         logits of the token after each prompt, and the filled caches.
     """
     columns = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-    positions = jnp.broadcast_to(columns, token_ids.shape)
     segment_ids = (columns < lengths[:, None]).astype(jnp.int32)
+    positions = columns * segment_ids  # 0 in the padding: rotary positions may depend on a row's length
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
         heads, key, value = block.attention.prefill(x, segment_ids, positions)

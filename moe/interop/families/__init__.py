@@ -5,6 +5,7 @@ from moe.interop.families import (
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -16,7 +17,10 @@ from moe.interop.families import (
 #: By ``model_type``, in the order in which an export tries them.
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, deepseek_v2, deepseek_v3, glm4_moe)
+    for module in (
+        *(mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe),
+        *(deepseek_v2, deepseek_v3, glm4_moe, gpt_oss),
+    )
 }
 
 __all__ = ["FAMILIES"]

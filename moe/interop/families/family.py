@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from moe.config import ModelConfig, MoEConfig, layer_kinds, sparse_layers
@@ -45,6 +45,7 @@ class Family:
         read: fields → (changes of ModelConfig, changes of MoEConfig).
         write: the reverse of ``read``.
         tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else.
+        aliases: prefixes of tensors in a block that mean the same; files mix them.
         balance_field: name of the load-balancing coefficient.
         balance_scale: normalisation of its loss, see :data:`BalanceScale`.
     """
@@ -55,6 +56,7 @@ class Family:
     read: Callable[[Any], tuple[Json, Json]]
     write: Callable[[ModelConfig], Json]
     tensors: Mapping[str, str | Tensor]
+    aliases: tuple[str, ...] = ()
     balance_field: str = "router_aux_loss_coef"
     balance_scale: BalanceScale = "all layers together"
 
@@ -147,6 +149,20 @@ def read_sparse_layers(layers: list[int], num_layers: int) -> Json:
 def window_of(model: ModelConfig) -> int:
     """The largest window of all layers; where a family cannot say more, write_config finds and reports the loss."""
     return max(kind.window for kind in layer_kinds(model))
+
+
+def read_windows(window: int, kinds: Sequence[str]) -> Json:
+    """Changes of ModelConfig for ``layer_types``: the layers of "sliding_attention" have the window."""
+    windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    if not window or not windowed:
+        return {}
+    return {"sliding_window": window, "sliding_window_layers": () if len(windowed) == len(kinds) else windowed}
+
+
+def write_windows(model: ModelConfig) -> Json:
+    """The reverse of :func:`read_windows`."""
+    kinds = ["sliding_attention" if kind.window else "full_attention" for kind in layer_kinds(model)]
+    return {"sliding_window": window_of(model) or None, "layer_types": kinds}
 
 
 def dense_layers(model: ModelConfig) -> list[int]:

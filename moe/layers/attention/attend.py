@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from moe.layers.attention.blocked import blocked_attention
 from moe.layers.attention.cpu import causal_attention
+from moe.layers.attention.masked import masked_attention, visible_keys
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
 from moe.parallel import target
 
@@ -20,6 +21,7 @@ def attend(
     *,
     window: int,
     kind: str,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(query·key / sqrt(H))·value over earlier positions of the same document, in the dtype of the query.
 
@@ -28,23 +30,17 @@ def attend(
         key: M key heads.
         value: M value heads.
         segment_ids: document of each position.
-        window: positions a query sees, its own included; 0: all.
+        window: positions a query sees, its own included, as in Mistral; 0: all.
         kind: "full" computes all scores at once. "blocked" never holds T x T scores: splash attention on TPUs where its
             shapes allow, elsewhere a loop over blocks of queries.
+        sinks: logit of a further key without a value that every query of a head sees (gpt-oss); None: none.
     """
     if kind == "full" and target.is_cpu():
-        return causal_attention(query, key, value, segment_ids, window)
+        return causal_attention(query, key, value, segment_ids, sinks, window)
     if kind == "full":
-        same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=same_document,
-            is_causal=True,
-            # A window of w positions includes the query's own, as in Mistral.
-            local_window_size=(window - 1, 0) if window else None,
-        )
+        positions = jnp.arange(query.shape[1], dtype=jnp.int32)
+        mask = visible_keys(positions, positions, segment_ids, segment_ids, window)
+        return masked_attention(query, key, value, mask, sinks)
     if runs_splash() and query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0:
-        return splash_attention(query, key, value, segment_ids, window)
-    return blocked_attention(query, key, value, segment_ids, window)
+        return splash_attention(query, key, value, segment_ids, sinks, window)
+    return blocked_attention(query, key, value, segment_ids, sinks, window)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
+from moe.layers.attention.masked import masked_attention
 from moe.layers.attention.rotary import rotate
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
@@ -33,6 +33,7 @@ class Attention(nnx.Module):
             self.value_bias = zeros((c.num_kv_heads, c.head_dim))
         if c.attention_bias == "all":
             self.out_bias = zeros((c.d_model,))
+        self.sinks = zeros((c.num_heads,)) if c.attention_sinks else None
         if c.qk_norm == "head":
             self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
@@ -62,8 +63,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
         """Attend over whole rows; return the heads, and the keys and values to cache."""
         query, key, value = self.project_cached(x, positions)
-        heads = attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention)
-        return heads, key, value
+        kind, sinks = self.config.attention, self._sinks()
+        return attend(query, key, value, segment_ids, window=self.window, kind=kind, sinks=sinks), key, value
 
     def attend_cached(
         self,
@@ -73,7 +74,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "B 1 T W"],
     ) -> Float[Array, "B T N H"]:
         """Attend to cached keys and values."""
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return masked_attention(query, key, value, mask, self._sinks())
 
     def project_cached(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
@@ -100,6 +101,9 @@ class Attention(nnx.Module):
         """Output projection of all heads."""
         y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul("attention.out", self.out[...], heads.dtype))
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
+
+    def _sinks(self) -> Float[Array, " N"] | None:
+        return None if self.sinks is None else self.sinks[...]
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
         """QK-norm: per head, or over all heads at once."""

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe.layers.attention.gpu import runs_cudnn
+from moe.layers.attention.masked import masked_attention, visible_keys
 
 _LARGEST_BLOCK = 512
 
@@ -17,6 +18,7 @@ def blocked_attention(
     key: Float[Array, "B T M H"],
     value: Float[Array, "B T M H"],
     segment_ids: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
     window: int,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`: each block by cuDNN's kernel where GPUs and shapes
@@ -30,10 +32,8 @@ def blocked_attention(
     @jax.checkpoint
     def block(inputs: tuple[Array, Array, Array]) -> Array:
         part, part_segments, part_positions = inputs
-        distance = part_positions[:, None] - positions  # [size,U]
-        visible = (distance >= 0) & ((distance < window) if window else True)
-        mask = visible & (part_segments[:, :, None] == segment_ids[:, None, :])
-        return jax.nn.dot_product_attention(part, key, value, mask=mask[:, None], implementation=implementation)
+        mask = visible_keys(part_positions, positions, part_segments, segment_ids, window)
+        return masked_attention(part, key, value, mask, sinks, implementation)
 
     # [B,T,...] → [B,T/size,size,...] → [T/size,B,size,...], and back
     def split(x: Array) -> Array:
