@@ -39,4 +39,4 @@ EXPERTS = {
 }
 #: The library renamed the block; files of its own fused layout have either name.
 ALIASES = ("block_sparse_moe.", "mlp.")
-FAMILY = Family("mixtral", "MixtralForCausalLM", MixtralConfig, read, write, ATTENTION | EXPERTS, ALIASES)
+FAMILY = Family("mixtral", "MixtralForCausalLM", MixtralConfig, read, write, ATTENTION | EXPERTS, aliases=ALIASES)
