@@ -18,7 +18,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import memory
 from moe.training.loop import train
-from moe.training.step import BATCH_KEYS, Program, build, place
+from moe.training.step import Program, build, place
 from tests.run_helpers import rows
 
 _PROGRAMS: dict[Any, Program] = {}
@@ -35,7 +35,8 @@ def shared_build(config: Config, mesh: Any, teacher: Any = None) -> Program:
     if teacher is not None:
         return build(config, mesh, teacher)
     own = TrainConfig(config.train.num_steps, config.train.batch_size, config.train.accumulation_steps)
-    data = DataConfig(sequence_length=config.data.sequence_length)
+    lengths = config.data.sequence_length, config.data.input_length
+    data = DataConfig(sequence_length=lengths[0], input_length=lengths[1])
     key = dataclasses.replace(config, seed=0, data=data, train=own, start=StartConfig()), mesh
     if key not in _PROGRAMS:
         if len(_PROGRAMS) > 20:
@@ -91,12 +92,14 @@ def steps_or_sentence(tree: dict[str, Any], devices: Sequence[Any]) -> bool:
 def two_steps(program: Program) -> None:
     """Assert that two train steps on random tokens have finite losses."""
     rng = np.random.default_rng(0)
-    shape = program.batch["tokens"].shape
-    tokens = rng.integers(0, program.config.model.vocab_size, shape).astype(np.int32)
-    ones = np.ones(shape, np.int32)
-    arrays = (tokens, np.roll(tokens, -1, axis=1), ones, np.arange(shape[1], dtype=np.int32) * ones)
+    made = {key: np.ones(leaf.shape, np.int32) for key, leaf in program.batch.items()}
+    for key, ones in made.items():
+        if key.endswith("positions"):
+            made[key] = np.arange(ones.shape[1], dtype=np.int32) * ones
+        elif not key.endswith("segment_ids"):
+            made[key] = rng.integers(0, program.config.model.vocab_size, ones.shape).astype(np.int32)
     with jax.set_mesh(program.mesh):
-        batch = place(dict(zip(BATCH_KEYS, arrays, strict=True)), program.mesh)
+        batch = place(made, program.mesh)
         state = program.init()
         for _ in range(2):
             state, metrics = program.train_step(state, batch)

@@ -20,7 +20,7 @@ from tests import fuzz_values
 from tests.fuzz_helpers import set_field, steps_or_sentence, trains_or_refuses
 from tests.run_helpers import ONE, tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.usefixtures("compilation_cache")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 PAIRS = 160
 PROGRAM = ("model.", "mesh.", "optimizer.")  # sections whose values make a program of their own
