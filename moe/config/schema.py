@@ -38,7 +38,10 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
-    """An invalid setting; the message names the field and what is allowed."""
+    """An invalid setting; the message names the field and what is allowed, and is cut in the middle if it is long."""
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,7 @@ class TrainConfig:
     on_skipped_steps: OnSkippedSteps = "rollback"  # after more of them: return to the last good checkpoint, or stop
     spike_sigmas: float = 6.0  # warn of a loss this many deviations above the running median; 0: never
     sample_tokens: int = 64  # length of the text sampled at the end; 0: none
+    writers: tuple[str, ...] = ("tensorboard",)  # of metrics, besides JSON lines: tensorboard, wandb, module:function
 
 
 @dataclasses.dataclass(frozen=True)
