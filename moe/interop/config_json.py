@@ -159,11 +159,12 @@ def _write_as(config: Config, family: Family) -> Json:
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
+    "attention_sinks",
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
     *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
 _SELECTION_FACTS = ("expert_groups", "kept_expert_groups", "renormalise", "routing_scale")
-_MOE_FACTS = ("num_experts", "experts_per_token", "d_ff", "shared_d_ff", "shared_gate", "expert_capacity")
+_MOE_FACTS = ("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "expert_capacity")
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

@@ -130,6 +130,10 @@ class MoELayer(nnx.Module):
         tokens = jnp.where(routing.broken[..., None], 0, tokens)
         sent, plan = self._plan(routing, slot_logits, valid, capacity, keys.drop)
         y = MODES[self.mode](tokens, sent, plan, self._experts(train, keys.dropout))
+        if self.experts.down_bias is not None:
+            choices = jax.nn.one_hot(sent.expert_index, self.config.num_experts, dtype=jnp.float32)  # [G,S,K,E]
+            weights = jnp.einsum("gsk,gske->gse", jnp.where(plan.kept, sent.combine_weights, 0), choices)
+            y = y + weights @ self.experts.down_bias[...]
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
             y = y + jnp.where(valid.reshape(*x.shape[:2], 1), self.shared(x), 0)

@@ -31,6 +31,7 @@ def check_moe(config: Config) -> None:
     require(
         moe.shared_d_ff > 0 or not moe.shared_gate, f"{_MOE}shared_gate", moe.shared_gate, "needs shared_d_ff above 0"
     )
+    require(not moe.bias or gate.router != "slots", f"{_MOE}bias", moe.bias, "must be False with the gate soft_moe")
     _check_experts_per_token(moe, gate)
     _check_expert_groups(moe, gate)
     _check_gate_fields(moe, gate)
