@@ -184,7 +184,8 @@ def check_run(config: Config) -> None:
         check_path(field, path)
     _check_train(config.train)
     _check_optimizer(config.optimizer, config.train)
-    require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
+    require_at_least("start.", config.start, 0, "expert_noise", "expert_scale")
+    require(0 <= config.start.drop_share <= 1, "start.drop_share", config.start.drop_share, "must be in [0, 1]")
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
     _check_mesh_sizes(config.mesh)
@@ -308,6 +309,7 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     if moe.gate == "none":
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
+    divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)

@@ -12,6 +12,7 @@ class LayerKind(NamedTuple):
 
     sparse: bool  # MoE
     window: int  # tokens a query attends to, including its own; 0: all
+    gate: str = "none"  # routing rule of an MoE layer
 
 
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -27,8 +28,13 @@ def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
 
 def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
     """Kind of each layer, in layer order."""
-    windowed = config.sliding_window_layers or range(config.num_layers)
+    windowed, sparse = config.sliding_window_layers or range(config.num_layers), sparse_layers(config)
+    gates = (*config.moe.layer_gates, *(config.moe.gate,) * config.num_layers)
     return tuple(
-        LayerKind(sparse, config.sliding_window if layer in windowed else 0)
-        for layer, sparse in enumerate(sparse_layers(config))
+        LayerKind(
+            is_sparse,
+            config.sliding_window if layer in windowed else 0,
+            gates[sum(sparse[:layer])] if is_sparse else "none",
+        )
+        for layer, is_sparse in enumerate(sparse)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.config import Config, layer_kinds
+from moe.config import Config, sparse_layers
 from moe.dispatch.plan import expert_capacity
 from moe.models import flops
 
@@ -31,6 +31,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     if moe.dispatch == "einsum":
         group = moe.group_size or config.data.sequence_length
         capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, group, moe.num_experts)
-        sparse_layers = sum(sparse for sparse, _ in layer_kinds(model))
-        per_token += 3 * 2 * 2 * sparse_layers * moe.num_experts * capacity * model.d_model
+        per_token += (
+            3 * 2 * 2 * sum(sparse_layers(model)) * moe.num_experts * capacity * (moe.latent_dim or model.d_model)
+        )
     return per_token * tokens

@@ -15,7 +15,7 @@ from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
-from moe.routing.routing import Routing
+from moe.routing.routing import Choices, Routing
 
 #: An MoE layer's report and routing; None of a dense layer.
 Record = tuple[LayerReport, Routing] | None
@@ -35,7 +35,7 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.sparse = kind.sparse
         if kind.sparse:
-            self.moe = MoELayer(config, rngs=rngs)
+            self.moe = MoELayer(config, gate=kind.gate, rngs=rngs)
         else:
             self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
 
@@ -46,7 +46,7 @@ class Block(nnx.Module):
         positions: Int[Array, "B T"],
         *,
         token_ids: Int[Array, "B T"],
-        routing: Routing | None,
+        routing: Routing | Choices | None,
         train: bool,
         rng: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], Record]:
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         *,
         token_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:

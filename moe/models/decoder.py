@@ -19,7 +19,7 @@ from moe.models.stack import Stack, join_moe_layers, split_moe_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
-from moe.routing.routing import Routing
+from moe.routing.routing import Choices, Routing
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class Transformer(Stack):
         *,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         return_routing: bool = False,
     ) -> Output:
         """Compute the logits of the next token at every position.
@@ -68,8 +68,9 @@ class Transformer(Stack):
             positions: positions within the documents; None: 0…T−1.
             train: use training capacity factors and expert dropout.
             rng: key of the routing noise; None: deterministic.
-            routing: the routing of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own;
-                it must be for tokens in the same groups, under whatever dispatch mode and mesh.
+            routing: the routing of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own,
+                or its ``choices``, which the routers weigh anew, with a gradient; it must be for tokens in the same
+                groups, under whatever dispatch mode and mesh.
             return_routing: also return the Routing of every MoE layer.
         """
         token_ids = jnp.asarray(token_ids)
@@ -77,7 +78,7 @@ class Transformer(Stack):
         columns = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
         positions = columns if positions is None else jnp.asarray(positions)
 
-        def body(block: Block, x: Array, replayed: Routing | None, layer: Array) -> tuple[Array, Any]:
+        def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
             key = None if rng is None else jax.random.fold_in(rng, layer)
             x, record = block(x, segment_ids, positions, token_ids=token_ids, routing=replayed, train=train, rng=key)
             return x, record if record is None or return_routing else (record[0], None)

@@ -81,12 +81,12 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         active += experts * expert_rows_per_token(config, sequence_length) / config.moe.num_experts
         if find_gate(config.moe.gate).router == "slots":
             slots = config.moe.num_experts * config.moe.slots_per_expert
-            mixing = 12 * slots * config.d_model * sum(sparse_layers(config))
+            mixing = 12 * slots * (config.moe.latent_dim or config.d_model) * sum(sparse_layers(config))
     if not config.tie_embeddings:
         active -= config.vocab_size * config.d_model
     keys = 0.0  # per query, summed over layers
-    for _, window in layer_kinds(config):
-        window = min(window or sequence_length, sequence_length)
+    for kind in layer_kinds(config):
+        window = min(kind.window or sequence_length, sequence_length)
         # The first `window` queries see 1..window keys, the others `window` each.
         keys += (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)

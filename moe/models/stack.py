@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from moe.config import Config, ConfigError, ModelConfig
 from moe.config.layer_kinds import LayerKind, layer_kinds
 from moe.models.block import Block
-from moe.routing.resolve import resolve
+from moe.routing.resolve import resolve, with_layer_gate
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch
 #: axis; "full": the layer.
@@ -169,11 +169,12 @@ def join_moe_layers(states: LayerStates) -> Any:
 
 
 def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[str, Any]:
-    """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases."""
+    """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases; layers
+    whose gate has none are left out."""
     biases: dict[str, Any] = {}
-    for i, blocks in enumerate(split_moe_layers(config, layers)):
-        for j, values in enumerate(blocks):
-            if values is not None:
+    for i, (blocks, (unit, _)) in enumerate(zip(split_moe_layers(config, layers), segments(config), strict=True)):
+        for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
+            if values is not None and with_layer_gate(config, kind.gate).moe.bias_update != "none":
                 biases.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
     return biases
 

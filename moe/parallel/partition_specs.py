@@ -63,6 +63,8 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "router.noise": P(None, None),  # [D,E]
         "router.bias": P(None),  # [E]
         "shared.gate": P(None, None),  # [D,1]
+        "latent.down": P(STORED, None),  # [D,latent_dim]
+        "latent.up": P(None, STORED),  # [latent_dim,D]
     }
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe.config.checks import require, require_at_least, require_at_most, require_fractions, require_layers
 from moe.config.layer_kinds import sparse_layers
 from moe.config.schema import Config, MoEConfig
-from moe.routing.interface import Gate
+from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
 
 _MOE = "model.moe."
@@ -22,7 +22,8 @@ def check_moe(config: Config) -> None:
     require_at_least(_MOE, moe, 1, "num_experts", "experts_per_token", "d_ff", "every", "slots_per_expert")
     require_at_least(_MOE, moe, 0, "shared_d_ff", "first_dense", "group_size", "importance_weight", "load_weight")
     require_at_least(_MOE, moe, 0, "load_balancing_weight", "device_balance_weight", "z_loss_weight")
-    require_at_least(_MOE, moe, 0, "bias_update_rate")
+    require_at_least(_MOE, moe, 0, "bias_update_rate", "latent_dim", "null_balance")
+    require_at_least(_MOE, moe, 0, "zero_experts", "copy_experts", "constant_experts")
     require_at_most(_MOE, moe)
     for name in ("capacity_factor", "eval_capacity_factor"):
         require(getattr(moe, name) > 0, f"{_MOE}{name}", getattr(moe, name), "must be positive")
@@ -33,6 +34,9 @@ def check_moe(config: Config) -> None:
     _check_experts_per_token(moe, gate)
     _check_expert_groups(moe, gate)
     _check_gate_fields(moe, gate)
+    _check_scores(moe, gate)
+    _check_null_experts(moe, gate)
+    _check_layer_gates(config)
     _check_dispatch(moe, gate)
     _check_layers(config)
     _check_group_size(config)
@@ -44,20 +48,13 @@ def _check_experts_per_token(moe: MoEConfig, gate: Gate) -> None:
     if gate.fixed_k:
         fixed = gate.experts_per_token or moe.num_experts
         require(k == fixed, f"{_MOE}experts_per_token", k, f"the gate {moe.gate!r} exists for {fixed} only")
-    if k == 1 and moe.num_experts > 1:
-        no_gradient = "the only weight is then always 1 and the router gets no gradient"
-        require(
-            not gate.weights_sum_to_one,
-            f"{_MOE}experts_per_token",
-            k,
-            f"must be at least 2 with the gate {moe.gate!r}, which renormalises its weights: {no_gradient}",
-        )
-        require(
-            moe.renormalise != 1,
-            f"{_MOE}renormalise",
-            moe.renormalise,
-            f"must be 0 with experts_per_token=1: {no_gradient}",
-        )
+    always_one = k == 1 < moe.num_experts and moe.renormalise == 1 and gate.scored_weights
+    require(
+        not always_one or (gate.experts_per_token, gate.renormalise) == (1, 1),  # a benchmark's own constants
+        f"{_MOE}experts_per_token=1, {_MOE}renormalise",
+        moe.renormalise,
+        "the only weight is then always 1 and the router gets no gradient; use renormalise=0 or more experts per token",
+    )
 
 
 def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
@@ -70,14 +67,14 @@ def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
     )
     require(1 <= kept <= groups, f"{_MOE}kept_expert_groups", kept, f"must be from 1 to expert_groups={groups}")
     require(
-        _limits_groups(gate) or kept == groups,
+        gate.scored_choice or kept == groups,
         f"{_MOE}kept_expert_groups",
         kept,
         f"the gate {moe.gate!r} chooses from all groups: leave it at -1",
     )
     available = kept * moe.num_experts // groups
     require(
-        not _limits_groups(gate) or k <= available,
+        k <= available,
         f"{_MOE}experts_per_token",
         k,
         f"must be at most the {available} experts of kept_expert_groups={kept} of expert_groups={groups}",
@@ -86,16 +83,6 @@ def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
 
 def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
     """A field that only other gates read must keep its default."""
-    require(
-        _limits_groups(gate) or moe.routing_scale == 1,
-        f"{_MOE}routing_scale",
-        moe.routing_scale,
-        "needs a DeepSeek gate",
-    )
-    if gate.renormalise >= 0:
-        require(moe.renormalise in (0, 1), f"{_MOE}renormalise", moe.renormalise, "must be 0, 1 or -1 (the gate's)")
-    else:
-        require(moe.renormalise == -1, f"{_MOE}renormalise", moe.renormalise, f"is fixed by the gate {moe.gate!r}")
     if gate.router == "none":
         for name in ("jitter", "load_balancing_weight", "z_loss_weight", "importance_weight", "device_balance_weight"):
             value = getattr(moe, name)
@@ -134,10 +121,10 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
         "needs the gate noisy_topk: the load has no gradient without its noise",
     )
     require(
-        moe.bias_update_rate == 0 or gate.router == "biased",
+        moe.bias_update_rate == 0 or moe.bias_update != "none",
         f"{_MOE}bias_update_rate",
         moe.bias_update_rate,
-        "needs the gate deepseek_v3",
+        f"needs {_MOE}bias_update of sign or quantile",
     )
     require(
         moe.slots_per_expert == 1 or gate.router == "slots",
@@ -152,6 +139,73 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
         "chooses the experts of a token by looking at later tokens, which a causal model must not see; "
         f"set {_MOE}accept_future_leak=True to accept that",
     )
+
+
+def _check_scores(moe: MoEConfig, gate: Gate) -> None:
+    """Fields of top-k gates."""
+    require(moe.renormalise in (0, 1), f"{_MOE}renormalise", moe.renormalise, "must be 0, 1 or -1 (the gate's)")
+    require_at_least(_MOE, moe, 1, "scores_per_group")
+    for name in ROUTING_FIELDS:
+        is_weight = name in ("score_function", "renormalise", "routing_scale")
+        free = gate.scored_weights if is_weight else gate.scored_choice or name.endswith("expert_groups")
+        value, own = getattr(moe, name), getattr(gate, name)
+        require(free or value == own, f"{_MOE}{name}", value, f"must be {own}: the gate {moe.gate!r} does not read it")
+    every_group = moe.kept_expert_groups == moe.expert_groups
+    require(
+        not gate.scored_choice or moe.bias_update in ("none", "sign", "quantile"),
+        f"{_MOE}bias_update",
+        moe.bias_update,
+        f"must be none, sign or quantile with the gate {moe.gate!r}",
+    )
+    require(
+        not gate.scored_choice
+        or moe.bias_update != "quantile"
+        or (every_group and moe.experts_per_token < moe.num_experts + moe.null_experts),
+        f"{_MOE}bias_update",
+        moe.bias_update,
+        "needs kept_expert_groups=expert_groups, and experts_per_token below the number of experts",
+    )
+    require(
+        moe.load_weight == 0 or (every_group and moe.bias_update == "none"),
+        f"{_MOE}load_weight",
+        moe.load_weight,
+        "needs bias_update=none and kept_expert_groups=expert_groups: only the noise may decide who is chosen",
+    )
+
+
+def _check_null_experts(moe: MoEConfig, gate: Gate) -> None:
+    require(
+        moe.null_experts == 0 or (not gate.lists_all and moe.expert_groups == 1),
+        f"{_MOE}zero_experts + copy_experts + constant_experts",
+        moe.null_experts,
+        "must be 0 unless each token chooses K experts, with expert_groups=1",
+    )
+    require(
+        moe.null_experts > 0 or moe.null_balance == 1 or gate.null_balance == moe.null_balance,
+        f"{_MOE}null_balance",
+        moe.null_balance,
+        "needs zero_experts, copy_experts or constant_experts",
+    )
+
+
+def _check_layer_gates(config: Config) -> None:
+    moe, k = config.model.moe, config.model.moe.experts_per_token
+    count = sum(sparse_layers(config.model))
+    require(
+        len(moe.layer_gates) <= count, f"{_MOE}layer_gates", moe.layer_gates, f"must be at most the {count} MoE layers"
+    )
+    for name in {*moe.layer_gates, *((moe.gate,) if moe.layer_gates else ())}:
+        gate, own = find_gate(name), name == moe.gate
+        for allowed, why in (
+            (not gate.lists_all and (not gate.fixed_k or gate.experts_per_token == k), f"must choose {k} experts"),
+            (
+                own or gate.bias_update in ("none", moe.bias_update),
+                f"needs bias_update={gate.bias_update} in all layers",
+            ),
+            (own or k > 1 or gate.renormalise == 0, "renormalises its weights, which needs experts_per_token above 1"),
+            (own or moe.num_experts % gate.expert_groups == 0, f"needs E divisible by {gate.expert_groups} groups"),
+        ):
+            require(allowed, f"{_MOE}layer_gates", name, why)
 
 
 def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
@@ -176,7 +230,7 @@ def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
     )
     enough_experts = 2 * moe.experts_per_token <= moe.num_experts
     require(
-        not moe.overflow_to_next or (enough_experts and not gate.looks_ahead and moe.dispatch != "dropless"),
+        not moe.overflow_to_next or (enough_experts and not gate.lists_all and moe.dispatch != "dropless"),
         f"{_MOE}overflow_to_next",
         moe.overflow_to_next,
         "needs num_experts >= 2 * experts_per_token, a dispatch with a capacity (gather or einsum), and a gate in "
@@ -211,8 +265,3 @@ def _check_group_size(config: Config) -> None:
         moe.group_size,
         f"must divide or be a multiple of data.sequence_length={length}, and divide a microbatch's {tokens} tokens",
     )
-
-
-def _limits_groups(gate: Gate) -> bool:
-    """Whether the rule reads expert_groups, kept_expert_groups and routing_scale."""
-    return gate.router == "biased" or gate.renormalise >= 0
