@@ -70,11 +70,43 @@ def analyse(
     Raises:
         ConfigError: a number out of range (:data:`LARGEST`), or held-out text shorter than a row.
     """
-    for name, value in (("tokens", tokens), ("shuffles", shuffles), ("characters", characters)):
-        if not 1 <= value <= LARGEST[name]:
-            raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+    _check(tokens=tokens, shuffles=shuffles, characters=characters)
     if seed < 0:
         raise ConfigError(f"seed={seed}: must be at least 0")
+    found = measure(
+        recorder,
+        variables,
+        prepared,
+        tokens=tokens,
+        shuffles=shuffles,
+        seed=seed,
+        code_domain=code_domain,
+        step=step,
+        earlier=earlier,
+    )
+    shown = sorted({0, len(found["layers"]) // 2, len(found["layers"]) - 1})
+    return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
+
+
+def _check(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not 1 <= value <= LARGEST[name]:
+            raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+
+
+def measure(
+    recorder: Recorder,
+    variables: dict[str, Any],
+    prepared: pipeline.Prepared,
+    *,
+    tokens: int,
+    shuffles: int,
+    seed: int,
+    code_domain: str = "python",
+    step: int = 0,
+    earlier: dict[int, Callable[[], dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """All measures of a checkpoint and of its controls: :func:`analyse` without the coloured text."""
     data, batch_size = recorder.program.config.data, recorder.program.config.train.batch_size
     length = data.sequence_length
     data = dataclasses.replace(data, heldout_rows=-(-tokens // length))
@@ -103,8 +135,7 @@ def analyse(
         then = {number: recorder(read(), rows) for number, read in earlier.items()}
         found["saturation"] = summary.saturation(then, records, untrained)
         found["load_over_training"] = summary.load_over_training({**then, step: records})
-    shown = sorted({0, len(records.layers) // 2, len(records.layers) - 1})
-    return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
+    return found
 
 
 def _passages(

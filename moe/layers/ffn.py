@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
+from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel.weights import gather_for_matmul, matrix
 
 #: geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
@@ -42,8 +43,9 @@ class DenseFFN(nnx.Module):
         self.down = matrix(rngs, (f, d), f, config.init_scale)
         self.gate = matrix(rngs, (d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """Apply the FFN to every token."""
+    def __call__(self, x: Float[Array, "*batch D"], drop: Dropout = KEEP_ALL) -> Float[Array, "*batch D"]:
+        """Apply the FFN to every token; hidden activations are dropped."""
         up = x @ gather_for_matmul("dense.up", self.up[...], x.dtype)
         gate = None if self.gate is None else x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype)
-        return activate(self.activation, up, gate) @ gather_for_matmul("dense.down", self.down[...], x.dtype)
+        hidden = drop(activate(self.activation, up, gate), place=2)
+        return hidden @ gather_for_matmul("dense.down", self.down[...], x.dtype)

@@ -51,6 +51,8 @@ def resolve(config: Config) -> Config:
     data = config.data
     if data.dataset == "embedded" and not data.domains:
         data = dataclasses.replace(data, domains=EMBEDDED_DOMAINS)
+    if config.model.encoder_layers and not data.input_length:
+        data = dataclasses.replace(data, input_length=data.sequence_length)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), data=data)
 
 

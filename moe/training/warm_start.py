@@ -114,7 +114,7 @@ def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | 
     model = read_config(config.distill.teacher).model
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
-    return model, stored.read_variables(config.distill.teacher, model, mesh)
+    return model, stored.read_variables(config.distill.teacher, model, mesh=mesh)
 
 
 def _summary(config: Config, source: Config, theirs: Any) -> str:
@@ -180,8 +180,8 @@ def _transplant(
     for (layer, names), own in ours.items():
         key = _source((layer, names), theirs.keys(), program.config)
         if key is None:
-            upcycled = start is not None and (layer, ("dense", "up")) in theirs and names == ("moe", "router", "kernel")
-            if upcycled and start.virtual_groups:
+            from_dense = names == ("moe", "router", "kernel") and (layer, ("dense", "up")) in theirs
+            if from_dense and start is not None and start.virtual_groups:
                 own = upcycling.group_columns(own, upcycling.granularity(model.d_ff, moe.num_experts, moe.d_ff))
             chosen[layer, names] = own
             continue

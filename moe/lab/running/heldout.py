@@ -76,7 +76,7 @@ class RowLosses:
     def __call__(self, directory: Path, step: int) -> np.ndarray:
         """[rows] losses of the checkpoint of a step."""
         program = self._program
-        variables = parameters.read_variables(str(directory), program.config.model, program.mesh, step=step)
+        variables = parameters.read_variables(str(directory), program.config.model, mesh=program.mesh, step=step)
         sums = [self._losses(variables, place(batch, program.mesh)) for batch in self.rows.batches]
         return np.concatenate([np.asarray(s) for s in sums])[: len(self.rows.targets)] / self.rows.targets
 

@@ -1,4 +1,4 @@
-"""Causal attention over packed documents: the implementation is chosen by the target and the config."""
+"""Attention over packed documents: the implementation is chosen by the target and the config."""
 
 from __future__ import annotations
 
@@ -9,29 +9,54 @@ from jaxtyping import Float, Int
 from moe.layers.attention.blocked import blocked_attention
 from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
+from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel import target
 
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T M H"],
-    value: Float[Array, "B T M H"],
+    key: Float[Array, "B U M H"],
+    value: Float[Array, "B U M H"],
     segment_ids: Int[Array, "B T"],
+    key_segment_ids: Int[Array, "B U"] | None = None,
     *,
     window: int,
     kind: str,
+    causal: bool = True,
+    bias: Float[Array, "N D"] | None = None,
+    scale: float | None = None,
+    drop: Dropout = KEEP_ALL,
 ) -> Float[Array, "B T N H"]:
-    """softmax(query·key / sqrt(H))·value over earlier positions of the same document, in the dtype of the query.
+    """softmax(scale·query·key + bias)·value over positions of the same document, in the dtype of the query.
 
     Args:
         query: N is a multiple of M.
         key: M key heads.
         value: M value heads.
-        segment_ids: document of each position.
+        segment_ids: document of each query.
+        key_segment_ids: of each key; None: those of the queries.
         window: positions a query sees, its own included; 0: all.
-        kind: "full" computes all scores at once. "blocked" never holds T x T scores: splash attention on TPUs where its
+        kind: "full" computes all scores at once. "blocked" never holds T x U scores: splash attention on TPUs where its
             shapes allow, elsewhere a loop over blocks of queries.
+        causal: a query sees earlier positions and its own; else all.
+        bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        scale: of the products; None: 1/sqrt(H).
+        drop: dropout of the weights.
     """
+    if not causal or bias is not None or scale is not None or drop.active:
+        return blocked_attention(
+            query,
+            key,
+            value,
+            segment_ids,
+            window,
+            segment_ids if key_segment_ids is None else key_segment_ids,
+            causal=causal,
+            bias=bias,
+            scale=scale,
+            drop=drop,
+            one_block=kind == "full",
+        )
     if kind == "full" and target.is_cpu():
         return causal_attention(query, key, value, segment_ids, window)
     if kind == "full":
@@ -47,4 +72,4 @@ def attend(
         )
     if runs_splash() and query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0:
         return splash_attention(query, key, value, segment_ids, window)
-    return blocked_attention(query, key, value, segment_ids, window)
+    return blocked_attention(query, key, value, segment_ids, window, segment_ids)
