@@ -55,7 +55,7 @@ def gradients(program):
     ("mesh", "remat", "moe"),
     [
         ({"data": 1}, "full", {}),
-        ({"data": 2, "expert": 2}, "none", {"gate": "gshard", "experts_per_token": 2, "eval_capacity_factor": 4.0}),
+        ({"data": 2, "expert": 2}, "none", {"gate": "mixtral", "experts_per_token": 2}),
         ({"data": 1}, "dots", {"gate": "moe_plus_plus", "experts_per_token": 2, "num_experts": 4}),
         (
             {"data": 1},

@@ -81,14 +81,14 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
     dense, _ = load_huggingface(DENSE)
     tokens = np.arange(16).reshape(2, 8)
     expected = jax.jit(lambda t: dense(t).logits)(tokens)
-    program, state = started(tmp_path, moe, virtual_groups=True, expert_scale=4.0)
+    program, state = started(tmp_path / "groups", moe, virtual_groups=True, expert_scale=4.0)
     output = jax.jit(lambda v: program.model(v)(tokens, return_routing=True))(state.variables)
     np.testing.assert_allclose(output.logits, expected, rtol=1e-4, atol=1e-5)
     groups = np.sort(np.asarray(output.routing.expert_index), axis=-1).reshape(-1, 2, 4)
     np.testing.assert_array_equal(groups % 4, np.broadcast_to(np.arange(4), groups.shape))
     # Without the groups a token gets some shards twice and others never; without the scale a quarter of the output.
-    for start in ({"expert_scale": 4.0}, {"virtual_groups": True}):
-        program, state = started(tmp_path, moe, **start)
+    for i, start in enumerate(({"expert_scale": 4.0}, {"virtual_groups": True})):
+        program, state = started(tmp_path / str(i), moe, **start)
         logits = jax.jit(lambda v, program=program: program.model(v)(tokens).logits)(state.variables)
         assert np.abs(logits - expected).max() > 0.01
 
