@@ -198,6 +198,7 @@ def check_run(config: Config) -> None:
     """Check all sections except the model, as far as possible without devices and data."""
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _check_data(config.data, config.train)
+    _check_objective(config.model, config.data)
     tokens = config.train.batch_size * config.data.sequence_length
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     for field, path in (
@@ -221,7 +222,6 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
     require_at_least("data.", data, 1, "shuffle_window", "heldout_rows", "mean_span")
     require_at_least("data.", data, 0, "input_length")
     require(0 < data.corruption_rate < 1, "data.corruption_rate", data.corruption_rate, "must be in (0, 1)")
-    require(data.objective == "causal", "data.objective", data.objective, "must be causal in a decoder-only model")
     require_at_most("data.", data)
     length = data.sequence_length
     for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
@@ -255,6 +255,22 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
         data.weights,
         f"must be empty or one positive share for each of the {len(data.domains)} domains",
     )
+
+
+def _check_objective(model: ModelConfig, data: DataConfig) -> None:
+    encoder = model.encoder_layers
+    without = data.objective in ("causal", "prefix_lm")
+    require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
+    require(
+        data.input_length >= 2 if encoder else data.input_length == 0,
+        "data.input_length",
+        data.input_length,
+        f"must be {'at least 2' if encoder else '0'} where model.encoder_layers={encoder}",
+    )
+    if data.objective == "prefix_lm" and not encoder:
+        for name in ("sliding_window", "kv_lora_rank"):
+            value = getattr(model, name)
+            require(value == 0, f"model.{name}", value, "must be 0 where data.objective is prefix_lm")
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -167,7 +167,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
-    objective: Objective = "causal"  # what is predicted from what (moe.data.objectives)
+    objective: Objective = "causal"  # what is predicted (moe.data.objectives); with an encoder span_corruption instead
     sequence_length: int = 256  # T, tokens
     input_length: int = 0  # U, tokens of an encoder's row; 0: sequence_length where there is an encoder
     pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe.config import ConfigError, DataConfig
 from moe.data.documents import PAIR
-from moe.data.sentinels import SENTINELS, sentinel_ids
+from moe.data.sentinels import SENTINELS, sentinel_ids, show_blanks
 from moe.data.tokenizer import Tokenizer
 
 #: Token ids without padding: "encoder" [n] and "decoder" [m], int32.
@@ -128,6 +128,14 @@ def examples(text: str, rng: np.random.Generator, data: DataConfig, tokenizer: T
         {part: np.concatenate([ids, ends]).astype(np.int32)[: lengths[part]] for part, ids in example.items()}
         for example in _EXAMPLES[data.objective](text, rng, data, tokenizer)
     ]
+
+
+def show_example(example: Example, written: np.ndarray, data: DataConfig, tokenizer: Tokenizer) -> str:
+    """Returns an example's input with what a model wrote for it: blanks as [written|removed], or written text last."""
+    if data.objective == "span_corruption":
+        return show_blanks(tokenizer, example["encoder"], written, example["decoder"])
+    shown = f"{tokenizer.decode(example['encoder'])} >>> {tokenizer.decode(written)}"
+    return shown + (f" (reference: {tokenizer.decode(example['decoder'])})" if data.objective == "pairs" else "")
 
 
 def check_lengths(data: DataConfig) -> None:

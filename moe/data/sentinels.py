@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -61,15 +62,37 @@ def fill_blanks(inputs: Iterable[int], outputs: Iterable[int], sentinels: np.nda
 
     A sentinel that the outputs lack leaves nothing.
     """
-    kept, spans, current = {int(i) for i in sentinels}, {}, []
-    for token in _until(outputs, eos_id):
-        if token in kept:
+    spans, blanks = _spans(outputs, sentinels, eos_id), {int(i) for i in sentinels}
+    return [
+        filled for token in _until(inputs, eos_id) for filled in (spans.get(token, []) if token in blanks else [token])
+    ]
+
+
+def show_blanks(tokenizer: Tokenizer, inputs: Iterable[int], written: Iterable[int], removed: Iterable[int]) -> str:
+    """Returns the text of the inputs with [written|removed] in the place of each sentinel."""
+    sentinels = sentinel_ids(tokenizer)
+    mine, theirs = (_spans(ids, sentinels, tokenizer.eos_id) for ids in (written, removed))
+    text, part, blanks = "", [], {int(i) for i in sentinels}
+    for token in _until(inputs, tokenizer.eos_id):
+        if token in blanks:
+            shown = "|".join(tokenizer.decode(spans.get(token, [])) for spans in (mine, theirs))
+            text, part = f"{text}{tokenizer.decode(part)}[{shown}]", []
+        else:
+            part.append(token)
+    return text + tokenizer.decode(part)
+
+
+def _spans(ids: Iterable[int], sentinels: np.ndarray, eos_id: int) -> dict[int, list[int]]:
+    """Sentinel → the tokens that follow it."""
+    spans: dict[int, list[int]] = {}
+    current, blanks = [], {int(i) for i in sentinels}
+    for token in _until(ids, eos_id):
+        if token in blanks:
             current = spans.setdefault(token, [])
         else:
             current.append(token)
-    return [out for token in _until(inputs, eos_id) for out in (spans.get(token, []) if token in kept else [token])]
+    return spans
 
 
 def _until(ids: Iterable[int], end: int) -> list[int]:
-    ids = [int(i) for i in ids]
-    return ids[: ids.index(end)] if end in ids else ids
+    return list(itertools.takewhile(lambda token: token != end, map(int, ids)))

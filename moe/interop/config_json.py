@@ -152,17 +152,20 @@ def _write_as(config: Config, family: Family) -> Json:
     if any(sparse_layers(model)):
         result["num_experts_per_tok"] = model.moe.experts_per_token
         result[family.balance_field] = balance.coefficient_there(family, model)
-    return result | write_scaling(model) | family.write(model)
+    result |= write_scaling(model)
+    named = {family.field_names.get(name, name): value for name, value in result.items()}
+    return {name: value for name, value in named.items() if name is not None} | family.write(model)
 
 
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
+    *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
-    *("zero_experts", "copy_experts", "constant_experts"),
+    *("zero_experts", "copy_experts", "constant_experts", "expert_capacity"),
 )
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig
-from moe.interop.families.family import FUSED_EXPERTS, OUTSIDE, Family, Tensor
+from moe.interop.families.family import FUSED_EXPERTS, Family, Tensor
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.models.stack import stacked_layers
 
@@ -172,31 +172,37 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[P
     Raises:
         ConfigError: the family has no tensor for a parameter.
     """
-    parameters, tensors = [], {**family.tensors, **(FUSED_EXPERTS if fused else {})}
+    parameters = []
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     biases = jax.tree_util.tree_leaves_with_path(abstract_selection_biases(model))
     for key_path, leaf in leaves + biases:
         path = tuple(str(key.key) for key in key_path)
         stacked = stacked_layers(model, path)
         if stacked is None:
-            name = OUTSIDE[".".join(path)]
+            name = family.outside[".".join(path)]
             parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
             continue
         layers, name = stacked[0], ".".join(stacked[1])
+        stack = "encoder" if layers[0] < model.encoder_layers else "decoder"
+        if stack == "decoder":  # each stack's layers are numbered from 0 in files
+            layers = range(layers.start - model.encoder_layers, layers.stop - model.encoder_layers, layers.step)
+        own = family.tensors(model, stack) if callable(family.tensors) else family.tensors
+        tensors = {**own, **(FUSED_EXPERTS if fused else {})}
         if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
-        pieces = _pieces(tensor, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
+        num_experts = leaf.shape[1] if name.startswith("moe.experts.") else 0
+        pieces = _pieces(tensor, family.block.replace("{stack}", stack), layers, num_experts)
         parameters.append(Parameter(path, leaf.shape, pieces, tensor, name == "moe.router.bias"))
     return parameters
 
 
-def _pieces(tensor: Tensor, layers: range, num_experts: int) -> tuple[Piece, ...]:
+def _pieces(tensor: Tensor, block: str, layers: range, num_experts: int) -> tuple[Piece, ...]:
     stacked = "{expert}" not in tensor.name
     pieces = []
     for i, layer in enumerate(layers):
-        name = f"model.layers.{layer}.{tensor.name}"
+        name = block.format(layer=layer) + tensor.name
         if num_experts:
             pieces += [
                 Piece(name.format(expert=expert), (i, expert), expert if stacked else None)

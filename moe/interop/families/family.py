@@ -10,8 +10,8 @@ from moe.config import ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop.schema import Json, OpenConfig
 
 #: Hugging Face computes one loss over all MoE layers, K at perfect balance; DeepSeek's code sums a loss per layer that
-#: is 1 at perfect balance.
-BalanceScale = Literal["all layers together", "per layer"]
+#: is 1 at perfect balance; Switch's there is a mean over the layers of a stack, 1 at perfect balance.
+BalanceScale = Literal["all layers together", "per layer", "per stack"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,16 @@ class Family:
         schema: fields of ``config.json`` that are read.
         read: fields → (changes of ModelConfig, changes of MoEConfig).
         write: the reverse of ``read``.
-        tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else.
+        tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else; or a function
+            that returns this for a model and the name of a stack.
         balance_field: name of the load-balancing coefficient.
         balance_scale: normalisation of its loss, see :data:`BalanceScale`.
+        block: prefix of a block's tensors, with the number of the layer and the name of the stack.
+        outside: parameter outside the blocks → its tensor.
+        field_names: other names of fields that all families write; None: not written.
+        copies: tensors that a file may hold beside the one that they must equal.
+        unread: tensors that a file may hold and nobody reads.
+        ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """
 
     model_type: str
@@ -54,9 +61,17 @@ class Family:
     schema: type[OpenConfig]
     read: Callable[[Any], tuple[Json, Json]]
     write: Callable[[ModelConfig], Json]
-    tensors: Mapping[str, str | Tensor]
+    tensors: Mapping[str, str | Tensor] | Callable[[ModelConfig, str], Mapping[str, str | Tensor]]
     balance_field: str = "router_aux_loss_coef"
     balance_scale: BalanceScale = "all layers together"
+    block: str = "model.layers.{layer}."
+    outside: Mapping[str, str] = dataclasses.field(default_factory=lambda: OUTSIDE)
+    field_names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}
+    )
+    unread: tuple[str, ...] = ()
+    ties_by_file: bool = False
 
 
 # --- Tensor names ----------------------------------------------------------------------------------------------------
