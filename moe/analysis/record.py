@@ -118,7 +118,6 @@ class Recorder:
             batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions, and those of the encoder
                 of an encoder-decoder. Other arrays of the shape of the stack's tokens become marks, except targets.
         """
-        model = self.program.config.model
         flat: dict[str, list[np.ndarray]] = {}
         layered: list[tuple[np.ndarray, ...]] = []
         first_row = 0
