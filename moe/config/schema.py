@@ -26,10 +26,10 @@ DropPolicy = Literal["position", "probability", "random"]
 BalanceScope = Literal["batch", "group", "sequence", "step"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
-Activation = Literal["swiglu", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
+Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
-RopeScaling = Literal["none", "linear", "yarn", "llama3"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -40,7 +40,10 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
-    """An invalid setting; the message names the field and what is allowed."""
+    """An invalid setting; the message names the field and what is allowed, and is cut in the middle if it is long."""
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class MoEConfig:
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
+    bias: bool = False  # biases of the router's logits and of the experts' matrices (gpt-oss)
     latent_dim: int = 0  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
     zero_experts: int = GATE_DEFAULT  # experts that return 0 (MoE++), beside the E FFNs
     copy_experts: int = GATE_DEFAULT  # experts that return the token
@@ -102,13 +106,15 @@ class RopeScalingConfig:
 
     kind: RopeScaling = "none"
     factor: float = 1.0  # longest context over original_length
-    original_length: int = 0  # tokens, context of pre-training; yarn and llama3
+    original_length: int = 0  # tokens, context of pre-training; all but linear
     beta_fast: float = 32.0  # yarn: rotations in the original context above which a pair is not interpolated
     beta_slow: float = 1.0  # yarn: rotations below which it is interpolated fully
     truncate: bool = True  # yarn: round the two bounds to whole pairs
-    attention_factor: float = 0.0  # yarn: factor of rotated queries and keys; 0: computed
+    attention_factor: float = 0.0  # yarn and longrope: factor of rotated queries and keys; 0: computed
     mscale: float = 0.0  # yarn: DeepSeek's constants of that factor; 0: not used
     mscale_all_dim: float = 0.0
+    short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
     low_freq_factor: float = 1.0  # llama3: rotations in the original context below which a pair is interpolated fully
     high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
 
@@ -141,6 +147,7 @@ class ModelConfig:
     qk_norm: QKNorm = "none"  # RMSNorm of queries and keys: head (over H, Qwen3) or full (over N*H, OLMoE)
     attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
     attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
+    attention_sinks: bool = False  # a further key of learnt logit and no value per head (gpt-oss)
     clip_qkv: float = 0.0  # clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     tie_embeddings: bool = False  # logits = x E^T
     scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
@@ -227,6 +234,7 @@ class TrainConfig:
     on_skipped_steps: OnSkippedSteps = "rollback"  # after more of them: return to the last good checkpoint, or stop
     spike_sigmas: float = 6.0  # warn of a loss this many deviations above the running median; 0: never
     sample_tokens: int = 64  # length of the text sampled at the end; 0: none
+    writers: tuple[str, ...] = ("tensorboard",)  # of metrics, besides JSON lines: tensorboard, wandb, module:function
 
 
 @dataclasses.dataclass(frozen=True)

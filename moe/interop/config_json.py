@@ -160,11 +160,12 @@ def _write_as(config: Config, family: Family) -> Json:
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
+    "attention_sinks",
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
     *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
 _MOE_FACTS = (
-    *("num_experts", "experts_per_token", "d_ff", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
+    *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
     *("zero_experts", "copy_experts", "constant_experts", "expert_capacity"),
 )
 

@@ -139,6 +139,10 @@ class MoELayer(nnx.Module):
         placed, plan = self._plan(sent, slot_logits, valid, capacity, keys.drop)
         rows = tokens if self.latent is None else self.latent.project_down(tokens)
         y = MODES[self.mode](rows, placed, plan, self._experts(train, keys.dropout))
+        if self.experts.down_bias is not None:
+            choices = jax.nn.one_hot(placed.expert_index, self.config.num_experts, dtype=jnp.float32)  # [G,S,K,E]
+            weights = jnp.einsum("gsk,gske->gse", jnp.where(plan.kept, placed.combine_weights, 0), choices)
+            y = y + weights @ self.experts.down_bias[...]
         if self.latent is not None:
             y = self.latent.project_up(y, x.dtype)
         if self.null is not None:

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from moe.config import ModelConfig
-from moe.parallel.weights import matrix
+from moe.parallel.weights import matrix, zeros
 from moe.routing.interface import RouterKind
 
 
@@ -36,6 +36,7 @@ class Router(nnx.Module):
         self.dtype = config.moe.router_dtype
         first = FIRST_PENALTY if update == "penalty" else 0.0
         self.bias = None if update == "none" else SelectionBias(jnp.full((e,), first, jnp.float32))
+        self.logit_bias = zeros((e,)) if config.moe.bias else None
         self.noise = nnx.Param(jnp.zeros((d, e), jnp.float32)) if kind == "noisy" else None
         if kind == "noisy":
             self.kernel = nnx.Param(jnp.zeros((d, e), jnp.float32))
@@ -56,7 +57,8 @@ class Router(nnx.Module):
         x = x.astype(jnp.float32)
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
-        return _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        logits = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
     def noise_logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"] | None:
         """x·W_noise in float32; None for a gate without noise."""

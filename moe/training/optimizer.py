@@ -99,8 +99,10 @@ OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "adafactor": adafactor, "muon"
 
 
 def decay_mask(parameters: Any) -> Any:
-    """True for matrices, False for norm scales and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters)
+    """True for matrices, False for norm scales, biases and sinks."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(("scale", "bias", "sinks")), parameters
+    )
 
 
 def _factory(name: str) -> Factory:
