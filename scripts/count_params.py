@@ -5,12 +5,13 @@ that was computed elsewhere; other rows show how far they are from the published
 Switch's table 9 and its released checkpoints differ, hence two rows of some sizes; GShard's counts leave out parts.
 """
 
-import os
-import sys
+from moe import platform
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # counting needs no accelerator
+if __name__ == "__main__":
+    platform.use_tpu_compiler()  # before JAX: counting needs no accelerator
 
 import importlib
+import sys
 
 from moe.models.flops import count_parameters
 from moe.routing.resolve import from_config_dict

@@ -36,6 +36,7 @@ FREE_FIELDS = (
     "train.on_skipped_steps",
     "train.sample_tokens",
     "train.save_every",
+    "train.writers",
 )
 
 #: Fields that a run may change from its newest checkpoint on; each change is recorded in changes.jsonl.

@@ -111,8 +111,9 @@ def prefill(
         logits of the token after each prompt, and the filled caches.
     """
     columns = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-    positions = jnp.broadcast_to(columns, token_ids.shape)
-    rows = Rows(token_ids, (columns < lengths[:, None]).astype(jnp.int32), positions)
+    segment_ids = (columns < lengths[:, None]).astype(jnp.int32)
+    positions = columns * segment_ids  # 0 in the padding: rotary positions may depend on a row's length
+    rows = Rows(token_ids, segment_ids, positions)
     stack = _decoder(model)
     settings: Any = {"prefix": rows.segment_ids} if prefix else {}
     if model.config.relative_buckets:
