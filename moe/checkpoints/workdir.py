@@ -28,6 +28,7 @@ FREE_FIELDS = (
     "mesh.",
     "model.remat",
     "model.scan_layers",
+    "train.compilation_cache",
     "train.eval_every",
     "train.keep_checkpoints",
     "train.keep_every",

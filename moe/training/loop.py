@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe import platform
 from moe.checkpoints.integrity import is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.state import TrainState
@@ -217,6 +218,9 @@ class _Loop:
                     batch = next_batch(self._iterator, step, self._checkpoints)
                 state, metrics = self._program.train_step(state, place(batch, self._program.mesh))
                 self._pending.append(metrics)
+                if step == first:
+                    jax.block_until_ready(metrics)
+                    self._progress.write(f"step {step}, {platform.seconds_running():.1f} s after the program's start")
                 self._progress.advance()
                 if step % config.log_every == 0 or last:
                     state = self._log(step, state)
@@ -237,6 +241,7 @@ class _Loop:
         steps, self._pending = [step_metrics(metrics) for metrics in self._pending], []
         row = mean_row(steps)
         timing = self._throughput.row(*self._clock.lap())
+        self._clock.restart()  # the first row measures the matmul rate
         warnings = self._health.look(step, steps, row)
         self._writer.write(step, "train", row)
         if np.any(row.get("broken_tokens", 0)):
