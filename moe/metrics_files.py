@@ -1,4 +1,4 @@
-"""Metric files: ``metrics.jsonl`` (bit-reproducible), ``timing.jsonl`` (wall clock) and TensorBoard.
+"""Metric files ``metrics.jsonl`` (bit-reproducible) and ``timing.jsonl`` (wall clock), and further writers of rows.
 
 Rows are dicts of scalars and short lists. Only process 0 writes.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from moe.atomic_files import in_bucket, write_atomic
-from moe.config import ConfigError
+from moe.config import Config, ConfigError, to_dict
+from moe.metric_writers import Factory
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
@@ -106,9 +106,9 @@ class _Appended:
 
 
 class MetricsWriter:
-    """Appends rows to the metric files of a workdir."""
+    """Appends rows to the metric files of a workdir, and passes them to other writers."""
 
-    def __init__(self, workdir: epath.Path, step: int):
+    def __init__(self, workdir: epath.Path, step: int, config: Config, writers: Sequence[Factory] = ()):
         """Open the files and drop rows after ``step``, from which the run continues: they will be written again."""
         self.rows = {METRICS: 0, TIMING: 0}  # number of rows in each file, in the process that writes
         self._active = jax.process_index() == 0
@@ -119,47 +119,29 @@ class MetricsWriter:
             kept = [json.dumps(row) + "\n" for row in read_rows(workdir / name) if row["step"] <= step]
             self.rows[name] = len(kept)
             self._files[name] = (_Segments if in_bucket(workdir) else _Appended)(workdir / name, kept)
-        self._board_folder = workdir / "tensorboard"
-        self._local = tempfile.TemporaryDirectory() if in_bucket(workdir) else None
-        folder = self._local.name if self._local else os.fspath(self._board_folder)
-        self._board = SummaryWriter(folder, purge_step=step + 1)
+        self._writers = [make(workdir, to_dict(config), step) for make in writers]
 
     def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
-        """Write a row {step, kind, **values}; in TensorBoard lists become scalars name/0, name/1, …"""
+        """Write a row {step, kind, **values}."""
         if not self._active:
             return
         self._files[file].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._files[file].flush()
         self.rows[file] += 1
-        if kind == "warning":  # text, not numbers
-            return
-        for name, value in values.items():
-            for index, entry in np.ndenumerate(np.asarray(value)):
-                suffix = "".join(f"/{i}" for i in index)
-                self._board.add_scalar(f"{kind}/{name}{suffix}", float(entry), step)
-        self._board.flush()
+        for writer in self._writers:
+            writer.write(step, kind, values)
 
     def sync(self) -> None:
         """Flush the metric rows to disk; called before a checkpoint, so that it never exists without its rows."""
         if self._active:
-            self._files[METRICS].sync()
-            if self._local:
-                self._files[TIMING].sync()
-                self._copy_board(self._local.name)
-
-    def _copy_board(self, local: str) -> None:
-        """Copy TensorBoard's files, which it can only append to, into the bucket."""
-        for path in Path(local).iterdir():
-            write_atomic(self._board_folder / path.name, path.read_bytes())
+            for file in self._files.values():
+                file.sync()
 
     def close(self) -> None:
         """Close all files, even if closing one of them fails."""
         if self._active:
             with contextlib.ExitStack() as stack:
-                if self._local:
-                    stack.callback(self._local.cleanup)
-                    stack.callback(self._copy_board, self._local.name)
-                for closing in (self._board, *self._files.values()):
+                for closing in (*self._writers, *self._files.values()):
                     stack.callback(closing.close)
 
 

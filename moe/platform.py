@@ -147,10 +147,13 @@ def seconds_running() -> float:
 
 
 def use_tpu_compiler() -> None:
-    """Set up this process to compile for absent TPUs, or GPUs, and to run on CPU.
+    """Set up this process as :func:`prepare` does, but for the allocator, to compile for absent TPUs or GPUs on CPU.
 
     Otherwise libtpu queries the cloud for its TPU type, and takes a lock that prevents a second compilation.
     """
+    _open_standard_streams()
+    _exit_on_stop_signals()
+    _check_environment()
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",

@@ -4,12 +4,13 @@ No array is allocated. "exact" compares with the count that follows from the pub
 (a decoder-only stand-in for an encoder-decoder) has no count to be equal to, and shows the original's.
 """
 
-import os
-import sys
+from moe import platform
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # counting needs no accelerator
+if __name__ == "__main__":
+    platform.use_tpu_compiler()  # before JAX: counting needs no accelerator
 
 import importlib
+import sys
 
 from moe.models.flops import count_parameters
 from moe.routing.resolve import from_config_dict

@@ -17,7 +17,8 @@ from etils.epath import backend
 
 from moe import metrics_files
 from moe.checkpoints import manager
-from moe.config import ConfigError, to_dict
+from moe.config import Config, ConfigError, to_dict
+from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, MetricsWriter, read_rows
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, tiny
@@ -54,7 +55,7 @@ def _row(step, **values):
 
 def _write(workdir, start, steps, *, end):
     """Rows of some steps, a sync after every second; `end` closes the writer, else it is left as by a kill."""
-    writer = MetricsWriter(workdir, start)
+    writer = MetricsWriter(workdir, start, Config(), find_writers(["tensorboard"]))
     for step in steps:
         writer.write(step, "train", {"loss": step / 10})
         if step % 2 == 0:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moe.config import layer_kinds, sparse_layers
-from moe.models.block import Block
+from moe.models.block import Block, Rows
 from moe.models.decoder import Transformer
 from moe.models.stack import REMAT_POLICIES, restack_layers, segments, unstack_layers
 from tests.helpers import random_parameters, tiny_model
@@ -80,7 +80,7 @@ def _assert_trees_close(actual, expected, rtol=1e-5):
 def test_layer_patterns(overrides, sparse, runs):
     config = tiny_model(**overrides)
     assert "".join("DS"[is_sparse] for is_sparse in sparse_layers(config)) == sparse
-    found = [("".join("DS"[kind.sparse] for kind in unit), repeats) for unit, repeats in segments(config)]
+    found = [("".join("DS"[kind.sparse] for kind in unit), repeats) for unit, repeats in segments(layer_kinds(config))]
     assert "".join(unit * repeats for unit, repeats in found) == sparse
     assert found == runs
 
@@ -158,7 +158,7 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
         )
         key = None if rng is None else jax.random.fold_in(rng, layer)
         block = nnx.merge(block_def, variables)
-        x, record = block(x, segment_ids, positions, token_ids=tokens, routing=None, train=train, rng=key)
+        x, record = block(x, Rows(tokens, segment_ids, positions), train=train, rng=key)
         records.append(record)
     return model.final_norm(x) @ model.output_matrix(), records
 

@@ -2,7 +2,7 @@
 
 from moe.config.checks import check_path, validate_mesh
 from moe.config.inherit import inherit_model
-from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers
+from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
 from moe.config.schema import (
     EMBEDDED_DOMAINS,
@@ -11,6 +11,7 @@ from moe.config.schema import (
     LARGEST_FLOAT,
     SCHEMES,
     BalanceScope,
+    BiasUpdate,
     Config,
     ConfigError,
     DataConfig,
@@ -21,6 +22,7 @@ from moe.config.schema import (
     MoEConfig,
     OptimizerConfig,
     RopeScalingConfig,
+    ScoreFunction,
     StartConfig,
     TrainConfig,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "LARGEST_FLOAT",
     "SCHEMES",
     "BalanceScope",
+    "BiasUpdate",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RopeScalingConfig",
+    "ScoreFunction",
     "StartConfig",
     "TrainConfig",
     "check_field",
@@ -50,6 +54,7 @@ __all__ = [
     "inherit_model",
     "layer_kinds",
     "sparse_layers",
+    "stacks",
     "to_config_dict",
     "to_dict",
     "type_name",

@@ -40,12 +40,13 @@ def require_at_least(section: str, node: typing.Any, least: float, *names: str) 
         require(value >= least, f"{section}{name}", value, f"must be at least {least}")
 
 
-#: Largest sizes per section, far above published models: larger ones overflow or hang in compilation.
+#: Largest values per section, far above published models: larger ones overflow or hang in compilation.
 _MAXIMA = {
     "model.": {
         "vocab_size": 2**24,
         "d_model": 2**20,
         "num_layers": 10_000,
+        "encoder_layers": 10_000,
         "num_heads": 2**16,
         "num_kv_heads": 2**16,
         "head_dim": 2**16,
@@ -53,6 +54,7 @@ _MAXIMA = {
         "q_lora_rank": 2**16,
         "value_dim": 2**16,
         "d_ff": 2**22,
+        "init_scale": 1e4,
     },
     "model.moe.": {
         "num_experts": 2**17,
@@ -60,9 +62,18 @@ _MAXIMA = {
         "shared_d_ff": 2**22,
         "slots_per_expert": 2**16,
         "group_size": 2**26,
+        "load_balancing_weight": 1e6,
+        "z_loss_weight": 1e6,
+        "importance_weight": 1e6,
+        "load_weight": 1e6,
+        "device_balance_weight": 1e6,
+        "routing_scale": 1e6,
+        "bias_update_rate": 1e6,
     },
-    "data.": {"sequence_length": 2**24, "streams": 2**16},
+    "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
+    "optimizer.": {"learning_rate": 1e3, "weight_decay": 1e3},
     "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
+    "start.": {"expert_noise": 1e3, "expert_scale": 1e3},
 }
 
 #: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
@@ -70,7 +81,7 @@ _MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
 
 
 def require_at_most(section: str, node: typing.Any) -> None:
-    """Raise a ConfigError for the first field of a section above its largest reasonable size."""
+    """Raise a ConfigError for the first field of a section above its largest reasonable value."""
     for name, most in _MAXIMA[section].items():
         value = getattr(node, name)
         require(value <= most, f"{section}{name}", value, f"must be at most {most}")
@@ -94,13 +105,16 @@ def check_model(model: ModelConfig) -> None:
     """Check the model section except ``model.moe``."""
     require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
     require_at_most("model.", model)
-    require_at_least("model.", model, 0, "sliding_window", "clip_qkv")
+    require_at_least("model.", model, 0, "sliding_window", "clip_qkv", "encoder_layers", "relative_buckets")
+    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank", "value_dim")
+    require_fractions("model.", model, "dropout")
     require(
-        model.head_dim >= 2 and model.head_dim % 2 == 0,
+        model.head_dim >= 2 - bool(model.relative_buckets) and (model.head_dim % 2 == 0 or model.relative_buckets > 0),
         "model.head_dim",
         model.head_dim,
         "must be even: rotary positions rotate pairs of dimensions",
     )
+    _check_stacks(model)
     _check_rope(model)
     if model.kv_lora_rank:
         _check_latent_attention(model)
@@ -121,6 +135,28 @@ def check_model(model: ModelConfig) -> None:
         require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
 
 
+def _check_stacks(model: ModelConfig) -> None:
+    buckets, distance = model.relative_buckets, model.relative_max_distance
+    least = 4 if model.encoder_layers else 2  # half of an encoder's are for keys after the query, half of those exact
+    require(
+        buckets == 0 or least <= buckets <= 2**16,
+        "model.relative_buckets",
+        buckets,
+        f"must be 0 for rotary positions, or from {least} to 65536",
+    )
+    require(
+        buckets == 0 or buckets // 2 < distance <= 2**20,
+        "model.relative_max_distance",
+        distance,
+        f"must be above half of relative_buckets={buckets} and at most {2**20}",
+    )
+    for name in ("kv_lora_rank", "sliding_window"):
+        value = getattr(model, name)
+        only = "model.encoder_layers" if model.encoder_layers else "model.relative_buckets"
+        allowed = value == 0 or not (model.encoder_layers or (buckets and name == "kv_lora_rank"))
+        require(allowed, f"model.{name}", value, f"must be 0 where {only} is set")
+
+
 def _check_rope(model: ModelConfig) -> None:
     require(
         0 <= model.rope_dim <= model.head_dim and model.rope_dim % 2 == 0,
@@ -131,14 +167,27 @@ def _check_rope(model: ModelConfig) -> None:
     scaling = model.rope_scaling
     require(scaling.factor >= 1, "model.rope_scaling.factor", scaling.factor, "must be at least 1")
     require(
-        scaling.original_length >= 1 or scaling.kind not in ("yarn", "llama3"),
+        scaling.original_length >= 2 or scaling.kind in ("none", "linear"),
         "model.rope_scaling.original_length",
         scaling.original_length,
-        "must be at least 1",
+        "must be at least 2",
     )
+    size = model.rope_dim or model.head_dim
+    require(
+        scaling.kind != "dynamic" or size > 2, "model.rope_scaling.kind", scaling.kind, "needs rotated heads above 2"
+    )
+    for name in ("short_factors", "long_factors"):
+        value = getattr(scaling, name)
+        require(
+            all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2),
+            f"model.rope_scaling.{name}",
+            value,
+            f"must be positive, and one for each of the {size // 2} rotated pairs for longrope",
+        )
     for name in ("beta_fast", "beta_slow"):
         value = getattr(scaling, name)
         require(value > 0, f"model.rope_scaling.{name}", value, "must be positive")
+    require_at_least("model.rope_scaling.", scaling, 0, "original_length")
     require_at_least("model.rope_scaling.", scaling, 0, "attention_factor", "mscale", "mscale_all_dim")
     require(
         scaling.high_freq_factor > scaling.low_freq_factor > 0,
@@ -149,7 +198,6 @@ def _check_rope(model: ModelConfig) -> None:
 
 
 def _check_latent_attention(model: ModelConfig) -> None:
-    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank")
     require_at_least("model.", model, 2, "rope_dim")
     require_at_least("model.", model, 1, "value_dim")
     require(
@@ -164,7 +212,7 @@ def _check_latent_attention(model: ModelConfig) -> None:
         model.num_kv_heads,
         f"must be model.num_heads={model.num_heads} where model.kv_lora_rank is set",
     )
-    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("clip_qkv", 0.0)):
+    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("attention_sinks", False), ("clip_qkv", 0.0)):
         value = getattr(model, name)
         require(value == none, f"model.{name}", value, f"must be {none} where model.kv_lora_rank is set")
 
@@ -173,6 +221,7 @@ def check_run(config: Config) -> None:
     """Check all sections except the model, as far as possible without devices and data."""
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _check_data(config.data, config.train)
+    _check_objective(config.model, config.data)
     tokens = config.train.batch_size * config.data.sequence_length
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     for field, path in (
@@ -185,7 +234,9 @@ def check_run(config: Config) -> None:
         check_path(field, path)
     _check_train(config.train)
     _check_optimizer(config.optimizer, config.train)
-    require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
+    require_at_least("start.", config.start, 0, "expert_noise", "expert_scale")
+    require(0 <= config.start.drop_share <= 1, "start.drop_share", config.start.drop_share, "must be in [0, 1]")
+    require_at_most("start.", config.start)
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
     _check_mesh_sizes(config.mesh)
@@ -193,7 +244,9 @@ def check_run(config: Config) -> None:
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:
     require_at_least("data.", data, 2, "sequence_length")
-    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows", "mean_span")
+    require_at_least("data.", data, 0, "input_length")
+    require(0 < data.corruption_rate < 1, "data.corruption_rate", data.corruption_rate, "must be in (0, 1)")
     require_at_most("data.", data)
     length = data.sequence_length
     for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
@@ -229,6 +282,22 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
     )
 
 
+def _check_objective(model: ModelConfig, data: DataConfig) -> None:
+    encoder = model.encoder_layers
+    without = data.objective in ("causal", "prefix_lm")
+    require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
+    require(
+        data.input_length >= 2 if encoder else data.input_length == 0,
+        "data.input_length",
+        data.input_length,
+        f"must be {'at least 2' if encoder else '0'} where model.encoder_layers={encoder}",
+    )
+    if data.objective == "prefix_lm" and not encoder:
+        for name in ("sliding_window", "kv_lora_rank"):
+            value = getattr(model, name)
+            require(value == 0, f"model.{name}", value, "must be 0 where data.objective is prefix_lm")
+
+
 def _check_train(train: TrainConfig) -> None:
     require_at_least("train.", train, 1, "num_steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
     require_at_least("train.", train, 1, "save_every", "keep_checkpoints", "max_skipped_steps")
@@ -250,6 +319,7 @@ def _check_train(train: TrainConfig) -> None:
 
 def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     require_at_least("optimizer.", optimizer, 0, "warmup_steps", "weight_decay", "gradient_clip")
+    require_at_most("optimizer.", optimizer)
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
     require_fractions("optimizer.", optimizer, "b1", "b2")
@@ -309,6 +379,7 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     if moe.gate == "none":
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
+    divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)

@@ -23,21 +23,27 @@ SCHEMES = ("gs", "s3", "az", "hf")
 
 Dispatch = Literal["gather", "einsum", "dropless"]
 DropPolicy = Literal["position", "probability", "random"]
-BalanceScope = Literal["batch", "group", "sequence"]
-Activation = Literal["swiglu", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
+BalanceScope = Literal["batch", "group", "sequence", "step"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
+Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
-RopeScaling = Literal["none", "linear", "yarn", "llama3"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
-    """An invalid setting; the message names the field and what is allowed."""
+    """An invalid setting; the message names the field and what is allowed, and is cut in the middle if it is long."""
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +51,27 @@ class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
     gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
+    layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
+    bias: bool = False  # biases of the router's logits and of the experts' matrices (gpt-oss)
+    latent_dim: int = 0  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
+    zero_experts: int = GATE_DEFAULT  # experts that return 0 (MoE++), beside the E FFNs
+    copy_experts: int = GATE_DEFAULT  # experts that return the token
+    constant_experts: int = GATE_DEFAULT  # experts that mix the token and a learned vector
+    null_balance: float = GATE_DEFAULT  # tau, weight of those three in the load-balancing loss; below 1: used more
     shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
-    every: int = 1  # every n-th layer is MoE: layers n, 2n, ... counted from 1
-    layers: tuple[int, ...] = ()  # MoE layers, from 0; empty: given by every and first_dense
-    first_dense: int = 0  # number of leading layers that stay dense
+    every: int = 1  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
+    layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
+    first_dense: int = 0  # number of leading layers that stay dense, of either stack
     group_size: int = 0  # S, tokens that share one capacity; 0: data.sequence_length. Independent of the mesh
     dispatch: Dispatch = "gather"  # how assignments reach their experts
     capacity_factor: float = GATE_DEFAULT  # C = ceil(capacity_factor * K * S / E), in training
     eval_capacity_factor: float = GATE_DEFAULT  # the same outside training
+    expert_capacity: int = 0  # C itself, in training and outside; 0: given by the capacity factors
+    route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
     jitter: float = GATE_DEFAULT  # the router's input is multiplied by uniform [1 - jitter, 1 + jitter] in training
     load_balancing_weight: float = GATE_DEFAULT  # weight of the load-balancing loss
     router_dtype: DType = "float32"  # of the router's matmul; bfloat16 only to reproduce Switch's table 2
@@ -65,16 +80,24 @@ class MoEConfig:
     load_weight: float = GATE_DEFAULT  # weight of Shazeer's load loss; gate noisy_topk only
     device_balance_weight: float = GATE_DEFAULT  # weight of the balance loss over expert_groups
     balance_scope: Literal[BalanceScope, "gate"] = "gate"  # tokens over which one load-balancing loss is taken
-    bias_update_rate: float = GATE_DEFAULT  # u of loss-free balancing, per step; gate deepseek_v3 only
+    score_function: Literal[ScoreFunction, "gate"] = "gate"  # of the router logits
+    bias_update: Literal[BiasUpdate, "gate"] = "gate"  # bias that only selects experts: none, or how it is balanced
+    bias_update_rate: float = GATE_DEFAULT  # step of that bias, per optimizer step
     expert_groups: int = GATE_DEFAULT  # number of equal groups of experts; divides num_experts
-    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from; DeepSeek's gates
+    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from
+    scores_per_group: int = GATE_DEFAULT  # highest scores whose sum ranks a group
     renormalise: int = GATE_DEFAULT  # 1: divide the chosen weights by their sum; 0: do not
-    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights; DeepSeek's gates
+    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights
     slots_per_expert: int = 1  # gate soft_moe only
     drop_policy: Literal[DropPolicy, "gate"] = "gate"  # priority of tokens when an expert's buffer overflows
     overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
     expert_dropout: float = 0.0  # dropout of the experts' hidden activations (Switch: 0.4 in fine-tuning)
     accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
+
+    @property
+    def null_experts(self) -> int:
+        """Number of zero, copy and constant experts, whose columns follow those of the E FFNs in the router."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,30 +106,35 @@ class RopeScalingConfig:
 
     kind: RopeScaling = "none"
     factor: float = 1.0  # longest context over original_length
-    original_length: int = 0  # tokens, context of pre-training; yarn and llama3
+    original_length: int = 0  # tokens, context of pre-training; all but linear
     beta_fast: float = 32.0  # yarn: rotations in the original context above which a pair is not interpolated
     beta_slow: float = 1.0  # yarn: rotations below which it is interpolated fully
     truncate: bool = True  # yarn: round the two bounds to whole pairs
-    attention_factor: float = 0.0  # yarn: factor of rotated queries and keys; 0: computed
+    attention_factor: float = 0.0  # yarn and longrope: factor of rotated queries and keys; 0: computed
     mscale: float = 0.0  # yarn: DeepSeek's constants of that factor; 0: not used
     mscale_all_dim: float = 0.0
+    short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
     low_freq_factor: float = 1.0  # llama3: rotations in the original context below which a pair is interpolated fully
     high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Decoder-only Transformer."""
+    """Transformer: decoder-only, or encoder and decoder."""
 
     vocab_size: int = 4096  # V, rows of the embedding
     d_model: int = 256  # D
-    num_layers: int = 4  # L
+    num_layers: int = 4  # L, of the decoder
+    encoder_layers: int = 0  # L of the encoder, which the decoder attends to; 0: decoder-only
     num_heads: int = 8  # N, query heads
     num_kv_heads: int = 4  # M, key/value heads; divides num_heads
-    head_dim: int = 32  # H, even
+    head_dim: int = 32  # H, even for rotary positions
     d_ff: int = 512  # F, hidden dim of a dense FFN
     activation: Activation = "swiglu"
     norm_eps: float = 1e-5  # epsilon of RMSNorm
+    relative_buckets: int = 0  # T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
+    relative_max_distance: int = 128  # tokens, distance from which the last bucket holds
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
@@ -119,8 +147,11 @@ class ModelConfig:
     qk_norm: QKNorm = "none"  # RMSNorm of queries and keys: head (over H, Qwen3) or full (over N*H, OLMoE)
     attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
     attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
+    attention_sinks: bool = False  # a further key of learnt logit and no value per head (gpt-oss)
     clip_qkv: float = 0.0  # clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     tie_embeddings: bool = False  # logits = x E^T
+    scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
+    dropout: float = 0.0  # of embeddings, attention weights, hidden activations and the output of each half of a block
     init_scale: float = 1.0  # s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     scan_layers: bool = True  # compile one block for all equal layers
@@ -134,7 +165,7 @@ EMBEDDED_DOMAINS = ("literature", "python")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text datasets, tokenizer, and packed rows."""
+    """Text datasets, tokenizer, objective, and packed rows."""
 
     dataset: str = (
         "embedded"  # "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
@@ -143,7 +174,12 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
+    objective: Objective = "causal"  # what is predicted (moe.data.objectives); with an encoder span_corruption instead
     sequence_length: int = 256  # T, tokens
+    input_length: int = 0  # U, tokens of an encoder's row; 0: sequence_length where there is an encoder
+    pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
+    corruption_rate: float = 0.15  # span_corruption: share of the tokens that is removed
+    mean_span: float = 3.0  # span_corruption: tokens removed at once, on average
     streams: int = 0  # independent document streams per batch, a multiple of processes; 0: gcd(8, batch_size)
     shuffle_window: int = 512  # rows in the shuffle buffers of all streams
     heldout_rows: int = 64  # rows of T tokens per domain in each evaluation
@@ -160,7 +196,7 @@ class MeshConfig:
 
 
 #: Parts of a model that optimizer.frozen and start.fresh can name.
-Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared"]
+Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +235,7 @@ class TrainConfig:
     spike_sigmas: float = 6.0  # warn of a loss this many deviations above the running median; 0: never
     sample_tokens: int = 64  # length of the text sampled at the end; 0: none
     compilation_cache: str = "auto"  # folder for compiled programs (moe.compilation_cache); empty: none
+    writers: tuple[str, ...] = ("tensorboard",)  # of metrics, besides JSON lines: tensorboard, wandb, module:function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +248,9 @@ class StartConfig:
 
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights
+    virtual_groups: bool = False  # upcycling: one router column for the experts that together hold the dense FFN
+    expert_scale: float = 1.0  # upcycling: factor of the copied down matrices; the number of shards keeps the output
+    drop_share: float = 0.0  # upcycling: share of each expert's hidden units drawn anew (drop-upcycling: 0.5)
     fresh: tuple[Part, ...] = ()  # parts initialised at random instead of taken from the checkpoint
     optimizer: OptimizerState = "reset"  # optimizer state: new, or carried over from the checkpoint
 

@@ -19,14 +19,14 @@ from moe.interop.config_json import family_of, read_config
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
-from moe.models.decoder import Transformer
+from moe.models.encoder_decoder import Model, abstract_model
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
 
 
 def load_huggingface(
     directory: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: str = "float32"
-) -> tuple[Transformer, Config]:
+) -> tuple[Model, Config]:
     """Builds the model of a folder.
 
     Args:
@@ -53,11 +53,15 @@ def open_folder(
     source = read_json(Path(directory) / CONFIG_FILE)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    folder = TensorFolder(directory)
-    parameters = layout(config.model, family_of(source), fused=is_fused(folder.names()))
-    last, extra = config.model.num_layers, parse(family_of(source).schema, source).num_nextn_predict_layers
+    folder, family = TensorFolder(directory), family_of(source)
+    if family.ties_by_file:
+        table, head = family.outside["embedding.table"], family.outside["unembedding.kernel"]
+        tied = head not in folder.names() or not folder.differ(head, table)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=tied))
+    parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
+    last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
     folder.skip_layers(range(last, last + extra))
-    folder.check(parameters, config.model.tie_embeddings)
+    folder.check(parameters, family)
     return config, folder, parameters
 
 
@@ -69,8 +73,8 @@ def parameter_dtype(folder: TensorFolder, parameter: Parameter) -> np.dtype[Any]
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
-def _module(model: ModelConfig, parameters: dict[str, Any]) -> Transformer:
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))), parameters)
+def _module(model: ModelConfig, parameters: dict[str, Any]) -> Model:
+    return nnx.merge(nnx.graphdef(abstract_model(model)), parameters)
 
 
 def _place(folder: TensorFolder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
 CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
+SINKS = P("tensor")  # [N]
 
 
 CACHE_OF_ONE_HEAD = P(None, TOKEN_AXES)  # [R,B,W,1,H]
@@ -53,16 +54,23 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "attention.query_bias": P("tensor", None),  # [N,H]
         "attention.key_bias": P("tensor", None),  # [M,H]
         "attention.value_bias": P("tensor", None),  # [M,H]
+        "attention.sinks": SINKS,
         "dense.gate": P(STORED, "tensor"),  # [D,F]
         "dense.up": P(STORED, "tensor"),  # [D,F]
         "dense.down": P("tensor", STORED),  # [F,D]
         "experts.gate": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.up": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
+        "experts.gate_bias": P("expert", "tensor"),  # [E,F]
+        "experts.up_bias": P("expert", "tensor"),  # [E,F]
+        "experts.down_bias": P("expert", None),  # [E,D]
         "router.kernel": P(None, None),  # [D,E]
         "router.noise": P(None, None),  # [D,E]
         "router.bias": P(None),  # [E]
+        "router.logit_bias": P(None),  # [E]
         "shared.gate": P(None, None),  # [D,1]
+        "latent.down": P(STORED, None),  # [D,latent_dim]
+        "latent.up": P(None, STORED),  # [latent_dim,D]
     }
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers
+from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stacks
 from moe.dispatch.ragged_exchange import ROUND_SIZE
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
@@ -97,23 +97,26 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     layer's experts count in any case, while their gradients are computed.
     """
     model, moe = config.model, config.model.moe
-    rows = config.train.batch_size // config.train.accumulation_steps
-    tokens = rows * config.data.sequence_length // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    rows = (
+        config.train.batch_size // config.train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    )
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     projections = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / sizes["tensor"]
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
-    width = 0.0  # kept numbers per token on one device
-    for unit, repeats in segments(model):
-        kept = float(model.d_model)
-        if model.remat != "full":
-            kept += sum(projections + (0 if kind.sparse else dense) for kind in unit)
-        if model.remat == "none":
-            kept += sum(experts for kind in unit if kind.sparse)
-        width += repeats * kept
+    numbers = 0.0  # kept per row on one device
+    for name, kinds in stacks(model).items():
+        length = config.data.input_length if name == "encoder" else config.data.sequence_length
+        for unit, repeats in segments(kinds):
+            kept = float(model.d_model)
+            if model.remat != "full":
+                kept += sum(projections * (1 + (kind.role == "cross")) + (not kind.sparse) * dense for kind in unit)
+            if model.remat == "none":
+                kept += sum(experts for kind in unit if kind.sparse)
+            numbers += repeats * kept * length
     if model.remat != "none" and any(sparse_layers(model)):
-        width += experts
-    return int(tokens * width * jnp.dtype(model.dtype).itemsize)
+        numbers += experts * config.data.sequence_length
+    return int(rows * numbers * jnp.dtype(model.dtype).itemsize)
 
 
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:

@@ -34,6 +34,7 @@ from moe.checkpoints.workdir import (
 )
 from moe.config import Config, ConfigError, validate_mesh
 from moe.data import pipeline
+from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.models import flops
 from moe.parallel.mesh import local_rows, make_mesh
@@ -78,6 +79,7 @@ def train(
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     warm_start.check(config)
+    find_writers(config.train.writers)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         started = (directory / CONFIG).exists()
@@ -216,8 +218,11 @@ class _Loop:
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step and return the final state."""
         config, first, end = self._config, self._start + 1, self._config.num_steps + 1
+        writers = find_writers(config.writers)
         with (
-            contextlib.closing(MetricsWriter(self._directory, self._start)) as self._writer,
+            contextlib.closing(
+                MetricsWriter(self._directory, self._start, self._program.config, writers)
+            ) as self._writer,
             contextlib.closing(Progress(self._start, config.num_steps, self._quiet)) as self._progress,
         ):
             for step in range(first, end):

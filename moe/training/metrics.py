@@ -23,9 +23,9 @@ def step_metrics(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
     """One step's metrics as a flat JSON dict; waits for the step. Metrics from a checkpoint are JSON already."""
     if isinstance(metrics, dict):
         return metrics
-    values = to_python(dataclasses.asdict(metrics))
-    layers = values.pop("layers") or {}
-    return values | layers
+    values = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
+    layers = values.pop("layers")
+    return to_python(values | (layers.metrics() if layers is not None else {}))
 
 
 def mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Throughput:
     def __init__(self, config: Config):
         length = config.data.sequence_length
         self._tokens = config.train.batch_size * length
-        self._flops = self._tokens * flops.train_flops_per_token(config.model, length)
+        self._flops = self._tokens * flops.train_flops_per_token(config.model, length, config.data.input_length)
         self._dtype = config.model.dtype
         self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()
 
