@@ -148,6 +148,16 @@ def test_every_family_has_a_case():
     assert {path.name for path in OURS + THEIRS} >= set(FAMILIES)
 
 
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS])
+def test_an_export_keeps_what_training_on_shorter_rows_did_not_change(path):
+    if not path.exists():
+        pytest.skip(f"no reference models at {path}")
+    source = json.loads((path / "config.json").read_text()) | {"unknown_here": [1, 2]}
+    config = read_open_config(source)
+    shorter = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=8))
+    assert keep_fields(source, shorter) == source
+
+
 def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():
     source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
     config = read_open_config(source)
