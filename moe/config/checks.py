@@ -73,7 +73,7 @@ _MAXIMA = {
     "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
     "optimizer.": {"learning_rate": 1e3, "weight_decay": 1e3},
     "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
-    "start.": {"expert_noise": 1e3},
+    "start.": {"expert_noise": 1e3, "expert_scale": 1e3},
 }
 
 #: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
@@ -233,7 +233,8 @@ def check_run(config: Config) -> None:
         check_path(field, path)
     _check_train(config.train)
     _check_optimizer(config.optimizer, config.train)
-    require_at_least("start.", config.start, 0, "expert_noise")
+    require_at_least("start.", config.start, 0, "expert_noise", "expert_scale")
+    require(0 <= config.start.drop_share <= 1, "start.drop_share", config.start.drop_share, "must be in [0, 1]")
     require_at_most("start.", config.start)
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
@@ -377,6 +378,7 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     if moe.gate == "none":
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
+    divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)

@@ -23,7 +23,9 @@ SCHEMES = ("gs", "s3", "az", "hf")
 
 Dispatch = Literal["gather", "einsum", "dropless"]
 DropPolicy = Literal["position", "probability", "random"]
-BalanceScope = Literal["batch", "group", "sequence"]
+BalanceScope = Literal["batch", "group", "sequence", "step"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
@@ -49,11 +51,17 @@ class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
     gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
+    layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
     bias: bool = False  # biases of the router's logits and of the experts' matrices (gpt-oss)
+    latent_dim: int = 0  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
+    zero_experts: int = GATE_DEFAULT  # experts that return 0 (MoE++), beside the E FFNs
+    copy_experts: int = GATE_DEFAULT  # experts that return the token
+    constant_experts: int = GATE_DEFAULT  # experts that mix the token and a learned vector
+    null_balance: float = GATE_DEFAULT  # tau, weight of those three in the load-balancing loss; below 1: used more
     shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
     every: int = 1  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
@@ -72,16 +80,24 @@ class MoEConfig:
     load_weight: float = GATE_DEFAULT  # weight of Shazeer's load loss; gate noisy_topk only
     device_balance_weight: float = GATE_DEFAULT  # weight of the balance loss over expert_groups
     balance_scope: Literal[BalanceScope, "gate"] = "gate"  # tokens over which one load-balancing loss is taken
-    bias_update_rate: float = GATE_DEFAULT  # u of loss-free balancing, per step; gate deepseek_v3 only
+    score_function: Literal[ScoreFunction, "gate"] = "gate"  # of the router logits
+    bias_update: Literal[BiasUpdate, "gate"] = "gate"  # bias that only selects experts: none, or how it is balanced
+    bias_update_rate: float = GATE_DEFAULT  # step of that bias, per optimizer step
     expert_groups: int = GATE_DEFAULT  # number of equal groups of experts; divides num_experts
-    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from; DeepSeek's gates
+    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from
+    scores_per_group: int = GATE_DEFAULT  # highest scores whose sum ranks a group
     renormalise: int = GATE_DEFAULT  # 1: divide the chosen weights by their sum; 0: do not
-    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights; DeepSeek's gates
+    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights
     slots_per_expert: int = 1  # gate soft_moe only
     drop_policy: Literal[DropPolicy, "gate"] = "gate"  # priority of tokens when an expert's buffer overflows
     overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
     expert_dropout: float = 0.0  # dropout of the experts' hidden activations (Switch: 0.4 in fine-tuning)
     accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
+
+    @property
+    def null_experts(self) -> int:
+        """Number of zero, copy and constant experts, whose columns follow those of the E FFNs in the router."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +196,7 @@ class MeshConfig:
 
 
 #: Parts of a model that optimizer.frozen and start.fresh can name.
-Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared"]
+Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +247,9 @@ class StartConfig:
 
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights
+    virtual_groups: bool = False  # upcycling: one router column for the experts that together hold the dense FFN
+    expert_scale: float = 1.0  # upcycling: factor of the copied down matrices; the number of shards keeps the output
+    drop_share: float = 0.0  # upcycling: share of each expert's hidden units drawn anew (drop-upcycling: 0.5)
     fresh: tuple[Part, ...] = ()  # parts initialised at random instead of taken from the checkpoint
     optimizer: OptimizerState = "reset"  # optimizer state: new, or carried over from the checkpoint
 

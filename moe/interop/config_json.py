@@ -13,6 +13,7 @@ from moe.interop.families import FAMILIES
 from moe.interop.families.family import Family, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
+from moe.routing.interface import ROUTING_FIELDS
 from moe.routing.resolve import from_config_dict
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -167,8 +168,10 @@ _MODEL_FACTS = (
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
     *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
-_SELECTION_FACTS = ("expert_groups", "kept_expert_groups", "renormalise", "routing_scale")
-_MOE_FACTS = ("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "expert_capacity")
+_MOE_FACTS = (
+    *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
+    *("zero_experts", "copy_experts", "constant_experts", "expert_capacity"),
+)
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -190,5 +193,5 @@ def _facts(model: ModelConfig) -> Json:
         rule = selection_rule(moe)
         facts["model.moe.gate"] = rule
         if isinstance(rule, str):
-            facts |= {f"model.moe.{name}": getattr(moe, name) for name in _SELECTION_FACTS}
+            facts |= {f"model.moe.{name}": getattr(moe, name) for name in ROUTING_FIELDS}
     return facts

@@ -19,7 +19,7 @@ from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
-from moe.routing.routing import Routing
+from moe.routing.routing import Choices, Routing
 
 #: An MoE layer's report and routing; None of a dense layer.
 Record = tuple[LayerReport, Routing] | None
@@ -86,7 +86,7 @@ class Block(nnx.Module):
         self.kind = kind
         self.dropout, self.route_padding = config.dropout, config.moe.route_padding
         if kind.sparse:
-            self.moe = MoELayer(config, rngs=rngs)
+            self.moe = MoELayer(config, gate=kind.gate, rngs=rngs)
         else:
             self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
 
@@ -96,7 +96,7 @@ class Block(nnx.Module):
         rows: Rows,
         bias: Float[Array, "N P"] | None = None,
         *,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
@@ -127,7 +127,7 @@ class Block(nnx.Module):
         rows: Rows,
         *,
         generating: bool = False,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:

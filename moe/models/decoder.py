@@ -18,7 +18,7 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
 from moe.routing.resolve import resolve
-from moe.routing.routing import Routing
+from moe.routing.routing import Choices, Routing
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +94,7 @@ class Transformer(LanguageModel, Stack):
         *,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         return_routing: bool = False,
     ) -> Output:
         """Compute the logits of the next token at every position.
@@ -105,8 +105,9 @@ class Transformer(LanguageModel, Stack):
             positions: positions within the documents; None: 0…T−1.
             train: use training capacity factors and dropout.
             rng: key of the routing noise and dropout; None: deterministic.
-            routing: the routing of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own;
-                it must be for tokens in the same groups, under whatever dispatch mode and mesh.
+            routing: the routing of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own,
+                or its ``choices``, which the routers weigh anew, with a gradient; it must be for tokens in the same
+                groups, under whatever dispatch mode and mesh.
             return_routing: also return the Routing of every MoE layer.
         """
         rows = make_rows(token_ids, segment_ids, positions)

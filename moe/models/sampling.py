@@ -81,7 +81,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 def one_group_a_row(config: ModelConfig) -> ModelConfig:
     """:func:`without_drops`, but for a capacity that is given as a number, by which no row depends on the others: so an
     encoder runs."""
-    if config.moe.gate == "none" or find_gate(config.moe.gate).looks_ahead:
+    if config.moe.gate == "none" or not find_gate(config.moe.gate).generates:
         return config
     k = config.moe.experts_per_token
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
@@ -139,7 +139,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
         raise ConfigError("prompts: give at least one, each of at least one token")
     if any(not 0 <= int(token) < config.vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {config.vocab_size - 1}")
-    if config.moe.gate != "none" and find_gate(config.moe.gate).looks_ahead:
+    if config.moe.gate != "none" and not find_gate(config.moe.gate).generates:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
 
 

@@ -69,6 +69,8 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "router.bias": P(None),  # [E]
         "router.logit_bias": P(None),  # [E]
         "shared.gate": P(None, None),  # [D,1]
+        "latent.down": P(STORED, None),  # [D,latent_dim]
+        "latent.up": P(None, STORED),  # [latent_dim,D]
     }
 )
 

@@ -22,9 +22,9 @@ def step_metrics(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
     """One step's metrics as a flat JSON dict; waits for the step. Metrics from a checkpoint are JSON already."""
     if isinstance(metrics, dict):
         return metrics
-    values = to_python(dataclasses.asdict(metrics))
-    layers = values.pop("layers") or {}
-    return values | layers
+    values = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
+    layers = values.pop("layers")
+    return to_python(values | (layers.metrics() if layers is not None else {}))
 
 
 def mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def dense_layers(model: ModelConfig) -> list[int]:
 
 def selection_rule(moe: MoEConfig) -> bool | str:
     """``norm_topk_prob``, for softmax top-k; the gate's name if its rule is another."""
-    if moe.gate in ("mixtral", "gshard"):
-        return True
     limited = moe.kept_expert_groups < moe.expert_groups or moe.routing_scale != 1.0
-    return moe.renormalise == 1 if moe.gate in ("switch", "deepseek_moe") and not limited else moe.gate
+    plain = moe.score_function == "softmax" and moe.bias_update == "none" and not limited
+    standard = plain and moe.gate in ("switch", "deepseek_moe", "mixtral", "gshard")
+    return moe.renormalise == 1 if standard else moe.gate
