@@ -18,6 +18,8 @@ from moe.routing.resolve import from_config_dict
 
 #: Largest deviation from a published number that has no exact count beside it: GShard's, Switch-Large's.
 MOST = 0.07
+#: Embedding table of gpt-oss, which its published active counts leave out and ours do not.
+_GPT_OSS_TABLE = 201_088 * 2_880
 
 #: config: (published total, published active, exact total, exact active; None where not published to the last digit)
 PUBLISHED = {
@@ -31,6 +33,8 @@ PUBLISHED = {
     "olmoe_1b_7b": ("6.9B", "1.3B", 6_919_161_856, 1_282_017_280),
     "qwen3_30b_a3b": ("30.5B", "3.3B", 30_532_122_624, None),
     "qwen1_5_moe_a2_7b": ("14.3B", "2.7B", 14_315_784_192, None),
+    "gpt_oss_20b": ("20.91B", "3.61B", 20_914_757_184, 3_608_307_264 + _GPT_OSS_TABLE),
+    "gpt_oss_120b": ("116.83B", "5.13B", 116_829_156_672, 5_132_849_472 + _GPT_OSS_TABLE),
     "t5:base": ("223M", "223M", 222_903_552, 222_903_552),
     "t5:large": ("739M", "739M", 737_668_096, 737_668_096),
     "t5:v1_1-small": ("77M", "77M", 76_961_152, 76_961_152),

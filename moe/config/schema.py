@@ -235,6 +235,7 @@ class TrainConfig:
     on_skipped_steps: OnSkippedSteps = "rollback"  # after more of them: return to the last good checkpoint, or stop
     spike_sigmas: float = 6.0  # warn of a loss this many deviations above the running median; 0: never
     sample_tokens: int = 64  # length of the text sampled at the end; 0: none
+    compilation_cache: str = "auto"  # folder for compiled programs (moe.compilation_cache); empty: none
     writers: tuple[str, ...] = ("tensorboard",)  # of metrics, besides JSON lines: tensorboard, wandb, module:function
 
 

@@ -28,8 +28,12 @@ def family_of(source: Json) -> Family:
     kind = source.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
-    if source.get("quantization_config"):
-        raise ConfigError("config.json: quantization_config: quantised weights are not read; take the original ones")
+    quantised = source.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ConfigError(
+            f"config.json: quantization_config: quantised weights ({method!r}) are not read: save them dequantised"
+        )
     return FAMILIES[kind]
 
 

@@ -4,7 +4,7 @@ import pydantic
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, Family, Tensor, read_bias, read_windows, write_windows
-from moe.interop.schema import Count, Experts, Json, OpenConfig, Positive, RopeParameters, Window
+from moe.interop.schema import Context, Count, Experts, Json, OpenConfig, Positive, RopeParameters, Window
 from moe.layers.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 
 _SCALING = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
@@ -15,7 +15,7 @@ class GptOssConfig(OpenConfig):
 
     num_key_value_heads: Count | None = 8
     head_dim: Count | None = 64
-    max_position_embeddings: Count = 131072
+    max_position_embeddings: Context = 131072
     rms_norm_eps: Positive = 1e-5
     rope_theta: Positive = 150_000.0
     rope_scaling: RopeParameters | None = RopeParameters.model_validate(_SCALING)
