@@ -22,6 +22,7 @@ from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind, stacks
 from moe.layers.attention.relative import RelativeBias
 from moe.layers.dropout import Dropout
+from moe.layers.embedding import Embedding
 from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
 from moe.routing.balancing import LayerReport
@@ -93,6 +94,8 @@ class Segment(nnx.Module):
 
 class Stack(nnx.Module):
     """All layers of a decoder-only model, of an encoder or of a decoder, in segments, and the norm after them."""
+
+    embedding: Embedding  # of the tokens, where the stack has one of its own
 
     def __init__(self, config: ModelConfig, name: str = "", *, rngs: nnx.Rngs):
         """Draw the parameters.
