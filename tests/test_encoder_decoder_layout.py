@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, layer_kinds
-from moe.models.encoder_decoder import EncoderDecoder
+from moe.models.encoder_decoder import EncoderDecoder, create_model
 from moe.models.flops import count_parameters, train_flops_per_token
 from moe.models.stack import restack_layers, selection_biases, unstack_layers
 from moe.routing.resolve import resolve, validate
-from tests.helpers import random_parameters, tiny_encoder_decoder
+from tests.helpers import random_parameters, tiny_encoder_decoder, tiny_model
 
 
 def test_layers_are_numbered_through_both_stacks():
@@ -25,7 +25,9 @@ def test_layers_are_numbered_through_both_stacks():
     assert {layer for layer, path in flat if path[:2] == ("moe", "experts")} == {1, 3, 4}
     assert {layer for layer, path in flat if path[0] == "cross"} == {3, 4}
     jax.tree.map(np.testing.assert_array_equal, restack_layers(config, parameters, flat), parameters)
-    biases = selection_biases(config, jnp.arange(12.0).reshape(3, 4))
+
+    biased = tiny_encoder_decoder(every=1, layers=(1, 3, 4), gate="deepseek_v3", layer_gates=())
+    biases = selection_biases(biased, jnp.arange(12.0).reshape(3, 4))
     encoder, decoder = biases["encoder"]["segment_1"], biases["decoder"]["segment_0"]
     np.testing.assert_array_equal(encoder["block_0"]["moe"]["router"]["bias"], [[0, 1, 2, 3]])
     np.testing.assert_array_equal(decoder["block_0"]["moe"]["router"]["bias"], [[4, 5, 6, 7], [8, 9, 10, 11]])

@@ -237,12 +237,13 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
     start = 0
     for name, kinds in stacks(config).items():
         stop = start + sum(kind.sparse for kind in kinds)
-        of_stack = biases.setdefault(name, {}) if name and stop > start else biases
+        of_stack: dict[str, Any] = {}
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
                 if values is not None and with_layer_gate(config, kind.gate).moe.bias_update != "none":
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
+        biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop
     return biases
 
