@@ -186,5 +186,5 @@ def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in str(caught.value)
-    assert "the same command continues from step 0" in str(caught.value)
+    assert "there is no checkpoint yet" in str(caught.value)
     train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
