@@ -73,7 +73,7 @@ _MAXIMA = {
     "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
     "optimizer.": {"learning_rate": 1e3, "weight_decay": 1e3},
     "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
-    "start.": {"expert_noise": 1e3},
+    "start.": {"expert_noise": 1e3, "expert_scale": 1e3},
 }
 
 #: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
@@ -167,11 +167,23 @@ def _check_rope(model: ModelConfig) -> None:
     scaling = model.rope_scaling
     require(scaling.factor >= 1, "model.rope_scaling.factor", scaling.factor, "must be at least 1")
     require(
-        scaling.original_length >= 1 or scaling.kind not in ("yarn", "llama3"),
+        scaling.original_length >= 2 or scaling.kind in ("none", "linear"),
         "model.rope_scaling.original_length",
         scaling.original_length,
-        "must be at least 1",
+        "must be at least 2",
     )
+    size = model.rope_dim or model.head_dim
+    require(
+        scaling.kind != "dynamic" or size > 2, "model.rope_scaling.kind", scaling.kind, "needs rotated heads above 2"
+    )
+    for name in ("short_factors", "long_factors"):
+        value = getattr(scaling, name)
+        require(
+            all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2),
+            f"model.rope_scaling.{name}",
+            value,
+            f"must be positive, and one for each of the {size // 2} rotated pairs for longrope",
+        )
     for name in ("beta_fast", "beta_slow"):
         value = getattr(scaling, name)
         require(value > 0, f"model.rope_scaling.{name}", value, "must be positive")
@@ -200,7 +212,7 @@ def _check_latent_attention(model: ModelConfig) -> None:
         model.num_kv_heads,
         f"must be model.num_heads={model.num_heads} where model.kv_lora_rank is set",
     )
-    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("clip_qkv", 0.0)):
+    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("attention_sinks", False), ("clip_qkv", 0.0)):
         value = getattr(model, name)
         require(value == none, f"model.{name}", value, f"must be {none} where model.kv_lora_rank is set")
 
@@ -217,11 +229,13 @@ def check_run(config: Config) -> None:
         ("data.tokenizer", config.data.tokenizer),
         ("start.checkpoint", config.start.checkpoint),
         ("distill.teacher", config.distill.teacher),
+        ("train.compilation_cache", config.train.compilation_cache),
     ):
         check_path(field, path)
     _check_train(config.train)
     _check_optimizer(config.optimizer, config.train)
-    require_at_least("start.", config.start, 0, "expert_noise")
+    require_at_least("start.", config.start, 0, "expert_noise", "expert_scale")
+    require(0 <= config.start.drop_share <= 1, "start.drop_share", config.start.drop_share, "must be in [0, 1]")
     require_at_most("start.", config.start)
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
@@ -365,6 +379,7 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     if moe.gate == "none":
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
+    divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)

@@ -6,7 +6,7 @@ A :class:`Piece` is the part of a parameter that comes from one tensor: one laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -158,16 +158,17 @@ class Parameter:
 
 def is_fused(names: Iterable[str]) -> bool:
     """Whether tensors of these names hold all experts of a layer together."""
-    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
-def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[Parameter]:
+def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Collection[str] = ()) -> list[Parameter]:
     """All parameters of a model with the tensors that hold them, by the family's names.
 
     Args:
         model: whose parameters.
         family: whose names.
         fused: the experts of a layer lie in two tensors, instead of three for each expert.
+        names: of the tensors in a file, which chooses among the family's aliases.
 
     Raises:
         ConfigError: the family has no tensor for a parameter.
@@ -187,15 +188,27 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[P
         if stack == "decoder":  # each stack's layers are numbered from 0 in files
             layers = range(layers.start - model.encoder_layers, layers.stop - model.encoder_layers, layers.step)
         own = family.tensors(model, stack) if callable(family.tensors) else family.tensors
-        tensors = {**own, **(FUSED_EXPERTS if fused else {})}
+        per_expert = "{expert}" in str(own.get("moe.experts.up"))
+        tensors = {**own, **(FUSED_EXPERTS if fused and per_expert else {})}
         if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
-        num_experts = leaf.shape[1] if name.startswith("moe.experts.") else 0
-        pieces = _pieces(tensor, family.block.replace("{stack}", stack), layers, num_experts)
+        block = family.block.replace("{stack}", stack)
+        tensor = _as_named(tensor, block.format(layer=layers[0]), family.aliases, names)
+        pieces = _pieces(tensor, block, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
         parameters.append(Parameter(path, leaf.shape, pieces, tensor, name == "moe.router.bias"))
     return parameters
+
+
+def _as_named(tensor: Tensor, block: str, aliases: tuple[str, ...], names: Collection[str]) -> Tensor:
+    """The tensor under the alias that a file has; its own name if the file has none."""
+    own = next((alias for alias in aliases if tensor.name.startswith(alias)), "")
+    for alias in aliases if own else ():
+        name = alias + tensor.name.removeprefix(own)
+        if block + name.format(expert=0) in names:
+            return dataclasses.replace(tensor, name=name)
+    return tensor
 
 
 def _pieces(tensor: Tensor, block: str, layers: range, num_experts: int) -> tuple[Piece, ...]:

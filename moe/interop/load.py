@@ -58,7 +58,7 @@ def open_folder(
         table, head = family.outside["embedding.table"], family.outside["unembedding.kernel"]
         tied = head not in folder.names() or not folder.differ(head, table)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=tied))
-    parameters = layout(config.model, family, fused=is_fused(folder.names()))
+    parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
     folder.skip_layers(range(last, last + extra))
     folder.check(parameters, family)

@@ -5,6 +5,7 @@ from moe.interop.families import (
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -20,7 +21,7 @@ FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
     for module in (
         *(mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe),
-        *(deepseek_v2, deepseek_v3, glm4_moe, t5, switch_transformers),
+        *(deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, t5, switch_transformers),
     )
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -24,8 +23,10 @@ def attend(
     kind: str,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale·query·key + bias)·value over positions of the same document, in the dtype of the query.
 
@@ -40,36 +41,29 @@ def attend(
             shapes allow, elsewhere a loop over blocks of queries.
         causal: a query sees earlier positions and its own; else all.
         bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        prefix: 1 for keys that all queries of their document see, whatever ``causal``.
         scale: of the products; None: 1/sqrt(H).
         drop: dropout of the weights.
+        sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
     """
-    if not causal or bias is not None or scale is not None or drop.active:
-        return blocked_attention(
-            query,
-            key,
-            value,
-            segment_ids,
-            window,
-            segment_ids if key_segment_ids is None else key_segment_ids,
-            causal=causal,
-            bias=bias,
-            scale=scale,
-            drop=drop,
-            one_block=kind == "full",
-        )
-    if kind == "full" and target.is_cpu():
-        return causal_attention(query, key, value, segment_ids, window)
-    if kind == "full":
-        same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=same_document,
-            is_causal=True,
-            # A window of w positions includes the query's own, as in Mistral.
-            local_window_size=(window - 1, 0) if window else None,
-        )
-    if runs_splash() and query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0:
-        return splash_attention(query, key, value, segment_ids, window)
-    return blocked_attention(query, key, value, segment_ids, window, segment_ids)
+    plain = causal and bias is None and prefix is None and scale is None and not drop.active
+    if kind == "full" and plain and target.is_cpu():
+        return causal_attention(query, key, value, segment_ids, sinks, window)
+    whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
+    if kind == "blocked" and plain and whole_tiles and runs_splash():
+        return splash_attention(query, key, value, segment_ids, sinks, window)
+    return blocked_attention(
+        query,
+        key,
+        value,
+        segment_ids,
+        window,
+        segment_ids if key_segment_ids is None else key_segment_ids,
+        causal=causal,
+        bias=bias,
+        prefix=prefix,
+        scale=scale,
+        drop=drop,
+        sinks=sinks,
+        one_block=kind == "full",
+    )
