@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from moe.config import ModelConfig
 from moe.dispatch.grouped_matmul.grouped_ffn import grouped_ffn
 from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 from moe.layers.ffn import GATED_ACTIVATIONS, activate
+from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
 
 Drop = Callable[[Array], Array]
@@ -32,12 +34,13 @@ class Experts(nnx.Module):
         self.down = matrix(rngs, (e, f, d), f, config.init_scale)
         self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def matrices(self, dtype: Any) -> tuple[tuple[Array, ...], Array]:
-        """((up, and gate if any) [E,D,F], down [E,F,D]), ready for matmuls of that dtype."""
-        into = (gather_for_matmul("experts.up", self.up[...], dtype),)
+    def matrices(self, dtype: Any, *, stored: bool = False) -> tuple[tuple[Array, ...], Array]:
+        """((up, and gate if any) [E,D,F], down [E,F,D]) in that dtype: ready for matmuls, or split as stored."""
+        ready = (lambda _, parameter, dtype: parameter.astype(dtype)) if stored else gather_for_matmul
+        into = (ready("experts.up", self.up[...], dtype),)
         if self.gate is not None:
-            into += (gather_for_matmul("experts.gate", self.gate[...], dtype),)
-        return into, gather_for_matmul("experts.down", self.down[...], dtype)
+            into += (ready("experts.gate", self.gate[...], dtype),)
+        return into, ready("experts.down", self.down[...], dtype)
 
     def batched(self, rows: Array, drop: Drop | None = None) -> Array:
         """[E,R,D] → [E,R,D]: expert e over its R rows.
@@ -77,7 +80,7 @@ class Experts(nnx.Module):
 
 
 def _first(rows: Array, into: tuple[Array, ...], matmul: Callable[[Array, Array], Array]) -> tuple[Array, ...]:
-    return tuple(matmul(rows, matrix) for matrix in into)
+    return tuple(checkpoint_name(matmul(rows, matrix), HIDDEN) for matrix in into)
 
 
 def _hidden(activation: str, drop: Drop | None, inputs: tuple[Array, ...]) -> Array:
@@ -103,9 +106,9 @@ class ExpertDropout:
     rate: float
     rng: Array
 
-    def matrices(self, dtype: Any) -> Any:
+    def matrices(self, dtype: Any, *, stored: bool = False) -> Any:
         """Return :meth:`Experts.matrices`."""
-        return self.experts.matrices(dtype)
+        return self.experts.matrices(dtype, stored=stored)
 
     def batched(self, rows: Array) -> Array:
         """Apply :meth:`Experts.batched` with dropout."""

@@ -6,9 +6,11 @@ import functools
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
+from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
 
 #: geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
@@ -44,6 +46,8 @@ class DenseFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Apply the FFN to every token."""
-        up = x @ gather_for_matmul("dense.up", self.up[...], x.dtype)
-        gate = None if self.gate is None else x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype)
+        up = checkpoint_name(x @ gather_for_matmul("dense.up", self.up[...], x.dtype), HIDDEN)
+        gate = None
+        if self.gate is not None:
+            gate = checkpoint_name(x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype), HIDDEN)
         return activate(self.activation, up, gate) @ gather_for_matmul("dense.down", self.down[...], x.dtype)

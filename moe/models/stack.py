@@ -20,15 +20,8 @@ from jaxtyping import Array, Float, Int
 from moe.config import Config, ConfigError, ModelConfig
 from moe.config.layer_kinds import LayerKind, layer_kinds
 from moe.models.block import Block
+from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.resolve import resolve
-
-#: Checkpoint policies: what the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch
-#: axis; "full": the layer.
-REMAT_POLICIES: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
 #: stacked over the repeats.

@@ -37,6 +37,11 @@ class Target:
         return next((major for name, major in _CAPABILITIES.items() if name in self.device_kind), 0)
 
     @property
+    def has_3d_torus(self) -> bool:
+        """True for TPUs whose chips form a three-dimensional torus."""
+        return self.device_kind in ("TPU v4", "TPU v5", "TPU7x")
+
+    @property
     def peak_flops(self) -> float | None:
         """Datasheet FLOP/s of one device in bfloat16, without sparsity; None for CPUs and unknown devices."""
         return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_kind), None)

@@ -91,27 +91,30 @@ def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:
 
 
 def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
-    """Bytes of kept activations.
-
-    The input of each repeat; with "dots" also the outputs of plain matmuls, with "none" those of the experts too. One
-    layer's experts count in any case, while their gradients are computed.
-    """
+    """Bytes of kept activations: those of every repeat, and one layer's experts in any case, while their gradients are
+    computed."""
     model, moe = config.model, config.model.moe
     rows = config.train.batch_size // config.train.accumulation_steps
     tokens = rows * config.data.sequence_length // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
+    # Numbers per token on one device: projections of attention and its heads, hidden activations, experts' outputs.
     projections = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / sizes["tensor"]
+    heads = model.num_heads * (model.value_dim or model.head_dim) / sizes["tensor"]
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
-    width = 0.0  # kept numbers per token on one device
+    outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.d_model
+    kept = {  # by policy: (of attention, of a dense FFN, of experts)
+        "none": (projections, dense, experts),
+        "hidden": (projections + heads, dense, experts + outputs),
+        "outputs": (projections + heads, 0.0, outputs),
+        "attention": (projections + heads, 0.0, 0.0),
+        "dots": (projections, dense, 0.0),
+        "full": (0.0, 0.0, 0.0),
+    }[model.remat]
+    width = 0.0
     for unit, repeats in segments(model):
-        kept = float(model.d_model)
-        if model.remat != "full":
-            kept += sum(projections + (0 if kind.sparse else dense) for kind in unit)
-        if model.remat == "none":
-            kept += sum(experts for kind in unit if kind.sparse)
-        width += repeats * kept
-    if model.remat != "none" and any(sparse_layers(model)):
+        width += repeats * (model.d_model + sum(kept[0] + kept[2 if kind.sparse else 1] for kind in unit))
+    if model.remat not in ("none", "hidden") and any(sparse_layers(model)):
         width += experts
     return int(tokens * width * jnp.dtype(model.dtype).itemsize)
 

@@ -23,7 +23,7 @@ def _head(plan: Plan) -> list[str]:
     slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     return [
-        f"{slices}{plan.topology}: {chips}; mesh {mesh}; compiled in {plan.compile_seconds:.1f} s",
+        f"{slices}{plan.topology}: {chips}; mesh {mesh}; remat {plan.remat}; compiled in {plan.compile_seconds:.1f} s",
         f"model: {plan.total_parameters:,} parameters, {plan.active_parameters:,} active; "
         f"{plan.tokens:,} tokens a step",
     ]

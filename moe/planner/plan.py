@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from moe.config import Config, validate_mesh
+from moe.config import Config, ConfigError, validate_mesh
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, exchanges, fit, grouped_matmuls, memory_errors, program
@@ -66,6 +66,7 @@ class Plan:
             :mod:`moe.planner.grouped_matmuls`, on GPUs at the rate of large matmuls; other kernels as all their blocks
             at peak FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors
             cancel.
+        remat: policy of ``model.remat``.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
     """
@@ -77,6 +78,7 @@ class Plan:
     chips: int
     devices: int
     mesh: dict[str, int]
+    remat: str
     memory: Memory
     exchanges: tuple[Exchange, ...]
     compile_seconds: float
@@ -161,6 +163,31 @@ class Plan:
         )
 
 
+#: Remat policies that :func:`make_fitting_plan` tries, from the least recomputation to the most.
+LADDER = ("hidden", "outputs", "attention", "full")
+
+
+def make_fitting_plan(config: Config, topology: Topology) -> Plan:
+    """Plan the remat policy that recomputes least of those that fit; policies whose least memory does not fit are not
+    compiled.
+
+    Raises:
+        ConfigError: none fits, or the config does not fit the mesh.
+    """
+    mesh, capacity = make_mesh(config.mesh, topology.devices), topology.chip.memory // topology.chip.devices
+    validate_mesh(config, mesh.shape)
+    for policy in LADDER:
+        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
+        if policy != LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
+            continue
+        try:
+            return make_plan(tried, topology)
+        except ConfigError as error:
+            if policy == LADDER[-1] or not str(error).startswith("does not fit"):
+                raise
+    raise AssertionError
+
+
 def make_plan(config: Config, topology: Topology) -> Plan:
     """Compile the train step of a run for hardware that is absent.
 
@@ -195,6 +222,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         chips=topology.num_chips,
         devices=len(devices),
         mesh=dict(mesh.shape),
+        remat=config.model.remat,
         memory=memory,
         exchanges=exchanges.summarise(text, devices, chip),
         compile_seconds=compile_seconds,
