@@ -31,32 +31,36 @@ def main() -> None:
     """Runs the analysis, writes its files and prints its tables."""
     from etils import epath
 
-    from moe.analysis import analyse
+    from moe.analysis import analyse, stacks
     from moe.analysis.markdown import markdown
     from moe.analysis.record import Recorder
     from moe.training.open_run import open_workdir
 
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
-    recorder = Recorder(opened.program)
     last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
-    steps = [step for step in opened.steps() if step < last]
-    analysis = analyse.analyse(
-        recorder,
-        opened.variables(last),
-        opened.prepared,
-        tokens=_TOKENS.value,
-        shuffles=_SHUFFLES.value,
-        seed=_SEED.value,
-        code_domain=_CODE.value,
-        step=last,
-        characters=_CHARACTERS.value,
-        earlier={step: functools.partial(opened.variables, step) for step in steps},
-    )
-    title = f"Routing of {Path(opened.path).name} at step {last}"
+    variables = opened.variables(last)
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
-    names = analyse.write(analysis, folder, title)
-    print(markdown(analysis.summary, title))
-    print(f"Written to {folder}: {', '.join(names)}")
+    found = {}
+    for stack in stacks.STACKS if opened.program.config.model.encoder_layers else ("",):
+        found[stack] = analyse.analyse(
+            Recorder(opened.program, stack),
+            variables,
+            opened.prepared,
+            tokens=_TOKENS.value,
+            shuffles=_SHUFFLES.value,
+            seed=_SEED.value,
+            code_domain=_CODE.value,
+            step=last,
+            characters=_CHARACTERS.value,
+            earlier={step: functools.partial(opened.variables, step) for step in opened.steps() if step < last},
+        )
+        title = f"Routing of {Path(opened.path).name}{f', {stack},' if stack else ''} at step {last}"
+        names = analyse.write(found[stack], folder / stack, title)
+        print(markdown(found[stack].summary, title))
+        print(f"Written to {folder / stack}: {', '.join(names)}")
+    if "encoder" in found:
+        compared = stacks.compare(opened.program, variables, opened.prepared, tokens=_TOKENS.value, seed=_SEED.value)
+        print(stacks.write(compared, folder))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
     stream_one = len(rows) == 1
     shown, times = "", []
     with jax.set_mesh(mesh):
-        variables = parameters.read_variables(workdir, config.model, mesh, step=_STEP.value)
+        variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
         if stream_one:
             print(prompts[0], end="", flush=True)
         for column in sampling.stream(config.model, variables, rows, int(_TOKENS.value or 0), options):

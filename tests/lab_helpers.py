@@ -7,7 +7,7 @@ from configs import base as defaults
 from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
-from moe.lab.suite import Suite, Variant
+from moe.lab.suite import Comparison, Suite, Variant
 from moe.lab.table import Table
 
 CLAIMS, DIGEST = registration.read_claims(Path(__file__).resolve().parents[1] / "configs/ablations/claims.toml")
@@ -48,3 +48,25 @@ def table_of(b, a=(5.0, 5.0, 5.0), claim=None, steps=20, **fields):
         for seed, loss in enumerate(losses)
     ]
     return Table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(steps,), **fields), runs)
+
+
+def tiny_base(directory):
+    base = defaults.get_config()
+    base.model.update(vocab_size=400, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
+    base.model.moe.gate = "none"
+    base.data.update(dataset="tiny_text/split", directory=str(directory), sequence_length=16, heldout_rows=8)
+    base.data.shuffle_window = 4
+    base.train.update(num_steps=4, sample_tokens=0)
+    return base
+
+
+def tiny_suite(base, **fields):
+    moe = {"model.moe.gate": "mixtral", "model.moe.num_experts": 4, "model.moe.d_ff": 8}
+    return suite_of(
+        {"dense": Variant({}), "mixtral": Variant(moe)},
+        {"equal FLOPs": Comparison("dense", ("mixtral",), ("steps", "flops"), tolerance=0.2)},
+        base=base,
+        heldout_rows=8,
+        whole_batch_groups=False,  # the tests have a mesh of eight devices
+        **fields,
+    )

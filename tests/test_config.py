@@ -11,7 +11,7 @@ from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_di
 from moe.config.schema import Activation, Dispatch, Remat
 from moe.dispatch.modes import MODES
 from moe.layers.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe.models.stack import REMAT_POLICIES
+from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.resolve import from_config_dict
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
@@ -36,7 +36,7 @@ def changed(**overrides):
         ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, geglu,"),
         ({"model__qk_norm": "yes"}, "model.qk_norm='yes': must be one of none, head, full"),
         ({"model__dtype": "float16"}, "model.dtype='float16': must be one of float32, bfloat16"),
-        ({"model__remat": "some"}, "model.remat='some': must be one of none, dots, full"),
+        ({"model__remat": "some"}, "model.remat='some': must be one of none, hidden, outputs, attention, dots, full"),
         ({"model__norm_eps": 0.0}, "model.norm_eps=0.0: must be positive"),
         ({"model__vocab_size": 0}, "model.vocab_size=0: must be at least 1"),
         ({"model__moe__gate": "mixtrall"}, "model.moe.gate='mixtrall': must be one of none,"),
@@ -59,6 +59,18 @@ def changed(**overrides):
         ({"optimizer__eps": 1e-50}, "optimizer.eps=1e-50: rounds to 0 in float32"),
         ({"model__norm_eps": 1e-40}, "model.norm_eps=1e-40: rounds to 0 in float32"),
         ({"model__moe__expert_dropout": 1 - 1e-9}, "must be in [0, 1), in float32"),
+        ({"data__objective": "pairs"}, "data.objective='pairs': needs model.encoder_layers above 0"),
+        (
+            {"data__objective": "span"},
+            "data.objective='span': must be one of causal, prefix_lm, span_corruption, pairs",
+        ),
+        ({"data__input_length": 64}, "data.input_length=64: must be 0 where model.encoder_layers=0"),
+        ({"data__corruption_rate": 1.0}, "data.corruption_rate=1.0: must be in (0, 1)"),
+        ({"data__mean_span": 0.5}, "data.mean_span=0.5: must be at least 1"),
+        (
+            {"data__objective": "prefix_lm", "model__sliding_window": 8},
+            "model.sliding_window=8: must be 0 where data.objective is prefix_lm",
+        ),
         ({"data__sequence_length": 0}, "data.sequence_length=0: must be at least 2"),
         ({"data__sequence_length": 2**31 - 1}, "data.sequence_length=2147483647: must be at most"),
         ({"model__vocab_size": 2**31 - 1}, "model.vocab_size=2147483647: must be at most"),

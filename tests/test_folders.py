@@ -93,6 +93,8 @@ def test_lines_without_an_end_are_cut_between_characters(tmp_path):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a\.jsonl, line 2: is not JSON \(Expecting ',' delimiter"),
         ("a.jsonl", b'{"text": "x"}\n\n{"txt": "y"}\n', r"a\.jsonl, line 3: needs an object with a string 'text'"),
+        ("a.jsonl", b'{"source": "x"}\n', r"a\.jsonl, line 1: needs an object .* with strings 'source' and 'target'"),
+        ("a.jsonl", b'{"source": "x", "target": "\\u001e"}\n', r"a\.jsonl, line 1: has the character U\+001E"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1: needs an object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: needs an object"),
         ("a.jsonl", b'{"text": "x", "domain": 3}\n', r"a\.jsonl, line 1: domain=3: must be a non-empty string"),
@@ -204,6 +206,23 @@ def test_parquet_files_of_a_folder(tmp_path, data):
         pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
+def test_pairs_in_a_folder(tmp_path, data):
+    pairs = [(random_text(i, words=3), random_text(100 + i, words=4)) for i in range(40)]
+    (tmp_path / "text").mkdir()
+    lines = [{"source": source, "target": target, "domain": "lines"} for source, target in pairs]
+    lines.append({"source": "without a target", "target": " ", "domain": "lines"})
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = dict(zip(("source", "target"), map(list, zip(*pairs, strict=True)), strict=True))
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "text" / "b.parquet")
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    expected = sorted(f"{source}{documents.PAIR}{target}" for source, target in pairs)
+    for domain in ("lines", "text"):
+        train, heldout = _split(prepared, domain)
+        assert sorted(train + heldout) == expected
+    assert prepared.tokenizer.piece_id(documents.PAIR) == -1  # no token was spent on the character between the two
+
+
 def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
     """A folder of DatasetDict.save_to_disk, and the hub's layout of Parquet shards: the splits are kept."""
     texts = {"train": [random_text(i) for i in range(30)], "test": [random_text(100 + i) for i in range(5)]}
@@ -229,7 +248,9 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["x"]}, r"a\.parquet: needs a string column 'text'; it has \['body'\]"),
+        ({"body": ["x"]}, r"a\.parquet: needs a string column 'text', or 'source' and 'target'; it has \['body'\]"),
+        ({"source": ["x", "y"], "target": [None, "z"]}, r"a\.parquet, row 0: target is null"),
+        ({"source": ["x\x1e"], "target": ["y"]}, r"a\.parquet, row 0: has the character U\+001E"),
         ({"text": [3]}, r"a\.parquet: column 'text' must be of strings, not int64"),
         ({"text": ["x"], "domain": [3]}, r"a\.parquet: column 'domain' must be of strings, not int64"),
         ({"text": ["x", None]}, r"a\.parquet, row 1: text is null"),

@@ -220,7 +220,7 @@ def test_reading_parameters_onto_a_mesh(tmp_path):
     config = import_checkpoint(HERE / "qwen2_moe", tmp_path)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     one = read_parameters(tmp_path, config.model)
-    many = read_parameters(tmp_path, config.model, mesh, dtype=np.float32)
+    many = read_parameters(tmp_path, config.model, mesh=mesh, dtype=np.float32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), b), one, many)
     up = many["segment_0"]["block_0"]["moe"]["experts"]["up"]
     assert up.dtype == np.float32

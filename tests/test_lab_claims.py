@@ -95,6 +95,3 @@ def test_all_claims_on_one_page(tmp_path):
     assert all(f"| {claim.number} | {claim.text} |" in text for claim in CLAIMS)
     assert f"not tested: {len(CLAIMS)}" in text
     assert DIGEST in text
-
-
-# --- Running and reporting -------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 from moe.lab import law, statistics
 
 
-# --- Statistics ------------------------------------------------------------------------------------------------------
 def test_paired_interval_by_hand():
     # Mean 2, standard deviation 1, error 1/sqrt(3) = 0.57735; t(0.975, 2) = 4.30265: ± 2.48414. t = 3.46410,
     # p = 1 - t/sqrt(2 + t²) = 1 - 0.92582 = 0.07418, which is the closed form for two degrees of freedom.
@@ -108,6 +107,3 @@ def test_law_is_recovered_from_its_own_losses():
     assert found.residuals[4, 10**6] > 0
     assert sum(found.residuals.values()) == pytest.approx(0.0, abs=1e-9)
     assert law.fit({(1, 10**5): 5.0, (4, 10**5): 4.9}) is None
-
-
-# --- Suites and plans ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from moe.analysis import explorer, passages, picture, plots, summary
@@ -70,11 +71,43 @@ def analyse(
     Raises:
         ConfigError: a number out of range (:data:`LARGEST`), or held-out text shorter than a row.
     """
-    for name, value in (("tokens", tokens), ("shuffles", shuffles), ("characters", characters)):
-        if not 1 <= value <= LARGEST[name]:
-            raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+    _check(tokens=tokens, shuffles=shuffles, characters=characters)
     if seed < 0:
         raise ConfigError(f"seed={seed}: must be at least 0")
+    found = measure(
+        recorder,
+        variables,
+        prepared,
+        tokens=tokens,
+        shuffles=shuffles,
+        seed=seed,
+        code_domain=code_domain,
+        step=step,
+        earlier=earlier,
+    )
+    shown = sorted({0, len(found["layers"]) // 2, len(found["layers"]) - 1})
+    return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
+
+
+def _check(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not 1 <= value <= LARGEST[name]:
+            raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+
+
+def measure(
+    recorder: Recorder,
+    variables: dict[str, Any],
+    prepared: pipeline.Prepared,
+    *,
+    tokens: int,
+    shuffles: int,
+    seed: int,
+    code_domain: str = "python",
+    step: int = 0,
+    earlier: dict[int, Callable[[], dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """All measures of a checkpoint and of its controls: :func:`analyse` without the coloured text."""
     data, batch_size = recorder.program.config.data, recorder.program.config.train.batch_size
     length = data.sequence_length
     data = dataclasses.replace(data, heldout_rows=-(-tokens // length))
@@ -84,7 +117,7 @@ def analyse(
     }
     records = recorder(variables, rows)
     code, code_rows, skipped = None, None, 0
-    if code_domain in prepared.domains:
+    if code_domain in prepared.domains and not recorder.stack:  # a document alone is no input of an encoder-decoder
         documents = first_documents(prepared.heldout[code_domain], prepared.tokenizer, _STRETCH * tokens)
         batches, skipped = summary.code_batches(documents, length, batch_size, keep=-(-tokens // length))
         code_rows = {code_domain: batches} if batches else None
@@ -103,14 +136,15 @@ def analyse(
         then = {number: recorder(read(), rows) for number, read in earlier.items()}
         found["saturation"] = summary.saturation(then, records, untrained)
         found["load_over_training"] = summary.load_over_training({**then, step: records})
-    shown = sorted({0, len(records.layers) // 2, len(records.layers) - 1})
-    return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
+    return found
 
 
 def _passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
 ) -> list[passages.Passage]:
     """Takes the beginning of one held-out document per domain: the one with the most drawable characters."""
+    if recorder.stack:
+        return _row_passages(recorder, variables, prepared, characters)
     config = recorder.program.config
     documents: dict[str, Document] = {}
     for domain in prepared.domains:
@@ -127,14 +161,36 @@ def _passages(
             for domain, document in documents.items()
         },
     )
+    pieces = [passages.pieces_of(document.text, document.spans) for document in documents.values()]
+    return _of_domains(records, pieces)
+
+
+def _row_passages(
+    recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
+) -> list[passages.Passage]:
+    """Takes the beginning of the first held-out rows of each domain, of an encoder-decoder."""
+    config, piece = recorder.program.config, summary.piece_of(prepared.tokenizer)
+    size = config.train.batch_size
+    rows = {
+        domain: pipeline.heldout_batches(prepared, config.data, domain=domain, batch_size=size)[:1]
+        for domain in prepared.domains
+    }
+    records = recorder(variables, rows)
+    texts = [[piece(int(token)) for token in records.tokens[records.domain == n]] for n in range(len(rows))]
+    shown = [np.cumsum([len(part) for part in text]) <= characters for text in texts]
+    pieces = [text[: kept.sum()] for text, kept in zip(texts, shown, strict=True)]
+    return _of_domains(records.select(np.concatenate(shown)), pieces)
+
+
+def _of_domains(records: Records, pieces: list[list[str]]) -> list[passages.Passage]:
     return [
         passages.Passage(
             domain,
-            passages.pieces_of(document.text, document.spans),
+            pieces[number],
             records.expert_index[:, records.domain == number],
             records.combine_weights[:, records.domain == number],
         )
-        for number, (domain, document) in enumerate(documents.items())
+        for number, domain in enumerate(records.domains)
     ]
 
 

@@ -64,7 +64,7 @@ def _repetition_section(summary: dict[str, Any], name: str) -> list[str]:
         f"Chance if all sets of experts were equally likely: {100 * uniform:.1f}. In brackets: tokens shuffled within "
         "the domain, with p; then expert sets exchanged among occurrences of the same token, with p.",
         "",
-        *_table(["layer", *map(_plain, by_domain)], rows),
+        *table(["layer", *map(_plain, by_domain)], rows),
     ]
 
 
@@ -90,7 +90,7 @@ def _dependence_section(summary: dict[str, Any]) -> list[str]:
         "nmi = 2 I / (H(expert) + H(label)). Domains are permuted over rows, other labels over tokens. Token identity: "
         f"tokens with at least {summary['at_least']} occurrences.",
         "",
-        *_table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
+        *table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
     ]
 
 
@@ -125,11 +125,13 @@ def _controls_table(summary: dict[str, Any]) -> list[str]:
         "The same measures for the trained model with untrained routers, and for routing by a hash of the token id. In "
         "brackets: expert sets exchanged among occurrences of the same token.",
         "",
-        *_table(header, rows),
+        *table(header, rows),
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
@@ -156,7 +158,7 @@ def _depth_table(summary: dict[str, Any]) -> list[str]:
             chance = np.mean([r[i]["load"] for r in by_domain.values()])
             row.append(f"{100 * observed:.1f} (chance {100 * chance:.1f})")
         rows.append(row + [f"{layers[i]['explained']:.3f}" for layers in dependence.values()])
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _load_table(summary: dict[str, Any]) -> list[str]:
@@ -167,7 +169,7 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
         for domain, load, violation in zip(summary["domains"], loads, violations, strict=True):
             rows.append([layer, _plain(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])])
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
-    return _table([str(cell) for cell in header], rows)
+    return table([str(cell) for cell in header], rows)
 
 
 def _syntax_table(summary: dict[str, Any]) -> list[str]:
@@ -185,7 +187,7 @@ def _syntax_table(summary: dict[str, Any]) -> list[str]:
         f"{summary['code_tokens']:,} tokens of {summary['code_documents']} documents, each tokenised whole; "
         f"{summary.get('documents_without_syntax', 0)} more do not tokenize as Python and were left out.",
         "",
-        *_table(header, rows),
+        *table(header, rows),
     ]
 
 
@@ -205,7 +207,7 @@ def _saturation_table(summary: dict[str, Any]) -> list[str]:
             f"Chance: {100 * found[f'chance_{name}']:.1f}. In brackets: excess over chance, from 0 (chance) to 100 "
             "(the same experts).",
             "",
-            *_table(["step", *(f"layer {layer}" for layer in summary["layers"])], rows),
+            *table(["step", *(f"layer {layer}" for layer in summary["layers"])], rows),
             "",
         ]
     return lines[:-1]
@@ -222,4 +224,4 @@ def _token_table(summary: dict[str, Any]) -> list[str]:
         for layer, of_layer in zip(summary["layers"], summary["top_tokens"], strict=True)
         for expert, found in enumerate(of_layer)
     ]
-    return _table(["layer", "expert", "tokens: first choices / occurrences"], rows)
+    return table(["layer", "expert", "tokens: first choices / occurrences"], rows)

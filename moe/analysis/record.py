@@ -4,7 +4,8 @@
     records = recorder(variables, heldout.batches)
     records.first_choice  # [L,n]
 
-The routing is the routers' decision in evaluation: without noise, before drops. Single process only.
+The routing is the routers' decision in evaluation: without noise, before drops. Single process only. Of an
+encoder-decoder, a recorder records one stack, whose tokens are the encoder's input or the decoder's.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe.config import ConfigError, sparse_layers
-from moe.training.step import Batch, Program, place
+from moe.config import ConfigError, stacks
+from moe.training.step import Batch, Program, forward, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Records:
 
     Attributes:
         domains: names of the domains.
-        layers: [L] indices of the MoE layers in the model, from 0.
+        layers: [L] indices of the MoE layers in the model, or in the stack, from 0.
         num_experts: E.
         tokens: [n] int32 token ids.
         domain: [n] int32, index into ``domains``.
@@ -77,37 +78,45 @@ class Records:
         return dataclasses.replace(self, **flat, **layered, marks=marks)
 
 
+#: An encoder's arrays of a batch, by the decoder's names of the same.
+_ENCODER = {name: f"encoder_{name}" for name in ("tokens", "segment_ids", "positions")}
+
+
 class Recorder:
     """Records the routing of one model for any variables; the forward pass is compiled at the first call."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, stack: str = ""):
         """Builds the recorder.
 
+        Args:
+            program: of the model.
+            stack: "encoder" or "decoder" of an encoder-decoder, else "".
+
         Raises:
-            ConfigError: the model is dense.
+            ConfigError: the model, or the stack, has no MoE layers.
         """
         model = program.config.model
         if model.moe.gate == "none":
             raise ConfigError("model.moe.gate='none': a dense model has no routing to analyse; use an MoE model")
-        self.program = program
+        self.program, self.stack = program, stack
+        self._layers = tuple(layer for layer, kind in enumerate(stacks(model)[stack]) if kind.sparse)
+        if not self._layers:
+            raise ConfigError(f"model.moe.layers={model.moe.layers}: the {stack} has no MoE layers to analyse")
 
-        def forward(variables: dict[str, Any], batch: Batch) -> tuple[Any, ...]:
-            output = program.model(variables)(
-                batch["tokens"], batch["segment_ids"], batch["positions"], return_routing=True
-            )
-            r = output.routing
-            assert r is not None
+        def routed(variables: dict[str, Any], batch: Batch) -> tuple[Any, ...]:
+            routing: Any = forward(program.model(variables), batch, return_routing=True).routing
+            r = routing[("encoder", "decoder").index(stack)] if stack else routing
             return r.expert_index, r.combine_weights, r.chosen, r.router_probs
 
-        self._forward = jax.jit(forward)
+        self._forward = jax.jit(routed)
 
     def __call__(self, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> Records:
         """Runs the model over all batches.
 
         Args:
             variables: from :func:`moe.checkpoints.parameters.read_variables` or ``TrainState.variables``.
-            batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions. Other [B,T] arrays
-                become marks, except targets.
+            batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions, and those of the encoder
+                of an encoder-decoder. Other arrays of the shape of the stack's tokens become marks, except targets.
         """
         model = self.program.config.model
         flat: dict[str, list[np.ndarray]] = {}
@@ -115,17 +124,20 @@ class Recorder:
         first_row = 0
         for domain, of_domain in enumerate(batches.values()):
             for batch in of_domain:
-                shape = batch["tokens"].shape
+                names = _ENCODER if self.stack == "encoder" else {name: name for name in _ENCODER}
+                shape = batch[names["tokens"]].shape
                 with jax.set_mesh(self.program.mesh):
                     routed = self._forward(variables, place({"targets": batch["tokens"], **batch}, self.program.mesh))
-                real = np.asarray(batch["segment_ids"]).reshape(-1) > 0
+                real = np.asarray(batch[names["segment_ids"]]).reshape(-1) > 0
                 # [L,G,S,...] → [L,B·T,...]: groups are consecutive tokens in row order.
                 layered.append(
                     tuple(np.asarray(x).reshape(x.shape[0], real.size, x.shape[-1])[:, real] for x in routed)
                 )
                 rows = first_row + np.arange(shape[0], dtype=np.int32)
                 first_row += shape[0]
-                kept = {name: x for name, x in batch.items() if x.shape == shape and name != "targets"}
+                skipped = {"targets", *_ENCODER, *_ENCODER.values()}
+                kept = {name: x for name, x in batch.items() if x.shape == shape and name not in skipped}
+                kept |= {name: batch[key] for name, key in names.items()}
                 kept |= {"row": np.broadcast_to(rows[:, None], shape), "domain": np.full(shape, domain, np.int32)}
                 for name, values in kept.items():
                     flat.setdefault(name, []).append(np.asarray(values).reshape(-1)[real])
@@ -138,7 +150,7 @@ class Recorder:
         own = ("tokens", "domain", "row", "segment_ids", "positions")
         return Records(
             domains=tuple(batches),
-            layers=tuple(layer for layer, sparse in enumerate(sparse_layers(model)) if sparse),
+            layers=self._layers,
             num_experts=model.moe.num_experts,
             **{name: tokens.pop(name) for name in own},
             expert_index=index,

@@ -59,23 +59,32 @@ def _dependences(
     records: Records, code: Records | None, piece: Callable[[int], str], shuffles: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     def over_layers(of: Records, labels: np.ndarray, units: np.ndarray | None = None) -> list[dict[str, Any]]:
-        return [
-            _numbers(dependence(first, labels, shuffles=shuffles, rng=rng, units=units)) for first in of.first_choice
-        ]
-
-    def token_identity(of: Records) -> list[dict[str, Any]]:
-        of = of.select(frequent(of.tokens, AT_LEAST))
-        return over_layers(of, of.tokens) if len(of.tokens) else []
+        return _over_layers(of, labels, shuffles, rng, units)
 
     result: dict[str, list[dict[str, Any]]] = {}
     if len(records.domains) > 1:
         result["domain"] = over_layers(records, records.domain, units=records.row)
         result |= _matched(records, lexical_classes(records.tokens, piece), shuffles, rng)
-    result["token"] = token_identity(records)
+    result["token"] = token_dependence(records, shuffles, rng)
     if code is not None:
         code = code.select(code.marks["syntax"] != NONE)
-        result |= {"syntax": over_layers(code, code.marks["syntax"]), "token_in_code": token_identity(code)}
+        result |= {
+            "syntax": over_layers(code, code.marks["syntax"]),
+            "token_in_code": token_dependence(code, shuffles, rng),
+        }
     return {label: layers for label, layers in result.items() if layers}
+
+
+def token_dependence(records: Records, shuffles: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Dependence on the token's identity per layer, over tokens that occur AT_LEAST times; empty if none does."""
+    records = records.select(frequent(records.tokens, AT_LEAST))
+    return _over_layers(records, records.tokens, shuffles, rng) if len(records.tokens) else []
+
+
+def _over_layers(
+    of: Records, labels: np.ndarray, shuffles: int, rng: np.random.Generator, units: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    return [_numbers(dependence(first, labels, shuffles=shuffles, rng=rng, units=units)) for first in of.first_choice]
 
 
 def _matched(

@@ -13,6 +13,7 @@ from moe.analysis.documents import Document, document_batches
 from moe.analysis.record import Records
 from moe.analysis.specialisation import AT_LEAST, specialise
 from moe.analysis.syntax import CLASSES, NONE, token_classes
+from moe.data.sentinels import decode_blanks
 from moe.data.tokenizer import Tokenizer
 from moe.routing.balancing import max_violation
 
@@ -143,9 +144,11 @@ def load_over_training(by_step: Mapping[int, Records]) -> dict[str, Any]:
 
 
 def piece_of(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Returns token id → its text with leading space; «id» for control tokens and single bytes."""
+    """Returns token id → its text with leading space; «id» for control tokens and single bytes, sentinels by name."""
 
     def piece(token: int) -> str:
+        if token >= tokenizer.vocab_size:
+            return decode_blanks(tokenizer, [token]) or f"«{token}»"
         size = int(tokenizer.token_bytes[token])
         # Decode it twice: some tokenizers drop a space at the beginning of a text.
         text = tokenizer.decode([token, token]).encode()[-size:].decode(errors="replace") if size else ""

@@ -6,14 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from moe.atomic_files import from_checked_json
@@ -21,10 +20,8 @@ from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unread
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.state import join
 from moe.config import ConfigError, ModelConfig
-from moe.models.decoder import Transformer
-from moe.models.flops import abstract_parameters
+from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
-from moe.routing.router import SelectionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,94 +96,79 @@ def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
     manager.close()
 
 
+class ReadOptions(TypedDict, total=False):
+    """Which checkpoint of a workdir is read, and how.
+
+    Attributes:
+        mesh: devices to place the arrays on, each reading its shard; default: this process's first device.
+        dtype: to cast to; default: as stored.
+        step: of the checkpoint; default: the newest.
+        only: key path of the parameter or subtree to read; default: all.
+    """
+
+    mesh: Mesh | None
+    dtype: Any
+    step: int | None
+    only: tuple[str, ...]
+
+
 def read_parameters(
-    workdir: str | os.PathLike[str],
-    model: ModelConfig,
-    mesh: Mesh | None = None,
-    *,
-    dtype: Any = None,
-    step: int | None = None,
-    only: tuple[str, ...] = (),
+    workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]
 ) -> dict[str, Any]:
-    """Read the parameters of a checkpoint, without the optimizer state.
+    """Read the parameters of a checkpoint of a run or an import, without the optimizer state.
 
     Args:
         workdir: of a run or an import.
         model: config of the model in the checkpoint.
-        mesh: devices to place them on, each reading its shard; None: the default device.
-        dtype: to cast to; None: as stored.
-        step: of the checkpoint; None: the newest.
-        only: key path of the parameter or subtree to read; empty: all.
+        **options: see :class:`ReadOptions`.
 
     Raises:
         ConfigError: the checkpoint is missing, damaged, or holds another model; the parameter is named.
     """
-    return _read_branch(epath.Path(workdir), "parameters", abstract_parameters(model), mesh, dtype, step, only)
+    return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
 
 
 def read_variables(
-    workdir: str | os.PathLike[str],
-    model: ModelConfig,
-    mesh: Mesh | None = None,
-    *,
-    dtype: Any = None,
-    step: int | None = None,
+    workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]
 ) -> dict[str, Any]:
     """Read parameters as :func:`read_parameters`, and the routers' selection biases where the model has them."""
-    parameters = read_parameters(workdir, model, mesh, dtype=dtype, step=step)
-    return join(parameters, read_biases(workdir, model, mesh, dtype=dtype, step=step))
+    return join(read_parameters(workdir, model, **options), read_biases(workdir, model, **options))
 
 
-def read_biases(
-    workdir: str | os.PathLike[str],
-    model: ModelConfig,
-    mesh: Mesh | None = None,
-    *,
-    dtype: Any = None,
-    step: int | None = None,
-) -> dict[str, Any]:
+def read_biases(workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]) -> dict[str, Any]:
     """Read the routers' selection biases of a checkpoint; an empty dict for a model without them."""
-    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
-    wanted = nnx.to_pure_dict(nnx.state(abstract, SelectionBias))
-    return _read_branch(epath.Path(workdir), "biases", wanted, mesh, dtype, step, ()) if wanted else {}
+    wanted = abstract_selection_biases(model)
+    return _read(epath.Path(workdir), "biases", wanted, **options) if wanted else {}
 
 
-def _read_branch(
-    workdir: epath.Path,
-    branch: str,
-    wanted: dict[str, Any],
-    mesh: Mesh | None,
-    dtype: Any,
-    step: int | None,
-    only: tuple[str, ...],
-) -> dict[str, Any]:
-    """Read one field of the TrainState and check it against the shapes the model expects."""
+def _read(workdir: epath.Path, branch: str, wanted: dict[str, Any], **options: Unpack[ReadOptions]) -> dict[str, Any]:
+    """Read one field of the TrainState and check it against the shapes that the model expects."""
     refuse_unusable_path(workdir)
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
     with quiet_orbax():
-        return _read(workdir, branch, wanted, mesh, dtype, step, only)
+        manager = ocp.CheckpointManager(
+            workdir / "checkpoints",
+            options=ocp.CheckpointManagerOptions(read_only=True),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+        )
+        given = options.get("step")
+        step = manager.latest_step() if given is None else given
+        try:
+            if step is None or step not in manager.all_steps():
+                raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
+            with unreadable_as_damaged():
+                return _read_checked(manager, workdir, branch, wanted, options | {"step": step})
+        except DamagedError as error:
+            raise ConfigError(f"{workdir}: the checkpoint of step {step} is damaged: {error}") from error
+        finally:
+            manager.close()
 
 
-def _read(workdir, branch, wanted, mesh, dtype, step, only) -> dict[str, Any]:
-    manager = ocp.CheckpointManager(
-        workdir / "checkpoints",
-        options=ocp.CheckpointManagerOptions(read_only=True),
-        item_handlers={"state": ocp.PyTreeCheckpointHandler()},
-    )
-    step = manager.latest_step() if step is None else step
-    try:
-        if step is None or step not in manager.all_steps():
-            raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
-        with unreadable_as_damaged():
-            return _read_checked(manager, workdir, branch, wanted, mesh, dtype, step, only)
-    except DamagedError as error:
-        raise ConfigError(f"{workdir}: the checkpoint of step {step} is damaged: {error}") from error
-    finally:
-        manager.close()
-
-
-def _read_checked(manager, workdir, branch, wanted, mesh, dtype, step, only) -> dict[str, Any]:
+def _read_checked(
+    manager: ocp.CheckpointManager, workdir: epath.Path, branch: str, wanted: dict[str, Any], options: Any
+) -> dict[str, Any]:
+    mesh, dtype, step, only = options.get("mesh"), options.get("dtype"), options["step"], options.get("only", ())
     stored = manager.item_metadata(step)["state"].tree.get(branch, {})
     _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
     specs = partition_specs.parameter_specs(wanted)

@@ -16,7 +16,7 @@ from etils import epath
 from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, to_dict
-from moe.dispatch.plan import expert_capacity
+from moe.dispatch.plan import layer_capacity
 from moe.metrics_files import METRICS, read_rows
 from moe.routing.resolve import from_config_dict
 
@@ -176,10 +176,7 @@ def _same_function(theirs: Config, ours: Config) -> bool:
         return True
     moe = ours.model.moe
     size = moe.group_size or ours.data.sequence_length
-    return all(
-        expert_capacity(factor, moe.experts_per_token, size, moe.num_experts) >= size
-        for factor in (moe.capacity_factor, moe.eval_capacity_factor)
-    )
+    return all(layer_capacity(moe, size, train=train) >= size for train in (True, False))
 
 
 def record_changes(config: Config, changes: dict[str, list[Any]], step: int, workdir: epath.Path) -> None:

@@ -2,7 +2,7 @@
 
 from moe.config.checks import check_path, validate_mesh
 from moe.config.inherit import inherit_model
-from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers
+from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
 from moe.config.schema import (
     EMBEDDED_DOMAINS,
@@ -50,6 +50,7 @@ __all__ = [
     "inherit_model",
     "layer_kinds",
     "sparse_layers",
+    "stacks",
     "to_config_dict",
     "to_dict",
     "type_name",

@@ -46,6 +46,7 @@ _MAXIMA = {
         "vocab_size": 2**24,
         "d_model": 2**20,
         "num_layers": 10_000,
+        "encoder_layers": 10_000,
         "num_heads": 2**16,
         "num_kv_heads": 2**16,
         "head_dim": 2**16,
@@ -61,7 +62,7 @@ _MAXIMA = {
         "slots_per_expert": 2**16,
         "group_size": 2**26,
     },
-    "data.": {"sequence_length": 2**24, "streams": 2**16},
+    "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
     "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
 }
 
@@ -94,13 +95,15 @@ def check_model(model: ModelConfig) -> None:
     """Check the model section except ``model.moe``."""
     require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
     require_at_most("model.", model)
-    require_at_least("model.", model, 0, "sliding_window", "clip_qkv")
+    require_at_least("model.", model, 0, "sliding_window", "clip_qkv", "encoder_layers", "relative_buckets")
+    require_fractions("model.", model, "dropout")
     require(
-        model.head_dim >= 2 and model.head_dim % 2 == 0,
+        model.head_dim >= 2 - bool(model.relative_buckets) and (model.head_dim % 2 == 0 or model.relative_buckets > 0),
         "model.head_dim",
         model.head_dim,
         "must be even: rotary positions rotate pairs of dimensions",
     )
+    _check_stacks(model)
     _check_rope(model)
     if model.kv_lora_rank:
         _check_latent_attention(model)
@@ -119,6 +122,28 @@ def check_model(model: ModelConfig) -> None:
     )
     for name in ("norm_eps", "rope_theta", "init_scale"):
         require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
+
+
+def _check_stacks(model: ModelConfig) -> None:
+    buckets, distance = model.relative_buckets, model.relative_max_distance
+    least = 4 if model.encoder_layers else 2  # half of an encoder's are for keys after the query, half of those exact
+    require(
+        buckets == 0 or least <= buckets <= 2**16,
+        "model.relative_buckets",
+        buckets,
+        f"must be 0 for rotary positions, or from {least} to 65536",
+    )
+    require(
+        buckets == 0 or buckets // 2 < distance <= 2**20,
+        "model.relative_max_distance",
+        distance,
+        f"must be above half of relative_buckets={buckets} and at most {2**20}",
+    )
+    for name in ("kv_lora_rank", "sliding_window"):
+        value = getattr(model, name)
+        only = "model.encoder_layers" if model.encoder_layers else "model.relative_buckets"
+        allowed = value == 0 or not (model.encoder_layers or (buckets and name == "kv_lora_rank"))
+        require(allowed, f"model.{name}", value, f"must be 0 where {only} is set")
 
 
 def _check_rope(model: ModelConfig) -> None:
@@ -173,6 +198,7 @@ def check_run(config: Config) -> None:
     """Check all sections except the model, as far as possible without devices and data."""
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _check_data(config.data, config.train)
+    _check_objective(config.model, config.data)
     tokens = config.train.batch_size * config.data.sequence_length
     require(tokens <= LARGEST, "train.batch_size * data.sequence_length", tokens, f"must be at most {LARGEST}")
     for field, path in (
@@ -192,7 +218,9 @@ def check_run(config: Config) -> None:
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:
     require_at_least("data.", data, 2, "sequence_length")
-    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows")
+    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows", "mean_span")
+    require_at_least("data.", data, 0, "input_length")
+    require(0 < data.corruption_rate < 1, "data.corruption_rate", data.corruption_rate, "must be in (0, 1)")
     require_at_most("data.", data)
     length = data.sequence_length
     for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
@@ -226,6 +254,22 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
         data.weights,
         f"must be empty or one positive share for each of the {len(data.domains)} domains",
     )
+
+
+def _check_objective(model: ModelConfig, data: DataConfig) -> None:
+    encoder = model.encoder_layers
+    without = data.objective in ("causal", "prefix_lm")
+    require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
+    require(
+        data.input_length >= 2 if encoder else data.input_length == 0,
+        "data.input_length",
+        data.input_length,
+        f"must be {'at least 2' if encoder else '0'} where model.encoder_layers={encoder}",
+    )
+    if data.objective == "prefix_lm" and not encoder:
+        for name in ("sliding_window", "kv_lora_rank"):
+            value = getattr(model, name)
+            require(value == 0, f"model.{name}", value, "must be 0 where data.objective is prefix_lm")
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 from moe.config.schema import ModelConfig
+
+#: Layers of an encoder see both sides; those of an encoder-decoder's decoder also attend to the encoder's output.
+Role = Literal["decoder", "encoder", "cross"]
 
 
 class LayerKind(NamedTuple):
@@ -12,23 +16,37 @@ class LayerKind(NamedTuple):
 
     sparse: bool  # MoE
     window: int  # tokens a query attends to, including its own; 0: all
+    role: Role = "decoder"
 
 
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
-    """True for each MoE layer, in layer order."""
+    """True for each MoE layer, in layer order: an encoder's layers come before the decoder's."""
     moe = config.moe
     if moe.gate != "none" and moe.layers:
-        return tuple(layer in moe.layers for layer in range(config.num_layers))
+        return tuple(layer in moe.layers for layer in range(config.encoder_layers + config.num_layers))
     return tuple(
         moe.gate != "none" and layer >= moe.first_dense and (layer + 1) % moe.every == 0
-        for layer in range(config.num_layers)
+        for stack in (config.encoder_layers, config.num_layers)
+        for layer in range(stack)
     )
 
 
 def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
     """Kind of each layer, in layer order."""
+    return tuple(kind for kinds in stacks(config).values() for kind in kinds)
+
+
+@functools.lru_cache
+def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
+    """Kinds of the layers of each stack, by its name in the tree of parameters; "" for the one of a decoder-only
+    model."""
+    sparse = sparse_layers(config)
+    if config.encoder_layers:
+        encoder, decoder = sparse[: config.encoder_layers], sparse[config.encoder_layers :]
+        return {
+            "encoder": tuple(LayerKind(layer, 0, "encoder") for layer in encoder),
+            "decoder": tuple(LayerKind(layer, 0, "cross") for layer in decoder),
+        }
     windowed = config.sliding_window_layers or range(config.num_layers)
-    return tuple(
-        LayerKind(sparse, config.sliding_window if layer in windowed else 0)
-        for layer, sparse in enumerate(sparse_layers(config))
-    )
+    windows = [config.sliding_window if layer in windowed else 0 for layer in range(config.num_layers)]
+    return {"": tuple(LayerKind(*kind) for kind in zip(sparse, windows, strict=True))}

@@ -34,6 +34,7 @@ Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
@@ -50,13 +51,15 @@ class MoEConfig:
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
     shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
-    every: int = 1  # every n-th layer is MoE: layers n, 2n, ... counted from 1
-    layers: tuple[int, ...] = ()  # MoE layers, from 0; empty: given by every and first_dense
-    first_dense: int = 0  # number of leading layers that stay dense
+    every: int = 1  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
+    layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
+    first_dense: int = 0  # number of leading layers that stay dense, of either stack
     group_size: int = 0  # S, tokens that share one capacity; 0: data.sequence_length. Independent of the mesh
     dispatch: Dispatch = "gather"  # how assignments reach their experts
     capacity_factor: float = GATE_DEFAULT  # C = ceil(capacity_factor * K * S / E), in training
     eval_capacity_factor: float = GATE_DEFAULT  # the same outside training
+    expert_capacity: int = 0  # C itself, in training and outside; 0: given by the capacity factors
+    route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
     jitter: float = GATE_DEFAULT  # the router's input is multiplied by uniform [1 - jitter, 1 + jitter] in training
     load_balancing_weight: float = GATE_DEFAULT  # weight of the load-balancing loss
     router_dtype: DType = "float32"  # of the router's matmul; bfloat16 only to reproduce Switch's table 2
@@ -96,17 +99,20 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Decoder-only Transformer."""
+    """Transformer: decoder-only, or encoder and decoder."""
 
     vocab_size: int = 4096  # V, rows of the embedding
     d_model: int = 256  # D
-    num_layers: int = 4  # L
+    num_layers: int = 4  # L, of the decoder
+    encoder_layers: int = 0  # L of the encoder, which the decoder attends to; 0: decoder-only
     num_heads: int = 8  # N, query heads
     num_kv_heads: int = 4  # M, key/value heads; divides num_heads
-    head_dim: int = 32  # H, even
+    head_dim: int = 32  # H, even for rotary positions
     d_ff: int = 512  # F, hidden dim of a dense FFN
     activation: Activation = "swiglu"
     norm_eps: float = 1e-5  # epsilon of RMSNorm
+    relative_buckets: int = 0  # T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
+    relative_max_distance: int = 128  # tokens, distance from which the last bucket holds
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
@@ -121,6 +127,8 @@ class ModelConfig:
     attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
     clip_qkv: float = 0.0  # clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     tie_embeddings: bool = False  # logits = x E^T
+    scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
+    dropout: float = 0.0  # of embeddings, attention weights, hidden activations and the output of each half of a block
     init_scale: float = 1.0  # s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     scan_layers: bool = True  # compile one block for all equal layers
@@ -134,7 +142,7 @@ EMBEDDED_DOMAINS = ("literature", "python")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text datasets, tokenizer, and packed rows."""
+    """Text datasets, tokenizer, objective, and packed rows."""
 
     dataset: str = (
         "embedded"  # "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
@@ -143,7 +151,12 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
+    objective: Objective = "causal"  # what is predicted (moe.data.objectives); with an encoder span_corruption instead
     sequence_length: int = 256  # T, tokens
+    input_length: int = 0  # U, tokens of an encoder's row; 0: sequence_length where there is an encoder
+    pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
+    corruption_rate: float = 0.15  # span_corruption: share of the tokens that is removed
+    mean_span: float = 3.0  # span_corruption: tokens removed at once, on average
     streams: int = 0  # independent document streams per batch, a multiple of processes; 0: gcd(8, batch_size)
     shuffle_window: int = 512  # rows in the shuffle buffers of all streams
     heldout_rows: int = 64  # rows of T tokens per domain in each evaluation

@@ -11,14 +11,17 @@ from typing import Any
 from etils import epath
 
 from moe.config import ConfigError
-from moe.data.documents import check_domain
+from moe.data.documents import check_domain, join_texts, text_fields
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1_000  # rows
 
 
 class TextTable:
-    """Local Arrow file (stream or file format) with a string column ``text`` and an optional one ``domain``."""
+    """Local Arrow file (stream or file format) with string columns.
+
+    They are ``text``, or ``source`` and ``target``, and optionally ``domain``.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens the file at the first read."""
@@ -37,7 +40,8 @@ class TextTable:
 
     def __getitem__(self, row: int) -> str:
         """Returns the text of a row; OSError or ValueError if the file is damaged."""
-        return self._table["text"][row].as_py()
+        table = self._table
+        return join_texts(*(table[column][row].as_py() for column in text_fields(table.column_names)))
 
     def rows(self, name: str) -> Iterator[tuple[int, str, str | None]]:
         """Yields (row, text, domain or None) of the rows whose text is not blank.
@@ -52,26 +56,32 @@ class TextTable:
         row = 0
         try:
             table = self._table
-            _check_columns(pa, table.schema, name)
-            columns = [column for column in ("text", "domain") if column in table.column_names]
+            columns = _check_columns(pa, table.schema, name)
+            texts = text_fields(columns)
             for batch in table.select(columns).to_batches(max_chunksize=_BATCH):
                 batch.validate(full=True)
                 values = batch.to_pydict()
                 domains = values.get("domain") or [None] * len(batch)
-                for text, domain in zip(values["text"], domains, strict=True):
-                    if text is None:
-                        raise ConfigError(f"{name}, row {row}: text is null")
+                for *parts, domain in zip(*(values[column] for column in texts), domains, strict=True):
+                    if None in parts:
+                        raise ConfigError(f"{name}, row {row}: {texts[parts.index(None)]} is null")
+                    try:
+                        text = join_texts(*parts)
+                    except ValueError as error:
+                        raise ConfigError(f"{name}, row {row}: {error}") from error
                     if domain is not None:
                         check_domain(domain, f"{name}, row {row}")
                     if text.strip():
                         yield row, text, domain
                     row += 1
+        except ConfigError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _damaged(name, error) from error
 
 
 def copy_columns(source: epath.Path, target: Path) -> None:
-    """Copies the columns ``text`` and ``domain`` of a Parquet or Arrow file to an Arrow stream file.
+    """Copies the columns that :class:`TextTable` reads from a Parquet or Arrow file to an Arrow stream file.
 
     Raises:
         ConfigError: the source is damaged, or a column has the wrong type.
@@ -85,8 +95,7 @@ def copy_columns(source: epath.Path, target: Path) -> None:
             else:
                 table = pa.ipc.open_stream(file).read_all()
                 schema, batches = table.schema, lambda columns: table.select(columns).to_batches(_BATCH)
-            _check_columns(pa, schema, os.fspath(source))
-            columns = [name for name in ("text", "domain") if name in schema.names]
+            columns = _check_columns(pa, schema, os.fspath(source))
             kept = pa.schema([(name, pa.large_string()) for name in columns])
             with pa.OSFile(os.fspath(target), "wb") as out, pa.ipc.new_stream(out, kept) as writer:
                 for batch in batches(columns=columns):
@@ -96,16 +105,18 @@ def copy_columns(source: epath.Path, target: Path) -> None:
         raise _damaged(os.fspath(source), error) from error
 
 
-def _check_columns(pa: Any, schema: Any, name: str) -> None:
-    for column in ("text", "domain"):
-        if column not in schema.names:
-            if column == "text":
-                raise ConfigError(f"{name}: needs a string column 'text'; it has {schema.names}")
-            continue
+def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
+    """Returns the columns to read."""
+    texts = text_fields(schema.names)
+    if not set(texts) <= set(schema.names):
+        raise ConfigError(f"{name}: needs a string column 'text', or 'source' and 'target'; it has {schema.names}")
+    columns = [*texts, *(["domain"] if "domain" in schema.names else [])]
+    for column in columns:
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise ConfigError(f"{name}: column {column!r} must be of strings, not {kind}")
+    return columns
 
 
 def _damaged(name: str, error: Exception) -> ConfigError:

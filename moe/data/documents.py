@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
 from moe.config import ConfigError
 
+PAIR = "\x1e"  # between source and target of a pair, which is one document
 HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
 MAX_DOMAIN_NAME = 100  # characters
 SECTION_TARGET, SECTION_LIMIT, SECTION_TAIL = 10_000, 18_000, 2_000  # characters of a text, bytes of a file
@@ -33,6 +34,18 @@ def sections(text: str, target: int, limit: int) -> list[str]:
         else:
             parts.append(tail)
     return parts
+
+
+def text_fields(names: Iterable[str]) -> tuple[str, ...]:
+    """Fields or columns that hold the text, of those there are: ``text``, or else ``source`` and ``target``."""
+    return ("text",) if "text" in names else ("source", "target")
+
+
+def join_texts(*texts: str) -> str:
+    """Makes one document of a text, or of source and target, blank if either is. Raises ValueError if one has PAIR."""
+    if len(texts) > 1 and any(PAIR in text for text in texts):
+        raise ValueError("has the character U+001E, which divides source and target, in one of them")
+    return PAIR.join(texts) if all(text.strip() for text in texts) else ""
 
 
 def check_domain(domain: str, source: str) -> None:
@@ -109,7 +122,7 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     """Returns (text, domain or None) of a document's bytes; the suffix of `path` gives the format.
 
     Raises:
-      ValueError: the bytes are not UTF-8, or not a JSON object with a string ``text``.
+      ValueError: the bytes are not UTF-8, or not a JSON object with a string ``text``, or ``source`` and ``target``.
     """
     if path.suffix == ".txt":
         return blob.decode("utf-8"), None
@@ -119,15 +132,19 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
         raise ValueError(f"is not JSON ({error.msg} in column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("cannot be parsed as JSON: nested too deeply") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError("needs an object with a string 'text'")
+    record = record if isinstance(record, dict) else {}
+    names = text_fields(record)
+    texts = [text for text in map(record.get, names) if isinstance(text, str)]
+    if len(texts) < len(names):
+        raise ValueError("needs an object with a string 'text', or with strings 'source' and 'target'")
     domain = record.get("domain")
     if domain is not None:
         if not isinstance(domain, str):
             raise ValueError(f"domain={domain!r}: must be a non-empty string")
         _check_domain(domain)
+    text = join_texts(*texts)
     try:
-        record["text"].encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError("has half a character (a lone surrogate) in its text") from error
-    return record["text"], domain
+    return text, domain

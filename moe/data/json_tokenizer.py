@@ -97,6 +97,11 @@ class JsonTokenizer(Tokenizer):
         """Returns the text of ids [n]; special tokens are skipped."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def piece_id(self, piece: str) -> int:
+        """Id of a piece; -1 if there is none."""
+        number = self._tokenizer.token_to_id(piece)
+        return -1 if number is None else number
+
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each id's text, [V] int32; 0 for special tokens."""

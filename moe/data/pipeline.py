@@ -1,14 +1,18 @@
 """Batches of packed rows: an endless training iterator that saves and restores its position, and held-out batches.
 
-A batch is a dict of int32 arrays, for B rows of this process and T = sequence_length:
+A batch is a dict of int32 arrays, for B rows of this process, T = sequence_length and U = input_length:
   tokens       [B,T]  token ids; a document is ``bos text eos``
   targets      [B,T]  the next token of the same document; -1 where there is none (after eos, and in padding)
   segment_ids  [B,T]  1, 2, ... per document within the row; 0 = padding
   positions    [B,T]  0, 1, ... within the segment
   domain       [B]    index into Prepared.domains; a row is of one domain
+  prefix       [B,T]  1 where attention goes in both directions; only with data.objective "prefix_lm"
 
 Documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] and targets = row[1:]. A document that
 a cut divides continues in the next row as a new segment with positions from 0.
+
+With an encoder (data.input_length above 0) a row holds whole examples (:mod:`moe.data.objectives`) and padding:
+  encoder_tokens, encoder_segment_ids, encoder_positions  [B,U]; segment i is the input of segment i of the decoder
 """
 
 from __future__ import annotations
@@ -25,14 +29,16 @@ import grain
 import numpy as np
 
 from moe.config import ConfigError, DataConfig
-from moe.data import streams
+from moe.data import objectives, streams
 from moe.data.preparation import Prepared, domain_weights, open_data
+from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
 MAX_STRETCH_TOKENS = 1 << 24  # tokens read for them, unless more are kept
 MAX_TOKENS = 1 << 26  # held-out tokens of a domain, and tokens in all shuffle buffers: each is about 1 GiB in memory
 UNIGRAM_TOKENS = 2_000_000  # tokens of each domain's train split that unigram_nll counts
+PACKED_ROWS = 32  # rows that are packed together: an example goes to the first with room for it
 
 Batch = dict[str, np.ndarray]
 
@@ -56,6 +62,7 @@ def prepare(
                 f"data.{name}={getattr(data, name)}: must be at most {largest} for data.sequence_length="
                 f"{data.sequence_length}, because the rows are held in memory"
             )
+    objectives.check_lengths(data)
     prepared = open_data(data, vocab_size, tokenizer, progress)
     for domain in prepared.domains:
         _heldout_rows(prepared, data, domain)
@@ -82,16 +89,35 @@ def _shift(packed: dict[str, np.ndarray], domain_index: int, pad_id: int) -> Bat
     }
 
 
-def _rows(documents: grain.MapDataset, prepared: Prepared, data: DataConfig, domain: str) -> grain.IterDataset:
+class _Flat(grain.experimental.FlatMapTransform):
+    def flat_map(self, element: list[objectives.Example]) -> list[objectives.Example]:
+        """Returns the examples of a document."""
+        return element
+
+
+def _rows(
+    documents: grain.MapDataset, prepared: Prepared, data: DataConfig, domain: str, seed: int
+) -> grain.IterDataset:
     """Packs documents of one domain into rows, in order; the last row of a finite dataset is padded."""
     # No threads here: one thread in `streams.run` prefetches for all streams and domains.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    tokens = documents.map(functools.partial(_tokenise, tokenizer=prepared.tokenizer)).to_iter_dataset(options)
+    tokenizer, index = prepared.tokenizer, prepared.domains.index(domain)
+    if data.input_length:
+        encode = functools.partial(objectives.examples, data=data, tokenizer=tokenizer)
+        found = documents.random_map(encode, seed=seed).to_iter_dataset(options)
+        packed = grain.experimental.FirstFitPackIterDataset(
+            grain.experimental.FlatMapIterDataset(found, _Flat()),
+            length_struct={"encoder": data.input_length, "decoder": data.sequence_length},
+            num_packing_bins=PACKED_ROWS if data.pack else 1,
+            max_sequences_per_bin=None if data.pack else 1,
+            shuffle_bins=False,
+        )
+        rows = packed.map(functools.partial(objectives.encoder_decoder_row, tokenizer=tokenizer))
+        return rows.map(lambda row: {**row, "domain": np.int32(index)})
+    tokens = documents.map(functools.partial(_tokenise, tokenizer=tokenizer)).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
-    index = prepared.domains.index(domain)
-    return streams.ExactState(packed).map(
-        functools.partial(_shift, domain_index=index, pad_id=prepared.tokenizer.pad_id)
-    )
+    rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))
+    return rows.random_map(objectives.prefix_row, seed=seed) if data.objective == "prefix_lm" else rows
 
 
 def train_dataset(
@@ -137,7 +163,8 @@ def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed:
         documents = grain.MapDataset.source(prepared.train[domain]).shuffle(
             seed=_seed(seed, zlib.crc32(domain.encode()))
         )
-        rows[domain] = _rows(documents.repeat()[number::count], prepared, data, domain)
+        noise = _seed(seed, zlib.crc32(domain.encode()), number)
+        rows[domain] = _rows(documents.repeat()[number::count], prepared, data, domain, noise)
     # All streams mix domains in the same order; different shuffles keep a batch from having only one domain.
     mixed = grain.IterDataset.mix(
         rows, dict(zip(prepared.domains, domain_weights(data, prepared.domains), strict=True))
@@ -175,9 +202,9 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
     # is bounded because reading a whole web corpus would take minutes.
     most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
     stretch = min(HELDOUT_STRETCH * data.heldout_rows, most)
-    rows = list(itertools.islice(_rows(documents, prepared, data, domain), stretch))
-    # If the first row ends in padding, the split has no more tokens than this row.
-    if not rows or rows[0]["segment_ids"][-1] == 0:
+    rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), stretch))
+    # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
+    if not rows or (rows[0]["segment_ids"][-1] == 0 and not data.input_length):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
         raise ConfigError(
             f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} has only {tokens} "
@@ -198,7 +225,7 @@ def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_
     """
     rows = _heldout_rows(prepared, data, domain)
     padding: Batch = {
-        key: np.full_like(value, {"tokens": prepared.tokenizer.pad_id, "targets": -1}.get(key, 0))
+        key: np.full_like(value, -1 if key == "targets" else prepared.tokenizer.pad_id if "tokens" in key else 0)
         for key, value in rows[0].items()
     }
     padding["domain"] = rows[0]["domain"]
@@ -213,26 +240,35 @@ def unigram_nll(prepared: Prepared, data: DataConfig, domain: str | None = None)
     """Returns the nats per target token of a unigram model on the rows of `heldout_batches`.
 
     The model is p(v) = (count(v) + 1) / (sum of counts + V), with counts over the first UNIGRAM_TOKENS tokens of the
-    train split, eos included, bos excluded (it is never a target). Without a domain, counts and held-out rows of all
-    domains are pooled. Counts are cached in `prepared`.
+    train split that can be targets: all but bos, or the decoder's part of an encoder-decoder's examples. Without a
+    domain, counts and held-out rows of all domains are pooled. Counts are cached in `prepared`.
     """
     domains = prepared.domains if domain is None else (domain,)
     targets = np.concatenate([row["targets"] for name in domains for row in _heldout_rows(prepared, data, name)])
     targets = targets[targets >= 0]
-    counts: Any = sum(_unigram_counts(prepared, name) for name in domains)
+    counts: Any = sum(_unigram_counts(prepared, data, name) for name in domains)
     log_probs = np.log(counts + 1) - np.log(counts.sum() + len(counts))
     return float(-log_probs[targets].mean())
 
 
-def _unigram_counts(prepared: Prepared, domain: str) -> np.ndarray:
-    """Counts the tokens of a train split, [V] int64."""
+def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.ndarray:
+    """Counts the possible targets of a train split, [V] int64."""
     if domain not in prepared._unigram_counts:
-        counts = np.zeros(prepared.tokenizer.vocab_size, np.int64)
+        tokenizer, rng = prepared.tokenizer, np.random.default_rng(0)
+        size = tokenizer.vocab_size
+        if data.objective == "span_corruption":
+            size = max(size, int(sentinel_ids(tokenizer).max()) + 1)
+        counts = np.zeros(size, np.int64)
         for text in prepared.train[domain]:
-            counts += np.bincount(_tokenise(text, prepared.tokenizer)["row"], minlength=len(counts))
+            if data.input_length:
+                found = [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
+            else:
+                found = [_tokenise(text, tokenizer)["row"]]
+            for ids in found:
+                counts += np.bincount(ids, minlength=len(counts))
             if counts.sum() >= UNIGRAM_TOKENS:
                 break
-        if prepared.tokenizer.bos_id >= 0:
-            counts[prepared.tokenizer.bos_id] = 0
+        if not data.input_length and tokenizer.bos_id >= 0:
+            counts[tokenizer.bos_id] = 0
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]

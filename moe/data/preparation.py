@@ -18,6 +18,8 @@ from moe.atomic_files import write_atomic
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
 from moe.data import corpora, folders, tfds_datasets
 from moe.data.directory import disk_errors, locked
+from moe.data.documents import PAIR
+from moe.data.sentinels import SENTINELS, check_sentinels
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 from moe.data.tokenizer_files import named_tokenizer
 
@@ -57,7 +59,7 @@ def open_data(
 
     Args:
       data: a TFDS dataset's domain is its name; for folders see :mod:`moe.data.folders`.
-      vocab_size: V; a tokenizer of exactly that size is trained unless one is cached.
+      vocab_size: V; a tokenizer of that size, less the sentinels of span corruption, is trained unless one is cached.
       tokenizer: replaces data.tokenizer and the trained one, for example by a checkpoint's.
       progress: called with a line before each slow step.
 
@@ -79,13 +81,15 @@ def open_data(
         if tokenizer is None:
             text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
             readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
-            path = directory / "tokenizers" / f"{readable}-{text}-v{vocab_size}-{TRAINER_VERSION}.model"
-            tokenizer = _cached_tokenizer(path, train, vocab_size, progress)
+            size = vocab_size - SENTINELS if data.objective == "span_corruption" else vocab_size
+            path = directory / "tokenizers" / f"{readable}-{text}-v{size}-{TRAINER_VERSION}.model"
+            tokenizer = _cached_tokenizer(path, train, size, progress)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; use at least that"
         )
-
+    if data.objective == "span_corruption":
+        check_sentinels(tokenizer, vocab_size)
     return Prepared(tokenizer, domains, train, heldout, versions)
 
 
@@ -145,7 +149,7 @@ def _tokenizer_sample(train: dict[str, Sequence[str]]) -> Iterator[str]:
         left = TOKENIZER_CHARACTERS // len(train)
         order = np.random.default_rng(0).permutation(min(len(documents), 1_000_000))
         for index in order:
-            text = documents[int(index)][:left]
+            text = documents[int(index)][:left].replace(PAIR, "\n")
             left -= len(text)
             yield text
             if not left:

@@ -99,8 +99,13 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of ids [n]; control tokens are skipped."""
-        return self._processor.decode([int(i) for i in ids])
+        """Returns the text of ids [n]; control tokens, and ids beyond the vocabulary, are skipped."""
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def piece_id(self, piece: str) -> int:
+        """Id of a piece; -1 if there is none."""
+        number = self._processor.piece_to_id(piece)
+        return number if self._processor.id_to_piece(number) == piece else -1
 
     @functools.cached_property
     def _byte_ids(self) -> dict[int, int]:

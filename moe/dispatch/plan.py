@@ -40,6 +40,14 @@ def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: 
     return max(1, min(group_size, math.ceil(exact)))
 
 
+def layer_capacity(config: MoEConfig, group_size: int, *, train: bool = True) -> int:
+    """C of a layer: ``expert_capacity`` where it is set, else by its capacity factor."""
+    if config.expert_capacity:
+        return min(config.expert_capacity, group_size)
+    factor = config.capacity_factor if train else config.eval_capacity_factor
+    return expert_capacity(factor, config.experts_per_token, group_size, config.num_experts)
+
+
 def plan_assignments(
     config: MoEConfig, routing: Routing, capacity: int, *, rng: Array | None = None
 ) -> tuple[Routing, Plan]:

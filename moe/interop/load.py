@@ -19,14 +19,14 @@ from moe.interop.config_json import family_of, read_config
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
-from moe.models.decoder import Transformer
+from moe.models.encoder_decoder import Model, abstract_model
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
 
 
 def load_huggingface(
     directory: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: str = "float32"
-) -> tuple[Transformer, Config]:
+) -> tuple[Model, Config]:
     """Builds the model of a folder.
 
     Args:
@@ -69,8 +69,8 @@ def parameter_dtype(folder: TensorFolder, parameter: Parameter) -> np.dtype[Any]
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
-def _module(model: ModelConfig, parameters: dict[str, Any]) -> Transformer:
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))), parameters)
+def _module(model: ModelConfig, parameters: dict[str, Any]) -> Model:
+    return nnx.merge(nnx.graphdef(abstract_model(model)), parameters)
 
 
 def _place(folder: TensorFolder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:

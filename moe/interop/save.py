@@ -18,12 +18,12 @@ from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, by_tensor, get_leaf, layout
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorWriter
-from moe.models.decoder import Transformer
+from moe.models.encoder_decoder import Model
 from moe.routing.router import SelectionBias
 
 
 def save_huggingface(
-    model: Transformer,
+    model: Model,
     config: Config,
     directory: str | os.PathLike[str],
     *,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe.config import Config, layer_kinds
-from moe.dispatch.plan import expert_capacity
+from moe.config import Config, sparse_layers
+from moe.dispatch.plan import layer_capacity
 from moe.models import flops
 
 
@@ -20,7 +20,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     """
     model, moe = config.model, config.model.moe
     tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
-    per_token = flops.train_flops_per_token(model, config.data.sequence_length)
+    per_token = flops.train_flops_per_token(model, config.data.sequence_length, config.data.input_length)
     if moe.gate == "none":
         return per_token * tokens
     total, active = flops.count_parameters(model)
@@ -30,7 +30,6 @@ def executed_flops(config: Config, dropped_share: float) -> float:
         per_token -= 6 * routed_active * dropped_share
     if moe.dispatch == "einsum":
         group = moe.group_size or config.data.sequence_length
-        capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, group, moe.num_experts)
-        sparse_layers = sum(sparse for sparse, _ in layer_kinds(model))
-        per_token += 3 * 2 * 2 * sparse_layers * moe.num_experts * capacity * model.d_model
+        slots = moe.num_experts * layer_capacity(moe, group)
+        per_token += 3 * 2 * 2 * sum(sparse_layers(model)) * slots * model.d_model
     return per_token * tokens

@@ -204,7 +204,7 @@ class Suite:
         config = self.config(variant, steps=steps)
         total, active = flops.count_parameters(config.model)
         tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
-        per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
+        per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, config.data.input_length)
         return {
             "steps": config.train.num_steps,
             "flops": per_token * tokens,

@@ -16,7 +16,8 @@ class Embedding(nnx.Module):
     """Table of token vectors; where embeddings are tied, also the output matrix."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.table = matrix(rngs, (config.vocab_size, config.d_model), config.d_model, config.init_scale)
+        fan_in = 1 if config.scale_logits else config.d_model
+        self.table = matrix(rngs, (config.vocab_size, config.d_model), fan_in, config.init_scale)
 
     def __call__(self, token_ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Look up vectors, in this dtype."""

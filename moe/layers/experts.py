@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from moe.config import ModelConfig
 from moe.dispatch.grouped_matmul.grouped_ffn import grouped_ffn
 from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
+from moe.layers.dropout import Dropout
 from moe.layers.ffn import GATED_ACTIVATIONS, activate
 from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
@@ -122,5 +123,4 @@ class ExpertDropout:
         # Under shard_map each device has rows of its own: it draws its own.
         manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
         rng = jax.random.fold_in(self.rng, jax.lax.axis_index(manual)) if manual else self.rng
-        kept = jax.random.bernoulli(rng, 1.0 - self.rate, hidden.shape)
-        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
+        return Dropout(self.rate, rng)(hidden)

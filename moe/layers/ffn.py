@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
+from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
 
@@ -44,10 +45,11 @@ class DenseFFN(nnx.Module):
         self.down = matrix(rngs, (f, d), f, config.init_scale)
         self.gate = matrix(rngs, (d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
 
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """Apply the FFN to every token."""
+    def __call__(self, x: Float[Array, "*batch D"], drop: Dropout = KEEP_ALL) -> Float[Array, "*batch D"]:
+        """Apply the FFN to every token; hidden activations are dropped."""
         up = checkpoint_name(x @ gather_for_matmul("dense.up", self.up[...], x.dtype), HIDDEN)
         gate = None
         if self.gate is not None:
             gate = checkpoint_name(x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype), HIDDEN)
-        return activate(self.activation, up, gate) @ gather_for_matmul("dense.down", self.down[...], x.dtype)
+        hidden = drop(activate(self.activation, up, gate), place=2)
+        return hidden @ gather_for_matmul("dense.down", self.down[...], x.dtype)

@@ -14,7 +14,7 @@ from moe.config import Config, ConfigError, DataConfig, ModelConfig
 from moe.config.parse import build
 from moe.dispatch.experts import Experts as ExpertsProtocol
 from moe.dispatch.modes import MODES
-from moe.dispatch.plan import Plan, expert_capacity, plan_assignments
+from moe.dispatch.plan import Plan, layer_capacity, plan_assignments
 from moe.dispatch.soft import SoftPlan, plan_slots
 from moe.layers.experts import ExpertDropout, Experts
 from moe.layers.ffn import DenseFFN
@@ -120,7 +120,7 @@ class MoELayer(nnx.Module):
             None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions)
         )
         keys = _Keys() if rng is None else _Keys(*jax.random.split(rng, 4))
-        capacity = self._capacity(size, train)
+        capacity = layer_capacity(self.config, size, train=train)
 
         if routing is None:
             routing, slot_logits = self._route(tokens, valid, token_ids, positions, capacity, keys)
@@ -145,11 +145,6 @@ class MoELayer(nnx.Module):
     def mode(self) -> str:
         """Key of :data:`moe.dispatch.modes.MODES`."""
         return "soft" if self.gate.router == "slots" else self.config.dispatch
-
-    def _capacity(self, group_size: int, train: bool) -> int:
-        c = self.config
-        factor = c.capacity_factor if train else c.eval_capacity_factor
-        return expert_capacity(factor, c.experts_per_token, group_size, c.num_experts)
 
     def _route(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -9,6 +12,7 @@ from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
+from moe.layers.dropout import Dropout
 from moe.layers.ffn import DenseFFN
 from moe.layers.moe_layer import MoELayer
 from moe.layers.norms import RMSNorm
@@ -21,19 +25,66 @@ from moe.routing.routing import Routing
 Record = tuple[LayerReport, Routing] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Inputs that all blocks of a stack share.
+
+    Attributes:
+        token_ids: [B,T].
+        segment_ids: [B,T] the document of each token; 0 is padding.
+        positions: [B,T] within the documents.
+        key_segment_ids: [B,T] of the tokens as keys; None: segment_ids. 0 hides a token that itself sees others.
+        encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
+        encoded_segment_ids: [B,U], of the encoder's tokens.
+    """
+
+    token_ids: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    key_segment_ids: Int[Array, "B T"] | None = None
+    encoded: Float[Array, "B U D"] | None = None
+    encoded_segment_ids: Int[Array, "B U"] | None = None
+
+    @property
+    def as_keys(self) -> Int[Array, "B T"]:
+        """The document of each token as a key; 0 is padding."""
+        return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+
+
 def attention_class(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
     """Latent attention where ``model.kv_lora_rank`` is set, else grouped-query attention."""
     return LatentAttention if config.kv_lora_rank else Attention
 
 
+class CrossAttention(nnx.Module):
+    """Attention from the decoder to the encoder's output, and its norm."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, window=0, causal=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout) -> Float[Array, "B T D"]:
+        """Output for x before the residual is added."""
+        assert rows.encoded is not None
+        assert rows.encoded_segment_ids is not None
+        drop = dataclasses.replace(drop, first=4)  # the block's own attention and FFN are places 0 to 3
+        heads = self.attention.attend_to(self.norm(x), rows.encoded, rows.segment_ids, rows.encoded_segment_ids, drop)
+        return drop(self.attention.join(heads), place=1)
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE."""
+    """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE; between them, in the decoder of an
+    encoder-decoder, x + cross-attention(norm(x))."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = attention_class(config)(config, window=kind.window, rngs=rngs)
+        bidirectional = {"causal": False} if kind.role == "encoder" else {}
+        self.attention = attention_class(config)(config, window=kind.window, **bidirectional, rngs=rngs)
+        if kind.role == "cross":
+            self.cross = CrossAttention(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.sparse = kind.sparse
+        self.kind = kind
+        self.dropout, self.route_padding = config.dropout, config.moe.route_padding
         if kind.sparse:
             self.moe = MoELayer(config, rngs=rngs)
         else:
@@ -42,34 +93,55 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        rows: Rows,
+        bias: Float[Array, "N P"] | None = None,
         *,
-        token_ids: Int[Array, "B T"],
-        routing: Routing | None,
-        train: bool,
-        rng: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B T D"], Record]:
-        """Apply both halves; :class:`moe.models.decoder.Transformer` describes the arguments."""
-        x = x + self.attention(self.attention_norm(x), segment_ids, positions)
-        return self.feed_forward(x, segment_ids, token_ids=token_ids, routing=routing, train=train, rng=rng)
-
-    def feed_forward(
-        self,
-        x: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        *,
-        token_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
         routing: Routing | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
-        """The second half: x + FFN(norm(x)); ``positions`` are given when generating."""
-        h = self.ffn_norm(x)
-        if not self.sparse:
-            return constrain(x + self.dense(h), partition_specs.BATCH), None
+        """Apply all parts.
+
+        Args:
+            x: activations.
+            rows: what all blocks share.
+            bias: relative position biases by distance.
+            routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
+            train: see there.
+            rng: key of this layer.
+        """
+        drop = Dropout(self.dropout, rng if train else None)
+        settings = {} if bias is None else {"bias": bias}
+        if rows.key_segment_ids is not None:
+            settings["key_segment_ids"] = rows.key_segment_ids
+        attention: Any = self.attention  # latent attention lacks the two settings, which no such model gives
+        heads, _, _ = attention.prefill(self.attention_norm(x), rows.segment_ids, rows.positions, drop=drop, **settings)
+        x = x + drop(self.attention.join(heads), place=1)
+        if self.kind.role == "cross":
+            x = x + self.cross(x, rows, drop)
+        return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
+
+    def feed_forward(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Rows,
+        *,
+        generating: bool = False,
+        routing: Routing | None = None,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], Record]:
+        """The last part: x + FFN(norm(x))."""
+        h, drop = self.ffn_norm(x), Dropout(self.dropout, rng if train else None)
+        if not self.kind.sparse:
+            return constrain(x + drop(self.dense(h, drop), place=3), partition_specs.BATCH), None
         y, report, routing = self.moe(
-            h, segment_ids > 0, token_ids=token_ids, positions=positions, routing=routing, train=train, rng=rng
+            h,
+            None if self.route_padding else rows.as_keys > 0,
+            token_ids=rows.token_ids,
+            positions=rows.positions if generating else None,
+            routing=routing,
+            train=train,
+            rng=rng,
         )
-        return constrain(x + y, partition_specs.BATCH), (report, routing)
+        return constrain(x + drop(y, place=3), partition_specs.BATCH), (report, routing)

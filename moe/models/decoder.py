@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,14 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moe.config import ModelConfig
+from moe.config import Config, ConfigError, ModelConfig
 from moe.layers.embedding import Embedding, Unembedding
-from moe.layers.norms import RMSNorm
-from moe.models.block import Block
-from moe.models.stack import Stack, join_moe_layers, split_moe_layers
+from moe.models.block import Rows
+from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
+from moe.routing.resolve import resolve
 from moe.routing.routing import Routing
 
 
@@ -29,24 +28,62 @@ class Output:
 
     Attributes:
         logits: in the compute dtype.
-        hidden: final hidden states: logits = hidden @ ``Transformer.output_matrix()``.
-        layers: a LayerReport whose arrays lead with the number of MoE layers; None in a dense model.
-        routing: a Routing whose arrays do likewise; None unless asked for.
+        hidden: final hidden states: logits = hidden @ ``output_matrix()``.
+        layers: a LayerReport whose arrays lead with the number of MoE layers; None in a dense model. An encoder's
+            layers come before the decoder's.
+        routing: a Routing whose arrays do likewise; None unless asked for. Of an encoder-decoder a pair, the encoder's
+            first, None for a stack without MoE layers: their groups differ.
+        encoder_hidden: output of the encoder.
     """
 
     logits: Float[Array, "B T V"]
     hidden: Float[Array, "B T D"]
     layers: LayerReport | None
-    routing: Routing | None
+    routing: Routing | tuple[Routing | None, Routing | None] | None
+    encoder_hidden: Float[Array, "B U D"] | None = None
 
 
-class Transformer(Stack):
+def resolved(config: ModelConfig) -> ModelConfig:
+    """The config of a model with what it leaves to its gate filled in."""
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
+    return resolve(Config(model=config)).model
+
+
+class LanguageModel(nnx.Module):
+    """What all models share: the embedding, and logits from final hidden states."""
+
+    config: ModelConfig
+    embedding: Embedding
+    unembedding: Unembedding | None
+
+    def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Vectors of tokens in the compute dtype."""
+        return self.embedding(token_ids, jnp.dtype(self.config.dtype))
+
+    def output_matrix(self) -> Float[Array, "D V"]:
+        """The matrix from hidden states to logits, in the compute dtype."""
+        dtype = jnp.dtype(self.config.dtype)
+        return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
+
+    def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Final hidden states: a stack's output, with T5's factor of 1/sqrt(D) of the logits."""
+        return x * self.config.d_model**-0.5 if self.config.scale_logits else x
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of final hidden states. Who reads only those under jit, as the train step does, never pays for
+        these."""
+        return constrain(hidden @ self.output_matrix(), partition_specs.LOGITS)
+
+
+class Transformer(LanguageModel, Stack):
     """Embedding, L blocks, final norm, logits."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Draw the parameters of all layers; what the config leaves to its gate is filled in."""
+        config = resolved(config)
         self.embedding = Embedding(config, rngs=rngs)
-        super().__init__(config, rngs=rngs)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        Stack.__init__(self, config, rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)
 
     def __call__(
@@ -66,36 +103,28 @@ class Transformer(Stack):
             token_ids: the input.
             segment_ids: the document of each token, 0 for padding; None: one document a row.
             positions: positions within the documents; None: 0…T−1.
-            train: use training capacity factors and expert dropout.
-            rng: key of the routing noise; None: deterministic.
+            train: use training capacity factors and dropout.
+            rng: key of the routing noise and dropout; None: deterministic.
             routing: the routing of every MoE layer, as ``return_routing`` gave it, to use instead of the routers' own;
                 it must be for tokens in the same groups, under whatever dispatch mode and mesh.
             return_routing: also return the Routing of every MoE layer.
         """
-        token_ids = jnp.asarray(token_ids)
-        segment_ids = jnp.ones_like(token_ids) if segment_ids is None else jnp.asarray(segment_ids)
-        columns = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
-        positions = columns if positions is None else jnp.asarray(positions)
-
-        def body(block: Block, x: Array, replayed: Routing | None, layer: Array) -> tuple[Array, Any]:
-            key = None if rng is None else jax.random.fold_in(rng, layer)
-            x, record = block(x, segment_ids, positions, token_ids=token_ids, routing=replayed, train=train, rng=key)
-            return x, record if record is None or return_routing else (record[0], None)
-
-        x, records = self.scan(
-            body,
-            self.embedding(token_ids, jnp.dtype(self.config.dtype)),
-            split_moe_layers(self.config, routing),
-            remat=self.config.remat,
-            unroll=not self.config.scan_layers,
+        rows = make_rows(token_ids, segment_ids, positions)
+        x, layers, recorded = self.run(
+            self.embed(rows.token_ids), rows, train=train, rng=rng, routing=routing, return_routing=return_routing
         )
-        x = self.final_norm(x)
-        # A caller that reads only `hidden` under jit, as the train step does, never pays for these.
-        logits = constrain(x @ self.output_matrix(), partition_specs.LOGITS)
-        layers, recorded = join_moe_layers(records) or (None, None)
-        return Output(logits, x, layers, recorded)
+        hidden = self.scaled(x)
+        return Output(self.logits(hidden), hidden, layers, recorded)
 
-    def output_matrix(self) -> Float[Array, "D V"]:
-        """The matrix from hidden states to logits, in the compute dtype."""
-        dtype = jnp.dtype(self.config.dtype)
-        return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
+
+def make_rows(
+    token_ids: Int[ArrayLike, "B T"],
+    segment_ids: Int[ArrayLike, "B T"] | None,
+    positions: Int[ArrayLike, "B T"] | None,
+    **encoder: Array | None,
+) -> Rows:
+    """Rows with the defaults filled in: one document a row, positions 0…T−1."""
+    token_ids = jnp.asarray(token_ids)
+    segment_ids = jnp.ones_like(token_ids) if segment_ids is None else jnp.asarray(segment_ids)
+    columns = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
+    return Rows(token_ids, segment_ids, columns if positions is None else jnp.asarray(positions), **encoder)

@@ -13,44 +13,39 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe.config import ModelConfig, layer_kinds, sparse_layers
-from moe.dispatch.plan import expert_capacity
-from moe.models.decoder import Transformer
+from moe.config import LayerKind, ModelConfig, stacks
+from moe.dispatch.plan import layer_capacity
+from moe.models.encoder_decoder import abstract_model
 from moe.routing.registry import find_gate
 from moe.routing.router import SelectionBias
 
 
 def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
     """ShapeDtypeStructs of all parameters, as a nested dict; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
 
 
 def abstract_selection_biases(config: ModelConfig) -> dict[str, Any]:
     """ShapeDtypeStructs of the routers' selection biases, as a nested dict; empty for gates without them."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, SelectionBias))
+    return nnx.to_pure_dict(nnx.state(abstract_model(config), SelectionBias))
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active): active leaves out the experts that a token does not visit; both count all embeddings, and
     selection biases, as the published counts do."""
-    others, experts = _count(config)
+    others = sum(size for path, size in _sizes(config) if "experts" not in path)
+    experts = sum(size for path, size in _sizes(config) if "experts" in path)
     return others + experts, others + experts * config.moe.experts_per_token // config.moe.num_experts
 
 
 @functools.cache
-def _count(config: ModelConfig) -> tuple[int, int]:
-    """Parameters outside the experts, and of all experts of all layers."""
-    others = experts = 0
-    trees = (abstract_parameters(config), abstract_selection_biases(config))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        size = int(np.prod(leaf.shape))
-        if any(getattr(key, "key", None) == "experts" for key in path):
-            experts += size
-        else:
-            others += size
-    return others, experts
+def _sizes(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """Path and size of every parameter and selection bias."""
+    leaves = [
+        *jax.tree_util.tree_leaves_with_path(abstract_parameters(config)),
+        *jax.tree_util.tree_leaves_with_path(abstract_selection_biases(config)),
+    ]
+    return tuple((tuple(key.key for key in path), int(np.prod(leaf.shape))) for path, leaf in leaves)
 
 
 def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -61,33 +56,49 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     if gate.router == "slots":
         return moe.num_experts * moe.slots_per_expert / group_size
     if gate.experts_choose:
-        capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, group_size, moe.num_experts)
-        return moe.num_experts * capacity / group_size
+        return moe.num_experts * layer_capacity(moe, group_size) / group_size
     return moe.experts_per_token
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of forward and backward, per token.
+def train_flops_per_token(config: ModelConfig, sequence_length: int, input_length: int = 0) -> float:
+    """Model FLOPs of forward and backward, per token of the decoder.
 
     6 × active parameters, without the embedding table unless it is tied to the logits, since a look-up multiplies
     nothing; an expert's parameters count once for each row it computes (:func:`expert_rows_per_token`). Plus, in each
-    layer, 2 matmuls × 2 FLOPs × 3 (forward and twice backward) × N·H for every key a causal query sees: (T+1)/2 on
-    average, or the layer's window. Document boundaries inside a row are not subtracted. Soft MoE's mixing of tokens
-    into slots and back is 2 matmuls of D for every slot.
+    layer, 2 matmuls × 2 FLOPs × 3 (forward and twice backward) × N·H for every key a query sees: (T+1)/2 on average
+    if causal, or the layer's window; all U in an encoder and from decoder to encoder. Document boundaries inside a row
+    are not subtracted. Soft MoE's mixing of tokens into slots and back is 2 matmuls of D for every slot. What an
+    encoder computes, for U tokens a row, is divided by T.
     """
-    active, experts = _count(config)
-    mixing = 0
-    if config.moe.gate != "none":
-        active += experts * expert_rows_per_token(config, sequence_length) / config.moe.num_experts
-        if find_gate(config.moe.gate).router == "slots":
-            slots = config.moe.num_experts * config.moe.slots_per_expert
-            mixing = 12 * slots * config.d_model * sum(sparse_layers(config))
+    share = {"": 1.0, "decoder": 1.0, "encoder": input_length / sequence_length}
+    lengths = {"": sequence_length, "decoder": sequence_length, "encoder": input_length}
+    multiplied = keys = 0.0  # parameters, and keys summed over layers, per token of the decoder
+    for path, size in _sizes(config):
+        stack = path[0] if path[0] in share else ""
+        if "experts" in path:
+            size *= expert_rows_per_token(config, lengths[stack]) / config.moe.num_experts
+        of_source = "cross" in path and path[-1].startswith(("key", "value"))
+        multiplied += size * share["encoder" if of_source else stack]
     if not config.tie_embeddings:
-        active -= config.vocab_size * config.d_model
-    keys = 0.0  # per query, summed over layers
-    for _, window in layer_kinds(config):
-        window = min(window or sequence_length, sequence_length)
-        # The first `window` queries see 1..window keys, the others `window` each.
-        keys += (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+        multiplied -= config.vocab_size * config.d_model
+    slots = config.moe.num_experts * config.moe.slots_per_expert if _mixes(config) else 0
+    mixing = 0.0
+    for stack, kinds in stacks(config).items():
+        for kind in kinds:
+            keys += _keys_per_query(kind, lengths[stack]) * share[stack] + (input_length if kind.role == "cross" else 0)
+            mixing += 12 * slots * config.d_model * kind.sparse * share[stack]
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
-    return 6 * active + mixing + 6 * config.num_heads * score_and_value_dims * keys
+    return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys
+
+
+def _mixes(config: ModelConfig) -> bool:
+    return config.moe.gate != "none" and find_gate(config.moe.gate).router == "slots"
+
+
+def _keys_per_query(kind: LayerKind, length: int) -> float:
+    """Keys that a query of a row sees, on average."""
+    if kind.role == "encoder":
+        return length
+    window = min(kind.window or length, length)
+    # The first `window` queries see 1..window keys, the others `window` each.
+    return (window * (window + 1) / 2 + (length - window) * window) / length

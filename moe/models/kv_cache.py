@@ -1,7 +1,7 @@
 """Keys and values of earlier tokens, so that each further token costs one position instead of the whole text.
 
 Prompts of unequal length each begin at column 0. A layer with a sliding window keeps its last W positions in a ring:
-position p lies in slot p mod W.
+position p lies in slot p mod W. An encoder-decoder also keeps what its decoder reads of the encoder's output.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, stacks
 from moe.config.layer_kinds import LayerKind
-from moe.models.block import Block, attention_class
-from moe.models.decoder import Transformer
-from moe.models.stack import LayerStates, create_states
+from moe.models.block import Block, Rows, attention_class
+from moe.models.encoder_decoder import EncoderDecoder, Model, encoder_rows
+from moe.models.stack import LayerStates, Stack, create_states
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 
@@ -37,6 +37,20 @@ class LayerCache:
     key: Array
     value: Array | None
     position: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Output of the encoder as the decoder's layers read it.
+
+    Attributes:
+        layers: key and value [B,U,M,H] of every decoder layer.
+        mask: [B,U] bool, True for tokens of the source.
+    """
+
+    layers: LayerStates
+    mask: Array
 
 
 #: (block, normalised x, cache) → (heads [B,T,N,H], cache)
@@ -59,11 +73,27 @@ def empty(config: ModelConfig, rows: int, length: int) -> LayerStates:
         assert key is not None
         return LayerCache(key, value, jnp.full((repeats, rows, slots), -1, jnp.int32))
 
-    return create_states(config, create)
+    return create_states(list(stacks(config).values())[-1], create)
+
+
+def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
+    """Run the encoder; row b's source is its first lengths[b] tokens."""
+    mask = jnp.arange(token_ids.shape[1]) < lengths[:, None]
+    hidden, _, _ = model.encode(encoder_rows(token_ids, mask=mask))
+
+    def body(block: Block, x: Array, _: None, layer: Array) -> tuple[Array, Any]:
+        del layer
+        return x, block.cross.attention.project_keys(x, None)
+
+    return Encoded(model.decoder.scan(body, hidden)[1], mask)
 
 
 def prefill(
-    model: Transformer, token_ids: Int[Array, "B T"], lengths: Int[Array, " B"], caches: LayerStates
+    model: Model,
+    token_ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    caches: LayerStates,
+    encoded: Encoded | None = None,
 ) -> tuple[Float[Array, "B V"], LayerStates]:
     """Run the prompts.
 
@@ -72,29 +102,33 @@ def prefill(
         token_ids: row b's prompt is its first lengths[b] tokens.
         lengths: at least 1.
         caches: from :func:`empty`.
+        encoded: from :func:`encode`, of an encoder-decoder.
 
     Returns:
         logits of the token after each prompt, and the filled caches.
     """
     columns = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
     positions = jnp.broadcast_to(columns, token_ids.shape)
-    segment_ids = (columns < lengths[:, None]).astype(jnp.int32)
+    rows = Rows(token_ids, (columns < lengths[:, None]).astype(jnp.int32), positions)
+    stack = _decoder(model)
+    bias: Any = {"bias": stack.relative_bias.by_distance(len(columns))} if model.config.relative_buckets else {}
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        heads, key, value = block.attention.prefill(x, segment_ids, positions)
+        heads, key, value = block.attention.prefill(x, rows.segment_ids, positions, **bias)
         return heads, _fill(cache, key, value, lengths)
 
-    x, caches = _run(model, token_ids, segment_ids, positions, caches, attention)
+    x, caches = _run(model, rows, caches, attention, encoded)
     # [B,T,D] → [B,1,D]: the last token of each prompt
     return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
 
 
 def decode(
-    model: Transformer,
+    model: Model,
     token_ids: Int[Array, " B"],
     positions: Int[Array, " B"],
     active: Bool[Array, " B"],
     caches: LayerStates,
+    encoded: Encoded | None = None,
 ) -> tuple[Float[Array, "B V"], LayerStates]:
     """Run one more token a row.
 
@@ -104,11 +138,13 @@ def decode(
         positions: their positions.
         active: rows that are done go through no expert.
         caches: of all tokens before.
+        encoded: see :func:`prefill`.
 
     Returns:
         logits of the token after it, and the caches with it.
     """
-    segment_ids = active.astype(jnp.int32)[:, None]
+    rows = Rows(token_ids[:, None], active.astype(jnp.int32)[:, None], positions[:, None])
+    stack = _decoder(model)
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
         query, key, value = block.attention.project_cached(x, positions[:, None])
@@ -119,10 +155,18 @@ def decode(
             seen &= age < block.attention.window
         # Typed by the module: latent attention has no cached values.
         attend_cached: Any = block.attention.attend_cached
-        return attend_cached(query, cache.key, cache.value, seen[:, None, None]), cache
+        bias = {}
+        if model.config.relative_buckets:  # [B,W,N] → [B,N,1,W]
+            bias["bias"] = stack.relative_bias(-age).swapaxes(1, 2)[:, :, None].astype(x.dtype)
+        return attend_cached(query, cache.key, cache.value, seen[:, None, None], **bias), cache
 
-    x, caches = _run(model, token_ids[:, None], segment_ids, positions[:, None], caches, attention)
+    x, caches = _run(model, rows, caches, attention, encoded)
     return _logits(model, x), caches
+
+
+def _decoder(model: Model) -> Stack:
+    """The stack whose positions are cached."""
+    return model.decoder if isinstance(model, EncoderDecoder) else model
 
 
 def _fill(cache: LayerCache, key: Array, value: Array | None, lengths: Array) -> LayerCache:
@@ -152,25 +196,29 @@ def _append(cache: LayerCache, key: Array, value: Array | None, positions: Array
 
 
 def _run(
-    model: Transformer,
-    token_ids: Array,
-    segment_ids: Array,
-    positions: Array,
-    caches: LayerStates,
-    attention: CachedAttention,
+    model: Model, rows: Rows, caches: LayerStates, attention: CachedAttention, encoded: Encoded | None
 ) -> tuple[Array, LayerStates]:
-    """All blocks with this attention: token_ids [B,T] → hidden states [B,T,D]."""
+    """All blocks with this attention: hidden states [B,T,D] before the final norm."""
+    states = [[(cache, None) for cache in unit] for unit in caches]
+    if encoded is not None:
+        states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
 
-    def body(block: Block, x: Array, cache: LayerCache, layer: Array) -> tuple[Array, LayerCache]:
+    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, LayerCache]:
         del layer
-        heads, cache = attention(block, block.attention_norm(x), cache)
+        heads, cache = attention(block, block.attention_norm(x), state[0])
         x = x + block.attention.join(heads)
-        x, _ = block.feed_forward(x, segment_ids, token_ids=token_ids, positions=positions)
+        if encoded is not None:
+            cross: Any = block.cross.attention
+            query = cross.project_query(block.cross.norm(x), None)
+            mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
+            x = x + cross.join(cross.attend_cached(query, *state[1], mask))
+        x, _ = block.feed_forward(x, rows, generating=True)
         return x, cache
 
-    return model.scan(body, model.embedding(token_ids, jnp.dtype(model.config.dtype)), caches)
+    return _decoder(model).scan(body, model.embed(rows.token_ids), states)
 
 
-def _logits(model: Transformer, x: Array) -> Array:
+def _logits(model: Model, x: Array) -> Array:
     """[B,1,D] → [B,V] float32."""
-    return (model.final_norm(x)[:, 0] @ model.output_matrix()).astype(jnp.float32)
+    hidden = model.scaled(_decoder(model).final_norm(x))
+    return (hidden[:, 0] @ model.output_matrix()).astype(jnp.float32)

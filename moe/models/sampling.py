@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models import kv_cache
-from moe.models.decoder import Transformer
-from moe.models.stack import LayerStates
+from moe.models.encoder_decoder import abstract_model
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size
 from moe.routing.registry import find_gate
@@ -34,6 +33,7 @@ class Sampling:
         top_k: choose among this many likeliest tokens; 0: all.
         top_p: choose among the fewest likeliest tokens that together have this probability.
         stop_tokens: ids that end a row.
+        start_token: first token of the decoder of an encoder-decoder; T5 takes that of padding.
         seed: of the draws; the draws of row b do not depend on the other rows.
     """
 
@@ -41,6 +41,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
+    start_token: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +75,12 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
+    return dataclasses.replace(config, moe=dataclasses.replace(one_group_a_row(config).moe, expert_capacity=0))
+
+
+def one_group_a_row(config: ModelConfig) -> ModelConfig:
+    """:func:`without_drops`, but for a capacity that is given as a number, by which no row depends on the others: so an
+    encoder runs."""
     if config.moe.gate == "none" or find_gate(config.moe.gate).looks_ahead:
         return config
     k = config.moe.experts_per_token
@@ -95,12 +102,12 @@ def stream(
     num_tokens: int,
     sampling: Sampling = Sampling(),
 ) -> Iterator[np.ndarray]:
-    """Continue prompts, one token a row at a time.
+    """Continue prompts, or write the targets of an encoder's inputs, one token a row at a time.
 
     Args:
         config: of the model.
         variables: nested dict of all its variables, on the mesh in context if there is one.
-        prompts: B token sequences of any lengths from 1.
+        prompts: B token sequences of any lengths from 1; of an encoder-decoder, inputs of the encoder.
         num_tokens: the most tokens to add to a row.
         sampling: how they are chosen.
 
@@ -111,16 +118,15 @@ def stream(
         ConfigError: no prompts, an empty one, a token outside the vocabulary, or a gate that needs later tokens.
     """
     check_prompts(config, prompts)
-    config = without_drops(config)
     token_ids, lengths = _pad(prompts)
     active = np.arange(len(lengths)) < len(prompts)
-    begin, step = _programs(config, len(lengths), token_ids.shape[1] + num_tokens, sampling)
-    next_ids, caches = begin(variables, token_ids, lengths)
-    positions = jnp.asarray(lengths)
+    prompt_length = 1 if config.encoder_layers else token_ids.shape[1]
+    begin, step = _programs(config, len(lengths), prompt_length + num_tokens, sampling)
+    next_ids, positions, caches, encoded = begin(variables, token_ids, lengths)
     for i in range(num_tokens):
         shown, shown_active = next_ids, active
         if i + 1 < num_tokens:  # started before the last token is read: the device never waits for the host
-            next_ids, positions, active, caches = step(variables, next_ids, positions, active, caches)
+            next_ids, positions, active, caches = step(variables, next_ids, positions, active, caches, encoded)
         column = np.where(np.asarray(shown_active), np.asarray(shown), -1)[: len(prompts)]
         if (column == -1).all():
             return
@@ -154,7 +160,8 @@ def _programs(
     config: ModelConfig, rows: int, length: int, sampling: Sampling
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled prefill and decoding step for that many rows and positions."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(abstract_model(without_drops(config)))
+    encoder = nnx.graphdef(abstract_model(one_group_a_row(config))) if config.encoder_layers else None
     stops = np.asarray(sampling.stop_tokens, np.int32)
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(sampling.seed), row))(jnp.arange(rows))
 
@@ -163,15 +170,19 @@ def _programs(
         return choose(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
     @jax.jit
-    def begin(variables: Any, token_ids: Array, lengths: Array) -> tuple[Array, LayerStates]:
-        caches = kv_cache.empty(config, rows, length)
-        logits, caches = kv_cache.prefill(nnx.merge(graphdef, variables), token_ids, lengths, caches)
-        return pick(logits, lengths), caches
+    def begin(variables: Any, token_ids: Array, lengths: Array) -> Any:
+        encoded, caches = None, kv_cache.empty(config, rows, length)
+        if encoder is not None:
+            encoded = kv_cache.encode(nnx.merge(encoder, variables), token_ids, lengths)
+            token_ids, lengths = jnp.full((rows, 1), sampling.start_token, jnp.int32), jnp.ones(rows, jnp.int32)
+        logits, caches = kv_cache.prefill(nnx.merge(graphdef, variables), token_ids, lengths, caches, encoded)
+        return pick(logits, lengths), lengths, caches, encoded
 
     @functools.partial(jax.jit, donate_argnames="caches")
-    def step(variables: Any, token_ids: Array, positions: Array, active: Array, caches: LayerStates) -> Any:
+    def step(variables: Any, token_ids: Array, positions: Array, active: Array, caches: Any, encoded: Any) -> Any:
         active &= ~jnp.isin(token_ids, stops)
-        logits, caches = kv_cache.decode(nnx.merge(graphdef, variables), token_ids, positions, active, caches)
+        model = nnx.merge(graphdef, variables)
+        logits, caches = kv_cache.decode(model, token_ids, positions, active, caches, encoded)
         return pick(logits, positions + 1), positions + 1, active, caches
 
     return begin, step

@@ -1,7 +1,8 @@
-"""Repeated layers: how their parameters are stored, and the scan over them.
+"""Stacks of layers: how their parameters are stored, and the scan over them.
 
 Equal neighbouring layers are stored stacked, under ``segment_i/block_j``, and run as one ``jax.lax.scan``, so that a
-model of 32 layers compiles as fast as one of 4. No other module depends on this layout.
+model of 32 layers compiles as fast as one of 4. An encoder-decoder has two stacks, ``encoder`` and ``decoder``. No
+other module depends on this layout.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moe.config import Config, ConfigError, ModelConfig
-from moe.config.layer_kinds import LayerKind, layer_kinds
-from moe.models.block import Block
+from moe.config import ModelConfig
+from moe.config.layer_kinds import LayerKind, stacks
+from moe.layers.attention.relative import RelativeBias
+from moe.layers.dropout import Dropout
+from moe.layers.norms import RMSNorm
+from moe.models.block import Block, Rows
 from moe.parallel.remat import REMAT_POLICIES
-from moe.routing.resolve import resolve
+from moe.routing.balancing import LayerReport
+from moe.routing.routing import Routing
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
 #: stacked over the repeats.
@@ -32,13 +37,12 @@ Body = Callable[[Block, Any, Any, Int[Array, ""]], tuple[Any, Any]]
 
 
 @functools.lru_cache
-def segments(config: ModelConfig) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
-    """The layers as (unit, repeats) runs: a unit is a pattern of blocks, repeated.
+def segments(layers: tuple[LayerKind, ...]) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+    """Layers of a stack as (unit, repeats) runs: a unit is a pattern of blocks, repeated.
 
     Example: MoE in every second of 12 layers is (((dense, sparse), 6),); all but the first of 4 is
     (((dense,), 1), ((sparse,), 3)).
     """
-    layers = layer_kinds(config)
     runs: list[tuple[tuple[LayerKind, ...], int]] = []
     start = 0
     while start < len(layers):
@@ -80,15 +84,67 @@ class Segment(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All layers of a model, in segments."""
+    """All layers of a decoder-only model, of an encoder or of a decoder, in segments, and the norm after them."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Draw the parameters of all layers; what the config leaves to its gate is filled in."""
-        if not isinstance(config, ModelConfig):
-            raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
-        self.config = config = resolve(Config(model=config)).model
-        for i, (unit, repeats) in enumerate(segments(config)):
+    def __init__(self, config: ModelConfig, name: str = "", *, rngs: nnx.Rngs):
+        """Draw the parameters.
+
+        Args:
+            config: resolved, of the whole model.
+            name: of the stack (:func:`moe.config.layer_kinds.stacks`).
+            rngs: keys of the parameters.
+        """
+        self.config, self.name = config, name
+        for i, (unit, repeats) in enumerate(segments(self.kinds)):
             setattr(self, f"segment_{i}", Segment.stacked(config, unit, repeats, rngs=rngs))
+        if config.relative_buckets:
+            self.relative_bias = RelativeBias(config, bidirectional=name == "encoder", rngs=rngs)
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Kind of each layer."""
+        return stacks(self.config)[self.name]
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        rows: Rows,
+        *,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+        routing: Routing | None = None,
+        return_routing: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LayerReport | None, Routing | None]:
+        """All layers and the final norm.
+
+        Args:
+            x: embedded tokens.
+            rows: the tokens' documents and positions, and the encoder's output.
+            train: use training capacity factors and dropout.
+            rng: key of routing noise and dropout; None: deterministic.
+            routing: of every MoE layer of this stack, to replay.
+            return_routing: also return it.
+
+        Returns:
+            Final hidden states, and the reports and routing of the MoE layers, stacked.
+        """
+        c = self.config
+        first = c.encoder_layers if self.name == "decoder" else 0  # layers of both stacks are numbered through
+        drop = Dropout(c.dropout, None)
+        if train and rng is not None:
+            drop = Dropout(c.dropout, jax.random.fold_in(rng, c.encoder_layers + c.num_layers + first))
+        bias = self.relative_bias.by_distance(x.shape[1]) if c.relative_buckets else None
+
+        def body(block: Block, x: Array, replayed: Routing | None, layer: Array) -> tuple[Array, Any]:
+            key = None if rng is None else jax.random.fold_in(rng, first + layer)
+            x, record = block(x, rows, bias, routing=replayed, train=train, rng=key)
+            return x, record if record is None or return_routing else (record[0], None)
+
+        states = split_moe_layers(self.kinds, routing)
+        x, records = self.scan(body, drop(x, place=0), states, remat=c.remat, unroll=not c.scan_layers)
+        layers, recorded = join_moe_layers(records) or (None, None)
+        return drop(self.final_norm(x), place=1), layers, recorded
 
     def scan(
         self, body: Body, x: Any, states: LayerStates | None = None, *, remat: str = "none", unroll: bool = False
@@ -106,7 +162,7 @@ class Stack(nnx.Module):
             The last x and the new state of every layer.
         """
         outputs, first = [], 0
-        for i, (unit, repeats) in enumerate(segments(self.config)):
+        for i, (unit, repeats) in enumerate(segments(self.kinds)):
             before = [None] * len(unit) if states is None else states[i]
             graphdef, stacked = nnx.split(getattr(self, f"segment_{i}"))
 
@@ -130,15 +186,17 @@ class Stack(nnx.Module):
         return x, outputs
 
 
-def create_states(config: ModelConfig, create: Callable[[LayerKind, int], Any]) -> LayerStates:
-    """A state for every layer: ``create(kind, repeats)`` makes that of equal layers, stacked over the repeats."""
-    return [[create(kind, repeats) for kind in unit] for unit, repeats in segments(config)]
+def create_states(layers: tuple[LayerKind, ...], create: Callable[[LayerKind, int], Any]) -> LayerStates:
+    """A state for every layer of a stack: ``create(kind, repeats)`` makes that of equal layers, stacked over the
+    repeats."""
+    return [[create(kind, repeats) for kind in unit] for unit, repeats in segments(layers)]
 
 
-def split_moe_layers(config: ModelConfig, tree: Any) -> LayerStates:
-    """Distribute a tree whose arrays lead with the number of MoE layers, in layer order; dense layers get None."""
+def split_moe_layers(layers: tuple[LayerKind, ...], tree: Any) -> LayerStates:
+    """Distribute a tree whose arrays lead with a stack's number of MoE layers, in layer order; dense layers get
+    None."""
     result, start = [], 0
-    for unit, repeats in segments(config):
+    for unit, repeats in segments(layers):
         sparse = sum(kind.sparse for kind in unit)
         stop = start + sparse * repeats
         # [L,...] → [R·sparse,...], every sparse-th of them: [R,...]
@@ -164,15 +222,22 @@ def join_moe_layers(states: LayerStates) -> Any:
 def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[str, Any]:
     """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases."""
     biases: dict[str, Any] = {}
-    for i, blocks in enumerate(split_moe_layers(config, layers)):
-        for j, values in enumerate(blocks):
-            if values is not None:
-                biases.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
+    start = 0
+    for name, kinds in stacks(config).items():
+        stop = start + sum(kind.sparse for kind in kinds)
+        of_stack = biases.setdefault(name, {}) if name and stop > start else biases
+        for i, blocks in enumerate(split_moe_layers(kinds, layers[start:stop])):
+            for j, values in enumerate(blocks):
+                if values is not None:
+                    of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
+        start = stop
     return biases
 
 
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:
     """The layers whose arrays a parameter stacks, in the order of its leading axis, and its path within each block.
+
+    Layers are numbered as in :func:`moe.config.layer_kinds.layer_kinds`, an encoder's first.
 
     Args:
         config: of the model.
@@ -181,11 +246,14 @@ def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tup
     Returns:
         None for a parameter outside the layers, such as the embedding.
     """
+    name = path[0] if config.encoder_layers else ""
+    path = path[1:] if name else path
     if not path[0].startswith("segment_"):
         return None
     i, j = int(path[0].removeprefix("segment_")), int(path[1].removeprefix("block_"))
-    runs = segments(config)
+    runs = segments(stacks(config)[name])
     start = sum(len(unit) * repeats for unit, repeats in runs[:i])
+    start += config.encoder_layers if name == "decoder" else 0
     size, repeats = len(runs[i][0]), runs[i][1]
     return range(start + j, start + size * repeats, size), tuple(path[2:])
 

@@ -99,15 +99,17 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     model, moe, mesh = config.model, config.model.moe, config.mesh
     length = config.data.sequence_length
     devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
-    tokens = config.train.batch_size * length
+    inputs = config.data.input_length if model.encoder_layers else length
+    tokens = config.train.batch_size * (length + inputs) / 2  # of a layer, on average over both stacks
     tokens_here = tokens / (devices / mesh.tensor)  # of one device
-    layers, moe_layers = model.num_layers, sum(sparse_layers(model))
+    layers, moe_layers = model.encoder_layers + model.num_layers, sum(sparse_layers(model))
     size = 4 if model.dtype == "float32" else 2
 
     into = 2 if model.activation in GATED_ACTIVATIONS else 1
     expert_parameters = moe_layers * (into + 1) * model.d_model * moe.d_ff
     rows = moe.experts_per_token * (moe.capacity_factor if moe.dispatch != "dropless" else 1.0)
-    per_token, total = _of_model(fit.same_parameters(model), length)
+    per_token, total = _of_model(fit.same_parameters(model), length, inputs)
+    per_token *= config.train.batch_size * length / tokens
     per_token += 6 * expert_parameters * (rows - moe.experts_per_token)
     if moe_layers and moe.dispatch == "einsum":  # in and out: [S,E·C] x [S,D]
         per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.d_model
@@ -143,6 +145,6 @@ _RECOMPUTED = {"none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "d
 
 
 @functools.lru_cache
-def _of_model(model: ModelConfig, length: int) -> tuple[float, int]:
-    """(model FLOPs per token, parameters)."""
-    return flops.train_flops_per_token(model, length), flops.count_parameters(model)[0]
+def _of_model(model: ModelConfig, length: int, inputs: int) -> tuple[float, int]:
+    """(model FLOPs per token of the decoder, parameters)."""
+    return flops.train_flops_per_token(model, length, inputs), flops.count_parameters(model)[0]

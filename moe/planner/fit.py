@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers
+from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stacks
 from moe.dispatch.ragged_exchange import ROUND_SIZE
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
@@ -94,8 +94,9 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     """Bytes of kept activations: those of every repeat, and one layer's experts in any case, while their gradients are
     computed."""
     model, moe = config.model, config.model.moe
-    rows = config.train.batch_size // config.train.accumulation_steps
-    tokens = rows * config.data.sequence_length // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    rows = (
+        config.train.batch_size // config.train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    )
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     # Numbers per token on one device: projections of attention and its heads, hidden activations, experts' outputs.
     projections = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / sizes["tensor"]
@@ -103,7 +104,7 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
     outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.d_model
-    kept = {  # by policy: (of attention, of a dense FFN, of experts)
+    of_attention, of_dense, of_experts = {
         "none": (projections, dense, experts),
         "hidden": (projections + heads, dense, experts + outputs),
         "outputs": (projections + heads, 0.0, outputs),
@@ -111,12 +112,17 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
         "dots": (projections, dense, 0.0),
         "full": (0.0, 0.0, 0.0),
     }[model.remat]
-    width = 0.0
-    for unit, repeats in segments(model):
-        width += repeats * (model.d_model + sum(kept[0] + kept[2 if kind.sparse else 1] for kind in unit))
+    numbers = 0.0  # kept per row on one device
+    for name, kinds in stacks(model).items():
+        length = config.data.input_length if name == "encoder" else config.data.sequence_length
+        for unit, repeats in segments(kinds):
+            kept = float(model.d_model)
+            for kind in unit:
+                kept += of_attention * (1 + (kind.role == "cross")) + (of_experts if kind.sparse else of_dense)
+            numbers += repeats * kept * length
     if model.remat not in ("none", "hidden") and any(sparse_layers(model)):
-        width += experts
-    return int(tokens * width * jnp.dtype(model.dtype).itemsize)
+        numbers += experts * config.data.sequence_length
+    return int(rows * numbers * jnp.dtype(model.dtype).itemsize)
 
 
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
-from moe.dispatch.plan import expert_capacity
+from moe.dispatch.plan import layer_capacity
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
@@ -141,8 +141,7 @@ def _computed_rows(moe: MoEConfig, tokens: int) -> int:
     if moe.dispatch == "dropless":
         return tokens * moe.experts_per_token
     group = moe.group_size or tokens
-    capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, group, moe.num_experts)
-    return tokens // group * moe.num_experts * capacity
+    return tokens // group * moe.num_experts * layer_capacity(moe, group)
 
 
 HEADER = (

@@ -229,7 +229,8 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         tokens=tokens,
         total_parameters=total,
         active_parameters=active,
-        model_flops=tokens * flops.train_flops_per_token(config.model, config.data.sequence_length),
+        model_flops=tokens
+        * flops.train_flops_per_token(config.model, config.data.sequence_length, config.data.input_length),
         simple_flops=6.0 * active * tokens,
         program_flops=products.total,
         peak_flops=peak,

@@ -21,6 +21,7 @@ def check_moe(config: Config) -> None:
     gate = find_gate(moe.gate)
     require_at_least(_MOE, moe, 1, "num_experts", "experts_per_token", "d_ff", "every", "slots_per_expert")
     require_at_least(_MOE, moe, 0, "shared_d_ff", "first_dense", "group_size", "importance_weight", "load_weight")
+    require_at_least(_MOE, moe, 0, "expert_capacity")
     require_at_least(_MOE, moe, 0, "load_balancing_weight", "device_balance_weight", "z_loss_weight")
     require_at_least(_MOE, moe, 0, "bias_update_rate")
     require_at_most(_MOE, moe)
@@ -174,6 +175,12 @@ def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
         moe.dispatch,
         "must be einsum: soft_moe mixes all tokens into every slot and moves no single token",
     )
+    require(
+        moe.expert_capacity == 0 or (gate.router != "slots" and moe.dispatch != "dropless"),
+        f"{_MOE}expert_capacity",
+        moe.expert_capacity,
+        "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe",
+    )
     enough_experts = 2 * moe.experts_per_token <= moe.num_experts
     require(
         not moe.overflow_to_next or (enough_experts and not gate.looks_ahead and moe.dispatch != "dropless"),
@@ -185,7 +192,7 @@ def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
 
 
 def _check_layers(config: Config) -> None:
-    moe, num_layers = config.model.moe, config.model.num_layers
+    moe, num_layers = config.model.moe, config.model.encoder_layers + config.model.num_layers
     require_layers(f"{_MOE}layers", moe.layers, num_layers)
     require(
         not moe.layers or (moe.every == 1 and moe.first_dense == 0),
@@ -202,15 +209,17 @@ def _check_layers(config: Config) -> None:
 
 
 def _check_group_size(config: Config) -> None:
-    moe, length = config.model.moe, config.data.sequence_length
-    tokens = config.train.batch_size // max(config.train.accumulation_steps, 1) * length
-    size = moe.group_size or length
-    require(
-        tokens % size == 0 and (size % length == 0 or length % size == 0),
-        f"{_MOE}group_size",
-        moe.group_size,
-        f"must divide or be a multiple of data.sequence_length={length}, and divide a microbatch's {tokens} tokens",
-    )
+    moe = config.model.moe
+    for name in ("sequence_length", "input_length") if config.model.encoder_layers else ("sequence_length",):
+        length = getattr(config.data, name)
+        tokens = config.train.batch_size // max(config.train.accumulation_steps, 1) * length
+        size = moe.group_size or length
+        require(
+            tokens % size == 0 and (size % length == 0 or length % size == 0),
+            f"{_MOE}group_size",
+            moe.group_size,
+            f"must divide or be a multiple of data.{name}={length}, and divide a microbatch's {tokens} tokens",
+        )
 
 
 def _limits_groups(gate: Gate) -> bool:

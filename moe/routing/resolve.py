@@ -26,8 +26,8 @@ def from_config_dict(tree: object) -> Config:
 
 
 def resolve(config: Config) -> Config:
-    """Fill fields whose default depends on others: -1 and "gate" in ``model.moe``, ``moe.d_ff`` of 0, and the domains
-    of the embedded corpus.
+    """Fill fields whose default depends on others: -1 and "gate" in ``model.moe``, ``moe.d_ff`` of 0, the domains of
+    the embedded corpus, objective and input length of an encoder-decoder.
 
     Raises:
         ConfigError: an unknown gate.
@@ -50,6 +50,10 @@ def resolve(config: Config) -> Config:
     data = config.data
     if data.dataset == "embedded" and not data.domains:
         data = dataclasses.replace(data, domains=EMBEDDED_DOMAINS)
+    if config.model.encoder_layers:
+        objective = "span_corruption" if data.objective == "causal" else data.objective
+        length = data.input_length or data.sequence_length
+        data = dataclasses.replace(data, objective=objective, input_length=length)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), data=data)
 
 

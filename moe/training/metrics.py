@@ -82,7 +82,7 @@ class Throughput:
         """
         length = config.data.sequence_length
         self._tokens = config.train.batch_size * length
-        self._flops = self._tokens * flops.train_flops_per_token(config.model, length)
+        self._flops = self._tokens * flops.train_flops_per_token(config.model, length, config.data.input_length)
         self._peak = matmul_rate.measured_matmul_rate(config.model.dtype) * jax.device_count()
         self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()
         if jax.default_backend() == "cpu":

@@ -34,7 +34,7 @@ class Workdir:
 
     def variables(self, step: int | None = None) -> dict[str, Any]:
         """Variables of a checkpoint; None: the newest. See :func:`moe.checkpoints.parameters.read_variables`."""
-        return parameters.read_variables(self.path, self.program.config.model, self.program.mesh, step=step)
+        return parameters.read_variables(self.path, self.program.config.model, mesh=self.program.mesh, step=step)
 
     def steps(self) -> list[int]:
         """Steps of its checkpoints, in order."""

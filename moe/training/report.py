@@ -15,7 +15,7 @@ from etils import epath
 from moe.atomic_files import write_atomic
 from moe.checkpoints.state import TrainState
 from moe.config import ConfigError
-from moe.data import pipeline
+from moe.data import objectives, pipeline
 from moe.metrics_files import METRICS, read_rows
 from moe.models import sampling
 from moe.training.step import Program
@@ -45,7 +45,7 @@ def finish(
     unigram = unigram_over_all(results, unigram)
     text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
     if config.train.sample_tokens and jax.process_count() == 1:
-        text += "\n\n" + _samples(program, state, prepared)
+        text += "\n\n" + (_targets if config.model.encoder_layers else _samples)(program, state, prepared)
     figure(directory / "training.png", rows, unigram)
     write_atomic(directory / "report.txt", (text + "\n").encode())
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
@@ -64,6 +64,23 @@ def _samples(program: Program, state: TrainState, prepared: pipeline.Prepared) -
     shown = [
         f"a continuation, {domain}:\n{tokenizer.decode(prompt)} >>> {tokenizer.decode(continuation)}"
         for domain, prompt, continuation in zip(prepared.domains, prompts, text, strict=True)
+    ]
+    return "\n\n".join(shown)
+
+
+def _targets(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
+    """Likeliest targets of the first example of each domain's first held-out document, by an encoder-decoder."""
+    config, tokenizer, rng = program.config, prepared.tokenizer, np.random.default_rng(0)
+    firsts = [
+        objectives.examples(prepared.heldout[domain][0], rng, config.data, tokenizer)[0] for domain in prepared.domains
+    ]
+    options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
+    prompts = [example["encoder"] for example in firsts]
+    written = sampling.sample(config.model, state.variables, prompts, config.train.sample_tokens, options)
+    title = {"span_corruption": "blanks as [written|removed]"}.get(config.data.objective, "a target")
+    shown = [
+        f"{title}, {domain}:\n{objectives.show_example(example, ids, config.data, tokenizer)}"
+        for domain, example, ids in zip(prepared.domains, firsts, written, strict=True)
     ]
     return "\n\n".join(shown)
 

@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 from moe.checkpoints.state import TrainState, join, set_schedule_step
 from moe.config import Config, ModelConfig
 from moe.layers.moe_layer import replace_gate
-from moe.models.decoder import Transformer
+from moe.models.decoder import Output
+from moe.models.encoder_decoder import Model, abstract_model, create_model
 from moe.models.stack import selection_biases
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
@@ -29,9 +30,12 @@ from moe.training.losses import auxiliary_loss, linear_cross_entropy, mean_repor
 from moe.training.optimizer import gradient_norm, make_optimizer
 from moe.training.schedules import learning_rate_schedule
 
-#: tokens, targets, segment_ids, positions: [B,T] int32 (see moe.data.pipeline)
+#: int32 arrays by the names of :func:`batch_keys` (see moe.data.pipeline)
 Batch = dict[str, Array]
-BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions")
+
+#: Arrays [B,T] of a batch, and [B,U] for an encoder, under the names of its keyword arguments.
+TOKEN_KEYS = ("tokens", "targets", "segment_ids", "positions")
+ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
 
 #: A teacher's model config and variables.
 Teacher = tuple[ModelConfig, dict[str, Any]]
@@ -91,7 +95,7 @@ class Program:
 
     config: Config
     mesh: Mesh
-    graphdef: nnx.GraphDef[Transformer]
+    graphdef: nnx.GraphDef[Model]
     initialise: Callable[[ArrayLike], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
     eval_step: Callable[[dict[str, Any], Batch, ArrayLike], EvalMetrics]
@@ -102,7 +106,7 @@ class Program:
         """Random state at step 0, from the config's seed."""
         return self.initialise(self.config.seed)
 
-    def model(self, variables: dict[str, Any]) -> Transformer:
+    def model(self, variables: dict[str, Any]) -> Model:
         """NNX module over these variables (:attr:`TrainState.variables`)."""
         return nnx.merge(self.graphdef, variables)
 
@@ -112,8 +116,8 @@ class _Parts:
     """Static parts of a run that the traced functions share."""
 
     config: Config
-    graphdef: nnx.GraphDef[Transformer]
-    teacher_graphdef: nnx.GraphDef[Transformer]
+    graphdef: nnx.GraphDef[Model]
+    teacher_graphdef: nnx.GraphDef[Model]
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
 
@@ -155,9 +159,6 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         donate_argnums=0,
         compiler_options=options,
     )
-    rows = jax.ShapeDtypeStruct(
-        (config.train.batch_size, config.data.sequence_length), jnp.int32, sharding=batch_sharding
-    )
     return Program(
         config=config,
         mesh=mesh,
@@ -177,12 +178,28 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
             shapes,
             state_shardings,
         ),
-        batch={key: rows for key in BATCH_KEYS},
+        batch={
+            key: jax.ShapeDtypeStruct((config.train.batch_size, length), jnp.int32, sharding=batch_sharding)
+            for key, length in batch_keys(config).items()
+        },
     )
 
 
-def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Transformer]:
-    abstract = nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+def batch_keys(config: Config) -> dict[str, int]:
+    """Names of a batch's arrays, and the length of their rows: T, or U for those that an encoder reads."""
+    of_encoder = ENCODER_KEYS if config.model.encoder_layers else ()
+    lengths = [(key, config.data.sequence_length) for key in TOKEN_KEYS]
+    return dict(lengths + [(key, config.data.input_length) for key in of_encoder])
+
+
+def forward(model: Model, batch: Batch, **settings: Any) -> Output:
+    """The output of a model for a batch; settings such as ``train`` are those of its call."""
+    encoder = {key: batch[key] for key in ENCODER_KEYS if key in batch}
+    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **encoder, **settings)
+
+
+def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
+    abstract = abstract_model(model)
     if gate is not None:
         replace_gate(abstract, gate)
     return nnx.graphdef(abstract)
@@ -191,7 +208,7 @@ def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Tran
 def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
     """Random state at step 0. The seed is an argument so that runs of several seeds share one compiled program."""
     parameter_key, noise_key = jax.random.split(jax.random.key(seed))
-    model = Transformer(parts.config.model, rngs=nnx.Rngs(params=parameter_key))
+    model = create_model(parts.config.model, rngs=nnx.Rngs(params=parameter_key))
     parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
     return TrainState(
@@ -260,13 +277,12 @@ def _loss(
     """A microbatch's share of the batch's loss, and (its share of the cross-entropy, layer reports)."""
     config = parts.config
     model = nnx.merge(parts.graphdef, join(parameters, biases))
-    output = model(batch["tokens"], batch["segment_ids"], batch["positions"], train=True, rng=rng)
+    output = forward(model, batch, train=True, rng=rng)
     nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
     cross_entropy = loss = nll / jnp.maximum(num_targets, 1)
     if teacher_variables is not None:
         teacher = nnx.merge(parts.teacher_graphdef, teacher_variables)
-        teacher_logits = teacher(batch["tokens"], batch["segment_ids"], batch["positions"]).logits
-        soft = soft_cross_entropy(output.logits, teacher_logits, batch["targets"])
+        soft = soft_cross_entropy(output.logits, forward(teacher, batch).logits, batch["targets"])
         loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
     auxiliary = auxiliary_loss(output.layers, config.model.moe) / config.train.accumulation_steps
     return loss + auxiliary, (cross_entropy, output.layers)
@@ -292,11 +308,11 @@ def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | N
 
 
 def eval_step(
-    graphdef: nnx.GraphDef[Transformer], variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike
+    graphdef: nnx.GraphDef[Model], variables: dict[str, Any], batch: Batch, token_bytes: ArrayLike
 ) -> EvalMetrics:
     """Sums over a held-out batch; no routing noise, no dropout."""
     model = nnx.merge(graphdef, variables)
-    output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
+    output = forward(model, batch)
     nll, num_targets = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
     known = batch["targets"] >= 0
     sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
@@ -304,6 +320,7 @@ def eval_step(
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh."""
+    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh, less what no step reads."""
     sharding = NamedSharding(mesh, partition_specs.BATCH)
-    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in BATCH_KEYS}
+    keys = [*TOKEN_KEYS, *(key for key in ENCODER_KEYS if key in batch)]
+    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

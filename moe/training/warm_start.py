@@ -116,7 +116,7 @@ def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | 
     model = read_config(config.distill.teacher).model
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
-    return model, stored.read_variables(config.distill.teacher, model, mesh)
+    return model, stored.read_variables(config.distill.teacher, model, mesh=mesh)
 
 
 def _summary(config: Config, source: Config, theirs: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.lab import law, statistics
+from moe.lab import law, plan, statistics
 from moe.lab.costs import executed_flops
 from moe.lab.records import PRIMARY
 from moe.lab.report import figures
@@ -144,8 +144,7 @@ def costs_section(found: Table) -> str:
     for name in found.variants:
         steps = found.longest(name)
         cost = found.suite.costs(name, steps)
-        dropped = _dropped(found, name, steps)
-        executed = executed_flops(found.suite.config(name, steps=steps), dropped)
+        before = sum(_executed(found, parent, steps) for parent in plan.family(found.suite, name))
         rows.append((
             name,
             found.suite.variants[name].note,
@@ -153,14 +152,23 @@ def costs_section(found: Table) -> str:
             f"{cost['active_parameters'] / 1e6:.2f}M",
             f"{steps:,}",
             f"{cost['flops']:.3g}",
-            f"{executed:.3g}",
-            f"{dropped:.2%}",
+            f"{_executed(found, name, steps):.3g}",
+            f"{before:.3g}" if before else "–",
+            f"{_dropped(found, name, steps):.2%}",
         ))  # fmt: skip
-    header = ("arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "dropped in training")
+    header = (
+        "arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "and its parents'",
+        "dropped in training",
+    )  # fmt: skip
     return (
-        "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. No "
-        f"wall-clock time is compared: the runs were not timed in turns on an idle machine.\n\n{table(header, rows)}"
+        "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. An arm "
+        "that starts from another one or is taught by it has cost that one's training too. No wall-clock time is "
+        f"compared: the runs were not timed in turns on an idle machine.\n\n{table(header, rows)}"
     )
+
+
+def _executed(found: Table, name: str, steps: int) -> float:
+    return executed_flops(found.suite.config(name, steps=steps), _dropped(found, name, steps))
 
 
 def _dropped(found: Table, name: str, steps: int) -> float:

@@ -18,7 +18,7 @@ from moe.checkpoints import parameters
 from moe.config import Config
 from moe.data import pipeline
 from moe.training.losses import linear_cross_entropy
-from moe.training.step import Batch, Program, place
+from moe.training.step import Batch, Program, forward, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,14 @@ def mixed_rows(
         if index < len(rows)
     ]
     size = config.train.batch_size // config.train.accumulation_steps
-    padding = {**picked[0][1], "targets": np.full_like(picked[0][1]["targets"], -1)}
-    padding["segment_ids"] = np.zeros_like(padding["segment_ids"])
     rows = [row for _, row in picked]
+    padding = {
+        key: np.full_like(value, -1) if key == "targets" else value * (not key.endswith("segment_ids"))
+        for key, value in rows[0].items()
+    }
     rows += [padding] * (-len(rows) % size)
-    keys = ("tokens", "targets", "segment_ids", "positions")
     batches = [
-        {key: np.concatenate([row[key] for row in rows[start : start + size]]) for key in keys}
+        {key: np.concatenate([row[key] for row in rows[start : start + size]]) for key in padding}
         for start in range(0, len(rows), size)
     ]
     targets = np.asarray([int((row["targets"] >= 0).sum()) for _, row in picked])
@@ -76,7 +77,7 @@ class RowLosses:
     def __call__(self, directory: Path, step: int) -> np.ndarray:
         """[rows] losses of the checkpoint of a step."""
         program = self._program
-        variables = parameters.read_variables(str(directory), program.config.model, program.mesh, step=step)
+        variables = parameters.read_variables(str(directory), program.config.model, mesh=program.mesh, step=step)
         sums = [self._losses(variables, place(batch, program.mesh)) for batch in self.rows.batches]
         return np.concatenate([np.asarray(s) for s in sums])[: len(self.rows.targets)] / self.rows.targets
 
@@ -84,7 +85,7 @@ class RowLosses:
 def _row_losses(program: Program, variables: dict[str, Any], batch: Batch) -> Float[Array, " B"]:
     """Summed nats of each row."""
     model = program.model(variables)
-    hidden = model(batch["tokens"], batch["segment_ids"], batch["positions"]).hidden
+    hidden = forward(model, batch).hidden
     matrix = model.output_matrix()
 
     def of_row(row: Float[Array, "T D"], targets: Int[Array, " T"]) -> Array:

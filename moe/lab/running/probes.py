@@ -6,15 +6,16 @@ Each maps a run to quantity → value; a value of one MoE layer is named ``quant
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from moe.analysis import dependence, documents, measures, probes, repetition, syntax
-from moe.analysis.record import Recorder, Records
+from moe.analysis import probes
+from moe.analysis.analyse import measure
+from moe.analysis.record import Recorder
 from moe.checkpoints import manager, parameters
 from moe.config import ConfigError
 from moe.data import pipeline
@@ -27,7 +28,7 @@ SHUFFLES = 20  # permutations of a null distribution
 EARLY = 0.25  # share of training after which saturation is measured
 MASKED_SHARE = 1 / 8  # share of the experts that is masked, each token's most probable ones
 EVAL_FACTORS = (0.75, 1.0, 1.25, 2.0, 4.0)
-PYTHON_TOKENS = 20_000  # held-out source tokens whose syntax is analysed
+TOKENS = 20_000  # held-out tokens of each domain, and of whole Python documents, whose routing is measured
 
 
 class Model:
@@ -49,20 +50,6 @@ class Model:
         self.mixed = Heldout({MIXED: mixed.batches}, self.heldout.token_bytes)
         self.probe = functools.cache(lambda make, *arguments: make(config, program.mesh, *arguments))
         self.recorder = functools.cache(lambda: Recorder(program))
-        self.python = functools.cache(self._python)
-
-    def _python(self) -> list[dict[str, np.ndarray]]:
-        """Batches of whole held-out Python documents, the syntax class beside every token."""
-        texts = self.prepared.heldout["python"]
-        found = documents.first_documents(texts, self.prepared.tokenizer, PYTHON_TOKENS)
-        classes = [(document, syntax.token_classes(document)) for document in found]
-        kept = [(document, of_tokens) for document, of_tokens in classes if of_tokens is not None]
-        return documents.document_batches(
-            [document for document, _ in kept],
-            {"syntax": [of_tokens for _, of_tokens in kept]},
-            self.program.config.data.sequence_length,
-            self.program.config.train.batch_size // self.program.config.train.accumulation_steps,
-        )
 
 
 class Trained:
@@ -73,6 +60,7 @@ class Trained:
         self.model = model
         self._directory = directory
         self.variables = functools.cache(self._read)
+        self.measured = functools.cache(self._measure)
 
     @property
     def steps(self) -> list[int]:
@@ -81,7 +69,21 @@ class Trained:
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
         program = self.model.program
-        return parameters.read_variables(str(self._directory), program.config.model, program.mesh, step=step)
+        return parameters.read_variables(str(self._directory), program.config.model, mesh=program.mesh, step=step)
+
+    def _measure(self) -> dict[str, Any]:
+        """Summary of the routing over training (:func:`moe.analysis.analyse.measure`)."""
+        earlier = {step: functools.partial(self._read, step) for step in self.steps[:-1]}
+        return measure(
+            self.model.recorder(),
+            self.variables(),
+            self.model.prepared,
+            tokens=TOKENS,
+            shuffles=SHUFFLES,
+            seed=0,
+            step=self.steps[-1],
+            earlier=earlier,
+        )
 
     def loss(self, make: Callable[..., probes.Probe], *arguments: Any) -> float:
         """Held-out loss of the primary domains under a probe of :mod:`moe.analysis.probes`."""
@@ -109,59 +111,54 @@ def shared_expert(run: Trained) -> dict[str, float]:
 
 
 def specialisation(run: Trained) -> dict[str, float]:
-    """Repetition of first choices, and what explains them, per MoE layer."""
-    rng = np.random.default_rng(0)
-    recorder = run.model.recorder()
-    records = recorder(run.variables(), run.model.heldout.batches)
-    python = recorder(run.variables(), {"python": run.model.python()})
-    python = python.select(python.marks["syntax"] >= 0)
+    """Repetition of first choices and their dependence on labels, per MoE layer, of the model and of two controls.
+
+    Quantities of the controls begin with ``untrained_`` (the model with random routers) and ``hash_``
+    (:mod:`moe.analysis.controls`).
+    """
+    found = run.measured()
+    parts = {"": found} | {f"{name}_": part for name, part in found["controls"].items()}
+    return {
+        f"{prefix}{quantity}": value for prefix, part in parts.items() for quantity, value in _specialised(part).items()
+    }
+
+
+def _specialised(part: Mapping[str, Any]) -> dict[str, float]:
+    """Repetition averaged over domains, each with its own chance values, and dependence on every label."""
     found: dict[str, float] = {}
-    for layer, first in enumerate(records.first_choice):
-        repeat = _repetition(records, first, rng)
-        explained = {
-            "token": dependence.dependence(first, records.tokens, shuffles=SHUFFLES, rng=rng),
-            "domain": dependence.dependence(first, records.domain, shuffles=SHUFFLES, rng=rng, units=records.row),
-            "syntax": dependence.dependence(
-                python.first_choice[layer], python.marks["syntax"], shuffles=SHUFFLES, rng=rng
-            ),
-        }
-        found |= {f"repeat_first{name}@{layer}": value for name, value in repeat.items()}
-        found |= {f"explained_{label}@{layer}": result.explained for label, result in explained.items()}
-        found |= {f"nmi_{label}@{layer}": result.nmi_debiased for label, result in explained.items()}
+    names = {
+        "": "observed",
+        "_load": "load",
+        "_shuffled": "shuffled_mean",
+        "_uniform": "uniform",
+        "_token": "token_mean",
+    }
+    for layer, of_domains in enumerate(zip(*part["repetition"]["first"].values(), strict=True)):
+        for name, field in names.items():
+            found[f"repeat_first{name}@{layer}"] = statistics.fmean(values[field] for values in of_domains)
+    for label, layers in part["dependence"].items():
+        for layer, values in enumerate(layers):
+            found[f"explained_{label}@{layer}"] = values["explained"]
+            found[f"nmi_{label}@{layer}"] = values["nmi_debiased"]
     return found
 
 
-def _repetition(records: Records, first: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Mean over domains, each with its own chance."""
-    rows = []
-    for domain in range(len(records.domains)):
-        own = records.select(records.domain == domain)
-        result = repetition.repetition(
-            first[records.domain == domain][:, None], own.consecutive, own.num_experts, shuffles=SHUFFLES, rng=rng
-        )
-        rows.append((result.observed, result.load, result.shuffled_mean, result.uniform))
-    means = np.mean(rows, axis=0).tolist()
-    return dict(zip(("", "_load", "_shuffled", "_uniform"), means, strict=True))
-
-
 def saturation(run: Trained) -> dict[str, float]:
-    """Share of a token's final experts that it had after a quarter of training, and after each other checkpoint."""
+    """Share of a token's final experts that it had after a quarter of training, and after each other checkpoint.
+
+    ``excess`` is the same above chance K/E: (share − K/E) / (1 − K/E); ``untrained`` is the share of random routers.
+    """
     last = run.model.program.config.train.num_steps
     early = [step for step in run.steps if step >= EARLY * last]
     if len(early) < 2 or run.steps[-1] != last:
         raise ConfigError("the probe saturation needs checkpoints from a quarter of training on: keep more of them")
-
-    def members(step: int) -> np.ndarray:
-        records = run.model.recorder()(run.variables(step), run.model.heldout.batches)
-        return measures.membership(records.expert_index, records.chosen, records.num_experts)
-
-    final = members(last)
-    found: dict[str, float] = {}
-    for step in run.steps[:-1]:
-        shares = measures.saturation(members(step), final)
-        found |= {f"after_{step}@{layer}": float(share) for layer, share in enumerate(shares)}
+    measured = run.measured()["saturation"]
+    found = {f"untrained@{layer}": share for layer, share in enumerate(measured.get("untrained_top_k", ()))}
+    for step, shares, excesses in zip(measured["steps"], measured["top_k"], measured["excess_top_k"], strict=True):
+        found |= {f"after_{step}@{layer}": share for layer, share in enumerate(shares)}
         if step == early[0]:
-            found |= {f"early@{layer}": float(share) for layer, share in enumerate(shares)}
+            found |= {f"early@{layer}": share for layer, share in enumerate(shares)}
+            found |= {f"early_excess@{layer}": excess for layer, excess in enumerate(excesses)}
     return found
 
 

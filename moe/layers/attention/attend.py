@@ -1,4 +1,4 @@
-"""Causal attention over packed documents: the implementation is chosen by the target and the config."""
+"""Attention over packed documents: the implementation is chosen by the target and the config."""
 
 from __future__ import annotations
 
@@ -10,48 +10,71 @@ from jaxtyping import Float, Int
 from moe.layers.attention.blocked import blocked_attention
 from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
+from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel import target
 from moe.parallel.remat import ATTENTION
 
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T M H"],
-    value: Float[Array, "B T M H"],
+    key: Float[Array, "B U M H"],
+    value: Float[Array, "B U M H"],
     segment_ids: Int[Array, "B T"],
+    key_segment_ids: Int[Array, "B U"] | None = None,
     *,
     window: int,
     kind: str,
+    causal: bool = True,
+    bias: Float[Array, "N D"] | None = None,
+    scale: float | None = None,
+    drop: Dropout = KEEP_ALL,
 ) -> Float[Array, "B T N H"]:
-    """softmax(query·key / sqrt(H))·value over earlier positions of the same document, in the dtype of the query.
+    """softmax(scale·query·key + bias)·value over positions of the same document, in the dtype of the query.
 
     Args:
         query: N is a multiple of M.
         key: M key heads.
         value: M value heads.
-        segment_ids: document of each position.
+        segment_ids: document of each query.
+        key_segment_ids: of each key; None: those of the queries.
         window: positions a query sees, its own included; 0: all.
-        kind: "full" computes all scores at once. "blocked" never holds T x T scores: splash attention on TPUs where its
+        kind: "full" computes all scores at once. "blocked" never holds T x U scores: splash attention on TPUs where its
             shapes allow, elsewhere a loop over blocks of queries.
+        causal: a query sees earlier positions and its own; else all.
+        bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        scale: of the products; None: 1/sqrt(H).
+        drop: dropout of the weights.
     """
-    if kind == "blocked" and runs_splash() and query.shape[1] % LANES == query.shape[-1] % LANES == 0:
+    plain = causal and bias is None and scale is None and not drop.active
+    fits_splash = query.shape[1] % LANES == query.shape[-1] % LANES == 0
+    if kind == "blocked" and plain and fits_splash and runs_splash():
         return splash_attention(query, key, value, segment_ids, window)
     query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
-    return checkpoint_name(_attend(query, key, value, segment_ids, window, kind), ATTENTION)
-
-
-def _attend(query: Array, key: Array, value: Array, segment_ids: Array, window: int, kind: str) -> Array:
-    if kind == "blocked":
-        return blocked_attention(query, key, value, segment_ids, window)
-    if target.is_cpu():
-        return causal_attention(query, key, value, segment_ids, window)
-    same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=same_document,
-        is_causal=True,
-        # A window of w positions includes the query's own, as in Mistral.
-        local_window_size=(window - 1, 0) if window else None,
-    )
+    if kind == "blocked" or not plain:
+        heads = blocked_attention(
+            query,
+            key,
+            value,
+            segment_ids,
+            window,
+            segment_ids if key_segment_ids is None else key_segment_ids,
+            causal=causal,
+            bias=bias,
+            scale=scale,
+            drop=drop,
+            one_block=kind == "full",
+        )
+    elif target.is_cpu():
+        heads = causal_attention(query, key, value, segment_ids, window)
+    else:
+        same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
+        heads = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=same_document,
+            is_causal=True,
+            # A window of w positions includes the query's own, as in Mistral.
+            local_window_size=(window - 1, 0) if window else None,
+        )
+    return checkpoint_name(heads, ATTENTION)

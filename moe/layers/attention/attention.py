@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with rotary positions."""
+"""Grouped-query attention with rotary positions or T5's relative ones, within a stack or from decoder to encoder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.rotary import rotate
+from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -17,13 +18,19 @@ from moe.parallel.weights import gather_for_matmul, matrix, zeros
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions; no attention between documents of one row."""
+    """Grouped-query attention; no attention between documents of one row.
 
-    def __init__(self, config: ModelConfig, *, window: int, rngs: nnx.Rngs):
+    With ``relative_buckets``, positions enter as biases of the scores and 1/sqrt(H) is part of the initial query matrix
+    (T5). Attention to an encoder's output has no positions at all.
+    """
+
+    def __init__(self, config: ModelConfig, *, window: int, causal: bool = True, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.window = window
-        self.query = matrix(rngs, (c.d_model, c.num_heads, c.head_dim), c.d_model, c.init_scale)
+        self.window, self.causal = window, causal
+        self.scale = 1.0 if c.relative_buckets else None
+        query_fan_in = c.d_model * (c.head_dim if c.relative_buckets else 1)
+        self.query = matrix(rngs, (c.d_model, c.num_heads, c.head_dim), query_fan_in, c.init_scale)
         self.key = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
         self.value = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
         self.out = matrix(rngs, (c.num_heads, c.head_dim, c.d_model), c.num_heads * c.head_dim, c.init_scale)
@@ -40,30 +47,51 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(c.num_heads * c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.num_kv_heads * c.head_dim, c.norm_eps)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        """Attend within each document.
-
-        Args:
-            x: normalised activations.
-            segment_ids: the document of each token; 0 is padding.
-            positions: position within the document.
-        """
-        return self.join(self.prefill(x, segment_ids, positions)[0])
-
     @staticmethod
     def cache_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
         """[heads, dim] of the key and of the value that are cached for a position."""
         return (config.num_kv_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
 
     def prefill(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        key_segment_ids: Int[Array, "B T"] | None = None,
+        bias: Float[Array, "N P"] | None = None,
+        drop: Dropout = KEEP_ALL,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
-        """Attend over whole rows; return the heads, and the keys and values to cache."""
+        """Attend over whole rows, within each document.
+
+        Args:
+            x: normalised activations.
+            segment_ids: the document of each token; 0 is padding.
+            positions: position within the document.
+            key_segment_ids: of the tokens as keys, where they differ.
+            bias: relative position biases by distance.
+            drop: dropout of the weights.
+
+        Returns:
+            The heads, and the keys and values to cache.
+        """
         query, key, value = self.project_cached(x, positions)
-        heads = attend(query, key, value, segment_ids, window=self.window, kind=self.config.attention)
+        settings = {"window": self.window, "kind": self.config.attention, "causal": self.causal, "scale": self.scale}
+        heads = attend(query, key, value, segment_ids, key_segment_ids, bias=bias, drop=drop, **settings)
         return heads, key, value
+
+    def attend_to(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B U D"],
+        segment_ids: Int[Array, "B T"],
+        encoded_segment_ids: Int[Array, "B U"],
+        drop: Dropout = KEEP_ALL,
+    ) -> Float[Array, "B T N H"]:
+        """Attend from each document to the encoder's output for the document of the same number."""
+        query, (key, value) = self.project_query(x, None), self.project_keys(encoded, None)
+        settings = {"window": 0, "kind": self.config.attention, "causal": False, "scale": self.scale}
+        return attend(query, key, value, segment_ids, encoded_segment_ids, drop=drop, **settings)
 
     def attend_cached(
         self,
@@ -71,30 +99,50 @@ class Attention(nnx.Module):
         key: Float[Array, "B W M H"],
         value: Float[Array, "B W M H"],
         mask: Bool[Array, "B 1 T W"],
+        bias: Float[Array, "B N T W"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """Attend to cached keys and values."""
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=self.scale)
 
     def project_cached(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
         """Query, key and value; query and key are rotated."""
+        return self.project_query(x, positions), *self.project_keys(x, positions)
+
+    def project_query(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T N H"]:
+        """Queries, rotated where they have positions."""
+        query = self._project("query", x)
+        if self.config.qk_norm != "none":
+            query = self._normalise(self.query_norm, query)
+        return self._finish(query, positions)
+
+    def project_keys(
+        self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
+    ) -> tuple[Float[Array, "B U M H"], Float[Array, "B U M H"]]:
+        """Keys and values; keys are rotated where they have positions."""
+        key = self._project("key", x)
+        if self.config.qk_norm != "none":
+            key = self._normalise(self.key_norm, key)
+        return self._finish(key, positions), self._finish(self._project("value", x), None)
+
+    def _project(self, name: str, x: Array) -> Array:
+        """[B,T,D] → heads by the matrix and the bias of this name."""
+        heads = jnp.einsum(
+            "btd,dnh->btnh", x, gather_for_matmul(f"attention.{name}", getattr(self, name)[...], x.dtype)
+        )
+        if self.config.attention_bias == "none":
+            return heads
+        return heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)
+
+    def _finish(self, heads: Array, positions: Array | None) -> Array:
+        """Clip and rotate."""
         c = self.config
-        query = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul("attention.query", self.query[...], x.dtype))
-        key = jnp.einsum("bud,dmh->bumh", x, gather_for_matmul("attention.key", self.key[...], x.dtype))
-        value = jnp.einsum("bud,dmh->bumh", x, gather_for_matmul("attention.value", self.value[...], x.dtype))
-        if c.attention_bias != "none":
-            query = query + self.query_bias[...].astype(x.dtype)
-            key = key + self.key_bias[...].astype(x.dtype)
-            value = value + self.value_bias[...].astype(x.dtype)
-        if c.qk_norm != "none":
-            query, key = self._normalise(self.query_norm, query), self._normalise(self.key_norm, key)
         if c.clip_qkv:
-            query, key, value = (jnp.clip(heads, -c.clip_qkv, c.clip_qkv) for heads in (query, key, value))
-        query = constrain(rotate(query, positions, c), partition_specs.HEADS)
-        key = constrain(rotate(key, positions, c), partition_specs.HEADS)
-        value = constrain(value, partition_specs.HEADS)
-        return query, key, value
+            heads = jnp.clip(heads, -c.clip_qkv, c.clip_qkv)
+        if positions is not None and not c.relative_buckets:
+            heads = rotate(heads, positions, c)
+        return constrain(heads, partition_specs.HEADS)
 
     def join(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Output projection of all heads."""

@@ -1,6 +1,8 @@
-"""Attention as a loop over blocks of queries, so that T x T scores are never held."""
+"""Attention as a loop over blocks of queries, so that T x U scores are never held."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,39 +10,83 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe.layers.attention.gpu import runs_cudnn
+from moe.layers.attention.relative import bias_of_rows
+from moe.layers.dropout import KEEP_ALL, Dropout
 
 _LARGEST_BLOCK = 512
 
 
 def blocked_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T M H"],
-    value: Float[Array, "B T M H"],
+    key: Float[Array, "B U M H"],
+    value: Float[Array, "B U M H"],
     segment_ids: Int[Array, "B T"],
     window: int,
+    key_segment_ids: Int[Array, "B U"],
+    *,
+    causal: bool = True,
+    bias: Float[Array, "N D"] | None = None,
+    scale: float | None = None,
+    drop: Dropout = KEEP_ALL,
+    one_block: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`: each block by cuDNN's kernel where GPUs and shapes
     allow it, elsewhere as matmuls whose scores the backward pass recomputes."""
     batch, length, heads, head_dim = query.shape
-    size = _block_size(length, _LARGEST_BLOCK)
-    positions = jnp.arange(length, dtype=jnp.int32)
+    size = length if one_block else _block_size(length, _LARGEST_BLOCK)
+    key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
-    implementation = "cudnn" if runs_cudnn(query, size) else None
+    plain = bias is None and scale is None and key.shape[1] % 2 == 0
+    implementation = "cudnn" if plain and runs_cudnn(query, size) else None
 
-    @jax.checkpoint
     def block(inputs: tuple[Array, Array, Array]) -> Array:
-        part, part_segments, part_positions = inputs
-        distance = part_positions[:, None] - positions  # [size,U]
-        visible = (distance >= 0) & ((distance < window) if window else True)
-        mask = visible & (part_segments[:, :, None] == segment_ids[:, None, :])
-        return jax.nn.dot_product_attention(part, key, value, mask=mask[:, None], implementation=implementation)
+        part, part_segments, start = inputs
+        mask = part_segments[:, :, None] == key_segment_ids[:, None, :]
+        if causal:
+            distance = start + jnp.arange(size)[:, None] - key_positions  # [size,U]
+            mask &= (distance >= 0) & ((distance < window) if window else True)
+        own_bias = None
+        if bias is not None:  # of the distances from the last query of the block to the first key, and on
+            here = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
+            own_bias = bias_of_rows(here, size)[None].astype(part.dtype)
+        if drop.active:
+            return _with_dropout(part, key, value, mask, own_bias, scale, drop, start)
+        return jax.nn.dot_product_attention(
+            part, key, value, own_bias, mask[:, None], scale=scale, implementation=implementation
+        )
+
+    if size == length and one_block:
+        return block((query, segment_ids, jnp.zeros((), jnp.int32)))
 
     # [B,T,...] → [B,T/size,size,...] → [T/size,B,size,...], and back
     def split(x: Array) -> Array:
         return x.reshape(batch, length // size, size, *x.shape[2:]).swapaxes(0, 1)
 
-    parts = jax.lax.map(block, (split(query), split(segment_ids), positions.reshape(-1, size)))
+    starts = jnp.arange(0, length, size, dtype=jnp.int32)
+    parts = jax.lax.map(jax.checkpoint(block), (split(query), split(segment_ids), starts))
     return parts.swapaxes(0, 1).reshape(batch, length, heads, head_dim)
+
+
+def _with_dropout(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    bias: Array | None,
+    scale: float | None,
+    drop: Dropout,
+    start: Array,
+) -> Array:
+    """Attention of the queries from ``start`` on, with dropout of its weights, which JAX's own function lacks."""
+    batch, length, heads, head_dim = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("btmnh,bumh->bmntu", query, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1) * (head_dim**-0.5 if scale is None else scale)
+    scores = jnp.where(mask[:, None], scores if bias is None else scores + bias, jnp.finfo(jnp.float32).min)
+    drop = dataclasses.replace(drop, rng=None if drop.rng is None else jax.random.fold_in(drop.rng, start))
+    weights = drop(jax.nn.softmax(scores, axis=-1).astype(value.dtype))
+    weights = weights.reshape(batch, key.shape[2], -1, length, key.shape[1])
+    return jnp.einsum("bmntu,bumh->btmnh", weights, value).reshape(batch, length, heads, head_dim)
 
 
 def _block_size(length: int, largest: int) -> int:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.rotary import rotate, yarn_mscale
+from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -43,25 +44,18 @@ class LatentAttention(nnx.Module):
         self.kv_up = matrix(rngs, up_shape, c.kv_lora_rank, scale)
         self.out = matrix(rngs, (c.num_heads, c.value_dim, c.d_model), c.num_heads * c.value_dim, scale)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        """Attend within documents.
-
-        Args:
-            x: normalised activations.
-            segment_ids: document of each token; 0 is padding.
-            positions: within the documents.
-        """
-        return self.join(self.prefill(x, segment_ids, positions)[0])
-
     @staticmethod
     def cache_shapes(config: ModelConfig) -> tuple[tuple[int, int], None]:
         """[heads, dim] of what is cached for a position: the latent and the rotated key, no values."""
         return (1, config.kv_lora_rank + config.rope_dim), None
 
     def prefill(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        drop: Dropout = KEEP_ALL,
     ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T 1 R"], None]:
         """Attend over expanded keys and values; return the heads and what is cached."""
         c = self.config
@@ -80,7 +74,7 @@ class LatentAttention(nnx.Module):
             constrain(jnp.pad(heads, [(0, 0)] * 3 + [(0, size - heads.shape[-1])]), partition_specs.HEADS)
             for heads in (query, key, value)
         )
-        heads = attend(query, key, value, segment_ids, window=self.window, kind=c.attention)
+        heads = attend(query, key, value, segment_ids, window=self.window, kind=c.attention, drop=drop)
         return heads[..., : c.value_dim], latent, None
 
     def project_cached(

@@ -1,0 +1,98 @@
+"""Sentinels of span corruption: ids that stand for removed text, written ``<extra_id_0>``, ``<extra_id_1>``, …"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from moe.config import ConfigError
+from moe.data.tokenizer import Tokenizer
+
+SENTINELS = 100  # as in T5
+_NAME = re.compile(r"<extra_id_(\d\d?)>")
+
+
+def sentinel_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the ids [SENTINELS] int32, the first sentinel's first.
+
+    They are the pieces ``<extra_id_i>`` of the tokenizer, or, where it has none, the ids after its vocabulary, counted
+    down from the last (T5: 32,000 pieces, so that sentinel 0 is 32,099).
+    """
+    named = [tokenizer.piece_id(f"<extra_id_{i}>") for i in range(SENTINELS)]
+    if min(named) >= 0:
+        return np.asarray(named, np.int32)
+    return np.arange(SENTINELS - 1, -1, -1, dtype=np.int32) + tokenizer.vocab_size
+
+
+def check_sentinels(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a vocabulary without room for the sentinels. Raises ConfigError."""
+    if (needed := int(sentinel_ids(tokenizer).max()) + 1) > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size}: data.objective='span_corruption' needs {SENTINELS} sentinels after the "
+            f"tokenizer's {tokenizer.vocab_size} tokens; use at least {needed}"
+        )
+
+
+def encode_blanks(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Returns the ids [n] int32 of a text in which ``<extra_id_i>`` stands for sentinel i; no eos."""
+    sentinels = sentinel_ids(tokenizer)
+    parts: list[np.ndarray] = []
+    for number, part in enumerate(_NAME.split(text)):  # text, i, text, i, …
+        parts.append(sentinels[[int(part)]] if number % 2 else tokenizer.encode(part))
+    return np.concatenate(parts).astype(np.int32)
+
+
+def decode_blanks(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
+    """Returns the text of ids [n], with sentinel i as ``<extra_id_i>``."""
+    numbers = {int(sentinel): i for i, sentinel in enumerate(sentinel_ids(tokenizer))}
+    text, part = "", []
+    for token in map(int, ids):
+        if token in numbers:
+            text, part = f"{text}{tokenizer.decode(part)}<extra_id_{numbers[token]}>", []
+        else:
+            part.append(token)
+    return text + tokenizer.decode(part)
+
+
+def fill_blanks(inputs: Iterable[int], outputs: Iterable[int], sentinels: np.ndarray, eos_id: int) -> list[int]:
+    """Puts what follows each sentinel in the outputs in that sentinel's place in the inputs; eos ends both.
+
+    A sentinel that the outputs lack leaves nothing.
+    """
+    spans, blanks = _spans(outputs, sentinels, eos_id), {int(i) for i in sentinels}
+    return [
+        filled for token in _until(inputs, eos_id) for filled in (spans.get(token, []) if token in blanks else [token])
+    ]
+
+
+def show_blanks(tokenizer: Tokenizer, inputs: Iterable[int], written: Iterable[int], removed: Iterable[int]) -> str:
+    """Returns the text of the inputs with [written|removed] in the place of each sentinel."""
+    sentinels = sentinel_ids(tokenizer)
+    mine, theirs = (_spans(ids, sentinels, tokenizer.eos_id) for ids in (written, removed))
+    text, part, blanks = "", [], {int(i) for i in sentinels}
+    for token in _until(inputs, tokenizer.eos_id):
+        if token in blanks:
+            shown = "|".join(tokenizer.decode(spans.get(token, [])) for spans in (mine, theirs))
+            text, part = f"{text}{tokenizer.decode(part)}[{shown}]", []
+        else:
+            part.append(token)
+    return text + tokenizer.decode(part)
+
+
+def _spans(ids: Iterable[int], sentinels: np.ndarray, eos_id: int) -> dict[int, list[int]]:
+    """Sentinel → the tokens that follow it."""
+    spans: dict[int, list[int]] = {}
+    current, blanks = [], {int(i) for i in sentinels}
+    for token in _until(ids, eos_id):
+        if token in blanks:
+            current = spans.setdefault(token, [])
+        else:
+            current.append(token)
+    return spans
+
+
+def _until(ids: Iterable[int], end: int) -> list[int]:
+    return list(itertools.takewhile(lambda token: token != end, map(int, ids)))

@@ -1,0 +1,121 @@
+"""The encoder-decoder Transformer (T5, Switch, GShard, ST-MoE), and the choice between it and the decoder-only one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from moe.config import ConfigError, ModelConfig
+from moe.layers.embedding import Embedding, Unembedding
+from moe.models.block import Rows
+from moe.models.decoder import LanguageModel, Output, Transformer, make_rows, resolved
+from moe.models.stack import Stack
+from moe.routing.balancing import LayerReport
+from moe.routing.routing import Routing
+
+
+class EncoderDecoder(LanguageModel):
+    """One embedding, an encoder that sees both sides, a causal decoder that attends to the encoder's output."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Draw the parameters of all layers; what the config leaves to its gate is filled in.
+
+        Raises:
+            ConfigError: ``encoder_layers`` is 0.
+        """
+        self.config = config = resolved(config)
+        if config.encoder_layers < 1:
+            raise ConfigError("model.encoder_layers=0: must be at least 1 in an encoder-decoder")
+        self.embedding = Embedding(config, rngs=rngs)
+        self.encoder = Stack(config, "encoder", rngs=rngs)
+        self.decoder = Stack(config, "decoder", rngs=rngs)
+        self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)
+
+    def __call__(
+        self,
+        token_ids: Int[ArrayLike, "B T"],
+        segment_ids: Int[ArrayLike, "B T"] | None = None,
+        positions: Int[ArrayLike, "B T"] | None = None,
+        *,
+        encoder_tokens: Int[ArrayLike, "B U"],
+        encoder_segment_ids: Int[ArrayLike, "B U"] | None = None,
+        encoder_positions: Int[ArrayLike, "B U"] | None = None,
+        encoder_mask: Bool[ArrayLike, "B U"] | Int[ArrayLike, "B U"] | None = None,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+        routing: tuple[Routing | None, Routing | None] | None = None,
+        return_routing: bool = False,
+    ) -> Output:
+        """Compute the logits of the next target at every position of the decoder.
+
+        Args:
+            token_ids: the decoder's input: a start token, then the targets up to the last but one.
+            segment_ids: the document of each token, 0 for padding; None: one document a row.
+            positions: positions within the documents; None: 0…T−1.
+            encoder_tokens: the encoder's input.
+            encoder_segment_ids: its documents; the decoder's document i attends to the encoder's document i.
+            encoder_positions: as ``positions``.
+            encoder_mask: instead of encoder_segment_ids, where a row is one document: 1 for its tokens, 0 for padding.
+            train: see :class:`moe.models.decoder.Transformer`, as ``rng`` and ``return_routing``.
+            rng: see there.
+            routing: of the encoder's and of the decoder's MoE layers, to replay.
+            return_routing: see there.
+
+        Raises:
+            ValueError: both a mask and segment ids.
+        """
+        replayed = routing or (None, None)
+        settings = {"train": train, "rng": rng, "return_routing": return_routing}
+        source = encoder_rows(encoder_tokens, encoder_segment_ids, encoder_positions, encoder_mask)
+        encoded, reports, recorded = self.encode(source, routing=replayed[0], **settings)
+        rows = make_rows(token_ids, segment_ids, positions)
+        rows = dataclasses.replace(rows, encoded=encoded, encoded_segment_ids=source.as_keys)
+        x, more_reports, more = self.decoder.run(self.embed(rows.token_ids), rows, routing=replayed[1], **settings)
+        hidden = self.scaled(x)
+        layers = _join(reports, more_reports)
+        return Output(self.logits(hidden), hidden, layers, (recorded, more) if return_routing else None, encoded)
+
+    def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], LayerReport | None, Routing | None]:
+        """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""
+        return self.encoder.run(self.embed(rows.token_ids), rows, **settings)
+
+
+def encoder_rows(
+    token_ids: Int[ArrayLike, "B U"],
+    segment_ids: Int[ArrayLike, "B U"] | None = None,
+    positions: Int[ArrayLike, "B U"] | None = None,
+    mask: Bool[ArrayLike, "B U"] | Int[ArrayLike, "B U"] | None = None,
+) -> Rows:
+    """The encoder's input. Under a mask, padding sees the tokens of its row, and nothing sees it."""
+    if mask is None:
+        return make_rows(token_ids, segment_ids, positions)
+    if segment_ids is not None:
+        raise ValueError("give encoder_segment_ids or encoder_mask, not both")
+    return make_rows(token_ids, None, positions, key_segment_ids=jnp.asarray(mask).astype(jnp.int32))
+
+
+def _join(encoder: LayerReport | None, decoder: LayerReport | None) -> LayerReport | None:
+    """Reports of all MoE layers, the encoder's first."""
+    if encoder is None or decoder is None:
+        return decoder if encoder is None else encoder
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), encoder, decoder)
+
+
+#: A model of either kind.
+Model = Transformer | EncoderDecoder
+
+
+def create_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
+    """The model of a config, with random parameters."""
+    return (EncoderDecoder if config.encoder_layers else Transformer)(config, rngs=rngs)
+
+
+def abstract_model(config: ModelConfig) -> Model:
+    """The model with ShapeDtypeStructs as parameters; nothing is allocated."""
+    return nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0)))

@@ -1,0 +1,163 @@
+"""Runs of the ablation lab: which are trained, by which process, and what is recorded."""
+
+import dataclasses
+import math
+import os
+
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.lab import plan, records
+from moe.lab.records import DIVERGED, FINISHED
+from moe.lab.report import page
+from moe.lab.running import jobs, runner
+from moe.lab.suite import with_seeds
+from moe.training.loop import train
+from tests.lab_helpers import record, tiny_base, tiny_suite
+from tests.tiny_text import build
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Runs that are not trained: their records have losses made from the key."""
+    calls = []
+
+    def fake(self, key):
+        calls.append(key)
+        loss = 6.0 + 0.01 * key.seed - (0.1 if key.variant == "mixtral" else 0.0)
+        record(key.variant, key.seed, loss, key.steps, key.learning_rate).write(self._workdir)
+
+    monkeypatch.setattr(runner.Worker, "_train", fake)
+    return calls
+
+
+def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path))
+    texts = []
+    for name in ("first", "second"):
+        workdir = tmp_path / name
+        runner.Worker(with_seeds(suite, [0]), workdir, []).run()
+        assert len(faked) == 2
+        runner.Worker(suite, workdir, []).run()
+        assert len(faked) == len(set(faked)) == 6
+        faked.clear()
+        page.write(workdir, suite, records.read_all(workdir), [], "", "COMMAND")
+        texts.append([(workdir / name).read_bytes() for name in ("results.csv", "report.md", "effects.png")])
+    assert texts[0] == texts[1]
+    text = texts[0][1].decode()
+    # -0.1 in every seed.
+    assert "mixtral is better than dense: -0.1000 nats [-0.1000, -0.1000], n = 3" in text
+    assert "## Claims" not in text  # a suite without claims has no empty table
+    log = (tmp_path / "first" / "progress.log").read_text()
+    assert "run 1 of 2, dense, 4 steps, learning rate 0.003, seed 0: start" in log
+
+
+def test_only_the_arms_and_horizons_asked_for_are_trained(faked, tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path), horizons=(2, 4))
+    only = runner.only(suite, ["mixtral"], ["4"])
+    runner.Worker(suite, tmp_path / "w", [], only=only).run()
+    assert {(key.variant, key.steps) for key in faked} == {("mixtral", 4)}
+    with pytest.raises(ConfigError, match="--horizons=3: must be among 2, 4"):
+        runner.only(suite, [], ["3"])
+    with pytest.raises(ConfigError, match="--arms=none: must be among dense, mixtral"):
+        runner.only(suite, ["none"], [])
+
+
+def test_a_suite_goes_on_from_records_alone(faked, tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path))
+    runner.Worker(with_seeds(suite, [0, 1]), tmp_path / "here", []).run()
+    there = tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "here" / "records").rename(there / "records")
+    faked.clear()
+    runner.Worker(suite, there, []).run()
+    assert {key.seed for key in faked} == {2}
+
+
+def test_a_run_that_another_process_has_taken_is_left_to_it(faked, tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path))
+    taken = plan.runs(suite, [])[0]
+    path = runner.run_directory(tmp_path, taken)
+    path.parent.mkdir(parents=True)
+    with runner.filelock.FileLock(f"{path}.lock"):
+        runner.Worker(suite, tmp_path, []).run()
+    assert len(faked) == 5
+    assert taken not in faked
+
+
+def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):
+    succeed = runner.Worker._train
+
+    def fails_once(self, key):
+        if key.seed == 1:
+            raise ConfigError("the disk is full")
+        succeed(self, key)
+
+    monkeypatch.setattr(runner.Worker, "_train", fails_once)
+    with pytest.raises(ConfigError, match=r"2 runs did not finish; the first, dense, .* seed 1: the disk is full"):
+        runner.Worker(tiny_suite(tiny_base(tmp_path)), tmp_path, []).run()
+    assert len(records.read_all(tmp_path)) == 4
+
+
+def test_what_counts_as_diverged():
+    assert runner._outcome(np.asarray([3.0, 4.0]), 400)[0] == FINISHED
+    assert runner._outcome(np.asarray([3.0, math.nan]), 400)[0] == DIVERGED
+    assert runner._outcome(np.asarray([6.9, 6.9]), 400)[0] == FINISHED  # ln 400 = 5.99
+    status, reason = runner._outcome(np.asarray([7.0, 7.0]), 400)
+    assert (status, reason) == (DIVERGED, "held-out loss 7.00, more than a nat above that of a uniform guess")
+
+
+def test_jobs_are_pinned_to_a_core_each(monkeypatch):
+    started = []
+
+    class Job:
+        def __init__(self, command, env):
+            started.append((os.sched_getaffinity(0), command, env[jobs.WORKER]))
+
+        def wait(self):
+            return 0
+
+    before = os.sched_getaffinity(0)
+    monkeypatch.setattr(jobs.subprocess, "Popen", Job)
+    monkeypatch.setattr(jobs.sys, "orig_argv", ["python", "scripts/ablate.py", "--jobs=1", "--workdir=w"])
+    jobs.start(1)
+    ((cores, command, _),) = started
+    assert cores == {min(before)}
+    assert command[1:] == ["scripts/ablate.py", "--workdir=w"]
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ConfigError, match=r"--jobs=4096: at most"):
+        jobs.start(4096)
+
+
+@pytest.mark.slow
+def test_a_suite_trains_and_is_reproducible(tmp_path):
+    directory = build(tmp_path / "data")
+    suite = tiny_suite(tiny_base(directory))
+    tables = []
+    probed = dataclasses.replace(
+        suite.variants["mixtral"], probes=("eval_capacity", "mask_top", "specialisation", "saturation")
+    )
+    suite = dataclasses.replace(suite, variants={**suite.variants, "mixtral": probed})
+    for attempt in ("first", "second"):
+        worker = runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, [])
+        worker.run()
+        worker.measure()
+        tables.append([dataclasses.replace(r, seconds=0.0) for r in records.read_all(tmp_path / attempt)])
+    assert tables[0] == tables[1]
+    mixtral = [r for r in tables[0] if r.variant == "mixtral"]
+    assert len({r.primary_loss for r in mixtral}) == 2
+    assert len(mixtral[0].row_losses) == 8
+    # At a capacity of 4·2·16/4 = 32 for 16 tokens nothing is dropped, as in the dropless model without masked experts.
+    measured = mixtral[0].probes
+    assert measured["eval_capacity/loss_4.0"] == pytest.approx(measured["mask_top/loss_full"], rel=1e-5)
+    assert 0 <= measured["saturation/early@1"] <= 1
+    for control in ("", "untrained_", "hash_"):
+        assert 0 <= measured[f"specialisation/{control}repeat_first@1"] <= 1
+    # A run of the lab is an ordinary run: alone, with a program of its own, it logs the same rows.
+    key = mixtral[-1].key
+    train(
+        suite.config(key.variant, key.seed, steps=key.steps, learning_rate=key.learning_rate), str(tmp_path / "alone")
+    )
+    alone = (tmp_path / "alone" / "metrics.jsonl").read_bytes()
+    assert alone == (runner.run_directory(tmp_path / "first", key) / "metrics.jsonl").read_bytes()
