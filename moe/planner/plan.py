@@ -17,6 +17,7 @@ from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, exchanges, fit, grouped_matmuls, memory_errors, program
 from moe.planner.exchanges import Exchange
+from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 from moe.training import step
 
@@ -202,14 +203,20 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     compiled, traced, stored, compile_seconds = _compile(config, mesh, topology)
     memory = _memory(compiled.memory_analysis(), stored, capacity)
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
-    text = program.read(compiled.as_text(), dict(mesh.shape), chip.clock)
+    rows = _assignments(config, mesh)
+    text = program.read(
+        compiled.as_text(),
+        dict(mesh.shape),
+        chip.clock,
+        lambda matmul: 0.0 if isinstance(chip, Gpu) else grouped_matmuls.seconds(matmul, rows, chip),
+    )
     peak = chip.peak * topology.num_chips
     products = arithmetic.matmul_flops(traced.jaxpr.jaxpr)
     kernel_seconds = (
         products.kernels / peak
         + text.attention_flops / (chip.peak / chip.devices)
         + grouped_matmuls.total_seconds(
-            text, products.grouped / len(devices), _assignments(config, mesh), chip, exchanged=mesh.shape["expert"] > 1
+            text, products.grouped / len(devices), rows, chip, exchanged=mesh.shape["expert"] > 1
         )
     )
     total, active = flops.count_parameters(config.model)

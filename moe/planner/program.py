@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
 from moe.planner import hlo
@@ -22,16 +22,25 @@ from moe.planner.records import KINDS, Collective, GroupedMatmul, Program
 _UNKNOWN_CYCLES = 2**63 - 1
 
 
-def read(text: str, mesh: Mapping[str, int], clock: float) -> Program:
+_KernelSeconds = Callable[[GroupedMatmul], float]
+
+
+def read(
+    text: str,
+    mesh: Mapping[str, int],
+    clock: float,
+    kernel_seconds: _KernelSeconds = lambda matmul: 0.0,
+) -> Program:
     """Read a scheduled module.
 
     Args:
         text: ``compiled.as_text()``.
         mesh: devices per axis, in the order of the mesh's axes.
         clock: Hz, of the cycles in the text.
+        kernel_seconds: estimate of a grouped matmul, which counts as work beside exchanges only.
     """
-    reader = _Reader(hlo.parse(text), mesh, clock)
-    seconds = reader.walk(reader.module.entry, 1)
+    reader = _Reader(hlo.parse(text), mesh, clock, kernel_seconds)
+    seconds, _ = reader.walk(reader.module.entry, 1)
     return Program(
         tuple(reader.collectives),
         seconds,
@@ -53,11 +62,12 @@ class _Scope:
         name: of the computation.
         types: result type of each instruction.
         times: runs of the computation in a step.
-        seconds: estimated work of one run so far.
+        seconds: estimated work of one run so far, without kernels.
+        clock: the same with kernels.
         place: number of instructions so far.
-        started: carriers of collectives that are not done, the collective inside, ``seconds`` and ``place`` at their
+        started: carriers of collectives that are not done, the collective inside, ``clock`` and ``place`` at their
             start.
-        sent: transfers between slices that are not done, by rendezvous, ``seconds`` and ``place`` at their start.
+        sent: transfers between slices that are not done, by rendezvous, ``clock`` and ``place`` at their start.
         received: receives that are not done.
     """
 
@@ -65,10 +75,16 @@ class _Scope:
     types: Mapping[str, str]
     times: int
     seconds: float = 0.0
+    clock: float = 0.0
     place: int = 0
     started: dict[str, tuple[Instruction, Instruction, float, int]] = dataclasses.field(default_factory=dict)
     sent: dict[str, tuple[Instruction, float, int]] = dataclasses.field(default_factory=dict)
     received: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+
+    def spend(self, seconds: float, clock: float) -> None:
+        """Add estimated work without and with kernels."""
+        self.seconds += seconds
+        self.clock += clock
 
     def operand_bytes(self, instruction: Instruction, stop: int | None = None) -> list[int]:
         """Bytes of each operand, or of the first ``stop`` of them."""
@@ -78,8 +94,14 @@ class _Scope:
 class _Reader:
     """Walk over the computations of a module; its public attributes are those of :class:`Program`."""
 
-    def __init__(self, module: hlo.Module, mesh: Mapping[str, int], clock: float):
-        self.module, self._mesh, self._clock = module, mesh, clock
+    def __init__(
+        self,
+        module: hlo.Module,
+        mesh: Mapping[str, int],
+        clock: float,
+        kernel_seconds: Callable[[GroupedMatmul], float],
+    ):
+        self.module, self._mesh, self._clock, self._kernel_seconds = module, mesh, clock, kernel_seconds
         self.collectives: list[Collective] = []
         self.grouped: list[GroupedMatmul] = []
         self.copies: list[tuple[int, int, str]] = []
@@ -89,35 +111,37 @@ class _Reader:
         self._pass = "forward"
         self._multiplies: dict[str, bool] = {}
 
-    def walk(self, name: str, times: int) -> float:
-        """Record a computation that runs ``times`` times a step; returns the estimated seconds of one run."""
+    def walk(self, name: str, times: int) -> tuple[float, float]:
+        """Record a computation that runs ``times`` times a step; returns the estimated seconds of one run, without and
+        with kernels."""
         instructions = self.module.computations.get(name, ())
         scope = _Scope(name, {instruction.name: instruction.type for instruction in instructions}, times)
         for scope.place, instruction in enumerate(instructions):
             self._visit(instruction, scope)
-        return scope.seconds
+        return scope.seconds, scope.clock
 
     def _visit(self, instruction: Instruction, scope: _Scope) -> None:
         opcode = instruction.opcode
         if opcode == "while":
             trips = self._trips(instruction)
-            scope.seconds += trips * self.walk(instruction.attribute("body"), scope.times * trips)
+            seconds, clock = self.walk(instruction.attribute("body"), scope.times * trips)
+            scope.spend(trips * seconds, trips * clock)
         elif opcode == "conditional":
             branches = re.findall(r"%([\w.\-]+)", instruction.attributes.partition("branch_computations=")[2])
             known = [branch for branch in branches if branch in self.module.computations]
-            scope.seconds += max((self.walk(branch, scope.times) for branch in known), default=0.0)
+            scope.spend(*max((self.walk(branch, scope.times) for branch in known), default=(0.0, 0.0)))
         elif opcode == "call":
-            scope.seconds += self.walk(instruction.attribute("to_apply"), scope.times)
+            scope.spend(*self.walk(instruction.attribute("to_apply"), scope.times))
         elif inner := self._collective_in(instruction):
             self._visit_collective(instruction, inner, scope)
         elif opcode == "call-update" and instruction.operands[0] in scope.started:
             # A SparseCore waits from call-start on for its operands, which the update gives it.
             _, inner, *_ = scope.started.pop(instruction.operands[0])
-            scope.started[instruction.name] = instruction, inner, scope.seconds, scope.place
+            scope.started[instruction.name] = instruction, inner, scope.clock, scope.place
         elif opcode.endswith("-done"):
             self._visit_done(instruction, scope)
         elif opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
-            scope.sent[_slice_attribute(instruction, "rendezvous")] = instruction, scope.seconds, scope.place
+            scope.sent[_slice_attribute(instruction, "rendezvous")] = instruction, scope.clock, scope.place
         elif opcode == "recv":
             scope.received[instruction.name] = instruction
         else:
@@ -150,9 +174,9 @@ class _Reader:
 
     def _visit_collective(self, carrier: Instruction, inner: Instruction, scope: _Scope) -> None:
         if carrier.opcode.endswith("-start"):
-            scope.started[carrier.name] = carrier, inner, scope.seconds, scope.place
+            scope.started[carrier.name] = carrier, inner, scope.clock, scope.place
             return
-        self._record(carrier, inner, scope, scope.seconds, scope.place)
+        self._record(carrier, inner, scope, scope.clock, scope.place)
         if carrier.opcode == "fusion" and inner.opcode == "all-gather":  # a matmul with the gather inside
             self._spend(carrier, self._estimate(carrier) or 0.0, scope)
 
@@ -164,8 +188,8 @@ class _Reader:
             if started:
                 self._record_between_slices(received, scope, *started)
         elif first in scope.started:
-            carrier, inner, seconds, place = scope.started.pop(first)
-            self._record(carrier, inner, scope, seconds, place)
+            carrier, inner, started, place = scope.started.pop(first)
+            self._record(carrier, inner, scope, started, place)
 
     def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, started: float, place: int) -> None:
         kind = inner.opcode.removesuffix("-start")
@@ -187,7 +211,7 @@ class _Reader:
             # The result of a start is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         source = carrier.op_name or inner.op_name
-        overlap = scope.seconds - started if place < scope.place else -1.0
+        overlap = scope.clock - started if place < scope.place else -1.0
         where = scope.name, (place, scope.place), started
         self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source, *where))
 
@@ -202,12 +226,13 @@ class _Reader:
         axis, *inner = self._mesh
         stride = math.prod(self._mesh[name] for name in inner)
         group = tuple(range(0, self._mesh[axis] * stride, stride))
-        overlap, where = scope.seconds - started, ("between slices", scope.name, (place, scope.place), started)
+        overlap, where = scope.clock - started, ("between slices", scope.name, (place, scope.place), started)
         self.collectives.append(Collective(kind, (axis,), group, array_bytes(carried), scope.times, overlap, *where))
 
     def _visit_work(self, instruction: Instruction, scope: _Scope) -> None:
         if instruction.opcode == "custom-call" and (matmul := _grouped_matmul(instruction, scope)):
             self.grouped.append(matmul)
+            scope.clock += self._kernel_seconds(matmul)
         if instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
             self.attention_flops += scope.times * _attention_flops(instruction, scope)
         if instruction.opcode == "copy" and array_bytes(instruction.type) >= 2**20:
@@ -271,7 +296,7 @@ class _Reader:
         product = instruction.opcode in ("convolution", "dot") or self._has_product(instruction.attribute("calls"))
         part = self._pass, "matmuls" if product else "other"
         self.parts[part] = self.parts.get(part, 0.0) + seconds * scope.times
-        scope.seconds += seconds
+        scope.spend(seconds, seconds)
 
     def _has_product(self, name: str) -> bool:
         """Check for a matrix product in a computation or in those it calls."""

@@ -31,7 +31,7 @@ class Collective:
         source: JAX's name of the operation it came from.
         computation: name of the one that starts it.
         places: of its start and its done among the instructions of that computation.
-        started: estimated work of that computation before the start, seconds.
+        started: estimated work of that computation before the start, kernels included, seconds.
     """
 
     kind: str
