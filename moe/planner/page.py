@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe.planner import calibration
 from moe.planner.chips import GiB
 from moe.planner.plan import Plan
 
@@ -93,6 +94,7 @@ def _time(plan: Plan) -> list[str]:
         f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/{unit}, "
         f"MFU {100 * plan.mfu:.1f} %",
         f"  bound by      {plan.bound}",
+        f"  this estimate was {calibration.statement(plan.platform, calibration.rows())}",
     ]
     if plan.unknown_loops:
         lines.append(f"  {plan.unknown_loops} loops whose trip count could not be read count once: an underestimate")
