@@ -314,6 +314,11 @@ def test_specs_of_optimizer_state_and_of_an_nnx_state():
     assert adam.mu["segment_0"]["block_0"]["moe"]["experts"]["up"] == up
     assert adam.nu["embedding"]["table"] == P("tensor", ("fsdp", "expert"))
     assert adam.count == P()
+    # Adafactor keeps a row and a column of each matrix: each is split as the dimensions it keeps.
+    large = {"experts": {"up": jax.ShapeDtypeStruct((3, 8, 128, 256), jnp.float32)}}
+    factored = partition_specs.optimizer_specs(large, jax.eval_shape(optax.adafactor(1e-3).init, large))
+    kept = {leaf for leaf in jax.tree.leaves(factored, is_leaf=lambda leaf: isinstance(leaf, P)) if leaf != P()}
+    assert kept == {P(None, "expert", "fsdp"), P(None, "expert", "tensor")}
     # nnx.state wraps each array in its Param; the name is one level up.
     wrapped = partition_specs.parameter_specs(nnx.state(model))
     assert wrapped["segment_0"]["block_0"]["moe"]["experts"]["up"].get_value() == up
@@ -349,7 +354,9 @@ def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeyp
     assert second[:2] == [list(range(0, 64, 4)), list(range(1, 64, 4))]
     assert weights._hops(8) == [None]
     assert weights._hops(1) == []
-    monkeypatch.setattr(weights, "axis_size", lambda *axes: 256)  # fsdp 64 is not alone: 256 chips with experts split
+    monkeypatch.setattr(
+        weights, "axis_size", lambda *axes: 256 if "fsdp" in axes else 1
+    )  # fsdp 64 is not alone: 256 chips with experts split
     assert weights._hops(64) == [None]
 
 

@@ -117,9 +117,8 @@ def parameter_specs(tree: Any) -> Any:
 
 
 def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
-    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments.
-
-    The rest (counters, factored moments) is replicated.
+    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments, and for
+    arrays that lack one of its dimensions, such as Adafactor's factored moments. The rest (counters) is replicated.
 
     Args:
         parameters: arrays or ShapeDtypeStructs.
@@ -140,8 +139,12 @@ def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
     }
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
-        own = names(path)
-        return specs[own] if shapes.get(own) == leaf.shape else REPLICATED
+        shape, own = shapes.get(names(path), ()), specs.get(names(path), REPLICATED)
+        if shape == leaf.shape:
+            return own
+        entries = [*own, *(None,) * (len(shape) - len(own))]
+        lacking = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape]
+        return P(*entries[: lacking[0]], *entries[lacking[0] + 1 :]) if lacking else REPLICATED
 
     return jax.tree_util.tree_map_with_path(spec, optimizer)
 
