@@ -67,6 +67,7 @@ class Case:
 GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
 ONE_GROUP = {"expert_groups": 1, "kept_expert_groups": 1}
 OVERFLOW = {"overflow_to_next": True}
+NULL = reference.Rule(null=(1, 1, 2))
 BY_PROBABILITY = reference.Rule(policy="probability")
 #: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
 CASES = (
@@ -82,7 +83,16 @@ CASES = (
     Case("mixtral", 2, 7, 5, 2, 2, 0.2),
     Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"routing_scale": 1.5, **GROUPED}, reference.Rule(3, 2, scale=1.5)),
     Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
+    Case("deepseek_v4", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 1.5)),
+    Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True, scale=1.5)),
+    Case("quantile_balancing", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True)),
+    Case("moe_plus_plus", 2, 7, 3, 3, 2, 0.2, rule=NULL, full=False),
+    Case("moe_plus_plus", 2, 7, 3, 2, 2, 0.2, {"constant_experts": 0}, reference.Rule(null=(1, 1, 0)), full=False),
+    Case("remoe", 2, 7, 5, 2, 3, 0.2),
     Case("expert_choice", 2, 7, 3, 2, 5, 0.3, LEAK),
+    Case("expert_threshold", 2, 7, 3, 2, 3, 0.3, LEAK),
+    Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"latent_dim": 4}, full=False),
+    Case("deepseek_v3", 2, 7, 6, 3, 2, 0.2, GROUPED | {"latent_dim": 4}, reference.Rule(3, 2, True, 2.5), full=False),
     Case("soft_moe", 2, 5, 3, 3, 5, 0.3, LEAK | {"slots_per_expert": 2}),
     Case("hash", 2, 7, 5, 2, 2, 0.2),
     Case("random", 2, 7, 5, 2, 2, 0.2, draws=True),
@@ -98,18 +108,20 @@ CASES = (
 def edges() -> Iterator[Case]:
     """For every gate: K = E with capacity 1, and a shape drawn at random. In float32."""
     rng = np.random.default_rng(42)
-    for gate in GATES:
-        fields: dict[str, Any] = dict(LEAK) if GATES[gate].looks_ahead else {}
-        rule = reference.PLAIN
-        if gate == "deepseek_v3":
-            fields, rule = dict(ONE_GROUP), reference.Rule(renormalise=True, scale=2.5)
-        every = GATES[gate].experts_per_token == 0  # K = E is the rule
+    for gate, record in GATES.items():
+        fields: dict[str, Any] = dict(LEAK) if record.looks_ahead else {}
+        fields |= ONE_GROUP if record.kept_expert_groups else {}
+        null = (record.zero_experts, record.copy_experts, record.constant_experts)
+        rule = reference.Rule(renormalise=record.renormalise == 1, scale=record.routing_scale, null=null)
+        every = record.experts_per_token == 0  # K = E is the rule
         draws = gate == "random"
         e = 2 if gate == "gshard" else 3
-        yield Case(gate, 1, 5, e, e, 1, 0.2, fields, rule, draws, full=False)
+        # Quantile balancing needs an expert that is not chosen.
+        yield Case(gate, 1, 5, e, e - (record.bias_update == "quantile"), 1, 0.2, fields, rule, draws, full=False)
         e, s = int(rng.integers(3, 10)), int(rng.integers(2, 9))
         # From 2 on: a softmax over one choice has no gradient to compare.
         k = e if every else 2 if gate == "gshard" else int(rng.integers(2, min(e, 5) + 1))
+        k = min(k, e - (record.bias_update == "quantile"))
         g, c = int(rng.integers(1, 4)), int(rng.integers(1, s + 1))
         yield Case(gate, g, s, e, k, c, round(float(rng.uniform(0, 0.5)), 1), fields, rule, draws, full=False)
 
@@ -123,20 +135,35 @@ def refused(case: Case, mode: str) -> bool:
     return (case.gate, mode) in REFUSED_MODES or (mode == "dropless" and "overflow_to_next" in case.fields)
 
 
-def weights_of(d: int, f: int, e: int, seed: int, slots: int = 0) -> dict[str, np.ndarray]:
+def weights_of(
+    d: int, f: int, e: int, seed: int, slots: int = 0, null: tuple[int, int, int] = (0, 0, 0), latent: int = 0
+) -> dict[str, np.ndarray]:
     """Random matrices, large enough that nothing is nearly uniform or nearly linear."""
     rng = np.random.default_rng(seed)
+    inner, columns, constant = latent or d, e + sum(null), null[2]
 
     def draw(*shape: int, scale: float) -> np.ndarray:
         return (rng.normal(size=shape) * scale).astype(np.float32)
 
-    return {
-        "router": draw(d, e, *([slots] if slots else []), scale=2 / d**0.5),
-        "up": draw(e, d, f, scale=2 / d**0.5),
-        "gate_matrix": draw(e, d, f, scale=2 / d**0.5),
-        "down": draw(e, f, d, scale=2 / f**0.5),
+    weights = {
+        "router": draw(d, columns, *([slots] if slots else []), scale=2 / d**0.5),
+        "up": draw(e, inner, f, scale=2 / inner**0.5),
+        "gate_matrix": draw(e, inner, f, scale=2 / inner**0.5),
+        "down": draw(e, f, inner, scale=2 / f**0.5),
         "noise": draw(d, e, scale=1 / d**0.5),
     }
+    if latent:
+        weights |= {"latent_down": draw(d, latent, scale=2 / d**0.5), "latent_up": draw(latent, d, scale=1.0)}
+    if constant:
+        weights |= {"null_vectors": draw(constant, d, scale=1.0), "null_mix": draw(constant, d, 2, scale=2 / d**0.5)}
+    return weights
+
+
+def null_of(gate: str, fields: dict[str, Any]) -> tuple[int, int, int]:
+    """Numbers of zero, copy and constant experts of a layer."""
+    names = ("zero_experts", "copy_experts", "constant_experts")
+    zero, copy, constant = (fields.get(name, getattr(GATES[gate], name)) for name in names)
+    return zero, copy, constant
 
 
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -144,6 +171,20 @@ def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     kind = GATES[gate].router
     absent = ({"router"} if kind == "none" else set()) | (set() if kind == "noisy" else {"noise"})
     return {name: array for name, array in weights.items() if name not in absent}
+
+
+#: Where a layer keeps the matrices, by their names here.
+GRADIENTS = {
+    "router": ("router", "kernel"),
+    "noise": ("router", "noise"),
+    "up": ("experts", "up"),
+    "gate_matrix": ("experts", "gate"),
+    "down": ("experts", "down"),
+    "latent_down": ("latent", "down"),
+    "latent_up": ("latent", "up"),
+    "null_vectors": ("null", "vectors"),
+    "null_mix": ("null", "mix"),
+}
 
 
 def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
@@ -158,7 +199,7 @@ def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
         total = jnp.sum(y * cotangent)
         if train:
             total += report.load_balancing_loss + report.device_balance_loss + report.router_z_loss
-            total += report.importance_loss + report.load_loss
+            total += report.importance_loss + report.load_loss + report.sparsity_penalty
         return total, (y, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(report)]))
 
     differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
@@ -167,13 +208,9 @@ def program(layer: MoELayer, *, train: bool = False) -> Callable[..., Any]:
         token_ids = jnp.zeros(x.shape[:2], jnp.int32) if token_ids is None else token_ids
         gradients, (y, report) = differentiate(parameters, x, jnp.asarray(mask), cotangent, token_ids, rng)
         of = nnx.to_pure_dict(gradients[0])
-        named = {"up": of["experts"]["up"], "gate_matrix": of["experts"]["gate"], "down": of["experts"]["down"]}
-        if "router" in of:
-            named |= {
-                ours: of["router"][name]
-                for name, ours in (("kernel", "router"), ("noise", "noise"))
-                if name in of["router"]
-            }
+        named = {
+            ours: of[owner][name] for ours, (owner, name) in GRADIENTS.items() if owner in of and name in of[owner]
+        }
         return y, {"x": gradients[1], **named}, report
 
     return run
@@ -206,8 +243,13 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
         if case.gate == "soft_moe":
             y = reference.soft_output(*arrays, mask)
         else:
-            given = weights["noise"] if noise else None
-            y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, noise=given)
+            given = {"noise": weights["noise"]} if noise else {}
+            given |= {
+                part: tuple(weights[name] for name in weights if name.startswith(part))
+                for part in ("latent", "null")
+                if any(name.startswith(part) for name in weights)
+            }
+            y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, **given)
         return jnp.sum(y * cotangent), y
 
     differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
@@ -224,7 +266,8 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     """Every mode against the per-token oracle, values and gradients."""
     rng = np.random.default_rng(seed)
     soft = case.gate == "soft_moe"
-    weights = weights_of(d, f, case.e, seed, slots=case.fields.get("slots_per_expert", 1) if soft else 0)
+    slots, latent = case.fields.get("slots_per_expert", 1) if soft else 0, case.fields.get("latent_dim", 0)
+    weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent)
     # Numbers that bfloat16 holds exactly: both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
     mask = rng.random((case.g, case.s)) >= case.padding
@@ -233,7 +276,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
     key, numbers = drawn(case, seed)
     rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
-    if case.gate == "deepseek_v3":
+    if GATES[case.gate].bias_update not in ("none", "penalty"):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)
@@ -248,7 +291,8 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by who was kept of which batch
     for mode in CONFIG_MODES:
         factor = case.c * case.e / (case.k * case.s)
-        fields = {"experts_per_token": case.k, "eval_capacity_factor": factor, "dispatch": mode, **case.fields}
+        own = {name: value for name, value in case.fields.items() if name != "latent_dim"}  # read off the matrices
+        fields = {"experts_per_token": case.k, "eval_capacity_factor": factor, "dispatch": mode, **own}
         try:
             layer = single_layer(case.gate, **given, **fields)
         except ConfigError as reason:
@@ -259,7 +303,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         run = program(layer)
         # Dropless has no capacity, but expert choice keeps its own C.
         capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
-        k = case.e if case.gate == "expert_choice" else case.k  # an expert's column is a choice
+        k = case.e if GATES[case.gate].lists_all else case.k  # an expert's column is a choice
         for batch, real in masks.items():
             decisions = None if soft else reference.decide(case.gate, logits, real, k, capacity, rule)
             at = real.tobytes() + (b"" if decisions is None else decisions.kept.tobytes())
@@ -300,17 +344,19 @@ def device_counts() -> Iterator[Row]:
     x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
-    for gate, rule in GATES.items():
+    for gate, latent in (*((gate, 0) for gate in GATES), ("mixtral", 4)):
+        rule = GATES[gate]
         fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
         if not rule.fixed_k:
             fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
-        if rule.router == "biased":
+        if rule.kept_expert_groups:
             fields |= {"expert_groups": 4, "kept_expert_groups": 2}
         if rule.looks_ahead:
             fields |= LEAK
         if gate == "mixtral":
             fields |= LEAK | {"drop_policy": "random"}
-        given = read_by(gate, weights_of(8, 8, 8, seed=11, slots=1 if rule.router == "slots" else 0))
+        slots = 1 if rule.router == "slots" else 0
+        given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent))
         for mode in CONFIG_MODES:
             if (gate, mode) in REFUSED_MODES:
                 continue
@@ -323,5 +369,9 @@ def device_counts() -> Iterator[Row]:
                     placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, partition_specs.BATCH))
                     spread = run(placed, mask, cotangent, tokens, key)
                 yield close(
-                    DEVICES, f"{gate}, {mode}, {count} devices", "without a mesh", error(spread, alone), FLOAT32
+                    DEVICES,
+                    f"{gate}{', latent_dim=4' if latent else ''}, {mode}, {count} devices",
+                    "without a mesh",
+                    error(spread, alone),
+                    FLOAT32,
                 )

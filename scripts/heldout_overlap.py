@@ -4,6 +4,11 @@ Prints for each domain the share of held-out characters in lines (of at least 40
 and the share in the document with the largest overlap. Reads every training document once.
 """
 
+from moe import platform
+
+if __name__ == "__main__":
+    platform.prepare()  # before JAX is imported; may restart this program
+
 from moe import cli
 
 _CONFIG = cli.define_config("configs/quickstart.py")

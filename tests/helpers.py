@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
-from moe.models.decoder import Transformer
+from moe.models.encoder_decoder import abstract_model
 from moe.routing.registry import GATES
 from moe.routing.resolve import resolve
 from moe.routing.routing import Routing, route
@@ -48,11 +48,11 @@ def tiny_model(**overrides: Any) -> ModelConfig:
 
 
 def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
-    """(graphdef, variables as a nested dict) of a Transformer, drawn by NumPy: compiling its own init takes seconds.
+    """(graphdef, variables as a nested dict) of a model, drawn by NumPy: compiling its own init takes seconds.
 
     Matrices have deviation 1/4, as of a fan-in of 16; norm scales are around 1, so that none can be left out unseen.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_model(config))
     generator = np.random.default_rng(0)
 
     def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:

@@ -7,7 +7,6 @@ Independent of ``moe``. Decisions (which expert, which buffer position, dropped 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -56,6 +55,7 @@ class Rule:
         draws: the gate's random numbers, uniform: [G,S] of gshard, [G,S,K] of st_moe, [G,S,E] of random; standard
             normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
         priorities: [G,S], of the policy random.
+        null: numbers of zero, copy and constant experts, the last ones in the router; they have no capacity.
     """
 
     groups: int = 1
@@ -68,6 +68,7 @@ class Rule:
     token_ids: np.ndarray | None = None
     draws: np.ndarray | None = None
     priorities: np.ndarray | None = None
+    null: tuple[int, int, int] = (0, 0, 0)
 
 
 PLAIN = Rule()
@@ -90,6 +91,14 @@ def sigmoid(z: Any) -> Any:
     return 1.0 / (1.0 + xp.exp(-z))
 
 
+def scores_of(gate: str, logits: Any) -> Any:
+    """Scores of one token: DeepSeek-V3's and Kimi K3's sigmoids, DeepSeek-V4's sqrt(ln(1 + e^z)), or the softmax."""
+    xp = jnp if isinstance(logits, jax.Array) else np
+    if gate in ("deepseek_v3", "quantile_balancing"):
+        return sigmoid(logits)
+    return xp.sqrt(xp.log1p(xp.exp(logits))) if gate.startswith("deepseek_v4") else softmax(logits)
+
+
 def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[int]:
     """The experts of one token, logits [E], best first; the lower index first among equals.
 
@@ -97,9 +106,10 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
     DeepSeek-V2 2024, section 2.2.2: from the groups of the best experts.
     """
     num_experts = len(logits)
-    if gate in ("dense_mixture", "expert_choice"):
+    if gate in ("dense_mixture", "expert_choice", "expert_threshold", "remoe"):
         return list(range(num_experts))
-    scores, best = (sigmoid(logits) + rule.bias, 2) if gate == "deepseek_v3" else (logits, 1)
+    biased = gate in ("deepseek_v3", "deepseek_v4", "quantile_balancing")
+    scores, best = scores_of(gate, logits) + rule.bias if biased else logits, 2 if gate == "deepseek_v3" else 1
     size = num_experts // rule.groups
     by_group = [list(range(g * size, (g + 1) * size)) for g in range(rule.groups)]
     worth = [sum(sorted((scores[e] for e in members), reverse=True)[:best]) for members in by_group]
@@ -109,11 +119,10 @@ def choose(gate: str, logits: np.ndarray, k: int, rule: Rule = PLAIN) -> list[in
 
 
 def probabilities(gate: str, logits: Any) -> Any:
-    """Probabilities for balancing losses and overflow: the softmax; DeepSeek-V3, equation 19: s over its sum."""
-    if gate == "deepseek_v3":
-        scores = sigmoid(logits)
-        return scores / scores.sum()
-    return softmax(logits)
+    """Probabilities for balancing losses and overflow: the softmax, or scores over their sum (DeepSeek-V3,
+    equation 19)."""
+    scores = scores_of(gate, logits)
+    return scores / scores.sum()
 
 
 def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> list[Any]:
@@ -121,15 +130,17 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
 
     Jacobs et al. 1991, equation 1, and Switch, equation 2: the softmax over all experts. GShard, algorithm 1, and
     ST-MoE: renormalised over the chosen. Mixtral, section 2.1, and Shazeer 2017, equation 3: softmax over the chosen
-    logits. DeepSeek-V3, equations 12 and 13: the sigmoids over their sum, scaled.
+    logits. DeepSeek-V3, equations 12 and 13: the sigmoids over their sum, scaled. ReMoE, section 3.1: ReLU.
     """
+    if gate == "remoe":
+        return [logits[expert] * (logits[expert] > 0) for expert in experts]
     if gate in ("hash", "random"):
         return [1 / len(experts)] * len(experts)
     if gate in ("mixtral", "noisy_topk", "balanced"):
         xp = jnp if isinstance(logits, jax.Array) else np
         powers = [xp.exp(logits[expert] - xp.max(logits)) for expert in experts]
         return [power / sum(powers) for power in powers]
-    scores = sigmoid(logits) if gate == "deepseek_v3" else softmax(logits)
+    scores = scores_of(gate, logits)
     chosen = [scores[expert] for expert in experts]
     if gate in ("gshard", "st_moe") or rule.renormalise:
         chosen = [score / sum(chosen) for score in chosen]
@@ -174,7 +185,7 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
             if gate == "switch_sampled" and rule.draws is not None:
                 scores = scores + rule.draws[g, s]  # Switch 2021, appendix C, by the Gumbel-max trick
             expert[g, s] = choose(gate, scores, k, rule)
-            if gate == "hash" and rule.token_ids is not None:
+            if gate in ("hash", "deepseek_v4_hash") and rule.token_ids is not None:
                 expert[g, s] = hashed(int(rule.token_ids[g, s]), num_experts, k)
             if gate == "balanced":
                 nth = g * tokens + int(mask[g, :s].sum())
@@ -182,6 +193,10 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
             if gate == "random" and rule.draws is not None:
                 expert[g, s] = sorted(range(num_experts), key=lambda e, draws=rule.draws[g, s]: -draws[e])[:k]
             chosen[g, s] = mask[g, s]
+            if gate == "remoe":
+                chosen[g, s] &= logits[g, s] > 0
+            if gate == "expert_threshold":
+                chosen[g, s] &= softmax(logits[g, s]) + rule.bias > 0
             if gate == "gshard" and rule.draws is not None:
                 second = float(weights(gate, logits[g, s], list(expert[g, s]))[1])
                 chosen[g, s, 1] &= 2 * second > rule.draws[g, s]
@@ -213,7 +228,7 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
                 if chosen[g, s, choice]:
                     e = expert[g, s, choice]
                     position[g, s, choice] = taken[e]
-                    kept[g, s, choice] = taken[e] < capacity
+                    kept[g, s, choice] = taken[e] < capacity or e >= num_experts - sum(rule.null)
                     taken[e] += 1
         if rule.overflow:
             taken = [min(count, capacity) for count in taken]
@@ -238,6 +253,16 @@ def ffn(x: jax.Array, up: jax.Array, gate: jax.Array | None, down: jax.Array, ac
     return down.T @ hidden
 
 
+def null_expert(x: jax.Array, number: int, rule: Rule, arrays: Any) -> jax.Array:
+    """Zero, copy or constant expert of one vector (MoE++ 2024, section 3.1), by its number after the FFNs."""
+    zero, copy, _ = rule.null
+    if number < zero + copy:
+        return x * float(number >= zero)
+    vectors, mix = (array[number - zero - copy] for array in arrays)
+    alpha = softmax(mix.T @ x)
+    return alpha[0] * x + alpha[1] * vectors
+
+
 def moe_output(
     x: jax.Array,
     router: jax.Array,
@@ -250,6 +275,8 @@ def moe_output(
     activation: str = "swiglu",
     rule: Rule = PLAIN,
     noise: jax.Array | None = None,
+    null: tuple[jax.Array, jax.Array] | None = None,
+    latent: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
 
@@ -262,6 +289,8 @@ def moe_output(
         activation: of the experts.
         rule: of the gate.
         noise: [D,E], W_noise of noisy_topk where the rule has its draws.
+        null: vectors [n,D] and W [n,D,2] of the constant experts.
+        latent: [D,P] and [P,D], around the FFNs.
     """
     rows = []
     for g in range(x.shape[0]):
@@ -275,8 +304,13 @@ def moe_output(
             for choice, weight in enumerate(assignment_weights(gate, logits, named, placed, rule)):
                 if decisions.kept[g, s, choice]:
                     e = placed[choice]
+                    if e >= len(up):
+                        y = y + weight * null_expert(x[g, s], e - len(up), rule, null)
+                        continue
                     matrix = None if gate_matrix is None else gate_matrix[e]
-                    y = y + weight * ffn(x[g, s], up[e], matrix, down[e], activation)
+                    inner = x[g, s] if latent is None else latent[0].T @ x[g, s]
+                    output = ffn(inner, up[e], matrix, down[e], activation)
+                    y = y + weight * (output if latent is None else latent[1].T @ output)
             rows.append(y)
     # G·S of [D] → [G,S,D]
     return jnp.stack(rows).reshape(x.shape)
@@ -310,78 +344,3 @@ def soft_output(
             mixed = sum(combine[i] * output for i, output in enumerate(outputs))
             y.append(mixed if s in real else jnp.zeros_like(x[g, s]))
     return jnp.stack(y).reshape(x.shape)
-
-
-def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
-    """One vector: x_i / sqrt(mean x² + epsilon) · scale_i."""
-    mean = sum(float(value) ** 2 for value in x) / len(x)
-    return np.array([value / math.sqrt(mean + epsilon) * s for value, s in zip(x, scale, strict=True)])
-
-
-def rope(x: np.ndarray, position: int, theta: float) -> np.ndarray:
-    """One head [H]: pair (i, i + H/2) turned by position·theta^(-2i/H)."""
-    half = len(x) // 2
-    turned = np.empty(len(x))
-    for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
-        turned[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        turned[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
-    return turned
-
-
-def attention(
-    x: np.ndarray,
-    query: np.ndarray,
-    key: np.ndarray,
-    value: np.ndarray,
-    out: np.ndarray,
-    segment_ids: np.ndarray,
-    positions: np.ndarray,
-    *,
-    theta: float,
-    window: int = 0,
-    norm: str = "none",
-    query_scale: np.ndarray | None = None,
-    key_scale: np.ndarray | None = None,
-    epsilon: float = 0.0,
-) -> np.ndarray:
-    """Causal attention in float64, query by query and head by head.
-
-    Args:
-        x: [B,T,D].
-        query, key, value, out: [D,N,H], [D,M,H], [D,M,H], [N,H,D]; query head n reads key head n·M//N.
-        segment_ids, positions: [B,T].
-        theta: of the rotary positions.
-        window: how many tokens back a query sees, itself included; 0: all.
-        norm: none, head (over H) or full (over all heads at once), before the rotation.
-        query_scale, key_scale: of that norm, [H], or [N·H] and [M·H].
-        epsilon: of that norm.
-    """
-    x = x.astype(np.float64)
-
-    def heads(token: np.ndarray, matrix: np.ndarray, scale: np.ndarray | None, position: int | None) -> np.ndarray:
-        _, number, dim = matrix.shape
-        projected = np.array([[token @ matrix[:, n, h] for h in range(dim)] for n in range(number)])
-        if scale is not None and norm == "head":
-            projected = np.array([rms_norm(head, scale, epsilon) for head in projected])
-        if scale is not None and norm == "full":
-            projected = rms_norm(projected.reshape(-1), scale, epsilon).reshape(projected.shape)
-        return projected if position is None else np.array([rope(head, position, theta) for head in projected])
-
-    batch, length, _ = x.shape
-    num_heads, num_kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[2]
-    y = np.zeros(x.shape)
-    for b in range(batch):
-        q = [heads(x[b, t], query, query_scale, positions[b, t]) for t in range(length)]
-        k = [heads(x[b, t], key, key_scale, positions[b, t]) for t in range(length)]
-        v = [heads(x[b, t], value, None, None) for t in range(length)]
-        for t in range(length):
-            visible = [
-                u for u in range(t + 1) if segment_ids[b, u] == segment_ids[b, t] and (window == 0 or t - u < window)
-            ]
-            for n in range(num_heads):
-                m = n * num_kv_heads // num_heads
-                probs = softmax(np.array([q[t][n] @ k[u][m] / math.sqrt(head_dim) for u in visible]))
-                mixed = sum(prob * v[u][m] for prob, u in zip(probs, visible, strict=True))
-                y[b, t] += mixed @ out[n]
-    return y

@@ -1,6 +1,5 @@
 """Routing of the gates: values computed by hand, and draws against their distribution."""
 
-import dataclasses
 import math
 
 import jax
@@ -14,8 +13,11 @@ from moe.dispatch.plan import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.routing import balancing
 from moe.routing.registry import GATES
-from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, routed
+from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS, routed
 from tests.helpers import FOUR, tiny_model
+
+#: Weights of DeepSeek-V3 as they are: the sigmoids.
+RAW = {"renormalise": 0, "routing_scale": 1.0}
 
 HAND_COMPUTED = [
     # Without a key no noise: softmax(ln 6, ln 3) = (6, 3)/9; softmax(ln 9, ln 4) = (9, 4)/13.
@@ -30,12 +32,12 @@ HAND_COMPUTED = [
         [[0, 1], [2, 3]],
         [[2 * 6 / 7, 2 * 1 / 7], [2 * 9 / 13, 2 * 4 / 13]],
     ),
-    ("deepseek_v3", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[0.8, 0.6], [0.9, 0.4]]),
+    ("deepseek_v3", SIGMOID_LOGITS, RAW, [[0, 2], [3, 2]], [[0.8, 0.6], [0.9, 0.4]]),
     # 0.8/1.4·2.5 and 0.6/1.4·2.5; 0.9/1.3·2.5 and 0.4/1.3·2.5.
     (
         "deepseek_v3",
         SIGMOID_LOGITS,
-        {"renormalise": True, "routing_scale": 2.5},
+        {},
         [[0, 2], [3, 2]],
         [[2.0 / 1.4, 1.5 / 1.4], [2.25 / 1.3, 1.0 / 1.3]],
     ),
@@ -43,7 +45,7 @@ HAND_COMPUTED = [
     (
         "deepseek_v3",
         SIGMOID_LOGITS,
-        {"selection_bias": jnp.asarray([0.0, 0.0, 0.0, 0.5])},
+        RAW | {"selection_bias": jnp.asarray([0.0, 0.0, 0.0, 0.5])},
         [[0, 3], [3, 2]],
         [[0.8, 0.2], [0.9, 0.4]],
     ),
@@ -51,7 +53,7 @@ HAND_COMPUTED = [
     (
         "deepseek_v3",
         SIGMOID_LOGITS,
-        {"expert_groups": 2, "kept_expert_groups": 1},
+        RAW | {"expert_groups": 2, "kept_expert_groups": 1},
         [[0, 1], [3, 2]],
         [[0.8, 0.5], [0.9, 0.4]],
     ),
@@ -59,10 +61,30 @@ HAND_COMPUTED = [
     (
         "deepseek_v3",
         SIGMOID_LOGITS,
-        {"expert_groups": 2, "kept_expert_groups": 1, "selection_bias": jnp.asarray([-0.8, 0.0, 0.0, 0.0])},
+        RAW | {"expert_groups": 2, "kept_expert_groups": 1, "selection_bias": jnp.asarray([-0.8, 0.0, 0.0, 0.0])},
         [[2, 3], [3, 2]],
         [[0.6, 0.2], [0.9, 0.4]],
     ),
+    # Any score under any top-k gate: sigmoids 0.8 and 0.6 renormalised; a bias of 0.9 on expert 3 wins over 6/12.
+    (
+        "mixtral",
+        SIGMOID_LOGITS,
+        {"score_function": "sigmoid"},
+        [[0, 2], [3, 2]],
+        [[8 / 14, 6 / 14], [9 / 13, 4 / 13]],
+    ),
+    (
+        "switch",
+        LOGITS,
+        {"selection_bias": jnp.asarray([0.0, 0.0, 0.0, 0.9])},
+        [[3, 0], [3, 2]],
+        [[2 / 12, 6 / 12], [4 / 16, 9 / 16]],
+    ),
+    # softplus(ln(e⁴ − 1)) = 4: the square roots of (4, 1, 9, 16) are 2, 1, 3, 4; two groups by their best expert.
+    ("deepseek_v4", SOFTPLUS_LOGITS, {}, [[3, 2]], [[1.5 * 4 / 7, 1.5 * 3 / 7]]),
+    ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"expert_groups": 2, "kept_expert_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
+    ("quantile_balancing", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
+    ("moe_plus_plus", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     # Round-robin, weights the softmax over the chosen.
     ("balanced", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 9, 3 / 9], [9 / 13, 4 / 13]]),
 ]
@@ -77,11 +99,20 @@ def test_hand_computed_values(gate, logits, given, experts, weights):
 
 
 def test_every_gate_is_tested_by_hand_or_by_its_own_test():
-    own = {"expert_choice", "soft_moe", "hash", "random", "switch_sampled"}
+    own = {
+        "expert_choice",
+        "expert_threshold",
+        "soft_moe",
+        "hash",
+        "deepseek_v4_hash",
+        "random",
+        "switch_sampled",
+        "remoe",
+    }
     assert {gate for gate, *_ in HAND_COMPUTED} | own | set(FOUR) == set(GATES)
 
 
-@pytest.mark.parametrize("gate", sorted(set(GATES) - {"expert_choice"}))
+@pytest.mark.parametrize("gate", sorted(set(GATES) - {"expert_choice", "expert_threshold", "remoe"}))
 def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
     logits = rng.normal(size=(2, 12, 8))
     logits[0, 3, 1], logits[1, 5, 0], logits[1, 6, 2] = np.nan, np.inf, -np.inf
@@ -95,8 +126,8 @@ def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
     assert (np.asarray(routing.combine_weights)[~valid] == 0).all()
     report = balancing.report(routing, jnp.asarray(mask), routing.chosen)
     assert float(report.broken_tokens) == 2
-    for field in dataclasses.fields(report):
-        assert np.isfinite(getattr(report, field.name)).all(), field.name
+    for path, values in jax.tree_util.tree_leaves_with_path(report):
+        assert np.isfinite(values).all(), path
 
 
 def test_broken_noise_breaks_its_token_and_underflowing_noise_does_not(rng):

@@ -43,16 +43,19 @@ HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"
 _OURS = (
     *("mistral", "llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"),
-    "glm4_moe",
+    *("glm4_moe", "gpt_oss", "llama_dynamic", "llama_longrope"),
 )
 OURS = [HERE / name for name in _OURS]
-MOE = [path for path in OURS if path.name not in ("mistral", "llama")]
-_THEIRS = (*("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),)
+MOE = [path for path in OURS if path.name not in ("mistral", "llama", "llama_dynamic", "llama_longrope")]
+_THEIRS = (
+    *("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),
+    "gpt_oss",
+)
 THEIRS = [SHARED / name for name in _THEIRS]
 #: Family of an export that names none, where it is not that of the import: a Llama is a Mistral without a window.
 WRITTEN_AS = {
     SHARED / "mixtral_fused": "mixtral",
-    SHARED / "llama": "mistral",
+    **dict.fromkeys((SHARED / "llama", HERE / "llama_dynamic", HERE / "llama_longrope"), "mistral"),
     SHARED / "deepseek_v2_lite": "deepseek_v2",
 }
 CASES = [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS]
@@ -161,6 +164,20 @@ def test_the_fused_layout_of_every_family(path, tmp_path):
     assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
     assert not any(".experts.0." in name for name in names)
     again, _ = load_huggingface(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+@pytest.mark.parametrize("prefix", ["block_sparse_moe.gate", "block_sparse_moe."])
+def test_fused_experts_under_the_older_names_of_mixtral(prefix, tmp_path):
+    """A fused file in which the router, or all of the block, has the name from before the library renamed it."""
+    model, config = load_huggingface(HERE / "mixtral")
+    save_huggingface(model, config, tmp_path / "fused", fused=True)
+    newer = "mlp.gate" if prefix.endswith("gate") else "mlp."
+    tensors = load_file(tmp_path / "fused" / "model.safetensors")
+    renamed = {name.replace(newer, prefix): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "fused" / "model.safetensors")
+    again, _ = load_huggingface(tmp_path / "fused")
     jax.tree.map(np.testing.assert_array_equal, again, model)
 
 

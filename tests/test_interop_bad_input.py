@@ -112,12 +112,19 @@ def test_an_index_must_agree_with_its_files(tmp_path):
     ("fields", "pattern"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2': must be one of mistral, llama"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn': needs original_max_position_embeddings"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type='yarn': needs factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear': needs factor"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, "rope_type='longrope': must be 'default'"),
+        (
+            {"rope_parameters": {"rope_type": "proportional", "factor": 4}},
+            "rope_type='proportional': must be 'default'",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, r"rope_scaling\.short_factors=\(\): must be pos"),
         ({"rope_parameters": {"rope_type": "default", "new_factor": 4}}, "new_factor=4"),
         ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
+        (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            r"quantised weights \('mxfp4'\) are not read: save them deq",
+        ),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16': must be a valid integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),

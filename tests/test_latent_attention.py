@@ -16,6 +16,7 @@ from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
 from moe.layers.attention.rotary import attention_factor, inverse_frequencies
 from moe.models.decoder import Transformer
+from moe.models.kv_cache import empty, prefill
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import resolve, validate
 
@@ -151,3 +152,49 @@ def test_scaled_frequencies_by_hand():
     np.testing.assert_allclose(inverse_frequencies(4, 1e4, yarn), [1, 0.01 * (0.5 / 4 + 0.5)], rtol=1e-6)
     assert attention_factor(yarn) == pytest.approx(0.1 * math.log(4) + 1)
     assert attention_factor(dataclasses.replace(yarn, mscale=0.7, mscale_all_dim=0.7)) == 1
+
+
+def test_frequencies_that_depend_on_the_length_by_hand():
+    """theta 10^4, 4 dims, context 8. Dynamic, factor 2: rows of 16 get theta·(2·16/8 - 1)^(4/2) = 9·10^4."""
+    dynamic = RopeScalingConfig(kind="dynamic", factor=2.0, original_length=8)
+    lengths = jnp.array([5, 8, 16])
+    want = [[1, 0.01], [1, 0.01], [1, 1 / 300]]
+    np.testing.assert_allclose(inverse_frequencies(4, 1e4, dynamic, lengths), want, rtol=1e-6)
+    # LongRoPE: divisors of short rows up to 8; heads times sqrt(1 + ln 64 / ln 8) = sqrt(3).
+    longrope = RopeScalingConfig(
+        kind="longrope", factor=64.0, original_length=8, short_factors=(1.0, 2.0), long_factors=(4.0, 8.0)
+    )
+    want = [[1, 0.01 / 2], [1, 0.01 / 2], [1 / 4, 0.01 / 8]]
+    np.testing.assert_allclose(inverse_frequencies(4, 1e4, longrope, lengths), want, rtol=1e-6)
+    assert attention_factor(longrope) == pytest.approx(math.sqrt(3))
+    assert attention_factor(dataclasses.replace(longrope, attention_factor=1.5)) == 1.5
+    assert attention_factor(dynamic) == 1
+
+
+def test_a_row_has_its_own_length(rng):
+    """A row of 5 beside one of 12, and padded to 12, is what it is alone, though the other is beyond the context."""
+    scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_length=6)
+    config = resolve(Config(model=ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate="none")))).model
+    model = Transformer(dataclasses.replace(config, rope_scaling=scaling), rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(rng.integers(1, 16, (2, 12)))
+    both, _ = prefill(model, tokens, jnp.array([5, 12]), empty(model.config, 2, 12))
+    for row, length in ((0, 5), (1, 12)):
+        alone = model(tokens[row : row + 1, :length]).logits[0, -1]
+        np.testing.assert_allclose(both[row], alone, rtol=1e-4, atol=1e-4)
+    plain = Transformer(config, rngs=nnx.Rngs(0))
+    assert float(jnp.abs(plain(tokens[1:]).logits[0, -1] - both[1]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "dynamic", "factor": 2.0}, "original_length=0: must be at least 2"),
+        (
+            {"kind": "longrope", "original_length": 8, "short_factors": (1.0, 1.0), "long_factors": (1.0,)},
+            r"short_factors=\(1\.0, 1\.0\): must be positive, and one for each of the 1 rotated pairs",
+        ),
+    ],
+)
+def test_impossible_scaling(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(resolve(Config(model=dataclasses.replace(CONFIG, rope_scaling=RopeScalingConfig(**changes)))))

@@ -66,8 +66,10 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     """Without a GPU, XLA's attention stands in for the kernel and gets the arguments that cuDNN would get."""
     real, blocks = jax.nn.dot_product_attention, []
 
-    def cudnn(query, key, value, *, mask, implementation):
+    def cudnn(query, key, value, bias, mask, *, scale, implementation):
         assert implementation == "cudnn"
+        assert bias is None
+        assert scale == 16**-0.5
         blocks.append(mask.shape)
         return real(query, key, value, mask=mask)
 

@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from moe.config import ConfigError, OptimizerConfig
+from moe.models.flops import abstract_parameters
 from moe.parallel import partition_specs
 from moe.training.optimizer import OPTIMIZERS, make_optimizer
+from tests.helpers import tiny_model
 
 RATE = 0.1
 CONFIG = OptimizerConfig(
@@ -87,6 +89,64 @@ def test_muon_makes_each_experts_update_orthogonal(rng):
         singular = np.linalg.svd(matrix, compute_uv=False) / (RATE * 0.2 * 2)
         assert 0.5 < singular.min() <= singular.max() < 1.4  # five Newton-Schulz steps go so far
     np.testing.assert_allclose(np.abs(updates["router"]["kernel"]), RATE, rtol=1e-3)  # AdamW's first step
+
+
+#: One model with every kind of parameter: latent attention, a dense layer, shared, latent and constant experts.
+EVERYTHING = {
+    "kv_lora_rank": 6,
+    "q_lora_rank": 5,
+    "rope_dim": 2,
+    "value_dim": 4,
+    "num_kv_heads": 4,
+    "first_dense": 1,
+    "gate": "moe_plus_plus",
+    "shared_d_ff": 12,
+    "shared_gate": True,
+    "latent_dim": 8,
+}
+
+#: Matrices that Muon moves, by the last two names of their paths.
+ORTHOGONAL = {
+    *(f"attention.{name}" for name in ("query_down", "query_up", "kv_down", "kv_up", "out")),
+    *(f"{owner}.{name}" for owner in ("dense", "experts") for name in ("gate", "up", "down")),
+    *("latent.down", "latent.up"),
+}
+
+
+def test_which_parameters_muon_moves_and_which_decay():
+    """Every parameter of a model by name: Muon's or AdamW's, decayed or not; a step without gradients is the decay."""
+    parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_parameters(tiny_model(**EVERYTHING)))
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    names = {jax.tree_util.keystr(path): ".".join(key.key for key in path[-2:]) for path, _ in leaves}
+    assert set(names.values()) > ORTHOGONAL | {"router.kernel", "shared.gate", "null.vectors", "embedding.table"}
+    config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.5)
+    optimizer = make_optimizer(config, 10)
+    state = optimizer.init(parameters)
+    second_moments = {
+        ".".join(key.key for key in path[-2:] if hasattr(key, "key"))
+        for path, _ in jax.tree_util.tree_leaves_with_path(optax.tree_utils.tree_get_all_with_path(state, "nu"))
+    }
+    # AdamW has second moments of all others, and of no matrix that Muon moves.
+    assert {name for name in second_moments if "." in name} == set(names.values()) - ORTHOGONAL
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = jax.jit(optimizer.update)(zeros, state, parameters, norm=jnp.ones(()))
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        spared = names[jax.tree_util.keystr(path)].endswith(("scale", "bias"))
+        np.testing.assert_allclose(update, 0.0 if spared else -0.05, rtol=1e-4, atol=1e-9, err_msg=str(path))
+
+
+def test_muon_moves_stacked_experts_as_it_would_each_alone(rng):
+    """Two layers of three experts in one array, and six matrices one by one."""
+    gradient = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+
+    def updated(gradient):
+        tree = {"experts": {"up": gradient}}
+        optimizer = make_optimizer(dataclasses.replace(CONFIG, name="muon"), 10)
+        zeros = jax.tree.map(jnp.zeros_like, tree)
+        return optimizer.update(tree, optimizer.init(zeros), zeros, norm=jnp.ones(()))[0]["experts"]["up"]
+
+    alone = jnp.stack([jnp.stack([updated(expert) for expert in layer]) for layer in gradient])
+    np.testing.assert_allclose(updated(gradient), alone, rtol=1e-4, atol=1e-7)
 
 
 def test_state_is_stored_as_the_parameter_where_it_has_its_shape():

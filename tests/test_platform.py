@@ -84,12 +84,13 @@ def test_an_entry_point_runs_with_what_this_machine_has():
     assert output[1] == str(has)
 
 
+STOPS = ((signal.SIGTERM, 75), (signal.SIGINT, 130))
 PROGRAM = """
 import os
 import sys
 import time
 from moe import platform
-platform.prepare()
+getattr(platform, os.environ.get("PREPARE", "prepare"))()
 print("prepared", flush=True)
 from moe import cli
 import jax
@@ -119,10 +120,15 @@ def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("seconds", [0.0, 0.5])
-def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, code, seconds):
-    process = start(STAY="30")  # seconds: it must not end by itself before the signal
+@pytest.mark.parametrize(
+    ("number", "code", "seconds", "prepare"),
+    [
+        *((number, code, wait, "prepare") for number, code in STOPS for wait in (0.0, 0.5)),
+        *((number, code, 0.0, "use_tpu_compiler") for number, code in STOPS),  # plan_pod.py and scaling.py
+    ],
+)
+def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, code, seconds, prepare):
+    process = start(STAY="30", PREPARE=prepare)  # seconds: it must not end by itself before the signal
     assert process.stdout is not None
     assert process.stdout.readline() == "prepared\n"
     time.sleep(seconds)  # while JAX is imported

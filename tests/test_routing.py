@@ -126,7 +126,7 @@ def test_language_model_gradient_reaches_the_router_at_one_expert(gate, learns, 
 
     gradient = jax.jit(jax.grad(loss))(parameters)["router"]["kernel"][...]
     assert bool(jnp.any(jnp.abs(gradient) > 1e-4)) == learns
-    assert learns or bool(jnp.all(gradient == 0))
+    assert learns or bool(jnp.all(jnp.abs(gradient) < 1e-6))  # p/p in float32
 
 
 def test_jitter_moves_the_router_and_not_what_the_experts_receive(rng):

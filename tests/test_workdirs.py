@@ -130,9 +130,11 @@ def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(dir
 
 
 def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):
-    config = tiny(directory, **SETTINGS, **{"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096})
-    with pytest.raises(ConfigError, match=r"parameters and optimizer state need [\d,.]+ GiB where there are"):
-        train(config, str(tmp_path / "run"), ONE, quiet=True)
+    absurd = ({"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096}, {"train.batch_size": 2**24})
+    for settings in absurd:
+        config = tiny(directory, **SETTINGS | settings)
+        with pytest.raises(ConfigError, match=r"training state and activations need [\d,.]+ GiB where there are"):
+            train(config, str(tmp_path / "run"), ONE, quiet=True)
     assert not (tmp_path / "run").exists()
 
 

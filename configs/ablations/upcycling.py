@@ -6,19 +6,41 @@ An upcycled run of n steps has cost its parent's n dense steps too: from scratch
 FLOPs, and is the next horizon's run where the horizons double.
 """
 
+from typing import Any
+
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Sweep, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """A dense parent, then as many steps again on other text: upcycled (top-2 of 8), from scratch, dense continued."""
+    """A dense parent, then as many steps again on other text: upcycled (top-2 of 8), from scratch, dense continued.
+
+    Upcycled also with noise, with half of the hidden units drawn anew, and as shards of a quarter of the FFN, top-8 of
+    32, without and with virtual groups: the same active and total parameters but for the router's.
+    """
     moe = common.moe(size, "mixtral", 8, 2, common.hidden(size), dispatch="dropless", eval_capacity_factor=-1)
+    shards = common.moe(size, "mixtral", 32, 8, common.hidden(size) // 4, dispatch="dropless", eval_capacity_factor=-1)
+    starts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "upcycled": (moe, {}),
+        "upcycled_noise": (moe, {"expert_noise": 0.05}),
+        "drop_upcycled": (moe, {"drop_share": 0.5}),
+        "granular": (shards, {"expert_scale": 4.0}),
+        "virtual_groups": (shards, {"expert_scale": 4.0, "virtual_groups": True}),
+    }
     longest = common.horizons(size)[-1]
     rate = float(common.base(size).optimizer.learning_rate)
     variants = {
         "parent": Variant({}, note="dense"),
         "scratch": Variant(moe, seed_offset=1000),
-        "upcycled": Variant(moe, starts_from="parent", seed_offset=1000, rate_scale=0.5),
+        **{
+            name: Variant(
+                fields | {f"start.{field}": value for field, value in start.items()},
+                starts_from="parent",
+                seed_offset=1000,
+                rate_scale=0.5,
+            )
+            for name, (fields, start) in starts.items()
+        },
         "dense_continued": Variant({}, starts_from="parent", seed_offset=1000, rate_scale=0.5),
     }
     return Suite(
@@ -32,6 +54,9 @@ def get_suite(size: str) -> Suite:
         comparisons={
             "equal FLOPs and parameters, beside the parent's": Comparison(
                 "scratch", ("upcycled",), common.FLOPS_AND_PARAMETERS
+            ),
+            "ways of upcycling, equal steps": Comparison(
+                "upcycled", tuple(name for name in starts if name != "upcycled"), ("steps",)
             ),
             "equal steps": Comparison("dense_continued", ("upcycled",), ("steps",)),
         },

@@ -21,6 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError
+from moe.routing.gates import SCORES
 from moe.routing.interface import Gate, GateInputs, GateOutput
 from moe.routing.registry import find_gate
 from moe.routing.resolve import validate
@@ -89,7 +90,7 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
     """
     moe = config.model.moe
     gate = None if moe.gate == "none" else find_gate(moe.gate)
-    if gate is None or gate.router in ("none", "slots") or gate.looks_ahead:
+    if gate is None or gate.router in ("none", "slots") or gate.looks_ahead or moe.layer_gates:
         raise ConfigError(f"model.moe.gate={moe.gate!r}: experts can be masked only where tokens choose by a router")
     if not 0 <= experts <= moe.num_experts - moe.experts_per_token:
         raise ConfigError(
@@ -105,7 +106,7 @@ def masked_gate(gate: Gate, experts: int) -> Gate:
 
     def choose(router_logits: Array, inputs: GateInputs) -> GateOutput:
         bias = inputs.selection_bias
-        scores = router_logits if bias is None else jax.nn.sigmoid(router_logits) + bias
+        scores = router_logits if bias is None else SCORES[inputs.score_function](router_logits) + bias
         _, best = top_k(scores, experts)
         hidden = jnp.any(best[..., None] == jnp.arange(router_logits.shape[-1]), axis=-2)  # [G,S,experts,E] → [G,S,E]
         if bias is not None:  # a sigmoid of 0 could still win by its bias

@@ -28,7 +28,7 @@ class Records:
     Attributes:
         domains: names of the domains.
         layers: [L] indices of the MoE layers in the model, or in the stack, from 0.
-        num_experts: E.
+        num_experts: E, with zero, copy and constant experts.
         tokens: [n] int32 token ids.
         domain: [n] int32, index into ``domains``.
         row: [n] int32, number of the token's row, unique over domains.
@@ -118,7 +118,6 @@ class Recorder:
             batches: domain → batches of [B,T] int32 arrays: tokens, segment_ids and positions, and those of the encoder
                 of an encoder-decoder. Other arrays of the shape of the stack's tokens become marks, except targets.
         """
-        model = self.program.config.model
         flat: dict[str, list[np.ndarray]] = {}
         layered: list[tuple[np.ndarray, ...]] = []
         first_row = 0
@@ -143,7 +142,7 @@ class Recorder:
                     flat.setdefault(name, []).append(np.asarray(values).reshape(-1)[real])
         tokens = {name: np.concatenate(parts) for name, parts in flat.items()}
         index, weights, chosen, probs = (np.concatenate(parts, axis=1) for parts in zip(*layered, strict=True))
-        if index.shape[-1] == model.moe.num_experts:
+        if index.shape[-1] == probs.shape[-1]:
             preference = np.take_along_axis(probs, index, axis=-1)
             order = np.argsort(-preference, axis=-1, kind="stable")
             index, weights, chosen = (np.take_along_axis(x, order, axis=-1) for x in (index, weights, chosen))
@@ -151,7 +150,7 @@ class Recorder:
         return Records(
             domains=tuple(batches),
             layers=self._layers,
-            num_experts=model.moe.num_experts,
+            num_experts=probs.shape[-1],
             **{name: tokens.pop(name) for name in own},
             expert_index=index,
             combine_weights=weights,

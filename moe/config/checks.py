@@ -40,7 +40,7 @@ def require_at_least(section: str, node: typing.Any, least: float, *names: str) 
         require(value >= least, f"{section}{name}", value, f"must be at least {least}")
 
 
-#: Largest sizes per section, far above published models: larger ones overflow or hang in compilation.
+#: Largest values per section, far above published models: larger ones overflow or hang in compilation.
 _MAXIMA = {
     "model.": {
         "vocab_size": 2**24,
@@ -54,6 +54,7 @@ _MAXIMA = {
         "q_lora_rank": 2**16,
         "value_dim": 2**16,
         "d_ff": 2**22,
+        "init_scale": 1e4,
     },
     "model.moe.": {
         "num_experts": 2**17,
@@ -61,9 +62,18 @@ _MAXIMA = {
         "shared_d_ff": 2**22,
         "slots_per_expert": 2**16,
         "group_size": 2**26,
+        "load_balancing_weight": 1e6,
+        "z_loss_weight": 1e6,
+        "importance_weight": 1e6,
+        "load_weight": 1e6,
+        "device_balance_weight": 1e6,
+        "routing_scale": 1e6,
+        "bias_update_rate": 1e6,
     },
     "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
+    "optimizer.": {"learning_rate": 1e3, "weight_decay": 1e3},
     "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
+    "start.": {"expert_noise": 1e3, "expert_scale": 1e3},
 }
 
 #: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
@@ -71,7 +81,7 @@ _MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
 
 
 def require_at_most(section: str, node: typing.Any) -> None:
-    """Raise a ConfigError for the first field of a section above its largest reasonable size."""
+    """Raise a ConfigError for the first field of a section above its largest reasonable value."""
     for name, most in _MAXIMA[section].items():
         value = getattr(node, name)
         require(value <= most, f"{section}{name}", value, f"must be at most {most}")
@@ -96,6 +106,7 @@ def check_model(model: ModelConfig) -> None:
     require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
     require_at_most("model.", model)
     require_at_least("model.", model, 0, "sliding_window", "clip_qkv", "encoder_layers", "relative_buckets")
+    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank", "value_dim")
     require_fractions("model.", model, "dropout")
     require(
         model.head_dim >= 2 - bool(model.relative_buckets) and (model.head_dim % 2 == 0 or model.relative_buckets > 0),
@@ -156,14 +167,27 @@ def _check_rope(model: ModelConfig) -> None:
     scaling = model.rope_scaling
     require(scaling.factor >= 1, "model.rope_scaling.factor", scaling.factor, "must be at least 1")
     require(
-        scaling.original_length >= 1 or scaling.kind not in ("yarn", "llama3"),
+        scaling.original_length >= 2 or scaling.kind in ("none", "linear"),
         "model.rope_scaling.original_length",
         scaling.original_length,
-        "must be at least 1",
+        "must be at least 2",
     )
+    size = model.rope_dim or model.head_dim
+    require(
+        scaling.kind != "dynamic" or size > 2, "model.rope_scaling.kind", scaling.kind, "needs rotated heads above 2"
+    )
+    for name in ("short_factors", "long_factors"):
+        value = getattr(scaling, name)
+        require(
+            all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2),
+            f"model.rope_scaling.{name}",
+            value,
+            f"must be positive, and one for each of the {size // 2} rotated pairs for longrope",
+        )
     for name in ("beta_fast", "beta_slow"):
         value = getattr(scaling, name)
         require(value > 0, f"model.rope_scaling.{name}", value, "must be positive")
+    require_at_least("model.rope_scaling.", scaling, 0, "original_length")
     require_at_least("model.rope_scaling.", scaling, 0, "attention_factor", "mscale", "mscale_all_dim")
     require(
         scaling.high_freq_factor > scaling.low_freq_factor > 0,
@@ -174,7 +198,6 @@ def _check_rope(model: ModelConfig) -> None:
 
 
 def _check_latent_attention(model: ModelConfig) -> None:
-    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank")
     require_at_least("model.", model, 2, "rope_dim")
     require_at_least("model.", model, 1, "value_dim")
     require(
@@ -189,7 +212,7 @@ def _check_latent_attention(model: ModelConfig) -> None:
         model.num_kv_heads,
         f"must be model.num_heads={model.num_heads} where model.kv_lora_rank is set",
     )
-    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("clip_qkv", 0.0)):
+    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("attention_sinks", False), ("clip_qkv", 0.0)):
         value = getattr(model, name)
         require(value == none, f"model.{name}", value, f"must be {none} where model.kv_lora_rank is set")
 
@@ -206,11 +229,14 @@ def check_run(config: Config) -> None:
         ("data.tokenizer", config.data.tokenizer),
         ("start.checkpoint", config.start.checkpoint),
         ("distill.teacher", config.distill.teacher),
+        ("train.compilation_cache", config.train.compilation_cache),
     ):
         check_path(field, path)
     _check_train(config.train)
     _check_optimizer(config.optimizer, config.train)
-    require(config.start.expert_noise >= 0, "start.expert_noise", config.start.expert_noise, "must be at least 0")
+    require_at_least("start.", config.start, 0, "expert_noise", "expert_scale")
+    require(0 <= config.start.drop_share <= 1, "start.drop_share", config.start.drop_share, "must be in [0, 1]")
+    require_at_most("start.", config.start)
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
     _check_mesh_sizes(config.mesh)
@@ -293,6 +319,7 @@ def _check_train(train: TrainConfig) -> None:
 
 def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     require_at_least("optimizer.", optimizer, 0, "warmup_steps", "weight_decay", "gradient_clip")
+    require_at_most("optimizer.", optimizer)
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
     require_fractions("optimizer.", optimizer, "b1", "b2")
@@ -352,6 +379,7 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     if moe.gate == "none":
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
+    divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
     groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)

@@ -17,6 +17,7 @@ class LayerKind(NamedTuple):
     sparse: bool  # MoE
     window: int  # tokens a query attends to, including its own; 0: all
     role: Role = "decoder"
+    gate: str = "none"  # routing rule of an MoE layer
 
 
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -41,12 +42,20 @@ def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
     """Kinds of the layers of each stack, by its name in the tree of parameters; "" for the one of a decoder-only
     model."""
     sparse = sparse_layers(config)
+    own = iter((*config.moe.layer_gates, *(config.moe.gate,) * len(sparse)))
+    gates = [next(own) if is_sparse else "none" for is_sparse in sparse]
     if config.encoder_layers:
-        encoder, decoder = sparse[: config.encoder_layers], sparse[config.encoder_layers :]
+        kinds = list(zip(sparse, gates, strict=True))
+        encoder, decoder = kinds[: config.encoder_layers], kinds[config.encoder_layers :]
         return {
-            "encoder": tuple(LayerKind(layer, 0, "encoder") for layer in encoder),
-            "decoder": tuple(LayerKind(layer, 0, "cross") for layer in decoder),
+            "encoder": tuple(LayerKind(is_sparse, 0, "encoder", gate) for is_sparse, gate in encoder),
+            "decoder": tuple(LayerKind(is_sparse, 0, "cross", gate) for is_sparse, gate in decoder),
         }
     windowed = config.sliding_window_layers or range(config.num_layers)
     windows = [config.sliding_window if layer in windowed else 0 for layer in range(config.num_layers)]
-    return {"": tuple(LayerKind(*kind) for kind in zip(sparse, windows, strict=True))}
+    return {
+        "": tuple(
+            LayerKind(is_sparse, window, gate=gate)
+            for is_sparse, window, gate in zip(sparse, windows, gates, strict=True)
+        )
+    }

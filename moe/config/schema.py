@@ -23,11 +23,14 @@ SCHEMES = ("gs", "s3", "az", "hf")
 
 Dispatch = Literal["gather", "einsum", "dropless"]
 DropPolicy = Literal["position", "probability", "random"]
-BalanceScope = Literal["batch", "group", "sequence"]
-Activation = Literal["swiglu", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
+BalanceScope = Literal["batch", "group", "sequence", "step"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
+Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
-RopeScaling = Literal["none", "linear", "yarn", "llama3"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
+MoEBias = Literal["none", "router", "all"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
@@ -38,7 +41,10 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
-    """An invalid setting; the message names the field and what is allowed."""
+    """An invalid setting; the message names the field and what is allowed, and is cut in the middle if it is long."""
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +52,17 @@ class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
     gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
+    layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
+    bias: MoEBias = "none"  # of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
+    latent_dim: int = 0  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
+    zero_experts: int = GATE_DEFAULT  # experts that return 0 (MoE++), beside the E FFNs
+    copy_experts: int = GATE_DEFAULT  # experts that return the token
+    constant_experts: int = GATE_DEFAULT  # experts that mix the token and a learned vector
+    null_balance: float = GATE_DEFAULT  # tau, weight of those three in the load-balancing loss; below 1: used more
     shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
     every: int = 1  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
@@ -68,16 +81,24 @@ class MoEConfig:
     load_weight: float = GATE_DEFAULT  # weight of Shazeer's load loss; gate noisy_topk only
     device_balance_weight: float = GATE_DEFAULT  # weight of the balance loss over expert_groups
     balance_scope: Literal[BalanceScope, "gate"] = "gate"  # tokens over which one load-balancing loss is taken
-    bias_update_rate: float = GATE_DEFAULT  # u of loss-free balancing, per step; gate deepseek_v3 only
+    score_function: Literal[ScoreFunction, "gate"] = "gate"  # of the router logits
+    bias_update: Literal[BiasUpdate, "gate"] = "gate"  # bias that only selects experts: none, or how it is balanced
+    bias_update_rate: float = GATE_DEFAULT  # step of that bias, per optimizer step
     expert_groups: int = GATE_DEFAULT  # number of equal groups of experts; divides num_experts
-    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from; DeepSeek's gates
+    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from
+    scores_per_group: int = GATE_DEFAULT  # highest scores whose sum ranks a group
     renormalise: int = GATE_DEFAULT  # 1: divide the chosen weights by their sum; 0: do not
-    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights; DeepSeek's gates
+    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights
     slots_per_expert: int = 1  # gate soft_moe only
     drop_policy: Literal[DropPolicy, "gate"] = "gate"  # priority of tokens when an expert's buffer overflows
     overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
     expert_dropout: float = 0.0  # dropout of the experts' hidden activations (Switch: 0.4 in fine-tuning)
     accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
+
+    @property
+    def null_experts(self) -> int:
+        """Number of zero, copy and constant experts, whose columns follow those of the E FFNs in the router."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +107,15 @@ class RopeScalingConfig:
 
     kind: RopeScaling = "none"
     factor: float = 1.0  # longest context over original_length
-    original_length: int = 0  # tokens, context of pre-training; yarn and llama3
+    original_length: int = 0  # tokens, context of pre-training; all but linear
     beta_fast: float = 32.0  # yarn: rotations in the original context above which a pair is not interpolated
     beta_slow: float = 1.0  # yarn: rotations below which it is interpolated fully
     truncate: bool = True  # yarn: round the two bounds to whole pairs
-    attention_factor: float = 0.0  # yarn: factor of rotated queries and keys; 0: computed
+    attention_factor: float = 0.0  # yarn and longrope: factor of rotated queries and keys; 0: computed
     mscale: float = 0.0  # yarn: DeepSeek's constants of that factor; 0: not used
     mscale_all_dim: float = 0.0
+    short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
     low_freq_factor: float = 1.0  # llama3: rotations in the original context below which a pair is interpolated fully
     high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
 
@@ -125,6 +148,7 @@ class ModelConfig:
     qk_norm: QKNorm = "none"  # RMSNorm of queries and keys: head (over H, Qwen3) or full (over N*H, OLMoE)
     attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
     attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
+    attention_sinks: bool = False  # a further key of learnt logit and no value per head (gpt-oss)
     clip_qkv: float = 0.0  # clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     tie_embeddings: bool = False  # logits = x E^T
     scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
@@ -173,7 +197,7 @@ class MeshConfig:
 
 
 #: Parts of a model that optimizer.frozen and start.fresh can name.
-Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared"]
+Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +235,8 @@ class TrainConfig:
     on_skipped_steps: OnSkippedSteps = "rollback"  # after more of them: return to the last good checkpoint, or stop
     spike_sigmas: float = 6.0  # warn of a loss this many deviations above the running median; 0: never
     sample_tokens: int = 64  # length of the text sampled at the end; 0: none
+    compilation_cache: str = "auto"  # folder for compiled programs (moe.compilation_cache); empty: none
+    writers: tuple[str, ...] = ("tensorboard",)  # of metrics, besides JSON lines: tensorboard, wandb, module:function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +249,9 @@ class StartConfig:
 
     checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
     expert_noise: float = 0.0  # upcycling: normal noise on each copied expert, in standard deviations of its weights
+    virtual_groups: bool = False  # upcycling: one router column for the experts that together hold the dense FFN
+    expert_scale: float = 1.0  # upcycling: factor of the copied down matrices; the number of shards keeps the output
+    drop_share: float = 0.0  # upcycling: share of each expert's hidden units drawn anew (drop-upcycling: 0.5)
     fresh: tuple[Part, ...] = ()  # parts initialised at random instead of taken from the checkpoint
     optimizer: OptimizerState = "reset"  # optimizer state: new, or carried over from the checkpoint
 

@@ -34,11 +34,12 @@ def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Ex
     batch = on_mesh(partition_specs.BATCH)
 
     def local(x: Array, routing: Routing, plan: Plan, shards: Any) -> Array:
-        into, out_of = shards
-        matrices = tuple(gather_shard(matrix, 1) for matrix in into), gather_shard(out_of, 2)
+        (into, biases), out_of = shards
+        matrices = (tuple(gather_shard(matrix, 1) for matrix in into), biases), gather_shard(out_of, 2)
         return run_sorted_by_expert(x, routing, plan, matrices, experts)
 
-    stored = tuple(on_mesh(partition_specs.PARAMETERS[f"experts.{name}"]) for name in ("up", "down"))
+    up, down = (on_mesh(partition_specs.PARAMETERS[f"experts.{name}"]) for name in ("up", "down"))
+    stored = (up, on_mesh(partition_specs.EXPERT_BIASES)), down
     return jax.shard_map(local, in_specs=(batch, batch, batch, stored), out_specs=batch, check_vma=False)(
         x, routing, plan, experts.matrices(x.dtype, stored=True)
     )

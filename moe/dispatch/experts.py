@@ -23,8 +23,8 @@ class Experts(Protocol):
         ...
 
     def matrices(self, dtype: Any, *, stored: bool = False) -> Any:
-        """(matrices from D [E,D,·], matrix back to D [E,·,D]) in that dtype: split by
-        ``partition_specs.EXPERT_MATRICES``, or over ``fsdp`` too, as stored."""
+        """((matrices [E,D,F], their biases [E,1,F]), matrix [E,F,D]) in that dtype: gathered over ``fsdp``, or split
+        over it as stored."""
         ...
 
     def grouped(

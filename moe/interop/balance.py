@@ -1,15 +1,17 @@
 """Load-balancing coefficients: the one place that converts between the normalisations of other code and ours.
 
 Our loss is 1 at perfect balance in each layer and summed over the L MoE layers. Hugging Face's is one for all layers
-together and K at perfect balance, hence the factor K / L. DeepSeek's is normalised as ours.
+together and K at perfect balance, hence the factor K / L. DeepSeek's is normalised as ours. Of Switch's
+encoder-decoder, Hugging Face takes a mean over the layers of each of two stacks: 2 / L.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moe.config import ModelConfig, sparse_layers
+from moe.config import ModelConfig, sparse_layers, stacks
 from moe.interop.families.family import Family
 from moe.routing.balancing import count_per_expert
 from moe.routing.routing import Routing
@@ -28,6 +30,8 @@ def coefficient_there(family: Family, model: ModelConfig) -> float:
 def _factor(family: Family, model: ModelConfig) -> float:
     if family.balance_scale == "per layer":
         return 1.0
+    if family.balance_scale == "per stack":
+        return sum(any(kind.sparse for kind in kinds) for kinds in stacks(model).values()) / sum(sparse_layers(model))
     return model.moe.experts_per_token / sum(sparse_layers(model))
 
 
@@ -45,3 +49,21 @@ def load_balancing_loss(routing: Routing) -> Array:
     counts = count_per_expert(routing.expert_index, jnp.ones_like(routing.chosen), num_experts)
     mean_probs = jnp.mean(routing.router_probs, axis=(0, 1, 2))
     return num_experts * jnp.sum(counts / tokens * mean_probs)
+
+
+def switch_losses(routing: Routing | None) -> tuple[Array, Array]:
+    """Hugging Face's (router z-loss, balance loss) of one stack of a Switch encoder-decoder; padding counts.
+
+    Both are means over its layers; the balance loss is taken within each row, 1 at perfect balance.
+
+    Args:
+        routing: of one stack, arrays [L,B,T,...]; None: a stack without MoE layers.
+    """
+    if routing is None:
+        return jnp.zeros(()), jnp.zeros(())
+    # The layers of a row lie one behind the other: [L,B,T,E] → [B,L,T,E]
+    logits = jnp.moveaxis(routing.router_logits, 0, 1)
+    num_experts = logits.shape[-1]
+    counted = jax.nn.one_hot(jnp.moveaxis(routing.expert_index[..., 0], 0, 1), num_experts)
+    products = jnp.mean(counted, axis=(1, 2)) * jnp.mean(jax.nn.softmax(logits, axis=-1), axis=(1, 2))
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2), num_experts**2 * jnp.mean(products)

@@ -13,6 +13,7 @@ from moe.interop.families import FAMILIES
 from moe.interop.families.family import Family, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
+from moe.routing.interface import ROUTING_FIELDS
 from moe.routing.resolve import from_config_dict
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -27,8 +28,12 @@ def family_of(source: Json) -> Family:
     kind = source.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
-    if source.get("quantization_config"):
-        raise ConfigError("config.json: quantization_config: quantised weights are not read; take the original ones")
+    quantised = source.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ConfigError(
+            f"config.json: quantization_config: quantised weights ({method!r}) are not read: save them dequantised"
+        )
     return FAMILIES[kind]
 
 
@@ -57,6 +62,8 @@ def read_config(source: Json) -> Config:
         moe = dataclasses.replace(moe, load_balancing_weight=weight)
     model = dataclasses.replace(model, moe=moe)
     data = DataConfig(sequence_length=fields.max_position_embeddings)
+    if model.encoder_layers:
+        data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
     return from_config_dict(to_dict(Config(model=model, data=data)))
 
 
@@ -151,16 +158,22 @@ def _write_as(config: Config, family: Family) -> Json:
     if any(sparse_layers(model)):
         result["num_experts_per_tok"] = model.moe.experts_per_token
         result[family.balance_field] = balance.coefficient_there(family, model)
-    return result | write_scaling(model) | family.write(model)
+    result |= write_scaling(model)
+    named = {family.field_names.get(name, name): value for name, value in result.items()}
+    return {name: value for name, value in named.items() if name is not None} | family.write(model)
 
 
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
+    "attention_sinks",
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
+    *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
-_SELECTION_FACTS = ("expert_groups", "kept_expert_groups", "renormalise", "routing_scale")
-_MOE_FACTS = ("num_experts", "experts_per_token", "d_ff", "shared_d_ff", "shared_gate")
+_MOE_FACTS = (
+    *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
+    *("zero_experts", "copy_experts", "constant_experts", "expert_capacity"),
+)
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -182,5 +195,5 @@ def _facts(model: ModelConfig) -> Json:
         rule = selection_rule(moe)
         facts["model.moe.gate"] = rule
         if isinstance(rule, str):
-            facts |= {f"model.moe.{name}": getattr(moe, name) for name in _SELECTION_FACTS}
+            facts |= {f"model.moe.{name}": getattr(moe, name) for name in ROUTING_FIELDS}
     return facts

@@ -34,6 +34,10 @@ def single_layer(
     shared_gate_matrix: Any = None,
     selection_bias: Any = None,
     noise: Any = None,
+    latent_down: Any = None,
+    latent_up: Any = None,
+    null_vectors: Any = None,
+    null_mix: Any = None,
     activation: Activation = "swiglu",
     **fields: Any,
 ) -> MoELayer:
@@ -48,19 +52,25 @@ def single_layer(
         shared_up: [D,F'] of the shared expert, or None.
         shared_down: [F',D].
         shared_gate_matrix: [D,F'].
-        selection_bias: [E] of deepseek_v3; None: zeros.
+        selection_bias: [E] of a gate with one; None: zeros.
         noise: [D,E] of noisy_topk; None: zeros.
+        latent_down: [D,P] before the experts, whose matrices then have P in place of D.
+        latent_up: [P,D] after them.
+        null_vectors: [n,D] of constant experts.
+        null_mix: [n,D,2] of constant experts.
         activation: swiglu, geglu, gelu or relu.
         **fields: of :class:`moe.config.MoEConfig`; the gate's defaults for the others.
 
     Raises:
         ConfigError: impossible fields, or an array whose shape does not fit them and the other arrays.
     """
-    num_experts, d_model, d_ff = np.shape(up)
+    num_experts, d_inner, d_ff = np.shape(up)
+    d_model = d_inner if latent_down is None else np.shape(latent_down)[0]
     moe = MoEConfig(
         gate=gate,
         num_experts=num_experts,
         d_ff=d_ff,
+        latent_dim=0 if latent_down is None else d_inner,
         shared_d_ff=0 if shared_up is None else np.shape(shared_up)[1],
         **fields,
     )
@@ -73,6 +83,10 @@ def single_layer(
         "up": (layer.experts, "up", up),
         "down": (layer.experts, "down", down),
         "gate_matrix": (layer.experts, "gate", gate_matrix),
+        "latent_down": (layer.latent, "down", latent_down),
+        "latent_up": (layer.latent, "up", latent_up),
+        "null_vectors": (layer.null, "vectors", null_vectors),
+        "null_mix": (layer.null, "mix", null_mix),
     }
     if layer.shared is not None:
         given |= {

@@ -6,14 +6,14 @@ A :class:`Piece` is the part of a parameter that comes from one tensor: one laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig
-from moe.interop.families.family import FUSED_EXPERTS, OUTSIDE, Family, Tensor
+from moe.interop.families.family import FUSED_EXPERTS, Family, Tensor
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.models.stack import stacked_layers
 
@@ -158,45 +158,64 @@ class Parameter:
 
 def is_fused(names: Iterable[str]) -> bool:
     """Whether tensors of these names hold all experts of a layer together."""
-    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
-def layout(model: ModelConfig, family: Family, *, fused: bool = False) -> list[Parameter]:
+def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Collection[str] = ()) -> list[Parameter]:
     """All parameters of a model with the tensors that hold them, by the family's names.
 
     Args:
         model: whose parameters.
         family: whose names.
         fused: the experts of a layer lie in two tensors, instead of three for each expert.
+        names: of the tensors in a file, which chooses among the family's aliases.
 
     Raises:
         ConfigError: the family has no tensor for a parameter.
     """
-    parameters, tensors = [], {**family.tensors, **(FUSED_EXPERTS if fused else {})}
+    parameters = []
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     biases = jax.tree_util.tree_leaves_with_path(abstract_selection_biases(model))
     for key_path, leaf in leaves + biases:
         path = tuple(str(key.key) for key in key_path)
         stacked = stacked_layers(model, path)
         if stacked is None:
-            name = OUTSIDE[".".join(path)]
+            name = family.outside[".".join(path)]
             parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
             continue
         layers, name = stacked[0], ".".join(stacked[1])
+        stack = "encoder" if layers[0] < model.encoder_layers else "decoder"
+        if stack == "decoder":  # each stack's layers are numbered from 0 in files
+            layers = range(layers.start - model.encoder_layers, layers.stop - model.encoder_layers, layers.step)
+        own = family.tensors(model, stack) if callable(family.tensors) else family.tensors
+        per_expert = "{expert}" in str(own.get("moe.experts.up"))
+        tensors = {**own, **(FUSED_EXPERTS if fused and per_expert else {})}
         if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
-        pieces = _pieces(tensor, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
+        block = family.block.replace("{stack}", stack)
+        tensor = _as_named(tensor, block.format(layer=layers[0]), family.aliases, names)
+        pieces = _pieces(tensor, block, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
         parameters.append(Parameter(path, leaf.shape, pieces, tensor, name == "moe.router.bias"))
     return parameters
 
 
-def _pieces(tensor: Tensor, layers: range, num_experts: int) -> tuple[Piece, ...]:
+def _as_named(tensor: Tensor, block: str, aliases: tuple[str, ...], names: Collection[str]) -> Tensor:
+    """The tensor under the alias that a file has; its own name if the file has none."""
+    own = next((alias for alias in aliases if tensor.name.startswith(alias)), "")
+    for alias in aliases if own else ():
+        name = alias + tensor.name.removeprefix(own)
+        if block + name.format(expert=0) in names:
+            return dataclasses.replace(tensor, name=name)
+    return tensor
+
+
+def _pieces(tensor: Tensor, block: str, layers: range, num_experts: int) -> tuple[Piece, ...]:
     stacked = "{expert}" not in tensor.name
     pieces = []
     for i, layer in enumerate(layers):
-        name = f"model.layers.{layer}.{tensor.name}"
+        name = block.format(layer=layer) + tensor.name
         if num_experts:
             pieces += [
                 Piece(name.format(expert=expert), (i, expert), expert if stacked else None)

@@ -53,11 +53,15 @@ def open_folder(
     source = read_json(Path(directory) / CONFIG_FILE)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    folder = TensorFolder(directory)
-    parameters = layout(config.model, family_of(source), fused=is_fused(folder.names()))
-    last, extra = config.model.num_layers, parse(family_of(source).schema, source).num_nextn_predict_layers
+    folder, family = TensorFolder(directory), family_of(source)
+    if family.ties_by_file:
+        table, head = family.outside["embedding.table"], family.outside["unembedding.kernel"]
+        tied = head not in folder.names() or not folder.differ(head, table)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=tied))
+    parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
+    last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
     folder.skip_layers(range(last, last + extra))
-    folder.check(parameters, config.model.tie_embeddings)
+    folder.check(parameters, family)
     return config, folder, parameters
 
 

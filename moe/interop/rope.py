@@ -18,18 +18,22 @@ def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
     rope = fields.rope
     if rope.rope_type == "default":
         return RopeScalingConfig()
-    original = rope.original_max_position_embeddings or 0
-    if not original and rope.rope_type != "linear":
-        raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: needs original_max_position_embeddings")
-    factor = rope.factor or (fields.max_position_embeddings / original if original else None)
+    # The order of the library: beside the scaling, in it, and the longest context where neither says.
+    longest = fields.max_position_embeddings
+    original = fields.original_max_position_embeddings or rope.original_max_position_embeddings
+    factor = rope.factor or (longest / original if original and rope.rope_type in ("yarn", "longrope") else None)
     if factor is None:
         raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: needs factor")
-    return RopeScalingConfig(kind=rope.rope_type, factor=factor, original_length=original, **_constants(rope))
+    length = {"linear": 0, "dynamic": longest}.get(rope.rope_type, original or longest)
+    return RopeScalingConfig(kind=rope.rope_type, factor=factor, original_length=length, **_constants(rope))
 
 
 def _constants(rope: RopeParameters) -> Json:
     if rope.rope_type == "llama3":
         return {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.rope_type == "longrope":
+        factors = {"short_factors": tuple(rope.short_factor or ()), "long_factors": tuple(rope.long_factor or ())}
+        return factors | {"attention_factor": rope.attention_factor or 0.0}
     if rope.rope_type != "yarn":
         return {}
     return {name: getattr(rope, name) for name in _YARN if getattr(rope, name) is not None}
@@ -41,8 +45,17 @@ def write_scaling(model: ModelConfig) -> Json:
     if scaling.kind == "none":
         return {"rope_theta": model.rope_theta}
     result: Json = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "dynamic":  # scaled by the longest context itself
+        return {
+            "rope_theta": model.rope_theta,
+            "rope_scaling": result,
+            "max_position_embeddings": scaling.original_length,
+        }
     if scaling.kind != "linear":
         result["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "longrope":
+        result |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+        result |= {"attention_factor": scaling.attention_factor} if scaling.attention_factor else {}
     if scaling.kind == "llama3":
         result |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "yarn":

@@ -36,6 +36,7 @@ Coefficient = Annotated[float, pydantic.Field(ge=0, le=1e30, allow_inf_nan=False
 Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Off = Annotated[bool, pydantic.AfterValidator(_refuse_true)]
 LayerNumbers = list[Annotated[int, pydantic.Field(ge=0, lt=1024)]]
+Factors = Annotated[list[Positive], pydantic.Field(max_length=1 << 15)]
 LayerTypes = list[Literal["sliding_attention", "full_attention"]]
 TokenIds = int | list[int] | None
 
@@ -73,7 +74,7 @@ class RopeParameters(Fields):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    rope_type: Literal["default", "linear", "yarn", "llama3"] = pydantic.Field(
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = pydantic.Field(
         "default", validation_alias=pydantic.AliasChoices("rope_type", "type")
     )
     rope_theta: Positive | None = None
@@ -86,6 +87,8 @@ class RopeParameters(Fields):
     attention_factor: Positive | None = None
     mscale: Coefficient | None = None
     mscale_all_dim: Coefficient | None = None
+    short_factor: Factors | None = None
+    long_factor: Factors | None = None
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
 
@@ -116,6 +119,7 @@ class OpenConfig(Fields):
     rope_parameters: RopeParameters | None = None
     rope_scaling: RopeParameters | None = None
     partial_rotary_factor: Positive = 1.0
+    original_max_position_embeddings: Context | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     layer_types: LayerTypes | None = None

@@ -16,13 +16,17 @@ from absl import logging
 from safetensors.numpy import save_file
 
 from moe.config import ConfigError
-from moe.interop.families.family import OUTSIDE
+from moe.interop.families.family import Family
 from moe.interop.layout import Parameter
 from moe.interop.schema import Json, parse_index
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _LARGEST_JSON = 1 << 28  # bytes
+_PICKLED = (
+    "; pickled weights (*.bin) can run code and are not read: where you trust them, convert them once with "
+    "transformers, by CLASS.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), the CLASS that config.json names"
+)
 
 
 def read_json(path: Path) -> Json:
@@ -64,7 +68,7 @@ class TensorFolder:
         elif (self.directory / SINGLE_FILE).exists():
             weight_map, files = {}, [SINGLE_FILE]
         else:
-            hint = "; pickled weights are not read" if list(self.directory.glob("*.bin")) else ""
+            hint = _PICKLED if list(self.directory.glob("*.bin")) else ""
             raise ConfigError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
         for file in files:
             self._read_header(self.directory / file)
@@ -114,20 +118,26 @@ class TensorFolder:
         if skipped:
             logging.warning("%s: %d tensors of multi-token prediction are skipped", self.directory, len(skipped))
 
-    def check(self, parameters: Sequence[Parameter], tied: bool) -> None:
+    def differ(self, copy: str, original: str) -> bool:
+        """Whether a tensor that should be a copy of another is none."""
+        found = {copy, original} <= self._file.keys()
+        return found and not np.array_equal(self.read(original), self.read(copy))
+
+    def check(self, parameters: Sequence[Parameter], family: Family) -> None:
         """Checks that tensors and parameters match one to one, in shape, with a float type.
 
         Raises:
             ConfigError: naming the first few that do not.
         """
         wanted = {piece.name: parameter.file_shape for parameter in parameters for piece in parameter.pieces}
-        found = {name for name in self.names() if not name.endswith("rotary_emb.inv_freq")}
-        if tied and OUTSIDE["unembedding.kernel"] in found:
+        found = {name for name in self.names() if not name.endswith("rotary_emb.inv_freq")} - set(family.unread)
+        for copy in (family.copies.keys() & found) - wanted.keys():
             # Some writers store the tied matrix twice. It must be the same.
-            table, head = OUTSIDE["embedding.table"], OUTSIDE["unembedding.kernel"]
-            if table in found and not np.array_equal(self.read(table), self.read(head)):
-                raise ConfigError(f"{head}: differs from {table}, though config.json says tie_word_embeddings")
-            found.discard(head)
+            if self.differ(copy, family.copies[copy]):
+                raise ConfigError(
+                    f"{copy}: differs from {family.copies[copy]}, though config.json says tie_word_embeddings"
+                )
+            found.discard(copy)
         problems = [f"missing {name}" for name in _by_number(wanted.keys() - found)]
         problems += [f"surplus {name}" for name in _by_number(found - wanted.keys())]
         for name in _by_number(found & wanted.keys()):

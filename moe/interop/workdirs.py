@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,21 +49,42 @@ def import_checkpoint(
     workdir = epath.Path(workdir)
     refuse_files(workdir)
     config, folder, parameters = open_folder(source, dtype=dtype)
+    written = read_json(Path(source) / CONFIG_FILE)
+    starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
+    known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}
+    files = {GENERATION_FILE: (json.dumps(known) + "\n").encode()}
+    files |= _companions(Path(source))
+    files[SOURCE_FILE] = (json.dumps(written, indent=2) + "\n").encode()
+    files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()
     tree: dict[str, Any] = {}
     biases: dict[str, Any] = {}
     for parameter in parameters:
         set_leaf(biases if parameter.selection_bias else tree, parameter.path, _streamed(folder, parameter))
-    workdir.mkdir(parents=True, exist_ok=True)
-    stored.write_parameters(workdir, tree, biases)
-    for name in COMPANIONS:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, workdir / name)
-    written = read_json(Path(source) / CONFIG_FILE)
-    (workdir / SOURCE_FILE).write_text(json.dumps(written, indent=2) + "\n")
-    if not (workdir / GENERATION_FILE).exists():
-        (workdir / GENERATION_FILE).write_text(json.dumps({name: written.get(name) for name in TOKEN_IDS}) + "\n")
-    (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2))
+    existed = workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        stored.write_parameters(workdir, tree, biases)
+        for name, content in files.items():
+            (workdir / name).write_bytes(content)
+    except BaseException:
+        workdir.rmtree()  # it was empty
+        if existed:
+            workdir.mkdir()
+        raise
     return config
+
+
+def _companions(source: Path) -> dict[str, bytes]:
+    """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
+    found = {}
+    for path in (source / name for name in COMPANIONS):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is not a regular file")
+        if path.is_file():
+            found[path.name] = path.read_bytes()
+    if GENERATION_FILE in found:
+        read_json(source / GENERATION_FILE)
+    return found
 
 
 def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
@@ -72,7 +92,10 @@ def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
 
     def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for piece in parameter.pieces:
-            yield piece.slot, parameter.read(folder, piece, everything).astype(dtype)
+            values = parameter.read(folder, piece, everything).astype(dtype)
+            if not np.isfinite(values).all():
+                raise ConfigError(f"{folder.directory}: {piece.name} holds values that are not finite")
+            yield piece.slot, values
 
     return stored.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
 
@@ -122,7 +145,7 @@ def _source_config(workdir: epath.Path, config: Config) -> Json | None:
     while str(workdir) not in seen:
         seen.add(str(workdir))
         if (workdir / SOURCE_FILE).exists():
-            return json.loads((workdir / SOURCE_FILE).read_text())
+            return read_json(Path(workdir / SOURCE_FILE))
         if not config.start.checkpoint:
             return None
         workdir = epath.Path(config.start.checkpoint)
@@ -137,7 +160,7 @@ def _token_ids(workdir: epath.Path, written: Json) -> Json:
     """Token ids of begin, end and padding: those in ``written``, else the generation config's or the tokenizer's."""
     known = {name: written[name] for name in TOKEN_IDS if written.get(name) is not None}
     if (workdir / GENERATION_FILE).exists():
-        source = json.loads((workdir / GENERATION_FILE).read_text())
+        source = read_json(Path(workdir / GENERATION_FILE))
         return {name: source.get(name) for name in TOKEN_IDS} | known
     try:
         tokenizer = find_tokenizer(workdir)

@@ -20,7 +20,7 @@ from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 from moe.layers.dropout import Dropout
 from moe.layers.ffn import GATED_ACTIVATIONS, activate
 from moe.parallel.remat import HIDDEN
-from moe.parallel.weights import gather_for_matmul, matrix
+from moe.parallel.weights import gather_for_matmul, matrix, zeros
 
 Drop = Callable[[Array], Array]
 
@@ -33,14 +33,23 @@ class Experts(nnx.Module):
         self.activation = config.activation
         self.up = matrix(rngs, (e, d, f), d, config.init_scale)
         self.down = matrix(rngs, (e, f, d), f, config.init_scale)
-        self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if self.activation in GATED_ACTIVATIONS else None
+        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
+        self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if gated else None
+        self.up_bias = zeros((e, f)) if biased else None
+        self.gate_bias = zeros((e, f)) if biased and gated else None
+        self.down_bias = zeros((e, d)) if biased else None  # the layer adds it: what a device computes is a partial sum
 
-    def matrices(self, dtype: Any, *, stored: bool = False) -> tuple[tuple[Array, ...], Array]:
-        """((up, and gate if any) [E,D,F], down [E,F,D]) in that dtype: ready for matmuls, or split as stored."""
+    def matrices(
+        self, dtype: Any, *, stored: bool = False
+    ) -> tuple[tuple[tuple[Array, ...], tuple[Array, ...]], Array]:
+        """(((up, and gate if any) [E,D,F], their biases if any [E,1,F]), down [E,F,D]) in that dtype: ready for
+        matmuls, or split as stored."""
         ready = (lambda _, parameter, dtype: parameter.astype(dtype)) if stored else gather_for_matmul
         into = (ready("experts.up", self.up[...], dtype),)
         if self.gate is not None:
             into += (ready("experts.gate", self.gate[...], dtype),)
+        biases = (bias for bias in (self.up_bias, self.gate_bias) if bias is not None)
+        into = into, tuple(bias[...].astype(dtype)[:, None] for bias in biases)
         return into, ready("experts.down", self.down[...], dtype)
 
     def batched(self, rows: Array, drop: Drop | None = None) -> Array:
@@ -76,12 +85,18 @@ class Experts(nnx.Module):
             second = functools.partial(_second, self.activation)
             return grouped_ffn(_first, second, rows, into, out_of, starts, sizes, row_blocks)
         hidden = _hidden(self.activation, drop, grouped_ffn(_first, None, rows, into, (), starts, sizes, row_blocks))
-        (rows,) = grouped_ffn(_first, None, hidden, (out_of,), (), starts, sizes, row_blocks)
+        (rows,) = grouped_ffn(_first, None, hidden, ((out_of,), ()), (), starts, sizes, row_blocks)
         return rows
 
 
-def _first(rows: Array, into: tuple[Array, ...], matmul: Callable[[Array, Array], Array]) -> tuple[Array, ...]:
-    return tuple(checkpoint_name(matmul(rows, matrix), HIDDEN) for matrix in into)
+def _first(
+    rows: Array, into: tuple[tuple[Array, ...], tuple[Array, ...]], matmul: Callable[[Array, Array], Array]
+) -> tuple[Array, ...]:
+    matrices, biases = into
+    hidden = tuple(checkpoint_name(matmul(rows, matrix), HIDDEN) for matrix in matrices)
+    # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch.
+    ones = jnp.ones_like(rows[..., :1])
+    return tuple(x + matmul(ones, bias) for x, bias in zip(hidden, biases, strict=True)) if biases else hidden
 
 
 def _hidden(activation: str, drop: Drop | None, inputs: tuple[Array, ...]) -> Array:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -14,12 +15,22 @@ from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
 
-#: geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
-GATED_ACTIVATIONS = {
-    "swiglu": jax.nn.silu,
-    "geglu": jax.nn.gelu,
-    "geglu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "reglu": jax.nn.relu,
+#: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
+SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
+
+
+def _clamped_swiglu(gate: Array, up: Array) -> Array:
+    gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
+
+
+#: (gate, up) → hidden activation. geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
+GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
+    "swiglu_clamped": _clamped_swiglu,
+    "geglu": lambda gate, up: jax.nn.gelu(gate) * up,
+    "geglu_exact": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "reglu": lambda gate, up: jax.nn.relu(gate) * up,
 }
 
 
@@ -31,7 +42,7 @@ def activate(
 ) -> Float[Array, "*batch F"]:
     """Hidden activation of an FFN: act(gate)·up where gated (Shazeer 2020), act(up) otherwise."""
     if gate is not None:
-        return GATED_ACTIVATIONS[activation](gate) * up
+        return GATED_ACTIVATIONS[activation](gate, up)
     return PLAIN_ACTIVATIONS[activation](up)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +19,16 @@ from moe.dispatch.plan import Plan, layer_capacity, plan_assignments
 from moe.dispatch.soft import SoftPlan, plan_slots
 from moe.layers.experts import ExpertDropout, Experts
 from moe.layers.ffn import DenseFFN
+from moe.layers.null_experts import Latent, NullExperts
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.weights import matrix
 from moe.routing import balancing
-from moe.routing.interface import Gate
+from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
-from moe.routing.resolve import resolve, validate
+from moe.routing.resolve import resolve, validate, with_layer_gate
 from moe.routing.router import Router
-from moe.routing.routing import Routing, route
+from moe.routing.routing import Choices, Routing, route
 
 
 class SharedExpert(nnx.Module):
@@ -69,7 +71,7 @@ class MoELayer(nnx.Module):
 
         Args:
             config: of a whole model, whose ``moe`` section describes the layer; None: ``settings`` do.
-            gate: name of the gate, or ``module:object``; with a config, a record to use instead of its gate's.
+            gate: name of the gate, or ``module:object``; with a config, that of this layer, or a record to use instead.
             rngs: keys of the parameters.
             **settings: ``d_model``, ``activation`` and ``init_scale`` of :class:`moe.config.ModelConfig`, and fields of
                 :class:`moe.config.MoEConfig` such as ``d_ff``, ``num_experts`` and ``dispatch``.
@@ -78,10 +80,15 @@ class MoELayer(nnx.Module):
             ConfigError: an unknown setting, or an impossible value or combination.
         """
         config = _layer_config(gate or "mixtral", settings) if config is None else _resolved(config, settings)
-        self.config, self.d_model = config.moe, config.d_model
-        self.gate = gate if isinstance(gate, Gate) else find_gate(config.moe.gate)
-        self.router = None if self.gate.router == "none" else Router(config, gate=self.gate, rngs=rngs)
-        self.experts = Experts(config, rngs=rngs)
+        if isinstance(gate, str):
+            config = with_layer_gate(config, gate)
+        moe = config.moe
+        self.config, self.d_model = moe, config.d_model
+        self.gate = gate if isinstance(gate, Gate) else find_gate(moe.gate)
+        self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
+        self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
+        self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
+        self.experts = Experts(dataclasses.replace(config, d_model=moe.latent_dim or config.d_model), rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
     def __call__(
@@ -91,7 +98,7 @@ class MoELayer(nnx.Module):
         *,
         token_ids: Int[ArrayLike, "B T"] | None = None,
         positions: Int[ArrayLike, "B T"] | None = None,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
@@ -102,7 +109,7 @@ class MoELayer(nnx.Module):
             mask: real tokens; padding takes no capacity, gets 0 and counts in no loss. None: all are real.
             token_ids: for gates that route by token id.
             positions: of the tokens in their texts, given when generating: no row's routing then depends on the others.
-            routing: recorded routing to replay instead of asking the router.
+            routing: recorded routing to replay instead of asking the router, or choices for it to weigh anew.
             train: use the training capacity factor and expert dropout.
             rng: key of jitter, the gate's draws, random drops and expert dropout; None: deterministic.
 
@@ -122,18 +129,29 @@ class MoELayer(nnx.Module):
         keys = _Keys() if rng is None else _Keys(*jax.random.split(rng, 4))
         capacity = layer_capacity(self.config, size, train=train)
 
-        if routing is None:
-            routing, slot_logits = self._route(tokens, valid, token_ids, positions, capacity, keys)
-        else:
-            slot_logits = self._check_replay(routing, tokens)
+        self._check_replay(routing, tokens)
+        slot_logits = None
+        if not isinstance(routing, Routing):
+            routing, slot_logits = self._route(tokens, valid, token_ids, positions, capacity, keys, train, routing)
         # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
         tokens = jnp.where(routing.broken[..., None], 0, tokens)
-        sent, plan = self._plan(routing, slot_logits, valid, capacity, keys.drop)
-        y = MODES[self.mode](tokens, sent, plan, self._experts(train, keys.dropout))
+        sent = routing if self.null is None else self.null.without(routing)
+        placed, plan = self._plan(sent, slot_logits, valid, capacity, keys.drop)
+        rows = tokens if self.latent is None else self.latent.project_down(tokens)
+        y = MODES[self.mode](rows, placed, plan, self._experts(train, keys.dropout))
+        if self.experts.down_bias is not None:
+            choices = jax.nn.one_hot(placed.expert_index, self.config.num_experts, dtype=jnp.float32)  # [G,S,K,E]
+            weights = jnp.einsum("gsk,gske->gse", jnp.where(plan.kept, placed.combine_weights, 0), choices)
+            y = y + weights @ self.experts.down_bias[...]
+        if self.latent is not None:
+            y = self.latent.project_up(y, x.dtype)
+        if self.null is not None:
+            y = y + self.null(tokens, routing)
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
             y = y + jnp.where(valid.reshape(*x.shape[:2], 1), self.shared(x), 0)
-        return y, self._report(routing, valid, plan.kept, rows=x.shape[0]), routing
+        report = self._report(routing, valid, plan.kept | (routing.chosen & ~sent.chosen), rows=x.shape[0])
+        return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
 
     def _check_input(self, x: Array, group_size: int) -> None:
         if x.ndim != 3 or x.shape[2] != self.d_model:
@@ -154,11 +172,13 @@ class MoELayer(nnx.Module):
         positions: Int[Array, "G S"] | None,
         capacity: int,
         keys: _Keys,
+        train: bool,
+        replay: Choices | None,
     ) -> tuple[Routing, Float[Array, "G S E C"] | None]:
         """The gate's routing, and the slot logits of Soft MoE."""
         c, router, slot_logits = self.config, self.router, None
         if router is None:
-            logits = jnp.zeros((*mask.shape, c.num_experts), jnp.float32)
+            logits = jnp.zeros((*mask.shape, c.num_experts + c.null_experts), jnp.float32)
         else:
             logits = router(tokens, jitter=c.jitter, rng=keys.jitter)
         if self.gate.router == "slots":
@@ -168,20 +188,25 @@ class MoELayer(nnx.Module):
             logits,
             mask,
             experts_per_token=c.experts_per_token,
+            replay=replay,
             rng=keys.gate,
+            train=train,
             expert_capacity=capacity,
-            expert_groups=c.expert_groups,
-            kept_expert_groups=c.kept_expert_groups,
-            renormalise=c.renormalise == 1,
-            routing_scale=c.routing_scale,
             noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens),
             selection_bias=None if router is None or router.bias is None else router.bias[...],
             token_ids=token_ids,
             positions=positions,
+            **{name: getattr(c, name) for name in ROUTING_FIELDS},
         )
         return routing, slot_logits
 
-    def _check_replay(self, routing: Routing, tokens: Array) -> None:
+    def _check_replay(self, routing: Routing | Choices | None, tokens: Array) -> None:
+        if routing is None:
+            return
+        if isinstance(routing, Choices) and not self.gate.reweighs:
+            raise ValueError(
+                f"choices cannot be weighed anew: the gate {self.config.gate!r} weighs only what it chooses"
+            )
         if self.gate.router == "slots" or routing.chosen.shape[:2] != tokens.shape[:2]:
             raise ValueError(
                 f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: the gate is "
@@ -207,15 +232,17 @@ class MoELayer(nnx.Module):
     def _report(
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
     ) -> balancing.LayerReport:
-        parts = {"batch": 1, "group": mask.shape[0], "sequence": rows}[self.config.balance_scope]
-        return balancing.report(
-            routing,
-            mask,
-            kept,
-            counts=self.gate.balance_counts,
-            parts=parts,
-            expert_groups=self.config.expert_groups,
-        )
+        parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.balance_scope]
+        counts, router = self.gate.balance_counts, self.router
+        bias = None if router is None else router.bias
+        # λ of ReMoE, equal for all experts.
+        penalty = bias[...][0] if bias is not None and self.config.bias_update == "penalty" else None
+        report = balancing.report(routing, mask, kept, counts=counts, parts=parts, moe=self.config, penalty=penalty)
+        if router is not None:
+            return report
+        # Without a router they are constants that a model with other gates in other layers must not count.
+        zero = jnp.zeros(())
+        return dataclasses.replace(report, load_balancing_loss=zero, device_balance_loss=zero, router_z_loss=zero)
 
 
 #: Settings of a layer that belong to the model, not to its MoE section.

@@ -19,7 +19,7 @@ from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
-from moe.routing.routing import Routing
+from moe.routing.routing import Choices, Routing
 
 #: An MoE layer's report and routing; None of a dense layer.
 Record = tuple[LayerReport, Routing] | None
@@ -34,6 +34,7 @@ class Rows:
         segment_ids: [B,T] the document of each token; 0 is padding.
         positions: [B,T] within the documents.
         key_segment_ids: [B,T] of the tokens as keys; None: segment_ids. 0 hides a token that itself sees others.
+        prefix: [B,T] 1 for tokens that all of their document see, in a prefix LM; None: attention is causal.
         encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
         encoded_segment_ids: [B,U], of the encoder's tokens.
     """
@@ -42,6 +43,7 @@ class Rows:
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     key_segment_ids: Int[Array, "B T"] | None = None
+    prefix: Int[Array, "B T"] | None = None
     encoded: Float[Array, "B U D"] | None = None
     encoded_segment_ids: Int[Array, "B U"] | None = None
 
@@ -86,7 +88,7 @@ class Block(nnx.Module):
         self.kind = kind
         self.dropout, self.route_padding = config.dropout, config.moe.route_padding
         if kind.sparse:
-            self.moe = MoELayer(config, rngs=rngs)
+            self.moe = MoELayer(config, gate=kind.gate, rngs=rngs)
         else:
             self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
 
@@ -96,7 +98,7 @@ class Block(nnx.Module):
         rows: Rows,
         bias: Float[Array, "N P"] | None = None,
         *,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
@@ -111,10 +113,9 @@ class Block(nnx.Module):
             rng: key of this layer.
         """
         drop = Dropout(self.dropout, rng if train else None)
-        settings = {} if bias is None else {"bias": bias}
-        if rows.key_segment_ids is not None:
-            settings["key_segment_ids"] = rows.key_segment_ids
-        attention: Any = self.attention  # latent attention lacks the two settings, which no such model gives
+        settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        attention: Any = self.attention  # latent attention lacks these settings, which no such model gives
         heads, _, _ = attention.prefill(self.attention_norm(x), rows.segment_ids, rows.positions, drop=drop, **settings)
         x = x + drop(self.attention.join(heads), place=1)
         if self.kind.role == "cross":
@@ -127,7 +128,7 @@ class Block(nnx.Module):
         rows: Rows,
         *,
         generating: bool = False,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:

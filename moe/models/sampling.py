@@ -34,6 +34,7 @@ class Sampling:
         top_p: choose among the fewest likeliest tokens that together have this probability.
         stop_tokens: ids that end a row.
         start_token: first token of the decoder of an encoder-decoder; T5 takes that of padding.
+        prefix: prompts are seen in both directions, as a prefix LM was trained (data.objective).
         seed: of the draws; the draws of row b do not depend on the other rows.
     """
 
@@ -42,6 +43,7 @@ class Sampling:
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     start_token: int = 0
+    prefix: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 def one_group_a_row(config: ModelConfig) -> ModelConfig:
     """:func:`without_drops`, but for a capacity that is given as a number, by which no row depends on the others: so an
     encoder runs."""
-    if config.moe.gate == "none" or find_gate(config.moe.gate).looks_ahead:
+    if config.moe.gate == "none" or not find_gate(config.moe.gate).generates:
         return config
     k = config.moe.experts_per_token
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
@@ -139,7 +141,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
         raise ConfigError("prompts: give at least one, each of at least one token")
     if any(not 0 <= int(token) < config.vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {config.vocab_size - 1}")
-    if config.moe.gate != "none" and find_gate(config.moe.gate).looks_ahead:
+    if config.moe.gate != "none" and not find_gate(config.moe.gate).generates:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
 
 
@@ -175,7 +177,8 @@ def _programs(
         if encoder is not None:
             encoded = kv_cache.encode(nnx.merge(encoder, variables), token_ids, lengths)
             token_ids, lengths = jnp.full((rows, 1), sampling.start_token, jnp.int32), jnp.ones(rows, jnp.int32)
-        logits, caches = kv_cache.prefill(nnx.merge(graphdef, variables), token_ids, lengths, caches, encoded)
+        model = nnx.merge(graphdef, variables)
+        logits, caches = kv_cache.prefill(model, token_ids, lengths, caches, encoded, prefix=sampling.prefix)
         return pick(logits, lengths), lengths, caches, encoded
 
     @functools.partial(jax.jit, donate_argnames="caches")

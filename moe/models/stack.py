@@ -26,7 +26,8 @@ from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
 from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
-from moe.routing.routing import Routing
+from moe.routing.resolve import with_layer_gate
+from moe.routing.routing import Choices, Routing
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
 #: stacked over the repeats.
@@ -113,7 +114,7 @@ class Stack(nnx.Module):
         *,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
-        routing: Routing | None = None,
+        routing: Routing | Choices | None = None,
         return_routing: bool = False,
     ) -> tuple[Float[Array, "B T D"], LayerReport | None, Routing | None]:
         """All layers and the final norm.
@@ -136,7 +137,7 @@ class Stack(nnx.Module):
             drop = Dropout(c.dropout, jax.random.fold_in(rng, c.encoder_layers + c.num_layers + first))
         bias = self.relative_bias.by_distance(x.shape[1]) if c.relative_buckets else None
 
-        def body(block: Block, x: Array, replayed: Routing | None, layer: Array) -> tuple[Array, Any]:
+        def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
             key = None if rng is None else jax.random.fold_in(rng, first + layer)
             x, record = block(x, rows, bias, routing=replayed, train=train, rng=key)
             return x, record if record is None or return_routing else (record[0], None)
@@ -220,15 +221,17 @@ def join_moe_layers(states: LayerStates) -> Any:
 
 
 def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[str, Any]:
-    """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases."""
+    """One vector for every MoE layer, as the nested dict in which a model keeps its routers' selection biases; layers
+    whose gate has none are left out."""
     biases: dict[str, Any] = {}
     start = 0
     for name, kinds in stacks(config).items():
         stop = start + sum(kind.sparse for kind in kinds)
         of_stack = biases.setdefault(name, {}) if name and stop > start else biases
-        for i, blocks in enumerate(split_moe_layers(kinds, layers[start:stop])):
-            for j, values in enumerate(blocks):
-                if values is not None:
+        parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
+        for i, (blocks, (unit, _)) in enumerate(parts):
+            for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
+                if values is not None and with_layer_gate(config, kind.gate).moe.bias_update != "none":
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
         start = stop
     return biases

@@ -20,6 +20,7 @@ BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
 MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
 HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
 CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
+SINKS = P("tensor")  # [N]
 
 
 CACHE_OF_ONE_HEAD = P(None, TOKEN_AXES)  # [R,B,W,1,H]
@@ -29,8 +30,7 @@ PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summe
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
 EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] after dispatch, sharded as experts
 
-#: Operands of the experts' matmuls: up and gate [E,D,F], down [E,F,D]
-EXPERT_MATRICES = (P("expert", None, "tensor"), P("expert", "tensor", None))
+EXPERT_BIASES = P("expert", None, "tensor")  # [E,1,F], an operand of matmuls
 
 REPLICATED = P()
 
@@ -53,16 +53,23 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "attention.query_bias": P("tensor", None),  # [N,H]
         "attention.key_bias": P("tensor", None),  # [M,H]
         "attention.value_bias": P("tensor", None),  # [M,H]
+        "attention.sinks": SINKS,
         "dense.gate": P(STORED, "tensor"),  # [D,F]
         "dense.up": P(STORED, "tensor"),  # [D,F]
         "dense.down": P("tensor", STORED),  # [F,D]
         "experts.gate": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.up": P("expert", "fsdp", "tensor"),  # [E,D,F]
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
+        "experts.gate_bias": P("expert", "tensor"),  # [E,F]
+        "experts.up_bias": P("expert", "tensor"),  # [E,F]
+        "experts.down_bias": P("expert", None),  # [E,D]
         "router.kernel": P(None, None),  # [D,E]
         "router.noise": P(None, None),  # [D,E]
         "router.bias": P(None),  # [E]
+        "router.logit_bias": P(None),  # [E]
         "shared.gate": P(None, None),  # [D,1]
+        "latent.down": P(STORED, None),  # [D,latent_dim]
+        "latent.up": P(None, STORED),  # [latent_dim,D]
     }
 )
 
@@ -117,8 +124,8 @@ def parameter_specs(tree: Any) -> Any:
 
 
 def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
-    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments, and for
-    arrays that lack one of its dimensions, such as Adafactor's factored moments. The rest (counters) is replicated.
+    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments, and those
+    of the remaining axes for arrays that lack one, such as Adafactor's factored moments. Counters are replicated.
 
     Args:
         parameters: arrays or ShapeDtypeStructs.
@@ -139,12 +146,14 @@ def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
     }
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
-        shape, own = shapes.get(names(path), ()), specs.get(names(path), REPLICATED)
+        shape = shapes.get(names(path), ())
+        entries = (*specs.get(names(path), ()), *(None,) * len(shape))[: len(shape)]
         if shape == leaf.shape:
-            return own
-        entries = [*own, *(None,) * (len(shape) - len(own))]
-        lacking = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape]
-        return P(*entries[: lacking[0]], *entries[lacking[0] + 1 :]) if lacking else REPLICATED
+            return P(*entries)
+        for axis in range(len(shape)):
+            if (*shape[:axis], *shape[axis + 1 :]) == leaf.shape:
+                return P(*entries[:axis], *entries[axis + 1 :])
+        return REPLICATED
 
     return jax.tree_util.tree_map_with_path(spec, optimizer)
 

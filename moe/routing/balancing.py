@@ -1,7 +1,8 @@
 """Balancing losses, router z-loss, and routing metrics of one layer.
 
 All values are float32, exclude padding, and are taken over all tokens of the (micro)batch, so they do not depend on the
-mesh. docs/gates.md compares the normalisation of the losses with other libraries.
+mesh; :func:`over_step` takes the load-balancing loss over all microbatches of a step.
+docs/gates.md compares the normalisation of the losses with other libraries.
 """
 
 from __future__ import annotations
@@ -14,9 +15,28 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from moe.config import MoEConfig
 from moe.routing.interface import BalanceCounts
 from moe.routing.routing import Routing
-from moe.routing.selection import top_k
+from moe.routing.selection import quantile, top_k
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BalanceSums:
+    """Sums over tokens that add up over microbatches, and what the bias must become; not logged.
+
+    Attributes:
+        counts: [E] assignments that f of the load-balancing loss counts, without a gradient.
+        probs: [E] sum of the router probabilities.
+        tokens: [] real tokens.
+        bias_target: [E] selection bias that would have balanced these tokens; zeros unless the gate needs one.
+    """
+
+    counts: Array
+    probs: Array
+    tokens: Array
+    bias_target: Array
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +54,9 @@ class LayerReport:
         expert_load: [E] share of the chosen assignments that name each expert, dropped ones included; sums to 1.
         fraction_tokens_dropped: [] share of the chosen assignments beyond the capacity.
         router_entropy: [] mean entropy of router_probs, nats.
+        active_experts: [] mean number of FFN experts that a real token chooses.
+        sparsity_penalty: [] ReMoE's, weighted by its strength; 0 under other gates.
+        sums: see :class:`BalanceSums`.
     """
 
     load_balancing_loss: Array
@@ -45,6 +68,13 @@ class LayerReport:
     expert_load: Array
     fraction_tokens_dropped: Array
     router_entropy: Array
+    active_experts: Array
+    sparsity_penalty: Array
+    sums: BalanceSums
+
+    def metrics(self) -> dict[str, Array]:
+        """All attributes but the sums, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "sums"}
 
 
 def count_per_expert(
@@ -60,8 +90,8 @@ def token_mean(values: Float[Array, "G S *rest"], mask: Bool[Array, "G S"]) -> F
     return jnp.sum(values * weights, axis=(0, 1)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def _shares(routing: Routing, mask: Array, parts: int, counts: BalanceCounts) -> tuple[Array, Array, Array]:
-    """f [parts,E], P [parts,E], and which parts have tokens [parts], for equal consecutive parts of the batch."""
+def _sums(routing: Routing, mask: Array, parts: int, counts: BalanceCounts) -> tuple[Array, Array, Array]:
+    """Counted assignments and probability [parts,E], and tokens [parts], of equal consecutive parts of the batch."""
     num_experts = routing.router_probs.shape[-1]
     chosen, expert_index = routing.chosen, routing.expert_index
     if counts == "first_choice":
@@ -73,12 +103,29 @@ def _shares(routing: Routing, mask: Array, parts: int, counts: BalanceCounts) ->
         return array.reshape(parts, -1, *array.shape[2:])
 
     is_expert = jax.nn.one_hot(split(expert_index), num_experts) * split(chosen)[..., None]
-    load = jnp.sum(is_expert, axis=(1, 2))  # [parts,E]
-    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
-    tokens = split(mask)
-    total = jnp.sum(jnp.where(tokens[..., None], split(routing.router_probs), 0.0), axis=1)
-    probability = total / jnp.maximum(jnp.sum(tokens, axis=1), 1)[:, None]
-    return jax.lax.stop_gradient(share), probability, jnp.any(tokens, axis=1)
+    total = jnp.sum(jnp.where(split(mask)[..., None], split(routing.router_probs), 0.0), axis=1)
+    tokens = jnp.sum(split(mask), axis=1).astype(jnp.float32)
+    return jax.lax.stop_gradient(jnp.sum(is_expert, axis=(1, 2))), total, tokens
+
+
+def _balance(
+    counts: Array, probs: Array, tokens: Array, weights: Array | np.ndarray | float = 1.0, groups: int = 0
+) -> Array:
+    """E·Σ_e w_e·f_e·P_e of sums [...,E], [...,E] and [...]; over n groups of experts: n·Σ_i f_i·P_i."""
+    share = weights * counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
+    probability = probs / jnp.maximum(tokens, 1.0)[..., None]
+    if groups:
+        # [...,E] → [...,n,E/n] → [...,n]
+        share, probability = (
+            jnp.sum(values.reshape(*values.shape[:-1], groups, -1), axis=-1) for values in (share, probability)
+        )
+    return share.shape[-1] * jnp.sum(share * probability, axis=-1)
+
+
+def balance_weights(moe: MoEConfig) -> np.ndarray | float:
+    """Weight of each expert in the load-balancing loss: 1 for an FFN, τ for a zero, copy or constant expert (MoE++
+    2024, section 3.3)."""
+    return np.repeat([1.0, moe.null_balance], [moe.num_experts, moe.null_experts]) if moe.null_experts else 1.0
 
 
 def load_balancing_loss(
@@ -88,6 +135,7 @@ def load_balancing_loss(
     counts: BalanceCounts = "assignments",
     parts: int = 1,
     expert_groups: int = 0,
+    weights: np.ndarray | float = 1.0,
 ) -> Float[Array, ""]:
     """E·Σ_e f_e·P_e, f_e the share of assignments to e, P_e the mean probability of e (Switch 2021, equations 4-6).
 
@@ -104,15 +152,21 @@ def load_balancing_loss(
         parts: number of equal consecutive parts of the tokens; the loss is the mean over parts: 1 for the whole batch,
             G for groups, B for sequences. Parts without real tokens do not count.
         expert_groups: n; 0: no groups.
+        weights: see :func:`balance_weights`.
     """
-    share, probability, present = _shares(routing, mask, parts, counts)
-    if expert_groups:
-        # [parts,E] → [parts,n,E/n] → [parts,n]
-        share, probability = (
-            jnp.sum(values.reshape(parts, expert_groups, -1), axis=-1) for values in (share, probability)
-        )
-    losses = share.shape[-1] * jnp.sum(share * probability, axis=-1)
+    load, probs, tokens = _sums(routing, mask, parts, counts)
+    losses, present = _balance(load, probs, tokens, weights, expert_groups), tokens > 0
     return jnp.sum(losses * present) / jnp.maximum(jnp.sum(present), 1)
+
+
+def over_step(report: LayerReport, totals: BalanceSums, moe: MoEConfig, microbatches: int) -> LayerReport:
+    """Reports of one microbatch, stacked over layers, with its share of the load-balancing loss over the whole step.
+
+    f and the number of tokens are the step's, P is the microbatch's: the mean over microbatches is E·Σ f_e·P_e of all
+    tokens together, in value and gradient.
+    """
+    loss = _balance(totals.counts, report.sums.probs, totals.tokens, balance_weights(moe)) * microbatches
+    return dataclasses.replace(report, load_balancing_loss=loss)
 
 
 def squared_variation(values: Float[Array, " E"]) -> Float[Array, ""]:
@@ -145,6 +199,17 @@ def router_z_loss(router_logits: Float[Array, "G S E"], mask: Bool[Array, "G S"]
     return token_mean(jnp.square(jax.nn.logsumexp(router_logits, axis=-1)), mask)
 
 
+def sparsity_penalty(
+    routing: Routing, mask: Bool[Array, "G S"], experts_per_token: int, strength: Float[Array, ""]
+) -> Float[Array, ""]:
+    """λ·Σ_e f_e·R_e, f_e = E/K times the share of tokens with a positive R_e, and R_e its mean over tokens (ReMoE 2024,
+    equation 10: the L1 norm, weighted to balance the load)."""
+    tokens, num_experts = jnp.maximum(jnp.sum(mask), 1), routing.router_logits.shape[-1]
+    load = num_experts / experts_per_token * jnp.sum(routing.chosen, axis=(0, 1)) / tokens
+    mean = jnp.sum(jax.nn.relu(routing.router_logits) * mask[..., None], axis=(0, 1)) / tokens
+    return strength * jnp.sum(jax.lax.stop_gradient(load) * mean)
+
+
 def report(
     routing: Routing,
     mask: Bool[Array, "G S"],
@@ -152,7 +217,8 @@ def report(
     *,
     counts: BalanceCounts = "assignments",
     parts: int = 1,
-    expert_groups: int = 1,
+    moe: MoEConfig | None = None,
+    penalty: Float[Array, ""] | None = None,
 ) -> LayerReport:
     """All losses and metrics of one layer.
 
@@ -162,16 +228,24 @@ def report(
         kept: chosen assignments within the capacity.
         counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.
-        expert_groups: number of groups of the device-level loss.
+        moe: config of the layer, of which groups of experts, K and τ are read; None: E FFNs in one group.
+        penalty: strength of the sparsity penalty; None: there is none.
     """
     num_experts = routing.router_probs.shape[-1]
+    moe = moe or MoEConfig(num_experts=num_experts, expert_groups=1, zero_experts=0, copy_experts=0, constant_experts=0)
     load = count_per_expert(routing.expert_index, routing.chosen, num_experts)
     num_chosen = jnp.maximum(jnp.sum(routing.chosen), 1)
     valid = mask & ~routing.broken
     entropy = jnp.sum(jax.scipy.special.entr(routing.router_probs), axis=-1)
+    target, k = jnp.zeros((num_experts,), jnp.float32), moe.experts_per_token
+    if routing.needed_bias is not None:
+        target = quantile(routing.needed_bias, valid, k / num_experts)
+    counted, probs, tokens = (values[0] for values in _sums(routing, valid, 1, counts))
     return LayerReport(
-        load_balancing_loss=load_balancing_loss(routing, valid, counts=counts, parts=parts),
-        device_balance_loss=load_balancing_loss(routing, valid, expert_groups=expert_groups),
+        load_balancing_loss=load_balancing_loss(
+            routing, valid, counts=counts, parts=parts, weights=balance_weights(moe)
+        ),
+        device_balance_loss=load_balancing_loss(routing, valid, expert_groups=moe.expert_groups),
         importance_loss=importance_loss(routing),
         load_loss=load_loss(routing, valid),
         router_z_loss=router_z_loss(routing.router_logits, valid),
@@ -179,14 +253,38 @@ def report(
         expert_load=load / num_chosen,
         fraction_tokens_dropped=jnp.sum(routing.chosen & ~kept) / num_chosen,
         router_entropy=token_mean(entropy, valid),
+        active_experts=jnp.sum(load[: moe.num_experts]) / jnp.maximum(jnp.sum(valid), 1),
+        sparsity_penalty=jnp.zeros(()) if penalty is None else sparsity_penalty(routing, valid, k, penalty),
+        sums=BalanceSums(counted, probs, tokens, target),
     )
 
 
+def bias_signal(update: str, layers: LayerReport, experts_per_token: int) -> Float[Array, "*layers E"]:
+    """What a step of each layer's selection bias depends on, from the step's reports; see
+    :func:`next_selection_bias`."""
+    load = layers.expert_load
+    if update == "sign":
+        return jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+    if update == "penalty":  # one strength for all layers
+        return jnp.broadcast_to(jnp.sign(jnp.mean(layers.active_experts) - experts_per_token), load.shape)
+    return layers.sums.bias_target
+
+
 def next_selection_bias(
-    bias: Float[Array, "*layers E"], expert_load: Float[Array, "*layers E"], rate: float
+    update: str, bias: Float[Array, "*layers E"], signal: Float[Array, "*layers E"], rate: float
 ) -> Float[Array, "*layers E"]:
-    """Updated bias b_e + u·sign(mean load − load_e), u the rate (loss-free balancing 2024, algorithm 1)."""
-    return bias + rate * jnp.sign(jnp.mean(expert_load, axis=-1, keepdims=True) - expert_load)
+    """Updated state of a router, from :func:`bias_signal`, u being the rate.
+
+    sign: b_e + u·sign(mean load − load_e) (loss-free balancing 2024, algorithm 1). quantile: towards the bias that
+    would have balanced the step, by u, mean-centred (Kimi K3 2026, section 2.3.3). threshold: the same without
+    centring. penalty: λ·(1 + u)^sign(mean number of active experts − K) (ReMoE 2024, equation 8).
+    """
+    if update == "sign":
+        return bias + rate * signal
+    if update == "penalty":
+        return bias * (1 + rate) ** signal
+    bias = bias + rate * (signal - bias)
+    return bias - jnp.mean(bias, axis=-1, keepdims=True) if update == "quantile" else bias
 
 
 def max_violation(expert_load: Array | np.ndarray) -> Array | np.ndarray | np.generic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe.config.checks import require, require_at_least, require_at_most, require_fractions, require_layers
 from moe.config.layer_kinds import sparse_layers
 from moe.config.schema import Config, MoEConfig
-from moe.routing.interface import Gate
+from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
 
 _MOE = "model.moe."
@@ -20,172 +20,158 @@ def check_moe(config: Config) -> None:
     moe = config.model.moe
     gate = find_gate(moe.gate)
     require_at_least(_MOE, moe, 1, "num_experts", "experts_per_token", "d_ff", "every", "slots_per_expert")
+    require_at_least(_MOE, moe, 1, "scores_per_group")
     require_at_least(_MOE, moe, 0, "shared_d_ff", "first_dense", "group_size", "importance_weight", "load_weight")
-    require_at_least(_MOE, moe, 0, "expert_capacity")
+    require_at_least(_MOE, moe, 0, "expert_capacity", "bias_update_rate", "latent_dim", "null_balance")
     require_at_least(_MOE, moe, 0, "load_balancing_weight", "device_balance_weight", "z_loss_weight")
-    require_at_least(_MOE, moe, 0, "bias_update_rate")
+    require_at_least(_MOE, moe, 0, "zero_experts", "copy_experts", "constant_experts")
     require_at_most(_MOE, moe)
     for name in ("capacity_factor", "eval_capacity_factor"):
-        require(getattr(moe, name) > 0, f"{_MOE}{name}", getattr(moe, name), "must be positive")
+        _field(moe, name, getattr(moe, name) > 0, "must be positive")
     require_fractions(_MOE, moe, "jitter", "expert_dropout")
-    require(
-        moe.shared_d_ff > 0 or not moe.shared_gate, f"{_MOE}shared_gate", moe.shared_gate, "needs shared_d_ff above 0"
-    )
+    _field(moe, "shared_gate", moe.shared_d_ff > 0 or not moe.shared_gate, "needs shared_d_ff above 0")
+    _field(moe, "bias", moe.bias == "none" or gate.router != "slots", "must be none with the gate soft_moe")
     _check_experts_per_token(moe, gate)
     _check_expert_groups(moe, gate)
     _check_gate_fields(moe, gate)
+    _check_scores(moe, gate)
+    _check_null_experts(moe, gate)
     _check_dispatch(moe, gate)
     _check_layers(config)
+    _check_layer_gates(config)
     _check_group_size(config)
+
+
+def _field(moe: MoEConfig, name: str, holds: bool, allowed: str) -> None:
+    """Refuse the value of one field unless the condition holds."""
+    require(holds, f"{_MOE}{name}", getattr(moe, name), allowed)
 
 
 def _check_experts_per_token(moe: MoEConfig, gate: Gate) -> None:
     k = moe.experts_per_token
-    require(k <= moe.num_experts, f"{_MOE}experts_per_token", k, f"must be at most num_experts={moe.num_experts}")
+    _field(moe, "experts_per_token", k <= moe.num_experts, f"must be at most num_experts={moe.num_experts}")
     if gate.fixed_k:
         fixed = gate.experts_per_token or moe.num_experts
-        require(k == fixed, f"{_MOE}experts_per_token", k, f"the gate {moe.gate!r} exists for {fixed} only")
-    if k == 1 and moe.num_experts > 1:
-        no_gradient = "the only weight is then always 1 and the router gets no gradient"
-        require(
-            not gate.weights_sum_to_one,
-            f"{_MOE}experts_per_token",
-            k,
-            f"must be at least 2 with the gate {moe.gate!r}, which renormalises its weights: {no_gradient}",
-        )
-        require(
-            moe.renormalise != 1,
-            f"{_MOE}renormalise",
-            moe.renormalise,
-            f"must be 0 with experts_per_token=1: {no_gradient}",
-        )
+        _field(moe, "experts_per_token", k == fixed, f"the gate {moe.gate!r} exists for {fixed} only")
+    always_one = k == 1 < moe.num_experts and moe.renormalise == 1 and gate.scored_weights
+    require(
+        not always_one or (gate.experts_per_token, gate.renormalise) == (1, 1),  # a benchmark's own constants
+        f"{_MOE}experts_per_token=1, {_MOE}renormalise",
+        moe.renormalise,
+        "the only weight is then always 1 and the router gets no gradient; use renormalise=0 or more experts per token",
+    )
 
 
 def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
-    groups, kept, k = moe.expert_groups, moe.kept_expert_groups, moe.experts_per_token
-    require(
-        groups >= 1 and moe.num_experts % groups == 0,
-        f"{_MOE}expert_groups",
-        groups,
-        f"must be at least 1 and divide num_experts={moe.num_experts}",
-    )
-    require(1 <= kept <= groups, f"{_MOE}kept_expert_groups", kept, f"must be from 1 to expert_groups={groups}")
-    require(
-        _limits_groups(gate) or kept == groups,
-        f"{_MOE}kept_expert_groups",
-        kept,
-        f"the gate {moe.gate!r} chooses from all groups: leave it at -1",
-    )
+    groups, kept = moe.expert_groups, moe.kept_expert_groups
+    divides = groups >= 1 and moe.num_experts % groups == 0
+    _field(moe, "expert_groups", divides, f"must be at least 1 and divide num_experts={moe.num_experts}")
+    _field(moe, "kept_expert_groups", 1 <= kept <= groups, f"must be from 1 to expert_groups={groups}")
+    all_groups = f"the gate {moe.gate!r} chooses from all groups: leave it at -1"
+    _field(moe, "kept_expert_groups", gate.scored_choice or kept == groups, all_groups)
     available = kept * moe.num_experts // groups
-    require(
-        not _limits_groups(gate) or k <= available,
-        f"{_MOE}experts_per_token",
-        k,
-        f"must be at most the {available} experts of kept_expert_groups={kept} of expert_groups={groups}",
-    )
+    allowed = f"must be at most the {available} experts of kept_expert_groups={kept} of expert_groups={groups}"
+    _field(moe, "experts_per_token", moe.experts_per_token <= available, allowed)
 
 
 def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
     """A field that only other gates read must keep its default."""
-    require(
-        _limits_groups(gate) or moe.routing_scale == 1,
-        f"{_MOE}routing_scale",
-        moe.routing_scale,
-        "needs a DeepSeek gate",
-    )
-    if gate.renormalise >= 0:
-        require(moe.renormalise in (0, 1), f"{_MOE}renormalise", moe.renormalise, "must be 0, 1 or -1 (the gate's)")
-    else:
-        require(moe.renormalise == -1, f"{_MOE}renormalise", moe.renormalise, f"is fixed by the gate {moe.gate!r}")
+    slots, noisy = gate.router == "slots", gate.router == "noisy"
     if gate.router == "none":
+        no_router = f"the gate {moe.gate!r} has no router"
         for name in ("jitter", "load_balancing_weight", "z_loss_weight", "importance_weight", "device_balance_weight"):
-            value = getattr(moe, name)
-            require(value == 0, f"{_MOE}{name}", value, f"must be 0: the gate {moe.gate!r} has no router")
-        require(
-            moe.router_dtype == "float32",
-            f"{_MOE}router_dtype",
-            moe.router_dtype,
-            f"the gate {moe.gate!r} has no router",
-        )
-    require(
-        gate.experts_per_token > 0 or moe.load_balancing_weight == 0,
-        f"{_MOE}load_balancing_weight",
-        moe.load_balancing_weight,
-        f"must be 0: with the gate {moe.gate!r} every token goes to every expert and the loss is constant",
-    )
-    require(
-        moe.expert_groups > 1 or moe.device_balance_weight == 0,
-        f"{_MOE}device_balance_weight",
-        moe.device_balance_weight,
-        "needs expert_groups above 1",
-    )
-    if gate.router == "slots":
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(moe, name)
-            require(
-                value == getattr(gate, name),
-                f"{_MOE}{name}",
-                value,
-                "soft_moe has slots_per_expert instead: leave it at -1",
-            )
-    require(
-        moe.load_weight == 0 or gate.router == "noisy",
-        f"{_MOE}load_weight",
-        moe.load_weight,
-        "needs the gate noisy_topk: the load has no gradient without its noise",
-    )
-    require(
-        moe.bias_update_rate == 0 or gate.router == "biased",
-        f"{_MOE}bias_update_rate",
-        moe.bias_update_rate,
-        "needs the gate deepseek_v3",
-    )
-    require(
-        moe.slots_per_expert == 1 or gate.router == "slots",
-        f"{_MOE}slots_per_expert",
-        moe.slots_per_expert,
-        "needs the gate soft_moe",
-    )
-    require(
+            _field(moe, name, getattr(moe, name) == 0, f"must be 0: {no_router}")
+        _field(moe, "router_dtype", moe.router_dtype == "float32", no_router)
+    constant = f"must be 0: with the gate {moe.gate!r} every token goes to every expert and the loss is constant"
+    _field(moe, "load_balancing_weight", gate.experts_per_token > 0 or moe.load_balancing_weight == 0, constant)
+    one_group = moe.expert_groups == 1 and moe.device_balance_weight > 0
+    _field(moe, "device_balance_weight", not one_group, "needs expert_groups above 1")
+    for name in ("capacity_factor", "eval_capacity_factor") if slots else ():
+        own = getattr(moe, name) == getattr(gate, name)
+        _field(moe, name, own, "soft_moe has slots_per_expert instead: leave it at -1")
+    no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
+    _field(moe, "load_weight", moe.load_weight == 0 or noisy, no_noise)
+    no_bias = moe.bias_update == "none" and moe.bias_update_rate > 0
+    _field(moe, "bias_update_rate", not no_bias, f"needs {_MOE}bias_update of sign or quantile")
+    _field(moe, "slots_per_expert", moe.slots_per_expert == 1 or slots, "needs the gate soft_moe")
+    _field(
+        moe,
+        "gate",
         moe.accept_future_leak or not gate.looks_ahead,
-        f"{_MOE}gate",
-        moe.gate,
         "chooses the experts of a token by looking at later tokens, which a causal model must not see; "
         f"set {_MOE}accept_future_leak=True to accept that",
     )
 
 
-def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
+def _check_scores(moe: MoEConfig, gate: Gate) -> None:
+    """Fields of top-k gates."""
+    _field(moe, "renormalise", moe.renormalise in (0, 1), "must be 0, 1 or -1 (the gate's)")
+    for name in ROUTING_FIELDS:
+        is_weight = name in ("score_function", "renormalise", "routing_scale")
+        free = gate.scored_weights if is_weight else gate.scored_choice or name.endswith("expert_groups")
+        own = getattr(gate, name)
+        fits = free or getattr(moe, name) == own
+        _field(moe, name, fits, f"must be {own}: the gate {moe.gate!r} does not read it")
+    every_group, update = moe.kept_expert_groups == moe.expert_groups, moe.bias_update
+    allowed = f"must be none, sign or quantile with the gate {moe.gate!r}"
+    _field(moe, "bias_update", not gate.scored_choice or update in ("none", "sign", "quantile"), allowed)
+    some_left = moe.experts_per_token < moe.num_experts + moe.null_experts
+    allowed = "needs kept_expert_groups=expert_groups, and experts_per_token below the number of experts"
+    _field(moe, "bias_update", update != "quantile" or (every_group and some_left), allowed)
+    only_noise = moe.load_weight == 0 or (every_group and update == "none")
+    allowed = "needs bias_update=none and kept_expert_groups=expert_groups: only the noise may decide who is chosen"
+    _field(moe, "load_weight", only_noise, allowed)
+
+
+def _check_null_experts(moe: MoEConfig, gate: Gate) -> None:
     require(
-        moe.drop_policy == "position" or not gate.looks_ahead,
-        f"{_MOE}drop_policy",
-        moe.drop_policy,
-        f"must be position: the gate {moe.gate!r} drops no assignment",
+        moe.null_experts == 0 or (not gate.lists_all and moe.expert_groups == 1),
+        f"{_MOE}zero_experts + copy_experts + constant_experts",
+        moe.null_experts,
+        "must be 0 unless each token chooses K experts, with expert_groups=1",
     )
-    require(
-        moe.drop_policy == "position" or moe.dispatch == "dropless" or moe.accept_future_leak,
-        f"{_MOE}drop_policy",
-        moe.drop_policy,
+    own = moe.null_experts > 0 or moe.null_balance in (1, gate.null_balance)
+    _field(moe, "null_balance", own, "needs zero_experts, copy_experts or constant_experts")
+
+
+def _check_layer_gates(config: Config) -> None:
+    moe, k = config.model.moe, config.model.moe.experts_per_token
+    count = sum(sparse_layers(config.model))
+    _field(moe, "layer_gates", len(moe.layer_gates) <= count, f"must be at most the {count} MoE layers")
+    for name in {*moe.layer_gates, *((moe.gate,) if moe.layer_gates else ())}:
+        gate, own = find_gate(name), name == moe.gate
+        for allowed, why in (
+            (not gate.lists_all and (not gate.fixed_k or gate.experts_per_token == k), f"must choose {k} experts"),
+            (
+                own or gate.bias_update in ("none", moe.bias_update),
+                f"needs bias_update={gate.bias_update} in all layers",
+            ),
+            (own or k > 1 or gate.renormalise == 0, "renormalises its weights, which needs experts_per_token above 1"),
+            (own or moe.num_experts % gate.expert_groups == 0, f"needs E divisible by {gate.expert_groups} groups"),
+        ):
+            require(allowed, f"{_MOE}layer_gates", name, why)
+
+
+def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
+    by_position, dropless = moe.drop_policy == "position", moe.dispatch == "dropless"
+    allowed = f"must be position: the gate {moe.gate!r} drops no assignment"
+    _field(moe, "drop_policy", by_position or not gate.looks_ahead, allowed)
+    _field(
+        moe,
+        "drop_policy",
+        by_position or dropless or moe.accept_future_leak,
         "lets later tokens displace earlier ones, which a causal model must not see; "
         f"set {_MOE}accept_future_leak=True to accept that",
     )
-    require(
-        gate.router != "slots" or moe.dispatch == "einsum",
-        f"{_MOE}dispatch",
-        moe.dispatch,
-        "must be einsum: soft_moe mixes all tokens into every slot and moves no single token",
-    )
-    require(
-        moe.expert_capacity == 0 or (gate.router != "slots" and moe.dispatch != "dropless"),
-        f"{_MOE}expert_capacity",
-        moe.expert_capacity,
-        "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe",
-    )
+    allowed = "must be einsum: soft_moe mixes all tokens into every slot and moves no single token"
+    _field(moe, "dispatch", gate.router != "slots" or moe.dispatch == "einsum", allowed)
+    allowed = "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe"
+    _field(moe, "expert_capacity", moe.expert_capacity == 0 or not (gate.router == "slots" or dropless), allowed)
     enough_experts = 2 * moe.experts_per_token <= moe.num_experts
-    require(
-        not moe.overflow_to_next or (enough_experts and not gate.looks_ahead and moe.dispatch != "dropless"),
-        f"{_MOE}overflow_to_next",
-        moe.overflow_to_next,
+    _field(
+        moe,
+        "overflow_to_next",
+        not moe.overflow_to_next or (enough_experts and not gate.lists_all and not dropless),
         "needs num_experts >= 2 * experts_per_token, a dispatch with a capacity (gather or einsum), and a gate in "
         "which tokens choose their experts",
     )
@@ -220,8 +206,3 @@ def _check_group_size(config: Config) -> None:
             moe.group_size,
             f"must divide or be a multiple of data.{name}={length}, and divide a microbatch's {tokens} tokens",
         )
-
-
-def _limits_groups(gate: Gate) -> bool:
-    """Whether the rule reads expert_groups, kept_expert_groups and routing_scale."""
-    return gate.router == "biased" or gate.renormalise >= 0

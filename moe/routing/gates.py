@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,12 +11,58 @@ from jaxtyping import Array, Float, Int
 from moe.routing.interface import GateInputs, GateOutput
 from moe.routing.selection import limit_to_groups, normalised_weights, pick, rank, top_k
 
+#: Score functions by name. The last one is DeepSeek-V4's; its square root has no finite slope at 0.
+SCORES = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), 1e-30)),
+}
+
 
 def dense_mixture(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
     """All experts, weighted by the softmax: y = Σ_e p_e E_e(x) (Jacobs et al. 1991, equation 1)."""
     del inputs
-    expert_index = jnp.broadcast_to(jnp.arange(router_logits.shape[-1]), router_logits.shape)
-    return GateOutput(expert_index, jax.nn.softmax(router_logits, axis=-1))
+    return GateOutput(_every_expert(router_logits), jax.nn.softmax(router_logits, axis=-1))
+
+
+def top_k_scores(
+    router_logits: Float[Array, "G S E"],
+    inputs: GateInputs,
+    preference: Float[Array, "G S E"] | None = None,
+) -> GateOutput:
+    """Top-k of scores + selection bias within the kept groups, weighted by the scores: every top-k gate.
+
+    Scores, bias, groups, renormalisation and scale are fields of :class:`GateInputs`. With the softmax: Switch (2021,
+    equation 2), DeepSeekMoE (2024, equations 9-11; groups: DeepSeek-V2 2024, section 2.2.2); renormalised, that is
+    Mixtral's softmax over the top k logits (2024, section 2.1). With the sigmoid: DeepSeek-V3 (2024, equations 12-16).
+
+    Args:
+        router_logits: of all experts.
+        inputs: its ``selection_bias`` decides nothing but the choice.
+        preference: ranks the experts instead of the scores.
+    """
+    scores = SCORES[inputs.score_function](router_logits)
+    ranked = scores if preference is None else preference
+    if inputs.selection_bias is not None:
+        ranked = ranked + inputs.selection_bias
+    k, needed = inputs.experts_per_token, None
+    if inputs.train and inputs.bias_update == "quantile":
+        # An expert is chosen if score + bias is above the best ranked expert that is not.
+        values, expert_index = top_k(ranked, k + 1)
+        expert_index, needed = expert_index[..., :k], jax.lax.stop_gradient(values[..., k:] - scores)
+    else:
+        _, expert_index = top_k(limit_to_groups(ranked, inputs), k)
+    return _weighted(router_logits, inputs, expert_index)._replace(needed_bias=needed)
+
+
+def _weighted(
+    router_logits: Float[Array, "G S E"], inputs: GateInputs, expert_index: Int[Array, "G S K"]
+) -> GateOutput:
+    """Weights of experts (or of the recorded ones) by their scores; ``probs`` are the scores over their sum."""
+    expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
+    scores = SCORES[inputs.score_function](router_logits)
+    probs = None if inputs.score_function == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    return GateOutput(expert_index, normalised_weights(pick(scores, expert_index), inputs), probs=probs)
 
 
 def noisy_topk(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
@@ -25,43 +73,28 @@ def noisy_topk(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Gate
     """
     k, num_experts = inputs.experts_per_token, router_logits.shape[-1]
     if inputs.rng is None or inputs.noise_logits is None:
-        top_logits, expert_index = top_k(router_logits, k)
-        return GateOutput(expert_index, jax.nn.softmax(top_logits, axis=-1))
+        return top_k_scores(router_logits, inputs)
     # If softplus underflows to 0, the quotient below and its gradient are NaN.
     deviation = jnp.maximum(jax.nn.softplus(inputs.noise_logits), 1e-9)
     noisy = router_logits + jax.random.normal(inputs.rng, router_logits.shape) * deviation
+    if k == num_experts:
+        return top_k_scores(noisy, inputs)
     # The threshold of a chosen expert is the (K+1)-th value, of any other the K-th; with K = E there is none.
-    top_logits, top_index = top_k(noisy, min(k + 1, num_experts))
-    expert_index, smooth_load = top_index[..., :k], None
-    if k < num_experts:
-        chosen = noisy >= top_logits[..., k - 1 : k]
-        threshold = jnp.where(chosen, top_logits[..., k : k + 1], top_logits[..., k - 1 : k])
-        smooth_load = jax.scipy.stats.norm.cdf((router_logits - threshold) / deviation)
-    return GateOutput(expert_index, jax.nn.softmax(top_logits[..., :k], axis=-1), smooth_load=smooth_load)
+    top_logits, _ = top_k(noisy, k + 1)
+    chosen = noisy >= top_logits[..., k - 1 : k]
+    threshold = jnp.where(chosen, top_logits[..., k : k + 1], top_logits[..., k - 1 : k])
+    smooth_load = jax.scipy.stats.norm.cdf((router_logits - threshold) / deviation)
+    return top_k_scores(noisy, inputs)._replace(smooth_load=smooth_load)
 
 
-def softmax_top_k(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """Top-k of the full softmax, not renormalised by default, so that the router has a gradient at K = 1
-    (Switch 2021, equation 2; DeepSeekMoE 2024, equations 9-11). Groups are ranked by their best expert (DeepSeek-V2
-    2024, section 2.2.2)."""
-    probs = jax.nn.softmax(router_logits, axis=-1)
-    _, expert_index = top_k(limit_to_groups(probs, inputs, scores_per_group=1), inputs.experts_per_token)
-    return GateOutput(expert_index, normalised_weights(pick(probs, expert_index), inputs))
-
-
-def softmax_sampled(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+def sampled(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
     """K experts sampled from the softmax without replacement and weighted by it (Switch 2021, appendix C, "sample
     softmax").
 
-    The sample is the top-k of logits + Gumbel noise (Gumbel-max trick), limited to groups as in
-    :func:`softmax_top_k`. Without a key, the top-k.
+    The sample is the top-k of logits + Gumbel noise (Gumbel-max trick), limited to groups. Without a key, the top-k.
     """
-    probs = jax.nn.softmax(router_logits, axis=-1)
     noise = 0.0 if inputs.rng is None else jax.random.gumbel(inputs.rng, router_logits.shape)
-    _, expert_index = top_k(
-        limit_to_groups(router_logits + noise, inputs, scores_per_group=1), inputs.experts_per_token
-    )
-    return GateOutput(expert_index, normalised_weights(pick(probs, expert_index), inputs))
+    return top_k_scores(router_logits, inputs, router_logits + noise)
 
 
 def gshard(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
@@ -69,13 +102,11 @@ def gshard(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutp
 
     Without a key it is always sent. The first weight does not change when the second assignment is not sent.
     """
-    top_probs, expert_index = top_k(jax.nn.softmax(router_logits, axis=-1), inputs.experts_per_token)
-    weights = top_probs / jnp.sum(top_probs, axis=-1, keepdims=True)
-    accepted = None
-    if inputs.rng is not None:
-        sent = 2.0 * weights[..., 1] > jax.random.uniform(inputs.rng, weights.shape[:-1])
-        accepted = jnp.ones_like(expert_index, bool).at[..., 1].set(sent)
-    return GateOutput(expert_index, weights, accepted)
+    output = top_k_scores(router_logits, inputs)
+    if inputs.rng is None:
+        return output
+    sent = 2.0 * _shares(output.weights)[..., 1] > jax.random.uniform(inputs.rng, output.weights.shape[:-1])
+    return output._replace(accepted=jnp.ones_like(output.expert_index, bool).at[..., 1].set(sent))
 
 
 #: Renormalised weight from which an assignment is always sent; value of the paper's code (ST-MoE 2022, appendix D).
@@ -85,33 +116,26 @@ ST_MOE_THRESHOLD = 0.2
 def st_moe(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
     """Top-k, renormalised; assignments after the first are sent with probability min(1, weight / 0.2) (ST-MoE 2022,
     appendix D). Without a key all are sent."""
-    top_probs, expert_index = top_k(jax.nn.softmax(router_logits, axis=-1), inputs.experts_per_token)
-    weights = top_probs / jnp.sum(top_probs, axis=-1, keepdims=True)
-    accepted = None
-    if inputs.rng is not None:
-        sent = weights > ST_MOE_THRESHOLD * jax.random.uniform(inputs.rng, weights.shape)
-        accepted = sent.at[..., 0].set(True)
-    return GateOutput(expert_index, weights, accepted)
+    output = top_k_scores(router_logits, inputs)
+    if inputs.rng is None:
+        return output
+    sent = _shares(output.weights) > ST_MOE_THRESHOLD * jax.random.uniform(inputs.rng, output.weights.shape)
+    return output._replace(accepted=sent.at[..., 0].set(True))
 
 
-def mixtral(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """Top-k of the logits, weighted by the softmax over those k: Softmax(TopK(x·W_g)) (Mixtral 2024, section 2.1)."""
-    top_logits, expert_index = top_k(router_logits, inputs.experts_per_token)
-    return GateOutput(expert_index, jax.nn.softmax(top_logits, axis=-1))
+def _shares(weights: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def deepseek_v3(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """Top-k of s + b within the kept groups, s the sigmoid of the logits and b the selection bias, weighted by s,
-    renormalised and scaled (DeepSeek-V3 2024, equations 12-16).
+def relu(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+    """Every expert with a positive logit, weighted by it: ReLU(x·W_g) (ReMoE 2024, section 3.1).
 
-    Groups are ranked by the sum of their two highest s + b (section 2.1.2). ``probs`` are s/Σs, as in the
-    sequence-wise balance loss (equation 19).
+    K is the mean number of experts that the adaptive penalty aims at.
     """
-    scores = jax.nn.sigmoid(router_logits)
-    biased = scores if inputs.selection_bias is None else scores + inputs.selection_bias
-    _, expert_index = top_k(limit_to_groups(biased, inputs, scores_per_group=2), inputs.experts_per_token)
-    probs = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    return GateOutput(expert_index, normalised_weights(pick(scores, expert_index), inputs), probs=probs)
+    del inputs
+    weights = jax.nn.relu(router_logits)
+    probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return GateOutput(_every_expert(router_logits), weights, weights > 0, probs)
 
 
 def expert_choice(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
@@ -119,14 +143,30 @@ def expert_choice(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> G
 
     A token may be taken by any number of experts, so the output has K = E, column e being expert e.
     """
-    groups, tokens, num_experts = router_logits.shape
+    _, tokens, num_experts = router_logits.shape
     capacity = inputs.expert_capacity or -(-inputs.experts_per_token * tokens // num_experts)
     probs = jax.nn.softmax(router_logits, axis=-1)
     # Padding ranks last: [G,S,E] → [G,E,S], ranked over S → [G,S,E]
     eligible = jnp.where(inputs.mask[..., None], jax.lax.stop_gradient(probs), -1.0)
     taken = jnp.swapaxes(rank(jnp.swapaxes(eligible, 1, 2)), 1, 2) < capacity
-    expert_index = jnp.broadcast_to(jnp.arange(num_experts), (groups, tokens, num_experts))
-    return GateOutput(expert_index, probs, taken)
+    return GateOutput(_every_expert(router_logits), probs, taken)
+
+
+def expert_threshold(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+    """Expert choice in training; outside, a token goes to every expert whose threshold its probability exceeds, so that
+    no token depends on another (Expert Threshold Routing 2026, the cut-offs' moving average).
+
+    The selection bias is minus the thresholds.
+    """
+    output = expert_choice(router_logits, inputs)
+    if inputs.train:
+        return output._replace(needed_bias=-jax.lax.stop_gradient(output.weights))
+    bias = 0.0 if inputs.selection_bias is None else inputs.selection_bias
+    return output._replace(accepted=output.weights + bias > 0)
+
+
+def _every_expert(router_logits: Float[Array, "G S E"]) -> Int[Array, "G S E"]:
+    return jnp.broadcast_to(jnp.arange(router_logits.shape[-1]), router_logits.shape)
 
 
 def hash_tokens(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
@@ -134,10 +174,21 @@ def hash_tokens(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Gat
 
     The hash is murmur3's finalizer over (id, expert); an id goes to the experts with its K highest hashes.
     """
+    return _equal_weights(_hashed_experts(router_logits, inputs))
+
+
+def hash_scored(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+    """K experts by a hash of the token id, weighted by their scores, as in the first layers of DeepSeek-V4.
+
+    Deviation: V4's released weights hold a table from token ids to experts; how it was made is not published.
+    """
+    return _weighted(router_logits, inputs, _hashed_experts(router_logits, inputs))
+
+
+def _hashed_experts(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Int[Array, "G S K"]:
     if inputs.token_ids is None:
-        raise ValueError("the gate 'hash' routes by token id and needs token_ids")
-    _, expert_index = top_k(_hashes(inputs.token_ids, router_logits.shape[-1]), inputs.experts_per_token)
-    return _equal_weights(expert_index)
+        raise ValueError("a gate that routes by token id needs token_ids")
+    return top_k(_hashes(inputs.token_ids, router_logits.shape[-1]), inputs.experts_per_token)[1]
 
 
 def _hashes(numbers: Int[Array, "G S"], num_experts: int) -> Float[Array, "G S E"]:
@@ -167,7 +218,7 @@ def random_experts(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> 
 def balanced(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
     """K experts per real token, round-robin within a group, or by position when generating: equal loads for benchmarks.
 
-    Weights are the softmax over the chosen logits, so the router is computed and trained but does not choose.
+    Weights are those of a top-k gate, so the router is computed and trained but does not choose.
     """
     groups, tokens, num_experts = router_logits.shape
     k = inputs.experts_per_token
@@ -175,7 +226,7 @@ def balanced(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOu
     if token_number is None:
         token_number = jnp.cumsum(inputs.mask, axis=1) - 1 + tokens * jnp.arange(groups)[:, None]  # [G,S]
     expert_index = (token_number[..., None] * k + jnp.arange(k)) % num_experts
-    return GateOutput(expert_index, jax.nn.softmax(pick(router_logits, expert_index), axis=-1))
+    return _weighted(router_logits, inputs, expert_index)
 
 
 def _equal_weights(expert_index: Int[Array, "G S K"]) -> GateOutput:

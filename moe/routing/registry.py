@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import types
 from collections.abc import Mapping
 from typing import cast
@@ -47,6 +48,22 @@ def _import_gate(name: str) -> Gate:
     return default_gate(cast(GateRule, gate), name)
 
 
+#: A gate of :func:`moe.routing.gates.top_k_scores`: everything that the field takes is data.
+_top_k = functools.partial(
+    Gate, choose=gates.top_k_scores, scored_weights=True, scored_choice=True, reweighs=True, load_balancing_weight=0.01
+)
+
+#: DeepSeek-V3's constants, except K and the groups.
+_deepseek = functools.partial(
+    _top_k,
+    load_balancing_weight=1e-4,
+    balance_scope="sequence",
+    balance_counts="top_scores",
+    bias_update="sign",
+    bias_update_rate=1e-3,
+    renormalise=1,
+)
+
 GATES: Mapping[str, Gate] = types.MappingProxyType(
     {
         "dense_mixture": Gate(
@@ -56,80 +73,101 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             capacity_factor=1.0,  # K = E gives C = S: no assignment can be dropped
             eval_capacity_factor=1.0,
             fixed_k=True,
+            lists_all=True,
+            reweighs=True,
         ),
-        "noisy_topk": Gate(
-            gates.noisy_topk,
-            "Shazeer 2017, equations 3-11",
+        "noisy_topk": _top_k(
+            choose=gates.noisy_topk,
+            source="Shazeer 2017, equations 3-11",
             experts_per_token=4,
             capacity_factor=2.0,  # not in the paper, which has no capacity limit
+            load_balancing_weight=0.0,
             importance_weight=0.1,
             load_weight=0.1,
+            renormalise=1,
             router="noisy",
-            weights_sum_to_one=True,
         ),
-        "gshard": Gate(
-            gates.gshard,
-            "GShard 2020, algorithm 1",
+        "gshard": _top_k(
+            choose=gates.gshard,
+            source="GShard 2020, algorithm 1",
             experts_per_token=2,
             capacity_factor=1.0,  # the paper's C = 2T/(G·E) is 1.0 with the K inside
             eval_capacity_factor=1.0,
-            load_balancing_weight=0.01,
             balance_scope="group",
             fixed_k=True,
             balance_counts="first_choice",
-            weights_sum_to_one=True,
+            renormalise=1,
         ),
-        "switch": Gate(
-            gates.softmax_top_k,
-            "Switch 2021, equations 1-6",
-            experts_per_token=1,
-            load_balancing_weight=0.01,
-            jitter=0.01,
-            renormalise=0,
-        ),
-        "switch_sampled": Gate(
-            gates.softmax_sampled,
-            "Switch 2021, appendix C",
-            experts_per_token=1,
-            load_balancing_weight=0.01,
-            renormalise=0,
-        ),
-        "st_moe": Gate(
-            gates.st_moe,
-            "ST-MoE 2022, equations 1-6 and appendix D",
+        "switch": _top_k(source="Switch 2021, equations 1-6", experts_per_token=1, jitter=0.01),
+        "switch_sampled": _top_k(choose=gates.sampled, source="Switch 2021, appendix C", experts_per_token=1),
+        "st_moe": _top_k(
+            choose=gates.st_moe,
+            source="ST-MoE 2022, equations 1-6 and appendix D",
             experts_per_token=2,
-            load_balancing_weight=0.01,
             z_loss_weight=1e-3,
-            weights_sum_to_one=True,
+            renormalise=1,
         ),
-        "mixtral": Gate(
-            gates.mixtral,
-            "Mixtral 2024, section 2.1",
-            experts_per_token=2,
-            load_balancing_weight=0.02,
-            weights_sum_to_one=True,
+        "mixtral": _top_k(
+            source="Mixtral 2024, section 2.1", experts_per_token=2, load_balancing_weight=0.02, renormalise=1
         ),
-        "deepseek_moe": Gate(
-            gates.softmax_top_k,
-            "DeepSeekMoE 2024, equations 9-17",
+        "deepseek_moe": _top_k(
+            source="DeepSeekMoE 2024, equations 9-17",
             experts_per_token=6,
             load_balancing_weight=1e-3,
             device_balance_weight=0.0,  # 0.05 in the paper's 145B model, with experts on several devices
-            renormalise=0,
         ),
-        "deepseek_v3": Gate(
-            gates.deepseek_v3,
-            "DeepSeek-V3 2024, equations 12-20",
+        "deepseek_v3": _deepseek(
+            source="DeepSeek-V3 2024, equations 12-20",
             experts_per_token=8,
-            load_balancing_weight=1e-4,
-            balance_scope="sequence",
-            bias_update_rate=1e-3,
+            score_function="sigmoid",
             expert_groups=8,
             kept_expert_groups=4,
-            balance_counts="top_scores",
-            renormalise=1,
+            scores_per_group=2,
             routing_scale=2.5,
-            router="biased",
+        ),
+        # Scores, K and scale of the released V4-Flash; how V4 is balanced is not published, so that is V3's.
+        "deepseek_v4": _deepseek(
+            source="DeepSeek-V4-Flash 2026, released inference code",
+            experts_per_token=6,
+            score_function="sqrt_softplus",
+            routing_scale=1.5,
+        ),
+        "deepseek_v4_hash": Gate(
+            gates.hash_scored,
+            "DeepSeek-V4-Flash 2026, released inference code: its first three layers",
+            experts_per_token=6,
+            score_function="sqrt_softplus",
+            renormalise=1,
+            routing_scale=1.5,
+            scored_weights=True,
+            reweighs=True,
+        ),
+        "quantile_balancing": _top_k(
+            source="Quantile balancing: Kimi K3 2026, section 2.3.3; Megatron-Core #5349",
+            experts_per_token=8,
+            load_balancing_weight=0.0,
+            score_function="sigmoid",
+            bias_update="quantile",
+            bias_update_rate=1.0,  # no memory
+            renormalise=1,
+        ),
+        "moe_plus_plus": _top_k(
+            source="MoE++ 2024, section 3",
+            experts_per_token=2,
+            capacity_factor=1.1,
+            zero_experts=1,
+            copy_experts=1,
+            constant_experts=2,
+            null_balance=0.75,
+        ),
+        "remoe": Gate(
+            gates.relu,
+            "ReMoE 2024, sections 3.1-3.4",
+            experts_per_token=1,  # on average
+            bias_update="penalty",
+            bias_update_rate=0.2,
+            lists_all=True,
+            reweighs=True,
         ),
         "expert_choice": Gate(
             gates.expert_choice,
@@ -139,6 +177,20 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             eval_capacity_factor=1.0,
             looks_ahead=True,
             experts_choose=True,
+            lists_all=True,
+            reweighs=True,
+        ),
+        "expert_threshold": Gate(
+            gates.expert_threshold,
+            "Expert Choice 2022, equations 1-3; thresholds: Expert Threshold Routing 2026",
+            experts_per_token=2,
+            capacity_factor=1.0,
+            bias_update="threshold",
+            bias_update_rate=0.05,  # of the moving average; not from a paper
+            looks_ahead=True,
+            experts_choose=True,
+            lists_all=True,
+            reweighs=True,
         ),
         "soft_moe": Gate(
             gates.dense_mixture,  # weights as reported; the layer itself mixes slots
@@ -149,18 +201,13 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             fixed_k=True,
             router="slots",
             looks_ahead=True,
+            lists_all=True,
         ),
         "hash": Gate(
-            gates.hash_tokens,
-            "Hash Layers 2021, section 3",
-            experts_per_token=1,
-            router="none",
+            gates.hash_tokens, "Hash Layers 2021, section 3", experts_per_token=1, router="none", reweighs=True
         ),
         "random": Gate(
-            gates.random_experts,
-            "baseline: uniform draws",
-            experts_per_token=1,
-            router="none",
+            gates.random_experts, "baseline: uniform draws", experts_per_token=1, router="none", reweighs=True
         ),
         "balanced": Gate(
             gates.balanced,
@@ -168,6 +215,9 @@ GATES: Mapping[str, Gate] = types.MappingProxyType(
             experts_per_token=1,
             capacity_factor=1.0,
             eval_capacity_factor=1.0,
+            renormalise=1,
+            scored_weights=True,
+            reweighs=True,
         ),
     }
 )

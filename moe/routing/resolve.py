@@ -9,8 +9,9 @@ import ml_collections
 
 from moe.config.checks import check_model, check_run
 from moe.config.parse import build
-from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ConfigError
+from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ConfigError, ModelConfig
 from moe.routing.checks import check_moe
+from moe.routing.interface import ROUTING_FIELDS
 from moe.routing.registry import GATES, find_gate
 
 
@@ -55,6 +56,15 @@ def resolve(config: Config) -> Config:
         length = data.input_length or data.sequence_length
         data = dataclasses.replace(data, objective=objective, input_length=length)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), data=data)
+
+
+def with_layer_gate(model: ModelConfig, gate: str) -> ModelConfig:
+    """The config of one layer with a gate of its own (``moe.layer_gates``): the gate's scores, selection, jitter and
+    noise; sizes, capacity, dispatch and weights of losses stay the model's."""
+    if gate == model.moe.gate:
+        return model
+    own = {name: getattr(find_gate(gate), name) for name in (*ROUTING_FIELDS, "jitter")}
+    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, gate=gate, **own))
 
 
 def validate(config: Config) -> Config:

@@ -9,29 +9,34 @@ from jax import Array
 from jaxtyping import Float
 
 from moe.config import ModelConfig
-from moe.parallel.weights import matrix
-from moe.routing.interface import Gate
-from moe.routing.registry import find_gate
+from moe.parallel.weights import matrix, zeros
+from moe.routing.interface import RouterKind
 
 
 class SelectionBias(nnx.Variable):
-    """[E] float32, added to the scores for selection only; updated by the train step, without a gradient."""
+    """[E] float32 without a gradient, which the train step updates: a bias that the scores get for selection only, or
+    another state that ``moe.bias_update`` names."""
+
+
+#: First value of the strength of ReMoE's penalty (2024, section 3.3).
+FIRST_PENALTY = 1e-8
 
 
 class Router(nnx.Module):
     """Linear router, x·W_g in float32 whatever the compute dtype ("selective precision", Switch 2021, section 2.4).
 
     With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations. The gate says
-    which further parameters there are (:class:`moe.routing.interface.Gate`): W_noise (W_g and W_noise start at zero,
+    which further parameters there are (``kind``): W_noise (W_g and W_noise start at zero,
     Shazeer 2017, section 4 and appendix A), a selection bias (zero at first), or one column per slot. Deviation from
     Soft MoE (2023, section 2.3): x and W_g are not L2-normalised, because x is the output of an RMSNorm.
     """
 
-    def __init__(self, config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs):
-        kind = (find_gate(config.moe.gate) if gate is None else gate).router
-        d, e = config.d_model, config.moe.num_experts
+    def __init__(self, config: ModelConfig, *, kind: RouterKind = "linear", rngs: nnx.Rngs):
+        d, e, update = config.d_model, config.moe.num_experts + config.moe.null_experts, config.moe.bias_update
         self.dtype = config.moe.router_dtype
-        self.bias = SelectionBias(jnp.zeros((e,), jnp.float32)) if kind == "biased" else None
+        first = FIRST_PENALTY if update == "penalty" else 0.0
+        self.bias = None if update == "none" else SelectionBias(jnp.full((e,), first, jnp.float32))
+        self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
         self.noise = nnx.Param(jnp.zeros((d, e), jnp.float32)) if kind == "noisy" else None
         if kind == "noisy":
             self.kernel = nnx.Param(jnp.zeros((d, e), jnp.float32))
@@ -52,7 +57,8 @@ class Router(nnx.Module):
         x = x.astype(jnp.float32)
         if rng is not None and jitter > 0.0:
             x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
-        return _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        logits = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
     def noise_logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"] | None:
         """x·W_noise in float32; None for a gate without noise."""

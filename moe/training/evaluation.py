@@ -89,6 +89,6 @@ def _summary(sums: np.ndarray, reports: list[LayerReport]) -> dict[str, Any]:
     }
     if reports:
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *reports)
-        mean = dataclasses.asdict(mean_reports(stacked))
+        mean = mean_reports(stacked).metrics()
         summary |= {name: np.asarray(value).tolist() for name, value in mean.items()}
     return summary

@@ -138,6 +138,7 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
         config.importance_weight * layers.importance_loss,
         config.load_weight * layers.load_loss,
         config.z_loss_weight * layers.router_z_loss,
+        layers.sparsity_penalty,
     )
     return sum((jnp.sum(term) for term in terms), jnp.zeros((), jnp.float32))
 

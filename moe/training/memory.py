@@ -16,15 +16,18 @@ _REMEDY = "a smaller model or train.batch_size, more devices, or model.remat=ful
 
 
 def refuse_too_large(program: Program) -> None:
-    """Raise ConfigError if the training state alone is larger than the memory of its devices; allocates nothing.
+    """Raise ConfigError if the training state and one layer's activations exceed its devices' memory; allocate nothing.
 
     The devices of a CPU share the machine's memory.
     """
-    devices = program.mesh.local_devices
-    needed = sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=object)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(program.state)
-    )
+    devices, config = program.mesh.local_devices, program.config
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=object)) * leaf.dtype.itemsize
+
+    # Activations [B,T,D] of a microbatch and their gradient.
+    activations = 2 * size(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
+    needed = sum(map(size, jax.tree.leaves(program.state))) + activations
     if devices[0].platform == "cpu":
         needed *= len(devices)
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -32,7 +35,7 @@ def refuse_too_large(program: Program) -> None:
         available = (devices[0].memory_stats() or {}).get("bytes_limit", needed)
     if needed > available:
         raise ConfigError(
-            f"model: parameters and optimizer state need {needed / 2**30:,.1f} GiB where there are "
+            f"model: training state and activations need {needed / 2**30:,.1f} GiB where there are "
             f"{available / 2**30:,.1f} GiB; {_REMEDY}"
         )
 

@@ -99,8 +99,10 @@ OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "adafactor": adafactor, "muon"
 
 
 def decay_mask(parameters: Any) -> Any:
-    """True for matrices, False for norm scales and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters)
+    """True for matrices, False for norm scales, biases and sinks."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(("scale", "bias", "sinks")), parameters
+    )
 
 
 def _factory(name: str) -> Factory:
@@ -114,11 +116,12 @@ def _factory(name: str) -> Factory:
 def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Input and output axes of a matrix by the last two names of its path; None if it is not one."""
     owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
-    if owner == "attention" and name in ("query", "key", "value"):  # [D,N,H]
+    if owner == "attention" and name in ("query", "key", "value", "query_up", "kv_up"):  # [D,N,H]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
     if owner == "attention" and name == "out":  # [N,H,D]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,))
-    if owner in ("dense", "experts") and name in ("gate", "up", "down"):  # [D,F], [F,D]
+    ffn = owner in ("dense", "experts", "latent") and name in ("gate", "up", "down")
+    if ffn or (owner == "attention" and name in ("query_down", "kv_down")):  # [D,F], [F,D]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
     return None
 

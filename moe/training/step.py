@@ -23,7 +23,7 @@ from moe.models.encoder_decoder import Model, abstract_model, create_model
 from moe.models.stack import selection_biases
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
-from moe.routing.balancing import LayerReport, next_selection_bias
+from moe.routing.balancing import BalanceSums, LayerReport, bias_signal, next_selection_bias, over_step
 from moe.routing.interface import Gate
 from moe.routing.router import SelectionBias
 from moe.training.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
@@ -36,6 +36,7 @@ Batch = dict[str, Array]
 #: Arrays [B,T] of a batch, and [B,U] for an encoder, under the names of its keyword arguments.
 TOKEN_KEYS = ("tokens", "targets", "segment_ids", "positions")
 ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
+PREFIX_KEY = "prefix"  # [B,T] of a decoder-only prefix LM
 
 #: A teacher's model config and variables.
 Teacher = tuple[ModelConfig, dict[str, Any]]
@@ -188,14 +189,15 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
 def batch_keys(config: Config) -> dict[str, int]:
     """Names of a batch's arrays, and the length of their rows: T, or U for those that an encoder reads."""
     of_encoder = ENCODER_KEYS if config.model.encoder_layers else ()
-    lengths = [(key, config.data.sequence_length) for key in TOKEN_KEYS]
+    prefix = config.data.objective == "prefix_lm" and not of_encoder
+    lengths = [(key, config.data.sequence_length) for key in (*TOKEN_KEYS, *((PREFIX_KEY,) if prefix else ()))]
     return dict(lengths + [(key, config.data.input_length) for key in of_encoder])
 
 
 def forward(model: Model, batch: Batch, **settings: Any) -> Output:
     """The output of a model for a batch; settings such as ``train`` are those of its call."""
-    encoder = {key: batch[key] for key in ENCODER_KEYS if key in batch}
-    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **encoder, **settings)
+    more = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
+    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **more, **settings)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
@@ -246,23 +248,37 @@ def _gradients(
     value_and_grad = jax.value_and_grad(functools.partial(_loss, parts), has_aux=True)
     if microbatches == 1:
         (loss, (cross_entropy, layers)), gradients = value_and_grad(
-            state.parameters, state.biases, batch, rng, num_targets, teacher_variables
+            state.parameters, state.biases, batch, rng, num_targets, teacher_variables, None
         )
         return (loss, cross_entropy, layers), gradients
 
     def accumulate(sums, inputs):
         microbatch, index = inputs
         key = jax.random.fold_in(rng, index)
-        result = value_and_grad(state.parameters, state.biases, microbatch, key, num_targets, teacher_variables)
+        result = value_and_grad(state.parameters, state.biases, microbatch, key, num_targets, teacher_variables, totals)
         (loss, (cross_entropy, layers)), gradients = result
         return jax.tree.map(jnp.add, sums, (loss, cross_entropy, gradients)), layers
 
     # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
+    totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.balance_scope == "step" else None
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
     (loss, cross_entropy, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
     return (loss, cross_entropy, layers if layers is None else mean_reports(layers)), gradients
+
+
+def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) -> BalanceSums | None:
+    """Sums of every layer over all microbatches, by a forward pass of each with the noise of its gradient."""
+
+    def measure(_, inputs):
+        microbatch, index = inputs
+        model = nnx.merge(parts.graphdef, join(state.parameters, state.biases))
+        layers = forward(model, microbatch, train=True, rng=jax.random.fold_in(rng, index)).layers
+        return None, None if layers is None else layers.sums
+
+    _, sums = jax.lax.scan(measure, None, (split, jnp.arange(parts.config.train.accumulation_steps)))
+    return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
 
 
 def _loss(
@@ -273,8 +289,10 @@ def _loss(
     rng: Array,
     num_targets: Array,
     teacher_variables: dict[str, Any] | None,
+    totals: BalanceSums | None,
 ) -> tuple[Array, tuple[Array, LayerReport | None]]:
-    """A microbatch's share of the batch's loss, and (its share of the cross-entropy, layer reports)."""
+    """A microbatch's share of the batch's loss, and (its share of the cross-entropy, layer reports); with the totals of
+    the step, its load-balancing loss is over the step."""
     config = parts.config
     model = nnx.merge(parts.graphdef, join(parameters, biases))
     output = forward(model, batch, train=True, rng=rng)
@@ -284,8 +302,10 @@ def _loss(
         teacher = nnx.merge(parts.teacher_graphdef, teacher_variables)
         soft = soft_cross_entropy(output.logits, forward(teacher, batch).logits, batch["targets"])
         loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
-    auxiliary = auxiliary_loss(output.layers, config.model.moe) / config.train.accumulation_steps
-    return loss + auxiliary, (cross_entropy, output.layers)
+    layers, microbatches = output.layers, config.train.accumulation_steps
+    if layers is not None and totals is not None:
+        layers = over_step(layers, totals, config.model.moe, microbatches)
+    return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (cross_entropy, layers)
 
 
 def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:
@@ -296,15 +316,16 @@ def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tu
 
 
 def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
-    """Selection biases after a step of loss-free balancing, from the step's loads; no gradient is involved.
+    """Selection biases after a step, from the step's reports; no gradient is involved.
 
     ``optimizer.frozen`` with "router" keeps them as they are.
     """
     if not biases or layers is None or "router" in config.optimizer.frozen:
         return biases
-    loads = selection_biases(config.model, layers.expert_load)
-    rate = config.model.moe.bias_update_rate
-    return jax.tree.map(lambda bias, load: next_selection_bias(bias, load, rate), biases, loads)
+    moe = config.model.moe
+    signals = selection_biases(config.model, bias_signal(moe.bias_update, layers, moe.experts_per_token))
+    update = functools.partial(next_selection_bias, moe.bias_update, rate=moe.bias_update_rate)
+    return jax.tree.map(lambda bias, signal: update(bias, signal), biases, signals)
 
 
 def eval_step(
@@ -322,5 +343,5 @@ def eval_step(
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh, less what no step reads."""
     sharding = NamedSharding(mesh, partition_specs.BATCH)
-    keys = [*TOKEN_KEYS, *(key for key in ENCODER_KEYS if key in batch)]
+    keys = [*TOKEN_KEYS, *(key for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch)]
     return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

@@ -1,8 +1,8 @@
 """Initial state of a run that starts from a checkpoint: fine-tuning, sparse upcycling, distillation.
 
 Parameters that both models have are copied layer by layer. Where an MoE layer replaces a dense one, every expert is a
-copy of the dense FFN and the router is fresh (Komatsuzaki et al. 2023, section 2.1); where a dense layer replaces an
-MoE one, its FFN is fresh (Switch 2021, section 4.2: non-expert weights are copied).
+copy of the dense FFN, or of a shard of it, and the router is fresh (:mod:`moe.training.upcycling`); where a dense layer
+replaces an MoE one, its FFN is fresh (Switch 2021, section 4.2: non-expert weights are copied).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.state import TrainState, set_schedule_step
 from moe.checkpoints.workdir import flatten, read_config
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig, StartConfig
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.flops import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
+from moe.training import upcycling
 from moe.training.step import Program, build
 
 #: (layer, key path within its block); layer -1: outside the blocks.
@@ -79,22 +80,19 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None) ->
         return state
     source = read_config(start.checkpoint)
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
-    rng = np.random.default_rng(program.config.seed)
     _refuse_other_depth(program.config, source.model)
-    parameters = _transplant(program, source.model, theirs, state.parameters, start.expert_noise, rng)
+    parameters = _transplant(program, source.model, theirs, state.parameters, start)
     biases = state.biases
     if biases:
         found = _host(stored.read_biases(start.checkpoint, source.model))
-        biases = _transplant(program, source.model, found, biases, 0.0, rng)
+        biases = _transplant(program, source.model, found, biases)
     optimizer = state.optimizer
     if start.optimizer == "carry":
         carried = _host(_optimizer_state(source, start.checkpoint))
         if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(optimizer, is_leaf=_is_tree):
             raise ConfigError(f"start.optimizer='carry': {start.checkpoint} was trained by another optimizer")
         optimizer = jax.tree.map(
-            lambda fresh, old: (
-                _transplant(program, source.model, old, fresh, 0.0, rng) if _is_tree(fresh) else jnp.asarray(old)
-            ),
+            lambda fresh, old: _transplant(program, source.model, old, fresh) if _is_tree(fresh) else jnp.asarray(old),
             optimizer,
             carried,
             is_leaf=_is_tree,
@@ -158,13 +156,14 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
 
 
 def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
-    if source.num_layers != config.model.num_layers:
-        where = f"start.checkpoint={config.start.checkpoint!r}"
-        raise ConfigError(f"model.num_layers={config.model.num_layers}: {where} has {source.num_layers}")
+    for name in ("num_layers", "encoder_layers"):
+        ours, theirs = getattr(config.model, name), getattr(source, name)
+        if ours != theirs:
+            raise ConfigError(f"model.{name}={ours}: start.checkpoint={config.start.checkpoint!r} has {theirs}")
 
 
 def _transplant(
-    program: Program, model: ModelConfig, source: Any, fresh: Any, noise: float, rng: np.random.Generator
+    program: Program, model: ModelConfig, source: Any, fresh: Any, start: StartConfig | None = None
 ) -> dict[str, Any]:
     """Fill fresh parameters, or optimizer moments, with every array of the source that fits.
 
@@ -173,22 +172,26 @@ def _transplant(
         model: config of the source.
         source: parameters or moments of the source.
         fresh: the same of the new run.
-        noise: standard deviation of the noise on upcycled experts, relative to their weights'.
-        rng: of that noise.
+        start: how upcycled parameters differ from copies; None: they do not, as for moments.
     """
+    moe, seed = program.config.model.moe, program.config.seed
     ours, theirs = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
     chosen = {}
     for (layer, names), own in ours.items():
         key = _source((layer, names), theirs.keys(), program.config)
         if key is None:
+            from_dense = names == ("moe", "router", "kernel") and (layer, ("dense", "up")) in theirs
+            if from_dense and start is not None and start.virtual_groups:
+                own = upcycling.group_columns(own, upcycling.granularity(model.d_ff, moe.num_experts, moe.d_ff))
             chosen[layer, names] = own
             continue
         found = theirs[key]
-        if key[1] != names:  # [..] → [E,..]: every expert is the same FFN
-            found = np.broadcast_to(found, (own.shape[0], *found.shape))
-            if noise:
-                found = found + noise * found.std() * rng.standard_normal(found.shape, np.float32)
+        if key[1] != names:  # [..] → [E,..]
+            shards = upcycling.granularity(model.d_ff, moe.num_experts, moe.d_ff)
+            found = upcycling.copy_shards(names[-1], found, moe.num_experts, shards)
+            if start is not None:
+                found = upcycling.diversify(names[-1], found, start, seed, layer)
         if found.shape != own.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
         chosen[layer, names] = found

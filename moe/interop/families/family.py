@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from moe.config import ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop.schema import Json, OpenConfig
 
 #: Hugging Face computes one loss over all MoE layers, K at perfect balance; DeepSeek's code sums a loss per layer that
-#: is 1 at perfect balance.
-BalanceScale = Literal["all layers together", "per layer"]
+#: is 1 at perfect balance; Switch's there is a mean over the layers of a stack, 1 at perfect balance.
+BalanceScale = Literal["all layers together", "per layer", "per stack"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,17 @@ class Family:
         schema: fields of ``config.json`` that are read.
         read: fields → (changes of ModelConfig, changes of MoEConfig).
         write: the reverse of ``read``.
-        tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else.
+        tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else; or a function
+            that returns this for a model and the name of a stack.
         balance_field: name of the load-balancing coefficient.
         balance_scale: normalisation of its loss, see :data:`BalanceScale`.
+        block: prefix of a block's tensors, with the number of the layer and the name of the stack.
+        outside: parameter outside the blocks → its tensor.
+        field_names: other names of fields that all families write; None: not written.
+        copies: tensors that a file may hold beside the one that they must equal.
+        unread: tensors that a file may hold and nobody reads.
+        aliases: prefixes of a block's tensors that mean the same; a file may have any of them.
+        ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """
 
     model_type: str
@@ -54,9 +62,18 @@ class Family:
     schema: type[OpenConfig]
     read: Callable[[Any], tuple[Json, Json]]
     write: Callable[[ModelConfig], Json]
-    tensors: Mapping[str, str | Tensor]
+    tensors: Mapping[str, str | Tensor] | Callable[[ModelConfig, str], Mapping[str, str | Tensor]]
     balance_field: str = "router_aux_loss_coef"
     balance_scale: BalanceScale = "all layers together"
+    block: str = "model.layers.{layer}."
+    outside: Mapping[str, str] = dataclasses.field(default_factory=lambda: OUTSIDE)
+    field_names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}
+    )
+    unread: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    ties_by_file: bool = False
 
 
 # --- Tensor names ----------------------------------------------------------------------------------------------------
@@ -149,6 +166,20 @@ def window_of(model: ModelConfig) -> int:
     return max(kind.window for kind in layer_kinds(model))
 
 
+def read_windows(window: int, kinds: Sequence[str]) -> Json:
+    """Changes of ModelConfig for ``layer_types``: the layers of "sliding_attention" have the window."""
+    windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    if not window or not windowed:
+        return {}
+    return {"sliding_window": window, "sliding_window_layers": () if len(windowed) == len(kinds) else windowed}
+
+
+def write_windows(model: ModelConfig) -> Json:
+    """The reverse of :func:`read_windows`."""
+    kinds = ["sliding_attention" if kind.window else "full_attention" for kind in layer_kinds(model)]
+    return {"sliding_window": window_of(model) or None, "layer_types": kinds}
+
+
 def dense_layers(model: ModelConfig) -> list[int]:
     """Numbers of the layers that are not MoE."""
     return [layer for layer, sparse in enumerate(sparse_layers(model)) if not sparse]
@@ -156,7 +187,7 @@ def dense_layers(model: ModelConfig) -> list[int]:
 
 def selection_rule(moe: MoEConfig) -> bool | str:
     """``norm_topk_prob``, for softmax top-k; the gate's name if its rule is another."""
-    if moe.gate in ("mixtral", "gshard"):
-        return True
     limited = moe.kept_expert_groups < moe.expert_groups or moe.routing_scale != 1.0
-    return moe.renormalise == 1 if moe.gate in ("switch", "deepseek_moe") and not limited else moe.gate
+    plain = moe.score_function == "softmax" and moe.bias_update == "none" and not limited
+    standard = plain and moe.gate in ("switch", "deepseek_moe", "mixtral", "gshard")
+    return moe.renormalise == 1 if standard else moe.gate

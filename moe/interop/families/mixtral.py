@@ -37,4 +37,6 @@ EXPERTS = {
     "moe.experts.up": "block_sparse_moe.experts.{expert}.w3.weight",
     "moe.experts.down": "block_sparse_moe.experts.{expert}.w2.weight",
 }
-FAMILY = Family("mixtral", "MixtralForCausalLM", MixtralConfig, read, write, ATTENTION | EXPERTS)
+#: The library renamed the block; files of its own fused layout have either name.
+ALIASES = ("block_sparse_moe.", "mlp.")
+FAMILY = Family("mixtral", "MixtralForCausalLM", MixtralConfig, read, write, ATTENTION | EXPERTS, aliases=ALIASES)

@@ -1,7 +1,16 @@
 """Qwen1.5-MoE and Qwen2-MoE: a gated shared expert, biases of queries, keys and values, windows by layer."""
 
-from moe.config import ModelConfig, layer_kinds
-from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, shared_expert, window_of
+from moe.config import ModelConfig
+from moe.interop.families.family import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    Family,
+    read_windows,
+    shared_expert,
+    window_of,
+    write_windows,
+)
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
 from moe.interop.schema import Json, OptionalCount, Size
 
@@ -22,27 +31,22 @@ def read(source: Qwen2Config) -> tuple[Json, Json]:
 
 def _windows(source: Qwen2Config) -> Json:
     """Layers with a window: those that ``layer_types`` lists; in older files, even ones below max_window_layers."""
-    num_layers, window = source.num_hidden_layers, source.sliding_window
-    if not source.use_sliding_window or not window:
-        return {}
-    older = ["sliding_attention" if n % 2 == 0 and n < source.max_window_layers else "" for n in range(num_layers)]
-    kinds = source.layer_types or older
-    windowed = tuple(n for n, kind in enumerate(kinds) if kind == "sliding_attention")
-    if not windowed:
-        return {}
-    return {"sliding_window": window, "sliding_window_layers": () if len(windowed) == num_layers else windowed}
+    numbers = range(source.num_hidden_layers)
+    older = ["sliding_attention" if n % 2 == 0 and n < source.max_window_layers else "" for n in numbers]
+    return read_windows((source.sliding_window or 0) if source.use_sliding_window else 0, source.layer_types or older)
 
 
 def write(model: ModelConfig) -> Json:
     """See :class:`Family`."""
-    window = window_of(model)
-    return write_experts(model) | {
-        "qkv_bias": model.attention_bias == "qkv",
-        "shared_expert_intermediate_size": model.moe.shared_d_ff,
-        "use_sliding_window": window > 0,
-        "sliding_window": window or None,
-        "layer_types": ["sliding_attention" if kind.window else "full_attention" for kind in layer_kinds(model)],
-    }
+    return (
+        write_experts(model)
+        | {
+            "qkv_bias": model.attention_bias == "qkv",
+            "shared_expert_intermediate_size": model.moe.shared_d_ff,
+            "use_sliding_window": window_of(model) > 0,
+        }
+        | write_windows(model)
+    )
 
 
 SHARED = shared_expert("shared_expert") | {"moe.shared.gate": "mlp.shared_expert_gate.weight"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
@@ -26,8 +25,10 @@ def attend(
     kind: str,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale·query·key + bias)·value over positions of the same document, in the dtype of the query.
 
@@ -42,15 +43,19 @@ def attend(
             shapes allow, elsewhere a loop over blocks of queries.
         causal: a query sees earlier positions and its own; else all.
         bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        prefix: 1 for keys that all queries of their document see, whatever ``causal``.
         scale: of the products; None: 1/sqrt(H).
         drop: dropout of the weights.
+        sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
     """
-    plain = causal and bias is None and scale is None and not drop.active
-    fits_splash = query.shape[1] % LANES == query.shape[-1] % LANES == 0
-    if kind == "blocked" and plain and fits_splash and runs_splash():
-        return splash_attention(query, key, value, segment_ids, window)
+    plain = causal and bias is None and prefix is None and scale is None and not drop.active
+    whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
+    if kind == "blocked" and plain and whole_tiles and runs_splash():
+        return splash_attention(query, key, value, segment_ids, sinks, window)
     query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
-    if kind == "blocked" or not plain:
+    if kind == "full" and plain and target.is_cpu():
+        heads = causal_attention(query, key, value, segment_ids, sinks, window)
+    else:
         heads = blocked_attention(
             query,
             key,
@@ -60,21 +65,10 @@ def attend(
             segment_ids if key_segment_ids is None else key_segment_ids,
             causal=causal,
             bias=bias,
+            prefix=prefix,
             scale=scale,
             drop=drop,
+            sinks=sinks,
             one_block=kind == "full",
-        )
-    elif target.is_cpu():
-        heads = causal_attention(query, key, value, segment_ids, window)
-    else:
-        same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B,1,T,U]
-        heads = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=same_document,
-            is_causal=True,
-            # A window of w positions includes the query's own, as in Mistral.
-            local_window_size=(window - 1, 0) if window else None,
         )
     return checkpoint_name(heads, ATTENTION)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.rotary import rotate
+from moe.layers.attention.sinks import append_sink
 from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
@@ -40,6 +41,7 @@ class Attention(nnx.Module):
             self.value_bias = zeros((c.num_kv_heads, c.head_dim))
         if c.attention_bias == "all":
             self.out_bias = zeros((c.d_model,))
+        self.sinks = zeros((c.num_heads,)) if c.attention_sinks else None
         if c.qk_norm == "head":
             self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
@@ -60,6 +62,7 @@ class Attention(nnx.Module):
         *,
         key_segment_ids: Int[Array, "B T"] | None = None,
         bias: Float[Array, "N P"] | None = None,
+        prefix: Int[Array, "B T"] | None = None,
         drop: Dropout = KEEP_ALL,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
         """Attend over whole rows, within each document.
@@ -70,6 +73,7 @@ class Attention(nnx.Module):
             positions: position within the document.
             key_segment_ids: of the tokens as keys, where they differ.
             bias: relative position biases by distance.
+            prefix: 1 for tokens that all of their document see.
             drop: dropout of the weights.
 
         Returns:
@@ -77,7 +81,9 @@ class Attention(nnx.Module):
         """
         query, key, value = self.project_cached(x, positions)
         settings = {"window": self.window, "kind": self.config.attention, "causal": self.causal, "scale": self.scale}
-        heads = attend(query, key, value, segment_ids, key_segment_ids, bias=bias, drop=drop, **settings)
+        sinks = None if self.sinks is None else self.sinks[...]
+        settings |= {"bias": bias, "prefix": prefix, "drop": drop, "sinks": sinks}
+        heads = attend(query, key, value, segment_ids, key_segment_ids, **settings)
         return heads, key, value
 
     def attend_to(
@@ -91,7 +97,8 @@ class Attention(nnx.Module):
         """Attend from each document to the encoder's output for the document of the same number."""
         query, (key, value) = self.project_query(x, None), self.project_keys(encoded, None)
         settings = {"window": 0, "kind": self.config.attention, "causal": False, "scale": self.scale}
-        return attend(query, key, value, segment_ids, encoded_segment_ids, drop=drop, **settings)
+        sinks = None if self.sinks is None else self.sinks[...]
+        return attend(query, key, value, segment_ids, encoded_segment_ids, drop=drop, sinks=sinks, **settings)
 
     def attend_cached(
         self,
@@ -102,7 +109,11 @@ class Attention(nnx.Module):
         bias: Float[Array, "B N T W"] | None = None,
     ) -> Float[Array, "B T N H"]:
         """Attend to cached keys and values."""
-        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=self.scale)
+        if self.sinks is None:
+            return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=self.scale)
+        size, scale = query.shape[-1], query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        query, key, value, mask, bias = append_sink(self.sinks[...], query, key, value, mask, bias, scale)
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)[..., :size]
 
     def project_cached(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]

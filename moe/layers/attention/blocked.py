@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from moe.layers.attention.gpu import runs_cudnn
 from moe.layers.attention.relative import bias_of_rows
+from moe.layers.attention.sinks import append_sink
 from moe.layers.dropout import KEEP_ALL, Dropout
 
 _LARGEST_BLOCK = 512
@@ -26,8 +27,10 @@ def blocked_attention(
     *,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
+    sinks: Float[Array, " N"] | None = None,
     one_block: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`: each block by cuDNN's kernel where GPUs and shapes
@@ -36,24 +39,32 @@ def blocked_attention(
     size = length if one_block else _block_size(length, _LARGEST_BLOCK)
     key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
-    plain = bias is None and scale is None and key.shape[1] % 2 == 0
+    plain = bias is None and scale is None and key.shape[1] % 2 == 0 and not one_block
     implementation = "cudnn" if plain and runs_cudnn(query, size) else None
+
+    factor = head_dim**-0.5 if scale is None else scale
 
     def block(inputs: tuple[Array, Array, Array]) -> Array:
         part, part_segments, start = inputs
         mask = part_segments[:, :, None] == key_segment_ids[:, None, :]
         if causal:
             distance = start + jnp.arange(size)[:, None] - key_positions  # [size,U]
-            mask &= (distance >= 0) & ((distance < window) if window else True)
+            visible = (distance >= 0) & ((distance < window) if window else True)
+            mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
         own_bias = None
         if bias is not None:  # of the distances from the last query of the block to the first key, and on
             here = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
             own_bias = bias_of_rows(here, size)[None].astype(part.dtype)
+        arrays = part, key, value, mask, own_bias
+        if sinks is not None:
+            arrays = append_sink(sinks, *arrays, factor)
         if drop.active:
-            return _with_dropout(part, key, value, mask, own_bias, scale, drop, start)
-        return jax.nn.dot_product_attention(
-            part, key, value, own_bias, mask[:, None], scale=scale, implementation=implementation
+            return _with_dropout(*arrays, factor, drop, start)[..., :head_dim]
+        part, keys, values, mask, own_bias = arrays
+        heads = jax.nn.dot_product_attention(
+            part, keys, values, own_bias, mask[:, None], scale=factor, implementation=implementation
         )
+        return heads[..., :head_dim]
 
     if size == length and one_block:
         return block((query, segment_ids, jnp.zeros((), jnp.int32)))
@@ -73,7 +84,7 @@ def _with_dropout(
     value: Array,
     mask: Array,
     bias: Array | None,
-    scale: float | None,
+    scale: float,
     drop: Dropout,
     start: Array,
 ) -> Array:
@@ -81,7 +92,7 @@ def _with_dropout(
     batch, length, heads, head_dim = query.shape
     query = query.reshape(batch, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("btmnh,bumh->bmntu", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, length, -1) * (head_dim**-0.5 if scale is None else scale)
+    scores = scores.reshape(batch, heads, length, -1) * scale
     scores = jnp.where(mask[:, None], scores if bias is None else scores + bias, jnp.finfo(jnp.float32).min)
     drop = dataclasses.replace(drop, rng=None if drop.rng is None else jax.random.fold_in(drop.rng, start))
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(value.dtype))

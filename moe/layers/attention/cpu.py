@@ -65,38 +65,42 @@ def _scores(query: Array, keys: Array, segment_ids: Array, window: int, block: t
     return jnp.where(visible[:, None, None], scores, -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def causal_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T M H"],
     value: Float[Array, "B T M H"],
     segment_ids: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
     window: int,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`."""
-    return _forward(query, key, value, segment_ids, window)[0]
+    return _forward(query, key, value, segment_ids, sinks, window)[0]
 
 
-def _forward(query, key, value, segment_ids, window):
+def _forward(query, key, value, segment_ids, sinks, window):
     heads_per_key, dtype = query.shape[2] // key.shape[2], query.dtype
     queries, keys, values = _by_head(query, heads_per_key), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(-1, heads_per_key, 1, 1)  # [M,n,1,1]
     outputs, normalisers = [], []
     for start, stop, first in _blocks(query.shape[1], window):
         scores = _scores(queries, keys[:, :, first:stop], segment_ids, window, (start, stop, first))
         largest = jnp.max(scores, axis=-1, keepdims=True)  # finite, because a query sees itself
+        largest = largest if sink is None else jnp.maximum(largest, sink)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = total if sink is None else total + jnp.exp(sink - largest)
         # [B,M,n,Q,U] → [B,M,n·Q,U], times [B,M,U,H] → [B,M,n,Q,H]
         rows = weights.astype(dtype).reshape(*weights.shape[:2], -1, stop - first)
         output = _matmul(rows, values[:, :, first:stop], (3, 2))
         outputs.append((output.reshape(*weights.shape[:4], -1) / total).astype(dtype))
         normalisers.append(largest + jnp.log(total))
     output = _by_token(jnp.concatenate(outputs, axis=3))
-    return output, (query, key, value, segment_ids, output, jnp.concatenate(normalisers, axis=3))
+    return output, (query, key, value, segment_ids, sinks, output, jnp.concatenate(normalisers, axis=3))
 
 
 def _backward(window, residuals, gradient):
-    query, key, value, segment_ids, output, normaliser = residuals
+    query, key, value, segment_ids, sinks, output, normaliser = residuals
     length, heads_per_key, dtype = query.shape[1], query.shape[2] // key.shape[2], query.dtype
     scale = query.shape[-1] ** -0.5
     queries, keys, values = _by_head(query, heads_per_key), key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -118,11 +122,16 @@ def _backward(window, residuals, gradient):
         outside = ((0, 0), (0, 0), (first, length - stop), (0, 0))  # [B,M,U,H] → [B,M,T,H]
         d_keys += jnp.pad(_matmul(d_scores, _rows(queries, start, stop), (2, 2)), outside)
         d_values += jnp.pad(_matmul(weights, rows, (2, 2)), outside)
+    d_sinks = None
+    if sinks is not None:  # the sink's weight times its d_score, which is −inner since it has no value
+        weights = jnp.exp(sinks.astype(jnp.float32).reshape(-1, heads_per_key, 1, 1) - normaliser)
+        d_sinks = -jnp.sum(weights * inner, axis=(0, 3, 4)).reshape(-1).astype(sinks.dtype)
     return (
         _by_token(jnp.concatenate(d_queries, axis=3)).astype(dtype),
         d_keys.swapaxes(1, 2).astype(dtype),
         d_values.swapaxes(1, 2).astype(dtype),
         np.zeros(segment_ids.shape, jax.dtypes.float0),
+        d_sinks,
     )
 
 

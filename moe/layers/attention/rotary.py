@@ -35,7 +35,8 @@ def rotate(
 
 
 def _rotate_all(x: Array, positions: Array, config: ModelConfig) -> Array:
-    frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling)
+    length = jnp.max(positions, axis=1)[:, None, None] + 1
+    frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling, length)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
     factor = attention_factor(config.rope_scaling)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
@@ -49,10 +50,27 @@ def _rotate_all(x: Array, positions: Array, config: ModelConfig) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig) -> Float[Array, " pairs"]:
-    """Angle per position of each pair: theta^(-2i/dim), scaled."""
+def inverse_frequencies(
+    dim: int, theta: float, scaling: RopeScalingConfig, length: Int[Array, "*row"] | int = 0
+) -> Float[Array, "*rows pairs"]:
+    """Angle per position of each pair: theta^(-2i/dim), scaled.
+
+    Args:
+        dim: rotated dimensions of a head.
+        theta: base.
+        scaling: its kind and constants.
+        length: positions of each row, on which "dynamic" and "longrope" depend beyond the original context. Keys that
+            were cached when a row was shorter keep the angles of then, as in other libraries.
+    """
     half = dim // 2
-    plain = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    exponents = -jnp.arange(half, dtype=jnp.float32) / half
+    plain = theta**exponents
+    if scaling.kind == "dynamic":
+        longer = scaling.factor * jnp.maximum(jnp.asarray(length) / scaling.original_length, 1) - (scaling.factor - 1)
+        return (theta * longer[..., None] ** (dim / (dim - 2))) ** exponents
+    if scaling.kind == "longrope":
+        is_long = jnp.asarray(length)[..., None] > scaling.original_length
+        return plain / jnp.where(is_long, jnp.asarray(scaling.long_factors), jnp.asarray(scaling.short_factors))
     if scaling.kind == "linear":
         return plain / scaling.factor
     if scaling.kind == "yarn":
@@ -64,11 +82,14 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig) -> F
 
 
 def attention_factor(scaling: RopeScalingConfig) -> float:
-    """Factor of the rotated queries and keys (YaRN 2023, equation 22; with DeepSeek's two constants their quotient)."""
-    if scaling.kind != "yarn":
+    """Factor of the rotated queries and keys (YaRN 2023, equation 22; with DeepSeek's two constants their quotient;
+    LongRoPE 2024, section 3.3)."""
+    if scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor:
         return scaling.attention_factor
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
     if scaling.mscale and scaling.mscale_all_dim:
         return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     return yarn_mscale(scaling.factor, 1.0)

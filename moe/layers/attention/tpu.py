@@ -30,6 +30,7 @@ def splash_attention(
     key: Float[Array, "B T M H"],
     value: Float[Array, "B T M H"],
     segment_ids: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None,
     window: int,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`, by each device on its rows and heads."""
@@ -45,7 +46,8 @@ def splash_attention(
         use_fused_bwd_kernel=True,
     )
 
-    def local(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:  # rows and heads of one device
+    # Rows and heads of one device.
+    def local(query: Array, key: Array, value: Array, segment_ids: Array, sinks: Array | None) -> Array:
         shape = (length, length)
         mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
         kernel = kernels.make_splash_mha(
@@ -58,17 +60,18 @@ def splash_attention(
         query = query * query.shape[-1] ** -0.5
         # [B,T,N,H] → [B,N,T,H]
         by_head = [checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value)]
-        result: Array = jax.vmap(kernel)(*by_head, kernels.SegmentIds(segment_ids, segment_ids))  # pyright: ignore[reportAssignmentType]
+        spread_over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+        result: Array = spread_over_rows(*by_head, kernels.SegmentIds(segment_ids, segment_ids), sinks)  # pyright: ignore[reportAssignmentType]
         return result.swapaxes(1, 2).astype(query.dtype)
 
     if jax.sharding.get_abstract_mesh().empty:
-        return local(query, key, value, segment_ids)
+        return local(query, key, value, segment_ids, sinks)
     heads = on_mesh(partition_specs.HEADS)
     # XLA cannot partition a kernel: each device runs it on its own rows and heads.
     spread = functools.partial(
         jax.shard_map,
-        in_specs=(heads, heads, heads, on_mesh(partition_specs.BATCH)),
+        in_specs=(heads, heads, heads, on_mesh(partition_specs.BATCH), on_mesh(partition_specs.SINKS)),
         out_specs=heads,
         check_vma=False,
     )
-    return spread(local)(query, key, value, segment_ids)
+    return spread(local)(query, key, value, segment_ids, sinks)

@@ -1,0 +1,74 @@
+"""Zero, copy and constant experts, and experts in a latent space."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moe.config import ModelConfig
+from moe.parallel.weights import gather_for_matmul, matrix
+from moe.routing.routing import Routing
+
+
+class NullExperts(nnx.Module):
+    """Experts without an FFN, where their tokens are: no dispatch and no capacity (MoE++ 2024, section 3.1).
+
+    Their columns follow those of the E FFNs: zero experts return 0, copy experts x, and constant experts
+    α_1·x + α_2·v with α = softmax(W·x). Deviations from MoE++: the router does not see the previous layer's logits, and
+    these experts drop nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        moe, d, constant = config.moe, config.d_model, config.moe.constant_experts
+        self.first, self.zero, self.copy, self.constant = moe.num_experts, moe.zero_experts, moe.copy_experts, constant
+        self.vectors = matrix(rngs, (constant, d), 1, 1.0) if constant else None
+        self.mix = matrix(rngs, (constant, d, 2), d, config.init_scale) if constant else None
+
+    def without(self, routing: Routing) -> Routing:
+        """The assignments to FFNs, for dispatch."""
+        real = routing.expert_index < self.first
+        return dataclasses.replace(
+            routing,
+            expert_index=jnp.where(real, routing.expert_index, 0),
+            combine_weights=jnp.where(real, routing.combine_weights, 0.0),
+            chosen=routing.chosen & real,
+            router_logits=routing.router_logits[..., : self.first],
+            router_probs=routing.router_probs[..., : self.first],
+        )
+
+    def __call__(self, x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "G S D"]:
+        """Weighted sum of the experts without an FFN, in float32."""
+        x = x.astype(jnp.float32)
+        columns = jnp.arange(self.first + self.zero, self.first + self.zero + self.copy + self.constant)
+        # [G,S,K,1] against [copy + constant] → [G,S,copy + constant]
+        named = routing.expert_index[..., None] == columns
+        weights = jnp.sum(jnp.where(named, routing.combine_weights[..., None], 0.0), axis=-2)
+        of_x = jnp.sum(weights[..., : self.copy], axis=-1)
+        if self.vectors is None or self.mix is None:
+            return of_x[..., None] * x
+        alpha = jax.nn.softmax(jnp.einsum("gsd,nda->gsna", x, self.mix[...]), axis=-1)
+        weights = weights[..., self.copy :, None] * alpha
+        of_x = of_x + jnp.sum(weights[..., 0], axis=-1)
+        return of_x[..., None] * x + jnp.einsum("gsn,nd->gsd", weights[..., 1], self.vectors[...])
+
+
+class Latent(nnx.Module):
+    """Projections of tokens to ``moe.latent_dim`` before they are dispatched and back after they are combined, so that
+    exchanges and experts are smaller; router and shared expert see D (LatentMoE: Nemotron 3 2025, section 2.2)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, latent = config.d_model, config.moe.latent_dim
+        self.down = matrix(rngs, (d, latent), d, config.init_scale)
+        self.up = matrix(rngs, (latent, d), latent, config.init_scale)
+
+    def project_down(self, x: Float[Array, "G S D"]) -> Float[Array, "G S P"]:
+        """D → P, the latent dimension."""
+        return x @ gather_for_matmul("latent.down", self.down[...], x.dtype)
+
+    def project_up(self, x: Float[Array, "G S P"], dtype: jnp.dtype) -> Float[Array, "G S D"]:
+        """P → D, in the compute dtype."""
+        return x.astype(dtype) @ gather_for_matmul("latent.up", self.up[...], dtype)

@@ -1,0 +1,155 @@
+"""Writers of metrics besides the JSON lines: TensorBoard, Weights & Biases, or a user's ``module:function``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from moe.atomic_files import in_bucket
+from moe.config import ConfigError
+from moe.config.references import import_object
+
+
+class Writer(Protocol):
+    """Receiver of the rows of a run, in process 0."""
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Take a row: numbers and nested lists ([L] per MoE layer, [L,E] per expert), or the text of a warning."""
+        ...
+
+    def close(self) -> None:
+        """Finish; called once, also after an error."""
+        ...
+
+
+#: (workdir, config as a dict, steps done: rows after them are written again) → Writer.
+Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
+
+
+class TensorBoard:
+    """Writer of event files to ``tensorboard/``: scalars, loads of the experts as histograms, the config as text.
+
+    TensorBoard's files are appended to, which a bucket cannot do: there they are copied, once a minute and at the end.
+    """
+
+    def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
+        self._folder = workdir / "tensorboard"
+        self._local = tempfile.TemporaryDirectory() if in_bucket(workdir) else None
+        self._copied = time.monotonic()
+        self._board = SummaryWriter(self._local.name if self._local else os.fspath(self._folder), purge_step=step + 1)
+        text = json.dumps(config, indent=2).replace("\n", "\n    ")
+        self._board.add_text("config", f"    {text}", step)  # indented: a block of code in Markdown
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Write numbers as scalars, [L] as a scalar per layer, [L,E] as a histogram over the experts per layer."""
+        for name, value in values.items():
+            tag = f"{kind}/{name}"
+            if isinstance(value, str):
+                self._board.add_text(tag, value, step)
+            elif np.ndim(value) == 0:
+                self._board.add_scalar(tag, float(value), step)
+            elif np.ndim(value) == 1 and kind != "warning":
+                for layer, number in enumerate(value):
+                    self._board.add_scalar(f"{tag}/{layer}", float(number), step)
+            elif np.ndim(value) == 2 and kind != "warning":
+                for layer, numbers in enumerate(value):
+                    self._add_bars(f"{tag}/{layer}", np.asarray(numbers), step)
+        self._board.flush()
+        if self._local and time.monotonic() > self._copied + 60:
+            self._copy(self._local.name)
+
+    def _copy(self, local: str) -> None:
+        for path in Path(local).iterdir():
+            (self._folder / path.name).write_bytes(path.read_bytes())
+        self._copied = time.monotonic()
+
+    def _add_bars(self, tag: str, heights: np.ndarray, step: int) -> None:
+        """Histogram whose i-th bin is expert i."""
+        edges = np.arange(len(heights) + 1, dtype=float)
+        total, centers = float(heights.sum()), edges[:-1] + 0.5
+        self._board.add_histogram_raw(
+            tag,
+            min=0.0,
+            max=float(len(heights)),
+            num=total,
+            sum=float((heights * centers).sum()),
+            sum_squares=float((heights * centers**2).sum()),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=heights.tolist(),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._board.close()
+        if self._local:
+            with self._local as local:
+                self._copy(local)
+
+
+class WeightsAndBiases:
+    """Writer to Weights & Biases (``pip install wandb``): offline, to ``wandb/``, unless WANDB_MODE is set."""
+
+    def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
+        del step  # rows that are there already are ignored
+        try:
+            import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ConfigError("train.writers='wandb': needs the package wandb; install it with pip") from error
+        self._histogram = wandb.Histogram
+        self._run = wandb.init(
+            dir="." if in_bucket(workdir) else os.fspath(workdir),
+            project="moe",
+            name=workdir.name,
+            id=hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16],  # a resumed run continues
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=config,
+        )
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Log numbers, [L] as a number per layer, [L,E] as a histogram over the experts per layer."""
+        logged: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, str) or np.ndim(value) == 0:
+                logged[f"{kind}/{name}"] = value
+            elif kind != "warning":
+                for layer, entry in enumerate(value):
+                    bars = (np.asarray(entry), np.arange(np.size(entry) + 1))
+                    logged[f"{kind}/{name}/{layer}"] = self._histogram(np_histogram=bars) if np.ndim(entry) else entry
+        self._run.log(logged, step=step)
+
+    def close(self) -> None:
+        """End the run there."""
+        self._run.finish()
+
+
+#: One entry per name that train.writers may have, beside module:function.
+WRITERS: dict[str, Factory] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def find_writers(names: Sequence[str]) -> list[Factory]:
+    """Factories of ``train.writers``.
+
+    Raises:
+        ConfigError: an unknown name, or a module or function that cannot be imported.
+    """
+    found = []
+    for name in names:
+        if ":" not in name and name not in WRITERS:
+            raise ConfigError(f"train.writers={name!r}: must be of {', '.join(WRITERS)}, or module:function")
+        factory = import_object("train.writers", name) if ":" in name else WRITERS[name]
+        if not callable(factory):
+            raise ConfigError(f"train.writers={name!r}: must be a function (workdir, config, step) -> writer")
+        found.append(factory)
+    return found

@@ -1,0 +1,182 @@
+"""What gpt-oss adds: attention sinks, biases of router and experts, the clamped SwiGLU; in every form and on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moe.layers.attention import attend, blocked, cpu
+from moe.layers.ffn import activate
+from moe.layers.moe_layer import MoELayer
+from moe.models import kv_cache
+from moe.models.decoder import Transformer
+from moe.parallel import partition_specs, target
+from moe.parallel.mesh import make_mesh
+from moe.routing.resolve import resolve, validate
+
+MODEL = ModelConfig(
+    **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4},
+    **{"sliding_window": 3, "sliding_window_layers": (0,), "attention_bias": "all", "attention_sinks": True},
+    activation="swiglu_clamped",
+    moe=MoEConfig(num_experts=4, d_ff=12, bias="all", dispatch="dropless"),
+)
+
+
+def _model(**changes) -> Transformer:
+    """A model whose biases and sinks are not zero."""
+    model = Transformer(resolve(Config(model=dataclasses.replace(MODEL, **changes))).model, rngs=nnx.Rngs(0))
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    parameters = nnx.state(model)
+    drawn = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), parameters)
+    nnx.update(model, drawn)
+    return model
+
+
+def test_clamped_swiglu_by_hand():
+    """Slope 1.702, limit 7: gate 10 and up -9 become 7 and -7, -1 and 2 stay."""
+    got = activate("swiglu_clamped", jnp.array([-9.0, 2.0]), jnp.array([10.0, -1.0]))
+    want = [7 / (1 + math.exp(-1.702 * 7)) * (-7 + 1), -1 / (1 + math.exp(1.702)) * (2 + 1)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "blocked"])
+def test_a_sink_by_hand(kind):
+    """Keys of zeros, so all scores are 0; exp(ln 2) = 2 beside them: token t gets Σ_{u≤t} v_u / (t + 1 + 2)."""
+    zeros, value = jnp.zeros((1, 3, 1, 8)), jnp.ones((1, 3, 1, 8)) * jnp.array([1.0, 2.0, 3.0])[None, :, None, None]
+    segments, sinks = jnp.ones((1, 3), jnp.int32), jnp.log(jnp.array([2.0]))
+    got = attend.attend(zeros, zeros, value, segments, window=0, kind=kind, sinks=sinks)
+    np.testing.assert_allclose(got[0, :, 0, 0], [1 / 3, 3 / 4, 6 / 5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_forms_of_attention_with_sinks(window, monkeypatch):
+    """All forms against a softmax over the scores and the sink, in values and gradients, the sinks' too."""
+    monkeypatch.setattr(blocked, "_block_size", lambda length, largest: 8)
+    monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 10)
+    keys = jax.random.split(jax.random.key(0), 4)
+    query = jax.random.normal(keys[0], (2, 32, 4, 8))
+    key, value = (jax.random.normal(keys[i], (2, 32, 2, 8)) for i in (1, 2))
+    sinks = jnp.array([-1.0, 0.0, 1.0, 3.0])
+    segment_ids = jnp.sort(jax.random.randint(keys[3], (2, 32), 0, 3), axis=1)
+
+    def plain(query, key, value, sinks):
+        distance = jnp.arange(32)[:, None] - jnp.arange(32)
+        visible = (distance >= 0) & (distance < (window or 32))
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None])
+        scores = jnp.einsum("btnh,bunh->bntu", query, jnp.repeat(key, 2, axis=2)) / math.sqrt(8)
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
+        beside = jnp.broadcast_to(sinks[None, :, None, None], (2, 4, 32, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
+        return jnp.einsum("bntu,bunh->btnh", weights, jnp.repeat(value, 2, axis=2))
+
+    def results(attention):
+        def loss(*arrays):
+            output = attention(*arrays)
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(query, key, value, sinks)
+
+    def form(kind):
+        return lambda q, k, v, s: attend.attend(q, k, v, segment_ids, window=window, kind=kind, sinks=s)
+
+    want = results(plain)
+    got = [results(form("full")), results(form("blocked"))]
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    got.append(results(form("full")))
+    for each in got:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), each, want)
+
+
+def _every_expert(layer: MoELayer, x):
+    """All experts on all tokens, of which each token keeps the two with the largest logits."""
+    experts, router = layer.experts, layer.router
+    logits = x @ router.kernel[...] + router.logit_bias[...]
+    second = jnp.sort(logits, axis=-1)[..., -2:-1]
+    shares = jax.nn.softmax(jnp.where(logits >= second, logits, -jnp.inf), axis=-1)
+    gate, up = (
+        jnp.einsum("btd,edf->btef", x, matrix[...]) + bias[...]
+        for matrix, bias in ((experts.gate, experts.gate_bias), (experts.up, experts.up_bias))
+    )
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    hidden = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+    outputs = jnp.einsum("btef,efd->bted", hidden, experts.down[...]) + experts.down_bias[...]
+    return jnp.einsum("bte,bted->btd", shares, outputs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    [("einsum", None), ("dropless", None), *((mode, (1, 2, 2, 2)) for mode in ("gather", "einsum", "dropless"))],
+)
+def test_an_expert_layer_with_biases(mode, sizes, rng):
+    """Values, and gradients of all parameters, on one device and with experts and their hidden dim split."""
+    settings = {"dispatch": mode, "capacity_factor": 4.0, "eval_capacity_factor": 4.0}
+    settings |= {"d_model": 8, "d_ff": 16, "num_experts": 4, "activation": "swiglu_clamped", "bias": "all"}
+    layer = MoELayer(**settings, rngs=nnx.Rngs(0))
+    state = nnx.state(layer)
+    nnx.update(layer, jax.tree.map(lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape).astype(np.float32), state))
+    x = jnp.asarray(rng.normal(size=(4, 5, 8)), jnp.float32)
+
+    def loss(layer, x):
+        return jnp.sum(jnp.sin(layer(x)[0]))
+
+    plain = nnx.jit(nnx.value_and_grad(lambda layer, x: jnp.sum(jnp.sin(_every_expert(layer, x)))))
+    want, gradients = plain(layer, x)
+    if sizes is None:
+        got, ours = nnx.jit(nnx.value_and_grad(loss))(layer, x)
+    else:
+        mesh = make_mesh(MeshConfig(*sizes))
+        specs = partition_specs.parameter_specs({"moe": nnx.to_pure_dict(nnx.state(layer))})["moe"]
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(nnx.to_pure_dict(nnx.state(layer)), partition_specs.shardings(mesh, specs))
+            layer = nnx.merge(nnx.graphdef(layer), placed)
+            got, ours = nnx.jit(nnx.value_and_grad(loss))(layer, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, gradients)
+    assert float(jnp.abs(gradients["experts"]["down_bias"][...]).max()) > 0.1
+
+
+def test_over_a_mesh():
+    """Sinks over tensor, experts over expert: loss and gradients of a whole model."""
+    model = _model(attention="blocked")
+    tokens = np.arange(8 * 9).reshape(8, 9) % 48
+
+    def loss(model, tokens):
+        return jnp.mean(jax.nn.logsumexp(model(tokens).logits, axis=-1) ** 2)
+
+    want, gradients = nnx.jit(nnx.value_and_grad(loss))(model, tokens)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    parameters = nnx.to_pure_dict(nnx.state(model))
+    with jax.set_mesh(mesh):
+        specs = partition_specs.parameter_specs(parameters)
+        assert specs["segment_0"]["block_0"]["attention"]["sinks"] == jax.P(None, "tensor")
+        placed = jax.device_put(parameters, partition_specs.shardings(mesh, specs))
+        got, sharded = nnx.jit(nnx.value_and_grad(loss))(nnx.merge(nnx.graphdef(model), placed), tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), sharded, gradients)
+
+
+def test_the_cache_has_the_sinks_too():
+    """Logits after each token, with the cache and without."""
+    model, tokens = _model(), jnp.arange(2 * 9).reshape(2, 9) % 48
+    want = model(tokens).logits
+    caches = kv_cache.empty(model.config, 2, 9)
+    logits, caches = kv_cache.prefill(model, tokens[:, :5], jnp.array([5, 5]), caches)
+    for t in range(5, 9):
+        np.testing.assert_allclose(logits, want[:, t - 1], rtol=1e-4, atol=1e-4)
+        logits, caches = kv_cache.decode(model, tokens[:, t], jnp.array([t, t]), jnp.array([True, True]), caches)
+
+
+def test_refusals():
+    moe = MoEConfig(gate="soft_moe", bias="all", dispatch="einsum", accept_future_leak=True)
+    with pytest.raises(ConfigError, match=r"model\.moe\.bias='all': must be none with the gate soft_moe"):
+        validate(resolve(Config(model=ModelConfig(moe=moe))))
+    latent = {"kv_lora_rank": 4, "rope_dim": 2, "value_dim": 4, "num_kv_heads": 8}
+    with pytest.raises(ConfigError, match=r"model\.attention_sinks=True: must be False where model\.kv_lora_rank"):
+        validate(resolve(Config(model=ModelConfig(**latent, attention_sinks=True))))

@@ -1,0 +1,141 @@
+"""Metric writers: a user's own, TensorBoard's events, and calls to Weights & Biases."""
+
+import json
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from moe.config import Config, ConfigError
+from moe.metric_writers import TensorBoard, WeightsAndBiases, find_writers
+from moe.metrics_files import MetricsWriter
+from moe.training.loop import train
+from tests.run_helpers import ONE, SETTINGS, tiny
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+ROW = {"loss": 2.5, "router_entropy": [0.5, 0.25], "expert_load": [[0.5, 0.5, 0.0], [0.25, 0.0, 0.75]]}
+MODULE = """
+import json
+
+def lines(workdir, config, step):
+    return Lines(workdir / "mine.txt", config, step)
+
+class Lines:
+    def __init__(self, path, config, step):
+        self.file = path.open("a")
+        self.file.write(json.dumps(["start", step, config["train"]["num_steps"]]) + chr(10))
+
+    def write(self, step, kind, values):
+        self.file.write(json.dumps([step, kind, sorted(values)[0]]) + chr(10))
+
+    def close(self):
+        self.file.write("closed" + chr(10))
+        self.file.close()
+
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_writers.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    yield
+    sys.modules.pop("my_writers", None)
+
+
+def events(folder):
+    """(step, tag, value) of the event files of a folder; a record is length, checksum, bytes, checksum."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+            found += [(event.step, value.tag, value) for value in event.summary.value]
+            at += 16 + length
+    return found
+
+
+def test_a_users_writer_gets_every_row_and_may_change_on_resume(module, directory, programs, tmp_path):
+    run = tmp_path / "run"
+    config = tiny(directory, **SETTINGS | {"train.writers": ("my_writers:lines",), "train.num_steps": 6})
+    train(config, str(run), ONE, make_program=programs, quiet=True)
+    lines = (run / "mine.txt").read_text().splitlines()
+    assert json.loads(lines[0]) == ["start", 0, 6]
+    written = [json.loads(line)[:2] for line in lines[1:-1]]
+    assert [row for row in written if row[1] == "train"] == [[step, "train"] for step in range(1, 7)]
+    assert [6, "heldout/all"] in written
+    assert [6, "timing"] in written
+    assert lines[-1] == "closed"
+    assert not (run / "tensorboard").exists()
+    (run / "report.txt").unlink()
+    other = tiny(directory, **SETTINGS | {"train.writers": (), "train.num_steps": 6})
+    train(other, str(run), ONE, make_program=programs, quiet=True)  # no other config: the writers are free
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("csv", "must be of tensorboard, wandb, or module:function"),
+        ("my_writers:line", "has no 'line'; did you mean 'lines'"),
+        ("my_writers:number", "must be a function"),
+        ("nowhere:lines", "no module 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_a_writer_is_refused_before_anything_is_written(module, directory, tmp_path, name, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        train(tiny(directory, **{"train.writers": (name,)}), str(tmp_path / "run"), ONE)
+    assert str(error.value).startswith(f"train.writers={name!r}: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), 0, Config(seed=7), find_writers(Config().train.writers))
+    writer.write(3, "train", ROW)
+    writer.write(3, "warning", {"what": "dead", "experts": [[0, 2]], "text": "no token"})
+    writer.close()
+    found = {(step, tag): value for step, tag, value in events(tmp_path / "tensorboard")}
+    scalars = {key: value.simple_value for key, value in found.items() if value.WhichOneof("value") == "simple_value"}
+    assert scalars == {(3, "train/loss"): 2.5, (3, "train/router_entropy/0"): 0.5, (3, "train/router_entropy/1"): 0.25}
+    histogram = found[3, "train/expert_load/1"].histo
+    # Bins (0,1], (1,2], (2,3] of experts 0, 1 and 2; their mean is 0.25 * 0.5 + 0.75 * 2.5 = 2.
+    assert (list(histogram.bucket_limit), list(histogram.bucket)) == ([1, 2, 3], [0.25, 0.0, 0.75])
+    np.testing.assert_allclose(histogram.sum / histogram.num, 2.0)
+    assert b'"seed": 7' in found[0, "config/text_summary"].tensor.string_val[0]
+    assert (3, "warning/text/text_summary") in found
+
+
+def test_weights_and_biases_continues_a_run_and_takes_histograms(monkeypatch, tmp_path):
+    calls = []
+    stub = types.SimpleNamespace(
+        init=lambda **named: calls.append(("init", named)) or run,
+        Histogram=lambda np_histogram: [array.tolist() for array in np_histogram],
+    )
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append(("log", step, values)), finish=lambda: calls.append(("finish",))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for step in (0, 3):
+        writer = WeightsAndBiases(epath.Path(tmp_path), {"seed": 7}, step)
+        writer.write(step + 1, "train", ROW)
+        writer.close()
+    (_, first), (_, step, values), _, (_, second), *_ = calls
+    assert first == second  # the same id: the run is continued
+    assert (first["mode"], first["resume"], first["config"]) == ("offline", "allow", {"seed": 7})
+    assert (step, values["train/loss"], values["train/router_entropy/1"]) == (1, 2.5, 0.25)
+    assert values["train/expert_load/0"] == [[0.5, 0.5, 0.0], [0, 1, 2, 3]]
+    assert calls[-1] == ("finish",)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="needs the package wandb"):
+        WeightsAndBiases(epath.Path(tmp_path), {}, 0)
+
+
+def test_every_name_is_a_writer():
+    assert find_writers(["tensorboard"]) == [TensorBoard]

@@ -1,0 +1,193 @@
+"""Gates of 2024 to 2026: quantile balancing, ReMoE, thresholds, zero-computation and latent experts, gates by layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import MeshConfig, layer_kinds
+from moe.layers.moe_layer import MoELayer
+from moe.models.decoder import Transformer
+from moe.parallel.mesh import make_mesh
+from moe.routing import balancing
+from moe.routing.router import SelectionBias
+from moe.routing.selection import quantile
+from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS, routed
+from tests.helpers import tiny_model
+
+
+def report_of(routing, **moe):
+    """The report of a routing whose tokens are all real, under a layer's config."""
+    moe = tiny_model(num_experts=routing.router_logits.shape[-1], **moe).moe
+    return balancing.report(routing, jnp.ones(routing.chosen.shape[:2], bool), routing.chosen, moe=moe)
+
+
+def test_quantile_by_hand(rng):
+    # Of 1, 2, 3, 4 (and padding), a quarter is below 2, a half below 3; none below 1.
+    values = jnp.asarray([[[3.0], [1.0], [100.0], [4.0], [2.0]]])
+    mask = jnp.asarray([[True, True, False, True, True]])
+    for share, expected in ((0.25, 2.0), (0.5, 3.0), (0.0, 1.0)):
+        np.testing.assert_allclose(quantile(values, mask, share), [expected], atol=1e-6)
+    values = rng.normal(size=(3, 40, 5)).astype(np.float32)
+    found = quantile(jnp.asarray(values), jnp.ones((3, 40), bool), 30 / 120)
+    np.testing.assert_allclose(found, np.sort(values.reshape(120, 5), axis=0)[30], atol=1e-5)
+    np.testing.assert_array_equal(quantile(jnp.asarray(values), jnp.zeros((3, 40), bool), 0.5), np.zeros(5))
+
+
+def test_quantile_balancing_needs_one_step():
+    # Scores of four tokens for two experts: expert 0 wins all, by 0.1, 0.2, 0.3 and 0.4. Cut-offs (K = 1) are the
+    # second scores 0.5; biases needed: expert 0: 0.5 - (0.6, 0.7, 0.8, 0.9), expert 1: 0. Half of them are below
+    # -0.2 for expert 0 (the value of the third lowest) and 0 for expert 1; centred: -0.1 and 0.1.
+    scores = np.array([[[0.6, 0.5], [0.7, 0.5], [0.8, 0.5], [0.9, 0.5]]])
+    logits = np.log(scores / (1 - scores))
+    routing = routed("quantile_balancing", logits, 1, train=True)
+    np.testing.assert_array_equal(routing.expert_index, np.zeros((1, 4, 1)))
+    np.testing.assert_allclose(routing.needed_bias[0, :, 0], [-0.1, -0.2, -0.3, -0.4], atol=1e-6)
+    moe = {"gate": "quantile_balancing", "experts_per_token": 1, "renormalise": 0}
+    report = report_of(routing, **moe)
+    np.testing.assert_allclose(report.sums.bias_target, [-0.2, 0.0], atol=1e-6)
+    signal = balancing.bias_signal("quantile", report, 1)
+    bias = balancing.next_selection_bias("quantile", jnp.zeros(2), signal, 1.0)
+    np.testing.assert_allclose(bias, [-0.1, 0.1], atol=1e-6)
+    after = routed("quantile_balancing", logits, 1, selection_bias=bias)
+    np.testing.assert_array_equal(after.expert_index[0, :, 0][np.array([0, 2, 3])], [1, 0, 0])
+    np.testing.assert_allclose(after.combine_weights[0, 3], [1.0], rtol=1e-6)
+
+
+def test_quantile_balancing_balances_many_experts(rng):
+    """Three steps of quantiles do for eight experts what a hundred of the sign's do."""
+    logits = jnp.asarray(rng.normal(size=(2, 512, 8)) + np.linspace(-2, 2, 8), jnp.float32)
+    bias = jnp.zeros(8)
+
+    @jax.jit
+    def step(bias):
+        routing = routed("quantile_balancing", logits, 2, selection_bias=bias, train=True)
+        report = report_of(routing, gate="quantile_balancing", experts_per_token=2)
+        signal = balancing.bias_signal("quantile", report, 2)
+        return balancing.next_selection_bias("quantile", bias, signal, 1.0), report.expert_load
+
+    _, first = step(bias)
+    for _ in range(4):
+        bias, load = step(bias)
+    assert float(balancing.max_violation(first)) > 1
+    assert float(balancing.max_violation(load)) < 0.15
+
+
+def test_remoe_by_hand():
+    # Two tokens, three experts: ReLU gives (2, 0, 1) and (0, 0, 3).
+    routing = routed("remoe", [[[2.0, -1.0, 1.0], [-0.5, -2.0, 3.0]]], 1)
+    np.testing.assert_allclose(routing.combine_weights, [[[2, 0, 1], [0, 0, 3]]])
+    np.testing.assert_array_equal(routing.chosen, [[[True, False, True], [False, False, True]]])
+    # f = E/(K·T)·(1, 0, 2) = 3/2·(1, 0, 2), mean R = (1, 0, 2): the penalty is λ·(3/2·1 + 3·2) = 7.5 λ; 3 of 2 tokens.
+    mask = jnp.ones((1, 2), bool)
+    assert float(balancing.sparsity_penalty(routing, mask, 1, jnp.asarray(0.1))) == pytest.approx(0.75)
+    report = report_of(routing, gate="remoe")
+    assert float(report.active_experts) == 1.5
+    # 1.5 experts a token are more than K = 1: λ grows by 1.2; at K = 2 it falls.
+    for k, expected in ((1, 1.2), (2, 1 / 1.2)):
+        signal = balancing.bias_signal("penalty", report, k)
+        strength = balancing.next_selection_bias("penalty", jnp.ones(3), signal, 0.2)
+        np.testing.assert_allclose(strength, np.full(3, expected), rtol=1e-6)
+
+
+def test_thresholds_route_each_token_alone_and_as_many():
+    # p of expert 0: 0.9, 0.6, 0.2, 0.4. In training C = 2: expert 0 takes 0 and 1, expert 1 takes 2 and 3. The needed
+    # biases are -p; half of them are below -0.4 (expert 0), the third lowest of (-0.9, -0.6, -0.4, -0.2).
+    probs = np.array([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.4, 0.6]]])
+    training = routed("expert_threshold", np.log(probs), 1, expert_capacity=2, train=True)
+    np.testing.assert_array_equal(training.chosen[0], [[True, False], [True, False], [False, True], [False, True]])
+    report = report_of(training, gate="expert_threshold", experts_per_token=1, accept_future_leak=True)
+    np.testing.assert_allclose(report.sums.bias_target, [-0.4, -0.4], atol=1e-6)
+    bias = balancing.next_selection_bias("threshold", jnp.zeros(2), report.sums.bias_target, 1.0) - 1e-5
+    alone = [routed("expert_threshold", np.log(probs[:, i : i + 1]), 1, selection_bias=bias) for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate([r.chosen[0] for r in alone]), training.chosen[0])
+    np.testing.assert_allclose(alone[0].combine_weights[0, 0], [0.9, 0.0], rtol=1e-6)
+
+
+def test_hashed_experts_are_weighed_by_their_scores():
+    """softplus (4, 1, 9, 16) has the roots 2, 1, 3, 4; the hash chooses, whatever they are."""
+    token = jnp.asarray([[7]])
+    index = routed("hash", SOFTPLUS_LOGITS, 2, token_ids=token).expert_index
+    routing = routed("deepseek_v4_hash", SOFTPLUS_LOGITS, 2, token_ids=token)
+    np.testing.assert_array_equal(routing.expert_index, index)
+    chosen = np.array([2.0, 1.0, 3.0, 4.0])[np.asarray(index)[0, 0]]
+    np.testing.assert_allclose(routing.combine_weights[0, 0], 1.5 * chosen / chosen.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["gather", "einsum", "dropless"])
+def test_zero_copy_and_constant_experts_by_hand(mode):
+    # Two FFNs that double and treble x = (1, 1) (identity activations cannot be: ReLU of a positive x is x), then zero,
+    # copy and constant. Weights of the softmax (1, 2, 3, 4, 6)/16, K = 5: all of them.
+    config = tiny_model(gate="moe_plus_plus", num_experts=2, experts_per_token=2, d_model=2, constant_experts=1)
+    config = dataclasses.replace(config, activation="relu")
+    moe = dataclasses.replace(config.moe, experts_per_token=5, d_ff=2, dispatch=mode, eval_capacity_factor=9.0)
+    layer = MoELayer(dataclasses.replace(config, moe=moe), rngs=nnx.Rngs(0))
+    layer.experts.up[...] = jnp.broadcast_to(jnp.eye(2), (2, 2, 2))
+    layer.experts.down[...] = jnp.stack([2 * jnp.eye(2), 3 * jnp.eye(2)])
+    layer.router.kernel[...] = jnp.stack([jnp.log(jnp.asarray([1.0, 2.0, 3.0, 4.0, 6.0])), jnp.zeros(5)])
+    layer.null.vectors[...] = jnp.asarray([[8.0, 0.0]])
+    layer.null.mix[...] = jnp.asarray([[[np.log(3.0), 0.0], [0.0, 0.0]]])  # alpha = (3/4, 1/4)
+    y, report, routing = layer(jnp.ones((1, 1, 2)))
+    # (2·1 + 3·2 + 0·3 + 1·4)/16 = 12/16 of x; the constant: 6/16·(3/4·x + 1/4·(8, 0)) = 4.5/16·x + (12/16, 0).
+    np.testing.assert_allclose(y[0, 0], [16.5 / 16 + 12 / 16, 16.5 / 16], rtol=1e-5)
+    assert sorted(np.asarray(routing.expert_index)[0, 0]) == [0, 1, 2, 3, 4]
+    assert float(report.active_experts) == 2
+    assert float(report.fraction_tokens_dropped) == 0
+    # f = 1/5 each; E·Σ η f P = 5·1/5·(3/16 + 0.75·13/16), with τ = 0.75.
+    np.testing.assert_allclose(report.load_balancing_loss, 3 / 16 + 0.75 * 13 / 16, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["gather", "einsum", "dropless"])
+def test_latent_experts_are_experts_of_projected_tokens(mode, rng):
+    """The layer is a layer of P = 4 on x·down, its output times up, with the weights that the router gives x."""
+    config = tiny_model(gate="mixtral", latent_dim=4, num_experts=8, dispatch=mode, eval_capacity_factor=4.0)
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    assert layer.experts.up.shape == (8, 4, config.moe.d_ff)
+    inner = dataclasses.replace(config, d_model=4, moe=dataclasses.replace(config.moe, latent_dim=0))
+    small = MoELayer(inner, rngs=nnx.Rngs(1))
+    for name in ("up", "gate", "down"):
+        getattr(small.experts, name)[...] = getattr(layer.experts, name)[...]
+    x = jnp.asarray(rng.normal(size=(2, 8, config.d_model)), jnp.float32)
+    y, _, routing = layer(x)
+    expected, _, _ = small(x @ layer.latent.down[...], routing=routing)
+    np.testing.assert_allclose(y, expected @ layer.latent.up[...], rtol=1e-4, atol=1e-6)
+
+
+LAYERED = {
+    "gate": "deepseek_v4",
+    "experts_per_token": 2,
+    "num_experts": 8,
+    "layer_gates": ("deepseek_v4_hash", "hash"),
+}
+
+
+def test_layers_have_gates_of_their_own(rng):
+    """First layer dense, then scored hash, hash, and two layers of top-k, with a mesh as without."""
+    config = tiny_model(num_layers=5, first_dense=1, d_model=16, num_kv_heads=4, **LAYERED)
+    assert [kind.gate for kind in layer_kinds(config)] == ["none", "deepseek_v4_hash", "hash", *["deepseek_v4"] * 2]
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    # A bias only where the gate selects by it, and no router in the hash layer.
+    biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
+    assert list(biases) == ["segment_3"]
+    assert model.segment_2.block_0.moe.router is None
+    assert model.segment_1.block_0.moe.config.score_function == "sqrt_softplus"
+    tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))
+    run = jax.jit(lambda tokens: model(tokens, return_routing=True))
+    output = run(tokens)
+    index = np.asarray(output.routing.expert_index)
+    assert index.shape == (4, 8, 6, 2)
+    hashed = routed("hash", np.zeros((8, 6, 8)), 2, token_ids=tokens).expert_index
+    np.testing.assert_array_equal(index[:2], np.stack([hashed, hashed]))
+    assert (index[2] != hashed).any()
+    assert float(output.layers.load_balancing_loss[1]) == 0  # a constant that nothing can learn from
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
+        spread = run(tokens)
+    np.testing.assert_allclose(spread.logits, output.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_of_other_scores_sum_to_one():
+    for gate in ("deepseek_v4", "quantile_balancing"):
+        np.testing.assert_allclose(routed(gate, LOGITS, 2).router_probs.sum(-1), np.ones((1, 2)), rtol=1e-6)

@@ -1,0 +1,123 @@
+"""The load-balancing loss over all microbatches of a step, and the routers' states after a step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import Config, to_config_dict
+from moe.parallel.mesh import make_mesh
+from moe.routing.resolve import from_config_dict
+from moe.training import step
+from moe.training.step import build, place
+
+
+def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, **moe):
+    """A tiny model whose objective is the load-balancing loss above all."""
+    tree = to_config_dict(Config())
+    tree.model.update(vocab_size=48, d_model=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
+    fields = {"gate": "switch", "num_experts": 4, "d_ff": 16, "jitter": 0.0, "load_balancing_weight": weight}
+    tree.model.moe.update(fields | {"capacity_factor": 4.0} | moe)
+    tree.model.remat = remat
+    tree.data.sequence_length = 8
+    tree.train.update(batch_size=8, accumulation_steps=accumulation, num_steps=4)
+    tree.optimizer.update(warmup_steps=0)
+    tree.mesh.update(mesh or {"data": 1})
+    config = from_config_dict(tree)
+    return build(config, make_mesh(config.mesh, jax.devices()[:devices]))
+
+
+def batch(program):
+    """Eight rows of which some are mostly padding, so that microbatches differ in their number of tokens."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 48, (8, 9)).astype(np.int32)
+    segments = (np.arange(8) < np.array([8, 8, 3, 2, 8, 5, 1, 8])[:, None]).astype(np.int32)
+    rows = {"tokens": tokens[:, :-1], "targets": np.where(segments > 0, tokens[:, 1:], -1), "segment_ids": segments}
+    rows["positions"] = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8))
+    return place(rows, program.mesh)
+
+
+def gradients(program):
+    """(loss, reports) and gradients of a step's objective."""
+    parts = step._Parts(program.config, program.graphdef, program.graphdef, None, None)
+
+    def run(state, rows):
+        (loss, _, layers), gradient = step._gradients(parts, state, rows, jax.random.key(0), None)
+        return loss, layers, gradient
+
+    with jax.set_mesh(program.mesh):
+        return jax.jit(run)(program.init(), batch(program))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat", "moe"),
+    [
+        ({"data": 1}, "full", {}),
+        ({"data": 2, "expert": 2}, "none", {"gate": "mixtral", "experts_per_token": 2}),
+        ({"data": 1}, "dots", {"gate": "moe_plus_plus", "experts_per_token": 2, "num_experts": 4}),
+        (
+            {"data": 1},
+            "none",
+            {"gate": "deepseek_v3", "experts_per_token": 2, "expert_groups": 1, "kept_expert_groups": 1},
+        ),
+    ],
+)
+def test_microbatches_are_one_batch_in_value_and_gradient(mesh, remat, moe):
+    devices = int(np.prod(list(mesh.values())))
+    given = {"mesh": mesh, "devices": devices} | moe
+    # One program with the whole batch; microbatches with f of the step; and with f of each.
+    count = 4 // max(devices // 2, 1)
+    whole = gradients(program(**given, balance_scope="batch"))
+    steps = gradients(program(**given, balance_scope="step", accumulation=count, remat=remat))
+    apart = gradients(program(**given, balance_scope="batch", accumulation=count))
+    np.testing.assert_allclose(steps[0], whole[0], rtol=1e-5)
+    np.testing.assert_allclose(steps[1].load_balancing_loss, whole[1].load_balancing_loss, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(steps[2]), jax.tree.leaves(whole[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-6)
+    router = [
+        np.asarray(result[2]["segment_0"]["block_0"]["moe"]["router"]["kernel"]) for result in (steps, whole, apart)
+    ]
+    # The mean over microbatches is another loss, with another gradient.
+    assert abs(float(apart[0] - whole[0])) > 1e-3
+    assert np.abs(router[2] - router[1]).max() > 20 * np.abs(router[0] - router[1]).max()
+
+
+def test_without_accumulation_a_step_is_a_batch():
+    one, other = (gradients(program(balance_scope=scope)) for scope in ("step", "batch"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_moves_the_state_that_the_gate_names(accumulation):
+    """Quantile balancing evens the load at once; thresholds follow their average; ReMoE's penalty grows."""
+    states, loads = {}, {}
+    for gate, more in (
+        ("quantile_balancing", {"experts_per_token": 2}),
+        ("expert_threshold", {"accept_future_leak": True}),
+        ("remoe", {"dispatch": "dropless"}),
+    ):
+        run = program(accumulation=accumulation, weight=0.0, gate=gate, **more)
+        with jax.set_mesh(run.mesh):
+            state, rows = run.init(), batch(run)
+            before = [np.asarray(leaf) for leaf in jax.tree.leaves(state.biases)]
+            state, first = run.train_step(state, rows)
+            states[gate] = [before, [np.asarray(leaf) for leaf in jax.tree.leaves(state.biases)]]
+            frozen = dataclasses.replace(run.init(), biases=jax.tree.map(jnp.asarray, state.biases))
+            _, second = run.train_step(frozen, rows)
+            loads[gate] = [np.asarray(metrics.layers.expert_load) for metrics in (first, second)]
+            if gate == "remoe":
+                active = np.asarray(first.layers.active_experts)
+    (before,), (after,) = states["quantile_balancing"]
+    np.testing.assert_array_equal(before, np.zeros((2, 4)))
+    np.testing.assert_allclose(after.mean(-1), 0, atol=1e-6)
+    worst = [load.max(-1) for load in loads["quantile_balancing"]]
+    assert (worst[1] < worst[0] + 0.02).all()
+    assert worst[1].mean() < worst[0].mean()
+    (before,), (after,) = states["expert_threshold"]
+    assert (after < 0).all()  # minus a twentieth of a probability
+    assert (after > -0.05).all()
+    (before,), (after,) = states["remoe"]
+    np.testing.assert_allclose(before, 1e-8)
+    np.testing.assert_allclose(after, 1.2e-8 if active.mean() > 1 else 1e-8 / 1.2, rtol=1e-5)
