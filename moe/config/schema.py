@@ -128,6 +128,7 @@ class ModelConfig:
     d_model: int = 256  # D
     num_layers: int = 4  # L, of the decoder
     encoder_layers: int = 0  # L of the encoder, which the decoder attends to; 0: decoder-only
+    encoder_vocab_size: int = 0  # V of an embedding of the encoder's own; 0: one for encoder and decoder
     num_heads: int = 8  # N, query heads
     num_kv_heads: int = 4  # M, key/value heads; divides num_heads
     head_dim: int = 32  # H, even for rotary positions

@@ -22,6 +22,7 @@ from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind, stacks
 from moe.layers.attention.relative import RelativeBias
 from moe.layers.dropout import Dropout
+from moe.layers.embedding import Embedding
 from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
 from moe.parallel.remat import REMAT_POLICIES
@@ -86,6 +87,8 @@ class Segment(nnx.Module):
 
 class Stack(nnx.Module):
     """All layers of a decoder-only model, of an encoder or of a decoder, in segments, and the norm after them."""
+
+    embedding: Embedding  # of the tokens, where the stack has one of its own
 
     def __init__(self, config: ModelConfig, name: str = "", *, rngs: nnx.Rngs):
         """Draw the parameters.
@@ -227,12 +230,13 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
     start = 0
     for name, kinds in stacks(config).items():
         stop = start + sum(kind.sparse for kind in kinds)
-        of_stack = biases.setdefault(name, {}) if name and stop > start else biases
+        of_stack: dict[str, Any] = {}
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
                 if values is not None and with_layer_gate(config, kind.gate).moe.bias_update != "none":
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
+        biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop
     return biases
 
