@@ -33,7 +33,7 @@ def changed(**overrides):
     [
         ({"model__num_heads": 6}, "model.num_kv_heads=4: must divide model.num_heads=6"),
         ({"model__head_dim": 7}, "model.head_dim=7: must be even"),
-        ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, geglu,"),
+        ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, swiglu_clamped, geglu,"),
         ({"model__qk_norm": "yes"}, "model.qk_norm='yes': must be one of none, head, full"),
         ({"model__dtype": "float16"}, "model.dtype='float16': must be one of float32, bfloat16"),
         ({"model__remat": "some"}, "model.remat='some': must be one of none, hidden, outputs, attention, dots, full"),
