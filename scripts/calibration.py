@@ -165,7 +165,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "The same program on both sides, once, by hand (November 2026): MaxText's step for Mixtral-8x7B on v5p-128",
         "(fsdp 64, megablox, 8 rows a chip, full recomputation) compiled and read by this planner: 3186 ms fusions,",
-        "about 7480 ms of kernels at peak and under 1 s of exchange, about 50 % MFU; its page reports 52.8 % (36 rows).",
+        "about 7480 ms of kernels at peak, under 1 s of exchange: about 50 % MFU; its page reports 52.8 % (36 rows).",
     ]
     return "\n".join([*lines, ""])
 
