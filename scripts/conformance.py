@@ -216,7 +216,8 @@ def bad_input() -> Iterator[Row]:
         slots = 1 if rule.router == "slots" else 0
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, {})))
         layer = single_layer(gate, **weights, **fields)
-        call = jax.jit(lambda x, mask, layer=layer: layer(x, mask)[:2])
+        tokens = np.zeros(mask.shape, np.int32)
+        call = jax.jit(lambda x, mask, layer=layer: layer(x, mask, token_ids=tokens)[:2])
         y, report = call(x.at[0, 2].set(jnp.nan), mask)
         expected, _ = call(x, without)
         worst = error(y, expected)
@@ -234,7 +235,8 @@ def run(layers: Path) -> Iterator[Row]:
     yield from bad_input()
     for seed, case in enumerate((*CASES, *edges())):
         yield from against_oracle(case, seed)
-    yield from device_counts()
+    for gate, latent in (*((gate, 0) for gate in GATES), ("mixtral", 4)):
+        yield from device_counts(gate, latent)
 
 
 def table(rows: list[Row]) -> str:
