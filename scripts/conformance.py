@@ -204,7 +204,7 @@ def bad_input() -> Iterator[Row]:
             yield Row(section, what, f"refused, naming {field}", str(reason), field in str(reason))
     x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 7, 6)), jnp.float32)
     mask = np.ones((2, 7), bool)
-    without = mask.copy()
+    without, tokens = mask.copy(), np.zeros((2, 7), np.int32)
     without[0, 2] = False
     for gate, rule in GATES.items():
         if rule.router == "none":
@@ -216,7 +216,6 @@ def bad_input() -> Iterator[Row]:
         slots = 1 if rule.router == "slots" else 0
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, {})))
         layer = single_layer(gate, **weights, **fields)
-        tokens = np.zeros(mask.shape, np.int32)
         call = jax.jit(lambda x, mask, layer=layer: layer(x, mask, token_ids=tokens)[:2])
         y, report = call(x.at[0, 2].set(jnp.nan), mask)
         expected, _ = call(x, without)
