@@ -243,12 +243,10 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
         if case.gate == "soft_moe":
             y = reference.soft_output(*arrays, mask)
         else:
-            given = {"noise": weights["noise"]} if noise else {}
-            given |= {
-                part: tuple(weights[name] for name in weights if name.startswith(part))
-                for part in ("latent", "null")
-                if any(name.startswith(part) for name in weights)
-            }
+            given: dict[str, Any] = {"noise": weights["noise"]} if noise else {}
+            for part, names in (("latent", ("latent_down", "latent_up")), ("null", ("null_vectors", "null_mix"))):
+                if names[0] in weights:
+                    given[part] = tuple(weights[name] for name in names)
             y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, **given)
         return jnp.sum(y * cotangent), y
 
