@@ -235,7 +235,10 @@ def drawn(case: Case, seed: int) -> tuple[jax.Array | None, dict[str, np.ndarray
 
 
 def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, decisions: Any) -> Callable[..., Any]:
-    """(weights, x, cotangent) → y and the gradients of sum(y·cotangent), compiled with its loops unrolled."""
+    """(weights, x, cotangent) → y and the gradients of sum(y·cotangent).
+
+    Not compiled: its loops are unrolled, and compiling them takes longer than running them once.
+    """
     noise = rule.draws is not None and case.gate == "noisy_topk"
 
     def loss(weights: Any, x: jax.Array, cotangent: Any) -> Any:
@@ -250,7 +253,7 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
             y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, **given)
         return jnp.sum(y * cotangent), y
 
-    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)
     names = [name for name in read_by(case.gate, weights) if name != "noise" or noise]
 
     def run(x: jax.Array, cotangent: Any) -> dict[str, Any]:
