@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from moe import cli
+from moe import cli, compilation_cache
 from moe.parallel.processes import join_processes
 from moe.training import profiling
 from moe.training.loop import train
@@ -26,6 +26,7 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     if _DISTRIBUTED.value:
         join_processes()
+    compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
     steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
     with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:
         train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)

@@ -15,6 +15,7 @@ from configs import mixtral
 def get_config() -> ml_collections.ConfigDict:
     """Mixtral's layer at the default size, in fewer and larger steps."""
     config = mixtral.get_config()
+    config.model.scan_layers = True  # compiles and starts faster, for up to 4 % more CPU time per step
     config.train.batch_size = 16
     config.train.num_steps = 160
     config.train.eval_every = 40

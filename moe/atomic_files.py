@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ from typing import Any
 from etils import epath
 
 
+def in_bucket(path: epath.Path | Path) -> bool:
+    """True for a path like gs://bucket/name: without appends, renames of folders or locks."""
+    return "://" in os.fspath(path)
+
+
 def write_atomic(path: epath.Path | Path, content: bytes) -> None:
     """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 
-    The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time.
+    The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time. In a
+    bucket an object appears whole, or not at all.
     """
+    if in_bucket(path):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from moe.atomic_files import in_bucket
 from moe.config import ConfigError
 from moe.config.references import import_object
 
@@ -33,10 +37,16 @@ Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 
 
 class TensorBoard:
-    """Writer of event files to ``tensorboard/``: scalars, loads of the experts as histograms, the config as text."""
+    """Writer of event files to ``tensorboard/``: scalars, loads of the experts as histograms, the config as text.
+
+    TensorBoard's files are appended to, which a bucket cannot do: there they are copied, once a minute and at the end.
+    """
 
     def __init__(self, workdir: epath.Path, config: dict[str, Any], step: int):
-        self._board = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=step + 1)
+        self._folder = workdir / "tensorboard"
+        self._local = tempfile.TemporaryDirectory() if in_bucket(workdir) else None
+        self._copied = time.monotonic()
+        self._board = SummaryWriter(self._local.name if self._local else os.fspath(self._folder), purge_step=step + 1)
         text = json.dumps(config, indent=2).replace("\n", "\n    ")
         self._board.add_text("config", f"    {text}", step)  # indented: a block of code in Markdown
 
@@ -55,6 +65,13 @@ class TensorBoard:
                 for layer, numbers in enumerate(value):
                     self._add_bars(f"{tag}/{layer}", np.asarray(numbers), step)
         self._board.flush()
+        if self._local and time.monotonic() > self._copied + 60:
+            self._copy(self._local.name)
+
+    def _copy(self, local: str) -> None:
+        for path in Path(local).iterdir():
+            (self._folder / path.name).write_bytes(path.read_bytes())
+        self._copied = time.monotonic()
 
     def _add_bars(self, tag: str, heights: np.ndarray, step: int) -> None:
         """Histogram whose i-th bin is expert i."""
@@ -75,6 +92,9 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self._board.close()
+        if self._local:
+            with self._local as local:
+                self._copy(local)
 
 
 class WeightsAndBiases:
@@ -88,7 +108,7 @@ class WeightsAndBiases:
             raise ConfigError("train.writers='wandb': needs the package wandb; install it with pip") from error
         self._histogram = wandb.Histogram
         self._run = wandb.init(
-            dir=os.fspath(workdir),
+            dir="." if in_bucket(workdir) else os.fspath(workdir),
             project="moe",
             name=workdir.name,
             id=hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16],  # a resumed run continues

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import in_bucket, write_atomic
 from moe.config import Config, ConfigError, to_dict
 from moe.metric_writers import Factory
 
@@ -26,11 +26,20 @@ METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line cut short by a crash is dropped, and a missing file has no rows.
 
+    In a bucket, objects of further rows beside it are read too (:class:`_Segments`).
+
     Raises:
         ConfigError: any other line is not a row of metrics.
     """
-    if not path.exists():
-        return []
+    rows = _read_lines(path) if path.exists() else []
+    for segment in _segments(path):
+        first = int(segment.name)
+        if first <= len(rows):
+            rows[first:] = _read_lines(segment)
+    return rows
+
+
+def _read_lines(path: epath.Path | Path) -> list[dict[str, Any]]:
     rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -45,6 +54,57 @@ def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _segments(path: epath.Path | Path) -> list[epath.Path | Path]:
+    """Objects of rows that follow those of a metrics file in a bucket, in order."""
+    folder = path.with_name(f"{path.name}.rows")
+    return sorted(folder.iterdir()) if in_bucket(path) and folder.is_dir() else []
+
+
+class _Segments:
+    """Rows of a metrics file in a bucket, where nothing can be appended.
+
+    Rows between two calls of :meth:`sync` are an object FILE.rows/N, named by the number of rows before them, so that
+    one that was kept in FILE too changes nothing. They are joined to FILE when it is closed or opened again.
+    """
+
+    def __init__(self, path: epath.Path, kept: list[str]):
+        self._path, self._kept, self._new = path, kept, []
+        self._join()
+
+    def write(self, line: str) -> None:
+        self._new.append(line)
+
+    def flush(self) -> None:
+        """Nothing: rows become visible at the next :meth:`sync`."""
+
+    def sync(self) -> None:
+        if self._new:
+            folder = self._path.with_name(f"{self._path.name}.rows")
+            (folder / f"{len(self._kept):09d}").write_bytes("".join(self._new).encode())
+            self._kept, self._new = self._kept + self._new, []
+
+    def _join(self) -> None:
+        write_atomic(self._path, "".join(self._kept).encode())
+        for segment in _segments(self._path):
+            segment.unlink()
+
+    def close(self) -> None:
+        self.sync()
+        self._join()
+
+
+class _Appended:
+    """Rows appended to a metrics file of a file system."""
+
+    def __init__(self, path: epath.Path, kept: list[str]):
+        write_atomic(path, "".join(kept).encode())
+        self._file = path.open("a")
+        self.write, self.flush, self.close = self._file.write, self._file.flush, self._file.close
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+
 class MetricsWriter:
     """Appends rows to the metric files of a workdir, and passes them to other writers."""
 
@@ -56,10 +116,9 @@ class MetricsWriter:
             return
         self._files = {}
         for name in (METRICS, TIMING):
-            kept = [row for row in read_rows(workdir / name) if row["step"] <= step]
-            write_atomic(workdir / name, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            kept = [json.dumps(row) + "\n" for row in read_rows(workdir / name) if row["step"] <= step]
             self.rows[name] = len(kept)
-            self._files[name] = (workdir / name).open("a")
+            self._files[name] = (_Segments if in_bucket(workdir) else _Appended)(workdir / name, kept)
         self._writers = [make(workdir, to_dict(config), step) for make in writers]
 
     def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
@@ -75,7 +134,8 @@ class MetricsWriter:
     def sync(self) -> None:
         """Flush the metric rows to disk; called before a checkpoint, so that it never exists without its rows."""
         if self._active:
-            os.fsync(self._files[METRICS].fileno())
+            for file in self._files.values():
+                file.sync()
 
     def close(self) -> None:
         """Close all files, even if closing one of them fails."""

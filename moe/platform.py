@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 _TUNABLE = "glibc.malloc.hugetlb=1"
 _JEMALLOC = "libjemalloc.so.2"
 _JEMALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
+
+
+_IMPORTED = time.monotonic()  # stands for the start of the process where /proc does not tell it
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -130,6 +134,16 @@ def allocator() -> str:
     )
     on = {"always": True, "madvise": requested}.get(_huge_page_mode(), False)
     return f"{'jemalloc' if jemalloc else 'the system allocator'}, huge pages {'on' if on else 'off'}"
+
+
+def seconds_running() -> float:
+    """Seconds since this process started, its restart by :func:`use_allocator` included."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.monotonic() - _IMPORTED
+    # Field 22 is the start in clock ticks after boot; field 2, in parentheses, may hold spaces.
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def use_tpu_compiler() -> None:

@@ -43,6 +43,15 @@ def eight_devices() -> list[jax.Device]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def programs_elsewhere(tmp_path_factory):
+    """main.py keeps compiled programs in the user's cache, unless this names another folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def small_matmul():
     """Every run measures the machine's matmul rate, two seconds on a fake device: here with a small matrix."""
     with pytest.MonkeyPatch.context() as patch:

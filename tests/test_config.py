@@ -174,7 +174,7 @@ def test_layers_differ_by_overrides_alone():
     assert {c.model.moe.gate for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
     for tree in trees.values():
         assert set(dataclasses.asdict(Config())) == set(tree.keys())
-    shared = {dataclasses.replace(c.model, d_ff=1, moe=MoEConfig()) for c in configs.values()}
+    shared = {dataclasses.replace(c.model, d_ff=1, scan_layers=True, moe=MoEConfig()) for c in configs.values()}
     assert len(shared) == 1  # the rest of the model is one and the same
 
 

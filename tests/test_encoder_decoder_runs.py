@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe.analysis import analyse, stacks
+from moe.analysis import analyse, specialisation, stacks
 from moe.analysis.record import Recorder
 from moe.config import ConfigError
 from moe.data import pipeline
@@ -83,7 +83,7 @@ def test_row_losses_add_up(opened):
     assert (losses * mixed.targets).sum() / mixed.targets.sum() == pytest.approx(found["loss"], rel=1e-5)
 
 
-def test_routing_of_both_stacks(opened, tmp_path):
+def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
     variables = opened.variables()
     folder = training.epath.Path(tmp_path)
     for stack, length in (("encoder", 32), ("decoder", 16)):
@@ -102,7 +102,9 @@ def test_routing_of_both_stacks(opened, tmp_path):
         analyse.write(analysis, folder / stack, stack)
         pieces = analysis.passages[0].pieces
         assert any(re.fullmatch(r"<extra_id_\d+>", piece) for piece in pieces)
+    monkeypatch.setattr(specialisation, "AT_LEAST", 5)  # there is little text
     compared = stacks.compare(opened.program, variables, opened.prepared, tokens=4096, shuffles=3)
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"tokens=16: no token of the \w+ occurs 20 times"):
         stacks.compare(opened.program, variables, opened.prepared, tokens=16, shuffles=3)
     text = stacks.write(compared, folder)

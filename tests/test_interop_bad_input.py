@@ -121,7 +121,10 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, r"rope_scaling\.short_factors=\(\): must be pos"),
         ({"rope_parameters": {"rope_type": "default", "new_factor": 4}}, "new_factor=4"),
         ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
+        (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            r"quantised weights \('mxfp4'\) are not read: save them deq",
+        ),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16': must be a valid integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),

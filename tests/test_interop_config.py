@@ -12,6 +12,8 @@ from configs import (
     deepseek_v2,
     deepseek_v2_lite,
     deepseek_v3,
+    gpt_oss_20b,
+    gpt_oss_120b,
     mixtral_8x7b,
     mixtral_8x22b,
     olmoe_1b_7b,
@@ -64,6 +66,43 @@ def test_balance_coefficients_both_ways(name, coefficient, factor):
     assert write_config(config, name)[coefficient] == pytest.approx(0.04)
 
 
+#: As published, but for the quantisation of the experts, which is refused, and fields that say nothing of the model.
+GPT_OSS_20B = {
+    **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64},
+    **{"experts_per_token": 4, "num_experts_per_tok": 4, "num_local_experts": 32, "hidden_act": "silu"},
+    **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "vocab_size": 201088},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128, "swiglu_limit": 7.0},
+    **{"layer_types": ["sliding_attention", "full_attention"] * 12, "initial_context_length": 4096},
+    **{"max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9},
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"rope_type": "yarn", "truncate": False},
+    },
+    "tie_word_embeddings": False,
+}
+
+
+def test_published_config_of_gpt_oss():
+    model = read_open_config(GPT_OSS_20B).model
+    ours = from_config_dict(gpt_oss_20b.get_config()).model
+    moe = dataclasses.replace(model.moe, dispatch="gather", load_balancing_weight=ours.moe.load_balancing_weight)
+    moe = dataclasses.replace(moe, z_loss_weight=ours.moe.z_loss_weight, jitter=ours.moe.jitter)
+    same = {name: getattr(ours, name) for name in ("d_ff", "dtype", "attention", "remat")}
+    assert dataclasses.replace(model, moe=moe, **same) == ours
+    # The library's defaults, where a file says nothing of positions and layers, are those of the published models.
+    absent = ("layer_types", "rope_scaling", "rope_theta", "head_dim", "sliding_window", "attention_bias")
+    assert read_open_config({k: v for k, v in GPT_OSS_20B.items() if k not in absent}).model == model
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [(gpt_oss_20b, 20_914_757_184, 3_608_307_264), (gpt_oss_120b, 116_829_156_672, 5_132_849_472)],
+)
+def test_published_counts_of_gpt_oss(config, total, active):
+    """20.91B and 116.83B; the published active counts, 3.61B and 5.13B, leave out the embedding table."""
+    assert count_parameters(from_config_dict(config.get_config()).model) == (total, active + 201088 * 2880)
+
+
 def test_published_counts_of_deepseek():
     """Without multi-token prediction."""
     published = {deepseek_v2_lite: 15_706_484_224, deepseek_v2: 235_741_434_880, deepseek_v3: 671_026_419_200}
@@ -107,6 +146,16 @@ def test_layers_of_qwen():
 
 def test_every_family_has_a_case():
     assert {path.name for path in OURS + THEIRS} >= set(FAMILIES)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS])
+def test_an_export_keeps_what_training_on_shorter_rows_did_not_change(path):
+    if not path.exists():
+        pytest.skip(f"no reference models at {path}")
+    source = json.loads((path / "config.json").read_text()) | {"unknown_here": [1, 2]}
+    config = read_open_config(source)
+    shorter = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=8))
+    assert keep_fields(source, shorter) == source
 
 
 def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():

@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import jax
+import kubernetes_validate
 import pytest
 import yaml
 from jax._src import clusters
@@ -138,6 +140,16 @@ def test_slurm_job_starts_one_task_a_node_and_requeues_after_75(tmp_path, code, 
     assert (tmp_path / "requeued").exists() == requeued
 
 
+def test_launchers_pass_shellcheck():
+    scripts = [*ROOT.glob("scripts/launch/*.sh"), ROOT / "scripts/launch/slurm.sbatch", ROOT / "scripts/install.sh"]
+    checker = Path(sys.executable).with_name("shellcheck")
+    found = subprocess.run(
+        [checker, "--severity=warning", *scripts], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
+    assert found.stdout == ""
+    assert found.returncode == 0
+
+
 def test_slurm_options_describe_whole_nodes():
     options = dict(
         re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", (ROOT / "scripts/launch/slurm.sbatch").read_text(), re.M)
@@ -197,6 +209,8 @@ def test_job_sets_start_a_launcher_on_every_host(name, resource):
     assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = job_set["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
+    as_job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": job}
+    kubernetes_validate.validate(as_job, kubernetes_validate.latest_version(), strict=True)
     assert job["parallelism"] == job["completions"]
     assert job["completionMode"] == "Indexed"
     (container,) = job["template"]["spec"]["containers"]

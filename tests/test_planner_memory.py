@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from configs import mixtral_8x7b
+from configs import deepseek_v2, mixtral_8x7b
 from moe.config import ConfigError
 from moe.planner import fit, memory_errors
 from moe.routing.resolve import from_config_dict, resolve
@@ -52,6 +52,21 @@ def test_other_compiler_errors_are_unchanged():
     ):
         error = jax.errors.JaxRuntimeError(message)
         assert memory_errors.explained(config, error) is error
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_kept_projections_of_latent_attention_by_hand(tensor):
+    """128 heads of queries of 192 and of keys and values of 128 each, split; latents of 1536, 512 and 64, whole."""
+    sizes = {"data": 1, "fsdp": 4, "expert": 8, "tensor": tensor}
+    config = from_config_dict(deepseek_v2.get_config())
+    bytes_kept = [
+        fit.lower_bound(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)), sizes)
+        for remat in ("dots", "full")
+    ]
+    tokens = config.train.batch_size * config.data.sequence_length // 32
+    attention = 60 * (128 * (192 + 128 + 128) / tensor + 1536 + 512 + 64)
+    dense = 2 * 12288 / tensor  # of the first layer
+    assert bytes_kept[0].activations - bytes_kept[1].activations == tokens * 2 * (attention + dense)
 
 
 def test_lower_bound_by_hand():

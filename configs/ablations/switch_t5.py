@@ -15,7 +15,6 @@ def get_suite(size: str) -> Suite:
     base = switch_t5.get_config()
     base.model.moe.group_size = 0  # the suite makes one group of the decoder's tokens in a batch
     base.data.domains = ("literature", "definitions", "python", "technical")
-    base.model.update(vocab_size=2048, d_model=64, head_dim=16, d_ff=256)
     base.train.update(batch_size=16, sample_tokens=0)
     if size == "pod":
         pod = common.base(size)

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.atomic_files import from_checked_json, to_checked_json
+from moe.atomic_files import from_checked_json, in_bucket, to_checked_json
 from moe.checkpoints.integrity import (
     DamagedError,
     checksums,
@@ -37,6 +37,9 @@ from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
 from moe.metrics_files import METRICS, read_rows
 from moe.signals import START_AGAIN, Stopped
+
+#: Object that Orbax writes last into a checkpoint in a bucket.
+COMMIT = "commit_success.txt"
 
 
 class RowsLostError(DamagedError):
@@ -62,7 +65,7 @@ class Checkpoints:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         with _as_config_error(workdir, None):
             self._manager = ocp.CheckpointManager(
-                workdir / "checkpoints",
+                orbax_folder(workdir),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                     create=not read_only,
@@ -218,7 +221,7 @@ class Checkpoints:
         target = folder / next(name for name in names if not (folder / name).exists())
         source = self._workdir / "checkpoints" / str(step)
         try:
-            source.rename(target)
+            _move(source, target)
         except OSError:
             if source.exists():
                 raise
@@ -260,6 +263,23 @@ class Checkpoints:
         """Wait until started writes are on disk, then close. Raises ConfigError if one failed."""
         self.wait()
         self._manager.close()
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Rename a checkpoint; in a bucket copy it, then delete it, its commit object first: no part looks whole."""
+    if not in_bucket(source):
+        source.rename(target)
+        return
+    files = list(_files(source))
+    for path in files:
+        (target / path.relative_to(source)).write_bytes(path.read_bytes())
+    for path in sorted(files, key=lambda path: path.name != COMMIT):
+        path.unlink()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        yield from _files(path) if path.is_dir() else (path,)
 
 
 def _restore(state: TrainState) -> ocp.args.PyTreeRestore:
@@ -339,8 +359,15 @@ def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
         )
 
 
+def orbax_folder(workdir: epath.Path) -> epath.Path:
+    """The folder of a workdir's checkpoints as an absolute path, which Orbax needs."""
+    path = os.fspath(workdir)
+    return epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
+
+
 def complete_steps(workdir: epath.Path) -> list[int]:
-    """Steps of the completely written checkpoints, in order."""
+    """Steps of the completely written checkpoints, in order: in a bucket those with Orbax's commit object, elsewhere
+    all, because they are renamed when complete."""
     folder = workdir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
+    paths = [path for path in folder.iterdir() if re.fullmatch("[0-9]+", path.name)] if folder.is_dir() else []
+    return sorted(int(path.name) for path in paths if not in_bucket(path) or (path / COMMIT).exists())

@@ -13,7 +13,7 @@ import filelock
 import jax
 from etils import epath
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import in_bucket, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, to_dict
 from moe.dispatch.plan import layer_capacity
@@ -28,6 +28,7 @@ FREE_FIELDS = (
     "mesh.",
     "model.remat",
     "model.scan_layers",
+    "train.compilation_cache",
     "train.eval_every",
     "train.keep_checkpoints",
     "train.keep_every",
@@ -61,12 +62,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 def locked(workdir: epath.Path) -> Iterator[None]:
     """Hold the lock of an existing workdir; the kernel releases it however the process ends.
 
-    In a multi-process run process 0 holds it. On a file system without locks (some mounted buckets) nothing is held.
+    In a multi-process run process 0 holds it. In a bucket, and on a file system without locks, nothing is held: a
+    second run there is the user's to prevent.
 
     Raises:
         ConfigError: another run holds it, or the workdir cannot be written.
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or in_bucket(workdir):
         yield
         return
     # A soft lock would be left behind by a killed run.

@@ -229,6 +229,7 @@ def check_run(config: Config) -> None:
         ("data.tokenizer", config.data.tokenizer),
         ("start.checkpoint", config.start.checkpoint),
         ("distill.teacher", config.distill.teacher),
+        ("train.compilation_cache", config.train.compilation_cache),
     ):
         check_path(field, path)
     _check_train(config.train)

@@ -30,6 +30,7 @@ Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu"
 QKNorm = Literal["none", "head", "full"]
 Attention = Literal["full", "blocked"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
+MoEBias = Literal["none", "router", "all"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -56,7 +57,7 @@ class MoEConfig:
     experts_per_token: int = GATE_DEFAULT  # K
     d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
     shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
-    bias: bool = False  # biases of the router's logits and of the experts' matrices (gpt-oss)
+    bias: MoEBias = "none"  # of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
     latent_dim: int = 0  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
     zero_experts: int = GATE_DEFAULT  # experts that return 0 (MoE++), beside the E FFNs
     copy_experts: int = GATE_DEFAULT  # experts that return the token
@@ -234,6 +235,7 @@ class TrainConfig:
     on_skipped_steps: OnSkippedSteps = "rollback"  # after more of them: return to the last good checkpoint, or stop
     spike_sigmas: float = 6.0  # warn of a loss this many deviations above the running median; 0: never
     sample_tokens: int = 64  # length of the text sampled at the end; 0: none
+    compilation_cache: str = "auto"  # folder for compiled programs (moe.compilation_cache); empty: none
     writers: tuple[str, ...] = ("tensorboard",)  # of metrics, besides JSON lines: tensorboard, wandb, module:function
 
 

@@ -28,8 +28,12 @@ def family_of(source: Json) -> Family:
     kind = source.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
-    if source.get("quantization_config"):
-        raise ConfigError("config.json: quantization_config: quantised weights are not read; take the original ones")
+    quantised = source.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ConfigError(
+            f"config.json: quantization_config: quantised weights ({method!r}) are not read: save them dequantised"
+        )
     return FAMILIES[kind]
 
 
@@ -58,6 +62,8 @@ def read_config(source: Json) -> Config:
         moe = dataclasses.replace(moe, load_balancing_weight=weight)
     model = dataclasses.replace(model, moe=moe)
     data = DataConfig(sequence_length=fields.max_position_embeddings)
+    if model.encoder_layers:
+        data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
     return from_config_dict(to_dict(Config(model=model, data=data)))
 
 

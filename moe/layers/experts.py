@@ -31,7 +31,7 @@ class Experts(nnx.Module):
         self.activation = config.activation
         self.up = matrix(rngs, (e, d, f), d, config.init_scale)
         self.down = matrix(rngs, (e, f, d), f, config.init_scale)
-        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias
+        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
         self.gate = matrix(rngs, (e, d, f), d, config.init_scale) if gated else None
         self.up_bias = zeros((e, f)) if biased else None
         self.gate_bias = zeros((e, f)) if biased and gated else None

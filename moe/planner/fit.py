@@ -101,7 +101,7 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
         config.train.batch_size // config.train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     )
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
-    projections = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / sizes["tensor"]
+    projections = _projections(model, sizes["tensor"])
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
     numbers = 0.0  # kept per row on one device
@@ -117,6 +117,15 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     if model.remat != "none" and any(sparse_layers(model)):
         numbers += experts * config.data.sequence_length
     return int(rows * numbers * jnp.dtype(model.dtype).itemsize)
+
+
+def _projections(model: ModelConfig, tensor: int) -> float:
+    """Numbers per token that the matmuls before the scores put out on one device."""
+    if not model.kv_lora_rank:
+        return (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor
+    # Queries, and what keys and values are expanded to; the latents are whole on every device.
+    heads = model.head_dim + (model.head_dim - model.rope_dim + model.value_dim)
+    return model.num_heads * heads / tensor + model.q_lora_rank + model.kv_lora_rank + model.rope_dim
 
 
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:

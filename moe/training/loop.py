@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe.checkpoints.integrity import is_finite
+from moe import platform
+from moe.atomic_files import in_bucket
+from moe.checkpoints.integrity import first_line, is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.state import TrainState
 from moe.checkpoints.workdir import (
@@ -60,7 +62,7 @@ def train(
 
     Args:
         config: from :func:`moe.routing.resolve.from_config_dict`.
-        workdir: folder of a file system, created if missing; a mounted bucket will do.
+        workdir: folder of a file system, created if missing, or gs://BUCKET/NAME.
         devices: devices of the mesh; None: all.
         make_program: :func:`moe.training.step.build`, or a caching version for callers that train many runs.
         allow_changes: let a run go on with other values of :data:`moe.checkpoints.workdir.CHANGEABLE_FIELDS`, which
@@ -134,13 +136,20 @@ def train(
 
 def _folder(workdir: str) -> epath.Path:
     """The workdir as a path. Raises ConfigError for one that cannot hold a run."""
-    if "://" in workdir:
-        raise ConfigError(
-            f"--workdir={workdir}: must be a folder of a file system, because rows are appended and files renamed "
-            "there; mount the bucket and name the folder (docs/pods.md)"
-        )
-    refuse_unusable_path(workdir)
-    return epath.Path(workdir)
+    directory = epath.Path(workdir)
+    if not in_bucket(directory):
+        refuse_unusable_path(workdir)
+    elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
+        raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME (docs/pods.md)")
+    else:
+        try:
+            directory.exists()
+        except Exception as error:  # gcsfs passes on errors of several libraries
+            raise ConfigError(
+                f"--workdir={workdir}: cannot be reached ({first_line(error)}); it needs credentials and "
+                "`pip install gcsfs google-cloud-storage`"
+            ) from error
+    return directory
 
 
 def _description(program: Program) -> str:
@@ -222,6 +231,9 @@ class _Loop:
                     batch = next_batch(self._iterator, step, self._checkpoints)
                 state, metrics = self._program.train_step(state, place(batch, self._program.mesh))
                 self._pending.append(metrics)
+                if step == first:
+                    jax.block_until_ready(metrics)
+                    self._progress.write(f"step {step}, {platform.seconds_running():.1f} s after the program's start")
                 self._progress.advance()
                 if step % config.log_every == 0 or last:
                     state = self._log(step, state)
@@ -242,6 +254,7 @@ class _Loop:
         steps, self._pending = [step_metrics(metrics) for metrics in self._pending], []
         row = mean_row(steps)
         timing = self._throughput.row(*self._clock.lap())
+        self._clock.restart()  # the first row measures the matmul rate
         warnings = self._health.look(step, steps, row)
         self._writer.write(step, "train", row)
         if np.any(row.get("broken_tokens", 0)):

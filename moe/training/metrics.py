@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -76,20 +77,23 @@ class Throughput:
     """Tokens per second and MFU from seconds per step."""
 
     def __init__(self, config: Config):
-        """Measure the matmul rate of the devices, the denominator of ``mfu``.
-
-        Where the datasheet's peak is known, ``mfu_datasheet`` has that as its denominator.
-        """
         length = config.data.sequence_length
         self._tokens = config.train.batch_size * length
         self._flops = self._tokens * flops.train_flops_per_token(config.model, length, config.data.input_length)
-        self._peak = matmul_rate.measured_matmul_rate(config.model.dtype) * jax.device_count()
+        self._dtype = config.model.dtype
         self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()
-        if jax.default_backend() == "cpu":
-            self._peak /= jax.device_count()  # fake devices share the host's cores
+
+    @functools.cached_property
+    def _peak(self) -> float:
+        """FLOP/s of all devices, measured once; fake devices of a CPU share the host's cores."""
+        rate = matmul_rate.measured_matmul_rate(self._dtype)
+        return rate if jax.default_backend() == "cpu" else rate * jax.device_count()
 
     def row(self, seconds: float, waited: float) -> dict[str, float]:
-        """Row for ``timing.jsonl``."""
+        """Row for ``timing.jsonl``; the first call measures the matmul rate, the denominator of ``mfu``.
+
+        Where the datasheet's peak is known, ``mfu_datasheet`` has that as its denominator.
+        """
         row = {
             "step_seconds": seconds,
             "tokens_per_second": self._tokens / seconds,

@@ -36,7 +36,7 @@ create)
 state) gcloud compute tpus queued-resources describe "$name" --format='value(state.state)' ;;
 install)
     [ $# -eq 1 ] || usage
-    on_workers all "git clone$(quoted "$1") moe && cd moe && sh scripts/install.sh && .venv/bin/pip install -c constraints.txt 'jax[tpu]'"
+    on_workers all "git clone$(quoted "$1") moe && cd moe && sh scripts/install.sh && .venv/bin/pip install -c constraints.txt 'jax[tpu]' gcsfs google-cloud-storage"
     ;;
 start)
     # nohup and closed standard streams: the run outlives the connection. The launcher's number is kept for `stop`.

@@ -55,15 +55,17 @@ def _for_each_block(
     index = jnp.arange(num_groups, dtype=jnp.int32)
     before = (rest < rest[:, None]) | ((rest == rest[:, None]) & (index < index[:, None]))
     order = jnp.zeros_like(index).at[jnp.sum(before, axis=1)].set(index, unique_indices=True)
-    for size in row_blocks.sizes:
+    first_starts = starts[order]
+    ladder = np.asarray((0, *row_blocks.sizes), np.int32)
+    up_to = jnp.sum(rest <= ladder[:, None], axis=1, dtype=jnp.int32)  # experts with first blocks of at most each size
+    for number, size in enumerate(row_blocks.sizes):
         if size > num_rows:  # no group is as large
             break
-        begin, end = jnp.sum(rest < size, dtype=jnp.int32), jnp.sum(rest <= size, dtype=jnp.int32)
 
         def run(i: Array, carry: Any, size: int = size) -> Any:
-            return body(carry, order[i], starts[order[i]], size, True)
+            return body(carry, _at(order, i), _at(first_starts, i), size, True)
 
-        carry = lax.fori_loop(begin, end, run, carry)
+        carry = lax.fori_loop(up_to[number], up_to[number + 1], run, carry)
     if num_rows <= largest:
         return carry
     further = (sizes - rest) // largest
@@ -71,19 +73,28 @@ def _for_each_block(
     step = jnp.arange(num_rows // largest, dtype=jnp.int32)
     expert = jnp.minimum(jnp.sum(step[:, None] >= ends, axis=1), num_groups - 1)
     start = (starts + rest)[expert] + (step - (ends - further)[expert]) * largest
-    return lax.fori_loop(0, ends[-1], lambda i, carry: body(carry, expert[i], start[i], largest, False), carry)
+    return lax.fori_loop(
+        0, ends[-1], lambda i, carry: body(carry, _at(expert, i), _at(start, i), largest, False), carry
+    )
+
+
+# No index is negative; saying so saves the arithmetic that would wrap it, in hundreds of small programs to compile.
+_slice = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
+_index = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+_update_slice = functools.partial(lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+_update_index = functools.partial(lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
 
 
 def _at(tree: Any, index: Array) -> Any:
-    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, keepdims=False), tree)
+    return jax.tree.map(lambda array: _index(array, index), tree)
 
 
 def _rows_at(tree: Any, start: Array, size: int) -> Any:
-    return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, start, size), tree)
+    return jax.tree.map(lambda array: _slice(array, start, size), tree)
 
 
 def _set_rows(tree: Any, start: Array, rows: Any) -> Any:
-    return jax.tree.map(lambda array, new: lax.dynamic_update_slice_in_dim(array, new, start, 0), tree, rows)
+    return jax.tree.map(lambda array, new: _update_slice(array, new, start), tree, rows)
 
 
 def _unwritten(tree: Any, sizes: Array, dtype: Any = None) -> Any:
@@ -172,8 +183,8 @@ def _accumulate(sums: Any, expert: Array, new: Any, is_first: bool) -> Any:
     def accumulate(total: Array, new: Array) -> Array:
         new = new.astype(total.dtype)
         if not is_first:
-            new = new + lax.dynamic_index_in_dim(total, expert, keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, new, expert, 0)
+            new = new + _index(total, expert)
+        return _update_index(total, new, expert)
 
     return jax.tree.map(accumulate, sums, new)
 
@@ -183,9 +194,7 @@ def _zero_unused(sums: Any, sizes: Array) -> Any:
     (unused,) = jnp.nonzero(sizes == 0, size=sizes.shape[0])
 
     def put(i: Array, sums: Any) -> Any:
-        return jax.tree.map(
-            lambda total: lax.dynamic_update_index_in_dim(total, jnp.zeros(total.shape[1:]), unused[i], 0), sums
-        )
+        return jax.tree.map(lambda total: _update_index(total, jnp.zeros(total.shape[1:]), _at(unused, i)), sums)
 
     return lax.fori_loop(0, jnp.sum(sizes == 0), put, sums)
 

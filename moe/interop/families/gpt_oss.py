@@ -4,7 +4,7 @@ import pydantic
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, Family, Tensor, read_bias, read_windows, write_windows
-from moe.interop.schema import Count, Experts, Json, OpenConfig, Positive, RopeParameters, Window
+from moe.interop.schema import Context, Count, Experts, Json, OpenConfig, Positive, RopeParameters, Window
 from moe.layers.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 
 _SCALING = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
@@ -15,7 +15,7 @@ class GptOssConfig(OpenConfig):
 
     num_key_value_heads: Count | None = 8
     head_dim: Count | None = 64
-    max_position_embeddings: Count = 131072
+    max_position_embeddings: Context = 131072
     rms_norm_eps: Positive = 1e-5
     rope_theta: Positive = 150_000.0
     rope_scaling: RopeParameters | None = RopeParameters.model_validate(_SCALING)
@@ -32,7 +32,7 @@ def read(source: GptOssConfig) -> tuple[Json, Json]:
     alternate = ["full_attention" if n % 2 else "sliding_attention" for n in range(source.num_hidden_layers)]
     model = {"activation": "swiglu_clamped", "attention_bias": read_bias(source), "attention_sinks": True}
     windows = read_windows(source.sliding_window or 0, source.layer_types or alternate)
-    return model | windows, {"gate": "mixtral", "num_experts": source.num_local_experts, "bias": True}
+    return model | windows, {"gate": "mixtral", "num_experts": source.num_local_experts, "bias": "all"}
 
 
 def write(model: ModelConfig) -> Json:

@@ -23,6 +23,7 @@ def attend(
     kind: str,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
     sinks: Float[Array, " N"] | None = None,
@@ -40,11 +41,12 @@ def attend(
             shapes allow, elsewhere a loop over blocks of queries.
         causal: a query sees earlier positions and its own; else all.
         bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        prefix: 1 for keys that all queries of their document see, whatever ``causal``.
         scale: of the products; None: 1/sqrt(H).
         drop: dropout of the weights.
         sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
     """
-    plain = causal and bias is None and scale is None and not drop.active
+    plain = causal and bias is None and prefix is None and scale is None and not drop.active
     if kind == "full" and plain and target.is_cpu():
         return causal_attention(query, key, value, segment_ids, sinks, window)
     whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
@@ -59,6 +61,7 @@ def attend(
         segment_ids if key_segment_ids is None else key_segment_ids,
         causal=causal,
         bias=bias,
+        prefix=prefix,
         scale=scale,
         drop=drop,
         sinks=sinks,

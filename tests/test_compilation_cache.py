@@ -1,0 +1,90 @@
+"""Compiled programs kept between starts: where, and that they compute the same bits."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from moe import compilation_cache
+from moe.training.loop import train
+from tests.run_helpers import ONE, SETTINGS, tiny
+
+_CHANGED = ("jax_compilation_cache_dir", *compilation_cache._SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def unchanged(monkeypatch, tmp_path):
+    """JAX without a cache, a user's cache folder in tmp_path, and JAX's settings put back at the end."""
+    before = {name: getattr(jax.config, name) for name in _CHANGED}
+    monkeypatch.setattr(compilation_cache, "DEFAULT", str(tmp_path / "user"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def _entries(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*-cache")}
+
+
+def test_programs_of_a_first_start_serve_the_second_with_the_same_bits(directory, monkeypatch, tmp_path):
+    monkeypatch.setitem(compilation_cache._SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
+    written, found = {}, []
+    for name, folder in (
+        ("without", ""),
+        ("first", str(tmp_path / "programs")),
+        ("second", str(tmp_path / "programs")),
+    ):
+        jax.clear_caches()
+        compilation_cache.use(folder, str(tmp_path / name))
+        train(tiny(directory, **SETTINGS, **{"train.num_steps": 3}), str(tmp_path / name), ONE, quiet=True)
+        written[name] = (tmp_path / name / "metrics.jsonl").read_bytes()
+        found.append(_entries(tmp_path / "programs"))
+    assert written["without"] == written["first"] == written["second"]
+    assert not found[0]
+    assert any(name.startswith("jit_train_step") for name in found[1])
+    assert found[1] == found[2]  # the second start compiled nothing
+
+
+@pytest.mark.parametrize(
+    ("folder", "processes", "expected"), [("auto", 1, "user"), ("auto", 2, "run/programs"), ("own", 2, "own")]
+)
+def test_processes_of_one_run_share_a_folder(monkeypatch, tmp_path, folder, processes, expected):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    compilation_cache.use(folder if folder == "auto" else str(tmp_path / folder), str(tmp_path / "run"))
+    (machine,) = (tmp_path / expected).iterdir()
+    assert machine.name.startswith("cpu-")
+    assert jax.config.jax_compilation_cache_dir == str(machine)
+
+
+def test_jax_own_variable_and_an_empty_name_leave_jax_as_it_is(monkeypatch, tmp_path):
+    compilation_cache.use("", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    compilation_cache.use("auto", str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_used_costs_one_line(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    compilation_cache.use(str(tmp_path / "file"), str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir is None
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert "no compilation cache in " in printed.err
+    assert "Not a directory" in printed.err
+
+
+def test_other_instructions_of_a_cpu_are_another_machine(monkeypatch, tmp_path):
+    names = []
+    for flags in ("fpu avx2", "fpu avx2", "fpu avx2 avx512f"):
+        info = tmp_path / "cpuinfo"
+        info.write_text(f"processor : 0\nflags : {flags}\n")
+        monkeypatch.setattr(compilation_cache, "Path", lambda path, info=info: info)
+        names.append(compilation_cache._machine())
+    assert names[0] == names[1] != names[2]
