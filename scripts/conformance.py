@@ -238,6 +238,15 @@ def run(layers: Path) -> Iterator[Row]:
         yield from device_counts(gate, latent)
 
 
+def summary(rows: list[Row]) -> list[str]:
+    """Markdown table of the number of rows and failures of each section."""
+    lines = ["| section | rows | failed |", "|---|---|---|"]
+    for section in dict.fromkeys(row.section for row in rows):
+        own = [row for row in rows if row.section == section]
+        lines.append(f"| {section} | {len(own)} | {sum(not row.passes for row in own)} |")
+    return lines
+
+
 def table(rows: list[Row]) -> str:
     """Markdown."""
     failed = sum(not row.passes for row in rows)
@@ -252,6 +261,7 @@ def table(rows: list[Row]) -> str:
         "number that the layer stores, make of the exact equations (`tests/rounding.py`). Where a row stands for",
         "several arrays, the one nearest its bound is shown and named.",
     ]
+    lines += ["", *summary(rows)]
     section = None
     for row in rows:
         if row.section != section:
