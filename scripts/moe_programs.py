@@ -107,7 +107,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
         replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
     if not jax.sharding.get_abstract_mesh().empty:
         mesh = jax.sharding.get_mesh()
-        x, mask = jax.device_put((x, mask), jax.NamedSharding(mesh, partition_specs.BATCH))
+        x, mask = jax.device_put((x, mask), partition_specs.shardings(mesh, partition_specs.BATCH))
         parameters = jax.device_put(
             parameters, partition_specs.shardings(mesh, partition_specs.parameter_specs(parameters))
         )

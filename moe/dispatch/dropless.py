@@ -30,11 +30,11 @@ def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Ex
     matrices = experts.matrices(x.dtype)
     if axis_size(*partition_specs.AXES) == 1:
         return run_sorted_by_expert(x, routing, plan, matrices, experts)
-    batch = on_mesh(partition_specs.BATCH)
+    groups = on_mesh(partition_specs.GROUPS)
     return jax.shard_map(
         functools.partial(run_sorted_by_expert, experts=experts),
-        in_specs=(batch, batch, batch, tuple(map(on_mesh, partition_specs.EXPERT_MATRICES))),
-        out_specs=batch,
+        in_specs=(groups, groups, groups, tuple(map(on_mesh, partition_specs.EXPERT_MATRICES))),
+        out_specs=groups,
         check_vma=False,
     )(x, routing, plan, matrices)
 

@@ -118,7 +118,7 @@ def _compile(
             lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), parameters, where
         )
         rows = axis_size(*partition_specs.TOKEN_AXES)
-        batch = jax.NamedSharding(mesh, partition_specs.BATCH)
+        batch = partition_specs.shardings(mesh, partition_specs.BATCH)
         x = jax.ShapeDtypeStruct((rows, tokens, model.d_model), jnp.dtype(model.dtype), sharding=batch)
 
         def forward(parameters, x):
