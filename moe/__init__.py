@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moe.interop import load_huggingface, save_huggingface
     from moe.layers.moe_layer import MoELayer
     from moe.models.decoder import Transformer
+    from moe.models.encoder_decoder import EncoderDecoder
     from moe.parallel.axes import mesh_roles
     from moe.routing.interface import Gate, GateInputs, GateOutput
     from moe.routing.routing import Routing
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "ConfigError",
+    "EncoderDecoder",
     "Gate",
     "GateInputs",
     "GateOutput",
@@ -38,6 +40,7 @@ __all__ = [
 _MODULES = {
     "Config": "moe.config",
     "ConfigError": "moe.config",
+    "EncoderDecoder": "moe.models.encoder_decoder",
     "Gate": "moe.routing.interface",
     "GateInputs": "moe.routing.interface",
     "GateOutput": "moe.routing.interface",

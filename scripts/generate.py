@@ -1,5 +1,7 @@
 """python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
 
+A decoder-only model continues the prompt; an encoder-decoder reads it and writes its target, which alone is printed.
+One that was trained by span corruption fills in blanks: --prompt="Once <extra_id_0> a <extra_id_1>."
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
 --mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows.
 """
@@ -11,7 +13,10 @@ from moe import platform
 if __name__ == "__main__":
     platform.prepare()  # before JAX is imported; may restart this program
 
+import functools
+import json
 import time
+from typing import Any
 
 from absl import flags
 
@@ -29,6 +34,15 @@ _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not
 _MESH = flags.DEFINE_list("mesh", [], "Devices per axis: data, fsdp, expert, tensor.")
 
 
+def _start_token(workdir: str, pad_id: int) -> int:
+    """First token of a decoder: an import's own, else that of padding."""
+    from etils import epath
+
+    path = epath.Path(workdir) / "generation_config.json"
+    start: Any = json.loads(path.read_text()).get("decoder_start_token_id") if path.exists() else None
+    return max(pad_id, 0) if start is None else start
+
+
 def main() -> None:
     """Flags in, text out; speed on stderr."""
     import jax
@@ -37,6 +51,7 @@ def main() -> None:
     from moe.checkpoints import parameters
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, MeshConfig, validate_mesh
+    from moe.data.sentinels import decode_blanks, encode_blanks
     from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling
     from moe.parallel import partition_specs
@@ -59,16 +74,26 @@ def main() -> None:
         top_p=_TOP_P.value or 0.0,
         stop_tokens=(tokenizer.eos_id, *(_STOP.value or [])),
         seed=_SEED.value or 0,
+        start_token=_start_token(workdir, tokenizer.pad_id),
+        prefix=config.data.objective == "prefix_lm",
     )
-    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-    rows = [start + tokenizer.encode(prompt).tolist() for prompt in prompts]
+    reads = config.model.encoder_layers > 0  # the prompt, instead of continuing it
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 and not reads else []
+    blanks = config.data.objective == "span_corruption"
+    encode = functools.partial(encode_blanks, tokenizer) if blanks else tokenizer.encode
+    decode = functools.partial(decode_blanks, tokenizer) if blanks else tokenizer.decode
+    rows = [start + encode(prompt).tolist() + [tokenizer.eos_id] * reads for prompt in prompts]
+
+    def written(row: list[int], text: list[int]) -> str:
+        return decode(text) if reads else decode(row + text).removeprefix(decode(row))
+
     texts: list[list[int]] = [[] for _ in rows]
     stream_one = len(rows) == 1
     shown, times = "", []
     with jax.set_mesh(mesh):
         variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
         if stream_one:
-            print(prompts[0], end="", flush=True)
+            print("" if reads else prompts[0], end="", flush=True)
         for column in sampling.stream(config.model, variables, rows, int(_TOKENS.value or 0), options):
             times.append(time.perf_counter())
             for text, token in zip(texts, column, strict=True):
@@ -76,13 +101,13 @@ def main() -> None:
                     text.append(int(token))
             if stream_one:
                 # A character of several tokens is complete only with the last of them.
-                decoded = tokenizer.decode(rows[0] + texts[0]).removeprefix(tokenizer.decode(rows[0]))
+                decoded = written(rows[0], texts[0])
                 if not decoded.endswith("\ufffd"):
                     print(decoded.removeprefix(shown), end="", flush=True)
                     shown = decoded
     for prompt, row, text in zip(prompts, rows, texts, strict=True):
         if not stream_one:
-            print(f"{prompt}{tokenizer.decode(row + text).removeprefix(tokenizer.decode(row))}\n---")
+            print(f"{'' if reads else prompt}{written(row, text)}\n---")
     print(file=sys.stderr)
     if len(times) > 2:
         # The second token waits for the compiler.

@@ -1,7 +1,7 @@
 """python scripts/scaling.py [--out=docs/results]: compile GShard's scaling experiment; writes a table, a plot and rows.
 
-Programs: GShard's 36-layer twin with 128, 512 and 2048 experts on as many TPU v3 cores; the same with gather and
-mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert twin on 128 to 4096 v5p chips with the
+Programs: GShard's 36-layer model with 128, 512 and 2048 experts on as many TPU v3 cores; the same with gather and
+mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert one on 128 to 4096 v5p chips with the
 same tokens a chip. Points in scaling.jsonl are not compiled again: remove the file after a change to the model.
 Needs libtpu: pip install "jax[tpu]".
 """
@@ -59,7 +59,7 @@ def main() -> None:
 
 def every_point(modes) -> list:
     """All points of the table, in order."""
-    from configs import gshard_twin
+    from configs import gshard_translation
     from moe.planner import scaling
     from moe.routing.resolve import from_config_dict
 
@@ -67,13 +67,13 @@ def every_point(modes) -> list:
     for mode, tensor in [*((mode, 1) for mode in modes), *((mode, 2) for mode in modes if mode == "gather")]:
         series = f"GShard 36 layers, v3, {mode}" + (", tensor 2" if tensor > 1 else "")
         for cores, topology in V3.items():
-            config = from_config_dict(gshard_twin.get_config(f"{cores}e36l"))
-            config = scaling.at_scale(config, experts=cores, devices=cores, rows=2, dispatch=mode, tensor=tensor)
+            config = from_config_dict(gshard_translation.get_config(f"{cores}e36l"))
+            config = scaling.at_scale(config, experts=cores, devices=cores, rows=1, dispatch=mode, tensor=tensor)
             points.append(scaling.Point(series, topology, config))
-    twin = from_config_dict(gshard_twin.get_config("128e36l"))
+    smallest = from_config_dict(gshard_translation.get_config("128e36l"))
     for mode in modes:
         for chips, topology in V5P.items():
-            config = scaling.at_scale(twin, experts=128, devices=chips, rows=2, dispatch=mode)
+            config = scaling.at_scale(smallest, experts=128, devices=chips, rows=1, dispatch=mode)
             points.append(scaling.Point(f"128 experts, weak scaling, v5p, {mode}", topology, config))
     return points
 

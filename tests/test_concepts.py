@@ -1,4 +1,7 @@
-"""The numbers of docs/concepts.md."""
+"""The numbers and the links of docs/concepts.md."""
+
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,3 +50,15 @@ def test_eight_tokens():
     np.testing.assert_allclose(report.load_balancing_loss, 1.225, rtol=1e-5)
     np.testing.assert_allclose(balancing.max_violation(np.asarray(report.expert_load)), 1.0)
     assert bool(make_plan(routing, 4).kept.all())
+
+
+def test_every_answer_links_to_its_evidence():
+    docs = Path(__file__).parents[1] / "docs"
+    _, *sections = (docs / "concepts.md").read_text().split("\n## ")
+    assert len(sections) == 7
+    for section in sections:
+        evidence = section.partition("*Evidence.*")[2]
+        targets = re.findall(r"\]\(([^)]+)\)", evidence)
+        assert targets, section.splitlines()[0]
+        for target in targets:
+            assert (docs / target).exists(), target

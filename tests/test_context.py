@@ -95,6 +95,7 @@ def test_a_split_row_has_the_values_and_gradients_of_a_whole_one(mesh, overrides
         ({"data.sequence_length": 34, "model.moe.group_size": 2}, "data.sequence_length=34: must be divisible by"),
         ({"train.sample_tokens": 8}, "train.sample_tokens=8: must be 0 with mesh.context=4"),
         ({"model.dropout": 0.1}, "model.dropout=0.1: must be 0.0 with mesh.context=4"),
+        ({"data.objective": "prefix_lm"}, "data.objective='prefix_lm': must be causal with mesh.context=4"),
     ],
 )
 def test_what_needs_whole_rows_is_refused(overrides, message):

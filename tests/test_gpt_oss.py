@@ -25,7 +25,7 @@ MODEL = ModelConfig(
     **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4},
     **{"sliding_window": 3, "sliding_window_layers": (0,), "attention_bias": "all", "attention_sinks": True},
     activation="swiglu_clamped",
-    moe=MoEConfig(num_experts=4, d_ff=12, bias=True, dispatch="dropless"),
+    moe=MoEConfig(num_experts=4, d_ff=12, bias="all", dispatch="dropless"),
 )
 
 
@@ -117,7 +117,7 @@ def _every_expert(layer: MoELayer, x):
 def test_an_expert_layer_with_biases(mode, sizes, rng):
     """Values, and gradients of all parameters, on one device and with experts and their hidden dim split."""
     settings = {"dispatch": mode, "capacity_factor": 4.0, "eval_capacity_factor": 4.0}
-    settings |= {"d_model": 8, "d_ff": 16, "num_experts": 4, "activation": "swiglu_clamped", "bias": True}
+    settings |= {"d_model": 8, "d_ff": 16, "num_experts": 4, "activation": "swiglu_clamped", "bias": "all"}
     layer = MoELayer(**settings, rngs=nnx.Rngs(0))
     state = nnx.state(layer)
     nnx.update(layer, jax.tree.map(lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape).astype(np.float32), state))
@@ -174,8 +174,8 @@ def test_the_cache_has_the_sinks_too():
 
 
 def test_refusals():
-    moe = MoEConfig(gate="soft_moe", bias=True, dispatch="einsum", accept_future_leak=True)
-    with pytest.raises(ConfigError, match=r"model\.moe\.bias=True: must be False with the gate soft_moe"):
+    moe = MoEConfig(gate="soft_moe", bias="all", dispatch="einsum", accept_future_leak=True)
+    with pytest.raises(ConfigError, match=r"model\.moe\.bias='all': must be none with the gate soft_moe"):
         validate(resolve(Config(model=ModelConfig(moe=moe))))
     latent = {"kv_lora_rank": 4, "rope_dim": 2, "value_dim": 4, "num_kv_heads": 8}
     with pytest.raises(ConfigError, match=r"model\.attention_sinks=True: must be False where model\.kv_lora_rank"):

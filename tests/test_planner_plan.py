@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import gshard_twin, mixtral_8x7b, switch_twin
+from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.config import ConfigError
 from moe.dispatch.grouped_matmul import gpu
 from moe.models.flops import count_parameters
@@ -145,10 +145,13 @@ def test_scaling_lists_refused_points():
 
 def test_published_sizes():
     assert count_parameters(from_config_dict(mixtral_8x7b.get_config()).model) == (46_702_792_704, 12_879_925_248)
-    with pytest.raises(ConfigError, match="the sizes are base, large, xxl, c"):
-        switch_twin.get_config("huge")
+    with pytest.raises(ConfigError, match="the sizes are base-8, base-16"):
+        switch_transformers.get_config("huge")
     with pytest.raises(ConfigError, match="2048e36l"):
-        gshard_twin.get_config("64e1l")
+        gshard_translation.get_config("64e1l")
+    for config in (t5, st_moe):
+        with pytest.raises(ConfigError, match="huge: the sizes are"):
+            config.get_config("huge")
 
 
 SMALL = {

@@ -153,6 +153,12 @@ def test_an_ascii_terminal_gets_escapes():
     assert (output.splitlines()[1], errors) == ("stdout \\u2713", "stderr \\u2713\n")
 
 
+def test_figures_need_no_display(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "no_such_backend")
+    platform._check_environment()
+    assert os.environ["MPLBACKEND"] == "Agg"
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [

@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import resource
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,6 +16,7 @@ from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError
+from moe.interop import import_checkpoint
 from moe.training import loop as training
 from moe.training.loop import train
 from tests.helpers import mounted
@@ -98,6 +101,17 @@ def test_other_odd_characters_in_a_path_work(directory, whole, programs, tmp_pat
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_relative_path_works(directory, whole, programs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny(directory, **SETTINGS), "run", ONE, make_program=programs, quiet=True)
+    (tmp_path / "run" / "report.txt").unlink()
+    train(tiny(directory, **SETTINGS), "run", ONE, make_program=programs, quiet=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    config = import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", "imported")
+    for workdir, model in (("run", read_config("run").model), ("imported", config.model)):
+        parameters.read_parameters(workdir, model)
+
+
 def test_a_finished_run_without_its_checkpoints_is_not_trained_again(directory, whole, programs, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
@@ -160,3 +174,17 @@ def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_pat
         assert steps(tmp_path) == [4, 6, 9]
         train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
     assert steps(tmp_path) == [4, 6, 12]
+
+
+def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs, tmp_path):
+    """`ulimit -f`: the arrays of a checkpoint are larger than the limit, the other files are not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (48 * 1024, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in str(caught.value)
+    assert "there is no checkpoint yet" in str(caught.value)
+    train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)

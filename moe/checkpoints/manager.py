@@ -65,7 +65,7 @@ class Checkpoints:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         with _as_config_error(workdir, None):
             self._manager = ocp.CheckpointManager(
-                workdir / "checkpoints",
+                orbax_folder(workdir),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                     create=not read_only,
@@ -357,6 +357,12 @@ def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"--workdir={path!a}: checkpoints cannot be kept under a path with {' '.join(found)}; use another name"
         )
+
+
+def orbax_folder(workdir: epath.Path) -> epath.Path:
+    """The folder of a workdir's checkpoints as an absolute path, which Orbax needs."""
+    path = os.fspath(workdir)
+    return epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
 
 
 def complete_steps(workdir: epath.Path) -> list[int]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from moe.atomic_files import from_checked_json
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
-from moe.checkpoints.manager import refuse_unusable_path
+from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
 from moe.checkpoints.state import join
 from moe.config import ConfigError, ModelConfig
 from moe.models.flops import abstract_parameters, abstract_selection_biases
@@ -86,7 +86,7 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
 def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
     manager = ocp.CheckpointManager(
-        workdir / "checkpoints",
+        orbax_folder(workdir),
         options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
         item_handlers={"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
     )
@@ -148,7 +148,7 @@ def _read(workdir: epath.Path, branch: str, wanted: dict[str, Any], **options: U
         raise ConfigError(f"{workdir}: holds no checkpoints")
     with quiet_orbax():
         manager = ocp.CheckpointManager(
-            workdir / "checkpoints",
+            orbax_folder(workdir),
             options=ocp.CheckpointManagerOptions(read_only=True),
             item_handlers={"state": ocp.PyTreeCheckpointHandler()},
         )

@@ -50,7 +50,9 @@ def import_checkpoint(
     refuse_files(workdir)
     config, folder, parameters = open_folder(source, dtype=dtype)
     written = read_json(Path(source) / CONFIG_FILE)
-    files = {GENERATION_FILE: (json.dumps({name: written.get(name) for name in TOKEN_IDS}) + "\n").encode()}
+    starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
+    known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}
+    files = {GENERATION_FILE: (json.dumps(known) + "\n").encode()}
     files |= _companions(Path(source))
     files[SOURCE_FILE] = (json.dumps(written, indent=2) + "\n").encode()
     files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()

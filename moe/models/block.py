@@ -34,6 +34,7 @@ class Rows:
         segment_ids: [B,T] the document of each token; 0 is padding.
         positions: [B,T] within the documents.
         key_segment_ids: [B,T] of the tokens as keys; None: segment_ids. 0 hides a token that itself sees others.
+        prefix: [B,T] 1 for tokens that all of their document see, in a prefix LM; None: attention is causal.
         encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
         encoded_segment_ids: [B,U], of the encoder's tokens.
     """
@@ -42,6 +43,7 @@ class Rows:
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     key_segment_ids: Int[Array, "B T"] | None = None
+    prefix: Int[Array, "B T"] | None = None
     encoded: Float[Array, "B U D"] | None = None
     encoded_segment_ids: Int[Array, "B U"] | None = None
 
@@ -111,10 +113,9 @@ class Block(nnx.Module):
             rng: key of this layer.
         """
         drop = Dropout(self.dropout, rng if train else None)
-        settings = {} if bias is None else {"bias": bias}
-        if rows.key_segment_ids is not None:
-            settings["key_segment_ids"] = rows.key_segment_ids
-        attention: Any = self.attention  # latent attention lacks the two settings, which no such model gives
+        settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        attention: Any = self.attention  # latent attention lacks these settings, which no such model gives
         heads, _, _ = attention.prefill(self.attention_norm(x), rows.segment_ids, rows.positions, drop=drop, **settings)
         x = x + drop(self.attention.join(heads), place=1)
         if self.kind.role == "cross":

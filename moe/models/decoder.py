@@ -96,6 +96,7 @@ class Transformer(LanguageModel, Stack):
         rng: PRNGKeyArray | None = None,
         routing: Routing | Choices | None = None,
         return_routing: bool = False,
+        prefix: Int[ArrayLike, "B T"] | None = None,
     ) -> Output:
         """Compute the logits of the next token at every position.
 
@@ -109,8 +110,9 @@ class Transformer(LanguageModel, Stack):
                 or its ``choices``, which the routers weigh anew, with a gradient; it must be for tokens in the same
                 groups, under whatever dispatch mode and mesh.
             return_routing: also return the Routing of every MoE layer.
+            prefix: 1 for the tokens of each document that all its others see (prefix LM); None: attention is causal.
         """
-        rows = make_rows(token_ids, segment_ids, positions)
+        rows = make_rows(token_ids, segment_ids, positions, prefix=None if prefix is None else jnp.asarray(prefix))
         x, layers, recorded = self.run(
             self.embed(rows.token_ids), rows, train=train, rng=rng, routing=routing, return_routing=return_routing
         )
@@ -122,10 +124,10 @@ def make_rows(
     token_ids: Int[ArrayLike, "B T"],
     segment_ids: Int[ArrayLike, "B T"] | None,
     positions: Int[ArrayLike, "B T"] | None,
-    **encoder: Array | None,
+    **more: Array | None,
 ) -> Rows:
     """Rows with the defaults filled in: one document a row, positions 0…T−1."""
     token_ids = jnp.asarray(token_ids)
     segment_ids = jnp.ones_like(token_ids) if segment_ids is None else jnp.asarray(segment_ids)
     columns = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
-    return Rows(token_ids, segment_ids, columns if positions is None else jnp.asarray(positions), **encoder)
+    return Rows(token_ids, segment_ids, columns if positions is None else jnp.asarray(positions), **more)

@@ -94,6 +94,8 @@ def prefill(
     lengths: Int[Array, " B"],
     caches: LayerStates,
     encoded: Encoded | None = None,
+    *,
+    prefix: bool = False,
 ) -> tuple[Float[Array, "B V"], LayerStates]:
     """Run the prompts.
 
@@ -103,6 +105,7 @@ def prefill(
         lengths: at least 1.
         caches: from :func:`empty`.
         encoded: from :func:`encode`, of an encoder-decoder.
+        prefix: the prompts are seen in both directions (prefix LM).
 
     Returns:
         logits of the token after each prompt, and the filled caches.
@@ -112,10 +115,12 @@ def prefill(
     positions = columns * segment_ids  # 0 in the padding: rotary positions may depend on a row's length
     rows = Rows(token_ids, segment_ids, positions)
     stack = _decoder(model)
-    bias: Any = {"bias": stack.relative_bias.by_distance(len(columns))} if model.config.relative_buckets else {}
+    settings: Any = {"prefix": rows.segment_ids} if prefix else {}
+    if model.config.relative_buckets:
+        settings["bias"] = stack.relative_bias.by_distance(len(columns))
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        heads, key, value = block.attention.prefill(x, rows.segment_ids, positions, **bias)
+        heads, key, value = block.attention.prefill(x, rows.segment_ids, positions, **settings)
         return heads, _fill(cache, key, value, lengths)
 
     x, caches = _run(model, rows, caches, attention, encoded)

@@ -34,6 +34,7 @@ class Sampling:
         top_p: choose among the fewest likeliest tokens that together have this probability.
         stop_tokens: ids that end a row.
         start_token: first token of the decoder of an encoder-decoder; T5 takes that of padding.
+        prefix: prompts are seen in both directions, as a prefix LM was trained (data.objective).
         seed: of the draws; the draws of row b do not depend on the other rows.
     """
 
@@ -42,6 +43,7 @@ class Sampling:
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     start_token: int = 0
+    prefix: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -177,7 +179,8 @@ def _programs(
         if encoder is not None:
             encoded = kv_cache.encode(nnx.merge(encoder, variables), token_ids, lengths)
             token_ids, lengths = jnp.full((rows, 1), sampling.start_token, jnp.int32), jnp.ones(rows, jnp.int32)
-        logits, caches = kv_cache.prefill(nnx.merge(graphdef, variables), token_ids, lengths, caches, encoded)
+        model = nnx.merge(graphdef, variables)
+        logits, caches = kv_cache.prefill(model, token_ids, lengths, caches, encoded, prefix=sampling.prefix)
         return pick(logits, lengths), lengths, caches, encoded
 
     @functools.partial(jax.jit, donate_argnames="caches")

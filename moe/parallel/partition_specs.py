@@ -35,8 +35,7 @@ PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summe
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
 EXPERT_SLOTS = P("expert", ("data", "fsdp", "context"))  # [E,G,C,D] after dispatch, sharded as experts
 
-#: Operands of the experts' matmuls: up and gate [E,D,F], down [E,F,D]
-EXPERT_MATRICES = (P("expert", None, "tensor"), P("expert", "tensor", None))
+EXPERT_BIASES = P("expert", None, "tensor")  # [E,1,F], an operand of matmuls
 
 REPLICATED = P()
 
@@ -130,9 +129,8 @@ def parameter_specs(tree: Any) -> Any:
 
 
 def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
-    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments.
-
-    The rest (counters, factored moments) is replicated.
+    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments, and those
+    of the remaining axes for arrays that lack one, such as Adafactor's factored moments. Counters are replicated.
 
     Args:
         parameters: arrays or ShapeDtypeStructs.
@@ -153,8 +151,14 @@ def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
     }
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
-        own = names(path)
-        return specs[own] if shapes.get(own) == leaf.shape else REPLICATED
+        shape = shapes.get(names(path), ())
+        entries = (*specs.get(names(path), ()), *(None,) * len(shape))[: len(shape)]
+        if shape == leaf.shape:
+            return P(*entries)
+        for axis in range(len(shape)):
+            if (*shape[:axis], *shape[axis + 1 :]) == leaf.shape:
+                return P(*entries[:axis], *entries[axis + 1 :])
+        return REPLICATED
 
     return jax.tree_util.tree_map_with_path(spec, optimizer)
 

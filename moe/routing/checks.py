@@ -30,7 +30,7 @@ def check_moe(config: Config) -> None:
         _field(moe, name, getattr(moe, name) > 0, "must be positive")
     require_fractions(_MOE, moe, "jitter", "expert_dropout")
     _field(moe, "shared_gate", moe.shared_d_ff > 0 or not moe.shared_gate, "needs shared_d_ff above 0")
-    _field(moe, "bias", not moe.bias or gate.router != "slots", "must be False with the gate soft_moe")
+    _field(moe, "bias", moe.bias == "none" or gate.router != "slots", "must be none with the gate soft_moe")
     _check_experts_per_token(moe, gate)
     _check_expert_groups(moe, gate)
     _check_gate_fields(moe, gate)

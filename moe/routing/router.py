@@ -36,7 +36,7 @@ class Router(nnx.Module):
         self.dtype = config.moe.router_dtype
         first = FIRST_PENALTY if update == "penalty" else 0.0
         self.bias = None if update == "none" else SelectionBias(jnp.full((e,), first, jnp.float32))
-        self.logit_bias = zeros((e,)) if config.moe.bias else None
+        self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
         self.noise = nnx.Param(jnp.zeros((d, e), jnp.float32)) if kind == "noisy" else None
         if kind == "noisy":
             self.kernel = nnx.Param(jnp.zeros((d, e), jnp.float32))

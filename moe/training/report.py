@@ -58,9 +58,8 @@ def _samples(program: Program, state: TrainState, prepared: pipeline.Prepared) -
     start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     prompts = [np.concatenate([start, prompt]).astype(np.int32) for prompt in prompts]
     config = program.config
-    text = sampling.sample(
-        config.model, state.variables, prompts, config.train.sample_tokens, sampling.Sampling(seed=config.seed)
-    )
+    options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
+    text = sampling.sample(config.model, state.variables, prompts, config.train.sample_tokens, options)
     shown = [
         f"a continuation, {domain}:\n{tokenizer.decode(prompt)} >>> {tokenizer.decode(continuation)}"
         for domain, prompt, continuation in zip(prepared.domains, prompts, text, strict=True)

@@ -36,6 +36,7 @@ Batch = dict[str, Array]
 #: Arrays [B,T] of a batch, and [B,U] for an encoder, under the names of its keyword arguments.
 TOKEN_KEYS = ("tokens", "targets", "segment_ids", "positions")
 ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
+PREFIX_KEY = "prefix"  # [B,T] of a decoder-only prefix LM
 
 #: A teacher's model config and variables.
 Teacher = tuple[ModelConfig, dict[str, Any]]
@@ -188,14 +189,15 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
 def batch_keys(config: Config) -> dict[str, int]:
     """Names of a batch's arrays, and the length of their rows: T, or U for those that an encoder reads."""
     of_encoder = ENCODER_KEYS if config.model.encoder_layers else ()
-    lengths = [(key, config.data.sequence_length) for key in TOKEN_KEYS]
+    prefix = config.data.objective == "prefix_lm" and not of_encoder
+    lengths = [(key, config.data.sequence_length) for key in (*TOKEN_KEYS, *((PREFIX_KEY,) if prefix else ()))]
     return dict(lengths + [(key, config.data.input_length) for key in of_encoder])
 
 
 def forward(model: Model, batch: Batch, **settings: Any) -> Output:
     """The output of a model for a batch; settings such as ``train`` are those of its call."""
-    encoder = {key: batch[key] for key in ENCODER_KEYS if key in batch}
-    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **encoder, **settings)
+    more = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
+    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **more, **settings)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
@@ -341,5 +343,5 @@ def eval_step(
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh, less what no step reads."""
     sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
-    keys = [*TOKEN_KEYS, *(key for key in ENCODER_KEYS if key in batch)]
+    keys = [*TOKEN_KEYS, *(key for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch)]
     return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

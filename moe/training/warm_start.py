@@ -156,9 +156,10 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
 
 
 def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
-    if source.num_layers != config.model.num_layers:
-        where = f"start.checkpoint={config.start.checkpoint!r}"
-        raise ConfigError(f"model.num_layers={config.model.num_layers}: {where} has {source.num_layers}")
+    for name in ("num_layers", "encoder_layers"):
+        ours, theirs = getattr(config.model, name), getattr(source, name)
+        if ours != theirs:
+            raise ConfigError(f"model.{name}={ours}: start.checkpoint={config.start.checkpoint!r} has {theirs}")
 
 
 def _transplant(

@@ -32,7 +32,7 @@ def read(source: GptOssConfig) -> tuple[Json, Json]:
     alternate = ["full_attention" if n % 2 else "sliding_attention" for n in range(source.num_hidden_layers)]
     model = {"activation": "swiglu_clamped", "attention_bias": read_bias(source), "attention_sinks": True}
     windows = read_windows(source.sliding_window or 0, source.layer_types or alternate)
-    return model | windows, {"gate": "mixtral", "num_experts": source.num_local_experts, "bias": True}
+    return model | windows, {"gate": "mixtral", "num_experts": source.num_local_experts, "bias": "all"}
 
 
 def write(model: ModelConfig) -> Json:

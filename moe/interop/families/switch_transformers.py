@@ -7,7 +7,7 @@ import pydantic
 from moe.config import ModelConfig, sparse_layers, stacks
 from moe.interop.families import t5
 from moe.interop.families.family import Family
-from moe.interop.schema import Coefficient, Count, Experts, Fraction, Json, Off, OptionalCount
+from moe.interop.schema import Coefficient, Count, Experts, Fraction, Json, OptionalCount
 
 #: ``expert_capacity`` that stands for none; the largest that is read.
 _NO_CAPACITY = 1 << 16
@@ -23,7 +23,7 @@ class SwitchConfig(t5.EncoderDecoderConfig):
     num_sparse_decoder_layers: OptionalCount = 3
     encoder_sparse_step: OptionalCount | None = None
     decoder_sparse_step: OptionalCount | None = None
-    router_bias: Off = False
+    router_bias: bool = False
     router_jitter_noise: Fraction = 0.01
     router_dtype: Literal["float32", "bfloat16"] = "float32"
     router_z_loss_coef: Coefficient = 0.001
@@ -76,6 +76,7 @@ def read(source: SwitchConfig) -> tuple[Json, Json]:
         "balance_scope": "sequence",
         "jitter": source.router_jitter_noise,
         "router_dtype": source.router_dtype,
+        "bias": "router" if source.router_bias else "none",
         "z_loss_weight": source.router_z_loss_coef * per_layer,
         "expert_dropout": source.dropout_rate,
     }
@@ -92,7 +93,7 @@ def write(model: ModelConfig) -> Json:
         "expert_capacity": moe.expert_capacity or _NO_CAPACITY,
         "router_jitter_noise": moe.jitter,
         "router_dtype": moe.router_dtype,
-        "router_bias": False,
+        "router_bias": moe.bias == "router",
         "router_ignore_padding_tokens": False,
         "router_z_loss_coef": round(moe.z_loss_weight / _stacks_per_layer(model), 12),
     }
@@ -110,7 +111,8 @@ def tensors(model: ModelConfig, stack: str) -> dict[str, str]:
     names = {"up": "wi", "down": "wo"}
     dense = {f"dense.{ours}": f"mlp.{name}.weight" for ours, name in names.items()}
     experts = {f"moe.experts.{ours}": f"mlp.experts.expert_{{expert}}.{name}.weight" for ours, name in names.items()}
-    return t5.block_tensors(stack, dense | experts | {"moe.router.kernel": "mlp.router.classifier.weight"})
+    bias = {"moe.router.logit_bias": "mlp.router.classifier.bias"}
+    return t5.block_tensors(stack, dense | experts | {"moe.router.kernel": "mlp.router.classifier.weight"} | bias)
 
 
 FAMILY = Family(
@@ -121,7 +123,7 @@ FAMILY = Family(
     write,
     tensors,
     block="{stack}.block.{layer}.",
-    outside=t5.OUTSIDE,
+    outside=t5.outside,
     field_names=t5.NAMES,
     copies=t5.COPIES,
     unread=t5.UNREAD,

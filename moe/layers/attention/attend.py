@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from moe.config import ConfigError
 from moe.layers.attention.blocked import blocked_attention
 from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
@@ -13,6 +15,7 @@ from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_of, on_mesh
 from moe.parallel.mesh import axis_size
+from moe.parallel.remat import ATTENTION
 
 
 def attend(
@@ -26,6 +29,7 @@ def attend(
     kind: str,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
     sinks: Float[Array, " N"] | None = None,
@@ -43,33 +47,40 @@ def attend(
             shapes allow, elsewhere a loop over blocks of queries.
         causal: a query sees earlier positions and its own; else all.
         bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
+        prefix: 1 for keys that all queries of their document see, whatever ``causal``.
         scale: of the products; None: 1/sqrt(H).
         drop: dropout of the weights.
         sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
     """
-    if axis_size("context") > 1:
-        keys = segment_ids if key_segment_ids is None else key_segment_ids
-        return _attend_split(query, key, value, segment_ids, keys, sinks, window=window, causal=causal, scale=scale)
-    plain = causal and bias is None and scale is None and not drop.active
-    if kind == "full" and plain and target.is_cpu():
-        return causal_attention(query, key, value, segment_ids, sinks, window)
+    plain = causal and bias is None and prefix is None and scale is None and not drop.active
     whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
-    if kind == "blocked" and plain and whole_tiles and runs_splash():
+    if kind == "blocked" and plain and whole_tiles and runs_splash() and axis_size("context") == 1:
         return splash_attention(query, key, value, segment_ids, sinks, window)
-    return blocked_attention(
-        query,
-        key,
-        value,
-        segment_ids,
-        window,
-        segment_ids if key_segment_ids is None else key_segment_ids,
-        causal=causal,
-        bias=bias,
-        scale=scale,
-        drop=drop,
-        sinks=sinks,
-        one_block=kind == "full",
-    )
+    query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
+    if axis_size("context") > 1:
+        if bias is not None or prefix is not None or drop.active:
+            raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
+        keys = segment_ids if key_segment_ids is None else key_segment_ids
+        heads = _attend_split(query, key, value, segment_ids, keys, sinks, window=window, causal=causal, scale=scale)
+    elif kind == "full" and plain and target.is_cpu():
+        heads = causal_attention(query, key, value, segment_ids, sinks, window)
+    else:
+        heads = blocked_attention(
+            query,
+            key,
+            value,
+            segment_ids,
+            window,
+            segment_ids if key_segment_ids is None else key_segment_ids,
+            causal=causal,
+            bias=bias,
+            prefix=prefix,
+            scale=scale,
+            drop=drop,
+            sinks=sinks,
+            one_block=kind == "full",
+        )
+    return checkpoint_name(heads, ATTENTION)
 
 
 def _attend_split(

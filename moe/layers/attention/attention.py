@@ -62,6 +62,7 @@ class Attention(nnx.Module):
         *,
         key_segment_ids: Int[Array, "B T"] | None = None,
         bias: Float[Array, "N P"] | None = None,
+        prefix: Int[Array, "B T"] | None = None,
         drop: Dropout = KEEP_ALL,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
         """Attend over whole rows, within each document.
@@ -72,6 +73,7 @@ class Attention(nnx.Module):
             positions: position within the document.
             key_segment_ids: of the tokens as keys, where they differ.
             bias: relative position biases by distance.
+            prefix: 1 for tokens that all of their document see.
             drop: dropout of the weights.
 
         Returns:
@@ -80,7 +82,8 @@ class Attention(nnx.Module):
         query, key, value = self.project_cached(x, positions)
         settings = {"window": self.window, "kind": self.config.attention, "causal": self.causal, "scale": self.scale}
         sinks = None if self.sinks is None else self.sinks[...]
-        heads = attend(query, key, value, segment_ids, key_segment_ids, bias=bias, drop=drop, sinks=sinks, **settings)
+        settings |= {"bias": bias, "prefix": prefix, "drop": drop, "sinks": sinks}
+        heads = attend(query, key, value, segment_ids, key_segment_ids, **settings)
         return heads, key, value
 
     def attend_to(

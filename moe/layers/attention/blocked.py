@@ -27,6 +27,7 @@ def blocked_attention(
     *,
     causal: bool = True,
     bias: Float[Array, "N D"] | None = None,
+    prefix: Int[Array, "B U"] | None = None,
     scale: float | None = None,
     drop: Dropout = KEEP_ALL,
     sinks: Float[Array, " N"] | None = None,
@@ -50,7 +51,8 @@ def blocked_attention(
         mask = part_segments[:, :, None] == key_segment_ids[:, None, :]
         if causal:
             distance = start + jnp.arange(size)[:, None] - key_positions  # [size,U]
-            mask &= (distance >= 0) & ((distance < window) if window else True)
+            visible = (distance >= 0) & ((distance < window) if window else True)
+            mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
         own_bias = None
         if bias is not None:  # of the distances from the last query of the block to the first key, and on
             here = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)

@@ -1,0 +1,201 @@
+"""The package installed in an empty environment and used from another folder, as a reader of docs/api.md would.
+
+``python -m pytest -n 0 -m network tests/test_installed.py`` (some minutes; uv, if installed, makes the environment
+faster). The layer alone, in a user's NNX and Linen models and mesh; a user's gate through every program.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+LAYER = """
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx import bridge
+from jax.sharding import AxisType
+
+from moe import ConfigError, MoELayer, mesh_roles
+
+SIZES = {"d_model": 16, "d_ff": 32, "num_experts": 8}
+x = jax.random.normal(jax.random.key(0), (8, 12, 16))
+
+# Alone.
+layer = MoELayer(**SIZES, rngs=nnx.Rngs(0))
+y, report, routing = layer(x)
+assert y.shape == x.shape and report.expert_load.shape == (8,), report
+
+
+# In a user's NNX model.
+class Mine(nnx.Module):
+    def __init__(self, rngs):
+        self.inner, self.out = MoELayer(**SIZES, gate="switch", rngs=rngs), nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x):
+        y, report, _ = self.inner(x)
+        return self.out(x + y), report
+
+
+@nnx.jit
+def loss(model, x):
+    logits, report = model(x)
+    return jnp.mean(logits**2) + 0.01 * report.load_balancing_loss
+
+
+gradients = nnx.grad(loss)(Mine(nnx.Rngs(1)), x)
+assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradients["inner"]["router"]))
+
+
+# In a user's Linen model.
+class Old(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        y, report, _ = bridge.to_linen(MoELayer, **SIZES)(x)
+        return flax.linen.Dense(4)(x + y)
+
+
+old = Old()
+variables = old.init(jax.random.key(0), x)
+slopes = jax.grad(lambda variables: jnp.mean(old.apply(variables, x) ** 2))(variables)
+assert any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(slopes))
+
+# In a user's mesh whose axes have other names: values and gradients are those without a mesh.
+graphdef, state = nnx.split(layer)
+
+
+def both(state, x):
+    def energy(state):
+        y = nnx.merge(graphdef, state)(x)[0]
+        return jnp.sum(y**2), y
+
+    return jax.value_and_grad(energy, has_aux=True)(state)
+
+
+expected = jax.jit(both)(state, x)
+mesh = jax.make_mesh((2, 4), ("batch", "ep"), axis_types=(AxisType.Auto,) * 2)
+with jax.set_mesh(mesh), mesh_roles({"data": "batch", "expert": "ep"}):
+    found = jax.jit(both)(state, x)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
+try:
+    MoELayer(d_model=16, d_ff=32, num_experts=8, gate="mixtrall", rngs=nnx.Rngs(0))
+except ConfigError as error:
+    assert "did you mean" in str(error)
+print("layer: alone, NNX, Linen, mesh")
+"""
+GATE = '''
+import jax
+
+from moe import Gate, GateOutput
+from moe.routing.selection import top_k
+
+
+def coldest(router_logits, inputs):
+    """The two experts of the lowest logits, equally weighted by a softmax of their negatives."""
+    values, index = top_k(-router_logits, inputs.experts_per_token)
+    return GateOutput(index, jax.nn.softmax(values, axis=-1))
+
+
+COLD = Gate(coldest, "my_gates.py", experts_per_token=2, capacity_factor=1.25, eval_capacity_factor=2.0)
+'''
+CONFIG = """
+from moe.config import Config, to_config_dict
+
+
+def get_config():
+    config = to_config_dict(Config())
+    config.model.update(vocab_size=400, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
+    config.model.moe.update(gate="my_gates:COLD", num_experts=4, d_ff=16)
+    config.data.update(dataset="./text", directory="./cache", sequence_length=32, heldout_rows=4, shuffle_window=8)
+    config.train.update(num_steps=4, batch_size=4, log_every=2, eval_every=4, save_every=2, sample_tokens=4)
+    config.optimizer.warmup_steps = 1
+    return config
+"""
+SUITE = """
+from moe.lab.suite import Comparison, Suite, Variant
+from my_config import get_config
+
+
+def get_suite(size):
+    arms = {"cold": Variant({}), "mixtral": Variant({"model.moe.gate": "mixtral"})}
+    compared = {"gates": Comparison("mixtral", ("cold",), ("steps", "flops", "total_parameters"))}
+    return Suite("mine", "cold or hot?", get_config(), arms, (0, 1), compared, horizons=(4,), heldout_rows=4)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder with the user's files, and `.venv` with the package."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    python = folder / ".venv" / "bin" / "python"
+    uv = shutil.which("uv")
+    make = [uv, "venv", "-p", sys.executable] if uv else [sys.executable, "-m", "venv"]
+    subprocess.run([*make, folder / ".venv"], check=True)
+    installer = [uv, "pip", "install", "-p", python] if uv else [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*installer, ROOT, "-c", ROOT / "constraints.txt"], check=True)
+    for name, text in (("layer.py", LAYER), ("my_gates.py", GATE), ("my_config.py", CONFIG), ("my_suite.py", SUITE)):
+        (folder / name).write_text(text)
+    (folder / "text").mkdir()
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeioubdklmnrst", k=draw.randint(2, 7))) for _ in range(300)]
+    lines = [" ".join(draw.choices(words, k=40)) for _ in range(400)]
+    (folder / "text" / "a.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+def run(folder, *command, says, **variables):
+    """Run a command in the folder, with nothing of this process's environment that names the repository."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS")}
+    result = subprocess.run(
+        [folder / ".venv" / "bin" / "python", *command],
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert says in result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_layer_in_a_users_models_and_mesh(folder):
+    flags = "--xla_force_host_platform_device_count=8"
+    run(folder, "layer.py", says="layer: alone, NNX, Linen, mesh", XLA_FLAGS=flags)
+
+
+def test_a_users_gate_through_every_program(folder):
+    main = (ROOT / "main.py", "--config=my_config.py", "--workdir=run")
+    run(folder, *main, says="unigram loss")
+    assert '"my_gates:COLD"' in (folder / "run" / "config.json").read_text()
+    run(folder, *main, "--change", "--config.train.num_steps=6", says="resuming run at step 4 of 6")
+    scripts = ROOT / "scripts"
+    run(folder, scripts / "generate.py", "--workdir=run", "--prompt=the red", "--tokens=4", says="the red")
+    run(folder, scripts / "evaluate.py", "--workdir=run", says="perplexity")
+    run(folder, scripts / "analyze_routing.py", "--workdir=run", "--tokens=128", "--shuffles=5", says="experts.html")
+    run(folder, scripts / "ablate.py", "--suite=my_suite.py", "--workdir=suite", says="report.md")
+    report = (folder / "suite" / "report.md").read_text()
+    assert "cold" in report
+    assert "mixtral" in report
+
+
+def test_a_gate_that_is_gone_is_one_sentence(folder):
+    (folder / "away").mkdir()
+    result = subprocess.run(
+        [folder / ".venv" / "bin" / "python", ROOT / "scripts" / "evaluate.py", "--workdir=../run"],
+        cwd=folder / "away",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "no module 'my_gates' on PYTHONPATH" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
