@@ -168,7 +168,7 @@ _MODEL_FACTS = (
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
     "attention_sinks",
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
-    *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
+    *("encoder_layers", "encoder_vocab_size", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
