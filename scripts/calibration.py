@@ -156,9 +156,16 @@ def page(rows: list[dict[str, Any]]) -> str:
             f"{100 * row['published']:.1f} % | {row['predicted'] / row['published']:.2f} | {row['step_seconds']:.2f} | "
             f"{row['memory_gib']:.1f} |"
         )
+    missing = [name for name in PUBLISHED if name not in {row["name"] for row in rows}]
+    if missing:
+        lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
     lines += ["", f"In one sentence: {calibration.statement('tpu', rows)}.", "", "Sources and differences:", ""]
+    lines += [f"- {name}: {own.source}. Here: {own.differs}." for name, own in PUBLISHED.items()]
     lines += [
-        f"- {row['name']}: {PUBLISHED[row['name']].source}. Here: {PUBLISHED[row['name']].differs}." for row in rows
+        "",
+        "The same program on both sides, once, by hand (November 2026): MaxText's step for Mixtral-8x7B on v5p-128",
+        "(fsdp 64, megablox, 8 rows a chip, full recomputation) compiled and read by this planner: 3186 ms fusions,",
+        "about 7480 ms of kernels at peak, under 1 s of exchange: about 50 % MFU; its page reports 52.8 % (36 rows).",
     ]
     return "\n".join([*lines, ""])
 

@@ -25,7 +25,8 @@ def statement(platform: str, known: list[dict[str, Any]]) -> str:
         return "not held against any measurement"
     ratios = [row["predicted"] / row["published"] for row in known]
     low, high = (f"{100 * (ratio - 1):+.0f} %" for ratio in (min(ratios), max(ratios)))
+    count = "one published measurement" if len(known) == 1 else f"{len(known)} published measurements"
     return (
-        f"held against {len(known)} published measurements of other programs for the same model and slice: predicted "
-        f"MFU {low} to {high} of theirs (docs/results/calibration.md)"
+        f"held against {count} of other programs for the same model and slice: predicted MFU "
+        f"{low if low == high else f'{low} to {high}'} of theirs (docs/results/calibration.md)"
     )
