@@ -390,5 +390,6 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
     divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
     divides(("tensor",), "model.moe.d_ff", moe.d_ff)
     divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
-    groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)
-    divides(batch_axes, f"model.moe.group_size={moe.group_size}: number of groups", groups)
+    for length in {config.data.sequence_length, config.data.input_length or config.data.sequence_length}:
+        groups = rows * length // (moe.group_size or length)
+        divides(batch_axes, f"model.moe.group_size={moe.group_size}: number of groups", groups)

@@ -30,8 +30,7 @@ PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summe
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
 EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] after dispatch, sharded as experts
 
-#: Operands of the experts' matmuls: up and gate [E,D,F], down [E,F,D]
-EXPERT_MATRICES = (P("expert", None, "tensor"), P("expert", "tensor", None))
+EXPERT_BIASES = P("expert", None, "tensor")  # [E,1,F], an operand of matmuls
 
 REPLICATED = P()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from moe.layers.attention.blocked import blocked_attention
@@ -10,6 +11,7 @@ from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
 from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel import target
+from moe.parallel.remat import ATTENTION
 
 
 def attend(
@@ -47,23 +49,26 @@ def attend(
         sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
     """
     plain = causal and bias is None and prefix is None and scale is None and not drop.active
-    if kind == "full" and plain and target.is_cpu():
-        return causal_attention(query, key, value, segment_ids, sinks, window)
     whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
     if kind == "blocked" and plain and whole_tiles and runs_splash():
         return splash_attention(query, key, value, segment_ids, sinks, window)
-    return blocked_attention(
-        query,
-        key,
-        value,
-        segment_ids,
-        window,
-        segment_ids if key_segment_ids is None else key_segment_ids,
-        causal=causal,
-        bias=bias,
-        prefix=prefix,
-        scale=scale,
-        drop=drop,
-        sinks=sinks,
-        one_block=kind == "full",
-    )
+    query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
+    if kind == "full" and plain and target.is_cpu():
+        heads = causal_attention(query, key, value, segment_ids, sinks, window)
+    else:
+        heads = blocked_attention(
+            query,
+            key,
+            value,
+            segment_ids,
+            window,
+            segment_ids if key_segment_ids is None else key_segment_ids,
+            causal=causal,
+            bias=bias,
+            prefix=prefix,
+            scale=scale,
+            drop=drop,
+            sinks=sinks,
+            one_block=kind == "full",
+        )
+    return checkpoint_name(heads, ATTENTION)
