@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_experts=32,
         experts_per_token=4,
         d_ff=2880,
-        bias=True,
+        bias="all",
         load_balancing_weight=0.001 * 4 / layers,  # transformers' default; how it was trained is not published
     )
     config.data.sequence_length = 4096

@@ -366,7 +366,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
             fsdp = 2 if count == 8 else 1
             mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=count // fsdp), jax.devices()[:count])
             with jax.set_mesh(mesh):
-                placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, partition_specs.BATCH))
+                placed = jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH))
                 spread = run(placed, mask, cotangent, tokens, key)
             yield close(
                 DEVICES,

@@ -47,6 +47,13 @@ def tiny_model(**overrides: Any) -> ModelConfig:
     return resolve(Config(model=ModelConfig(moe=MoEConfig(**moe), **model))).model
 
 
+def tiny_encoder_decoder(**overrides: Any) -> ModelConfig:
+    """:func:`tiny_model` with T5's blocks: three encoder layers, two decoder layers, the second of each Switch's."""
+    layers = {"encoder_layers": 3, "num_layers": 2, "gate": "switch", "every": 2, "activation": "relu", "jitter": 0.0}
+    blocks = {"relative_buckets": 8, "relative_max_distance": 9, "norm_eps": 1e-6}
+    return tiny_model(**{**layers, **blocks, "scale_logits": True, "tie_embeddings": True, **overrides})
+
+
 def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
     """(graphdef, variables as a nested dict) of a model, drawn by NumPy: compiling its own init takes seconds.
 

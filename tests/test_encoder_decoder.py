@@ -10,24 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ConfigError, MeshConfig, layer_kinds
+from moe.config import MeshConfig, layer_kinds
 from moe.layers.attention.relative import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
-from moe.models.encoder_decoder import EncoderDecoder, create_model
-from moe.models.flops import count_parameters, train_flops_per_token
-from moe.models.stack import restack_layers, selection_biases, unstack_layers
+from moe.models.stack import unstack_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import resolve, validate
-from tests.helpers import random_parameters, tiny_model
+from tests.helpers import random_parameters, tiny_encoder_decoder
 
 B, T, U = 8, 6, 10
-T5 = {"relative_buckets": 8, "relative_max_distance": 9, "scale_logits": True, "tie_embeddings": True, "norm_eps": 1e-6}
-
-
-def _model(**overrides):
-    settings = {"encoder_layers": 3, "num_layers": 2, "gate": "switch", "every": 2, "activation": "relu", "jitter": 0.0}
-    return tiny_model(**{**settings, **T5, **overrides})
 
 
 _build = functools.cache(random_parameters)
@@ -200,7 +191,7 @@ def _oracle(config, parameters, batch):
 
 
 def test_values_and_gradients_equal_the_oracle():
-    config = _model()
+    config = tiny_encoder_decoder()
     _, parameters = _build(config)
     expected, gradients = jax.jit(jax.value_and_grad(lambda p: _oracle(config, p, _batch())))(parameters)
     (loss, (_, _, layers)), ours = _run(config)
@@ -216,7 +207,7 @@ def test_values_and_gradients_equal_the_oracle():
     ("sizes", "mode"), [((2, 2, 2, 1), "gather"), ((1, 1, 4, 2), "einsum"), ((1, 2, 2, 2), "dropless")], ids=str
 )
 def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
-    config = _model(dispatch=mode, num_kv_heads=4)
+    config = tiny_encoder_decoder(dispatch=mode, num_kv_heads=4)
     graphdef, parameters = _build(config)
     mesh = make_mesh(MeshConfig(*sizes))
     specs = partition_specs.parameter_specs(parameters)
@@ -232,17 +223,17 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
 @pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}], ids=str)
 def test_scan_and_remat_change_nothing(changes):
     """With noise: dropout and jitter are drawn again in the backward pass."""
-    config = _model(dropout=0.2, jitter=0.1)
+    config = tiny_encoder_decoder(dropout=0.2, jitter=0.1)
     _assert_trees_close(_run(dataclasses.replace(config, **changes)), _run(config), rtol=2e-5)
 
 
 def test_blocked_attention_is_the_same():
-    _assert_trees_close(_run(_model(attention="blocked")), _run(_model()), rtol=2e-5)
+    _assert_trees_close(_run(tiny_encoder_decoder(attention="blocked")), _run(tiny_encoder_decoder()), rtol=2e-5)
 
 
 # --- Dropout ---------------------------------------------------------------------------------------------------------
 def test_dropout_drops_in_training_alone_and_keeps_the_mean():
-    config = _model(gate="none", dropout=0.5)
+    config = tiny_encoder_decoder(gate="none", dropout=0.5)
     graphdef, parameters = _build(config)
     model = nnx.merge(graphdef, parameters)
     inputs = {name: _batch()[name] for name in ("encoder_tokens", "encoder_segment_ids")}
@@ -260,14 +251,16 @@ def test_dropout_drops_in_training_alone_and_keeps_the_mean():
 
 def _logits(config, inputs):
     graphdef, _ = _build(config)
-    return nnx.merge(graphdef, _build(_model(gate="none", dropout=0.5))[1])(_batch()["tokens"], **inputs).logits
+    return nnx.merge(graphdef, _build(tiny_encoder_decoder(gate="none", dropout=0.5))[1])(
+        _batch()["tokens"], **inputs
+    ).logits
 
 
 # --- Padding and documents -------------------------------------------------------------------------------------------
 def test_padding_and_other_documents_change_nothing():
     """The logits of a document and the auxiliary losses stay when padding's tokens change; those of document 1 when
     document 2 changes, in source or target."""
-    config = _model(eval_capacity_factor=4.0)  # nothing is dropped
+    config = tiny_encoder_decoder(eval_capacity_factor=4.0)  # nothing is dropped
     graphdef, parameters = _build(config)
     batch = _batch()
 
@@ -295,7 +288,9 @@ def test_padding_and_other_documents_change_nothing():
 
 def test_padding_can_be_routed():
     """Two real tokens and eight of padding at the same expert, which takes three: the padding comes first."""
-    config = _model(route_padding=True, expert_capacity=3, num_experts=2, every=1, num_layers=1, encoder_layers=1)
+    config = tiny_encoder_decoder(
+        route_padding=True, expert_capacity=3, num_experts=2, every=1, num_layers=1, encoder_layers=1
+    )
     graphdef, parameters = _build(config)
     model = nnx.merge(graphdef, parameters)
     mask = np.arange(U)[None] >= U - 2
@@ -315,7 +310,7 @@ def test_padding_can_be_routed():
     "changes", [{}, {"relative_buckets": 0, "tie_embeddings": False, "scale_logits": False}], ids=str
 )
 def test_a_cache_generates_what_recomputation_does(changes):
-    config = sampling.without_drops(_model(**changes))
+    config = sampling.without_drops(tiny_encoder_decoder(**changes))
     graphdef, parameters = _build(config)
     sources = [[5, 3, 9, 1, 7], [8, 2]]
     written = sampling.sample(config, parameters, sources, 5, sampling.Sampling(temperature=0, start_token=3))
@@ -338,64 +333,3 @@ def test_a_cache_generates_what_recomputation_does(changes):
         model, jnp.asarray(texts[:, 2]), jnp.asarray([2, 2]), jnp.ones(2, bool), caches, encoded
     )
     np.testing.assert_allclose(logits, run(texts)[:, 2], rtol=1e-4, atol=1e-5)
-
-
-# --- Layout, counts, refusals ----------------------------------------------------------------------------------------
-def test_layers_are_numbered_through_both_stacks():
-    config = _model(every=1, layers=(1, 3, 4))
-    assert [kind.sparse for kind in layer_kinds(config)] == [False, True, False, True, True]
-    assert [kind.role for kind in layer_kinds(config)] == ["encoder"] * 3 + ["cross"] * 2
-    _, parameters = _build(config)
-    flat = unstack_layers(config, parameters)
-    assert {layer for layer, path in flat if path[:2] == ("moe", "experts")} == {1, 3, 4}
-    assert {layer for layer, path in flat if path[0] == "cross"} == {3, 4}
-    jax.tree.map(np.testing.assert_array_equal, restack_layers(config, parameters, flat), parameters)
-    biases = selection_biases(config, jnp.arange(12.0).reshape(3, 4))
-    encoder, decoder = biases["encoder"]["segment_1"], biases["decoder"]["segment_0"]
-    np.testing.assert_array_equal(encoder["block_0"]["moe"]["router"]["bias"], [[0, 1, 2, 3]])
-    np.testing.assert_array_equal(decoder["block_0"]["moe"]["router"]["bias"], [[4, 5, 6, 7], [8, 9, 10, 11]])
-
-
-def test_counts_and_flops_by_hand():
-    """D 16, F 28, V 48, N 4, M 2, H 6, 4 experts of F 20, ReLU. Attention 16·6·(4+2+2) + 4·6·16 = 1152, an FFN 896, an
-    expert 640, a router 64, norms 16 each. Encoder: dense, MoE, dense; decoder: dense, MoE, each with cross-attention.
-    """
-    config = _model()
-    attention, dense, expert, router, norm = 1152, 896, 640, 64, 16
-    encoder = 3 * (attention + 2 * norm) + 2 * dense + router + norm + 8 * 4
-    decoder = 2 * (2 * attention + 3 * norm) + dense + router + norm + 8 * 4
-    assert count_parameters(config) == (
-        encoder + decoder + 48 * 16 + 8 * expert,
-        encoder + decoder + 48 * 16 + 2 * expert,
-    )
-    # Per decoder token, with U/T = 2: the encoder and the cross-attention's keys and values (2·16·2·6 a layer) twice.
-    moved = 2 * 2 * 16 * 2 * 6
-    multiplied = 2 * (encoder + expert + moved) + decoder + expert - moved + 48 * 16
-    keys = 3 * 8 * 2 + 2 * (4 + 1) / 2 + 2 * 8  # U² a layer over T; (T+1)/2; U
-    assert train_flops_per_token(config, 4, 8) == pytest.approx(6 * multiplied + 12 * 4 * 6 * keys)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sliding_window": 4}, "model.sliding_window=4: must be 0 where model.encoder_layers is set"),
-        ({"kv_lora_rank": 8}, "model.kv_lora_rank=8: must be 0 where model.encoder_layers is set"),
-        ({"relative_buckets": 3}, "model.relative_buckets=3: must be 0 for rotary positions, or from 4"),
-        ({"relative_max_distance": 4}, "model.relative_max_distance=4: must be above half of relative_buckets=8"),
-        ({"dropout": 1.0}, r"model.dropout=1.0: must be in \[0, 1\)"),
-        ({"layers": (5,), "every": 1}, "must be increasing layer numbers from 0 to 4"),
-        (
-            {"expert_capacity": 3, "dispatch": "dropless"},
-            "model.moe.expert_capacity=3: needs a dispatch with a capacity",
-        ),
-    ],
-)
-def test_refusals(changes, message):
-    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        validate(resolve(Config(model=_model(**changes))))
-
-
-def test_a_model_is_of_its_config():
-    assert isinstance(create_model(_model(), rngs=nnx.Rngs(0)), EncoderDecoder)
-    with pytest.raises(ConfigError, match=r"model\.encoder_layers=0: must be at least 1"):
-        EncoderDecoder(tiny_model(), rngs=nnx.Rngs(0))

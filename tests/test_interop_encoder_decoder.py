@@ -140,6 +140,48 @@ def test_pickles_are_refused_with_a_way_out(tmp_path):
         load_huggingface(tmp_path)
 
 
+def test_untied_stacks_have_tables_of_their_own(tmp_path):
+    """As transformers 5.24 keeps Switch without tied embeddings; where the tables are equal one is kept here."""
+    source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(source | {"tie_word_embeddings": False}))
+    tensors = load_file(HERE / "switch_transformers" / "model.safetensors")
+    table = tensors["shared.weight"]
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    tensors |= {"lm_head.weight": table + 1, names[0]: table + 2, names[1]: table + 3}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, config = load_huggingface(tmp_path)
+    assert (config.model.encoder_vocab_size, config.model.scale_logits) == (90, False)
+    np.testing.assert_array_equal(model.encoder.embedding.table[...], table + 2)
+    np.testing.assert_array_equal(model.embedding.table[...], table + 3)
+    np.testing.assert_array_equal(model.unembedding.kernel[...], table.T + 1)
+
+    save_file(tensors | dict.fromkeys(names, table), tmp_path / "model.safetensors")
+    model, config = load_huggingface(tmp_path)
+    assert config.model.encoder_vocab_size == 0
+    save_huggingface(model, config, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    np.testing.assert_array_equal(written[names[0]], table)
+
+
+def test_a_router_bias_is_read(tmp_path):
+    source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(source | {"router_bias": True}))
+    tensors = load_file(HERE / "switch_transformers" / "model.safetensors")
+    routers = [name for name in tensors if name.endswith("router.classifier.weight")]
+    biases = {name.replace("weight", "bias"): np.arange(5, dtype=np.float32) for name in routers}
+    save_file(tensors | biases, tmp_path / "model.safetensors")
+    model, config = load_huggingface(tmp_path)
+    assert config.model.moe.bias == "router"
+    output = model(np.ones((1, 3), int), encoder_tokens=np.ones((1, 4), int), return_routing=True)
+    without, _ = load_huggingface(HERE / "switch_transformers")
+    plain = without(np.ones((1, 3), int), encoder_tokens=np.ones((1, 4), int), return_routing=True)
+    first, other = (out.routing[0].router_logits[0] for out in (output, plain))
+    np.testing.assert_allclose(first - other, np.broadcast_to(np.arange(5), first.shape), atol=1e-4)
+    save_huggingface(model, config, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys() | biases.keys()
+
+
 def test_copies_of_the_embedding_must_be_copies(tmp_path):
     shutil.copytree(HERE / "switch_transformers", tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"

@@ -47,6 +47,7 @@ _MAXIMA = {
         "d_model": 2**20,
         "num_layers": 10_000,
         "encoder_layers": 10_000,
+        "encoder_vocab_size": 2**24,
         "num_heads": 2**16,
         "num_kv_heads": 2**16,
         "head_dim": 2**16,
@@ -149,6 +150,13 @@ def _check_stacks(model: ModelConfig) -> None:
         "model.relative_max_distance",
         distance,
         f"must be above half of relative_buckets={buckets} and at most {2**20}",
+    )
+    require_at_least("model.", model, 0, "encoder_vocab_size")
+    require(
+        model.encoder_layers > 0 or model.encoder_vocab_size == 0,
+        "model.encoder_vocab_size",
+        model.encoder_vocab_size,
+        "needs model.encoder_layers above 0",
     )
     for name in ("kv_lora_rank", "sliding_window"):
         value = getattr(model, name)
@@ -347,40 +355,3 @@ def _check_mesh_sizes(mesh: MeshConfig) -> None:
         require(size == -1 or size >= 1, f"mesh.{axis}", size, "must be positive, or -1 to use all remaining devices")
     filled = [axis for axis in axes if getattr(mesh, axis) == -1]
     require(len(filled) <= 1, "mesh", filled, "only one axis can be -1")
-
-
-def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
-    """Check that everything split over mesh axes divides by their sizes.
-
-    Args:
-        config: resolved and validated.
-        sizes: devices per axis, without -1 (``mesh.shape``).
-
-    Raises:
-        ConfigError: a dimension does not divide.
-    """
-    model, moe, train = config.model, config.model.moe, config.train
-
-    def divides(axes: tuple[str, ...], field: str, value: int) -> None:
-        shards = 1
-        for axis in axes:
-            shards *= sizes[axis]
-        names = " x ".join(f"mesh.{axis}" for axis in axes)
-        require(value % shards == 0, field, value, f"must be divisible by {names} = {shards}")
-
-    batch_axes = ("data", "fsdp", "expert")
-    rows = train.batch_size // train.accumulation_steps
-    divides(batch_axes, "train.batch_size / train.accumulation_steps", rows)
-    divides(("fsdp",), "model.d_model", model.d_model)
-    for name in ("q_lora_rank", "kv_lora_rank"):
-        divides(("fsdp",), f"model.{name}", getattr(model, name))
-    for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size"):
-        divides(("tensor",), f"model.{name}", getattr(model, name))
-    if moe.gate == "none":
-        return
-    divides(("expert",), "model.moe.num_experts", moe.num_experts)
-    divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
-    divides(("tensor",), "model.moe.d_ff", moe.d_ff)
-    divides(("tensor",), "model.moe.shared_d_ff", moe.shared_d_ff)
-    groups = rows * config.data.sequence_length // (moe.group_size or config.data.sequence_length)
-    divides(batch_axes, f"model.moe.group_size={moe.group_size}: number of groups", groups)

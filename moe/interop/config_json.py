@@ -108,7 +108,8 @@ def write_config(config: Config, model_type: str = "") -> Json:
             continue
         if not lost:
             return result
-        reasons.append(f"{name} lacks {', '.join(lost)}")
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        reasons.append(f"{name} lacks {', '.join(lost[:4])}{more}")
     raise ConfigError(f"no open architecture computes this model: {'; '.join(reasons)}")
 
 
@@ -168,7 +169,7 @@ _MODEL_FACTS = (
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
     "attention_sinks",
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
-    *("encoder_layers", "relative_buckets", "relative_max_distance", "scale_logits"),
+    *("encoder_layers", "encoder_vocab_size", "relative_buckets", "relative_max_distance", "scale_logits"),
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),

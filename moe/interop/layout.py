@@ -180,7 +180,7 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
         path = tuple(str(key.key) for key in key_path)
         stacked = stacked_layers(model, path)
         if stacked is None:
-            name = family.outside[".".join(path)]
+            name = family.outside(model)[".".join(path)]
             parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
             continue
         layers, name = stacked[0], ".".join(stacked[1])

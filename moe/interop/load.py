@@ -16,6 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from moe.checkpoints.state import join
 from moe.config import Config, ModelConfig
 from moe.interop.config_json import family_of, read_config
+from moe.interop.families.family import Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
@@ -54,15 +55,23 @@ def open_folder(
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     folder, family = TensorFolder(directory), family_of(source)
-    if family.ties_by_file:
-        table, head = family.outside["embedding.table"], family.outside["unembedding.kernel"]
-        tied = head not in folder.names() or not folder.differ(head, table)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=tied))
+    config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
     folder.skip_layers(range(last, last + extra))
     folder.check(parameters, family)
     return config, folder, parameters
+
+
+def _by_copies(model: ModelConfig, family: Family, folder: TensorFolder) -> ModelConfig:
+    """The model of a file that holds tensors which could be copies: which embeddings are tied, and whether the encoder
+    has one of its own, as Hugging Face's Switch does where they are not."""
+    differ = {copy for copy, original in family.copies.items() if folder.differ(copy, original)}
+    head = family.outside(model)["unembedding.kernel"]
+    if family.ties_by_file:
+        return dataclasses.replace(model, tie_embeddings=head not in folder.names() or head not in differ)
+    own_tables = model.encoder_layers and not model.tie_embeddings and differ - {head}
+    return dataclasses.replace(model, encoder_vocab_size=model.vocab_size) if own_tables else model
 
 
 def parameter_dtype(folder: TensorFolder, parameter: Parameter) -> np.dtype[Any]:

@@ -76,8 +76,15 @@ def write_folder(
     """
     refuse_files(directory)
     writer = TensorWriter(directory, max_shard_bytes)
-    for group in by_tensor(layout(model, FAMILIES[source["model_type"]], fused=fused)):
+    family = FAMILIES[source["model_type"]]
+    groups = by_tensor(layout(model, family, fused=fused))
+    for group in groups:
         _write_group(writer, group, fetch)
+    if not (model.tie_embeddings or family.ties_by_file):  # then that library expects a table in each stack, too
+        named = {group[0].pieces[0].name: group for group in groups}
+        for copy, original in family.copies.items():
+            if copy not in named and original in named:
+                _write_group(writer, named[original], fetch, as_name=copy)
     writer.finish()
     dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
     content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
@@ -96,8 +103,10 @@ def refuse_files(directory: Path | epath.Path) -> None:
         raise ConfigError(f"{directory}: must be empty or new; it holds {', '.join(held[:3])}{more}")
 
 
-def _write_group(writer: TensorWriter, group: list[Parameter], fetch: Callable[[Parameter], Any]) -> None:
-    """Writes the tensors that a group of parameters shares."""
+def _write_group(
+    writer: TensorWriter, group: list[Parameter], fetch: Callable[[Parameter], Any], as_name: str = ""
+) -> None:
+    """Writes the tensors that a group of parameters shares, under their own names or this one."""
     arrays = [fetch(parameter) for parameter in group]
     pieces: dict[str, list[tuple[int, Any]]] = {}
     for i, parameter in enumerate(group):
@@ -108,4 +117,4 @@ def _write_group(writer: TensorWriter, group: list[Parameter], fetch: Callable[[
         tensor = np.empty(group[0].file_shape, dtype)
         for i, piece in parts:
             group[i].write(tensor, piece, np.asarray(arrays[i][piece.slot]))
-        writer.add(name, tensor)
+        writer.add(as_name or name, tensor)

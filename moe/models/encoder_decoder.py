@@ -21,7 +21,7 @@ from moe.routing.routing import Routing
 
 
 class EncoderDecoder(LanguageModel):
-    """One embedding, an encoder that sees both sides, a causal decoder that attends to the encoder's output."""
+    """An encoder that sees both sides, and a causal decoder that attends to its output; one embedding, or two."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draw the parameters of all layers; what the config leaves to its gate is filled in.
@@ -34,6 +34,9 @@ class EncoderDecoder(LanguageModel):
             raise ConfigError("model.encoder_layers=0: must be at least 1 in an encoder-decoder")
         self.embedding = Embedding(config, rngs=rngs)
         self.encoder = Stack(config, "encoder", rngs=rngs)
+        if config.encoder_vocab_size:
+            own = dataclasses.replace(config, vocab_size=config.encoder_vocab_size)
+            self.encoder.embedding = Embedding(own, rngs=rngs)
         self.decoder = Stack(config, "decoder", rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)
 
@@ -83,7 +86,8 @@ class EncoderDecoder(LanguageModel):
 
     def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], LayerReport | None, Routing | None]:
         """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""
-        return self.encoder.run(self.embed(rows.token_ids), rows, **settings)
+        embedding = self.encoder.embedding if self.config.encoder_vocab_size else self.embedding
+        return self.encoder.run(embedding(rows.token_ids, jnp.dtype(self.config.dtype)), rows, **settings)
 
 
 def encoder_rows(

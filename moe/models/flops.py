@@ -81,6 +81,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
         multiplied += size * share["encoder" if of_source else stack]
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.d_model
+    multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
     slots = config.moe.num_experts * config.moe.slots_per_expert if _mixes(config) else 0
     mixing = 0.0
     for stack, kinds in stacks(config).items():

@@ -22,19 +22,13 @@ from moe.config import ModelConfig
 from moe.config.layer_kinds import LayerKind, stacks
 from moe.layers.attention.relative import RelativeBias
 from moe.layers.dropout import Dropout
+from moe.layers.embedding import Embedding
 from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
+from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.resolve import with_layer_gate
 from moe.routing.routing import Choices, Routing
-
-#: Checkpoint policies: what the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch
-#: axis; "full": the layer.
-REMAT_POLICIES: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
 #: stacked over the repeats.
@@ -93,6 +87,8 @@ class Segment(nnx.Module):
 
 class Stack(nnx.Module):
     """All layers of a decoder-only model, of an encoder or of a decoder, in segments, and the norm after them."""
+
+    embedding: Embedding  # of the tokens, where the stack has one of its own
 
     def __init__(self, config: ModelConfig, name: str = "", *, rngs: nnx.Rngs):
         """Draw the parameters.
@@ -234,12 +230,13 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
     start = 0
     for name, kinds in stacks(config).items():
         stop = start + sum(kind.sparse for kind in kinds)
-        of_stack = biases.setdefault(name, {}) if name and stop > start else biases
+        of_stack: dict[str, Any] = {}
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
                 if values is not None and with_layer_gate(config, kind.gate).moe.bias_update != "none":
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
+        biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop
     return biases
 

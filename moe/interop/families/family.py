@@ -49,7 +49,7 @@ class Family:
         balance_field: name of the load-balancing coefficient.
         balance_scale: normalisation of its loss, see :data:`BalanceScale`.
         block: prefix of a block's tensors, with the number of the layer and the name of the stack.
-        outside: parameter outside the blocks → its tensor.
+        outside: parameter outside the blocks of a model → its tensor.
         field_names: other names of fields that all families write; None: not written.
         copies: tensors that a file may hold beside the one that they must equal.
         unread: tensors that a file may hold and nobody reads.
@@ -66,7 +66,7 @@ class Family:
     balance_field: str = "router_aux_loss_coef"
     balance_scale: BalanceScale = "all layers together"
     block: str = "model.layers.{layer}."
-    outside: Mapping[str, str] = dataclasses.field(default_factory=lambda: OUTSIDE)
+    outside: Callable[[ModelConfig], Mapping[str, str]] = lambda _: OUTSIDE
     field_names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}

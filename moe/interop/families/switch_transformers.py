@@ -123,7 +123,7 @@ FAMILY = Family(
     write,
     tensors,
     block="{stack}.block.{layer}.",
-    outside=t5.OUTSIDE,
+    outside=t5.outside,
     field_names=t5.NAMES,
     copies=t5.COPIES,
     unread=t5.UNREAD,

@@ -116,7 +116,7 @@ def write(model: ModelConfig) -> Json:
     }
 
 
-OUTSIDE = {
+_OUTSIDE = {
     "embedding.table": "shared.weight",
     "unembedding.kernel": "lm_head.weight",
     **{
@@ -128,6 +128,15 @@ OUTSIDE = {
         )
     },
 }
+_TABLES = {f"{stack}.embedding.table": f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")}
+
+
+def outside(model: ModelConfig) -> dict[str, str]:
+    """See :class:`Family`; Switch's two stacks may have a table each."""
+    own = {"embedding.table": _TABLES["decoder.embedding.table"]} if model.encoder_vocab_size else {}
+    return _OUTSIDE | _TABLES | own
+
+
 #: Tensors that some files hold twice, and the one that they must equal.
 COPIES = {
     "encoder.embed_tokens.weight": "shared.weight",
@@ -172,7 +181,7 @@ FAMILY = Family(
     write,
     tensors,
     block="{stack}.block.{layer}.",
-    outside=OUTSIDE,
+    outside=outside,
     field_names=NAMES,
     copies=COPIES,
     unread=UNREAD,
