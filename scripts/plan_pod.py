@@ -1,8 +1,9 @@
 """python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4 [--config.x.y=value ...]
 
-Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time. With
---search it tries meshes, remat policies and dispatch modes, and prints a ranked table and the command of the best.
-Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains both pages.
+Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time.
+--config.model.remat=fit chooses, of the remat policies that fit, the one that recomputes least. With --search it tries
+meshes, remat policies and dispatch modes, and prints a ranked table and the command of the best. Needs the compiler of
+the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains both pages.
 """
 
 from moe import platform
@@ -37,6 +38,10 @@ _CACHE = flags.DEFINE_string(
 
 def main() -> None:
     """Print one plan, or the table of a search."""
+    fields = _CONFIG.value
+    choose_remat = fields.model.remat == "fit"
+    if choose_remat:
+        fields.model.remat = "full"
     config = cli.load_config(_CONFIG)
     from moe.planner import page, plan, topology
 
@@ -44,7 +49,7 @@ def main() -> None:
     if _SEARCH.value:
         _search(config, where)
         return
-    made = plan.make_plan(config, where)
+    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where)
     print(json.dumps(made.to_json(), indent=2) if _JSON.value else page.render(made))
 
 

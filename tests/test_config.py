@@ -11,7 +11,7 @@ from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_di
 from moe.config.schema import Activation, Dispatch, Remat
 from moe.dispatch.modes import MODES
 from moe.layers.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe.models.stack import REMAT_POLICIES
+from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.resolve import from_config_dict
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
@@ -33,10 +33,10 @@ def changed(**overrides):
     [
         ({"model__num_heads": 6}, "model.num_kv_heads=4: must divide model.num_heads=6"),
         ({"model__head_dim": 7}, "model.head_dim=7: must be even"),
-        ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, geglu,"),
+        ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, swiglu_clamped, geglu,"),
         ({"model__qk_norm": "yes"}, "model.qk_norm='yes': must be one of none, head, full"),
         ({"model__dtype": "float16"}, "model.dtype='float16': must be one of float32, bfloat16"),
-        ({"model__remat": "some"}, "model.remat='some': must be one of none, dots, full"),
+        ({"model__remat": "some"}, "model.remat='some': must be one of none, hidden, outputs, attention, dots, full"),
         ({"model__norm_eps": 0.0}, "model.norm_eps=0.0: must be positive"),
         ({"model__vocab_size": 0}, "model.vocab_size=0: must be at least 1"),
         ({"model__moe__gate": "mixtrall"}, "model.moe.gate='mixtrall': must be one of none,"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ConfigError, layer_kinds
+from moe.config import Config, ConfigError, DataConfig, TrainConfig, layer_kinds, validate_mesh
 from moe.models.encoder_decoder import EncoderDecoder, create_model
 from moe.models.flops import count_parameters, train_flops_per_token
 from moe.models.stack import restack_layers, selection_biases, unstack_layers
@@ -92,3 +92,16 @@ def test_a_model_is_of_its_config():
     assert isinstance(create_model(tiny_encoder_decoder(), rngs=nnx.Rngs(0)), EncoderDecoder)
     with pytest.raises(ConfigError, match=r"model\.encoder_layers=0: must be at least 1"):
         EncoderDecoder(tiny_model(), rngs=nnx.Rngs(0))
+
+
+def test_groups_of_both_stacks_are_spread_over_the_mesh():
+    """8 rows of 8 and of 32 tokens in groups of 32: 2 groups of targets and 8 of inputs, for 4 devices."""
+    data, train = DataConfig(sequence_length=8, input_length=32, objective="pairs"), TrainConfig(batch_size=8)
+    model = tiny_encoder_decoder(group_size=32)
+    config = validate(resolve(Config(model=model, data=data, train=train)))
+    validate_mesh(config, {"data": 2, "fsdp": 1, "expert": 1, "tensor": 1})
+    with pytest.raises(ConfigError, match=r"number of groups=2: must be divisible by .* = 4"):
+        validate_mesh(config, {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1})
+    config = dataclasses.replace(config, data=dataclasses.replace(data, sequence_length=32, input_length=8))
+    with pytest.raises(ConfigError, match=r"number of groups=2: must be divisible by .* = 4"):
+        validate_mesh(config, {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1})

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu
 
 from moe.config import MeshConfig
 from moe.dispatch.grouped_matmul import gpu
@@ -63,6 +65,23 @@ def test_kernels_equal_one_matmul_per_group(sizes, num_rows, dtype, tolerance, r
             np.testing.assert_allclose(
                 actual, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0.0), 1e-6)
             )
+
+
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX cannot interpret the kernel")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_hoppers_kernel_equals_one_matmul_per_group(transposed, rng, monkeypatch):
+    """JAX's Mosaic kernel as it is called for Hopper: a product, and the gradient of rows."""
+    sizes, num_rows = [50, 0, 70], 128  # tiles of 64 rows shared by two groups, an empty group, rows of no group
+    x = jnp.asarray(rng.normal(size=(num_rows, 64)), jnp.bfloat16)
+    matrices = jnp.asarray(rng.normal(size=(3, 128, 64) if transposed else (3, 64, 128)), jnp.bfloat16)
+    monkeypatch.setattr(gpu.target, "current", lambda: types.SimpleNamespace(compute_capability=9))
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        given = jnp.asarray(sizes, jnp.int32)
+        y = np.asarray(gpu._multiply(x, matrices, given, transposed=transposed, interpret=False), np.float32)
+    x, matrices = (np.asarray(a, np.float32) for a in (x, matrices))
+    for group, rows in ((0, slice(0, 50)), (2, slice(50, 120))):
+        expected = x[rows] @ (matrices[group].T if transposed else matrices[group])
+        np.testing.assert_allclose(y[rows], expected, atol=0.01 * np.abs(expected).max())
 
 
 def test_schedule_visits_each_tile_of_each_group_once(rng):

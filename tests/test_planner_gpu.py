@@ -226,6 +226,7 @@ SMALL = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # half a minute on an idle core
 @needs_cuda_plugin
 @pytest.mark.parametrize("name", ["a100:2x4", "h100:2x4", "h200:2x4", "b200:2x4", "gb200:2x4"])
 def test_a_plan_for_gpus_has_two_exchanges_forward_four_backward_and_gathers_no_tokens(name):

@@ -24,16 +24,16 @@ def test_candidates_cover_every_mesh_and_count_the_others_by_reason():
     assert {mesh.data for mesh in candidates.meshes(8, num_slices=2)} == {2, 4, 8}
     found, pruned = candidates.candidates(tiny_config(), 8, CHIPS["v5p"])
     # 20 meshes of 8 devices; tensor divides 2 key/value heads (4 and 8 do not: 3 + 1 meshes), expert 4 (8 does not: 1),
-    # rows 8: 15 meshes, with 3 policies and 3 modes
-    assert len(found) == 15 * 9
+    # rows 8: 15 meshes, with 6 policies and 3 modes
+    assert len(found) == 15 * 18
     assert pruned == {
-        "model.num_kv_heads=2: must be divisible by mesh.tensor": 3 * 9,
-        "model.num_heads=4: must be divisible by mesh.tensor": 9,
-        "model.moe.num_experts=4: must be divisible by mesh.expert": 9,
+        "model.num_kv_heads=2: must be divisible by mesh.tensor": 3 * 18,
+        "model.num_heads=4: must be divisible by mesh.tensor": 18,
+        "model.moe.num_experts=4: must be divisible by mesh.expert": 18,
     }
     # The best guess of each pair of policy and mode comes before any second best.
-    assert len({(c.config.model.remat, c.config.model.moe.dispatch) for c in found[:9]}) == 9
-    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(found[:9]))
+    assert len({(c.config.model.remat, c.config.model.moe.dispatch) for c in found[:18]}) == 18
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(found[:18]))
     sparse = tiny_config()
     dense = dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, moe=MoEConfig(gate="none")))
     assert {c.config.mesh.expert for c in candidates.candidates(dense, 8, CHIPS["v5p"])[0]} == {1}
@@ -43,7 +43,7 @@ def test_candidates_cover_every_mesh_and_count_the_others_by_reason():
     assert (
         pruned["parameters and optimizer alone do not fit"]
         + pruned["with gradients and the least of activations it does not fit"]
-        == 15 * 9
+        == 15 * 18
     )
 
 
@@ -58,7 +58,7 @@ def _fake_plan(config):
 
 def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
     found, pruned = candidates.candidates(tiny_config(), 8, CHIPS["v5p"])
-    chosen, compiled = found[:2] + found[60:78], []
+    chosen, compiled = found[:2] + found[120:138], []
     best = min(c.config.mesh.expert for c in chosen if c.config.mesh.tensor == 1)
 
     def counting(config):
@@ -81,7 +81,7 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
     page = search.render(results, pruned, len(found) - 20)
     assert "model.moe.num_experts=4: must be divisible by mesh.expert" in page
     assert "does not fit: by 1 GiB" in page
-    assert "180 combinations" in page
+    assert "360 combinations" in page
     flags = search.overrides(results[0][0].config)
     assert f"--config.mesh.expert={best} --config.mesh.tensor=1 --config.model.remat=" in flags
 

@@ -21,7 +21,7 @@ from moe.dispatch.plan import expert_capacity
 from moe.layers.moe_layer import MoELayer
 from moe.models.decoder import Transformer
 from moe.parallel import mesh as mesh_module
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target, weights
 from moe.parallel.mesh import constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, tiny_model
 
@@ -52,7 +52,7 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
     assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
     moe = config.moe
     capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, T, moe.num_experts)
-    token_shards = math.prod(mesh.shape[axis] for axis in partition_specs.TOKEN_AXES)
+    token_shards = math.prod(mesh.shape[axis] for axis in partition_specs.ROW_AXES)
     slots = moe.num_experts * (B // token_shards) * capacity * config.d_model
     for exchange in exchanges:
         assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
@@ -314,6 +314,11 @@ def test_specs_of_optimizer_state_and_of_an_nnx_state():
     assert adam.mu["segment_0"]["block_0"]["moe"]["experts"]["up"] == up
     assert adam.nu["embedding"]["table"] == P("tensor", ("fsdp", "expert"))
     assert adam.count == P()
+    # Adafactor keeps a row and a column of each matrix: each is split as the dimensions it keeps.
+    large = {"experts": {"up": jax.ShapeDtypeStruct((3, 8, 128, 256), jnp.float32)}}
+    factored = partition_specs.optimizer_specs(large, jax.eval_shape(optax.adafactor(1e-3).init, large))
+    kept = {leaf for leaf in jax.tree.leaves(factored, is_leaf=lambda leaf: isinstance(leaf, P)) if leaf != P()}
+    assert kept == {P(None, "expert", "fsdp"), P(None, "expert", "tensor")}
     # nnx.state wraps each array in its Param; the name is one level up.
     wrapped = partition_specs.parameter_specs(nnx.state(model))
     assert wrapped["segment_0"]["block_0"]["moe"]["experts"]["up"].get_value() == up
@@ -335,3 +340,45 @@ def test_a_device_holds_its_share_of_the_experts():
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.ones((3, 5))
     assert constrain(x, partition_specs.BATCH) is x
+
+
+def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeypatch):
+    class Torus:
+        has_3d_torus = True
+
+    monkeypatch.setattr(weights, "axis_size", lambda *axes: 64 if "fsdp" in axes else 1)
+    assert weights._hops(64) == [None]  # CPUs have no torus
+    monkeypatch.setattr(target, "current", Torus)
+    first, second = weights._hops(64)  # 4x4x4: 16 rings of the last dimension, then 4 planes
+    assert first[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert second[:2] == [list(range(0, 64, 4)), list(range(1, 64, 4))]
+    assert weights._hops(8) == [None]
+    assert weights._hops(1) == []
+    monkeypatch.setattr(
+        weights, "axis_size", lambda *axes: 256 if "fsdp" in axes else 1
+    )  # fsdp 64 is not alone: 256 chips with experts split
+    assert weights._hops(64) == [None]
+
+
+def test_a_gather_in_two_hops_equals_one(rng, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    matrix, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 16, 5), (8, 16)))
+    places = np.arange(8).reshape(4, 2)
+
+    def loss(matrix, x):
+        def local(shard, x):
+            return jnp.einsum("bd,edf->bef", x, weights.gather_shard(shard, 1))
+
+        specs = jax.P(None, "fsdp"), jax.P("fsdp")
+        return jnp.sum(
+            jnp.sin(jax.shard_map(local, in_specs=specs, out_specs=jax.P("fsdp"), check_vma=False)(matrix, x))
+        )
+
+    with jax.set_mesh(mesh):
+        one = jax.jit(jax.value_and_grad(loss))(matrix, x)
+        monkeypatch.setattr(weights, "_hops", lambda size: [places.tolist(), places.T.tolist()])
+        two = jax.jit(jax.value_and_grad(lambda *a: loss(*a)))(matrix, x)
+    plain = jax.value_and_grad(lambda m, x: jnp.sum(jnp.sin(jnp.einsum("bd,edf->bef", x, m))))(matrix, x)
+    for ours in (one, two):
+        np.testing.assert_allclose(ours[0], plain[0], rtol=1e-5)
+        np.testing.assert_allclose(ours[1], plain[1], atol=1e-5)

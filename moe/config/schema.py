@@ -33,7 +33,7 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 MoEBias = Literal["none", "router", "all"]
 AttentionBias = Literal["none", "qkv", "all"]
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
@@ -157,7 +157,7 @@ class ModelConfig:
     init_scale: float = 1.0  # s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     scan_layers: bool = True  # compile one block for all equal layers
-    remat: Remat = "none"  # what the backward pass recomputes: all but matmuls (dots), or the whole layer (full)
+    remat: Remat = "none"  # what the backward pass recomputes: nothing, ..., the whole layer (moe.parallel.remat)
     moe: MoEConfig = MoEConfig()
 
 
@@ -195,6 +195,7 @@ class MeshConfig:
     fsdp: int = 1  # splits rows, and parameters over D
     expert: int = 1  # splits rows, and experts over E
     tensor: int = 1  # splits heads and F
+    context: int = 1  # splits the positions of a row
 
 
 #: Parts of a model that optimizer.frozen and start.fresh can name.

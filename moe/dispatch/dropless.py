@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from moe.dispatch.exchange import exchange_rows
@@ -18,6 +18,8 @@ from moe.dispatch.rows import combine_rows, fill_rows, index_tables
 from moe.parallel import partition_specs
 from moe.parallel.axes import axis_of, on_mesh
 from moe.parallel.mesh import axis_size
+from moe.parallel.remat import EXPERT_OUTPUTS
+from moe.parallel.weights import gather_shard
 from moe.routing.routing import Routing
 
 
@@ -27,16 +29,20 @@ def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Ex
     The cost of a row does not depend on the load of its expert, and assignments that are not chosen have no row. On a
     mesh every device sorts its own tokens and, where experts are split, sends each device the rows of its experts.
     """
-    matrices = experts.matrices(x.dtype)
     if axis_size(*partition_specs.AXES) == 1:
+        return run_sorted_by_expert(x, routing, plan, experts.matrices(x.dtype), experts)
+    groups = on_mesh(partition_specs.GROUPS)
+
+    def local(x: Array, routing: Routing, plan: Plan, shards: Any) -> Array:
+        (into, biases), out_of = shards
+        matrices = (tuple(gather_shard(matrix, 1) for matrix in into), biases), gather_shard(out_of, 2)
         return run_sorted_by_expert(x, routing, plan, matrices, experts)
-    batch = on_mesh(partition_specs.BATCH)
-    return jax.shard_map(
-        functools.partial(run_sorted_by_expert, experts=experts),
-        in_specs=(batch, batch, batch, tuple(map(on_mesh, partition_specs.EXPERT_MATRICES))),
-        out_specs=batch,
-        check_vma=False,
-    )(x, routing, plan, matrices)
+
+    up, down = (on_mesh(partition_specs.PARAMETERS[f"experts.{name}"]) for name in ("up", "down"))
+    stored = (up, on_mesh(partition_specs.EXPERT_BIASES)), down
+    return jax.shard_map(local, in_specs=(groups, groups, groups, stored), out_specs=groups, check_vma=False)(
+        x, routing, plan, experts.matrices(x.dtype, stored=True)
+    )
 
 
 def run_sorted_by_expert(
@@ -56,6 +62,7 @@ def run_sorted_by_expert(
         outputs = experts.grouped(matrices, rows, padded_sizes, row_blocks)
     else:
         outputs = exchange_rows(rows, sizes, matrices, experts, num_devices)
+    outputs = checkpoint_name(outputs, EXPERT_OUTPUTS)
     weights = routing.combine_weights.reshape(groups * tokens, -1)
     y = combine_rows(outputs, weights, *tables).reshape(x.shape)
     # The hidden dim is split over ``tensor``: every device of that axis has a partial sum of each output.

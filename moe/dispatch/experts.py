@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
+from moe.parallel.remat import EXPERT_OUTPUTS
 
 
 @runtime_checkable
@@ -20,8 +22,9 @@ class Experts(Protocol):
         """Applies expert e to its R rows."""
         ...
 
-    def matrices(self, dtype: Any) -> Any:
-        """All weights in that dtype, [E,·,·] each, split by ``partition_specs.EXPERT_MATRICES``."""
+    def matrices(self, dtype: Any, *, stored: bool = False) -> Any:
+        """((matrices [E,D,F], their biases [E,1,F]), matrix [E,F,D]) in that dtype: gathered over ``fsdp``, or split
+        over it as stored."""
         ...
 
     def grouped(
@@ -40,4 +43,4 @@ def apply_experts(expert_inputs: Float[Array, "E G C D"], experts: Experts) -> F
     outputs = experts.batched(expert_inputs.reshape(num_experts, groups * capacity, model_dim))
     outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
     outputs = constrain(outputs, partition_specs.EXPERT_SLOTS)
-    return constrain(outputs, partition_specs.GROUPED_SLOTS)
+    return checkpoint_name(constrain(outputs, partition_specs.GROUPED_SLOTS), EXPERT_OUTPUTS)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from moe.config import ModelConfig
@@ -18,6 +19,7 @@ from moe.dispatch.grouped_matmul.grouped_ffn import grouped_ffn
 from moe.dispatch.grouped_matmul.row_blocks import RowBlocks
 from moe.layers.dropout import Dropout
 from moe.layers.ffn import GATED_ACTIVATIONS, activate
+from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix, zeros
 
 Drop = Callable[[Array], Array]
@@ -37,14 +39,18 @@ class Experts(nnx.Module):
         self.gate_bias = zeros((e, f)) if biased and gated else None
         self.down_bias = zeros((e, d)) if biased else None  # the layer adds it: what a device computes is a partial sum
 
-    def matrices(self, dtype: Any) -> tuple[tuple[tuple[Array, ...], tuple[Array, ...]], Array]:
-        """(((up, and gate if any) [E,D,F], their biases if any [E,1,F]), down [E,F,D]), for matmuls of that dtype."""
-        into = (gather_for_matmul("experts.up", self.up[...], dtype),)
+    def matrices(
+        self, dtype: Any, *, stored: bool = False
+    ) -> tuple[tuple[tuple[Array, ...], tuple[Array, ...]], Array]:
+        """(((up, and gate if any) [E,D,F], their biases if any [E,1,F]), down [E,F,D]) in that dtype: ready for
+        matmuls, or split as stored."""
+        ready = (lambda _, parameter, dtype: parameter.astype(dtype)) if stored else gather_for_matmul
+        into = (ready("experts.up", self.up[...], dtype),)
         if self.gate is not None:
-            into += (gather_for_matmul("experts.gate", self.gate[...], dtype),)
+            into += (ready("experts.gate", self.gate[...], dtype),)
         biases = (bias for bias in (self.up_bias, self.gate_bias) if bias is not None)
         into = into, tuple(bias[...].astype(dtype)[:, None] for bias in biases)
-        return into, gather_for_matmul("experts.down", self.down[...], dtype)
+        return into, ready("experts.down", self.down[...], dtype)
 
     def batched(self, rows: Array, drop: Drop | None = None) -> Array:
         """[E,R,D] → [E,R,D]: expert e over its R rows.
@@ -87,7 +93,7 @@ def _first(
     rows: Array, into: tuple[tuple[Array, ...], tuple[Array, ...]], matmul: Callable[[Array, Array], Array]
 ) -> tuple[Array, ...]:
     matrices, biases = into
-    hidden = tuple(matmul(rows, matrix) for matrix in matrices)
+    hidden = tuple(checkpoint_name(matmul(rows, matrix), HIDDEN) for matrix in matrices)
     # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch.
     ones = jnp.ones_like(rows[..., :1])
     return tuple(x + matmul(ones, bias) for x, bias in zip(hidden, biases, strict=True)) if biases else hidden
@@ -116,9 +122,9 @@ class ExpertDropout:
     rate: float
     rng: Array
 
-    def matrices(self, dtype: Any) -> Any:
+    def matrices(self, dtype: Any, *, stored: bool = False) -> Any:
         """Return :meth:`Experts.matrices`."""
-        return self.experts.matrices(dtype)
+        return self.experts.matrices(dtype, stored=stored)
 
     def batched(self, rows: Array) -> Array:
         """Apply :meth:`Experts.batched` with dropout."""

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
 from moe.layers.dropout import KEEP_ALL, Dropout
+from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
 
 #: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
@@ -56,7 +58,9 @@ class DenseFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"], drop: Dropout = KEEP_ALL) -> Float[Array, "*batch D"]:
         """Apply the FFN to every token; hidden activations are dropped."""
-        up = x @ gather_for_matmul("dense.up", self.up[...], x.dtype)
-        gate = None if self.gate is None else x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype)
+        up = checkpoint_name(x @ gather_for_matmul("dense.up", self.up[...], x.dtype), HIDDEN)
+        gate = None
+        if self.gate is not None:
+            gate = checkpoint_name(x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype), HIDDEN)
         hidden = drop(activate(self.activation, up, gate), place=2)
         return hidden @ gather_for_matmul("dense.down", self.down[...], x.dtype)

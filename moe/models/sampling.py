@@ -139,8 +139,9 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
     """Refuse what cannot be continued. Raises ConfigError; see :func:`stream`."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompts: give at least one, each of at least one token")
-    if any(not 0 <= int(token) < config.vocab_size for prompt in prompts for token in prompt):
-        raise ConfigError(f"prompts: tokens must be from 0 to {config.vocab_size - 1}")
+    vocab_size = config.encoder_vocab_size or config.vocab_size
+    if any(not 0 <= int(token) < vocab_size for prompt in prompts for token in prompt):
+        raise ConfigError(f"prompts: tokens must be from 0 to {vocab_size - 1}")
     if config.moe.gate != "none" and not find_gate(config.moe.gate).generates:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
 
@@ -148,7 +149,9 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
 def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as token_ids [B,T] and lengths [B], with idle rows up to a multiple of the devices that rows are split
     over."""
-    shards = axis_size(*partition_specs.TOKEN_AXES)
+    if axis_size("context") > 1:
+        raise ConfigError(f"mesh.context={axis_size('context')}: must be 1 to generate")
+    shards = axis_size(*partition_specs.ROW_AXES)
     rows = -(-len(prompts) // shards) * shards
     lengths = np.ones(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]

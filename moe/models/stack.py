@@ -25,17 +25,10 @@ from moe.layers.dropout import Dropout
 from moe.layers.embedding import Embedding
 from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
+from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.resolve import with_layer_gate
 from moe.routing.routing import Choices, Routing
-
-#: Checkpoint policies: what the backward pass recomputes. "none": nothing; "dots": all but matmuls without a batch
-#: axis; "full": the layer.
-REMAT_POLICIES: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
 #: stacked over the repeats.

@@ -37,6 +37,11 @@ class Target:
         return next((major for name, major in _CAPABILITIES.items() if name in self.device_kind), 0)
 
     @property
+    def has_3d_torus(self) -> bool:
+        """True for TPUs whose chips form a three-dimensional torus."""
+        return self.device_kind in ("TPU v4", "TPU v5", "TPU7x")
+
+    @property
     def peak_flops(self) -> float | None:
         """Datasheet FLOP/s of one device in bfloat16, without sparsity; None for CPUs and unknown devices."""
         return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_kind), None)
@@ -81,16 +86,31 @@ def is_cpu() -> bool:
 _SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
 
 
+#: Options for all-gathers and reduce-scatters on the SparseCores, beside the work of the TensorCores, by device kind.
+#: MaxText's recipes for v5p use those for all-gathers (src/maxtext/configs/tpu/v5p).
+_SPARSE_CORE_EXCHANGES = {
+    "TPU v5": (
+        "xla_sc_disable_megacore_partitioning",
+        "xla_tpu_use_tc_device_shape_on_sc",
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+    )
+}
+
+
 def compiler_options(device_kind: str) -> dict[str, str]:
     """XLA options for a kind of device, by JAX's name of it; none except for TPUs.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
-    inputs computed, several times. Asynchronous all-to-alls overlap with independent work. docs/performance.md has the
-    estimated gains.
+    inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/performance.md and
+    docs/pods.md have the estimated gains.
     """
     if not device_kind.startswith("TPU"):
         return {}
     options = {"xla_tpu_enable_async_all_to_all": "true"}
+    options |= dict.fromkeys(_SPARSE_CORE_EXCHANGES.get(device_kind, ()), "true")
     for prefix, kibibytes in _SCOPED_VMEM_KIB.items():
         if device_kind.startswith(prefix):
             return options | {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}

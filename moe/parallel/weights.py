@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from moe.parallel.mesh import constrain
+from moe.parallel import target
+from moe.parallel.axes import AXES, axis_of
+from moe.parallel.mesh import axis_size, constrain
 from moe.parallel.partition_specs import PARAMETERS, STORED, fit, without
 
 #: Prefix of the named scopes of :func:`gather_for_matmul`, by which the planner finds weight exchanges in compiled
@@ -47,6 +51,37 @@ def gather_for_matmul(name: str, parameter: Array, dtype: Any) -> Array:
     )
     with jax.named_scope(f"{WEIGHTS_SCOPE}{name}"):
         return gather(parameter.astype(dtype))
+
+
+def gather_shard(shard: Array, dim: int) -> Array:
+    """Gather a weight over ``fsdp`` from each device's shard, within ``shard_map``; its gradient is reduce-scattered.
+
+    Args:
+        shard: of one device, in the compute dtype.
+        dim: that is split.
+    """
+    with jax.named_scope(f"{WEIGHTS_SCOPE}shards"):
+        for groups in _hops(axis_size("fsdp")):
+            shard = jax.lax.all_gather(shard, axis_of("fsdp"), axis=dim, tiled=True, axis_index_groups=groups)
+    return shard
+
+
+def _hops(size: int) -> list[list[list[int]] | None]:
+    """Groups of the gathers that follow each other: one gather of all, or two where the axis spans a 3D torus.
+
+    XLA for TPUs has no all-gather over three torus dimensions: it adds up arrays padded with zeros, at twice the bytes
+    and a write of each array. So the last dimension is gathered first, then the plane of the other two. In slices of
+    the default shapes (4x4x4, 4x4x8, ... 8x16x16) the last dimension is the cube root of the chips, rounded up.
+    """
+    if size < 2:
+        return []
+    if size < 16 or not target.current().has_3d_torus or size * axis_size("data") < axis_size(*AXES):
+        return [None]
+    side = 2 ** math.ceil(math.log2(size) / 3)
+    if size % side:
+        return [None]
+    places = np.arange(size).reshape(-1, side)
+    return [places.tolist(), places.T.tolist()]
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float) -> nnx.Param[Array]:

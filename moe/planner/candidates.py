@@ -13,7 +13,7 @@ from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_laye
 from moe.dispatch.modes import CONFIG_MODES
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
-from moe.models.stack import REMAT_POLICIES
+from moe.parallel.remat import REMAT_POLICIES
 from moe.planner import fit
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
@@ -91,7 +91,7 @@ def candidates(
 def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     """Guess a step: its arithmetic at peak plus its exchange over one ring per mesh axis, without overlap.
 
-    Arithmetic: the model's FLOPs, a third more with recomputation, empty expert slots, one-hot matmuls, and every
+    Arithmetic: the model's FLOPs, up to a third more with recomputation, empty expert slots, one-hot matmuls, and every
     expert's matmul over every row where ``lax.ragged_dot`` has no kernel. Exchange: over fsdp, weights gathered
     forward, backward and in recomputation and their gradients scattered; expert rows out and back, three times;
     partial sums over tensor; gradients summed over data.
@@ -115,7 +115,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
         per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.d_model
     if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
-    per_token *= 1.0 if model.remat == "none" else 4 / 3
+    per_token *= 1 + _RECOMPUTED[model.remat] / 3
     arithmetic = per_token * tokens / (devices * chip.peak / chip.devices)
 
     def share(parts: int) -> float:
@@ -138,6 +138,10 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
         exchange += sent / chip.axis_bandwidth(stride, getattr(mesh, axis))
         stride *= getattr(mesh, axis)
     return arithmetic + exchange
+
+
+#: Share of the forward pass that a remat policy recomputes, roughly.
+_RECOMPUTED = {"none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "dots": 0.9, "full": 1.0}
 
 
 @functools.lru_cache

@@ -12,7 +12,7 @@ from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.program import Collective, Program
+from moe.planner.records import Collective, Program
 from moe.training.losses import LOSS_SCOPE
 
 WEIGHTS, UNNAMED, LOADS = "weights", "unnamed", "loads of experts"
@@ -44,27 +44,51 @@ class Exchange:
 def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
     """Add up the collectives of each kind, axes and purpose; the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
-    for collective in program.collectives:
-        duration = network.seconds(collective, devices, chip)
-        exposed = duration
-        if collective.overlap_seconds >= 0:
-            exposed = max(0.0, duration - collective.overlap_seconds)
+    durations = [network.seconds(collective, devices, chip) for collective in program.collectives]
+    exposed = _exposed(program.collectives, durations)
+    for collective, duration, waited in zip(program.collectives, durations, exposed, strict=True):
         sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0, 0.0, 0.0])
         apart = int(collective.overlap_seconds >= 0)
-        for i, value in enumerate((1, apart, collective.bytes, duration, exposed)):
+        for i, value in enumerate((1, apart, collective.bytes, duration, waited)):
             sums[i] += value * collective.count
     found = [
-        Exchange(kind, axes, name, int(count), int(apart), int(size), duration, exposed)
-        for (kind, axes, name), (count, apart, size, duration, exposed) in groups.items()
+        Exchange(kind, axes, name, int(count), int(apart), int(size), duration, waited)
+        for (kind, axes, name), (count, apart, size, duration, waited) in groups.items()
     ]
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
+
+
+def _exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> list[float]:
+    """Seconds that the device waits for each collective: within a computation, they use the network one after another,
+    in the order of their starts, beside the work scheduled between start and done. Those of less than 10 microseconds
+    wait for no other."""
+    exposed, ends = [0.0] * len(collectives), [0.0] * len(collectives)
+    for name in {collective.computation for collective in collectives}:
+        events = [
+            (place, is_done, i)
+            for i, collective in enumerate(collectives)
+            if collective.computation == name
+            for is_done, place in enumerate(collective.places)
+        ]
+        waited = free = 0.0
+        for _, is_done, i in sorted(events):
+            now = collectives[i].started + waited
+            if not is_done and durations[i] < 1e-5:
+                ends[i] = now + durations[i]
+            elif not is_done:
+                ends[i] = free = max(now, free) + durations[i]
+            else:
+                exposed[i] = max(0.0, ends[i] - now - max(collectives[i].overlap_seconds, 0.0))
+                waited += exposed[i]
+    return exposed
 
 
 def purpose(collective: Collective) -> str:
     """The purpose of a collective, from JAX's name of the operation it came from."""
     source = collective.source
     if WEIGHTS_SCOPE in source or source.startswith("state."):
-        return WEIGHTS
+        gathered = "transpose(" not in source or "rematted_computation" in source or collective.kind == "all-gather"
+        return WEIGHTS if gathered else "gradients of weights"
     # A weight's gradient is named after the operation that makes it: a matmul or the embedding's sum over tokens; on
     # GPUs also after the transposition or the end of a shard_map that follows.
     made_by = "dot_general|scatter-add" + ("|transpose$|psum$" if collective.kind == "reduce-scatter" else "")

@@ -91,30 +91,36 @@ def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:
 
 
 def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
-    """Bytes of kept activations.
-
-    The input of each repeat; with "dots" also the outputs of plain matmuls, with "none" those of the experts too. One
-    layer's experts count in any case, while their gradients are computed.
-    """
+    """Bytes of kept activations: those of every repeat, and one layer's experts in any case, while their gradients are
+    computed."""
     model, moe = config.model, config.model.moe
     rows = (
         config.train.batch_size // config.train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     )
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
+    # Numbers per token on one device: projections of attention and its heads, hidden activations, experts' outputs.
     projections = _projections(model, sizes["tensor"])
+    heads = model.num_heads * (model.value_dim or model.head_dim) / sizes["tensor"]
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
+    outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.d_model
+    of_attention, of_dense, of_experts = {
+        "none": (projections, dense, experts),
+        "hidden": (projections + heads, dense, experts + outputs),
+        "outputs": (projections + heads, 0.0, outputs),
+        "attention": (projections + heads, 0.0, 0.0),
+        "dots": (projections, dense, 0.0),
+        "full": (0.0, 0.0, 0.0),
+    }[model.remat]
     numbers = 0.0  # kept per row on one device
     for name, kinds in stacks(model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
         for unit, repeats in segments(kinds):
             kept = float(model.d_model)
-            if model.remat != "full":
-                kept += sum(projections * (1 + (kind.role == "cross")) + (not kind.sparse) * dense for kind in unit)
-            if model.remat == "none":
-                kept += sum(experts for kind in unit if kind.sparse)
+            for kind in unit:
+                kept += of_attention * (1 + (kind.role == "cross")) + (of_experts if kind.sparse else of_dense)
             numbers += repeats * kept * length
-    if model.remat != "none" and any(sparse_layers(model)):
+    if model.remat not in ("none", "hidden") and any(sparse_layers(model)):
         numbers += experts * config.data.sequence_length
     return int(rows * numbers * jnp.dtype(model.dtype).itemsize)
 

@@ -11,7 +11,7 @@ import math
 from moe.dispatch.ragged_exchange import ROUND_SIZE
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.program import GroupedMatmul, Program
+from moe.planner.records import GroupedMatmul, Program
 
 
 def total_seconds(program: Program, flops: float, rows: int, chip: Chip | Gpu, *, exchanged: bool) -> float:

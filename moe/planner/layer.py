@@ -22,6 +22,7 @@ from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size, make_mesh
 from moe.planner import arithmetic, exchanges, grouped_matmuls, program
+from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 
 
@@ -82,11 +83,16 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     compiled, products = _compile(config.model, mesh, tokens, topology, backward=backward)
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
-    text = program.read(compiled.as_text() or "", dict(mesh.shape), chip.clock)
+    active = tokens * moe.experts_per_token
+    text = program.read(
+        compiled.as_text() or "",
+        dict(mesh.shape),
+        chip.clock,
+        lambda matmul: 0.0 if isinstance(chip, Gpu) else grouped_matmuls.seconds(matmul, active, chip),
+    )
     memory = compiled.memory_analysis()
     matmuls = 3 if config.model.activation in GATED_ACTIVATIONS else 2
     flops = 2 * matmuls * config.model.d_model * moe.d_ff * (3 if backward else 1) / mesh.shape["tensor"]
-    active = tokens * moe.experts_per_token
     peak = chip.peak / chip.devices
     return Reading(
         estimated=text.seconds,
@@ -117,8 +123,8 @@ def _compile(
         parameters = jax.tree.map(
             lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), parameters, where
         )
-        rows = axis_size(*partition_specs.TOKEN_AXES)
-        batch = jax.NamedSharding(mesh, partition_specs.BATCH)
+        rows = axis_size(*partition_specs.ROW_AXES)
+        batch = partition_specs.shardings(mesh, partition_specs.BATCH)
         x = jax.ShapeDtypeStruct((rows, tokens, model.d_model), jnp.dtype(model.dtype), sharding=batch)
 
         def forward(parameters, x):

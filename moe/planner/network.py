@@ -33,7 +33,7 @@ import numpy as np
 
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.program import Collective
+from moe.planner.records import Collective
 
 
 def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe.planner import calibration
 from moe.planner.chips import GiB
 from moe.planner.plan import Plan
 
@@ -23,7 +24,7 @@ def _head(plan: Plan) -> list[str]:
     slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     return [
-        f"{slices}{plan.topology}: {chips}; mesh {mesh}; compiled in {plan.compile_seconds:.1f} s",
+        f"{slices}{plan.topology}: {chips}; mesh {mesh}; remat {plan.remat}; compiled in {plan.compile_seconds:.1f} s",
         f"model: {plan.total_parameters:,} parameters, {plan.active_parameters:,} active; "
         f"{plan.tokens:,} tokens a step",
     ]
@@ -93,6 +94,7 @@ def _time(plan: Plan) -> list[str]:
         f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/{unit}, "
         f"MFU {100 * plan.mfu:.1f} %",
         f"  bound by      {plan.bound}",
+        f"  this estimate was {calibration.statement(plan.platform, calibration.rows())}",
     ]
     if plan.unknown_loops:
         lines.append(f"  {plan.unknown_loops} loops whose trip count could not be read count once: an underestimate")

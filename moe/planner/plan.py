@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from moe.config import Config, validate_mesh
+from moe.config import Config, ConfigError, validate_mesh
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, exchanges, fit, grouped_matmuls, memory_errors, program
 from moe.planner.exchanges import Exchange
+from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 from moe.training import step
 
@@ -66,6 +67,7 @@ class Plan:
             :mod:`moe.planner.grouped_matmuls`, on GPUs at the rate of large matmuls; other kernels as all their blocks
             at peak FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors
             cancel.
+        remat: policy of ``model.remat``.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
     """
@@ -77,6 +79,7 @@ class Plan:
     chips: int
     devices: int
     mesh: dict[str, int]
+    remat: str
     memory: Memory
     exchanges: tuple[Exchange, ...]
     compile_seconds: float
@@ -161,6 +164,31 @@ class Plan:
         )
 
 
+#: Remat policies that :func:`make_fitting_plan` tries, from the least recomputation to the most.
+LADDER = ("hidden", "outputs", "attention", "full")
+
+
+def make_fitting_plan(config: Config, topology: Topology) -> Plan:
+    """Plan the remat policy that recomputes least of those that fit; policies whose least memory does not fit are not
+    compiled.
+
+    Raises:
+        ConfigError: none fits, or the config does not fit the mesh.
+    """
+    mesh, capacity = make_mesh(config.mesh, topology.devices), topology.chip.memory // topology.chip.devices
+    validate_mesh(config, mesh.shape)
+    for policy in LADDER:
+        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
+        if policy != LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
+            continue
+        try:
+            return make_plan(tried, topology)
+        except ConfigError as error:
+            if policy == LADDER[-1] or not str(error).startswith("does not fit"):
+                raise
+    raise AssertionError
+
+
 def make_plan(config: Config, topology: Topology) -> Plan:
     """Compile the train step of a run for hardware that is absent.
 
@@ -175,14 +203,20 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     compiled, traced, stored, compile_seconds = _compile(config, mesh, topology)
     memory = _memory(compiled.memory_analysis(), stored, capacity)
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
-    text = program.read(compiled.as_text(), dict(mesh.shape), chip.clock)
+    rows = _assignments(config, mesh)
+    text = program.read(
+        compiled.as_text(),
+        dict(mesh.shape),
+        chip.clock,
+        lambda matmul: 0.0 if isinstance(chip, Gpu) else grouped_matmuls.seconds(matmul, rows, chip),
+    )
     peak = chip.peak * topology.num_chips
     products = arithmetic.matmul_flops(traced.jaxpr.jaxpr)
     kernel_seconds = (
         products.kernels / peak
         + text.attention_flops / (chip.peak / chip.devices)
         + grouped_matmuls.total_seconds(
-            text, products.grouped / len(devices), _assignments(config, mesh), chip, exchanged=mesh.shape["expert"] > 1
+            text, products.grouped / len(devices), rows, chip, exchanged=mesh.shape["expert"] > 1
         )
     )
     total, active = flops.count_parameters(config.model)
@@ -195,6 +229,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         chips=topology.num_chips,
         devices=len(devices),
         mesh=dict(mesh.shape),
+        remat=config.model.remat,
         memory=memory,
         exchanges=exchanges.summarise(text, devices, chip),
         compile_seconds=compile_seconds,

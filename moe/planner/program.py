@@ -11,109 +11,36 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
 from moe.planner import hlo
 from moe.planner.hlo import Instruction, array_bytes, array_shape
+from moe.planner.records import KINDS, Collective, GroupedMatmul, Program
 
 #: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
 _UNKNOWN_CYCLES = 2**63 - 1
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+
+_KernelSeconds = Callable[[GroupedMatmul], float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One exchange between devices.
-
-    Attributes:
-        kind: an entry of :data:`KINDS`.
-        axes: mesh axes along which a group's members differ; empty if the groups could not be read.
-        group: devices of the first group, as positions in the flattened mesh; the other groups are alike.
-        bytes: of one device's array, once: the result of an all-gather, the smaller of input and buffer of a ragged
-            all-to-all, the input of every other kind.
-        count: times a step.
-        overlap_seconds: estimated work scheduled between its start and its done; -1 without a separate done, that is,
-            if the device waits for it.
-        source: JAX's name of the operation it came from.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    group: tuple[int, ...]
-    bytes: int
-    count: int
-    overlap_seconds: float
-    source: str
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupedMatmul:
-    """One ``lax.ragged_dot`` compiled to the TPU kernel, which carries no estimate.
-
-    Attributes:
-        kind: "rows" for [R,K]·[E,K,N] → [R,N], "weights" for [R,K]ᵀ·[R,N] → [E,K,N].
-        sizes: R (rows of the buffer, filled or not), K, N, E.
-        tiles: sizes in rows, K and N of the blocks that a step of its grid multiplies.
-        itemsize: bytes of one number.
-        count: times a step.
-    """
-
-    kind: str
-    sizes: tuple[int, int, int, int]
-    tiles: tuple[int, int, int]
-    itemsize: int
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Work and exchanges of a step, per device.
-
-    Attributes:
-        collectives: in program order.
-        seconds: the compiler's estimate of a step, without exchanges and without unpriced instructions.
-        parts: the same by pass ("forward", "recomputation", "backward", "update") and kind ("matmuls": fusions that
-            contain a matrix product; "other"); all branches of a conditional.
-        unpriced: instructions of a step without an estimate.
-        unpriced_bytes: bytes that those read and write.
-        unknown_loops: loops whose trip count could not be read and was taken as 1.
-        grouped: matmuls over rows sorted by expert; without an estimate, not among the unpriced.
-        attention_flops: of cuDNN's attention kernels, all keys of all queries; without an estimate, not among the
-            unpriced.
-        copies: (bytes, times a step, JAX's name) of each array of 1 MiB and more copied to another layout or address.
-    """
-
-    collectives: tuple[Collective, ...]
-    seconds: float
-    parts: dict[tuple[str, str], float]
-    unpriced: int
-    unpriced_bytes: int
-    unknown_loops: int
-    grouped: tuple[GroupedMatmul, ...] = ()
-    attention_flops: float = 0.0
-    copies: tuple[tuple[int, int, str], ...] = ()
-
-
-def read(text: str, mesh: Mapping[str, int], clock: float) -> Program:
+def read(
+    text: str,
+    mesh: Mapping[str, int],
+    clock: float,
+    kernel_seconds: _KernelSeconds = lambda matmul: 0.0,
+) -> Program:
     """Read a scheduled module.
 
     Args:
         text: ``compiled.as_text()``.
         mesh: devices per axis, in the order of the mesh's axes.
         clock: Hz, of the cycles in the text.
+        kernel_seconds: estimate of a grouped matmul, which counts as work beside exchanges only.
     """
-    reader = _Reader(hlo.parse(text), mesh, clock)
-    seconds = reader.walk(reader.module.entry, 1)
+    reader = _Reader(hlo.parse(text), mesh, clock, kernel_seconds)
+    seconds, _ = reader.walk(reader.module.entry, 1)
     return Program(
         tuple(reader.collectives),
         seconds,
@@ -132,20 +59,32 @@ class _Scope:
     """Progress in one computation.
 
     Attributes:
+        name: of the computation.
         types: result type of each instruction.
         times: runs of the computation in a step.
-        seconds: estimated work of one run so far.
-        started: carriers of collectives that are not done, the collective inside, and ``seconds`` at their start.
-        sent: transfers between slices that are not done, by rendezvous, and ``seconds`` at their start.
+        seconds: estimated work of one run so far, without kernels.
+        clock: the same with kernels.
+        place: number of instructions so far.
+        started: carriers of collectives that are not done, the collective inside, ``clock`` and ``place`` at their
+            start.
+        sent: transfers between slices that are not done, by rendezvous, ``clock`` and ``place`` at their start.
         received: receives that are not done.
     """
 
+    name: str
     types: Mapping[str, str]
     times: int
     seconds: float = 0.0
-    started: dict[str, tuple[Instruction, Instruction, float]] = dataclasses.field(default_factory=dict)
-    sent: dict[str, tuple[Instruction, float]] = dataclasses.field(default_factory=dict)
+    clock: float = 0.0
+    place: int = 0
+    started: dict[str, tuple[Instruction, Instruction, float, int]] = dataclasses.field(default_factory=dict)
+    sent: dict[str, tuple[Instruction, float, int]] = dataclasses.field(default_factory=dict)
     received: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+
+    def spend(self, seconds: float, clock: float) -> None:
+        """Add estimated work without and with kernels."""
+        self.seconds += seconds
+        self.clock += clock
 
     def operand_bytes(self, instruction: Instruction, stop: int | None = None) -> list[int]:
         """Bytes of each operand, or of the first ``stop`` of them."""
@@ -155,8 +94,14 @@ class _Scope:
 class _Reader:
     """Walk over the computations of a module; its public attributes are those of :class:`Program`."""
 
-    def __init__(self, module: hlo.Module, mesh: Mapping[str, int], clock: float):
-        self.module, self._mesh, self._clock = module, mesh, clock
+    def __init__(
+        self,
+        module: hlo.Module,
+        mesh: Mapping[str, int],
+        clock: float,
+        kernel_seconds: Callable[[GroupedMatmul], float],
+    ):
+        self.module, self._mesh, self._clock, self._kernel_seconds = module, mesh, clock, kernel_seconds
         self.collectives: list[Collective] = []
         self.grouped: list[GroupedMatmul] = []
         self.copies: list[tuple[int, int, str]] = []
@@ -166,31 +111,37 @@ class _Reader:
         self._pass = "forward"
         self._multiplies: dict[str, bool] = {}
 
-    def walk(self, name: str, times: int) -> float:
-        """Record a computation that runs ``times`` times a step; returns the estimated seconds of one run."""
+    def walk(self, name: str, times: int) -> tuple[float, float]:
+        """Record a computation that runs ``times`` times a step; returns the estimated seconds of one run, without and
+        with kernels."""
         instructions = self.module.computations.get(name, ())
-        scope = _Scope({instruction.name: instruction.type for instruction in instructions}, times)
-        for instruction in instructions:
+        scope = _Scope(name, {instruction.name: instruction.type for instruction in instructions}, times)
+        for scope.place, instruction in enumerate(instructions):
             self._visit(instruction, scope)
-        return scope.seconds
+        return scope.seconds, scope.clock
 
     def _visit(self, instruction: Instruction, scope: _Scope) -> None:
         opcode = instruction.opcode
         if opcode == "while":
             trips = self._trips(instruction)
-            scope.seconds += trips * self.walk(instruction.attribute("body"), scope.times * trips)
+            seconds, clock = self.walk(instruction.attribute("body"), scope.times * trips)
+            scope.spend(trips * seconds, trips * clock)
         elif opcode == "conditional":
             branches = re.findall(r"%([\w.\-]+)", instruction.attributes.partition("branch_computations=")[2])
             known = [branch for branch in branches if branch in self.module.computations]
-            scope.seconds += max((self.walk(branch, scope.times) for branch in known), default=0.0)
+            scope.spend(*max((self.walk(branch, scope.times) for branch in known), default=(0.0, 0.0)))
         elif opcode == "call":
-            scope.seconds += self.walk(instruction.attribute("to_apply"), scope.times)
+            scope.spend(*self.walk(instruction.attribute("to_apply"), scope.times))
         elif inner := self._collective_in(instruction):
             self._visit_collective(instruction, inner, scope)
+        elif opcode == "call-update" and instruction.operands[0] in scope.started:
+            # A SparseCore waits from call-start on for its operands, which the update gives it.
+            _, inner, *_ = scope.started.pop(instruction.operands[0])
+            scope.started[instruction.name] = instruction, inner, scope.clock, scope.place
         elif opcode.endswith("-done"):
             self._visit_done(instruction, scope)
         elif opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
-            scope.sent[_slice_attribute(instruction, "rendezvous")] = instruction, scope.seconds
+            scope.sent[_slice_attribute(instruction, "rendezvous")] = instruction, scope.clock, scope.place
         elif opcode == "recv":
             scope.received[instruction.name] = instruction
         else:
@@ -209,12 +160,12 @@ class _Reader:
         """The collective that an instruction is, or that is inside its fusion or asynchronous computation."""
         if instruction.opcode.removesuffix("-start") in KINDS:
             return instruction
-        if instruction.opcode not in ("fusion", "async-start"):
+        if instruction.opcode not in ("fusion", "async-start", "call-start"):
             return None
         return self._hidden_collective(instruction)
 
     def _hidden_collective(self, instruction: Instruction) -> Instruction | None:
-        for inner in self.module.called(instruction):
+        for inner in self.module.called(instruction, "to_apply" if "call" in instruction.opcode else "calls"):
             if inner.opcode.removesuffix("-start") in KINDS:
                 return inner
             if inner.opcode in ("fusion", "call") and (found := self._hidden_collective(inner)):
@@ -223,9 +174,9 @@ class _Reader:
 
     def _visit_collective(self, carrier: Instruction, inner: Instruction, scope: _Scope) -> None:
         if carrier.opcode.endswith("-start"):
-            scope.started[carrier.name] = (carrier, inner, scope.seconds)
+            scope.started[carrier.name] = carrier, inner, scope.clock, scope.place
             return
-        self._record(carrier, inner, scope, -1.0)
+        self._record(carrier, inner, scope, scope.clock, scope.place)
         if carrier.opcode == "fusion" and inner.opcode == "all-gather":  # a matmul with the gather inside
             self._spend(carrier, self._estimate(carrier) or 0.0, scope)
 
@@ -235,17 +186,20 @@ class _Reader:
             received = scope.received.pop(first)
             started = scope.sent.pop(_slice_attribute(received, "rendezvous"), None)
             if started:
-                self._record_between_slices(started[0], received, scope, scope.seconds - started[1])
+                self._record_between_slices(received, scope, *started)
         elif first in scope.started:
-            carrier, inner, seconds = scope.started.pop(first)
-            self._record(carrier, inner, scope, scope.seconds - seconds)
+            carrier, inner, started, place = scope.started.pop(first)
+            self._record(carrier, inner, scope, started, place)
 
-    def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, overlap: float) -> None:
+    def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, started: float, place: int) -> None:
         kind = inner.opcode.removesuffix("-start")
         named, group = hlo.first_group(inner.attributes)
         axes = named if named and set(named) <= set(self._mesh) else hlo.group_axes(group, self._mesh)
         axes = tuple(axis for axis in axes if self._mesh.get(axis, 1) > 1)
         result, inputs = array_bytes(carrier.type), sum(scope.operand_bytes(carrier))
+        if carrier.opcode == "call-update":  # (call-start, operands...) → ((operands...), results...)
+            inputs -= scope.operand_bytes(carrier, 1)[0]
+            result -= inputs
         # XLA pads parts that are no multiple of the network's unit: [4096] to 8 times [520].
         if kind == "all-reduce" and carrier.opcode == "fusion" and len(group) > 1 and result * len(group) < 2 * inputs:
             kind = "reduce-scatter"
@@ -257,9 +211,13 @@ class _Reader:
             # The result of a start is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         source = carrier.op_name or inner.op_name
-        self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source))
+        overlap = scope.clock - started if place < scope.place else -1.0
+        where = scope.name, (place, scope.place), started
+        self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source, *where))
 
-    def _record_between_slices(self, sent: Instruction, received: Instruction, scope: _Scope, overlap: float) -> None:
+    def _record_between_slices(
+        self, received: Instruction, scope: _Scope, sent: Instruction, started: float, place: int
+    ) -> None:
         """Record an exchange between TPU slices: a send and a receive through the hosts, without JAX's names."""
         kind = _slice_attribute(sent, "transfer_type").lower().replace("_", "-")
         # The type of a receive is (array, ...).
@@ -268,13 +226,13 @@ class _Reader:
         axis, *inner = self._mesh
         stride = math.prod(self._mesh[name] for name in inner)
         group = tuple(range(0, self._mesh[axis] * stride, stride))
-        self.collectives.append(
-            Collective(kind, (axis,), group, array_bytes(carried), scope.times, overlap, "between slices")
-        )
+        overlap, where = scope.clock - started, ("between slices", scope.name, (place, scope.place), started)
+        self.collectives.append(Collective(kind, (axis,), group, array_bytes(carried), scope.times, overlap, *where))
 
     def _visit_work(self, instruction: Instruction, scope: _Scope) -> None:
         if instruction.opcode == "custom-call" and (matmul := _grouped_matmul(instruction, scope)):
             self.grouped.append(matmul)
+            scope.clock += self._kernel_seconds(matmul)
         if instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
             self.attention_flops += scope.times * _attention_flops(instruction, scope)
         if instruction.opcode == "copy" and array_bytes(instruction.type) >= 2**20:
@@ -338,7 +296,7 @@ class _Reader:
         product = instruction.opcode in ("convolution", "dot") or self._has_product(instruction.attribute("calls"))
         part = self._pass, "matmuls" if product else "other"
         self.parts[part] = self.parts.get(part, 0.0) + seconds * scope.times
-        scope.seconds += seconds
+        scope.spend(seconds, seconds)
 
     def _has_product(self, name: str) -> bool:
         """Check for a matrix product in a computation or in those it calls."""

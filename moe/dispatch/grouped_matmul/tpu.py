@@ -29,6 +29,10 @@ _TILES = {
     "TPU": (512, 1024, 512),
 }
 
+#: Tiles where those that two groups share would add more than a tenth of the rows, by device kind: half the rows and
+#: twice the columns need more bandwidth for their FLOPs, of which v5p has enough.
+_TILES_OF_SHORT_GROUPS = {"TPU v5": (256, 1024, 1024)}
+
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -67,10 +71,13 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 def _tiles(rows: Array, num_groups: int) -> tuple[int, int, int] | None:
-    """An entry of :data:`_TILES` where groups have at least four of its tiles of rows; None: XLA's own choice."""
-    tiles = next((tiles for name, tiles in _TILES.items() if target.current().device_kind.startswith(name)), None)
+    """An entry of the tables where groups have at least four of its tiles of rows; None: XLA's own choice."""
+    kind = target.current().device_kind
+    tiles = next((tiles for name, tiles in _TILES.items() if kind.startswith(name)), None)
     if tiles is None or rows.dtype != jnp.bfloat16:
         return None
+    if (num_groups - 1) * tiles[0] > 0.1 * rows.shape[0]:
+        tiles = _TILES_OF_SHORT_GROUPS.get(kind, tiles)
     tile_rows = math.gcd(rows.shape[0], tiles[0])
     few = tile_rows <= TILE or rows.shape[0] < 4 * num_groups * tile_rows
     return None if few else (tile_rows, *tiles[1:])

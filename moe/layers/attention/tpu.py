@@ -6,12 +6,14 @@ import functools
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Float, Int
 
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import on_mesh
+from moe.parallel.remat import ATTENTION
 
 #: Vector lanes of a TPU: splash attention takes H and T in multiples of them.
 LANES = 128
@@ -49,9 +51,15 @@ def splash_attention(
         shape = (length, length)
         mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
         kernel = kernels.make_splash_mha(
-            masks.MultiHeadMask([mask] * query.shape[2]), block_sizes=sizes, head_shards=1, q_seq_shards=1
+            masks.MultiHeadMask([mask] * query.shape[2]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=ATTENTION,
         )
-        by_head = [x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value)]  # [B,T,N,H] → [B,N,T,H]
+        query = query * query.shape[-1] ** -0.5
+        # [B,T,N,H] → [B,N,T,H]
+        by_head = [checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value)]
         spread_over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
         result: Array = spread_over_rows(*by_head, kernels.SegmentIds(segment_ids, segment_ids), sinks)  # pyright: ignore[reportAssignmentType]
         return result.swapaxes(1, 2).astype(query.dtype)

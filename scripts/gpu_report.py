@@ -1,0 +1,340 @@
+"""python scripts/gpu_report.py [--name=h100]: everything that compiling for absent GPUs cannot tell, on one real GPU.
+
+Parity with the per-token oracle, Mixtral's layer against the measured matmul rate and PyTorch's grouped matmul (if
+PyTorch is installed), a 4-layer model's train step, cuDNN's attention, and a profile, in under eight minutes. Writes
+docs/results/gpu/NAME.md. `--dry` runs the same functions on tiny shapes on any machine, to see that the script works;
+it prints a page without numbers and writes nothing.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from moe import platform
+
+if __name__ == "__main__":
+    platform.prepare()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+
+import dataclasses
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import flags
+
+from moe import cli
+
+_NAME = flags.DEFINE_string("name", "", "Name of the page; empty: from the GPU's name.")
+_DRY = flags.DEFINE_bool("dry", False, "Tiny shapes on any machine; print a page without numbers, write nothing.")
+_REPEATS = flags.DEFINE_integer("repeats", 9, "Timed calls of each program.", lower_bound=1)
+
+FOLDER = Path(__file__).parents[1] / "docs" / "results" / "gpu"
+
+#: Mixtral-8x7B's layer has to reach this share of the measured matmul rate.
+BAR = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Shapes of all measurements: T tokens, D, F, E, N heads of H, and those of the train step's model."""
+
+    tokens: int = 4096
+    d_model: int = 4096
+    d_ff: int = 14336
+    experts: int = 8
+    heads: int = 32
+    head_dim: int = 128
+    rows: int = 4  # of the attention and the train step
+    model_dim: int = 1024
+    model_ff: int = 3584
+    vocab_size: int = 32000
+    dtype: str = "bfloat16"
+
+
+TINY = Sizes(128, 32, 64, 4, 2, 16, 2, 32, 64, 256, "float32")
+
+
+def device(sizes: Sizes) -> Iterator[str]:
+    """The device, its measured rates and the software."""
+    import jax
+
+    from moe.training.matmul_rate import measured_matmul_rate
+
+    found, side = jax.devices()[0], 8192 if sizes is not TINY else 64
+    rate = measured_matmul_rate(sizes.dtype, size=side)
+    peak = _peak()
+    of_peak = f", {rate / peak:.2f} of the datasheet's" if peak else ""
+    yield f"- {found.device_kind}, {found.client.platform_version.splitlines()[0]}"
+    yield f"- jax {jax.__version__}"
+    yield f"- matmul of {side} x {side} in {sizes.dtype}: {rate / 1e12:.0f} TFLOP/s{of_peak}"
+
+
+def parity(sizes: Sizes) -> Iterator[str]:
+    """The layer against the per-token oracle, in values and gradients, in every dispatch mode and precision."""
+    import jax
+
+    from scripts import conformance_oracle
+
+    del sizes
+    # Rows, D and F are multiples of 16, so that the kernels run; without TF32.
+    case = conformance_oracle.Case("mixtral", 2, 32, 8, 2, 12, 0.2)
+    with jax.default_matmul_precision("highest"):
+        rows = list(conformance_oracle.against_oracle(case, seed=0, d=32, f=48))
+    yield "| layer | bound | error | |"
+    yield "|---|---|---|---|"
+    yield from (
+        f"| {row.what} | {row.expected} | {row.measured} | {'pass' if row.passes else 'FAIL'} |" for row in rows
+    )
+    if not all(row.passes for row in rows):
+        raise AssertionError("a layer differs from the oracle")
+
+
+def layer(sizes: Sizes) -> Iterator[str]:
+    """Mixtral's layer, router and losses included, against the matmul rate measured in turns with it."""
+    from scripts import moe_programs, timing
+
+    cases = {mode: _case(sizes, mode) for mode in ("dropless", "gather")}
+    side = 8192 if sizes is not TINY else 64
+    yield "| mode | pass | ms, median (minimum) | active TFLOP/s | of the matmul rate |"
+    yield "|---|---|---|---|---|"
+    for mode, case in cases.items():  # one at a time: each has 11 GiB of parameters and gradients
+        programs: dict[str, Callable[[], Any]]
+        programs, _ = moe_programs.layer(case)
+        times = timing.in_turns(programs | {"matmul": moe_programs.large_matmul(side, sizes.dtype)}, _REPEATS.value)
+        rate = 2 * side**3 / statistics.median(times.pop("matmul").clock)
+        for which, seconds in times.items():
+            median, flops = statistics.median(seconds.clock), moe_programs.active_flops(case)[which]
+            share = flops / median / rate
+            verdict = f" (bar {BAR}: {'met' if share >= BAR else 'not met'})" if which == "both" else ""
+            yield (
+                f"| {mode} | {which} | {1e3 * median:.2f} ({1e3 * min(seconds.clock):.2f}) | "
+                f"{flops / median / 1e12:.0f} | {share:.2f}{verdict} |"
+            )
+
+
+def pytorch(sizes: Sizes) -> Iterator[str]:
+    """Grouped matmuls of PyTorch and of this project: one product of [R,D] rows with [E,D,F] matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe.dispatch.grouped_matmul import gpu, tpu
+    from scripts import timing
+
+    num_rows, experts = 2 * sizes.tokens, sizes.experts
+    rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)
+    matrices = jnp.ones((experts, sizes.d_model, sizes.d_ff), sizes.dtype)
+    counts = jnp.full((experts,), num_rows // experts, jnp.int32)
+    ours = jax.jit(gpu.grouped_matmul if gpu.supports(rows, matrices) else tpu.grouped_matmul)
+    flops = 2 * num_rows * sizes.d_model * sizes.d_ff
+    seconds = statistics.median(
+        timing.in_turns({"ours": lambda: ours(rows, matrices, counts)}, _REPEATS.value)["ours"].clock
+    )
+    yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
+    try:
+        import torch
+    except ImportError:
+        yield "- PyTorch is not installed: not compared"
+        return
+    if not (torch.cuda.is_available() and hasattr(torch, "_grouped_mm")):
+        yield f"- PyTorch {torch.__version__} has no grouped matmul on this device: not compared"
+        return
+    a = torch.ones(num_rows, sizes.d_model, device="cuda", dtype=torch.bfloat16)
+    b = torch.ones(experts, sizes.d_model, sizes.d_ff, device="cuda", dtype=torch.bfloat16)
+    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (num_rows // experts)
+    times = []
+    for _ in range(_REPEATS.value + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch._grouped_mm(a, b, offs=ends)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    yield f"- PyTorch {torch.__version__}: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
+
+
+def attention(sizes: Sizes) -> Iterator[str]:
+    """Attention over packed documents: parity with the plain form, and its rate."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe.layers.attention.attend import attend
+    from moe.layers.attention.gpu import runs_cudnn
+    from scripts import timing
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (sizes.heads, sizes.heads // 2, sizes.heads // 2)
+    query, key, value = (
+        jax.random.normal(k, (sizes.rows, sizes.tokens, n, sizes.head_dim), sizes.dtype)
+        for k, n in zip(keys, heads, strict=True)
+    )
+    documents = jnp.broadcast_to(jnp.arange(sizes.tokens) // (sizes.tokens // 3) + 1, query.shape[:2])
+
+    def both(query: Any, key: Any, value: Any, documents: Any, kind: str) -> Any:
+        y, pull = jax.vjp(lambda *a: attend(*a, documents, window=0, kind=kind), query, key, value)
+        return y, pull(y)
+
+    run = jax.jit(both, static_argnums=4)
+    one = [array[:1] for array in (query, key, value, documents)]
+    pairs = list(zip(*(jax.tree.leaves(run(*one, kind)) for kind in ("blocked", "full")), strict=True))
+    worst = max(
+        float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32))) for a, b in pairs
+    )
+    yield f"- blocked, by cuDNN: {runs_cudnn(query, 512)}; largest relative difference from plain attention {worst:.1e}"
+    arguments = (query, key, value, documents)
+    seconds = statistics.median(
+        timing.in_turns({"both": lambda: run(*arguments, "blocked")}, _REPEATS.value)["both"].clock
+    )
+    flops = 7 * 2 * sizes.rows * sizes.heads * sizes.head_dim * sizes.tokens**2 / 2
+    yield f"- {sizes.rows} x {sizes.tokens} tokens, forward and backward: {1e3 * seconds:.2f} ms"
+    yield f"- {flops / seconds / 1e12:.0f} TFLOP/s, counting the causal half"
+
+
+def train_step(sizes: Sizes) -> Iterator[str]:
+    """Train step of a 4-layer Mixtral-style model, then a profile of three steps."""
+    import jax
+    import numpy as np
+
+    from moe.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+    from moe.models import flops
+    from moe.parallel.mesh import make_mesh
+    from moe.routing.resolve import resolve
+    from moe.training.matmul_rate import measured_matmul_rate
+    from moe.training.step import build, place
+
+    heads: Any = {"num_heads": sizes.model_dim // 16, "num_kv_heads": sizes.model_dim // 16, "head_dim": 16}
+    if sizes is not TINY:
+        heads = {"num_heads": sizes.model_dim // 128, "num_kv_heads": 4, "head_dim": 128}
+    dtype: Any = sizes.dtype
+    model = ModelConfig(
+        vocab_size=sizes.vocab_size, d_model=sizes.model_dim, num_layers=4, d_ff=sizes.model_ff, dtype=dtype,
+        attention="blocked", moe=MoEConfig(num_experts=sizes.experts, dispatch="dropless"), **heads,
+    )  # fmt: skip
+    config = resolve(
+        Config(
+            model=model, data=DataConfig(sequence_length=sizes.tokens), train=TrainConfig(batch_size=sizes.rows),
+            mesh=MeshConfig(data=1),
+        )
+    )  # fmt: skip
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        tokens = np.random.default_rng(0).integers(3, model.vocab_size, (sizes.rows, sizes.tokens)).astype(np.int32)
+        positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), tokens.shape)
+        batch = {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+        state, placed, times = program.init(), place(batch, mesh), []
+        for _ in range(_REPEATS.value + 2):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(program.train_step(state, placed))
+            times.append(time.perf_counter() - start)
+        median = statistics.median(times[2:])
+        rate = measured_matmul_rate(sizes.dtype, size=None if sizes is not TINY else 64)
+        total, active = flops.count_parameters(config.model)
+        mfu = tokens.size * flops.train_flops_per_token(config.model, sizes.tokens) / median / rate
+        yield f"- {total:,} parameters, {active:,} active; {sizes.rows} x {sizes.tokens} tokens, {sizes.dtype}"
+        yield f"- {1e3 * median:.1f} ms a step (minimum {1e3 * min(times[2:]):.1f}), {mfu:.2f} of the matmul rate"
+        yield f"- loss after {len(times)} steps on one batch: {float(metrics.loss):.3f}"
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(3):
+                    state, metrics = jax.block_until_ready(program.train_step(state, placed))
+            yield ""
+            yield from _profile(next(Path(folder).rglob("*.xplane.pb")))
+
+
+def _profile(path: Path) -> Iterator[str]:
+    """The kernels of a trace that take most time, over all its steps."""
+    import jax
+
+    sums: dict[str, float] = {}
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if "/device:GPU" not in plane.name:
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    name = re.sub(r"[._]\d+$", "", event.name)
+                    sums[name] = sums.get(name, 0.0) + event.duration_ns
+    total = sum(sums.values())
+    if not total:
+        yield "The trace holds no kernels of a GPU."
+        return
+    yield "| kernel | share of the kernels' time |"
+    yield "|---|---|"
+    for name, time_of in sorted(sums.items(), key=lambda item: -item[1])[:15]:
+        yield f"| `{name[:80]}` | {100 * time_of / total:.1f} % |"
+
+
+SECTIONS: dict[str, Callable[[Sizes], Iterator[str]]] = {
+    "Device": device,
+    "Parity with the oracle": parity,
+    "Mixtral's layer": layer,
+    "Grouped matmul beside PyTorch's": pytorch,
+    "Attention": attention,
+    "Train step and profile": train_step,
+}
+
+
+def _case(sizes: Sizes, mode: str) -> Any:
+    from scripts.moe_programs import Case
+
+    return Case(
+        shape="Mixtral", gate="mixtral", mode=mode, experts=sizes.experts, k=2, d_model=sizes.d_model,
+        d_ff=sizes.d_ff, activation="swiglu", tokens=sizes.tokens, group_size=0, capacity_factor=-1.0,
+        dtype=sizes.dtype, skew=1.0,
+    )  # fmt: skip
+
+
+def _peak() -> float | None:
+    from moe.parallel import target
+
+    return target.current().peak_flops
+
+
+def report(sizes: Sizes, say: Callable[[str], None]) -> tuple[list[str], list[str]]:
+    """All sections, (lines, names of those that failed); a section that fails says why and does not end the report."""
+    lines, failed = [], []
+    for title, section in SECTIONS.items():
+        start = time.perf_counter()
+        lines += ["", f"## {title}", ""]
+        try:
+            for line in section(sizes):
+                lines.append(line)
+        except Exception as error:  # a report of what works and what does not
+            failed.append(title)
+            lines += ["", f"**Failed**: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+        say(f"{title}: {time.perf_counter() - start:.0f} s{', FAILED' if title in failed else ''}")
+    return lines, failed
+
+
+def main() -> None:
+    """Write the page, or print it without numbers under --dry."""
+    import jax
+
+    from moe.config import ConfigError
+
+    found = jax.devices()[0]
+    if found.platform != "gpu" and not _DRY.value:
+        raise ConfigError(f"gpu_report: needs a GPU, and JAX has {found.device_kind}; --dry tries the script without")
+    lines, failed = report(TINY if _DRY.value else Sizes(), lambda text: print(text, file=sys.stderr, flush=True))
+    if _DRY.value:
+        # Digits are struck out: nothing on this page was measured on a GPU.
+        print("# DRY RUN of gpu_report: no result\n" + re.sub(r"\d", "x", "\n".join(lines)))
+    else:
+        name = re.sub(r"[^a-z0-9]+", "-", (_NAME.value or found.device_kind).lower()).strip("-")
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        head = (
+            f"# {found.device_kind}\n\nWritten by `python scripts/gpu_report.py` on {time.strftime('%Y-%m-%d')}; "
+            f"one GPU, medians of {_REPEATS.value} calls."
+        )
+        (FOLDER / f"{name}.md").write_text("\n".join([head, *lines, ""]))
+        print(f"wrote {FOLDER / name}.md")
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,131 @@
+"""Exchanges on SparseCores, waiting for the network, the choice of a remat policy, and the residual of the estimate."""
+
+import dataclasses
+import types
+
+import pytest
+
+from configs import mixtral_8x7b
+from moe.config import ConfigError
+from moe.planner import calibration, exchanges, fit, network, plan, program
+from moe.planner.chips import CHIPS
+from moe.planner.records import Collective
+from moe.routing.resolve import from_config_dict
+
+MESH = {"data": 1, "fsdp": 64, "expert": 1, "tensor": 1}
+
+# Excerpt of a compiled train step for v5p: a gather of [8,64,32] over 4 chips on the SparseCore, whose operand is given
+# to it before a fusion of 500 cycles; then a reduce-scatter of the same kind with nothing beside it.
+SPARSE_CORE = """HloModule jit_train_step, is_scheduled=true
+%gathering (p: bf16[8,64,32]) -> bf16[8,256,32] {
+  %p = bf16[8,64,32]{2,1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,256,32]{2,1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}
+}, execution_thread="sparsecore"
+%scattering (p.1: bf16[8,256,32]) -> bf16[8,64,32] {
+  %p.1 = bf16[8,256,32]{2,1,0} parameter(0)
+  ROOT %reduce-scatter.2 = bf16[8,64,32]{2,1,0} reduce-scatter(%p.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}, to_apply=%add
+}, execution_thread="sparsecore"
+ENTRY %main (w: bf16[8,64,32]) -> bf16[8,64,32] {
+  %w = bf16[8,64,32]{2,1,0} parameter(0)
+  %gather-start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%gathering, metadata={op_name="jit(train_step)/jvp()/shard_map/weights.shards/all_gather"}
+  %fusion.1 = bf16[8]{0} fusion(%w), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"70"}}
+  %gather-update = ((bf16[8,64,32]{2,1,0}), bf16[8,256,32]{2,1,0}) call-update(%gather-start, %w)
+  %fusion.2 = bf16[8]{0} fusion(%w), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"500"}}
+  %gather-done = bf16[8,256,32]{2,1,0} call-done(%gather-update), metadata={op_name="jit(train_step)/jvp()/shard_map/weights.shards/all_gather"}
+  %scatter-start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%scattering
+  %scatter-update = ((bf16[8,256,32]{2,1,0}), bf16[8,64,32]{2,1,0}) call-update(%scatter-start, %gather-done)
+  ROOT %scatter-done = bf16[8,64,32]{2,1,0} call-done(%scatter-update)
+}
+"""  # noqa: E501
+
+
+def test_reads_exchanges_on_sparse_cores():
+    read = program.read(SPARSE_CORE, MESH, clock=1.0)
+    size = 8 * 256 * 32 * 2  # the result of the gather, the input of the reduce-scatter
+    found = [(c.kind, c.axes, c.bytes, c.overlap_seconds, c.started) for c in read.collectives]
+    assert found == [("all-gather", ("fsdp",), size, 500, 70), ("reduce-scatter", ("fsdp",), size, 0, 570)]
+    assert (read.seconds, read.unpriced) == (570, 0)
+
+
+def test_kernels_are_work_beside_exchanges():
+    kernel = """  %y = bf16[64,32]{1,0} custom-call(%s, %x, %m), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="8,8,8"}
+  %gather-done"""  # noqa: E501
+    text = SPARSE_CORE.replace("  %gather-done", kernel).replace(
+        "  %w = bf16[8,64,32]{2,1,0} parameter(0)\n",
+        "  %w = bf16[8,64,32]{2,1,0} parameter(0)\n  %x = bf16[64,8]{1,0} parameter(1)\n"
+        "  %m = bf16[2,8,32]{2,1,0} parameter(2)\n",
+    )
+    read = program.read(text, MESH, clock=1.0, kernel_seconds=lambda matmul: 1000.0)
+    assert read.collectives[0].overlap_seconds == 1500
+    assert read.seconds == 570  # kernels are added elsewhere
+
+
+def test_exchanges_wait_for_each_other(monkeypatch):
+    """By hand: gathers of 3 s that start at 0 s and are awaited at 2 s and 4 s of work; then one that is waited for."""
+
+    def collective(started, overlap, places, seconds=3.0):
+        return Collective("all-gather", (), (0, 1), 0, 1, overlap, str(seconds), "body", places, started)
+
+    monkeypatch.setattr(network, "seconds", lambda collective, *_: float(collective.source))
+    work = [
+        collective(0.0, 2.0, (0, 3)),  # 0 to 3 s: awaited at 2 s, 1 s exposed
+        collective(0.0, 4.0, (1, 6)),  # 3 to 6 s: awaited at 4 s of work + 1 s, 1 s exposed
+        collective(1.0, 1.0, (2, 4), 1e-6),  # small: does not wait for the others
+        collective(5.0, -1.0, (7, 7)),  # starts at 5 + 2 s: 3 s exposed
+    ]
+    assert exchanges._exposed(work, [float(c.source) for c in work]) == pytest.approx([1.0, 1.0, 0.0, 3.0])
+    other = [dataclasses.replace(c, computation="another") for c in work[:1]]
+    assert exchanges._exposed(work[:1] + other, [3.0, 3.0]) == [1.0, 1.0]
+
+
+def _fitting(monkeypatch, fits, memory=95 * 2**30):
+    tried = []
+
+    def make_plan(config, topology):
+        tried.append(config.model.remat)
+        if config.model.remat not in fits:
+            raise ConfigError("does not fit: temporaries alone")
+        return config.model.remat
+
+    chip = dataclasses.replace(CHIPS["v5p"], memory=memory)
+    monkeypatch.setattr(plan, "make_mesh", lambda *_: types.SimpleNamespace(shape=MESH))
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    config = mixtral_8x7b.get_config()
+    config.model.moe.dispatch = "dropless"
+    config.train.batch_size = 192
+    found = plan.make_fitting_plan(from_config_dict(config), types.SimpleNamespace(devices=(), chip=chip))
+    return found, tried
+
+
+def test_fit_takes_the_least_recomputation_that_fits(monkeypatch):
+    assert _fitting(monkeypatch, {"hidden", "full"}) == ("hidden", ["hidden"])
+    assert _fitting(monkeypatch, {"attention", "full"}) == ("attention", ["hidden", "outputs", "attention"])
+    # 40 GiB are less than the hidden activations alone: that policy is not compiled.
+    assert _fitting(monkeypatch, {"full"}, 40 * 2**30) == ("full", ["outputs", "attention", "full"])
+    with pytest.raises(ConfigError, match="does not fit"):
+        _fitting(monkeypatch, set())
+
+
+def test_kept_activations_by_hand():
+    config = mixtral_8x7b.get_config()
+    config.model.moe.dispatch = "dropless"
+    config = from_config_dict(config)
+
+    def kept(policy):
+        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
+        return fit.lower_bound(tried, MESH).activations
+
+    # One row of 4096 tokens a chip, bfloat16, 32 layers: inputs of 4096; queries, heads of 4096, keys, values of 1024;
+    # outputs of two experts; hidden activations of two experts, up and gate.
+    row, one_layer = 4096 * 2, 4096 * 2 * 2 * 2 * 14336
+    attention = 4096 + (4096 + 2 * 1024) + 4096
+    assert kept("attention") == row * 32 * attention + one_layer
+    assert kept("outputs") == row * 32 * (attention + 2 * 4096) + one_layer
+    assert kept("hidden") == row * 32 * (attention + 2 * 4096 + 2 * 2 * 14336)
+
+
+def test_a_page_states_the_residual():
+    rows = [{"predicted": 0.6, "published": 0.5}, {"predicted": 0.45, "published": 0.5}]
+    assert "2 published measurements" in calibration.statement("tpu", rows)
+    assert "-10 % to +20 %" in calibration.statement("tpu", rows)
+    assert calibration.statement("gpu", rows) == calibration.statement("tpu", []) == "not held against any measurement"
