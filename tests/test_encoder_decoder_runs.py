@@ -18,6 +18,7 @@ from moe.config import ConfigError
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
 from moe.lab.running.heldout import RowLosses, mixed_rows
+from moe.lab.running.runner import Programs
 from moe.training import loop as training
 from moe.training.evaluation import evaluate, load_heldout
 from moe.training.loop import train
@@ -39,10 +40,16 @@ T5 = {
 
 
 @pytest.fixture(scope="module")
-def spans(directory, tmp_path_factory):
+def programs():
+    """A make_program that compiles once."""
+    return Programs()
+
+
+@pytest.fixture(scope="module")
+def spans(directory, programs, tmp_path_factory):
     """Workdir of a run by span corruption."""
     workdir = tmp_path_factory.mktemp("spans") / "run"
-    train(tiny(directory, **T5), str(workdir), ONE)
+    train(tiny(directory, **T5), str(workdir), ONE, make_program=programs)
     return workdir
 
 
@@ -66,13 +73,13 @@ def tiny_data(workdir):
     return open_workdir(str(workdir), {}).program.config.data
 
 
-def test_an_interrupted_run_ends_the_same(spans, directory, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path, monkeypatch):
     config = tiny(directory, **T5)
     with monkeypatch.context() as patch:
         patch.setattr(training, "next_batch", at_step(5, raise_interrupted))
         with pytest.raises(Interrupted):
-            train(config, str(tmp_path / "run"), ONE)
-    train(config, str(tmp_path / "run"), ONE)
+            train(config, str(tmp_path / "run"), ONE, make_program=programs)
+    train(config, str(tmp_path / "run"), ONE, make_program=programs)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (spans / "metrics.jsonl").read_bytes()
 
 
