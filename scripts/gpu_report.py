@@ -135,7 +135,7 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     )
     yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         yield "- PyTorch is not installed: not compared"
         return

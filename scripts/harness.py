@@ -57,7 +57,7 @@ class WorkdirLM(TemplateLM):
             raise ConfigError(
                 f"--batch_size={batch_size}: must be a positive multiple of the {self._mesh.size} devices"
             )
-        self._variables = parameters.read_variables(workdir, config.model, self._mesh, step=step)
+        self._variables = parameters.read_variables(workdir, config.model, mesh=self._mesh, step=step)
         self._model = sampling.without_drops(config.model)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(self._model, rngs=nnx.Rngs(0))))
 

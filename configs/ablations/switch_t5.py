@@ -17,7 +17,7 @@ def get_suite(size: str) -> Suite:
     base.data.domains = ("literature", "definitions", "python", "technical")
     base.train.update(batch_size=16, sample_tokens=0)
     if size == "pod":
-        pod = common.base(size)
+        pod: Any = common.base(size)
         base.model.update(
             {name: pod.model[name] for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff")}
         )
