@@ -20,7 +20,6 @@ from moe.models.decoder import Transformer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import resolve, validate
-from tests.helpers import collectives
 
 MODEL = ModelConfig(
     **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4},
@@ -141,27 +140,6 @@ def test_an_expert_layer_with_biases(mode, sizes, rng):
     np.testing.assert_allclose(got, want, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, gradients)
     assert float(jnp.abs(gradients["experts"]["down_bias"][...]).max()) > 0.1
-
-
-def test_biases_gather_no_tokens():
-    """No array with T = 11 is all-gathered for the biases and their gradients."""
-    settings = {"d_model": 8, "d_ff": 16, "num_experts": 8, "activation": "swiglu_clamped", "bias": "all"}
-    layer = MoELayer(**settings, rngs=nnx.Rngs(0))
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
-    state = nnx.to_pure_dict(nnx.state(layer))
-    graphdef, x = nnx.graphdef(layer), jnp.zeros((8, 11, 8))
-
-    def loss(state, x):
-        return jnp.sum(jnp.sin(nnx.merge(graphdef, state)(x)[0]))
-
-    with jax.set_mesh(mesh):
-        specs = partition_specs.shardings(
-            mesh, (partition_specs.parameter_specs({"moe": state})["moe"], jax.P(("fsdp", "expert")))
-        )
-        text = jax.jit(jax.grad(loss), in_shardings=specs, out_shardings=specs[0]).lower(state, x).compile().as_text()
-    gathered = [c for c in collectives(text, 8) if c.kind == "all-gather"]
-    assert gathered
-    assert not [c for c in gathered if any(size % 11 == 0 for shape in c.shapes for size in shape)]
 
 
 def test_over_a_mesh():
