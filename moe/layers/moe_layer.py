@@ -121,7 +121,7 @@ class MoELayer(nnx.Module):
         size = self.config.group_size or x.shape[1]
         self._check_input(x, size)
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        tokens = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.BATCH)
+        tokens = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.GROUPS)
         valid = jnp.asarray(mask).reshape(-1, size)
         token_ids, positions = (
             None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions)
