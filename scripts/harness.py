@@ -49,6 +49,8 @@ class WorkdirLM(TemplateLM):
         """
         super().__init__()
         config = read_config(workdir)
+        if config.model.encoder_layers:
+            raise ConfigError(f"--workdir={workdir}: an encoder-decoder; the harness takes decoder-only models")
         sampling.check_prompts(config.model, [[0]])
         self._tokenizer = find_tokenizer(workdir)
         self._rows, self._length = batch_size, max_length or config.data.sequence_length
