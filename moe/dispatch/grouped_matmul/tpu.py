@@ -80,7 +80,7 @@ def _tiles(rows: Array, num_groups: int) -> tuple[int, int, int] | None:
         tiles = _TILES_OF_SHORT_GROUPS.get(kind) or tiles
     tile_rows = math.gcd(rows.shape[0], tiles[0])
     few = tile_rows <= TILE or rows.shape[0] < 4 * num_groups * tile_rows
-    return None if few else (tile_rows, *tiles[1:])
+    return None if few else (tile_rows, tiles[1], tiles[2])
 
 
 def _tiling(tiles: tuple[int, int, int] | None) -> contextlib.AbstractContextManager[Any]:
