@@ -26,7 +26,11 @@ def use(folder: str, workdir: str) -> None:
             writes and all must find the same programs, so "auto" is then a folder of the workdir, which all see.
         workdir: of the run.
     """
-    if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # the latter is JAX's own setting
+    if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
+        return  # the user chose, perhaps by JAX's own settings
+    # Programs of several CPU devices are not kept: read back, their all-reduces may wait for each other until XLA
+    # aborts (jaxlib 0.12.0.1, 8 fake devices, tests/test_lab_running.py with JAX_COMPILATION_CACHE_DIR set).
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
         return
     if folder == "auto":
         folder = DEFAULT if jax.process_count() == 1 else os.path.join(workdir, "programs")

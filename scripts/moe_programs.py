@@ -95,7 +95,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
     """Programs of the layer, with router and losses, and the share of assignments that it drops."""
     config = resolve(Config(model=model_config(case))).model
     graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
-    rows = axis_size(*partition_specs.TOKEN_AXES)
+    rows = axis_size(*partition_specs.ROW_AXES)
     x = jax.random.normal(jax.random.key(1), (rows, case.tokens // rows, case.d_model), case.dtype)
     mask = jnp.ones(x.shape[:2], bool)
     replayed: Routing | None = None
@@ -107,7 +107,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
         replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
     if not jax.sharding.get_abstract_mesh().empty:
         mesh = jax.sharding.get_mesh()
-        x, mask = jax.device_put((x, mask), jax.NamedSharding(mesh, partition_specs.BATCH))
+        x, mask = jax.device_put((x, mask), partition_specs.shardings(mesh, partition_specs.BATCH))
         parameters = jax.device_put(
             parameters, partition_specs.shardings(mesh, partition_specs.parameter_specs(parameters))
         )

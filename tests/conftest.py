@@ -43,11 +43,10 @@ def eight_devices() -> list[jax.Device]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def programs_elsewhere(tmp_path_factory):
-    """main.py keeps compiled programs in the user's cache, unless this names another folder."""
+def no_kept_programs():
+    """Programs started by tests keep no compiled programs in the user's cache; read by JAX at its import."""
     with pytest.MonkeyPatch.context() as patch:
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
         yield
 
 

@@ -20,6 +20,7 @@ def unchanged(monkeypatch, tmp_path):
     monkeypatch.setattr(compilation_cache, "DEFAULT", str(tmp_path / "user"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # of these tests' eight, runs here use one
     reset_cache()
     yield
     for name, value in before.items():
@@ -55,10 +56,18 @@ def test_programs_of_a_first_start_serve_the_second_with_the_same_bits(directory
 )
 def test_processes_of_one_run_share_a_folder(monkeypatch, tmp_path, folder, processes, expected):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     compilation_cache.use(folder if folder == "auto" else str(tmp_path / folder), str(tmp_path / "run"))
     (machine,) = (tmp_path / expected).iterdir()
-    assert machine.name.startswith("cpu-")
+    assert machine.name.startswith("tpu-")
     assert jax.config.jax_compilation_cache_dir == str(machine)
+
+
+def test_programs_of_several_cpu_devices_are_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    compilation_cache.use(str(tmp_path / "programs"), str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_jax_own_variable_and_an_empty_name_leave_jax_as_it_is(monkeypatch, tmp_path):

@@ -257,7 +257,7 @@ def _on_mesh(mesh, config, routing, x, variant=""):
     """Values and gradients of dropless with tokens and experts spread over a mesh."""
     made = make_mesh(mesh)
     with jax.set_mesh(made):
-        where = jax.NamedSharding(made, partition_specs.BATCH)
+        where = partition_specs.shardings(made, partition_specs.GROUPS)
         routing, x = jax.tree.map(lambda a: jax.device_put(np.asarray(a), where), (routing, x))
         return _value_and_gradients("dropless", config, routing, x, variant)
 

@@ -28,6 +28,7 @@ from moe.interop.families import FAMILIES
 from moe.models.flops import count_parameters
 from moe.routing.resolve import from_config_dict, resolve
 from tests.test_interop import HERE, OURS, THEIRS
+from tests.test_interop_encoder_decoder import PATHS as ENCODER_DECODERS
 
 
 def test_published_config_of_mixtral():
@@ -145,7 +146,7 @@ def test_layers_of_qwen():
 
 
 def test_every_family_has_a_case():
-    assert {path.name for path in OURS + THEIRS} >= set(FAMILIES)
+    assert {path.name for path in OURS + THEIRS + ENCODER_DECODERS} >= set(FAMILIES)
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS])

@@ -9,7 +9,7 @@ import pytest
 
 from moe.config import ConfigError
 from moe.lab import plan, records
-from moe.lab.records import DIVERGED, FINISHED
+from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.report import page
 from moe.lab.running import jobs, runner
 from moe.lab.suite import with_seeds
@@ -161,3 +161,9 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     )
     alone = (tmp_path / "alone" / "metrics.jsonl").read_bytes()
     assert alone == (runner.run_directory(tmp_path / "first", key) / "metrics.jsonl").read_bytes()
+
+
+def test_the_primary_loss_is_over_all_domains_unless_some_are_named():
+    losses, domains = {4: np.asarray([1.0, 3.0, 8.0])}, ["a", "a", "b"]
+    assert (4, "loss", PRIMARY, "", 5.0) in runner._mixed_rows(losses, domains, ())  # (2 + 8) / 2
+    assert (4, "loss", PRIMARY, "", 2.0) in runner._mixed_rows(losses, domains, ("a",))

@@ -134,9 +134,10 @@ def test_chunked_loss_on_a_mesh(monkeypatch):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = partition_specs.BATCH, jax.P(None, "tensor"), partition_specs.BATCH
     with jax.set_mesh(mesh):
-        split = jax.jit(gradient, in_shardings=specs, out_shardings=specs[:2])
+        where = partition_specs.shardings(mesh, specs)
+        split = jax.jit(gradient, in_shardings=where, out_shardings=where[:2])
         compiled = split.lower(hidden, matrix, targets).compile()
-        spread = compiled(*jax.device_put((hidden, matrix, targets), partition_specs.shardings(mesh, specs)))
+        spread = compiled(*jax.device_put((hidden, matrix, targets), where))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), alone, spread)
     text = compiled.as_text() or ""
     sums = [c for c in collectives(text, 8) if (16, 25) in c.shapes or (1, 16, 25) in c.shapes]

@@ -195,6 +195,7 @@ class MeshConfig:
     fsdp: int = 1  # splits rows, and parameters over D
     expert: int = 1  # splits rows, and experts over E
     tensor: int = 1  # splits heads and F
+    context: int = 1  # splits the positions of a row
 
 
 #: Parts of a model that optimizer.frozen and start.fresh can name.

@@ -31,7 +31,7 @@ def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Ex
     """
     if axis_size(*partition_specs.AXES) == 1:
         return run_sorted_by_expert(x, routing, plan, experts.matrices(x.dtype), experts)
-    batch = on_mesh(partition_specs.BATCH)
+    groups = on_mesh(partition_specs.GROUPS)
 
     def local(x: Array, routing: Routing, plan: Plan, shards: Any) -> Array:
         (into, biases), out_of = shards
@@ -40,7 +40,7 @@ def dropless(x: Float[Array, "G S D"], routing: Routing, plan: Plan, experts: Ex
 
     up, down = (on_mesh(partition_specs.PARAMETERS[f"experts.{name}"]) for name in ("up", "down"))
     stored = (up, on_mesh(partition_specs.EXPERT_BIASES)), down
-    return jax.shard_map(local, in_specs=(batch, batch, batch, stored), out_specs=batch, check_vma=False)(
+    return jax.shard_map(local, in_specs=(groups, groups, groups, stored), out_specs=groups, check_vma=False)(
         x, routing, plan, experts.matrices(x.dtype, stored=True)
     )
 

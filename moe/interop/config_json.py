@@ -108,7 +108,8 @@ def write_config(config: Config, model_type: str = "") -> Json:
             continue
         if not lost:
             return result
-        reasons.append(f"{name} lacks {', '.join(lost)}")
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        reasons.append(f"{name} lacks {', '.join(lost[:4])}{more}")
     raise ConfigError(f"no open architecture computes this model: {'; '.join(reasons)}")
 
 

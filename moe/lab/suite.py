@@ -147,8 +147,8 @@ class Suite:
 
     @property
     def primary_domains(self) -> tuple[str, ...]:
-        """Domains of the primary loss."""
-        return self.primary or tuple(self._base.data.domains) or (self._base.data.dataset,)
+        """Domains of the primary loss; empty: all that the text has."""
+        return self.primary or tuple(self._base.data.domains)
 
     @property
     def tokens_per_step(self) -> int:

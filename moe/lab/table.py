@@ -144,6 +144,7 @@ class Table:
             if arm.row_losses and len(arm.row_losses) == len(base.row_losses):
                 pairs.append(np.asarray(arm.row_losses) - np.asarray(base.row_losses))
         domains = self.record(baseline, steps, seeds[0]).row_domains if pairs else []
+        primary = primary or set(domains)
         keep = [domain in primary for domain in domains]
         if not any(keep):
             return np.empty((0, 0)), []

@@ -149,7 +149,9 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
 def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as token_ids [B,T] and lengths [B], with idle rows up to a multiple of the devices that rows are split
     over."""
-    shards = axis_size(*partition_specs.TOKEN_AXES)
+    if axis_size("context") > 1:
+        raise ConfigError(f"mesh.context={axis_size('context')}: must be 1 to generate")
+    shards = axis_size(*partition_specs.ROW_AXES)
     rows = -(-len(prompts) // shards) * shards
     lengths = np.ones(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]

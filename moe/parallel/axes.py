@@ -1,8 +1,8 @@
 """Mesh axes by their roles, in our meshes and in a user's own.
 
-The table of PartitionSpecs names four roles: data, fsdp, expert and tensor. In our meshes axes have these names. In
-another mesh, roles that no axis has are not split, axes that have no role are ignored, and :func:`mesh_roles` says
-which axis has which role where the names differ.
+The table of PartitionSpecs names five roles: data, fsdp, expert, tensor and context. In our meshes axes have these
+names. In another mesh, roles that no axis has are not split, axes that have no role are ignored, and
+:func:`mesh_roles` says which axis has which role where the names differ.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError
 
-#: Roles, and those over which tokens are split.
-AXES = ("data", "fsdp", "expert", "tensor")
-TOKEN_AXES = ("data", "fsdp", "expert")
+#: Roles; those over which rows are split; those over which tokens are. Positions of a row are split over context.
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+ROW_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*ROW_AXES, "context")
 
 _NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
 _names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh roles", default=_NO_NAMES)

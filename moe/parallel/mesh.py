@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
 from moe.parallel.axes import AXES, on_mesh, role_size
-from moe.parallel.partition_specs import BATCH
+from moe.parallel.partition_specs import ROWS
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -24,16 +24,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
+    axes = AXES if config.context != 1 else AXES[:-1]
+    sizes = [getattr(config, axis) for axis in axes]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
-        given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
         raise ConfigError(
             f"{given}: the sizes must multiply to the number of devices, {len(devices)}; "
             "set one of them to -1 to use all remaining devices"
         )
-    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arrange(sizes, devices), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -51,7 +52,7 @@ def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     if sizes[0] % slices:
         raise ConfigError(f"mesh.data={sizes[0]}: must be a multiple of the number of TPU slices, {slices}")
     return mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(sizes) - 1)), devices, allow_split_physical_axes=True
     )
 
 
@@ -73,8 +74,15 @@ def constrain(x: Array, spec: P) -> Array:
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Indices [b] of the batch rows on this process's devices; where ``tensor`` spans processes, several share them."""
-    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows,)).values()
+    """Indices [b] of the batch rows on this process's devices; where ``tensor`` spans processes, several share them.
+
+    Raises:
+        ConfigError: a row is split over several processes.
+    """
+    lines = mesh.devices.reshape(-1, mesh.shape.get("context", 1))
+    if any(len({device.process_index for device in line}) > 1 for line in lines):
+        raise ConfigError(f"mesh.context={mesh.shape['context']}: a row must be on the devices of one process")
+    indices = NamedSharding(mesh, on_mesh(ROWS, mesh.axis_names)).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
 
 

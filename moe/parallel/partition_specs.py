@@ -13,28 +13,33 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.parallel.axes import AXES as AXES
-from moe.parallel.axes import TOKEN_AXES, on_mesh, role_size
+from moe.parallel.axes import ROW_AXES as ROW_AXES
+from moe.parallel.axes import TOKEN_AXES as TOKEN_AXES
+from moe.parallel.axes import on_mesh, role_size
 
 # Activations.
-BATCH = P(TOKEN_AXES)  # [B,...] and [G,...]
-MICROBATCHES = P(None, TOKEN_AXES)  # [A,B/A,T]
-HEADS = P(TOKEN_AXES, None, "tensor")  # [B,T,N,H]
-CACHE = P(None, TOKEN_AXES, None, "tensor")  # [R,B,W,M,H]
+ROWS = P(ROW_AXES)  # [B]
+BATCH = P(ROW_AXES, "context")  # [B,T,...]
+GROUPS = P(TOKEN_AXES)  # [G,...]
+MICROBATCHES = P(None, ROW_AXES, "context")  # [A,B/A,T]
+HEADS = P(ROW_AXES, "context", "tensor")  # [B,T,N,H]
+CACHE = P(None, ROW_AXES, None, "tensor")  # [R,B,W,M,H]
 SINKS = P("tensor")  # [N]
 
 
-CACHE_OF_ONE_HEAD = P(None, TOKEN_AXES)  # [R,B,W,1,H]
+CACHE_OF_ONE_HEAD = P(None, ROW_AXES)  # [R,B,W,1,H]
 TABLE = P("tensor", None)  # [V,D] during the embedding lookup
-LOGITS = P(TOKEN_AXES, None, "tensor")  # [B,T,V]
+LOGITS = P(ROW_AXES, "context", "tensor")  # [B,T,V]
+CHUNK_LOGITS = P(TOKEN_AXES, None, "tensor")  # [G,P,V]
 PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summed over each of X shards of the tokens
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
-EXPERT_SLOTS = P("expert", ("data", "fsdp"))  # [E,G,C,D] after dispatch, sharded as experts
+EXPERT_SLOTS = P("expert", ("data", "fsdp", "context"))  # [E,G,C,D] after dispatch, sharded as experts
 
 EXPERT_BIASES = P("expert", None, "tensor")  # [E,1,F], an operand of matmuls
 
 REPLICATED = P()
 
-#: Axes over which D of a weight that all tokens use is stored: all token axes except data.
+#: Axes over which D of a weight that all tokens use is stored: all row axes except data.
 STORED = ("fsdp", "expert")
 
 #: Storage of each parameter, by the last two names of its path; stacked layers add an unsharded leading axis.
@@ -62,7 +67,7 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
         "experts.gate_bias": P("expert", "tensor"),  # [E,F]
         "experts.up_bias": P("expert", "tensor"),  # [E,F]
-        "experts.down_bias": P("expert", None),  # [E,D]
+        "experts.down_bias": P(None, "fsdp"),  # [E,D]
         "router.kernel": P(None, None),  # [D,E]
         "router.noise": P(None, None),  # [D,E]
         "router.bias": P(None),  # [E]

@@ -123,8 +123,8 @@ def _compile(
         parameters = jax.tree.map(
             lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), parameters, where
         )
-        rows = axis_size(*partition_specs.TOKEN_AXES)
-        batch = jax.NamedSharding(mesh, partition_specs.BATCH)
+        rows = axis_size(*partition_specs.ROW_AXES)
+        batch = partition_specs.shardings(mesh, partition_specs.BATCH)
         x = jax.ShapeDtypeStruct((rows, tokens, model.d_model), jnp.dtype(model.dtype), sharding=batch)
 
         def forward(parameters, x):

@@ -54,7 +54,16 @@ def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[
 
 
 def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
-    """[C,B,P,D] and [C,B,P]: C chunks of P positions; the last one is padded with positions that have no target."""
+    """[C,B,P,D] and [C,B,P]: C chunks of P positions; the last one is padded with positions that have no target.
+
+    Parts of a row on several devices count as rows.
+    """
+    parts = axis_size("context")
+    # [B,T,...] → [B·X,T/X,...]
+    hidden, targets = (
+        constrain(x.reshape(len(x) * parts, -1, *x.shape[2:]), partition_specs.GROUPS) if parts > 1 else x
+        for x in (hidden, targets)
+    )
     batch, length, _ = hidden.shape
     rows = -(-batch // axis_size(*partition_specs.TOKEN_AXES))  # per device
     count = -(-length // max(_CHUNK // rows, 1))
@@ -69,7 +78,7 @@ def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def _logits(hidden: Array, matrix: Array) -> Array:
-    return constrain(hidden @ matrix, partition_specs.LOGITS)
+    return constrain(hidden @ matrix, partition_specs.CHUNK_LOGITS)
 
 
 def _with_gradient(hidden, matrix, targets):
@@ -88,8 +97,10 @@ def _with_gradient(hidden, matrix, targets):
     with jax.named_scope(LOSS_SCOPE):
         zeros = constrain(jnp.zeros((shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
         d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
-        # [C,B,P,D] → [B,C,P,D] → [B,C·P,D] → [B,T,D]
-        d_hidden = d_hidden.swapaxes(0, 1).reshape(len(hidden), -1, hidden.shape[2])[:, : hidden.shape[1]]
+        # [C,B,P,D] → [B,C,P,D] → [B,C·P,D] → [B,T,D], with B and T those of a device's parts of rows
+        length = hidden.shape[1] // axis_size("context")
+        d_hidden = d_hidden.swapaxes(0, 1).reshape(d_hidden.shape[1], -1, hidden.shape[2])[:, :length]
+        d_hidden = d_hidden.reshape(hidden.shape)
         d_matrix = jnp.sum(d_matrix, axis=0).astype(matrix.dtype)
     return (jnp.sum(nll), jnp.sum(known)), (d_hidden, d_matrix, targets)
 

@@ -127,7 +127,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
     """Build the programs of a run; nothing is compiled yet.
 
     Args:
-        config: resolved and validated, against the mesh too (:func:`moe.config.checks.validate_mesh`).
+        config: resolved and validated, against the mesh too (:func:`moe.config.validate_mesh`).
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
@@ -147,7 +147,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         optimizer=partition_specs.optimizer_specs(shapes.parameters, shapes.optimizer),
     )
     state_shardings = partition_specs.shardings(mesh, specs)
-    batch_sharding = NamedSharding(mesh, partition_specs.BATCH)
+    batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
     options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
@@ -342,6 +342,6 @@ def eval_step(
 
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
     """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh, less what no step reads."""
-    sharding = NamedSharding(mesh, partition_specs.BATCH)
+    sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     keys = [*TOKEN_KEYS, *(key for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch)]
     return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

@@ -171,7 +171,7 @@ def _provenance(found: Table, command: str, digest: str) -> str:
         f"Commit: {', '.join(f'`{commit}`' for commit in commits) or 'none'}",
         f"Hardware: {'; '.join(hardware) or 'none'}",
         f"Model: {base.model.num_layers} layers of {base.model.d_model}; {found.suite.tokens_per_step:,} tokens a step",
-        f"Text: {', '.join(data) or 'none'}; primary: {', '.join(found.suite.primary_domains)}; up to "
+        f"Text: {', '.join(data) or 'none'}; primary: {', '.join(found.suite.primary_domains) or 'all domains'}; up to "
         f"{found.suite.heldout_rows} held-out rows per domain, mixed over domains in every batch",
         f"Runs: {len(records)} in `{RECORDS}/`, of which {len(found.used)} are compared; "
         f"{sum(record.seconds for record in records) / 3600:.1f} hours",

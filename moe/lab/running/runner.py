@@ -230,12 +230,12 @@ class Worker:
 def _mixed_rows(
     losses: dict[int, np.ndarray], domains: list[str], primary: Sequence[str]
 ) -> list[tuple[int, str, str, str, float]]:
-    """Mean loss per domain and over the primary domains, at every evaluated step."""
+    """Mean loss per domain and over the primary domains (empty: all), at every evaluated step."""
     rows = []
     for step, values in losses.items():
         means = {name: float(values[[d == name for d in domains]].mean()) for name in dict.fromkeys(domains)}
         rows += [(step, "loss", name, "", value) for name, value in means.items()]
-        rows.append((step, "loss", PRIMARY, "", statistics.fmean(means[name] for name in primary)))
+        rows.append((step, "loss", PRIMARY, "", statistics.fmean(means[name] for name in primary or means)))
     return rows
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from moe.config import ConfigError
 from moe.layers.attention.blocked import blocked_attention
 from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
 from moe.layers.dropout import KEEP_ALL, Dropout
-from moe.parallel import target
+from moe.parallel import partition_specs, target
+from moe.parallel.axes import axis_of, on_mesh
+from moe.parallel.mesh import axis_size
 from moe.parallel.remat import ATTENTION
 
 
@@ -50,10 +54,15 @@ def attend(
     """
     plain = causal and bias is None and prefix is None and scale is None and not drop.active
     whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
-    if kind == "blocked" and plain and whole_tiles and runs_splash():
+    if kind == "blocked" and plain and whole_tiles and runs_splash() and axis_size("context") == 1:
         return splash_attention(query, key, value, segment_ids, sinks, window)
     query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
-    if kind == "full" and plain and target.is_cpu():
+    if axis_size("context") > 1:
+        if bias is not None or prefix is not None or drop.active:
+            raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
+        keys = segment_ids if key_segment_ids is None else key_segment_ids
+        heads = _attend_split(query, key, value, segment_ids, keys, sinks, window=window, causal=causal, scale=scale)
+    elif kind == "full" and plain and target.is_cpu():
         heads = causal_attention(query, key, value, segment_ids, sinks, window)
     else:
         heads = blocked_attention(
@@ -72,3 +81,32 @@ def attend(
             one_block=kind == "full",
         )
     return checkpoint_name(heads, ATTENTION)
+
+
+def _attend_split(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    key_segment_ids: Array,
+    sinks: Array | None,
+    window: int,
+    causal: bool,
+    scale: float | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of rows split over ``context``: each device gathers keys and values of the row for its queries."""
+    axis = axis_of("context")
+
+    def local(query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, sinks: Array | None):
+        key, value, key_segment_ids = (
+            jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
+        )
+        first = jax.lax.axis_index(axis) * query.shape[1]
+        settings = {"causal": causal, "scale": scale, "sinks": sinks, "first": first}
+        return blocked_attention(query, key, value, segment_ids, window, key_segment_ids, **settings)
+
+    heads, row = on_mesh(partition_specs.HEADS), on_mesh(partition_specs.BATCH)
+    in_specs = (heads, heads, heads, row, row, on_mesh(partition_specs.SINKS))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
+        query, key, value, segment_ids, key_segment_ids, sinks
+    )

@@ -32,9 +32,11 @@ def blocked_attention(
     drop: Dropout = KEEP_ALL,
     sinks: Float[Array, " N"] | None = None,
     one_block: bool = False,
+    first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`: each block by cuDNN's kernel where GPUs and shapes
-    allow it, elsewhere as matmuls whose scores the backward pass recomputes."""
+    allow it, elsewhere as matmuls whose scores the backward pass recomputes. The queries are those from position
+    ``first`` on."""
     batch, length, heads, head_dim = query.shape
     size = length if one_block else _block_size(length, _LARGEST_BLOCK)
     key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)
@@ -67,13 +69,13 @@ def blocked_attention(
         return heads[..., :head_dim]
 
     if size == length and one_block:
-        return block((query, segment_ids, jnp.zeros((), jnp.int32)))
+        return block((query, segment_ids, jnp.int32(first)))
 
     # [B,T,...] → [B,T/size,size,...] → [T/size,B,size,...], and back
     def split(x: Array) -> Array:
         return x.reshape(batch, length // size, size, *x.shape[2:]).swapaxes(0, 1)
 
-    starts = jnp.arange(0, length, size, dtype=jnp.int32)
+    starts = first + jnp.arange(0, length, size, dtype=jnp.int32)
     parts = jax.lax.map(jax.checkpoint(block), (split(query), split(segment_ids), starts))
     return parts.swapaxes(0, 1).reshape(batch, length, heads, head_dim)
 
