@@ -59,7 +59,8 @@ def main() -> None:
         print(markdown(found[stack].summary, title))
         print(f"Written to {folder / stack}: {', '.join(names)}")
     if "encoder" in found:
-        compared = stacks.compare(opened.program, variables, opened.prepared, tokens=_TOKENS.value, seed=_SEED.value)
+        numbers = {"tokens": _TOKENS.value, "shuffles": _SHUFFLES.value, "seed": _SEED.value}
+        compared = stacks.compare(opened.program, variables, opened.prepared, **numbers)
         print(stacks.write(compared, folder))
 
 

@@ -204,7 +204,7 @@ def bad_input() -> Iterator[Row]:
             yield Row(section, what, f"refused, naming {field}", str(reason), field in str(reason))
     x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 7, 6)), jnp.float32)
     mask = np.ones((2, 7), bool)
-    without = mask.copy()
+    without, tokens = mask.copy(), np.zeros((2, 7), np.int32)
     without[0, 2] = False
     for gate, rule in GATES.items():
         if rule.router == "none":
@@ -216,7 +216,7 @@ def bad_input() -> Iterator[Row]:
         slots = 1 if rule.router == "slots" else 0
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, {})))
         layer = single_layer(gate, **weights, **fields)
-        call = jax.jit(lambda x, mask, layer=layer: layer(x, mask)[:2])
+        call = jax.jit(lambda x, mask, layer=layer: layer(x, mask, token_ids=tokens)[:2])
         y, report = call(x.at[0, 2].set(jnp.nan), mask)
         expected, _ = call(x, without)
         worst = error(y, expected)
@@ -234,7 +234,17 @@ def run(layers: Path) -> Iterator[Row]:
     yield from bad_input()
     for seed, case in enumerate((*CASES, *edges())):
         yield from against_oracle(case, seed)
-    yield from device_counts()
+    for gate, latent in (*((gate, 0) for gate in GATES), ("mixtral", 4)):
+        yield from device_counts(gate, latent)
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Markdown table of the number of rows and failures of each section."""
+    lines = ["| section | rows | failed |", "|---|---|---|"]
+    for section in dict.fromkeys(row.section for row in rows):
+        own = [row for row in rows if row.section == section]
+        lines.append(f"| {section} | {len(own)} | {sum(not row.passes for row in own)} |")
+    return lines
 
 
 def table(rows: list[Row]) -> str:
@@ -251,6 +261,7 @@ def table(rows: list[Row]) -> str:
         "number that the layer stores, make of the exact equations (`tests/rounding.py`). Where a row stands for",
         "several arrays, the one nearest its bound is shown and named.",
     ]
+    lines += ["", *summary(rows)]
     section = None
     for row in rows:
         if row.section != section:

@@ -235,7 +235,10 @@ def drawn(case: Case, seed: int) -> tuple[jax.Array | None, dict[str, np.ndarray
 
 
 def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, decisions: Any) -> Callable[..., Any]:
-    """(weights, x, cotangent) → y and the gradients of sum(y·cotangent), compiled with its loops unrolled."""
+    """(weights, x, cotangent) → y and the gradients of sum(y·cotangent).
+
+    Not compiled: its loops are unrolled, and compiling them takes longer than running them once.
+    """
     noise = rule.draws is not None and case.gate == "noisy_topk"
 
     def loss(weights: Any, x: jax.Array, cotangent: Any) -> Any:
@@ -243,16 +246,14 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
         if case.gate == "soft_moe":
             y = reference.soft_output(*arrays, mask)
         else:
-            given = {"noise": weights["noise"]} if noise else {}
-            given |= {
-                part: tuple(weights[name] for name in weights if name.startswith(part))
-                for part in ("latent", "null")
-                if any(name.startswith(part) for name in weights)
-            }
+            given: dict[str, Any] = {"noise": weights["noise"]} if noise else {}
+            for part, names in (("latent", ("latent_down", "latent_up")), ("null", ("null_vectors", "null_mix"))):
+                if names[0] in weights:
+                    given[part] = tuple(weights[name] for name in names)
             y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, **given)
         return jnp.sum(y * cotangent), y
 
-    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)
     names = [name for name in read_by(case.gate, weights) if name != "noise" or noise]
 
     def run(x: jax.Array, cotangent: Any) -> dict[str, Any]:
@@ -338,40 +339,39 @@ def _nearest(what: str, worst: dict[str, float], bound: dict[str, float]) -> Row
     return Row(ORACLE, what, f"oracle, to {bound[tight]:.2g} ({tight})", f"{worst[tight]:.2g}", passes)
 
 
-def device_counts() -> Iterator[Row]:
-    """Every gate's layer, with its jitter, noise, draws and drops, on 1, 2, 4 and 8 devices."""
+def device_counts(gate: str, latent: int) -> Iterator[Row]:
+    """A gate's layer, with its jitter, noise, draws and drops, on 1, 2, 4 and 8 devices; latent is ``latent_dim``."""
     rng = np.random.default_rng(11)
     x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
-    for gate, latent in (*((gate, 0) for gate in GATES), ("mixtral", 4)):
-        rule = GATES[gate]
-        fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
-        if not rule.fixed_k:
-            fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
-        if rule.kept_expert_groups:
-            fields |= {"expert_groups": 4, "kept_expert_groups": 2}
-        if rule.looks_ahead:
-            fields |= LEAK
-        if gate == "mixtral":
-            fields |= LEAK | {"drop_policy": "random"}
-        slots = 1 if rule.router == "slots" else 0
-        given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent))
-        for mode in CONFIG_MODES:
-            if (gate, mode) in REFUSED_MODES:
-                continue
-            run = program(single_layer(gate, **given, dispatch=mode, **fields), train=True)
-            alone = run(x, mask, cotangent, tokens, key)
-            for count in (1, 2, 4, 8):
-                fsdp = 2 if count == 8 else 1
-                mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=count // fsdp), jax.devices()[:count])
-                with jax.set_mesh(mesh):
-                    placed = jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH))
-                    spread = run(placed, mask, cotangent, tokens, key)
-                yield close(
-                    DEVICES,
-                    f"{gate}{', latent_dim=4' if latent else ''}, {mode}, {count} devices",
-                    "without a mesh",
-                    error(spread, alone),
-                    FLOAT32,
-                )
+    rule = GATES[gate]
+    fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
+    if not rule.fixed_k:
+        fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
+    if rule.kept_expert_groups:
+        fields |= {"expert_groups": 4, "kept_expert_groups": 2}
+    if rule.looks_ahead:
+        fields |= LEAK
+    if gate == "mixtral":
+        fields |= LEAK | {"drop_policy": "random"}
+    slots = 1 if rule.router == "slots" else 0
+    given = read_by(gate, weights_of(8, 8, 8, 11, slots, null_of(gate, {}), latent))
+    for mode in CONFIG_MODES:
+        if (gate, mode) in REFUSED_MODES:
+            continue
+        run = program(single_layer(gate, **given, dispatch=mode, **fields), train=True)
+        alone = run(x, mask, cotangent, tokens, key)
+        for count in (1, 2, 4, 8):
+            fsdp = 2 if count == 8 else 1
+            mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=count // fsdp), jax.devices()[:count])
+            with jax.set_mesh(mesh):
+                placed = jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH))
+                spread = run(placed, mask, cotangent, tokens, key)
+            yield close(
+                DEVICES,
+                f"{gate}{', latent_dim=4' if latent else ''}, {mode}, {count} devices",
+                "without a mesh",
+                error(spread, alone),
+                FLOAT32,
+            )

@@ -209,7 +209,10 @@ LOSS_FREE = {
     "num_experts": 4,
     "experts_per_token": 2,
     "expert_groups": 1,
+    "bias_update": "sign",
     "bias_update_rate": 0.1,
+    "score_function": "sigmoid",
+    "scores_per_group": 2,
 }
 
 

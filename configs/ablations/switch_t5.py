@@ -19,7 +19,7 @@ def get_suite(size: str) -> Suite:
     if size == "pod":
         pod = common.base(size)
         base.model.update(
-            {name: pod.model[name] for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff")}
+            {name: getattr(pod.model, name) for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff")}
         )
         base.model.update(num_kv_heads=16, num_layers=12, encoder_layers=12, dtype="bfloat16", remat="full")
         base.data.update(dataset="c4/en", domains=(), input_length=512, sequence_length=128)

@@ -239,9 +239,9 @@ def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_
 def unigram_nll(prepared: Prepared, data: DataConfig, domain: str | None = None) -> float:
     """Returns the nats per target token of a unigram model on the rows of `heldout_batches`.
 
-    The model is p(v) = (count(v) + 1) / (sum of counts + V), with counts over the first UNIGRAM_TOKENS tokens of the
-    train split that can be targets: all but bos, or the decoder's part of an encoder-decoder's examples. Without a
-    domain, counts and held-out rows of all domains are pooled. Counts are cached in `prepared`.
+    The model is p(v) = (count(v) + 1) / (sum of counts + V), with counts over those of the first UNIGRAM_TOKENS tokens
+    of the train split that can be targets: all but bos, or the decoder's part of an encoder-decoder's examples.
+    Without a domain, counts and held-out rows of all domains are pooled. Counts are cached in `prepared`.
     """
     domains = prepared.domains if domain is None else (domain,)
     targets = np.concatenate([row["targets"] for name in domains for row in _heldout_rows(prepared, data, name)])
@@ -258,15 +258,16 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
         size = tokenizer.vocab_size
         if data.objective == "span_corruption":
             size = max(size, int(sentinel_ids(tokenizer).max()) + 1)
-        counts = np.zeros(size, np.int64)
+        counts, read = np.zeros(size, np.int64), 0
         for text in prepared.train[domain]:
             if data.input_length:
-                found = [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
+                found = objectives.examples(text, rng, data, tokenizer)
             else:
-                found = [_tokenise(text, tokenizer)["row"]]
-            for ids in found:
-                counts += np.bincount(ids, minlength=len(counts))
-            if counts.sum() >= UNIGRAM_TOKENS:
+                found = [{"decoder": _tokenise(text, tokenizer)["row"]}]
+            for example in found:
+                counts += np.bincount(example["decoder"], minlength=len(counts))
+                read += sum(map(len, example.values()))
+            if read >= UNIGRAM_TOKENS:
                 break
         if not data.input_length and tokenizer.bos_id >= 0:
             counts[tokenizer.bos_id] = 0

@@ -26,9 +26,7 @@ def dense_mixture(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> G
 
 
 def top_k_scores(
-    router_logits: Float[Array, "G S E"],
-    inputs: GateInputs,
-    preference: Float[Array, "G S E"] | None = None,
+    router_logits: Float[Array, "G S E"], inputs: GateInputs, preference: Float[Array, "G S E"] | None = None
 ) -> GateOutput:
     """Top-k of scores + selection bias within the kept groups, weighted by the scores: every top-k gate.
 
