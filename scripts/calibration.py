@@ -92,7 +92,7 @@ def config_of(row: Published, devices: int) -> Any:
     from configs import base
     from moe.routing.resolve import from_config_dict
 
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.update(row.model)
     config.model.moe.update(row.moe)
     config.data.sequence_length = row.length

@@ -135,7 +135,7 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     )
     yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         yield "- PyTorch is not installed: not compared"
         return
@@ -174,7 +174,7 @@ def attention(sizes: Sizes) -> Iterator[str]:
     documents = jnp.broadcast_to(jnp.arange(sizes.tokens) // (sizes.tokens // 3) + 1, query.shape[:2])
 
     def both(query: Any, key: Any, value: Any, documents: Any, kind: str) -> Any:
-        y, pull = jax.vjp(lambda *a: attend(*a, documents, window=0, kind=kind), query, key, value)
+        y, pull = jax.vjp(lambda *a: attend(*a, segment_ids=documents, window=0, kind=kind), query, key, value)
         return y, pull(y)
 
     run = jax.jit(both, static_argnums=4)
@@ -226,6 +226,7 @@ def train_step(sizes: Sizes) -> Iterator[str]:
         positions = np.broadcast_to(np.arange(sizes.tokens, dtype=np.int32), tokens.shape)
         batch = {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
         state, placed, times = program.init(), place(batch, mesh), []
+        metrics: Any = None
         for _ in range(_REPEATS.value + 2):
             start = time.perf_counter()
             state, metrics = jax.block_until_ready(program.train_step(state, placed))

@@ -49,6 +49,8 @@ class WorkdirLM(TemplateLM):
         """
         super().__init__()
         config = read_config(workdir)
+        if config.model.encoder_layers:
+            raise ConfigError(f"--workdir={workdir}: an encoder-decoder; the harness takes decoder-only models")
         sampling.check_prompts(config.model, [[0]])
         self._tokenizer = find_tokenizer(workdir)
         self._rows, self._length = batch_size, max_length or config.data.sequence_length
@@ -57,7 +59,7 @@ class WorkdirLM(TemplateLM):
             raise ConfigError(
                 f"--batch_size={batch_size}: must be a positive multiple of the {self._mesh.size} devices"
             )
-        self._variables = parameters.read_variables(workdir, config.model, self._mesh, step=step)
+        self._variables = parameters.read_variables(workdir, config.model, mesh=self._mesh, step=step)
         self._model = sampling.without_drops(config.model)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(self._model, rngs=nnx.Rngs(0))))
 

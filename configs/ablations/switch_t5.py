@@ -5,6 +5,8 @@
 The loss is in nats per target, sentinels included; its exponential is the perplexity on the targets.
 """
 
+from typing import Any
+
 from configs import switch_t5
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
@@ -17,7 +19,7 @@ def get_suite(size: str) -> Suite:
     base.data.domains = ("literature", "definitions", "python", "technical")
     base.train.update(batch_size=16, sample_tokens=0)
     if size == "pod":
-        pod = common.base(size)
+        pod: Any = common.base(size)
         base.model.update(
             {name: getattr(pod.model, name) for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff")}
         )

@@ -22,7 +22,7 @@ from moe.layers.ffn import DenseFFN
 from moe.layers.null_experts import Latent, NullExperts
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import matrix
+from moe.parallel.weights import gather_for_matmul, matrix
 from moe.routing import balancing
 from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
@@ -142,7 +142,7 @@ class MoELayer(nnx.Module):
         if self.experts.down_bias is not None:
             choices = jax.nn.one_hot(placed.expert_index, self.config.num_experts, dtype=jnp.float32)  # [G,S,K,E]
             weights = jnp.einsum("gsk,gske->gse", jnp.where(plan.kept, placed.combine_weights, 0), choices)
-            y = y + weights @ self.experts.down_bias[...]
+            y = y + weights @ gather_for_matmul("experts.down_bias", self.experts.down_bias[...], jnp.float32)
         if self.latent is not None:
             y = self.latent.project_up(y, x.dtype)
         if self.null is not None:

@@ -67,7 +67,7 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
         "experts.down": P("expert", "tensor", "fsdp"),  # [E,F,D]
         "experts.gate_bias": P("expert", "tensor"),  # [E,F]
         "experts.up_bias": P("expert", "tensor"),  # [E,F]
-        "experts.down_bias": P("expert", None),  # [E,D]
+        "experts.down_bias": P(None, "fsdp"),  # [E,D]
         "router.kernel": P(None, None),  # [D,E]
         "router.noise": P(None, None),  # [D,E]
         "router.bias": P(None),  # [E]

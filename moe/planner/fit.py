@@ -55,7 +55,7 @@ def lower_bound(config: Config, sizes: Mapping[str, int]) -> Bound:
     """Compute the bound; tiling, gathered weights and the compiler's own temporaries come on top.
 
     Args:
-        config: valid for the mesh (:func:`moe.config.checks.validate_mesh`).
+        config: valid for the mesh (:func:`moe.config.validate_mesh`).
         sizes: devices per axis.
     """
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -233,7 +233,7 @@ class _Loop:
                 self._pending.append(metrics)
                 if step == first:
                     jax.block_until_ready(metrics)
-                    self._progress.write(f"step {step}, {platform.seconds_running():.1f} s after the program's start")
+                    self._progress.write(f"first step ({step}) done {platform.seconds_running():.1f} s after the start")
                 self._progress.advance()
                 if step % config.log_every == 0 or last:
                     state = self._log(step, state)

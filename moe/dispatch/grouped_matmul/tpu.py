@@ -77,10 +77,10 @@ def _tiles(rows: Array, num_groups: int) -> tuple[int, int, int] | None:
     if tiles is None or rows.dtype != jnp.bfloat16:
         return None
     if (num_groups - 1) * tiles[0] > 0.1 * rows.shape[0]:
-        tiles = _TILES_OF_SHORT_GROUPS.get(kind, tiles)
+        tiles = _TILES_OF_SHORT_GROUPS.get(kind) or tiles
     tile_rows = math.gcd(rows.shape[0], tiles[0])
     few = tile_rows <= TILE or rows.shape[0] < 4 * num_groups * tile_rows
-    return None if few else (tile_rows, *tiles[1:])
+    return None if few else (tile_rows, tiles[1], tiles[2])
 
 
 def _tiling(tiles: tuple[int, int, int] | None) -> contextlib.AbstractContextManager[Any]:
