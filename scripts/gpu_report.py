@@ -30,7 +30,7 @@ from moe import cli
 
 _NAME = flags.DEFINE_string("name", "", "Name of the page; empty: from the GPU's name.")
 _DRY = flags.DEFINE_bool("dry", False, "Tiny shapes on any machine; print a page without numbers, write nothing.")
-_REPEATS = flags.DEFINE_integer("repeats", 9, "Timed calls of each program.", lower_bound=1)
+_CALLS = flags.DEFINE_integer("calls", 9, "Timed calls of each program.", lower_bound=1)
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results" / "gpu"
 
@@ -104,7 +104,7 @@ def layer(sizes: Sizes) -> Iterator[str]:
     for mode, case in cases.items():  # one at a time: each has 11 GiB of parameters and gradients
         programs: dict[str, Callable[[], Any]]
         programs, _ = moe_programs.layer(case)
-        times = timing.in_turns(programs | {"matmul": moe_programs.large_matmul(side, sizes.dtype)}, _REPEATS.value)
+        times = timing.in_turns(programs | {"matmul": moe_programs.large_matmul(side, sizes.dtype)}, _CALLS.value)
         rate = 2 * side**3 / statistics.median(times.pop("matmul").clock)
         for which, seconds in times.items():
             median, flops = statistics.median(seconds.clock), moe_programs.active_flops(case)[which]
@@ -131,7 +131,7 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     ours = jax.jit(gpu.grouped_matmul if gpu.supports(rows, matrices) else tpu.grouped_matmul)
     flops = 2 * num_rows * sizes.d_model * sizes.d_ff
     seconds = statistics.median(
-        timing.in_turns({"ours": lambda: ours(rows, matrices, counts)}, _REPEATS.value)["ours"].clock
+        timing.in_turns({"ours": lambda: ours(rows, matrices, counts)}, _CALLS.value)["ours"].clock
     )
     yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
     try:
@@ -146,7 +146,7 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     b = torch.ones(experts, sizes.d_model, sizes.d_ff, device="cuda", dtype=torch.bfloat16)
     ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (num_rows // experts)
     times = []
-    for _ in range(_REPEATS.value + 2):
+    for _ in range(_CALLS.value + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
         torch._grouped_mm(a, b, offs=ends)
@@ -186,7 +186,7 @@ def attention(sizes: Sizes) -> Iterator[str]:
     yield f"- blocked, by cuDNN: {runs_cudnn(query, 512)}; largest relative difference from plain attention {worst:.1e}"
     arguments = (query, key, value, documents)
     seconds = statistics.median(
-        timing.in_turns({"both": lambda: run(*arguments, "blocked")}, _REPEATS.value)["both"].clock
+        timing.in_turns({"both": lambda: run(*arguments, "blocked")}, _CALLS.value)["both"].clock
     )
     flops = 7 * 2 * sizes.rows * sizes.heads * sizes.head_dim * sizes.tokens**2 / 2
     yield f"- {sizes.rows} x {sizes.tokens} tokens, forward and backward: {1e3 * seconds:.2f} ms"
@@ -227,7 +227,7 @@ def train_step(sizes: Sizes) -> Iterator[str]:
         batch = {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
         state, placed, times = program.init(), place(batch, mesh), []
         metrics: Any = None
-        for _ in range(_REPEATS.value + 2):
+        for _ in range(_CALLS.value + 2):
             start = time.perf_counter()
             state, metrics = jax.block_until_ready(program.train_step(state, placed))
             times.append(time.perf_counter() - start)
@@ -329,7 +329,7 @@ def main() -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         head = (
             f"# {found.device_kind}\n\nWritten by `python scripts/gpu_report.py` on {time.strftime('%Y-%m-%d')}; "
-            f"one GPU, medians of {_REPEATS.value} calls."
+            f"one GPU, medians of {_CALLS.value} calls."
         )
         (FOLDER / f"{name}.md").write_text("\n".join([head, *lines, ""]))
         print(f"wrote {FOLDER / name}.md")

@@ -46,7 +46,7 @@ CASES = [
     value("model.tie_embeddings", "perhaps", "must be bool"),
     value("model.sliding_window_layers", "(0,9)", "from 0 to 3"),
     value("model.sliding_window_layers", "every", "must be int"),
-    value("model.activation", "silu", "swiglu, geglu"),
+    value("model.activation", "silu", "swiglu, swiglu_clamped"),
     value("model.dtype", "float16", "float32, bfloat16"),
     value("model.remat", "always", "none, hidden, outputs, attention, dots, full"),
     value("model.attention", "flash", "full, blocked"),
@@ -210,7 +210,7 @@ CASES = [
         "--source={open}",
         "--out={new}/out",
         says="model_type",
-        break_it=change("open/config.json", model_type="t5", architectures=["T5"]),
+        break_it=change("open/config.json", model_type="bert", architectures=["BertModel"]),
     ),
     script(
         "import_hf",

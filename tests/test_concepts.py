@@ -43,7 +43,7 @@ def test_eight_tokens():
     assert (expert_capacity(1.0, 1, 8, 4), expert_capacity(2.0, 1, 8, 4)) == (2, 4)
     plan = make_plan(routing, 2)
     assert plan.position_in_expert[0, :, 0].tolist() == [0, 0, 1, 2, 0, 1, 3, 0]
-    report = balancing.report(routing, mask, plan.kept, parts=1, expert_groups=1)
+    report = balancing.report(routing, mask, plan.kept)
     np.testing.assert_allclose(report.fraction_tokens_dropped, 2 / 8)
     np.testing.assert_allclose(report.expert_load, [4 / 8, 2 / 8, 1 / 8, 1 / 8])
     # 4 * (4/8 * 0.4 + 2/8 * 0.25 + 1/8 * 0.175 + 1/8 * 0.175) = 1.225

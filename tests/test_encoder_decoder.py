@@ -214,7 +214,7 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
     with jax.set_mesh(mesh):
         lie = partition_specs.shardings(mesh, specs)
         placed = jax.tree.map(jax.device_put, parameters, lie)
-        batch = jax.device_put(_batch(), jax.NamedSharding(mesh, partition_specs.BATCH))
+        batch = jax.device_put(_batch(), partition_specs.shardings(mesh, partition_specs.BATCH))
         run = jax.value_and_grad(functools.partial(_loss, graphdef), has_aux=True)
         ours = jax.jit(run, out_shardings=(None, lie))(placed, batch, jax.random.key(0))
     _assert_trees_close(jax.tree.map(np.asarray, ours), _run(config), rtol=2e-5)

@@ -41,7 +41,7 @@ def test_a_section_that_fails_is_named_and_the_others_are_written(monkeypatch):
 @pytest.mark.slow
 def test_a_dry_run_prints_a_page_without_numbers():
     before = sorted((ROOT / "docs" / "results" / "gpu").iterdir())
-    done = _run("--dry", "--repeats=1")
+    done = _run("--dry", "--calls=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("# DRY RUN of gpu_report: no result\n")
     assert not re.search(r"\d", done.stdout)
