@@ -32,6 +32,7 @@ def _entries(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*-cache")}
 
 
+@pytest.mark.slow
 def test_programs_of_a_first_start_serve_the_second_with_the_same_bits(directory, monkeypatch, tmp_path):
     monkeypatch.setitem(compilation_cache._SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
     written, found = {}, []

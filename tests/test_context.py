@@ -75,7 +75,11 @@ def _gradients(config: Config, mesh: MeshConfig) -> list[np.ndarray]:
     ("mesh", "overrides"),
     [
         (SPLIT[0], {"model.sliding_window": 7}),
-        (SPLIT[1], {"model.moe.dispatch": "dropless", "model.attention": "blocked", "model.attention_sinks": True}),
+        pytest.param(
+            SPLIT[1],
+            {"model.moe.dispatch": "dropless", "model.attention": "blocked", "model.attention_sinks": True},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(SPLIT[2], {"model.moe.dispatch": "einsum", "model.tie_embeddings": True}, marks=pytest.mark.slow),
     ],
 )

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 API = Path(__file__).parents[1] / "docs" / "api.md"
 
 
+@pytest.mark.slow
 def test_the_code_of_the_api_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", API.read_text(), re.DOTALL)
     assert len(blocks) >= 5

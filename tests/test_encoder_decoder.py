@@ -204,7 +204,13 @@ def test_values_and_gradients_equal_the_oracle():
 
 # --- Meshes, scan, remat ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("sizes", "mode"), [((2, 2, 2, 1), "gather"), ((1, 1, 4, 2), "einsum"), ((1, 2, 2, 2), "dropless")], ids=str
+    ("sizes", "mode"),
+    [
+        pytest.param((2, 2, 2, 1), "gather", marks=pytest.mark.slow),
+        pytest.param((1, 1, 4, 2), "einsum", marks=pytest.mark.slow),
+        ((1, 2, 2, 2), "dropless"),
+    ],
+    ids=str,
 )
 def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
     config = tiny_encoder_decoder(dispatch=mode, num_kv_heads=4)
@@ -307,7 +313,12 @@ def test_padding_can_be_routed():
 
 # --- Generation ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "changes", [{}, {"relative_buckets": 0, "tie_embeddings": False, "scale_logits": False}], ids=str
+    "changes",
+    [
+        {},
+        pytest.param({"relative_buckets": 0, "tie_embeddings": False, "scale_logits": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_cache_generates_what_recomputation_does(changes):
     config = sampling.without_drops(tiny_encoder_decoder(**changes))

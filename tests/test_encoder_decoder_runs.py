@@ -124,6 +124,7 @@ def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
     assert "encoder/experts.html" in (tmp_path / "experts.html").read_text()
 
 
+@pytest.mark.slow
 def test_translation(tmp_path):
     pytest.importorskip("sacrebleu")
     lines = [{"source": random_text(i, words=3), "target": random_text(100 + i, words=2)} for i in range(60)]

@@ -142,6 +142,7 @@ def test_an_expert_layer_with_biases(mode, sizes, rng):
     assert float(jnp.abs(gradients["experts"]["down_bias"][...]).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_over_a_mesh():
     """Sinks over tensor, experts over expert: loss and gradients of a whole model."""
     model = _model(attention="blocked")
@@ -162,6 +163,7 @@ def test_over_a_mesh():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), sharded, gradients)
 
 
+@pytest.mark.slow
 def test_the_cache_has_the_sinks_too():
     """Logits after each token, with the cache and without."""
     model, tokens = _model(), jnp.arange(2 * 9).reshape(2, 9) % 48

@@ -75,6 +75,7 @@ def test_generation_sees_the_prompt_as_training_does(model):
     assert any(a.tolist() != b.tolist() for a, b in zip(written, causal, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run(directory, tmp_path):
     train(tiny(directory, **{"data.objective": "prefix_lm"}), str(tmp_path / "run"), ONE)
     final = rows(tmp_path / "run", "heldout/all")[-1]
