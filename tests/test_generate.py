@@ -65,7 +65,17 @@ def test_greedy_with_cache_is_greedy_without(changes):
     np.testing.assert_array_equal(texts, _without_cache(config, variables, PROMPTS, 10))
 
 
-@pytest.mark.parametrize("path", CASES)
+#: One of each form of attention; the other families run with the slow tests.
+_OFTEN = ("mixtral", "deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        case if case.values[0].name in _OFTEN else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_greedy_is_the_reference_librarys(path):
     expected = _expected(path)["greedy"]
     width = 8 if expected.shape[1] == 20 else 6  # of the prompts: they are continued by 12 or by 10
