@@ -40,10 +40,11 @@ def main() -> None:
     last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
     variables = opened.variables(last)
     folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "analysis")
-    found = {}
-    for stack in stacks.STACKS if opened.program.config.model.encoder_layers else ("",):
-        found[stack] = analyse.analyse(
-            Recorder(opened.program, stack),
+    names = stacks.STACKS if opened.program.config.model.encoder_layers else ("",)
+    recorders = {stack: Recorder(opened.program, stack) for stack in names}
+    for stack, recorder in recorders.items():
+        found = analyse.analyse(
+            recorder,
             variables,
             opened.prepared,
             tokens=_TOKENS.value,
@@ -55,12 +56,12 @@ def main() -> None:
             earlier={step: functools.partial(opened.variables, step) for step in opened.steps() if step < last},
         )
         title = f"Routing of {Path(opened.path).name}{f', {stack},' if stack else ''} at step {last}"
-        names = analyse.write(found[stack], folder / stack, title)
-        print(markdown(found[stack].summary, title))
-        print(f"Written to {folder / stack}: {', '.join(names)}")
-    if "encoder" in found:
+        written = analyse.write(found, folder / stack, title)
+        print(markdown(found.summary, title))
+        print(f"Written to {folder / stack}: {', '.join(written)}")
+    if "encoder" in recorders:
         numbers = {"tokens": _TOKENS.value, "shuffles": _SHUFFLES.value, "seed": _SEED.value}
-        compared = stacks.compare(opened.program, variables, opened.prepared, **numbers)
+        compared = stacks.compare(recorders, variables, opened.prepared, **numbers)
         print(stacks.write(compared, folder))
 
 

@@ -53,9 +53,10 @@ class Sizes:
     model_ff: int = 3584
     vocab_size: int = 32000
     dtype: str = "bfloat16"
+    side: int = 8192  # of the square matmul whose rate is the measure of the others
 
 
-TINY = Sizes(128, 32, 64, 4, 2, 16, 2, 32, 64, 256, "float32")
+TINY = Sizes(128, 32, 64, 4, 2, 16, 2, 32, 64, 256, "float32", 64)
 
 
 def device(sizes: Sizes) -> Iterator[str]:
@@ -64,7 +65,7 @@ def device(sizes: Sizes) -> Iterator[str]:
 
     from moe.training.matmul_rate import measured_matmul_rate
 
-    found, side = jax.devices()[0], 8192 if sizes is not TINY else 64
+    found, side = jax.devices()[0], sizes.side
     rate = measured_matmul_rate(sizes.dtype, size=side)
     peak = _peak()
     of_peak = f", {rate / peak:.2f} of the datasheet's" if peak else ""
@@ -98,14 +99,13 @@ def layer(sizes: Sizes) -> Iterator[str]:
     from scripts import moe_programs, timing
 
     cases = {mode: _case(sizes, mode) for mode in ("dropless", "gather")}
-    side = 8192 if sizes is not TINY else 64
     yield "| mode | pass | ms, median (minimum) | active TFLOP/s | of the matmul rate |"
     yield "|---|---|---|---|---|"
     for mode, case in cases.items():  # one at a time: each has 11 GiB of parameters and gradients
         programs: dict[str, Callable[[], Any]]
         programs, _ = moe_programs.layer(case)
-        times = timing.in_turns(programs | {"matmul": moe_programs.large_matmul(side, sizes.dtype)}, _CALLS.value)
-        rate = 2 * side**3 / statistics.median(times.pop("matmul").clock)
+        times = timing.in_turns(programs | {"matmul": moe_programs.large_matmul(sizes.side, sizes.dtype)}, _CALLS.value)
+        rate = 2 * sizes.side**3 / statistics.median(times.pop("matmul").clock)
         for which, seconds in times.items():
             median, flops = statistics.median(seconds.clock), moe_programs.active_flops(case)[which]
             share = flops / median / rate
@@ -232,7 +232,7 @@ def train_step(sizes: Sizes) -> Iterator[str]:
             state, metrics = jax.block_until_ready(program.train_step(state, placed))
             times.append(time.perf_counter() - start)
         median = statistics.median(times[2:])
-        rate = measured_matmul_rate(sizes.dtype, size=None if sizes is not TINY else 64)
+        rate = measured_matmul_rate(sizes.dtype, size=sizes.side)
         total, active = flops.count_parameters(config.model)
         mfu = tokens.size * flops.train_flops_per_token(config.model, sizes.tokens) / median / rate
         yield f"- {total:,} parameters, {active:,} active; {sizes.rows} x {sizes.tokens} tokens, {sizes.dtype}"

@@ -5,7 +5,7 @@ Importing this module imports lm_eval; ``scripts/downstream.py`` is its command.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, MeshConfig
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models import sampling
-from moe.models.decoder import Transformer
+from moe.models.encoder_decoder import abstract_model
 from moe.parallel.mesh import make_mesh
 
 _SHORTEST = 16  # rows are padded to powers of two from here on, so that few programs are compiled
@@ -61,7 +61,7 @@ class WorkdirLM(TemplateLM):
             )
         self._variables = parameters.read_variables(workdir, config.model, mesh=self._mesh, step=step)
         self._model = sampling.without_drops(config.model)
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(self._model, rngs=nnx.Rngs(0))))
+        graphdef = nnx.graphdef(abstract_model(self._model))
 
         @jax.jit
         def score(variables: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
@@ -95,7 +95,7 @@ class WorkdirLM(TemplateLM):
         """(log-likelihood, greedy) of each continuation; a context too long for a row loses its beginning."""
         results: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]))
-        for batch in _batches(order, self._rows):
+        for batch in itertools.batched(order, self._rows):
             ids = [(requests[i][1] + requests[i][2])[-self._length - 1 :] for i in batch]
             length = _SHORTEST
             while length < max(map(len, ids)) - 1:
@@ -152,8 +152,3 @@ class WorkdirLM(TemplateLM):
                     break
         ends = [text.index(stop) for stop in until if stop and stop in text]
         return text[: min(ends, default=len(text))]
-
-
-def _batches(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

@@ -17,7 +17,7 @@ from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size
+from moe.parallel.axes import axis_size
 from moe.routing.registry import GATES
 from moe.routing.resolve import resolve
 from moe.routing.routing import Routing, route

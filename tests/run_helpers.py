@@ -63,12 +63,7 @@ def tiny(directory, tree=None, **overrides):
         "train.save_every": 2,
         "train.sample_tokens": 4,
     } | overrides
-    for path, value in settings.items():
-        *sections, name = path.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[name] = value
+    tree.update_from_flattened_dict(settings)
     return from_config_dict(tree)
 
 

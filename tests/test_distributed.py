@@ -58,12 +58,7 @@ def alone(settings, tmp_path_factory):
 
 def _config(settings):
     tree = mixtral.get_config()
-    for path, value in settings.items():
-        *sections, name = path.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[name] = value
+    tree.update_from_flattened_dict(settings)
     return from_config_dict(tree)
 
 

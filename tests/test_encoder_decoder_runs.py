@@ -96,8 +96,9 @@ def test_row_losses_add_up(opened):
 def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
     variables = opened.variables()
     folder = training.epath.Path(tmp_path)
+    recorders = {stack: Recorder(opened.program, stack) for stack in ("encoder", "decoder")}
     for stack, length in (("encoder", 32), ("decoder", 16)):
-        recorder = Recorder(opened.program, stack)
+        recorder = recorders[stack]
         rows_ = pipeline.heldout_batches(
             opened.prepared, opened.program.config.data, domain="tiny_text/split", batch_size=8
         )
@@ -113,10 +114,10 @@ def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
         pieces = analysis.passages[0].pieces
         assert any(re.fullmatch(r"<extra_id_\d+>", piece) for piece in pieces)
     monkeypatch.setattr(specialisation, "AT_LEAST", 5)  # there is little text
-    compared = stacks.compare(opened.program, variables, opened.prepared, tokens=4096, shuffles=3)
+    compared = stacks.compare(recorders, variables, opened.prepared, tokens=4096, shuffles=3)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"tokens=16: no token of the \w+ occurs 20 times"):
-        stacks.compare(opened.program, variables, opened.prepared, tokens=16, shuffles=3)
+        stacks.compare(recorders, variables, opened.prepared, tokens=16, shuffles=3)
     text = stacks.write(compared, folder)
     assert "| encoder | 1 |" in text
     assert "| decoder | 1 |" in text

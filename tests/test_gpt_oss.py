@@ -1,4 +1,4 @@
-"""What gpt-oss adds: attention sinks, biases of router and experts, the clamped SwiGLU; in every form and on a mesh."""
+"""Parts of gpt-oss: attention sinks, biases of router and experts, the clamped SwiGLU; in every form and on a mesh."""
 
 from __future__ import annotations
 

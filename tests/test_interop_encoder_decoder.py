@@ -141,7 +141,7 @@ def test_pickles_are_refused_with_a_way_out(tmp_path):
 
 
 def test_untied_stacks_have_tables_of_their_own(tmp_path):
-    """As transformers 5.24 keeps Switch without tied embeddings; where the tables are equal one is kept here."""
+    """Switch without tied embeddings, as transformers 5.24 stores it; where the tables are equal one is kept here."""
     source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(source | {"tie_word_embeddings": False}))
     tensors = load_file(HERE / "switch_transformers" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Which steps a trace is of; tests/test_train.py traces a real run."""
+"""Steps that a trace covers; tests/test_train.py traces a real run."""
 
 import dataclasses
 import types

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
 from etils import epath
@@ -41,18 +41,33 @@ class Analysis:
     shown: list[int]
 
 
+class MeasureOptions(TypedDict, total=False):
+    """What :func:`measure` takes besides the model and its text.
+
+    Attributes:
+        tokens: tokens per domain, rounded up to rows; the same number of whole Python documents.
+        shuffles: permutations per null distribution.
+        seed: seed of the permutations.
+        code_domain: domain whose documents give the syntax classes; ignored if it is not among the domains.
+        step: step of the checkpoint; default 0.
+        earlier: step → function that reads the variables at that step, for saturation and load over training.
+    """
+
+    tokens: Required[int]
+    shuffles: Required[int]
+    seed: Required[int]
+    code_domain: str
+    step: int
+    earlier: dict[int, Callable[[], dict[str, Any]]]
+
+
 def analyse(
     recorder: Recorder,
     variables: dict[str, Any],
     prepared: pipeline.Prepared,
     *,
-    tokens: int,
-    shuffles: int,
-    seed: int,
-    code_domain: str = "python",
-    step: int = 0,
     characters: int = PASSAGE,
-    earlier: dict[int, Callable[[], dict[str, Any]]] | None = None,
+    **options: Unpack[MeasureOptions],
 ) -> Analysis:
     """Runs the model over held-out text and measures its routing.
 
@@ -60,61 +75,47 @@ def analyse(
         recorder: recorder of the model's program, whose config gives T and B.
         variables: the model's variables.
         prepared: tokenizer and documents.
-        tokens: tokens per domain, rounded up to rows; the same number of whole Python documents.
-        shuffles: permutations per null distribution.
-        seed: seed of the permutations.
-        code_domain: domain whose documents give the syntax classes; ignored if it is not among the domains.
-        step: step of the checkpoint.
         characters: length of the text of each domain in the explorer.
-        earlier: step → function that reads the variables at that step, for saturation and load over training.
+        **options: see :class:`MeasureOptions`.
 
     Raises:
         ConfigError: a number out of range (:data:`LARGEST`), or held-out text shorter than a row.
     """
-    _check(tokens=tokens, shuffles=shuffles, characters=characters)
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: must be at least 0")
-    found = measure(
-        recorder,
-        variables,
-        prepared,
-        tokens=tokens,
-        shuffles=shuffles,
-        seed=seed,
-        code_domain=code_domain,
-        step=step,
-        earlier=earlier,
-    )
+    _check("characters", characters)
+    found = measure(recorder, variables, prepared, **options)
     shown = sorted({0, len(found["layers"]) // 2, len(found["layers"]) - 1})
     return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
 
 
-def _check(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if not 1 <= value <= LARGEST[name]:
-            raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+def _check(name: str, value: int) -> None:
+    if not 1 <= value <= LARGEST[name]:
+        raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+
+
+def heldout_rows(
+    recorder: Recorder, prepared: pipeline.Prepared, tokens: int
+) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Held-out batches of each domain with at least ``tokens`` tokens of the decoder, as far as there are."""
+    config = recorder.program.config
+    data = dataclasses.replace(config.data, heldout_rows=-(-tokens // config.data.sequence_length))
+    return {
+        domain: pipeline.heldout_batches(prepared, data, domain=domain, batch_size=config.train.batch_size)
+        for domain in prepared.domains
+    }
 
 
 def measure(
-    recorder: Recorder,
-    variables: dict[str, Any],
-    prepared: pipeline.Prepared,
-    *,
-    tokens: int,
-    shuffles: int,
-    seed: int,
-    code_domain: str = "python",
-    step: int = 0,
-    earlier: dict[int, Callable[[], dict[str, Any]]] | None = None,
+    recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, **options: Unpack[MeasureOptions]
 ) -> dict[str, Any]:
     """All measures of a checkpoint and of its controls: :func:`analyse` without the coloured text."""
-    data, batch_size = recorder.program.config.data, recorder.program.config.train.batch_size
-    length = data.sequence_length
-    data = dataclasses.replace(data, heldout_rows=-(-tokens // length))
-    rows = {
-        domain: pipeline.heldout_batches(prepared, data, domain=domain, batch_size=batch_size)
-        for domain in prepared.domains
-    }
+    tokens, shuffles, seed = options["tokens"], options["shuffles"], options["seed"]
+    _check("tokens", tokens)
+    _check("shuffles", shuffles)
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: must be at least 0")
+    code_domain, step, earlier = options.get("code_domain", "python"), options.get("step", 0), options.get("earlier")
+    length, batch_size = recorder.program.config.data.sequence_length, recorder.program.config.train.batch_size
+    rows = heldout_rows(recorder, prepared, tokens)
     records = recorder(variables, rows)
     code, code_rows, skipped = None, None, 0
     if code_domain in prepared.domains and not recorder.stack:  # a document alone is no input of an encoder-decoder

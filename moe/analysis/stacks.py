@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from moe.analysis.analyse import heldout_rows
 from moe.analysis.controls import untrain_routers
 from moe.analysis.markdown import table
-from moe.analysis.record import Recorder, Records
+from moe.analysis.record import Recorder
 from moe.analysis.specialisation import AT_LEAST, token_dependence
 from moe.config import ConfigError
-from moe.data.pipeline import Prepared, heldout_batches
+from moe.data.pipeline import Prepared
 from moe.data.sentinels import sentinel_ids
-from moe.training.step import Program
 
 STACKS = ("encoder", "decoder")
 
 
 def compare(
-    program: Program, variables: dict[str, Any], prepared: Prepared, *, tokens: int, shuffles: int = 20, seed: int = 0
+    recorders: Mapping[str, Recorder],
+    variables: dict[str, Any],
+    prepared: Prepared,
+    *,
+    tokens: int,
+    shuffles: int = 20,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Measures how much the token's identity tells about its first expert, in each stack.
 
@@ -30,7 +36,7 @@ def compare(
     quarter of a decoder's tokens.
 
     Args:
-        program: of the model.
+        recorders: of each of the model's :data:`STACKS`.
         variables: the model's variables.
         prepared: tokenizer and documents.
         tokens: the decoder's held-out tokens per domain, rounded up to rows.
@@ -44,15 +50,10 @@ def compare(
     Raises:
         ConfigError: too few tokens.
     """
-    data = program.config.data
-    data = dataclasses.replace(data, heldout_rows=-(-tokens // data.sequence_length))
-    size, rng = program.config.train.batch_size, np.random.default_rng(seed)
-    rows = {name: heldout_batches(prepared, data, domain=name, batch_size=size) for name in prepared.domains}
-    sets = {"trained": variables, "untrained": untrain_routers(variables, program.config.model, seed)}
-    records: dict[str, dict[str, Records]] = {}
-    for stack in STACKS:
-        recorder = Recorder(program, stack)
-        records[stack] = {name: recorder(of, rows) for name, of in sets.items()}
+    encoder, rng = recorders["encoder"], np.random.default_rng(seed)
+    rows = heldout_rows(encoder, prepared, tokens)
+    sets = {"trained": variables, "untrained": untrain_routers(variables, encoder.program.config.model, seed)}
+    records = {stack: {name: recorders[stack](of, rows) for name, of in sets.items()} for stack in STACKS}
     sentinels = sentinel_ids(prepared.tokenizer)
     texts = {stack: np.flatnonzero(~np.isin(of["trained"].tokens, sentinels)) for stack, of in records.items()}
     count = min(map(len, texts.values()))

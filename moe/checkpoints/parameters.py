@@ -97,7 +97,7 @@ def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:
 
 
 class ReadOptions(TypedDict, total=False):
-    """Which checkpoint of a workdir is read, and how.
+    """Choice of a checkpoint of a workdir, and how it is read.
 
     Attributes:
         mesh: devices to place the arrays on, each reading its shard; default: this process's first device.

@@ -16,8 +16,7 @@ from moe.dispatch.grouped_matmul.row_blocks import UNPADDED, choose_row_blocks, 
 from moe.dispatch.plan import Plan, load_per_group
 from moe.dispatch.rows import combine_rows, fill_rows, index_tables
 from moe.parallel import partition_specs
-from moe.parallel.axes import axis_of, on_mesh
-from moe.parallel.mesh import axis_size
+from moe.parallel.axes import axis_of, axis_size, on_mesh
 from moe.parallel.remat import EXPERT_OUTPUTS
 from moe.parallel.weights import gather_shard
 from moe.routing.routing import Routing

@@ -15,7 +15,7 @@ from moe.dispatch.experts import Experts, apply_experts
 from moe.dispatch.plan import Plan, load_per_group
 from moe.dispatch.rows import combine_rows, fill_rows, index_tables
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size
+from moe.parallel.axes import axis_size
 from moe.routing.routing import Routing
 
 

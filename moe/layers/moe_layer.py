@@ -26,7 +26,7 @@ from moe.parallel.weights import gather_for_matmul, matrix
 from moe.routing import balancing
 from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
-from moe.routing.resolve import resolve, validate, with_layer_gate
+from moe.routing.resolve import resolve, resolve_model, validate, with_layer_gate
 from moe.routing.router import Router
 from moe.routing.routing import Choices, Routing, route
 
@@ -79,7 +79,12 @@ class MoELayer(nnx.Module):
         Raises:
             ConfigError: an unknown setting, or an impossible value or combination.
         """
-        config = _layer_config(gate or "mixtral", settings) if config is None else _resolved(config, settings)
+        if config is None:
+            config = _layer_config(gate or "mixtral", settings)
+        else:
+            config = resolve_model(config)
+            if settings:
+                raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
         if isinstance(gate, str):
             config = with_layer_gate(config, gate)
         moe = config.moe
@@ -140,9 +145,7 @@ class MoELayer(nnx.Module):
         rows = tokens if self.latent is None else self.latent.project_down(tokens)
         y = MODES[self.mode](rows, placed, plan, self._experts(train, keys.dropout))
         if self.experts.down_bias is not None:
-            choices = jax.nn.one_hot(placed.expert_index, self.config.num_experts, dtype=jnp.float32)  # [G,S,K,E]
-            weights = jnp.einsum("gsk,gske->gse", jnp.where(plan.kept, placed.combine_weights, 0), choices)
-            y = y + weights @ gather_for_matmul("experts.down_bias", self.experts.down_bias[...], jnp.float32)
+            y = y + _output_biases(self.experts.down_bias[...], placed, plan.kept)
         if self.latent is not None:
             y = self.latent.project_up(y, x.dtype)
         if self.null is not None:
@@ -267,12 +270,11 @@ def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
     return validate(config).model
 
 
-def _resolved(config: Any, settings: dict[str, Any]) -> ModelConfig:
-    if not isinstance(config, ModelConfig):
-        raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
-    if settings:
-        raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
-    return resolve(Config(model=config)).model
+def _output_biases(biases: Float[Array, "E D"], routing: Routing, kept: Bool[Array, "G S K"]) -> Float[Array, "G S D"]:
+    """Weighted sum of the output biases of each token's experts, in float32."""
+    choices = jax.nn.one_hot(routing.expert_index, len(biases), dtype=jnp.float32)  # [G,S,K,E]
+    weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
+    return weights @ gather_for_matmul("experts.down_bias", biases, jnp.float32)
 
 
 def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

@@ -10,14 +10,14 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import ModelConfig
 from moe.layers.embedding import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
-from moe.routing.resolve import resolve
+from moe.routing.resolve import resolve_model
 from moe.routing.routing import Choices, Routing
 
 
@@ -43,15 +43,8 @@ class Output:
     encoder_hidden: Float[Array, "B U D"] | None = None
 
 
-def resolved(config: ModelConfig) -> ModelConfig:
-    """The config of a model with what it leaves to its gate filled in."""
-    if not isinstance(config, ModelConfig):
-        raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
-    return resolve(Config(model=config)).model
-
-
 class LanguageModel(nnx.Module):
-    """What all models share: the embedding, and logits from final hidden states."""
+    """Base of all models: the embedding, and logits from final hidden states."""
 
     config: ModelConfig
     embedding: Embedding
@@ -71,8 +64,8 @@ class LanguageModel(nnx.Module):
         return x * self.config.d_model**-0.5 if self.config.scale_logits else x
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of final hidden states. Who reads only those under jit, as the train step does, never pays for
-        these."""
+        """Logits of final hidden states; under jit a caller that reads only the latter, as the train step does, never
+        pays for these."""
         return constrain(hidden @ self.output_matrix(), partition_specs.LOGITS)
 
 
@@ -81,7 +74,7 @@ class Transformer(LanguageModel, Stack):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draw the parameters of all layers; what the config leaves to its gate is filled in."""
-        config = resolved(config)
+        config = resolve_model(config)
         self.embedding = Embedding(config, rngs=rngs)
         Stack.__init__(self, config, rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moe.config import ConfigError, ModelConfig
 from moe.layers.embedding import Embedding, Unembedding
 from moe.models.block import Rows
-from moe.models.decoder import LanguageModel, Output, Transformer, make_rows, resolved
+from moe.models.decoder import LanguageModel, Output, Transformer, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport
+from moe.routing.resolve import resolve_model
 from moe.routing.routing import Routing
 
 
@@ -29,7 +30,7 @@ class EncoderDecoder(LanguageModel):
         Raises:
             ConfigError: ``encoder_layers`` is 0.
         """
-        self.config = config = resolved(config)
+        self.config = config = resolve_model(config)
         if config.encoder_layers < 1:
             raise ConfigError("model.encoder_layers=0: must be at least 1 in an encoder-decoder")
         self.embedding = Embedding(config, rngs=rngs)

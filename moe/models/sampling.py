@@ -20,7 +20,7 @@ from moe.config import Config, ConfigError, ModelConfig
 from moe.models import kv_cache
 from moe.models.encoder_decoder import abstract_model
 from moe.parallel import partition_specs
-from moe.parallel.mesh import axis_size
+from moe.parallel.axes import axis_size
 from moe.routing.registry import find_gate
 
 

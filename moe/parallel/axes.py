@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,9 +50,10 @@ def axis_of(role: str) -> str:
     return _names.get().get(role, role)
 
 
-def role_size(role: str) -> int:
-    """Devices along the axis with this role in the mesh in context; 1 without such an axis."""
-    return jax.sharding.get_abstract_mesh().shape.get(axis_of(role), 1)
+def axis_size(*roles: str) -> int:
+    """Number of shards that the axes with these roles make in the mesh in context; 1 without such axes."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis_of(role), 1) for role in roles)
 
 
 def on_mesh(spec: P, axis_names: tuple[str, ...] | None = None) -> P:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
-from moe.parallel.axes import AXES, on_mesh, role_size
+from moe.parallel.axes import AXES, on_mesh
 from moe.parallel.partition_specs import ROWS
 
 
@@ -84,8 +84,3 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
         raise ConfigError(f"mesh.context={mesh.shape['context']}: a row must be on the devices of one process")
     indices = NamedSharding(mesh, on_mesh(ROWS, mesh.axis_names)).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
-
-
-def axis_size(*axes: str) -> int:
-    """Number of shards that these axes of the mesh in context make; 1 without a mesh."""
-    return int(np.prod([role_size(axis) for axis in axes]))

@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.parallel.axes import AXES as AXES
 from moe.parallel.axes import ROW_AXES as ROW_AXES
 from moe.parallel.axes import TOKEN_AXES as TOKEN_AXES
-from moe.parallel.axes import on_mesh, role_size
+from moe.parallel.axes import axis_size, on_mesh
 
 # Activations.
 ROWS = P(ROW_AXES)  # [B]
@@ -95,7 +94,7 @@ def fit(spec: P, shape: Sequence[int]) -> P:
     dimension instead, or none."""
 
     def divides(dim: int, axes: Any) -> bool:
-        return dim % int(np.prod([role_size(axis) for axis in axis_names(axes)])) == 0
+        return dim % axis_size(*axis_names(axes)) == 0
 
     if STORED not in tuple(spec) or all(divides(dim, axes) for dim, axes in zip(shape, spec, strict=True)):
         return spec

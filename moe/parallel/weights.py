@@ -14,8 +14,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from moe.parallel import target
-from moe.parallel.axes import AXES, axis_of
-from moe.parallel.mesh import axis_size, constrain
+from moe.parallel.axes import AXES, axis_of, axis_size
+from moe.parallel.mesh import constrain
 from moe.parallel.partition_specs import PARAMETERS, STORED, fit, without
 
 #: Prefix of the named scopes of :func:`gather_for_matmul`, by which the planner finds weight exchanges in compiled

@@ -20,7 +20,8 @@ from moe.dispatch.plan import layer_capacity
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size, make_mesh
+from moe.parallel.axes import axis_size
+from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, exchanges, grouped_matmuls, program
 from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology

@@ -260,8 +260,7 @@ def report(
 
 
 def bias_signal(update: str, layers: LayerReport, experts_per_token: int) -> Float[Array, "*layers E"]:
-    """What a step of each layer's selection bias depends on, from the step's reports; see
-    :func:`next_selection_bias`."""
+    """Statistics of a step's reports that move each layer's selection bias; see :func:`next_selection_bias`."""
     load = layers.expert_load
     if update == "sign":
         return jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

@@ -26,6 +26,17 @@ def from_config_dict(tree: object) -> Config:
     return validate(resolve(build(Config, dict(tree.items()), "")))
 
 
+def resolve_model(config: typing.Any) -> ModelConfig:
+    """:func:`resolve` for the config of a model alone.
+
+    Raises:
+        ConfigError: something else than a ModelConfig.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
+    return resolve(Config(model=config)).model
+
+
 def resolve(config: Config) -> Config:
     """Fill fields whose default depends on others: -1 and "gate" in ``model.moe``, ``moe.d_ff`` of 0, the domains of
     the embedded corpus, objective and input length of an encoder-decoder.

@@ -51,9 +51,14 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
         ]
         for domain in prepared.domains
     }
-    token_bytes = np.zeros(config.model.vocab_size, np.int32)
-    token_bytes[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes
-    return Heldout(batches, token_bytes)
+    return Heldout(batches, token_bytes(program, prepared))
+
+
+def token_bytes(program: Program, prepared: pipeline.Prepared) -> np.ndarray:
+    """[V] int32, UTF-8 bytes of each token's text; 0 for rows of the embedding that the tokenizer does not use."""
+    found = np.zeros(program.config.model.vocab_size, np.int32)
+    found[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes
+    return found
 
 
 def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, dict[str, Any]]:

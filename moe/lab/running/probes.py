@@ -20,7 +20,7 @@ from moe.checkpoints import manager, parameters
 from moe.config import ConfigError
 from moe.data import pipeline
 from moe.lab.running.heldout import mixed_rows
-from moe.training.evaluation import Heldout, load_heldout
+from moe.training.evaluation import Heldout, token_bytes
 from moe.training.step import Program
 
 MIXED = "mixed"
@@ -35,9 +35,8 @@ class Model:
     """Compiled programs and held-out data that all runs of one arm share.
 
     Attributes:
-        heldout: batches of one domain each, for statistics by domain.
-        mixed: batches of the primary domains mixed as in training, for losses: under a capacity, a batch of one domain
-            would overflow experts that training never overflows.
+        mixed: held-out batches of the primary domains mixed as in training, for losses: under a capacity, a batch of
+            one domain would overflow experts that training never overflows.
     """
 
     def __init__(self, program: Program, primary: tuple[str, ...], rows_per_domain: int):
@@ -45,9 +44,8 @@ class Model:
         self.program = program
         config = program.config
         self.prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
-        self.heldout: Heldout = load_heldout(program, self.prepared)
         mixed = mixed_rows(self.prepared, config, rows_per_domain, primary)
-        self.mixed = Heldout({MIXED: mixed.batches}, self.heldout.token_bytes)
+        self.mixed = Heldout({MIXED: mixed.batches}, token_bytes(program, self.prepared))
         self.probe = functools.cache(lambda make, *arguments: make(config, program.mesh, *arguments))
         self.recorder = functools.cache(lambda: Recorder(program))
 

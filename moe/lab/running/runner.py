@@ -199,25 +199,28 @@ class Worker:
             known = {quantity.partition("/")[0] for quantity in record.probes}
             directory = run_directory(self._workdir, record.key)
             wanted = record.steps == self._suite.longest and record.status == FINISHED and directory.exists()
+            trained: probes.Trained | None = None  # shared by the record's probes, which measure the same routing
             for name in [name for name in names if wanted and name not in known]:
                 with filelock.FileLock(f"{directory}.lock"):
                     self._progress.say(f"probe {name} of {record.key}")
-                    measured = self._probe(record, name, directory, models)
+                    trained = trained or self._trained(record.variant, directory, models)
+                    with jax.set_mesh(trained.model.program.mesh):
+                        found = probes.PROBES[name](trained)
+                    measured = {f"{name}/{quantity}": value for quantity, value in found.items()}
                     record = dataclasses.replace(record, probes=record.probes | measured)
                     record.write(self._workdir)
 
-    def _probe(self, record: Record, name: str, directory: Path, models: dict[str, probes.Model]) -> dict[str, float]:
-        """quantity → value of one probe, its name in front."""
+    def _trained(self, variant: str, directory: Path, models: dict[str, probes.Model]) -> probes.Trained:
+        """A run of an arm, and in ``models`` what all runs of the arm share."""
         config = read_config(directory)
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            if record.variant not in models:
+            if variant not in models:
                 models.clear()  # one arm's data and programs at a time
-                models[record.variant] = probes.Model(
+                models[variant] = probes.Model(
                     self._programs(config, mesh), self._suite.primary_domains, self._suite.heldout_rows
                 )
-            found = probes.PROBES[name](probes.Trained(directory, models[record.variant]))
-        return {f"{name}/{quantity}": value for quantity, value in found.items()}
+        return probes.Trained(directory, models[variant])
 
     def _prune(self, key: Key, directory: Path) -> None:
         """Keep only the last checkpoint, unless the arm has probes, which may read earlier ones."""

@@ -13,8 +13,7 @@ from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
 from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel import partition_specs, target
-from moe.parallel.axes import axis_of, on_mesh
-from moe.parallel.mesh import axis_size
+from moe.parallel.axes import axis_of, axis_size, on_mesh
 from moe.parallel.remat import ATTENTION
 
 
@@ -52,6 +51,7 @@ def attend(
         drop: dropout of the weights.
         sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
     """
+    key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
     plain = causal and bias is None and prefix is None and scale is None and not drop.active
     whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
     if kind == "blocked" and plain and whole_tiles and runs_splash() and axis_size("context") == 1:
@@ -60,8 +60,8 @@ def attend(
     if axis_size("context") > 1:
         if bias is not None or prefix is not None or drop.active:
             raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
-        keys = segment_ids if key_segment_ids is None else key_segment_ids
-        heads = _attend_split(query, key, value, segment_ids, keys, sinks, window=window, causal=causal, scale=scale)
+        documents = segment_ids, key_segment_ids
+        heads = _attend_split(query, key, value, *documents, sinks, window=window, causal=causal, scale=scale)
     elif kind == "full" and plain and target.is_cpu():
         heads = causal_attention(query, key, value, segment_ids, sinks, window)
     else:
@@ -71,7 +71,7 @@ def attend(
             value,
             segment_ids,
             window,
-            segment_ids if key_segment_ids is None else key_segment_ids,
+            key_segment_ids,
             causal=causal,
             bias=bias,
             prefix=prefix,

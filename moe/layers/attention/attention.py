@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -80,11 +82,8 @@ class Attention(nnx.Module):
             The heads, and the keys and values to cache.
         """
         query, key, value = self.project_cached(x, positions)
-        settings = {"window": self.window, "kind": self.config.attention, "causal": self.causal, "scale": self.scale}
-        sinks = None if self.sinks is None else self.sinks[...]
-        settings |= {"bias": bias, "prefix": prefix, "drop": drop, "sinks": sinks}
-        heads = attend(query, key, value, segment_ids, key_segment_ids, **settings)
-        return heads, key, value
+        settings = {"window": self.window, "causal": self.causal, "bias": bias, "prefix": prefix, "drop": drop}
+        return self._attend(query, key, value, segment_ids, key_segment_ids, **settings), key, value
 
     def attend_to(
         self,
@@ -96,9 +95,13 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T N H"]:
         """Attend from each document to the encoder's output for the document of the same number."""
         query, (key, value) = self.project_query(x, None), self.project_keys(encoded, None)
-        settings = {"window": 0, "kind": self.config.attention, "causal": False, "scale": self.scale}
+        documents = segment_ids, encoded_segment_ids
+        return self._attend(query, key, value, *documents, window=0, causal=False, drop=drop)
+
+    def _attend(self, *arrays: Any, **settings: Any) -> Float[Array, "B T N H"]:
+        """:func:`moe.layers.attention.attend.attend` with what the config and the parameters give."""
         sinks = None if self.sinks is None else self.sinks[...]
-        return attend(query, key, value, segment_ids, encoded_segment_ids, drop=drop, sinks=sinks, **settings)
+        return attend(*arrays, kind=self.config.attention, scale=self.scale, sinks=sinks, **settings)
 
     def attend_cached(
         self,
