@@ -8,12 +8,12 @@ import shutil
 import sys
 from typing import ClassVar
 
-import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from etils import epath
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError
@@ -285,7 +285,8 @@ def test_a_folder_in_a_bucket_is_the_same_as_on_disk(folder, tmp_path, monkeypat
     config, _, _ = folder
     there = pipeline.prepare(config, VOCAB, progress=lambda _: None)
     bucket = Bucket()
-    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: {"gcs": bucket}[name])
+    # etils keeps the first connection of a process, so its own method is replaced, not fsspec's.
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", {"gcs": bucket}.__getitem__)
     bucket.put(config.dataset, "gs://bucket/text", recursive=True)
     remote = dataclasses.replace(config, dataset="gs://bucket/text", directory=str(tmp_path / "elsewhere"))
     for _ in range(2):  # indexed, and then known
