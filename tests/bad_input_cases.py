@@ -167,6 +167,7 @@ CASES = [
     main("--workdir={run}", says=("--workdir", "no config.json"), break_it=remove("run/config.json")),
     main("--workdir={run}", says=("--workdir", "another config", "model.d_model")),
     value("start.checkpoint", "/nowhere", "no such file"),
+    value("start.checkpoint", "gs://", "start.checkpoint='gs://': must be a path, or one of"),
     value("start.checkpoint", "nowhere://run", "gs, s3, az, hf before ://"),
     main("--config.start.checkpoint={new}", says=("config.json", "no such file")),
     value("start.optimizer", "keep", "reset, carry"),
