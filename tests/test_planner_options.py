@@ -125,6 +125,19 @@ def test_kept_activations_by_hand():
     assert kept("hidden") == row * 32 * (attention + 2 * 4096 + 2 * 2 * 14336)
 
 
+@pytest.mark.parametrize(
+    ("source", "purpose"),
+    [
+        ("state.parameters['unembedding']['kernel']", "weights"),
+        ("(state.parameters['embedding']['table']:state.parameters['unembedding']['kernel'])", "weights"),
+        ("jit(train_step)/(jvp(weights.embedding.table)/sharding_constraint:jvp(weights.unembedding.kernel))", "weights"),
+        ("(jit(train_step)/jvp()/transpose:jit(train_step)/jvp()/stack)", "transpose"),
+    ],
+)
+def test_purposes_of_gathers_that_xla_combined(source, purpose):
+    assert exchanges.purpose(Collective("all-gather", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
+
+
 def test_latent_experts_by_hand():
     """Experts of Mixtral-8x7B in a latent space of 1024: they read and return a quarter of D."""
     fields = mixtral_8x7b.get_config()
