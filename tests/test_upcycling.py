@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import upcycle, upcycle_drop, upcycle_virtual_groups
+from configs import upcycle, upcycle_drop, upcycle_granular, upcycle_noise, upcycle_virtual_groups
 from moe.config import ConfigError, MeshConfig, StartConfig, inherit_model, to_dict
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
@@ -93,7 +93,10 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
         assert np.abs(logits - expected).max() > 0.01
 
 
-@pytest.mark.parametrize(("module", "shards"), [(upcycle, 1), (upcycle_drop, 1), (upcycle_virtual_groups, 4)])
+@pytest.mark.parametrize(
+    ("module", "shards"),
+    [(upcycle, 1), (upcycle_drop, 1), (upcycle_noise, 1), (upcycle_granular, 4), (upcycle_virtual_groups, 4)],
+)
 def test_the_configs_start_from_a_dense_checkpoint(module, shards, tmp_path):
     dense = import_checkpoint(DENSE, tmp_path)
     tree = module.get_config()
