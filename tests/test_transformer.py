@@ -13,7 +13,7 @@ from moe.config import layer_kinds, sparse_layers
 from moe.models.block import Block, Rows
 from moe.models.decoder import Transformer
 from moe.models.stack import restack_layers, segments, unstack_layers
-from tests.helpers import random_parameters, tiny_model
+from tests.helpers import random_parameters, slow_case, tiny_model
 
 B, T = 2, 9
 
@@ -86,7 +86,8 @@ def test_layer_patterns(overrides, sparse, runs):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"num_layers": 5, "every": 2, "tie_embeddings": True}], ids=["all", "every 2"]
+    "overrides",
+    [slow_case({}, id="all"), pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2")],
 )
 def test_scan_changes_nothing(overrides, rng):
     config = tiny_model(**overrides)
@@ -97,12 +98,12 @@ def test_scan_changes_nothing(overrides, rng):
 
 
 def test_remat_changes_neither_value_nor_gradient(rng):
-    config = tiny_model(num_layers=3, first_dense=1)
+    config = tiny_model(num_layers=2)
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     results = {
         policy: _value_and_grad(dataclasses.replace(config, remat=policy))(parameters, tokens)
-        for policy in ("none", "hidden", "dots", "full")
+        for policy in ("none", "hidden", "full")
     }
     for policy in results:
         _assert_trees_close(results[policy], results["none"])
@@ -172,10 +173,10 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"num_layers": 6, "every": 2, "first_dense": 1},
         {"num_layers": 5, "first_dense": 2},
         {"num_layers": 6, "layers": (1, 2, 4, 5)},  # two MoE layers in the unit that repeats
-        {"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"},
+        slow_case({"num_layers": 6, "every": 2, "first_dense": 1}),
+        slow_case({"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"}),
     ],
     ids=str,
 )
