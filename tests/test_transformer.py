@@ -173,7 +173,7 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"num_layers": 5, "first_dense": 2},
+        slow_case({"num_layers": 5, "first_dense": 2}),
         {"num_layers": 6, "layers": (1, 2, 4, 5)},  # two MoE layers in the unit that repeats
         slow_case({"num_layers": 6, "every": 2, "first_dense": 1}),
         slow_case({"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"}),
@@ -223,8 +223,8 @@ def test_routing_is_returned_only_when_asked_for(rng):
     [
         {"gate": "none"},
         {"gate": "switch", "eval_capacity_factor": 1.0},
-        {"gate": "mixtral", "eval_capacity_factor": 2.0},
-        {"gate": "dense_mixture"},
+        slow_case({"gate": "mixtral", "eval_capacity_factor": 2.0}),
+        slow_case({"gate": "dense_mixture"}),
     ],
     ids=lambda overrides: overrides["gate"],
 )
@@ -257,7 +257,7 @@ def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
     np.testing.assert_allclose(before[:, 4:], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", ["mixtral", "switch"])
+@pytest.mark.parametrize("gate", ["mixtral", slow_case("switch")])
 def test_padding_has_no_effect(gate, rng):
     """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
     config = tiny_model(gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)
