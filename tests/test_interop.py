@@ -276,6 +276,19 @@ def test_nothing_is_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_what_fails_leaves_neither_a_folder_nor_its_parents(tmp_path):
+    import_checkpoint(HERE / "mixtral", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.model").mkdir()  # cannot be copied, after the weights
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("new/below", "empty"):
+        with pytest.raises(OSError, match="Is a directory"):
+            export_checkpoint(tmp_path / "run", tmp_path / out)
+        with pytest.raises(ConfigError, match="checkpoints cannot be kept under a path with"):
+            import_checkpoint(HERE / "mixtral", tmp_path / out / "a[x]" / "run")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 def _fine_tuned(source: Path, run: Path, length: int) -> None:
     """A workdir as a run leaves it that started from an import, with its parameters and other settings."""
     shutil.copytree(source / "checkpoints", run / "checkpoints")

@@ -40,11 +40,10 @@ from moe.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.models import flops
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.signals import StopSignals
-from moe.training import memory, warm_start
+from moe.training import memory, progress, warm_start
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
 from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
-from moe.training.progress import Progress
 from moe.training.recovery import Recovery, next_batch
 from moe.training.report import finish
 from moe.training.step import Program, build, place
@@ -75,7 +74,7 @@ def train(
             run already in the workdir; later, if the disk, the data or the numbers prevent further steps.
         Stopped: a SystemExit, after SIGTERM or Ctrl-C; the checkpoint of the last step is on disk.
     """
-    say = print if jax.process_index() == 0 and not quiet else lambda *_: None
+    say = progress.say if jax.process_index() == 0 and not quiet else lambda _: None
     directory = _folder(workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
@@ -227,7 +226,7 @@ class _Loop:
             contextlib.closing(
                 MetricsWriter(self._directory, self._start, self._program.config, writers)
             ) as self._writer,
-            contextlib.closing(Progress(self._start, config.num_steps, self._quiet)) as self._progress,
+            contextlib.closing(progress.Progress(self._start, config.num_steps, self._quiet)) as self._progress,
         ):
             for step in range(first, end):
                 last = step == config.num_steps
