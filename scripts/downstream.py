@@ -19,7 +19,7 @@ from moe.config import ConfigError
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks or groups of tasks.")
 _INCLUDE = cli.define_path("include_path", "Folder with further tasks as YAML files.")
-_SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples before each question; default: the task's.")
+_SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples before each question; default: the task's.", lower_bound=0)
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many documents of each task.", lower_bound=1)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _ROWS = flags.DEFINE_integer("batch_size", 8, "Rows at once.", lower_bound=1)

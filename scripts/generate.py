@@ -24,7 +24,7 @@ from moe import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
-_TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1, upper_bound=2**17)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the softmax; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among this many likeliest; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the fewest tokens that together have this probability.")
@@ -34,13 +34,22 @@ _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not
 _MESH = flags.DEFINE_list("mesh", [], "Devices per axis: data, fsdp, expert, tensor.")
 
 
-def _start_token(workdir: str, pad_id: int) -> int:
+def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
     """First token of a decoder: an import's own, else that of padding."""
     from etils import epath
 
+    from moe.config import ConfigError
+
     path = epath.Path(workdir) / "generation_config.json"
-    start: Any = json.loads(path.read_text()).get("decoder_start_token_id") if path.exists() else None
-    return max(pad_id, 0) if start is None else start
+    try:
+        start: Any = json.loads(path.read_text()).get("decoder_start_token_id") if path.exists() else None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: must be a JSON object ({type(error).__name__})") from error
+    if start is None:
+        return max(pad_id, 0)
+    if type(start) is not int or not 0 <= start < vocab_size:
+        raise ConfigError(f"{path}: decoder_start_token_id={start!r}: must be a token from 0 to {vocab_size - 1}")
+    return start
 
 
 def main() -> None:
@@ -58,6 +67,9 @@ def main() -> None:
     from moe.parallel.mesh import make_mesh
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
     config = read_config(workdir)
     tokenizer = find_tokenizer(workdir)
     axes: dict[str, int] = {}
@@ -74,7 +86,7 @@ def main() -> None:
         top_p=_TOP_P.value or 0.0,
         stop_tokens=(tokenizer.eos_id, *(_STOP.value or [])),
         seed=_SEED.value or 0,
-        start_token=_start_token(workdir, tokenizer.pad_id),
+        start_token=_start_token(workdir, tokenizer.pad_id, config.model.vocab_size),
         prefix=config.data.objective == "prefix_lm",
     )
     reads = config.model.encoder_layers > 0  # the prompt, instead of continuing it

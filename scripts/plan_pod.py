@@ -30,7 +30,9 @@ _SLICES = flags.DEFINE_integer(
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
-_LIMIT = flags.DEFINE_integer("limit", 9, "Largest number of programs that --search compiles, the best guesses first.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", 9, "Largest number of programs that --search compiles, the best guesses first.", lower_bound=1
+)
 _CACHE = flags.DEFINE_string(
     "cache", "~/.cache/moe-plans", "Folder of plans that --search compiled; processes may share it."
 )

@@ -141,9 +141,8 @@ CASES = [
     ),
     value("model.vocab_size", "100", "no tokenizer of that size"),
     # Workdirs and checkpoints of main.py
-    main("--workdir={new}/file", says="--workdir", break_it=write("file", "mine")),
-    main("--workdir={new}/file/run", says="--workdir", break_it=write("file", "mine")),
-    main("--workdir=/proc/run", says="--workdir"),
+    main("--workdir={new}/file", says="not a folder", break_it=write("file", "mine")),
+    main("--workdir={new}/file/run", says="not a folder", break_it=write("file", "mine")),
     main("--workdir=s3://bucket/run", says=("--workdir=s3://bucket/run", "folder of a file system, or gs://")),
     main("--workdir={new}/run", says="run/config.json", break_it=write("run/config.json", "{")),
     main("--workdir={new}/run", says="run/config.json", break_it=write("run/config.json", "[]")),
@@ -177,6 +176,26 @@ CASES = [
     script("generate", "--workdir={run}", "--prompt=x", "--step=-7", says="no checkpoint of step -7"),
     script("generate", "--workdir={run}", "--prompt=x", "--tokens=0", says="tokens"),
     script("generate", "--workdir={run}", "--prompt=x", "--tokens=many", says="tokens"),
+    script("generate", "--workdir={run}", "--prompt=x", "--tokens=1000000000", says="tokens"),
+    script("generate", "--workdir={run}", "--prompt=x", "--seed=-1", says="seed=-1: must be in [0, 2^31)"),
+    script("generate", "--workdir={run}", "--prompt=x", "--seed=99999999999", says="seed=99999999999"),
+    script("generate", "--workdir={run}", "--prompt=x", "--stop=-1", says="stop_tokens=(2, -1): must be in"),
+    script("generate", "--workdir={run}", "--prompt=x", "--stop=4294967296", says="stop_tokens=(2, 4294967296)"),
+    script("generate", "--workdir={run}", "--prompt=\udcff", says=("--prompt='\\udcff'", "UTF-8")),
+    script(
+        "generate",
+        "--workdir={run}",
+        "--prompt=x",
+        says="generation_config.json: must be a JSON object",
+        break_it=write("run/generation_config.json", "[]"),
+    ),
+    script(
+        "generate",
+        "--workdir={run}",
+        "--prompt=x",
+        says="decoder_start_token_id='x': must be a token from 0 to 31",
+        break_it=write("run/generation_config.json", '{"decoder_start_token_id": "x"}'),
+    ),
     script("generate", "--workdir={run}", "--prompt=x", "--temperature=-1", says="temperature"),
     script("generate", "--workdir={run}", "--prompt=x", "--temperature=nan", says="temperature"),
     script("generate", "--workdir={run}", "--prompt=x", "--top_k=-1", says="top_k"),
@@ -269,3 +288,6 @@ CASES = [
     script("mfu", "--steps=1", says="steps"),
     script("mfu", "--config.model.d_model=-1", says="model.d_model"),
 ]
+
+#: Those found out only when the first file is written, after everything was compiled.
+SLOW_CASES = [main("--workdir=/proc/run", says="--workdir")]

@@ -136,5 +136,6 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "train.eval_every": (1, 2),
     "train.save_every": (1, 2),
     "train.sample_tokens": (0, 3),
+    "train.writers": ((), ("tensorboard",)),
     "seed": (0, 2**31 - 1),
 }

@@ -125,6 +125,7 @@ def two_steps_back(workdir):
             r"tokenizer\.model: differs from the tokenizer of this config",
         ),
         (lambda w: (w / "metrics.jsonl").write_text("[]\n{}\n"), r"metrics\.jsonl, line 1: not a row of metrics"),
+        (lambda w: (w / "changes.jsonl").write_text("[]\n"), r"changes\.jsonl: not a record of changes"),
         (lambda w: (w / ".lock").unlink() or (w / ".lock").mkdir(), r"cannot be written \(Is a directory\)"),
     ],
 )

@@ -1,12 +1,16 @@
-"""The code of docs/api.md, executed block by block in one namespace."""
+"""Code and commands that the guides show, executed as they stand there."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
-API = Path(__file__).parents[1] / "docs" / "api.md"
+ROOT = Path(__file__).parents[1]
+API, RESTARTS = ROOT / "docs" / "api.md", ROOT / "docs" / "restarts.md"
 
 
 @pytest.mark.slow
@@ -24,3 +28,46 @@ def test_the_code_of_the_api_page_runs(tmp_path):
     writer.write(1, "timing", {"mfu": 0.5})
     writer.close()
     assert (tmp_path / "loss.txt").read_text() == "1 2.0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_walk_of_the_page_on_restarts(tmp_path):
+    """Train, extend, change the rate, fine-tune, export, import, fine-tune the import, export: what each says."""
+    page = RESTARTS.read_text().partition("## All of it once")[2]
+    commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2])
+    commands = commands.replace("/tmp/walk", str(tmp_path)).replace(".venv/bin/python", sys.executable)
+    alone = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        ["sh", "-ec", commands], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    said = [
+        line
+        for line in result.stdout.splitlines()
+        if re.match("resuming|changed|start:|.*: config.json|.*active", line)
+    ]
+    mesh = "mesh: data 1 x fsdp 1 x expert 1 x tensor 1 (cpu)"
+    model, size = (
+        f"model: 131,744 parameters, 94,880 active per token; {mesh}",
+        "131,744 parameters, 94,880 active per token",
+    )
+    taken = "fresh: none; optimizer state: new; tokenizer: inherited; model: inherited"
+    assert said == [
+        model,
+        model,
+        f"resuming {tmp_path}/run at step 20 of 30",
+        "changed from step 20 on: train.num_steps 20 to 30",
+        model,
+        f"resuming {tmp_path}/run at step 30 of 40",
+        "changed from step 30 on: optimizer.learning_rate 0.003 to 0.001",
+        "changed from step 30 on: optimizer.schedule 'cosine' to 'constant'",
+        "changed from step 30 on: train.num_steps 30 to 40",
+        f"start: 23 of 23 arrays from {tmp_path}/run; {taken}",
+        model,
+        f"{tmp_path}/hf: config.json, model.safetensors, tokenizer.model",
+        f"{tmp_path}/imported: {size}",
+        f"start: 23 of 23 arrays from {tmp_path}/imported; {taken}",
+        model,
+        f"{tmp_path}/hf2: config.json, model.safetensors, tokenizer.model",
+    ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe import platform
+from moe.training import progress
 
 ROOT = Path(__file__).parents[1]
 KEPT = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"
@@ -90,6 +91,7 @@ import os
 import sys
 import time
 from moe import platform
+from moe.training import progress
 getattr(platform, os.environ.get("PREPARE", "prepare"))()
 print("prepared", flush=True)
 from moe import cli
@@ -144,6 +146,23 @@ def test_a_closed_or_full_stderr_does_not_end_a_run(redirection):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert output.splitlines()[1:] == ["stdout \u2713"]
+
+
+def test_a_closed_pipe_behind_stdout_does_not_end_a_run(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:  # closing it fails where anything is left to be written
+        monkeypatch.setattr(sys, "stdout", stream)
+        progress.say("lost")
+        progress.say("lost too")
+
+
+def test_mfu_against_the_datasheet_is_shown_beside_the_other(capsys):
+    shown = progress.Progress(0, 2, quiet=False)
+    shown.logged({"cross_entropy": 2.0}, {"tokens_per_second": 10.0, "mfu": 0.5, "mfu_datasheet": 0.25})
+    shown.show(1)
+    line = "step 1 loss 2.000 tokens/s 10 MFU 0.50 (of the datasheet's peak 0.25)\n"
+    assert capsys.readouterr().err == line
 
 
 def test_an_ascii_terminal_gets_escapes():

@@ -14,6 +14,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import upcycling, warm_start
 from moe.training.step import build
+from tests.helpers import slow_case
 
 DENSE = Path(__file__).parent / "data" / "checkpoints" / "mistral"
 
@@ -95,7 +96,8 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "shards"),
-    [(upcycle, 1), (upcycle_drop, 1), (upcycle_noise, 1), (upcycle_granular, 4), (upcycle_virtual_groups, 4)],
+    [*(slow_case(module, 1) for module in (upcycle, upcycle_noise)), (upcycle_drop, 1), (upcycle_granular, 4)]
+    + [slow_case(upcycle_virtual_groups, 4)],
 )
 def test_the_configs_start_from_a_dense_checkpoint(module, shards, tmp_path):
     dense = import_checkpoint(DENSE, tmp_path)

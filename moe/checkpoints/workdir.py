@@ -201,10 +201,13 @@ def record_changes(config: Config, changes: dict[str, list[Any]], step: int, wor
 
 
 def latest_change(workdir: epath.Path) -> int:
-    """Step of the newest recorded change; 0: none."""
+    """Step of the newest recorded change; 0: none. Raises ConfigError for a file that holds something else."""
     path = workdir / CHANGES
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a record of changes; restore or delete it") from error
 
 
 def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: epath.Path, *, new: bool) -> None:

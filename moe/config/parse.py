@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 
 import ml_collections
 
 from moe.config.schema import LARGEST, LARGEST_FLOAT, LONGEST_TUPLE, SMALLEST_FLOAT, Config, ConfigError
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 class _TrackedConfigDict(ml_collections.ConfigDict):
@@ -34,7 +37,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
     def convert(node: typing.Any) -> ml_collections.ConfigDict:
         result = _TrackedConfigDict()
-        hints = typing.get_type_hints(type(node))
+        hints = _hints(type(node))
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
@@ -63,7 +66,7 @@ def check_field(path: str) -> None:
     *sections, last = path.split(".")
     for depth, name in enumerate(sections):
         _check_name(cls, name, "".join(f"{section}." for section in sections[:depth]))
-        cls = typing.get_type_hints(cls)[name]
+        cls = _hints(cls)[name]
         if not dataclasses.is_dataclass(cls):
             raise ConfigError(f"{path}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
     _check_name(cls, last, "".join(f"{section}." for section in sections))
@@ -73,7 +76,7 @@ def type_name(path: str) -> str:
     """Description of the values that a field takes, for error messages."""
     hint: typing.Any = Config
     for name in path.split("."):
-        hint = typing.get_type_hints(hint)[name]
+        hint = _hints(hint)[name]
     if dataclasses.is_dataclass(hint):
         return f"set by its fields: {', '.join(field.name for field in dataclasses.fields(hint))}"
     if typing.get_origin(hint) is tuple:
@@ -84,7 +87,7 @@ def type_name(path: str) -> str:
 
 
 def _check_name(cls: typing.Any, name: str, path: str) -> None:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(hints)}"
@@ -93,7 +96,7 @@ def _check_name(cls: typing.Any, name: str, path: str) -> None:
 
 def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
     """Build a dataclass from a nested dict, checking names and types; ``path`` is the prefix of fields in messages."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for name in tree:
         _check_name(cls, name, path)
     values = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from moe.atomic_files import in_bucket
 from moe.config import Config, ConfigError, ModelConfig
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.families import FAMILIES
@@ -118,3 +120,23 @@ def _write_group(
         for i, piece in parts:
             group[i].write(tensor, piece, np.asarray(arrays[i][piece.slot]))
         writer.add(as_name or name, tensor)
+
+
+@contextlib.contextmanager
+def new_folder(folder: epath.Path) -> Iterator[None]:
+    """Create a folder that is new or empty; if the block fails, remove it with its content and the parents it needed.
+
+    Raises:
+        ConfigError: it holds files.
+    """
+    refuse_files(folder)
+    parents = () if in_bucket(folder) else folder.parents
+    missing = [path for path in (folder, *parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        (missing[-1] if missing else folder).rmtree()
+        if not missing:
+            folder.mkdir()
+        raise

@@ -12,13 +12,14 @@ import numpy as np
 from etils import epath
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
-from moe.interop.save import refuse_files, write_folder
+from moe.interop.save import new_folder, refuse_files, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 
@@ -48,6 +49,7 @@ def import_checkpoint(
     """
     workdir = epath.Path(workdir)
     refuse_files(workdir)
+    refuse_unusable_path(workdir)
     config, folder, parameters = open_folder(source, dtype=dtype)
     written = read_json(Path(source) / CONFIG_FILE)
     starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
@@ -60,17 +62,10 @@ def import_checkpoint(
     biases: dict[str, Any] = {}
     for parameter in parameters:
         set_leaf(biases if parameter.selection_bias else tree, parameter.path, _streamed(folder, parameter))
-    existed = workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
+    with new_folder(workdir):
         stored.write_parameters(workdir, tree, biases)
         for name, content in files.items():
             (workdir / name).write_bytes(content)
-    except BaseException:
-        workdir.rmtree()  # it was empty
-        if existed:
-            workdir.mkdir()
-        raise
     return config
 
 
@@ -133,10 +128,11 @@ def export_checkpoint(
             tree = stored.read_parameters(workdir, config.model, dtype=dtype or None, only=parameter.path)
         return get_leaf(tree, parameter.path)
 
-    write_folder(written, config.model, fetch, Path(directory), fused=fused)
-    for name in COMPANIONS:
-        if (epath.Path(workdir) / name).exists():
-            (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())
+    with new_folder(epath.Path(directory)):
+        write_folder(written, config.model, fetch, Path(directory), fused=fused)
+        for name in COMPANIONS:
+            if (epath.Path(workdir) / name).exists():
+                (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())
 
 
 def _source_config(workdir: epath.Path, config: Config) -> Json | None:

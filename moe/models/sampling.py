@@ -51,6 +51,8 @@ class Sampling:
             ("temperature", self.temperature >= 0, "must be at least 0"),
             ("top_k", self.top_k >= 0, "must be at least 0"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**31, "must be in [0, 2^31)"),
+            ("stop_tokens", all(0 <= token < 2**31 for token in self.stop_tokens), "must be in [0, 2^31)"),
         ):
             if not holds:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {allowed}")

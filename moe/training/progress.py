@@ -1,8 +1,12 @@
-"""Progress of a run on standard error: a bar on a terminal, else one line per logged or evaluated step."""
+"""Progress of a run on standard error: a bar on a terminal, else one line per logged or evaluated step.
+
+Errors of the streams are ignored: a run goes on without its terminal.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import Any
 
@@ -11,8 +15,17 @@ import numpy as np
 import tqdm
 
 
+def say(text: str) -> None:
+    """Print a line on standard output; what follows a closed pipe or a full disk is lost."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # or the interpreter's last flush would set the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Progress:
-    """Shows losses and speed while a run trains. Errors of the output stream are ignored: training goes on."""
+    """Shows losses and speed while a run trains."""
 
     def __init__(self, start: int, num_steps: int, quiet: bool):
         """
@@ -40,7 +53,7 @@ class Progress:
             self._shown["dropped"] = f"{np.mean(row['fraction_tokens_dropped']):.3f}"
         self._shown |= {"tokens/s": f"{timing['tokens_per_second']:.0f}", "MFU": f"{timing['mfu']:.2f}"}
         if "mfu_datasheet" in timing:
-            self._shown |= {"MFU of the datasheet's peak": f"{timing['mfu_datasheet']:.2f}"}
+            self._shown["MFU"] += f" (of the datasheet's peak {timing['mfu_datasheet']:.2f})"
 
     def evaluated(self, heldout_loss: float) -> None:
         """Take the held-out loss, shown by the next :meth:`show`."""

@@ -15,6 +15,7 @@ from etils import epath
 from moe.lab.records import Key
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
+from moe.training import progress
 
 LOG = "progress.log"
 _SECONDS_BETWEEN_LINES = 60.0
@@ -33,7 +34,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Append a line with the time of day."""
         line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}"
-        print(line, flush=True)
+        progress.say(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(line + "\n")
