@@ -96,8 +96,10 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "shards"),
-    [*(slow_case(module, 1) for module in (upcycle, upcycle_noise)), (upcycle_drop, 1), (upcycle_granular, 4)]
-    + [slow_case(upcycle_virtual_groups, 4)],
+    [
+        *(slow_case(module, 1) for module in (upcycle, upcycle_noise)),
+        *((upcycle_drop, 1), (upcycle_granular, 4), slow_case(upcycle_virtual_groups, 4)),
+    ],
 )
 def test_the_configs_start_from_a_dense_checkpoint(module, shards, tmp_path):
     dense = import_checkpoint(DENSE, tmp_path)
