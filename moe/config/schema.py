@@ -160,6 +160,11 @@ class ModelConfig:
     remat: Remat = "none"  # what the backward pass recomputes: nothing, ..., the whole layer (moe.parallel.remat)
     moe: MoEConfig = MoEConfig()
 
+    @property
+    def expert_dim(self) -> int:
+        """Dimension of the rows that experts read and write."""
+        return self.moe.latent_dim or self.d_model
+
 
 #: Default of data.domains for the embedded corpus.
 EMBEDDED_DOMAINS = ("literature", "python")

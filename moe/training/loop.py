@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,6 +143,9 @@ def _folder(workdir: str) -> epath.Path:
     directory = epath.Path(workdir)
     if not in_bucket(directory):
         refuse_unusable_path(workdir)
+        existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"--workdir={workdir}: {existing} is not a folder that can be written")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
         raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME (docs/pods.md)")
     else:
