@@ -3,7 +3,8 @@
 python scripts/ablate.py --suite=configs/ablations/optimizer.py --workdir=/tmp/optimizer
 
 Never run so far. Two short horizons, three seeds and eight arms: 48 runs of 200 and 600 steps, about an hour on two
-idle cores, and 24 runs of the sweep. Muon moves the matrices of attention, FFNs and experts; routers stay with AdamW (moe/training/optimizer.py).
+idle cores, and 24 runs of the sweep. Muon moves the matrices of attention, FFNs and experts; routers stay with AdamW
+(moe/training/optimizer.py).
 """
 
 from configs.ablations import common
