@@ -163,6 +163,7 @@ def attention(sizes: Sizes) -> Iterator[str]:
 
     from moe.layers.attention.attend import attend
     from moe.layers.attention.gpu import runs_cudnn
+    from moe.layers.attention.scoring import Scoring
     from scripts import timing
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -174,7 +175,7 @@ def attention(sizes: Sizes) -> Iterator[str]:
     documents = jnp.broadcast_to(jnp.arange(sizes.tokens) // (sizes.tokens // 3) + 1, query.shape[:2])
 
     def both(query: Any, key: Any, value: Any, documents: Any, kind: str) -> Any:
-        y, pull = jax.vjp(lambda *a: attend(*a, segment_ids=documents, window=0, kind=kind), query, key, value)
+        y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, documents, kind=kind, scoring=Scoring()), query, key, value)
         return y, pull(y)
 
     run = jax.jit(both, static_argnums=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -23,6 +24,9 @@ from moe.routing.routing import Routing, route
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}
 
+
+#: A case of a parametrised test that runs with the slow tests.
+slow_case = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 #: The gates that this oracle (tests/reference.py) knows.
 FOUR = ("dense_mixture", "gshard", "mixtral", "switch")

@@ -24,8 +24,9 @@ from moe.config import Config, to_dict
 from moe.data import pipeline
 from moe.interop import import_checkpoint
 from moe.routing.resolve import from_config_dict
-from tests.bad_input_cases import CASES
+from tests.bad_input_cases import CASES, SLOW_CASES
 from tests.bad_input_helpers import Case, value
+from tests.helpers import slow_case
 from tests.tiny_text import build
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +98,9 @@ def prepare(case: Case, folder: Path, data: Path, imported: Path) -> list[str]:
     return [argument.format(**places) for argument in case.arguments]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.script} {' '.join(case.arguments[-1:])}")
+@pytest.mark.parametrize(
+    "case", [*CASES, *map(slow_case, SLOW_CASES)], ids=lambda case: f"{case.script} {' '.join(case.arguments[-1:])}"
+)
 def test_refused(case, data, imported, tmp_path, monkeypatch):
     arguments = prepare(case, tmp_path, data, imported)
     before = tree_of(tmp_path, data)

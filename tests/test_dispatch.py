@@ -19,7 +19,7 @@ from moe.routing.registry import GATES
 from moe.routing.router import Router
 from moe.routing.routing import Routing, route
 from tests import reference
-from tests.helpers import tiny_model, tiny_routing
+from tests.helpers import slow_case, tiny_model, tiny_routing
 
 CAPACITY_MODES = ("gather", "einsum")
 
@@ -214,7 +214,7 @@ def _compare(config, *, groups, tokens, capacity, mask, seed, draws=False):
     [
         ("dense_mixture", 3, 6, False),
         ("switch", 1, 2, False),
-        ("switch", 2, 3, False),
+        slow_case("switch", 2, 3, False),
         ("gshard", 2, 3, True),
         ("mixtral", 2, 3, False),
     ],
@@ -246,7 +246,7 @@ def cases(draw):
 
 
 # An example compiles three programs: hence few examples, and no shrinking of a failing one.
-@settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(case=cases())
 def test_modes_equal_the_oracle_on_any_shape(case):
     overrides, shape = case
@@ -266,12 +266,12 @@ def test_all_padding_gives_zeros_and_no_gradient(mode, rng):
 
 
 def test_modes_agree_beyond_oracle_sizes(rng):
-    """A few hundred tokens, where the oracle would be slow: gather and einsum, dropping and not."""
-    config = tiny_model(num_experts=6, experts_per_token=3, gate="switch")
+    """A few hundred tokens, where the oracle would be slow: gather and einsum."""
+    config = tiny_model(num_experts=6, experts_per_token=3, gate="switch", d_model=8, moe_d_ff=6)
     parameters = _parameters(config)
     x = jnp.asarray(rng.normal(size=(4, 50, config.d_model)), jnp.float32)
     mask, cotangent = jnp.asarray(rng.random((4, 50)) < 0.9), jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    for capacity in (15, 50):
+    for capacity in (15, 50):  # dropping, and not
         (loss, (y, plan, routing)), gradients = _system(config, capacity, "gather", None)(
             parameters, x, mask, cotangent
         )

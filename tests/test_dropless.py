@@ -21,7 +21,7 @@ from moe.dispatch.plan import make_plan
 from moe.layers.experts import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
-from tests.helpers import tiny_model, tiny_routing
+from tests.helpers import slow_case, tiny_model, tiny_routing
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
@@ -75,9 +75,9 @@ def _assert_close(actual, expected, tolerance):
     ("groups", "tokens", "num_experts", "k", "load", "dtype"),
     [
         (2, 90, 5, 2, "random", "float32"),  # several sizes of row blocks, an expert count that is no power of two
-        (1, 150, 4, 1, "one", "float32"),  # many row blocks of one expert, three experts empty
+        slow_case(1, 150, 4, 1, "one", "float32"),  # many row blocks of one expert, three experts empty
         (3, 7, 3, 3, "random", "float32"),  # K = E
-        (1, 20, 4, 2, "padding", "float32"),
+        slow_case(1, 20, 4, 2, "padding", "float32"),
         (1, 64, 4, 2, "random", "bfloat16"),
     ],
 )
@@ -211,7 +211,7 @@ def test_within_vmap_scan_and_remat(rng):
 
 
 def test_row_blocks_hold_all_rows_with_little_padding(rng):
-    for _ in range(25):
+    for _ in range(8):
         num_groups = int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
         row_blocks = choose_row_blocks(int(sizes.sum()), num_groups)
@@ -263,7 +263,11 @@ def _on_mesh(mesh, config, routing, x, variant=""):
 
 
 @pytest.mark.parametrize("load", ["random", "one"])
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}")
+@pytest.mark.parametrize(
+    "mesh",
+    [MESHES[0], *map(slow_case, MESHES[1:])],
+    ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}",
+)
 def test_equal_on_meshes(mesh, load, rng):
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 10, 8, 2, load)
@@ -289,7 +293,9 @@ def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_s
 
 @pytest.mark.parametrize("load", ["random", "one", "padding"])
 @pytest.mark.parametrize(
-    "mesh", MESHES[:3], ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}"
+    "mesh",
+    [*map(slow_case, MESHES[:2]), MESHES[2]],
+    ids=lambda m: f"data{m.data}-fsdp{m.fsdp}-expert{m.expert}-tensor{m.tensor}",
 )
 def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeypatch):
     """Ragged exchange with 120 rows a device: under the load "one" a device receives more than one round."""

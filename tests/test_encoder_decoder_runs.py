@@ -93,6 +93,7 @@ def test_row_losses_add_up(opened):
     assert (losses * mixed.targets).sum() / mixed.targets.sum() == pytest.approx(found["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_routing_of_both_stacks(opened, tmp_path, monkeypatch):
     variables = opened.variables()
     folder = training.epath.Path(tmp_path)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe.layers.attention import attend, blocked, cpu
+from moe.layers.attention.scoring import Scoring
 from moe.layers.ffn import activate
 from moe.layers.moe_layer import MoELayer
 from moe.models import kv_cache
@@ -51,7 +52,7 @@ def test_a_sink_by_hand(kind):
     """Keys of zeros, so all scores are 0; exp(ln 2) = 2 beside them: token t gets Σ_{u≤t} v_u / (t + 1 + 2)."""
     zeros, value = jnp.zeros((1, 3, 1, 8)), jnp.ones((1, 3, 1, 8)) * jnp.array([1.0, 2.0, 3.0])[None, :, None, None]
     segments, sinks = jnp.ones((1, 3), jnp.int32), jnp.log(jnp.array([2.0]))
-    got = attend.attend(zeros, zeros, value, segments, window=0, kind=kind, sinks=sinks)
+    got = attend.attend(zeros, zeros, value, segments, kind=kind, scoring=Scoring(sinks=sinks))
     np.testing.assert_allclose(got[0, :, 0, 0], [1 / 3, 3 / 4, 6 / 5], rtol=1e-6)
 
 
@@ -84,7 +85,7 @@ def test_forms_of_attention_with_sinks(window, monkeypatch):
         return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(query, key, value, sinks)
 
     def form(kind):
-        return lambda q, k, v, s: attend.attend(q, k, v, segment_ids, window=window, kind=kind, sinks=s)
+        return lambda q, k, v, s: attend.attend(q, k, v, segment_ids, kind=kind, scoring=Scoring(window, sinks=s))
 
     want = results(plain)
     got = [results(form("full")), results(form("blocked"))]

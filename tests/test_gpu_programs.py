@@ -24,6 +24,7 @@ from moe.dispatch.grouped_matmul import gpu
 from moe.dispatch.modes import MODES
 from moe.dispatch.plan import make_plan
 from moe.layers.attention.attend import attend
+from moe.layers.attention.scoring import Scoring
 from moe.layers.experts import Experts
 from moe.parallel.mesh import make_mesh
 from tests.helpers import tiny_model, tiny_routing
@@ -199,7 +200,7 @@ def test_attention_is_cudnns_and_holds_no_square(name, window):
     length = 4096
 
     def loss(query, key, value, segment_ids):
-        y = attend(query, key, value, segment_ids, window=window, kind="blocked")
+        y = attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(window))
         return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
     query, key = (jax.ShapeDtypeStruct((1, length, heads, 64), jnp.bfloat16) for heads in (4, 2))

@@ -38,6 +38,7 @@ from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import resolve
 from moe.training.losses import cross_entropy
+from tests.helpers import slow_case
 
 HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"
@@ -116,7 +117,7 @@ def test_parameters_keep_the_dtype_of_their_tensors(path):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {stored.get("dtype", stored.get("torch_dtype"))}
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2), MeshConfig(data=1, expert=2, tensor=4)])
+@pytest.mark.parametrize("mesh", [slow_case(MeshConfig(fsdp=2, expert=2)), MeshConfig(data=1, expert=2, tensor=4)])
 def test_each_device_reads_its_shard(mesh, tmp_path):
     moe = MoEConfig(num_experts=4, d_ff=12, shared_d_ff=20, shared_gate=True, dispatch="dropless")
     model = ModelConfig(
@@ -141,7 +142,7 @@ def test_each_device_reads_its_shard(mesh, tmp_path):
 @pytest.mark.parametrize(
     ("path", "max_shard_bytes"),
     [pytest.param(path, 8000, id=f"{path.name}-sharded") for path in OURS]
-    + [pytest.param(path, 1 << 30, id=f"{path.name}-one file") for path in THEIRS],
+    + [slow_case(path, 1 << 30, id=f"{path.name}-one file") for path in THEIRS],
 )
 def test_round_trip_is_bit_identical(path, max_shard_bytes, tmp_path):
     _expected(path)

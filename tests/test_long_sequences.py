@@ -10,6 +10,7 @@ import pytest
 
 from moe.config import MeshConfig
 from moe.layers.attention import attend, blocked, cpu, gpu
+from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.training import losses
@@ -45,7 +46,9 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
 
     def results(kind):
         def loss(query, key, value):
-            output = attend.attend(query, key, value, segment_ids, window=window, kind=kind).astype(jnp.float32)
+            output = attend.attend(query, key, value, segment_ids, kind=kind, scoring=Scoring(window)).astype(
+                jnp.float32
+            )
             return jnp.sum(jnp.sin(output)), output
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
@@ -79,9 +82,9 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (2, 64, 4, 16), jnp.bfloat16) for k in keys)
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
-    full = attend.attend(query, key, value, segment_ids, window=9, kind="full")
+    full = attend.attend(query, key, value, segment_ids, kind="full", scoring=Scoring(9))
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    in_blocks = attend.attend(query, key, value, segment_ids, window=9, kind="blocked")
+    in_blocks = attend.attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(9))
     assert blocks == [(2, 1, 16, 64)]
     np.testing.assert_allclose(full.astype(jnp.float32), in_blocks.astype(jnp.float32), rtol=0.02, atol=0.02)
 

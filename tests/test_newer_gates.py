@@ -16,7 +16,7 @@ from moe.routing import balancing
 from moe.routing.router import SelectionBias
 from moe.routing.selection import quantile
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS, routed
-from tests.helpers import tiny_model
+from tests.helpers import slow_case, tiny_model
 
 
 def report_of(routing, **moe):
@@ -117,7 +117,7 @@ def test_hashed_experts_are_weighed_by_their_scores():
     np.testing.assert_allclose(routing.combine_weights[0, 0], 1.5 * chosen / chosen.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["gather", "einsum", "dropless"])
+@pytest.mark.parametrize("mode", ["gather", slow_case("einsum"), slow_case("dropless")])
 def test_zero_copy_and_constant_experts_by_hand(mode):
     # Two FFNs that double and treble x = (1, 1) (identity activations cannot be: ReLU of a positive x is x), then zero,
     # copy and constant. Weights of the softmax (1, 2, 3, 4, 6)/16, K = 5: all of them.
@@ -140,7 +140,7 @@ def test_zero_copy_and_constant_experts_by_hand(mode):
     np.testing.assert_allclose(report.load_balancing_loss, 3 / 16 + 0.75 * 13 / 16, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["gather", "einsum", "dropless"])
+@pytest.mark.parametrize("mode", ["gather", slow_case("einsum"), slow_case("dropless")])
 def test_latent_experts_are_experts_of_projected_tokens(mode, rng):
     """The layer is a layer of P = 4 on x·down, its output times up, with the weights that the router gives x."""
     config = tiny_model(gate="mixtral", latent_dim=4, num_experts=8, dispatch=mode, eval_capacity_factor=4.0)

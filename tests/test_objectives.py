@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe.config import ConfigError, DataConfig
 from moe.data import objectives, pipeline, preparation, sentinels
 from moe.data.documents import PAIR
+from tests.helpers import slow_case
 from tests.text_fixtures import VOCAB, assert_equal, data, directory, prepared  # noqa: F401
 from tests.tiny_text import random_text
 
@@ -209,7 +210,7 @@ def paired(prepared):
     return dataclasses.replace(prepared, train={name: texts for name in prepared.domains})
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [slow_case("pairs"), *(name for name in OBJECTIVES if name != "pairs")])
 def test_exact_resume(prepared, data, name):
     config = dataclasses.replace(data, shuffle_window=3, **OBJECTIVES[name])
     source = paired(prepared) if name == "pairs" else prepared

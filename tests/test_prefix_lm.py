@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moe.layers.attention.attend import attend
+from moe.layers.attention.scoring import Scoring
 from moe.models import sampling
 from moe.models.decoder import Transformer
 from moe.training.loop import train
@@ -30,7 +31,7 @@ def test_attention_by_hand(kind):
     scores = np.where(visible, np.einsum("tnh,unh->ntu", query[0], key[0]) / 2, -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     arrays = map(jnp.asarray, (query, key, value, segments))
-    found = attend(*arrays, window=0, kind=kind, prefix=jnp.asarray(prefix))
+    found = attend(*arrays, kind=kind, scoring=Scoring(prefix=jnp.asarray(prefix)))
     np.testing.assert_allclose(found[0], np.einsum("ntu,unh->tnh", weights, value[0]), atol=1e-6)
 
 

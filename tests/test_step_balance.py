@@ -12,6 +12,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import step
 from moe.training.step import build, place
+from tests.helpers import slow_case
 
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, **moe):
@@ -54,7 +55,7 @@ def gradients(program):
 @pytest.mark.parametrize(
     ("mesh", "remat", "moe"),
     [
-        ({"data": 1}, "full", {}),
+        slow_case({"data": 1}, "full", {}),
         ({"data": 2, "expert": 2}, "none", {"gate": "mixtral", "experts_per_token": 2}),
         pytest.param(
             {"data": 1},

@@ -13,7 +13,7 @@ from moe.config import layer_kinds, sparse_layers
 from moe.models.block import Block, Rows
 from moe.models.decoder import Transformer
 from moe.models.stack import restack_layers, segments, unstack_layers
-from tests.helpers import random_parameters, tiny_model
+from tests.helpers import random_parameters, slow_case, tiny_model
 
 B, T = 2, 9
 
@@ -86,7 +86,8 @@ def test_layer_patterns(overrides, sparse, runs):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"num_layers": 5, "every": 2, "tie_embeddings": True}], ids=["all", "every 2"]
+    "overrides",
+    [slow_case({}, id="all"), pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2")],
 )
 def test_scan_changes_nothing(overrides, rng):
     config = tiny_model(**overrides)
@@ -97,12 +98,12 @@ def test_scan_changes_nothing(overrides, rng):
 
 
 def test_remat_changes_neither_value_nor_gradient(rng):
-    config = tiny_model(num_layers=3, first_dense=1)
+    config = tiny_model(num_layers=2)
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     results = {
         policy: _value_and_grad(dataclasses.replace(config, remat=policy))(parameters, tokens)
-        for policy in ("none", "hidden", "dots", "full")
+        for policy in ("none", "hidden", "full")
     }
     for policy in results:
         _assert_trees_close(results[policy], results["none"])
@@ -172,10 +173,10 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"num_layers": 6, "every": 2, "first_dense": 1},
-        {"num_layers": 5, "first_dense": 2},
+        slow_case({"num_layers": 5, "first_dense": 2}),
         {"num_layers": 6, "layers": (1, 2, 4, 5)},  # two MoE layers in the unit that repeats
-        {"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"},
+        slow_case({"num_layers": 6, "every": 2, "first_dense": 1}),
+        slow_case({"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"}),
     ],
     ids=str,
 )
@@ -222,8 +223,8 @@ def test_routing_is_returned_only_when_asked_for(rng):
     [
         {"gate": "none"},
         {"gate": "switch", "eval_capacity_factor": 1.0},
-        {"gate": "mixtral", "eval_capacity_factor": 2.0},
-        {"gate": "dense_mixture"},
+        slow_case({"gate": "mixtral", "eval_capacity_factor": 2.0}),
+        slow_case({"gate": "dense_mixture"}),
     ],
     ids=lambda overrides: overrides["gate"],
 )
@@ -256,7 +257,7 @@ def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
     np.testing.assert_allclose(before[:, 4:], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", ["mixtral", "switch"])
+@pytest.mark.parametrize("gate", ["mixtral", slow_case("switch")])
 def test_padding_has_no_effect(gate, rng):
     """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
     config = tiny_model(gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)

@@ -24,10 +24,7 @@ def specialise(
     """Measures repetition and dependence of a model's or a control's records.
 
     Args:
-        records: records of rows per domain.
-        code: records of whole Python documents with the mark ``syntax``, or None.
-        piece: token id → its text.
-        shuffles: permutations per null distribution.
+        records: as in :func:`moe.analysis.summary.summarise`, like ``code``, ``piece`` and ``shuffles``.
         rng: random generator of the permutations.
     """
     return {

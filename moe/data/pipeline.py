@@ -65,7 +65,7 @@ def prepare(
     objectives.check_lengths(data)
     prepared = open_data(data, vocab_size, tokenizer, progress)
     for domain in prepared.domains:
-        _heldout_rows(prepared, data, domain)
+        _stretch(prepared, data, domain, 1)
     return prepared
 
 
@@ -193,16 +193,12 @@ def train_iterator(
 
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------
-def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Batch]:
-    """Returns up to data.heldout_rows rows; the row in which the split ends is padded."""
+def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> list[Batch]:
+    """Returns up to `length` rows from the start of a held-out split; the row in which the split ends is padded."""
     if domain not in prepared.domains:
         raise ConfigError(f"no domain {domain!r}; allowed are {list(prepared.domains)}")
     documents = grain.MapDataset.source(prepared.heldout[domain])
-    # Neighbouring rows are of the same few documents, so evenly spaced rows of a longer stretch are taken. The stretch
-    # is bounded because reading a whole web corpus would take minutes.
-    most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
-    stretch = min(HELDOUT_STRETCH * data.heldout_rows, most)
-    rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), stretch))
+    rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), length))
     # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
     if not rows or (rows[0]["segment_ids"][-1] == 0 and not data.input_length):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
@@ -210,6 +206,15 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
             f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} has only {tokens} "
             f"tokens; use at most {tokens}"
         )
+    return rows
+
+
+def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Batch]:
+    """Returns up to data.heldout_rows rows."""
+    # Neighbouring rows are of the same few documents, so evenly spaced rows of a longer stretch are taken. The stretch
+    # is bounded because reading a whole web corpus would take minutes.
+    most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
+    rows = _stretch(prepared, data, domain, min(HELDOUT_STRETCH * data.heldout_rows, most))
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), data.heldout_rows)).astype(int)
     return [rows[index] for index in chosen]
 

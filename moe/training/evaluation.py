@@ -33,14 +33,19 @@ class Heldout:
     token_bytes: np.ndarray
 
 
+def check_domains(prepared: pipeline.Prepared) -> None:
+    """Raise ConfigError if a domain is called "all"."""
+    if ALL in prepared.domains:
+        raise ConfigError(f"data.domains: no domain may be called {ALL!r}, which names all of them; rename the folder")
+
+
 def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     """Load this process's rows of the held-out batches.
 
     Raises:
         moe.config.ConfigError: the held-out text is shorter than one row, or a domain is called "all".
     """
-    if ALL in prepared.domains:
-        raise ConfigError(f"data.domains: no domain may be called {ALL!r}, which names all of them; rename the folder")
+    check_domains(prepared)
     config = program.config
     rows = config.train.batch_size // config.train.accumulation_steps
     here = local_rows(program.mesh, rows)

@@ -8,6 +8,8 @@ checkpoint, whatever ended the first one: docs/restarts.md lists what can go wro
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +42,7 @@ from moe.models import flops
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.signals import StopSignals
 from moe.training import memory, progress, warm_start
-from moe.training.evaluation import Heldout, evaluate, load_heldout
+from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
 from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.recovery import Recovery, next_batch
@@ -99,11 +101,14 @@ def train(
         stack.enter_context(memory.out_of_memory_as_config_error())
         program = make_program(config, mesh, warm_start.teacher(config, mesh))
         memory.refuse_too_large(program)
-        heldout = load_heldout(program, prepared)
+        check_domains(prepared)
+        heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
         rows = local_rows(mesh, config.train.batch_size)
         iterator = pipeline.train_iterator(
             prepared, config.data, batch_size=config.train.batch_size, seed=config.seed, rows=rows
         )
+        if new:
+            iterator.start_prefetch()  # the first batch, while the rest is made
         state = warm_start.first_state(program, say) if new else None
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -138,6 +143,9 @@ def _folder(workdir: str) -> epath.Path:
     directory = epath.Path(workdir)
     if not in_bucket(directory):
         refuse_unusable_path(workdir)
+        existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"--workdir={workdir}: {existing} is not a folder that can be written")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
         raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME (docs/pods.md)")
     else:
@@ -184,7 +192,7 @@ class _Loop:
         self,
         program: Program,
         iterator: Any,
-        heldout: Heldout,
+        heldout: Callable[[], Heldout],
         checkpoints: Checkpoints,
         directory: epath.Path,
         signals: StopSignals,
@@ -271,7 +279,7 @@ class _Loop:
 
     def _evaluate(self, step: int, state: TrainState) -> float:
         """Write a row per domain; return the held-out loss over all domains."""
-        results = evaluate(self._program, state.variables, self._heldout)
+        results = evaluate(self._program, state.variables, self._heldout())
         for domain, values in results.items():
             self._writer.write(step, f"heldout/{domain}", values)
         self._progress.evaluated(results["all"]["loss"])

@@ -119,6 +119,7 @@ def grouped_ffn(first, second, row_blocks, rows, first_matrices, second_matrices
     return _grouped_ffn_fwd(first, second, row_blocks, rows, first_matrices, second_matrices, starts, sizes)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _grouped_ffn_fwd(first, second, row_blocks, rows, first_matrices, second_matrices, starts, sizes):
     one = functools.partial(jax.tree.map, lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype))
     hidden = jax.eval_shape(lambda rows, matrices: first(rows, matrices, _matmul), rows, one(first_matrices))
@@ -126,9 +127,9 @@ def _grouped_ffn_fwd(first, second, row_blocks, rows, first_matrices, second_mat
 
     def body(carry, expert, start, size, _):
         hidden, outputs = carry
-        new = first(_rows_at(rows, start, size), _at(first_matrices, expert), _matmul)
+        new = first(_rows_at(rows, start, size), _at(first_matrices, expert), jnp.matmul)
         if second is not None:
-            outputs = _set_rows(outputs, start, second(new, _at(second_matrices, expert), _matmul))
+            outputs = _set_rows(outputs, start, second(new, _at(second_matrices, expert), jnp.matmul))
         return _set_rows(hidden, start, new), outputs
 
     hidden, outputs = _for_each_block(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -10,8 +12,8 @@ from jaxtyping import Float, Int
 from moe.config import ConfigError
 from moe.layers.attention.blocked import blocked_attention
 from moe.layers.attention.cpu import causal_attention
+from moe.layers.attention.scoring import Scoring
 from moe.layers.attention.tpu import LANES, runs_splash, splash_attention
-from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_of, axis_size, on_mesh
 from moe.parallel.remat import ATTENTION
@@ -24,14 +26,8 @@ def attend(
     segment_ids: Int[Array, "B T"],
     key_segment_ids: Int[Array, "B U"] | None = None,
     *,
-    window: int,
     kind: str,
-    causal: bool = True,
-    bias: Float[Array, "N D"] | None = None,
-    prefix: Int[Array, "B U"] | None = None,
-    scale: float | None = None,
-    drop: Dropout = KEEP_ALL,
-    sinks: Float[Array, " N"] | None = None,
+    scoring: Scoring,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale·query·key + bias)·value over positions of the same document, in the dtype of the query.
 
@@ -41,58 +37,30 @@ def attend(
         value: M value heads.
         segment_ids: document of each query.
         key_segment_ids: of each key; None: those of the queries.
-        window: positions a query sees, its own included; 0: all.
         kind: "full" computes all scores at once. "blocked" never holds T x U scores: splash attention on TPUs where its
             shapes allow, elsewhere a loop over blocks of queries.
-        causal: a query sees earlier positions and its own; else all.
-        bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.relative.RelativeBias.by_distance`).
-        prefix: 1 for keys that all queries of their document see, whatever ``causal``.
-        scale: of the products; None: 1/sqrt(H).
-        drop: dropout of the weights.
-        sinks: logit of a further key without a value (:mod:`moe.layers.attention.sinks`); None: none.
+        scoring: which keys are seen, and what else the weights depend on.
     """
     key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
-    plain = causal and bias is None and prefix is None and scale is None and not drop.active
     whole_tiles = query.shape[1] % LANES == 0 and query.shape[-1] % LANES == 0
-    if kind == "blocked" and plain and whole_tiles and runs_splash() and axis_size("context") == 1:
-        return splash_attention(query, key, value, segment_ids, sinks, window)
+    splash = kind == "blocked" and scoring.is_plain and whole_tiles and runs_splash()
+    if splash and axis_size("context") == 1:
+        return splash_attention(query, key, value, segment_ids, scoring)
     query, key, value = (checkpoint_name(heads, ATTENTION) for heads in (query, key, value))
     if axis_size("context") > 1:
-        if bias is not None or prefix is not None or drop.active:
+        if scoring.bias is not None or scoring.prefix is not None or scoring.drop.active:
             raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
-        documents = segment_ids, key_segment_ids
-        heads = _attend_split(query, key, value, *documents, sinks, window=window, causal=causal, scale=scale)
-    elif kind == "full" and plain and target.is_cpu():
-        heads = causal_attention(query, key, value, segment_ids, sinks, window)
+        heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
+    elif kind == "full" and scoring.is_plain and target.is_cpu():
+        heads = causal_attention(query, key, value, segment_ids, scoring.sinks, scoring.window)
     else:
-        heads = blocked_attention(
-            query,
-            key,
-            value,
-            segment_ids,
-            window,
-            key_segment_ids,
-            causal=causal,
-            bias=bias,
-            prefix=prefix,
-            scale=scale,
-            drop=drop,
-            sinks=sinks,
-            one_block=kind == "full",
-        )
+        documents = segment_ids, key_segment_ids
+        heads = blocked_attention(query, key, value, *documents, scoring, one_block=kind == "full")
     return checkpoint_name(heads, ATTENTION)
 
 
 def _attend_split(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
-    key_segment_ids: Array,
-    sinks: Array | None,
-    window: int,
-    causal: bool,
-    scale: float | None,
+    query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, scoring: Scoring
 ) -> Float[Array, "B T N H"]:
     """Attention of rows split over ``context``: each device gathers keys and values of the row for its queries."""
     axis = axis_of("context")
@@ -102,11 +70,11 @@ def _attend_split(
             jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
         )
         first = jax.lax.axis_index(axis) * query.shape[1]
-        settings = {"causal": causal, "scale": scale, "sinks": sinks, "first": first}
-        return blocked_attention(query, key, value, segment_ids, window, key_segment_ids, **settings)
+        here = dataclasses.replace(scoring, sinks=sinks)
+        return blocked_attention(query, key, value, segment_ids, key_segment_ids, here, first=first)
 
     heads, row = on_mesh(partition_specs.HEADS), on_mesh(partition_specs.BATCH)
     in_specs = (heads, heads, heads, row, row, on_mesh(partition_specs.SINKS))
     return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
-        query, key, value, segment_ids, key_segment_ids, sinks
+        query, key, value, segment_ids, key_segment_ids, scoring.sinks
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.rotary import rotate
+from moe.layers.attention.scoring import Scoring
 from moe.layers.attention.sinks import append_sink
 from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.layers.norms import RMSNorm
@@ -82,8 +84,8 @@ class Attention(nnx.Module):
             The heads, and the keys and values to cache.
         """
         query, key, value = self.project_cached(x, positions)
-        settings = {"window": self.window, "causal": self.causal, "bias": bias, "prefix": prefix, "drop": drop}
-        return self._attend(query, key, value, segment_ids, key_segment_ids, **settings), key, value
+        scoring = Scoring(self.window, self.causal, bias, prefix, drop=drop)
+        return self._attend(query, key, value, segment_ids, key_segment_ids, scoring=scoring), key, value
 
     def attend_to(
         self,
@@ -95,13 +97,14 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T N H"]:
         """Attend from each document to the encoder's output for the document of the same number."""
         query, (key, value) = self.project_query(x, None), self.project_keys(encoded, None)
-        documents = segment_ids, encoded_segment_ids
-        return self._attend(query, key, value, *documents, window=0, causal=False, drop=drop)
+        scoring = Scoring(causal=False, drop=drop)
+        return self._attend(query, key, value, segment_ids, encoded_segment_ids, scoring=scoring)
 
-    def _attend(self, *arrays: Any, **settings: Any) -> Float[Array, "B T N H"]:
+    def _attend(self, *arrays: Any, scoring: Scoring) -> Float[Array, "B T N H"]:
         """:func:`moe.layers.attention.attend.attend` with what the config and the parameters give."""
         sinks = None if self.sinks is None else self.sinks[...]
-        return attend(*arrays, kind=self.config.attention, scale=self.scale, sinks=sinks, **settings)
+        scoring = dataclasses.replace(scoring, scale=self.scale, sinks=sinks)
+        return attend(*arrays, kind=self.config.attention, scoring=scoring)
 
     def attend_cached(
         self,

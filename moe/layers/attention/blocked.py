@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 
 from moe.layers.attention.gpu import runs_cudnn
 from moe.layers.attention.relative import bias_of_rows
+from moe.layers.attention.scoring import Scoring
 from moe.layers.attention.sinks import append_sink
-from moe.layers.dropout import KEEP_ALL, Dropout
+from moe.layers.dropout import Dropout
 
 _LARGEST_BLOCK = 512
 
@@ -22,15 +23,9 @@ def blocked_attention(
     key: Float[Array, "B U M H"],
     value: Float[Array, "B U M H"],
     segment_ids: Int[Array, "B T"],
-    window: int,
     key_segment_ids: Int[Array, "B U"],
+    scoring: Scoring,
     *,
-    causal: bool = True,
-    bias: Float[Array, "N D"] | None = None,
-    prefix: Int[Array, "B U"] | None = None,
-    scale: float | None = None,
-    drop: Dropout = KEEP_ALL,
-    sinks: Float[Array, " N"] | None = None,
     one_block: bool = False,
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B T N H"]:
@@ -38,30 +33,31 @@ def blocked_attention(
     allow it, elsewhere as matmuls whose scores the backward pass recomputes. The queries are those from position
     ``first`` on."""
     batch, length, heads, head_dim = query.shape
+    bias, prefix = scoring.bias, scoring.prefix
     size = length if one_block else _block_size(length, _LARGEST_BLOCK)
     key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
-    plain = bias is None and scale is None and key.shape[1] % 2 == 0 and not one_block
+    plain = bias is None and scoring.scale is None and key.shape[1] % 2 == 0 and not one_block
     implementation = "cudnn" if plain and runs_cudnn(query, size) else None
 
-    factor = head_dim**-0.5 if scale is None else scale
+    factor = scoring.factor(head_dim)
 
     def block(inputs: tuple[Array, Array, Array]) -> Array:
         part, part_segments, start = inputs
         mask = part_segments[:, :, None] == key_segment_ids[:, None, :]
-        if causal:
+        if scoring.causal:
             distance = start + jnp.arange(size)[:, None] - key_positions  # [size,U]
-            visible = (distance >= 0) & ((distance < window) if window else True)
+            visible = scoring.in_window(distance)
             mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
         own_bias = None
         if bias is not None:  # of the distances from the last query of the block to the first key, and on
             here = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
             own_bias = bias_of_rows(here, size)[None].astype(part.dtype)
         arrays = part, key, value, mask, own_bias
-        if sinks is not None:
-            arrays = append_sink(sinks, *arrays, factor)
-        if drop.active:
-            return _with_dropout(*arrays, factor, drop, start)[..., :head_dim]
+        if scoring.sinks is not None:
+            arrays = append_sink(scoring.sinks, *arrays, factor)
+        if scoring.drop.active:
+            return _with_dropout(*arrays, factor, scoring.drop, start)[..., :head_dim]
         part, keys, values, mask, own_bias = arrays
         heads = jax.nn.dot_product_attention(
             part, keys, values, own_bias, mask[:, None], scale=factor, implementation=implementation

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.rotary import rotate, yarn_mscale
+from moe.layers.attention.scoring import Scoring
 from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
@@ -74,7 +75,8 @@ class LatentAttention(nnx.Module):
             constrain(jnp.pad(heads, [(0, 0)] * 3 + [(0, size - heads.shape[-1])]), partition_specs.HEADS)
             for heads in (query, key, value)
         )
-        heads = attend(query, key, value, segment_ids, window=self.window, kind=c.attention, drop=drop)
+        scoring = Scoring(window=self.window, drop=drop)
+        heads = attend(query, key, value, segment_ids, kind=c.attention, scoring=scoring)
         return heads[..., : c.value_dim], latent, None
 
     def project_cached(

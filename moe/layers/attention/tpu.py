@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Float, Int
 
+from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import on_mesh
 from moe.parallel.remat import ATTENTION
@@ -30,11 +31,10 @@ def splash_attention(
     key: Float[Array, "B T M H"],
     value: Float[Array, "B T M H"],
     segment_ids: Int[Array, "B T"],
-    sinks: Float[Array, " N"] | None,
-    window: int,
+    scoring: Scoring,
 ) -> Float[Array, "B T N H"]:
     """Same function as :func:`moe.layers.attention.attend.attend`, by each device on its rows and heads."""
-    length = query.shape[1]
+    length, window, sinks = query.shape[1], scoring.window, scoring.sinks
     size = next(size for size in (1024, 512, 256, 128) if length % size == 0)
     sizes = kernels.BlockSizes(
         block_q=size,
