@@ -1,6 +1,11 @@
 """DeepSeek-V3 without multi-token prediction: sigmoid scores, loss-free balancing, 256 experts, 8 a token.
 
-Sizes: its published config.json. It was neither compiled for a pod nor trained here.
+Sizes: its published config.json. Plan it without accelerators, then run the same line on them:
+
+    python scripts/plan_pod.py --config=configs/deepseek_v3.py --topology=v5p:8x8x8
+    python main.py --config=configs/deepseek_v3.py --workdir=DIR
+
+It was never trained here.
 """
 
 import ml_collections
@@ -23,4 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
         routing_scale=2.5,
         load_balancing_weight=1e-4,
     )
+    config.train.batch_size = 512
+    config.mesh.expert = 64
     return config

@@ -27,6 +27,14 @@ def test_a_gate_in_which_tokens_choose_counts_k_experts():
     assert total - active == 2 * EXPERT
 
 
+def test_latent_experts_multiply_the_latent_dimension_and_two_projections():
+    """Latent dimension 4: an expert has 3·4·20 parameters, not 3·16·20, and every token is projected 16 → 4 → 16."""
+    config = tiny_model(num_layers=1, gate="mixtral", latent_dim=4)
+    assert train_flops_per_token(config, 8) == _by_hand(16 * 4 + 2 * 16 * 4, expert_rows=2 * 4 / 16)
+    total, active = count_parameters(config)
+    assert total - active == 2 * 3 * 4 * 20
+
+
 @pytest.mark.parametrize(("group_size", "rows"), [(0, 4 * 2 / 8), (16, 4 * 2 / 16)])
 def test_soft_moe_counts_its_slots_and_their_mixing(group_size, rows):
     """E·P = 8 slots a group, each one row of one expert; mixing in and out multiplies 8 slots by D twice."""

@@ -60,7 +60,7 @@ def test_special_tokens():
 
 
 def test_found_beside_a_checkpoint(tmp_path):
-    with pytest.raises(ConfigError, match=r"has neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"has neither tokenizer\.model, tokenizer\.json nor spiece\.model"):
         find_tokenizer(tmp_path)
     settings = json.dumps({"eos_token": "a"}).encode()
     for name, content in JsonTokenizer(byte_fallback(), settings).files.items():
@@ -70,6 +70,9 @@ def test_found_beside_a_checkpoint(tmp_path):
     for name, content in own.files.items():
         (tmp_path / name).write_bytes(content)
     assert find_tokenizer(tmp_path).vocab_size == 320
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "spiece.model").write_bytes(own.model_bytes)  # as beside T5's checkpoints
+    assert find_tokenizer(tmp_path / "t5").vocab_size == 320
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import types
 import pytest
 
 from configs import mixtral_8x7b
-from moe.config import ConfigError
-from moe.planner import calibration, exchanges, fit, network, plan, program
+from moe.config import ConfigError, MeshConfig
+from moe.planner import calibration, candidates, exchanges, fit, network, plan, program
 from moe.planner.chips import CHIPS
 from moe.planner.records import Collective
 from moe.routing.resolve import from_config_dict
 
 MESH = {"data": 1, "fsdp": 64, "expert": 1, "tensor": 1}
+ONE_DEVICE = MeshConfig(data=1)
 
 # Excerpt of a compiled train step for v5p: a gather of [8,64,32] over 4 chips on the SparseCore, whose operand is given
 # to it before a fusion of 500 cycles; then a reduce-scatter of the same kind with nothing beside it.
@@ -122,6 +123,47 @@ def test_kept_activations_by_hand():
     assert kept("attention") == row * 32 * attention + one_layer
     assert kept("outputs") == row * 32 * (attention + 2 * 4096) + one_layer
     assert kept("hidden") == row * 32 * (attention + 2 * 4096 + 2 * 2 * 14336)
+
+
+@pytest.mark.parametrize(
+    ("source", "purpose"),
+    [
+        ("state.parameters['unembedding']['kernel']", "weights"),
+        ("(state.parameters['embedding']['table']:state.parameters['unembedding']['kernel'])", "weights"),
+        ("jit(train_step)/(jvp(weights.embedding.table)/a:jvp(weights.unembedding.kernel)/a)", "weights"),
+        ("(jit(train_step)/jvp()/transpose:jit(train_step)/jvp()/stack)", "transpose"),
+    ],
+)
+def test_purposes_of_gathers_that_xla_combined(source, purpose):
+    assert exchanges.purpose(Collective("all-gather", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
+
+
+def test_latent_experts_by_hand():
+    """Experts of Mixtral-8x7B in a latent space of 1024: they read and return a quarter of D."""
+    fields = mixtral_8x7b.get_config()
+    fields.model.moe.latent_dim = 1024
+    config = from_config_dict(fields)
+
+    def tried(dispatch, remat="full"):
+        moe = dataclasses.replace(config.model.moe, dispatch=dispatch)
+        model = dataclasses.replace(config.model, remat=remat, moe=moe)
+        return dataclasses.replace(config, model=model, mesh=ONE_DEVICE)
+
+    # One row of 4096 tokens: two experts' outputs of 1024 numbers each in every one of 32 layers, bfloat16.
+    kept = [fit.lower_bound(tried("dropless", remat), MESH).activations for remat in ("attention", "outputs")]
+    assert kept[1] - kept[0] == 4096 * 2 * 32 * 2 * 1024
+
+    def seconds(dispatch):
+        return candidates.guess_seconds(tried(dispatch), CHIPS["v5p"])
+
+    # On one chip: a capacity factor of 1.25 adds half an expert (3 matrices of 1024 x 14336) to each of 64 x 4096
+    # tokens, 6 FLOPs a parameter and a third more for recomputation; one-hot matmuls in and out have 2.5 x 4096 rows of
+    # 1024 a token, 12 FLOPs a number.
+    tokens, peak = 64 * 4096, CHIPS["v5p"].peak
+    slots = 32 * 6 * 0.5 * 3 * 1024 * 14336 * tokens * 4 / 3 / peak
+    assert seconds("gather") - seconds("dropless") == pytest.approx(slots, rel=1e-6)
+    one_hot = 32 * 12 * 2.5 * 4096 * 1024 * tokens * 4 / 3 / peak
+    assert seconds("einsum") - seconds("gather") == pytest.approx(one_hot, rel=1e-6)
 
 
 def test_a_page_states_the_residual():

@@ -14,7 +14,7 @@ EXPECTED = {
     "cosine": [0.2, 0.6, 1.0, 0.55, 0.1],
     "constant": [0.2, 0.6, 1.0, 1.0, 1.0],
     "wsd": [0.2, 0.6, 1.0, 0.82, 0.1],  # a decay of 10 steps: 0.09 less a step from step 10 on
-    "rsqrt": [0.2, 0.6, 1.0, (4 / 12) ** 0.5, (4 / 20) ** 0.5],
+    "rsqrt": [1.0, 1.0, 1.0, (4 / 12) ** 0.5, (4 / 20) ** 0.5],  # √(4 / max(step, 4)): no linear start
 }
 
 

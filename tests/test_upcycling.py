@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import upcycle, upcycle_drop, upcycle_virtual_groups
+from configs import upcycle, upcycle_drop, upcycle_granular, upcycle_noise, upcycle_virtual_groups
 from moe.config import ConfigError, MeshConfig, StartConfig, inherit_model, to_dict
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
@@ -94,7 +94,13 @@ def test_virtual_groups_keep_the_dense_models_output(tmp_path):
         assert np.abs(logits - expected).max() > 0.01
 
 
-@pytest.mark.parametrize(("module", "shards"), [slow_case(upcycle, 1), (upcycle_drop, 1), (upcycle_virtual_groups, 4)])
+@pytest.mark.parametrize(
+    ("module", "shards"),
+    [
+        *(slow_case(module, 1) for module in (upcycle, upcycle_noise)),
+        *((upcycle_drop, 1), (upcycle_granular, 4), slow_case(upcycle_virtual_groups, 4)),
+    ],
+)
 def test_the_configs_start_from_a_dense_checkpoint(module, shards, tmp_path):
     dense = import_checkpoint(DENSE, tmp_path)
     tree = module.get_config()

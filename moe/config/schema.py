@@ -160,6 +160,11 @@ class ModelConfig:
     remat: Remat = "none"  # what the backward pass recomputes: nothing, ..., the whole layer (moe.parallel.remat)
     moe: MoEConfig = MoEConfig()
 
+    @property
+    def expert_dim(self) -> int:
+        """Dimension of the rows that experts read and write."""
+        return self.moe.latent_dim or self.d_model
+
 
 #: Default of data.domains for the embedded corpus.
 EMBEDDED_DOMAINS = ("literature", "python")
@@ -209,7 +214,8 @@ class OptimizerConfig:
     name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
 
     learning_rate: float = 3e-3  # peak
-    schedule: Schedule = "cosine"  # after the warm-up: cosine decay, constant, wsd (constant, then a decay) or rsqrt
+    #: after a linear warm-up cosine decay, constant, or wsd (constant, then a decay); rsqrt: the peak, then 1/√step
+    schedule: Schedule = "cosine"
     final_learning_rate_fraction: float = 0.1  # of the peak, at the last step; cosine and wsd
     warmup_steps: int = 30  # steps
     decay_steps: int = 0  # steps of the decay of wsd; 0: a tenth of train.num_steps

@@ -15,6 +15,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+T5_FILE = "spiece.model"  # SentencePiece too, under the name it has beside T5's checkpoints
 _MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
 
 
@@ -40,10 +41,12 @@ def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       ConfigError: the workdir has none.
     """
-    for name in (SENTENCEPIECE_FILE, JSON_FILE):
+    for name in (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE):
         if (epath.Path(workdir) / name).is_file():
             return read_tokenizer(epath.Path(workdir) / name)
-    raise ConfigError(f"{os.fspath(workdir)}: has neither {SENTENCEPIECE_FILE} nor {JSON_FILE}; copy one there")
+    raise ConfigError(
+        f"{os.fspath(workdir)}: has neither {SENTENCEPIECE_FILE}, {JSON_FILE} nor {T5_FILE}; copy one there"
+    )
 
 
 def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:

@@ -28,8 +28,8 @@ GENERATION_FILE = "generation_config.json"
 SOURCE_FILE = "huggingface_config.json"
 #: Files that are copied with the weights both ways: the tokenizer, and how generation ends.
 COMPANIONS = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", GENERATION_FILE),
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", GENERATION_FILE),
 )
 
 

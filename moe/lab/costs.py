@@ -31,5 +31,5 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     if moe.dispatch == "einsum":
         group = moe.group_size or config.data.sequence_length
         slots = moe.num_experts * layer_capacity(moe, group)
-        per_token += 3 * 2 * 2 * sum(sparse_layers(model)) * slots * (moe.latent_dim or model.d_model)
+        per_token += 3 * 2 * 2 * sum(sparse_layers(model)) * slots * model.expert_dim
     return per_token * tokens

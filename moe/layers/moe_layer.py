@@ -93,7 +93,7 @@ class MoELayer(nnx.Module):
         self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
-        self.experts = Experts(dataclasses.replace(config, d_model=moe.latent_dim or config.d_model), rngs=rngs)
+        self.experts = Experts(dataclasses.replace(config, d_model=config.expert_dim), rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
     def __call__(
@@ -145,7 +145,7 @@ class MoELayer(nnx.Module):
         rows = tokens if self.latent is None else self.latent.project_down(tokens)
         y = MODES[self.mode](rows, placed, plan, self._experts(train, keys.dropout))
         if self.experts.down_bias is not None:
-            y = y + _output_biases(self.experts.down_bias[...], placed, plan.kept)
+            y = y + _output_biases(self.experts.down_bias[...].astype(x.dtype), placed, plan.kept)
         if self.latent is not None:
             y = self.latent.project_up(y, x.dtype)
         if self.null is not None:
@@ -274,7 +274,8 @@ def _output_biases(biases: Float[Array, "E D"], routing: Routing, kept: Bool[Arr
     """Weighted sum of the output biases of each token's experts, in float32."""
     choices = jax.nn.one_hot(routing.expert_index, len(biases), dtype=jnp.float32)  # [G,S,K,E]
     weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
-    return weights @ gather_for_matmul("experts.down_bias", biases, jnp.float32)
+    # In the compute dtype: XLA gathers an array that is not cast where the scan slices it, without the name.
+    return weights @ gather_for_matmul("experts.down_bias", biases, biases.dtype)
 
 
 def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

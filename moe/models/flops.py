@@ -87,7 +87,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     for stack, kinds in stacks(config).items():
         for kind in kinds:
             keys += _keys_per_query(kind, lengths[stack]) * share[stack] + (input_length if kind.role == "cross" else 0)
-            mixing += 12 * slots * (config.moe.latent_dim or config.d_model) * kind.sparse * share[stack]
+            mixing += 12 * slots * config.expert_dim * kind.sparse * share[stack]
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
     return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys
 

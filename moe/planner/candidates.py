@@ -106,13 +106,13 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     size = 4 if model.dtype == "float32" else 2
 
     into = 2 if model.activation in GATED_ACTIVATIONS else 1
-    expert_parameters = moe_layers * (into + 1) * model.d_model * moe.d_ff
+    expert_parameters = moe_layers * (into + 1) * model.expert_dim * moe.d_ff
     rows = moe.experts_per_token * (moe.capacity_factor if moe.dispatch != "dropless" else 1.0)
     per_token, total = _of_model(fit.same_parameters(model), length, inputs)
     per_token *= config.train.batch_size * length / tokens
     per_token += 6 * expert_parameters * (rows - moe.experts_per_token)
     if moe_layers and moe.dispatch == "einsum":  # in and out: [S,E·C] x [S,D]
-        per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.d_model
+        per_token += 12 * moe_layers * rows * (moe.group_size or length) * model.expert_dim
     if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
     per_token *= 1 + _RECOMPUTED[model.remat] / 3
@@ -125,7 +125,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     passes = 3 if model.remat == "none" else 4
     weights = experts / (mesh.expert * mesh.tensor) * share(mesh.fsdp)
     weights += (total - experts) / mesh.tensor * share(mesh.fsdp * mesh.expert)
-    routed = 6 * moe_layers * tokens_here * rows * model.d_model * size * share(mesh.expert) * mesh.expert / 4
+    routed = 6 * moe_layers * tokens_here * rows * model.expert_dim * size * share(mesh.expert) * mesh.expert / 4
     partial_sums = 2 * passes * 2 * layers * tokens_here * model.d_model * size * share(mesh.tensor)
     gradients = 2 * 4 * total / (mesh.fsdp * mesh.expert * mesh.tensor) * share(mesh.data)
     exchange, stride = 0.0, 1

@@ -103,7 +103,7 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     heads = model.num_heads * (model.value_dim or model.head_dim) / sizes["tensor"]
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
-    outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.d_model
+    outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.expert_dim
     of_attention, of_dense, of_experts = {
         "none": (projections, dense, experts),
         "hidden": (projections + heads, dense, experts + outputs),

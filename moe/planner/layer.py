@@ -93,7 +93,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     )
     memory = compiled.memory_analysis()
     matmuls = 3 if config.model.activation in GATED_ACTIVATIONS else 2
-    flops = 2 * matmuls * config.model.d_model * moe.d_ff * (3 if backward else 1) / mesh.shape["tensor"]
+    flops = 2 * matmuls * config.model.expert_dim * moe.d_ff * (3 if backward else 1) / mesh.shape["tensor"]
     peak = chip.peak / chip.devices
     return Reading(
         estimated=text.seconds,

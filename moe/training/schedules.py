@@ -1,4 +1,4 @@
-"""Learning-rate schedules: step → learning rate. All start with a linear warm-up to the peak over warmup_steps."""
+"""Learning-rate schedules: step → learning rate. All but rsqrt start with a linear warm-up over warmup_steps."""
 
 from __future__ import annotations
 
@@ -43,13 +43,12 @@ def _warmup_stable_decay(config: OptimizerConfig, num_steps: int) -> optax.Sched
 
 
 def _rsqrt(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """peak·√(w / step) after the warm-up of w steps, as T5 and Switch: independent of num_steps."""
+    """peak·√(w / max(step, w)), independent of num_steps: the peak for w warm-up steps without a linear start, as in T5
+    (2020, section 3.1.2), Switch and GShard (``learning_rate_schedule_noam`` of Mesh TensorFlow, Lingvo's SqrtDecay).
+    """
     del num_steps
     warmup = max(config.warmup_steps, 1)
-    linear = optax.linear_schedule(_first(config), config.learning_rate, warmup)
-    return lambda step: jnp.where(
-        jnp.asarray(step) < warmup, linear(step), config.learning_rate * jnp.sqrt(warmup / jnp.maximum(step, warmup))
-    )
+    return lambda step: config.learning_rate * jnp.sqrt(warmup / jnp.maximum(step, warmup))
 
 
 def _first(config: OptimizerConfig) -> float:
