@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -149,7 +150,16 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
         if ":" not in name and name not in WRITERS:
             raise ConfigError(f"train.writers={name!r}: must be of {', '.join(WRITERS)}, or module:function")
         factory = import_object("train.writers", name) if ":" in name else WRITERS[name]
-        if not callable(factory):
+        if not (callable(factory) and _takes(factory, 3)):
             raise ConfigError(f"train.writers={name!r}: must be a function (workdir, config, step) -> writer")
         found.append(factory)
     return found
+
+
+def _takes(factory: Factory, count: int) -> bool:
+    """False if a function surely cannot be called with that many arguments; one written in C may not tell."""
+    try:
+        inspect.signature(factory).bind(*range(count))
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)
+    return True

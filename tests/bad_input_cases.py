@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tests.bad_input_helpers import Case, change, cut, main, remove, rename_tensor, script, turn_tensor, value, write
+from tests.bad_input_helpers import (
+    Case,
+    change,
+    cut,
+    fifo,
+    main,
+    remove,
+    rename_tensor,
+    script,
+    turn_tensor,
+    value,
+    write,
+)
 
 CASES = [
     # Flags
@@ -129,6 +141,9 @@ CASES = [
     value("data.heldout_rows", "0", "at least 1"),
     value("data.tokenizer", "/nowhere/tokenizer.model", "no such file"),
     value("data.tokenizer", "/nowhere/tokenizer.json", "no such file"),
+    value("data.tokenizer", "/dev/zero", "data.tokenizer='/dev/zero': is not a regular file"),
+    main("--config.start.checkpoint={new}", says="config.json: is not a regular file", break_it=fifo("config.json")),
+    script("evaluate", "--workdir={new}", says="config.json: is not a regular file", break_it=fifo("config.json")),
     main(
         "--config.data.tokenizer={new}/tokenizer.model",
         says=("data.tokenizer", "not a SentencePiece model"),
@@ -151,6 +166,7 @@ CASES = [
     main("--workdir={run}", says=("--workdir", "no config.json"), break_it=remove("run/config.json")),
     main("--workdir={run}", says=("--workdir", "another config", "model.d_model")),
     value("start.checkpoint", "/nowhere", "no such file"),
+    value("start.checkpoint", "gs://", "start.checkpoint='gs://': must be a path, or one of"),
     value("start.checkpoint", "nowhere://run", "gs, s3, az, hf before ://"),
     main("--config.start.checkpoint={new}", says=("config.json", "no such file")),
     value("start.optimizer", "keep", "reset, carry"),

@@ -51,6 +51,11 @@ def script(
     return Case(f"scripts/{name}.py", arguments, (says,) if isinstance(says, str) else says, break_it)
 
 
+def fifo(name: str) -> Callable[[Path], None]:
+    """Puts a FIFO in the case's folder, from which nothing ever comes."""
+    return lambda folder: os.mkfifo(folder / name)
+
+
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
     """Puts a file in the case's folder."""
 

@@ -96,6 +96,12 @@ def test_refused(overrides, words):
     assert words in str(error.value)
 
 
+def test_a_message_is_one_line():
+    assert (
+        str(ConfigError("data.directory=a\nb: cannot\u2028\r\n be written")) == "data.directory=a b: cannot be written"
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -29,7 +29,7 @@ from tests.tiny_text import random_text
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("compilation_cache")]
 HERE = Path(__file__).parent / "data" / "checkpoints"
 FAMILIES = sorted(path.name for path in HERE.iterdir())
-FOLDERS, TEXTS = int(os.environ.get("FUZZ_N", 200)), 100
+FOLDERS, TEXTS = int(os.environ.get("FUZZ_N", 60)), 40
 
 
 def fuzzed(count: int):

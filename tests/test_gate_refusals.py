@@ -58,6 +58,8 @@ REFUSED = [
     ({"gate": "random", "load_balancing_weight": 0.1}, "load_balancing_weight=0.1: must be 0"),
     ({"gate": "hash", "z_loss_weight": 0.1}, "z_loss_weight=0.1: must be 0"),
     ({"gate": "hash", "router_dtype": "bfloat16"}, "has no router"),
+    ({"gate": "hash", "bias": "router"}, "bias='router': the gate 'hash' has no router"),
+    ({"gate": "mixtral", "scores_per_group": 2}, "scores_per_group=2: needs expert_groups above 1"),
     ({"gate": "dense_mixture", "load_balancing_weight": 0.1}, "the loss is constant"),
     ({"gate": "deepseek_moe", "device_balance_weight": 0.05}, "needs expert_groups above 1"),
     (

@@ -169,3 +169,10 @@ def test_an_unknown_optimizer_is_named():
         make_optimizer(dataclasses.replace(CONFIG, name="sgd"), 10)
     with pytest.raises(ConfigError, match=r"optimizer\.name='nowhere:at_all': no module 'nowhere'"):
         make_optimizer(dataclasses.replace(CONFIG, name="nowhere:at_all"), 10)
+    for name, words in (("os:path", "TypeError: 'module' object is not callable"), ("builtins:max", "TypeError")):
+        with pytest.raises(ConfigError, match=rf"optimizer\.name='{name}': calling it failed: {words}"):
+            make_optimizer(dataclasses.replace(CONFIG, name=name), 10)
+    with pytest.raises(
+        ConfigError, match=r"'builtins:print': must return an optax\.GradientTransformation, not NoneType"
+    ):
+        make_optimizer(dataclasses.replace(CONFIG, name="builtins:print"), 10)

@@ -15,7 +15,7 @@ from etils import epath
 
 from moe.atomic_files import in_bucket, write_atomic
 from moe.checkpoints.manager import complete_steps
-from moe.config import Config, ConfigError, to_dict
+from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.dispatch.plan import layer_capacity
 from moe.metrics_files import METRICS, read_rows
 from moe.routing.resolve import from_config_dict
@@ -128,10 +128,9 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         ConfigError: the file is missing or is not a config.
     """
     path = epath.Path(workdir) / CONFIG
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file")
+    content = read_small_file(path)
     try:
-        return from_config_dict(json.loads(path.read_text()))
+        return from_config_dict(json.loads(content.decode()))
     except (ValueError, RecursionError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Typed settings of a run: schema, parsing and checks."""
 
 from moe.config.checks import check_path
+from moe.config.files import read_small_file
 from moe.config.inherit import inherit_model
 from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.mesh_checks import validate_mesh
@@ -54,6 +55,7 @@ __all__ = [
     "check_path",
     "inherit_model",
     "layer_kinds",
+    "read_small_file",
     "sparse_layers",
     "stacks",
     "to_config_dict",

@@ -28,9 +28,10 @@ def require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
 
 
 def check_path(field: str, path: str) -> None:
-    """Raise a ConfigError for a path with a scheme that etils.epath does not read."""
-    scheme, found, _ = path.partition("://")
-    require(not found or scheme in SCHEMES, field, path, f"must be a path, or one of {', '.join(SCHEMES)} before ://")
+    """Raise a ConfigError for a path with a scheme that etils.epath does not read, or without a bucket."""
+    scheme, found, rest = path.partition("://")
+    allowed = f"must be a path, or one of {', '.join(SCHEMES)} before :// and a bucket"
+    require(not found or (scheme in SCHEMES and rest.strip("/") != ""), field, path, allowed)
 
 
 def require_at_least(section: str, node: typing.Any, least: float, *names: str) -> None:

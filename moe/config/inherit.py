@@ -9,6 +9,7 @@ import ml_collections
 from etils import epath
 
 from moe.config.checks import check_path
+from moe.config.files import read_small_file
 from moe.config.parse import assigned_fields
 from moe.config.schema import ConfigError
 
@@ -30,18 +31,17 @@ def inherit_model(tree: typing.Any) -> None:
         return
     workdir = tree.start.checkpoint
     check_path("start.checkpoint", workdir)
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise ConfigError(
-            f"start.checkpoint={workdir!r}: must be the workdir of a run or an import; {path}: no such file"
-        )
+    path, where = epath.Path(workdir) / "config.json", f"start.checkpoint={workdir!r}: must be the workdir of a run or"
     try:
-        model = json.loads(path.read_text())["model"]
+        content = read_small_file(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where} an import; {error}") from error
+    try:
+        model = json.loads(content)["model"]
         moe = model.pop("moe")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"start.checkpoint={workdir!r}: must be the workdir of a run or an import; {path} cannot be read as one "
-            f"({type(error).__name__}: {error})"
+            f"{where} an import; {path} cannot be read as one ({type(error).__name__}: {error})"
         ) from error
     assigned = assigned_fields(tree)
     _fill(tree.model, model, assigned, "model.")

@@ -41,9 +41,10 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
 
 
 class ConfigError(ValueError):
-    """An invalid setting; the message names the field and what is allowed, and is cut in the middle if it is long."""
+    """An invalid setting; the message names the field and what is allowed. It is one line, cut if long."""
 
     def __init__(self, message: str):
+        message = " ".join(line.strip() for line in message.splitlines() if line.strip())
         super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
 
 

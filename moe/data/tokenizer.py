@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 
 # Part of the file name of cached tokenizers: raise it when train_tokenizer changes.
 TRAINER_VERSION = 1
@@ -57,10 +57,8 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads a model from a local or bucket path; ConfigError if there is no such file."""
-        file = epath.Path(path).expanduser()
-        if not file.is_file():
-            raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
-        return cls(file.read_bytes(), f"data.tokenizer={os.fspath(path)!r}")
+        name = f"data.tokenizer={os.fspath(path)!r}"
+        return cls(read_small_file(epath.Path(path).expanduser(), name), name)
 
     @property
     def files(self) -> dict[str, bytes]:

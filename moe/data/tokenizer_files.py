@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
@@ -28,11 +28,9 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = epath.Path(path).expanduser()
     if file.suffix != ".json":
         return Tokenizer.from_file(file)
-    if not file.is_file():
-        raise ConfigError(f"data.tokenizer={os.fspath(path)!r}: no such file")
-    settings = file.parent / JSON_CONFIG_FILE
-    content = settings.read_bytes() if settings.is_file() else None
-    return JsonTokenizer(file.read_bytes(), content, f"data.tokenizer={os.fspath(path)!r}")
+    name, settings = f"data.tokenizer={os.fspath(path)!r}", file.parent / JSON_CONFIG_FILE
+    content = read_small_file(settings) if settings.exists() else None
+    return JsonTokenizer(read_small_file(file, name), content, name)
 
 
 def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
@@ -42,7 +40,7 @@ def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
       ConfigError: the workdir has none.
     """
     for name in (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE):
-        if (epath.Path(workdir) / name).is_file():
+        if (epath.Path(workdir) / name).exists():
             return read_tokenizer(epath.Path(workdir) / name)
     raise ConfigError(
         f"{os.fspath(workdir)}: has neither {SENTENCEPIECE_FILE}, {JSON_FILE} nor {T5_FILE}; copy one there"

@@ -13,34 +13,31 @@ import ml_dtypes
 import numpy as np
 import safetensors
 from absl import logging
+from etils import epath
 from safetensors.numpy import save_file
 
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter
 from moe.interop.schema import Json, parse_index
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_LARGEST_JSON = 1 << 28  # bytes
 _PICKLED = (
     "; pickled weights (*.bin) can run code and are not read: where you trust them, convert them once with "
     "transformers, by CLASS.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), the CLASS that config.json names"
 )
 
 
-def read_json(path: Path) -> Json:
+def read_json(path: Path | epath.Path) -> Json:
     """The JSON object in a file.
 
     Raises:
         ConfigError: no such file, no JSON, or JSON that is no object.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ConfigError(f"{path}: must be at most {_LARGEST_JSON} bytes")
+    content = read_small_file(path)
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(content)
     except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, bytes that are not UTF-8
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(tree, dict):

@@ -14,7 +14,7 @@ from etils import epath
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
-from moe.config import Config, ConfigError, to_dict
+from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, get_leaf, set_leaf
@@ -71,12 +71,7 @@ def import_checkpoint(
 
 def _companions(source: Path) -> dict[str, bytes]:
     """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
-    found = {}
-    for path in (source / name for name in COMPANIONS):
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: is not a regular file")
-        if path.is_file():
-            found[path.name] = path.read_bytes()
+    found = {name: read_small_file(source / name) for name in COMPANIONS if (source / name).exists()}
     if GENERATION_FILE in found:
         read_json(source / GENERATION_FILE)
     return found
@@ -141,7 +136,7 @@ def _source_config(workdir: epath.Path, config: Config) -> Json | None:
     while str(workdir) not in seen:
         seen.add(str(workdir))
         if (workdir / SOURCE_FILE).exists():
-            return read_json(Path(workdir / SOURCE_FILE))
+            return read_json(workdir / SOURCE_FILE)
         if not config.start.checkpoint:
             return None
         workdir = epath.Path(config.start.checkpoint)
@@ -156,7 +151,7 @@ def _token_ids(workdir: epath.Path, written: Json) -> Json:
     """Token ids of begin, end and padding: those in ``written``, else the generation config's or the tokenizer's."""
     known = {name: written[name] for name in TOKEN_IDS if written.get(name) is not None}
     if (workdir / GENERATION_FILE).exists():
-        source = read_json(Path(workdir / GENERATION_FILE))
+        source = read_json(workdir / GENERATION_FILE)
         return {name: source.get(name) for name in TOKEN_IDS} | known
     try:
         tokenizer = find_tokenizer(workdir)

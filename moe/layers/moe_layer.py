@@ -145,7 +145,7 @@ class MoELayer(nnx.Module):
         rows = tokens if self.latent is None else self.latent.project_down(tokens)
         y = MODES[self.mode](rows, placed, plan, self._experts(train, keys.dropout))
         if self.experts.down_bias is not None:
-            y = y + _output_biases(self.experts.down_bias[...].astype(x.dtype), placed, plan.kept)
+            y = y + _output_biases(self.experts.down_bias[...], placed, plan.kept, x.dtype)
         if self.latent is not None:
             y = self.latent.project_up(y, x.dtype)
         if self.null is not None:
@@ -270,12 +270,14 @@ def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
     return validate(config).model
 
 
-def _output_biases(biases: Float[Array, "E D"], routing: Routing, kept: Bool[Array, "G S K"]) -> Float[Array, "G S D"]:
-    """Weighted sum of the output biases of each token's experts, in float32."""
+def _output_biases(
+    biases: Float[Array, "E D"], routing: Routing, kept: Bool[Array, "G S K"], dtype: Any
+) -> Float[Array, "G S D"]:
+    """Weighted sum of the output biases of each token's experts, cast to this dtype, in float32."""
     choices = jax.nn.one_hot(routing.expert_index, len(biases), dtype=jnp.float32)  # [G,S,K,E]
     weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
-    # In the compute dtype: XLA gathers an array that is not cast where the scan slices it, without the name.
-    return weights @ gather_for_matmul("experts.down_bias", biases, biases.dtype)
+    # Cast there, because XLA would gather an array that is not cast where the scan slices it, without the name.
+    return weights @ gather_for_matmul("experts.down_bias", biases, dtype)
 
 
 def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

@@ -82,10 +82,13 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
         for name in ("jitter", "load_balancing_weight", "z_loss_weight", "importance_weight", "device_balance_weight"):
             _field(moe, name, getattr(moe, name) == 0, f"must be 0: {no_router}")
         _field(moe, "router_dtype", moe.router_dtype == "float32", no_router)
+        _field(moe, "bias", moe.bias != "router", no_router)
     constant = f"must be 0: with the gate {moe.gate!r} every token goes to every expert and the loss is constant"
     _field(moe, "load_balancing_weight", gate.experts_per_token > 0 or moe.load_balancing_weight == 0, constant)
-    one_group = moe.expert_groups == 1 and moe.device_balance_weight > 0
-    _field(moe, "device_balance_weight", not one_group, "needs expert_groups above 1")
+    grouped = moe.expert_groups > 1
+    _field(moe, "device_balance_weight", grouped or moe.device_balance_weight == 0, "needs expert_groups above 1")
+    ranks = grouped or moe.scores_per_group in (1, gate.scores_per_group)
+    _field(moe, "scores_per_group", ranks, "needs expert_groups above 1")
     for name in ("capacity_factor", "eval_capacity_factor") if slots else ():
         own = getattr(moe, name) == getattr(gate, name)
         _field(moe, name, own, "soft_moe has slots_per_expert instead: leave it at -1")

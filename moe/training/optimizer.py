@@ -22,9 +22,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`.
 
     Raises:
-        ConfigError: no such optimizer.
+        ConfigError: no such optimizer, or a function of the user's that makes none.
     """
-    optimizer = _factory(config.name)(config, learning_rate_schedule(config, num_steps))
+    optimizer = _named(config, learning_rate_schedule(config, num_steps))
     if config.gradient_clip > 0:
         optimizer = optax.chain(_clip(config.gradient_clip), optimizer)
     if not config.frozen:
@@ -105,12 +105,20 @@ def decay_mask(parameters: Any) -> Any:
     )
 
 
-def _factory(name: str) -> Factory:
-    if ":" in name:
-        return import_object("optimizer.name", name)
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optimizer.name={name!r}: must be one of {', '.join(OPTIMIZERS)}, or module:function")
-    return OPTIMIZERS[name]
+def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    name, where = config.name, f"optimizer.name={config.name!r}"
+    if ":" not in name:
+        if name not in OPTIMIZERS:
+            raise ConfigError(f"{where}: must be one of {', '.join(OPTIMIZERS)}, or module:function")
+        return OPTIMIZERS[name](config, schedule)
+    factory = import_object("optimizer.name", name)
+    try:
+        optimizer = factory(config, schedule)
+    except Exception as error:  # a user's function may raise anything; something else cannot be called
+        raise ConfigError(f"{where}: calling it failed: {type(error).__name__}: {error}") from error
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ConfigError(f"{where}: must return an optax.GradientTransformation, not {type(optimizer).__name__}")
+    return optimizer
 
 
 def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:

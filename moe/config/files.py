@@ -1,0 +1,44 @@
+"""Reading of small files that a user names."""
+
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+from moe.config.schema import ConfigError
+
+_LARGEST = 1 << 28  # bytes
+
+
+def read_small_file(path: str | os.PathLike[str], name: str = "") -> bytes:
+    """Content of a config, a tokenizer or the like.
+
+    Args:
+        path: local or in a bucket.
+        name: of the file in messages; empty: its path.
+
+    Raises:
+        ConfigError: there is no such file, it is a folder, FIFO or device, it has more than 256 MiB, or its bucket
+            cannot be reached.
+    """
+    name = name or os.fspath(path)
+    if "://" not in os.fspath(path):
+        return _read(epath.Path(path), name)
+    try:
+        return _read(epath.Path(path), name)
+    except ConfigError:
+        raise
+    except Exception as error:  # clients of buckets pass on errors of several libraries
+        raise ConfigError(f"{name}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def _read(file: epath.Path, name: str) -> bytes:
+    if not file.exists():
+        raise ConfigError(f"{name}: no such file")
+    # epath takes whatever is no folder for a file; reading a FIFO waits for ever, /dev/zero fills the memory.
+    if not (file.is_file() if "://" in os.fspath(file) else os.path.isfile(file)):
+        raise ConfigError(f"{name}: is not a regular file")
+    if file.stat().length > _LARGEST:
+        raise ConfigError(f"{name}: must be at most {_LARGEST} bytes")
+    return file.read_bytes()
