@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 import moe
 from moe import ConfigError, MoELayer
+from tests.helpers import slow_case
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
 
@@ -84,7 +85,7 @@ def test_the_layer_in_a_linen_model():
     assert float(loss) > 0
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+@pytest.mark.parametrize("dispatch", [slow_case("gather"), "dropless"])
 def test_the_layer_in_a_users_mesh(dispatch):
     """Axes without a role are ignored; with mesh_roles the experts are split over the user's axis."""
     layer, x = _layer(dispatch=dispatch, capacity_factor=4.0, eval_capacity_factor=4.0), _x(8, 6)

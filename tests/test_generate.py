@@ -67,15 +67,12 @@ def test_greedy_with_cache_is_greedy_without(changes):
 
 
 #: One of each form of attention; the other families run with the slow tests.
-_OFTEN = ("deepseek_v3", "gpt_oss")
+_OFTEN = ("parity-deepseek_v3", "parity-gpt_oss")
 
 
 @pytest.mark.parametrize(
     "path",
-    [
-        case if case.values[0].name in _OFTEN else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
-        for case in CASES
-    ],
+    [case if case.id in _OFTEN else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in CASES],
 )
 def test_greedy_is_the_reference_librarys(path):
     expected = _expected(path)["greedy"]

@@ -20,7 +20,7 @@ from moe.interop.balance import switch_losses
 from moe.interop.config_json import read_config, write_config
 from moe.models import sampling
 from moe.training.losses import cross_entropy
-from tests.helpers import tiny_model
+from tests.helpers import slow_case, tiny_model
 
 HERE = Path(__file__).parent / "data" / "checkpoints"
 SHARED = Path(__file__).parents[1].parent / "shared" / "parity"
@@ -88,7 +88,7 @@ def test_a_cache_continues_as_without_one(path):
     np.testing.assert_array_equal(texts, expected["greedy"][:, 1:])
 
 
-@pytest.mark.parametrize("path", CASES[:2])
+@pytest.mark.parametrize("path", [CASES[0], slow_case(*CASES[1].values, id=CASES[1].id)])
 def test_an_export_equals_its_import(path, tmp_path):
     source = json.loads((path / "config.json").read_text())
     model, config = load_huggingface(path)
@@ -164,6 +164,7 @@ def test_untied_stacks_have_tables_of_their_own(tmp_path):
     np.testing.assert_array_equal(written[names[0]], table)
 
 
+@pytest.mark.slow
 def test_a_router_bias_is_read(tmp_path):
     source = json.loads((HERE / "switch_transformers" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(source | {"router_bias": True}))

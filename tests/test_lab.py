@@ -15,6 +15,7 @@ from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import page, sections
 from moe.lab.suite import Comparison, Sweep, Variant, check, load_suite, with_seeds
 from moe.lab.table import MissingError, Table
+from tests.helpers import slow_case
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, record, suite_of, tiny_base, tiny_suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,7 @@ SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if pa
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("size", ["laptop", "pod"])
+@pytest.mark.parametrize("size", ["laptop", slow_case("pod")])
 def test_every_suite_is_as_equal_as_it_says(path, size):
     suite = load_suite(str(path), size)
     assert suite.name == path.stem

@@ -86,6 +86,7 @@ def test_absorbed_projections_compute_the_same(module, rng):
     )
 
 
+@pytest.mark.slow
 def test_over_a_mesh(tmp_path):
     """Heads over tensor: logits, gradients and the shards that each device reads."""
     moe = MoEConfig(
