@@ -131,7 +131,7 @@ def _trains(config: Config) -> None:
         _TRAINED.add(config.model)
         run = Config(
             model=config.model,
-            data=DataConfig(sequence_length=8),
+            data=DataConfig(sequence_length=8, input_length=8 if config.model.encoder_layers else 0),
             train=TrainConfig(num_steps=2, batch_size=1),
             optimizer=OptimizerConfig(warmup_steps=1),
         )
