@@ -208,7 +208,8 @@ def test_accumulated_microbatches_are_the_batch(directory, tmp_path):
         np.testing.assert_allclose([r[name] for r in four], [r[name] for r in one], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [slow_case("dense"), slow_case("switch"), "gshard", slow_case("mixtral")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "switch", "gshard", "mixtral"])
 def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
     tree = importlib.import_module(f"configs.{name}").get_config()
     config = tiny(directory, tree, **{"train.num_steps": 4, "train.sample_tokens": 0, "model.dtype": "bfloat16"})
