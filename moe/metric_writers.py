@@ -156,10 +156,10 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
     return found
 
 
-def _takes(factory: Factory, count: int) -> bool:
+def _takes(function: Callable[..., Any], count: int) -> bool:
     """False if a function surely cannot be called with that many arguments; one written in C may not tell."""
     try:
-        inspect.signature(factory).bind(*range(count))
+        inspect.signature(function).bind(*range(count))
     except (TypeError, ValueError) as error:
         return isinstance(error, ValueError)
     return True

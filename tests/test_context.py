@@ -119,6 +119,7 @@ def test_meshes_without_it_keep_four_axes():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes of processor time and more
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs pip install "jax[tpu]"')
 def test_32k_tokens_of_a_row_on_four_tpus_gather_keys_and_values_alone():
     """Compiled for 8 absent v5e chips: experts over 2, positions over 4. Only keys and values are gathered."""

@@ -163,6 +163,7 @@ WRONG_VALUES = [
     ("qwen2_moe", "layer_types", ("full_attention", ["chunked"], [1, 2, 3], [])),
     ("deepseek", "moe_layer_freq", (0, -1)),
     ("deepseek", "n_shared_experts", (-1, 10**9)),
+    ("deepseek_v3", "moe_layer_freq", (2,)),
 ]
 CASES = [
     pytest.param(family, field, value, id=f"{family}.{field}={json.dumps(value)[:20]}")

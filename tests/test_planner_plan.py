@@ -159,11 +159,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def _plan_pod(*flags):
+def _plan_pod(*flags, config="mixtral_8x7b"):
     root = Path(__file__).parents[1]
-    command = [sys.executable, "scripts/plan_pod.py", "--config=configs/mixtral_8x7b.py", *flags]
+    command = [sys.executable, "scripts/plan_pod.py", f"--config=configs/{config}.py"]
     command += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
-    command += ["--config.data.sequence_length=512", "--config.train.batch_size=8"]
+    command += ["--config.data.sequence_length=512", "--config.train.batch_size=8", *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=os.environ.copy()).stdout
 
 
@@ -185,6 +185,17 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
     assert bound.parameters == plan["memory"]["parameters"]
     assert bound.optimizer == plan["memory"]["optimizer"]
     assert bound.total < plan["memory_total"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.timeout(900)
+def test_gpt_oss_gathers_weights_alone():
+    """Sinks, biases and windows by layer: of 4 layers in 2 repeats nothing else is gathered, however small."""
+    flags = ["--config.mesh.expert=8", "--config.train.batch_size=16", "--config.model.moe.d_ff=256"]
+    flags += ["--config.model.num_layers=4", "--config.model.sliding_window_layers=(0, 2)"]
+    plan = json.loads(_plan_pod("--topology=v5p:2x2x4", *flags, "--json", config="gpt_oss_20b"))
+    assert {e["purpose"] for e in plan["exchanges"] if e["kind"] == "all-gather"} == {"weights"}
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Fields and tensors that DeepSeek-V2 and V3 share: latent attention, shared experts, leading dense layers."""
 
-import pydantic
+from typing import Literal
 
 from moe.config import ModelConfig, sparse_layers
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, read_sparse_layers, shared_expert, write_groups
@@ -19,7 +19,7 @@ class LatentConfig(OpenConfig):
     n_shared_experts: OptionalCount = 0
     moe_intermediate_size: Size
     first_k_dense_replace: OptionalCount = 0
-    moe_layer_freq: OptionalCount = pydantic.Field(1, ge=1, le=1)
+    moe_layer_freq: Literal[1] = 1
     n_group: Count = 1
     topk_group: Count = 1
     attention_bias: Off = False
