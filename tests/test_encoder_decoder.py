@@ -16,7 +16,7 @@ from moe.models import kv_cache, sampling
 from moe.models.stack import unstack_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from tests.helpers import random_parameters, slow_case, tiny_encoder_decoder
+from tests.helpers import random_parameters, tiny_encoder_decoder
 
 B, T, U = 8, 6, 10
 
@@ -226,15 +226,15 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
     _assert_trees_close(jax.tree.map(np.asarray, ours), _run(config), rtol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"scan_layers": False}, slow_case({"remat": "dots"}), slow_case({"remat": "full"})], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}], ids=str)
 def test_scan_and_remat_change_nothing(changes):
     """With noise: dropout and jitter are drawn again in the backward pass."""
     config = tiny_encoder_decoder(dropout=0.2, jitter=0.1)
     _assert_trees_close(_run(dataclasses.replace(config, **changes)), _run(config), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_blocked_attention_is_the_same():
     _assert_trees_close(_run(tiny_encoder_decoder(attention="blocked")), _run(tiny_encoder_decoder()), rtol=2e-5)
 

@@ -130,12 +130,14 @@ def test_each_device_reads_its_shard(mesh, tmp_path):
     tokens = np.arange(8 * 10).reshape(8, 10) % 48
     want = jax.jit(lambda t: original(t).logits)(tokens)
     devices = make_mesh(mesh)
+    loaded, _ = load_huggingface(tmp_path, mesh=devices)
     with jax.set_mesh(devices):
-        loaded, _ = load_huggingface(tmp_path, mesh=devices)
         jax.tree.map(np.testing.assert_array_equal, nnx.state(original), nnx.state(loaded))
         up = loaded.segment_0.block_0.moe.experts.up[...]
         assert up.sharding.shard_shape(up.shape)[1] == 2
         np.testing.assert_allclose(jax.jit(lambda t: loaded(t).logits)(tokens), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"model\.moe\.num_experts=4: must be divisible by mesh\.expert = 8"):
+        load_huggingface(tmp_path, mesh=make_mesh(MeshConfig(data=1, expert=8)))
 
 
 # --- Export -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ from configs import (
     qwen3_30b_a3b,
 )
 from moe.config import Config, ConfigError, ModelConfig, MoEConfig, layer_kinds
-from moe.interop import balance
+from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
@@ -184,3 +185,12 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
     refused(r"olmoe lacks .*model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
     with pytest.raises(ConfigError, match=r"model_type='gpt'"):
         write_config(resolve(Config()), "gpt")
+
+
+def test_a_decoder_family_is_one_file_of_at_most_80_lines():
+    """Nothing else in the package names GLM-4-MoE but the list of families."""
+    package = Path(families.__file__).parents[2]
+    for name in FAMILIES.keys() - {"t5", "switch_transformers"}:
+        assert len((package / "interop" / "families" / f"{name}.py").read_text().splitlines()) <= 80
+    naming = {path.name for path in package.rglob("*.py") if "glm4" in path.read_text().lower()}
+    assert naming == {"glm4_moe.py", "__init__.py"}

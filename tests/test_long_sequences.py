@@ -16,15 +16,12 @@ from moe.parallel.mesh import make_mesh
 from moe.training import losses
 from tests.helpers import collectives
 
-#: Every value of every parameter; the other combinations are slow tests.
+#: No window, one of less than a block and one of several; the other combinations are slow tests.
 FORMS = [
-    (0, 1, "float32"),
     (0, 4, "float32"),
-    (1, 4, "float32"),
     (7, 1, "float32"),  # less than a block
     (40, 4, "float32"),  # more than two
-    (0, 4, "bfloat16"),
-    (40, 1, "bfloat16"),
+    (0, 1, "bfloat16"),
 ]
 
 

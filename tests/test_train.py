@@ -154,12 +154,13 @@ MESHES = [
 ]
 
 
-def test_one_curve_on_every_mesh(directory, tmp_path):
+@pytest.mark.parametrize("meshes", [[MESHES[0], MESHES[-1]], slow_case([MESHES[0], *MESHES[1:-1]])])
+def test_one_curve_on_every_mesh(meshes, directory, tmp_path):
     # One layer, and nothing but steps: compiling is most of the time. tests/test_sharding.py has more layers.
     settings = {"train.log_every": 1, "model.moe.gate": "gshard", "train.sample_tokens": 0, "model.num_layers": 1}
     settings |= {"train.eval_every": 6, "train.save_every": 6}
     curves = []
-    for index, (count, mesh) in enumerate(MESHES):
+    for index, (count, mesh) in enumerate(meshes):
         config = tiny(directory, **settings, **mesh)
         train(config, str(tmp_path / str(index)), devices=jax.devices()[:count])
         curves.append(train_rows(tmp_path / str(index)))
@@ -207,7 +208,8 @@ def test_accumulated_microbatches_are_the_batch(directory, tmp_path):
         np.testing.assert_allclose([r[name] for r in four], [r[name] for r in one], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [slow_case("dense"), slow_case("switch"), "gshard", slow_case("mixtral")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "switch", "gshard", "mixtral"])
 def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
     tree = importlib.import_module(f"configs.{name}").get_config()
     config = tiny(directory, tree, **{"train.num_steps": 4, "train.sample_tokens": 0, "model.dtype": "bfloat16"})

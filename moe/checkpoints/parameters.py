@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from moe.atomic_files import from_checked_json
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
@@ -171,14 +171,13 @@ def _read_checked(
     mesh, dtype, step, only = options.get("mesh"), options.get("dtype"), options["step"], options.get("only", ())
     stored = manager.item_metadata(step)["state"].tree.get(branch, {})
     _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
-    specs = partition_specs.parameter_specs(wanted)
-    stored, wanted, specs = (_branch(tree, only) for tree in (stored, wanted, specs))
+    where = partition_specs.parameter_shardings(mesh, wanted)
+    stored, wanted, where = (_branch(tree, only) for tree in (stored, wanted, where))
 
-    def restore_args(leaf: Any, spec: Any) -> ocp.ArrayRestoreArgs:
-        where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, spec)
-        return ocp.ArrayRestoreArgs(dtype=leaf.dtype if dtype is None else dtype, sharding=where)
+    def restore_args(leaf: Any, placed: Any) -> ocp.ArrayRestoreArgs:
+        return ocp.ArrayRestoreArgs(dtype=leaf.dtype if dtype is None else dtype, sharding=placed)
 
-    args = jax.tree.map(restore_args, stored, specs)
+    args = jax.tree.map(restore_args, stored, where)
     restore = ocp.args.PyTreeRestore({branch: wanted}, {branch: args}, partial_restore=True)
     restored = manager.restore(step, args=ocp.args.Composite(state=restore))["state"][branch]
     saved = _saved_checksums(workdir, step)

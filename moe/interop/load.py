@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from moe.checkpoints.state import join
-from moe.config import Config, ModelConfig
+from moe.config import Config, ModelConfig, validate_mesh
 from moe.interop.config_json import family_of, read_config
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
+from moe.models import sampling
 from moe.models.encoder_decoder import Model, abstract_model
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
@@ -39,10 +40,12 @@ def load_huggingface(
         (model, config): ``model(tokens).logits`` are [B,T,V].
 
     Raises:
-        ConfigError: an architecture or a setting that is not supported, or a tensor that is missing, surplus or of the
-            wrong shape.
+        ConfigError: an architecture or a setting that is not supported, a tensor that is missing, surplus or of the
+            wrong shape, or a dimension that the mesh does not divide.
     """
     config, folder, parameters = open_folder(directory, dtype=dtype)
+    if mesh is not None:
+        validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
     arrays = _place(folder, parameters, config.model, mesh)
     return _module(config.model, arrays), config
 
@@ -88,12 +91,12 @@ def _module(model: ModelConfig, parameters: dict[str, Any]) -> Model:
 
 def _place(folder: TensorFolder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
     """Nested dict of arrays; a device's shard is put together from the slices of the files that it needs."""
-    specs = partition_specs.parameter_specs(join(abstract_parameters(model), abstract_selection_biases(model)))
+    variables = join(abstract_parameters(model), abstract_selection_biases(model))
+    where = partition_specs.parameter_shardings(mesh, variables)
     tree: dict[str, Any] = {}
     for parameter in parameters:
-        spec = get_leaf(specs, parameter.path)
-        where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else jax.NamedSharding(mesh, spec)
-        array = jax.make_array_from_callback(parameter.shape, where, _shard_reader(folder, parameter))
+        placed = get_leaf(where, parameter.path)
+        array = jax.make_array_from_callback(parameter.shape, placed, _shard_reader(folder, parameter))
         set_leaf(tree, parameter.path, array)
     return tree
 

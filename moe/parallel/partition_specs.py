@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.parallel.axes import AXES as AXES
@@ -160,6 +160,15 @@ def optimizer_specs(parameters: Any, optimizer: Any) -> Any:
         return REPLICATED
 
     return jax.tree_util.tree_map_with_path(spec, optimizer)
+
+
+def parameter_shardings(mesh: Mesh | None, tree: Any) -> Any:
+    """Where each parameter of a tree is stored: split over the mesh, or whole on this process's first device."""
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: device, tree)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return shardings(mesh, parameter_specs(tree))
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
