@@ -265,21 +265,19 @@ def test_all_padding_gives_zeros_and_no_gradient(mode, rng):
         assert not np.asarray(gradient).any()
 
 
-def test_modes_agree_beyond_oracle_sizes(rng):
-    """A few hundred tokens, where the oracle would be slow: gather and einsum."""
+@pytest.mark.parametrize("capacity", [15, slow_case(50)])
+def test_modes_agree_beyond_oracle_sizes(capacity, rng):
+    """A few hundred tokens, where the oracle would be slow: gather and einsum, dropping and not."""
     config = tiny_model(num_experts=6, experts_per_token=3, gate="switch", d_model=8, moe_d_ff=6)
     parameters = _parameters(config)
     x = jnp.asarray(rng.normal(size=(4, 50, config.d_model)), jnp.float32)
     mask, cotangent = jnp.asarray(rng.random((4, 50)) < 0.9), jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    for capacity in (15, 50):  # dropping, and not
-        (loss, (y, plan, routing)), gradients = _system(config, capacity, "gather", None)(
-            parameters, x, mask, cotangent
-        )
-        assert bool(jnp.all(plan.kept == routing.chosen)) == (capacity == 50)
-        expected = _system(config, capacity, "einsum", None)(parameters, x, mask, cotangent)
-        _assert_close(loss, expected[0][0], "loss")
-        _assert_close(y, expected[0][1][0], "y")
-        jax.tree_util.tree_map_with_path(_assert_close_at, gradients, expected[1])
+    (loss, (y, plan, routing)), gradients = _system(config, capacity, "gather", None)(parameters, x, mask, cotangent)
+    assert bool(jnp.all(plan.kept == routing.chosen)) == (capacity == 50)
+    expected = _system(config, capacity, "einsum", None)(parameters, x, mask, cotangent)
+    _assert_close(loss, expected[0][0], "loss")
+    _assert_close(y, expected[0][1][0], "y")
+    jax.tree_util.tree_map_with_path(_assert_close_at, gradients, expected[1])
 
 
 @pytest.mark.parametrize("mode", CAPACITY_MODES)
