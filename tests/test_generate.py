@@ -83,6 +83,7 @@ def test_greedy_is_the_reference_librarys(path):
     np.testing.assert_array_equal(texts, expected[:, width:])
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours():
     config, variables = _model(num_layers=1)
     options = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)
