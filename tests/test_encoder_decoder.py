@@ -294,6 +294,7 @@ def test_padding_and_other_documents_change_nothing():
     assert np.abs(second.logits[~first & real] - before.logits[~first & real]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_padding_can_be_routed():
     """Two real tokens and eight of padding at the same expert, which takes three: the padding comes first."""
     config = tiny_encoder_decoder(

@@ -102,9 +102,8 @@ def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
         np.testing.assert_array_equal(text, alone)
 
 
-@pytest.mark.parametrize(
-    "mesh", [slow_case(MeshConfig(data=2, expert=4)), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
 def test_a_mesh_writes_the_same_text(mesh):
     config, variables = _model(sliding_window=5)
     want = sampling.sample(config, variables, PROMPTS, 6, GREEDY)

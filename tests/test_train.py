@@ -197,6 +197,7 @@ def _stop_at_second(function):
     return wrapped
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_are_the_batch(directory, tmp_path):
     # A dense model: with experts, the balancing loss is a mean of products, which microbatches change.
     for name, steps in (("one", 1), ("four", 4)):

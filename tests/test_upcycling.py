@@ -76,6 +76,7 @@ def started(tmp_path, moe, **start):
         return program, warm_start.first_state(program)
 
 
+@pytest.mark.slow
 def test_virtual_groups_keep_the_dense_models_output(tmp_path):
     """Four shards of 7 units in four groups; K = 8 is two whole groups, and down is times four."""
     moe = {"gate": "mixtral", "num_experts": 16, "experts_per_token": 8, "d_ff": 7}
