@@ -140,6 +140,7 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     np.testing.assert_array_equal(masked.expert_index, biased[..., 2:4])
 
 
+@pytest.mark.slow
 def test_probes_of_a_frozen_model(rng):
     program, variables = tiny_program(gate="deepseek_moe", num_layers=1, experts_per_token=1, shared_d_ff=20)
     config, mesh = program.config, program.mesh

@@ -246,7 +246,8 @@ def cases(draw):
 
 
 # An example compiles three programs: hence few examples, and no shrinking of a failing one.
-@settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(case=cases())
 def test_modes_equal_the_oracle_on_any_shape(case):
     overrides, shape = case

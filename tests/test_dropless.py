@@ -177,6 +177,7 @@ def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
     _assert_close(actual, expected, 1e-2)
 
 
+@pytest.mark.slow
 def test_within_vmap_scan_and_remat(rng):
     """Values and gradients of three batches: one after the other, mapped, and scanned with the body recomputed."""
     config = tiny_model(num_experts=3, moe_d_ff=8)

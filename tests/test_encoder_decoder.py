@@ -323,6 +323,7 @@ def test_padding_can_be_routed():
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_cache_generates_what_recomputation_does(changes):
     config = sampling.without_drops(tiny_encoder_decoder(**changes))
     graphdef, parameters = _build(config)

@@ -58,6 +58,7 @@ def opened(spans):
     return open_workdir(str(spans), {("mesh", "data"): 1})
 
 
+@pytest.mark.slow
 def test_the_report_shows_filled_blanks(spans):
     report = (spans / "report.txt").read_text()
     shown = report.partition("blanks as [written|removed], tiny_text/split:\n")[2].strip()
@@ -73,6 +74,7 @@ def tiny_data(workdir):
     return open_workdir(str(workdir), {}).program.config.data
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path, monkeypatch):
     config = tiny(directory, **T5)
     with monkeypatch.context() as patch:
@@ -83,6 +85,7 @@ def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path, 
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (spans / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_row_losses_add_up(opened):
     """The lab's losses of single rows are those of the evaluation."""
     program = opened.program

@@ -128,6 +128,7 @@ def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mes
         validate_mesh(sampling.for_generation(config, 3), {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1})
 
 
+@pytest.mark.slow
 def test_a_row_ends_with_its_stop_token():
     config, variables = _model()
     free = sampling.sample(config, variables, PROMPTS, 8, GREEDY)

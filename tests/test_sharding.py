@@ -229,6 +229,7 @@ def test_gradients_are_worth_comparing():
     assert (layers.fraction_tokens_dropped > 0).all()
 
 
+@pytest.mark.slow
 def test_remat_full_repeats_the_exchange_of_the_forward_pass():
     mesh = _mesh((1, 2, 4, 1))
     config = tiny_model(num_experts=E, remat="full")

@@ -94,6 +94,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         warm_start.first_state(make())
 
 
+@pytest.mark.slow
 def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(tmp_path):
     changes = {"start": {"checkpoint": str(tmp_path)}, "distill": {"teacher": str(tmp_path), "soft_share": 1.0}}
     config = _config((HERE / "mixtral", tmp_path), moe={"gate": "none"}, **changes)

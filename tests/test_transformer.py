@@ -132,7 +132,7 @@ def test_policies_recompute_what_they_say():
     assert none <= hidden
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, slow_case(False)])
 def test_remat_saves_memory_with_layers_scanned_and_written_out(scan):
     config = tiny_model(num_layers=4, gate="none", d_model=32, d_ff=512, scan_layers=scan)
 
