@@ -91,7 +91,6 @@ import os
 import sys
 import time
 from moe import platform
-from moe.training import progress
 getattr(platform, os.environ.get("PREPARE", "prepare"))()
 print("prepared", flush=True)
 from moe import cli

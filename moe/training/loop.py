@@ -145,7 +145,7 @@ def _folder(workdir: str) -> epath.Path:
         refuse_unusable_path(workdir)
         existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError(f"--workdir={workdir}: {existing} is not a folder that can be written")
+            raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is no writable folder)")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
         raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME (docs/pods.md)")
     else:
