@@ -105,6 +105,7 @@ def _wait_for(path, processes, log):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_are_lost_and_one_goes_on(settings, alone, tmp_path):
     workdir = tmp_path / "run"
     with open(tmp_path / "log", "w") as log:

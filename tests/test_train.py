@@ -154,13 +154,13 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("meshes", [[MESHES[0], MESHES[-1]], slow_case([MESHES[0], *MESHES[1:-1]])])
-def test_one_curve_on_every_mesh(meshes, directory, tmp_path):
+@pytest.mark.slow
+def test_one_curve_on_every_mesh(directory, tmp_path):
     # One layer, and nothing but steps: compiling is most of the time. tests/test_sharding.py has more layers.
     settings = {"train.log_every": 1, "model.moe.gate": "gshard", "train.sample_tokens": 0, "model.num_layers": 1}
     settings |= {"train.eval_every": 6, "train.save_every": 6}
     curves = []
-    for index, (count, mesh) in enumerate(meshes):
+    for index, (count, mesh) in enumerate(MESHES):
         config = tiny(directory, **settings, **mesh)
         train(config, str(tmp_path / str(index)), devices=jax.devices()[:count])
         curves.append(train_rows(tmp_path / str(index)))
