@@ -212,6 +212,7 @@ def test_values_and_gradients_equal_the_oracle():
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
     config = tiny_encoder_decoder(dispatch=mode, num_kv_heads=4)
     graphdef, parameters = _build(config)

@@ -94,6 +94,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.parametrize("gate", [slow_case("random"), "balanced"])
+@pytest.mark.slow
 def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
     config, variables = _model(num_layers=1, moe={"gate": gate, "num_experts": 4})
     together = sampling.sample(config, variables, PROMPTS, 6, GREEDY)

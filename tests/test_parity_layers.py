@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "parity" / "layers"
 
 
 @pytest.mark.skipif(not FOLDER.exists(), reason="the reference layers are not beside this repository")
+@pytest.mark.slow
 def test_layers_of_hugging_face():
     rows = list(conformance.reference_layers(FOLDER))
     assert len(rows) >= 16

@@ -98,6 +98,7 @@ def test_without_accumulation_a_step_is_a_batch():
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_a_step_moves_the_state_that_the_gate_names(accumulation):
     """Quantile balancing evens the load at once; thresholds follow their average; ReMoE's penalty grows."""
     states, loads = {}, {}

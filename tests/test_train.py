@@ -170,6 +170,7 @@ def test_one_curve_on_every_mesh(directory, tmp_path):
             np.testing.assert_allclose(ours, first, rtol=2e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_another_mesh(directory, tmp_path):
     config = tiny(directory, **{"train.sample_tokens": 0})
     train(config, str(tmp_path / "still"), ONE)

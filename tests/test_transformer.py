@@ -281,6 +281,7 @@ def test_padding_has_no_effect(gate, rng):
     assert bool(jnp.any(layers.fraction_tokens_dropped > 0)), "room was short, and padding took none"
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_router_and_reports_in_float32(rng):
     config = tiny_model(dtype="bfloat16")
     _, parameters = _build(config)

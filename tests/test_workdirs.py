@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from moe import signals
-from moe.checkpoints import parameters
+from moe.checkpoints import integrity, parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError
@@ -188,3 +188,10 @@ def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs,
     assert "File too large" in str(caught.value)
     assert "there is no checkpoint yet" in str(caught.value)
     train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
+
+
+def test_a_long_message_of_tensorstore_keeps_its_reason():
+    error = ValueError(
+        "Error writing " + "x" * 300 + ": File too large [os_error_code='27'] [tensorstore_spec='{" + "y" * 300
+    )
+    assert integrity.first_line(error).endswith("File too large [os_error_code='27']")

@@ -75,10 +75,10 @@ def is_finite(tree: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of the root cause of an error, at most 300 characters."""
+    """Type and first line of the root cause of an error, at most 300 characters, without TensorStore's own spec."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).strip() or "no details").splitlines()[0]
+    line = (str(error).strip() or "no details").splitlines()[0].split(" [tensorstore_spec=")[0]
     return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-190:]}'}"
 
 
