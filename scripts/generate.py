@@ -14,7 +14,6 @@ if __name__ == "__main__":
     platform.prepare()  # before JAX is imported; may restart this program
 
 import functools
-import json
 import time
 from typing import Any
 
@@ -39,12 +38,11 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
     from etils import epath
 
     from moe.config import ConfigError
+    from moe.interop.tensor_files import read_json
+    from moe.interop.workdirs import GENERATION_FILE
 
-    path = epath.Path(workdir) / "generation_config.json"
-    try:
-        start: Any = json.loads(path.read_text()).get("decoder_start_token_id") if path.exists() else None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: must be a JSON object ({type(error).__name__})") from error
+    path = epath.Path(workdir) / GENERATION_FILE
+    start: Any = read_json(path).get("decoder_start_token_id") if path.exists() else None
     if start is None:
         return max(pad_id, 0)
     if type(start) is not int or not 0 <= start < vocab_size:

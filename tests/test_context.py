@@ -18,6 +18,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import step
 from moe.training.step import build, place
+from tests.helpers import slow_case
 
 T = 32
 SPLIT = (MeshConfig(4, 1, 1, 1, 2), MeshConfig(1, 1, 2, 1, 4), MeshConfig(1, 2, 1, 2, 2))  # data, fsdp, expert, ...
@@ -75,12 +76,10 @@ def _gradients(config: Config, mesh: MeshConfig) -> list[np.ndarray]:
     ("mesh", "overrides"),
     [
         (SPLIT[0], {"model.sliding_window": 7}),
-        pytest.param(
-            SPLIT[1],
-            {"model.moe.dispatch": "dropless", "model.attention": "blocked", "model.attention_sinks": True},
-            marks=pytest.mark.slow,
+        slow_case(
+            SPLIT[1], {"model.moe.dispatch": "dropless", "model.attention": "blocked", "model.attention_sinks": True}
         ),
-        pytest.param(SPLIT[2], {"model.moe.dispatch": "einsum", "model.tie_embeddings": True}, marks=pytest.mark.slow),
+        slow_case(SPLIT[2], {"model.moe.dispatch": "einsum", "model.tie_embeddings": True}),
     ],
 )
 def test_a_split_row_has_the_values_and_gradients_of_a_whole_one(mesh, overrides):

@@ -211,8 +211,9 @@ def test_within_vmap_scan_and_remat(rng):
         _assert_close(run(function), expected, 1e-5)
 
 
-def test_row_blocks_hold_all_rows_with_little_padding(rng):
-    for _ in range(8):
+@pytest.mark.parametrize("draws", [8, slow_case(25)])
+def test_row_blocks_hold_all_rows_with_little_padding(draws, rng):
+    for _ in range(draws):
         num_groups = int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
         row_blocks = choose_row_blocks(int(sizes.sum()), num_groups)

@@ -205,11 +205,7 @@ def test_values_and_gradients_equal_the_oracle():
 # --- Meshes, scan, remat ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("sizes", "mode"),
-    [
-        pytest.param((2, 2, 2, 1), "gather", marks=pytest.mark.slow),
-        pytest.param((1, 1, 4, 2), "einsum", marks=pytest.mark.slow),
-        ((1, 2, 2, 2), "dropless"),
-    ],
+    [((2, 2, 2, 1), "gather"), ((1, 1, 4, 2), "einsum"), ((1, 2, 2, 2), "dropless")],
     ids=str,
 )
 @pytest.mark.slow
@@ -318,10 +314,7 @@ def test_padding_can_be_routed():
 # --- Generation ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        pytest.param({"relative_buckets": 0, "tie_embeddings": False, "scale_logits": False}, marks=pytest.mark.slow),
-    ],
+    [{}, {"relative_buckets": 0, "tie_embeddings": False, "scale_logits": False}],
     ids=str,
 )
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tests.run_helpers import ONE, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-PAIRS = 60
+PAIRS = 160
 PROGRAM = ("model.", "mesh.", "optimizer.")  # sections whose values make a program of their own
 SETTINGS = {
     "train.num_steps": 2,

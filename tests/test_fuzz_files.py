@@ -13,11 +13,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from configs import base
 from moe.config import Config, ConfigError, DataConfig, OptimizerConfig, TrainConfig, to_dict
+from moe.data import folders
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.parallel.mesh import make_mesh
 from moe.training.step import build
@@ -29,7 +31,7 @@ from tests.tiny_text import random_text
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("compilation_cache")]
 HERE = Path(__file__).parent / "data" / "checkpoints"
 FAMILIES = sorted(path.name for path in HERE.iterdir())
-FOLDERS, TEXTS = int(os.environ.get("FUZZ_N", 60)), 40
+FOLDERS, TEXTS = int(os.environ.get("FUZZ_N", 200)), 100
 
 
 def fuzzed(count: int):
@@ -228,3 +230,7 @@ def test_folders_of_text(tree, files, beside_good_text):
         with at_most(240):
             trained = trains_or_refuses(tree, Path(name), jax.devices()[:1])
         assert trained or listing(Path(name)) == before
+        if not trained:
+            assert {path.name for path in Path(cache).iterdir()} <= {".lock", "folders"}
+            for index in Path(cache).glob("folders/*"):
+                folders._read_index(epath.Path(text), epath.Path(index))  # checks it

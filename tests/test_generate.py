@@ -72,7 +72,7 @@ _OFTEN = ("parity-deepseek_v3", "parity-gpt_oss")
 
 @pytest.mark.parametrize(
     "path",
-    [case if case.id in _OFTEN else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in CASES],
+    [case if case.id in _OFTEN else slow_case(*case.values, id=case.id) for case in CASES],
 )
 def test_greedy_is_the_reference_librarys(path):
     expected = _expected(path)["greedy"]

@@ -27,7 +27,7 @@ from moe.layers.attention.attend import attend
 from moe.layers.attention.scoring import Scoring
 from moe.layers.experts import Experts
 from moe.parallel.mesh import make_mesh
-from tests.helpers import tiny_model, tiny_routing
+from tests.helpers import slow_case, tiny_model, tiny_routing
 
 TARGETS = Path(__file__).parents[1] / "moe" / "planner" / "targets"
 
@@ -85,8 +85,9 @@ def test_hoppers_kernel_equals_one_matmul_per_group(transposed, rng, monkeypatch
         np.testing.assert_allclose(y[rows], expected, atol=0.01 * np.abs(expected).max())
 
 
-def test_schedule_visits_each_tile_of_each_group_once(rng):
-    for _ in range(6):
+@pytest.mark.parametrize("draws", [6, slow_case(20)])
+def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
+    for _ in range(draws):
         num_groups = int(rng.integers(1, 9))
         num_rows = 128 * int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, num_rows + 1), rng.dirichlet(np.full(num_groups, 0.5)))

@@ -117,7 +117,7 @@ def test_parameters_keep_the_dtype_of_their_tensors(path):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {stored.get("dtype", stored.get("torch_dtype"))}
 
 
-@pytest.mark.parametrize("mesh", [slow_case(MeshConfig(fsdp=2, expert=2)), MeshConfig(data=1, expert=2, tensor=4)])
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2), MeshConfig(data=1, expert=2, tensor=4)])
 @pytest.mark.slow
 def test_each_device_reads_its_shard(mesh, tmp_path):
     moe = MoEConfig(num_experts=4, d_ff=12, shared_d_ff=20, shared_gate=True, dispatch="dropless")

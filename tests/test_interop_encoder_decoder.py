@@ -77,7 +77,7 @@ def test_parity(path):
     np.testing.assert_array_equal(texts, expected["greedy"])
 
 
-@pytest.mark.parametrize("path", CASES[2:3])
+@pytest.mark.parametrize("path", [CASES[2], *(slow_case(*case.values, id=case.id) for case in CASES[3:5])])
 def test_a_cache_continues_as_without_one(path):
     """Where the decoder drops nothing; left padding has no place in a cache."""
     expected = _expected(path)

@@ -14,7 +14,7 @@ from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.training import losses
-from tests.helpers import collectives
+from tests.helpers import collectives, slow_case
 
 #: No window, one of less than a block and one of several; the other combinations are slow tests.
 FORMS = [
@@ -28,7 +28,7 @@ FORMS = [
 @pytest.mark.parametrize(
     ("window", "kv_heads", "dtype"),
     [
-        pytest.param(*form, marks=[] if form in FORMS else pytest.mark.slow)
+        form if form in FORMS else slow_case(*form)
         for form in itertools.product([0, 1, 7, 40], [1, 4], ["float32", "bfloat16"])
     ],
 )

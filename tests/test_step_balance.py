@@ -57,17 +57,15 @@ def gradients(program):
     [
         ({"data": 1}, "full", {}),
         slow_case({"data": 2, "expert": 2}, "none", {"gate": "mixtral", "experts_per_token": 2}),
-        pytest.param(
+        slow_case(
             {"data": 1},
             "dots",
             {"gate": "moe_plus_plus", "experts_per_token": 2, "num_experts": 4},
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        slow_case(
             {"data": 1},
             "none",
             {"gate": "deepseek_v3", "experts_per_token": 2, "expert_groups": 1, "kept_expert_groups": 1},
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -97,7 +95,7 @@ def test_without_accumulation_a_step_is_a_batch():
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.slow
 def test_a_step_moves_the_state_that_the_gate_names(accumulation):
     """Quantile balancing evens the load at once; thresholds follow their average; ReMoE's penalty grows."""

@@ -97,13 +97,14 @@ def test_scan_changes_nothing(overrides, rng):
     _assert_trees_close(_value_and_grad(unrolled)(parameters, tokens), _value_and_grad(config)(parameters, tokens))
 
 
-def test_remat_changes_neither_value_nor_gradient(rng):
-    config = tiny_model(num_layers=2)
+@pytest.mark.parametrize("policies", [("hidden", "full"), slow_case(("dots",))])
+def test_remat_changes_neither_value_nor_gradient(policies, rng):
+    config = tiny_model(num_layers=3, first_dense=1)
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     results = {
         policy: _value_and_grad(dataclasses.replace(config, remat=policy))(parameters, tokens)
-        for policy in ("none", "hidden", "full")
+        for policy in ("none", *policies)
     }
     for policy in results:
         _assert_trees_close(results[policy], results["none"])

@@ -42,13 +42,14 @@ class Analysis:
 
 
 class MeasureOptions(TypedDict, total=False):
-    """What :func:`measure` takes besides the model and its text.
+    """Settings of :func:`measure` besides the model and its text.
 
     Attributes:
         tokens: tokens per domain, rounded up to rows; the same number of whole Python documents.
         shuffles: permutations per null distribution.
         seed: seed of the permutations.
-        code_domain: domain whose documents give the syntax classes; ignored if it is not among the domains.
+        code_domain: domain whose documents give the syntax classes, default "python"; ignored if it is not among the
+            domains.
         step: step of the checkpoint; default 0.
         earlier: step → function that reads the variables at that step, for saturation and load over training.
     """

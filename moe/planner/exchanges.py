@@ -86,7 +86,8 @@ def _exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> l
 def purpose(collective: Collective) -> str:
     """The purpose of a collective, from JAX's name of the operation it came from."""
     source = collective.source
-    if WEIGHTS_SCOPE in source or source.lstrip("(").startswith("state."):  # "(a:b)": combined collectives
+    first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # "(a:b)": combined collectives
+    if WEIGHTS_SCOPE in source or first.startswith("state."):
         gathered = "transpose(" not in source or "rematted_computation" in source or collective.kind == "all-gather"
         return WEIGHTS if gathered else "gradients of weights"
     # A weight's gradient is named after the operation that makes it: a matmul or the embedding's sum over tokens; on
@@ -100,5 +101,4 @@ def purpose(collective: Collective) -> str:
         return LOADS
     if f"({LOSS_SCOPE})" in source:
         return "loss"
-    first = source.strip("()").partition(":")[0] if source.startswith("(") else source
     return first.rsplit("/", 1)[-1].strip("()") or UNNAMED

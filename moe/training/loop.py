@@ -143,8 +143,10 @@ def _folder(workdir: str) -> epath.Path:
     directory = epath.Path(workdir)
     if not in_bucket(directory):
         refuse_unusable_path(workdir)
-        existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        whole = directory.absolute()
+        existing = next(place for place in (whole, *whole.parents) if place.exists())
+        # A folder that is there already is asked by its lock, which knows the system's reason.
+        if not existing.is_dir() or (existing != whole and not os.access(existing, os.W_OK | os.X_OK)):
             raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is no writable folder)")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
         raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME (docs/pods.md)")
