@@ -13,6 +13,7 @@ _FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
 import functools  # noqa: E402
+import gc  # noqa: E402
 
 import jaxtyping  # noqa: E402
 
@@ -32,6 +33,11 @@ from tests.run_helpers import compilation_cache, directory, programs, whole  # n
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marker of tests that are skipped without JAX's CUDA plugin."""
     config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves modules and collected tests out of every later garbage collection, which would visit them in vain."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
