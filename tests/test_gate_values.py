@@ -124,7 +124,7 @@ def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
     np.testing.assert_array_equal(routing.chosen, np.broadcast_to(valid[..., None], routing.chosen.shape))
     np.testing.assert_array_equal(routing.broken, mask & ~valid)
     assert (np.asarray(routing.combine_weights)[~valid] == 0).all()
-    report = balancing.report(routing, jnp.asarray(mask), routing.chosen)
+    report = jax.jit(balancing.report)(routing, jnp.asarray(mask), routing.chosen)
     assert float(report.broken_tokens) == 2
     for path, values in jax.tree_util.tree_leaves_with_path(report):
         assert np.isfinite(values).all(), path

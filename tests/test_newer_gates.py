@@ -130,7 +130,7 @@ def test_zero_copy_and_constant_experts_by_hand(mode):
     layer.router.kernel[...] = jnp.stack([jnp.log(jnp.asarray([1.0, 2.0, 3.0, 4.0, 6.0])), jnp.zeros(5)])
     layer.null.vectors[...] = jnp.asarray([[8.0, 0.0]])
     layer.null.mix[...] = jnp.asarray([[[np.log(3.0), 0.0], [0.0, 0.0]]])  # alpha = (3/4, 1/4)
-    y, report, routing = layer(jnp.ones((1, 1, 2)))
+    y, report, routing = jax.jit(layer.__call__)(jnp.ones((1, 1, 2)))
     # (2·1 + 3·2 + 0·3 + 1·4)/16 = 12/16 of x; the constant: 6/16·(3/4·x + 1/4·(8, 0)) = 4.5/16·x + (12/16, 0).
     np.testing.assert_allclose(y[0, 0], [16.5 / 16 + 12 / 16, 16.5 / 16], rtol=1e-5)
     assert sorted(np.asarray(routing.expert_index)[0, 0]) == [0, 1, 2, 3, 4]
@@ -151,8 +151,8 @@ def test_latent_experts_are_experts_of_projected_tokens(mode, rng):
     for name in ("up", "gate", "down"):
         getattr(small.experts, name)[...] = getattr(layer.experts, name)[...]
     x = jnp.asarray(rng.normal(size=(2, 8, config.d_model)), jnp.float32)
-    y, _, routing = layer(x)
-    expected, _, _ = small(x @ layer.latent.down[...], routing=routing)
+    y, _, routing = jax.jit(layer.__call__)(x)
+    expected, _, _ = jax.jit(small.__call__)(x @ layer.latent.down[...], routing=routing)
     np.testing.assert_allclose(y, expected @ layer.latent.up[...], rtol=1e-4, atol=1e-6)
 
 
