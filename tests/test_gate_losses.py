@@ -141,9 +141,7 @@ def test_loss_free_balancing_balances(rng):
 def _program(gate, mesh=None, **moe):
     config = Config()
     tree = to_config_dict(config)
-    tree.model.moe.gate = gate
-    for name, value in moe.items():
-        tree.model.moe[name] = value
+    tree.model.moe.update({"gate": gate, "dispatch": "einsum"} | moe)  # einsum compiles fastest
     sizes = {"vocab_size": 48, "d_model": 16, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
     for name, value in sizes.items():
         tree.model[name] = value

@@ -109,7 +109,7 @@ def compilation_cache(tmp_path):
 
 def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
     directory = build(tmp_path / "data")
-    tree = tree_with("my_gates:record")
+    tree = tree_with("my_gates:record", dispatch="einsum")
     tree.model.update(
         {"vocab_size": 400, "d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
     )

@@ -128,7 +128,7 @@ def test_soft_targets_by_hand():
 
 def test_frozen_parts_do_not_move(tmp_path):
     frozen = {"optimizer": {"frozen": ["router", "experts"]}, "start": {"checkpoint": str(tmp_path)}}
-    config = _config((HERE / "mixtral", tmp_path), **frozen)
+    config = _config((HERE / "mixtral", tmp_path), moe={"dispatch": "einsum"}, **frozen)
     mesh, make = _program(config)
     with jax.set_mesh(mesh):
         program = make()
@@ -214,6 +214,7 @@ LOSS_FREE = {
     "bias_update_rate": 0.1,
     "score_function": "sigmoid",
     "scores_per_group": 2,
+    "dispatch": "einsum",
 }
 
 
@@ -247,7 +248,7 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
         program = make()
         trained, _ = program.train_step(program.init(), _batch(mesh, 32))
     _save_run(tmp_path / "run", dense, trained)
-    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
+    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "einsum"}
     carry = {"checkpoint": str(tmp_path / "run"), "optimizer": "carry"}
     config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
     mesh, make = _program(config)
