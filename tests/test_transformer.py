@@ -87,7 +87,10 @@ def test_layer_patterns(overrides, sparse, runs):
 
 @pytest.mark.parametrize(
     "overrides",
-    [slow_case({}, id="all"), pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2")],
+    [
+        slow_case({}, id="all"),
+        pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}, id="every 2"),
+    ],
 )
 def test_scan_changes_nothing(overrides, rng):
     config = tiny_model(**overrides)
@@ -182,7 +185,7 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
     ids=str,
 )
 def test_layers_run_in_order_and_report_each_for_itself(overrides, rng):
-    config = tiny_model(jitter=0.2, capacity_factor=1.0, **overrides)
+    config = tiny_model(dispatch="einsum", jitter=0.2, capacity_factor=1.0, **overrides)
     _, parameters = _build(config)
     tokens, key = _tokens(rng, config), jax.random.key(5)
     segment_ids, positions = jnp.ones((B, T), jnp.int32), jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))
@@ -261,7 +264,7 @@ def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
 @pytest.mark.parametrize("gate", ["mixtral", slow_case("switch")])
 def test_padding_has_no_effect(gate, rng):
     """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
-    config = tiny_model(gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)
+    config = tiny_model(dispatch="einsum", gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)
     _, parameters = _build(config)
     tokens = np.asarray(_tokens(rng, config, (3, T)))
     segment_ids = np.ones((3, T), np.int32)
@@ -284,7 +287,7 @@ def test_padding_has_no_effect(gate, rng):
 
 @pytest.mark.slow
 def test_bfloat16_keeps_parameters_router_and_reports_in_float32(rng):
-    config = tiny_model(dtype="bfloat16")
+    config = tiny_model(dispatch="einsum", dtype="bfloat16")
     _, parameters = _build(config)
     assert {array.dtype for array in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
     tokens = _tokens(rng, config)
@@ -301,7 +304,7 @@ def test_bfloat16_keeps_parameters_router_and_reports_in_float32(rng):
 
 
 def test_without_a_key_the_model_is_deterministic_and_with_one_it_is_not(rng):
-    config = tiny_model(gate="gshard", jitter=0.3)
+    config = tiny_model(dispatch="einsum", gate="gshard", jitter=0.3)
     _, parameters = _build(config)
     tokens = _tokens(rng, config)
     run = _forward(config, train=True)
@@ -318,7 +321,7 @@ def test_without_a_key_the_model_is_deterministic_and_with_one_it_is_not(rng):
 
 
 def test_default_positions_and_segments_are_one_document_a_row(rng):
-    config = tiny_model()
+    config = tiny_model(dispatch="einsum")
     _, parameters = _build(config)
     tokens = _tokens(rng, config)
     explicit = _forward(config)(parameters, tokens, np.ones((B, T), np.int32), np.tile(np.arange(T), (B, 1)))
