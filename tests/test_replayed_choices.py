@@ -44,7 +44,8 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
     """
     sizes = {"num_experts": 8, "experts_per_token": 2, "eval_capacity_factor": 4.0, "dispatch": "einsum"}
     config = tiny_model(gate="deepseek_v4", **sizes)
-    theirs, ours = map(nnx.jit(lambda seed: Transformer(config, rngs=nnx.Rngs(seed))), (0, 1))
+    create = nnx.jit(lambda key: Transformer(config, rngs=nnx.Rngs(key)))
+    theirs, ours = (create(jax.random.key(seed)) for seed in (0, 1))
     tokens = jnp.asarray(rng.integers(1, 48, (2, 6)))
     recorded = nnx.jit(lambda model: model(tokens, return_routing=True).routing)(theirs)
     save_routing(str(tmp_path / "choices.npz"), recorded.choices)
