@@ -21,7 +21,9 @@ from tests.helpers import tiny_model
 def programs():
     """(Program, its compiled train step, its text): 4 rows of 24 tokens, vocabulary of 48, 8 positions a chunk."""
     config = Config(
-        model=tiny_model(), data=DataConfig(sequence_length=24), train=TrainConfig(batch_size=4, num_steps=100)
+        model=tiny_model(dispatch="einsum"),
+        data=DataConfig(sequence_length=24),
+        train=TrainConfig(batch_size=4, num_steps=100),
     )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):

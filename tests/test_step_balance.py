@@ -40,8 +40,8 @@ def batch(program):
     return place(rows, program.mesh)
 
 
-def gradients(program):
-    """(loss, reports) and gradients of a step's objective."""
+def gradients(program, state=None):
+    """Loss, reports and gradients of a step's objective, from a state or the random one."""
     parts = step._Parts(program.config, program.graphdef, program.graphdef, None, None)
 
     def run(state, rows):
@@ -49,7 +49,7 @@ def gradients(program):
         return loss, layers, gradient
 
     with jax.set_mesh(program.mesh):
-        return jax.jit(run)(program.init(), batch(program))
+        return jax.jit(run)(state or program.init(), batch(program))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,12 @@ def test_microbatches_are_one_batch_in_value_and_gradient(mesh, remat, moe):
     given = {"mesh": mesh, "devices": devices} | moe
     # One program with the whole batch; microbatches with f of the step; and with f of each.
     count = 4 // max(devices // 2, 1)
-    whole = gradients(program(**given, balance_scope="batch"))
-    steps = gradients(program(**given, balance_scope="step", accumulation=count, remat=remat))
-    apart = gradients(program(**given, balance_scope="batch", accumulation=count))
+    once = program(**given, balance_scope="batch")
+    with jax.set_mesh(once.mesh):
+        state = once.init()
+    whole = gradients(once, state)
+    steps = gradients(program(**given, balance_scope="step", accumulation=count, remat=remat), state)
+    apart = gradients(program(**given, balance_scope="batch", accumulation=count), state)
     np.testing.assert_allclose(steps[0], whole[0], rtol=1e-5)
     np.testing.assert_allclose(steps[1].load_balancing_loss, whole[1].load_balancing_loss, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(steps[2]), jax.tree.leaves(whole[2]), strict=True):
