@@ -76,10 +76,11 @@ def _gradients(config: Config, mesh: MeshConfig) -> list[np.ndarray]:
     ("mesh", "overrides"),
     [
         (SPLIT[0], {"model.sliding_window": 7, "model.moe.dispatch": "einsum"}),
+        slow_case(SPLIT[0], {"model.sliding_window": 7}),
         slow_case(
             SPLIT[1], {"model.moe.dispatch": "dropless", "model.attention": "blocked", "model.attention_sinks": True}
         ),
-        slow_case(SPLIT[2], {"model.tie_embeddings": True}),
+        slow_case(SPLIT[2], {"model.moe.dispatch": "einsum", "model.tie_embeddings": True}),
     ],
 )
 def test_a_split_row_has_the_values_and_gradients_of_a_whole_one(mesh, overrides):

@@ -16,11 +16,11 @@ from tests.helpers import slow_case
 
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, **moe):
-    """A tiny model whose objective is the load-balancing loss above all; einsum compiles fastest."""
+    """A tiny model whose objective is the load-balancing loss above all."""
     tree = to_config_dict(Config())
     tree.model.update(vocab_size=48, d_model=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
     fields = {"gate": "switch", "num_experts": 4, "d_ff": 16, "jitter": 0.0, "load_balancing_weight": weight}
-    tree.model.moe.update(fields | {"capacity_factor": 4.0, "dispatch": "einsum"} | moe)
+    tree.model.moe.update(fields | {"capacity_factor": 4.0} | moe)
     tree.model.remat = remat
     tree.data.sequence_length = 8
     tree.train.update(batch_size=8, accumulation_steps=accumulation, num_steps=4)
@@ -55,7 +55,8 @@ def gradients(program, state=None):
 @pytest.mark.parametrize(
     ("mesh", "remat", "moe"),
     [
-        ({"data": 1}, "full", {}),
+        ({"data": 1}, "full", {"dispatch": "einsum"}),  # compiles fastest; the others are gather
+        slow_case({"data": 1}, "full", {}),
         slow_case({"data": 2, "expert": 2}, "none", {"gate": "mixtral", "experts_per_token": 2}),
         slow_case(
             {"data": 1},

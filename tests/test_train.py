@@ -158,7 +158,7 @@ MESHES = [
 def test_one_curve_on_every_mesh(directory, tmp_path):
     # One layer, and nothing but steps: compiling is most of the time. tests/test_sharding.py has more layers.
     settings = {"train.log_every": 1, "model.moe.gate": "gshard", "train.sample_tokens": 0, "model.num_layers": 1}
-    settings |= {"train.eval_every": 6, "train.save_every": 6}
+    settings |= {"train.eval_every": 6, "train.save_every": 6, "model.moe.dispatch": "gather"}
     curves = []
     for index, (count, mesh) in enumerate(MESHES):
         config = tiny(directory, **settings, **mesh)
@@ -172,9 +172,10 @@ def test_one_curve_on_every_mesh(directory, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_moves_to_another_mesh(directory, tmp_path):
-    config = tiny(directory, **{"train.sample_tokens": 0})
+    settings = {"train.sample_tokens": 0, "model.moe.dispatch": "gather"}
+    config = tiny(directory, **settings)
     train(config, str(tmp_path / "still"), ONE)
-    moved = tiny(directory, **{"train.sample_tokens": 0, "mesh.data": 1, "mesh.expert": 4})
+    moved = tiny(directory, **settings, **{"mesh.data": 1, "mesh.expert": 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "finish", lambda *_: None)
         patch.setattr(training, "evaluate", _stop_at_second(training.evaluate))

@@ -89,6 +89,7 @@ def test_layer_patterns(overrides, sparse, runs):
     "overrides",
     [
         slow_case({}, id="all"),
+        slow_case({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2, gather"),
         pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}, id="every 2"),
     ],
 )
@@ -178,14 +179,16 @@ def _explicit(config, parameters, tokens, segment_ids, positions, *, train, rng)
     "overrides",
     [
         slow_case({"num_layers": 5, "first_dense": 2}),
-        {"num_layers": 6, "layers": (1, 2, 4, 5)},  # two MoE layers in the unit that repeats
+        # Two MoE layers in the unit that repeats.
+        {"num_layers": 6, "layers": (1, 2, 4, 5), "dispatch": "einsum"},
+        slow_case({"num_layers": 6, "layers": (1, 2, 4, 5)}),
         slow_case({"num_layers": 6, "every": 2, "first_dense": 1}),
         slow_case({"num_layers": 8, "every": 2, "first_dense": 3, "gate": "switch"}),
     ],
     ids=str,
 )
 def test_layers_run_in_order_and_report_each_for_itself(overrides, rng):
-    config = tiny_model(dispatch="einsum", jitter=0.2, capacity_factor=1.0, **overrides)
+    config = tiny_model(jitter=0.2, capacity_factor=1.0, **overrides)
     _, parameters = _build(config)
     tokens, key = _tokens(rng, config), jax.random.key(5)
     segment_ids, positions = jnp.ones((B, T), jnp.int32), jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1))
@@ -261,10 +264,12 @@ def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
     np.testing.assert_allclose(before[:, 4:], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", ["mixtral", slow_case("switch")])
-def test_padding_has_no_effect(gate, rng):
+@pytest.mark.parametrize(
+    ("gate", "dispatch"), [("mixtral", "einsum"), slow_case("mixtral", "gather"), slow_case("switch", "gather")]
+)
+def test_padding_has_no_effect(gate, dispatch, rng):
     """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
-    config = tiny_model(dispatch="einsum", gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)
+    config = tiny_model(dispatch=dispatch, gate=gate, num_layers=3, first_dense=1, eval_capacity_factor=1.0)
     _, parameters = _build(config)
     tokens = np.asarray(_tokens(rng, config, (3, T)))
     segment_ids = np.ones((3, T), np.int32)
@@ -287,7 +292,7 @@ def test_padding_has_no_effect(gate, rng):
 
 @pytest.mark.slow
 def test_bfloat16_keeps_parameters_router_and_reports_in_float32(rng):
-    config = tiny_model(dispatch="einsum", dtype="bfloat16")
+    config = tiny_model(dtype="bfloat16")
     _, parameters = _build(config)
     assert {array.dtype for array in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
     tokens = _tokens(rng, config)

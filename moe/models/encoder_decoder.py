@@ -129,5 +129,5 @@ def abstract_model(config: ModelConfig) -> Model:
 
 @functools.cache
 def _traced_model(config: ModelConfig) -> Model:
-    """Traced once per config, which takes 50 to 100 ms; never changed."""
+    """Trace the model of a config once; callers get clones, so that this one never changes."""
     return nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0)))
