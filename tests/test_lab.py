@@ -114,19 +114,35 @@ def test_a_sweep_is_checked_at_the_longest_horizon_before_it_counts():
     suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=Sweep((1e-3, 3e-3, 9e-3), (7,), 10))
     assert [(key.steps, key.learning_rate) for key in plan.runs(suite, [])] == [(10, 1e-3), (10, 3e-3), (10, 9e-3)]
     middle = [record("a", 7, loss, 10, rate) for rate, loss in ((1e-3, 5.0), (3e-3, 4.9), (9e-3, 4.8))]
-    # Best at 10 steps: the largest; it and its neighbour are tried at 20, and no other run is named yet.
+    # Best at 10 steps: the largest; it and the next lower are tried at 20, and no other run is named yet.
     assert [key for key in plan.runs(suite, middle) if key.steps == 20] == [
-        Key("a", 20, 3e-3, 7),
         Key("a", 20, 9e-3, 7),
+        Key("a", 20, 3e-3, 7),
     ]
     assert not plan.choose(suite, middle, "a").tuned
-    # At 20 steps the largest rate diverges, so the one below it is the arm's.
-    full = [*middle, record("a", 7, 4.5, 20, 3e-3), record("a", 7, 4.4, 20, 9e-3, DIVERGED)]
+    # At 20 steps the largest rate diverges, so the one below it is tried against the lowest, which is worse.
+    checked = [*middle, record("a", 7, 4.5, 20, 3e-3), record("a", 7, 4.4, 20, 9e-3, DIVERGED)]
+    assert plan.choose(suite, checked, "a").to_check == (1e-3,)
+    full = [*checked, record("a", 7, 4.6, 20, 1e-3)]
     choice = plan.choose(suite, full, "a")
     assert (choice.rate, choice.tuned) == (3e-3, True)
     assert {key.learning_rate for key in plan.runs(suite, full) if key.seed != 7} == {3e-3}
     # Reserved seeds are in no comparison.
     assert Table(suite, full).used == []
+
+
+def test_a_check_with_a_seed_of_the_comparisons_takes_their_run():
+    sweep = Sweep((1e-3, 3e-3), (7,), 10, check_seed=0)
+    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=sweep)
+    swept = [record("a", 7, loss, 10, rate) for rate, loss in ((1e-3, 5.0), (3e-3, 4.9))]
+    # The run of the comparisons exists at the optimum: only the lower rate is missing.
+    found = [*swept, record("a", 0, 4.5, 20, 3e-3)]
+    assert plan.choose(suite, found, "a").to_check == (1e-3,)
+    tuned = [*found, record("a", 0, 4.6, 20, 1e-3)]
+    assert plan.choose(suite, tuned, "a").rate == 3e-3
+    assert Table(suite, tuned).seeds(20, "a") == [0]
+    # Of other seeds' comparisons it is no part.
+    assert Table(dataclasses.replace(suite, seeds=(3, 4)), tuned).used == []
 
 
 def test_a_record_is_read_back(tmp_path):

@@ -34,6 +34,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
+        sweep=common.sweep(size),
         comparisons={
             "equal active FLOPs and parameters": Comparison("top1_1.25", others, common.FLOPS_AND_PARAMETERS),
             "same experts": Comparison("top1_1.25", ("top2_same_experts_1.25",), ("steps", "total_parameters")),

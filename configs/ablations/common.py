@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from configs import base as defaults
+from moe.lab.suite import Sweep
 
 #: What a comparison holds equal if its arms differ in the routing rule alone.
 FLOPS_AND_PARAMETERS = ("steps", "flops", "active_parameters", "total_parameters")
@@ -43,6 +44,12 @@ def base(size: str) -> ml_collections.ConfigDict:
 def horizons(size: str) -> tuple[int, ...]:
     """Steps of the runs: below the crossing of dense and sparse models, about at it, and beyond it."""
     return (200, 600, 2000) if size == "laptop" else (2000, 6000, 20_000)
+
+
+def sweep(size: str, horizon: int = 0) -> Sweep:
+    """Half, once and twice the base config's learning rate, at the middle horizon unless another one is given."""
+    rate = float(base(size).optimizer.learning_rate)
+    return Sweep((rate / 2, rate, rate * 2), seeds=(100,), horizon=horizon or horizons(size)[1], check_seed=0)
 
 
 def hidden(size: str) -> int:

@@ -29,6 +29,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
+        sweep=common.sweep(size),
         comparisons={
             "distillation against the same warm start": Comparison(
                 "warm_start", ("distilled",), common.FLOPS_AND_PARAMETERS

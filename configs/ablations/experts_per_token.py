@@ -20,6 +20,7 @@ def get_suite(size: str) -> Suite:
         variants={**equal, **same},
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
+        sweep=common.sweep(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("k1", ("k2", "k4"), common.FLOPS_AND_PARAMETERS),
             "the same 32 experts": Comparison("k1_of_32", ("k2_of_32", "k4"), ("steps", "total_parameters")),

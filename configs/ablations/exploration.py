@@ -21,6 +21,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
+        sweep=common.sweep(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("argmax", ("jitter", "sampled"), common.FLOPS_AND_PARAMETERS)
         },

@@ -32,6 +32,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
+        sweep=common.sweep(size),
         comparisons={
             "equal FLOPs and parameters": Comparison("gshard_16x2", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS)
         },

@@ -25,6 +25,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
+        sweep=common.sweep(size),
         experts={name: int(name.removeprefix("experts_")) for name in variants},
         comparisons={
             "equal active FLOPs": Comparison("experts_1", tuple(variants)[1:], ("steps", "flops"), tolerance=0.05)

@@ -8,7 +8,7 @@ idle cores, and 24 runs of the sweep. Muon moves the matrices of attention, FFNs
 """
 
 from configs.ablations import common
-from moe.lab.suite import Comparison, Suite, Sweep, Variant
+from moe.lab.suite import Comparison, Suite, Variant
 
 #: gate → K of 8 experts and further fields; all have the same active parameters.
 GATES = {
@@ -29,7 +29,6 @@ def get_suite(size: str) -> Suite:
         for name in ("adamw", "muon")
     }
     horizons = common.horizons(size)[:2]
-    rate = float(common.base(size).optimizer.learning_rate)
     others = [gate for gate in GATES if gate != "switch"]
     return Suite(
         name="optimizer",
@@ -38,7 +37,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2),
         horizons=horizons,
-        sweep=Sweep((rate / 2, rate, rate * 2), seeds=(100,), horizon=horizons[0]),
+        sweep=common.sweep(size, horizons[0]),
         comparisons={
             **{
                 f"gates under {name}": Comparison(

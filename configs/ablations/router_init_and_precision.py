@@ -1,4 +1,4 @@
-"""The scale of the initial weights, and the precision of the model and of its router.
+"""The scale of the initial weights, and the precision of the model and of its router, at the start of training.
 
 python scripts/ablate.py --suite=configs/ablations/router_init_and_precision.py --workdir=/tmp/init
 """
@@ -12,6 +12,7 @@ def get_suite(size: str) -> Suite:
     moe = common.moe(size, "switch", 8, 1)
     rounded = {**moe, "model.dtype": "bfloat16"}
     full = {**moe, "model.dtype": "float32"}
+    start = common.horizons(size)[0]
     variants = {
         "init_1.0": Variant(full, note="float32"),
         "init_0.1": Variant({**full, "model.init_scale": 0.1}, note="float32"),
@@ -24,7 +25,8 @@ def get_suite(size: str) -> Suite:
         base=common.base(size),
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
-        horizons=common.horizons(size),
+        horizons=(start,),
+        sweep=common.sweep(size, start),
         comparisons={
             "equal FLOPs and parameters": Comparison("init_1.0", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS)
         },

@@ -8,7 +8,7 @@ behind the dense one, at 2,000 steps ahead of it by 0.04 to 0.09 nats.
 """
 
 from configs.ablations import common
-from moe.lab.suite import Comparison, Suite, Sweep, Variant
+from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
@@ -41,8 +41,7 @@ def get_suite(size: str) -> Suite:
             common.moe(size, "noisy_topk", 16, 2, eval_capacity_factor=-1), note="top-2 of 16, learnt noise"
         ),
     }
-    names, (_, middle, _) = tuple(sparse), common.horizons(size)
-    rate = float(common.base(size).optimizer.learning_rate)
+    names = tuple(sparse)
     return Suite(
         name="switch_vs_mixtral",
         question="At equal FLOPs, does a sparse layer beat the dense one, which gate does best, and from when on?",
@@ -50,7 +49,7 @@ def get_suite(size: str) -> Suite:
         variants={"dense": Variant({}, note="one FFN"), **sparse},
         seeds=(0, 1, 2, 3, 4),
         horizons=common.horizons(size),
-        sweep=Sweep((rate / 2, rate, rate * 2), seeds=(100,), horizon=middle),
+        sweep=common.sweep(size),
         headline=("dense", "switch_1.25", "mixtral"),
         comparisons={
             "equal active FLOPs": Comparison("dense", names, ("steps", "flops")),

@@ -9,7 +9,7 @@ FLOPs, and is the next horizon's run where the horizons double.
 from typing import Any
 
 from configs.ablations import common
-from moe.lab.suite import Comparison, Suite, Sweep, Variant
+from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
@@ -28,7 +28,6 @@ def get_suite(size: str) -> Suite:
         "virtual_groups": (shards, {"expert_scale": 4.0, "virtual_groups": True}),
     }
     longest = common.horizons(size)[-1]
-    rate = float(common.base(size).optimizer.learning_rate)
     variants = {
         "parent": Variant({}, note="dense"),
         "scratch": Variant(moe, seed_offset=1000),
@@ -50,7 +49,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=(longest // 4, longest // 2, longest),
-        sweep=Sweep((rate / 2, rate, rate * 2), seeds=(100,), horizon=longest // 2),
+        sweep=common.sweep(size, longest // 2),
         comparisons={
             "equal FLOPs and parameters, beside the parent's": Comparison(
                 "scratch", ("upcycled",), common.FLOPS_AND_PARAMETERS

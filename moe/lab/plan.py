@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from moe.lab.records import Key, Record
-from moe.lab.suite import Suite
+from moe.lab.suite import Suite, Sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,37 +20,55 @@ class Choice:
         tuned: True once they are.
         tried: (horizon, learning rate) → mean primary loss over the sweep's seeds; infinite if one diverged.
         optimum: best rate at the sweep's horizon, once every rate has been tried on every reserved seed.
+        to_check: rates that the check at the longest horizon needs next.
     """
 
     rate: float
     tuned: bool = False
     tried: Mapping[tuple[int, float], float] = dataclasses.field(default_factory=dict)
     optimum: float | None = None
+    to_check: tuple[float, ...] = ()
 
 
 def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
-    """An arm's learning rate: the best at the longest horizon among the sweep's optimum and its neighbours."""
+    """An arm's learning rate: the sweep's optimum, or a lower one that the check at the longest horizon prefers."""
     sweep = suite.sweep
     if sweep is None:
         return Choice(suite.learning_rate)
     losses: dict[tuple[int, float], list[float]] = {}
     for record in records:
-        if record.variant == variant and record.seed in sweep.seeds:
+        swept = record.steps == sweep.horizon and record.seed in sweep.seeds
+        checked = record.steps == suite.longest and record.seed == check_seed(sweep)
+        if record.variant == variant and (swept or checked):
             losses.setdefault((record.steps, record.learning_rate), []).append(record.primary_loss)
     tried = {point: statistics.fmean(values) for point, values in losses.items()}
     if any(len(losses.get((sweep.horizon, rate), [])) < len(sweep.seeds) for rate in sweep.learning_rates):
-        return Choice(suite.learning_rate, False, tried)
+        return Choice(suite.learning_rate, tried=tried)
     optimum = min(sweep.learning_rates, key=lambda rate: tried[sweep.horizon, rate])
-    checked = {rate: tried.get((suite.longest, rate), math.nan) for rate in neighbours(sweep.learning_rates, optimum)}
-    if any(math.isnan(loss) for loss in checked.values()):
-        return Choice(suite.learning_rate, False, tried, optimum)
-    return Choice(min(checked, key=lambda rate: checked[rate]), True, tried, optimum)
+    best, to_check = _check(sweep, suite.longest, tried, optimum)
+    if to_check:
+        return Choice(suite.learning_rate, tried=tried, optimum=optimum, to_check=to_check)
+    return Choice(best, True, tried, optimum)
 
 
-def neighbours(rates: Sequence[float], rate: float) -> tuple[float, ...]:
-    """A rate and those next to it."""
-    index = rates.index(rate)
-    return tuple(rates[max(index - 1, 0) : index + 2])
+def check_seed(sweep: Sweep) -> int:
+    """Seed of the runs that check a sweep's optimum at the longest horizon."""
+    return sweep.seeds[0] if sweep.check_seed is None else sweep.check_seed
+
+
+def _check(
+    sweep: Sweep, longest: int, tried: Mapping[tuple[int, float], float], optimum: float
+) -> tuple[float, tuple[float, ...]]:
+    """(best rate from the optimum downwards, rates to train for the longest horizon before it is known)."""
+    rates = sweep.learning_rates[sweep.learning_rates.index(optimum) :: -1]
+    if sweep.horizon == longest:
+        return optimum, ()
+    for rate, lower in itertools.pairwise(rates):
+        if missing := tuple(r for r in (rate, lower) if (longest, r) not in tried):
+            return rate, missing
+        if tried[longest, rate] <= tried[longest, lower]:
+            return rate, ()
+    return rates[-1], ()
 
 
 def family(suite: Suite, variant: str) -> tuple[str, ...]:
@@ -93,11 +110,8 @@ def _sweep_runs(suite: Suite, choices: Mapping[str, Choice]) -> list[Key]:
         Key(name, sweep.horizon, rate, seed)
         for seed, name, rate in itertools.product(sweep.seeds, arms, sweep.learning_rates)
     ]
-    for name in arms:
-        if (optimum := choices[name].optimum) is not None:
-            rates = neighbours(sweep.learning_rates, optimum)
-            found += [Key(name, suite.longest, rate, sweep.seeds[0]) for rate in rates]
-    return found
+    seed = check_seed(sweep)
+    return found + [Key(name, suite.longest, rate, seed) for name in arms for rate in choices[name].to_check]
 
 
 def parents(suite: Suite, records: Iterable[Record], key: Key) -> dict[str, Key]:

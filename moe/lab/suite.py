@@ -74,18 +74,22 @@ class Comparison:
 class Sweep:
     """Learning rates tried for every arm on seeds that no comparison uses.
 
-    The rate with the lowest mean loss at ``horizon`` and its neighbours are then trained for the longest horizon on
-    the first seed; the best of these is the arm's rate.
+    The rate with the lowest mean loss at ``horizon`` is then checked at the longest horizon against the next lower
+    one, and that one against the next, as long as the lower rate is better: the best rate falls with the number of
+    tokens (Bjorck et al. 2024, arXiv 2409.19913). The best of these is the arm's rate.
 
     Attributes:
         learning_rates: peak rates in ascending order; the base config's rate is one of them.
         seeds: reserved seeds.
         horizon: steps of a sweep run.
+        check_seed: seed of the check; None: the first reserved one. With a seed of the comparisons, their run at the
+            optimum serves as the check too.
     """
 
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     horizon: int
+    check_seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

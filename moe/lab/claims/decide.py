@@ -173,7 +173,8 @@ def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) 
     lacks = []
     if steps < claim.min_steps:
         lacks.append(f"regime: {steps:,} steps of at least {claim.min_steps:,}")
-    untuned = [arm for arm in arms_of(claim) if not table.choices[arm].tuned]
+    # A learning rate may favour one of several arms; a single arm's models are compared with themselves.
+    untuned = [arm for arm in arms_of(claim) if not table.choices[arm].tuned] if len(arms_of(claim)) > 1 else []
     if untuned and any("loss" in outcome.part.value for outcome in outcomes):
         lacks.append(f"tuning: learning rate not swept for {', '.join(untuned)}")
     n = min((outcome.effect.n for outcome in outcomes), default=0)

@@ -128,14 +128,22 @@ def sweep_section(directory: Path, found: Table) -> str:
     rows = []
     for name, choice in found.choices.items():
         tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
-        rows.append((name, f"{choice.rate:g}", "tuned" if choice.tuned else "**not tuned**", tried or "–"))
+        inside = choice.rate in sweep.learning_rates[1:-1]
+        rows.append((name, f"{choice.rate:g}", _tuning(choice, inside), tried or "–"))
     note = (
         f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
-        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps; the best one and its neighbours again for "
-        f"{found.suite.longest:,} steps. Until both are done an arm uses {found.suite.learning_rate:g}, not tuned."
+        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps; the best one against the next lower for "
+        f"{found.suite.longest:,} steps (seed {plan.check_seed(sweep)}), and so on while the lower one is better. "
+        f"Until both are done an arm uses {found.suite.learning_rate:g}, not tuned."
     )
     text = f"{note}\n\n{table(('arm', 'rate used', '', 'loss by rate (steps)'), rows)}"
     return f"{text}\n\n![sweep]({picture})" if picture else text
+
+
+def _tuning(choice: plan.Choice, inside: bool) -> str:
+    if not choice.tuned:
+        return "**not tuned**"
+    return "tuned" if inside else "tuned, at the edge of the rates"
 
 
 def costs_section(found: Table) -> str:

@@ -187,8 +187,9 @@ class Worker:
                 mixed = mixed_rows(prepared, config, self._suite.heldout_rows)
                 self._row_losses[key.variant] = RowLosses(self._programs(config, mesh), mixed)
             evaluate = self._row_losses[key.variant]
-            # Learning curves are drawn for the longest horizon alone.
-            steps = results.checkpoint_steps(directory) if key.steps == self._suite.longest else [key.steps]
+            # Learning curves are drawn for the longest horizon alone, and for the seeds of the comparisons.
+            curve = key.steps == self._suite.longest and key.seed in self._suite.seeds
+            steps = results.checkpoint_steps(directory) if curve else [key.steps]
             return evaluate.rows, {step: evaluate(directory, step) for step in steps}
 
     def measure(self) -> None:
