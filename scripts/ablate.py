@@ -19,7 +19,7 @@ from absl import flags
 from moe import cli
 from moe.config import ConfigError
 from moe.lab.claims.registration import CLAIMS_FILE, read_claims
-from moe.lab.records import RECORDS, read_all
+from moe.lab.records import read_all
 from moe.lab.report import claims_page, page
 from moe.lab.running import jobs, runner
 from moe.lab.suite import load_suite, with_seeds
@@ -81,12 +81,12 @@ def _write_claims(workdir: Path) -> None:
     """Test all claims on the suites whose records are in workdir/NAME."""
     suites = Path(_SUITE.value or "configs/ablations")
     claims, digest = read_claims(suites / CLAIMS_FILE)
-    names = [path.parent.name for path in sorted(workdir.glob(f"*/{RECORDS}"))]
     tables = {
-        name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), read_all(workdir / name)) for name in names
+        name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), read_all(workdir / name))
+        for name in sorted({claim.suite for claim in claims})
     }
     claims_page.write_page(workdir, claims, digest, tables)
-    print(f"{workdir / 'claims.md'}: from {', '.join(names) or 'no suite'}")
+    print(f"{workdir / 'claims.md'}: from {', '.join(name for name in tables if tables[name].records) or 'no suite'}")
 
 
 def _seed(text: str) -> int:

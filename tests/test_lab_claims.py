@@ -89,6 +89,19 @@ def test_power_is_told_beside_the_published_effect():
     assert any(text.startswith("power: finds") for text in finding.lacks)
 
 
+def test_the_page_says_what_would_decide_a_claim():
+    undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))})
+    # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866.
+    needed = statistics.seeds_needed(statistics.effect([-0.1, 0.05, -0.1]).sd, -0.05)
+    assert f"{needed} seeds would find effects as large as those seen" in undecided
+    suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
+    other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")
+    pair = {"test": table_of((4.9, 5.12, 4.95)), "other": Table(suite, [])}
+    text = claims_page.claims_section([claim_of(), other], pair)
+    tokens = 20 * suite.tokens_per_step / 1e6
+    assert f"no runs of b, a; needs 5 seeds of each arm for 20 steps ({tokens:.1f}M tokens), which find" in text
+
+
 def test_all_claims_on_one_page(tmp_path):
     claims_page.write_page(tmp_path, CLAIMS, DIGEST, {})
     text = (tmp_path / "claims.md").read_text()

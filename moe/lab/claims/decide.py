@@ -23,6 +23,8 @@ from moe.lab.table import MissingError, Table
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 BELOW, NOT_TESTED = "below the crossing", "not tested"
+#: Seeds that a finding must have to meet all criteria.
+SEEDS = 5
 #: Verdicts in the order of a summary.
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, BELOW, NOT_TESTED)
 
@@ -178,8 +180,8 @@ def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) 
     if untuned and any("loss" in outcome.part.value for outcome in outcomes):
         lacks.append(f"tuning: learning rate not swept for {', '.join(untuned)}")
     n = min((outcome.effect.n for outcome in outcomes), default=0)
-    if n < 5:
-        lacks.append(f"seeds: {n} of at least 5")
+    if n < SEEDS:
+        lacks.append(f"seeds: {n} of at least {SEEDS}")
     for outcome in outcomes:
         published = outcome.part.published
         if published and outcome.verdict == UNDECIDED and abs(published) < outcome.detectable < math.inf:

@@ -6,7 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe.lab.claims.decide import VERDICTS, Finding, Outcome, adjusted_p, arms_of, assess
+import numpy as np
+
+from moe.lab import statistics
+from moe.lab.claims.decide import (
+    BELOW,
+    NOT_TESTED,
+    SEEDS,
+    UNDECIDED,
+    VERDICTS,
+    Finding,
+    Outcome,
+    adjusted_p,
+    arms_of,
+    assess,
+)
 from moe.lab.claims.registration import Claim
 from moe.lab.report.markdown import table
 from moe.lab.table import Table
@@ -27,7 +41,11 @@ def claims_section(claims: Sequence[Claim], tables: Mapping[str, Table]) -> str:
         tables: suite → its records.
     """
     findings = [assess(claim, tables.get(claim.suite)) for claim in claims]
-    verdicts = [(str(f.claim.number), f.claim.text, f"**{f.verdict}**", _standing(f)) for f in findings]
+    spread = _spread(findings)
+    verdicts = [
+        (str(f.claim.number), f.claim.text, f"**{f.verdict}**", _standing(f, tables.get(f.claim.suite), spread))
+        for f in findings
+    ]
     adjusted = adjusted_p(findings)
     parts = [_part(finding, outcome, adjusted) for finding in findings for outcome in finding.outcomes]
     blocks = [table(("", "claim", "verdict", "what it lacks"), verdicts)]
@@ -54,19 +72,54 @@ def write_page(directory: Path, claims: Sequence[Claim], digest: str, tables: Ma
         "A claim is supported if the whole 95 % interval of each part is on its side, contradicted if that of one part "
         "is on the other side, undecided otherwise. It is tested at the longest horizon that its arms have; if that is "
         "shorter than the one from which the claim applies, the result is below the crossing and no evidence against "
-        "it. The smallest detectable effect is that of a paired t test with 80 % power at the spread seen. The models "
-        "are tiny (see each suite's report).",
+        "it. Learning rates must be swept where losses of several arms are compared. The smallest detectable effect is "
+        "that of a paired t test with 80 % power at the spread seen; for claims without runs, at the median spread of "
+        "the loss differences tested. The models are tiny (see each suite's report).",
         f"Claims file: SHA-256 `{digest}`.",
         claims_section(claims, tables),
     ]
     (directory / "claims.md").write_text("\n\n".join(text) + "\n")
 
 
-def _standing(finding: Finding) -> str:
-    """Remarks on the verdict."""
+def _standing(finding: Finding, found: Table | None, spread: float) -> str:
+    """Remarks on the verdict, and what would decide the claim."""
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
     parts += [finding.note] if finding.note else []
-    return "; ".join([*parts, *finding.lacks]) or "nothing"
+    parts += finding.lacks
+    if finding.verdict == UNDECIDED:
+        seeds = [statistics.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
+        parts += [f"{_count(max(seeds))} seeds would find effects as large as those seen"] if seeds else []
+    elif finding.verdict in (NOT_TESTED, BELOW) and found is not None:
+        parts.append(_to_test(finding.claim, found, spread))
+    return "; ".join(parts) or "nothing"
+
+
+def _open(outcome: Outcome) -> bool:
+    """True if more seeds of the same spread could decide the part."""
+    return outcome.verdict == UNDECIDED and outcome.effect.sd > 0 and outcome.effect.mean != 0
+
+
+def _spread(findings: Sequence[Finding]) -> float:
+    """Median over the tested loss differences of their standard deviation over seeds; NaN without one."""
+    seen = [o.effect.sd for f in findings for o in f.outcomes if o.part.value.startswith("loss[") and o.effect.sd > 0]
+    return float(np.median(seen)) if seen else math.nan
+
+
+def _to_test(claim: Claim, found: Table, spread: float) -> str:
+    """Runs that a claim needs, and the effect that they would find."""
+    tokens = claim.min_steps * found.suite.tokens_per_step / 1e6
+    text = f"needs {SEEDS} seeds of each arm for {claim.min_steps:,} steps ({tokens:.1f}M tokens)"
+    if math.isfinite(spread) and any("loss[" in part.value for part in claim.parts):
+        text += f", which find {statistics.smallest_detectable(spread, SEEDS):.3f} nats"
+        published = [abs(part.published) for part in claim.parts if part.published and "loss[" in part.value]
+        if published:
+            seeds = statistics.seeds_needed(spread, min(published))
+            text += f"; the published {min(published):.3f} needs {_count(seeds)} seeds"
+    return text
+
+
+def _count(seeds: int) -> str:
+    return "more than 1000" if seeds > 1000 else str(seeds)
 
 
 def _part(finding: Finding, outcome: Outcome, adjusted: Mapping[tuple[int, str], float]) -> tuple[str, ...]:
@@ -77,7 +130,7 @@ def _part(finding: Finding, outcome: Outcome, adjusted: Mapping[tuple[int, str],
         ours = f"{e.mean:.3g}, n = {e.n}"
     else:
         ours = str(e) if math.isfinite(e.mean) else f"undefined, n = {e.n}"
-    needed = "" if not outcome.seeds_needed else "> 1000" if outcome.seeds_needed > 1000 else str(outcome.seeds_needed)
+    needed = _count(outcome.seeds_needed) if outcome.seeds_needed else ""
     return (
         str(finding.claim.number),
         part.what + (f" ({outcome.note})" if outcome.note else ""),
