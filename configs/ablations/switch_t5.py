@@ -27,6 +27,7 @@ def get_suite(size: str) -> Suite:
         base.data.update(dataset="c4/en", domains=(), input_length=512, sequence_length=128)
         base.train.batch_size, base.mesh = 1024, pod.mesh
         base.optimizer.learning_rate = 1e-3
+    horizons = (200, 800) if size == "laptop" else common.horizons(size)
     return Suite(
         name="switch_t5",
         question="At equal FLOPs, does a Switch encoder-decoder predict removed spans better than a dense T5?",
@@ -36,6 +37,7 @@ def get_suite(size: str) -> Suite:
             "switch": Variant({}, note="top-1 of 8, capacity factor 1.25"),
         },
         seeds=(0, 1, 2),
-        horizons=(200, 800) if size == "laptop" else common.horizons(size),
+        horizons=horizons,
+        sweep=common.sweep(size, horizons[0], float(base.optimizer.learning_rate)),
         comparisons={"equal active FLOPs": Comparison("dense", ("switch",), ("steps", "flops"))},
     )
