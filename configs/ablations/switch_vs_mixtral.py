@@ -28,6 +28,7 @@ def get_suite(size: str) -> Suite:
         ),
         "switch_1.0": Variant(
             common.moe(size, "switch", 8, 1, capacity_factor=1.0, eval_capacity_factor=-1),
+            probes=("eval_capacity",),
             note="top-1 of 8, capacity factor 1.0",
         ),
         "deepseek_moe": Variant(
