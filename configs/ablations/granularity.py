@@ -23,7 +23,7 @@ def get_suite(size: str) -> Suite:
         "fine_32x4": Variant(fine(4)),
         "fine_64x8": Variant(fine(8), probes=("mask_top",)),
         "shared_31x3": Variant(fine(4, 1), probes=("mask_top",)),
-        "shared_63x7": Variant(fine(8, 1), probes=("mask_top", "shared_expert")),
+        "shared_63x7": Variant(fine(8, 1), probes=("mask_top",)),
     }
     return Suite(
         name="granularity",

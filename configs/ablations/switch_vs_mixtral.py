@@ -33,6 +33,7 @@ def get_suite(size: str) -> Suite:
         ),
         "deepseek_moe": Variant(
             common.moe(size, "deepseek_moe", routed, 3, fine, shared_d_ff=fine, load_balancing_weight=0.01, **free),
+            probes=("shared_expert",),
             note=f"3 of {routed} fine-grained experts and one shared, dropless",
         ),
         "gshard": Variant(
