@@ -1,9 +1,12 @@
 """Runs of the ablation lab: which are trained, by which process, and what is recorded."""
 
 import dataclasses
+import itertools
 import math
 import os
+from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 
@@ -11,10 +14,11 @@ from moe.config import ConfigError
 from moe.lab import plan, records
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.report import page
-from moe.lab.running import jobs, runner
+from moe.lab.running import jobs, probes, runner
 from moe.lab.suite import with_seeds
+from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
-from tests.lab_helpers import record, tiny_base, tiny_suite
+from tests.lab_helpers import DENSE, record, suite_of, tiny_base, tiny_suite
 from tests.tiny_text import build
 
 
@@ -128,6 +132,30 @@ def test_jobs_are_pinned_to_a_core_each(monkeypatch):
     assert os.sched_getaffinity(0) == before
     with pytest.raises(ConfigError, match=r"--jobs=4096: at most"):
         jobs.start(4096)
+
+
+def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypatch):
+    suite = suite_of({"a": dataclasses.replace(DENSE, probes=("p",))}, seeds=(0, 1), horizons=(20,))
+    runs = [record("a", 0, 5.0), record("a", 1, 5.0), record("a", 0, 4.0, rate=1e-3)]
+    for run in runs:
+        run.write(tmp_path)
+        runner.run_directory(tmp_path, run.key).mkdir(parents=True)
+    mesh = make_mesh(suite.config("a").mesh)
+    trained = SimpleNamespace(model=SimpleNamespace(program=SimpleNamespace(mesh=mesh)))
+    monkeypatch.setattr(runner.Worker, "_trained", lambda *_: trained)
+    calls = itertools.count(1)
+    monkeypatch.setitem(probes.PROBES, "p", lambda _: {"calls": float(next(calls))})
+    worker = runner.Worker(suite, tmp_path, [])
+
+    def found():
+        return [record.probes.get("p/calls") for record in records.read_all(tmp_path)]  # rates in order, seeds in order
+
+    with filelock.FileLock(f"{runner.run_directory(tmp_path, runs[1].key)}.lock"):  # another process measures it
+        worker.measure()
+    assert found() == [None, 1.0, None]
+    for _ in range(2):
+        worker.measure()
+        assert found() == [None, 1.0, 2.0]
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from moe.lab.running import probes
 from moe.lab.running.heldout import RowLosses, mixed_rows
 from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
+from moe.lab.table import Table
 from moe.metrics_files import METRICS, read_rows
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
@@ -193,23 +194,32 @@ class Worker:
             return evaluate.rows, {step: evaluate(directory, step) for step in steps}
 
     def measure(self) -> None:
-        """Measure the probes that finished runs of the longest horizon lack, where their checkpoints still exist."""
+        """Measure the probes that finished runs of the longest horizon lack, where their checkpoints still exist.
+
+        Runs of a sweep and of rates that lost are left out, and those that another process measures at the moment.
+        """
         models: dict[str, probes.Model] = {}
-        for record in sorted(read_all(self._workdir), key=lambda record: record.variant):
-            names = self._suite.variants[record.variant].probes if record.variant in self._suite.variants else ()
-            known = {quantity.partition("/")[0] for quantity in record.probes}
-            directory = run_directory(self._workdir, record.key)
-            wanted = record.steps == self._suite.longest and record.status == FINISHED and directory.exists()
-            trained: probes.Trained | None = None  # shared by the record's probes, which measure the same routing
-            for name in [name for name in names if wanted and name not in known]:
-                with filelock.FileLock(f"{directory}.lock"):
-                    self._progress.say(f"probe {name} of {record.key}")
-                    trained = trained or self._trained(record.variant, directory, models)
-                    with jax.set_mesh(trained.model.program.mesh):
-                        found = probes.PROBES[name](trained)
-                    measured = {f"{name}/{quantity}": value for quantity, value in found.items()}
-                    record = dataclasses.replace(record, probes=record.probes | measured)
-                    record.write(self._workdir)
+        for key in sorted(record.key for record in Table(self._suite, read_all(self._workdir)).used):
+            directory = run_directory(self._workdir, key)
+            if key.steps == self._suite.longest and directory.exists():
+                with contextlib.suppress(filelock.Timeout), filelock.FileLock(f"{directory}.lock", blocking=False):
+                    self._measure(key, directory, models)
+
+    def _measure(self, key: Key, directory: Path, models: dict[str, probes.Model]) -> None:
+        """Measure the probes that one run lacks, now that no other process does."""
+        record = next(record for record in read_all(self._workdir) if record.key == key)
+        known = {quantity.partition("/")[0] for quantity in record.probes}
+        names = [name for name in self._suite.variants[key.variant].probes if name not in known]
+        if not names or record.status != FINISHED:
+            return
+        trained = self._trained(key.variant, directory, models)  # shared by the probes, which measure the same routing
+        for name in names:
+            self._progress.say(f"probe {name} of {key}")
+            with jax.set_mesh(trained.model.program.mesh):
+                found = probes.PROBES[name](trained)
+            measured = {f"{name}/{quantity}": value for quantity, value in found.items()}
+            record = dataclasses.replace(record, probes=record.probes | measured)
+            record.write(self._workdir)
 
     def _trained(self, variant: str, directory: Path, models: dict[str, probes.Model]) -> probes.Trained:
         """A run of an arm, and in ``models`` what all runs of the arm share."""
