@@ -46,10 +46,11 @@ def horizons(size: str) -> tuple[int, ...]:
     return (200, 600, 2000) if size == "laptop" else (2000, 6000, 20_000)
 
 
-def sweep(size: str, horizon: int = 0, rate: float = 0.0) -> Sweep:
-    """Half, once and twice a learning rate; by default the base config's, at the middle horizon."""
+def sweep(size: str, horizon: int = 0, rate: float = 0.0, factors: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Sweep:
+    """Multiples of a learning rate; by default the base config's, at the middle horizon."""
     rate = rate or float(base(size).optimizer.learning_rate)
-    return Sweep((rate / 2, rate, rate * 2), seeds=(100,), horizon=horizon or horizons(size)[1], check_seed=0)
+    rates = tuple(factor * rate for factor in factors)
+    return Sweep(rates, seeds=(100,), horizon=horizon or horizons(size)[1], check_seed=0)
 
 
 def hidden(size: str) -> int:

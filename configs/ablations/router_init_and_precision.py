@@ -26,7 +26,7 @@ def get_suite(size: str) -> Suite:
         variants=variants,
         seeds=(0, 1, 2, 3, 4),
         horizons=(start,),
-        sweep=common.sweep(size, start),
+        sweep=common.sweep(size, start, factors=(0.5, 1.0, 2.0, 4.0)),  # short runs want larger rates
         comparisons={
             "equal FLOPs and parameters": Comparison("init_1.0", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS)
         },

@@ -21,6 +21,7 @@ class Choice:
         tried: (horizon, learning rate) → mean primary loss over the sweep's seeds; infinite if one diverged.
         optimum: best rate at the sweep's horizon, once every rate has been tried on every reserved seed.
         to_check: rates that the check at the longest horizon needs next.
+        at_edge: the rate is the lowest or highest tried, so that a better one may lie beyond.
     """
 
     rate: float
@@ -28,6 +29,7 @@ class Choice:
     tried: Mapping[tuple[int, float], float] = dataclasses.field(default_factory=dict)
     optimum: float | None = None
     to_check: tuple[float, ...] = ()
+    at_edge: bool = False
 
 
 def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
@@ -48,7 +50,7 @@ def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
     best, to_check = _check(sweep, suite.longest, tried, optimum)
     if to_check:
         return Choice(suite.learning_rate, tried=tried, optimum=optimum, to_check=to_check)
-    return Choice(best, True, tried, optimum)
+    return Choice(best, True, tried, optimum, at_edge=best in (sweep.learning_rates[0], sweep.learning_rates[-1]))
 
 
 def check_seed(sweep: Sweep) -> int:

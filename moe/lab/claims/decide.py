@@ -176,9 +176,12 @@ def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) 
     if steps < claim.min_steps:
         lacks.append(f"regime: {steps:,} steps of at least {claim.min_steps:,}")
     # A learning rate may favour one of several arms; a single arm's models are compared with themselves.
-    untuned = [arm for arm in arms_of(claim) if not table.choices[arm].tuned] if len(arms_of(claim)) > 1 else []
-    if untuned and any("loss" in outcome.part.value for outcome in outcomes):
-        lacks.append(f"tuning: learning rate not swept for {', '.join(untuned)}")
+    arms = arms_of(claim)
+    if len(arms) > 1 and any("loss" in outcome.part.value for outcome in outcomes):
+        if untuned := [arm for arm in arms if not table.choices[arm].tuned]:
+            lacks.append(f"tuning: learning rate not swept for {', '.join(untuned)}")
+        if at_edge := [arm for arm in arms if table.choices[arm].at_edge]:
+            lacks.append(f"tuning: best learning rate at the edge of the sweep for {', '.join(at_edge)}")
     n = min((outcome.effect.n for outcome in outcomes), default=0)
     if n < SEEDS:
         lacks.append(f"seeds: {n} of at least {SEEDS}")

@@ -128,8 +128,7 @@ def sweep_section(directory: Path, found: Table) -> str:
     rows = []
     for name, choice in found.choices.items():
         tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
-        inside = choice.rate in sweep.learning_rates[1:-1]
-        rows.append((name, f"{choice.rate:g}", _tuning(choice, inside), tried or "–"))
+        rows.append((name, f"{choice.rate:g}", _tuning(choice), tried or "–"))
     note = (
         f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
         f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps; the best one against the next lower for "
@@ -140,10 +139,10 @@ def sweep_section(directory: Path, found: Table) -> str:
     return f"{text}\n\n![sweep]({picture})" if picture else text
 
 
-def _tuning(choice: plan.Choice, inside: bool) -> str:
+def _tuning(choice: plan.Choice) -> str:
     if not choice.tuned:
         return "**not tuned**"
-    return "tuned" if inside else "tuned, at the edge of the rates"
+    return "tuned, **at the edge of the rates**" if choice.at_edge else "tuned"
 
 
 def costs_section(found: Table) -> str:
