@@ -158,9 +158,11 @@ def test_a_record_is_read_back(tmp_path):
 
 
 def test_results_load_with_one_line_of_pandas(tmp_path):
-    results.write(tmp_path, [record("a", 0, 4.5), record("b", 0, 4.25, probes={"p/x@1": 0.5})])
+    runs = [record("a", 0, 4.5), record("b", 0, 4.25, probes={"p/x@1": 0.5}), record("a", 0, 4.4, rate=1e-3)]
+    results.write(tmp_path, runs, [run.key for run in runs[:2]])
     found = pd.read_csv(tmp_path / "results.csv")
-    last = found.query("quantity == 'loss' and domain == 'primary' and step == steps").set_index("variant").value
+    last = found.query("compared and quantity == 'loss' and domain == 'primary' and step == steps")
+    last = last.set_index("variant").value
     assert (last["a"], last["b"]) == (4.5, 4.25)
     assert found.query("quantity == 'p/x'").layer.item() == 1
 
@@ -250,7 +252,7 @@ def test_effects_of_the_report_follow_from_results_csv(tmp_path):
     found += [record("mixtral", seed, loss, 4) for seed, loss in enumerate(ours)]
     page.write(tmp_path, suite, found, [], "", "COMMAND")
     results_csv = pd.read_csv(tmp_path / "results.csv")
-    final = results_csv.query("quantity == 'loss' and domain == 'primary' and step == steps")
+    final = results_csv.query("compared and quantity == 'loss' and domain == 'primary' and step == steps")
     by_seed = final.pivot_table("value", "seed", "variant")
     difference = by_seed["mixtral"] - by_seed["dense"]
     half = 4.30265 * difference.std() / math.sqrt(3)

@@ -1,12 +1,13 @@
 """The numbers of a suite as one long table.
 
 ``results.csv`` has a value per (variant, steps, learning_rate, seed, step, quantity, domain, layer) and loads with
-``pandas.read_csv``. It is made from the records alone, byte for byte the same on every machine.
+``pandas.read_csv``. ``compared`` is False for the runs of a sweep and of learning rates that lost. The table is made
+from the records alone, byte for byte the same on every machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.checkpoints import manager
-from moe.lab.records import DIVERGED, Record
+from moe.lab.records import DIVERGED, Key, Record
 from moe.metrics_files import METRICS, read_rows
 from moe.routing import balancing
 
 RESULTS = "results.csv"
-COLUMNS = ("variant", "steps", "learning_rate", "seed", "step", "quantity", "domain", "layer", "value")
+COLUMNS = ("variant", "steps", "learning_rate", "seed", "compared", "step", "quantity", "domain", "layer", "value")
 
 #: step, quantity, domain, layer, value
 Row = tuple[int, str, str, str, float]
@@ -61,11 +62,11 @@ def _per_layer(row: dict[str, Any], prefix: str, quantities: dict[str, Any]) -> 
     ]
 
 
-def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """The long table of some runs."""
+def frame(records: Iterable[Record], compared: Collection[Key]) -> pd.DataFrame:
+    """The long table of some runs; ``compared`` are those that comparisons and claims are about."""
     rows = []
     for record in records:
-        key = tuple(record.key)
+        key = (*record.key, record.key in compared)
         rows += [(*key, 0, name, "", "", value) for name, value in record.costs.items()]
         rows += [(*key, *row) for row in record.rows]
         rows.append((*key, record.steps, "diverged", "", "", float(record.status == DIVERGED)))
@@ -75,6 +76,6 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def write(directory: Path, records: Iterable[Record]) -> None:
+def write(directory: Path, records: Iterable[Record], compared: Collection[Key]) -> None:
     """Write results.csv, atomically."""
-    write_atomic(directory / RESULTS, frame(records).to_csv(index=False, float_format="%.7g").encode())
+    write_atomic(directory / RESULTS, frame(records, compared).to_csv(index=False, float_format="%.7g").encode())

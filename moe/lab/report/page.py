@@ -31,8 +31,8 @@ def write(
         command: that made the records.
     """
     records = list(records)
-    results.write(directory, records)
     found = Table(suite, records)
+    results.write(directory, records, {record.key for record in found.used})
     own = [claim for claim in claims if claim.suite == suite.name]
     parts = [f"# {suite.name}", suite.question, *_headline(found)]
     main = next(iter(suite.comparisons.items()), None)
