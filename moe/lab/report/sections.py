@@ -129,11 +129,14 @@ def sweep_section(directory: Path, found: Table) -> str:
     for name, choice in found.choices.items():
         tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
         rows.append((name, f"{choice.rate:g}", _tuning(choice), tried or "–"))
+    check = (
+        f"; the best one against the next lower for {found.suite.longest:,} steps (seed {plan.check_seed(sweep)}), and "
+        "so on while the lower one is better"
+    )
     note = (
         f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
-        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps; the best one against the next lower for "
-        f"{found.suite.longest:,} steps (seed {plan.check_seed(sweep)}), and so on while the lower one is better. "
-        f"Until both are done an arm uses {found.suite.learning_rate:g}, not tuned."
+        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps{check * (sweep.horizon < found.suite.longest)}. "
+        f"Until that is done an arm uses {found.suite.learning_rate:g}, not tuned."
     )
     text = f"{note}\n\n{table(('arm', 'rate used', '', 'loss by rate (steps)'), rows)}"
     return f"{text}\n\n![sweep]({picture})" if picture else text
