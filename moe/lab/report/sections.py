@@ -132,10 +132,12 @@ def sweep_section(directory: Path, found: Table) -> str:
     check = (
         f"; the best one against the next lower for {found.suite.longest:,} steps (seed {plan.check_seed(sweep)}), and "
         "so on while the lower one is better"
+        if sweep.horizon < found.suite.longest
+        else ""
     )
     note = (
         f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
-        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps{check * (sweep.horizon < found.suite.longest)}. "
+        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps{check}. "
         f"Until that is done an arm uses {found.suite.learning_rate:g}, not tuned."
     )
     text = f"{note}\n\n{table(('arm', 'rate used', '', 'loss by rate (steps)'), rows)}"
