@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -58,10 +59,27 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def raise_on_stop_signals() -> None:
-    """From here on, SIGTERM and SIGINT raise SystemExit with the same codes, so that ``finally`` blocks run."""
+    """From here on, SIGTERM and SIGINT raise SystemExit with the same codes, so that ``finally`` blocks run.
+
+    Python discards an exception raised inside a destructor or a weak reference's callback, where a signal may arrive
+    like anywhere else; the signal is then sent again.
+    """
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) is _exit:
             signal.signal(number, _raise)
+            sys.unraisablehook = _send_again
+
+
+def _send_again(discarded: sys.UnraisableHookArgs) -> None:
+    """Repeat the signal behind a discarded SystemExit, once the destructor has returned; print other exceptions."""
+    error = discarded.exc_value
+    for number in _STOP_SIGNALS:
+        if isinstance(error, SystemExit) and error.code == _exit_code(number):
+            timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+            return
+    sys.__unraisablehook__(discarded)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

@@ -139,6 +139,41 @@ def test_a_signal_during_startup_ends_the_program_without_a_traceback(number, co
     assert "Traceback" not in errors
 
 
+DESTRUCTOR = """
+import os
+import signal
+import sys
+import time
+from moe import platform
+
+class Deleted:
+    def __del__(self):
+        if sys.argv[1] != "0":
+            os.kill(os.getpid(), int(sys.argv[1]))
+            time.sleep(0)  # the handler raises here
+        print(1 / 0)
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background
+platform._exit_on_stop_signals()
+platform.raise_on_stop_signals()
+try:
+    Deleted()
+    time.sleep(10 if sys.argv[1] != "0" else 0)
+finally:
+    print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "error"), [*((*stop, "") for stop in STOPS), (0, 0, "ZeroDivisionError")])
+def test_a_signal_inside_a_destructor_is_not_lost(number, code, error):
+    """number 0: no signal; other errors in a destructor are printed as before."""
+    ended = subprocess.run(
+        [sys.executable, "-c", DESTRUCTOR, str(int(number))], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (code, "cleaned up\n")
+    assert error in ended.stderr if error else not ended.stderr
+
+
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 def test_a_closed_or_full_stderr_does_not_end_a_run(redirection):
     process = start(redirection)

@@ -40,7 +40,7 @@ def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
     losses: dict[tuple[int, float], list[float]] = {}
     for record in records:
         swept = record.steps == sweep.horizon and record.seed in sweep.seeds
-        checked = record.steps == suite.longest and record.seed == check_seed(sweep)
+        checked = record.steps == suite.longest and record.seed == sweep.checked_on
         if record.variant == variant and (swept or checked):
             losses.setdefault((record.steps, record.learning_rate), []).append(record.primary_loss)
     tried = {point: statistics.fmean(values) for point, values in losses.items()}
@@ -51,11 +51,6 @@ def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
     if to_check:
         return Choice(suite.learning_rate, tried=tried, optimum=optimum, to_check=to_check)
     return Choice(best, True, tried, optimum, at_edge=best in (sweep.learning_rates[0], sweep.learning_rates[-1]))
-
-
-def check_seed(sweep: Sweep) -> int:
-    """Seed of the runs that check a sweep's optimum at the longest horizon."""
-    return sweep.seeds[0] if sweep.check_seed is None else sweep.check_seed
 
 
 def _check(
@@ -112,8 +107,9 @@ def _sweep_runs(suite: Suite, choices: Mapping[str, Choice]) -> list[Key]:
         Key(name, sweep.horizon, rate, seed)
         for seed, name, rate in itertools.product(sweep.seeds, arms, sweep.learning_rates)
     ]
-    seed = check_seed(sweep)
-    return found + [Key(name, suite.longest, rate, seed) for name in arms for rate in choices[name].to_check]
+    return found + [
+        Key(name, suite.longest, rate, sweep.checked_on) for name in arms for rate in choices[name].to_check
+    ]
 
 
 def parents(suite: Suite, records: Iterable[Record], key: Key) -> dict[str, Key]:

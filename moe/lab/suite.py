@@ -82,7 +82,7 @@ class Sweep:
         learning_rates: peak rates in ascending order; the base config's rate is one of them.
         seeds: reserved seeds.
         horizon: steps of a sweep run.
-        check_seed: seed of the check; None: the first reserved one. With a seed of the comparisons, their run at the
+        check_seed: seed of the check; None: the first of ``seeds``. With a seed of the comparisons, their run at the
             optimum serves as the check too.
     """
 
@@ -90,6 +90,11 @@ class Sweep:
     seeds: tuple[int, ...]
     horizon: int
     check_seed: int | None = None
+
+    @property
+    def checked_on(self) -> int:
+        """Seed of the runs that check the optimum at the longest horizon."""
+        return self.seeds[0] if self.check_seed is None else self.check_seed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Table:
         records = list(records)
         self.suite, self.records = suite, records
         self.choices = {name: plan.choose(suite, records, name) for name in suite.variants}
-        reserved = {*suite.sweep.seeds, plan.check_seed(suite.sweep)} - {*suite.seeds} if suite.sweep else set()
+        reserved = {*suite.sweep.seeds, suite.sweep.checked_on} - {*suite.seeds} if suite.sweep else set()
         self._runs: dict[tuple[str, int, int], Record] = {}
         self._curves: dict[tuple[str, int, int], dict[tuple[str, str, str], list[tuple[int, float]]]] = {}
         for record in records:

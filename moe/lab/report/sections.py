@@ -130,7 +130,7 @@ def sweep_section(directory: Path, found: Table) -> str:
         tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
         rows.append((name, f"{choice.rate:g}", _tuning(choice), tried or "–"))
     check = (
-        f"; the best one against the next lower for {found.suite.longest:,} steps (seed {plan.check_seed(sweep)}), and "
+        f"; the best one against the next lower for {found.suite.longest:,} steps (seed {sweep.checked_on}), and "
         "so on while the lower one is better"
         if sweep.horizon < found.suite.longest
         else ""
