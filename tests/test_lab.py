@@ -12,7 +12,7 @@ from moe.lab import costs, plan, records, results
 from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse
 from moe.lab.records import DIVERGED, PRIMARY, Key
-from moe.lab.report import page, sections
+from moe.lab.report import figures, page, sections
 from moe.lab.suite import Comparison, Sweep, Variant, check, load_suite, with_seeds
 from moe.lab.table import MissingError, Table
 from tests.helpers import slow_case
@@ -239,10 +239,23 @@ def test_report_of_horizons_tells_the_crossing(tmp_path):
 def test_report_below_the_longest_horizon_says_so(tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 400))
     found = [record(name, seed, loss, 4) for name, loss in (("dense", 5.0), ("mixtral", 5.1)) for seed in (0, 1, 2)]
+    found.append(record("dense", 0, 4.0, 400))  # a first run of the next horizon, without a partner
     page.write(tmp_path, suite, found, [], "", "COMMAND")
     text = (tmp_path / "report.md").read_text()
     assert "The longest horizon, 400 steps, has no comparison yet" in text
     assert "below the crossing" in text
+    assert "| dense | 4 | 5.0000 ± 0.0000 |" in text  # the table of domains stays with the three seeds
+
+
+def test_the_picture_of_a_sweep_names_arms_that_only_one_panel_has(tmp_path, monkeypatch):
+    suite = suite_of({"a": DENSE, "b": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=Sweep((1e-3, 3e-3), (7,), 10))
+    found = [record(name, 7, 5.0, 10, rate) for name in ("a", "b") for rate in (1e-3, 3e-3)]
+    found.append(record("b", 7, 4.0, 20, 1e-3))
+    pictures = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: pictures.append(figure) or path.name)
+    assert figures.sweep(tmp_path / "sweep.png", Table(suite, found)) == "sweep.png"
+    (picture,) = pictures
+    assert [text.get_text() for text in picture.axes[-1].get_legend().get_texts()] == ["a", "b"]
 
 
 def test_effects_of_the_report_follow_from_results_csv(tmp_path):

@@ -56,6 +56,10 @@ class Table:
         """Longest horizon at which all of these arms share a seed; 0 if there is none."""
         return max((steps for steps in self.horizons if self.seeds(steps, *variants)), default=0)
 
+    def fullest(self, variant: str) -> int:
+        """Horizon for which an arm has the most seeds, the longest of several; 0 without runs."""
+        return max(self.horizons, key=lambda steps: (len(self.seeds(steps, variant)), steps), default=0)
+
     def record(self, variant: str, steps: int, seed: int) -> Record:
         """One run.
 

@@ -160,14 +160,14 @@ def sweep(path: Path, table: Table) -> str:
         _rate_ticks(axis, sorted({rate for c in tried.values() for s, rate in c.tried if s == steps}))
         axis.set(xlabel="peak learning rate", ylabel="held-out loss, nats", title=f"{steps:,} steps")
         axis.grid(alpha=0.3)
-    _legend_beside(axes[0, -1])
+    _legend_beside(*axes[0])
     return _save(fig, path)
 
 
 def routing(path: Path, table: Table) -> str:
-    """Routers of the longest runs over training, mean over layers and seeds."""
+    """Routers over training, mean over layers and seeds, at the longest horizon that is the fullest one of an arm."""
     sparse = [name for name in table.variants if table.layers(name, "max_violation")]
-    steps = max((table.longest(name) for name in sparse), default=0)
+    steps = max((table.fullest(name) for name in sparse), default=0)
     sparse = [name for name in sparse if table.seeds(steps, name)]
     if not sparse:
         return ""
@@ -186,13 +186,15 @@ def routing(path: Path, table: Table) -> str:
                 axis.plot(xs, np.mean([[v for _, v in curve] for curve in curves], 0), color=color[name], label=name)
         axis.set(xlabel=f"step of {steps:,}", title=label)
         axis.grid(alpha=0.3)
-    _legend_beside(axes[-1])
+    _legend_beside(*axes)
     return _save(fig, path)
 
 
-def _legend_beside(axis: Axes) -> None:
-    """A legend to the right of the axes, where it covers no curve."""
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+def _legend_beside(*panels: Axes) -> None:
+    """A legend of what all panels show, to the right of the last one, where it covers no curve."""
+    pairs = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
+    shown = {label: handle for pair in pairs for handle, label in pair}
+    panels[-1].legend(list(shown.values()), list(shown), fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def _rate_ticks(axis: Axes, rates: Sequence[float]) -> None:

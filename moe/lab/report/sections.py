@@ -151,10 +151,10 @@ def _tuning(choice: plan.Choice) -> str:
 
 
 def costs_section(found: Table) -> str:
-    """Parameters, model FLOPs, and FLOPs executed at the longest horizon that the arm has."""
+    """Parameters, model FLOPs, and FLOPs executed at the horizon for which the arm has the most seeds."""
     rows = []
     for name in found.variants:
-        steps = found.longest(name)
+        steps = found.fullest(name)
         cost = found.suite.costs(name, steps)
         before = sum(_executed(found, parent, steps) for parent in plan.family(found.suite, name))
         rows.append((
@@ -195,11 +195,11 @@ def _dropped(found: Table, name: str, steps: int) -> float:
 
 
 def domains_section(found: Table) -> str:
-    """Loss per domain at the longest horizon that the arm has."""
+    """Loss per domain at the horizon for which the arm has the most seeds."""
     domains = list(dict.fromkeys(d for record in found.used for d in record.row_domains))
     rows = []
     for name in found.variants:
-        steps = found.longest(name)
+        steps = found.fullest(name)
         cells = []
         for domain in domains:
             curves = [found.curve(name, steps, s, "loss", domain) for s in found.seeds(steps, name)]
@@ -209,10 +209,10 @@ def domains_section(found: Table) -> str:
 
 
 def routing_section(found: Table) -> str:
-    """Routing statistics per MoE layer at the longest horizon that the arm has; empty without sparse arms."""
+    """Routing statistics per MoE layer at the horizon with the most seeds; empty without sparse arms."""
     rows = []
     for name in found.variants:
-        steps, layers = found.longest(name), found.layers(name, "max_violation")
+        steps, layers = found.fullest(name), found.layers(name, "max_violation")
         if not layers:
             continue
         seeds = found.seeds(steps, name)
