@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -67,11 +69,12 @@ def raise_on_stop_signals() -> None:
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) is _exit:
             signal.signal(number, _raise)
-            sys.unraisablehook = _send_again
+            if not isinstance(sys.unraisablehook, functools.partial):
+                sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
 
 
-def _send_again(discarded: sys.UnraisableHookArgs) -> None:
-    """Repeat the signal behind a discarded SystemExit, once the destructor has returned; print other exceptions."""
+def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: sys.UnraisableHookArgs) -> None:
+    """Repeat the signal behind a discarded SystemExit, once the destructor has returned; report other exceptions."""
     error = discarded.exc_value
     for number in _STOP_SIGNALS:
         if isinstance(error, SystemExit) and error.code == _exit_code(number):
@@ -79,7 +82,7 @@ def _send_again(discarded: sys.UnraisableHookArgs) -> None:
             timer.daemon = True
             timer.start()
             return
-    sys.__unraisablehook__(discarded)
+    report(discarded)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
