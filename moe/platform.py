@@ -69,7 +69,7 @@ def raise_on_stop_signals() -> None:
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) is _exit:
             signal.signal(number, _raise)
-            if not isinstance(sys.unraisablehook, functools.partial):
+            if getattr(sys.unraisablehook, "func", None) is not _send_again:  # not installed by an earlier call
                 sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
 
 

@@ -165,7 +165,7 @@ def sweep(path: Path, table: Table) -> str:
 
 
 def routing(path: Path, table: Table) -> str:
-    """Routers over training, mean over layers and seeds, at the longest horizon that is the fullest one of an arm."""
+    """Routers over training, mean over layers and seeds, at the longest of the arms' horizons with the most seeds."""
     sparse = [name for name in table.variants if table.layers(name, "max_violation")]
     steps = max((table.fullest(name) for name in sparse), default=0)
     sparse = [name for name in sparse if table.seeds(steps, name)]
