@@ -146,6 +146,15 @@ def test_a_check_with_a_seed_of_the_comparisons_takes_their_run():
     assert Table(dataclasses.replace(suite, seeds=(3, 4)), tuned).used == []
 
 
+def test_a_sweep_at_the_longest_horizon_is_decided_by_its_reserved_seeds_alone():
+    sweep = Sweep((1e-3, 3e-3), (7,), 20, check_seed=0)
+    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(20,), sweep=sweep)
+    swept = [record("a", 7, loss, 20, rate) for rate, loss in ((1e-3, 4.6), (3e-3, 4.5))]
+    # The chosen rate's first run of the comparisons has a higher loss, which is that seed's, not the rate's.
+    choice = plan.choose(suite, [*swept, record("a", 0, 4.9, 20, 3e-3)], "a")
+    assert (choice.rate, choice.tuned, choice.tried) == (3e-3, True, {(20, 1e-3): 4.6, (20, 3e-3): 4.5})
+
+
 def test_a_record_is_read_back(tmp_path):
     written = record("a", 0, 4.56789012)
     written.write(tmp_path)

@@ -37,10 +37,11 @@ def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
     sweep = suite.sweep
     if sweep is None:
         return Choice(suite.learning_rate)
+    has_check = sweep.horizon < suite.longest  # otherwise seed 0 at the chosen rate is an ordinary run
     losses: dict[tuple[int, float], list[float]] = {}
     for record in records:
         swept = record.steps == sweep.horizon and record.seed in sweep.seeds
-        checked = record.steps == suite.longest and record.seed == sweep.checked_on
+        checked = has_check and record.steps == suite.longest and record.seed == sweep.checked_on
         if record.variant == variant and (swept or checked):
             losses.setdefault((record.steps, record.learning_rate), []).append(record.primary_loss)
     tried = {point: statistics.fmean(values) for point, values in losses.items()}

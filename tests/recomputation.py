@@ -1,0 +1,204 @@
+"""The arithmetic of a suite's report a second time, from results.csv with pandas and SciPy.
+
+Nothing of :mod:`moe.lab` is used, and other methods where there are any: power by integration over the chi-square
+distribution instead of the noncentral t, multinomial row weights in the bootstrap, normal equations for the law.
+"""
+
+import functools
+import itertools
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import scipy.linalg
+import scipy.optimize
+import scipy.stats
+
+TERM = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)?\s*(?:([a-z][\w/.]*)\[([\w.]+)((?:,[^\]]*)?)\])?")
+
+
+class Runs:
+    """results.csv of a suite: all runs, and those that comparisons are about."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.all = pd.read_csv(folder / "results.csv", keep_default_na=False)
+        self.data = self.all[self.all.compared]
+
+    def seeds(self, arm, steps):
+        runs = self.data[(self.data.variant == arm) & (self.data.steps == steps)]
+        return sorted(runs.seed.unique())
+
+    def horizons(self, *arms):
+        """Horizons at which these arms share seeds, ascending."""
+        steps = sorted(self.data.steps.unique())
+        return [s for s in steps if set.intersection(*(set(self.seeds(arm, s)) for arm in arms))]
+
+    def fullest(self, arm):
+        """Horizon with the most seeds, the longest of several."""
+        return max(self.data.steps.unique(), key=lambda steps: (len(self.seeds(arm, steps)), steps))
+
+    def rows(self, arm, steps, quantity, domain=""):
+        data = self.data
+        chosen = (data.variant == arm) & (data.steps == steps) & (data.quantity == quantity) & (data.domain == domain)
+        return data[chosen]
+
+    def per_layer(self, arm, steps, quantity):
+        """Table of the last values: seeds down, layers across."""
+        rows = self.rows(arm, steps, quantity).sort_values("step")
+        return rows.pivot_table("value", "seed", rows.layer.astype(str), aggfunc="last")
+
+    def last(self, arm, steps, quantity, domain="", layers="", first=False):
+        """Seed → value at the last (or first) step, mean over layers."""
+        rows = self.rows(arm, steps, quantity, domain).sort_values("step")
+        if layers:
+            start, end = int(layers.rstrip("-")), 10**6 if layers.endswith("-") else int(layers)
+            rows = rows[pd.to_numeric(rows.layer).between(start, end)]
+        values = rows.groupby(["seed", "layer"]).value
+        return (values.first() if first else values.last()).groupby("seed").mean()
+
+    def loss(self, arm, steps, **options):
+        return self.last(arm, steps, "loss", "primary", **options)
+
+    def difference(self, arm, base, steps):
+        return (self.loss(arm, steps) - self.loss(base, steps)).dropna()
+
+    def expression(self, text, steps):
+        """Seed → value of a claim's linear combination."""
+        total = 0.0
+        for sign, factor, quantity, arm, options in TERM.findall(text):
+            if not (factor or quantity):
+                continue
+            term = float(factor or 1) * (-1 if sign == "-" else 1)
+            if quantity:
+                layers = re.search(r"layer=([\d-]+)", options)
+                domain = "primary" if quantity == "loss" else ""
+                first = "step=first" in options
+                term = term * self.last(arm, steps, quantity, domain, layers[1] if layers else "", first)
+            total = total + term
+        return total.dropna()
+
+    def rates(self, arm, rate, steps, seed):
+        """Loss of a run of the sweep."""
+        runs = self.all
+        chosen = (runs.variant == arm) & np.isclose(runs.learning_rate, rate) & (runs.steps == steps)
+        chosen &= (runs.seed == seed) & (runs.quantity == "loss") & (runs.domain == "primary")
+        return runs[chosen].sort_values("step").value.iloc[-1]
+
+    def row_losses(self, arm, steps, seed):
+        """(loss of every held-out row, its domain), from the run's record."""
+        rate = self.rows(arm, steps, "loss", "primary").learning_rate.iloc[0]
+        name = f"{arm}.steps_{steps}.lr_{rate:g}.seed_{seed}.json"
+        record = json.loads((self.folder / "records" / name).read_text())
+        return np.asarray(record["row_losses"]), np.asarray(record["row_domains"])
+
+
+def interval(values):
+    """(mean, low, high, p, sd) of a one-sample t test."""
+    values = np.asarray(values, float)
+    mean, sd, n = values.mean(), values.std(ddof=1), len(values)
+    if sd == 0:
+        return mean, mean, mean, float(mean == 0), 0.0
+    half = scipy.stats.t.ppf(0.975, n - 1) * sd / np.sqrt(n)
+    return mean, mean - half, mean + half, 2 * scipy.stats.t.sf(abs(mean) * np.sqrt(n) / sd, n - 1), sd
+
+
+def power(effect, n):
+    """Of a two-sided t test of n values, for an effect in standard deviations."""
+    chi = np.sqrt(scipy.stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1) / (n - 1))
+    bound, shift = scipy.stats.t.ppf(0.975, n - 1) * chi, effect * np.sqrt(n)
+    return float(np.mean(scipy.stats.norm.sf(bound - shift) + scipy.stats.norm.cdf(-bound - shift)))
+
+
+@functools.cache
+def detectable(n):
+    """Effect in standard deviations that n values find with 80 % power."""
+    return scipy.optimize.brentq(lambda effect: power(effect, n) - 0.8, 1e-6, 50.0)
+
+
+def holm(p):
+    """Holm's adjusted p-values."""
+    p = pd.Series(list(p)).sort_values(kind="stable")
+    return (p * np.arange(len(p), 0, -1)).clip(upper=1).cummax().sort_index().to_numpy()
+
+
+def pooled(losses, base):
+    """Arm → (mean, low, high) in the model arm + seed; ``losses``: arm → series over seeds."""
+    table = pd.concat(losses, names=["arm", "seed"]).rename("loss").reset_index()
+    design = pd.get_dummies(table[["arm", "seed"]].astype(str), dtype=float)
+    design = design.drop(columns=f"arm_{base}")
+    degrees = len(table) - design.shape[1]
+    q, r = np.linalg.qr(design.to_numpy())
+    fit = scipy.linalg.solve_triangular(r, q.T @ table.loss)
+    variance = ((table.loss - design.to_numpy() @ fit) ** 2).sum() / degrees
+    error = np.sqrt(variance * np.diag(scipy.linalg.inv(r.T @ r)))
+    half = scipy.stats.t.ppf(0.975, degrees) * error
+    found = dict(zip(design.columns, zip(fit, fit - half, fit + half, strict=True), strict=True))
+    return {name.removeprefix("arm_"): found[name] for name in design.columns if name.startswith("arm_")}
+
+
+def bootstrap(runs, arm, base, steps, draws=10_000):
+    """95 % percentile interval over rows of each domain and seeds (fewer than three seeds: rows alone)."""
+    rng, differences = np.random.default_rng(7), []
+    seeds = sorted(set(runs.seeds(arm, steps)) & set(runs.seeds(base, steps)))
+    domains = np.empty(0)
+    for seed in seeds:
+        (ours, domains), (theirs, _) = (runs.row_losses(name, steps, seed) for name in (arm, base))
+        differences.append(ours - theirs)
+    n = len(seeds)
+    weights = rng.multinomial(n, np.full(n, 1 / n), draws) / n if n > 2 else np.full((draws, n), 1 / n)
+    over_seeds, means = weights @ np.asarray(differences), []
+    for domain in np.unique(domains):
+        values = over_seeds[:, domains == domain]
+        rows = values.shape[1]
+        means.append((values * rng.multinomial(rows, np.full(rows, 1 / rows), draws)).sum(1) / rows)
+    return np.quantile(np.mean(means, 0), [0.025, 0.975])
+
+
+def share_of_steps(runs, arm, base, steps):
+    """Share of the steps after which the arm has the baseline's last loss, per seed; [] without a curve."""
+    shares = []
+    curves = runs.rows(arm, steps, "loss", "primary").sort_values("step")
+    for seed, target in runs.loss(base, steps).items():
+        curve = curves[curves.seed == seed]
+        at, loss = curve.step.to_numpy(float), curve.value.to_numpy()
+        if len(at) < 2:
+            continue
+        reached = np.flatnonzero(loss[1:] <= target)
+        if not len(reached):
+            shares.append(np.inf)
+            continue
+        i = reached[0]
+        where = np.interp(target, [loss[i + 1], loss[i]], [at[i + 1], at[i]]) if loss[i] > loss[i + 1] else at[i + 1]
+        shares.append(where / steps)
+    return shares
+
+
+def median_interval(values):
+    """(median, low, high, coverage) from order statistics: the narrowest with 95 %, or the whole range."""
+    values, n, k = np.sort(values), len(values), 1
+    while k < n // 2 and 1 - 2 * scipy.stats.binom.cdf(k, n, 0.5) >= 0.95:
+        k += 1
+    return np.median(values), values[k - 1], values[-k], 1 - 2 * scipy.stats.binom.cdf(k - 1, n, 0.5)
+
+
+def zero(tokens, values):
+    """First token count at which values fall through zero, between logarithms; infinite if they never do."""
+    if values[0] <= 0:
+        return 0.0
+    for (t, v), (after, w) in itertools.pairwise(zip(np.log(tokens), values, strict=True)):
+        if v > 0 >= w:
+            return float(np.exp(t + v / (v - w) * (after - t)))
+    return np.inf
+
+
+def law(points):
+    """(coefficients, errors, residual sd, residuals) of log L = d + a log D + b log E + c log D log E."""
+    experts, tokens, loss = np.asarray([(e, t, loss) for (e, t), loss in points.items()], float).T
+    design = np.stack([np.ones_like(loss), np.log(tokens), np.log(experts), np.log(tokens) * np.log(experts)], 1)
+    normal = design.T @ design
+    fit = np.linalg.solve(normal, design.T @ np.log(loss))
+    residuals = np.log(loss) - design @ fit
+    variance = (residuals**2).sum() / (len(loss) - 4)
+    return fit, np.sqrt(variance * np.diag(np.linalg.inv(normal))), np.sqrt(variance), residuals
