@@ -126,10 +126,10 @@ def test_headline(folder):
         mean, low, high, p, sd = again.interval(runs.difference(arm, base, steps))
         n = len(runs.difference(arm, base, steps))
         assert side == ("better than" if high < 0 else "worse than" if low > 0 else "not told apart from")
-        own, _, ahead = numbers.partition(" It ")
+        own, _, ahead = numbers.partition(" Its mean loss ")
         smallest = (again.detectable(n) * sd, ".4f")
         check(arm, own, (mean, "+.4f"), (low, "+.4f"), (high, "+.4f"), (n, "d"), (p, ".2g"), smallest)
-        if "gets ahead" in ahead:
+        if "from about" in ahead:
             horizons = runs.horizons(arm, base)
             tokens = [steps * tokens_per_step for steps in horizons]
             effects = [again.interval(runs.difference(arm, base, steps))[:3] for steps in horizons]

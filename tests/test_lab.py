@@ -241,7 +241,7 @@ def test_report_of_horizons_tells_the_crossing(tmp_path):
     page.write(tmp_path, suite, found, [], "", "COMMAND")
     text = (tmp_path / "report.md").read_text()
     tokens = 40 * suite.tokens_per_step / 1e6  # halfway between 4 and 400 in log steps
-    assert f"It gets ahead at about {tokens:.2f} million tokens" in text
+    assert f"Its mean loss is the lower one from about {tokens:.2f} million tokens on" in text
     assert "![horizons](horizons.png)" in text
 
 

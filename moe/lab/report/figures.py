@@ -171,23 +171,34 @@ def routing(path: Path, table: Table) -> str:
     sparse = [name for name in sparse if table.seeds(steps, name)]
     if not sparse:
         return ""
-    fig, axes = plt.subplots(1, len(ROUTING), figsize=(4.6 * len(ROUTING), 3.8))
+    panels = [(label, _mean_curves(table, sparse, steps, quantity)) for quantity, label in ROUTING]
+    # Dropless arms drop nothing: such a panel shows nothing.
+    panels = [(label, curves) for label, curves in panels if any(np.any(ys) for _, ys in curves.values())]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False)
     color = colors(table)
-    for axis, (quantity, label) in zip(axes, ROUTING, strict=True):
-        for name in sparse:
-            curves = [
-                table.curve(name, steps, seed, quantity, "", layer)
-                for seed in table.seeds(steps, name)
-                for layer in table.layers(name, quantity)
-            ]
-            curves = [curve for curve in curves if curve]
-            if curves:
-                xs = [step for step, _ in curves[0]]
-                axis.plot(xs, np.mean([[v for _, v in curve] for curve in curves], 0), color=color[name], label=name)
+    for axis, (label, curves) in zip(axes[0], panels, strict=True):
+        for name, (xs, ys) in curves.items():
+            axis.plot(xs, ys, color=color[name], label=name)
         axis.set(xlabel=f"step of {steps:,}", title=label)
         axis.grid(alpha=0.3)
-    _legend_beside(*axes)
+    _legend_beside(*axes[0])
     return _save(fig, path)
+
+
+def _mean_curves(
+    table: Table, variants: Sequence[str], steps: int, quantity: str
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Arm → (steps, mean over layers and seeds)."""
+    found = {}
+    for name in variants:
+        curves = [
+            table.curve(name, steps, seed, quantity, "", layer)
+            for seed in table.seeds(steps, name)
+            for layer in table.layers(name, quantity)
+        ]
+        if curves := [curve for curve in curves if curve]:
+            found[name] = ([step for step, _ in curves[0]], np.mean([[v for _, v in curve] for curve in curves], 0))
+    return found
 
 
 def _legend_beside(*panels: Axes) -> None:

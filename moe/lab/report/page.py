@@ -142,11 +142,12 @@ def _crossing(found: Table, arm: str, baseline: str) -> str:
         return ""
     crossing = statistics.crossing(*zip(*points, strict=True))
     if crossing.tokens == 0:
-        return " It is ahead at every horizon."
+        return " Its mean loss is the lower one at every horizon."
     if math.isnan(crossing.tokens):
-        return " It is behind at every horizon."
+        return " Its mean loss is the higher one at every horizon."
     end = "beyond the longest horizon" if math.isinf(crossing.high) else f"{crossing.high / 1e6:.2f}"
-    return f" It gets ahead at about {crossing.tokens / 1e6:.2f} million tokens [{crossing.low / 1e6:.2f}, {end}]."
+    point, low = crossing.tokens / 1e6, crossing.low / 1e6
+    return f" Its mean loss is the lower one from about {point:.2f} million tokens on [{low:.2f}, {end}]."
 
 
 def _missing(found: Table) -> str:
