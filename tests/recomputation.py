@@ -95,8 +95,10 @@ class Runs:
 
 
 def interval(values):
-    """(mean, low, high, p, sd) of a one-sample t test."""
+    """(mean, low, high, p, sd) of a one-sample t test; all but the mean are NaN for one value."""
     values = np.asarray(values, float)
+    if len(values) == 1:
+        return values[0], np.nan, np.nan, np.nan, np.nan
     mean, sd, n = values.mean(), values.std(ddof=1), len(values)
     if sd == 0:
         return mean, mean, mean, float(mean == 0), 0.0

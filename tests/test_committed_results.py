@@ -49,10 +49,11 @@ def check(where, cell, *values):
         assert text in allowed, f"{where}: {cell!r}, {value}"
 
 
-def effect(where, cell, values, *, signed="+.4f"):
+def effect(where, cell, values):
     """A cell "mean [low, high], n = N"."""
     mean, low, high, _, _ = again.interval(values)
-    check(where, cell, (mean, signed), (low, signed), (high, signed), (len(values), "d"))
+    ends = [(low, "+.4f"), (high, "+.4f")] if len(values) > 1 else []
+    check(where, cell.removesuffix(": no interval"), (mean, "+.4f"), *ends, (len(values), "d"))
 
 
 def mean_sd(where, cell, values):
@@ -123,8 +124,8 @@ def test_headline(folder):
     for arm, after, text in lines:
         side, base, numbers = re.match(r"is (better than|worse than|not told apart from) ([\w.]+): (.*)", text).groups()
         steps = int(NUMBER.search(after)[0].replace(",", "")) if after else longest
-        mean, low, high, p, sd = again.interval(runs.difference(arm, base, steps))
-        n = len(runs.difference(arm, base, steps))
+        differences = runs.difference(arm, base, steps)
+        n, (mean, low, high, p, sd) = len(differences), again.interval(differences)
         assert side == ("better than" if high < 0 else "worse than" if low > 0 else "not told apart from")
         own, _, ahead = numbers.partition(" Its mean loss ")
         smallest = (again.detectable(n) * sd, ".4f")
@@ -164,16 +165,16 @@ def claim_parts(text, runs_of):
             values = runs.expression(part["value"], steps)
             sd, p = again.interval(values)[4], again.interval(values)[3]
             effect(where, ours, values)
-            check(where, row[7], (again.detectable(len(values)) * sd, ".4f"))
+            check(where, row[7], *[(again.detectable(len(values)) * sd, ".4f")] * (len(values) > 1))
             if part["value"].startswith("loss[") and sd > 0:
                 spreads.append(sd)
             if row[8] != "–":
                 enough(where, row[8], part["published"] / sd)
             verdict = "" if part["rule"] == "shown" else _verdict(part["rule"], part.get("margin", 0), values)
-        check(where, row[4], (p, ".2g"))
+        check(where, row[4], *[(p, ".2g")] * (not math.isnan(p)))
         assert row[2].endswith(f": {verdict}") if verdict else row[2] == "shown only"
         verdicts.setdefault(row[0], []).append(verdict)
-        if verdict:
+        if verdict and not math.isnan(p):
             deciding.append((where, row[5], p))
     for (where, cell, _), p in zip(deciding, again.holm([p for *_, p in deciding]), strict=True):
         check(where, cell, (p, ".2g"))
