@@ -115,8 +115,8 @@ def power(effect, n):
 
 @functools.cache
 def detectable(n):
-    """Effect in standard deviations that n values find with 80 % power."""
-    return scipy.optimize.brentq(lambda effect: power(effect, n) - 0.8, 1e-6, 50.0)
+    """Effect in standard deviations that n values find with 80 % power; one value finds none."""
+    return np.inf if n < 2 else scipy.optimize.brentq(lambda effect: power(effect, n) - 0.8, 1e-6, 50.0)
 
 
 def holm(p):

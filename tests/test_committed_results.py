@@ -229,7 +229,7 @@ def test_all_claims():
 def test_learning_rates(folder):
     runs, sections = read(folder)
     text = sections["Learning rates"]
-    if "Not tuned:" in text:
+    if "**Not tuned:**" in text:
         assert runs.all.groupby("variant").learning_rate.nunique().max() == 1
         return
     sweep = re.search(r"reserved seeds (\d+) for ([\d,]+) steps(?:.*?\(seed (\d+)\))?", text)

@@ -86,10 +86,10 @@ def _standing(finding: Finding, found: Table | None, spread: float) -> str:
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
     parts += [finding.note] if finding.note else []
     parts += finding.lacks
-    if finding.verdict == UNDECIDED:
-        seeds = [statistics.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
-        parts += [f"{_count(max(seeds))} seeds would find effects as large as those seen"] if seeds else []
-    elif finding.verdict in (NOT_TESTED, BELOW) and found is not None:
+    seeds = [statistics.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
+    if finding.verdict == UNDECIDED and seeds:
+        parts.append(f"{_count(max(seeds))} seeds would find effects as large as those seen")
+    elif finding.verdict in (UNDECIDED, NOT_TESTED, BELOW) and found is not None:
         parts.append(_to_test(finding.claim, found, spread))
     return "; ".join(parts) or "nothing"
 

@@ -121,7 +121,7 @@ def sweep_section(directory: Path, found: Table) -> str:
     """The curve, the choices, and which arms are not tuned."""
     sweep = found.suite.sweep
     assert sweep is not None
-    if not any(choice.tried for choice in found.choices.values()):
+    if not any(steps == sweep.horizon for choice in found.choices.values() for steps, _ in choice.tried):
         rate = f"{found.suite.learning_rate:g}"
         return f"**Not tuned:** the sweep has not been run. All arms use the base config's rate, {rate}."
     picture = figures.sweep(directory / "sweep.png", found)
