@@ -140,7 +140,7 @@ def pooled(losses, base):
     return {name.removeprefix("arm_"): found[name] for name in design.columns if name.startswith("arm_")}
 
 
-def bootstrap(runs, arm, base, steps, draws=10_000):
+def bootstrap(runs, arm, base, steps, draws=2_000):
     """95 % percentile interval over rows of each domain and seeds (fewer than three seeds: rows alone)."""
     rng, differences = np.random.default_rng(7), []
     seeds = sorted(set(runs.seeds(arm, steps)) & set(runs.seeds(base, steps)))

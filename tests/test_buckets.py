@@ -110,6 +110,12 @@ def test_a_bucket_that_cannot_be_reached_is_refused(directory, monkeypatch):
         train(tiny(directory), "gs://bucket/run", ONE, quiet=True)
 
 
+def test_a_dataset_that_the_bucket_does_not_hold_is_refused(directory, store):
+    config = tiny(directory, **{"data.dataset": f"gs://{BUCKET}/nowhere"})
+    with pytest.raises(ConfigError, match=f"data.dataset='gs://{BUCKET}/nowhere': no such folder"):
+        train(config, str(directory / "run"), ONE, quiet=True)
+
+
 @pytest.mark.slow
 def test_a_killed_run_in_a_bucket_resumes_to_the_bit(directory, store, tmp_path):
     settings = {**SETTINGS, "train.num_steps": 12, "train.save_every": 3, "train.sample_tokens": 4}

@@ -101,7 +101,7 @@ def _comparison(where, cells, runs, arm, base, steps, adjusted, pooled):
         check(where, cells[0].split(":")[0], (differences.iloc[0], "+.4f"), (1, "d"))
         assert cells[1:3] == ["–", "–"]
     check(where, cells[3], *[(value, "+.4f") for value in pooled or ()])
-    # Another generator: the ends differ by Monte Carlo error, about 0.02 of the width for 2,000 and 10,000 draws.
+    # Another generator: the ends differ by Monte Carlo error, of standard deviation 0.02 widths (2,000 draws).
     printed = np.asarray([float(x) for x in NUMBER.findall(cells[4])])
     ours = again.bootstrap(runs, arm, base, steps)
     assert np.abs(printed - ours).max() < 0.1 * (ours[1] - ours[0]), f"{where}: {cells[4]!r}, {ours}"
