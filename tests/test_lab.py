@@ -155,6 +155,17 @@ def test_a_sweep_at_the_longest_horizon_is_decided_by_its_reserved_seeds_alone()
     assert (choice.rate, choice.tuned, choice.tried) == (3e-3, True, {(20, 1e-3): 4.6, (20, 3e-3): 4.5})
 
 
+def test_curves_are_compared_at_the_steps_that_all_runs_have():
+    def run(variant, seed, points):
+        rows = [(step, "loss", PRIMARY, "", loss) for step, loss in points.items()]
+        return record(variant, seed, 0.0, rows=rows)
+
+    runs = [run("a", 0, {5: 6.0, 10: 5.0, 20: 4.0}), run("b", 0, {5: 5.5, 10: 4.8, 20: 3.5})]
+    runs += [run("a", 1, {8: 5.0, 10: 4.9, 20: 4.2}), run("b", 1, {5: 5.6, 10: 4.8, 20: 4.0})]  # "a" lost step 5
+    found = Table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), runs).curve_differences("b", "a", 20)
+    assert found == {10: pytest.approx([-0.2, -0.1]), 20: pytest.approx([-0.5, -0.2])}
+
+
 def test_a_record_is_read_back(tmp_path):
     written = record("a", 0, 4.56789012)
     written.write(tmp_path)

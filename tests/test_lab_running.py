@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.lab import plan, records
+from moe.lab import plan, records, results
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.report import page
 from moe.lab.running import jobs, probes, runner
@@ -102,6 +102,14 @@ def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"2 runs did not finish; the first, dense, .* seed 1: the disk is full"):
         runner.Worker(tiny_suite(tiny_base(tmp_path)), tmp_path, []).run()
     assert len(records.read_all(tmp_path)) == 4
+
+
+def test_a_stopped_run_keeps_and_evaluates_the_checkpoints_of_the_others(tmp_path, monkeypatch):
+    train_config = suite_of({"a": DENSE}, horizons=(2000,)).config("a").train
+    assert (train_config.save_every, train_config.keep_every) == (250, 250)
+    # Stops at 650 and 850 left checkpoints of their own; the last step need not be a multiple.
+    monkeypatch.setattr(results.manager, "complete_steps", lambda _: [250, 500, 650, 750, 850, 1990])
+    assert results.checkpoint_steps(tmp_path, train_config.save_every) == [250, 500, 750, 1990]
 
 
 def test_what_counts_as_diverged():

@@ -28,9 +28,10 @@ COLUMNS = ("variant", "steps", "learning_rate", "seed", "compared", "step", "qua
 Row = tuple[int, str, str, str, float]
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
-    """Steps of a run's complete checkpoints."""
-    return manager.complete_steps(epath.Path(directory))
+def checkpoint_steps(directory: Path, every: int = 1) -> list[int]:
+    """Steps of a run's complete checkpoints: multiples of ``every``, and the last; a stop leaves others in between."""
+    steps = manager.complete_steps(epath.Path(directory))
+    return [step for step in steps if step % every == 0 or step == steps[-1]]
 
 
 def run_rows(directory: Path) -> list[Row]:

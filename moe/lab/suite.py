@@ -192,7 +192,7 @@ class Suite:
             "train.num_steps": steps,
             "train.eval_every": max(steps // EVALUATIONS, 1),
             "train.save_every": max(steps // EVALUATIONS, 1),
-            "train.keep_checkpoints": EVALUATIONS,
+            "train.keep_every": max(steps // EVALUATIONS, 1),
             "train.log_every": max(steps // LOGGED, 1),
             "optimizer.warmup_steps": max(round(self.warmup_share * steps), 1),
             "optimizer.learning_rate": chosen.rate_scale * (learning_rate or self.learning_rate),

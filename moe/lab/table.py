@@ -139,6 +139,16 @@ class Table:
 
         return {seed: of(seed) for seed in seeds}
 
+    def curve_differences(self, variant: str, baseline: str, steps: int) -> dict[int, list[float]]:
+        """Step → difference of the primary held-out loss per seed, at the steps that all evaluated runs have."""
+        pairs = [
+            [dict(self.curve(name, steps, seed, "loss", PRIMARY)) for name in (variant, baseline)]
+            for seed in self.seeds(steps, variant, baseline)
+        ]
+        pairs = [pair for pair in pairs if all(pair)]  # a diverged run has no held-out loss
+        shared = set.intersection(*(set(curve) for pair in pairs for curve in pair)) if pairs else set()
+        return {step: [ours[step] - base[step] for ours, base in pairs] for step in sorted(shared)}
+
     def row_differences(self, variant: str, baseline: str, steps: int) -> tuple[np.ndarray, list[str]]:
         """([seeds, rows] loss differences of primary held-out rows, domain of each row)."""
         primary, pairs = set(self.suite.primary_domains), []

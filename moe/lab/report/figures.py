@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from moe.lab import statistics
-from moe.lab.records import PRIMARY
 from moe.lab.suite import Comparison
 from moe.lab.table import Table
 
@@ -114,17 +113,12 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
     color, drawn = colors(table), False
     steps = max((table.longest(arm, comparison.baseline) for arm in arms), default=0)
     for arm in arms:
-        differences, at = [], None
-        for seed in table.seeds(steps, arm, comparison.baseline):
-            ours, base = (table.curve(name, steps, seed, "loss", PRIMARY) for name in (arm, comparison.baseline))
-            if len(ours) > 1 and len(ours) == len(base):
-                at = [step for step, _ in ours]
-                differences.append([a - b for (_, a), (_, b) in zip(ours, base, strict=True)])
-        if at is None:
+        differences = table.curve_differences(arm, comparison.baseline, steps)
+        if len(differences) < 2:
             continue
         drawn = True
-        effects = [statistics.effect(values) for values in zip(*differences, strict=True)]
-        xs = [step * table.suite.tokens_per_step for step in at]
+        effects = [statistics.effect(values) for values in differences.values()]
+        xs = [step * table.suite.tokens_per_step for step in differences]
         axis.plot(xs, [e.mean for e in effects], color=color[arm], marker=".", label=f"{arm} (n = {effects[0].n})")
         if effects[0].n > 2:  # with two seeds the interval covers everything else
             axis.fill_between(xs, [e.low for e in effects], [e.high for e in effects], color=color[arm], alpha=0.15)

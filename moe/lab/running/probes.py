@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from moe.analysis import probes
 from moe.analysis.analyse import measure
 from moe.analysis.record import Recorder
-from moe.checkpoints import manager, parameters
+from moe.checkpoints import parameters
 from moe.config import ConfigError
 from moe.data import pipeline
+from moe.lab.results import checkpoint_steps
 from moe.lab.running.heldout import mixed_rows
 from moe.training.evaluation import Heldout, token_bytes
 from moe.training.step import Program
@@ -62,8 +61,8 @@ class Trained:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the run's checkpoints."""
-        return manager.complete_steps(epath.Path(self._directory))
+        """Steps of the run's checkpoints, without those that a stop left."""
+        return checkpoint_steps(self._directory, self.model.program.config.train.save_every)
 
     def _read(self, step: int | None = None) -> dict[str, Any]:
         program = self.model.program

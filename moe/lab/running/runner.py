@@ -190,7 +190,7 @@ class Worker:
             evaluate = self._row_losses[key.variant]
             # Learning curves are drawn for the longest horizon alone, and for the seeds of the comparisons.
             curve = key.steps == self._suite.longest and key.seed in self._suite.seeds
-            steps = results.checkpoint_steps(directory) if curve else [key.steps]
+            steps = results.checkpoint_steps(directory, config.train.save_every) if curve else [key.steps]
             return evaluate.rows, {step: evaluate(directory, step) for step in steps}
 
     def measure(self) -> None:
