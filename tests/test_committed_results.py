@@ -104,6 +104,7 @@ def _comparison(where, cells, runs, arm, base, steps, adjusted, pooled):
     # Another generator: the ends differ by Monte Carlo error, of standard deviation 0.02 widths (2,000 draws).
     printed = np.asarray([float(x) for x in NUMBER.findall(cells[4])])
     ours = again.bootstrap(runs, arm, base, steps)
+    assert len(printed) == 2, where
     assert np.abs(printed - ours).max() < 0.1 * (ours[1] - ours[0]), f"{where}: {cells[4]!r}, {ours}"
     if shares := again.share_of_steps(runs, arm, base, steps):
         middle, low, high, coverage = again.median_interval(shares)
