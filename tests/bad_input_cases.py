@@ -304,5 +304,8 @@ CASES = [
     script("mfu", "--config.model.d_model=-1", says="model.d_model"),
 ]
 
-#: Those found out only when the first file is written, after everything was compiled.
-SLOW_CASES = [main("--workdir=/proc/run", says="--workdir")]
+#: Those found out late: when the first file is written, after everything was compiled, or after retries.
+SLOW_CASES = [
+    main("--workdir=/proc/run", says="--workdir"),
+    value("data.dataset", "gs://nowhere/text", "gs://nowhere/text"),  # without a network gcsfs retries for 45 s
+]

@@ -107,7 +107,7 @@ def interval(values):
 
 
 def power(effect, n):
-    """Of a two-sided t test of n values, for an effect in standard deviations."""
+    """Power of a two-sided t test of n values, for an effect in standard deviations."""
     chi = np.sqrt(scipy.stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1) / (n - 1))
     bound, shift = scipy.stats.t.ppf(0.975, n - 1) * chi, effect * np.sqrt(n)
     return float(np.mean(scipy.stats.norm.sf(bound - shift) + scipy.stats.norm.cdf(-bound - shift)))

@@ -140,9 +140,13 @@ def test_headline(folder):
 
 
 def _verdict(rule, margin, values):
+    """Verdict of an interval under a rule of claims.toml that decides."""
     _, low, high, _, _ = again.interval(values)
     if rule == "above":
         return "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
+    if rule == "within":
+        inside, outside = -margin < low and high < margin, low > margin or high < -margin
+        return "supported" if inside else "contradicted" if outside else "undecided"
     bound = margin if rule == "not_above" else 0
     return "supported" if high < bound else "contradicted" if low > bound else "undecided"
 
@@ -318,7 +322,7 @@ def test_law_and_runs(folder):
         check("law", " ".join(row[2:]), (loss, ".4f"), (loss / math.exp(residual), ".4f"), (residual, "+.4f"))
 
 
-def test_the_readme_s_table_of_specialisation():
+def test_table_of_specialisation_in_the_readme():
     """Means of specialisation.csv, and the interval of lexical class less domain."""
     data = pd.read_csv(RESULTS / "switch_vs_mixtral/specialisation.csv", dtype={"layer": str})
     means = data.groupby(["layer", "router", "label"]).explained.mean()

@@ -188,11 +188,12 @@ class Suite:
             ConfigError: the arm's config is impossible.
         """
         chosen, steps = self.variants[variant], steps or self.longest
+        interval = max(steps // EVALUATIONS, 1)
         schedule = {
             "train.num_steps": steps,
-            "train.eval_every": max(steps // EVALUATIONS, 1),
-            "train.save_every": max(steps // EVALUATIONS, 1),
-            "train.keep_every": max(steps // EVALUATIONS, 1),
+            "train.eval_every": interval,
+            "train.save_every": interval,
+            "train.keep_every": interval,
             "train.log_every": max(steps // LOGGED, 1),
             "optimizer.warmup_steps": max(round(self.warmup_share * steps), 1),
             "optimizer.learning_rate": chosen.rate_scale * (learning_rate or self.learning_rate),
