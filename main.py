@@ -33,4 +33,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    cli.run(
+        main,
+        required=("config", "workdir"),
+        examples=(
+            "python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart",
+            "python main.py --config=configs/switch.py --workdir=/tmp/switch --config.seed=1",
+            "python main.py --workdir=/tmp/switch    # continue the run with the config that it holds",
+        ),
+    )

@@ -6,27 +6,46 @@ Importing this module imports JAX, so entry points call :mod:`moe.platform` befo
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
+import itertools
 import os
+import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from moe import platform
-from moe.config import Config, ConfigError, check_field, check_path, inherit_model, type_name
+from moe.config import Config, ConfigError, check_field, check_path, inherit_model, run_config, type_name
 from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
+flags.disclaim_key_flags()  # what the functions below define belongs to the program that calls them
+
+_EXIT_CODES = """exit codes
+  0    done
+  1    an error, in one sentence on standard error
+  75   stopped by SIGTERM or preempted: the same command continues
+  130  stopped by Ctrl-C: the same command continues
+"""
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """Define the flag --config=FILE, whose fields --config.x.y=value overrides."""
-    return config_flags.DEFINE_config_file("config", default, "File with get_config(); --config.x.y=value overrides.")
+    return config_flags.DEFINE_config_file(
+        "config",
+        default,
+        "A file of configs/, or a run's config.json. --config.SECTION.FIELD=VALUE overrides any field of "
+        "moe/config/schema.py, as --config.model.moe.num_experts=16 does.",
+    )
 
 
 class _Path(flags.ArgumentParser):
@@ -89,13 +108,18 @@ def load_config(flag: flags.FlagHolder) -> Config:
     return from_config_dict(tree)
 
 
-def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
+def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tuple[str, ...] = ()) -> None:
     """Parse flags and call main; a user's mistake ends in one sentence, with a traceback only under --traceback.
 
     Args:
         main: called without arguments after flags are parsed.
-        required: names of flags that must be set.
+        required: names of flags that must be set. A program that needs --config and --workdir takes the config of a
+            workdir that has one where --config is not given.
+        examples: commands for --help.
     """
+    if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
+        print(help_text(required, examples))
+        sys.exit(0)
     platform.raise_on_stop_signals()
     _harden_streams()
     _extend_import_path(sys.argv)
@@ -105,11 +129,11 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return _parse(argv)
+            return _parse(argv, required)
         except Exception as error:  # a config file is a program and may raise anything
             if "--traceback" in argv:
                 raise
-            sys.exit(f"error: {_sentence(error, argv)}")
+            sys.exit(f"error: {_missing(error, required, examples) or _sentence(error, argv)}")
 
     def guarded(argv: list[str]) -> None:
         del argv
@@ -130,10 +154,50 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+_HELP = ("help", "helpshort", "helpfull", "h", "?")
+
+
+def help_text(required: Sequence[str], examples: Sequence[str]) -> str:
+    """What --help prints: what the program does and needs, its options, examples, exit codes."""
+    module = sys.modules["__main__"]
+    defined = sorted(flags.FLAGS.get_key_flags_for_module(sys.argv[0]), key=lambda flag: flag.name)
+    listed = {flag.name: flag for flag in defined}
+    width = min(shutil.get_terminal_size().columns, 110)
+
+    def describe(flag: flags.Flag) -> str:
+        kind = "" if flag.boolean else "=FILE" if flag.name == "config" else "=..."
+        default = "" if flag.default in (None, False, "", []) else f" Default: {flag.default}."
+        explanation = str(flag.help).partition(";\n")[0]  # absl adds a line on repeated options
+        text = textwrap.fill(f"{explanation}{default}", width - 22)
+        name = f"--{flag.name}{kind}"
+        if len(name) > 18:
+            return f"  {name}\n{textwrap.indent(text, ' ' * 22)}"
+        return f"  {name:<20}{textwrap.indent(text, ' ' * 22).strip()}"
+
+    options = [flag for flag in defined if flag.name not in required] + [flags.FLAGS["traceback"]]
+    sections = [
+        (module.__doc__ or "").strip(),
+        "\n".join(["needed", *(describe(listed[name]) for name in required)]) if required else "",
+        "\n".join(["options", *map(describe, options)]),
+        "\n".join(["examples", *(f"  {example}" for example in examples)]) if examples else "",
+        _EXIT_CODES,
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def _value_of(argv: list[str], name: str) -> str | None:
+    """Value of --name=VALUE or --name VALUE in a command line; None if it is not given."""
+    for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            return value if equals else following
+    return None
+
+
 def _extend_import_path(argv: list[str]) -> None:
     """Find a user's modules, such as gates, in the current directory and beside the config file too."""
-    configs = [argument.partition("=")[2] for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
-    for folder in (os.getcwd(), *(os.path.dirname(os.path.abspath(path)) for path in configs if path)):
+    config = _value_of(argv, "config")
+    for folder in (os.getcwd(), *([os.path.dirname(os.path.abspath(config))] if config else [])):
         if folder not in sys.path:
             sys.path.append(folder)
 
@@ -171,6 +235,15 @@ def _harden_streams() -> None:
     sys.stderr = _TolerantStream(sys.stderr)
 
 
+def _missing(error: Exception, required: Sequence[str], examples: Sequence[str]) -> str:
+    """One sentence with all required flags that were not given; empty for another error."""
+    names = [f"--{name}" for name in required if not flags.FLAGS[name].present]
+    if "must have a value other than None" not in str(error) or not names:
+        return ""
+    example = f", as in {examples[0]}" if examples else ""
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} needed{example}; --help shows all options"
+
+
 def _sentence(error: Exception, argv: list[str]) -> str:
     """One-line description of an error in the command line."""
     text = " ".join(str(error).split())
@@ -190,12 +263,52 @@ def _sentence(error: Exception, argv: list[str]) -> str:
     return f"{' '.join(files) or '--config'}: {type(error).__name__}: {text}"
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):
             check_field(name.removeprefix("config."))
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_with_config_file(argv, required))
     if len(rest) > 1:
         raise flags.Error(f"unexpected arguments {rest[1:]}; options start with --")
     return rest
+
+
+def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
+    """The command line with a config file that ml_collections can load: a program with get_config().
+
+    Raises:
+        ConfigError: there is no such file; the message has the nearest name.
+    """
+    path = _value_of(argv, "config")
+    if path is None:
+        workdir = _value_of(argv, "workdir")
+        if not workdir or not {"config", "workdir"} <= set(required):
+            return argv
+        path = os.fspath(epath.Path(os.path.expanduser(workdir)) / "config.json")
+        if not epath.Path(path).exists():
+            raise ConfigError(
+                f"--config is needed: --workdir={workdir} holds no run to continue (no config.json). Give a file of "
+                "configs/, as --config=configs/quickstart.py; --help shows examples"
+            )
+        return [*argv, f"--config={run_config.__file__}:{path}"]
+    if path.endswith(".json") and epath.Path(path).exists():
+        given = f"--config={run_config.__file__}:{path}"
+        at = next(i for i, word in enumerate(argv) if word.lstrip("-").partition("=")[0] == "config")
+        return [*argv[:at], given, *argv[at + (1 if "=" in argv[at] else 2) :]]
+    file = path.partition(":")[0]
+    if file and not os.path.isfile(file):
+        near = _nearest_file(file)
+        raise ConfigError(f"--config={path}: no such file{f'; did you mean {near}?' if near else ''}")
+    return argv
+
+
+def _nearest_file(path: str) -> str | None:
+    """The config file with the most similar name, of the same folder or of configs/; None: none is similar."""
+    if os.path.isdir(path):
+        inside = os.path.join(path, "config.json")
+        return inside if os.path.isfile(inside) else None
+    folders = (Path(path).parent, Path("configs"), Path("configs/ablations"))
+    stems = {file.stem: str(file) for folder in reversed(folders) for file in sorted(folder.glob("*.py"))}
+    near = difflib.get_close_matches(Path(path).stem, [name for name in stems if name != "__init__"], n=1)
+    return stems[near[0]] if near else None

@@ -96,4 +96,11 @@ def _seed(text: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",))
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            "python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity",
+            "python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity --report",
+        ),
+    )

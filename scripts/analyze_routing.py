@@ -66,4 +66,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",))
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            "python scripts/analyze_routing.py --workdir=/tmp/quickstart",
+            "python scripts/analyze_routing.py --workdir=/tmp/imported --dataset=/path/to/texts --output=/tmp/page",
+        ),
+    )

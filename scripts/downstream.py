@@ -47,4 +47,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "tasks"))
+    cli.run(
+        main,
+        required=("workdir", "tasks"),
+        examples=(
+            "python scripts/downstream.py --workdir=/tmp/imported --tasks=lambada_openai,arc_easy",
+            "python scripts/downstream.py --workdir=/tmp/imported --tasks=hellaswag --num_fewshot=5 --limit=100 --json",
+        ),
+    )

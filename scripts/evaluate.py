@@ -44,4 +44,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",))
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            "python scripts/evaluate.py --workdir=/tmp/quickstart",
+            "python scripts/evaluate.py --workdir=/tmp/imported --dataset=/path/to/texts --rows=256 --json",
+        ),
+    )

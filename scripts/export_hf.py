@@ -41,4 +41,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "out"))
+    cli.run(
+        main,
+        required=("workdir", "out"),
+        examples=(
+            "python scripts/export_hf.py --workdir=/tmp/quickstart --out=/tmp/exported",
+            "python scripts/export_hf.py --workdir=/tmp/imported --out=/tmp/exported --dtype=bfloat16 --layout=fused",
+        ),
+    )

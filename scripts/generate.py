@@ -126,4 +126,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "prompt"))
+    cli.run(
+        main,
+        required=("workdir", "prompt"),
+        examples=(
+            'python scripts/generate.py --workdir=/tmp/quickstart --prompt="Once upon a time"',
+            'python scripts/generate.py --workdir=/tmp/quickstart --prompt="def " --tokens=64 --temperature=0',
+        ),
+    )

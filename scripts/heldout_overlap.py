@@ -32,4 +32,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(
+        main,
+        examples=(
+            "python scripts/heldout_overlap.py --config=configs/quickstart.py",
+            "python scripts/heldout_overlap.py --config=/tmp/quickstart/config.json",
+        ),
+    )

@@ -29,4 +29,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("source", "out"))
+    cli.run(
+        main,
+        required=("source", "out"),
+        examples=(
+            "python scripts/import_hf.py --source=/path/to/Mixtral-8x7B-v0.1 --out=/tmp/imported",
+            "python scripts/import_hf.py --source=/path/to/OLMoE-1B-7B-0924 --out=/tmp/olmoe --dtype=bfloat16",
+        ),
+    )

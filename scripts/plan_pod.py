@@ -92,4 +92,11 @@ def _own_flags() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "topology"))
+    cli.run(
+        main,
+        required=("config", "topology"),
+        examples=(
+            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4",
+            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=h100:8x8 --search --limit=20",
+        ),
+    )

@@ -57,4 +57,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",))
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            "python scripts/translate.py --workdir=/tmp/translation",
+            "python scripts/translate.py --workdir=/tmp/translation --rows=100 --show=0",
+        ),
+    )

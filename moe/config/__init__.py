@@ -1,5 +1,6 @@
 """Typed settings of a run: schema, parsing and checks."""
 
+from moe.config import run_config
 from moe.config.checks import check_path
 from moe.config.files import read_small_file
 from moe.config.inherit import inherit_model
@@ -56,6 +57,7 @@ __all__ = [
     "inherit_model",
     "layer_kinds",
     "read_small_file",
+    "run_config",
     "sparse_layers",
     "stacks",
     "to_config_dict",

@@ -1,0 +1,35 @@
+"""Config file that reads the ``config.json`` of a run: what ``--config=DIR/config.json`` loads."""
+
+from __future__ import annotations
+
+import json
+
+import ml_collections
+
+from moe.config.files import read_small_file
+from moe.config.parse import build, to_config_dict
+from moe.config.schema import Config, ConfigError
+
+
+def get_config(path: str) -> ml_collections.ConfigDict:
+    """The settings of a run, all of them assigned: nothing is inherited from ``start.checkpoint`` a second time.
+
+    Raises:
+        ConfigError: the file is missing or is not the config of a run.
+    """
+    content = read_small_file(path)
+    try:
+        config = build(Config, json.loads(content), "")
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:  # not text, not JSON, or not a config
+        raise ConfigError(f"{path}: not the config of a run ({error})") from error
+    tree = to_config_dict(config)
+    _assign_all(tree)
+    return tree
+
+
+def _assign_all(tree: ml_collections.ConfigDict) -> None:
+    for name, value in tree.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            _assign_all(value)
+        else:
+            tree[name] = value

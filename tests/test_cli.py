@@ -1,0 +1,91 @@
+"""Command lines: the config file that is loaded, what --help shows, and what is said where something is missing."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import mixtral, switch
+from moe import cli
+from moe.config import ConfigError, inherit_model, run_config, to_dict
+from moe.config.parse import assigned_fields
+from moe.routing.resolve import from_config_dict
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("config", "workdir")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("configs/mixtrl.py", "configs/mixtral.py"),
+        ("mixtral", "configs/mixtral.py"),
+        ("configs/capacity_facto.py", "configs/ablations/capacity_factor.py"),
+    ],
+)
+def test_a_config_that_is_not_there_is_answered_with_the_nearest_name(name, nearest, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=f"--config={name}: no such file; did you mean {nearest}"):
+        cli._with_config_file(["main.py", f"--config={name}"], NEEDED)
+
+
+def test_a_name_that_is_like_no_config_is_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--config=zzz\.py: no such file$"):
+        cli._with_config_file(["main.py", "--config", "zzz.py"], NEEDED)
+
+
+def test_the_config_of_a_run_is_a_config_file_whose_fields_are_all_set(tmp_path):
+    """Also those that a run took from start.checkpoint: they are not inherited again, from a changed checkpoint."""
+    config = from_config_dict(switch.get_config())
+    other = from_config_dict(mixtral.get_config())
+    for name, tree in (("run", config), ("start", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(to_dict(tree)))
+    file = str(tmp_path / "run" / "config.json")
+    for words in (["--config", file, "--workdir=x"], [f"--config={file}", "--workdir=x"]):
+        given = cli._with_config_file(["main.py", *words], NEEDED)
+        assert given == ["main.py", f"--config={run_config.__file__}:{file}", "--workdir=x"]
+    tree = run_config.get_config(file)
+    assert {"seed", "model.moe.gate", "model.rope_scaling.kind", "train.num_steps"} <= assigned_fields(tree)
+    tree.start.checkpoint = str(tmp_path / "start")
+    inherit_model(tree)
+    assert from_config_dict(tree).model == config.model
+
+
+def test_what_is_no_config_of_a_run_is_named(tmp_path):
+    file = tmp_path / "config.json"
+    for content in ('{"modle": {}}', "[]", "no JSON"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"config\.json: not the config of a run"):
+            run_config.get_config(str(file))
+
+
+def test_a_workdir_alone_is_continued_with_the_config_that_it_holds(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config is needed: .* holds no run to continue"):
+        cli._with_config_file(["main.py", f"--workdir={tmp_path}"], NEEDED)
+    (tmp_path / "config.json").write_text("{}")
+    added = f"--config={run_config.__file__}:{tmp_path}/config.json"
+    words = ["main.py", f"--workdir={tmp_path}", "--config.seed=1"]
+    assert cli._with_config_file(words, NEEDED) == [*words, added]
+    assert cli._with_config_file(words, ("workdir",)) == words  # a program without a config
+
+
+def test_help_shows_what_is_needed_first_then_options_examples_and_exit_codes():
+    shown = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    parts = ["\nneeded", "  --config=FILE", "  --workdir", "\noptions", "  --change", "\nexamples", "\nexit codes"]
+    places = [shown.stdout.index(part) for part in parts]
+    assert places == sorted(places)
+    assert shown.stdout.count("python main.py --") >= 3
+
+
+def test_programs_that_need_something_have_two_examples():
+    for path in (ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            words = {keyword.arg: keyword.value for keyword in call.keywords}
+            if getattr(call.func, "attr", "") == "run" and "required" in words:
+                assert len(ast.literal_eval(words["examples"])) >= 2, path
