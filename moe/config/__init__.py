@@ -4,7 +4,7 @@ from moe.config import run_config
 from moe.config.checks import check_path
 from moe.config.files import read_small_file
 from moe.config.inherit import inherit_model
-from moe.config.layer_kinds import LayerKind, layer_kinds, sparse_layers, stacks
+from moe.config.layer_pattern import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.mesh_checks import validate_mesh
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
 from moe.config.schema import (

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
-from moe.config.layer_kinds import LayerKind
+from moe.config.layer_pattern import LayerKind
 from moe.models.block import Block, Rows, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, Model, encoder_rows
 from moe.models.stack import LayerStates, Stack, create_states

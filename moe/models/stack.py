@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.layer_kinds import LayerKind, stacks
+from moe.config.layer_pattern import LayerKind, stacks
 from moe.layers.attention.relative import RelativeBias
 from moe.layers.dropout import Dropout
 from moe.layers.embedding import Embedding
@@ -95,7 +95,7 @@ class Stack(nnx.Module):
 
         Args:
             config: resolved, of the whole model.
-            name: of the stack (:func:`moe.config.layer_kinds.stacks`).
+            name: of the stack (:func:`moe.config.layer_pattern.stacks`).
             rngs: keys of the parameters.
         """
         self.config, self.name = config, name
@@ -244,7 +244,7 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:
     """The layers whose arrays a parameter stacks, in the order of its leading axis, and its path within each block.
 
-    Layers are numbered as in :func:`moe.config.layer_kinds.layer_kinds`, an encoder's first.
+    Layers are numbered as in :func:`moe.config.layer_pattern.layer_kinds`, an encoder's first.
 
     Args:
         config: of the model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe.config.checks import require, require_at_least, require_at_most, require_fractions, require_layers
-from moe.config.layer_kinds import sparse_layers
+from moe.config.layer_pattern import sparse_layers
 from moe.config.schema import Config, MoEConfig
 from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
