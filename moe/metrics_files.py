@@ -122,7 +122,7 @@ class MetricsWriter:
         self._writers = [make(workdir, to_dict(config), step) for make in writers]
 
     def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
-        """Write a row {step, kind, **values}."""
+        """Write a row of the step, the kind and these values."""
         if not self._active:
             return
         self._files[file].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")

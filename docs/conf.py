@@ -1,0 +1,64 @@
+"""Sphinx configuration of the documentation site: ``sphinx-build -W docs build/site``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+
+from sphinx.application import Sphinx
+
+DOCS = pathlib.Path(__file__).parent
+REPOSITORY = DOCS.parent
+
+project = "Mixture-of-Experts language models in JAX"
+author = "the maintainers"
+copyright = "the maintainers, Apache-2.0"
+release = version = importlib.metadata.version("moe-jax")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.apidoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+# Pages are Markdown. Headings can be linked to by their slug, as on code hosts.
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 4
+# The tutorial is shown with the outputs that it was committed with; tests/test_tutorial.py executes it.
+nb_execution_mode = "off"
+
+apidoc_modules = [
+    {
+        "path": str(REPOSITORY / "moe"),
+        "destination": "reference/",
+        # One page a package: a page a module would put 200 entries into every page's navigation.
+        "separate_modules": False,
+        "module_first": True,
+    }
+]
+# Packages re-export names of their modules: each is described once, where it is defined.
+apidoc_automodule_options = {"members", "show-inheritance", "ignore-module-all"}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+# Short names of types and attributes (bytes, model, tokens) that several classes have are not links.
+suppress_warnings = ["ref.python"]
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = "MoE in JAX"
+
+
+def escape_bars(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
+    """Keep absolute values such as |x| in docstrings from being read as substitutions."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    """Register the hook on docstrings."""
+    app.connect("autodoc-process-docstring", escape_bars)
