@@ -24,7 +24,16 @@ from etils import epath
 from ml_collections import config_flags
 
 from moe import platform
-from moe.config import Config, ConfigError, check_field, check_path, inherit_model, run_config, type_name
+from moe.config import (
+    Config,
+    ConfigError,
+    check_field,
+    check_path,
+    extend_import_path,
+    inherit_model,
+    run_config,
+    type_name,
+)
 from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
@@ -38,14 +47,20 @@ _EXIT_CODES = """exit codes
 """
 
 
-def define_config(default: str | None = None) -> flags.FlagHolder:
+#: Config file of a program that was given none; read only then.
+_default_config: list[str] = []
+
+
+def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
     """Define the flag --config=FILE, whose fields --config.x.y=value overrides."""
-    return config_flags.DEFINE_config_file(
-        "config",
-        default,
+    explanation = (
         "A file of configs/, or a run's config.json. --config.SECTION.FIELD=VALUE overrides any field of "
-        "moe/config/schema.py, as --config.model.moe.num_experts=16 does.",
+        "moe/config/schema.py, as --config.model.moe.num_experts=16 does."
     )
+    if default is not None:
+        _default_config[:] = [os.fspath(default)]
+        explanation += f" Default: {os.fspath(default)}."
+    return config_flags.DEFINE_config_file("config", None, explanation)
 
 
 class _Path(flags.ArgumentParser):
@@ -196,10 +211,10 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 def _extend_import_path(argv: list[str]) -> None:
     """Find a user's modules, such as gates, in the current directory and beside the config file too."""
-    config = _value_of(argv, "config")
-    for folder in (os.getcwd(), *([os.path.dirname(os.path.abspath(config))] if config else [])):
-        if folder not in sys.path:
-            sys.path.append(folder)
+    for path in filter(None, (_value_of(argv, "config"), *_default_config)):
+        extend_import_path(path.partition(":")[0])
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _from_jax_backends(error: Exception) -> bool:
@@ -281,6 +296,8 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
         ConfigError: there is no such file; the message has the nearest name.
     """
     path = _value_of(argv, "config")
+    if path is None and _default_config:
+        return [argv[0], f"--config={_default_config[0]}", *argv[1:]]
     if path is None:
         workdir = _value_of(argv, "workdir")
         if not workdir or not {"config", "workdir"} <= set(required):

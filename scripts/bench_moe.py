@@ -84,7 +84,7 @@ def check() -> None:
 
 def _case(shape: str, gate: str, mode: str, experts: int, k: int, d_ff: int, activation: str) -> Any:
     """A case with the flags' sizes."""
-    from scripts.moe_programs import Case
+    from moe.benchmarks.layer_programs import Case
 
     return Case(
         shape=shape,
@@ -129,10 +129,10 @@ def bench_layers() -> list[dict[str, Any]]:
     """Times all cases; those of one shape and number of experts in turns with their reference."""
     import jax
 
-    from scripts import moe_programs, timing
+    from moe.benchmarks import layer_programs, timing
 
     rows = []
-    groups: dict[tuple[Any, ...], list[moe_programs.Case]] = {}
+    groups: dict[tuple[Any, ...], list[layer_programs.Case]] = {}
     for case in cases():
         groups.setdefault((case.shape, case.experts, case.k, case.d_ff), []).append(case)
     print(
@@ -140,33 +140,33 @@ def bench_layers() -> list[dict[str, Any]]:
         f"{'share':>13} {'by minima':>9} {'by CPU time':>11} {'of matmul':>9} {'dropped':>8}"
     )
     for members in groups.values():
-        programs: dict[tuple[moe_programs.Case | None, str], Callable[[], Any]] = {}
-        drops: dict[moe_programs.Case, float] = {}
+        programs: dict[tuple[layer_programs.Case | None, str], Callable[[], Any]] = {}
+        drops: dict[layer_programs.Case, float] = {}
         on_cpu = jax.default_backend() == "cpu"
         if on_cpu:
-            programs |= {(None, which): f for which, f in moe_programs.reference(members[0]).items()}
+            programs |= {(None, which): f for which, f in layer_programs.reference(members[0]).items()}
         for case in members:
             if case.mode == "experts alone":
-                programs |= {(case, which): f for which, f in moe_programs.experts_alone(case).items()}
+                programs |= {(case, which): f for which, f in layer_programs.experts_alone(case).items()}
                 drops[case] = 0.0
                 continue
             try:
-                made, drops[case] = moe_programs.layer(case)
+                made, drops[case] = layer_programs.layer(case)
             except ValueError as refusal:
                 print(f"{case.name:44} refused: {refusal}")
                 continue
             programs |= {(case, which): f for which, f in made.items()}
         side = 2048 if on_cpu else 8192
         times = timing.in_turns(
-            programs | {"large matmul": moe_programs.large_matmul(side, _DTYPE.value)}, _REPEATS.value
+            programs | {"large matmul": layer_programs.large_matmul(side, _DTYPE.value)}, _REPEATS.value
         )
         large = statistics.median(times.pop("large matmul").clock)
         rate = 2 * side**3 / large * (1 if on_cpu else jax.device_count())
-        work = moe_programs.active_flops(members[0])
+        work = layer_programs.active_flops(members[0])
         if on_cpu:
             references = {which: times[None, which].clock for which in ("forward", "both")}
         else:
-            fixed = moe_programs.accelerator_seconds(members[0], rate)
+            fixed = layer_programs.accelerator_seconds(members[0], rate)
             references = {which: [value] * _REPEATS.value for which, value in fixed.items()}
         for (case, which), seconds in times.items():
             values = seconds.clock
@@ -206,12 +206,12 @@ def bench_layers() -> list[dict[str, Any]]:
 
 def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Compiles all cases for the topology, every device with its own tokens."""
+    from moe.benchmarks import layer_programs
     from moe.config import Config, DataConfig, MeshConfig, TrainConfig, validate_mesh
     from moe.parallel.mesh import make_mesh
     from moe.planner import layer as pods_layer
     from moe.planner.topology import get_topology
     from moe.routing.resolve import resolve
-    from scripts import moe_programs
 
     topology = get_topology(_TOPOLOGY.value)
     mesh = MeshConfig(**sizes) if _MESH.value else MeshConfig(data=1, expert=-1)
@@ -226,7 +226,7 @@ def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     for case in cases():
         config = resolve(
             Config(
-                model=moe_programs.model_config(case),
+                model=layer_programs.model_config(case),
                 mesh=mesh,
                 data=DataConfig(sequence_length=_TOKENS.value),
                 train=TrainConfig(batch_size=rows),
@@ -246,12 +246,12 @@ def bench_model() -> list[dict[str, Any]]:
     import jax
     import numpy as np
 
+    from moe.benchmarks import layer_programs, timing
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
     from moe.models import flops
     from moe.routing.resolve import resolve
     from moe.training import matmul_rate
     from moe.training.step import build, place
-    from scripts import moe_programs, timing
 
     length, batch_size, layers, f = 512, _TOKENS.value // 512, 4, _D_FF.value or 1792
     mesh = jax.sharding.get_mesh()
@@ -293,7 +293,7 @@ def bench_model() -> list[dict[str, Any]]:
         programs[mode] = step
     assert config is not None
     rates = []
-    programs["reference"] = moe_programs.reference(experts)["both"]
+    programs["reference"] = layer_programs.reference(experts)["both"]
     programs["large matmul"] = lambda: rates.append(matmul_rate.measured_matmul_rate(_DTYPE.value, repeats=1))
     seconds = {name: times.clock for name, times in timing.in_turns(programs, _REPEATS.value).items()}
     total, active = flops.count_parameters(config.model)

@@ -89,10 +89,10 @@ PUBLISHED = {
 
 def config_of(row: Published, devices: int) -> Any:
     """The config of our program."""
-    from configs import base
+    from moe.config import Config, to_config_dict
     from moe.routing.resolve import from_config_dict
 
-    config: Any = base.get_config()
+    config: Any = to_config_dict(Config())
     config.model.update(row.model)
     config.model.moe.update(row.moe)
     config.data.sequence_length = row.length

@@ -33,14 +33,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moe.config import ConfigError  # noqa: E402
-from moe.dispatch.modes import CONFIG_MODES  # noqa: E402
-from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
-from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
-from moe.interop.layers import run_reference, single_layer  # noqa: E402
-from moe.routing import balancing  # noqa: E402
-from moe.routing.registry import GATES  # noqa: E402
-from moe.routing.routing import Routing, route  # noqa: E402
-from scripts.conformance_oracle import (  # noqa: E402
+from moe.conformance.oracle import (  # noqa: E402
     CASES,
     LEAK,
     against_oracle,
@@ -51,7 +44,14 @@ from scripts.conformance_oracle import (  # noqa: E402
     read_by,
     weights_of,
 )
-from scripts.conformance_rows import FLOAT32, Row, close, error, value  # noqa: E402
+from moe.conformance.rows import FLOAT32, Row, close, error, value  # noqa: E402
+from moe.dispatch.modes import CONFIG_MODES  # noqa: E402
+from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
+from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
+from moe.interop.layers import run_reference, single_layer  # noqa: E402
+from moe.routing import balancing  # noqa: E402
+from moe.routing.registry import GATES  # noqa: E402
+from moe.routing.routing import Routing, route  # noqa: E402
 
 
 def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Array]:
@@ -258,8 +258,8 @@ def table(rows: list[Row]) -> str:
         "A float32 error is the largest difference over the largest expected value, a bfloat16 error the norm of the",
         "difference over the norm of the exact value. The bfloat16 bound is computed for each row from bfloat16's unit",
         "roundoff 2⁻⁸ alone: three times the root mean square of what independent roundings of that size, of every",
-        "number that the layer stores, make of the exact equations (`tests/rounding.py`). Where a row stands for",
-        "several arrays, the one nearest its bound is shown and named.",
+        "number that the layer stores, make of the exact equations (`moe/conformance/rounding.py`). Where a row",
+        "stands for several arrays, the one nearest its bound is shown and named.",
     ]
     lines += ["", *summary(rows)]
     section = None

@@ -10,12 +10,14 @@ from moe import platform
 if __name__ == "__main__":
     platform.use_tpu_compiler()  # before JAX: counting needs no accelerator
 
-import importlib
 import sys
+from pathlib import Path
 
+from moe.config import load_python_file
 from moe.models.flops import count_parameters
 from moe.routing.resolve import from_config_dict
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 #: Largest deviation from a published number that has no exact count beside it: GShard's, Switch-Large's.
 MOST = 0.07
 #: Embedding table of gpt-oss, which its published active counts leave out and ours do not.
@@ -72,7 +74,7 @@ def main() -> None:
     wrong = False
     for name, (total_text, active_text, exact_total, exact_active) in PUBLISHED.items():
         module, _, size = name.partition(":")
-        get_config = importlib.import_module(f"configs.{module}").get_config
+        get_config = load_python_file(CONFIGS / f"{module}.py").get_config
         total, active = count_parameters(from_config_dict(get_config(size) if size else get_config()).model)
         checks = [ours == theirs for ours, theirs in ((total, exact_total), (active, exact_active)) if theirs]
         if checks:

@@ -33,7 +33,7 @@ def main() -> None:
         from lm_eval import evaluator, tasks, utils  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("this program needs the package lm_eval; install it with pip install lm_eval") from error
-    from scripts.harness import WorkdirLM
+    from moe.interop.harness import WorkdirLM
 
     manager = tasks.TaskManager(include_path=_INCLUDE.value)
     names = list(_TASKS.value or [])

@@ -78,13 +78,13 @@ def parity(sizes: Sizes) -> Iterator[str]:
     """The layer against the per-token oracle, in values and gradients, in every dispatch mode and precision."""
     import jax
 
-    from scripts import conformance_oracle
+    from moe.conformance import oracle
 
     del sizes
     # Rows, D and F are multiples of 16, so that the kernels run; without TF32.
-    case = conformance_oracle.Case("mixtral", 2, 32, 8, 2, 12, 0.2)
+    case = oracle.Case("mixtral", 2, 32, 8, 2, 12, 0.2)
     with jax.default_matmul_precision("highest"):
-        rows = list(conformance_oracle.against_oracle(case, seed=0, d=32, f=48))
+        rows = list(oracle.against_oracle(case, seed=0, d=32, f=48))
     yield "| layer | bound | error | |"
     yield "|---|---|---|---|"
     yield from (
@@ -96,18 +96,20 @@ def parity(sizes: Sizes) -> Iterator[str]:
 
 def layer(sizes: Sizes) -> Iterator[str]:
     """Mixtral's layer, router and losses included, against the matmul rate measured in turns with it."""
-    from scripts import moe_programs, timing
+    from moe.benchmarks import layer_programs, timing
 
     cases = {mode: _case(sizes, mode) for mode in ("dropless", "gather")}
     yield "| mode | pass | ms, median (minimum) | active TFLOP/s | of the matmul rate |"
     yield "|---|---|---|---|---|"
     for mode, case in cases.items():  # one at a time: each has 11 GiB of parameters and gradients
         programs: dict[str, Callable[[], Any]]
-        programs, _ = moe_programs.layer(case)
-        times = timing.in_turns(programs | {"matmul": moe_programs.large_matmul(sizes.side, sizes.dtype)}, _CALLS.value)
+        programs, _ = layer_programs.layer(case)
+        times = timing.in_turns(
+            programs | {"matmul": layer_programs.large_matmul(sizes.side, sizes.dtype)}, _CALLS.value
+        )
         rate = 2 * sizes.side**3 / statistics.median(times.pop("matmul").clock)
         for which, seconds in times.items():
-            median, flops = statistics.median(seconds.clock), moe_programs.active_flops(case)[which]
+            median, flops = statistics.median(seconds.clock), layer_programs.active_flops(case)[which]
             share = flops / median / rate
             verdict = f" (bar {BAR}: {'met' if share >= BAR else 'not met'})" if which == "both" else ""
             yield (
@@ -121,8 +123,8 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
+    from moe.benchmarks import timing
     from moe.dispatch.grouped_matmul import gpu, tpu
-    from scripts import timing
 
     num_rows, experts = 2 * sizes.tokens, sizes.experts
     rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)
@@ -161,10 +163,10 @@ def attention(sizes: Sizes) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
+    from moe.benchmarks import timing
     from moe.layers.attention.attend import attend
     from moe.layers.attention.gpu import runs_cudnn
     from moe.layers.attention.scoring import Scoring
-    from scripts import timing
 
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (sizes.heads, sizes.heads // 2, sizes.heads // 2)
@@ -281,7 +283,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[str]]] = {
 
 
 def _case(sizes: Sizes, mode: str) -> Any:
-    from scripts.moe_programs import Case
+    from moe.benchmarks.layer_programs import Case
 
     return Case(
         shape="Mixtral", gate="mixtral", mode=mode, experts=sizes.experts, k=2, d_model=sizes.d_model,

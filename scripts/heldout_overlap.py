@@ -4,6 +4,8 @@ Prints for each domain the share of held-out characters in lines (of at least 40
 and the share in the document with the largest overlap. Reads every training document once.
 """
 
+from pathlib import Path
+
 from moe import platform
 
 if __name__ == "__main__":
@@ -11,7 +13,7 @@ if __name__ == "__main__":
 
 from moe import cli
 
-_CONFIG = cli.define_config("configs/quickstart.py")
+_CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.py")
 
 
 def main() -> None:

@@ -49,10 +49,10 @@ MOMENTS = ("time", "start", "row", "evaluation", "save")
 
 def small(folder: Path, life: str) -> Any:
     """Config of a run: seconds of start-up, then steps of milliseconds, each of which logs, evaluates or saves."""
-    from configs import base
+    from moe.config import Config, to_config_dict
     from moe.routing.resolve import from_config_dict
 
-    tree: Any = base.get_config()
+    tree: Any = to_config_dict(Config())
     tree.model.update(vocab_size=400, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
     tree.model.moe.update(d_ff=16, num_experts=4, gate="switch")
     dataset = "embedded" if TFDS in life else str(folder / "text")
@@ -225,7 +225,7 @@ def kill_runs(folder: Path) -> int:
     for path in (*root.glob("docs/*.md"), *root.glob("moe/*.py"), root / "README.md"):
         (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["configs.base", "moe.training.loop"])
+    context.set_forkserver_preload(["moe.training.loop"])
     draw, seconds = random.Random(_SEED.value), 0.0
     tfds = wheel().exists()
     # The first run compiles; the last one measures the time of a run without that.

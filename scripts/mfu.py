@@ -10,6 +10,8 @@ saved, and prints the share of the bare step's speed that is left beside data, l
 `--seeds=N` also times N runs as one vmapped program, on one device: whether seeds should train together.
 """
 
+from pathlib import Path
+
 from moe import platform
 
 if __name__ == "__main__":
@@ -26,7 +28,7 @@ from absl import flags
 
 from moe import cli
 
-_CONFIG = cli.define_config("configs/quickstart.py")
+_CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.py")
 _STEPS = flags.DEFINE_integer("steps", 20, "Train steps that are timed.", lower_bound=3)
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs in one vmapped program, timed too if more than one.", lower_bound=1)
 _REMAT = flags.DEFINE_list("remat", [], "Policies of model.remat to compare.")
@@ -69,11 +71,11 @@ def utilisation(config: Any, mesh: Any) -> None:
     import jax
     import numpy as np
 
+    from moe.benchmarks import timing
     from moe.models import flops
     from moe.parallel import target
     from moe.training import matmul_rate
     from moe.training.step import build
-    from scripts import timing
 
     program = build(config, mesh)
     rates: list[float] = []
@@ -134,8 +136,8 @@ def with_model(config: Any, **changes: Any) -> Any:
 
 def remat(config: Any, mesh: Any) -> None:
     """Prints memory and step time of each remat policy."""
+    from moe.benchmarks import timing
     from moe.training.step import build
-    from scripts import timing
 
     programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
     sizes = {

@@ -60,10 +60,11 @@ def main() -> None:
 
 def every_point(modes) -> list:
     """All points of the table, in order."""
-    from configs import gshard_translation
+    from moe.config import load_python_file
     from moe.planner import scaling
     from moe.routing.resolve import from_config_dict
 
+    gshard_translation = load_python_file(Path(__file__).parents[1] / "configs" / "gshard_translation.py")
     points = []
     for mode, tensor in [*((mode, 1) for mode in modes), *((mode, 2) for mode in modes if mode == "gather")]:
         series = f"GShard 36 layers, v3, {mode}" + (", tensor 2" if tensor > 1 else "")

@@ -1,1 +1,1 @@
-"""Tests; tests/reference.py is the per-token oracle."""
+"""Tests; moe/conformance/reference.py is the per-token oracle."""

@@ -28,7 +28,7 @@ _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}
 #: A case of a parametrised test that runs with the slow tests.
 slow_case = functools.partial(pytest.param, marks=pytest.mark.slow)
 
-#: The gates that this oracle (tests/reference.py) knows.
+#: The gates that this oracle (moe/conformance/reference.py) knows.
 FOUR = ("dense_mixture", "gshard", "mixtral", "switch")
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moe.conformance import reference
 from moe.dispatch.modes import MODES
 from moe.dispatch.plan import Plan, expert_capacity, make_plan
 from moe.layers.experts import Experts
@@ -18,7 +19,6 @@ from moe.parallel import target
 from moe.routing.registry import GATES
 from moe.routing.router import Router
 from moe.routing.routing import Routing, route
-from tests import reference
 from tests.helpers import slow_case, tiny_model, tiny_routing
 
 CAPACITY_MODES = ("gather", "einsum")
@@ -149,7 +149,7 @@ def _system(config, capacity, mode, key):
 
 
 def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
-    """y and gradients of the same function by tests/reference.py, and its decisions."""
+    """y and gradients of the same function by moe/conformance/reference.py, and its decisions."""
     router = np.asarray(parameters["router"]["kernel"], np.float64)
     logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
     gate, k = config.moe.gate, config.moe.experts_per_token

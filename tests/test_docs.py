@@ -1,5 +1,6 @@
 """Code and commands that the guides show, executed as they stand there."""
 
+import ast
 import os
 import re
 import subprocess
@@ -11,6 +12,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 API, RESTARTS = ROOT / "docs" / "api.md", ROOT / "docs" / "restarts.md"
+
+
+def test_programs_import_only_what_is_installed():
+    """An installation maps `moe` alone; main.py's folder hides that from main.py, and pytest from the tests."""
+    for path in (ROOT / "main.py", *(ROOT / "scripts").glob("*.py"), *(ROOT / "moe").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.partition(".")[0] not in ("configs", "scripts", "tests"), f"{path}:{node.lineno}"
+
+
+def test_a_default_config_finds_its_neighbours_from_any_folder(tmp_path):
+    package = tmp_path / "settings"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "common.py").write_text("from moe.config import Config, to_config_dict\n")
+    (package / "mine.py").write_text(
+        "from settings import common\n\ndef get_config():\n    return common.to_config_dict(common.Config(seed=5))\n"
+    )
+    scripts, elsewhere = tmp_path / "scripts", tmp_path / "elsewhere"
+    scripts.mkdir()
+    elsewhere.mkdir()
+    (scripts / "program.py").write_text(
+        "from pathlib import Path\nfrom moe import cli\n"
+        "flag = cli.define_config(Path(__file__).parents[1] / 'settings' / 'mine.py')\n"
+        "cli.run(lambda: print(cli.load_config(flag).seed, cli.load_config(flag).train.num_steps))\n"
+    )
+    command = [sys.executable, scripts / "program.py", "--config.train.num_steps=70"]
+    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert (result.stdout.split(), result.returncode) == (["5", "70"], 0), result.stderr
 
 
 @pytest.mark.slow
@@ -37,7 +69,7 @@ def test_the_walk_of_the_page_on_restarts(tmp_path):
     page = RESTARTS.read_text().partition("## All of it once")[2]
     commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2])
     commands = commands.replace("/tmp/walk", str(tmp_path)).replace(".venv/bin/python", sys.executable)
-    alone = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0", "HOME": str(tmp_path)}
+    alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "HOME": str(tmp_path)}
     result = subprocess.run(
         ["sh", "-ec", commands], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, check=False
     )

@@ -48,7 +48,7 @@ def _widen(source, vocab_size):
 
 @pytest.fixture(scope="module")
 def model(workdir):
-    from scripts.harness import WorkdirLM
+    from moe.interop.harness import WorkdirLM
 
     return WorkdirLM(str(workdir), batch_size=8, max_length=24)
 
@@ -132,7 +132,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_what_cannot_be_evaluated_is_refused(workdir):
-    from scripts.harness import WorkdirLM
+    from moe.interop.harness import WorkdirLM
 
     with pytest.raises(ConfigError, match=r"--batch_size=3: must be a positive multiple of the 8 devices"):
         WorkdirLM(str(workdir), batch_size=3)

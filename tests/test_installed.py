@@ -1,11 +1,13 @@
 """The package installed in an empty environment and used from another folder, as a reader of docs/api.md would.
 
 ``python -m pytest -n 0 -m network tests/test_installed.py`` (some minutes; uv, if installed, makes the environment
-faster). The layer alone, in a user's NNX and Linen models and mesh; a user's gate through every program.
+faster). The layer alone, in a user's NNX and Linen models and mesh; a user's gate through every program; every program
+of the README in a clean clone.
 """
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -144,12 +146,17 @@ def folder(tmp_path_factory):
     subprocess.run([*installer, ROOT, "-c", ROOT / "constraints.txt"], check=True)
     for name, text in (("layer.py", LAYER), ("my_gates.py", GATE), ("my_config.py", CONFIG), ("my_suite.py", SUITE)):
         (folder / name).write_text(text)
+    write_text(folder)
+    return folder
+
+
+def write_text(folder):
+    """A folder `text` of made-up words."""
     (folder / "text").mkdir()
     draw = random.Random(0)
     words = ["".join(draw.choices("aeioubdklmnrst", k=draw.randint(2, 7))) for _ in range(300)]
     lines = [" ".join(draw.choices(words, k=40)) for _ in range(400)]
     (folder / "text" / "a.txt").write_text("\n\n".join(lines))
-    return folder
 
 
 def run(folder, *command, says, **variables):
@@ -199,3 +206,62 @@ def test_a_gate_that_is_gone_is_one_sentence(folder):
     assert result.returncode == 1
     assert "no module 'my_gates' on PYTHONPATH" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+#: Program of README's table: arguments of a short run, and what it prints. {clone}: the clone.
+TINY = "--config={clone}/configs/tiny.py --config.data.dataset=text --config.data.directory=cache"
+SHORT_RUNS = {
+    "main.py": (f"{TINY} --workdir=run", "unigram loss"),
+    "scripts/evaluate.py": ("--workdir=run", "perplexity"),
+    "scripts/generate.py": ("--workdir=run --prompt=one --tokens=4", "one"),
+    "scripts/downstream.py": ("--workdir=run --tasks=piqa", "needs the package lm_eval"),
+    "scripts/export_hf.py": ("--workdir=run --out=hf", "config.json"),
+    "scripts/import_hf.py": ("--source=hf --out=imported", "parameters"),
+    "scripts/translate.py": ("--workdir=run", "needs sacrebleu"),
+    "scripts/ablate.py": (
+        "--suite={clone}/configs/ablations/capacity_factor.py --workdir=suite --report",
+        "no run of the suite is finished",
+    ),
+    "scripts/analyze_routing.py": ("--workdir=run --tokens=128 --shuffles=5", "experts.html"),
+    "scripts/heldout_overlap.py": (TINY, "held-out documents"),
+    "scripts/plan_pod.py": ("--config={clone}/configs/tiny.py --topology=v5p:2x2x1", "v5p"),
+    "scripts/scaling.py": ("--help", "--modes"),
+    "scripts/calibration.py": ("--help", "--only"),
+    "scripts/gpu_report.py": ("--dry --calls=1", "DRY RUN"),
+    "scripts/bench_moe.py": ("--shapes=A --tokens=64 --d_model=32 --modes=gather --repeats=1", "gather"),
+    "scripts/mfu.py": (f"{TINY} --steps=3", "MFU"),
+    "scripts/conformance.py": ("--help", "--layers"),
+    "scripts/count_params.py": ("", "mixtral_8x7b"),
+    "scripts/kill_runs.py": ("--kills=1 --per_life=1", "1 of 1 kills survived"),
+    "scripts/save_cost.py": (f"{TINY} --window=2 --pairs=6", "of throughput by wall time"),
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clean clone whose .venv was made by scripts/install.sh, with no module outside `moe` on its import path."""
+    clone = tmp_path_factory.mktemp("clone") / "repository"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    subprocess.run(["sh", clone / "scripts" / "install.sh"], env=environment, check=True)
+    return clone
+
+
+def test_every_program_of_the_readme_in_a_clean_clone(clone):
+    programs = (ROOT / "README.md").read_text().partition("## Programs")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"`((?:scripts/)?\w+\.py)`", programs)) == sorted(SHORT_RUNS)
+    elsewhere = clone.parent / "elsewhere"
+    elsewhere.mkdir()
+    write_text(elsewhere)
+    hidden = ("PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden} | {"HOME": str(elsewhere)}
+    for program, (arguments, says) in SHORT_RUNS.items():
+        result = subprocess.run(
+            [clone / ".venv" / "bin" / "python", clone / program, *arguments.format(clone=clone).split()],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert says in result.stdout + result.stderr, f"{program}: {result.stderr[-3000:]}"
+        assert "Traceback" not in result.stderr, program

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moe.config import ModelConfig
+from moe.conformance import reference
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.rotary import rotate
 from moe.layers.embedding import Embedding
@@ -16,7 +17,7 @@ from moe.layers.ffn import DenseFFN, activate
 from moe.layers.norms import RMSNorm
 from moe.models.decoder import Transformer
 from moe.parallel.weights import matrix
-from tests import reference, reference_attention
+from tests import reference_attention
 from tests.helpers import random_parameters, tiny_model
 
 CONFIG_100 = ModelConfig(rope_theta=100.0)

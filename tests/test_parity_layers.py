@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
+from moe.conformance import reference
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import run_reference
 from scripts import conformance
-from tests import reference
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "parity" / "layers"
 

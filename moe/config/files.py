@@ -1,8 +1,12 @@
-"""Reading of small files that a user names."""
+"""Reading of small files, and of Python files, that a user names."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+import types
+from pathlib import Path
 
 from etils import epath
 
@@ -42,3 +46,25 @@ def _read(file: epath.Path, name: str) -> bytes:
     if file.stat().length > _LARGEST:
         raise ConfigError(f"{name}: must be at most {_LARGEST} bytes")
     return file.read_bytes()
+
+
+def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:
+    """Run a Python file, such as a config or a suite, from whatever folder; it may import its neighbours."""
+    extend_import_path(path)
+    spec = importlib.util.spec_from_file_location(f"file_{Path(path).stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def extend_import_path(path: str | os.PathLike[str]) -> None:
+    """Find the modules that a Python file may import: of the package that holds it, then those beside it."""
+    folder = Path(path).resolve().parent
+    package = folder
+    while (package / "__init__.py").exists():
+        package = package.parent
+    for place in (package, folder):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))

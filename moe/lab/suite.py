@@ -7,14 +7,13 @@ claims to hold equal, before anything is trained.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, load_python_file
 from moe.models import flops
 from moe.routing.resolve import from_config_dict
 
@@ -234,11 +233,7 @@ def load_suite(path: str, size: str) -> Suite:
         raise ConfigError(f"--size={size!r}: must be one of {', '.join(SIZES)}")
     if not Path(path).is_file():
         raise ConfigError(f"--suite={path}: no such file; suites are in configs/ablations/")
-    spec = importlib.util.spec_from_file_location(f"suite_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_python_file(path)
     if not hasattr(module, "get_suite"):
         raise ConfigError(f"--suite={path}: has no get_suite(size)")
     suite = module.get_suite(size)

@@ -18,14 +18,14 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
+from moe.conformance import reference, rounding
+from moe.conformance.rows import FLOAT32, Row, close, error
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing.registry import GATES
-from scripts.conformance_rows import FLOAT32, Row, close, error
-from tests import reference, rounding
 
 ORACLE = "Every gate in every mode = the oracle, in y and in the gradients of x, router, experts"
 DEVICES = "Equal on 1, 2, 4 and 8 devices, in training: y, all gradients, all losses and metrics"
@@ -334,7 +334,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
                 model = rounding.sparse(case.gate, numpy_x, arrays, decisions, numpy_ct, rule)
             unrounded, bound = rounding.bounds(model)
             if error({name: unrounded[name] for name in exact}, exact) > FLOAT32:
-                raise AssertionError(f"tests/rounding.py is not the layer of {case.gate}: {case}")
+                raise AssertionError(f"moe/conformance/rounding.py is not the layer of {case.gate}: {case}")
             y, gradients, _ = run(x.astype(jnp.bfloat16), real, cotangent, jnp.asarray(tokens), key)
             ours = {"y": y, **gradients}
             worst = {name: rounding.norm_error(np.asarray(ours[name]), unrounded[name]) for name in exact}

@@ -336,7 +336,7 @@ def soft_output(
                 mixed = jnp.zeros_like(x[g, 0])
                 if real:
                     share = softmax(jnp.stack([x[g, s] @ router[:, e, p] for s in real]))
-                    mixed = sum(share[i] * x[g, s] for i, s in enumerate(real))
+                    mixed = sum((share[i] * x[g, s] for i, s in enumerate(real)), start=mixed)
                 matrix = None if gate_matrix is None else gate_matrix[e]
                 outputs.append(ffn(mixed, up[e], matrix, down[e], activation))
         for s in range(x.shape[1]):

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests import reference
+from moe.conformance import reference
 
 UNIT_ROUNDOFF = 2.0**-8
 DRAWS = 16

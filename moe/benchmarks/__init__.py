@@ -1,0 +1,1 @@
+"""What the benchmarks in scripts/ time, and how."""
