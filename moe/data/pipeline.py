@@ -30,7 +30,7 @@ import numpy as np
 
 from moe.config import ConfigError, DataConfig
 from moe.data import objectives, streams
-from moe.data.preparation import Prepared, domain_weights, open_data
+from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen
 from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
 
@@ -138,8 +138,9 @@ def train_dataset(
       rows: numbers of the rows of a batch that this process holds (:func:`moe.parallel.mesh.local_rows`); None: all.
 
     Raises:
-      ConfigError: `rows` are not the rows of whole streams.
+      ConfigError: `rows` are not the rows of whole streams, or a domain has no training text.
     """
+    refuse_unseen(prepared.train)
     count = data.streams or math.gcd(8, batch_size)
     per_stream = batch_size // count
     if batch_size % count:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,7 @@ def open_data(
         if tokenizer is None and data.tokenizer:
             tokenizer = named_tokenizer(data.tokenizer, directory, progress)
         if tokenizer is None:
+            refuse_unseen(train)
             text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
             readable = re.sub(r"[^a-zA-Z0-9_.-]", "_", "-".join([data.dataset, *domains]))[:80]
             size = vocab_size - SENTINELS if data.objective == "span_corruption" else vocab_size
@@ -91,6 +92,12 @@ def open_data(
     if data.objective == "span_corruption":
         check_sentinels(tokenizer, vocab_size)
     return Prepared(tokenizer, domains, train, heldout, versions)
+
+
+def refuse_unseen(train: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError for a domain without training text, which can only be evaluated."""
+    if unseen := [domain for domain, documents in train.items() if not len(documents)]:
+        raise ConfigError(f"data.domains: {unseen[0]!r} has held-out text alone; train on other domains")
 
 
 def _reach(name: str) -> epath.Path:
