@@ -1,11 +1,14 @@
 """Suites, records and tables for tests of the ablation lab."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 from configs import base as defaults
+from moe.lab import identity
 from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part
+from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
 from moe.lab.suite import Comparison, Suite, Variant
 from moe.lab.table import Table
@@ -30,9 +33,24 @@ def record(variant, seed, loss, steps=20, rate=3e-3, status=FINISHED, **fields):
         for domain in ("a", PRIMARY)
     ]
     own = {"rows": rows, "row_domains": ["a", "a"], "row_losses": [loss - 0.1, loss + 0.1], "claims": {}, **fields}
+    own = {"run": "", "form": {}, "evaluated": "dropless", "last_losses": [loss], **own}
     return Record(
         variant, steps, rate, seed, status, "", commit="c", data={}, hardware="h", seconds=1.0, costs={}, **own
     )
+
+
+def keyed(suite, runs):
+    """Records as the suite's own runs would write them, parents at the base config's rate."""
+    found, keyed_runs = Plan(suite, []), []
+    for run in runs:
+        parents = {role: found.run(key) for role, key in found.parents(run.key).items()}
+        form = suite.form(run.variant, run.seed, steps=run.steps, learning_rate=run.learning_rate, parents=parents)
+        keyed_runs.append(dataclasses.replace(run, form=form, run=identity.digest(form)))
+    return keyed_runs
+
+
+def table(suite, runs):
+    return Table(suite, keyed(suite, runs))
 
 
 def claim_of(rule="below", value="loss[b] - loss[a]", **fields):
@@ -47,7 +65,7 @@ def table_of(b, a=(5.0, 5.0, 5.0), claim=None, steps=20, **fields):
         for name, losses in (("a", a), ("b", b))
         for seed, loss in enumerate(losses)
     ]
-    return Table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(steps,), **fields), runs)
+    return table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(steps,), **fields), runs)
 
 
 def tiny_base(directory):

@@ -7,16 +7,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from configs import base as defaults
 from moe.config import ConfigError
-from moe.lab import costs, plan, records, results
+from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse
+from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import figures, page, sections
 from moe.lab.suite import Comparison, Sweep, Variant, check, load_suite, with_seeds
 from moe.lab.table import MissingError, Table
+from moe.routing.resolve import from_config_dict
 from tests.helpers import slow_case
-from tests.lab_helpers import CLAIMS, DENSE, SWITCH, record, suite_of, tiny_base, tiny_suite
+from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if path.stem not in ("__init__", "common"))
@@ -31,7 +34,7 @@ def test_every_suite_is_as_equal_as_it_says(path, size):
 
 
 def test_every_claim_names_arms_of_its_suite():
-    assert [claim.number for claim in CLAIMS] == list(range(1, 23))
+    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 30)]
     suites = {path.stem: load_suite(str(path), "laptop") for path in SUITES}
     for claim in CLAIMS:
         assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number
@@ -50,9 +53,12 @@ def test_every_claim_names_arms_of_its_suite():
         (suite_of({"a": DENSE}, headline=("b",)), "headline: no variant 'b'"),
         (suite_of({"a": DENSE}, {"c": Comparison("a", ("b",), ("steps",))}), "no variant 'b'"),
         (suite_of({"a": DENSE}, {"c": Comparison("a", ("a",), ("luck",))}), "'luck' is not one of"),
-        (suite_of({"a": DENSE}, sweep=Sweep((1e-3, 2e-3), (9,), 320)), "must contain the base config's 0.003"),
-        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (1,), 320)), "none of the suite's"),
-        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,), 7)), "must be one of the suite's"),
+        (suite_of({"a": DENSE}, sweep=Sweep((1e-3, 2e-3), (9,))), "must contain the base config's 0.003"),
+        (suite_of({"a": DENSE}, sweep=Sweep((0.0, 3e-3), (9,))), "must be positive"),
+        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (1,))), "none of the suite's"),
+        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,), (7,))), "must be among the suite's"),
+        (suite_of({"../a": DENSE}), "variant '../a': must be at most 60 letters"),
+        (suite_of({"a": dataclasses.replace(DENSE, rate_from="b")}), "no variant 'b'"),
         (
             suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("total_parameters",))}),
             r"'b' has 3\.\d+ times the total_parameters of 'a'",
@@ -65,7 +71,7 @@ def test_a_suite_that_cannot_be_compared_is_refused(suite, message):
 
 
 def test_other_seeds_are_not_those_of_the_sweep():
-    suite = suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,), 320))
+    suite = suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,)))
     assert with_seeds(suite, [4]).seeds == (4,)
     for seeds in ([9], [1, 1]):
         with pytest.raises(ConfigError, match="--seeds"):
@@ -94,7 +100,7 @@ def test_routing_groups_follow_the_batch_size():
 
 def test_the_plan_goes_seed_by_seed_with_the_headline_arms_first():
     suite = suite_of({"a": DENSE, "other": SWITCH, "b": SWITCH}, seeds=(0, 1), horizons=(20, 10), headline=("a", "b"))
-    order = [(key.seed, key.steps, key.variant) for key in plan.runs(suite, [])]
+    order = [(key.seed, key.steps, key.variant) for key in Plan(suite, []).runs()]
     assert order[:4] == [(0, 10, "a"), (0, 10, "b"), (0, 20, "a"), (0, 20, "b")]
     assert order[4:6] == [(1, 10, "a"), (1, 10, "b")]
     assert order[8:] == [(0, 10, "other"), (0, 20, "other"), (1, 10, "other"), (1, 20, "other")]
@@ -103,56 +109,114 @@ def test_the_plan_goes_seed_by_seed_with_the_headline_arms_first():
 def test_parents_are_trained_before_their_children():
     child = dataclasses.replace(SWITCH, starts_from="parent", seed_offset=7)
     suite = suite_of({"child": child, "parent": DENSE}, seeds=(0, 1))
-    order = [(key.variant, key.seed) for key in plan.runs(suite, [])]
+    order = [(key.variant, key.seed) for key in Plan(suite, []).runs()]
     assert order == [("parent", 0), ("child", 0), ("parent", 1), ("child", 1)]
-    key = plan.runs(suite, [])[1]
-    assert plan.parents(suite, [], key) == {"starts_from": Key("parent", 320, 3e-3, 0)}
+    found = Plan(suite, [])
+    key = found.runs()[1]
+    assert found.parents(key) == {"starts_from": Key("parent", 320, 3e-3, 0)}
     assert suite.config("child", 1).seed == 8
+    # The child is another run when its parent is.
+    edited = dataclasses.replace(DENSE, overrides={**DENSE.overrides, "model.d_ff": 64})
+    other = Plan(dataclasses.replace(suite, variants={"child": child, "parent": edited}), [])
+    assert found.run(key) != other.run(key)
 
 
-def test_a_sweep_is_checked_at_the_longest_horizon_before_it_counts():
-    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=Sweep((1e-3, 3e-3, 9e-3), (7,), 10))
-    assert [(key.steps, key.learning_rate) for key in plan.runs(suite, [])] == [(10, 1e-3), (10, 3e-3), (10, 9e-3)]
-    middle = [record("a", 7, loss, 10, rate) for rate, loss in ((1e-3, 5.0), (3e-3, 4.9), (9e-3, 4.8))]
-    # Best at 10 steps: the largest; it and the next lower are tried at 20, and no other run is named yet.
-    assert [key for key in plan.runs(suite, middle) if key.steps == 20] == [
-        Key("a", 20, 9e-3, 7),
-        Key("a", 20, 3e-3, 7),
-    ]
-    assert not plan.choose(suite, middle, "a").tuned
-    # At 20 steps the largest rate diverges, so the one below it is tried against the lowest, which is worse.
-    checked = [*middle, record("a", 7, 4.5, 20, 3e-3), record("a", 7, 4.4, 20, 9e-3, DIVERGED)]
-    assert plan.choose(suite, checked, "a").to_check == (1e-3,)
-    full = [*checked, record("a", 7, 4.6, 20, 1e-3)]
-    choice = plan.choose(suite, full, "a")
-    assert (choice.rate, choice.tuned, choice.at_edge) == (3e-3, True, False)
-    assert {key.learning_rate for key in plan.runs(suite, full) if key.seed != 7} == {3e-3}
+def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
+    sweep = Sweep((1e-3, 3e-3, 9e-3, 27e-3), (7,), (10, 20))
+    arms = {"a": DENSE, "b": dataclasses.replace(SWITCH, rate_from="a")}
+    suite = suite_of(arms, seeds=(0, 1), horizons=(10, 20), sweep=sweep)
+
+    def after(*runs):
+        return Plan(suite, keyed(suite, runs))
+
+    assert after().runs() == [Key("a", 10, 3e-3, 7), Key("a", 20, 3e-3, 7)]
+    first = record("a", 7, 4.9, 10)
+    assert [key for key in after(first).runs() if key.steps == 10] == [Key("a", 10, r, 7) for r in (3e-3, 1e-3, 9e-3)]
+    # The higher neighbour is the best so far: the one beyond it is next, and no run of the comparisons is named yet.
+    middle = [first, record("a", 7, 5.0, 10, 1e-3), record("a", 7, 4.8, 10, 9e-3)]
+    choice = after(*middle).choices["a", 10]
+    assert (choice.rate, choice.tuned, choice.to_try) == (9e-3, False, (27e-3,))
+    assert {key.seed for key in after(*middle).runs()} == {7}
+    # It diverges: the arm is tuned at this horizon, with the arm that takes its rate; the other horizon is not.
+    full = [*middle, record("a", 7, 4.0, 10, 27e-3, DIVERGED)]
+    found = after(*full)
+    assert found.choices["a", 10] == found.choices["b", 10]
+    choice = found.choices["a", 10]
+    assert (choice.rate, choice.tuned, choice.at_edge) == (9e-3, True, False)
+    assert not found.choices["a", 20].tuned
+    assert {key for key in found.runs() if key.seed == 0} == {Key(arm, 10, 9e-3, 0) for arm in arms}
+    # Without the sweep every arm takes the best rate tried.
+    assert {key.learning_rate for key in found.runs(sweep=False) if key.steps == 20} == {3e-3}
     # Reserved seeds are in no comparison.
-    assert Table(suite, full).used == []
+    assert Table(suite, keyed(suite, full)).used == []
+    edge = after(first, record("a", 7, 4.8, 10, 1e-3), record("a", 7, 5.0, 10, 9e-3)).choices["a", 10]
+    assert (edge.rate, edge.tuned, edge.at_edge) == (1e-3, True, True)
 
 
-def test_a_check_with_a_seed_of_the_comparisons_takes_their_run():
-    sweep = Sweep((1e-3, 3e-3), (7,), 10, check_seed=0)
-    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=sweep)
-    swept = [record("a", 7, loss, 10, rate) for rate, loss in ((1e-3, 5.0), (3e-3, 4.9))]
-    # The run of the comparisons exists at the optimum: only the lower rate is missing.
-    found = [*swept, record("a", 0, 4.5, 20, 3e-3)]
-    assert plan.choose(suite, found, "a").to_check == (1e-3,)
-    tuned = [*found, record("a", 0, 4.6, 20, 1e-3)]
-    choice = plan.choose(suite, tuned, "a")
-    assert (choice.rate, choice.at_edge) == (3e-3, True)  # of two rates; a larger one may be better still
-    assert Table(suite, tuned).seeds(20, "a") == [0]
-    # Of other seeds' comparisons it is no part.
-    assert Table(dataclasses.replace(suite, seeds=(3, 4)), tuned).used == []
+def test_a_rate_of_many_digits_finds_its_record():
+    sweep = Sweep((1 / 300, 1 / 150), (7,))
+    base = defaults.get_config()
+    base.optimizer.learning_rate = 1 / 300
+    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(20,), sweep=sweep, base=base)
+    runs = keyed(suite, [record("a", 7, 5.0, rate=1 / 300), record("a", 7, 5.1, rate=1 / 150)])
+    found = Plan(suite, runs)
+    assert found.choices["a", 20].tried == {1 / 300: 5.0, 1 / 150: 5.1}
+    # Seven digits of it are another rate.
+    assert Plan(suite, keyed(suite, [record("a", 7, 5.0, rate=0.003333333)])).choices["a", 20].tried == {}
 
 
-def test_a_sweep_at_the_longest_horizon_is_decided_by_its_reserved_seeds_alone():
-    sweep = Sweep((1e-3, 3e-3), (7,), 20, check_seed=0)
-    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(20,), sweep=sweep)
-    swept = [record("a", 7, loss, 20, rate) for rate, loss in ((1e-3, 4.6), (3e-3, 4.5))]
-    # The chosen rate's first run of the comparisons has a higher loss, which is that seed's, not the rate's.
-    choice = plan.choose(suite, [*swept, record("a", 0, 4.9, 20, 3e-3)], "a")
-    assert (choice.rate, choice.tuned, choice.tried) == (3e-3, True, {(20, 1e-3): 4.6, (20, 3e-3): 4.5})
+def test_an_edited_arm_is_another_run(tmp_path):
+    suite = suite_of({"a": DENSE, "b": SWITCH}, seeds=(0, 1), horizons=(20,))
+    for run in keyed(suite, [record("b", 0, 5.0), record("b", 1, 5.0)]):
+        run.write(tmp_path)
+    runs = records.read_all(tmp_path)
+    assert Table(suite, runs).seeds(20, "b") == [0, 1]
+    for fields in ({"model.moe.gate": "mixtral"}, {"model.moe.gate": "switch", "model.d_ff": 64}):
+        edited = dataclasses.replace(suite, variants={"a": DENSE, "b": Variant(fields)})
+        assert Table(edited, runs).used == []
+        assert len(Plan(edited, runs).runs()) == 4
+    # Another suite finds the same runs under another name.
+    renamed = dataclasses.replace(suite, name="other", variants={"c": SWITCH})
+    (first, second) = Table(renamed, runs).used
+    assert (first.variant, second.variant) == ("c", "c")
+
+
+def test_the_canonical_form_names_every_setting():
+    """A field added to the config is named here or in the canonical form: does it change a run's result?"""
+    of_no_effect = {
+        "seed", "vocab_size", "data.directory", "data.heldout_rows", "start.checkpoint", "start.optimizer",
+        "distill.teacher", "distill.soft_share", "train.log_every", "train.eval_every", "train.save_every",
+        "train.keep_checkpoints", "train.keep_every", "train.max_skipped_steps", "train.on_skipped_steps",
+        "train.spike_sigmas", "train.sample_tokens", "train.compilation_cache", "train.writers", "model.attention",
+        "model.scan_layers", "model.remat", "model.d_ff", "optimizer.name", "optimizer.final_learning_rate_fraction",
+    }  # fmt: skip
+    config = from_config_dict(defaults.get_config())
+    names = {*identity._MODEL, *identity._DATA, *identity._OPTIMIZER, *identity._TRAIN, *identity._START}
+    for section in ("data", "train", "model", "optimizer", "start"):
+        for field in dataclasses.fields(getattr(config, section)):
+            value = getattr(getattr(config, section), field.name)
+            known = field.name in names or dataclasses.is_dataclass(value)
+            assert known or f"{section}.{field.name}" in of_no_effect, field.name
+
+
+def test_the_canonical_form_is_fixed():
+    """Records stay valid as long as these stay the same, however the config is written."""
+    suite = suite_of({"a": SWITCH}, horizons=(20,), base=defaults.get_config())
+    form = suite.form("a", 3, steps=20, learning_rate=1e-3, parents={})
+    text = {"literature": "1.2.0", "python": "1.2.0"}
+    assert form == {
+        "balance_weight": 0.01, "batch_size": 8, "capacity_factor": 1.25, "d_model": 256, "dataset": "embedded",
+        "domains": ["literature", "python"], "drops": True, "eval_capacity_factor": 2.0, "evaluation": {"rows": 256,
+        "unseen": {}}, "expert_dim": 512, "experts": 8, "gates": "switch", "group_tokens": 2048, "head_dim": 32,
+        "jitter": 0.01, "k": 1, "learning_rate": 1e-3, "num_heads": 8, "num_kv_heads": 4, "num_layers": 4,
+        "num_steps": 20, "seed": 3, "sequence_length": 256, "text": text, "vocab_size": 4096, "warmup_steps": 2,
+    }  # fmt: skip
+    assert identity.digest(form) == "e023200334733291"
+    free = suite_of({"a": Variant({"model.moe.gate": "switch", "model.moe.dispatch": "dropless"})}, horizons=(20,))
+    removed = {"capacity_factor", "eval_capacity_factor", "group_tokens"}
+    assert free.form("a", 3, steps=20, learning_rate=1e-3, parents={}) == {
+        **{name: value for name, value in form.items() if name not in removed}, "drops": False,
+    }  # fmt: skip
 
 
 def test_curves_are_compared_at_the_steps_that_all_runs_have():
@@ -162,15 +226,22 @@ def test_curves_are_compared_at_the_steps_that_all_runs_have():
 
     runs = [run("a", 0, {5: 6.0, 10: 5.0, 20: 4.0}), run("b", 0, {5: 5.5, 10: 4.8, 20: 3.5})]
     runs += [run("a", 1, {8: 5.0, 10: 4.9, 20: 4.2}), run("b", 1, {5: 5.6, 10: 4.8, 20: 4.0})]  # "a" lost step 5
-    found = Table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), runs).curve_differences("b", "a", 20)
+    found = table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), runs).curve_differences("b", "a", 20)
     assert found == {10: pytest.approx([-0.2, -0.1]), 20: pytest.approx([-0.5, -0.2])}
 
 
 def test_a_record_is_read_back(tmp_path):
-    written = record("a", 0, 4.56789012)
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    (written,) = keyed(suite, [record("a", 0, 4.56789012, rate=1 / 300)])
     written.write(tmp_path)
     (read,) = records.read_all(tmp_path)
-    assert read.key == written.key
+    assert (read.key, read.form) == (written.key, written.form)
+    path = tmp_path / "records" / f"a.steps_20.seed_0.{written.run}.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"d_model":256', '"d_model":64'))
+    with pytest.raises(ConfigError, match=r"not a record.*its form was edited"):
+        records.read_all(tmp_path)
+    path.write_text(whole)
     assert read.primary_loss == 4.56789  # seven digits
     (tmp_path / "records" / "broken.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"broken.json: not a record"):
@@ -178,8 +249,9 @@ def test_a_record_is_read_back(tmp_path):
 
 
 def test_results_load_with_one_line_of_pandas(tmp_path):
-    runs = [record("a", 0, 4.5), record("b", 0, 4.25, probes={"p/x@1": 0.5}), record("a", 0, 4.4, rate=1e-3)]
-    results.write(tmp_path, runs, [run.key for run in runs[:2]])
+    runs = [record("a", 0, 4.5, run="1"), record("b", 0, 4.25, probes={"p/x@1": 0.5}, run="2")]
+    runs.append(record("a", 0, 4.4, rate=1e-3, run="3"))
+    results.write(tmp_path, runs, ["1", "2"])
     found = pd.read_csv(tmp_path / "results.csv")
     last = found.query("compared and quantity == 'loss' and domain == 'primary' and step == steps")
     last = last.set_index("variant").value
@@ -202,7 +274,7 @@ def test_executed_flops_leave_out_dropped_assignments():
 def test_the_training_of_parents_is_counted():
     suite = suite_of({"parent": DENSE, "child": dataclasses.replace(DENSE, starts_from="parent")}, horizons=(20,))
     runs = [record(name, seed, 5.0) for name in ("parent", "child") for seed in (0, 1)]
-    text = sections.costs_section(Table(suite, runs))
+    text = sections.costs_section(table(suite, runs))
     rows = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")]
         for line in text.splitlines()
@@ -228,18 +300,19 @@ def test_expressions_by_hand():
 def test_values_of_layers_and_first_evaluations():
     rows = [(10, "loss", PRIMARY, "", 6.0), (20, "loss", PRIMARY, "", 5.0)]
     rows += [(20, "load", "", str(layer), value) for layer, value in enumerate((1.0, 2.0, 6.0))]
-    table = Table(suite_of({"a": DENSE}), [record("a", 0, 5.0, rows=rows, probes={"p/q@0": 0.25, "p/q@1": 0.75})])
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    found = table(suite, [record("a", 0, 5.0, rows=rows, probes={"p/q@0": 0.25, "p/q@1": 0.75})])
     expressions = ("load[a]", "load[a, layer=0]", "load[a, layer=1-]", "loss[a, step=first] - loss[a]", "p/q[a] - 1")
-    assert [table.values(20, text)[0] for text in expressions] == [3.0, 1.0, 4.0, 1.0, -0.5]
+    assert [found.values(20, text)[0] for text in expressions] == [3.0, 1.0, 4.0, 1.0, -0.5]
     with pytest.raises(MissingError, match="no nothing of a"):
-        table.values(20, "nothing[a]")
+        found.values(20, "nothing[a]")
 
 
 def test_a_trial_of_two_seeds_is_marked(tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), seeds=(0, 1))
     check(suite)
     found = [record(name, seed, 5.0 + seed, 4) for name in ("dense", "mixtral") for seed in (0, 1)]
-    page.write(tmp_path, suite, found, [], "", "COMMAND")
+    page.write(tmp_path, suite, keyed(suite, found), [], "", "COMMAND")
     assert "**A trial:**" in (tmp_path / "report.md").read_text()
 
 
@@ -249,7 +322,7 @@ def test_report_of_horizons_tells_the_crossing(tmp_path):
     for seed in (0, 1, 2):
         for steps, difference in ((4, 0.1), (400, -0.1)):
             found += [record("dense", seed, 5.0, steps), record("mixtral", seed, 5.0 + difference, steps)]
-    page.write(tmp_path, suite, found, [], "", "COMMAND")
+    page.write(tmp_path, suite, keyed(suite, found), [], "", "COMMAND")
     text = (tmp_path / "report.md").read_text()
     tokens = 40 * suite.tokens_per_step / 1e6  # halfway between 4 and 400 in log steps
     assert f"Its mean loss is the lower one from about {tokens:.2f} million tokens on" in text
@@ -260,7 +333,7 @@ def test_report_below_the_longest_horizon_says_so(tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 400))
     found = [record(name, seed, loss, 4) for name, loss in (("dense", 5.0), ("mixtral", 5.1)) for seed in (0, 1, 2)]
     found.append(record("dense", 0, 4.0, 400))  # a first run of the next horizon, without a partner
-    page.write(tmp_path, suite, found, [], "", "COMMAND")
+    page.write(tmp_path, suite, keyed(suite, found), [], "", "COMMAND")
     text = (tmp_path / "report.md").read_text()
     assert "The longest horizon, 400 steps, has no comparison yet" in text
     assert "below the crossing" in text
@@ -268,12 +341,12 @@ def test_report_below_the_longest_horizon_says_so(tmp_path):
 
 
 def test_the_picture_of_a_sweep_names_arms_that_only_one_panel_has(tmp_path, monkeypatch):
-    suite = suite_of({"a": DENSE, "b": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=Sweep((1e-3, 3e-3), (7,), 10))
+    suite = suite_of({"a": DENSE, "b": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=Sweep((1e-3, 3e-3), (7,)))
     found = [record(name, 7, 5.0, 10, rate) for name in ("a", "b") for rate in (1e-3, 3e-3)]
-    found.append(record("b", 7, 4.0, 20, 1e-3))
+    found.append(record("b", 7, 4.0, 20, 3e-3))
     pictures = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: pictures.append(figure) or path.name)
-    assert figures.sweep(tmp_path / "sweep.png", Table(suite, found)) == "sweep.png"
+    assert figures.sweep(tmp_path / "sweep.png", table(suite, found)) == "sweep.png"
     (picture,) = pictures
     assert [text.get_text() for text in picture.axes[-1].get_legend().get_texts()] == ["a", "b"]
 
@@ -283,7 +356,7 @@ def test_effects_of_the_report_follow_from_results_csv(tmp_path):
     ours, base = (4.91, 4.87, 4.95), (5.02, 4.99, 5.01)
     found = [record("dense", seed, loss, 4) for seed, loss in enumerate(base)]
     found += [record("mixtral", seed, loss, 4) for seed, loss in enumerate(ours)]
-    page.write(tmp_path, suite, found, [], "", "COMMAND")
+    page.write(tmp_path, suite, keyed(suite, found), [], "", "COMMAND")
     results_csv = pd.read_csv(tmp_path / "results.csv")
     final = results_csv.query("compared and quantity == 'loss' and domain == 'primary' and step == steps")
     by_seed = final.pivot_table("value", "seed", "variant")

@@ -9,7 +9,7 @@ from moe.lab import statistics
 from moe.lab.claims import decide
 from moe.lab.report import claims_page
 from moe.lab.table import Table
-from tests.lab_helpers import CLAIMS, DENSE, DIGEST, SWITCH, claim_of, record, suite_of, table_of
+from tests.lab_helpers import CLAIMS, DENSE, DIGEST, SWITCH, claim_of, record, suite_of, table, table_of
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,9 @@ def test_a_claim_edited_after_its_runs_is_post_hoc():
 
 def test_a_claim_without_its_runs_or_its_premise_is_not_tested():
     assert decide.assess(claim_of(), None).verdict == decide.NOT_TESTED
-    finding = decide.assess(claim_of(), Table(suite_of({"a": DENSE, "b": SWITCH}), [record("a", 0, 5.0)]))
+    finding = decide.assess(
+        claim_of(), table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), [record("a", 0, 5.0)])
+    )
     assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "no runs of b")
     needs_gain = claim_of(requires="loss[a] - loss[b]")
     finding = decide.assess(needs_gain, table_of((4.9, 4.91, 4.89), claim=needs_gain))

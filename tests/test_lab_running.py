@@ -6,19 +6,20 @@ import math
 import os
 from types import SimpleNamespace
 
-import filelock
 import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.lab import plan, records, results
+from moe.lab import records, results
+from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.report import page
 from moe.lab.running import jobs, probes, runner
-from moe.lab.suite import with_seeds
+from moe.lab.running.heldout import dropless
+from moe.lab.suite import Variant, with_seeds
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
-from tests.lab_helpers import DENSE, record, suite_of, tiny_base, tiny_suite
+from tests.lab_helpers import DENSE, SWITCH, keyed, record, suite_of, tiny_base, tiny_suite
 from tests.tiny_text import build
 
 
@@ -30,7 +31,8 @@ def faked(monkeypatch):
     def fake(self, key):
         calls.append(key)
         loss = 6.0 + 0.01 * key.seed - (0.1 if key.variant == "mixtral" else 0.0)
-        record(key.variant, key.seed, loss, key.steps, key.learning_rate).write(self._workdir)
+        (run,) = keyed(self._suite, [record(key.variant, key.seed, loss, key.steps, key.learning_rate)])
+        run.write(self._workdir)
 
     monkeypatch.setattr(runner.Worker, "_train", fake)
     return calls
@@ -81,10 +83,9 @@ def test_a_suite_goes_on_from_records_alone(faked, tmp_path):
 
 def test_a_run_that_another_process_has_taken_is_left_to_it(faked, tmp_path):
     suite = tiny_suite(tiny_base(tmp_path))
-    taken = plan.runs(suite, [])[0]
-    path = runner.run_directory(tmp_path, taken)
-    path.parent.mkdir(parents=True)
-    with runner.filelock.FileLock(f"{path}.lock"):
+    found = Plan(suite, [])
+    taken = found.runs()[0]
+    with runner._lock(tmp_path, found.run(taken)):
         runner.Worker(suite, tmp_path, []).run()
     assert len(faked) == 5
     assert taken not in faked
@@ -144,10 +145,10 @@ def test_jobs_are_pinned_to_a_core_each(monkeypatch):
 
 def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypatch):
     suite = suite_of({"a": dataclasses.replace(DENSE, probes=("p",))}, seeds=(0, 1), horizons=(20,))
-    runs = [record("a", 0, 5.0), record("a", 1, 5.0), record("a", 0, 4.0, rate=1e-3)]
+    runs = keyed(suite, [record("a", 0, 5.0), record("a", 1, 5.0), record("a", 2, 4.0, rate=1e-3)])
     for run in runs:
         run.write(tmp_path)
-        runner.run_directory(tmp_path, run.key).mkdir(parents=True)
+        runner.run_directory(tmp_path, run.key, run.run).mkdir(parents=True)
     mesh = make_mesh(suite.config("a").mesh)
     trained = SimpleNamespace(model=SimpleNamespace(program=SimpleNamespace(mesh=mesh)))
     monkeypatch.setattr(runner.Worker, "_trained", lambda *_: trained)
@@ -156,14 +157,14 @@ def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypat
     worker = runner.Worker(suite, tmp_path, [])
 
     def found():
-        return [record.probes.get("p/calls") for record in records.read_all(tmp_path)]  # rates in order, seeds in order
+        return [record.probes.get("p/calls") for record in records.read_all(tmp_path)]  # seeds in order
 
-    with filelock.FileLock(f"{runner.run_directory(tmp_path, runs[1].key)}.lock"):  # another process measures it
+    with runner._lock(tmp_path, runs[1].run):  # another process measures it
         worker.measure()
-    assert found() == [None, 1.0, None]
+    assert found() == [1.0, None, None]
     for _ in range(2):
         worker.measure()
-        assert found() == [None, 1.0, 2.0]
+        assert found() == [1.0, 2.0, None]
 
 
 @pytest.mark.slow
@@ -196,10 +197,39 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
         suite.config(key.variant, key.seed, steps=key.steps, learning_rate=key.learning_rate), str(tmp_path / "alone")
     )
     alone = (tmp_path / "alone" / "metrics.jsonl").read_bytes()
-    assert alone == (runner.run_directory(tmp_path / "first", key) / "metrics.jsonl").read_bytes()
+    assert alone == (runner.run_directory(tmp_path / "first", key, mixtral[-1].run) / "metrics.jsonl").read_bytes()
 
 
-def test_the_primary_loss_is_over_all_domains_unless_some_are_named():
+def test_the_primary_loss_is_over_the_domains_named():
     losses, domains = {4: np.asarray([1.0, 3.0, 8.0])}, ["a", "a", "b"]
-    assert (4, "loss", PRIMARY, "", 5.0) in runner._mixed_rows(losses, domains, ())  # (2 + 8) / 2
-    assert (4, "loss", PRIMARY, "", 2.0) in runner._mixed_rows(losses, domains, ("a",))
+    assert (4, "loss", PRIMARY, "", 5.0) in runner._mixed_rows("loss", losses, domains, ("a", "b"))  # (2 + 8) / 2
+    assert (4, "loss", PRIMARY, "", 2.0) in runner._mixed_rows("loss", losses, domains, ("a",))
+
+
+def test_losses_of_the_last_tenth_by_batch(tmp_path):
+    """Of 20 steps the last two; a step that is trained again after a stop counts once."""
+    program = SimpleProgram(config=SimpleNamespace(train=SimpleNamespace(num_steps=20)), train_step=lambda s, b: (s, b))
+    path = tmp_path / "last"
+    recorded = runner.recording(program, path)
+    for step in range(20):
+        recorded.train_step(SimpleNamespace(step=step), SimpleNamespace(cross_entropy=step + 0.5))
+    resumed = runner.recording(program, path)
+    for step in (18, 19):
+        resumed.train_step(SimpleNamespace(step=step), SimpleNamespace(cross_entropy=step + 0.5))
+    assert len(path.read_text().splitlines()) == 4
+    assert runner.last_losses(path, 20) == [18.5, 19.5]
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpleProgram:
+    config: object
+    train_step: object
+
+
+def test_capacity_arms_are_evaluated_without_drops_too():
+    suite = suite_of({"drop": SWITCH, "dense": DENSE, "choice": Variant({
+        "model.moe.gate": "expert_choice", "model.moe.accept_future_leak": True})})  # fmt: skip
+    dropping = suite.config("drop")
+    assert dropless(dropping).model.moe.dispatch == "dropless"
+    assert dropless(suite.config("dense")) == suite.config("dense")
+    assert dropless(suite.config("choice")) is None

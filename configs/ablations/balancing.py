@@ -1,7 +1,9 @@
 """No balancing, auxiliary losses of three weights, the z-loss, and loss-free biases, all dropless.
 
-python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/balancing
+python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/lab --jobs=2
 """
+
+import dataclasses
 
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
@@ -12,7 +14,7 @@ def get_suite(size: str) -> Suite:
     wide = common.hidden(size) // 2
 
     def top2(gate: str = "mixtral", **fields: float) -> Variant:
-        return Variant(common.moe(size, gate, 8, 2, wide, dispatch="dropless", eval_capacity_factor=-1, **fields))
+        return Variant(common.moe(size, gate, 8, 2, wide, **common.DROPLESS, **fields), rate_from="aux_0.01")
 
     variants = {
         "none": top2(load_balancing_weight=0.0),
@@ -22,18 +24,17 @@ def get_suite(size: str) -> Suite:
         "aux_0.01_z": top2(load_balancing_weight=0.01, z_loss_weight=1e-3),
     }
     sigmoid = {"expert_groups": 1, "kept_expert_groups": 1, "routing_scale": 1.0}
+    variants["aux_0.01"] = dataclasses.replace(variants["aux_0.01"], rate_from="")
     # The paper moves the bias by 0.001 a step over about 10^5 steps; a short run needs larger steps.
     rate = 1e-3 if size == "pod" else 1e-2
     variants["sigmoid_aux"] = top2("deepseek_v3", bias_update_rate=0.0, load_balancing_weight=0.01, **sigmoid)
     variants["loss_free"] = top2("deepseek_v3", bias_update_rate=rate, load_balancing_weight=0.0, **sigmoid)
-    return Suite(
+    return common.suite(
+        size,
         name="balancing",
         question="What keeps experts busy, and what does it cost?",
-        base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2, 3, 4),
-        horizons=common.horizons(size),
-        sweep=common.sweep(size),
+        seeds=(5, 6, 7, 8, 9),
         comparisons={
             "equal FLOPs and parameters": Comparison("none", tuple(variants)[1:], common.FLOPS_AND_PARAMETERS),
             "loss-free against its auxiliary loss": Comparison(

@@ -1,6 +1,8 @@
 """How top-1 routing explores: not at all, by jitter of the router's input, or by sampling the expert.
 
-python scripts/ablate.py --suite=configs/ablations/exploration.py --workdir=/tmp/exploration
+python scripts/ablate.py --suite=configs/ablations/exploration.py --workdir=/tmp/lab --jobs=2
+
+Shares argmax and jitter with switch_vs_mixtral.py in the same workdir.
 """
 
 from configs.ablations import common
@@ -9,19 +11,20 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 def get_suite(size: str) -> Suite:
     """Switch's layer with three exploration rules."""
-    variants = {
-        "argmax": Variant(common.moe(size, "switch", 8, 1, jitter=0.0)),
-        "jitter": Variant(common.moe(size, "switch", 8, 1, jitter=0.01), note="uniform [0.99, 1.01]"),
-        "sampled": Variant(common.moe(size, "switch_sampled", 8, 1), note="expert drawn from the softmax"),
+    arms = {
+        "argmax": (common.moe(size, "switch", 8, 1, jitter=0.0), ""),
+        "jitter": (common.moe(size, "switch", 8, 1, jitter=0.01), "uniform [0.99, 1.01]"),
+        "sampled": (common.moe(size, "switch_sampled", 8, 1), "expert drawn from the softmax"),
     }
-    return Suite(
+    return common.suite(
+        size,
         name="exploration",
         question="Does a top-1 router need to explore?",
-        base=common.base(size),
-        variants=variants,
-        seeds=(0, 1, 2, 3, 4),
-        horizons=common.horizons(size),
-        sweep=common.sweep(size),
+        variants={
+            name: Variant(moe, rate_from="" if name == "argmax" else "argmax", note=note)
+            for name, (moe, note) in arms.items()
+        },
+        seeds=(5, 6, 7, 8, 9),
         comparisons={
             "equal FLOPs and parameters": Comparison("argmax", ("jitter", "sampled"), common.FLOPS_AND_PARAMETERS)
         },

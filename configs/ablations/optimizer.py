@@ -1,10 +1,9 @@
 """Whether the optimizer changes which gate wins: four gates under AdamW and under Muon.
 
-python scripts/ablate.py --suite=configs/ablations/optimizer.py --workdir=/tmp/optimizer
+python scripts/ablate.py --suite=configs/ablations/optimizer.py --workdir=/tmp/lab --jobs=2
 
-Never run so far. Two short horizons, three seeds and eight arms: 48 runs of 200 and 600 steps, about an hour on two
-idle cores, and 24 runs of the sweep. Muon moves the matrices of attention, FFNs and experts; routers stay with AdamW
-(moe/training/optimizer.py).
+Never run so far: 24 runs and the sweep of each arm, about eight core-hours. Muon moves the matrices of attention, FFNs
+and experts; routers stay with AdamW (moe/training/optimizer.py).
 """
 
 from configs.ablations import common
@@ -23,21 +22,18 @@ def get_suite(size: str) -> Suite:
     """Top-1, top-2 with a loss, and two gates balanced by a bias, each under both optimizers."""
     variants = {
         f"{gate}_{name}": Variant(
-            common.moe(size, gate, 8 * k, k, dispatch="dropless", **fields) | {"optimizer.name": name}
+            common.moe(size, gate, 8 * k, k, **common.DROPLESS, **fields) | {"optimizer.name": name}
         )
         for gate, (k, fields) in GATES.items()
         for name in ("adamw", "muon")
     }
-    horizons = common.horizons(size)[:2]
     others = [gate for gate in GATES if gate != "switch"]
-    return Suite(
+    return common.suite(
+        size,
         name="optimizer",
         question="Does the optimizer change which gate wins?",
-        base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2),
-        horizons=horizons,
-        sweep=common.sweep(size, horizons[0]),
+        seeds=(5, 6, 7),
         comparisons={
             **{
                 f"gates under {name}": Comparison(

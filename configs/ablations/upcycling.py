@@ -1,6 +1,6 @@
 """Experts copied from a trained dense model, against experts from scratch, and against more dense training.
 
-python scripts/ablate.py --suite=configs/ablations/upcycling.py --workdir=/tmp/upcycling
+python scripts/ablate.py --suite=configs/ablations/upcycling.py --workdir=/tmp/lab --jobs=2
 
 An upcycled run of n steps has cost its parent's n dense steps too: from scratch with twice the steps is its match in
 FLOPs, and is the next horizon's run where the horizons double.
@@ -18,8 +18,8 @@ def get_suite(size: str) -> Suite:
     Upcycled also with noise, with half of the hidden units drawn anew, and as shards of a quarter of the FFN, top-8 of
     32, without and with virtual groups: the same active and total parameters but for the router's.
     """
-    moe = common.moe(size, "mixtral", 8, 2, common.hidden(size), dispatch="dropless", eval_capacity_factor=-1)
-    shards = common.moe(size, "mixtral", 32, 8, common.hidden(size) // 4, dispatch="dropless", eval_capacity_factor=-1)
+    moe = common.moe(size, "mixtral", 8, 2, common.hidden(size), **common.DROPLESS)
+    shards = common.moe(size, "mixtral", 32, 8, common.hidden(size) // 4, **common.DROPLESS)
     starts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "upcycled": (moe, {}),
         "upcycled_noise": (moe, {"expert_noise": 0.05}),
@@ -27,7 +27,7 @@ def get_suite(size: str) -> Suite:
         "granular": (shards, {"expert_scale": 4.0}),
         "virtual_groups": (shards, {"expert_scale": 4.0, "virtual_groups": True}),
     }
-    longest = common.horizons(size)[-1]
+    longest = common.base(size).train.num_steps
     variants = {
         "parent": Variant({}, note="dense"),
         "scratch": Variant(moe, seed_offset=1000),
@@ -42,14 +42,13 @@ def get_suite(size: str) -> Suite:
         },
         "dense_continued": Variant({}, starts_from="parent", seed_offset=1000, rate_scale=0.5),
     }
-    return Suite(
+    return common.suite(
+        size,
         name="upcycling",
         question="Is a dense checkpoint a head start for a sparse model, its own cost counted?",
-        base=common.base(size),
         variants=variants,
-        seeds=(0, 1, 2, 3, 4),
+        seeds=(5, 6, 7, 8, 9),
         horizons=(longest // 4, longest // 2, longest),
-        sweep=common.sweep(size, longest // 2),
         comparisons={
             "equal FLOPs and parameters, beside the parent's": Comparison(
                 "scratch", ("upcycled",), common.FLOPS_AND_PARAMETERS

@@ -1,4 +1,4 @@
-"""The runs of a suite in order, and the learning rate that a sweep chooses for each arm."""
+"""The runs of a suite in order, the record of each, and the learning rate that a sweep chooses per arm and horizon."""
 
 from __future__ import annotations
 
@@ -13,112 +13,135 @@ from moe.lab.suite import Suite, Sweep
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Outcome of an arm's sweep.
+    """Outcome of an arm's sweep at one horizon.
 
     Attributes:
-        rate: peak learning rate of the arm's runs: the base config's until the sweep and its check are complete.
-        tuned: True once they are.
-        tried: (horizon, learning rate) → mean primary loss over the sweep's seeds; infinite if one diverged.
-        optimum: best rate at the sweep's horizon, once every rate has been tried on every reserved seed.
-        to_check: rates that the check at the longest horizon needs next.
-        at_edge: the rate is the lowest or highest tried, so that a better one may lie beyond.
+        rate: peak learning rate of the arm's runs: the best one tried, the base config's until one has been tried.
+        tuned: True once the next lower and the next higher rate have been tried on every reserved seed too.
+        tried: learning rate → mean primary loss over the sweep's seeds; infinite if one diverged.
+        to_try: rates that the sweep needs next.
+        at_edge: the rate is the lowest or highest of the sweep, so that a better one may lie beyond.
     """
 
     rate: float
     tuned: bool = False
-    tried: Mapping[tuple[int, float], float] = dataclasses.field(default_factory=dict)
-    optimum: float | None = None
-    to_check: tuple[float, ...] = ()
+    tried: Mapping[float, float] = dataclasses.field(default_factory=dict)
+    to_try: tuple[float, ...] = ()
     at_edge: bool = False
 
 
-def choose(suite: Suite, records: Iterable[Record], variant: str) -> Choice:
-    """An arm's learning rate: the sweep's optimum, or a lower one that the check at the longest horizon prefers."""
-    sweep = suite.sweep
-    if sweep is None:
-        return Choice(suite.learning_rate)
-    has_check = sweep.horizon < suite.longest  # otherwise seed 0 at the chosen rate is an ordinary run
-    losses: dict[tuple[int, float], list[float]] = {}
-    for record in records:
-        swept = record.steps == sweep.horizon and record.seed in sweep.seeds
-        checked = has_check and record.steps == suite.longest and record.seed == sweep.checked_on
-        if record.variant == variant and (swept or checked):
-            losses.setdefault((record.steps, record.learning_rate), []).append(record.primary_loss)
-    tried = {point: statistics.fmean(values) for point, values in losses.items()}
-    if any(len(losses.get((sweep.horizon, rate), [])) < len(sweep.seeds) for rate in sweep.learning_rates):
-        return Choice(suite.learning_rate, tried=tried)
-    optimum = min(sweep.learning_rates, key=lambda rate: tried[sweep.horizon, rate])
-    best, to_check = _check(sweep, suite.longest, tried, optimum)
-    if to_check:
-        return Choice(suite.learning_rate, tried=tried, optimum=optimum, to_check=to_check)
-    return Choice(best, True, tried, optimum, at_edge=best in (sweep.learning_rates[0], sweep.learning_rates[-1]))
+class Plan:
+    """The runs that a suite names, and which of them have a record; a record is found by the hash of its run.
+
+    Attributes:
+        choices: (arm, horizon) → learning rate.
+    """
+
+    def __init__(self, suite: Suite, records: Iterable[Record]):
+        """``records`` may hold runs of other suites and of earlier forms of an arm, which are not looked at."""
+        self.suite = suite
+        self._records = {record.run: record for record in records}
+        self.choices: dict[tuple[str, int], Choice] = {}
+        # The arms that others start from come first: their rates are part of the others' runs.
+        for name in sorted(suite.variants, key=lambda name: (len(family(suite, name)), suite.variants[name].rate_from)):
+            source = suite.variants[name].rate_from
+            for steps in suite.steps:
+                shared = self.choices.get((source, steps))
+                self.choices[name, steps] = shared or self._choose(source or name, steps)
+
+    def run(self, key: Key) -> str:
+        """Hash of a run."""
+        parents = {role: self.run(parent) for role, parent in self.parents(key).items()}
+        return self.suite.run(key.variant, key.seed, steps=key.steps, learning_rate=key.learning_rate, parents=parents)
+
+    def record(self, key: Key) -> Record | None:
+        """The record of a run; None if it is not finished."""
+        return self._records.get(self.run(key))
+
+    def swept(self) -> list[Record]:
+        """The finished runs of the sweep, under the names that they have in this suite."""
+        keys = self._sweep_runs(self.suite.sweep) if self.suite.sweep else []
+        pairs = [(key, self.record(key)) for key in keys]
+        return [dataclasses.replace(r, variant=key.variant, seed=key.seed) for key, r in pairs if r is not None]
+
+    def parents(self, key: Key) -> dict[str, Key]:
+        """The runs that a run needs first: "starts_from" and "teacher" → run."""
+        chosen = self.suite.variants[key.variant]
+        names = {"starts_from": chosen.starts_from, "teacher": chosen.teacher}
+        return {role: self.key(name, key.steps, key.seed) for role, name in names.items() if name}
+
+    def key(self, variant: str, steps: int, seed: int) -> Key:
+        """The run of an arm at its learning rate."""
+        return Key(variant, steps, self.choices[variant, steps].rate, seed)
+
+    def _choose(self, variant: str, steps: int) -> Choice:
+        """The best learning rate tried, and what is missing on both sides of it."""
+        suite, sweep = self.suite, self.suite.sweep
+        if sweep is None or steps not in sweep.at(suite):
+            return Choice(suite.learning_rate)
+        tried: dict[float, float] = {}
+        for rate in sweep.learning_rates:
+            found = [self.record(Key(variant, steps, rate, seed)) for seed in sweep.seeds]
+            finished = [record for record in found if record is not None]
+            if len(finished) == len(sweep.seeds):
+                tried[rate] = statistics.fmean(record.primary_loss for record in finished)
+        return _choice(suite, sweep, tried)
+
+    def runs(self, *, sweep: bool = True) -> list[Key]:
+        """All runs that can be named now, most informative first.
+
+        The sweep comes first, then the headline arms seed by seed with the shortest horizon first, then the other arms
+        in the same order. The runs of an arm are named once its learning rate is known.
+
+        Args:
+            sweep: False: no sweep; every arm takes the best rate tried so far.
+        """
+        suite = self.suite
+        sweeping = sweep and suite.sweep is not None
+        keys = self._sweep_runs(suite.sweep) if sweeping and suite.sweep is not None else []
+        headline = [name for name in suite.variants if not suite.headline or name in suite.headline]
+        others = [name for name in suite.variants if name not in headline]
+        for arms in (headline, others):
+            for seed, steps, name in itertools.product(suite.seeds, suite.steps, arms):
+                needed = (*family(suite, name), name)
+                if not sweeping or all(self._settled(arm, steps) for arm in needed):
+                    keys += [self.key(arm, steps, seed) for arm in needed]
+        return list(dict.fromkeys(keys))
+
+    def _settled(self, variant: str, steps: int) -> bool:
+        """True if no sweep, or nothing more of one, decides the arm's rate at this horizon."""
+        sweep = self.suite.sweep
+        return sweep is None or steps not in sweep.at(self.suite) or self.choices[variant, steps].tuned
+
+    def _sweep_runs(self, sweep: Sweep) -> list[Key]:
+        """The sweep's runs, seed by seed; of a child once its parents' rates are settled."""
+        arms = [
+            (name, steps)
+            for steps in sweep.at(self.suite)
+            for name, variant in self.suite.variants.items()
+            if not variant.rate_from and all(self._settled(parent, steps) for parent in family(self.suite, name))
+        ]
+        return [
+            Key(name, steps, rate, seed)
+            for seed in sweep.seeds
+            for name, steps in arms
+            for rate in (*self.choices[name, steps].tried, *self.choices[name, steps].to_try)
+        ]
 
 
-def _check(
-    sweep: Sweep, longest: int, tried: Mapping[tuple[int, float], float], optimum: float
-) -> tuple[float, tuple[float, ...]]:
-    """(best rate from the optimum downwards, rates to train for the longest horizon before it is known)."""
-    rates = sweep.learning_rates[sweep.learning_rates.index(optimum) :: -1]
-    if sweep.horizon == longest:
-        return optimum, ()
-    for rate, lower in itertools.pairwise(rates):
-        if missing := tuple(r for r in (rate, lower) if (longest, r) not in tried):
-            return rate, missing
-        if tried[longest, rate] <= tried[longest, lower]:
-            return rate, ()
-    return rates[-1], ()
+def _choice(suite: Suite, sweep: Sweep, tried: Mapping[float, float]) -> Choice:
+    """The best of the rates tried, from the base config's rate on, and its neighbours that have not been tried."""
+    rates = sweep.learning_rates
+    if suite.learning_rate not in tried:
+        return Choice(suite.learning_rate, tried=tried, to_try=(suite.learning_rate,))
+    best = min(tried, key=lambda rate: tried[rate])
+    place = rates.index(best)
+    neighbours = rates[max(place - 1, 0) : place] + rates[place + 1 : place + 2]
+    to_try = tuple(rate for rate in neighbours if rate not in tried)
+    return Choice(best, not to_try, tried, to_try, at_edge=best in (rates[0], rates[-1]))
 
 
 def family(suite: Suite, variant: str) -> tuple[str, ...]:
     """Arms that an arm starts from or is taught by."""
     chosen = suite.variants[variant]
     return tuple(dict.fromkeys(filter(None, (chosen.starts_from, chosen.teacher))))
-
-
-def runs(suite: Suite, records: Iterable[Record], *, sweep: bool = True) -> list[Key]:
-    """All runs that can be named now, most informative first.
-
-    The sweep comes first, then its check, then the headline arms seed by seed with the shortest horizon first, then the
-    other arms in the same order. The runs of an arm are named once its learning rate is known.
-
-    Args:
-        suite: the suite.
-        records: finished runs.
-        sweep: False: no sweep; every arm takes the base config's rate unless its sweep is complete already.
-    """
-    records = list(records)
-    choices = {name: choose(suite, records, name) for name in suite.variants}
-    settled = {name for name, choice in choices.items() if choice.tuned or not sweep or suite.sweep is None}
-    found = _sweep_runs(suite, choices) if sweep and suite.sweep is not None else []
-    headline = [name for name in suite.variants if not suite.headline or name in suite.headline]
-    others = [name for name in suite.variants if name not in headline]
-    for arms in (headline, others):
-        for seed, steps, name in itertools.product(suite.seeds, suite.steps, arms):
-            if settled.issuperset({name, *family(suite, name)}):
-                found += [Key(arm, steps, choices[arm].rate, seed) for arm in (*family(suite, name), name)]
-    return list(dict.fromkeys(found))
-
-
-def _sweep_runs(suite: Suite, choices: Mapping[str, Choice]) -> list[Key]:
-    """The sweep, and the check of each arm whose sweep is complete. A child's sweep waits for its parents' rates."""
-    sweep = suite.sweep
-    assert sweep is not None
-    arms = [name for name in suite.variants if all(choices[parent].tuned for parent in family(suite, name))]
-    found = [
-        Key(name, sweep.horizon, rate, seed)
-        for seed, name, rate in itertools.product(sweep.seeds, arms, sweep.learning_rates)
-    ]
-    return found + [
-        Key(name, suite.longest, rate, sweep.checked_on) for name in arms for rate in choices[name].to_check
-    ]
-
-
-def parents(suite: Suite, records: Iterable[Record], key: Key) -> dict[str, Key]:
-    """The runs that a run needs first: "starts_from" and "teacher" → run."""
-    chosen, records = suite.variants[key.variant], list(records)
-    names = {"starts_from": chosen.starts_from, "teacher": chosen.teacher}
-    return {
-        field: Key(name, key.steps, choose(suite, records, name).rate, key.seed)
-        for field, name in names.items()
-        if name
-    }

@@ -1,7 +1,8 @@
 """One JSON file per finished run: everything that tables, statistics and the report need.
 
-A folder of records is the state of a suite: a run with a record is not trained again, so copying ``records/`` to
-another machine resumes the suite there.
+A folder of records is the state of any number of suites: a run with a record is not trained again, so copying
+``records/`` to another machine resumes them there. A record is found by the hash of its run's canonical form
+(:mod:`moe.lab.identity`), never by its name: an arm that was edited is trained anew, and suites share equal runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
+from moe.lab import identity
 
 RECORDS = "records"
 #: Domain under which the mean loss over a suite's primary domains is stored.
@@ -23,25 +25,15 @@ FINISHED, DIVERGED = "finished", "diverged"
 
 
 class Key(NamedTuple):
-    """Identity of a run within its suite."""
+    """A run as its suite names it."""
 
     variant: str
     steps: int
     learning_rate: float
     seed: int
 
-    @property
-    def name(self) -> str:
-        """File name of the record, without its ending."""
-        return f"{self.variant}.steps_{self.steps}.lr_{self.learning_rate:g}.seed_{self.seed}"
-
-    @property
-    def path(self) -> Path:
-        """Workdir of the run below ``runs/``."""
-        return Path(self.variant) / f"steps_{self.steps}" / f"lr_{self.learning_rate:g}" / f"seed_{self.seed}"
-
     def __str__(self) -> str:
-        return f"{self.variant}, {self.steps} steps, learning rate {self.learning_rate:g}, seed {self.seed}"
+        return f"{self.variant}, {self.steps} steps, learning rate {self.learning_rate!r}, seed {self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Record:
     """A finished run.
 
     Attributes:
-        variant: arm.
+        variant: arm, in the suite that trained it.
         steps: horizon.
         learning_rate: peak, before the arm's ``rate_scale``.
         seed: of the suite's.
@@ -61,9 +53,14 @@ class Record:
         hardware: devices and the CPU cores that the process was pinned to.
         seconds: wall-clock time of the run, evaluation included.
         costs: quantity → value (:meth:`moe.lab.suite.Suite.costs`).
-        rows: [step, quantity, domain, layer, value] of everything logged.
+        rows: [step, quantity, domain, layer, value] of everything logged. "loss" is measured without drops,
+            "own_loss" at the arm's own evaluation capacity.
         row_domains: domain of each stored held-out row.
-        row_losses: nats per target of each stored held-out row at the last step.
+        row_losses: nats per target of each stored held-out row at the last step, without drops.
+        run: hash of ``form``.
+        form: canonical form of the run's settings.
+        evaluated: how "loss" was measured: "dropless", or "own capacity" for a gate that has no dropless form.
+        last_losses: training loss of each batch of the last tenth of the steps, under the capacity of training.
         probes: quantity, or quantity@layer → value.
     """
 
@@ -82,11 +79,15 @@ class Record:
     rows: list[tuple[int, str, str, str, float]]
     row_domains: list[str]
     row_losses: list[float]
+    run: str
+    form: dict[str, Any]
+    evaluated: str
+    last_losses: list[float]
     probes: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> Key:
-        """Identity of the run within its suite."""
+        """The run as the suite that trained it names it."""
         return Key(self.variant, self.steps, self.learning_rate, self.seed)
 
     @property
@@ -97,29 +98,42 @@ class Record:
         wanted = (self.steps, "loss", PRIMARY)
         return next(value for step, quantity, domain, _, value in self.rows if (step, quantity, domain) == wanted)
 
+    @property
+    def name(self) -> str:
+        """File name of the record without its ending, and of the run's workdir."""
+        return run_name(self.key, self.run)
+
     def write(self, directory: Path) -> None:
-        """Write ``records/NAME.json`` below the suite's folder, atomically."""
+        """Write ``records/NAME.json``, atomically."""
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_rounded(dataclasses.asdict(self)), separators=(",", ":"))
+        text = json.dumps(dataclasses.asdict(self) | _rounded(self), separators=(",", ":"))
         # One line per logged value, so that a diff is readable.
-        write_atomic(directory / RECORDS / f"{self.key.name}.json", text.replace("],[", "],\n[").encode() + b"\n")
+        write_atomic(directory / RECORDS / f"{self.name}.json", text.replace("],[", "],\n[").encode() + b"\n")
+
+
+def run_name(key: Key, run: str) -> str:
+    """Name of a run's files: readable, and unique by its hash."""
+    return f"{key.variant}.steps_{key.steps}.seed_{key.seed}.{run}"
 
 
 def read_all(directory: Path) -> list[Record]:
-    """All records of a suite's folder, in the order of their names.
+    """All records of a folder, in the order of their names.
 
     Raises:
         ConfigError: a file is no record.
     """
-    found = []
+    records = []
     for path in sorted((directory / RECORDS).glob("*.json")):
         try:
-            found.append(Record(**json.loads(path.read_text())))
-        except (TypeError, ValueError) as error:
+            record = Record(**json.loads(path.read_text()))
+            if record.run != identity.digest(record.form):
+                raise ValueError("its form was edited")
+        except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"{path}: not a record of this version of the lab; delete it to repeat the run"
+                f"{path}: not a record of this version of the lab ({error}); delete it to repeat the run"
             ) from error
-    return found
+        records.append(record)
+    return records
 
 
 def commit() -> str:
@@ -135,12 +149,15 @@ def commit() -> str:
         return "unknown"
 
 
-def _rounded(value: Any) -> Any:
-    """Seven significant digits, as much as float32 holds."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return value
+def _rounded(record: Record) -> dict[str, Any]:
+    """What was measured, with seven significant digits, as much as float32 holds."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.7g}")
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    names = ("seconds", "costs", "rows", "row_losses", "last_losses", "probes")
+    return {name: rounded(getattr(record, name)) for name in names}

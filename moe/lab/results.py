@@ -17,7 +17,7 @@ from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.checkpoints import manager
-from moe.lab.records import DIVERGED, Key, Record
+from moe.lab.records import DIVERGED, Record
 from moe.metrics_files import METRICS, read_rows
 from moe.routing import balancing
 
@@ -63,11 +63,11 @@ def _per_layer(row: dict[str, Any], prefix: str, quantities: dict[str, Any]) -> 
     ]
 
 
-def frame(records: Iterable[Record], compared: Collection[Key]) -> pd.DataFrame:
-    """The long table of some runs; ``compared`` are those that comparisons and claims are about."""
+def frame(records: Iterable[Record], compared: Collection[str]) -> pd.DataFrame:
+    """The long table of some runs; ``compared`` are the hashes of those that comparisons and claims are about."""
     rows = []
     for record in records:
-        key = (*record.key, record.key in compared)
+        key = (*record.key, record.run in compared)
         rows += [(*key, 0, name, "", "", value) for name, value in record.costs.items()]
         rows += [(*key, *row) for row in record.rows]
         rows.append((*key, record.steps, "diverged", "", "", float(record.status == DIVERGED)))
@@ -77,6 +77,6 @@ def frame(records: Iterable[Record], compared: Collection[Key]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def write(directory: Path, records: Iterable[Record], compared: Collection[Key]) -> None:
+def write(directory: Path, records: Iterable[Record], compared: Collection[str]) -> None:
     """Write results.csv, atomically."""
     write_atomic(directory / RESULTS, frame(records, compared).to_csv(index=False, float_format="%.7g").encode())

@@ -7,6 +7,7 @@ claims to hold equal, before anything is trained.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import ml_collections
 
 from moe.config import Config, ConfigError, load_python_file
+from moe.lab import identity
+from moe.lab.identity import Canonical
 from moe.models import flops
 from moe.routing.resolve import from_config_dict
 
@@ -25,8 +28,14 @@ QUANTITIES = ("steps", "flops", "active_parameters", "total_parameters")
 
 #: Evaluations and checkpoints of a run, evenly spaced; the last one is at the last step.
 EVALUATIONS = 8
+#: Largest difference of the shares that two arms drop in training, unless a suite says why they differ.
+MAX_DROP_DIFFERENCE = 0.02
 #: Logged training rows of a run, evenly spaced.
 LOGGED = 40
+
+
+#: Names of arms, which name files too.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Variant:
         teacher: arm whose last checkpoint, of the same horizon and seed, teaches this one.
         seed_offset: added to the seed, for other data and other draws than those of ``starts_from``.
         rate_scale: factor on the learning rate.
+        rate_from: arm whose learning rate, and whose sweep, this one shares; empty: its own.
         probes: measurements on the model trained for the longest horizon (:data:`moe.lab.running.probes.PROBES`).
         note: one sentence for the report.
     """
@@ -48,6 +58,7 @@ class Variant:
     teacher: str = ""
     seed_offset: int = 0
     rate_scale: float = 1.0
+    rate_from: str = ""
     probes: tuple[str, ...] = ()
     note: str = ""
 
@@ -71,29 +82,25 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Learning rates tried for every arm on seeds that no comparison uses.
+    """Learning rates tried for every arm on seeds that no comparison uses, at each horizon by itself.
 
-    The rate with the lowest mean loss at ``horizon`` is then checked at the longest horizon against the next lower
-    one, and that one against the next, as long as the lower rate is better: the best rate falls with the number of
-    tokens (Bjorck et al. 2024, arXiv 2409.19913). The best of these is the arm's rate.
+    The best rate falls with the number of tokens (Bjorck et al. 2024, arXiv 2409.19913), so that one horizon's says
+    little about another's. The base config's rate is tried first, then its neighbours, and so on until the best one has
+    a worse one on both sides.
 
     Attributes:
         learning_rates: peak rates in ascending order; the base config's rate is one of them.
         seeds: reserved seeds.
-        horizon: steps of a sweep run.
-        check_seed: seed of the check; None: the first of ``seeds``. With a seed of the comparisons, their run at the
-            optimum serves as the check too.
+        horizons: numbers of steps at which it is made; empty: all of the suite.
     """
 
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    horizon: int
-    check_seed: int | None = None
+    horizons: tuple[int, ...] = ()
 
-    @property
-    def checked_on(self) -> int:
-        """Seed of the runs that check the optimum at the longest horizon."""
-        return self.seeds[0] if self.check_seed is None else self.check_seed
+    def at(self, suite: Suite) -> tuple[int, ...]:
+        """Horizons of the sweep."""
+        return self.horizons or suite.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +121,9 @@ class Suite:
         experts: arm → number of experts, for a fitted law of loss against experts and tokens (:mod:`moe.lab.law`).
         warmup_share: learning-rate warm-up as a share of the steps.
         heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text.
+        dropping_differs: why arms that drop different shares of their tokens in training are compared; empty: those of
+            one comparison may differ by :data:`MAX_DROP_DIFFERENCE` at most.
+        unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
         whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens, unless
             the base config or an arm sets ``model.moe.group_size``; a mesh of several devices needs that.
     """
@@ -131,7 +141,12 @@ class Suite:
     experts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     warmup_share: float = 0.1
     heldout_rows: int = 256
+    dropping_differs: str = ""
+    unseen: tuple[str, ...] = ()
     whole_batch_groups: bool = True
+    _forms: dict[tuple[str, int, float], Canonical] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def _base(self) -> Any:
@@ -187,6 +202,7 @@ class Suite:
             ConfigError: the arm's config is impossible.
         """
         chosen, steps = self.variants[variant], steps or self.longest
+        rate = self.learning_rate if learning_rate is None else learning_rate
         interval = max(steps // EVALUATIONS, 1)
         schedule = {
             "train.num_steps": steps,
@@ -195,7 +211,7 @@ class Suite:
             "train.keep_every": interval,
             "train.log_every": max(steps // LOGGED, 1),
             "optimizer.warmup_steps": max(round(self.warmup_share * steps), 1),
-            "optimizer.learning_rate": chosen.rate_scale * (learning_rate or self.learning_rate),
+            "optimizer.learning_rate": chosen.rate_scale * rate,
         }
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
         tree: Any = self.base.copy_and_resolve_references()
@@ -207,6 +223,32 @@ class Suite:
             return from_config_dict(tree)
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"suite {self.name!r}, variant {variant!r}: {' '.join(str(error).split())}") from error
+
+    def form(
+        self, variant: str, seed: int, *, steps: int, learning_rate: float, parents: Mapping[str, str]
+    ) -> Canonical:
+        """Canonical form of a run: what decides its training (:mod:`moe.lab.identity`) and its evaluation.
+
+        Args:
+            variant: name of an arm.
+            seed: of the suite's.
+            steps: horizon.
+            learning_rate: peak rate before the arm's ``rate_scale``.
+            parents: "starts_from" and "teacher" → hash of that run.
+        """
+        point = (variant, steps, learning_rate)
+        if point not in self._forms:
+            config = self.config(variant, steps=steps, learning_rate=learning_rate)
+            unseen = dataclasses.replace(config.data, dataset="embedded", domains=self.unseen)
+            evaluation = {"rows": self.heldout_rows, "unseen": identity.text_versions(unseen)}
+            self._forms[point] = identity.canonical(config) | {"evaluation": evaluation}
+        roles = {"start": parents.get("starts_from"), "teacher": parents.get("teacher")}
+        own = {"seed": seed + self.variants[variant].seed_offset} | {role: run for role, run in roles.items() if run}
+        return self._forms[point] | own
+
+    def run(self, variant: str, seed: int, *, steps: int, learning_rate: float, parents: Mapping[str, str]) -> str:
+        """Hash of :meth:`form`, by which a run and its record are found."""
+        return identity.digest(self.form(variant, seed, steps=steps, learning_rate=learning_rate, parents=parents))
 
     def costs(self, variant: str, steps: int | None = None) -> dict[str, float]:
         """Cost of one run by :data:`QUANTITIES`, computed from its config; FLOPs as if no assignment were dropped."""
@@ -262,6 +304,9 @@ def check(suite: Suite) -> None:
         ConfigError: see :func:`load_suite`.
     """
     where = f"suite {suite.name!r}"
+    for name in suite.variants:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{where}, variant {name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
     if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):
         raise ConfigError(f"{where}, seeds={suite.seeds}: at least two different ones, and five for a result")
     if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):
@@ -276,6 +321,10 @@ def check(suite: Suite) -> None:
             grandparent = suite.variants[parent]
             if grandparent.starts_from or grandparent.teacher:
                 raise ConfigError(f"{where}, variant {name!r}: {parent!r} itself starts from another run")
+        if variant.rate_from:
+            _known(suite, variant.rate_from, f"variant {name!r}")
+            if suite.variants[variant.rate_from].rate_from:
+                raise ConfigError(f"{where}, variant {name!r}: {variant.rate_from!r} itself takes another arm's rate")
     if suite.sweep is not None:
         _check_sweep(suite, suite.sweep)
     costs = {name: suite.costs(name) for name in suite.variants}
@@ -292,12 +341,14 @@ def _check_sweep(suite: Suite, sweep: Sweep) -> None:
     where, rates = f"suite {suite.name!r}, sweep", sweep.learning_rates
     if len(rates) < 2 or list(rates) != sorted(set(rates)):
         raise ConfigError(f"{where}, learning_rates={rates}: at least two different ones in ascending order")
+    if not rates[0] > 0:
+        raise ConfigError(f"{where}, learning_rates={rates}: must be positive")
     if suite.learning_rate not in rates:
         raise ConfigError(f"{where}, learning_rates={rates}: must contain the base config's {suite.learning_rate}")
     if not sweep.seeds or set(sweep.seeds) & set(suite.seeds):
         raise ConfigError(f"{where}, seeds={sweep.seeds}: at least one, and none of the suite's {suite.seeds}")
-    if sweep.horizon not in suite.steps:
-        raise ConfigError(f"{where}, horizon={sweep.horizon}: must be one of the suite's {suite.steps}")
+    if other := sorted(set(sweep.horizons) - set(suite.steps)):
+        raise ConfigError(f"{where}, horizons={other}: must be among the suite's {suite.steps}")
 
 
 def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: dict[str, dict[str, float]]) -> None:

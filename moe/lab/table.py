@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -21,16 +23,20 @@ class Table:
     """Values of the runs that comparisons and claims are about: the suite's seeds at each arm's learning rate."""
 
     def __init__(self, suite: Suite, records: Iterable[Record]):
+        """``records`` may hold runs of other suites; :attr:`records` are those of this one."""
         records = list(records)
-        self.suite, self.records = suite, records
-        self.choices = {name: plan.choose(suite, records, name) for name in suite.variants}
-        reserved = {*suite.sweep.seeds, suite.sweep.checked_on} - {*suite.seeds} if suite.sweep else set()
+        self.suite, self.plan = suite, plan.Plan(suite, records)
+        self.choices = self.plan.choices
+        reserved = set(suite.sweep.seeds) if suite.sweep else set()
+        seeds = sorted({*suite.seeds, *(record.seed for record in records)} - reserved)
         self._runs: dict[tuple[str, int, int], Record] = {}
+        for name, steps, seed in itertools.product(suite.variants, suite.steps, seeds):
+            record = self.plan.record(self.plan.key(name, steps, seed))
+            if record is not None:
+                self._runs[name, steps, seed] = dataclasses.replace(record, variant=name, seed=seed)
+        used = {record.run for record in self._runs.values()}
+        self.records = [*self._runs.values(), *(r for r in self.plan.swept() if r.run not in used)]
         self._curves: dict[tuple[str, int, int], dict[tuple[str, str, str], list[tuple[int, float]]]] = {}
-        for record in records:
-            choice = self.choices.get(record.variant)
-            if choice and record.seed not in reserved and math.isclose(record.learning_rate, choice.rate):
-                self._runs[record.variant, record.steps, record.seed] = record
 
     @property
     def variants(self) -> list[str]:

@@ -178,9 +178,9 @@ def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) 
     # A learning rate may favour one of several arms; a single arm's models are compared with themselves.
     arms = arms_of(claim)
     if len(arms) > 1 and any("loss" in outcome.part.value for outcome in outcomes):
-        if untuned := [arm for arm in arms if not table.choices[arm].tuned]:
+        if untuned := [arm for arm in arms if not table.choices[arm, steps].tuned]:
             lacks.append(f"tuning: learning rate not swept for {', '.join(untuned)}")
-        if at_edge := [arm for arm in arms if table.choices[arm].at_edge]:
+        if at_edge := [arm for arm in arms if table.choices[arm, steps].at_edge]:
             lacks.append(f"tuning: best learning rate at the edge of the sweep for {', '.join(at_edge)}")
     n = min((outcome.effect.n for outcome in outcomes), default=0)
     if n < SEEDS:

@@ -11,17 +11,26 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
+
+import pydantic
+import pydantic.dataclasses
 
 from moe.config import ConfigError
+from moe.lab.expressions import parse
 
 #: below, above: of zero. not_above: below the margin. within: between the margin's two sides. less_variance: the first
 #: term varies less over seeds than the second (Pitman-Morgan). shown: reported, decides nothing.
 Rule = Literal["below", "above", "not_above", "within", "less_variance", "shown"]
 CLAIMS_FILE = "claims.toml"
+#: Contrasts of a primary family.
+MOST_PRIMARY = 5
 
 
-@dataclasses.dataclass(frozen=True)
+_STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Part:
     """One inequality of a claim.
 
@@ -40,7 +49,7 @@ class Part:
     published: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Claim:
     """A claim of a paper, and what must hold in a suite's results for it to be supported.
 
@@ -51,6 +60,7 @@ class Claim:
         source: paper, and the published figures as printed there.
         min_steps: horizon from which the claim applies; shorter results are below the crossing.
         requires: value that must be below zero, interval included, for the claim to apply at all; empty: none.
+        family: "primary", or empty for an exploratory claim.
     """
 
     number: int
@@ -60,12 +70,38 @@ class Claim:
     parts: tuple[Part, ...]
     min_steps: int = 0
     requires: str = ""
+    family: Literal["", "primary"] = ""
 
     @property
     def hash(self) -> str:
         """Hash of everything above."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class Primary:
+    """The primary family: the contrasts that runs are made to decide.
+
+    Attributes:
+        question: that they answer together.
+        claims: their numbers, at most five.
+        smallest: smallest effect of interest, in nats.
+        equivalence: an effect whose interval lies within ± this counts as none.
+        pilot: what was known when the family was registered.
+    """
+
+    question: str
+    claims: tuple[int, ...]
+    smallest: float
+    equivalence: float
+    pilot: str
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class _File:
+    claim: tuple[Claim, ...]
+    primary: Primary | None = None
 
 
 def read_claims(path: Path) -> tuple[list[Claim], str]:
@@ -77,17 +113,45 @@ def read_claims(path: Path) -> tuple[list[Claim], str]:
     if not path.exists():
         return [], ""
     content = path.read_bytes()
+    return list(_read(path, content).claim), hashlib.sha256(content).hexdigest()
+
+
+def read_primary(path: Path) -> Primary | None:
+    """The primary family of a file of claims; None without one.
+
+    Raises:
+        ConfigError: see :func:`read_claims`.
+    """
+    return _read(path, path.read_bytes()).primary if path.exists() else None
+
+
+def _read(path: Path, content: bytes) -> _File:
     try:
-        entries = tomllib.loads(content.decode())["claim"]
-        claims = [_claim(entry) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
+        tree = tomllib.loads(content.decode())
+        for entry in tree["claim"]:
+            entry["parts"] = entry.pop("part")
+        found = _FILE.validate_python(tree)
+        for claim in found.claim:
+            for text in (*(part.value for part in claim.parts), *filter(None, [claim.requires])):
+                parse(text)
+        _check(found)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a list of claims ({error})") from error
-    return claims, hashlib.sha256(content).hexdigest()
+    return found
 
 
-def _claim(entry: dict[str, Any]) -> Claim:
-    parts = tuple(Part(**part) for part in entry.pop("part"))
-    for part in parts:
-        if part.rule not in get_args(Rule):
-            raise ValueError(f"rule={part.rule!r}: must be one of {', '.join(get_args(Rule))}")
-    return Claim(**entry, parts=parts)
+_FILE = pydantic.TypeAdapter(_File)
+
+
+def _check(found: _File) -> None:
+    numbers = [claim.number for claim in found.claim]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"claim numbers {numbers}: each once")
+    for claim in found.claim:
+        if not claim.parts:
+            raise ValueError(f"claim {claim.number}: has no part")
+    primary = [claim.number for claim in found.claim if claim.family]
+    if primary != sorted(found.primary.claims if found.primary else ()) or len(primary) > MOST_PRIMARY:
+        raise ValueError(
+            f"claims {primary} are of the family 'primary': at most {MOST_PRIMARY}, those that primary.claims names"
+        )

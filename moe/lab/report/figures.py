@@ -137,21 +137,21 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
 
 
 def sweep(path: Path, table: Table) -> str:
-    """Loss against learning rate at the sweep's horizon and at the longest one, the chosen rate marked."""
-    tried = {name: choice for name, choice in table.choices.items() if choice.tried}
+    """Loss against learning rate, a panel per horizon, the chosen rate marked."""
+    tried = {point: choice for point, choice in table.choices.items() if choice.tried}
     if not tried:
         return ""
-    horizons = sorted({steps for choice in tried.values() for steps, _ in choice.tried})
+    horizons = sorted({steps for _, steps in tried})
     fig, axes = plt.subplots(1, len(horizons), figsize=(5.2 * len(horizons), 4), squeeze=False)
     color = colors(table)
     for axis, steps in zip(axes[0], horizons, strict=True):
-        for name, choice in tried.items():
-            points = sorted((rate, loss) for (s, rate), loss in choice.tried.items() if s == steps)
-            axis.plot(*zip(*points, strict=True), color=color[name], marker="o", label=name) if points else None
-            axis.plot(*zip(*[p for p in points if choice.tuned and p[0] == choice.rate], strict=False) or ([], []),
-                      color=color[name], marker="*", markersize=14, linestyle="")  # fmt: skip
+        of_horizon = {name: choice for (name, horizon), choice in tried.items() if horizon == steps}
+        for name, choice in of_horizon.items():
+            axis.plot(*zip(*sorted(choice.tried.items()), strict=True), color=color[name], marker="o", label=name)
+            if choice.tuned:
+                axis.plot(choice.rate, choice.tried[choice.rate], color=color[name], marker="*", markersize=14)
         axis.set_xscale("log")
-        _rate_ticks(axis, sorted({rate for c in tried.values() for s, rate in c.tried if s == steps}))
+        _rate_ticks(axis, sorted({rate for choice in of_horizon.values() for rate in choice.tried}))
         axis.set(xlabel="peak learning rate", ylabel="held-out loss, nats", title=f"{steps:,} steps")
         axis.grid(alpha=0.3)
     _legend_beside(*axes[0])

@@ -32,7 +32,7 @@ def write(
     """
     records = list(records)
     found = Table(suite, records)
-    results.write(directory, records, {record.key for record in found.used})
+    results.write(directory, found.records, {record.run for record in found.used})
     own = [claim for claim in claims if claim.suite == suite.name]
     parts = [f"# {suite.name}", suite.question, *_headline(found)]
     main = next(iter(suite.comparisons.items()), None)

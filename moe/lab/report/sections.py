@@ -121,26 +121,21 @@ def sweep_section(directory: Path, found: Table) -> str:
     """The curve, the choices, and which arms are not tuned."""
     sweep = found.suite.sweep
     assert sweep is not None
-    if not any(steps == sweep.horizon for choice in found.choices.values() for steps, _ in choice.tried):
+    if not any(choice.tried for choice in found.choices.values()):
         rate = f"{found.suite.learning_rate:g}"
         return f"**Not tuned:** the sweep has not been run. All arms use the base config's rate, {rate}."
     picture = figures.sweep(directory / "sweep.png", found)
     rows = []
-    for name, choice in found.choices.items():
-        tried = ", ".join(f"{rate:g}: {loss:.4f} ({steps:,})" for (steps, rate), loss in sorted(choice.tried.items()))
-        rows.append((name, f"{choice.rate:g}", _tuning(choice), tried or "–"))
-    check = (
-        f"; the best one against the next lower for {found.suite.longest:,} steps (seed {sweep.checked_on}), and "
-        "so on while the lower one is better"
-        if sweep.horizon < found.suite.longest
-        else ""
-    )
+    for (name, steps), choice in found.choices.items():
+        cells = [f"{choice.tried[rate]:.4f}" if rate in choice.tried else "not run" for rate in sweep.learning_rates]
+        rows.append((name, f"{steps:,}", f"{choice.rate:g}", _tuning(choice), *cells))
     note = (
-        f"Rates {', '.join(f'{rate:g}' for rate in sweep.learning_rates)} on reserved seeds "
-        f"{', '.join(map(str, sweep.seeds))} for {sweep.horizon:,} steps{check}. "
-        f"Until that is done an arm uses {found.suite.learning_rate:g}, not tuned."
+        f"Loss by rate on reserved seeds {', '.join(map(str, sweep.seeds))}, at each horizon by itself: the base "
+        f"config's {found.suite.learning_rate:g} first, then its neighbours, until the best has a worse one on both "
+        "sides. An arm whose sweep is not complete uses the best rate tried."
     )
-    text = f"{note}\n\n{table(('arm', 'rate used', '', 'loss by rate (steps)'), rows)}"
+    rates = [f"{rate:g}" for rate in sweep.learning_rates]
+    text = f"{note}\n\n{table(('arm', 'steps', 'rate used', '', *rates), rows)}"
     return f"{text}\n\n![sweep]({picture})" if picture else text
 
 

@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from moe.checkpoints import parameters
 from moe.config import Config
 from moe.data import pipeline
+from moe.routing.registry import find_gate
+from moe.routing.resolve import validate
 from moe.training.losses import linear_cross_entropy
 from moe.training.step import Batch, Program, forward, place
 
@@ -64,6 +66,33 @@ def mixed_rows(
     ]
     targets = np.asarray([int((row["targets"] >= 0).sum()) for _, row in picked])
     return MixedRows(batches, [domain for domain, _ in picked], targets)
+
+
+def with_unseen(prepared: pipeline.Prepared, config: Config, unseen: Sequence[str]) -> pipeline.Prepared:
+    """The documents of a run and, held out, those of embedded domains that no run is trained on."""
+    if not unseen:
+        return prepared
+    data = dataclasses.replace(config.data, dataset="embedded", domains=tuple(unseen), weights=())
+    further = pipeline.prepare(data, config.model.vocab_size, tokenizer=prepared.tokenizer, progress=lambda _: None)
+    return pipeline.Prepared(
+        prepared.tokenizer,
+        prepared.domains + further.domains,
+        prepared.train | further.train,
+        prepared.heldout | further.heldout,
+        prepared.versions | further.versions,
+    )
+
+
+def dropless(config: Config) -> Config | None:
+    """The config evaluated without drops; None for a gate that has no such form."""
+    moe = config.model.moe
+    if moe.gate == "none":
+        return config
+    gates = map(find_gate, (moe.gate, *moe.layer_gates))
+    if any(gate.experts_choose or gate.router == "slots" for gate in gates):
+        return None
+    changed = dataclasses.replace(moe, dispatch="dropless", overflow_to_next=False)
+    return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=changed)))
 
 
 class RowLosses:

@@ -1,7 +1,7 @@
 """Trains the runs of a suite that have no record yet.
 
 Any number of processes may work on one suite at a time, on one machine or on several that share the folder: each takes
-the first run that is neither finished nor taken. A run's workdir is ``runs/ARM/steps_N/lr_X/seed_S``, an ordinary
+the first run that is neither finished nor taken. A run's workdir is ``runs/ARM.steps_N.seed_S.HASH``, an ordinary
 workdir of ``main.py``, and resumes after an interruption.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -24,23 +26,26 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe.checkpoints.state import TrainState
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
 from moe.lab import plan, results
 from moe.lab.claims.registration import Claim
-from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record, commit, read_all
+from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record, commit, read_all, run_name
 from moe.lab.running import probes
-from moe.lab.running.heldout import RowLosses, mixed_rows
+from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
 from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.metrics_files import METRICS, read_rows
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
-from moe.training.step import Program, build
+from moe.training.step import Batch, Program, TrainMetrics, build
 
 RUNS = "runs"
+LAST_LOSSES = "last_losses.txt"
+DROPLESS, OWN_CAPACITY = "dropless", "own capacity"
 
 
 class Programs:
@@ -72,9 +77,49 @@ def only(suite: Suite, arms: Sequence[str], horizons: Sequence[str]) -> Callable
     return lambda key: (not arms or key.variant in arms) and (not horizons or str(key.steps) in horizons)
 
 
-def run_directory(workdir: Path, key: Key) -> Path:
-    """Workdir of a run."""
-    return workdir / RUNS / key.path
+def run_directory(workdir: Path, key: Key, run: str) -> Path:
+    """Workdir of a run; another suite may have given it another name before the hash."""
+    existing = [path for path in (workdir / RUNS).glob(f"*.{run}") if path.is_dir()]
+    return existing[0] if existing else workdir / RUNS / run_name(key, run)
+
+
+def _lock(workdir: Path, run: str) -> filelock.BaseFileLock:
+    """Held while a process trains or measures a run."""
+    (workdir / RUNS).mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(workdir / RUNS / f"{run}.lock", blocking=False)
+
+
+def recording(program: Program, path: Path) -> Program:
+    """The program of a run that appends "STEP LOSS" of the last tenth's batches to a file, as they are trained.
+
+    A resumed run appends the steps after its checkpoint again, with the same losses.
+    """
+    first, counter = first_of_last_tenth(program.config.train.num_steps), itertools.count()
+    offset: list[int] = []
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+        if not offset:
+            offset.append(int(state.step) + 1)
+        number = offset[0] + next(counter)
+        state, metrics = program.train_step(state, batch)
+        if number >= first:
+            with path.open("a") as file:
+                file.write(f"{number} {float(metrics.cross_entropy)!r}\n")
+        return state, metrics
+
+    return dataclasses.replace(program, train_step=step)
+
+
+def first_of_last_tenth(steps: int) -> int:
+    """The first step, counted from 1, of the last tenth of a run; of at least one step."""
+    return steps - max(steps // 10, 1) + 1
+
+
+def last_losses(path: Path, steps: int) -> list[float]:
+    """Training loss of each batch of the last tenth, NaN where there is none; of a step trained twice the last one."""
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    by_step = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
+    return [by_step.get(step, math.nan) for step in range(first_of_last_tenth(steps), steps + 1)]
 
 
 class Worker:
@@ -91,9 +136,9 @@ class Worker:
     ):
         """``sweep``: see :func:`moe.lab.plan.runs`; ``only``: which of the planned runs this process trains."""
         self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
-        self._hashes = {str(claim.number): claim.hash for claim in claims if claim.suite == suite.name}
+        self._hashes = {str(claim.number): claim.hash for claim in claims}
         self._programs = Programs()
-        self._row_losses: dict[str, RowLosses] = {}
+        self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
         self._failed: dict[Key, str] = {}
         self._progress = Progress(suite, workdir)
 
@@ -119,21 +164,18 @@ class Worker:
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
         """The first run that is not finished, not taken and whose parents are finished; None if there is none."""
-        finished = read_all(self._workdir)
-        planned = list(filter(self._only, plan.runs(self._suite, finished, sweep=self._sweep)))
-        done = {record.key for record in finished}
+        found = plan.Plan(self._suite, read_all(self._workdir))
+        planned = list(filter(self._only, found.runs(sweep=self._sweep)))
+        done = {key for key in planned if found.record(key)}
         for key in planned:
-            needed = plan.parents(self._suite, finished, key).values()
-            if key in done or key in self._failed or not done.issuperset(needed):
+            if key in done or key in self._failed or not all(map(found.record, found.parents(key).values())):
                 continue
-            directory = run_directory(self._workdir, key)
-            directory.parent.mkdir(parents=True, exist_ok=True)
             try:
-                held = filelock.FileLock(f"{directory}.lock", blocking=False).acquire()
+                held = _lock(self._workdir, found.run(key)).acquire()
             except filelock.Timeout:
                 continue
             with held:
-                if key not in {record.key for record in read_all(self._workdir)}:
+                if plan.Plan(self._suite, read_all(self._workdir)).record(key) is None:
                     self._progress.start(key, planned, done)
                     yield key
                     return
@@ -141,57 +183,94 @@ class Worker:
 
     def _train(self, key: Key) -> None:
         """Train and evaluate a run, and write its record."""
-        start = time.monotonic()
-        directory = run_directory(self._workdir, key)
-        parents = plan.parents(self._suite, read_all(self._workdir), key)
-        where = {field: str(run_directory(self._workdir, parent)) for field, parent in parents.items()}
-        rate = key.learning_rate
-        config = self._suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **where)
-        status, reason, row_losses, domains = FINISHED, "", [], []
+        start, suite = time.monotonic(), self._suite
+        found = plan.Plan(suite, read_all(self._workdir))
+        directory = run_directory(self._workdir, key, found.run(key))
+        parents = {role: found.run(parent) for role, parent in found.parents(key).items()}
+        folders = {
+            role: str(run_directory(self._workdir, parent, found.run(parent)))
+            for role, parent in found.parents(key).items()
+        }
+        rate, path = key.learning_rate, directory / LAST_LOSSES
+        config = suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **folders)
+        status, reason, evaluated = FINISHED, "", ""
+        losses: list[float] = []
+        domains: list[str] = []
         with self._progress.following(key, directory):
             try:
-                train(config, str(directory), make_program=self._programs, quiet=True)
+                train(config, str(directory), make_program=functools.partial(self._recorded, path), quiet=True)
             except ConfigError as error:
                 if not _skipping(directory):
                     raise
                 status, reason = DIVERGED, str(error)
         rows = results.run_rows(directory)
-        versions = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None).versions
+        last = last_losses(path, key.steps)
+        rows.append((key.steps, "last_tenth_loss", "", "", statistics.fmean(last)))
+        prepared = with_unseen(_prepare(config), config, suite.unseen)
         if status == FINISHED:
-            mixed, losses = self._evaluate(key, config, directory)
-            domains, row_losses = mixed.domains, losses[key.steps].tolist()
-            rows += _mixed_rows(losses, domains, self._suite.primary_domains)
-            status, reason = _outcome(losses[key.steps], config.model.vocab_size)
+            losses, domains, further, evaluated = self._evaluate(key, config, prepared, directory)
+            rows += further
+            status, reason = _outcome(losses, config.model.vocab_size)
         Record(
             *key,
-            status,
-            reason,
-            commit(),
-            self._hashes,
-            versions,
-            hardware(),
-            time.monotonic() - start,
-            self._suite.costs(key.variant, key.steps),
-            rows,
-            domains,
-            row_losses,
+            status=status,
+            reason=reason,
+            commit=commit(),
+            claims=self._hashes,
+            data=prepared.versions,
+            hardware=hardware(),
+            seconds=time.monotonic() - start,
+            costs=suite.costs(key.variant, key.steps),
+            rows=rows,
+            row_domains=domains,
+            row_losses=losses,
+            run=found.run(key),
+            form=suite.form(key.variant, key.seed, steps=key.steps, learning_rate=rate, parents=parents),
+            evaluated=evaluated,
+            last_losses=last,
         ).write(self._workdir)
         self._prune(key, directory)
-        self._progress.finish(key, status, row_losses)
+        self._progress.finish(key, status, losses)
 
-    def _evaluate(self, key: Key, config: Config, directory: Path) -> tuple[Any, dict[int, np.ndarray]]:
-        """(held-out rows, checkpoint step → loss of each row)."""
-        mesh = make_mesh(config.mesh)
+    def _recorded(self, path: Path, config: Config, mesh: Any, teacher: Any = None) -> Program:
+        return recording(self._programs(config, mesh, teacher), path)
+
+    def _evaluate(
+        self, key: Key, config: Config, prepared: pipeline.Prepared, directory: Path
+    ) -> tuple[list[float], list[str], list[results.Row], str]:
+        """(loss of each held-out row at the last step, its domain, rows of means at all steps, how it was measured).
+
+        Without drops, since arms differ in capacity; at its own capacity the last checkpoint alone.
+        """
+        mesh, primary = make_mesh(config.mesh), self._suite.primary_domains or config.data.domains
+        trained = [name for name in prepared.domains if name not in self._suite.unseen]
         with jax.set_mesh(mesh):
-            if key.variant not in self._row_losses:
-                prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
-                mixed = mixed_rows(prepared, config, self._suite.heldout_rows)
-                self._row_losses[key.variant] = RowLosses(self._programs(config, mesh), mixed)
-            evaluate = self._row_losses[key.variant]
+            if key.variant not in self._evaluators:
+                self._evaluators[key.variant] = self._evaluator(config, prepared, trained, mesh)
+            free, own = self._evaluators[key.variant]
             # Learning curves are drawn for the longest horizon alone, and for the seeds of the comparisons.
             curve = key.steps == self._suite.longest and key.seed in self._suite.seeds
             steps = results.checkpoint_steps(directory, config.train.save_every) if curve else [key.steps]
-            return evaluate.rows, {step: evaluate(directory, step) for step in steps}
+            losses = {step: free(directory, step) for step in steps}
+            rows = _mixed_rows("loss", losses, free.rows.domains, primary or trained)
+            own_losses = losses[key.steps] if own is None else own(directory, key.steps)
+            domains = free.rows.domains if own is None else own.rows.domains
+            rows += _mixed_rows("own_loss", {key.steps: own_losses}, domains, primary or trained)
+        evaluated = OWN_CAPACITY if dropless(config) is None else DROPLESS
+        return losses[key.steps].tolist(), free.rows.domains, rows, evaluated
+
+    def _evaluator(
+        self, config: Config, prepared: pipeline.Prepared, trained: Sequence[str], mesh: Any
+    ) -> tuple[RowLosses, RowLosses | None]:
+        """Row losses without drops on all domains, and at the arm's own capacity, if it has one, on those trained on.
+
+        Under a capacity every batch is mixed as in training.
+        """
+        count, free = self._suite.heldout_rows, dropless(config) or config
+        every = RowLosses(self._programs(free, mesh), mixed_rows(prepared, config, count))
+        if free == config:
+            return every, None
+        return every, RowLosses(self._programs(config, mesh), mixed_rows(prepared, config, count, trained))
 
     def measure(self) -> None:
         """Measure the probes that finished runs of the longest horizon lack, where their checkpoints still exist.
@@ -199,15 +278,15 @@ class Worker:
         Runs of a sweep and of rates that lost are left out, and those that another process measures at the moment.
         """
         models: dict[str, probes.Model] = {}
-        for key in sorted(record.key for record in Table(self._suite, read_all(self._workdir)).used):
-            directory = run_directory(self._workdir, key)
-            if key.steps == self._suite.longest and directory.exists():
-                with contextlib.suppress(filelock.Timeout), filelock.FileLock(f"{directory}.lock", blocking=False):
-                    self._measure(key, directory, models)
+        for record in sorted(Table(self._suite, read_all(self._workdir)).used, key=lambda record: record.key):
+            directory = run_directory(self._workdir, record.key, record.run)
+            if record.steps == self._suite.longest and directory.exists():
+                with contextlib.suppress(filelock.Timeout), _lock(self._workdir, record.run):
+                    self._measure(record.key, record.run, directory, models)
 
-    def _measure(self, key: Key, directory: Path, models: dict[str, probes.Model]) -> None:
+    def _measure(self, key: Key, run: str, directory: Path, models: dict[str, probes.Model]) -> None:
         """Measure the probes that one run lacks, now that no other process does."""
-        record = next(record for record in read_all(self._workdir) if record.key == key)
+        record = next(record for record in read_all(self._workdir) if record.run == run)
         known = {quantity.partition("/")[0] for quantity in record.probes}
         names = [name for name in self._suite.variants[key.variant].probes if name not in known]
         if not names or record.status != FINISHED:
@@ -241,24 +320,28 @@ class Worker:
             shutil.rmtree(directory / "checkpoints" / str(step))
 
 
+def _prepare(config: Config) -> pipeline.Prepared:
+    return pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
+
+
 def _mixed_rows(
-    losses: dict[int, np.ndarray], domains: list[str], primary: Sequence[str]
-) -> list[tuple[int, str, str, str, float]]:
-    """Mean loss per domain and over the primary domains (empty: all), at every evaluated step."""
+    quantity: str, losses: dict[int, np.ndarray], domains: list[str], primary: Sequence[str]
+) -> list[results.Row]:
+    """Mean loss per domain and over the primary domains, at every evaluated step."""
     rows = []
     for step, values in losses.items():
         means = {name: float(values[[d == name for d in domains]].mean()) for name in dict.fromkeys(domains)}
-        rows += [(step, "loss", name, "", value) for name, value in means.items()]
-        rows.append((step, "loss", PRIMARY, "", statistics.fmean(means[name] for name in primary or means)))
+        rows += [(step, quantity, name, "", value) for name, value in means.items()]
+        rows.append((step, quantity, PRIMARY, "", statistics.fmean(means[name] for name in primary)))
     return rows
 
 
-def _outcome(losses: np.ndarray, vocab_size: int) -> tuple[str, str]:
+def _outcome(losses: Sequence[float], vocab_size: int) -> tuple[str, str]:
     """(status, reason): diverged if a loss is not finite, or more than a nat worse on average than a uniform guess."""
     if not np.isfinite(losses).all():
         return DIVERGED, "held-out loss not finite at the last step"
-    if losses.mean() > math.log(vocab_size) + 1:
-        return DIVERGED, f"held-out loss {losses.mean():.2f}, more than a nat above that of a uniform guess"
+    if np.mean(losses) > math.log(vocab_size) + 1:
+        return DIVERGED, f"held-out loss {np.mean(losses):.2f}, more than a nat above that of a uniform guess"
     return FINISHED, ""
 
 

@@ -1,0 +1,145 @@
+"""The identity of a run: a canonical form of the settings that decide its result, and its hash.
+
+Names and neutral values are the lab's own, so that a record stays valid when the config gets another shape: a change of
+the config changes how :func:`canonical` reads it, never what it returns. A setting with its neutral value is left out;
+a new setting gets the neutral value that older runs had. Left out altogether is what changes no result beyond rounding:
+folders, logging, checkpoints, the mesh and the way in which experts are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moe.config import Config, DataConfig, layer_kinds, sparse_layers
+from moe.data.corpora import EmbeddedCorpus
+
+#: Of the canonical form. A new version needs a conversion of the records of the older one.
+VERSION = 1
+
+Canonical = dict[str, Any]
+
+#: Settings that are left out where they have these values.
+_NEUTRAL: Canonical = {
+    # model
+    "encoder_layers": 0, "encoder_vocab_size": 0, "activation": "swiglu", "norm_eps": 1e-5, "relative_buckets": 0,
+    "relative_max_distance": 128, "rope_theta": 10_000.0, "rope_scaling": "none", "rope_dim": 0,
+    "rope_interleaved": False, "kv_lora_rank": 0, "q_lora_rank": 0, "value_dim": 0, "sliding_window": 0,
+    "sliding_window_layers": [], "qk_norm": "none", "attention_bias": "none", "attention_sinks": False,
+    "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
+    "dtype": "float32",
+    # MoE
+    "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
+    "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0, "route_padding": False, "jitter": 0.0,
+    "balance_weight": 0.0, "router_dtype": "float32", "z_loss_weight": 0.0, "importance_weight": 0.0,
+    "load_weight": 0.0, "device_balance_weight": 0.0, "balance_scope": "batch", "score": "softmax",
+    "bias_update": "none", "bias_update_rate": 0.0, "expert_groups": 1, "kept_expert_groups": 1,
+    "scores_per_group": 1, "renormalise": False, "routing_scale": 1.0, "slots_per_expert": 1,
+    "drop_policy": "position", "overflow_to_next": False, "expert_dropout": 0.0,
+    # data, optimizer, training
+    "weights": [], "tokenizer": "", "objective": "causal", "input_length": 0, "pack": True, "corruption_rate": 0.15,
+    "mean_span": 3.0, "streams": 0, "shuffle_window": 512, "optimizer": "adamw", "schedule": "cosine",
+    "final_rate_fraction": 0.1, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
+    "gradient_clip": 1.0, "frozen": [], "accumulation_steps": 1,
+    # start, distillation
+    "start": "", "expert_noise": 0.0, "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": [],
+    "optimizer_state": "reset", "teacher": "", "soft_share": 0.25,
+}  # fmt: skip
+
+#: Fields of a config that have the same name in the canonical form.
+_MODEL = (
+    "vocab_size", "d_model", "num_layers", "encoder_layers", "encoder_vocab_size", "num_heads", "num_kv_heads",
+    "head_dim", "activation", "norm_eps", "relative_buckets", "relative_max_distance", "rope_theta", "rope_dim",
+    "rope_interleaved", "kv_lora_rank", "q_lora_rank", "value_dim", "sliding_window", "sliding_window_layers",
+    "qk_norm", "attention_bias", "attention_sinks", "clip_qkv", "tie_embeddings", "scale_logits", "dropout",
+    "init_scale", "dtype",
+)  # fmt: skip
+_DATA = (
+    "dataset", "domains", "weights", "tokenizer", "objective", "sequence_length", "input_length", "pack",
+    "corruption_rate", "mean_span", "streams", "shuffle_window",
+)  # fmt: skip
+_OPTIMIZER = (
+    "learning_rate", "schedule", "warmup_steps", "decay_steps", "b1", "b2", "eps", "weight_decay", "gradient_clip",
+    "frozen",
+)  # fmt: skip
+_TRAIN = ("num_steps", "batch_size", "accumulation_steps")
+_START = ("expert_noise", "virtual_groups", "expert_scale", "drop_share", "fresh")
+
+
+def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canonical:
+    """The settings that decide a run's result, by name, without those that are neutral.
+
+    Args:
+        config: resolved.
+        parents: "starts_from" and "teacher" → hash of that run; takes the place of the folders in the config.
+    """
+    parents = parents or {}
+    form: Canonical = {"seed": config.seed, "text": text_versions(config.data)}
+    for section, names in (
+        (config.model, _MODEL), (config.data, _DATA), (config.optimizer, _OPTIMIZER), (config.train, _TRAIN),
+        (config.start, _START),
+    ):  # fmt: skip
+        form |= {name: getattr(section, name) for name in names}
+    scaling = config.model.rope_scaling
+    form["rope_scaling"] = "none" if scaling.kind == "none" else dataclasses.asdict(scaling)
+    form["optimizer"] = config.optimizer.name
+    form["final_rate_fraction"] = config.optimizer.final_learning_rate_fraction
+    form["start"] = parents.get("starts_from", config.start.checkpoint)
+    form["optimizer_state"] = config.start.optimizer if form["start"] else "reset"
+    form["teacher"] = parents.get("teacher", config.distill.teacher)
+    form["soft_share"] = config.distill.soft_share if form["teacher"] else _NEUTRAL["soft_share"]
+    if not all(sparse_layers(config.model)):
+        form["dense_dim"] = config.model.d_ff
+    if any(sparse_layers(config.model)):
+        form |= _moe(config)
+    form = json.loads(json.dumps(form))  # tuples become lists, as in a record that is read back
+    return {name: value for name, value in sorted(form.items()) if name not in _NEUTRAL or _NEUTRAL[name] != value}
+
+
+def _moe(config: Config) -> Canonical:
+    """The settings of the MoE layers."""
+    model, moe = config.model, config.model.moe
+    gates = [kind.gate for kind in layer_kinds(model)]
+    form: Canonical = {
+        "gates": gates if len(set(gates)) > 1 else gates[0],
+        "experts": moe.num_experts,
+        "k": moe.experts_per_token,
+        "expert_dim": moe.d_ff,
+        "shared_dim": moe.shared_d_ff,
+        "balance_weight": moe.load_balancing_weight,
+        "score": moe.score_function,
+        "renormalise": bool(moe.renormalise),
+    }
+    same = (
+        "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "null_balance", "shared_gate",
+        "route_padding", "jitter", "router_dtype", "z_loss_weight", "importance_weight", "load_weight",
+        "device_balance_weight", "balance_scope", "bias_update", "bias_update_rate", "expert_groups",
+        "kept_expert_groups", "scores_per_group", "routing_scale", "slots_per_expert", "expert_dropout",
+    )  # fmt: skip
+    form |= {name: getattr(moe, name) for name in same}
+    # Without drops no capacity matters; the group still does where a loss is taken over it.
+    form["drops"] = moe.dispatch != "dropless"
+    if form["drops"]:
+        form |= {"drop_policy": moe.drop_policy, "overflow_to_next": moe.overflow_to_next}
+        if moe.expert_capacity:
+            form["expert_capacity"] = moe.expert_capacity
+        else:
+            form |= {"capacity_factor": moe.capacity_factor, "eval_capacity_factor": moe.eval_capacity_factor}
+    if form["drops"] or moe.balance_scope == "group":
+        form["group_tokens"] = moe.group_size or config.data.sequence_length
+    return form
+
+
+def text_versions(data: DataConfig) -> dict[str, str]:
+    """Domain → version of its text, as far as the config tells it: other datasets are known once they are opened."""
+    own = data.domains if data.dataset == "embedded" else ()
+    return {domain: str(EmbeddedCorpus.VERSION) for domain in own}
+
+
+def digest(form: Mapping[str, Any]) -> str:
+    """Hash of a canonical form."""
+    text = json.dumps({"version": VERSION, **form}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
