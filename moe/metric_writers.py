@@ -37,6 +37,42 @@ class Writer(Protocol):
 Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 
 
+#: Auxiliary losses, and the fields of model.moe with their weights.
+_WEIGHTS = {
+    "load_balancing_loss": "load_balancing_weight",
+    "router_z_loss": "z_loss_weight",
+    "importance_loss": "importance_weight",
+    "load_loss": "load_weight",
+    "device_balance_loss": "device_balance_weight",
+}
+#: Kinds of rows whose values are shown for every layer, and the beginning of their tags.
+_LAYER_KINDS = {"train": "", "heldout/all": "heldout_"}
+_OPTIMIZER = ("learning_rate", "gradient_norm", "skipped")
+_CONSTANTS = ("targets",)
+
+
+def _without_weight(config: dict[str, Any]) -> set[str]:
+    """Losses that the config ignores, and numbers that are the same in every row."""
+    moe = config.get("model", {}).get("moe", {})
+    return {loss for loss, weight in _WEIGHTS.items() if moe.get(weight) == 0} | set(_CONSTANTS)
+
+
+def _tag(kind: str, name: str) -> str:
+    """Group and name of a scalar, such as loss/heldout_python."""
+    if kind == "timing":
+        return f"speed/{name}"
+    if kind == "train":
+        return f"optimizer/{name}" if name in _OPTIMIZER else f"loss/{name}"
+    if name == "loss":
+        return f"loss/{_flat(kind)}"
+    return f"loss_heldout/{name}_{_flat(kind.removeprefix('heldout/'))}"
+
+
+def _flat(kind: str) -> str:
+    """A kind of rows without slashes, which would make groups."""
+    return kind.replace("/", "_")
+
+
 class TensorBoard:
     """Writer of event files to ``tensorboard/``: scalars, loads of the experts as histograms, the config as text.
 
@@ -47,27 +83,44 @@ class TensorBoard:
         self._folder = workdir / "tensorboard"
         self._local = tempfile.TemporaryDirectory() if in_bucket(workdir) else None
         self._copied = time.monotonic()
+        self._shown: set[str] = set()
+        self._ignored = _without_weight(config)
         self._board = SummaryWriter(self._local.name if self._local else os.fspath(self._folder), purge_step=step + 1)
         text = json.dumps(config, indent=2).replace("\n", "\n    ")
         self._board.add_text("config", f"    {text}", step)  # indented: a block of code in Markdown
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Write numbers as scalars, [L] as a scalar per layer, [L,E] as a histogram over the experts per layer."""
+        """Write a row in groups that TensorBoard shows in alphabetical order: loss, optimizer, routing, speed, tables.
+
+        Values per layer are shown as their mean, in ``routing``, and one by one in a group for each name. Losses whose
+        weight is 0 and numbers that were 0 in every row so far are left out.
+        """
         for name, value in values.items():
-            tag = f"{kind}/{name}"
             if isinstance(value, str):
-                self._board.add_text(tag, value, step)
+                self._board.add_text(f"{kind}/{name}", value, step)
+            elif kind == "warning" or name in self._ignored:
+                continue
             elif np.ndim(value) == 0:
-                self._board.add_scalar(tag, float(value), step)
-            elif np.ndim(value) == 1 and kind != "warning":
-                for layer, number in enumerate(value):
-                    self._board.add_scalar(f"{tag}/{layer}", float(number), step)
-            elif np.ndim(value) == 2 and kind != "warning":
+                self._add_scalar(_tag(kind, name), float(value), step)
+            elif np.ndim(value) == 1:
+                self._add_layers(kind, name, np.asarray(value), step)
+            elif np.ndim(value) == 2 and kind in _LAYER_KINDS:
                 for layer, numbers in enumerate(value):
-                    self._add_bars(f"{tag}/{layer}", np.asarray(numbers), step)
+                    self._add_bars(f"experts_{name}/{_LAYER_KINDS[kind]}layer_{layer}", np.asarray(numbers), step)
         self._board.flush()
         if self._local and time.monotonic() > self._copied + 60:
             self._copy(self._local.name)
+
+    def _add_layers(self, kind: str, name: str, values: np.ndarray, step: int) -> None:
+        self._add_scalar(f"routing/{name}{'' if kind == 'train' else f'_{_flat(kind)}'}", float(values.mean()), step)
+        if kind in _LAYER_KINDS and len(values) > 1:
+            for layer, number in enumerate(values):
+                self._add_scalar(f"routing_layers_{name}/{_LAYER_KINDS[kind]}layer_{layer}", float(number), step)
+
+    def _add_scalar(self, tag: str, value: float, step: int) -> None:
+        if value or tag in self._shown:
+            self._shown.add(tag)
+            self._board.add_scalar(tag, value, step)
 
     def _copy(self, local: str) -> None:
         for path in Path(local).iterdir():

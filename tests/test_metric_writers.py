@@ -1,5 +1,6 @@
 """Metric writers: a user's own, TensorBoard's events, and calls to Weights & Biases."""
 
+import dataclasses
 import json
 import struct
 import sys
@@ -97,19 +98,43 @@ def test_what_cannot_be_a_writer_is_refused_before_anything_is_written(module, d
 
 
 def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):
-    writer = MetricsWriter(epath.Path(tmp_path), 0, Config(seed=7), find_writers(Config().train.writers))
-    writer.write(3, "train", ROW)
-    writer.write(3, "warning", {"what": "dead", "experts": [[0, 2]], "text": "no token"})
+    """Means before layers; not the z-loss, whose weight is 0, nor a number that was never anything but 0."""
+    moe = dataclasses.replace(Config().model.moe, z_loss_weight=0.0)
+    config = Config(seed=7, model=dataclasses.replace(Config().model, moe=moe))
+    writer = MetricsWriter(epath.Path(tmp_path), 0, config, find_writers(config.train.writers))
+    writer.write(3, "train", ROW | {"cross_entropy": 2.0, "skipped": 0, "router_z_loss": [1.0, 2.0]})
+    writer.write(3, "heldout/all", {"loss": 2.25, "perplexity": 9.5, "targets": 100, "router_entropy": [1.0, 2.0]})
+    writer.write(3, "heldout/a/b", {"loss": 2.0, "router_entropy": [0.5, 0.0]})
+    writer.write(3, "timing", {"mfu": 0.5})
+    writer.write(4, "train", {"skipped": 1})
+    writer.write(5, "train", {"skipped": 0})
+    writer.write(5, "warning", {"what": "dead", "experts": [[0, 2]], "text": "no token"})
     writer.close()
     found = {(step, tag): value for step, tag, value in events(tmp_path / "tensorboard")}
     scalars = {key: value.simple_value for key, value in found.items() if value.WhichOneof("value") == "simple_value"}
-    assert scalars == {(3, "train/loss"): 2.5, (3, "train/router_entropy/0"): 0.5, (3, "train/router_entropy/1"): 0.25}
-    histogram = found[3, "train/expert_load/1"].histo
+    assert scalars == {
+        (3, "loss/loss"): 2.5,
+        (3, "loss/cross_entropy"): 2.0,
+        (3, "loss/heldout_all"): 2.25,
+        (3, "loss/heldout_a_b"): 2.0,
+        (3, "loss_heldout/perplexity_all"): 9.5,
+        (3, "routing/router_entropy"): 0.375,
+        (3, "routing/router_entropy_heldout_all"): 1.5,
+        (3, "routing/router_entropy_heldout_a_b"): 0.25,
+        (3, "routing_layers_router_entropy/layer_0"): 0.5,
+        (3, "routing_layers_router_entropy/layer_1"): 0.25,
+        (3, "routing_layers_router_entropy/heldout_layer_0"): 1.0,
+        (3, "routing_layers_router_entropy/heldout_layer_1"): 2.0,
+        (3, "speed/mfu"): 0.5,
+        (4, "optimizer/skipped"): 1,
+        (5, "optimizer/skipped"): 0,
+    }
+    histogram = found[3, "experts_expert_load/layer_1"].histo
     # Bins (0,1], (1,2], (2,3] of experts 0, 1 and 2; their mean is 0.25 * 0.5 + 0.75 * 2.5 = 2.
     assert (list(histogram.bucket_limit), list(histogram.bucket)) == ([1, 2, 3], [0.25, 0.0, 0.75])
     np.testing.assert_allclose(histogram.sum / histogram.num, 2.0)
     assert b'"seed": 7' in found[0, "config/text_summary"].tensor.string_val[0]
-    assert (3, "warning/text/text_summary") in found
+    assert (5, "warning/text/text_summary") in found
 
 
 def test_weights_and_biases_continues_a_run_and_takes_histograms(monkeypatch, tmp_path):
