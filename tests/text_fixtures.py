@@ -41,7 +41,7 @@ def _folder(root):
     lines = [{"text": random_text(600 + i)} | ({"domain": "chat"} if i % 2 else {}) for i in range(120)]
     (root / "notes" / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / ".hidden.txt").write_text("no")
-    (root / "notes" / "readme.md").write_text("no")
+    (root / "notes" / "readme.bin").write_text("no")
     return long, [line["text"] for line in lines]
 
 

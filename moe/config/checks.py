@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import typing
 
 import numpy as np
@@ -282,6 +283,13 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
         "data.domains",
         data.domains,
         "must name each domain once",
+    )
+    require(
+        all(re.fullmatch(r"\.\w+", suffix) for suffix in data.text_suffixes)
+        and not {".jsonl", ".parquet", ".arrow"} & set(data.text_suffixes),
+        "data.text_suffixes",
+        data.text_suffixes,
+        "must be suffixes as '.tex', of files that are text as they stand",
     )
     require(
         len(data.weights) in (0, len(data.domains) or len(data.weights)) and all(weight > 0 for weight in data.weights),

@@ -179,6 +179,7 @@ class DataConfig:
         "embedded"  # "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
     )
     domains: tuple[str, ...] = ()  # domains to use (docs/data.md); empty: all, for the embedded corpus EMBEDDED_DOMAINS
+    text_suffixes: tuple[str, ...] = ()  # of files of a folder that are text, as ".tex"; beside .txt, .md, .py, ...
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size

@@ -10,6 +10,7 @@ from etils import epath
 
 from moe.config import ConfigError
 
+JSON_LINES = ".jsonl"
 PAIR = "\x1e"  # between source and target of a pair, which is one document
 HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
 MAX_DOMAIN_NAME = 100  # characters
@@ -63,7 +64,7 @@ def _check_domain(domain: str) -> None:
 
 
 def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, str, str | None]]:
-    """Yields (first byte, bytes, text, domain or None) of each document of a .txt or .jsonl file.
+    """Yields (first byte, bytes, text, domain or None) of each document of a file of text or of JSON lines.
 
     Args:
       path: the file.
@@ -74,7 +75,7 @@ def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, 
     """
     start, line = 0, 1
     with path.open("rb") as file:
-        for blob in file_sections(file) if path.suffix == ".txt" else file:
+        for blob in file if path.suffix == JSON_LINES else file_sections(file):
             digest.update(blob)
             if blob.strip():
                 try:
@@ -124,7 +125,7 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     Raises:
       ValueError: the bytes are not UTF-8, or not a JSON object with a string ``text``, or ``source`` and ``target``.
     """
-    if path.suffix == ".txt":
+    if path.suffix != JSON_LINES:
         return blob.decode("utf-8"), None
     try:
         record = json.loads(blob.decode("utf-8"))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from etils import epath
 
 from moe.data.documents import check_domain
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
+#: Files that are text as they stand; .jsonl holds a document in each line, .parquet and .arrow one in each row.
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".arrow")
 #: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
 UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
 _HELDOUT_NAMES = ("heldout", "validation", "valid", "test")  # the first that exists is used
@@ -27,8 +30,8 @@ class Source:
     split: int
 
 
-def find_sources(root: epath.Path) -> list[Source]:
-    """Lists the text files below a folder, sorted by name, without hidden ones.
+def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]:
+    """Lists the text files below a folder, sorted by name, without hidden ones; ``suffixes`` are text too.
 
     Two layouts of Hugging Face have splits: folders of ``DatasetDict.save_to_disk``, and files of the hub named
     SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation and test are used.
@@ -37,7 +40,7 @@ def find_sources(root: epath.Path) -> list[Source]:
       ConfigError: a folder's name cannot be a domain.
     """
     saved = (root / "dataset_dict.json").exists()
-    found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in _list_files(root)]
+    found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in _list_files(root, suffixes)]
     splits = {split for _, _, split in found}
     heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
     if "train" in splits and heldout:
@@ -59,7 +62,7 @@ def _domain_and_split(name: PurePosixPath, root: str, saved: bool) -> tuple[str,
     return (folders[0] if folders else root), split
 
 
-def _list_files(root: epath.Path) -> list[str]:
+def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
     """Sorted names of the text files, without hidden ones and caches of ``datasets``."""
 
     def place(path: epath.Path) -> PurePosixPath:
@@ -71,6 +74,10 @@ def _list_files(root: epath.Path) -> list[str]:
         for file in files:
             path = (place(folder) / file).relative_to(place(root))
             cache = path.name.startswith("cache-") and path.suffix == ".arrow"
-            if path.suffix in SUFFIXES and not cache and not any(part.startswith(".") for part in path.parts):
+            if (
+                path.suffix in (*SUFFIXES, *suffixes)
+                and not cache
+                and not any(part.startswith(".") for part in path.parts)
+            ):
                 names.append(os.fspath(path))
     return sorted(names)

@@ -1,4 +1,4 @@
-"""A folder of .txt, .jsonl, .parquet and .arrow files as documents, read at random through an index.
+"""A folder of text files, JSON lines, .parquet and .arrow files as documents, read at random through an index.
 
 The index is a NumPy array under data.directory, made once by reading every file. Text stays in its files; only the
 text of Parquet files is copied, to memory-mapped Arrow files. A document's domain is its field ``domain``, or else the
@@ -26,9 +26,9 @@ from moe.atomic_files import from_checked_json, to_checked_json
 from moe.config import ConfigError
 from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
-from moe.data.folder_files import HELDOUT, UNSPLIT, Source, find_sources
+from moe.data.folder_files import HELDOUT, SUFFIXES, UNSPLIT, Source, find_sources
 
-INDEX_VERSION = 2  # part of the index's path: raise it when the format of the index changes
+INDEX_VERSION = 3  # part of the index's path: raise it when the format of the index changes
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself
 
 #: A document: number of its file, first byte and size in bytes (of a table: its row and 0), number of its domain,
@@ -69,10 +69,11 @@ def is_folder(name: str) -> bool:
 
 
 def open_folder(
-    name: str, directory: epath.Path, progress: Callable[[str], None]
+    name: str, directory: epath.Path, progress: Callable[[str], None], suffixes: Sequence[str] = ()
 ) -> tuple[dict[str, tuple[FolderDocuments, FolderDocuments]], str]:
-    """Returns domain → (train, heldout) of a folder, and a digest of its content; indexes it at the first call.
+    """Returns domain → (train, heldout) of a folder, and a digest of its content.
 
+    The folder is indexed at the first call, and again, beside the earlier index, whenever its files have changed.
     Documents of a Hugging Face train or held-out split stay in it. Others are held out by a hash of their text, so that
     equal texts are on the same side.
 
@@ -80,20 +81,13 @@ def open_folder(
       name: path of the folder; ``~`` is the home directory.
       directory: data.directory; the index is written under it.
       progress: called with a line before indexing.
+      suffixes: of files that are text, beside moe.data.folder_files.TEXT_SUFFIXES.
 
     Raises:
-      ConfigError: no text, a malformed record, or files that changed since they were indexed; the file is named.
+      ConfigError: no text, or a malformed record; the file is named.
     """
     root = _find_root(name)
-    key = hashlib.sha256(os.fsencode(os.fspath(root))).hexdigest()[:16]
-    index = directory / "folders" / f"{key}-v{INDEX_VERSION}"
-    if not (index / "index.json").exists():
-        if "://" in os.fspath(directory):
-            raise ConfigError(f"data.directory={os.fspath(directory)!r}: must be local to hold the index of {root}")
-        progress(f"indexing {root}")
-        _write_index(root, index)
-    about, places = _read_index(root, index)
-    _refuse_changes(root, about["files"], index)
+    index, about, places = _find_index(root, directory, suffixes, progress)
     files = [_reader(root, index, entry) for entry in about["files"]]
     found = {}
     for number, domain in enumerate(about["domains"]):
@@ -104,6 +98,27 @@ def open_folder(
         found[domain] = (FolderDocuments(files, places, here[~held]), FolderDocuments(files, places, here[held]))
     content = [[entry["name"], entry["sha256"]] for entry in about["files"]]
     return found, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _find_index(
+    root: epath.Path, directory: epath.Path, suffixes: Sequence[str], progress: Callable[[str], None]
+) -> tuple[epath.Path, dict[str, Any], np.ndarray]:
+    """Returns the folder, the content and the places of the index that fits the files, which is made if none does."""
+    kind = [os.fspath(root), *sorted(suffixes)] if suffixes else [os.fspath(root)]
+    key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
+    folder, change, newest = directory / "folders", "", -1
+    sources = find_sources(root, suffixes)
+    while (index := folder / f"{key}-v{INDEX_VERSION}.{newest + 1}").exists():
+        newest += 1
+        about, places = _read_index(root, index)
+        change = _change(root, sources, about["files"], index)
+        if not change:
+            return index, about, places
+    if "://" in os.fspath(directory):
+        raise ConfigError(f"data.directory={os.fspath(directory)!r}: must be local to hold the index of {root}")
+    progress(f"indexing {root}{f' again, because {change}' if change else ''}")
+    _write_index(root, index, sources)
+    return (index, *_read_index(root, index))
 
 
 def _find_root(name: str) -> epath.Path:
@@ -149,13 +164,13 @@ def _read_index(root: epath.Path, index: epath.Path) -> tuple[dict[str, Any], np
         raise ConfigError(f"{index}: a damaged index of {root}; delete it ({error})") from error
 
 
-def _write_index(root: epath.Path, index: epath.Path) -> None:
+def _write_index(root: epath.Path, index: epath.Path, sources: Sequence[Source]) -> None:
     """Reads all files, and writes the index folder atomically."""
     index.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=index.parent))
     try:
         builder = _IndexBuilder(root, unfinished)
-        for source in find_sources(root):
+        for source in sources:
             builder.add(source)
         builder.write()
         os.replace(unfinished, index)
@@ -220,7 +235,8 @@ class _IndexBuilder:
         places = np.concatenate([np.zeros(0, PLACE), *self.places])
         if not len(places):
             raise ConfigError(
-                f"data.dataset={os.fspath(self.root)!r}: has no text in .txt, .jsonl, .parquet or .arrow files"
+                f"data.dataset={os.fspath(self.root)!r}: has no text in {', '.join(SUFFIXES)} files; "
+                "data.text_suffixes names further ones"
             )
         np.save(self.folder / "places.npy", places, allow_pickle=False)
         about = {
@@ -232,24 +248,24 @@ class _IndexBuilder:
         (self.folder / "index.json").write_text(to_checked_json(about))
 
 
-def _refuse_changes(root: epath.Path, files: list[dict[str, Any]], index: epath.Path) -> None:
-    """Compares the files with those that were indexed."""
-    remedy = f"since it was indexed; restore it, or delete {index} to index the folder again"
-    known = {entry["name"] for entry in files}
-    if new := [source.name for source in find_sources(root) if source.name not in known]:
-        raise ConfigError(f"{root / new[0]}: was added {remedy}")
+def _change(root: epath.Path, sources: Sequence[Source], files: list[dict[str, Any]], index: epath.Path) -> str:
+    """Returns what differs between the files and those that were indexed, in words; empty: nothing."""
+    known, names = {entry["name"] for entry in files}, {source.name for source in sources}
+    for change, differing in (("added", names - known), ("removed", known - names)):
+        if differing:
+            return f"{root / min(differing)} was {change}"
     for entry in files:
         path = root / entry["name"]
-        if not path.exists():
-            raise ConfigError(f"{path}: was removed {remedy}")
         refuse_special(path)
         about = path.stat()
         # A copy of the folder has other times; then the content is compared.
         same = about.length == entry["size"] and (about.mtime == entry["time"] or _sha256(path) == entry["sha256"])
         if not same:
-            raise ConfigError(f"{path}: was changed {remedy}")
-        if entry["table"] and not (index / entry["table"]).exists():
-            raise ConfigError(f"{index / entry['table']}: is missing; delete {index} to index the folder again")
+            return f"{path} was changed"
+    for table in (entry["table"] for entry in files if entry["table"]):
+        if not (index / table).exists():
+            raise ConfigError(f"{index / table}: is missing; delete {index} to index the folder again")
+    return ""
 
 
 def refuse_special(path: epath.Path) -> None:
