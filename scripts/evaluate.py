@@ -35,10 +35,11 @@ def main() -> None:
     if _JSON.value:
         print(json.dumps(results, indent=2))
         return
-    print(f"{'domain':<24}{'nats/token':>12}{'perplexity':>12}{'bits/byte':>12}{'tokens':>12}")
+    print(f"{'domain':<24}{'nats/token':>12}{'± s.e.':>10}{'perplexity':>12}{'bits/byte':>12}{'tokens':>12}")
     for domain, row in results.items():
+        error = f"{row['standard_error']:.4f}" if "standard_error" in row else "–"
         print(
-            f"{domain:<24}{row['loss']:>12.4f}{row['perplexity']:>12.2f}{row['bits_per_byte']:>12.4f}"
+            f"{domain:<24}{row['loss']:>12.4f}{error:>10}{row['perplexity']:>12.2f}{row['bits_per_byte']:>12.4f}"
             f"{row['targets']:>12,}"
         )
 

@@ -120,6 +120,9 @@ def test_chunked_loss_equals_plain(dtype, monkeypatch):
     nll, known = jax.jit(losses.linear_cross_entropy)(hidden, matrix, targets)  # of the value alone
     np.testing.assert_allclose(0.3 * nll, plain[0], rtol=1e-5)
     assert known == np.sum(np.asarray(targets) >= 0)
+    by_row = jax.jit(losses.row_cross_entropy)(hidden, matrix, targets)
+    single = [losses.cross_entropy(h[None] @ matrix, t[None]) for h, t in zip(hidden, targets, strict=True)]
+    np.testing.assert_allclose(by_row, np.transpose(single), rtol=1e-5)
 
 
 def test_chunked_loss_on_a_mesh(monkeypatch):

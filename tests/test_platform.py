@@ -191,12 +191,21 @@ def test_a_closed_pipe_behind_stdout_does_not_end_a_run(monkeypatch):
         progress.say("lost too")
 
 
-def test_mfu_against_the_datasheet_is_shown_beside_the_other(capsys):
-    shown = progress.Progress(0, 2, quiet=False)
-    shown.logged({"cross_entropy": 2.0}, {"tokens_per_second": 10.0, "mfu": 0.5, "mfu_datasheet": 0.25})
-    shown.show(1)
-    line = "step 1 loss 2.000 tokens/s 10 MFU 0.50 (of the datasheet's peak 0.25)\n"
-    assert capsys.readouterr().err == line
+def test_a_line_of_progress_in_full(capsys, monkeypatch):
+    """Steps 1 (compiled) at 0 s and 11 at 20 s: 2 s a step, 89 steps left: 178 s. 11 steps of 0.01 epochs."""
+    clock = iter((0.0, 20.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    shown = progress.Progress(0, 100, quiet=False, epochs_per_step={"a": 0.01, "b": 0.02})
+    for _ in range(11):
+        shown.advance()
+    row = {"cross_entropy": 2.0, "learning_rate": 3e-4, "fraction_tokens_dropped": [0.1, 0.2]}
+    shown.logged(row, {"tokens_per_second": 1000.4, "mfu": 0.5, "mfu_datasheet": 0.25})
+    shown.evaluated({"loss": 2.5, "standard_error": 0.0124, "targets": 32635})
+    shown.show(11)
+    assert capsys.readouterr().err == (
+        "step 11/100 (11 %, 3 min left) loss 2.000 heldout 2.500 ± 0.012 (32,635 tokens) dropped 15.0 % lr 0.0003 "
+        "epoch 0.11 to 0.22 tokens/s 1,000 MFU 25 % (50 % of the measured matmul rate)\n"
+    )
 
 
 def test_an_ascii_terminal_gets_escapes():

@@ -17,7 +17,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing.resolve import from_config_dict
 from moe.training import loop as training
 from moe.training import profiling
-from moe.training.evaluation import check_domains
+from moe.training.evaluation import _summary, check_domains, sum_variance
 from moe.training.loop import train
 from tests.helpers import slow_case
 from tests.run_helpers import ONE, tiny
@@ -94,13 +94,27 @@ def test_without_a_terminal_every_logged_step_is_a_line(whole, tmp_path, capsys)
     (tmp_path / "run" / "report.txt").unlink()
     train(config, str(tmp_path / "run"), ONE)
     lines = capsys.readouterr().err.splitlines()
-    pattern = r"step (\d) loss \d\.\d{3}( heldout \d\.\d{3})? dropped 0\.\d{3} tokens/s \d+ MFU \d\.\d\d"
+    heldout = r" heldout \d\.\d{3} ± \d\.\d{3} \([\d,]+ tokens\)"
+    speed = r"( tokens/s [\d,]+ MFU \d+ %)?"
+    pattern = rf"step (\d)/6 \([^)]*\) loss \d\.\d{{3}}({heldout})? dropped \d+\.\d % lr [\d.e-]+ epoch [\d.]+{speed}"
     matches = [re.fullmatch(pattern, line) for line in lines if line.startswith("step")]
-    assert [(match[1], bool(match[2])) for match in matches] == [("4", False), ("6", True)]
+    # Step 4 is the first one of this start and its row would count the compilation.
+    assert [(match[1], bool(match[2]), bool(match[3])) for match in matches] == [("4", False, False), ("6", True, True)]
+    assert re.search(r"\] preparing the data\n.*\] compiling the train step", "\n".join(lines), re.DOTALL)
     report = (tmp_path / "run" / "report.txt").read_text()
     assert "dropped, %: held-out, training (first row, last row)" in report
     last = 100 * train_rows(tmp_path / "run")[-1]["fraction_tokens_dropped"][1]
     assert report.split("MoE layer 1")[1].splitlines()[0].endswith(f" {last:5.2f}")
+
+
+def test_the_standard_error_of_a_heldout_loss_by_hand():
+    """Rows of 6 nats in 2 targets and 2 in 2: loss 2, residuals 2 and -2, variance of the sum 2/1 x 8 = 16."""
+    nll, targets = np.asarray([6.0, 2.0, 0.0]), np.asarray([2.0, 2.0, 0.0])  # the last row is padding
+    assert sum_variance(nll, targets) == 16
+    summary = _summary(np.asarray([8.0, 4.0, 16.0]), 16.0, [])
+    assert (summary["loss"], summary["standard_error"]) == (2, 1)  # sqrt(16) / 4
+    assert sum_variance(nll[1:], targets[1:]) is None
+    assert "standard_error" not in _summary(np.asarray([2.0, 2.0, 8.0]), None, [])
 
 
 def test_a_domain_called_all_does_not_replace_the_total():

@@ -28,7 +28,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from moe.config import ConfigError, DataConfig
+from moe.config import Config, ConfigError, DataConfig
 from moe.data import objectives, streams
 from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen
 from moe.data.sentinels import sentinel_ids
@@ -191,6 +191,27 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Returns an iterator over `train_dataset` whose position can be saved and restored at any batch."""
     return iter(train_dataset(prepared, data, batch_size=batch_size, seed=seed, rows=rows))
+
+
+EPOCH_SAMPLE = 32  # documents whose length estimates that of an epoch
+
+
+def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
+    """Returns domain → share of its training tokens that a step reads, from the mean length of some documents.
+
+    Empty for an encoder-decoder, whose rows hold examples of texts and padding.
+    """
+    data, shares = config.data, {}
+    if data.input_length:
+        return {}
+    weights = np.asarray(domain_weights(data, prepared.domains))
+    for domain, weight in zip(prepared.domains, weights / weights.sum(), strict=True):
+        documents = prepared.train[domain]
+        count = min(len(documents), max(EPOCH_SAMPLE // len(prepared.domains), 1))
+        sample = [documents[int(i)] for i in np.linspace(0, len(documents) - 1, count)]
+        tokens = np.mean([len(_tokenise(text, prepared.tokenizer)["row"]) for text in sample]) * len(documents)
+        shares[domain] = float(config.train.batch_size * data.sequence_length * weight / tokens)
+    return shares
 
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------

@@ -70,25 +70,51 @@ def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> d
     """Evaluate every domain, and all of them together under "all".
 
     Returns:
-        domain → loss (nats per target), perplexity, bits_per_byte, targets; in a sparse model also, per MoE layer,
+        domain → loss (nats per target), perplexity, bits_per_byte, targets, and with more than one row of targets
+        standard_error (of the loss, with rows as the independent units); in a sparse model also, per MoE layer,
         expert_load, fraction_tokens_dropped, router_entropy, load_balancing_loss, router_z_loss.
     """
     results = {}
-    sums = np.zeros(3)
+    sums, variances = np.zeros(3), []
     reports: list[LayerReport] = []
     for domain, batches in heldout.batches.items():
         # All batches are dispatched before a result is read.
         metrics = [program.eval_step(variables, place(b, program.mesh), heldout.token_bytes) for b in batches]
-        domain_sums = np.sum([[float(m.nll), int(m.targets), int(m.target_bytes)] for m in metrics], axis=0)
+        nll, targets = (
+            np.concatenate([np.asarray(getattr(m, name), np.float64) for m in metrics]) for name in ("nll", "targets")
+        )
+        domain_sums = np.asarray([nll.sum(), targets.sum(), sum(int(m.target_bytes) for m in metrics)])
         # Batches of padding alone have no routing to report.
-        domain_reports = [m.layers for m in metrics if m.layers is not None and int(m.targets) > 0]
-        results[domain] = _summary(domain_sums, domain_reports)
+        domain_reports = [m.layers for m in metrics if m.layers is not None and int(m.targets.sum()) > 0]
+        variances.append(sum_variance(nll, targets))
+        results[domain] = _summary(domain_sums, variances[-1], domain_reports)
         sums += domain_sums
         reports += domain_reports
-    return {ALL: _summary(sums, reports), **results}
+    # The domains are strata: what differs between them is no error of the loss over all.
+    variance = None if None in variances else sum(filter(None, variances))
+    return {ALL: _summary(sums, variance, reports), **results}
 
 
-def _summary(sums: np.ndarray, reports: list[LayerReport]) -> dict[str, Any]:
+def sum_variance(nll: np.ndarray, targets: np.ndarray) -> float | None:
+    """Variance of the summed nats of a sample of rows around the number of targets times their mean loss.
+
+    The variance of a ratio estimator (Cochran 1977, section 6.4), times the squared number of targets.
+
+    Args:
+        nll: [rows] nats.
+        targets: [rows] number of targets; rows without any are padding.
+
+    Returns:
+        None with fewer than two rows.
+    """
+    nll, targets = nll[targets > 0], targets[targets > 0]
+    if len(nll) < 2:
+        return None
+    residuals = nll - targets * nll.sum() / targets.sum()
+    return float(len(nll) / (len(nll) - 1) * np.sum(residuals**2))
+
+
+def _summary(sums: np.ndarray, variance: float | None, reports: list[LayerReport]) -> dict[str, Any]:
     nll, targets, target_bytes = sums
     loss = nll / max(targets, 1)
     summary: dict[str, Any] = {
@@ -97,6 +123,8 @@ def _summary(sums: np.ndarray, reports: list[LayerReport]) -> dict[str, Any]:
         "bits_per_byte": nll / math.log(2) / max(target_bytes, 1),
         "targets": int(targets),
     }
+    if variance is not None:
+        summary["standard_error"] = math.sqrt(variance) / max(targets, 1)
     if reports:
         stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *reports)
         mean = mean_reports(stacked).metrics()

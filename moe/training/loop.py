@@ -75,7 +75,8 @@ def train(
             run already in the workdir; later, if the disk, the data or the numbers prevent further steps.
         Stopped: a SystemExit, after SIGTERM or Ctrl-C; the checkpoint of the last step is on disk.
     """
-    say = progress.say if jax.process_index() == 0 and not quiet else lambda _: None
+    shows = jax.process_index() == 0 and not quiet
+    say, stage = (progress.say, progress.stage) if shows else (lambda _: None, lambda _: None)
     directory = _folder(workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
@@ -93,12 +94,14 @@ def train(
             say(f"{directory} is done: {config.train.num_steps} steps were trained. Its report:\n")
             say((directory / REPORT).read_text())
             return
+        stage("preparing the data")
         prepared = pipeline.prepare(
             config.data, config.model.vocab_size, tokenizer=warm_start.tokenizer(config), progress=say
         )
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(memory.out_of_memory_as_config_error())
+        stage("making the model")
         program = make_program(config, mesh, warm_start.teacher(config, mesh))
         memory.refuse_too_large(program)
         check_domains(prepared)
@@ -130,7 +133,11 @@ def train(
             _apply_changes(config, changes, step, directory, say)
         if step < config.train.num_steps:
             with disk_errors(directory), checkpoints.finish_on_error(), signals.at_steps():
-                loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, saved, quiet)
+                shown = progress.Progress(
+                    step, config.train.num_steps, quiet, pipeline.epochs_per_step(prepared, config)
+                )
+                loop = _Loop(program, iterator, heldout, checkpoints, directory, signals, step, saved, shown)
+                stage("compiling the train step (later starts find it in train.compilation_cache)")
                 state = loop.run(state)
         checkpoints.close()
         if jax.process_index() == 0:
@@ -200,7 +207,7 @@ class _Loop:
         signals: StopSignals,
         start: int,
         saved: dict[str, Any],
-        quiet: bool,
+        shown: progress.Progress,
     ):
         """
         Args:
@@ -212,17 +219,18 @@ class _Loop:
             signals: asked at the end of every step.
             start: steps done.
             saved: JSON that :meth:`_save` left in the checkpoint of that step.
-            quiet: show no progress.
+            shown: progress on standard error.
         """
         self._program, self._iterator, self._heldout = program, iterator, heldout
         self._checkpoints, self._directory, self._signals = checkpoints, directory, signals
-        self._start, self._quiet = start, quiet
+        self._start, self._progress = start, shown
         self._config = program.config.train
         self._pending: list[Any] = saved.get("pending", [])
         self._health = Health(self._config.spike_sigmas, self._config.batch_size, saved.get("health"))
         self._recovery = Recovery(program, checkpoints)
         self._throughput = Throughput(program.config)
         self._clock = StepClock()
+        self._timed = True  # False: the next row counts the compilation
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step and return the final state."""
@@ -232,7 +240,7 @@ class _Loop:
             contextlib.closing(
                 MetricsWriter(self._directory, self._start, self._program.config, writers)
             ) as self._writer,
-            contextlib.closing(progress.Progress(self._start, config.num_steps, self._quiet)) as self._progress,
+            contextlib.closing(self._progress),
         ):
             for step in range(first, end):
                 last = step == config.num_steps
@@ -242,7 +250,10 @@ class _Loop:
                 self._pending.append(metrics)
                 if step == first:
                     jax.block_until_ready(metrics)
-                    self._progress.write(f"first step ({step}) done {platform.seconds_running():.1f} s after the start")
+                    self._progress.write(f"[{platform.seconds_running():6.1f} s] step {step}, the first one, is done")
+                    self._timed = step % config.log_every != 0 and not last
+                    if self._timed:  # later rows do not count the compilation
+                        self._clock.restart()
                 self._progress.advance()
                 if step % config.log_every == 0 or last:
                     state = self._log(step, state)
@@ -271,7 +282,8 @@ class _Loop:
                 f"step {step}: tokens without finite router logits, per MoE layer: {row['broken_tokens']}"
             )
         self._writer.write(step, "timing", timing, file=TIMING)
-        self._progress.logged(row, timing)
+        self._progress.logged(row, timing if self._timed else None)
+        self._timed = True
         self._checkpoints.check()
         state, more = self._recovery.after(step, self._health.skipped_in_a_row, state)
         for warning in warnings + more:
@@ -284,7 +296,7 @@ class _Loop:
         results = evaluate(self._program, state.variables, self._heldout())
         for domain, values in results.items():
             self._writer.write(step, f"heldout/{domain}", values)
-        self._progress.evaluated(results["all"]["loss"])
+        self._progress.evaluated(results["all"])
         self._clock.restart()
         return results["all"]["loss"]
 

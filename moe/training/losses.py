@@ -20,16 +20,17 @@ from moe.routing.balancing import LayerReport
 LOSS_SCOPE = "loss"
 
 
-def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+def cross_entropy(logits: Array, targets: Array, axis: int | None = None) -> tuple[Array, Array]:
     """Sum over positions of −log p(target), in nats and float32, and the number of positions with a target.
 
     Args:
         logits: [B,T,V].
         targets: [B,T] int32; negative where there is nothing to predict.
+        axis: 1 for sums per row; None for one over all rows.
     """
     known = targets >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(known, targets, 0))
-    return jnp.sum(jnp.where(known, losses, 0.0)), jnp.sum(known)
+    return jnp.sum(jnp.where(known, losses, 0.0), axis=axis), jnp.sum(known, axis=axis)
 
 
 #: Tokens per device whose logits are in memory at once: 128 MiB in float32 at a vocabulary of 32,768.
@@ -52,6 +53,16 @@ def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[
         chunks = _chunks(hidden, targets)
         nll, known = jax.lax.map(lambda chunk: cross_entropy(_logits(chunk[0], matrix), chunk[1]), chunks)
     return jnp.sum(nll), jnp.sum(known)
+
+
+def row_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, Array]:
+    """:func:`linear_cross_entropy` of each row: nats [B] and number of targets [B]; for evaluation."""
+    with jax.named_scope(LOSS_SCOPE):
+        chunks = _chunks(hidden, targets)
+        sums = jax.lax.map(lambda chunk: cross_entropy(_logits(chunk[0], matrix), chunk[1], axis=1), chunks)
+    # [C,B·X] → [B·X] → [B], with X parts of a row on as many devices
+    nll, known = (jnp.sum(jnp.sum(part, axis=0).reshape(len(targets), -1), axis=1) for part in sums)
+    return nll, known
 
 
 def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:

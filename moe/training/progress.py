@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+
+from moe import platform
 
 
 def say(text: str) -> None:
@@ -24,53 +28,87 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def stage(text: str) -> None:
+    """Print on standard error what a start is doing, after the seconds since the program's start."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"[{platform.seconds_running():6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows losses and speed while a run trains."""
 
-    def __init__(self, start: int, num_steps: int, quiet: bool):
+    def __init__(self, start: int, num_steps: int, quiet: bool, epochs_per_step: Mapping[str, float] | None = None):
         """
         Args:
             start: steps done.
             num_steps: steps of the whole run.
             quiet: show nothing.
+            epochs_per_step: domain → share of its training text that a step reads; None: not shown.
         """
         self._active = not quiet and jax.process_index() == 0
+        self._start, self._num_steps, self._epochs = start, num_steps, epochs_per_step or {}
+        self._steps, self._since = start, 0.0
         self._shown: dict[str, str] = {}
         self._bar = None
-        if self._active and _is_terminal():
-            self._bar = tqdm.tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self) -> None:
-        """Count one step."""
-        if self._bar is not None:
+        """Count one step. Times are measured from the end of the first one, which compiles."""
+        self._steps += 1
+        if self._steps == self._start + 1:
+            self._since = time.monotonic()
+            if self._active and _is_terminal():
+                self._bar = tqdm.tqdm(
+                    total=self._num_steps, initial=self._steps, unit="step", dynamic_ncols=True, smoothing=0.1
+                )
+        elif self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.update()
 
-    def logged(self, row: dict[str, Any], timing: dict[str, float]) -> None:
-        """Take the values of a logged row, shown by the next :meth:`show`."""
-        self._shown |= {"loss": f"{row['cross_entropy']:.3f}"}
+    def logged(self, row: dict[str, Any], timing: dict[str, float] | None) -> None:
+        """Take the values of a logged row, shown by the next :meth:`show`; without a timing, its speed is unknown."""
+        self._shown |= {"loss": f"{row['cross_entropy']:.3f}", "lr": f"{row['learning_rate']:.2g}"}
         if "fraction_tokens_dropped" in row:
-            self._shown["dropped"] = f"{np.mean(row['fraction_tokens_dropped']):.3f}"
-        self._shown |= {"tokens/s": f"{timing['tokens_per_second']:.0f}", "MFU": f"{timing['mfu']:.2f}"}
-        if "mfu_datasheet" in timing:
-            self._shown["MFU"] += f" (of the datasheet's peak {timing['mfu_datasheet']:.2f})"
+            self._shown["dropped"] = f"{100 * np.mean(row['fraction_tokens_dropped']):.1f} %"
+        if timing is not None:
+            self._shown["tokens/s"] = f"{timing['tokens_per_second']:,.0f}"
+            rate = timing["mfu"]
+            self._shown["MFU"] = f"{100 * timing.get('mfu_datasheet', rate):.0f} %"
+            if "mfu_datasheet" in timing:
+                self._shown["MFU"] += f" ({100 * rate:.0f} % of the measured matmul rate)"
 
-    def evaluated(self, heldout_loss: float) -> None:
-        """Take the held-out loss, shown by the next :meth:`show`."""
-        self._shown["heldout"] = f"{heldout_loss:.3f}"
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        """Take the held-out loss over all domains, shown by the next :meth:`show`."""
+        error = f" ± {results['standard_error']:.3f}" if "standard_error" in results else ""
+        self._shown["heldout"] = f"{results['loss']:.3f}{error} ({results['targets']:,} tokens)"
 
     def show(self, step: int) -> None:
         """Show what was logged or measured at this step, if anything."""
         if not self._shown:
             return
-        order = [name for name in ("loss", "heldout", "dropped", "tokens/s", "MFU") if name in self._shown]
-        text = " ".join(f"{name} {self._shown[name]}" for name in order)
+        if "lr" in self._shown and self._epochs:
+            shares = [step * share for share in self._epochs.values()]
+            low, high = (f"{number:.2f}" for number in (min(shares), max(shares)))
+            self._shown["epoch"] = low if low == high else f"{low} to {high}"
+        order = ("loss", "heldout", "dropped", "lr", "epoch", "tokens/s", "MFU")
+        text = " ".join(f"{name} {self._shown[name]}" for name in order if name in self._shown)
         if self._bar is None:
-            self.write(f"step {step} {text}")
+            share = f"{100 * step / self._num_steps:.0f} %"
+            self.write(f"step {step}/{self._num_steps} ({share}{self._time_left(step)}) {text}")
             self._shown = {}
         else:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.set_postfix_str(text)  # keeps the last held-out loss in view
+
+    def _time_left(self, step: int) -> str:
+        """Time left at the mean speed so far, evaluations and checkpoints included; empty after the first step."""
+        done, left = step - self._start - 1, self._num_steps - step
+        if done <= 0 or left <= 0:
+            return ""
+        seconds = (time.monotonic() - self._since) / done * left
+        for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+            if seconds >= 2 * size:
+                return f", {seconds / size:.0f} {unit} left"
+        return f", {seconds:.0f} s left"
 
     def write(self, text: str) -> None:
         """Write a line above the bar."""

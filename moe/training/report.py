@@ -92,10 +92,12 @@ def table(results: dict[str, dict[str, Any]], unigram: dict[str, float], train_r
         unigram: domain → nats per token of the unigram model on the same tokens.
         train_rows: rows of kind "train"; the first and the last give the share of assignments dropped in training.
     """
-    lines = [f"{'held-out text':<16}{'loss':>8}{'perplexity':>12}{'bits/byte':>11}{'unigram loss':>14}{'tokens':>9}"]
+    names = f"{'loss':>8}{'± s.e.':>8}{'perplexity':>12}{'bits/byte':>11}{'unigram loss':>14}{'tokens':>9}"
+    lines = [f"{'held-out text':<16}{names}"]
     for domain, m in results.items():
+        error = f"{m['standard_error']:.3f}" if "standard_error" in m else "–"
         lines.append(
-            f"{domain:<16}{m['loss']:>8.3f}{m['perplexity']:>12.1f}{m['bits_per_byte']:>11.3f}"
+            f"{domain:<16}{m['loss']:>8.3f}{error:>8}{m['perplexity']:>12.1f}{m['bits_per_byte']:>11.3f}"
             f"{unigram[domain]:>14.3f}{m['targets']:>9d}"
         )
     overall = results["all"]

@@ -26,7 +26,13 @@ from moe.parallel.mesh import constrain
 from moe.routing.balancing import BalanceSums, LayerReport, bias_signal, next_selection_bias, over_step
 from moe.routing.interface import Gate
 from moe.routing.router import SelectionBias
-from moe.training.losses import auxiliary_loss, linear_cross_entropy, mean_reports, soft_cross_entropy
+from moe.training.losses import (
+    auxiliary_loss,
+    linear_cross_entropy,
+    mean_reports,
+    row_cross_entropy,
+    soft_cross_entropy,
+)
 from moe.training.optimizer import gradient_norm, make_optimizer
 from moe.training.schedules import learning_rate_schedule
 
@@ -67,11 +73,11 @@ class TrainMetrics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EvalMetrics:
-    """Sums over one held-out batch.
+    """Sums over the rows of one held-out batch.
 
     Attributes:
-        nll: [] nats.
-        targets: [] int32, number of targets.
+        nll: [B] nats.
+        targets: [B] int32, number of targets.
         target_bytes: [] int32, UTF-8 bytes of the targets' text.
         layers: LayerReport with leading axis [L], or None in a dense model.
     """
@@ -334,7 +340,7 @@ def eval_step(
     """Sums over a held-out batch; no routing noise, no dropout."""
     model = nnx.merge(graphdef, variables)
     output = forward(model, batch)
-    nll, num_targets = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
+    nll, num_targets = row_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
     known = batch["targets"] >= 0
     sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
     return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
