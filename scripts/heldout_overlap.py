@@ -22,7 +22,7 @@ def main() -> None:
     from moe.data.overlap import line_overlap
 
     config = cli.load_config(_CONFIG)
-    prepared = pipeline.prepare(config.data, config.model.vocab_size)
+    prepared = pipeline.prepare_run(config)
     for domain in prepared.domains:
         counts = line_overlap(list(prepared.heldout[domain]), prepared.train[domain])
         shared, total = (sum(column) for column in zip(*counts, strict=True))

@@ -42,7 +42,7 @@ def main() -> None:
 
     mesh = make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)
-    prepared = pipeline.prepare(config.data, config.model.vocab_size)
+    prepared = pipeline.prepare_run(config)
     iterator = pipeline.train_iterator(prepared, config.data, batch_size=config.train.batch_size, seed=config.seed)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         program = build(config, mesh)

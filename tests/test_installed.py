@@ -209,7 +209,7 @@ def test_a_gate_that_is_gone_is_one_sentence(folder):
 
 
 #: Program of README's table: arguments of a short run, and what it prints. {clone}: the clone.
-TINY = "--config={clone}/configs/tiny.py --config.data.dataset=text --config.data.directory=cache"
+TINY = "--config={clone}/configs/tiny.py --config.data.dataset=./text --config.data.directory=cache"
 SHORT_RUNS = {
     "main.py": (f"{TINY} --workdir=run", "unigram loss"),
     "scripts/evaluate.py": ("--workdir=run", "perplexity"),

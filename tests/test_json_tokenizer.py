@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -54,18 +55,77 @@ def test_special_tokens():
     assert (JsonTokenizer(byte_level()).bos_id, JsonTokenizer(byte_level()).eos_id) == (-1, 0)
     assert (JsonTokenizer(byte_fallback()).bos_id, JsonTokenizer(byte_fallback()).eos_id) == (1, 2)
     # What tokenizer_config.json says goes first, in both its spellings; null is a choice too.
-    settings = json.dumps({"eos_token": {"content": "a"}, "bos_token": None, "pad_token": "</s>"}).encode()
+    settings = json.dumps({"eos_token": {"content": "<s>"}, "bos_token": None, "pad_token": "</s>"}).encode()
     told = JsonTokenizer(byte_fallback(), settings)
-    assert (told.bos_id, told.eos_id, told.pad_id) == (-1, 260, 2)
+    assert (told.bos_id, told.eos_id, told.pad_id) == (-1, 1, 2)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_a_document_is_neither_cut_nor_padded(make):
+    source = json.loads(make())
+    text = "a tab and two spaces " * 30
+    whole = JsonTokenizer(make()).encode(text)
+    source["truncation"] = {"max_length": 64, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    source["padding"] = {
+        **{"strategy": {"Fixed": 2048}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"},
+    }
+    tokenizer = JsonTokenizer(json.dumps(source).encode())
+    np.testing.assert_array_equal(tokenizer.encode(text), whole)
+    assert tokenizer.decode(whole) == text
+
+
+def unigram() -> bytes:
+    """A Unigram tokenizer.json like T5's, whose own pieces include the special tokens, and all but one character."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("<extra_id_0>", 0.0), ("▁", -2.0)]
+    pieces += [(character, -3.0) for character in "abdeipsxtr_0/>"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_0>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer.to_str().encode()
+
+
+def test_text_that_looks_like_a_special_token_is_text():
+    for make, names in ((byte_level, ["<|endoftext|>"]), (byte_fallback, ["<s>", "</s>"])):
+        tokenizer = JsonTokenizer(make())
+        for name in names:
+            ids = tokenizer.encode(f"a{name}b {name}")
+            assert tokenizer.piece_id(name) not in ids
+            assert tokenizer.decode(ids) == f"a{name}b {name}"
+    tokenizer = JsonTokenizer(unigram())
+    for name in ("<pad>", "</s>", "<extra_id_0>"):
+        assert tokenizer.piece_id(name) not in tokenizer.encode(f"a {name} b{name}{name}")
+    # "<" alone is not in the vocabulary; the other text is as before.
+    assert tokenizer.encode("</s>").tolist() == [4, 2, *(tokenizer.piece_id(c) for c in "/s>")]
+    assert tokenizer.encode("as t").tolist() == [4, *(tokenizer.piece_id(c) for c in "as"), 4, tokenizer.piece_id("t")]
+
+
+def test_steps_that_grow_without_bound_are_refused():
+    source = json.loads(byte_fallback())
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    source["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 40}  # 2^40 = 1.1e12
+    with pytest.raises(ConfigError, match=r"may make 1\.1e\+12 characters of one; at most 1024"):
+        JsonTokenizer(json.dumps(source).encode())
+    source["normalizer"]["normalizers"] = [twice] * 3
+    assert len(JsonTokenizer(json.dumps(source).encode()).encode("a")) == 8
+
+
+def test_a_regex_that_gives_up_is_one_sentence():
+    source = json.loads(byte_fallback())
+    pattern = {"Regex": "(a+)+$"}
+    source["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    with pytest.raises(ConfigError, match=r"tokenizer\.json fails on the text 'aaa.*retry-limit"):
+        JsonTokenizer(json.dumps(source).encode()).encode("a" * 34 + "!")
 
 
 def test_found_beside_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"has neither tokenizer\.model, tokenizer\.json nor spiece\.model"):
         find_tokenizer(tmp_path)
-    settings = json.dumps({"eos_token": "a"}).encode()
+    settings = json.dumps({"eos_token": "<s>"}).encode()
     for name, content in JsonTokenizer(byte_fallback(), settings).files.items():
         (tmp_path / name).write_bytes(content)
-    assert find_tokenizer(tmp_path).eos_id == 260
+    assert find_tokenizer(tmp_path).eos_id == 1
     own = train_tokenizer([f"word {i} of some text\n" * 9 for i in range(99)], 320)
     for name, content in own.files.items():
         (tmp_path / name).write_bytes(content)
@@ -112,3 +172,8 @@ def test_what_is_refused(tmp_path):
     del without["model"]["vocab"]["<|endoftext|>"]
     with pytest.raises(ConfigError, match="no end-of-text token"):
         JsonTokenizer(json.dumps(without).encode())
+    without["model"].update(vocab={}, merges=[])
+    with pytest.raises(ConfigError, match="has an empty vocabulary"):
+        JsonTokenizer(json.dumps(without).encode())
+    with pytest.raises(ConfigError, match="text 'a' in a document becomes the special token 'a'"):
+        JsonTokenizer(byte_fallback(), b'{"eos_token": "a"}')

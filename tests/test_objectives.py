@@ -1,6 +1,7 @@
 """Objectives: noise masks, examples, packing, resuming, and what is refused."""
 
 # ruff: noqa: F811
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.config import ConfigError, DataConfig
+from moe.config import Config, ConfigError, DataConfig, ModelConfig
 from moe.data import objectives, pipeline, preparation, sentinels
 from moe.data.documents import PAIR
 from tests.helpers import slow_case
@@ -293,3 +294,16 @@ def test_no_room_for_sentinels(prepared, data):
     config = dataclasses.replace(data, **OBJECTIVES["span_corruption"])
     with pytest.raises(ConfigError, match=r"model\.vocab_size=499: .* after the tokenizer's 400 .*at least 500"):
         pipeline.prepare(config, 499, tokenizer=prepared.tokenizer, progress=lambda _: None)
+
+
+@pytest.mark.parametrize(("objective", "rows"), [("span_corruption", 500), ("pairs", 400)])
+def test_an_encoder_whose_own_embedding_lacks_rows_is_refused(prepared, data, objective, rows):
+    """400 tokens; span corruption adds 100 sentinels, which all indexed the last row of a smaller table."""
+    changes = OBJECTIVES["span_corruption"] if objective == "span_corruption" else {}
+    config = Config(data=dataclasses.replace(data, **changes))
+    for size, refused in ((0, False), (rows, False), (rows - 1, True)):
+        model = ModelConfig(vocab_size=512, encoder_layers=1, encoder_vocab_size=size)
+        whole = dataclasses.replace(config, model=model)
+        message = rf"encoder_vocab_size={size}: .* ids up to {rows - 1}; use at least {rows}, or 0"
+        with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
+            pipeline.prepare_run(whole, tokenizer=prepared.tokenizer, progress=lambda _: None)

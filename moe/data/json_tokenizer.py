@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from moe.config import ConfigError
 from moe.data.tokenizer import Tokenizer
@@ -19,12 +22,17 @@ _END_NAMES = ("</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|
 _BEGIN_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<bos>")
 _MAX_VOCAB = 1 << 24
 _SPACE = "\u2581"
+#: Most characters that normalizer, pre-tokenizer and decoder may make of one.
+_MAX_GROWTH = 1024
+#: Bounds of what single steps make of a character: of NFKC (Unicode's own), a table of T5's kind, bytes as characters.
+_GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Precompiled": 18, "ByteLevel": 2}
 
 
 class JsonTokenizer(Tokenizer):
     """A ``tokenizer.json``, with an optional ``tokenizer_config.json``.
 
-    Encoding adds no special tokens; the pipeline adds bos and eos.
+    Encoding adds no special tokens, and makes none of text that looks like one: the pipeline adds bos and eos. It
+    neither truncates nor pads, whatever the file says.
     """
 
     def __init__(self, model_bytes: bytes, settings: bytes | None = None, source: str = "data.tokenizer"):
@@ -36,7 +44,7 @@ class JsonTokenizer(Tokenizer):
           source: field or file of the tokenizer, for messages.
 
         Raises:
-          ConfigError: the file is not a tokenizer.json, or has no end-of-text token.
+          ConfigError: the file is not a tokenizer.json, has no end-of-text token, or makes special tokens of text.
         """
         self.model_bytes, self._settings = model_bytes, settings
         try:
@@ -47,6 +55,8 @@ class JsonTokenizer(Tokenizer):
         if not isinstance(named, dict):
             raise ConfigError(f"{source}: {JSON_CONFIG_FILE} must be an object")
         self._source = source
+        if not self._tokenizer.get_vocab_size(with_added_tokens=True):
+            raise ConfigError(f"{source}: {JSON_FILE} has an empty vocabulary")
         if self.vocab_size > _MAX_VOCAB:
             raise ConfigError(f"{source}: has an id of {self.vocab_size - 1}; ids must be below {_MAX_VOCAB}")
         self._eos = self._special(named, "eos_token", _END_NAMES)
@@ -54,6 +64,43 @@ class JsonTokenizer(Tokenizer):
         self._pad = self._special(named, "pad_token", ())
         if self._eos < 0:
             raise ConfigError(f"{source}: {JSON_FILE} has no end-of-text token; put eos_token in {JSON_CONFIG_FILE}")
+        self._read_text_as_text()
+
+    def _read_text_as_text(self) -> None:
+        """Make encoding of a document depend on its text alone, and special tokens unreachable from it."""
+        parts = json.loads(self.model_bytes)
+        growth = math.prod(_growth(parts.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
+        if growth > _MAX_GROWTH:
+            raise ConfigError(
+                f"{self._source}: steps of {JSON_FILE} may make {growth:.3g} characters of one; at most {_MAX_GROWTH}"
+            )
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # as text
+        special = {token["content"] for token in parts.get("added_tokens", []) if token["special"]}
+        special |= {self._tokenizer.id_to_token(i) for i in (self._eos, self._bos, self._pad) if i >= 0}
+        special -= {self._unknown(parts["model"])}
+        # A model whose own pieces include special tokens, such as T5's, still finds them in text unless it is split.
+        if reached := [name for name in sorted(special) if self._reaches(name)]:
+            first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in reached)
+            steps = [step for step in (self._tokenizer.pre_tokenizer,) if step is not None]
+            split = pre_tokenizers.Split(tokenizers.Regex(first), "isolated")
+            self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, split])
+        for name in reached:
+            if self._reaches(name):
+                raise ConfigError(f"{self._source}: text {name!r} in a document becomes the special token {name!r}")
+
+    @staticmethod
+    def _unknown(model: dict[str, Any]) -> str | None:
+        """The token of text that the vocabulary lacks."""
+        if model.get("unk_id") is not None:
+            return model["vocab"][model["unk_id"]][0]
+        return model.get("unk_token")
+
+    def _reaches(self, name: str) -> bool:
+        """True if text makes the special token of this name."""
+        number = self._tokenizer.token_to_id(name)
+        return any(number in self.encode(text) for text in (name, f"a{name}b", f" {name} ", f"{name}{name}"))
 
     def _special(self, named: dict[str, Any], field: str, names: Iterable[str]) -> int:
         token = named.get(field)
@@ -91,7 +138,14 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids [n] int32 of the text, without special tokens."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of the library derive from BaseException
+            raise ConfigError(
+                f"{self._source}: {JSON_FILE} fails on the text {text[:40]!r}: {' '.join(str(error).split())}"
+            ) from error
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text of ids [n]; special tokens are skipped."""
@@ -121,3 +175,16 @@ class JsonTokenizer(Tokenizer):
             else:
                 sizes[i] = len(token.replace(_SPACE, " ").encode())
         return sizes
+
+
+def _growth(step: Any) -> float:
+    """Bound of the number of characters that a step of a tokenizer.json makes of one."""
+    if not isinstance(step, dict):
+        return 1
+    for parts in ("normalizers", "pretokenizers", "decoders"):
+        if isinstance(step.get(parts), list):
+            return math.prod(_growth(part) for part in step[parts])
+    if step.get("type") == "Replace":
+        pattern, content = step["pattern"], len(step["content"])
+        return max(1, content / len(pattern["String"])) if pattern.get("String") else 1 + content
+    return _GROWTH.get(str(step.get("type")), 1)

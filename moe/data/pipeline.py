@@ -69,6 +69,26 @@ def prepare(
     return prepared
 
 
+def prepare_run(
+    config: Config, *, tokenizer: Tokenizer | None = None, progress: Callable[[str], None] = print
+) -> Prepared:
+    """Opens the data of a run (:func:`prepare`), and checks that each embedding has a row for every id of its batches.
+
+    Raises:
+      ConfigError: see :func:`prepare`; or the encoder's own embedding has too few rows.
+    """
+    prepared = prepare(config.data, config.model.vocab_size, tokenizer=tokenizer, progress=progress)
+    ids = prepared.tokenizer.vocab_size
+    if config.data.objective == "span_corruption":
+        ids = max(ids, int(sentinel_ids(prepared.tokenizer).max()) + 1)
+    if 0 < config.model.encoder_vocab_size < ids:
+        raise ConfigError(
+            f"model.encoder_vocab_size={config.model.encoder_vocab_size}: the encoder's rows hold ids up to {ids - 1}; "
+            f"use at least {ids}, or 0 to share model.vocab_size={config.model.vocab_size}"
+        )
+    return prepared
+
+
 # --- Rows ------------------------------------------------------------------------------------------------------------
 def _tokenise(text: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Encodes a document as ``bos text eos``."""

@@ -95,9 +95,7 @@ def train(
             say((directory / REPORT).read_text())
             return
         stage("preparing the data")
-        prepared = pipeline.prepare(
-            config.data, config.model.vocab_size, tokenizer=warm_start.tokenizer(config), progress=say
-        )
+        prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config), progress=say)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(memory.out_of_memory_as_config_error())

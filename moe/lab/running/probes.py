@@ -42,7 +42,7 @@ class Model:
         """``program`` may be of any run of the arm; ``primary`` are the domains of the loss."""
         self.program = program
         config = program.config
-        self.prepared = pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
+        self.prepared = pipeline.prepare_run(config, progress=lambda _: None)
         mixed = mixed_rows(self.prepared, config, rows_per_domain, primary)
         self.mixed = Heldout({MIXED: mixed.batches}, token_bytes(program, self.prepared))
         self.probe = functools.cache(lambda make, *arguments: make(config, program.mesh, *arguments))

@@ -321,7 +321,7 @@ class Worker:
 
 
 def _prepare(config: Config) -> pipeline.Prepared:
-    return pipeline.prepare(config.data, config.model.vocab_size, progress=lambda _: None)
+    return pipeline.prepare_run(config, progress=lambda _: None)
 
 
 def _mixed_rows(
