@@ -1,10 +1,10 @@
 """python scripts/ablate.py --suite=configs/ablations/NAME.py --workdir=DIR: train what a suite is missing, then report.
 
-The report (report.md, results.csv, PNGs) is written to DIR, one record per finished run to DIR/records/. --jobs=2
-starts two processes, each pinned to a core; more machines that share DIR may run the same command at the same time.
---report trains nothing and writes the report again from DIR/records. --claims --workdir=DIR writes DIR/claims.md, the
-table of all claims, from the suites in DIR/NAME/. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the
-runs.
+One record per finished run is written to DIR/records/, the report (report.md, records.parquet, results.csv, PNGs) to
+DIR/NAME/. Suites that share DIR share equal runs. --jobs=2 starts two processes, each pinned to a core; more machines
+that share DIR may run the same command at the same time. --report trains nothing and writes the report again.
+--claims --workdir=DIR writes claims.md, the table of all claims, and switch_or_mixtral.md. --output=DIR2 writes reports
+and pages there. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the runs.
 """
 
 from pathlib import Path
@@ -18,15 +18,16 @@ from absl import flags
 
 from moe import cli
 from moe.config import ConfigError
-from moe.lab.claims.registration import CLAIMS_FILE, read_claims
+from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.records import read_all
-from moe.lab.report import claims_page, page
+from moe.lab.report import answer, claims_page, page
 from moe.lab.running import jobs, runner
 from moe.lab.suite import load_suite, with_seeds
 from moe.lab.table import Table
 
 _SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder of the report and of the pages, if not the workdir.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Instead of the suite's.")
 _ARMS = flags.DEFINE_list("arms", [], "Train only these arms; the report covers all. Default: every arm.")
@@ -34,35 +35,39 @@ _HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers 
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
 _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
-_CLAIMS = flags.DEFINE_bool("claims", False, "Only write claims.md from all suites in the workdir.")
+_CLAIMS = flags.DEFINE_bool("claims", False, "Only write claims.md and switch_or_mixtral.md from the records.")
 
 
 def main() -> None:
     """Train, measure and report as the flags say."""
     workdir = Path(str(_WORKDIR.value))
+    output = Path(_OUTPUT.value) if _OUTPUT.value else workdir
     if _CLAIMS.value:
-        _write_claims(workdir)
+        _write_pages(workdir, output)
         return
     if not _SUITE.value:
         raise ConfigError("--suite: must be given; suites are in configs/ablations/")
     suite = load_suite(_SUITE.value, _SIZE.value)
     if _SEEDS.value:
         suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
-    claims, digest = read_claims(Path(_SUITE.value).parent / CLAIMS_FILE)
+    suites = Path(_SUITE.value).parent
+    registered = read_claims(suites / CLAIMS_FILE)
+    runner.check_start(suite, registered.claims)
+    only = runner.only(suite, _ARMS.value, _HORIZONS.value)
     if not _REPORT.value:
         if _JOBS.value:
             jobs.start(_JOBS.value)
         else:
-            only = runner.only(suite, _ARMS.value, _HORIZONS.value)
-            worker = runner.Worker(suite, workdir, claims, sweep=_SWEEP.value, only=only)
+            worker = runner.Worker(suite, workdir, registered.claims, sweep=_SWEEP.value, only=only)
             worker.run()
             worker.measure()
-    records = read_all(workdir)
-    if not records:
+    if jobs.is_worker():
+        return
+    tables = _tables(suites, registered, workdir) | {suite.name: Table(suite, read_all(workdir))}
+    if not tables[suite.name].records:
         raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
-    if not jobs.is_worker():
-        page.write(workdir, suite, records, claims, digest, _command())
-        print(f"{workdir / 'report.md'}")
+    page.write(output / suite.name, tables, suite, registered, _command())
+    print(f"{output / suite.name / 'report.md'}")
 
 
 def _command() -> str:
@@ -77,20 +82,28 @@ def _command() -> str:
     return f"python scripts/ablate.py --suite={_SUITE.value} --workdir=DIR{''.join(others)}"
 
 
-def _write_claims(workdir: Path) -> None:
-    """Test all claims on the suites whose records are in workdir/NAME."""
+def _tables(suites: Path, registered: Registered, workdir: Path) -> dict[str, Table]:
+    """The suites that claims are about, with their records: Holm's method needs the whole primary family."""
+    records = read_all(workdir)
+    names = sorted({claim.suite for claim in registered.claims})
+    return {name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), records) for name in names}
+
+
+def _write_pages(workdir: Path, output: Path) -> None:
+    """Write the pages over all suites."""
     suites = Path(_SUITE.value or "configs/ablations")
-    claims, digest = read_claims(suites / CLAIMS_FILE)
-    tables = {
-        name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), read_all(workdir / name))
-        for name in sorted({claim.suite for claim in claims})
-    }
-    claims_page.write_page(workdir, claims, digest, tables)
-    print(f"{workdir / 'claims.md'}: from {', '.join(name for name in tables if tables[name].records) or 'no suite'}")
+    registered = read_claims(suites / CLAIMS_FILE)
+    tables = _tables(suites, registered, workdir)
+    output.mkdir(parents=True, exist_ok=True)
+    claims_page.write_page(output, registered, tables)
+    if registered.primary:
+        (name,) = {claim.suite for claim in registered.claims if claim.family}
+        answer.write_page(output, tables[name], registered)
+    print(f"{output / 'claims.md'}: from {', '.join(name for name in tables if tables[name].records) or 'no suite'}")
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ConfigError(f"--seeds={text}: must be whole numbers, as in 0,1,2")
     return int(text)
 

@@ -10,10 +10,12 @@ from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part
 from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
+from moe.lab.report import page
 from moe.lab.suite import Comparison, Suite, Variant
 from moe.lab.table import Table
 
-CLAIMS, DIGEST = registration.read_claims(Path(__file__).resolve().parents[1] / "configs/ablations/claims.toml")
+REGISTERED = registration.read_claims(Path(__file__).resolve().parents[1] / "configs/ablations/claims.toml")
+CLAIMS = REGISTERED.claims
 
 
 def suite_of(variants, comparisons=None, seeds=(0, 1, 2), base=None, **fields):
@@ -88,3 +90,9 @@ def tiny_suite(base, **fields):
         whole_batch_groups=False,  # the tests have a mesh of eight devices
         **fields,
     )
+
+
+def write_page(directory, suite, runs, claims=()):
+    """A report of records without their hashes, in the folder itself."""
+    registered = registration.Registered(tuple(claims))
+    page.write(directory, {suite.name: table(suite, runs)}, suite, registered, "COMMAND")

@@ -1,4 +1,4 @@
-"""The arithmetic of a suite's report a second time, from results.csv with pandas and SciPy.
+"""The arithmetic of a suite's report a second time, from the table of its records with pandas and SciPy.
 
 Nothing of :mod:`moe.lab` is used, and other methods where there are any: power by integration over the chi-square
 distribution instead of the noncentral t, multinomial row weights in the bootstrap, normal equations for the law.
@@ -18,13 +18,42 @@ import scipy.stats
 TERM = re.compile(r"([+-]?)\s*(\d+(?:\.\d+)?)?\s*(?:([a-z][\w/.]*)\[([\w.]+)((?:,[^\]]*)?)\])?")
 
 
-class Runs:
-    """results.csv of a suite: all runs, and those that comparisons are about."""
+def read_records(path, reserved=(), rates=None):
+    """Runs of a suite's records.parquet.
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.all = pd.read_csv(folder / "results.csv", keep_default_na=False)
-        self.data = self.all[self.all.compared]
+    Args:
+        path: of the table.
+        reserved: seeds of the sweep, which no comparison uses.
+        rates: (arm, steps) → learning rate of the comparisons; None: whatever there is.
+    """
+    records, rows, losses = pd.read_parquet(path), [], {}
+    for record in records.to_dict("records"):
+        key = {name: record[name] for name in ("variant", "steps", "learning_rate", "seed", "seconds", "evaluated")}
+        rate = rates.get((record["variant"], record["steps"])) if rates else None
+        compared = record["seed"] not in reserved and (rate is None or np.isclose(record["learning_rate"], rate))
+        key["compared"] = bool(compared)
+        columns = [record[f"row_{name}"] for name in ("step", "quantity", "domain", "layer", "value")]
+        rows += [{**key, **dict(zip(FIELDS, row, strict=True))} for row in zip(*columns, strict=True)]
+        for name, value in json.loads(record["costs"]).items():
+            rows.append({**key, **dict(zip(FIELDS, (0, name, "", "", value), strict=True))})
+        for name, value in json.loads(record["probes"]).items():
+            quantity, _, layer = name.partition("@")
+            rows.append({**key, **dict(zip(FIELDS, (record["steps"], quantity, "", layer, value), strict=True))})
+        if compared:
+            found = np.asarray(record["row_losses"]), np.asarray(record["row_domains"])
+            losses[record["variant"], record["steps"], record["seed"]] = found
+    return Runs(pd.DataFrame(rows), losses)
+
+
+FIELDS = ("step", "quantity", "domain", "layer", "value")
+
+
+class Runs:
+    """All runs of a suite as a long table, and those that comparisons are about."""
+
+    def __init__(self, table, losses=None):
+        self.all, self._losses = table, losses or {}
+        self.data = table[table.compared]
 
     def seeds(self, arm, steps):
         runs = self.data[(self.data.variant == arm) & (self.data.steps == steps)]
@@ -73,25 +102,22 @@ class Runs:
             term = float(factor or 1) * (-1 if sign == "-" else 1)
             if quantity:
                 layers = re.search(r"layer=([\d-]+)", options)
-                domain = "primary" if quantity == "loss" else ""
+                domain = "primary" if quantity in ("loss", "own_loss") else ""
                 first = "step=first" in options
                 term = term * self.last(arm, steps, quantity, domain, layers[1] if layers else "", first)
             total = total + term
         return total.dropna()
 
-    def rates(self, arm, rate, steps, seed):
-        """Loss of a run of the sweep."""
+    def rates(self, arm, rate, steps, seeds):
+        """Mean loss of the runs of the sweep."""
         runs = self.all
         chosen = (runs.variant == arm) & np.isclose(runs.learning_rate, rate) & (runs.steps == steps)
-        chosen &= (runs.seed == seed) & (runs.quantity == "loss") & (runs.domain == "primary")
-        return runs[chosen].sort_values("step").value.iloc[-1]
+        chosen &= runs.seed.isin(seeds) & (runs.quantity == "loss") & (runs.domain == "primary") & (runs.step == steps)
+        return runs[chosen].value.mean()
 
     def row_losses(self, arm, steps, seed):
-        """(loss of every held-out row, its domain), from the run's record."""
-        rate = self.rows(arm, steps, "loss", "primary").learning_rate.iloc[0]
-        name = f"{arm}.steps_{steps}.lr_{rate:g}.seed_{seed}.json"
-        record = json.loads((self.folder / "records" / name).read_text())
-        return np.asarray(record["row_losses"]), np.asarray(record["row_domains"])
+        """(loss of every held-out row, its domain)."""
+        return self._losses[arm, steps, seed]
 
 
 def interval(values):
@@ -140,8 +166,8 @@ def pooled(losses, base):
     return {name.removeprefix("arm_"): found[name] for name in design.columns if name.startswith("arm_")}
 
 
-def bootstrap(runs, arm, base, steps, draws=2_000):
-    """95 % percentile interval over rows of each domain and seeds (fewer than three seeds: rows alone)."""
+def bootstrap(runs, arm, base, steps, primary, draws=2_000):
+    """95 % percentile interval over rows of each primary domain and seeds (fewer than three seeds: rows alone)."""
     rng, differences = np.random.default_rng(7), []
     seeds = sorted(set(runs.seeds(arm, steps)) & set(runs.seeds(base, steps)))
     domains = np.empty(0)
@@ -151,7 +177,7 @@ def bootstrap(runs, arm, base, steps, draws=2_000):
     n = len(seeds)
     weights = rng.multinomial(n, np.full(n, 1 / n), draws) / n if n > 2 else np.full((draws, n), 1 / n)
     over_seeds, means = weights @ np.asarray(differences), []
-    for domain in np.unique(domains):
+    for domain in primary:
         values = over_seeds[:, domains == domain]
         rows = values.shape[1]
         means.append((values * rng.multinomial(rows, np.full(rows, 1 / rows), draws)).sum(1) / rows)
@@ -167,13 +193,15 @@ def share_of_steps(runs, arm, base, steps):
         at, loss = curve.step.to_numpy(float), curve.value.to_numpy()
         if len(at) < 2:
             continue
+        if loss[0] <= target:
+            shares.append(at[0] / steps)
+            continue
         reached = np.flatnonzero(loss[1:] <= target)
         if not len(reached):
             shares.append(np.inf)
             continue
         i = reached[0]
-        where = np.interp(target, [loss[i + 1], loss[i]], [at[i + 1], at[i]]) if loss[i] > loss[i + 1] else at[i + 1]
-        shares.append(where / steps)
+        shares.append(np.interp(target, [loss[i + 1], loss[i]], [at[i + 1], at[i]]) / steps)
     return shares
 
 

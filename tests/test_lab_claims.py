@@ -7,48 +7,88 @@ import pytest
 
 from moe.lab import statistics
 from moe.lab.claims import decide
+from moe.lab.claims.registration import Primary
 from moe.lab.report import claims_page
 from moe.lab.table import Table
-from tests.lab_helpers import CLAIMS, DENSE, DIGEST, SWITCH, claim_of, record, suite_of, table, table_of
+from tests.lab_helpers import CLAIMS, DENSE, REGISTERED, SWITCH, claim_of, record, suite_of, table, table_of
+
+
+def assess(claim, found, primary=None):
+    return decide.assess([claim], {"test": found} if found else {}, primary)[0]
 
 
 @pytest.mark.parametrize(
     ("b", "verdict"),
     [
-        ((4.9, 4.91, 4.89), decide.SUPPORTED),  # -0.1 ± 0.025
-        ((5.1, 5.11, 5.09), decide.CONTRADICTED),
-        ((4.9, 5.12, 4.95), decide.UNDECIDED),  # -0.01 ± 0.29
-        ((4.0,), decide.UNDECIDED),  # one seed, however large the effect
+        ((4.9, 4.91, 4.89), decide.FOR),  # -0.1 ± 0.025
+        ((5.1, 5.11, 5.09), decide.AGAINST),
+        ((4.9, 5.12, 4.95), decide.OPEN),  # -0.01 ± 0.29
+        ((4.0,), decide.OPEN),  # one seed, however large the effect
     ],
 )
-def test_a_claim_is_decided_by_its_interval(b, verdict):
-    finding = decide.assess(claim_of(), table_of(b))
+def test_an_exploratory_claim_has_an_interval_and_no_verdict(b, verdict):
+    finding = assess(claim_of(), table_of(b))
     assert (finding.verdict, finding.post_hoc) == (verdict, False)
 
 
-def test_below_its_horizon_a_claim_is_not_contradicted():
+def test_primary_claims_are_decided_after_holm_over_the_whole_family():
+    """p of -0.1, -0.11, -0.09: t = -0.1 / (0.01 / √3) = -17.3, two degrees of freedom, p = 0.0033."""
+    first, second = claim_of(family="primary"), dataclasses.replace(claim_of(family="primary"), number=2, suite="other")
+    five = [first, *(dataclasses.replace(second, number=n) for n in range(2, 6))]
+    found = table_of((4.9, 4.89, 4.91), claim=first)
+    alone, *others = decide.assess(five, {"test": found}, PRIMARY)
+    assert alone.outcomes[0].p == pytest.approx(0.0033, abs=5e-5)
+    assert (alone.verdict, alone.adjusted) == (decide.SUPPORTED, pytest.approx(5 * alone.outcomes[0].p))
+    assert {other.verdict for other in others} == {decide.NOT_TESTED}
+    # -0.1 ± 0.0275 of three seeds, p = 0.031 alone: its interval excludes zero, the family of five does not.
+    wide = table_of((4.9, 4.86, 4.94), claim=first)
+    (single,), family = decide.assess([first], {"test": wide}, PRIMARY), decide.assess(five, {"test": wide}, PRIMARY)
+    assert (single.verdict, family[0].verdict) == (decide.SUPPORTED, decide.UNDECIDED)
+    # Two of the three registered seeds decide nothing yet.
+    interim = decide.assess([first], {"test": table_of((4.9, 4.9001), claim=first)}, PRIMARY)[0]
+    assert interim.verdict == decide.UNDECIDED
+    assert "interim, 2 of the 3 seeds that were registered" in interim.lacks
+
+
+PRIMARY = Primary("which?", (1, 2, 3, 4, 5), smallest=0.02, equivalence=0.02, pilot="none")
+
+
+def test_too_few_steps_are_no_evidence():
     claim = claim_of(min_steps=100)
-    finding = decide.assess(claim, table_of((5.1, 5.11, 5.09), claim=claim))
-    assert finding.verdict == decide.BELOW
-    assert "regime: 20 steps of at least 100" in finding.lacks
+    finding = assess(claim, table_of((5.1, 5.11, 5.09), claim=claim))
+    assert finding.verdict == decide.TOO_SHORT
+    assert "20 steps of at least 100" in finding.lacks
 
 
 def test_a_claim_edited_after_its_runs_is_post_hoc():
-    edited = dataclasses.replace(claim_of(), text="b beats a, really")
-    assert decide.assess(edited, table_of((4.9, 4.91, 4.89))).post_hoc
-    text = claims_page.claims_section([edited], {"test": table_of((4.9, 4.91, 4.89))})
+    edited = dataclasses.replace(claim_of(), text="b beats a, really | <b>")
+    found = table_of((4.9, 4.91, 4.89))
+    assert assess(edited, found).post_hoc
+    text = claims_page.claims_section([edited], {"test": found}, None)
     assert "**post hoc: the claim was edited after its runs started**" in text
+    assert r"b beats a, really \| &lt;b&gt; |" in text
 
 
 def test_a_claim_without_its_runs_or_its_premise_is_not_tested():
-    assert decide.assess(claim_of(), None).verdict == decide.NOT_TESTED
-    finding = decide.assess(
-        claim_of(), table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), [record("a", 0, 5.0)])
-    )
+    assert assess(claim_of(), None).verdict == decide.NOT_TESTED
+    suite = suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,))
+    finding = assess(claim_of(), table(suite, [record("a", 0, 5.0)]))
     assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "no runs of b")
     needs_gain = claim_of(requires="loss[a] - loss[b]")
-    finding = decide.assess(needs_gain, table_of((4.9, 4.91, 4.89), claim=needs_gain))
+    finding = assess(needs_gain, table_of((4.9, 4.91, 4.89), claim=needs_gain))
     assert (finding.verdict, finding.note) == (decide.NOT_TESTED, "loss[a] - loss[b] is not below zero")
+
+
+def test_arms_that_drop_different_shares_are_not_comparable_unless_the_suite_says_why():
+    rows = [(20, "loss", "primary", "", 5.0), (20, "train_fraction_tokens_dropped", "", "0", 0.08)]
+    runs = [record("a", seed, 5.0) for seed in (0, 1, 2)] + [record("b", seed, 5.0, rows=rows) for seed in (0, 1, 2)]
+    for why, told in (("", True), ("dropping is the factor", False)):
+        suite = suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,), dropping_differs=why)
+        lacks = assess(claim_of(), table(suite, runs)).lacks
+        assert (
+            any("not comparable: the arms drop different shares in training (b 8.0%, a 0.0%)" in x for x in lacks)
+            == told
+        )
 
 
 def test_margins_allow_what_was_stated():
@@ -56,57 +96,71 @@ def test_margins_allow_what_was_stated():
     small, large = statistics.effect([0.0, 0.001, 0.002]), statistics.effect([0.1, 0.101, 0.102])
     opposite = statistics.effect([-0.1, -0.101, -0.102])
     for rule in ("not_above", "within"):
-        assert decide.verdict_of(rule, 0.02, small) == decide.SUPPORTED
-        assert decide.verdict_of(rule, 0.02, large) == decide.CONTRADICTED
-        assert decide.verdict_of(rule, 0.002, small) == decide.UNDECIDED
-    assert decide.verdict_of("not_above", 0.02, opposite) == decide.SUPPORTED
-    assert decide.verdict_of("within", 0.02, opposite) == decide.CONTRADICTED
+        for margin, effect, side in (
+            (0.02, small, decide.SUPPORTED),
+            (0.02, large, decide.CONTRADICTED),
+            (0.002, small, decide.UNDECIDED),
+        ):
+            found, p = decide.side_of(rule, margin, effect)
+            assert (found, p < 0.05) == (side, side != decide.UNDECIDED)
+    assert decide.side_of("not_above", 0.02, opposite)[0] == decide.SUPPORTED
+    assert decide.side_of("within", 0.02, opposite)[0] == decide.CONTRADICTED
+    # (0.001 - 0.02) / (0.001 / √3) = -32.9 with two degrees of freedom: p = 0.00092
+    assert decide.side_of("within", 0.02, small)[1] == pytest.approx(0.00092, abs=1e-5)
 
 
 def test_diverged_runs_are_outcomes():
     # Six seeds on which b diverges and a does not: sign test p = 2/64.
-    worse = decide.assess(claim_of(), table_of((math.inf,) * 6, (5.0,) * 6))
-    assert worse.verdict == decide.CONTRADICTED
+    worse = assess(claim_of(), table_of((math.inf,) * 6, (5.0,) * 6))
+    assert worse.verdict == decide.AGAINST
     assert worse.outcomes[0].effect.p == pytest.approx(2 / 64)
     assert "6 of 6 pairs have a diverged run" in worse.outcomes[0].note
     # Two of three: no verdict, and the two seeds are not dropped.
-    some = decide.assess(claim_of(), table_of((math.inf, math.inf, 4.9)))
-    assert (some.verdict, some.outcomes[0].effect.n) == (decide.UNDECIDED, 3)
+    some = assess(claim_of(), table_of((math.inf, math.inf, 4.9)))
+    assert (some.verdict, some.outcomes[0].effect.n) == (decide.OPEN, 3)
+    # Below the margin of "not above" in five of six seeds, above zero in all: the margin counts.
+    claim = claim_of("not_above", margin=0.05)
+    found = assess(claim, table_of((5.01,) * 5 + (math.inf,), (5.0,) * 6, claim=claim))
+    assert "5 lower, 1 higher" in found.outcomes[0].note
 
 
 def test_less_variance_is_tested_on_pairs():
     # The pairs of test_pitman_morgan_by_hand: p = 0.2, no verdict.
     claim = claim_of("less_variance")
-    finding = decide.assess(claim, table_of((5.0, 5.0, 7.0, 3.0), (6.0, 4.0, 5.0, 5.0), claim=claim))
+    finding = assess(claim, table_of((5.0, 5.0, 7.0, 3.0), (6.0, 4.0, 5.0, 5.0), claim=claim))
     assert finding.outcomes[0].effect.mean == pytest.approx(4.0)  # b varies more
-    assert finding.verdict == decide.UNDECIDED
+    assert finding.verdict == decide.OPEN
 
 
-def test_power_is_told_beside_the_published_effect():
+def test_power_is_that_for_the_smallest_effect_of_interest():
     claim = claim_of(published=-0.05)
-    finding = decide.assess(claim, table_of((4.9, 5.12, 4.95), claim=claim))
+    finding = assess(claim, table_of((4.9, 5.12, 4.95), claim=claim), PRIMARY)
     outcome = finding.outcomes[0]
     assert outcome.detectable == pytest.approx(statistics.smallest_detectable(outcome.effect.sd, 3))
-    assert outcome.seeds_needed == statistics.seeds_needed(outcome.effect.sd, 0.05) > 3
-    assert any(text.startswith("power: finds") for text in finding.lacks)
+    assert any(text.endswith("the smallest effect of interest is 0.020") for text in finding.lacks)
+    assert outcome.replication == "contains it"
+    assert outcome.bound == -outcome.effect.low  # the interval reaches further down than up
+    other = assess(claim_of(published=-0.05), table_of((4.9, 4.91, 4.89))).outcomes[0]
+    assert other.replication == "excludes it"  # -0.1 ± 0.025
 
 
 def test_the_page_says_what_would_decide_a_claim():
-    undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))})
+    undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))}, None)
     # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866.
     needed = statistics.seeds_needed(statistics.effect([-0.1, 0.05, -0.1]).sd, -0.05)
     assert f"{needed} seeds would find effects as large as those seen" in undecided
     suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
     other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")
     pair = {"test": table_of((4.9, 5.12, 4.95)), "other": Table(suite, [])}
-    text = claims_page.claims_section([claim_of(), other], pair)
+    text = claims_page.claims_section([claim_of(), other], pair, None)
     tokens = 20 * suite.tokens_per_step / 1e6
     assert f"no runs of b, a; needs 5 seeds of each arm for 20 steps ({tokens:.1f}M tokens), which find" in text
 
 
 def test_all_claims_on_one_page(tmp_path):
-    claims_page.write_page(tmp_path, CLAIMS, DIGEST, {})
+    claims_page.write_page(tmp_path, REGISTERED, {})
     text = (tmp_path / "claims.md").read_text()
-    assert all(f"| {claim.number} | {claim.text} |" in text for claim in CLAIMS)
+    named = {claim.number: claim.text + (" (primary)" if claim.family else "") for claim in CLAIMS}
+    assert all(f"| {number} | {text_of} |" in text for number, text_of in named.items())
     assert f"not tested: {len(CLAIMS)}" in text
-    assert DIGEST in text
+    assert REGISTERED.digest in text

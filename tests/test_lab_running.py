@@ -13,13 +13,12 @@ from moe.config import ConfigError
 from moe.lab import records, results
 from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
-from moe.lab.report import page
 from moe.lab.running import jobs, probes, runner
 from moe.lab.running.heldout import dropless
 from moe.lab.suite import Variant, with_seeds
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
-from tests.lab_helpers import DENSE, SWITCH, keyed, record, suite_of, tiny_base, tiny_suite
+from tests.lab_helpers import DENSE, SWITCH, keyed, record, suite_of, tiny_base, tiny_suite, write_page
 from tests.tiny_text import build
 
 
@@ -48,7 +47,7 @@ def test_only_what_is_missing_is_run_and_the_report_repeats(faked, tmp_path):
         runner.Worker(suite, workdir, []).run()
         assert len(faked) == len(set(faked)) == 6
         faked.clear()
-        page.write(workdir, suite, records.read_all(workdir), [], "", "COMMAND")
+        write_page(workdir, suite, records.read_all(workdir))
         texts.append([(workdir / name).read_bytes() for name in ("results.csv", "report.md", "effects.png")])
     assert texts[0] == texts[1]
     text = texts[0][1].decode()

@@ -78,6 +78,7 @@ def test_steps_to_reach_a_loss():
     assert statistics.steps_to_reach(curve, 4.25) == 17.5  # three quarters of the way from 5 to 4
     assert statistics.steps_to_reach(curve, 3.5) == 30
     assert statistics.steps_to_reach(curve, 3.4) == math.inf
+    assert statistics.steps_to_reach(curve, 9.0) == curve[0][0]  # there from the start
 
 
 def test_crossing_is_interpolated_in_log_tokens():

@@ -44,7 +44,8 @@ def eval_capacity(config: Config, mesh: Mesh, factor: float) -> Probe:
             f"model.moe.gate={config.model.moe.gate!r}, model.moe.dispatch={config.model.moe.dispatch!r}: "
             "no capacity to change; use an MoE model with the dispatch gather or einsum"
         )
-    program = _build(_with_moe(config, eval_capacity_factor=float(factor)), mesh)
+    # expert_capacity would take the factor's place.
+    program = _build(_with_moe(config, eval_capacity_factor=float(factor), expert_capacity=0), mesh)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 

@@ -1,5 +1,6 @@
-"""One JSON file per finished run: everything that tables, statistics and the report need.
+"""A record of each finished run: everything that tables, statistics and the report need.
 
+Runs write JSON files; results are kept as one compressed table.
 A folder of records is the state of any number of suites: a run with a record is not trained again, so copying
 ``records/`` to another machine resumes them there. A record is found by the hash of its run's canonical form
 (:mod:`moe.lab.identity`), never by its name: an arm that was edited is trained anew, and suites share equal runs.
@@ -7,20 +8,30 @@ A folder of records is the state of any number of suites: a run with a record is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+import pydantic
+
 from moe.atomic_files import write_atomic
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 from moe.lab import identity
 
 RECORDS = "records"
+#: A table of records, as results are kept.
+TABLE = "records.parquet"
 #: Domain under which the mean loss over a suite's primary domains is stored.
 PRIMARY = "primary"
+#: How "loss" was measured.
+DROPLESS, OWN = "dropless", "own capacity"
 FINISHED, DIVERGED = "finished", "diverged"
 
 
@@ -95,8 +106,12 @@ class Record:
         """Mean loss over the primary domains at the last step; infinite if the run diverged."""
         if self.status == DIVERGED:
             return math.inf
+        return self.losses()[0]
+
+    def losses(self) -> list[float]:
+        """The mean loss over the primary domains at the last step; empty if it was not measured."""
         wanted = (self.steps, "loss", PRIMARY)
-        return next(value for step, quantity, domain, _, value in self.rows if (step, quantity, domain) == wanted)
+        return [value for step, quantity, domain, _, value in self.rows if (step, quantity, domain) == wanted]
 
     @property
     def name(self) -> str:
@@ -116,24 +131,88 @@ def run_name(key: Key, run: str) -> str:
     return f"{key.variant}.steps_{key.steps}.seed_{key.seed}.{run}"
 
 
+_SCHEMA = pydantic.TypeAdapter(Record)
+#: Columns of a table of records that hold JSON, and those that hold the fields of ``rows``.
+_JSON = ("claims", "data", "costs", "form", "probes")
+_ROWS = ("row_step", "row_quantity", "row_domain", "row_layer", "row_value")
+
+
 def read_all(directory: Path) -> list[Record]:
-    """All records of a folder, in the order of their names.
+    """All records of a folder, in the order of their names: its ``records/*.json``, and the tables in it and one below.
 
     Raises:
-        ConfigError: a file is no record.
+        ConfigError: a file is no record or no table of them.
     """
-    records = []
+    found: dict[str, Record] = {}
+    for path in (*sorted(directory.glob(TABLE)), *sorted(directory.glob(f"*/{TABLE}"))):
+        found |= {record.run: record for record in read_table(path)}
     for path in sorted((directory / RECORDS).glob("*.json")):
         try:
-            record = Record(**json.loads(path.read_text()))
-            if record.run != identity.digest(record.form):
-                raise ValueError("its form was edited")
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"{path}: not a record of this version of the lab ({error}); delete it to repeat the run"
-            ) from error
-        records.append(record)
-    return records
+            record = _checked(json.loads(read_small_file(path)))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not a record of this version of the lab ({error}); delete it") from error
+        found[record.run] = record
+    return sorted(found.values(), key=lambda record: record.name)
+
+
+def _checked(entry: Any) -> Record:
+    record = _SCHEMA.validate_python(entry)
+    if record.run != identity.digest(record.form):
+        raise ValueError("its form was edited")
+    if len(record.row_domains) != len(record.row_losses):
+        raise ValueError("row_domains and row_losses differ in length")
+    if record.status == FINISHED and not record.losses():
+        raise ValueError("it has no loss at its last step")
+    return record
+
+
+def write_table(path: Path, records: Iterable[Record]) -> None:
+    """Write records as one compressed Parquet table, a run a row, atomically.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+    entries = []
+    for record in records:
+        entry = dataclasses.asdict(record) | _rounded(record)
+        columns = list(zip(*entry.pop("rows"), strict=True)) or [()] * len(_ROWS)
+        entry |= {name: list(column) for name, column in zip(_ROWS, columns, strict=True)}
+        entries.append(entry | {name: json.dumps(entry[name], sort_keys=True) for name in _JSON})
+    content = io.BytesIO()
+    with _parquet(path):
+        pd.DataFrame(entries).to_parquet(content, index=False, compression="zstd")
+    write_atomic(path, content.getvalue())
+
+
+def read_table(path: Path) -> list[Record]:
+    """Records of a table that :func:`write_table` wrote.
+
+    Raises:
+        ConfigError: pyarrow is not installed, or the file is no such table.
+    """
+    with _parquet(path):
+        content = read_small_file(path)
+        try:
+            entries = pd.read_parquet(io.BytesIO(content)).to_dict("records")
+            return [_from_columns(entry) for entry in entries]
+        except ImportError:
+            raise
+        except Exception as error:  # pyarrow's own, and whatever a foreign table leads to
+            raise ConfigError(f"{path}: not a table of records of this version of the lab ({error})") from error
+
+
+def _from_columns(entry: dict[Any, Any]) -> Record:
+    rows = list(zip(*(entry.pop(name).tolist() for name in _ROWS), strict=True))
+    lists = {name: entry[name].tolist() for name in ("row_domains", "row_losses", "last_losses")}
+    return _checked({**entry, **{name: json.loads(entry[name]) for name in _JSON}, **lists, "rows": rows})
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{path}: tables of records need pyarrow; install it with pip install pyarrow") from error
 
 
 def commit() -> str:

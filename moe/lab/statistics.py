@@ -219,10 +219,15 @@ def censored_median(values: Sequence[float]) -> Censored:
 
 
 def steps_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float:
-    """Step at which a falling curve first reaches a loss, linear between evaluations; infinite if it never does."""
+    """Step at which a falling curve first reaches a loss, linear between evaluations; infinite if it never does.
+
+    A curve that starts there reached it at its first evaluation or before: that step.
+    """
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
     for (before, high), (step, low) in itertools.pairwise(curve):
         if low <= loss:
-            return step if high <= low else before + (step - before) * max(0.0, (high - loss) / (high - low))
+            return before + (step - before) * (high - loss) / (high - low)
     return math.inf
 
 

@@ -7,14 +7,18 @@ claims to hold equal, before anything is trained.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import pydantic
+import pydantic.dataclasses
 
 from moe.config import Config, ConfigError, load_python_file
+from moe.data.corpora import DOMAINS
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
@@ -34,11 +38,14 @@ MAX_DROP_DIFFERENCE = 0.02
 LOGGED = 40
 
 
+#: Fields have the types that they say; a file with other ones is refused in a sentence.
+_CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
 #: Names of arms, which name files too.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)
 class Variant:
     """One arm.
 
@@ -63,7 +70,7 @@ class Variant:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)
 class Comparison:
     """Arms against a baseline.
 
@@ -80,7 +87,7 @@ class Comparison:
     tolerance: float = 0.04
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)
 class Sweep:
     """Learning rates tried for every arm on seeds that no comparison uses, at each horizon by itself.
 
@@ -103,7 +110,7 @@ class Sweep:
         return self.horizons or suite.steps
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)
 class Suite:
     """A question and the runs that answer it.
 
@@ -123,6 +130,7 @@ class Suite:
         heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text.
         dropping_differs: why arms that drop different shares of their tokens in training are compared; empty: those of
             one comparison may differ by :data:`MAX_DROP_DIFFERENCE` at most.
+        domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
         unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
         whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens, unless
             the base config or an arm sets ``model.moe.group_size``; a mesh of several devices needs that.
@@ -142,11 +150,14 @@ class Suite:
     warmup_share: float = 0.1
     heldout_rows: int = 256
     dropping_differs: str = ""
+    domain_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unseen: tuple[str, ...] = ()
     whole_batch_groups: bool = True
-    _forms: dict[tuple[str, int, float], Canonical] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+
+    @functools.cached_property
+    def _forms(self) -> dict[tuple[str, int, float], Canonical]:
+        """Canonical forms of seed 0, which are asked for again and again."""
+        return {}
 
     @property
     def _base(self) -> Any:
@@ -278,7 +289,14 @@ def load_suite(path: str, size: str) -> Suite:
     module = load_python_file(path)
     if not hasattr(module, "get_suite"):
         raise ConfigError(f"--suite={path}: has no get_suite(size)")
-    suite = module.get_suite(size)
+    try:
+        suite = module.get_suite(size)
+    except ConfigError:
+        raise
+    except Exception as error:  # the file's own code, and fields of other types
+        raise ConfigError(f"--suite={path}: get_suite({size!r}) failed ({type(error).__name__}: {error})") from error
+    if not isinstance(suite, Suite):
+        raise ConfigError(f"--suite={path}: get_suite({size!r}) must return a moe.lab.suite.Suite")
     check(suite)
     return suite
 
@@ -307,6 +325,13 @@ def check(suite: Suite) -> None:
     for name in suite.variants:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{where}, variant {name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
+    if not _NAME.fullmatch(suite.name):
+        raise ConfigError(f"suite {suite.name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
+    if unknown := sorted(set(suite.unseen) - {name for name, domain in DOMAINS.items() if domain.unseen}):
+        raise ConfigError(f"{where}, unseen={unknown}: must be embedded domains of held-out text alone")
+    domains = tuple(suite._base.data.domains)
+    if domains and (unknown := sorted(set(suite.primary) - set(domains))):
+        raise ConfigError(f"{where}, primary={unknown}: must be among data.domains {domains}")
     if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):
         raise ConfigError(f"{where}, seeds={suite.seeds}: at least two different ones, and five for a result")
     if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):

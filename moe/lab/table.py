@@ -92,6 +92,17 @@ class Table:
                 curves.setdefault((name, where, depth), []).append((step, value))
         return self._curves[key].get((quantity, domain, layer), [])
 
+    def dropped(self, variant: str, steps: int) -> float:
+        """Share of assignments dropped over the whole training, mean over layers and seeds; 0 for a dense arm."""
+        quantity = "train_fraction_tokens_dropped"
+        curves = [
+            self.curve(variant, steps, seed, quantity, "", layer)
+            for seed in self.seeds(steps, variant)
+            for layer in self.layers(variant, quantity)
+        ]
+        values = [value for curve in curves for _, value in curve]
+        return float(np.mean(values)) if values else 0.0
+
     def layers(self, variant: str, quantity: str) -> list[str]:
         """Layers for which a quantity was logged or probed."""
         found = set()
@@ -115,7 +126,7 @@ class Table:
             layers = [layer for layer in layers if int(layer) >= int(term.layers[:-1])]
         elif term.layers:
             layers = [term.layers]
-        domain = PRIMARY if term.quantity == "loss" else ""
+        domain = PRIMARY if term.quantity in ("loss", "own_loss") else ""
         return float(np.mean([self._single(record, term, domain, layer) for layer in layers or [""]]))
 
     def _single(self, record: Record, term: Term, domain: str, layer: str) -> float:

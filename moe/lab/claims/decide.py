@@ -1,9 +1,9 @@
 """Decides registered claims on the records of their suite.
 
-"below" is supported if the whole 95 % interval is below zero, contradicted if it is above, undecided otherwise; the
-other rules are as symmetric. A claim is supported if all its parts are, contradicted if one is. A claim tested at a
-horizon shorter than it applies from is "below the crossing", whatever its effects are. Diverged runs count as outcomes:
-their loss is infinite, and a sign test over all seeds decides.
+A primary claim is supported or contradicted where the p-value of its rule, adjusted by Holm's method over all of the
+primary family, is below 5 %; members of the family without runs count with p = 1. Every other claim is exploratory: its
+interval is told to be on the claim's side, on the other side or on both. Diverged runs count as outcomes: their loss is
+infinite, and a sign test over all seeds decides.
 """
 
 from __future__ import annotations
@@ -16,51 +16,69 @@ import numpy as np
 import scipy.stats
 
 from moe.lab import statistics
-from moe.lab.claims.registration import Claim, Part
+from moe.lab.claims.registration import Claim, Part, Primary
 from moe.lab.expressions import parse
 from moe.lab.statistics import ALPHA, Effect
+from moe.lab.suite import MAX_DROP_DIFFERENCE
 from moe.lab.table import MissingError, Table
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
-BELOW, NOT_TESTED = "below the crossing", "not tested"
-#: Seeds that a finding must have to meet all criteria.
+FOR, AGAINST, OPEN = "exploratory: for it", "exploratory: against it", "exploratory: open"
+TOO_SHORT, NOT_TESTED = "too few steps", "not tested"
+#: Seeds that a finding should have.
 SEEDS = 5
 #: Verdicts in the order of a summary.
-VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, BELOW, NOT_TESTED)
+VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, FOR, AGAINST, OPEN, TOO_SHORT, NOT_TESTED)
+_INTERIM = "interim"
+_EXPLORATORY = {SUPPORTED: FOR, CONTRADICTED: AGAINST, UNDECIDED: OPEN}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One part of a claim, decided.
+    """One part of a claim, tested.
 
     Attributes:
         part: what was registered.
         effect: of its value over seeds.
-        verdict: supported, contradicted or undecided; empty for the rule "shown".
+        side: supported, contradicted or undecided by the part's own interval; empty for the rule "shown".
+        p: of the rule's test, below 5 % where ``side`` is not undecided; 1 with fewer than two seeds.
         detectable: smallest effect that this many seeds find with 80 % power at the spread seen.
-        seeds_needed: seeds that would find the published effect at that spread; 0 if there is none to find.
         note: what else to know, such as diverged runs.
     """
 
     part: Part
     effect: Effect
-    verdict: str
+    side: str
+    p: float
     detectable: float
-    seeds_needed: int
     note: str = ""
+
+    @property
+    def replication(self) -> str:
+        """Whether the interval contains the published effect; empty without one or without an interval."""
+        published, e = self.part.published, self.effect
+        if published is None or not math.isfinite(e.low) or not math.isfinite(e.high):
+            return ""
+        return "contains it" if e.low <= published <= e.high else "excludes it"
+
+    @property
+    def bound(self) -> float:
+        """Largest size that the interval leaves to an effect; infinite without an interval."""
+        return max(abs(self.effect.low), abs(self.effect.high))
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Verdict of a suite's records on a claim.
+    """What a suite's records say on a claim.
 
     Attributes:
         claim: as registered.
         verdict: one of :data:`VERDICTS`.
         steps: horizon that it was tested at; 0 if it was not.
         outcomes: per part.
+        adjusted: p adjusted over the primary family; NaN for an exploratory claim.
         post_hoc: the claim's text differs from what it was when its runs started.
-        lacks: what keeps the finding from meeting all criteria: regime, tuning, seeds, power.
+        lacks: what a reader must know of the comparison: steps, tuning, seeds, power, dropping.
         note: why it was not tested.
     """
 
@@ -68,13 +86,39 @@ class Finding:
     verdict: str
     steps: int = 0
     outcomes: tuple[Outcome, ...] = ()
+    adjusted: float = math.nan
     post_hoc: bool = False
     lacks: tuple[str, ...] = ()
     note: str = ""
 
 
-def assess(claim: Claim, table: Table | None) -> Finding:
-    """Test a claim at the longest horizon for which its arms have runs."""
+def assess(claims: Sequence[Claim], tables: Mapping[str, Table], primary: Primary | None) -> list[Finding]:
+    """Test claims, each at the longest horizon for which its arms have runs.
+
+    Args:
+        claims: all that are registered, since Holm's method needs the whole primary family.
+        tables: suite → its records; a suite without records may be missing.
+        primary: the family; None: every claim is exploratory.
+    """
+    findings = [_assess(claim, tables.get(claim.suite), primary) for claim in claims]
+    family = [finding for finding in findings if finding.claim.family]
+    p_values = [f.outcomes[0].p if f.outcomes and f.verdict not in (TOO_SHORT, NOT_TESTED) else 1.0 for f in family]
+    adjusted = dict(zip([f.claim.number for f in family], statistics.holm(p_values), strict=True))
+    return [_after_holm(finding, adjusted.get(finding.claim.number)) for finding in findings]
+
+
+def _after_holm(finding: Finding, adjusted: float | None) -> Finding:
+    """The finding with the verdict that its family allows."""
+    if adjusted is None:
+        return dataclasses.replace(finding, verdict=_EXPLORATORY.get(finding.verdict, finding.verdict))
+    interim = any(text.startswith(_INTERIM) for text in finding.lacks)
+    decided = finding.verdict in (SUPPORTED, CONTRADICTED) and adjusted < ALPHA and not interim
+    verdict = finding.verdict if decided or finding.verdict in (TOO_SHORT, NOT_TESTED) else UNDECIDED
+    return dataclasses.replace(finding, verdict=verdict, adjusted=adjusted)
+
+
+def _assess(claim: Claim, table: Table | None, primary: Primary | None) -> Finding:
+    """A claim by its own intervals alone."""
     if table is None:
         return Finding(claim, NOT_TESTED, note=f"suite {claim.suite} has not been run")
     arms = arms_of(claim)
@@ -84,7 +128,7 @@ def assess(claim: Claim, table: Table | None) -> Finding:
         return Finding(claim, NOT_TESTED, note=f"no runs of {', '.join(missing)}" if missing else "no common seeds")
     try:
         outcomes = tuple(_outcome(part, table, steps) for part in claim.parts)
-        in_regime = not claim.requires or statistics.effect([*table.values(steps, claim.requires).values()]).high < 0
+        applies = not claim.requires or statistics.effect([*table.values(steps, claim.requires).values()]).high < 0
     except MissingError as error:
         return Finding(claim, NOT_TESTED, steps, note=str(error))
     post_hoc = any(
@@ -92,12 +136,14 @@ def assess(claim: Claim, table: Table | None) -> Finding:
         for record in table.used
         if record.variant in arms and record.steps == steps
     )
-    verdict = _verdict([outcome.verdict for outcome in outcomes if outcome.verdict])
+    verdict = _verdict([outcome.side for outcome in outcomes if outcome.side])
     if steps < claim.min_steps:
-        verdict = BELOW
-    elif not in_regime:
-        return Finding(claim, NOT_TESTED, steps, outcomes, post_hoc, note=f"{claim.requires} is not below zero")
-    return Finding(claim, verdict, steps, outcomes, post_hoc, _lacks(claim, table, steps, outcomes))
+        verdict = TOO_SHORT
+    elif not applies:
+        note = f"{claim.requires} is not below zero"
+        return Finding(claim, NOT_TESTED, steps, outcomes, post_hoc=post_hoc, note=note)
+    lacks = _lacks(claim, table, steps, outcomes, primary)
+    return Finding(claim, verdict, steps, outcomes, post_hoc=post_hoc, lacks=lacks)
 
 
 def arms_of(claim: Claim) -> list[str]:
@@ -114,41 +160,58 @@ def _outcome(part: Part, table: Table, steps: int) -> Outcome:
         return _with_diverged(part, values)
     effect = statistics.effect(values)
     detectable = statistics.smallest_detectable(effect.sd, effect.n)
-    needed = statistics.seeds_needed(effect.sd, part.published) if part.published and effect.sd > 0 else 0
-    return Outcome(part, effect, verdict_of(part.rule, part.margin, effect), detectable, needed)
+    side, p = side_of(part.rule, part.margin, effect)
+    return Outcome(part, effect, side, p, detectable)
 
 
-def verdict_of(rule: str, margin: float, e: Effect) -> str:
-    """Verdict of an interval; "" for the rule "shown"."""
+def side_of(rule: str, margin: float, e: Effect) -> tuple[str, float]:
+    """(side that a rule's interval is on, p of the test that puts it there); ("", p) for the rule "shown".
+
+    The p-values are two-sided, so that they are below 5 % where the 95 % interval decides: against zero, against the
+    margin for "not above", and of the nearer end of the margin for "within".
+    """
     if rule == "shown":
-        return ""
+        return "", e.p
     if e.n < 2:
-        return UNDECIDED
+        return UNDECIDED, 1.0
     if rule == "within":
         inside, outside = -margin < e.low and e.high < margin, e.low > margin or e.high < -margin
-    elif rule == "above":
-        inside, outside = e.low > 0, e.high < 0
-    else:  # below, not_above
+        p = _p_against(e, margin if e.mean > 0 else -margin)
+    else:
         bound = margin if rule == "not_above" else 0.0
-        inside, outside = e.high < bound, e.low > bound
-    return SUPPORTED if inside else CONTRADICTED if outside else UNDECIDED
+        below, above = e.high < bound, e.low > bound
+        inside, outside = (above, below) if rule == "above" else (below, above)
+        p = _p_against(e, bound)
+    return SUPPORTED if inside else CONTRADICTED if outside else UNDECIDED, p
+
+
+def _p_against(e: Effect, bound: float) -> float:
+    """Two-sided p of a mean being at a bound."""
+    if e.sd == 0:
+        return float(e.mean == bound)
+    t = (e.mean - bound) / (e.sd / math.sqrt(e.n))
+    return 2 * float(scipy.stats.t.sf(abs(t), e.n - 1))
 
 
 def _with_diverged(part: Part, values: np.ndarray) -> Outcome:
-    """Sign test over seeds: infinite differences have a sign, and two diverged runs of a pair are a tie."""
-    lower, higher = int((values < 0).sum()), int((values > 0).sum())
+    """Sign test over seeds: infinite differences have a sign, and two diverged runs of a pair are a tie.
+
+    The sign is that of the difference to the rule's bound, which is the margin for "not above".
+    """
+    bound = part.margin if part.rule == "not_above" else 0.0
+    lower, higher = int((values < bound).sum()), int((values > bound).sum())
     p = float(scipy.stats.binomtest(lower, lower + higher).pvalue) if lower + higher else 1.0
     finite = values[np.isfinite(values)]
     mean = float(finite.mean()) if len(finite) else math.nan
     effect = Effect(mean, -math.inf, math.inf, p, len(values))
     diverged = f"{len(values) - len(finite)} of {len(values)} pairs have a diverged run"
     note = f"{diverged}; sign test: {lower} lower, {higher} higher"
-    verdict = UNDECIDED
     if part.rule == "shown":
-        verdict = ""
-    elif p < ALPHA and part.rule in ("below", "not_above", "above"):
-        verdict = SUPPORTED if (lower > higher) == (part.rule != "above") else CONTRADICTED
-    return Outcome(part, effect, verdict, math.inf, 0, note)
+        return Outcome(part, effect, "", p, math.inf, note)
+    if part.rule not in ("below", "not_above", "above"):
+        return Outcome(part, effect, UNDECIDED, 1.0, math.inf, note)
+    side = SUPPORTED if (lower > higher) == (part.rule != "above") else CONTRADICTED
+    return Outcome(part, effect, side if p < ALPHA else UNDECIDED, p, math.inf, note)
 
 
 def _variance(part: Part, table: Table, steps: int) -> Outcome:
@@ -157,48 +220,45 @@ def _variance(part: Part, table: Table, steps: int) -> Outcome:
         [*table.values(steps, [dataclasses.replace(t, factor=1.0)]).values()] for t in parse(part.value)[:2]
     )
     if len(first) < 3 or len(first) != len(second) or not np.isfinite(first + second).all():
-        return Outcome(part, Effect(math.nan, -math.inf, math.inf, 1.0, len(first)), UNDECIDED, math.inf, 0)
-    ratio, p = statistics.pitman_morgan(first, second)
-    verdict = SUPPORTED if p < ALPHA / 2 else CONTRADICTED if p > 1 - ALPHA / 2 else UNDECIDED
-    effect = Effect(ratio, 0.0, math.inf, 2 * min(p, 1 - p), len(first))
-    return Outcome(part, effect, verdict, math.inf, 0, "ratio of variances; Pitman-Morgan test, no interval")
+        return Outcome(part, Effect(math.nan, -math.inf, math.inf, 1.0, len(first)), UNDECIDED, 1.0, math.inf)
+    ratio, one_sided = statistics.pitman_morgan(first, second)
+    p = 2 * min(one_sided, 1 - one_sided)
+    side = UNDECIDED if p >= ALPHA else SUPPORTED if one_sided < 0.5 else CONTRADICTED
+    effect = Effect(ratio, 0.0, math.inf, p, len(first))
+    return Outcome(part, effect, side, p, math.inf, "ratio of variances; Pitman-Morgan test, no interval")
 
 
-def _verdict(verdicts: Sequence[str]) -> str:
-    if all(verdict == SUPPORTED for verdict in verdicts):
+def _verdict(sides: Sequence[str]) -> str:
+    if all(side == SUPPORTED for side in sides):
         return SUPPORTED
-    return CONTRADICTED if CONTRADICTED in verdicts else UNDECIDED
+    return CONTRADICTED if CONTRADICTED in sides else UNDECIDED
 
 
-def _lacks(claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
-    """Criteria that a finding does not meet."""
+def _lacks(
+    claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome], primary: Primary | None
+) -> tuple[str, ...]:
+    """What a reader must know of the comparison beside its verdict."""
     lacks = []
     if steps < claim.min_steps:
-        lacks.append(f"regime: {steps:,} steps of at least {claim.min_steps:,}")
-    # A learning rate may favour one of several arms; a single arm's models are compared with themselves.
+        lacks.append(f"{steps:,} steps of at least {claim.min_steps:,}")
+    # A learning rate or a capacity may favour one of several arms; one arm's models are compared with themselves.
     arms = arms_of(claim)
     if len(arms) > 1 and any("loss" in outcome.part.value for outcome in outcomes):
         if untuned := [arm for arm in arms if not table.choices[arm, steps].tuned]:
-            lacks.append(f"tuning: learning rate not swept for {', '.join(untuned)}")
+            lacks.append(f"learning rate not swept to the end for {', '.join(untuned)}")
         if at_edge := [arm for arm in arms if table.choices[arm, steps].at_edge]:
-            lacks.append(f"tuning: best learning rate at the edge of the sweep for {', '.join(at_edge)}")
+            lacks.append(f"best learning rate at the edge of the sweep for {', '.join(at_edge)}")
+        dropped = [table.dropped(arm, steps) for arm in arms]
+        if max(dropped) - min(dropped) > MAX_DROP_DIFFERENCE and not table.suite.dropping_differs:
+            shares = ", ".join(f"{arm} {share:.1%}" for arm, share in zip(arms, dropped, strict=True))
+            lacks.append(f"not comparable: the arms drop different shares in training ({shares})")
     n = min((outcome.effect.n for outcome in outcomes), default=0)
-    if n < SEEDS:
-        lacks.append(f"seeds: {n} of at least {SEEDS}")
+    if claim.family and n < len(table.suite.seeds):  # a look at each new seed would find effects by chance
+        lacks.append(f"{_INTERIM}, {n} of the {len(table.suite.seeds)} seeds that were registered")
+    elif n < SEEDS:
+        lacks.append(f"{n} of at least {SEEDS} seeds")
     for outcome in outcomes:
-        published = outcome.part.published
-        if published and outcome.verdict == UNDECIDED and abs(published) < outcome.detectable < math.inf:
-            lacks.append(f"power: finds {outcome.detectable:.3f}, the paper's effect is {published:+.3f}")
+        smallest = primary.smallest if primary and "loss[" in outcome.part.value else 0.0
+        if outcome.side == UNDECIDED and 0 < smallest < outcome.detectable < math.inf:
+            lacks.append(f"power: finds {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}")
     return tuple(lacks)
-
-
-def adjusted_p(findings: Sequence[Finding]) -> Mapping[tuple[int, str], float]:
-    """(claim number, part) → p adjusted by Holm's method over all deciding parts with at least two seeds."""
-    tested = [
-        (finding.claim.number, outcome.part.what, outcome.effect.p)
-        for finding in findings
-        for outcome in finding.outcomes
-        if outcome.verdict and outcome.effect.n > 1
-    ]
-    adjusted = statistics.holm([p for *_, p in tested])
-    return {(number, what): p for (number, what, _), p in zip(tested, adjusted, strict=True)}

@@ -16,7 +16,7 @@ from typing import Literal
 import pydantic
 import pydantic.dataclasses
 
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 from moe.lab.expressions import parse
 
 #: below, above: of zero. not_above: below the margin. within: between the margin's two sides. less_variance: the first
@@ -104,25 +104,32 @@ class _File:
     primary: Primary | None = None
 
 
-def read_claims(path: Path) -> tuple[list[Claim], str]:
-    """(claims, SHA-256 of the file); ([], "") if there is no such file.
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A file of claims.
+
+    Attributes:
+        claims: all of them.
+        primary: the family; None: every claim is exploratory.
+        digest: SHA-256 of the file; empty without one.
+    """
+
+    claims: tuple[Claim, ...] = ()
+    primary: Primary | None = None
+    digest: str = ""
+
+
+def read_claims(path: Path) -> Registered:
+    """The claims of a file; none if there is no such file.
 
     Raises:
         ConfigError: the file is not a list of claims.
     """
     if not path.exists():
-        return [], ""
-    content = path.read_bytes()
-    return list(_read(path, content).claim), hashlib.sha256(content).hexdigest()
-
-
-def read_primary(path: Path) -> Primary | None:
-    """The primary family of a file of claims; None without one.
-
-    Raises:
-        ConfigError: see :func:`read_claims`.
-    """
-    return _read(path, path.read_bytes()).primary if path.exists() else None
+        return Registered()
+    content = read_small_file(path)
+    found = _read(path, content)
+    return Registered(found.claim, found.primary, hashlib.sha256(content).hexdigest())
 
 
 def _read(path: Path, content: bytes) -> _File:
@@ -150,6 +157,8 @@ def _check(found: _File) -> None:
     for claim in found.claim:
         if not claim.parts:
             raise ValueError(f"claim {claim.number}: has no part")
+        if claim.family and len(claim.parts) > 1:
+            raise ValueError(f"claim {claim.number}: one of a family has one part")
     primary = [claim.number for claim in found.claim if claim.family]
     if primary != sorted(found.primary.claims if found.primary else ()) or len(primary) > MOST_PRIMARY:
         raise ValueError(

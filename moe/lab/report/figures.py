@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from moe.lab import statistics
+from moe.lab.expressions import Term
 from moe.lab.suite import Comparison
-from moe.lab.table import Table
+from moe.lab.table import MissingError, Table
 
 ROUTING = (
     ("max_violation", "MaxVio, held-out"),
@@ -40,10 +41,19 @@ def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> statis
     return statistics.effect([a - b for a, b in zip(ours, base, strict=True)])
 
 
+def effect_of(table: Table, variant: str, baseline: str, steps: int, quantity: str) -> statistics.Effect:
+    """Difference of a quantity at the last step, paired by seed; undefined where a run lacks it."""
+    try:
+        values = table.values(steps, [Term(1.0, quantity, variant), Term(-1.0, quantity, baseline)])
+    except MissingError:
+        values = {}
+    return statistics.effect([*values.values()])
+
+
 def forest(
     path: Path, table: Table, comparison: Comparison, arms: Sequence[str], published: Mapping[str, float]
 ) -> str:
-    """Effect and interval of every arm at every horizon; single seeds as open markers without an interval.
+    """Effect and interval of every arm at every horizon; one or two seeds as open markers without an interval.
 
     ``published``: arm → the paper's effect in the same unit and sign, drawn beside the suite's longest horizon.
     """
@@ -56,10 +66,11 @@ def forest(
             if not e.n:
                 continue
             if math.isfinite(e.mean):
-                error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 1 else None
+                # The interval of two seeds has 13 times their standard error, which would hide all others.
+                error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 2 else None
                 axis.errorbar(
                     e.mean, y, xerr=error, fmt="o", color=color[arm], capsize=3,
-                    markerfacecolor=color[arm] if e.n > 1 else "white",
+                    markerfacecolor=color[arm] if e.n > 2 else "white",
                 )  # fmt: skip
             ticks.append(y)
             labels.append(f"{arm}, {_tokens(steps * table.suite.tokens_per_step)} tokens (n = {e.n})")
@@ -73,7 +84,7 @@ def forest(
     axis.set_ylim(y + 0.6, 1.0)
     axis.set(xlabel=f"held-out loss less that of {comparison.baseline}, nats per token (left: better){note}")
     axis.grid(axis="x", alpha=0.3)
-    return _save(fig, path)
+    return save(fig, path)
 
 
 def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
@@ -88,7 +99,7 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
         # Arms are set apart a little so that intervals at one horizon do not cover each other.
         shift = 1.03 ** (index - (len(arms) - 1) / 2)
         xs = [steps * table.suite.tokens_per_step * shift for steps, _ in points]
-        half = [(e.high - e.low) / 2 if e.n > 1 else 0.0 for _, e in points]
+        half = [(e.high - e.low) / 2 if e.n > 2 else 0.0 for _, e in points]
         axis.errorbar(
             xs, [e.mean for _, e in points], yerr=half, color=color[arm], marker=_MARKERS[index % len(_MARKERS)],
             capsize=3, label=f"{arm} (n = {'/'.join(str(e.n) for _, e in points)})",
@@ -103,8 +114,8 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
         ylabel=f"loss less that of {comparison.baseline}, nats",
     )
     axis.grid(alpha=0.3)
-    _legend_beside(axis)
-    return _save(fig, path)
+    legend_beside(axis)
+    return save(fig, path)
 
 
 def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
@@ -132,13 +143,14 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         ylabel=f"loss less that of {comparison.baseline}, nats",
     )
     axis.grid(alpha=0.3)
-    _legend_beside(axis)
-    return _save(fig, path)
+    legend_beside(axis)
+    return save(fig, path)
 
 
 def sweep(path: Path, table: Table) -> str:
     """Loss against learning rate, a panel per horizon, the chosen rate marked."""
-    tried = {point: choice for point, choice in table.choices.items() if choice.tried}
+    own = {name for name, variant in table.suite.variants.items() if not variant.rate_from}
+    tried = {(name, steps): c for (name, steps), c in table.choices.items() if c.tried and name in own}
     if not tried:
         return ""
     horizons = sorted({steps for _, steps in tried})
@@ -154,8 +166,8 @@ def sweep(path: Path, table: Table) -> str:
         _rate_ticks(axis, sorted({rate for choice in of_horizon.values() for rate in choice.tried}))
         axis.set(xlabel="peak learning rate", ylabel="held-out loss, nats", title=f"{steps:,} steps")
         axis.grid(alpha=0.3)
-    _legend_beside(*axes[0])
-    return _save(fig, path)
+    legend_beside(*axes[0])
+    return save(fig, path)
 
 
 def routing(path: Path, table: Table) -> str:
@@ -175,8 +187,8 @@ def routing(path: Path, table: Table) -> str:
             axis.plot(xs, ys, color=color[name], label=name)
         axis.set(xlabel=f"step of {steps:,}", title=label)
         axis.grid(alpha=0.3)
-    _legend_beside(*axes[0])
-    return _save(fig, path)
+    legend_beside(*axes[0])
+    return save(fig, path)
 
 
 def _mean_curves(
@@ -195,7 +207,7 @@ def _mean_curves(
     return found
 
 
-def _legend_beside(*panels: Axes) -> None:
+def legend_beside(*panels: Axes) -> None:
     """A legend of what all panels show, to the right of the last one, where it covers no curve."""
     pairs = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
     shown = {label: handle for pair in pairs for handle, label in pair}
@@ -211,7 +223,8 @@ def _tokens(count: float) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}k" if count >= 1e3 else f"{count:.0f}"
 
 
-def _save(fig: Figure, path: Path) -> str:
+def save(fig: Figure, path: Path) -> str:
+    """Write a picture and return its name."""
     fig.tight_layout()
     fig.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(fig)

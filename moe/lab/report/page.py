@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moe.atomic_files import write_atomic
 from moe.lab import results, statistics
-from moe.lab.claims.registration import Claim
+from moe.lab.claims.registration import Claim, Registered
 from moe.lab.expressions import parse
-from moe.lab.records import RECORDS, Record
+from moe.lab.records import TABLE, write_table
 from moe.lab.report import figures, sections
-from moe.lab.report.claims_page import claims_section
+from moe.lab.report.claims_page import claims_section, rules
 from moe.lab.report.figures import loss_effect
+from moe.lab.report.markdown import plain
 from moe.lab.suite import Comparison, Suite
 from moe.lab.table import Table
 
 
-def write(
-    directory: Path, suite: Suite, records: Iterable[Record], claims: Sequence[Claim], digest: str, command: str
-) -> None:
-    """Write results.csv, report.md and its pictures.
+def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered: Registered, command: str) -> None:
+    """Write records.parquet, results.csv, report.md and its pictures.
 
     Args:
-        directory: folder of the suite.
-        suite: with its comparisons.
-        records: of whatever runs are finished.
-        claims: all registered claims.
-        digest: SHA-256 of the file of claims.
+        directory: folder of the report.
+        tables: suite → its records, of this suite and of those that hold other members of the primary family.
+        suite: that the report is about.
+        registered: all claims.
         command: that made the records.
     """
-    records = list(records)
-    found = Table(suite, records)
+    directory.mkdir(parents=True, exist_ok=True)
+    found, claims = tables[suite.name], registered.claims
+    write_table(directory / TABLE, found.records)
     results.write(directory, found.records, {record.run for record in found.used})
     own = [claim for claim in claims if claim.suite == suite.name]
-    parts = [f"# {suite.name}", suite.question, *_headline(found)]
+    parts = [f"# {suite.name}", plain(suite.question), *_headline(found)]
     main = next(iter(suite.comparisons.items()), None)
     pictures: list[str] = []
     if main:
@@ -42,7 +42,8 @@ def write(
         pictures = _pictures(directory, found, main[1], arms, _published(own, main[1].baseline))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures[:2]]
     if own:
-        parts += ["## Claims", claims_section(own, {suite.name: found})]
+        parts += ["## Claims", rules(registered.primary)]
+        parts += [claims_section(claims, tables, registered.primary, suite.name)]
     for index, (name, comparison) in enumerate(suite.comparisons.items()):
         if _arms(found, comparison):
             note = sections.COMPARISON_NOTE if index == 0 else ""
@@ -58,8 +59,8 @@ def write(
         parts += ["## Routing at the last step", routed, f"![routing]({picture})"]
     if probed := sections.probes_section(found):
         parts += ["## Probes of the trained models", probed]
-    parts += ["## Where the numbers come from", _provenance(found, command, digest if own else "")]
-    (directory / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    parts += ["## Where the numbers come from", _provenance(found, command, registered.digest if own else "")]
+    write_atomic(directory / "report.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
 
 
 def _arms(found: Table, comparison: Comparison) -> list[str]:
@@ -104,12 +105,12 @@ def _headline(found: Table) -> list[str]:
             lines.append(f"- {_sentence(found, arm, comparison.baseline, reached)}")
     if lines:
         tokens = reached * suite.tokens_per_step
-        lines.insert(0, f"**After {tokens / 1e6:.2g} million tokens ({reached:,} steps):**\n")
+        lines.insert(0, f"**After {tokens / 1e6:.3g} million tokens ({reached:,} steps), exploratory:**\n")
     parts = ["\n".join(lines)]
     if reached < suite.longest:
         parts.append(
-            f"The longest horizon, {suite.longest:,} steps, has no comparison yet: what these horizons show is **below "
-            "the crossing** that the suite looks for, and no evidence against a claim about longer training."
+            f"The longest horizon, {suite.longest:,} steps, has no comparison yet: shorter ones are no evidence "
+            "against a claim about longer training."
         )
     if len(suite.seeds) < 3:
         parts.append("**A trial:** two seeds show the size of an effect, not whether it is there.")
@@ -163,18 +164,33 @@ def _missing(found: Table) -> str:
     return f"Finished runs, of {len(suite.seeds)} seeds each, where seeds are missing: {'; '.join(texts)}."
 
 
+def _regime(found: Table) -> str:
+    """Tokens per active parameter, and epochs of each domain, of the longest horizon."""
+    suite, base = found.suite, next(iter(found.suite.variants))
+    tokens = suite.longest * suite.tokens_per_step
+    text = f"{tokens / 1e6:.3g}M training tokens, {tokens / suite.costs(base)['active_parameters']:.1f} per active "
+    text += f"parameter of {base}"
+    config = suite.config(base)
+    weights = config.data.weights or (1.0,) * len(config.data.domains)
+    shares = dict(zip(config.data.domains, (weight / sum(weights) for weight in weights), strict=True))
+    sizes = {name: size for name, size in suite.domain_tokens.items() if name in shares}
+    epochs = [f"{name} {tokens * shares[name] / size:.2f}" for name, size in sizes.items()]
+    return f"{text}; epochs: {', '.join(epochs)}" if epochs else text
+
+
 def _provenance(found: Table, command: str, digest: str) -> str:
     records, base = found.records, found.suite.config(next(iter(found.suite.variants)))
     commits, hardware = (sorted({getattr(r, field) for r in records}) for field in ("commit", "hardware"))
     data = sorted({f"{name} {version}" for r in records for name, version in r.data.items()})
     lines = [
-        f"Command: `{command}`",
+        f"Command: `{command.replace('`', '')}`",
         f"Commit: {', '.join(f'`{commit}`' for commit in commits) or 'none'}",
         f"Hardware: {'; '.join(hardware) or 'none'}",
         f"Model: {base.model.num_layers} layers of {base.model.d_model}; {found.suite.tokens_per_step:,} tokens a step",
+        _regime(found),
         f"Text: {', '.join(data) or 'none'}; primary: {', '.join(found.suite.primary_domains) or 'all domains'}; up to "
         f"{found.suite.heldout_rows} held-out rows per domain, mixed over domains in every batch",
-        f"Runs: {len(records)} in `{RECORDS}/`, of which {len(found.used)} are compared; "
+        f"Runs: {len(records)} in `{TABLE}`, of which {len(found.used)} are compared; "
         f"{sum(record.seconds for record in records) / 3600:.1f} hours",
         "Every number is made from these records; `results.csv` holds all but the row losses as one long table",
     ]

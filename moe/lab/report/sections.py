@@ -10,20 +10,22 @@ import numpy as np
 
 from moe.lab import law, plan, statistics
 from moe.lab.costs import executed_flops
-from moe.lab.records import PRIMARY
+from moe.lab.records import OWN, PRIMARY
 from moe.lab.report import figures
-from moe.lab.report.figures import loss_effect
-from moe.lab.report.markdown import loss_cell, mean_sd, table
+from moe.lab.report.figures import effect_of, loss_effect
+from moe.lab.report.markdown import loss_cell, mean_sd, plain, table
 from moe.lab.statistics import Effect
-from moe.lab.suite import Comparison
+from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
 
 COMPARISON_NOTE = (
-    "Losses are nats per token; differences are paired by seed, negative is better. Pooled: least squares on arm and "
-    "seed with one residual variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over "
-    "seeds, for which it is too narrow by a factor of about √(1 − 1/n). Steps to its loss: median share of the "
-    "baseline's steps after which the arm has the baseline's last loss, with its exact interval; > 1 if not reached; "
-    "only along the longest runs."
+    "Losses are nats per token on held-out text, without drops; differences are paired by seed, negative is better. "
+    "All of this is exploratory: verdicts are in the section on claims. Pooled: least squares on arm and seed with one "
+    "residual variance. Rows × seeds: bootstrap over held-out rows and, from three seeds on, over seeds, for which it "
+    "is too narrow by a factor of about √(1 − 1/n). Training: difference of the loss of the last tenth of the training "
+    "batches, under the capacities of training. Own capacity: difference with each arm evaluated at its own. Steps to "
+    "its loss: median share of the baseline's steps after which the arm has the baseline's last loss, with its exact "
+    "interval; > 1 if not reached; only along the longest runs."
 )
 
 
@@ -38,15 +40,16 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
         decided = [arm for arm in arms if effects[arm].n > 1]
         adjusted = dict(zip(decided, statistics.holm([effects[arm].p for arm in decided]), strict=True))
         pooled = statistics.pooled(_losses(found, [base, *arms], steps), base)
-        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", "", "", "", "", "")]
+        rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", *[""] * 7)]
         for arm in arms:
             rows.append(_comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm)))
         tokens = steps * found.suite.tokens_per_step / 1e6
         header = (
             "arm", "loss", f"less {base} [95 %]", "p", "p, Holm", "pooled model [95 %]", "rows × seeds [95 %]",
-            "steps to its loss",
+            "training [95 %]", "own capacity [95 %]", "steps to its loss",
         )  # fmt: skip
-        blocks.append(f"**{steps:,} steps, {tokens:.2g} million tokens**\n\n{table(header, rows)}")
+        warning = _comparability(found, [base, *arms], steps)
+        blocks.append(f"**{steps:,} steps, {tokens:.3g} million tokens**{warning}\n\n{table(header, rows)}")
     equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
     return "\n\n".join([f"{equal} {note}".strip(), *blocks])
 
@@ -67,8 +70,33 @@ def _comparison_row(
         f"{adjusted:.2g}" if adjusted is not None else "–",
         f"{pooled.mean:+.4f} [{pooled.low:+.4f}, {pooled.high:+.4f}]" if pooled else "–",
         f"[{low:+.4f}, {high:+.4f}]{fixed}" if math.isfinite(low) else "–",
+        _interval(effect_of(found, arm, base, steps, "last_tenth_loss")),
+        _interval(effect_of(found, arm, base, steps, "own_loss")),
         _steps_to_loss(found, arm, base, steps),
     )  # fmt: skip
+
+
+def _interval(e: Effect) -> str:
+    if not math.isfinite(e.mean):
+        return "–"
+    return f"{e.mean:+.4f} [{e.low:+.4f}, {e.high:+.4f}]" if e.n > 1 else f"{e.mean:+.4f}"
+
+
+def _comparability(found: Table, arms: Sequence[str], steps: int) -> str:
+    """Where arms were measured or trained in ways that favour one of them; empty if they were not."""
+    texts = []
+    shares = {arm: found.dropped(arm, steps) for arm in arms}
+    if max(shares.values()) - min(shares.values()) > MAX_DROP_DIFFERENCE:
+        listed = ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items())
+        why = found.suite.dropping_differs
+        texts.append(f"Dropped in training: {listed}. {'Compared all the same: ' + plain(why) if why else _UNEQUAL}.")
+    own = [a for a in arms if any(found.record(a, steps, s).evaluated == OWN for s in found.seeds(steps, a))]
+    if own:
+        texts.append(f"Evaluated at their own capacity, since their gates have no dropless form: {', '.join(own)}.")
+    return "".join(f"\n\n{text}" for text in texts)
+
+
+_UNEQUAL = "**Not comparable: the shares differ by more than the suite allows**"
 
 
 def _losses(found: Table, arms: Sequence[str], steps: int) -> dict[str, dict[int, float]]:
@@ -154,14 +182,14 @@ def costs_section(found: Table) -> str:
         before = sum(_executed(found, parent, steps) for parent in plan.family(found.suite, name))
         rows.append((
             name,
-            found.suite.variants[name].note,
+            plain(found.suite.variants[name].note),
             f"{cost['total_parameters'] / 1e6:.2f}M",
             f"{cost['active_parameters'] / 1e6:.2f}M",
             f"{steps:,}",
             f"{cost['flops']:.3g}",
             f"{_executed(found, name, steps):.3g}",
             f"{before:.3g}" if before else "–",
-            f"{_dropped(found, name, steps):.2%}",
+            f"{found.dropped(name, steps):.2%}",
         ))  # fmt: skip
     header = (
         "arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "and its parents'",
@@ -175,18 +203,7 @@ def costs_section(found: Table) -> str:
 
 
 def _executed(found: Table, name: str, steps: int) -> float:
-    return executed_flops(found.suite.config(name, steps=steps), _dropped(found, name, steps))
-
-
-def _dropped(found: Table, name: str, steps: int) -> float:
-    """Share of assignments dropped over the whole training, mean over layers and seeds."""
-    quantity = "train_fraction_tokens_dropped"
-    curves = [
-        found.curve(name, steps, seed, quantity, "", layer)
-        for seed in found.seeds(steps, name)
-        for layer in found.layers(name, quantity)
-    ]
-    return float(np.mean([v for curve in curves for _, v in curve])) if any(curves) else 0.0
+    return executed_flops(found.suite.config(name, steps=steps), found.dropped(name, steps))
 
 
 def domains_section(found: Table) -> str:

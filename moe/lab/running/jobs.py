@@ -22,7 +22,7 @@ def start(count: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
         raise ConfigError(f"--jobs={count}: at most the {len(cores)} cores that this process may use")
-    arguments = [argument for argument in sys.orig_argv[1:] if not argument.lstrip("-").startswith("jobs")]
+    arguments = _without_jobs(sys.orig_argv[1:])
     jobs: list[subprocess.Popen[bytes]] = []
     # Ctrl-C reaches the whole process group by itself; SIGTERM only this process.
     previous = signal.signal(signal.SIGTERM, lambda *_: [job.terminate() for job in jobs])
@@ -37,6 +37,18 @@ def start(count: int) -> None:
         signal.signal(signal.SIGTERM, previous)
     if failed:
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
+
+
+def _without_jobs(arguments: list[str]) -> list[str]:
+    """A command's arguments without --jobs=N or --jobs N."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        flag = name in ("-jobs", "--jobs")
+        if not flag and not skip:
+            kept.append(argument)
+        skip = flag and not equals
+    return kept
 
 
 def is_worker() -> bool:

@@ -31,8 +31,9 @@ from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
 from moe.lab import plan, results
+from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim
-from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Key, Record, commit, read_all, run_name
+from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, commit, read_all, run_name
 from moe.lab.running import probes
 from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
 from moe.lab.running.progress import Progress
@@ -45,7 +46,6 @@ from moe.training.step import Batch, Program, TrainMetrics, build
 
 RUNS = "runs"
 LAST_LOSSES = "last_losses.txt"
-DROPLESS, OWN_CAPACITY = "dropless", "own capacity"
 
 
 class Programs:
@@ -120,6 +120,22 @@ def last_losses(path: Path, steps: int) -> list[float]:
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     by_step = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
     return [by_step.get(step, math.nan) for step in range(first_of_last_tenth(steps), steps + 1)]
+
+
+def check_start(suite: Suite, claims: Sequence[Claim]) -> None:
+    """Check before the first run what the end needs.
+
+    Raises:
+        ConfigError: an unknown probe, a claim about an arm that the suite does not have, or an impossible arm.
+    """
+    for name, variant in suite.variants.items():
+        if unknown := [probe for probe in variant.probes if probe not in probes.PROBES]:
+            allowed = ", ".join(probes.PROBES)
+            raise ConfigError(f"suite {suite.name!r}, variant {name!r}: no probe {unknown[0]!r}; there are {allowed}")
+        dropless(suite.config(name))
+    for claim in claims:
+        if claim.suite == suite.name and (unknown := sorted(set(arms_of(claim)) - set(suite.variants))):
+            raise ConfigError(f"claim {claim.number}: suite {suite.name!r} has no variant {unknown[0]!r}")
 
 
 class Worker:
@@ -256,7 +272,7 @@ class Worker:
             own_losses = losses[key.steps] if own is None else own(directory, key.steps)
             domains = free.rows.domains if own is None else own.rows.domains
             rows += _mixed_rows("own_loss", {key.steps: own_losses}, domains, primary or trained)
-        evaluated = OWN_CAPACITY if dropless(config) is None else DROPLESS
+        evaluated = OWN if dropless(config) is None else DROPLESS
         return losses[key.steps].tolist(), free.rows.domains, rows, evaluated
 
     def _evaluator(

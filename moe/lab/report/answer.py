@@ -1,0 +1,156 @@
+"""The page that answers the lab's main question in one screen: Switch or Mixtral?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from moe.atomic_files import write_atomic
+from moe.lab.claims.decide import CONTRADICTED, NOT_TESTED, SUPPORTED, TOO_SHORT, Finding, assess
+from moe.lab.claims.registration import Primary, Registered
+from moe.lab.records import PRIMARY
+from moe.lab.report.claims_page import rules
+from moe.lab.report.figures import colors, legend_beside, save
+from moe.lab.report.markdown import loss_cell, mean_sd, plain, table
+from moe.lab.table import Table
+
+NAME = "switch_or_mixtral"
+_LIMITS = """\
+It does not say which layer is better at other sizes: two million parameters in all, half a million active, text of four
+domains. Nothing is said about time: a figure against seconds needs every arm on kernels of its own. The two factors are
+the second expert (with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is
+the router's probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K
+includes that. All arms share one learning rate per kind of layer, as the sweep in the suite's report says."""
+
+
+def write_page(directory: Path, found: Table, registered: Registered) -> None:
+    """Write switch_or_mixtral.md and its two pictures from the suite's records.
+
+    Raises:
+        ConfigError: see :func:`moe.lab.claims.registration.read_claims`.
+    """
+    primary = registered.primary
+    assert primary is not None, "the suite's claims have a primary family"
+    findings = [f for f in assess(registered.claims, {found.suite.name: found}, primary) if f.claim.family]
+    parts = [
+        "# Switch or Mixtral?",
+        f"{plain(primary.question)} {_answer(findings)}",
+        *_picture(_effects(directory / f"{NAME}.png", findings, primary)),
+        _contrasts(findings),
+        "## Arms",
+        _arms(found),
+        *_picture(_loss_by_flops(directory / f"{NAME}_flops.png", found)),
+        "## What this does not say",
+        _LIMITS.replace("\n", " "),
+        "## Rules",
+        rules(primary),
+        f"Claims file: SHA-256 `{registered.digest}`. Records: suite `{found.suite.name}`.",
+    ]
+    write_atomic(directory / f"{NAME}.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def _answer(findings: Sequence[Finding]) -> str:
+    """Which of the contrasts are decided."""
+    decided = [f for f in findings if f.verdict in (SUPPORTED, CONTRADICTED)]
+    waiting = [f for f in findings if f.verdict in (NOT_TESTED, TOO_SHORT)]
+    seeds = sorted({outcome.effect.n for f in findings for outcome in f.outcomes})
+    if not seeds:
+        return "**No pair of arms has a run yet.**"
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    text = f"**{len(decided)} of {len(findings)} contrasts decided**, on {count} seeds"
+    text += f"; {len(waiting)} have no runs yet." if waiting else "."
+    return " ".join([text, *(f"{plain(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
+
+
+def _contrasts(findings: Sequence[Finding]) -> str:
+    rows = []
+    for finding in findings:
+        outcome = finding.outcomes[0] if finding.outcomes else None
+        rows.append((
+            plain(finding.claim.parts[0].what),
+            str(outcome.effect) if outcome and math.isfinite(outcome.effect.mean) else "–",
+            f"{finding.adjusted:.2g}" if outcome else "–",
+            f"**{finding.verdict}**",
+            f"{outcome.bound:.4f}" if outcome and math.isfinite(outcome.bound) else "–",
+            "; ".join(finding.lacks) or plain(finding.note) or "–",
+        ))  # fmt: skip
+    header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "at most", "to know")
+    return table(header, rows)
+
+
+def _arms(found: Table) -> str:
+    """Losses of every arm by how they are measured."""
+    steps, rows = found.suite.longest, []
+    columns = (("loss", name) for name in found.suite.unseen)
+    columns = [("own_loss", PRIMARY), ("last_tenth_loss", ""), *columns]
+    for name in found.variants:
+        cells = []
+        for quantity, domain in columns:
+            curves = [found.curve(name, steps, seed, quantity, domain) for seed in found.seeds(steps, name)]
+            cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
+        dropped = f"{found.dropped(name, steps):.1%}"
+        rows.append((name, plain(found.suite.variants[name].note), loss_cell(found, name, steps), *cells, dropped))
+    header = (
+        "arm", "", "loss, without drops", "at its own capacity", "last tenth of training",
+        *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",
+    )  # fmt: skip
+    return table(header, rows) if rows else "No run is finished yet."
+
+
+def _picture(name: str) -> list[str]:
+    return [f"![{Path(name).stem}]({name})"] if name else []
+
+
+def _effects(path: Path, findings: Sequence[Finding], primary: Primary) -> str:
+    """The contrasts with their intervals over the range that counts as no effect; empty without one."""
+    tested = [(f, f.outcomes[0].effect) for f in findings if f.outcomes and math.isfinite(f.outcomes[0].effect.mean)]
+    if not tested:
+        return ""
+    fig, axis = plt.subplots(figsize=(7.2, 1.3 + 0.55 * len(tested)))
+    bound = primary.equivalence
+    axis.axvspan(-bound, bound, color="0.9", label=f"within ±{bound:g}: counts as no effect")
+    for y, (finding, e) in enumerate(tested):
+        error = [[e.mean - e.low], [e.high - e.mean]] if e.n > 2 else None
+        face = "C0" if finding.verdict in (SUPPORTED, CONTRADICTED) else "white"
+        axis.errorbar(e.mean, -y, xerr=error, fmt="o", color="C0", capsize=3, markerfacecolor=face)
+    axis.axvline(0, color="black", linewidth=0.8)
+    labels = [f"{_wrapped(f.claim.parts[0].what)}\n(n = {e.n})" for f, e in tested]
+    axis.set_yticks([-y for y in range(len(tested))], labels, fontsize=8)
+    axis.set(xlabel="nats per token; filled: decided", ylim=(0.6 - len(tested), 0.6))
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return save(fig, path)
+
+
+def _wrapped(text: str) -> str:
+    """The text on at most two lines, broken at the comma nearest to its middle."""
+    commas = [index for index, char in enumerate(text) if char == ","]
+    if len(text) < 45 or not commas:
+        return text
+    middle = min(commas, key=lambda index: abs(index - len(text) / 2))
+    return f"{text[: middle + 1]}\n{text[middle + 1 :].strip()}"
+
+
+def _loss_by_flops(path: Path, found: Table) -> str:
+    """Held-out loss along the longest runs against training FLOPs, means over seeds; empty without curves."""
+    steps, color = found.suite.longest, colors(found)
+    fig, axis = plt.subplots(figsize=(7.2, 4.2))
+    for name in found.variants:
+        curves = [found.curve(name, steps, seed, "loss", PRIMARY) for seed in found.seeds(steps, name)]
+        curves = [dict(curve) for curve in curves if len(curve) > 1]
+        shared = sorted(set.intersection(*map(set, curves))) if curves else []
+        if shared:
+            each = found.suite.costs(name, steps)["flops"] / steps
+            means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
+            label = f"{name} (n = {len(curves)})"
+            axis.plot([step * each for step in shared], means, marker=".", color=color[name], label=label)
+    if not axis.lines:
+        plt.close(fig)
+        return ""
+    axis.set(xlabel="training FLOPs of the model, drops not subtracted", ylabel="held-out loss, nats")
+    axis.grid(alpha=0.3)
+    legend_beside(axis)
+    return save(fig, path)
