@@ -1,0 +1,109 @@
+"""Prices of grouped matmuls between published timings: error and coverage on shapes left out, and refusals."""
+
+import collections
+import csv
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.planner import measured
+from moe.planner.measured import price
+
+H100 = "h100", "pallas_mosaic_gpu_ragged_dot"
+
+
+@pytest.fixture(scope="module")
+def left_out():
+    """(log of predicted over measured, inside the interval) of every timing by the fit without its shape, by group."""
+    rows = collections.defaultdict(list)
+    for shape in sorted({timing.shape for timing in measured.timings()}):
+        fit = measured.leave_out(shape)
+        for timing in measured.timings():
+            if timing.shape == shape:
+                seconds, low, high = fit.price(timing.group, *shape, timing.experts)
+                rows[timing.group].append((math.log(seconds / timing.seconds), low <= timing.seconds <= high))
+    return {group: np.array(pairs) for group, pairs in rows.items()}
+
+
+def test_shapes_that_were_not_measured_are_priced_within_15_percent(left_out):
+    medians = {group: np.median(np.abs(rows[:, 0])) for group, rows in left_out.items()}
+    assert len(medians) == 21
+    assert max(medians.values()) <= 0.15, medians
+
+
+def test_intervals_hold_80_percent_of_shapes_that_were_not_measured(left_out):
+    inside = np.concatenate([rows[:, 1] for rows in left_out.values()])
+    assert len(inside) == 388
+    assert 0.75 <= inside.mean() <= 0.87
+    for group, rows in left_out.items():
+        if len(rows) >= 15:
+            assert 0.7 <= rows[:, 1].mean() <= 0.9, group
+
+
+def test_residuals_in_closed_form_are_those_of_the_fit_without_the_shape(left_out):
+    fit = measured.leave_out((0, 0, 0))  # no such shape: of all timings
+    assert len(fit.scores) == 388
+    index, timing = next((i, t) for i, t in enumerate(measured.timings()) if t.device == "tpu7x" and t.N == 768)
+    smaller = measured.leave_out(timing.shape)
+    seconds, *_ = smaller.price(timing.group, *timing.shape, timing.experts)
+    assert abs(fit.residuals[index]) == pytest.approx(abs(math.log(seconds / timing.seconds)), rel=1e-6)
+
+
+def test_roofline_by_hand():
+    # 2 x 131072 x 2048 x 768 FLOPs at 989 TFLOP/s
+    assert measured.roofline("h100", "rows x mats", 131072, 2048, 768, 128) == pytest.approx(
+        2 * 131072 * 2048 * 768 / 989e12
+    )
+    # Of 8 rows at most 8 of 128 matrices are read: 2 bytes x (8 x (2048 + 768) + 8 x 2048 x 768) at 3352 GB/s
+    assert measured.roofline("h100", "rows x mats", 8, 2048, 768, 128) == pytest.approx(
+        2 * (8 * 2816 + 8 * 2048 * 768) / 3352e9
+    )
+    # A weight gradient writes all 128. A device of TPU v7x is a core, with half of the chip's 7370 GB/s.
+    assert measured.roofline("tpu7x", "wgrad", 8, 2048, 768, 128) == pytest.approx(
+        2 * (8 * 2816 + 128 * 2048 * 768) / 3685e9
+    )
+
+
+@pytest.mark.parametrize("kind", ["rows x mats", "wgrad"])
+def test_more_rows_never_cost_less_and_narrow_intervals_are_near_measured_shapes(kind):
+    prices = [price(*H100, kind, 2**i, 2048, 768, 128) for i in range(3, 21)]
+    assert all(a[0] <= b[0] for a, b in itertools.pairwise(prices))
+    assert all(low < seconds < high for seconds, low, high in prices)
+    _, low, high = price(*H100, kind, 131072, 2048, 768, 128)
+    _, far_low, far_high = price(*H100, kind, 131072, 65536, 65536, 2)
+    assert high / low < far_high / far_low
+
+
+def test_names_of_the_table_and_of_the_planner_mean_the_same():
+    assert price("v5p", "pallas_mosaic_tpu_ragged_dot", "rows", 4096, 4096, 4096, 8) == price(
+        "tpu_v5", "pallas_mosaic_tpu_ragged_dot", "rows x mats", 4096, 4096, 4096, 8
+    )
+    # Weight gradients do not state their experts: those of the table's other products of these matrices.
+    assert price(*H100, "wgrad", 131072, 2048, 768) == price(*H100, "weights", 131072, 2048, 768, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("v4", "any", "wgrad", 8, 8, 8, 8), "device=v4: no timings; must be one of a100, h100"),
+        (("h100", "gmm", "wgrad", 8, 8, 8, 8), r"kernel=gmm \(wgrad\): .* one of pallas_mosaic_gpu_ragged_dot"),
+        ((*H100, "backward", 8, 8, 8, 8), "kind=backward: must be 'rows x mats' or 'wgrad'"),
+        ((*H100, "wgrad", 0, 8, 8, 8), "rows=0: must be a positive number"),
+        ((*H100, "rows x mats", 8, 8, 8), "experts=None: must be a positive number for kind 'rows x mats'"),
+    ],
+)  # fmt: skip
+def test_what_was_not_measured_is_refused(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        price(*arguments)
+
+
+def test_the_table_states_its_source():
+    text = measured.PATH.read_text()
+    assert "tokamax 0.0.17" in text
+    assert "Apache License 2.0" in text
+    rows = list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
+    assert {row["kind"] for row in rows} == {"rows x mats", "wgrad"}
+    assert {row["experts"] for row in rows if row["kind"] == "wgrad"} == {""}
