@@ -1,10 +1,13 @@
-"""python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4 [--config.x.y=value ...]
+"""python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 [--config.x.y=value ...]
 
-Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time.
---config.model.remat=fit chooses, of the remat policies that fit, the one that recomputes least. With --search it tries
-meshes, remat policies and dispatch modes, and prints a ranked table and the command of the best. Needs the compiler of
-the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains both pages.
+Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and the
+best settings that are known for that slice. --config.model.remat=fit chooses, of the remat policies that fit, the one
+that recomputes least. With --search it tries meshes, remat policies and dispatch modes, and prints a ranked table and
+the command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans that
+--json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains all.
 """
+
+import sys
 
 from moe import platform
 
@@ -12,6 +15,7 @@ if __name__ == "__main__":
     platform.use_tpu_compiler()  # before JAX
 
 import json
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -29,30 +33,133 @@ _SLICES = flags.DEFINE_integer(
     "num_slices", 1, "TPU slices of that shape, joined by the data-center network.", lower_bound=1
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
+_PAGE = cli.define_path("page", "HTML file to write: of the plan, or of the difference with --diff.")
+_ROOFLINE = cli.define_path("roofline", "PNG file to write: the dearest instructions under the chip's roofline.")
+_CHANGES = flags.DEFINE_integer(
+    "changes", 0, "Changes to try, each compiled; what they bring stands on the page.", lower_bound=0
+)
+_DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
+_RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and in the table of docs/pods.md.")
+_BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
+_MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")
+_SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the busiest device's experts over the mean.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
 _LIMIT = flags.DEFINE_integer(
     "limit", 9, "Largest number of programs that --search compiles, the best guesses first.", lower_bound=1
 )
 _CACHE = flags.DEFINE_string(
-    "cache", "~/.cache/moe-plans", "Folder of plans that --search compiled; processes may share it."
+    "cache", "~/.cache/moe-plans", "Folder of plans that --search and --changes compiled; processes may share it."
 )
+
+_ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Print one plan, or the table of a search."""
+    """Print one plan, the table of a search, or the difference of two plans."""
+    if _DIFF.value:
+        _print_difference()
+        return
     fields = _CONFIG.value
     choose_remat = fields.model.remat == "fit"
     if choose_remat:
         fields.model.remat = "full"
     config = cli.load_config(_CONFIG)
     from moe.planner import page, plan, topology
+    from moe.planner.scenario import Scenario
 
+    scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
     if _SEARCH.value:
         _search(config, where)
         return
-    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where)
-    print(json.dumps(made.to_json(), indent=2) if _JSON.value else page.render(made))
+    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario)
+    if _RECORD.value:
+        _record(made)
+    changes = _try_changes(config, where) if _CHANGES.value else []
+    _write_files(made.to_json(), where.chip, changes)
+    if _JSON.value:
+        print(json.dumps(made.to_json() | {"changes": changes}, indent=2))
+        return
+    print(page.render(made))
+    for change in changes:
+        print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
+    _print_best(where.name)
+
+
+def _print_difference() -> None:
+    from moe.planner import differences, html
+
+    if len(_DIFF.value) != 2:
+        raise ConfigError(f"--diff={','.join(_DIFF.value)}: must be two files that --json printed")
+    a, b = (json.loads(Path(path).read_text()) for path in _DIFF.value)
+    if _PAGE.value:
+        Path(_PAGE.value).write_text(html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
+    print(differences.render(a, b))
+
+
+def _write_files(figures, chip, changes) -> None:
+    from moe.planner import html, roofline
+
+    if _PAGE.value:
+        Path(_PAGE.value).write_text(html.page(figures, changes))
+    if _ROOFLINE.value:
+        roofline.figure(Path(_ROOFLINE.value), figures, chip)
+
+
+def _try_changes(config: Config, where) -> list:
+    """Compile the first changes that may help; plans of earlier calls are read again."""
+    from tqdm import tqdm
+
+    from moe.planner import candidates, plan, search
+
+    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
+    tried = []
+    for label, changed in tqdm(candidates.changes(config, where, _CHANGES.value), unit="program", dynamic_ncols=True):
+        made = search.run(
+            [candidates.Candidate(changed, 0.0)], cache, lambda config: plan.make_plan(config, where).to_json()
+        )
+        tried.append({"label": label, "plan": made[0][1]})
+    return tried
+
+
+def _outcome(made, rate: float) -> str:
+    if "error" in made:
+        return made["error"].partition(";")[0]
+    gain = 100 * (made["tokens_per_second_per_chip"] / rate - 1)
+    return f"{gain:+.1f} % tokens/s, {made['memory_total'] / 2**30:.1f} GiB"
+
+
+def _name() -> str:
+    """Name of the config's file, and its argument."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return Path(path).stem + (f":{argument}" if argument else "")
+
+
+def _record(made) -> None:
+    from moe.planner import recorded
+
+    path, page = _ROOT / "configs" / "plans.json", _ROOT / "docs" / "pods.md"
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    recorded.keep(path, recorded.row(made, _name(), dict(sorted(overrides.items()))))
+    before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
+    _, end, after = rest.partition("<!-- end of plans -->")
+    if not start or not end:
+        raise ConfigError(f"{page}: has no marks between which the table of plans stands")
+    page.write_text(f"{before}{start}\n{recorded.table(recorded.read(path))}\n\n{end}{after}")
+
+
+def _print_best(topology: str) -> None:
+    """Print the best settings that are known for the slice."""
+    from moe.planner import recorded
+
+    name = _name().partition(":")[0]
+    kept = recorded.best(recorded.read(_ROOT / "configs" / "plans.json"), name, topology)
+    if kept is None:
+        print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
+        return
+    print(f"Best known settings for {topology}: {recorded.sentence(kept)}")
+    print(f"  python main.py --config=configs/{name}.py:{_TOPOLOGY.value} --workdir=DIR, which sets")
+    print(f"  {recorded.words(kept) or 'nothing'}")
 
 
 def _search(config: Config, where) -> None:
@@ -91,12 +198,22 @@ def _own_flags() -> str:
     return " ".join(words + [f"--config.{name}={value}" for name, value in fields.items()])
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """``--diff A B`` as ``--diff=A,B``."""
+    if "--diff" not in argv:
+        return argv
+    at = argv.index("--diff")
+    return [*argv[:at], f"--diff={','.join(argv[at + 1 : at + 3])}", *argv[at + 3 :]]
+
+
 if __name__ == "__main__":
+    sys.argv = _joined(sys.argv)
     cli.run(
         main,
-        required=("config", "topology"),
+        required=() if any(argument.startswith("--diff=") for argument in sys.argv) else ("config", "topology"),
         examples=(
-            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4",
+            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 --page=plan.html",
             "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=h100:8x8 --search --limit=20",
+            "python scripts/plan_pod.py --diff a.json b.json",
         ),
     )

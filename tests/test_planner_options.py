@@ -1,6 +1,7 @@
-"""Exchanges on SparseCores, waiting for the network, the choice of a remat policy, and the residual of the estimate."""
+"""Exchanges on SparseCores, waiting for the network, the choice of a remat policy, the spread of published steps."""
 
 import dataclasses
+import math
 import types
 
 import pytest
@@ -9,7 +10,7 @@ from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.planner import calibration, candidates, exchanges, fit, network, plan, program
 from moe.planner.chips import CHIPS
-from moe.planner.records import Collective
+from moe.planner.records import Collective, Price
 from moe.routing.resolve import from_config_dict
 
 MESH = {"data": 1, "fsdp": 64, "expert": 1, "tensor": 1}
@@ -56,7 +57,7 @@ def test_kernels_are_work_beside_exchanges():
         "  %w = bf16[8,64,32]{2,1,0} parameter(0)\n  %x = bf16[64,8]{1,0} parameter(1)\n"
         "  %m = bf16[2,8,32]{2,1,0} parameter(2)\n",
     )
-    read = program.read(text, MESH, clock=1.0, kernel_seconds=lambda matmul: 1000.0)
+    read = program.read(text, MESH, clock=1.0, kernel_price=lambda matmul: Price(1000.0, 900.0, 1200.0, "measured"))
     assert read.collectives[0].overlap_seconds == 1500
     assert read.seconds == 570  # kernels are added elsewhere
 
@@ -74,15 +75,15 @@ def test_exchanges_wait_for_each_other(monkeypatch):
         collective(1.0, 1.0, (2, 4), 1e-6),  # small: does not wait for the others
         collective(5.0, -1.0, (7, 7)),  # starts at 5 + 2 s: 3 s exposed
     ]
-    assert exchanges._exposed(work, [float(c.source) for c in work]) == pytest.approx([1.0, 1.0, 0.0, 3.0])
+    assert exchanges.exposed(work, [float(c.source) for c in work]) == pytest.approx([1.0, 1.0, 0.0, 3.0])
     other = [dataclasses.replace(c, computation="another") for c in work[:1]]
-    assert exchanges._exposed(work[:1] + other, [3.0, 3.0]) == [1.0, 1.0]
+    assert exchanges.exposed(work[:1] + other, [3.0, 3.0]) == [1.0, 1.0]
 
 
 def _fitting(monkeypatch, fits, memory=95 * 2**30):
     tried = []
 
-    def make_plan(config, topology):
+    def make_plan(config, topology, scenario=None):
         tried.append(config.model.remat)
         if config.model.remat not in fits:
             raise ConfigError("does not fit: temporaries alone")
@@ -166,8 +167,30 @@ def test_latent_experts_by_hand():
     assert seconds("einsum") - seconds("gather") == pytest.approx(one_hot, rel=1e-6)
 
 
-def test_a_page_states_the_residual():
-    rows = [{"predicted": 0.6, "published": 0.5}, {"predicted": 0.45, "published": 0.5}]
-    assert "2 published measurements" in calibration.statement("tpu", rows)
-    assert "-10 % to +20 %" in calibration.statement("tpu", rows)
-    assert calibration.statement("gpu", rows) == calibration.statement("tpu", []) == "not held against any measurement"
+def test_spread_of_published_steps_by_hand():
+    rows = [{"platform": "tpu", "residual": value} for value in (0.0, 0.2, 0.4)]
+    scale, width, count = calibration.spread("tpu", [*rows, {"platform": "gpu", "residual": 5.0}])
+    # 0.6 over three steps and an assumed 0; squares of -0.15, 0.05 and 0.25, and three times the assumed 0.2 squared,
+    # over 3 + 2 degrees of freedom, whose Student's t at 0.9 is 1.476
+    assert (math.log(scale), count) == (pytest.approx(0.15), 3)
+    assert width == pytest.approx(1.476 * math.sqrt((0.0225 + 0.0025 + 0.0625 + 0.12) / 5 * 5 / 4))
+    # fewer than three on a platform: all count
+    assert calibration.spread("gpu", rows) == calibration.spread("tpu", rows)
+    assert calibration.spread("gpu", []) == (1.0, pytest.approx(1.638 * math.sqrt(0.04 * 2)), 0)
+
+
+def test_left_out_steps_are_predicted_from_the_others():
+    names = ("counted", "low", "high", "published")
+    rows = [
+        {
+            "platform": "tpu",
+            "residual": math.log(published),
+            **dict(zip(names, (1.0, 0.9, 1.1, published), strict=True)),
+        }
+        for published in (1.0, 1.1, 1.2, 9.0)
+    ]
+    made = calibration.left_out(rows)
+    assert [row["inside"] for row in made] == [True, True, True, False]
+    scale, width, _ = calibration.spread_of([row["residual"] for row in rows[:3]])
+    assert made[3]["predicted"] == pytest.approx(scale)
+    assert made[3]["interval"][1] == pytest.approx(scale * math.exp(math.hypot(width, math.log(1.1))))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moe.planner import grouped_matmuls, hlo, program
+from moe.planner import hlo, kernels, program
 from moe.planner.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -136,15 +136,15 @@ def test_time_of_a_grouped_matmul_by_hand():
     chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
     rows, weights = program.read(GROUPED, {"expert": 8}, clock=1.0).grouped
     # 4 columns of tiles, the last partly empty; 8192/128 + 7 tiles of rows; 2·128·1024·1280 FLOPs a step.
-    assert grouped_matmuls.seconds(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
+    assert kernels.formula(rows, 8192, chip) == pytest.approx(4 * 71 * 2 * 128 * 1024 * 1280 / 1e12)
     # Half of the rows: empty rows of the buffer do not count; the 7 tiles that two groups share stay.
-    assert grouped_matmuls.seconds(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
+    assert kernels.formula(rows, 4096, chip) == pytest.approx(4 * 39 * 2 * 128 * 1024 * 1280 / 1e12)
     chip = dataclasses.replace(chip, memory_bandwidth=1e9)
     # Each step moves its rows in and out; a group's matrix moves once a column.
     moved = 4 * 71 * (128 * 1024 + 128 * 1280) + 8 * 4 * 1024 * 1280
-    assert grouped_matmuls.seconds(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    assert kernels.formula(rows, 8192, chip) == pytest.approx(2 * moved / 1e9)
     moved = 8 * 71 * 128 * (1024 + 512) + 8 * 8 * 1024 * 512
-    assert grouped_matmuls.seconds(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    assert kernels.formula(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
 
 
 def test_bytes_of_types():

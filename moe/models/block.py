@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -116,11 +117,16 @@ class Block(nnx.Module):
         settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
         settings = {name: value for name, value in settings.items() if value is not None}
         attention: Any = self.attention  # latent attention lacks these settings, which no such model gives
-        heads, _, _ = attention.prefill(self.attention_norm(x), rows.segment_ids, rows.positions, drop=drop, **settings)
-        x = x + drop(self.attention.join(heads), place=1)
+        # The scopes name the parts of a layer in profiles and in plans.
+        with jax.named_scope("attention"):
+            h = self.attention_norm(x)
+            heads, _, _ = attention.prefill(h, rows.segment_ids, rows.positions, drop=drop, **settings)
+            x = x + drop(self.attention.join(heads), place=1)
         if self.kind.role == "cross":
-            x = x + self.cross(x, rows, drop)
-        return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
+            with jax.named_scope("cross_attention"):
+                x = x + self.cross(x, rows, drop)
+        with jax.named_scope("moe" if self.kind.sparse else "ffn"):
+            return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
 
     def feed_forward(
         self,

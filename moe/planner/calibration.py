@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,86 @@ PATH = Path(__file__).with_name("calibration.json")
 
 
 def rows() -> list[dict[str, Any]]:
-    """Estimates and measurements: name, topology, predicted and published MFU, and what differs."""
+    """Published steps: name, platform, topology, counted and published seconds, and the logarithm of their ratio."""
     return json.loads(PATH.read_text()) if PATH.exists() else []
 
 
-def statement(platform: str, known: list[dict[str, Any]]) -> str:
-    """The residual of the estimate, for the page of a plan.
+#: Upper tenth of Student's t by degrees of freedom, from 1; 1.3 for more.
+_T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372, 1.363, 1.356)
+
+#: Spread assumed before any step was seen, in the logarithm, which counts as much as that many further steps.
+_ASSUMED, _ASSUMED_STEPS = 0.2, 3
+
+
+def spread(platform: str, known: list[dict[str, Any]]) -> tuple[float, float, int]:
+    """Scale and spread of counted steps, from published ones.
 
     Args:
-        platform: "tpu" or "gpu".
+        platform: "tpu" or "gpu"; published steps on the other count too where this one has fewer than three.
         known: from :func:`rows`.
+
+    Returns:
+        The mean of published over counted time, in the logarithm; the width on each side that holds 80 % of further
+        steps, by Student's t; the number of steps.
     """
-    if platform != "tpu" or not known:
-        return "not held against any measurement"
-    ratios = [row["predicted"] / row["published"] for row in known]
-    low, high = (f"{100 * (ratio - 1):+.0f} %" for ratio in (min(ratios), max(ratios)))
-    count = "one published measurement" if len(known) == 1 else f"{len(known)} published measurements"
-    return (
-        f"held against {count} of other programs for the same model and slice: predicted MFU "
-        f"{low if low == high else f'{low} to {high}'} of theirs (docs/results/calibration.md)"
-    )
+    alike = [row for row in known if row["platform"] == platform]
+    return spread_of([row["residual"] for row in (alike if len(alike) > 2 else known)])
+
+
+def spread_of(residuals: list[float]) -> tuple[float, float, int]:
+    """(scale, width, number) of logarithms of published over counted time, beside one assumed residual of 0."""
+    count = len(residuals)
+    mean = sum(residuals) / (count + 1)
+    degrees = _ASSUMED_STEPS + max(count - 1, 0)
+    squares = _ASSUMED_STEPS * _ASSUMED**2 + sum((each - mean) ** 2 for each in residuals)
+    quantile = _T90[degrees - 1] if degrees <= len(_T90) else 1.3
+    return math.exp(mean), quantile * math.sqrt(squares / degrees * (1 + 1 / (count + 1))), count
+
+
+def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the step predicted from the others: predicted, interval and whether it holds the published one."""
+    made = []
+    for row in rows:
+        scale, width, count = spread(row["platform"], [other for other in rows if other is not row])
+        predicted = row["counted"] * scale
+        low = predicted * math.exp(-math.hypot(width, math.log(row["counted"] / row["low"])))
+        high = predicted * math.exp(math.hypot(width, math.log(row["high"] / row["counted"])))
+        inside = low <= row["published"] <= high
+        made.append(row | {"predicted": predicted, "interval": (low, high), "inside": inside, "others": count})
+    return made
+
+
+def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> str:
+    """The table of predicted and published steps as Markdown.
+
+    Args:
+        rows: of the published steps that were compiled.
+        missing: names of those that were not.
+        sources: lines that say where each comes from.
+    """
+    made = left_out(rows)
+    lines = [
+        "# The planner's estimates against published train steps",
+        "",
+        "Written by `python scripts/calibration.py`. Nothing was run here. *Counted* is this project's program,",
+        "compiled for the slice and read ([pods.md](../pods.md)); *published* is somebody else's program for the same",
+        "model, measured on hardware, for the tokens of our batch. *Predicted* is counted, scaled as the others are",
+        "(those of the same platform where there are three), with the interval that should hold 80 %; *inside*",
+        "says whether it does. An error is the estimate's and the difference between two programs.",
+        "",
+        "| model | slice | counted, s | predicted, s | interval | published, s | inside | ratio | GiB a chip |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in made:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['name']} | {row['topology']} | {row['counted']:.3g} | {row['predicted']:.3g} | {low:.3g} to "
+            f"{high:.3g} | {row['published']:.3g} | {'yes' if row['inside'] else 'no'} | "
+            f"{row['predicted'] / row['published']:.2f} | {row['memory_gib']:.1f} |"
+        )
+    lines += ["", f"Inside: {sum(row['inside'] for row in made)} of {len(made)}."]
+    if missing:
+        lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
+    versions = sorted({", ".join(row["versions"]) for row in rows})
+    lines += ["", f"Versions: {'; '.join(versions)}.", "", "Sources and differences:", "", *sources]
+    return "\n".join([*lines, ""])

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
 from moe.dispatch.modes import CONFIG_MODES
 from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
+from moe.parallel.mesh import make_mesh
 from moe.parallel.remat import REMAT_POLICIES
 from moe.planner import fit
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
+from moe.planner.topology import Topology
 from moe.routing.resolve import validate
 
 
@@ -148,3 +152,39 @@ _RECOMPUTED = {"none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "d
 def _of_model(model: ModelConfig, length: int, inputs: int) -> tuple[float, int]:
     """(model FLOPs per token of the decoder, parameters)."""
     return flops.train_flops_per_token(model, length, inputs), flops.count_parameters(model)[0]
+
+
+def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, Config]]:
+    """Single changes of a run that may help, each valid: rows a device, recomputation, dispatch, mesh; their labels."""
+    model, mesh, devices = config.model, config.mesh, len(topology.devices)
+    sizes = {axis: make_mesh(mesh, topology.devices).shape.get(axis, 1) for axis in dataclasses.asdict(mesh)}
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
+    mesh, tried = config.mesh, list[tuple[str, Config]]()
+
+    def add(label: str, **fields: Any) -> None:
+        changed = dataclasses.replace(config, **fields)
+        with contextlib.suppress(ConfigError):
+            validate(changed)
+            validate_mesh(changed, dataclasses.asdict(changed.mesh))
+            if changed != config:
+                tried.append((label, changed))
+
+    rows = config.train.batch_size
+    add("twice the rows a device", train=dataclasses.replace(config.train, batch_size=2 * rows))
+    for remat in ("hidden", "outputs", "attention", "full"):
+        if remat != model.remat:
+            add(f"model.remat={remat}", model=dataclasses.replace(model, remat=remat))
+    if model.moe.gate != "none":
+        for mode in ("dropless", "gather"):
+            moe = dataclasses.replace(model.moe, dispatch=mode)
+            add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
+        for expert in (1, 8, model.moe.num_experts):
+            if devices % (expert * mesh.data * mesh.tensor) == 0:
+                fsdp = devices // (expert * mesh.data * mesh.tensor)
+                changed = dataclasses.replace(mesh, fsdp=fsdp, expert=expert)
+                add(f"mesh.fsdp={fsdp}, mesh.expert={expert}", mesh=changed)
+
+    def seconds_a_row(change: tuple[str, Config]) -> float:
+        return guess_seconds(change[1], topology.chip) / change[1].train.batch_size
+
+    return sorted(tried, key=seconds_a_row)[:limit]

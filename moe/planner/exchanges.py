@@ -15,7 +15,7 @@ from moe.planner.gpus import Gpu
 from moe.planner.records import Collective, Program
 from moe.training.losses import LOSS_SCOPE
 
-WEIGHTS, UNNAMED, LOADS = "weights", "unnamed", "loads of experts"
+WEIGHTS, UNNAMED, LOADS, ROUTED = "weights", "unnamed", "loads of experts", "tokens to experts, back"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tup
     """Add up the collectives of each kind, axes and purpose; the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     durations = [network.seconds(collective, devices, chip) for collective in program.collectives]
-    exposed = _exposed(program.collectives, durations)
-    for collective, duration, waited in zip(program.collectives, durations, exposed, strict=True):
+    waits = exposed(program.collectives, durations)
+    for collective, duration, waited in zip(program.collectives, durations, waits, strict=True):
         sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0, 0.0, 0.0])
         apart = int(collective.overlap_seconds >= 0)
         for i, value in enumerate((1, apart, collective.bytes, duration, waited)):
@@ -58,11 +58,21 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tup
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
 
 
-def _exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> list[float]:
+def skewed(exchange: Exchange, skew: float) -> Exchange:
+    """The exchange on the device that receives so many times the mean rows; the further time is exposed."""
+    if exchange.purpose != ROUTED:
+        return exchange
+    further = exchange.seconds * (skew - 1)
+    return dataclasses.replace(
+        exchange, seconds=exchange.seconds + further, exposed_seconds=exchange.exposed_seconds + further
+    )
+
+
+def exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> list[float]:
     """Seconds that the device waits for each collective: within a computation, they use the network one after another,
     in the order of their starts, beside the work scheduled between start and done. Those of less than 10 microseconds
     wait for no other."""
-    exposed, ends = [0.0] * len(collectives), [0.0] * len(collectives)
+    waits, ends = [0.0] * len(collectives), [0.0] * len(collectives)
     for name in {collective.computation for collective in collectives}:
         events = [
             (place, is_done, i)
@@ -78,9 +88,9 @@ def _exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> l
             elif not is_done:
                 ends[i] = free = max(now, free) + durations[i]
             else:
-                exposed[i] = max(0.0, ends[i] - now - max(collectives[i].overlap_seconds, 0.0))
-                waited += exposed[i]
-    return exposed
+                waits[i] = max(0.0, ends[i] - now - max(collectives[i].overlap_seconds, 0.0))
+                waited += waits[i]
+    return waits
 
 
 def purpose(collective: Collective) -> str:
@@ -96,7 +106,7 @@ def purpose(collective: Collective) -> str:
     if collective.kind != "all-gather" and "transpose(" in source and re.search(made_by, source):
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
-        return "tokens to experts, back"
+        return ROUTED
     if f"{LOAD_SCOPE}/" in source:
         return LOADS
     if f"({LOSS_SCOPE})" in source:

@@ -18,7 +18,7 @@ class Instruction:
 
     Attributes:
         type: of its result, such as ``bf16[4,128]{1,0}``.
-        operands: names of instructions; the literal, for a constant.
+        operands: names of instructions; the literal, for a constant; the number, for a parameter.
         attributes: everything behind the operands.
         root: the result of its computation.
     """
@@ -72,7 +72,7 @@ def parse(text: str) -> Module:
         type_text, rest = _split_type(found.group(3))
         opcode, _, rest = rest.partition("(")
         operands, _, attributes = rest.partition(")")
-        names = (operands,) if opcode == "constant" else tuple(re.findall(r"%([\w.\-]+)", operands))
+        names = (operands,) if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", operands))
         current.append(Instruction(found.group(2), type_text, opcode, names, attributes, bool(found.group(1))))
     return Module(computations, entry)
 

@@ -22,8 +22,7 @@ from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_size
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, exchanges, grouped_matmuls, program
-from moe.planner.gpus import Gpu
+from moe.planner import exchanges, kernels, program
 from moe.planner.topology import Topology
 
 
@@ -34,7 +33,7 @@ class Reading:
     Attributes:
         estimated: the compiler's estimate without exchanges and kernels; matmuls: its part in fusions with a matrix
             product.
-        kernels: grouped matmuls, by :mod:`moe.planner.grouped_matmuls` for a balanced router.
+        kernels: grouped matmuls, by :mod:`moe.planner.kernels` for a balanced router.
         unpriced: instructions without an estimate (the SparseCore's gathers, copies on GPUs), at memory bandwidth.
         active_floor, slot_floor: the experts' matmuls at peak, over active assignments and over all rows computed.
         exchanges: as in a plan.
@@ -81,7 +80,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     """
     mesh = make_mesh(config.mesh, topology.devices)
     start = time.perf_counter()
-    compiled, products = _compile(config.model, mesh, tokens, topology, backward=backward)
+    compiled = _compile(config.model, mesh, tokens, topology, backward=backward)
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
     active = tokens * moe.experts_per_token
@@ -89,7 +88,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
         compiled.as_text() or "",
         dict(mesh.shape),
         chip.clock,
-        lambda matmul: 0.0 if isinstance(chip, Gpu) else grouped_matmuls.seconds(matmul, active, chip),
+        lambda matmul: kernels.price(matmul, active if moe.dispatch == "dropless" else matmul.sizes[0], chip),
     )
     memory = compiled.memory_analysis()
     matmuls = 3 if config.model.activation in GATED_ACTIVATIONS else 2
@@ -98,9 +97,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     return Reading(
         estimated=text.seconds,
         matmuls=sum(part for (_, kind), part in text.parts.items() if kind == "matmuls"),
-        kernels=grouped_matmuls.total_seconds(
-            text, products.grouped / mesh.size, active, chip, exchanged=mesh.shape["expert"] > 1
-        ),
+        kernels=sum(item.seconds * item.count for item in text.items if item.kind == "grouped matmul"),
         unpriced=text.unpriced_bytes / (chip.memory_bandwidth / chip.devices),
         active_floor=flops * active / peak,
         slot_floor=flops * _computed_rows(moe, tokens) / peak,
@@ -114,8 +111,8 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
 
 def _compile(
     model: ModelConfig, mesh: jax.sharding.Mesh, tokens: int, topology: Topology, *, backward: bool
-) -> tuple[jax.stages.Compiled, arithmetic.Flops]:
-    """The compiled layer, and the FLOPs of its matrix products on all devices."""
+) -> jax.stages.Compiled:
+    """The compiled layer."""
     with jax.set_mesh(mesh):
         graphdef, parameters, rest = nnx.split(
             nnx.eval_shape(lambda: MoELayer(model, rngs=nnx.Rngs(0))), nnx.Param, ...
@@ -139,8 +136,7 @@ def _compile(
 
         traced = jax.jit(both).trace(parameters, x, x) if backward else jax.jit(forward).trace(parameters, x)
         options = {**target.compiler_options(mesh.devices.flat[0].device_kind), **topology.compiler_options}
-        compiled = traced.lower().compile(compiler_options=options or None)
-        return compiled, arithmetic.matmul_flops(traced.jaxpr.jaxpr)
+        return traced.lower().compile(compiler_options=options or None)
 
 
 def _computed_rows(moe: MoEConfig, tokens: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moe.planner import calibration
 from moe.planner.chips import GiB
 from moe.planner.plan import Plan
 
@@ -84,17 +83,24 @@ def _flops(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     unit = "GPU" if plan.platform == "gpu" else "chip"
+    low, high = plan.step_interval
+    rate, mfu = plan.tokens_per_second_per_chip, 100 * plan.mfu
+    slower, faster = plan.step_seconds / high, plan.step_seconds / low
     lines = [
-        "Time of a step (estimate)",
+        "Time of a step (estimate)" + (f", what if: {plan.scenario}" if plan.scenario else ""),
         f"  on the {_device(plan):7}{1e3 * plan.compute_seconds:9.1f} ms  "
-        f"{plan.estimate}; {plan.unpriced} instructions at memory bandwidth; "
-        f"kernels counted, {1e3 * plan.kernel_seconds:.1f} ms",
-        *(f"    {name:22} {1e3 * part:9.1f} ms" for name, part in sorted(plan.parts.items()) if part > 1e-5),
+        f"{plan.estimate}; {plan.unpriced} instructions at memory bandwidth; kernels "
+        f"{1e3 * plan.kernel_seconds:.1f} ms ({1e3 * plan.kernel_low:.0f} to {1e3 * plan.kernel_high:.0f})",
+        *(f"    {row['part']:22} {1e3 * row['seconds']:9.1f} ms  {row['kind']}" for row in plan.where[:12]),
         f"  exposed       {1e3 * plan.exposed_seconds:9.1f} ms  exchange with no work scheduled beside it",
-        f"  step          {1e3 * plan.step_seconds:9.1f} ms  {plan.tokens_per_second_per_chip:,.0f} tokens/s/{unit}, "
-        f"MFU {100 * plan.mfu:.1f} %",
+        f"  published     {1e3 * (plan.step_seconds - plan.counted_seconds):+9.1f} ms  "
+        f"x {plan.scale:.2f}, as {plan.steps} published steps took over their counted time",
+        f"  step {plan.step_seconds:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * slower:.1f} to "
+        f"{mfu * faster:.1f}), {rate:,.0f} tokens/s/{unit} ({rate * slower:,.0f} to {rate * faster:,.0f})",
+        f"  {plan.cost()}",
         f"  bound by      {plan.bound}",
-        f"  this estimate was {calibration.statement(plan.platform, calibration.rows())}",
+        f"  the interval holds 80 %; it rests on {plan.interval_basis}",
+        "  left out: stragglers, the host's work between steps, checkpoints, restarts",
     ]
     if plan.unknown_loops:
         lines.append(f"  {plan.unknown_loops} loops whose trip count could not be read count once: an underestimate")

@@ -7,19 +7,35 @@ estimates: the compiler's own, plus the network model of :mod:`moe.planner.netwo
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from moe.config import Config, ConfigError, validate_mesh
+from moe.atomic_files import write_atomic
+from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, exchanges, fit, grouped_matmuls, memory_errors, program
+from moe.planner import (
+    arithmetic,
+    calibration,
+    exchanges,
+    fit,
+    kernels,
+    memory_errors,
+    program,
+    search,
+    timeline,
+)
 from moe.planner.exchanges import Exchange
-from moe.planner.gpus import Gpu
+from moe.planner.records import Array, GroupedMatmul, Price
+from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
-from moe.training import step
+from moe.training import step as train_step_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +79,23 @@ class Plan:
         simple_flops: 6 x active parameters x tokens.
         program_flops: of all matrix products in a step's program, all devices.
         compute_seconds: the compiler's estimate, unpriced instructions at memory bandwidth, and kernel_seconds.
-        kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router, on TPUs by
-            :mod:`moe.planner.grouped_matmuls`, on GPUs at the rate of large matmuls; other kernels as all their blocks
-            at peak FLOP/s. Causal attention skips half of its blocks and reaches about half of the peak: the two errors
-            cancel.
+        kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router by
+            :mod:`moe.planner.kernels`; other kernels as all their blocks at peak FLOP/s. Causal attention skips half of
+            its blocks and reaches about half of the peak: the two errors cancel.
+        kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors alike.
+        scale: measured over estimated time of the published steps, their middle; log_width: their spread, in the
+            logarithm; steps: their number (:func:`moe.planner.calibration.spread`).
         remat: policy of ``model.remat``.
         parts: the compiler's estimate by pass and kind (:class:`moe.planner.program.Program`).
         unpriced: instructions of a step without an estimate; unknown_loops: loops taken as one trip.
+        scenario: assumptions that were changed; "" for none.
+        basis: seconds of a step by what they rest on.
+        where: seconds by part of the model and kind (:func:`moe.planner.timeline.by_part`).
+        items: the dearest instructions (:func:`moe.planner.timeline.dearest`).
+        lanes: the schedule of the largest computations (:func:`moe.planner.timeline.lanes`).
+        arrays: the largest that are alive when most memory is in use, an estimate.
+        versions: of JAX and the compilers.
+        config: of the run.
     """
 
     topology: str
@@ -92,9 +118,22 @@ class Plan:
     peak_flops: float
     compute_seconds: float
     kernel_seconds: float
+    kernel_low: float
+    kernel_high: float
+    scale: float
+    log_width: float
+    steps: int
     parts: dict[str, float]
     unpriced: int
     unknown_loops: int
+    scenario: str
+    basis: dict[str, float]
+    where: tuple[dict[str, Any], ...]
+    items: tuple[dict[str, Any], ...]
+    lanes: tuple[dict[str, Any], ...]
+    arrays: tuple[Array, ...]
+    versions: tuple[str, ...]
+    config: dict[str, Any]
 
     @property
     def exposed_seconds(self) -> float:
@@ -102,9 +141,26 @@ class Plan:
         return sum(exchange.exposed_seconds for exchange in self.exchanges)
 
     @property
-    def step_seconds(self) -> float:
-        """Predicted time of a step."""
+    def counted_seconds(self) -> float:
+        """Work and exposed exchange, as counted."""
         return self.compute_seconds + self.exposed_seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of a step: what is counted, scaled as the published steps were."""
+        return self.counted_seconds * self.scale
+
+    @property
+    def step_interval(self) -> tuple[float, float]:
+        """Interval of the step that holds 80 %: the spread of the published steps and that of the kernels, as
+        independent errors in the logarithm."""
+        counted = self.counted_seconds
+        low = math.log(counted / (counted - self.kernel_seconds + self.kernel_low))
+        high = math.log((counted - self.kernel_seconds + self.kernel_high) / counted)
+        return (
+            self.step_seconds * math.exp(-math.hypot(low, self.log_width)),
+            self.step_seconds * math.exp(math.hypot(high, self.log_width)),
+        )
 
     @property
     def mfu(self) -> float:
@@ -140,6 +196,22 @@ class Plan:
             if exchange.kind == "all-gather" and exchange.purpose == exchanges.UNNAMED and self.num_slices > 1
         )
 
+    def cost(self, tokens: float = 1e12) -> str:
+        """Days and chip-hours of a number of tokens, as a sentence."""
+        days, low, high = (
+            tokens / self.tokens * seconds / 86400 for seconds in (self.step_seconds, *self.step_interval)
+        )
+        hours = f"{days * 24 * self.chips:,.0f} {'GPU' if self.platform == 'gpu' else 'chip'}-hours"
+        return f"{tokens / 1e12:g} trillion tokens: {days:,.1f} days ({low:,.1f} to {high:,.1f}), {hours}"
+
+    @property
+    def interval_basis(self) -> str:
+        """What the interval rests on, as a phrase."""
+        shares = {name: seconds / self.compute_seconds for name, seconds in self.basis.items()}
+        words = [f"{name} for {100 * share:.0f} % of the work" for name, share in shares.items() if share >= 0.005]
+        steps = f"the spread of {self.steps} published steps"
+        return f"{steps} (docs/results/calibration.md), and {', '.join(words)}"
+
     @property
     def bound(self) -> str:
         """The largest part of the step, in words."""
@@ -151,15 +223,23 @@ class Plan:
             "exposed exchange": self.exposed_seconds,
         }
         worst = max(parts, key=lambda part: parts[part])
-        return f"{worst}, {100 * parts[worst] / self.step_seconds:.0f} % of the step"
+        return f"{worst}, {100 * parts[worst] / self.counted_seconds:.0f} % of the step"
 
     def to_json(self) -> dict[str, Any]:
         """Fields and derived figures."""
-        derived = ("step_seconds", "exposed_seconds", "mfu", "bound", "tokens_per_second_per_chip")
+        derived = (
+            "step_seconds",
+            "step_interval",
+            "counted_seconds",
+            "exposed_seconds",
+            "mfu",
+            "bound",
+            "tokens_per_second_per_chip",
+        )
         return (
             dataclasses.asdict(self)
             | {name: getattr(self, name) for name in derived}
-            | {"memory_total": self.memory.total}
+            | {"memory_total": self.memory.total, "cost": self.cost(), "interval_basis": self.interval_basis}
             | {"token_all_gathers": len(self.token_exchanges), "unnamed_all_gathers": len(self.unnamed_gathers)}
         )
 
@@ -168,7 +248,7 @@ class Plan:
 LADDER = ("hidden", "outputs", "attention", "full")
 
 
-def make_fitting_plan(config: Config, topology: Topology) -> Plan:
+def make_fitting_plan(config: Config, topology: Topology, scenario: Scenario | None = None) -> Plan:
     """Plan the remat policy that recomputes least of those that fit; policies whose least memory does not fit are not
     compiled.
 
@@ -182,45 +262,96 @@ def make_fitting_plan(config: Config, topology: Topology) -> Plan:
         if policy != LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
             continue
         try:
-            return make_plan(tried, topology)
+            return make_plan(tried, topology, scenario)
         except ConfigError as error:
             if policy == LADDER[-1] or not str(error).startswith("does not fit"):
                 raise
     raise AssertionError
 
 
-def make_plan(config: Config, topology: Topology) -> Plan:
+def make_plan(config: Config, topology: Topology, scenario: Scenario | None = None) -> Plan:
     """Compile the train step of a run for hardware that is absent.
 
     Raises:
         ConfigError: the config does not fit the mesh, or the program does not fit the memory; the message says by how
-            much and which settings help.
+            much and which settings help; or the scenario makes no sense for the config.
     """
+    return read_step(config, topology, compile_step(config, topology), scenario)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What is read of a compiled train step.
+
+    Attributes:
+        text: of the program.
+        memory: of a device.
+        products: FLOPs of the traced program, all devices.
+        seconds: that tracing, lowering and compiling took.
+    """
+
+    text: str
+    memory: Memory
+    products: arithmetic.Flops
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Write to a compressed file, so that it can be read again without compiling."""
+        write_atomic(path, gzip.compress(json.dumps(dataclasses.asdict(self)).encode()))
+
+    @staticmethod
+    def load(path: Path) -> CompiledStep:
+        """Read a file that :meth:`save` wrote."""
+        fields = json.loads(gzip.decompress(path.read_bytes()))
+        fields["memory"], fields["products"] = Memory(**fields["memory"]), arithmetic.Flops(**fields["products"])
+        return CompiledStep(**fields)
+
+
+def compile_step(config: Config, topology: Topology) -> CompiledStep:
+    """Compile the train step; see :func:`make_plan`."""
     mesh = make_mesh(config.mesh, topology.devices)
     validate_mesh(config, mesh.shape)
-    chip, devices = topology.chip, list(mesh.devices.flat)
-    capacity = chip.memory // chip.devices
-    compiled, traced, stored, compile_seconds = _compile(config, mesh, topology)
+    capacity = topology.chip.memory // topology.chip.devices
+    compiled, traced, stored, seconds = _compile(config, mesh, topology)
     memory = _memory(compiled.memory_analysis(), stored, capacity)
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
-    rows = _assignments(config, mesh)
-    text = program.read(
-        compiled.as_text(),
-        dict(mesh.shape),
-        chip.clock,
-        lambda matmul: 0.0 if isinstance(chip, Gpu) else grouped_matmuls.seconds(matmul, rows, chip),
-    )
-    peak = chip.peak * topology.num_chips
-    products = arithmetic.matmul_flops(traced.jaxpr.jaxpr)
-    kernel_seconds = (
-        products.kernels / peak
-        + text.attention_flops / (chip.peak / chip.devices)
-        + grouped_matmuls.total_seconds(
-            text, products.grouped / len(devices), rows, chip, exchanged=mesh.shape["expert"] > 1
+    return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds)
+
+
+def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: Scenario | None = None) -> Plan:
+    """Plan from a compiled train step."""
+    scenario = scenario or Scenario()
+    if scenario.skew > 1 and (config.model.moe.gate == "none" or config.model.moe.dispatch != "dropless"):
+        raise ConfigError(
+            f"--skew={scenario.skew}: must be 1 unless model.moe.dispatch=dropless; with a capacity every expert "
+            "computes the same rows, and further tokens are dropped"
         )
-    )
+    mesh = make_mesh(config.mesh, topology.devices)
+    chip, devices = scenario.applied(topology.chip), list(mesh.devices.flat)
+    peak = chip.peak / chip.devices
+    rows = int(_assignments(config, mesh) * scenario.skew)
+
+    def kernel_price(matmul: GroupedMatmul) -> Price:
+        # With exchanged rows a buffer is larger than a balanced load; with a capacity all of its rows are computed.
+        price = kernels.price(matmul, rows if config.model.moe.dispatch == "dropless" else matmul.sizes[0], chip)
+        if not scenario.matmul_share:
+            return price
+        seconds = price.flops / (scenario.matmul_share * peak)
+        return Price(seconds, seconds, seconds, "--matmul_share", price.flops)
+
+    rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, scenario.matmul_share * peak)
+    text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates)
+    items = timeline.with_kernels(text.items, step.products.kernels / len(devices), peak)
+    found = exchanges.summarise(text, devices, chip)
+    if scenario.skew > 1:
+        found = tuple(exchanges.skewed(exchange, scenario.skew) for exchange in found)
+    priced = [item for item in items if item.kind in ("grouped matmul", "attention")]
     total, active = flops.count_parameters(config.model)
     tokens = config.train.batch_size * config.data.sequence_length
+    scale, log_width, steps = calibration.spread(topology.platform, calibration.rows())
+    basis: dict[str, float] = {}
+    for item in items:
+        basis[item.basis] = basis.get(item.basis, 0.0) + item.seconds * item.count
     return Plan(
         topology=topology.name,
         platform=topology.platform,
@@ -230,22 +361,35 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         devices=len(devices),
         mesh=dict(mesh.shape),
         remat=config.model.remat,
-        memory=memory,
-        exchanges=exchanges.summarise(text, devices, chip),
-        compile_seconds=compile_seconds,
+        memory=step.memory,
+        exchanges=found,
+        compile_seconds=step.seconds,
         tokens=tokens,
         total_parameters=total,
         active_parameters=active,
         model_flops=tokens
         * flops.train_flops_per_token(config.model, config.data.sequence_length, config.data.input_length),
         simple_flops=6.0 * active * tokens,
-        program_flops=products.total,
-        peak_flops=peak,
-        compute_seconds=text.seconds + text.unpriced_bytes / (chip.memory_bandwidth / chip.devices) + kernel_seconds,
-        kernel_seconds=kernel_seconds,
+        program_flops=step.products.total,
+        peak_flops=chip.peak * topology.num_chips,
+        compute_seconds=sum(item.seconds * item.count for item in items),
+        kernel_seconds=sum(item.seconds * item.count for item in priced),
+        kernel_low=sum(item.low * item.count for item in priced),
+        kernel_high=sum(item.high * item.count for item in priced),
+        scale=scale,
+        log_width=log_width,
+        steps=steps,
         parts={f"{where} {kind}": seconds for (where, kind), seconds in text.parts.items()},
         unpriced=text.unpriced,
         unknown_loops=text.unknown_loops,
+        scenario=scenario.words(),
+        basis=dict(sorted(basis.items(), key=lambda pair: -pair[1])),
+        where=tuple(timeline.by_part(items)),
+        items=tuple(timeline.dearest(items, peak, chip.memory_bandwidth / chip.devices)),
+        lanes=tuple(timeline.lanes(dataclasses.replace(text, items=tuple(items)), devices, chip)),
+        arrays=text.arrays[:20],
+        versions=tuple(search.versions()),
+        config=to_dict(config),
     )
 
 
@@ -253,7 +397,7 @@ def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, d
     """(compiled program, traced program, bytes of state by kind, seconds it took)."""
     with jax.set_mesh(mesh):
         start = time.perf_counter()
-        built = step.build(config, mesh)
+        built = train_step_module.build(config, mesh)
         stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
         capacity = topology.chip.memory // topology.chip.devices
         memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)

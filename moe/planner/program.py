@@ -14,22 +14,41 @@ import re
 from collections.abc import Callable, Mapping
 
 from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
-from moe.planner import hlo
-from moe.planner.hlo import Instruction, array_bytes, array_shape
-from moe.planner.records import KINDS, Collective, GroupedMatmul, Program
+from moe.planner import hlo, liveness, work
+from moe.planner.hlo import Instruction, array_bytes
+from moe.planner.records import KINDS, Collective, GroupedMatmul, Item, Price, Program
 
 #: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
 _UNKNOWN_CYCLES = 2**63 - 1
 
 
-_KernelSeconds = Callable[[GroupedMatmul], float]
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Rates of a device.
+
+    Attributes:
+        memory_bandwidth: bytes/s.
+        peak: FLOP/s.
+        matmuls: FLOP/s of matmuls, instead of the compiler's estimates; 0: those.
+    """
+
+    memory_bandwidth: float = math.inf
+    peak: float = math.inf
+    matmuls: float = 0.0
+
+
+_UNKNOWN_PRICE = Price(0.0, 0.0, 0.0, "all blocks at peak")  # moe.planner.plan knows the kernels' FLOPs
+
+
+_KernelPrice = Callable[[GroupedMatmul], Price]
 
 
 def read(
     text: str,
     mesh: Mapping[str, int],
     clock: float,
-    kernel_seconds: _KernelSeconds = lambda matmul: 0.0,
+    kernel_price: _KernelPrice = lambda matmul: Price(0.0, 0.0, 0.0, ""),
+    rates: Rates | None = None,
 ) -> Program:
     """Read a scheduled module.
 
@@ -37,9 +56,10 @@ def read(
         text: ``compiled.as_text()``.
         mesh: devices per axis, in the order of the mesh's axes.
         clock: Hz, of the cycles in the text.
-        kernel_seconds: estimate of a grouped matmul, which counts as work beside exchanges only.
+        kernel_price: of a grouped matmul, which counts as work beside exchanges only.
+        rates: of the device, for work without an estimate; None: such work takes no time.
     """
-    reader = _Reader(hlo.parse(text), mesh, clock, kernel_seconds)
+    reader = _Reader(hlo.parse(text), mesh, clock, kernel_price, rates or Rates())
     seconds, _ = reader.walk(reader.module.entry, 1)
     return Program(
         tuple(reader.collectives),
@@ -51,6 +71,10 @@ def read(
         tuple(reader.grouped),
         reader.attention_flops,
         tuple(reader.copies),
+        tuple(reader.items),
+        tuple(reader.loops),
+        reader.module.entry,
+        liveness.at_peak(reader.module),
     )
 
 
@@ -99,9 +123,13 @@ class _Reader:
         module: hlo.Module,
         mesh: Mapping[str, int],
         clock: float,
-        kernel_seconds: Callable[[GroupedMatmul], float],
+        kernel_price: _KernelPrice,
+        rates: Rates,
     ):
-        self.module, self._mesh, self._clock, self._kernel_seconds = module, mesh, clock, kernel_seconds
+        self.module, self._mesh, self._clock, self._kernel_price = module, mesh, clock, kernel_price
+        self._rates = rates
+        self.items: list[Item] = []
+        self.loops: list[tuple[str, str, int, float]] = []
         self.collectives: list[Collective] = []
         self.grouped: list[GroupedMatmul] = []
         self.copies: list[tuple[int, int, str]] = []
@@ -109,7 +137,7 @@ class _Reader:
         self.unpriced = self.unpriced_bytes = self.unknown_loops = 0
         self.attention_flops = 0.0
         self._pass = "forward"
-        self._multiplies: dict[str, bool] = {}
+        self._products = work.Products(module)
 
     def walk(self, name: str, times: int) -> tuple[float, float]:
         """Record a computation that runs ``times`` times a step; returns the estimated seconds of one run, without and
@@ -124,6 +152,7 @@ class _Reader:
         opcode = instruction.opcode
         if opcode == "while":
             trips = self._trips(instruction)
+            self.loops.append((scope.name, instruction.attribute("body"), trips, scope.clock))
             seconds, clock = self.walk(instruction.attribute("body"), scope.times * trips)
             scope.spend(trips * seconds, trips * clock)
         elif opcode == "conditional":
@@ -230,20 +259,47 @@ class _Reader:
         self.collectives.append(Collective(kind, (axis,), group, array_bytes(carried), scope.times, overlap, *where))
 
     def _visit_work(self, instruction: Instruction, scope: _Scope) -> None:
-        if instruction.opcode == "custom-call" and (matmul := _grouped_matmul(instruction, scope)):
+        if instruction.opcode == "custom-call" and (matmul := work.grouped_matmul(instruction, scope.types)):
+            matmul = dataclasses.replace(matmul, count=scope.times)
             self.grouped.append(matmul)
-            scope.clock += self._kernel_seconds(matmul)
+            price = self._kernel_price(matmul)
+            self._note(instruction, scope, "grouped matmul", price, price.flops)
+            scope.clock += price.seconds
+            return
         if instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
-            self.attention_flops += scope.times * _attention_flops(instruction, scope)
+            flops = work.attention_flops(instruction, scope.types)
+            self.attention_flops += scope.times * flops
+            seconds = flops / self._rates.peak
+            self._note(instruction, scope, "attention", Price(seconds, seconds, seconds, _UNKNOWN_PRICE.basis), flops)
+            scope.clock += seconds
+        elif instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+            self._note(instruction, scope, "attention", _UNKNOWN_PRICE)
         if instruction.opcode == "copy" and array_bytes(instruction.type) >= 2**20:
             self.copies.append((array_bytes(instruction.type), scope.times, instruction.op_name))
         # Asynchronous calls to the SparseCore and copies on GPUs have no estimate.
         estimate = None if instruction.opcode in ("call-start", "fusion-start") else self._estimate(instruction)
         if estimate is None:
+            moved = self._moved_bytes(instruction, scope)
             self.unpriced += scope.times
-            self.unpriced_bytes += scope.times * self._moved_bytes(instruction, scope)
+            self.unpriced_bytes += scope.times * moved
+            seconds = moved / self._rates.memory_bandwidth
+            self._note(instruction, scope, "no estimate", Price(seconds, seconds, seconds, "memory bandwidth"))
         elif estimate:
             self._spend(instruction, estimate, scope)
+
+    def _note(
+        self, instruction: Instruction, scope: _Scope, kind: str, price: Price, flops: float | None = None
+    ) -> None:
+        """Keep an instruction's time, work and place."""
+        moved = work.traffic(instruction, self.module, scope.types)
+        if flops is None:
+            flops = self._products.flops(instruction, scope.types)
+        where = work.pass_of(instruction.op_name) or self._pass
+        item = Item(
+            instruction.name, kind, where, instruction.op_name, price.seconds, scope.times, flops, moved, scope.name,
+            scope.clock, price.low, price.high, price.basis,
+        )  # fmt: skip
+        self.items.append(item)
 
     def _estimate(self, instruction: Instruction) -> float | None:
         """The compiler's seconds; 0 without an estimate, None for an estimate that says "unknown"."""
@@ -263,9 +319,11 @@ class _Reader:
         """
         found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
         costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
-        if matmul := costs.get("experimental-gemm-cost-model"):
-            if self._keeps_type(instruction):
-                return costs["sol"]["exec_time_us"] * 1e-6
+        matmul, measured = costs.get("experimental-gemm-cost-model"), costs.get("sol", {}).get("exec_time_us", 0)
+        product = matmul or self._products.has(instruction.attribute("calls"))
+        if product and measured and self._keeps_type(instruction):
+            return measured * 1e-6
+        if matmul:
             return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
         cost = costs.get("indexing-cost-model") or costs.get("")
         return cost["exec_time_us"] * 1e-6 if cost else 0.0
@@ -278,7 +336,7 @@ class _Reader:
             if instruction.opcode == "dot":
                 operands = {types.get(name, "").partition("[")[0] for name in instruction.operands}
                 return operands == {fusion.type.partition("[")[0]}
-            if instruction.opcode == "fusion" and self._has_product(instruction.attribute("calls")):
+            if instruction.opcode == "fusion" and self._products.has(instruction.attribute("calls")):
                 return self._keeps_type(dataclasses.replace(instruction, type=fusion.type))
         return True
 
@@ -287,59 +345,24 @@ class _Reader:
         written = array_bytes(instruction.type)
         if instruction.opcode in ("call-start", "fusion-start"):  # the called computation says how much is moved
             called = self.module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
-            return 2 * sum(array_bytes(inner.type) for inner in called if inner.root)
+            types = {inner.name: inner.type for inner in called}
+            return 2 * sum(work.written_bytes(inner, called, types) for inner in called if inner.root)
         return min(written + sum(scope.operand_bytes(instruction)), 2 * written)
 
     def _spend(self, instruction: Instruction, seconds: float, scope: _Scope) -> None:
         """Book estimated work; an instruction without a name belongs to the pass of the one before it."""
-        self._pass = _pass_of(instruction.op_name) or self._pass
-        product = instruction.opcode in ("convolution", "dot") or self._has_product(instruction.attribute("calls"))
+        self._pass = work.pass_of(instruction.op_name) or self._pass
+        product = instruction.opcode in work.PRODUCTS or self._products.has(instruction.attribute("calls"))
+        if product and self._rates.matmuls:
+            seconds = self._products.flops(instruction, scope.types) / self._rates.matmuls
         part = self._pass, "matmuls" if product else "other"
         self.parts[part] = self.parts.get(part, 0.0) + seconds * scope.times
+        price = Price(seconds, seconds, seconds, "the compiler's estimate")
+        self._note(instruction, scope, "matmul" if product else "other", price)
         scope.spend(seconds, seconds)
-
-    def _has_product(self, name: str) -> bool:
-        """Check for a matrix product in a computation or in those it calls."""
-        if name not in self._multiplies:
-            self._multiplies[name] = any(
-                inner.opcode in ("convolution", "dot")
-                or (inner.opcode == "fusion" and self._has_product(inner.attribute("calls")))
-                for inner in self.module.computations.get(name, ())
-            )
-        return self._multiplies[name]
 
 
 def _slice_attribute(transfer: Instruction, name: str) -> str:
     """A frontend attribute of a send or receive between TPU slices."""
     found = re.search(rf'_xla_(?:megascale|host_transfer)_{name}="([^"]*)"', transfer.attributes)
     return found.group(1) if found else ""
-
-
-def _pass_of(op_name: str) -> str | None:
-    """The part of a train step that JAX's name of an operation belongs to; None without a name."""
-    if not op_name:
-        return None
-    if "rematted_computation" in op_name:
-        return "recomputation"
-    if "transpose(" in op_name:
-        return "backward"
-    return "forward" if "jvp(" in op_name else "update"
-
-
-def _attention_flops(kernel: Instruction, scope: _Scope) -> float:
-    """FLOPs of one cuDNN attention kernel, q [B,T,N,H] and k [B,U,M,H]: 2 matmuls forward, 5 backward."""
-    q, k = (array_shape(scope.types.get(name, "")) for name in kernel.operands[:2])
-    return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
-
-
-def _grouped_matmul(kernel: Instruction, scope: _Scope) -> GroupedMatmul | None:
-    """The grouped matmul of a TPU kernel, whose operands are arrays of scalars, then the two factors."""
-    tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)
-    if not tiles:
-        return None
-    left, right = (scope.types.get(name, "") for name in kernel.operands[-2:])
-    itemsize = array_bytes(left) // math.prod(array_shape(left))
-    (rows, k), result = array_shape(left), array_shape(kernel.type)
-    kind, groups = ("weights", result[0]) if len(result) == 3 else ("rows", array_shape(right)[0])
-    tiling = int(tiles[1]), int(tiles[2]), int(tiles[3])
-    return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, scope.times)

@@ -48,14 +48,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedMatmul:
-    """One ``lax.ragged_dot`` compiled to the TPU kernel, which carries no estimate.
+    """One kernel that multiplies rows sorted by expert; it carries no estimate.
 
     Attributes:
         kind: "rows" for [R,K]·[E,K,N] → [R,N], "weights" for [R,K]ᵀ·[R,N] → [E,K,N].
         sizes: R (rows of the buffer, filled or not), K, N, E.
-        tiles: sizes in rows, K and N of the blocks that a step of its grid multiplies.
+        tiles: sizes in rows, K and N of the blocks that a step of its grid multiplies; of TPUs' kernels.
         itemsize: bytes of one number.
         count: times a step.
+        kernel: "tpu" (``lax.ragged_dot``), "mosaic" or "triton" (GPUs).
+        source: JAX's name of the operation it came from.
     """
 
     kind: str
@@ -63,6 +65,74 @@ class GroupedMatmul:
     tiles: tuple[int, int, int]
     itemsize: int
     count: int
+    kernel: str = "tpu"
+    source: str = dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """Time of one run of a kernel, or of several.
+
+    Attributes:
+        seconds: the middle.
+        low, high: an interval that holds 80 %.
+        basis: what it rests on: "measured", "formula x constant" or "by analogy".
+        flops: of the filled rows.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    basis: str
+    flops: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Work of one instruction on a device.
+
+    Attributes:
+        name: in the program.
+        kind: "matmul" (of XLA), "grouped matmul", "attention" (kernels), "other" (fusions bound by memory or vector
+            units) or "no estimate" (priced at memory bandwidth).
+        where: the pass: "forward", "recomputation", "backward" or "update".
+        source: JAX's name of the operation.
+        seconds: of one run.
+        count: runs a step.
+        flops: of one run; bytes: that one run reads and writes.
+        computation: that holds it; started: its clock before the instruction, seconds.
+        low, high: ends of the interval of ``seconds`` where it is priced from measurements; otherwise ``seconds``.
+        basis: what ``seconds`` rests on.
+    """
+
+    name: str
+    kind: str
+    where: str
+    source: str
+    seconds: float
+    count: int
+    flops: float
+    bytes: int
+    computation: str
+    started: float
+    low: float
+    high: float
+    basis: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array that is alive when most memory is in use.
+
+    Attributes:
+        name: in the program; source: JAX's name of the operation that makes it.
+        type: such as ``bf16[4,128]``; bytes: without padding.
+    """
+
+    name: str
+    source: str
+    type: str
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +151,10 @@ class Program:
         attention_flops: of cuDNN's attention kernels, all keys of all queries; without an estimate, not among the
             unpriced.
         copies: (bytes, times a step, JAX's name) of each array of 1 MiB and more copied to another layout or address.
+        items: all work with an estimate or a price, in program order.
+        loops: (computation, body, trips, clock before it) of each loop.
+        entry: name of the computation that runs first.
+        arrays: alive when most memory is in use, an estimate; the largest first.
     """
 
     collectives: tuple[Collective, ...]
@@ -92,3 +166,7 @@ class Program:
     grouped: tuple[GroupedMatmul, ...] = ()
     attention_flops: float = 0.0
     copies: tuple[tuple[int, int, str], ...] = ()
+    items: tuple[Item, ...] = ()
+    loops: tuple[tuple[str, str, int, float], ...] = ()
+    entry: str = ""
+    arrays: tuple[Array, ...] = ()

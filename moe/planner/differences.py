@@ -1,0 +1,65 @@
+"""Differences of two plans, from their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_Json = dict[str, Any]
+
+
+def settings(a: _Json, b: _Json) -> list[tuple[str, Any, Any]]:
+    """Fields of the two configs that differ: (name, A's, B's), and the slices."""
+    first, second = dict(_flat(a["config"])), dict(_flat(b["config"]))
+    first["topology"], second["topology"] = a["topology"], b["topology"]
+    names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return [(name, first.get(name, "-"), second.get(name, "-")) for name in names]
+
+
+def _flat(tree: _Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def by_part(a: _Json, b: _Json) -> list[_Json]:
+    """Seconds of each part of the two steps and their difference, the largest change first; all add up to the step."""
+    first, second = _parts(a), _parts(b)
+    rows = [
+        {"part": name, "a": first.get(name, 0.0), "b": second.get(name, 0.0)} for name in {**first, **second}
+    ]  # fmt: skip
+    for row in rows:
+        row["seconds"] = row["b"] - row["a"]
+    return sorted(rows, key=lambda row: -abs(row["seconds"]))
+
+
+def _parts(plan: _Json) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for row in plan["where"]:
+        parts[row["part"]] = parts.get(row["part"], 0.0) + row["seconds"]
+    parts["exposed exchange"] = plan["exposed_seconds"]
+    parts["published over counted"] = plan["step_seconds"] - plan["counted_seconds"]
+    return parts
+
+
+def sentence(a: _Json, b: _Json, largest: int = 3) -> str:
+    """The difference in one sentence, such as "model.moe.dispatch gather → dropless: +412 ms in experts, ..."."""
+    changed = [f"{name} {old} → {new}" for name, old, new in settings(a, b)]
+    if len(changed) > 3:
+        changed = [f"{len(changed)} settings"]
+    parts = [f"{1e3 * row['seconds']:+,.0f} ms in {row['part']}" for row in by_part(a, b)[:largest] if row["seconds"]]
+    whole = 1e3 * (b["step_seconds"] - a["step_seconds"])
+    return f"{', '.join(changed) or 'the same settings'}: {', '.join(parts) or 'no change'}; {whole:+,.0f} ms a step"
+
+
+def render(a: _Json, b: _Json) -> str:
+    """The difference as text."""
+    lines = [sentence(a, b), "", *(f"  {name}: {old} → {new}" for name, old, new in settings(a, b)), ""]
+    lines.append(f"  {'part':26} {'A, ms':>10} {'B, ms':>10} {'change':>10}")
+    lines += [
+        f"  {row['part']:26} {1e3 * row['a']:10.1f} {1e3 * row['b']:10.1f} {1e3 * row['seconds']:+10.1f}"
+        for row in by_part(a, b)
+    ]
+    return "\n".join(lines)

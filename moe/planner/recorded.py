@@ -1,0 +1,90 @@
+"""Plans that were compiled and are kept with the configs, and the best of them for a slice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe.planner.plan import Plan
+from moe.planner.topology import tpu_name
+
+_Row = dict[str, Any]
+
+_FIELDS = (
+    "topology", "chips", "step_seconds", "step_interval", "counted_seconds", "mfu", "tokens_per_second_per_chip",
+    "memory_total", "exposed_seconds", "kernel_seconds", "compile_seconds", "bound", "cost", "versions",
+)  # fmt: skip
+
+
+def row(plan: Plan, config: str, flags: dict[str, Any]) -> _Row:
+    """A plan as it is kept.
+
+    Args:
+        plan: to keep.
+        config: name of the file in configs/, with its argument if it had one.
+        flags: fields of the config that were set on the command line.
+    """
+    figures = plan.to_json()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    kept = {"config": config, "flags": flags, "commit": commit.stdout.strip() or "unknown"}
+    return kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS}
+
+
+def read(path: Path) -> list[_Row]:
+    """All kept plans; none without the file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def keep(path: Path, new: _Row) -> None:
+    """Add a plan to the file, in the place of one of the same config, slice and flags."""
+    same = ("config", "topology", "flags")
+    rows = [old for old in read(path) if any(old[name] != json.loads(json.dumps(new))[name] for name in same)]
+    rows.append(new)
+    rows.sort(key=lambda each: (each["config"], each["topology"], -each["tokens_per_second_per_chip"]))
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def best(rows: Sequence[_Row], config: str, topology: str) -> _Row | None:
+    """The kept plan of a config that makes most tokens a second on a slice, by either of its names."""
+    alike = [each for each in rows if each["config"] == config and each["topology"] == tpu_name(topology)]
+    return max(alike, key=lambda each: each["tokens_per_second_per_chip"], default=None)
+
+
+def words(kept: _Row) -> str:
+    """Settings of a kept plan as flags of main.py."""
+    return " ".join(f"--config.{name}={value}" for name, value in kept["flags"].items())
+
+
+def sentence(kept: _Row) -> str:
+    """What is known of a kept plan, in a line."""
+    low, high = kept["step_interval"]
+    step, mfu = kept["step_seconds"], 100 * kept["mfu"]
+    return (
+        f"step {step:.3g} s ({low:.3g} to {high:.3g}), MFU {mfu:.1f} % ({mfu * step / high:.1f} to "
+        f"{mfu * step / low:.1f}), {kept['tokens_per_second_per_chip']:,.0f} tokens/s a chip; compiled at commit "
+        f"{kept['commit']}"
+    )
+
+
+def table(rows: Sequence[_Row]) -> str:
+    """All kept plans as a Markdown table."""
+    lines = [
+        "| config | devices | settings | memory, GiB | step, s | MFU | tokens/s a chip | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kept in rows:
+        (low, high), step, mfu = kept["step_interval"], kept["step_seconds"], 100 * kept["mfu"]
+        flags = ", ".join(f"`{name}={value}`" for name, value in kept["flags"].items()) or "as it is"
+        lines.append(
+            f"| {kept['config']} | {kept['topology']} | {flags} | {kept['memory_total'] / 2**30:.1f} of "
+            f"{kept['capacity'] / 2**30:.0f} | {step:.3g} ({low:.3g} to {high:.3g}) | {mfu:.1f} % ("
+            f"{mfu * step / high:.1f} to {mfu * step / low:.1f}) | {kept['tokens_per_second_per_chip']:,.0f} | "
+            f"{kept['commit']} |"
+        )
+    versions = sorted({", ".join(kept["versions"]) for kept in rows})
+    return "\n".join([*lines, "", f"Versions: {'; '.join(versions)}."])

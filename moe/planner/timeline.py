@@ -1,0 +1,143 @@
+"""Where a step's time goes: by part of the model, by instruction, and in the order of the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from moe.parallel.weights import WEIGHTS_SCOPE
+from moe.planner import exchanges, network
+from moe.planner.chips import Chip
+from moe.planner.gpus import Gpu
+from moe.planner.records import Item, Program
+from moe.training.losses import LOSS_SCOPE
+
+#: Parts of a model by JAX's scopes and the names of einsums, the first match counts.
+_PARTS = (
+    (rf"\({LOSS_SCOPE}\)|/{LOSS_SCOPE}/", "loss and unembedding"),
+    (r"embedding", "embedding"),
+    (r"\bcross_attention\b", "cross-attention"),
+    (r"btd,dnh->btnh|btnh,nhd->btd|\battention\b(?!\.)|dot_product_attention|splash", "attention"),
+    (r"shard_map|\bmoe\b|expert_load|gsd,|gse", "MoE"),
+    (r"\bffn\b", "dense FFN"),
+)
+
+
+def part(item: Item) -> str:
+    """The part of the model that an instruction belongs to."""
+    if item.where == "update":
+        return "optimizer"
+    if item.kind == "grouped matmul":
+        return "experts"
+    if item.kind == "attention":
+        return "attention"
+    source = re.sub(rf"{WEIGHTS_SCOPE}[\w.]+", lambda name: name.group().rsplit(".", 1)[0], item.source)
+    return next((name for pattern, name in _PARTS if re.search(pattern, source)), "layers, the rest")
+
+
+def with_kernels(items: Sequence[Item], flops: float, peak: float) -> list[Item]:
+    """The items with times of attention kernels whose FLOPs the program's text does not state.
+
+    Args:
+        items: of the program.
+        flops: of all those kernels on one device, in a step; split by the bytes that each moves.
+        peak: FLOP/s.
+    """
+    silent = [item for item in items if item.kind == "attention" and not item.flops]
+    moved = sum(item.bytes * item.count for item in silent)
+    filled = []
+    for item in items:
+        if item.kind == "attention" and not item.flops and moved:
+            share = flops * item.bytes / moved
+            seconds = share / peak
+            item = dataclasses.replace(item, flops=share, seconds=seconds, low=seconds, high=seconds)
+        filled.append(item)
+    return filled
+
+
+def by_part(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Seconds of a step by part of the model and kind of work, the largest first."""
+    seconds: dict[tuple[str, str], float] = {}
+    for item in items:
+        key = part(item), item.kind
+        seconds[key] = seconds.get(key, 0.0) + item.seconds * item.count
+    rows = [{"part": where, "kind": kind, "seconds": value} for (where, kind), value in seconds.items()]
+    return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def dearest(items: Sequence[Item], peak: float, bandwidth: float, limit: int = 30) -> list[dict[str, Any]]:
+    """Instructions that take most of a step, equal ones of a computation together, with their bounds.
+
+    Args:
+        items: of the program.
+        peak: FLOP/s of a device.
+        bandwidth: bytes/s of its memory.
+        limit: number of rows.
+    """
+    groups: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.kind, item.where, item.source, item.flops, round(item.seconds, 9)), []).append(item)
+    rows = []
+    for same in groups.values():
+        first, runs = same[0], sum(item.count for item in same)
+        limits = {"FLOPs": first.flops / peak, "HBM": first.bytes / bandwidth}
+        bound = max(limits, key=lambda name: limits[name])
+        rows.append(
+            {
+                "name": first.name, "part": part(first), "kind": first.kind, "pass": first.where,
+                "source": first.source, "seconds": first.seconds * runs, "low": first.low * runs,
+                "high": first.high * runs, "runs": runs, "flops": first.flops, "bytes": first.bytes, "bound": bound,
+                "at_bound": limits[bound] / first.seconds if first.seconds else 0.0, "basis": first.basis,
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: -row["seconds"])[:limit]
+
+
+def lanes(program: Program, devices: Sequence[Any], chip: Chip | Gpu, limit: int = 3) -> list[dict[str, Any]]:
+    """The computations that take most time, one run of each: work on the device, and exchanges beside it.
+
+    Returns:
+        For each: name, runs a step, seconds of a run, and lists of [start, seconds, kind, label], in seconds from its
+        start without waits; an exchange also says how long the device waits for it.
+    """
+    durations = [network.seconds(collective, devices, chip) for collective in program.collectives]
+    waits = exchanges.exposed(program.collectives, durations)
+    found: dict[str, dict[str, Any]] = {}
+
+    def lane(name: str, runs: int) -> dict[str, Any]:
+        return found.setdefault(name, {"name": name, "runs": runs, "seconds": 0.0, "work": [], "exchanges": []})
+
+    for item in program.items:
+        if item.seconds > 0:
+            row = lane(item.computation, item.count)
+            row["work"].append([item.started, item.seconds, item.kind, part(item)])
+            row["seconds"] = max(row["seconds"], item.started + item.seconds)
+    for collective, duration, wait in zip(program.collectives, durations, waits, strict=True):
+        if duration > 0 and collective.count:
+            row = lane(collective.computation, collective.count)
+            label = f"{collective.kind}, {exchanges.purpose(collective)}"
+            row["exchanges"].append([collective.started, duration, wait, label])
+    for computation, body, trips, started in program.loops:
+        inner = sum(seconds for _, seconds, *_ in found[body]["work"]) if body in found else 0.0
+        if computation in found and inner * trips > 0:
+            found[computation]["work"].append([started, inner * trips, "loop", f"{trips} x {body}"])
+    rows = sorted(found.values(), key=lambda row: -row["runs"] * row["seconds"])[:limit]
+    return [row | {"work": _merged(sorted(row["work"]))} for row in rows]
+
+
+def _merged(work: list[list[Any]], limit: int = 300) -> list[list[Any]]:
+    """The same with the shortest neighbours of one kind joined, so that a page stays small."""
+    if not work:
+        return work
+    least = sum(entry[1] for entry in work) / limit
+    merged = [list(work[0])]
+    for start, seconds, kind, label in work[1:]:
+        last = merged[-1]
+        if kind == last[2] and seconds < least and last[1] < 4 * least:
+            last[1] += seconds
+            last[3] = last[3] if last[3] == label else "several"
+        else:
+            merged.append([start, seconds, kind, label])
+    return merged

@@ -1,0 +1,134 @@
+"""Work of single instructions in a compiled program: FLOPs of products, kernels, and the pass they belong to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from moe.planner import hlo
+from moe.planner.hlo import Instruction, array_bytes, array_shape
+from moe.planner.records import GroupedMatmul
+
+PRODUCTS = ("convolution", "dot")
+
+
+class Products:
+    """Matrix products inside the computations of a module, which fusions call."""
+
+    def __init__(self, module: hlo.Module):
+        self._module = module
+        self._flops: dict[str, float] = {}
+
+    def has(self, name: str) -> bool:
+        """Check for a matrix product in a computation or in those it calls."""
+        return self._of(name) > 0
+
+    def flops(self, instruction: Instruction, types: Mapping[str, str]) -> float:
+        """FLOPs of a product or of the products inside a fusion."""
+        if instruction.opcode in PRODUCTS:
+            return product_flops(instruction, types)
+        return self._of(instruction.attribute("calls"))
+
+    def _of(self, name: str) -> float:
+        if name not in self._flops:
+            inner = self._module.computations.get(name, ())
+            types = {instruction.name: instruction.type for instruction in inner}
+            self._flops[name] = sum(
+                product_flops(each, types) if each.opcode in PRODUCTS else self._of(each.attribute("calls"))
+                for each in inner
+                if each.opcode in (*PRODUCTS, "fusion")
+            )
+        return self._flops[name]
+
+
+def traffic(instruction: Instruction, module: hlo.Module, types: Mapping[str, str]) -> int:
+    """Bytes that an instruction reads and writes at least: of an operand that a fusion only slices, the slices; of a
+    result that it updates in place, the update."""
+    inner = module.called(instruction) if instruction.opcode == "fusion" else ()
+    if not inner:
+        return array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in instruction.operands)
+    inner_types = {each.name: each.type for each in inner}
+    uses: dict[str, list[Instruction]] = {each.name: [] for each in inner}
+    for each in inner:
+        for name in each.operands:
+            uses.get(name, []).append(each)
+    moved = 0
+    for each in inner:
+        if each.opcode == "parameter":
+            for user in uses[each.name]:
+                if user.opcode not in ("dynamic-slice", "slice", "gather", "dynamic-update-slice"):
+                    moved += array_bytes(each.type)
+                    break
+            else:
+                moved += sum(array_bytes(user.type) for user in uses[each.name] if "update" not in user.opcode)
+        if each.root:
+            moved += written_bytes(each, inner, inner_types)
+    return moved
+
+
+def written_bytes(root: Instruction, computation: Sequence[Instruction], types: Mapping[str, str]) -> int:
+    """Bytes that the last instruction of a computation writes."""
+    if root.opcode in ("bitcast", "tuple") and root.operands:
+        by_name = {each.name: each for each in computation}
+        return sum(written_bytes(by_name[name], computation, types) for name in root.operands if name in by_name)
+    return array_bytes(types[root.operands[1]] if root.opcode == "dynamic-update-slice" else root.type)
+
+
+def product_flops(product: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of a dot, or of a convolution that stands for one on TPUs; at least 1.
+
+    A spatial dimension of such a convolution is contracted if the result lacks it; else it is one of the batch.
+    """
+    left = array_shape(types.get(product.operands[0], "") if product.operands else "")
+    result = array_shape(product.type)
+    contracted = 1
+    if product.opcode == "dot":
+        named = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
+        axes = [int(axis) for axis in named.group(1).split(",") if axis] if named else []
+        contracted = math.prod(left[axis] for axis in axes if axis < len(left))
+    elif labels := re.search(r"dim_labels=(\w+)_\w+->(\w+)", product.attributes):
+        of_left = dict(zip(labels.group(1), left, strict=False))
+        of_result = dict(zip(labels.group(2), result, strict=False))
+        spatial = [label for label in of_left if label.isdigit()]
+        contracted = of_left.get("f", 1) * math.prod(
+            of_left[label] for label in spatial if of_result.get(label, 1) != of_left[label]
+        )
+    return max(2.0 * math.prod(result) * contracted, 1.0)
+
+
+def pass_of(op_name: str) -> str | None:
+    """The part of a train step that JAX's name of an operation belongs to; None without a name."""
+    if not op_name:
+        return None
+    if "rematted_computation" in op_name:
+        return "recomputation"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "update"
+
+
+def attention_flops(kernel: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of one cuDNN attention kernel, q [B,T,N,H] and k [B,U,M,H]: 2 matmuls forward, 5 backward."""
+    q, k = (array_shape(types.get(name, "")) for name in kernel.operands[:2])
+    return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
+
+
+def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatmul | None:
+    """The grouped matmul of a kernel; its two factors are the only operands that are no vectors."""
+    tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)
+    gpu = re.search(r'custom_call_target="(mosaic_gpu|__gpu\$xla\.gpu\.triton)', kernel.attributes)
+    if not tiles and not gpu:
+        return None
+    operands = [types.get(name, "") for name in kernel.operands]
+    factors = operands[-2:] if tiles else [each for each in operands if len(array_shape(each)) >= 2]
+    result = array_shape(kernel.type)
+    if len(factors) != 2 or len(result) not in (2, 3) or len(array_shape(factors[0])) != 2:
+        return None
+    left, right = factors
+    rows, k = array_shape(left)
+    itemsize = array_bytes(left) // (rows * k)
+    kind, groups = ("weights", result[0]) if len(result) == 3 else ("rows", array_shape(right)[0])
+    tiling = (int(tiles[1]), int(tiles[2]), int(tiles[3])) if tiles else (0, 0, 0)
+    name = "tpu" if gpu is None else "mosaic" if "mosaic" in gpu.group(1) else "triton"
+    return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, 1, name, kernel.op_name)

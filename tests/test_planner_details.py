@@ -1,0 +1,155 @@
+"""Prices of kernels in programs, what-ifs, where the time goes, and arrays at the peak of memory."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.planner import hlo, kernels, liveness, measured, program, timeline
+from moe.planner.chips import CHIPS
+from moe.planner.gpus import GPUS
+from moe.planner.records import GroupedMatmul, Item
+from moe.planner.scenario import Scenario
+
+# Excerpt of a train step for H100: JAX's Mosaic kernel, a Triton kernel for the matrices' gradient, a write of one
+# layer into a stack of 4, and a matmul that XLA's authors' rates give 352 microseconds.
+PROGRAM = """HloModule jit_train_step, is_scheduled=true
+%stack (a: bf16[4,1024,512], b: bf16[1024,512], i: s32[]) -> bf16[4,1024,512] {
+  %a = bf16[4,1024,512]{2,1,0} parameter(0)
+  %b = bf16[1024,512]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %one = bf16[1,1024,512]{2,1,0} bitcast(%b)
+  ROOT %update = bf16[4,1024,512]{2,1,0} dynamic-update-slice(%a, %one, %i)
+}
+%gemm (l: bf16[1024,512], r: bf16[512,256]) -> bf16[4,256,256] {
+  %l = bf16[1024,512]{1,0} parameter(0)
+  %r = bf16[512,256]{1,0} parameter(1)
+  %dot = bf16[1024,256]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %cut = bf16[4,256,256]{2,1,0} bitcast(%dot)
+}
+ENTRY %main (x: bf16[1024,512], w: bf16[8,512,256]) -> bf16[4,256,256] {
+  %x = bf16[1024,512]{1,0} parameter(0)
+  %w = bf16[8,512,256]{2,1,0} parameter(1)
+  %s = s32[8]{0} constant({...})
+  %kept = bf16[4,1024,512]{2,1,0} broadcast(%s), dimensions={}
+  %y = bf16[1024,256]{1,0} custom-call(%s, %x, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(train_step)/jvp()/moe/shard_map/mpmd_map"}
+  %g = bf16[8,512,256]{2,1,0} custom-call(%x, %y, %s, /*index=3*/%s), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(train_step)/transpose(jvp())/moe/pallas_call"}
+  %writing = ((bf16[4,1024,512]{2,1,0}, bf16[1024,512]{1,0}, s32[]), bf16[4,1024,512]{2,1,0}, u32[]) fusion-start(%kept, %x, %n), kind=kLoop, calls=%stack
+  %written = bf16[4,1024,512]{2,1,0} fusion-done(%writing)
+  ROOT %z = bf16[4,256,256]{2,1,0} fusion(%x, %r), kind=kCustom, calls=%gemm, metadata={op_name="jit(train_step)/jvp(attention)/btd,dnh->btnh/dot_general"}, backend_config={"reification_cost":[{"exec_time_us":8219,"compute_time_us":8216,"memory_access_time_us":50,"name":""},{"exec_time_us":23078,"name":"indexing-cost-model"},{"exec_time_us":352,"name":"sol"}]}
+}
+"""  # noqa: E501
+
+MESH = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+
+
+def _read(rates=None, **chip):
+    h100 = dataclasses.replace(GPUS["h100"], **chip)
+    return program.read(PROGRAM, MESH, h100.clock, lambda matmul: kernels.price(matmul, 1024, h100), rates)
+
+
+def test_reads_kernels_and_writes_in_place_of_gpus():
+    read = _read(program.Rates(1e9, 1e12))
+    assert read.grouped == (
+        GroupedMatmul("rows", (1024, 512, 256, 8), (0, 0, 0), 2, 1, "mosaic"),
+        GroupedMatmul("weights", (1024, 512, 256, 8), (0, 0, 0), 2, 1, "triton"),
+    )
+    assert read.unpriced_bytes == 2 * 1024 * 512 * 2  # one layer of the stack, read and written
+    assert read.seconds == pytest.approx(352e-6)  # not the 23 ms of an untuned tile
+    matmul = next(item for item in read.items if item.kind == "matmul")
+    assert matmul.flops == 2 * 1024 * 512 * 256
+    assert matmul.bytes == 2 * (1024 * 512 + 512 * 256 + 1024 * 256)
+    assert [timeline.part(item) for item in read.items] == ["experts", "experts", "layers, the rest", "attention"]
+
+
+def test_matmuls_at_a_share_of_the_peak():
+    assert _read(program.Rates(1e9, 1e12, 0.5e12)).seconds == pytest.approx(2 * 1024 * 512 * 256 / 0.5e12)
+
+
+def test_gpus_pay_what_the_kernel_was_measured_at():
+    matmul = GroupedMatmul("rows", (131072, 2048, 768, 128), (0, 0, 0), 2, 1, "mosaic")
+    made = kernels.price(matmul, 131072, GPUS["h100"])
+    assert made.basis == "measured"
+    prices = measured.price("h100", "pallas_mosaic_gpu_ragged_dot", "rows", 131072, 2048, 768, 128)
+    assert (made.seconds, made.low, made.high) == pytest.approx(prices)
+    # An H200 has an H100's FLOP/s; a kernel bound by them takes as long, with a wider interval.
+    like = kernels.price(matmul, 131072, GPUS["h200"])
+    assert (like.seconds, like.basis) == (pytest.approx(made.seconds), "by analogy")
+    assert like.high / like.low > made.high / made.low
+    # Weight gradients were not measured on A100.
+    assert kernels.price(dataclasses.replace(matmul, kind="weights", kernel="triton"), 131072, GPUS["a100"]).basis == (
+        "by analogy"
+    )
+
+
+def test_tpus_pay_the_formula_times_a_constant():
+    sizes, tiles = (131072, 2048, 768, 128), (512, 1024, 1024)
+    matmul = GroupedMatmul("weights", sizes, tiles, 2, 1)
+    made = kernels.price(matmul, 131072, CHIPS["v6e"])
+    logs = np.sort(kernels.ratios("v6e", "weights"))
+    assert len(logs) == 15
+    assert made.seconds == pytest.approx(math.exp(logs[7]) * kernels.formula(matmul, 131072, CHIPS["v6e"]))
+    inside = np.abs(logs - logs[7]) <= math.log(made.high / made.seconds) + 1e-9
+    assert 0.8 <= inside.mean() <= 0.95
+    assert kernels.price(matmul, 131072, CHIPS["v4"]).basis == "by analogy"
+    # 2880 is no multiple of 256 and costs what it was measured at.
+    odd = kernels.price(GroupedMatmul("rows", (327680, 2880, 2880, 128), tiles, 2, 1), 327680, CHIPS["v6e"])
+    prices = measured.price("v6e", "pallas_mosaic_tpu_ragged_dot", "rows", 327680, 2880, 2880, 128)
+    assert (odd.basis, odd.seconds) == ("measured", pytest.approx(prices[0]))
+
+
+def test_equal_instructions_stand_in_one_row_with_their_bound():
+    def item(name, seconds, flops, moved):
+        return Item(
+            name, "matmul", "forward", "jvp(loss)/dot", seconds, 4, flops, moved, "c", 0.0, seconds, seconds, ""
+        )
+
+    rows = timeline.dearest([item("a", 2.0, 10.0, 3), item("b", 2.0, 10.0, 3), item("c", 1.0, 5.0, 9)], 10.0, 10.0)
+    assert [(row["name"], row["seconds"], row["runs"], row["bound"]) for row in rows] == [
+        ("a", 16.0, 8, "FLOPs"), ("c", 4.0, 4, "HBM"),
+    ]  # fmt: skip
+    assert rows[0]["at_bound"] == 0.5  # 1 s of FLOPs in 2 s
+    assert timeline.by_part([item("a", 2.0, 10.0, 3)]) == [
+        {"part": "loss and unembedding", "kind": "matmul", "seconds": 8.0}
+    ]
+
+
+def test_flops_of_silent_kernels_are_split_by_their_bytes():
+    def kernel(count, moved):
+        return Item("k", "attention", "forward", "splash", 0.0, count, 0.0, moved, "c", 0.0, 0.0, 0.0, "")
+
+    filled = timeline.with_kernels([kernel(2, 100), kernel(1, 200)], 80.0, 10.0)
+    assert [item.flops for item in filled] == [20.0, 40.0]
+    assert sum(item.seconds * item.count for item in filled) == 8.0
+
+
+def test_arrays_at_the_peak():
+    """By hand: the stack of 4 layers is alive to its update in place; then y, g and the arguments with it."""
+    arrays = liveness.at_peak(hlo.parse(PROGRAM))
+    assert [(array.name, array.bytes) for array in arrays] == [
+        ("kept", 4 * 1024 * 512 * 2), ("w", 8 * 512 * 256 * 2), ("g", 8 * 512 * 256 * 2), ("x", 1024 * 512 * 2),
+        ("y", 1024 * 256 * 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bandwidth": 0.0}, "--bandwidth=0.0: must be a positive factor"),
+        ({"matmul_share": 1.5}, "--matmul_share=1.5: must be a share of the peak, between 0 and 1"),
+        ({"skew": 0.5}, "--skew=0.5: must be the busiest device's rows over the mean, at least 1"),
+    ],
+)
+def test_scenarios_that_make_no_sense_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Scenario(**settings)
+
+
+def test_scenarios_scale_the_network():
+    slower, faster = Scenario(bandwidth=0.5).applied(CHIPS["v5p"]), Scenario(bandwidth=2.0).applied(GPUS["h100"])
+    assert slower.axis_bandwidth(1, 4) == CHIPS["v5p"].axis_bandwidth(1, 4) / 2
+    assert faster.axis_bandwidth(8, 8) == 2 * GPUS["h100"].network
+    assert Scenario().words() == ""
+    assert Scenario(skew=2.0).words() == "2 x the mean rows on the busiest device's experts"
