@@ -6,11 +6,38 @@ Fine-tuning of a run or an import, with its model shape and tokenizer:
         --config.data.dataset=/path/to/text
 """
 
+import json
+from pathlib import Path
+
 import ml_collections
 
-from moe.config import Config, to_config_dict
+from moe.config import Config, ConfigError, to_config_dict
+
+_PLANS = Path(__file__).with_name("plans.json")
 
 
 def get_config() -> ml_collections.ConfigDict:
     """All defaults."""
     return to_config_dict(Config())
+
+
+def use_best_plan(config: ml_collections.ConfigDict, name: str, hardware: str) -> None:
+    """Set the fields of the fastest plan that is kept in plans.json (scripts/plan_pod.py --record).
+
+    Args:
+        config: changed in place.
+        name: of the config's file.
+        hardware: a slice or hosts, such as ``v5p-128``, ``v5p:4x4x4`` or ``h100:8x8``; "" changes nothing.
+
+    Raises:
+        ConfigError: no plan of the config is kept for it.
+    """
+    if not hardware:
+        return
+    plans = [plan for plan in json.loads(_PLANS.read_text()) if plan["config"] == name]
+    alike = [plan for plan in plans if hardware in plan["slices"]]
+    if not alike:
+        slices = sorted({slice_name for plan in plans for slice_name in plan["slices"]})
+        raise ConfigError(f"configs/{name}.py:{hardware}: must be one of {', '.join(slices)}, whose plans are kept")
+    best = max(alike, key=lambda plan: plan["tokens_per_second_per_chip"])
+    config.update_from_flattened_dict(best["flags"])

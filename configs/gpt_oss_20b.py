@@ -13,8 +13,8 @@ import ml_collections
 from configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Overrides of the defaults."""
+def get_config(hardware: str = "") -> ml_collections.ConfigDict:
+    """Overrides of the defaults; with the best settings known for a slice, such as ``v5p-128`` or ``h100:8x8``."""
     config = base.get_config()
     layers = 24
     config.model.update(
@@ -46,4 +46,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.sequence_length = 4096
     config.train.batch_size = 64
     config.mesh.update(data=1, fsdp=-1, expert=8)
+    base.use_best_plan(config, "gpt_oss_20b", hardware)
     return config

@@ -2,8 +2,8 @@
 
 Sizes: its published config.json. Plan it without a TPU, then run the same line on one:
 
-    python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p:4x4x4
-    python main.py --config=configs/mixtral_8x7b.py --workdir=DIR
+    python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128
+    python main.py --config=configs/mixtral_8x7b.py:v5p-128 --workdir=DIR
 
 What the compiler says of it (time, memory, exchanges) is in docs/pods.md; it was never trained here.
 """
@@ -13,8 +13,8 @@ import ml_collections
 from configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Overrides of the defaults."""
+def get_config(hardware: str = "") -> ml_collections.ConfigDict:
+    """Overrides of the defaults; with the best settings known for a slice, such as ``v5p-128`` or ``h100:8x8``."""
     config = base.get_config()
     config.model.update(
         vocab_size=32000,
@@ -37,4 +37,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.sequence_length = 4096
     config.train.batch_size = 64
     config.mesh.update(data=1, fsdp=-1, expert=8)
+    base.use_best_plan(config, "mixtral_8x7b", hardware)
     return config

@@ -83,7 +83,7 @@ def main() -> None:
     print(page.render(made))
     for change in changes:
         print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
-    _print_best(where.name)
+    _print_best(where.name if where.num_slices == 1 else f"{where.num_slices} x {where.name}")
 
 
 def _print_difference() -> None:
@@ -140,7 +140,7 @@ def _record(made) -> None:
 
     path, page = _ROOT / "configs" / "plans.json", _ROOT / "docs" / "pods.md"
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    recorded.keep(path, recorded.row(made, _name(), dict(sorted(overrides.items()))))
+    recorded.keep(path, recorded.row(made, _name(), dict(sorted(overrides.items())), _TOPOLOGY.value))
     before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:

@@ -10,7 +10,7 @@ from moe.config import ConfigError
 from moe.planner import hlo, kernels, liveness, measured, program, timeline
 from moe.planner.chips import CHIPS
 from moe.planner.gpus import GPUS
-from moe.planner.records import GroupedMatmul, Item
+from moe.planner.records import Collective, GroupedMatmul, Item
 from moe.planner.scenario import Scenario
 
 # Excerpt of a train step for H100: JAX's Mosaic kernel, a Triton kernel for the matrices' gradient, a write of one
@@ -114,6 +114,23 @@ def test_equal_instructions_stand_in_one_row_with_their_bound():
     assert timeline.by_part([item("a", 2.0, 10.0, 3)]) == [
         {"part": "loss and unembedding", "kind": "matmul", "seconds": 8.0}
     ]
+
+
+def test_a_timeline_shows_waits(monkeypatch):
+    """By hand: 1 s of work, an exchange of 2 s that is waited for, 1 s of work; three times, then 1 s of work."""
+
+    def item(started, computation, count):
+        return Item("a", "matmul", "forward", "", 1.0, count, 0.0, 0, computation, started, 1.0, 1.0, "")
+
+    exchange = Collective("all-gather", (), (0, 1), 8, 3, -1.0, "state.x", "body", (1, 1), 1.0)
+    items = item(0.0, "body", 3), item(1.0, "body", 3), item(6.0, "main", 1)
+    read = program.Program((exchange,), 7.0, {}, 0, 0, 0, items=items, loops=(("main", "body", 3, 0.0),), entry="main")
+    monkeypatch.setattr(timeline.network, "seconds", lambda *_: 2.0)
+    main, body = timeline.lanes(read, (), GPUS["h100"])
+    assert [entry[:3] for entry in body["work"]] == [[0.0, 1.0, "matmul"], [3.0, 1.0, "matmul"]]
+    assert body["exchanges"] == [[1.0, 2.0, 2.0, "all-gather, weights"]]
+    assert [entry[:3] for entry in main["work"]] == [[0.0, 12.0, "loop"], [12.0, 1.0, "matmul"]]
+    assert (main["seconds"], body["seconds"]) == (13.0, 4.0)
 
 
 def test_flops_of_silent_kernels_are_split_by_their_bytes():

@@ -1,6 +1,7 @@
 """Pages and differences of plans, kept plans, and what may be changed."""
 
 import dataclasses
+import functools
 import html.parser
 import json
 import re
@@ -13,7 +14,7 @@ import jax
 import pytest
 
 from configs import base, mixtral_8x7b
-from moe.config import ConfigError, to_dict
+from moe.config import ConfigError, load_python_file, to_dict
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, candidates, differences, page, plan, recorded, roofline
 from moe.planner import html as pages
@@ -155,7 +156,20 @@ def test_kept_plans_replace_those_of_the_same_settings(made, tmp_path):
     assert recorded.words(rows[0]) == "--config.mesh.fsdp=2"
 
 
+def test_the_best_kept_plan_is_a_named_setting():
+    rows = recorded.read(ROOT / "configs" / "plans.json")
+    for name in sorted({row["config"] for row in rows}):
+        module = load_python_file(ROOT / "configs" / f"{name}.py")
+        for hardware in sorted({each for row in rows if row["config"] == name for each in row["slices"]}):
+            best = recorded.best(rows, name, hardware)
+            config = module.get_config(hardware)
+            for field, value in best["flags"].items():
+                assert functools.reduce(lambda tree, part: tree[part], field.split("."), config) == value
+            from_config_dict(config)
+    with pytest.raises(ConfigError, match=r"configs/mixtral_8x7b.py:v9: must be one of "):
+        mixtral_8x7b.get_config("v9")
+
+
 def test_the_table_of_plans_is_that_of_the_kept_plans():
     rows = recorded.read(ROOT / "configs" / "plans.json")
-    if rows:
-        assert recorded.table(rows) in (ROOT / "docs" / "pods.md").read_text()
+    assert recorded.table(rows) in (ROOT / "docs" / "pods.md").read_text()

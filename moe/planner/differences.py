@@ -11,7 +11,8 @@ _Json = dict[str, Any]
 def settings(a: _Json, b: _Json) -> list[tuple[str, Any, Any]]:
     """Fields of the two configs that differ: (name, A's, B's), and the slices."""
     first, second = dict(_flat(a["config"])), dict(_flat(b["config"]))
-    first["topology"], second["topology"] = a["topology"], b["topology"]
+    for name, field in (("topology", "topology"), ("what if", "scenario")):
+        first[name], second[name] = a[field] or "as estimated", b[field] or "as estimated"
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     return [(name, first.get(name, "-"), second.get(name, "-")) for name in names]
 

@@ -179,7 +179,7 @@ def _changes(plan: _Json, changes: Sequence[_Json]) -> str:
 def _timeline(plan: _Json) -> str:
     parts = [
         "<h2>Timeline</h2><p class=mild>One run of the largest computations: work on the device above, exchanges below "
-        "(red: nothing runs beside it). Times of exchanges are from their start.</p>"
+        "(red: the device mostly waits for it). Gaps in the work are waits.</p>"
     ]
     for lane in plan["lanes"]:
         total = lane["seconds"] or 1.0

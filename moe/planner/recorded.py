@@ -15,24 +15,29 @@ _Row = dict[str, Any]
 
 _FIELDS = (
     "topology", "chips", "step_seconds", "step_interval", "counted_seconds", "mfu", "tokens_per_second_per_chip",
-    "memory_total", "exposed_seconds", "kernel_seconds", "compile_seconds", "bound", "cost", "versions",
+    "memory_total", "exposed_seconds", "scale", "kernel_seconds", "compile_seconds", "bound", "cost", "versions",
 )  # fmt: skip
 
 
-def row(plan: Plan, config: str, flags: dict[str, Any]) -> _Row:
+def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _Row:
     """A plan as it is kept.
 
     Args:
         plan: to keep.
         config: name of the file in configs/, with its argument if it had one.
         flags: fields of the config that were set on the command line.
+        hardware: its name there.
     """
     figures = plan.to_json()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
     kept = {"config": config, "flags": flags, "commit": commit.stdout.strip() or "unknown"}
-    return kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS}
+    topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
+    kept["slices"] = [topology] if plan.num_slices > 1 else sorted({topology, hardware or topology})
+    return (
+        kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS} | {"topology": topology}
+    )
 
 
 def read(path: Path) -> list[_Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import exchanges, network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.records import Item, Program
+from moe.planner.records import Collective, Item, Program
 from moe.training.losses import LOSS_SCOPE
 
 #: Parts of a model by JAX's scopes and the names of einsums, the first match counts.
@@ -99,32 +100,80 @@ def lanes(program: Program, devices: Sequence[Any], chip: Chip | Gpu, limit: int
     """The computations that take most time, one run of each: work on the device, and exchanges beside it.
 
     Returns:
-        For each: name, runs a step, seconds of a run, and lists of [start, seconds, kind, label], in seconds from its
-        start without waits; an exchange also says how long the device waits for it.
+        For each: name, runs a step, seconds of a run, and lists of [start, seconds, kind, label] of its work and of
+        [start, seconds, wait, label] of its exchanges; the device waits that long at the end of an exchange.
     """
     durations = [network.seconds(collective, devices, chip) for collective in program.collectives]
     waits = exchanges.exposed(program.collectives, durations)
-    found: dict[str, dict[str, Any]] = {}
-
-    def lane(name: str, runs: int) -> dict[str, Any]:
-        return found.setdefault(name, {"name": name, "runs": runs, "seconds": 0.0, "work": [], "exchanges": []})
-
+    lanes = {name: _Lane(name) for name in {item.computation for item in program.items} | {program.entry}}
     for item in program.items:
+        lanes[item.computation].runs = item.count
         if item.seconds > 0:
-            row = lane(item.computation, item.count)
-            row["work"].append([item.started, item.seconds, item.kind, part(item)])
-            row["seconds"] = max(row["seconds"], item.started + item.seconds)
+            lanes[item.computation].work.append((item.started, item.seconds, item.kind, part(item)))
     for collective, duration, wait in zip(program.collectives, durations, waits, strict=True):
-        if duration > 0 and collective.count:
-            row = lane(collective.computation, collective.count)
-            label = f"{collective.kind}, {exchanges.purpose(collective)}"
-            row["exchanges"].append([collective.started, duration, wait, label])
-    for computation, body, trips, started in program.loops:
-        inner = sum(seconds for _, seconds, *_ in found[body]["work"]) if body in found else 0.0
-        if computation in found and inner * trips > 0:
-            found[computation]["work"].append([started, inner * trips, "loop", f"{trips} x {body}"])
-    rows = sorted(found.values(), key=lambda row: -row["runs"] * row["seconds"])[:limit]
-    return [row | {"work": _merged(sorted(row["work"]))} for row in rows]
+        if collective.computation in lanes and collective.count:
+            lanes[collective.computation].exchanges.append((collective, duration, wait))
+    for computation, body, trips, started in reversed(program.loops):  # the inner ones first
+        if computation in lanes and body in lanes and trips:
+            lanes[computation].loops.append((started, trips, lanes[body]))
+    rows = [lane.to_json() for lane in lanes.values()]
+    return sorted(rows, key=lambda row: -row["runs"] * row["seconds"])[:limit]
+
+
+@dataclasses.dataclass
+class _Lane:
+    """Events of one run of a computation, by the clock of its work, which does not count waits."""
+
+    name: str
+    runs: int = 1
+    work: list[tuple[float, float, str, str]] = dataclasses.field(default_factory=list)
+    exchanges: list[tuple[Collective, float, float]] = dataclasses.field(default_factory=list)
+    loops: list[tuple[float, int, _Lane]] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def busy(self) -> float:
+        """Seconds of work."""
+        return sum(seconds for _, seconds, *_ in self.work) + sum(trips * body.busy for _, trips, body in self.loops)
+
+    @functools.cached_property
+    def waiting(self) -> float:
+        """Seconds of waiting."""
+        return sum(wait for *_, wait in self.exchanges) + sum(trips * body.waiting for _, trips, body in self.loops)
+
+    def _delay(self, clock: float, place: int | None = None) -> float:
+        """Waits before a time of the clock; those of exchanges that end at it count if they end before a place."""
+        delay = sum(trips * body.waiting for started, trips, body in self.loops if started < clock)
+        for collective, _, wait in self.exchanges:
+            done = collective.started + max(collective.overlap_seconds, 0.0)
+            if done <= clock and (place is None or collective.places[1] < place):
+                delay += wait
+        return delay
+
+    def to_json(self) -> dict[str, Any]:
+        """The lane with waits."""
+        work = [[started + self._delay(started), seconds, kind, label] for started, seconds, kind, label in self.work]
+        work += [
+            [started + self._delay(started), trips * (body.busy + body.waiting), "loop", f"{trips} x {body.name}"]
+            for started, trips, body in self.loops
+        ]
+        rows = [
+            [
+                collective.started + self._delay(collective.started, collective.places[0]),
+                seconds,
+                wait,
+                f"{collective.kind}, {exchanges.purpose(collective)}",
+            ]
+            for collective, seconds, wait in self.exchanges
+            if seconds > 0
+        ]
+        total = self.busy + self.waiting
+        return {
+            "name": self.name,
+            "runs": self.runs,
+            "seconds": total,
+            "work": _merged(sorted(work)),
+            "exchanges": rows,
+        }
 
 
 def _merged(work: list[list[Any]], limit: int = 300) -> list[list[Any]]:
