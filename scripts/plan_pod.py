@@ -140,7 +140,7 @@ def _record(made) -> None:
 
     path, page = _ROOT / "configs" / "plans.json", _ROOT / "docs" / "pods.md"
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    recorded.keep(path, recorded.row(made, _name(), dict(sorted(overrides.items())), _TOPOLOGY.value))
+    recorded.keep(path, recorded.row(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value)))
     before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:
