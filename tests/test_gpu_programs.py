@@ -24,6 +24,7 @@ from moe.dispatch.grouped_matmul import gpu
 from moe.dispatch.modes import MODES
 from moe.dispatch.plan import make_plan
 from moe.layers.attention.attend import attend
+from moe.layers.attention.gpu import checked_for_target
 from moe.layers.attention.scoring import Scoring
 from moe.layers.experts import Experts
 from moe.parallel.mesh import make_mesh
@@ -133,7 +134,7 @@ def _mesh(name: str) -> jax.sharding.Mesh:
 
 def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> str:
     """The compiled program's text; arguments are shapes."""
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), checked_for_target():
         sharding = jax.NamedSharding(mesh, jax.P())
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
         return jax.jit(function).lower(*shapes).compile().as_text() or ""
@@ -195,19 +196,29 @@ def test_gather_multiplies_its_slots_once(name):
     assert _matmul_flops(text) == pytest.approx(9 * 2 * e * capacity * d * f, rel=0.01)
 
 
-@pytest.mark.parametrize("window", [0, 1024])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_plugin) for name in ("a100", "h100", "b200")])
-def test_attention_is_cudnns_and_holds_no_square(name, window):
-    """Packed documents of 4096 tokens, forward and gradient."""
+@pytest.mark.parametrize(
+    ("name", "heads", "window"),
+    [
+        *(
+            pytest.param(name, (64, 64), window, marks=needs_plugin)
+            for name in ("a100", "h100", "b200")
+            for window in (0, 1024)
+        ),
+        pytest.param("h100", (192, 128), 0, marks=needs_plugin),
+    ],
+)
+def test_attention_is_cudnns_and_holds_no_square(name, heads, window):
+    """Packed documents of 4096 tokens, forward and gradient; MLA's heads of 192 and 128 on Hopper."""
     length = 4096
 
     def loss(query, key, value, segment_ids):
         y = attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(window))
         return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
-    query, key = (jax.ShapeDtypeStruct((1, length, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    shapes = (4, heads[0]), (2, heads[0]), (2, heads[1])
+    query, key, value = (jax.ShapeDtypeStruct((1, length, *shape), jnp.bfloat16) for shape in shapes)
     segment_ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    text = _compile(jax.grad(loss, (0, 1, 2)), _mesh(name), query, key, key, segment_ids)
+    text = _compile(jax.grad(loss, (0, 1, 2)), _mesh(name), query, key, value, segment_ids)
     assert "__cudnn$fmhaScaleBiasSoftmax" in text
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
     assert not re.search(rf"\[(\d+,)*{length},{length}\]", text)

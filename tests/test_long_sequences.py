@@ -1,5 +1,7 @@
 """Forms that never hold T x T scores or [B,T,V] logits equal the plain ones, in values and gradients."""
 
+import dataclasses
+import functools
 import itertools
 import types
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe.config import MeshConfig
-from moe.layers.attention import attend, blocked, cpu, gpu
+from moe.layers.attention import attend, blocked, cpu, gpu, tpu
 from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
@@ -62,6 +64,73 @@ def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
         )
 
 
+#: Heads of queries and of values; window; whether documents are packed. All else is slow.
+SPLASH = [(64, 64, 100, True), (192, 128, 0, True)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "window", "packed"),
+    [
+        form if form in SPLASH else slow_case(*form)
+        for form in [
+            (*heads, window, packed)
+            for heads in [(64, 64), (192, 128), (128, 128), (80, 80), (256, 256), (16, 240)]
+            for window, packed in itertools.product([0, 1, 100, 130, 400], [False, True])
+        ]
+    ],
+)
+def test_splash_attention_equals_plain(head_dim, value_dim, window, packed):
+    """The kernels for TPUs, interpreted, in 3 x 3 blocks of 128: values and gradients, of sinks too."""
+    length, scoring = 384, Scoring(window, scale=0.11)
+    keys = jax.random.split(jax.random.key(0), 4)
+    query = jax.random.normal(keys[0], (2, length, 2, head_dim))
+    key, value = (jax.random.normal(keys[i], (2, length, 1, dim)) for i, dim in ((1, head_dim), (2, value_dim)))
+    sinks, segment_ids = jnp.array([0.5, -1.0]), jnp.ones((2, length), jnp.int32)
+    if packed:  # documents of 70 and 314 tokens, and of 200 and 184
+        segment_ids += jnp.arange(length) >= jnp.array([[70], [200]])
+    assert tpu.block_sizes(length, window).block_q == 128
+
+    def results(attention):
+        def loss(query, key, value, sinks):
+            output = attention(query, key, value, segment_ids, scoring=dataclasses.replace(scoring, sinks=sinks))
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(query, key, value, sinks)
+
+    kernel = results(functools.partial(tpu.splash_attention, interpret=True))
+    plain = results(functools.partial(attend.attend, kind="full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), kernel, plain)
+
+
+def test_blocks_of_scores_cost_least():
+    """(1 + ceil((window - 1) / side)) · (side + 256² / side) a query; without a window half of the blocks.
+
+    4096 tokens: 2.5 · (1024 + 64) = 2720 against 4.5 · (512 + 128) = 2880; window 128: 2 · (256 + 256) = 1024 against
+    2 · (512 + 128) = 1280; window 4096 of 8192: 5 · (1024 + 64) = 5440 against 9 · (512 + 128) = 5760.
+    """
+    assert tpu.block_sizes(4096, 0).block_q == 1024
+    assert tpu.block_sizes(4096, 128).block_q == 256
+    assert tpu.block_sizes(8192, 4096).block_q == 1024
+    assert tpu.block_sizes(4096, 0).use_fused_bwd_kernel
+    assert not tpu.block_sizes(4096, 128).use_fused_bwd_kernel
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "value_dim", "runs"),
+    [
+        ("TPU v5", (1, 256, 2, 192), 128, True),
+        ("TPU v5", (1, 256, 2, 64), 64, True),
+        ("TPU v5", (1, 200, 2, 64), 64, False),  # no whole blocks
+        ("TPU v5", (1, 256, 2, 72), 64, False),
+        ("TPU v5", (1, 256, 2, 288), 64, False),
+        ("TPU v3", (1, 256, 2, 128), 128, False),
+    ],
+)
+def test_shapes_of_splash_attention(kind, shape, value_dim, runs, monkeypatch):
+    monkeypatch.setattr(target, "current", lambda: target.Target("tpu", kind))
+    assert tpu.runs_splash(jnp.zeros(shape), jnp.zeros((*shape[:3], value_dim))) == runs
+
+
 def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     """Without a GPU, XLA's attention stands in for the kernel and gets the arguments that cuDNN would get."""
     real, blocks = jax.nn.dot_product_attention, []
@@ -86,13 +155,17 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     np.testing.assert_allclose(full.astype(jnp.float32), in_blocks.astype(jnp.float32), rtol=0.02, atol=0.02)
 
     runs = gpu.runs_cudnn
-    assert runs(query, 16)
-    assert not runs(query, 15)  # an odd length
-    assert not runs(query.astype(jnp.float32), 16)
-    assert not runs(query[..., :4], 16)
+    assert runs(query, 16, 256)
+    assert not runs(query, 16, 264)
+    assert not runs(query, 15, 16)  # an odd length
+    assert not runs(query.astype(jnp.float32), 16, 16)
+    assert not runs(query, 16, 4)
+    device.compute_capability = "8.0"
+    assert runs(query, 16, 128)
+    assert not runs(query, 16, 136)  # 128, and 8 for a sink
     for unable in ("7.5", "gfx90a"):
         device.compute_capability = unable
-        assert not runs(query, 16)
+        assert not runs(query, 16, 16)
 
 
 def _loss_inputs(dtype="float32"):

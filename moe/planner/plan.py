@@ -18,6 +18,7 @@ import jax
 
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict, validate_mesh
+from moe.layers.attention.gpu import checked_for_target
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import (
@@ -395,7 +396,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
 
 def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, dict[str, int], float]:
     """(compiled program, traced program, bytes of state by kind, seconds it took)."""
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), checked_for_target():
         start = time.perf_counter()
         built = train_step_module.build(config, mesh)
         stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}

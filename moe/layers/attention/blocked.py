@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from moe.layers.attention.gpu import runs_cudnn
 from moe.layers.attention.relative import bias_of_rows
 from moe.layers.attention.scoring import Scoring
-from moe.layers.attention.sinks import append_sink
+from moe.layers.attention.sinks import ADDED, append_sink
 from moe.layers.dropout import Dropout
 
 _LARGEST_BLOCK = 512
@@ -21,26 +21,28 @@ _LARGEST_BLOCK = 512
 def blocked_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B U M H"],
-    value: Float[Array, "B U M H"],
+    value: Float[Array, "B U M V"],
     segment_ids: Int[Array, "B T"],
     key_segment_ids: Int[Array, "B U"],
     scoring: Scoring,
     *,
     one_block: bool = False,
     first: Int[Array, ""] | int = 0,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Same function as :func:`moe.layers.attention.attend.attend`: each block by cuDNN's kernel where GPUs and shapes
     allow it, elsewhere as matmuls whose scores the backward pass recomputes. The queries are those from position
     ``first`` on."""
     batch, length, heads, head_dim = query.shape
-    bias, prefix = scoring.bias, scoring.prefix
+    bias, prefix, value_dim = scoring.bias, scoring.prefix, value.shape[-1]
+    factor = scoring.factor(head_dim)
+    # JAX's function takes heads of one dimension: the shorter ones are padded with zeros.
+    query, key, value = (_widen(x, max(head_dim, value_dim)) for x in (query, key, value))
     size = length if one_block else _block_size(length, _LARGEST_BLOCK)
     key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
-    plain = bias is None and scoring.scale is None and key.shape[1] % 2 == 0 and not one_block
-    implementation = "cudnn" if plain and runs_cudnn(query, size) else None
-
-    factor = scoring.factor(head_dim)
+    plain = bias is None and key.shape[1] % 2 == 0 and not one_block
+    width = query.shape[-1] + (0 if scoring.sinks is None else ADDED)
+    implementation = "cudnn" if plain and runs_cudnn(query, size, width) else None
 
     def block(inputs: tuple[Array, Array, Array]) -> Array:
         part, part_segments, start = inputs
@@ -57,12 +59,12 @@ def blocked_attention(
         if scoring.sinks is not None:
             arrays = append_sink(scoring.sinks, *arrays, factor)
         if scoring.drop.active:
-            return _with_dropout(*arrays, factor, scoring.drop, start)[..., :head_dim]
+            return _with_dropout(*arrays, factor, scoring.drop, start)[..., :value_dim]
         part, keys, values, mask, own_bias = arrays
         heads = jax.nn.dot_product_attention(
             part, keys, values, own_bias, mask[:, None], scale=factor, implementation=implementation
         )
-        return heads[..., :head_dim]
+        return heads[..., :value_dim]
 
     if size == length and one_block:
         return block((query, segment_ids, jnp.int32(first)))
@@ -73,7 +75,12 @@ def blocked_attention(
 
     starts = first + jnp.arange(0, length, size, dtype=jnp.int32)
     parts = jax.lax.map(jax.checkpoint(block), (split(query), split(segment_ids), starts))
-    return parts.swapaxes(0, 1).reshape(batch, length, heads, head_dim)
+    return parts.swapaxes(0, 1).reshape(batch, length, heads, value_dim)
+
+
+def _widen(heads: Array, width: int) -> Array:
+    """Zeros after the last dimension of every head, up to this width."""
+    return jnp.pad(heads, [(0, 0)] * 3 + [(0, width - heads.shape[-1])])
 
 
 def _with_dropout(

@@ -53,38 +53,41 @@ def _rows(x: Array, start: int, stop: int) -> Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _scores(query: Array, keys: Array, segment_ids: Array, window: int, block: tuple[int, int, int]) -> Array:
+def _scores(
+    query: Array, keys: Array, segment_ids: Array, window: int, scale: float, block: tuple[int, int, int]
+) -> Array:
     """Scores [B,M,n,Q,U] of a block in float32, −inf where a query does not see a key."""
     start, stop, first = block
-    batch, heads, groups, _, head_dim = query.shape
+    batch, heads, groups = query.shape[:3]
     scores = _matmul(_rows(query, start, stop), keys, (3, 3))
     distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
     visible = (distance >= 0) & ((distance < window) if window else True)
     visible &= segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]  # [B,Q,U]
-    scores = scores.reshape(batch, heads, groups, stop - start, stop - first) * head_dim**-0.5
+    scores = scores.reshape(batch, heads, groups, stop - start, stop - first) * scale
     return jnp.where(visible[:, None, None], scores, -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def causal_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T M H"],
-    value: Float[Array, "B T M H"],
+    value: Float[Array, "B T M V"],
     segment_ids: Int[Array, "B T"],
     sinks: Float[Array, " N"] | None,
     window: int,
-) -> Float[Array, "B T N H"]:
+    scale: float,
+) -> Float[Array, "B T N V"]:
     """Same function as :func:`moe.layers.attention.attend.attend`."""
-    return _forward(query, key, value, segment_ids, sinks, window)[0]
+    return _forward(query, key, value, segment_ids, sinks, window, scale)[0]
 
 
-def _forward(query, key, value, segment_ids, sinks, window):
+def _forward(query, key, value, segment_ids, sinks, window, scale):
     heads_per_key, dtype = query.shape[2] // key.shape[2], query.dtype
     queries, keys, values = _by_head(query, heads_per_key), key.swapaxes(1, 2), value.swapaxes(1, 2)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(-1, heads_per_key, 1, 1)  # [M,n,1,1]
     outputs, normalisers = [], []
     for start, stop, first in _blocks(query.shape[1], window):
-        scores = _scores(queries, keys[:, :, first:stop], segment_ids, window, (start, stop, first))
+        scores = _scores(queries, keys[:, :, first:stop], segment_ids, window, scale, (start, stop, first))
         largest = jnp.max(scores, axis=-1, keepdims=True)  # finite, because a query sees itself
         largest = largest if sink is None else jnp.maximum(largest, sink)
         weights = jnp.exp(scores - largest)
@@ -99,10 +102,9 @@ def _forward(query, key, value, segment_ids, sinks, window):
     return output, (query, key, value, segment_ids, sinks, output, jnp.concatenate(normalisers, axis=3))
 
 
-def _backward(window, residuals, gradient):
+def _backward(window, scale, residuals, gradient):
     query, key, value, segment_ids, sinks, output, normaliser = residuals
     length, heads_per_key, dtype = query.shape[1], query.shape[2] // key.shape[2], query.dtype
-    scale = query.shape[-1] ** -0.5
     queries, keys, values = _by_head(query, heads_per_key), key.swapaxes(1, 2), value.swapaxes(1, 2)
     gradients = _by_head(gradient, heads_per_key)
     # Σ_u weight·d_weight of a query equals output·d_output: [B,T,N] → [B,M,n,T,1]
@@ -110,7 +112,7 @@ def _backward(window, residuals, gradient):
     d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     for start, stop, first in _blocks(length, window):
         block_keys, block_values = keys[:, :, first:stop], values[:, :, first:stop]
-        scores = _scores(queries, block_keys, segment_ids, window, (start, stop, first))
+        scores = _scores(queries, block_keys, segment_ids, window, scale, (start, stop, first))
         weights = jnp.exp(scores - normaliser[:, :, :, start:stop])
         rows = _rows(gradients, start, stop)
         d_weights = _matmul(rows, block_values, (3, 3)).reshape(weights.shape)

@@ -68,16 +68,9 @@ class LatentAttention(nnx.Module):
         key, value = jnp.split(expanded, [self.unrotated_dim], axis=-1)
         rotated = jnp.broadcast_to(rotated, (*key.shape[:-1], c.rope_dim))
         key = jnp.concatenate([key, rotated], axis=-1)
-        # attend() takes heads of one size and scales by it: the shorter ones are padded with zeros.
-        size = max(c.head_dim, c.value_dim)
-        query = query * (self._score_scale() * size**0.5)
-        query, key, value = (
-            constrain(jnp.pad(heads, [(0, 0)] * 3 + [(0, size - heads.shape[-1])]), partition_specs.HEADS)
-            for heads in (query, key, value)
-        )
-        scoring = Scoring(window=self.window, drop=drop)
-        heads = attend(query, key, value, segment_ids, kind=c.attention, scoring=scoring)
-        return heads[..., : c.value_dim], latent, None
+        query, key, value = (constrain(heads, partition_specs.HEADS) for heads in (query, key, value))
+        scoring = Scoring(window=self.window, drop=drop, scale=self._score_scale())
+        return attend(query, key, value, segment_ids, kind=c.attention, scoring=scoring), latent, None
 
     def project_cached(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]

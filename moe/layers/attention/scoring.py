@@ -35,7 +35,7 @@ class Scoring:
     @property
     def is_plain(self) -> bool:
         """Whether the kernels of :mod:`moe.layers.attention.cpu` and :mod:`moe.layers.attention.tpu` compute it."""
-        return self.causal and self.bias is None and self.prefix is None and self.scale is None and not self.drop.active
+        return self.causal and self.bias is None and self.prefix is None and not self.drop.active
 
     def factor(self, head_dim: int) -> float:
         """Factor of query·key."""

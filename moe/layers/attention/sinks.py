@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 #: Keys, and dimensions of a head, that a sink adds: one of each is used, and cuDNN takes multiples of this.
-_ADDED = 8
+ADDED = 8
 
 
 def append_sink(
@@ -26,10 +26,10 @@ def append_sink(
     """
     head_dim = query.shape[-1]
     logit = jnp.broadcast_to((sinks / scale).astype(query.dtype)[:, None], (*query.shape[:3], 1))
-    query = jnp.pad(jnp.concatenate([query, logit], axis=-1), [(0, 0)] * 3 + [(0, _ADDED - 1)])
-    further = [(0, 0), (0, _ADDED), (0, 0), (0, _ADDED)]
-    key = jnp.pad(key, further).at[:, -_ADDED, :, head_dim].set(1)
-    columns = [(0, 0)] * (mask.ndim - 1) + [(0, _ADDED)]
-    mask = jnp.pad(mask, columns).at[..., -_ADDED].set(True)
-    bias = None if bias is None else jnp.pad(bias, [(0, 0)] * 3 + [(0, _ADDED)])
+    query = jnp.pad(jnp.concatenate([query, logit], axis=-1), [(0, 0)] * 3 + [(0, ADDED - 1)])
+    further = [(0, 0), (0, ADDED), (0, 0), (0, ADDED)]
+    key = jnp.pad(key, further).at[:, -ADDED, :, head_dim].set(1)
+    columns = [(0, 0)] * (mask.ndim - 1) + [(0, ADDED)]
+    mask = jnp.pad(mask, columns).at[..., -ADDED].set(True)
+    bias = None if bias is None else jnp.pad(bias, [(0, 0)] * 3 + [(0, ADDED)])
     return query, key, jnp.pad(value, further), mask, bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 from jax import Array
@@ -16,35 +17,44 @@ from moe.parallel import partition_specs, target
 from moe.parallel.axes import on_mesh
 from moe.parallel.remat import ATTENTION
 
-#: Vector lanes of a TPU: splash attention takes H and T in multiples of them.
-LANES = 128
+#: Vector lanes of a TPU: splash attention takes T in multiples of them.
+_LANES = 128
+
+#: Heads of queries and of values that were compiled for every generation: multiples of 16 up to 256, each its own.
+_HEAD_STEP, _LARGEST_HEAD = 16, 256
+
+#: Side of a block of scores whose computation takes about as long as starting it.
+_OVERHEAD_SIDE = 256
 
 
-def runs_splash() -> bool:
-    """Whether this program is for a TPU that has the kernel; v2 and v3 lack its bfloat16 products."""
+def runs_splash(query: Float[Array, "B T N H"], value: Float[Array, "B U M V"]) -> bool:
+    """Whether this program is for a TPU that has the kernel, and the kernel takes these shapes; v2 and v3 lack its
+    bfloat16 products."""
     device = target.current()
-    return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
+    if device.platform != "tpu" or device.device_kind in ("TPU v2", "TPU v3"):
+        return False
+    heads = query.shape[-1], value.shape[-1]
+    return query.shape[1] % _LANES == 0 and all(size % _HEAD_STEP == 0 and size <= _LARGEST_HEAD for size in heads)
 
 
 def splash_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T M H"],
-    value: Float[Array, "B T M H"],
+    value: Float[Array, "B T M V"],
     segment_ids: Int[Array, "B T"],
     scoring: Scoring,
-) -> Float[Array, "B T N H"]:
-    """Same function as :func:`moe.layers.attention.attend.attend`, by each device on its rows and heads."""
-    length, window, sinks = query.shape[1], scoring.window, scoring.sinks
-    size = next(size for size in (1024, 512, 256, 128) if length % size == 0)
-    sizes = kernels.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_kv_compute=min(size, 512),
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_kv_dkv_compute=min(size, 512),
-        use_fused_bwd_kernel=True,
-    )
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N V"]:
+    """Same function as :func:`moe.layers.attention.attend.attend`, by each device on its rows and heads.
+
+    Args:
+        query, key, value, segment_ids, scoring: as there; ``scoring.is_plain``.
+        interpret: run the kernels on the CPU, for tests.
+    """
+    length, sinks = query.shape[1], scoring.sinks
+    window = scoring.window if scoring.window < length else 0
+    sizes = block_sizes(length, window)
 
     # Rows and heads of one device.
     def local(query: Array, key: Array, value: Array, segment_ids: Array, sinks: Array | None) -> Array:
@@ -56,8 +66,9 @@ def splash_attention(
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
         )
-        query = query * query.shape[-1] ** -0.5
+        query = query * scoring.factor(query.shape[-1])
         # [B,T,N,H] → [B,N,T,H]
         by_head = [checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value)]
         spread_over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
@@ -75,3 +86,30 @@ def splash_attention(
         check_vma=False,
     )
     return spread(local)(query, key, value, segment_ids, sinks)
+
+
+def block_sizes(length: int, window: int) -> kernels.BlockSizes:
+    """Blocks of scores, of equal sides, that cost a query least; without a window (0), half of all are computed.
+
+    One kernel for all gradients writes a partial gradient of the queries for each block of keys, zeros where the two
+    share no block, and adds them. Under a window nearly all would be zeros, and a kernel of its own for the queries
+    visits, like the others, only the blocks that the window touches.
+    """
+
+    def cost(side: int) -> float:
+        blocks = 1 + math.ceil((window - 1) / side) if window else (length / side + 1) / 2
+        return blocks * (side**2 + _OVERHEAD_SIDE**2) / side
+
+    side = min((side for side in (1024, 512, 256, 128) if length % side == 0), key=cost)
+    of_queries = side if window else None
+    return kernels.BlockSizes(
+        block_q=side,
+        block_kv=side,
+        block_kv_compute=min(side, 512),
+        block_q_dkv=side,
+        block_kv_dkv=side,
+        block_kv_dkv_compute=min(side, 512),
+        block_q_dq=of_queries,
+        block_kv_dq=of_queries,
+        use_fused_bwd_kernel=not window,
+    )
