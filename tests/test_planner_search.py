@@ -51,7 +51,8 @@ def _fake_plan(config):
     if config.mesh.tensor > 1:
         raise ConfigError("does not fit: by 1 GiB; use more chips")
     return {
-        "step_seconds": 0.1 * config.mesh.expert, "mfu": 0.5, "tokens_per_second_per_chip": 1.0, "compile_seconds": 1.0,
+        "step_seconds": 0.1 * config.mesh.expert, "step_interval": [0.05, 0.2],
+        "mfu": 0.5, "tokens_per_second_per_chip": 1.0, "compile_seconds": 1.0,
         "memory_total": 2**30, "bound": "matrix products",
     }  # fmt: skip
 

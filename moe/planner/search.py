@@ -163,19 +163,21 @@ def render(results: Sequence[tuple[Candidate, Plan]], pruned: collections.Counte
         "",
     ]
     lines.append(
-        f"{'':>3} {'data':>5} {'fsdp':>5} {'expert':>6} {'tensor':>6} {'remat':5} {'dispatch':8} {'step ms':>9} "
+        f"{'':>3} {'data':>5} {'fsdp':>5} {'expert':>6} {'tensor':>6} {'remat':9} {'dispatch':8} {'step s (80 %)':>22} "
         f"{'MFU %':>6} {'tok/s/chip':>10} {'GiB':>7} {'compile s':>9}  bound by"
     )
     for rank, (candidate, plan) in enumerate(results, 1):
         config = candidate.config
         mesh = config.mesh
         mode = config.model.moe.dispatch if config.model.moe.gate != "none" else "-"
-        line = f"{rank:3} {mesh.data:5} {mesh.fsdp:5} {mesh.expert:6} {mesh.tensor:6} {config.model.remat:5} {mode:8} "
+        line = f"{rank:3} {mesh.data:5} {mesh.fsdp:5} {mesh.expert:6} {mesh.tensor:6} {config.model.remat:9} {mode:8} "
         if "error" in plan:
             lines.append(line + plan["error"].partition(";")[0][:160])
             continue
+        low, high = plan["step_interval"]
+        step = f"{plan['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
         lines.append(
-            line + f"{1e3 * plan['step_seconds']:9.1f} {100 * plan['mfu']:6.1f} "
+            line + f"{step:>22} {100 * plan['mfu']:6.1f} "
             f"{plan['tokens_per_second_per_chip']:10,.0f} {plan['memory_total'] / 2**30:7.2f} "
             f"{plan['compile_seconds']:9.1f}  {plan['bound']}"
         )
