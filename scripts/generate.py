@@ -3,6 +3,8 @@
 A decoder-only model continues the prompt; an encoder-decoder reads it and writes its target, which alone is printed.
 One that was trained by span corruption fills in blanks: --prompt="Once <extra_id_0> a <extra_id_1>."
 Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
+--chat answers in the tokenizer's chat template: each --prompt is a turn of one conversation; without any, the turns are
+lines of standard input.
 --mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows.
 """
 
@@ -15,6 +17,7 @@ if __name__ == "__main__":
 
 import functools
 import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import flags
@@ -23,6 +26,8 @@ from moe import cli
 
 _WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
+_CHAT = flags.DEFINE_bool("chat", False, "Talk: prompts are turns of a conversation, in the tokenizer's template.")
+_SYSTEM = flags.DEFINE_string("system", None, "First message of --chat, of the role system.")
 _TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1, upper_bound=2**17)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the softmax; 0: the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among this many likeliest; 0: all.")
@@ -50,6 +55,37 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
     return start
 
 
+def _typed() -> Iterator[str]:
+    """Lines of standard input, after a prompt where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _talk(turns: Iterable[str], tokenizer: Any, answer: Callable[[list[int]], Iterable[Any]]) -> None:
+    """Answer the turns of one conversation, each after all turns and answers before it."""
+    from moe.data import chat
+
+    messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        ids: list[int] = []
+        shown = ""
+        for (token,) in answer(chat.prompt_ids(tokenizer, messages).tolist()):
+            ids += [int(token)] if token >= 0 else []
+            decoded = tokenizer.decode(ids)
+            if not decoded.endswith("\ufffd"):  # a character of several tokens is complete only with the last of them
+                print(decoded.removeprefix(shown), end="", flush=True)
+                shown = decoded
+        print(flush=True)
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+
+
 def main() -> None:
     """Flags in, text out; speed on stderr."""
     import jax
@@ -58,6 +94,7 @@ def main() -> None:
     from moe.checkpoints import parameters
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, MeshConfig, validate_mesh
+    from moe.data import chat
     from moe.data.sentinels import decode_blanks, encode_blanks
     from moe.data.tokenizer_files import find_tokenizer
     from moe.models import sampling
@@ -65,11 +102,14 @@ def main() -> None:
     from moe.parallel.mesh import make_mesh
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
+    if not prompts and not _CHAT.value:
+        raise ConfigError("--prompt is needed, or --chat to talk; --help shows examples")
     for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
     config = read_config(workdir)
-    tokenizer = find_tokenizer(workdir)
+    tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))
+    ends = chat.stop_ids(tokenizer) if _CHAT.value else (tokenizer.eos_id,)
     axes: dict[str, int] = {}
     for entry in _MESH.value or []:
         axis, _, size = str(entry).partition("=")
@@ -82,7 +122,7 @@ def main() -> None:
         temperature=_TEMPERATURE.value or 0.0,
         top_k=_TOP_K.value or 0,
         top_p=_TOP_P.value or 0.0,
-        stop_tokens=(tokenizer.eos_id, *(_STOP.value or [])),
+        stop_tokens=(*ends, *(_STOP.value or [])),
         seed=_SEED.value or 0,
         start_token=_start_token(workdir, tokenizer.pad_id, config.model.vocab_size),
         prefix=config.data.objective == "prefix_lm",
@@ -97,6 +137,12 @@ def main() -> None:
     def written(row: list[int], text: list[int]) -> str:
         return decode(text) if reads else decode(row + text).removeprefix(decode(row))
 
+    if _CHAT.value:
+        with jax.set_mesh(mesh):
+            variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
+            stream = functools.partial(sampling.stream, config.model, variables)
+            _talk(prompts or _typed(), tokenizer, lambda row: stream([row], int(_TOKENS.value or 0), options))
+        return
     texts: list[list[int]] = [[] for _ in rows]
     stream_one = len(rows) == 1
     shown, times = "", []
@@ -128,9 +174,10 @@ def main() -> None:
 if __name__ == "__main__":
     cli.run(
         main,
-        required=("workdir", "prompt"),
+        required=("workdir",),
         examples=(
             'python scripts/generate.py --workdir=/tmp/quickstart --prompt="Once upon a time"',
             'python scripts/generate.py --workdir=/tmp/quickstart --prompt="def " --tokens=64 --temperature=0',
+            "python scripts/generate.py --workdir=/tmp/chat --chat",
         ),
     )

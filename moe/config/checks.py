@@ -301,7 +301,15 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
 
 def _check_objective(model: ModelConfig, data: DataConfig) -> None:
     encoder = model.encoder_layers
-    without = data.objective in ("causal", "prefix_lm")
+    without = data.objective in ("causal", "prefix_lm", "chat")
+    if data.objective == "chat":
+        require(encoder == 0, "data.objective", data.objective, "needs a decoder-only model (model.encoder_layers=0)")
+    require(
+        not data.chat_template or data.objective == "chat",
+        "data.chat_template",
+        data.chat_template,
+        "must be empty unless data.objective is chat",
+    )
     require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
     require(
         data.input_length >= 2 if encoder else data.input_length == 0,

@@ -37,7 +37,7 @@ Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
-Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat"]
 
 
 class ConfigError(ValueError):
@@ -183,6 +183,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = "~/.cache/moe-data"  # for prepared datasets, downloads and tokenizers
     tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
+    chat_template: str = ""  # objective chat: a file with a Jinja template; empty: that of the tokenizer
     objective: Objective = "causal"  # what is predicted (moe.data.objectives); with an encoder span_corruption instead
     sequence_length: int = 256  # T, tokens
     input_length: int = 0  # U, tokens of an encoder's row; 0: sequence_length where there is an encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from moe.config import ConfigError
-from moe.data.documents import check_domain, join_texts, text_fields
+from moe.data.documents import EXPECTED_FIELDS, check_domain, make_document, text_fields
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1_000  # rows
@@ -20,7 +21,8 @@ _BATCH = 1_000  # rows
 class TextTable:
     """Local Arrow file (stream or file format) with string columns.
 
-    They are ``text``, or ``source`` and ``target``, and optionally ``domain``.
+    They are those of :data:`moe.data.documents.TEXT_FIELDS`, and optionally ``domain``; ``messages`` is a list of
+    structures, or JSON.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -41,7 +43,8 @@ class TextTable:
     def __getitem__(self, row: int) -> str:
         """Returns the text of a row; OSError or ValueError if the file is damaged."""
         table = self._table
-        return join_texts(*(table[column][row].as_py() for column in text_fields(table.column_names)))
+        fields = text_fields(table.column_names)
+        return make_document(fields, [table[column][row].as_py() for column in fields])
 
     def rows(self, name: str) -> Iterator[tuple[int, str, str | None]]:
         """Yields (row, text, domain or None) of the rows whose text is not blank.
@@ -66,7 +69,7 @@ class TextTable:
                     if None in parts:
                         raise ConfigError(f"{name}, row {row}: {texts[parts.index(None)]} is null")
                     try:
-                        text = join_texts(*parts)
+                        text = make_document(texts, parts)
                     except ValueError as error:
                         raise ConfigError(f"{name}, row {row}: {error}") from error
                     if domain is not None:
@@ -99,7 +102,7 @@ def copy_columns(source: epath.Path, target: Path) -> None:
             kept = pa.schema([(name, pa.large_string()) for name in columns])
             with pa.OSFile(os.fspath(target), "wb") as out, pa.ipc.new_stream(out, kept) as writer:
                 for batch in batches(columns=columns):
-                    arrays = [batch.column(name).cast(pa.large_string()) for name in columns]
+                    arrays = [_as_strings(pa, batch.column(name)) for name in columns]
                     writer.write_batch(pa.record_batch(arrays, schema=kept))
     except (pa.ArrowException, ValueError) as error:
         raise _damaged(os.fspath(source), error) from error
@@ -109,14 +112,24 @@ def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
     """Returns the columns to read."""
     texts = text_fields(schema.names)
     if not set(texts) <= set(schema.names):
-        raise ConfigError(f"{name}: needs a string column 'text', or 'source' and 'target'; it has {schema.names}")
+        raise ConfigError(f"{name}: needs columns that are {EXPECTED_FIELDS}; it has {schema.names}")
     columns = [*texts, *(["domain"] if "domain" in schema.names else [])]
     for column in columns:
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if column == "messages" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            continue
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise ConfigError(f"{name}: column {column!r} must be of strings, not {kind}")
     return columns
+
+
+def _as_strings(pa: Any, column: Any) -> Any:
+    """A column as strings; lists become JSON."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in column.to_pylist()]
+        return pa.array(values, pa.large_string())
+    return column.cast(pa.large_string())
 
 
 def _damaged(name: str, error: Exception) -> ConfigError:

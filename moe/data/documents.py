@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -11,6 +11,7 @@ from etils import epath
 from moe.config import ConfigError
 
 JSON_LINES = ".jsonl"
+CONVERSATION = "\x1d"  # begins a document that is a list of messages, as JSON
 PAIR = "\x1e"  # between source and target of a pair, which is one document
 HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
 MAX_DOMAIN_NAME = 100  # characters
@@ -37,13 +38,46 @@ def sections(text: str, target: int, limit: int) -> list[str]:
     return parts
 
 
+#: Fields or columns that hold a document: a text, a conversation, or two texts.
+TEXT_FIELDS = (("text",), ("messages",), ("prompt", "response"), ("source", "target"))
+EXPECTED_FIELDS = "a string 'text', a list 'messages', or strings 'prompt' and 'response', or 'source' and 'target'"
+
+
 def text_fields(names: Iterable[str]) -> tuple[str, ...]:
-    """Fields or columns that hold the text, of those there are: ``text``, or else ``source`` and ``target``."""
-    return ("text",) if "text" in names else ("source", "target")
+    """The first of :data:`TEXT_FIELDS` that there is; the last one if there is none."""
+    present = set(names)
+    return next((fields for fields in TEXT_FIELDS if set(fields) <= present), TEXT_FIELDS[-1])
+
+
+def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
+    """Makes one document of the values of text_fields. Raises ValueError for values of another type or form."""
+    if fields == ("messages",):
+        return _join_messages(values[0])
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"needs an object with {EXPECTED_FIELDS}")
+    return join_texts(*values)
+
+
+def _join_messages(messages: Any) -> str:
+    """A conversation as a document; messages may be JSON already."""
+    try:
+        messages = json.loads(messages) if isinstance(messages, str) else messages
+    except ValueError as error:
+        raise ValueError("has messages that are not JSON") from error
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("has messages that are not a list of objects with role and content")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("has a message that is not an object with a string 'role'")
+        if not isinstance(message.get("content"), (str, list, type(None))):
+            raise ValueError("has a message whose content is not a string")
+    return CONVERSATION + json.dumps(messages, ensure_ascii=False)
 
 
 def join_texts(*texts: str) -> str:
     """Makes one document of a text, or of source and target, blank if either is. Raises ValueError if one has PAIR."""
+    if any(text.startswith(CONVERSATION) for text in texts):
+        raise ValueError("begins with the character U+001D, which marks conversations")
     if len(texts) > 1 and any(PAIR in text for text in texts):
         raise ValueError("has the character U+001E, which divides source and target, in one of them")
     return PAIR.join(texts) if all(text.strip() for text in texts) else ""
@@ -123,10 +157,10 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     """Returns (text, domain or None) of a document's bytes; the suffix of `path` gives the format.
 
     Raises:
-      ValueError: the bytes are not UTF-8, or not a JSON object with a string ``text``, or ``source`` and ``target``.
+      ValueError: the bytes are not UTF-8, or not a JSON object with one of TEXT_FIELDS.
     """
     if path.suffix != JSON_LINES:
-        return blob.decode("utf-8"), None
+        return join_texts(blob.decode("utf-8")), None
     try:
         record = json.loads(blob.decode("utf-8"))
     except json.JSONDecodeError as error:
@@ -134,16 +168,13 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     except RecursionError as error:
         raise ValueError("cannot be parsed as JSON: nested too deeply") from error
     record = record if isinstance(record, dict) else {}
-    names = text_fields(record)
-    texts = [text for text in map(record.get, names) if isinstance(text, str)]
-    if len(texts) < len(names):
-        raise ValueError("needs an object with a string 'text', or with strings 'source' and 'target'")
     domain = record.get("domain")
     if domain is not None:
         if not isinstance(domain, str):
             raise ValueError(f"domain={domain!r}: must be a non-empty string")
         _check_domain(domain)
-    text = join_texts(*texts)
+    names = text_fields(record)
+    text = make_document(names, [record.get(name) for name in names])
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -16,10 +16,12 @@ from tokenizers import pre_tokenizers
 from moe.config import ConfigError
 from moe.data.tokenizer import Tokenizer
 
-JSON_FILE, JSON_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+JSON_FILE, JSON_CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 #: Usual names of the end and the beginning of a text, tried where no tokenizer_config.json gives them.
 _END_NAMES = ("</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<eos>")
 _BEGIN_NAMES = ("<s>", "<｜begin▁of▁sentence｜>", "<bos>")
+#: Fields of a tokenizer_config.json that name special tokens, which chat templates may use.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_VOCAB = 1 << 24
 _SPACE = "\u2581"
 #: Most characters that normalizer, pre-tokenizer and decoder may make of one.
@@ -35,18 +37,25 @@ class JsonTokenizer(Tokenizer):
     neither truncates nor pads, whatever the file says.
     """
 
-    def __init__(self, model_bytes: bytes, settings: bytes | None = None, source: str = "data.tokenizer"):
+    def __init__(
+        self,
+        model_bytes: bytes,
+        settings: bytes | None = None,
+        source: str = "data.tokenizer",
+        template: bytes | None = None,
+    ):
         """Parses both files.
 
         Args:
           model_bytes: content of the tokenizer.json.
           settings: content of the tokenizer_config.json.
           source: field or file of the tokenizer, for messages.
+          template: content of a chat_template.jinja, which precedes the one in the settings.
 
         Raises:
           ConfigError: the file is not a tokenizer.json, has no end-of-text token, or makes special tokens of text.
         """
-        self.model_bytes, self._settings = model_bytes, settings
+        self.model_bytes, self._settings, self._template = model_bytes, settings, template
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
             named = json.loads(settings) if settings else {}
@@ -54,7 +63,7 @@ class JsonTokenizer(Tokenizer):
             raise ConfigError(f"{source}: not a {JSON_FILE} with a valid {JSON_CONFIG_FILE}: {error}") from error
         if not isinstance(named, dict):
             raise ConfigError(f"{source}: {JSON_CONFIG_FILE} must be an object")
-        self._source = source
+        self.source, self._named = source, named
         if not self._tokenizer.get_vocab_size(with_added_tokens=True):
             raise ConfigError(f"{source}: {JSON_FILE} has an empty vocabulary")
         if self.vocab_size > _MAX_VOCAB:
@@ -72,7 +81,7 @@ class JsonTokenizer(Tokenizer):
         growth = math.prod(_growth(parts.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
         if growth > _MAX_GROWTH:
             raise ConfigError(
-                f"{self._source}: steps of {JSON_FILE} may make {growth:.3g} characters of one; at most {_MAX_GROWTH}"
+                f"{self.source}: steps of {JSON_FILE} may make {growth:.3g} characters of one; at most {_MAX_GROWTH}"
             )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -88,7 +97,7 @@ class JsonTokenizer(Tokenizer):
             self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, split])
         for name in reached:
             if self._reaches(name):
-                raise ConfigError(f"{self._source}: text {name!r} in a document becomes the special token {name!r}")
+                raise ConfigError(f"{self.source}: text {name!r} in a document becomes the special token {name!r}")
 
     @staticmethod
     def _unknown(model: dict[str, Any]) -> str | None:
@@ -107,14 +116,51 @@ class JsonTokenizer(Tokenizer):
         if isinstance(token, dict):  # older files give a token with its options
             token = token.get("content")
         if not (token is None or isinstance(token, str)):
-            raise ConfigError(f"{self._source}: {field} in {JSON_CONFIG_FILE} must be a string, not {token!r}")
+            raise ConfigError(f"{self.source}: {field} in {JSON_CONFIG_FILE} must be a string, not {token!r}")
         found = (self._tokenizer.token_to_id(name) for name in ([token] if token else names))
         return next((i for i in found if i is not None), -1)
 
     @property
     def files(self) -> dict[str, bytes]:
         """File name → content, to store in a workdir."""
-        return {JSON_FILE: self.model_bytes} | ({JSON_CONFIG_FILE: self._settings} if self._settings else {})
+        files = {JSON_FILE: self.model_bytes, JSON_CONFIG_FILE: self._settings, TEMPLATE_FILE: self._template}
+        return {name: content for name, content in files.items() if content}
+
+    def with_template(self, template: bytes) -> JsonTokenizer:
+        """The same tokenizer with another chat template."""
+        return JsonTokenizer(self.model_bytes, self._settings, self.source, template)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template, or that called "default" of several; None if there is none.
+
+        Raises:
+          ConfigError: it is no text.
+        """
+        found = self._template if self._template is not None else self._named.get("chat_template")
+        if isinstance(found, list):
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default")
+        try:
+            found = found.decode() if isinstance(found, bytes) else found
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.source}: {TEMPLATE_FILE} is not UTF-8 text") from error
+        if not (found is None or isinstance(found, str)):
+            raise ConfigError(f"{self.source}: chat_template in {JSON_CONFIG_FILE} must be a string")
+        return found
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Name → special token of the settings, such as eos_token → </s>."""
+        named = {name: self._named.get(name) for name in _SPECIAL_TOKENS}
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        return {name: token for name, token in texts.items() if isinstance(token, str)}
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        added = json.loads(self.model_bytes).get("added_tokens", [])
+        return frozenset(token["id"] for token in added if token["special"])
 
     @property
     def vocab_size(self) -> int:
@@ -138,13 +184,30 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids [n] int32 of the text, without special tokens."""
+        return np.asarray(self._encode(self._tokenizer, text).ids, np.int32)
+
+    def encode_rendered(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Returns the ids [n] int32 of a text in which special tokens stand, as a chat template writes it, and first
+        and last (exclusive) character of each."""
+        encoded = self._encode(self._with_special, text)
+        return np.asarray(encoded.ids, np.int32), encoded.offsets
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        """The tokenizer as the file has it, which finds special tokens in text."""
+        tokenizer = tokenizers.Tokenizer.from_buffer(self.model_bytes)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         try:
-            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            return tokenizer.encode(text, add_special_tokens=False)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # panics of the library derive from BaseException
             raise ConfigError(
-                f"{self._source}: {JSON_FILE} fails on the text {text[:40]!r}: {' '.join(str(error).split())}"
+                f"{self.source}: {JSON_FILE} fails on the text {text[:40]!r}: {' '.join(str(error).split())}"
             ) from error
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -160,13 +223,12 @@ class JsonTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each id's text, [V] int32; 0 for special tokens."""
         source = json.loads(self.model_bytes)
-        special = {token["id"] for token in source.get("added_tokens", []) if token["special"]}
         added = {token["id"] for token in source.get("added_tokens", [])}
         # Byte-level tokens have one character per byte; others are text with "▁" for spaces.
         byte_level = "ByteLevel" in json.dumps(source.get("decoder"))
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if i in special:
+            if i in self.special_ids:
                 continue
             if byte_level and i not in added:
                 sizes[i] = len(token)

@@ -11,6 +11,9 @@ A batch is a dict of int32 arrays, for B rows of this process, T = sequence_leng
 Documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] and targets = row[1:]. A document that
 a cut divides continues in the next row as a new segment with positions from 0.
 
+With data.objective "chat" a row holds whole conversations and padding (:mod:`moe.data.chat`), with targets in answers
+alone.
+
 With an encoder (data.input_length above 0) a row holds whole examples (:mod:`moe.data.objectives`) and padding:
   encoder_tokens, encoder_segment_ids, encoder_positions  [B,U]; segment i is the input of segment i of the decoder
 """
@@ -29,7 +32,8 @@ import grain
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig
-from moe.data import objectives, streams
+from moe.data import chat, objectives, streams
+from moe.data.documents import CONVERSATION
 from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen
 from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
@@ -91,7 +95,13 @@ def prepare_run(
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 def _tokenise(text: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Encodes a document as ``bos text eos``."""
+    """Encodes a document as ``bos text eos``.
+
+    Raises:
+      ConfigError: it is a conversation.
+    """
+    if text.startswith(CONVERSATION):
+        raise ConfigError("data.dataset: holds conversations (messages); set data.objective=chat to train on them")
     bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     return {"row": np.concatenate([bos, tokenizer.encode(text), [tokenizer.eos_id]]).astype(np.int32)}
 
@@ -134,6 +144,17 @@ def _rows(
         )
         rows = packed.map(functools.partial(objectives.encoder_decoder_row, tokenizer=tokenizer))
         return rows.map(lambda row: {**row, "domain": np.int32(index)})
+    if data.objective == "chat":
+        length = data.sequence_length
+        encode = functools.partial(chat.examples, length=length, tokenizer=tokenizer, dataset=data.dataset)
+        packed = grain.experimental.FirstFitPackIterDataset(
+            grain.experimental.FlatMapIterDataset(documents.map(encode).to_iter_dataset(options), _Flat()),
+            length_struct={"tokens": length, "targets": length},
+            num_packing_bins=PACKED_ROWS if data.pack else 1,
+            max_sequences_per_bin=None if data.pack else 1,
+            shuffle_bins=False,
+        )
+        return packed.map(functools.partial(chat.chat_row, domain=index, pad_id=tokenizer.pad_id))
     tokens = documents.map(functools.partial(_tokenise, tokenizer=tokenizer)).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))
@@ -219,10 +240,10 @@ EPOCH_SAMPLE = 32  # documents whose length estimates that of an epoch
 def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
     """Returns domain → share of its training tokens that a step reads, from the mean length of some documents.
 
-    Empty for an encoder-decoder, whose rows hold examples of texts and padding.
+    Empty where rows hold examples and padding: for encoder-decoders and conversations.
     """
     data, shares = config.data, {}
-    if data.input_length:
+    if data.input_length or data.objective == "chat":
         return {}
     weights = np.asarray(domain_weights(data, prepared.domains))
     for domain, weight in zip(prepared.domains, weights / weights.sum(), strict=True):
@@ -242,7 +263,8 @@ def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> 
     documents = grain.MapDataset.source(prepared.heldout[domain])
     rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), length))
     # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
-    if not rows or (rows[0]["segment_ids"][-1] == 0 and not data.input_length):
+    examples = data.input_length > 0 or data.objective == "chat"
+    if not rows or (rows[0]["segment_ids"][-1] == 0 and not examples):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
         raise ConfigError(
             f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} has only {tokens} "
@@ -308,15 +330,18 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
         counts, read = np.zeros(size, np.int64), 0
         for text in prepared.train[domain]:
             if data.input_length:
-                found = objectives.examples(text, rng, data, tokenizer)
+                found = [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
+            elif data.objective == "chat":
+                answers = chat.examples(text, data.sequence_length, tokenizer, data.dataset)
+                found = [example["targets"][example["targets"] >= 0] for example in answers]
             else:
-                found = [{"decoder": _tokenise(text, tokenizer)["row"]}]
-            for example in found:
-                counts += np.bincount(example["decoder"], minlength=len(counts))
-                read += sum(map(len, example.values()))
+                found = [_tokenise(text, tokenizer)["row"]]
+            for ids in found:
+                counts += np.bincount(ids, minlength=len(counts))
+                read += len(ids)
             if read >= UNIGRAM_TOKENS:
                 break
-        if not data.input_length and tokenizer.bos_id >= 0:
+        if not data.input_length and data.objective != "chat" and tokenizer.bos_id >= 0:
             counts[tokenizer.bos_id] = 0
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]

@@ -15,10 +15,11 @@ import numpy as np
 from etils import epath
 
 from moe.atomic_files import write_atomic
-from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig
-from moe.data import corpora, folders, tfds_datasets
+from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig, read_small_file
+from moe.data import chat, corpora, folders, tfds_datasets
 from moe.data.directory import disk_errors, locked
 from moe.data.documents import PAIR
+from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.sentinels import SENTINELS, check_sentinels
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 from moe.data.tokenizer_files import named_tokenizer
@@ -78,6 +79,8 @@ def open_data(
         domain_weights(data, domains)
         if tokenizer is None and data.tokenizer:
             tokenizer = named_tokenizer(data.tokenizer, directory, progress)
+        if data.objective == "chat":
+            tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
         if tokenizer is None:
             refuse_unseen(train)
             text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]
@@ -132,6 +135,19 @@ def _open(
     for domain in [name for name in data.domains or EMBEDDED_DOMAINS if name in embedded]:
         found[domain] = (*corpora.open_embedded(domain, directory, progress), str(corpora.EmbeddedCorpus.VERSION))
     return found
+
+
+def _chat_tokenizer(tokenizer: Tokenizer | None, template: str) -> Tokenizer:
+    """The tokenizer with data.chat_template, if that is set. Raises ConfigError if it then has no chat template."""
+    if tokenizer is None:
+        raise ConfigError(
+            "data.objective='chat': a tokenizer trained on the text has no chat template; start from an import "
+            "(start.checkpoint), or set data.tokenizer to a tokenizer.json"
+        )
+    if template and isinstance(tokenizer, JsonTokenizer):
+        tokenizer = tokenizer.with_template(read_small_file(template, f"data.chat_template={template!r}"))
+    chat.chat_template(tokenizer)
+    return tokenizer
 
 
 def _cached_tokenizer(

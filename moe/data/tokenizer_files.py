@@ -10,7 +10,7 @@ from pathlib import Path
 from etils import epath
 
 from moe.config import ConfigError, read_small_file
-from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, JsonTokenizer
+from moe.data.json_tokenizer import JSON_CONFIG_FILE, JSON_FILE, TEMPLATE_FILE, JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
 
@@ -28,18 +28,22 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = epath.Path(path).expanduser()
     if file.suffix != ".json":
         return Tokenizer.from_file(file)
-    name, settings = f"data.tokenizer={os.fspath(path)!r}", file.parent / JSON_CONFIG_FILE
-    content = read_small_file(settings) if settings.exists() else None
-    return JsonTokenizer(read_small_file(file, name), content, name)
+    name = f"data.tokenizer={os.fspath(path)!r}"
+    settings, template = (
+        read_small_file(file.parent / beside) if (file.parent / beside).exists() else None
+        for beside in (JSON_CONFIG_FILE, TEMPLATE_FILE)
+    )
+    return JsonTokenizer(read_small_file(file, name), settings, name, template)
 
 
-def find_tokenizer(workdir: str | os.PathLike[str]) -> Tokenizer:
-    """Reads the tokenizer of a run or an import from its workdir.
+def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> Tokenizer:
+    """Reads the tokenizer of a run or an import from its workdir; for chat the tokenizer.json where there are several.
 
     Raises:
       ConfigError: the workdir has none.
     """
-    for name in (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE):
+    names = (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE)
+    for name in (JSON_FILE, *names) if chat else names:
         if (epath.Path(workdir) / name).exists():
             return read_tokenizer(epath.Path(workdir) / name)
     raise ConfigError(

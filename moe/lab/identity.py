@@ -40,7 +40,8 @@ _NEUTRAL: Canonical = {
     "scores_per_group": 1, "renormalise": False, "routing_scale": 1.0, "slots_per_expert": 1,
     "drop_policy": "position", "overflow_to_next": False, "expert_dropout": 0.0,
     # data, optimizer, training
-    "weights": [], "tokenizer": "", "objective": "causal", "input_length": 0, "pack": True, "corruption_rate": 0.15,
+    "weights": [], "text_suffixes": [], "tokenizer": "", "chat_template": "",
+    "objective": "causal", "input_length": 0, "pack": True, "corruption_rate": 0.15,
     "mean_span": 3.0, "streams": 0, "shuffle_window": 512, "optimizer": "adamw", "schedule": "cosine",
     "final_rate_fraction": 0.1, "decay_steps": 0, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
     "gradient_clip": 1.0, "frozen": [], "accumulation_steps": 1,
@@ -58,7 +59,8 @@ _MODEL = (
     "init_scale", "dtype",
 )  # fmt: skip
 _DATA = (
-    "dataset", "domains", "weights", "tokenizer", "objective", "sequence_length", "input_length", "pack",
+    "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",
+    "objective", "sequence_length", "input_length", "pack",
     "corruption_rate", "mean_span", "streams", "shuffle_window",
 )  # fmt: skip
 _OPTIMIZER = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from etils import epath
 from moe.atomic_files import write_atomic
 from moe.checkpoints.state import TrainState
 from moe.config import ConfigError
-from moe.data import objectives, pipeline
+from moe.data import chat, objectives, pipeline
 from moe.metrics_files import METRICS, read_rows
 from moe.models import sampling
 from moe.training.step import Program
@@ -53,12 +54,15 @@ def finish(
 
 def _samples(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
     """Continuations of the first tokens of each domain's first held-out document."""
-    tokenizer = prepared.tokenizer
-    prompts = [tokenizer.encode(prepared.heldout[domain][0][:2000])[:31] for domain in prepared.domains]
-    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-    prompts = [np.concatenate([start, prompt]).astype(np.int32) for prompt in prompts]
-    config = program.config
+    tokenizer, config = prepared.tokenizer, program.config
+    documents = [prepared.heldout[domain][0] for domain in prepared.domains]
     options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
+    if config.data.objective == "chat":
+        options = dataclasses.replace(options, stop_tokens=chat.stop_ids(tokenizer))
+        prompts = [chat.first_prompt(tokenizer, text, config.data.dataset) for text in documents]
+    else:
+        start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+        prompts = [np.concatenate([start, tokenizer.encode(text[:2000])[:31]]).astype(np.int32) for text in documents]
     text = sampling.sample(config.model, state.variables, prompts, config.train.sample_tokens, options)
     shown = [
         f"a continuation, {domain}:\n{tokenizer.decode(prompt)} >>> {tokenizer.decode(continuation)}"

@@ -60,7 +60,7 @@ def tokenizer(config: Config) -> Tokenizer | None:
     if not workdir or config.data.tokenizer:
         return None
     try:
-        return find_tokenizer(workdir)
+        return find_tokenizer(workdir, chat=config.data.objective == "chat")
     except ConfigError as error:
         raise ConfigError(f"{error}, or set data.tokenizer") from error
 

@@ -1,0 +1,327 @@
+"""Conversations: the chat template of a tokenizer, and token ids with the loss on the answers alone.
+
+A template is a Jinja program that comes with a checkpoint. It is data: it runs in Jinja's immutable sandbox, sees only
+the messages and the names of special tokens, and has the helpers that the transformers library gives it.
+
+As there, the rendered text is tokenised as a whole, special tokens included: ``</s>`` typed in a message becomes the
+same id as one that the template wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import datetime
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+import jinja2.utils
+import numpy as np
+
+from moe.config import ConfigError
+from moe.data.documents import CONVERSATION, PAIR
+from moe.data.json_tokenizer import JsonTokenizer
+from moe.data.tokenizer import Tokenizer
+
+#: Messages as dicts with "role", "content" and whatever else a template reads.
+Messages = Sequence[dict[str, Any]]
+#: First and last (exclusive) character of an answer.
+Span = tuple[int, int]
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first
+
+
+# --- Templates -------------------------------------------------------------------------------------------------------
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}``, which marks what a model writes."""
+
+    tags = frozenset({"generation"})
+
+    def __init__(self, environment: jinja2.Environment):
+        super().__init__(environment)
+        environment.extend(record_spans=self.record)
+        self._recorded = contextvars.ContextVar[tuple[list[str], list[Span]] | None]("recorded", default=None)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: jinja2.runtime.Macro) -> str:
+        text = caller()
+        if (recorded := self._recorded.get()) is not None:
+            blocks, spans = recorded
+            start = sum(map(len, blocks))
+            spans.append((start, start + len(text)))
+        return text
+
+    @contextlib.contextmanager
+    def record(self, blocks: list[str], spans: list[Span]) -> Iterator[None]:
+        """Record the spans of a rendering whose blocks so far are in ``blocks``."""
+        token = self._recorded.set((blocks, spans))
+        try:
+            yield
+        finally:
+            self._recorded.reset(token)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace, without names that begin with an underscore."""
+
+    def __init__(*args: Any, **values: Any):  # pyright: ignore[reportSelfClsParameterName]
+        self, *rest = args
+        names = dict(*rest, **values)
+        for name in names:
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(self, names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a template cannot set {name!r}")
+
+
+class _Dict:
+    """``dict`` as a template sees it: a call, and fromkeys."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes the characters of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+class ChatTemplate:
+    """A compiled chat template with the special tokens that it can name."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], name: str):
+        """
+        Args:
+            source: the template.
+            special_tokens: bos_token, eos_token, ...
+            name: where it comes from, for messages.
+
+        Raises:
+            ConfigError: it cannot be compiled.
+        """
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
+        self._name, self._special_tokens, self._environment = name, special_tokens, environment
+        #: Whether the template says itself what a model writes.
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.exceptions.TemplateError as error:
+            raise ConfigError(f"{name}: the chat template cannot be compiled ({error})") from error
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the spans that the template marks as written by the model.
+
+        Raises:
+            ConfigError: the template refuses the messages, or does what the sandbox forbids.
+        """
+        blocks: list[str] = []
+        spans: list[Span] = []
+        values = {
+            "messages": [_plain_message(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            with self._environment.record_spans(blocks, spans):  # pyright: ignore[reportAttributeAccessIssue]
+                for block in self._template.generate(**values, **self._special_tokens):
+                    blocks.append(block)  # spans count from the end of the blocks so far
+        except Exception as error:  # a template is a program and may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(f"{self._name}: the chat template refuses a conversation ({reason})") from error
+        return "".join(blocks), spans
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without fields that are null, and with its reasoning under every name that templates read."""
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    if reasoning is not None:
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
+
+
+@functools.cache
+def _compiled(source: str, special_tokens: tuple[tuple[str, str], ...], name: str) -> ChatTemplate:
+    return ChatTemplate(source, dict(special_tokens), name)
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The template of a tokenizer.
+
+    Raises:
+        ConfigError: it has none, or is no tokenizer.json.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ConfigError(
+            "data.objective='chat': needs a tokenizer.json with a chat template, as imports of chat models have; set "
+            "data.tokenizer to one, or start from such an import (start.checkpoint)"
+        )
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "data.objective='chat': the tokenizer has no chat template (chat_template in tokenizer_config.json, or "
+            "chat_template.jinja); set data.chat_template to a file with one"
+        )
+    return _compiled(tokenizer.chat_template, tuple(tokenizer.special_tokens.items()), tokenizer.source)
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+def rendered_answers(template: ChatTemplate, messages: Messages) -> list[tuple[str, list[Span]]]:
+    """Texts of a conversation with the spans of the answers to learn.
+
+    A template with ``{% generation %}`` marks the spans. Without, an answer is what the text up to it has beyond the
+    text before it with the generation prompt: its content and the end of its turn. Where a template renders an answer
+    otherwise once more turns follow, such as without its reasoning, that answer is learnt from a text of its own that
+    ends with it. An answer at the beginning of a conversation answers nothing and is not learnt.
+
+    Raises:
+        ConfigError: see :meth:`ChatTemplate.render`.
+    """
+    whole, spans = template.render(messages)
+    if template.marks_answers:
+        return [(whole, spans)]
+    apart = []
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant" or i == 0:
+            continue
+        until, _ = template.render(messages[: i + 1])
+        before, _ = template.render(messages[:i], add_generation_prompt=True)
+        # A prompt for reasoning, such as "<think>", may not be part of an answer that has none.
+        span = (_common_prefix(before, until), len(until))
+        if whole.startswith(until):
+            spans.append(span)
+        else:
+            apart.append((until, [span]))
+    return [*apart, (whole, spans)] if spans else apart
+
+
+def _common_prefix(first: str, second: str) -> int:
+    """Number of characters with which both texts begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def encode_answers(tokenizer: JsonTokenizer, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] int32 of a text, and mask [n] bool, True for tokens that overlap a span."""
+    ids, offsets = tokenizer.encode_rendered(text)
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(ids), bool)
+    for first, last in spans:
+        mask |= (ends > first) & (starts < last)
+    return ids, mask
+
+
+# --- Documents -------------------------------------------------------------------------------------------------------
+def read_messages(text: str, dataset: str) -> list[dict[str, Any]]:
+    """Messages of a document (:mod:`moe.data.documents`): a conversation, or a source as question to its target.
+
+    Raises:
+        ConfigError: the document is a plain text.
+    """
+    if text.startswith(CONVERSATION):
+        return json.loads(text.removeprefix(CONVERSATION))
+    source, divided, target = text.partition(PAIR)
+    if not divided:
+        raise ConfigError(
+            f"data.objective='chat': needs documents with messages, prompt and response, or source and target, and "
+            f"{dataset!r} has texts; docs/chat.md shows the formats"
+        )
+    return [{"role": "user", "content": source}, {"role": "assistant", "content": target}]
+
+
+def examples(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
+    """``tokens`` and ``targets`` [n], n ≤ length, of a document; targets are -1 outside answers.
+
+    A longer conversation is cut there. Texts without a target are left out.
+
+    Raises:
+        ConfigError: see :func:`chat_template`, :func:`rendered_answers` and :func:`read_messages`.
+    """
+    template = chat_template(tokenizer)
+    assert isinstance(tokenizer, JsonTokenizer)
+    found = []
+    for rendered, spans in rendered_answers(template, read_messages(text, dataset)):
+        ids, mask = encode_answers(tokenizer, rendered, spans)
+        targets = np.where(mask[1:], ids[1:], -1)[:length].astype(np.int32)
+        if (targets >= 0).any():
+            found.append({"tokens": ids[:-1][:length], "targets": targets})
+    return found
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Messages) -> np.ndarray:
+    """Ids [n] int32 of a conversation and the beginning of the next answer."""
+    template = chat_template(tokenizer)
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer.encode_rendered(template.render(messages, add_generation_prompt=True)[0])[0]
+
+
+def first_prompt(tokenizer: Tokenizer, text: str, dataset: str) -> np.ndarray:
+    """Ids [n] int32 of a document up to its first answer, and the beginning of that."""
+    messages = read_messages(text, dataset)
+    answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
+    return prompt_ids(tokenizer, messages[: answers[0]] if answers else messages)
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Special tokens that the template writes after an answer, first of all; and the end-of-text token."""
+    template = chat_template(tokenizer)
+    assert isinstance(tokenizer, JsonTokenizer)
+    answered = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    text, spans = rendered_answers(template, answered)[-1]
+    ends = [(start, end) for start, end in spans] or [(0, len(text))]
+    after = text[max(ends)[0] :].partition("x")[2]
+    special = [int(i) for i in tokenizer.encode_rendered(after)[0] if int(i) in tokenizer.special_ids]
+    return tuple(dict.fromkeys([*special[:1], tokenizer.eos_id]))
+
+
+def chat_row(packed: dict[str, np.ndarray], domain: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The arrays of a batch (:mod:`moe.data.pipeline`) from packed examples, padding included."""
+    segments = packed["tokens_segment_ids"].astype(np.int32)
+    return {
+        "tokens": np.where(segments > 0, packed["tokens"], pad_id).astype(np.int32),
+        "targets": np.where(segments > 0, packed["targets"], -1).astype(np.int32),
+        "segment_ids": segments,
+        "positions": packed["tokens_positions"].astype(np.int32),
+        "domain": np.int32(domain),  # pyright: ignore[reportReturnType]
+    }
