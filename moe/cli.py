@@ -87,6 +87,7 @@ class WorkdirFlags:
         self._instead: dict[tuple[str, str], flags.FlagHolder] = {
             ("data", "dataset"): flags.DEFINE_string("dataset", None, "data.dataset instead of the workdir's."),
             ("data", "domains"): flags.DEFINE_list("domains", None, "data.domains instead of the workdir's."),
+            ("data", "objective"): flags.DEFINE_string("objective", None, "data.objective instead of the workdir's."),
             ("data", "directory"): flags.DEFINE_string("directory", None, "data.directory instead of the workdir's."),
             ("data", "sequence_length"): flags.DEFINE_integer(
                 "sequence_length", None, "Tokens per row instead of the workdir's."

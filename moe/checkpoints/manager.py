@@ -114,6 +114,7 @@ class Checkpoints:
             ConfigError: this checkpoint, or the previous one, could not be written.
         """
         self._best.losses[step] = heldout_loss
+        state = state.stored
         content = {"loop": memory, "checksums": checksums(state)}
         with _as_config_error(self._workdir, self._manager):
             self._manager.save(
@@ -284,6 +285,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _restore(state: TrainState) -> ocp.args.PyTreeRestore:
     """Restore arguments for a whole state, each device reading its shards; a different shape is an error."""
+    state = state.stored
     return ocp.args.PyTreeRestore(state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
 
 

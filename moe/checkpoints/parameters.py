@@ -16,10 +16,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from moe.atomic_files import from_checked_json
+from moe.checkpoints.adapted import base_step
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
 from moe.checkpoints.state import join
-from moe.config import ConfigError, ModelConfig
+from moe.checkpoints.workdir import CONFIG, read_config
+from moe.config import Config, ConfigError, ModelConfig
+from moe.models.adapters import initial_adapters, merge
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.parallel import partition_specs
 
@@ -125,7 +128,39 @@ def read_parameters(
     Raises:
         ConfigError: the checkpoint is missing, damaged, or holds another model; the parameter is named.
     """
-    return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
+    config = _adapted(workdir)
+    if config is None:
+        return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
+    base = options | {"step": base_step(epath.Path(workdir))}
+    whole = abstract_parameters(model)
+    wanted = jax.eval_shape(lambda tree: initial_adapters(tree, config.lora, jax.random.key(0)), whole)
+    adapters = _read(epath.Path(workdir), "parameters", wanted, **{**options, "only": ()})
+    merged = merge(
+        read_parameters(config.start.checkpoint, model, **base), adapters, config.lora.alpha / config.lora.rank
+    )
+    dtype = options.get("dtype")
+    return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+
+
+def _adapted(workdir: str | os.PathLike[str]) -> Config | None:
+    """Config of a workdir whose checkpoints hold adapters; None for another one."""
+    config = read_config(workdir) if (epath.Path(workdir) / CONFIG).exists() else None
+    return config if config is not None and config.lora.rank else None
+
+
+def read_base(config: Config, step: int | None, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters in float32, and selection biases, of the base of a run that trains adapters.
+
+    Args:
+        config: of the run.
+        step: of the base's checkpoint; None: the newest.
+        mesh: to place the arrays on.
+
+    Raises:
+        ConfigError: the base is missing, or its model is not the run's.
+    """
+    parameters = read_parameters(config.start.checkpoint, config.model, dtype=np.float32, mesh=mesh, step=step)
+    return parameters, read_biases(config.start.checkpoint, config.model, mesh=mesh, step=step)
 
 
 def read_variables(

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from moe.models.adapters import merge
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,44 @@ class TrainState:
     def variables(self) -> dict[str, Any]:
         """Parameters and biases in one nested dict: everything the model reads."""
         return join(self.parameters, self.biases)
+
+    @property
+    def stored(self) -> TrainState:
+        """What a checkpoint holds."""
+        return self
+
+    def restored(self, stored: TrainState) -> TrainState:
+        """The state of a checkpoint that :attr:`stored` went into."""
+        return stored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedState(TrainState):
+    """The state of a run whose parameters are adapters (:mod:`moe.models.adapters`) of a base.
+
+    Attributes:
+        base: nested dict of float32 arrays, neither trained nor saved.
+        scale: alpha / rank.
+    """
+
+    base: dict[str, Any]
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Merged parameters, and biases."""
+        return join(merge(self.base, self.parameters, self.scale), self.biases)
+
+    @property
+    def stored(self) -> TrainState:
+        """What a checkpoint holds: everything but the base."""
+        return TrainState(self.step, self.parameters, self.biases, self.optimizer, self.rng)
+
+    def restored(self, stored: TrainState) -> AdaptedState:
+        """The state of a checkpoint, with this base."""
+        fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(TrainState)}
+        return dataclasses.replace(self, **fields)
 
 
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -249,7 +249,30 @@ def check_run(config: Config) -> None:
     require_at_most("start.", config.start)
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
+    _check_lora(config)
     _check_mesh_sizes(config.mesh)
+
+
+def _check_lora(config: Config) -> None:
+    lora, start, rank = config.lora, config.start, config.lora.rank
+    require(rank >= 0, "lora.rank", rank, "must be at least 0")
+    require(lora.alpha > 0, "lora.alpha", lora.alpha, "must be positive")
+    if not rank:
+        return
+    require(bool(start.checkpoint), "lora.rank", rank, "needs start.checkpoint, whose parameters the adapters are of")
+    require(bool(lora.parts), "lora.parts", lora.parts, "must name at least one part")
+    require(
+        not config.optimizer.frozen,
+        "optimizer.frozen",
+        config.optimizer.frozen,
+        "must be empty with lora.rank; lora.parts and lora.trained say what is trained",
+    )
+    changed = [
+        field.name
+        for field in dataclasses.fields(start)
+        if field.name != "checkpoint" and getattr(start, field.name) != field.default
+    ]
+    require(not changed, "lora.rank", rank, f"adapts start.checkpoint as it is; unset start.{', start.'.join(changed)}")
 
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:

@@ -276,6 +276,17 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters over a fixed checkpoint, start.checkpoint (moe.models.adapters)."""
+
+    rank: int = 0  # columns of A; 0: no adapters, all parameters are trained
+    alpha: float = 16.0  # A B is multiplied by alpha / rank
+    parts: tuple[Part, ...] = ("attention", "dense", "experts", "shared", "latent")  # whose matrices have adapters
+    trained: tuple[Part, ...] = ()  # parts that are trained whole beside the adapters, such as router
+    common_a: bool = False  # all experts of a layer have one A, and a B each
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -287,3 +298,4 @@ class Config:
     train: TrainConfig = TrainConfig()
     start: StartConfig = StartConfig()
     distill: DistillConfig = DistillConfig()
+    lora: LoraConfig = LoraConfig()

@@ -43,7 +43,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one fiel
 class _Generation(jinja2.ext.Extension):
     """``{% generation %} ... {% endgeneration %}``, which marks what a model writes."""
 
-    tags = frozenset({"generation"})
+    tags: set[str] = {"generation"}  # noqa: RUF012  # as the base class has it
 
     def __init__(self, environment: jinja2.Environment):
         super().__init__(environment)

@@ -47,7 +47,7 @@ _NEUTRAL: Canonical = {
     "gradient_clip": 1.0, "frozen": [], "accumulation_steps": 1,
     # start, distillation
     "start": "", "expert_noise": 0.0, "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": [],
-    "optimizer_state": "reset", "teacher": "", "soft_share": 0.25,
+    "optimizer_state": "reset", "teacher": "", "soft_share": 0.25, "lora": 0,
 }  # fmt: skip
 
 #: Fields of a config that have the same name in the canonical form.
@@ -92,6 +92,7 @@ def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canon
     form["start"] = parents.get("starts_from", config.start.checkpoint)
     form["optimizer_state"] = config.start.optimizer if form["start"] else "reset"
     form["teacher"] = parents.get("teacher", config.distill.teacher)
+    form["lora"] = dataclasses.asdict(config.lora) if config.lora.rank else _NEUTRAL["lora"]
     form["soft_share"] = config.distill.soft_share if form["teacher"] else _NEUTRAL["soft_share"]
     if not all(sparse_layers(config.model)):
         form["dense_dim"] = config.model.d_ff

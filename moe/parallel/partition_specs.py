@@ -78,6 +78,25 @@ PARAMETERS: Mapping[str, P] = types.MappingProxyType(
 )
 
 
+#: Number of axes of a matrix that its input has, where it is not one.
+INPUT_AXES: Mapping[str, int] = types.MappingProxyType({"attention.out": 2})
+
+#: Names of a matrix's low-rank factors (moe.models.adapters): A, one for all experts of a layer, and B.
+ADAPTER_A, ADAPTER_COMMON_A, ADAPTER_B = "lora_a", "lora_common_a", "lora_b"
+
+
+def _storage(names: Sequence[str]) -> P | None:
+    """Storage of a parameter, or of a factor of one as the axes that it has in common with the matrix."""
+    if names[-1] not in (ADAPTER_A, ADAPTER_COMMON_A, ADAPTER_B):
+        return PARAMETERS.get(".".join(names[-2:]))
+    matrix = ".".join(names[-3:-1])
+    spec, experts = tuple(PARAMETERS[matrix]), int(matrix.startswith("experts."))
+    inputs = experts + INPUT_AXES.get(matrix, 1)
+    if names[-1] == ADAPTER_B:
+        return P(*spec[:experts], None, *spec[inputs:])
+    return P(*spec[experts if names[-1] == ADAPTER_COMMON_A else 0 : inputs], None)
+
+
 def axis_names(axes: Any) -> tuple[str, ...]:
     """Mesh axes in one entry of a PartitionSpec."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -118,7 +137,7 @@ def parameter_specs(tree: Any) -> Any:
         if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # nnx.State wraps arrays in Param
             path = path[:-1]
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-        found = PARAMETERS.get(".".join(names[-2:]))
+        found = _storage(names) if names else None
         if found is None:
             return REPLICATED
         stacked = jnp.ndim(leaf) - len(found)

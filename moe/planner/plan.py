@@ -400,6 +400,7 @@ def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, d
         start = time.perf_counter()
         built = train_step_module.build(config, mesh)
         stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
+        stored["parameters"] += fit.shard_bytes(getattr(built.state, "base", {}))  # of adapters
         capacity = topology.chip.memory // topology.chip.devices
         memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
         train_step: Any = built.train_step  # jitted

@@ -19,6 +19,7 @@ from etils import epath
 
 from moe import platform
 from moe.atomic_files import in_bucket
+from moe.checkpoints.adapted import pin_base
 from moe.checkpoints.integrity import first_line, is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.state import TrainState
@@ -111,6 +112,8 @@ def train(
         if new:
             iterator.start_prefetch()  # the first batch, while the rest is made
         state = warm_start.first_state(program, say) if new else None
+        if config.lora.rank and not new:
+            state = warm_start.first_state(program, workdir=workdir)  # the base, to which a checkpoint adds adapters
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             if not started:
@@ -118,6 +121,8 @@ def train(
             if new and jax.process_index() == 0 and holds_run(directory):
                 raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
+            if config.lora.rank and new:
+                pin_base(directory, config)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         say(_description(program))
         with disk_errors(directory):
@@ -125,7 +130,8 @@ def train(
         if found is None:
             step, state, saved = 0, state or warm_start.first_state(program, say), {}
         else:
-            step, state, saved = found
+            step, restored, saved = found
+            state = state.restored(restored) if state is not None else restored
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         with disk_errors(directory):
             _apply_changes(config, changes, step, directory, say)
@@ -306,7 +312,7 @@ class _Loop:
         """
         self._pending = [step_metrics(metrics) for metrics in self._pending]
         skipping = self._pending[-1]["skipped"] if self._pending else self._health.skipped_in_a_row
-        finite = is_finite(state.variables)
+        finite = is_finite((state.parameters, state.biases))
         if last and not finite:
             raise ConfigError(
                 f"step {step}: the parameters are not finite, so that the run cannot end here; a lower "

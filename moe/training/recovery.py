@@ -52,7 +52,7 @@ class Recovery:
                 good, _ = self._checkpoints.restore(saved, self._program.state)
                 self._tried, self._handled = saved, skipped
                 text = f"{trouble}: parameters and optimizer are those of step {saved} again"
-                return continue_at(good, step), [{"what": "rollback", "to": saved, "text": text}]
+                return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
         raise ConfigError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")
 
 

@@ -15,9 +15,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe.checkpoints.state import TrainState, join, set_schedule_step
+from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
 from moe.config import Config, ModelConfig
 from moe.layers.moe_layer import replace_gate
+from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
 from moe.models.encoder_decoder import Model, abstract_model, create_model
 from moe.models.stack import selection_biases
@@ -153,6 +154,8 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         optimizer=partition_specs.optimizer_specs(shapes.parameters, shapes.optimizer),
     )
     state_shardings = partition_specs.shardings(mesh, specs)
+    variables = jax.eval_shape(lambda state: state.variables, shapes)
+    variable_shardings = partition_specs.shardings(mesh, partition_specs.parameter_specs(variables))
     batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
     options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
@@ -176,7 +179,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         else lambda state, batch: jitted_step(state, batch, teacher_variables),
         eval_step=jax.jit(
             functools.partial(eval_step, parts.graphdef),
-            in_shardings=(state_shardings.variables, batch_sharding, replicated),
+            in_shardings=(variable_shardings, batch_sharding, replicated),
             out_shardings=replicated,
             compiler_options=options,
         ),
@@ -217,11 +220,17 @@ def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
     """Random state at step 0. The seed is an argument so that runs of several seeds share one compiled program."""
     parameter_key, noise_key = jax.random.split(jax.random.key(seed))
     model = create_model(parts.config.model, rngs=nnx.Rngs(params=parameter_key))
-    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    parameters = base = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
-    return TrainState(
+    lora = parts.config.lora
+    if lora.rank:
+        parameters = initial_adapters(base, lora, parameter_key)
+    state = TrainState(
         jnp.zeros((), jnp.int32), parameters, biases, parts.optimizer.init(parameters), jax.random.key_data(noise_key)
     )
+    if not lora.rank:
+        return state
+    return AdaptedState(**vars(state), base=base, scale=lora.alpha / lora.rank)
 
 
 def train_step(
@@ -242,7 +251,8 @@ def train_step(
         lambda: (*_update(parts, gradients, norm, state), biases),
         lambda: (state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases),
     )
-    return TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng), metrics
+    following = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
+    return state.restored(following), metrics
 
 
 def _gradients(
@@ -251,7 +261,7 @@ def _gradients(
     """(loss, cross-entropy, layer reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
     microbatches = parts.config.train.accumulation_steps
     num_targets = jnp.sum(batch["targets"] >= 0)
-    value_and_grad = jax.value_and_grad(functools.partial(_loss, parts), has_aux=True)
+    value_and_grad = jax.value_and_grad(functools.partial(_loss, parts, state), has_aux=True)
     if microbatches == 1:
         (loss, (cross_entropy, layers)), gradients = value_and_grad(
             state.parameters, state.biases, batch, rng, num_targets, teacher_variables, None
@@ -279,7 +289,7 @@ def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) 
 
     def measure(_, inputs):
         microbatch, index = inputs
-        model = nnx.merge(parts.graphdef, join(state.parameters, state.biases))
+        model = nnx.merge(parts.graphdef, state.variables)
         layers = forward(model, microbatch, train=True, rng=jax.random.fold_in(rng, index)).layers
         return None, None if layers is None else layers.sums
 
@@ -289,6 +299,7 @@ def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) 
 
 def _loss(
     parts: _Parts,
+    state: TrainState,
     parameters: dict[str, Any],
     biases: dict[str, Any],
     batch: Batch,
@@ -300,7 +311,8 @@ def _loss(
     """A microbatch's share of the batch's loss, and (its share of the cross-entropy, layer reports); with the totals of
     the step, its load-balancing loss is over the step."""
     config = parts.config
-    model = nnx.merge(parts.graphdef, join(parameters, biases))
+    variables = dataclasses.replace(state, parameters=parameters, biases=biases).variables
+    model = nnx.merge(parts.graphdef, variables)
     output = forward(model, batch, train=True, rng=rng)
     nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
     cross_entropy = loss = nll / jnp.maximum(num_targets, 1)
@@ -324,9 +336,10 @@ def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tu
 def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | None) -> dict[str, Any]:
     """Selection biases after a step, from the step's reports; no gradient is involved.
 
-    ``optimizer.frozen`` with "router" keeps them as they are.
+    ``optimizer.frozen`` with "router", and adapters without a trained router, keep them as they are.
     """
-    if not biases or layers is None or "router" in config.optimizer.frozen:
+    fixed = "router" not in config.lora.trained if config.lora.rank else "router" in config.optimizer.frozen
+    if not biases or layers is None or fixed:
         return biases
     moe = config.model.moe
     signals = selection_biases(config.model, bias_signal(moe.bias_update, layers, moe.experts_per_token))

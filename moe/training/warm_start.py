@@ -18,12 +18,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from moe.checkpoints import parameters as stored
+from moe.checkpoints.adapted import base_step
 from moe.checkpoints.manager import Checkpoints
-from moe.checkpoints.state import TrainState, set_schedule_step
+from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
 from moe.checkpoints.workdir import flatten, read_config
 from moe.config import Config, ConfigError, ModelConfig, StartConfig
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
+from moe.models.adapters import initial_adapters
 from moe.models.flops import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
@@ -65,12 +67,13 @@ def tokenizer(config: Config) -> Tokenizer | None:
         raise ConfigError(f"{error}, or set data.tokenizer") from error
 
 
-def first_state(program: Program, say: Callable[[str], Any] = lambda _: None) -> TrainState:
+def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, workdir: str = "") -> TrainState:
     """The state at step 0: random, or taken from a checkpoint as ``config.start`` says.
 
     Args:
         program: of the run.
         say: receives a line that says what was loaded, what is fresh and what is inherited.
+        workdir: of the run, which notes the base of adapters; empty: the base is the newest checkpoint.
 
     Raises:
         ConfigError: no checkpoint, parameters of another shape, or no optimizer state in it.
@@ -78,6 +81,8 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None) ->
     state, start = program.init(), program.config.start
     if not start.checkpoint:
         return state
+    if program.config.lora.rank:
+        return _adapted_state(program, state, workdir, say)
     source = read_config(start.checkpoint)
     theirs = _host(stored.read_parameters(start.checkpoint, source.model, dtype=np.float32))
     _refuse_other_depth(program.config, source.model)
@@ -100,6 +105,21 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None) ->
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
     say(_summary(program.config, source, theirs))
     placed = dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer)
+    return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
+
+
+def _adapted_state(program: Program, state: TrainState, workdir: str, say: Callable[[str], Any]) -> TrainState:
+    """A fresh state with the base, and what is trained whole, from the checkpoint."""
+    assert isinstance(state, AdaptedState)
+    config = program.config
+    base, biases = stored.read_base(config, base_step(epath.Path(workdir)) if workdir else None, program.mesh)
+    adapters = initial_adapters(base, config.lora, jax.random.key(config.seed))
+    counts = [sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (adapters, base)]
+    say(
+        f"start: adapters of rank {config.lora.rank}, {counts[0]:,} trained beside {counts[1]:,} fixed parameters of "
+        f"{config.start.checkpoint}; trained whole: {', '.join(config.lora.trained) or 'nothing'}"
+    )
+    placed = dataclasses.replace(state, parameters=adapters, biases=biases or state.biases, base=base)
     return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
 
 

@@ -1,0 +1,201 @@
+"""Low-rank adapters: values and gradients of merged matrices on every mesh, and runs that save them alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.checkpoints.parameters import read_parameters, read_variables
+from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
+from moe.models.adapters import initial_adapters, merge
+from moe.parallel.mesh import make_mesh
+from moe.training import loop as training
+from moe.training import step
+from moe.training.loop import train
+from moe.training.step import build, place
+from tests.helpers import slow_case
+from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, compilation_cache, directory, raise_interrupted, tiny  # noqa: F401
+
+EVERYTHING = ("attention", "experts")
+
+
+def test_merged_matrices_by_hand():
+    """A = (1,2)ᵀ, B = (3,4), alpha / rank = 2: 2 A B = (6 8; 12 16). Two experts with one A have a B each."""
+    base = {"dense": {"up": jnp.eye(2)}, "experts": {"up": jnp.zeros((2, 2, 2))}, "norm": {"scale": jnp.ones(2)}}
+    a, b = jnp.asarray([[1.0], [2.0]]), jnp.asarray([[3.0, 4.0]])
+    adapters = {
+        "dense": {"up": {"lora_a": a, "lora_b": b}},
+        "experts": {"up": {"lora_common_a": a, "lora_b": jnp.stack([b, 10 * b])}},
+    }
+    merged = merge(base, adapters, 2.0)
+    product = np.asarray([[6, 8], [12, 16]])
+    np.testing.assert_array_equal(merged["dense"]["up"], np.eye(2) + product)
+    np.testing.assert_array_equal(merged["experts"]["up"], [product, 10 * product])
+    assert merged["norm"]["scale"] is base["norm"]["scale"]
+
+
+def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
+    shapes = {
+        "attention": {"query": (3, 8, 4, 2), "out": (3, 4, 2, 8), "query_bias": (3, 4, 2)},
+        "moe": {"experts": {"down": (3, 5, 6, 8), "down_bias": (3, 5, 8)}, "router": {"kernel": (3, 8, 5)}},
+    }
+    base = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    config = LoraConfig(rank=2, parts=EVERYTHING, trained=("router",))
+    adapters = initial_adapters(base, config, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, adapters) == {
+        "attention": {
+            "query": {"lora_a": (3, 8, 2), "lora_b": (3, 2, 4, 2)},
+            "out": {"lora_a": (3, 4, 2, 2), "lora_b": (3, 2, 8)},
+        },
+        "moe": {
+            "experts": {"down": {"lora_a": (3, 5, 6, 2), "lora_b": (3, 5, 2, 8)}},
+            "router": {"kernel": (3, 8, 5)},
+        },
+    }
+    jax.tree.map(np.testing.assert_array_equal, merge(base, adapters, 8.0), base)
+    assert np.abs(adapters["attention"]["out"]["lora_a"]).max() <= 8**-0.5
+    common = initial_adapters(base, dataclasses.replace(config, common_a=True), jax.random.key(0))
+    assert common["moe"]["experts"]["down"]["lora_common_a"].shape == (3, 6, 2)
+
+
+def _adapted(tmp_path, dispatch):
+    """Config of adapters of a tiny Mixtral; the tests give it a random base."""
+    changes = {"start.checkpoint": "base", "lora.rank": 2, "lora.alpha": 6.0, "lora.parts": EVERYTHING}
+    return tiny(tmp_path, **changes | {"model.moe.dispatch": dispatch, "lora.trained": ("router",)})
+
+
+def _batch(mesh):
+    tokens = np.random.default_rng(0).integers(3, 32, (8, 17)).astype(np.int32)
+    ones = np.ones((8, 16), np.int32)
+    arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones}
+    return place(arrays | {"positions": np.arange(16, dtype=np.int32) * ones}, mesh)
+
+
+def _gradients(config, state):
+    """Loss and gradients, and the state, whose arrays are placed on the config's mesh."""
+    count = int(np.prod([abs(size) for size in dataclasses.astuple(config.mesh)]))
+    mesh = make_mesh(config.mesh, jax.devices()[:count])
+    validate_mesh(config, mesh.shape)
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        state = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, program.state)
+        parts = step._Parts(config, program.graphdef, program.graphdef, None, None)
+        key = jax.random.key(1)
+        run = jax.jit(lambda state, batch: step._gradients(parts, state, batch, key, None))
+        (loss, *_), gradients = run(state, _batch(mesh))
+    return float(loss), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, state)
+
+
+MESHES = [{"data": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}]
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "mesh", "common_a"),
+    [
+        ("einsum", MESHES[0], True),
+        slow_case("gather", MESHES[0], False),
+        slow_case("dropless", MESHES[0], False),
+        slow_case("gather", MESHES[1], True),
+        slow_case("dropless", MESHES[1], False),
+        slow_case("gather", {"data": 1}, False),
+        slow_case("dropless", {"data": 1}, True),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_merged_model(tmp_path, dispatch, mesh, common_a):
+    """dA = alpha / rank · dW Bᵀ and dB = alpha / rank · Aᵀ dW, with dW of the merged model on one device."""
+    config = _adapted(tmp_path, dispatch=dispatch)
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, common_a=common_a))
+    mesh_of_one = make_mesh(MeshConfig(data=1), ONE)
+    with jax.set_mesh(mesh_of_one):
+        state = build(config, mesh_of_one).init()
+    rng = np.random.default_rng(1)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), state.parameters)
+    state = dataclasses.replace(state, parameters=moved)
+    placed = dataclasses.replace(config, mesh=MeshConfig(**mesh))
+    loss, gradients, state = _gradients(placed, state)
+    plain = dataclasses.replace(config, lora=LoraConfig(), start=StartConfig(), mesh=MeshConfig(data=1))
+    with jax.set_mesh(mesh_of_one):
+        fresh = build(plain, mesh_of_one).init()
+    whole = dataclasses.replace(fresh, parameters=state.variables, biases={})
+    expected_loss, full, _ = _gradients(plain, whole)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    block, adapters = gradients["segment_0"]["block_0"], state.parameters["segment_0"]["block_0"]
+    full, scale = full["segment_0"]["block_0"], 3.0
+    forms = {
+        ("attention", "out"): "lnhd,lrd->lnhr,lnhr,lnhd->lrd",
+        ("attention", "query"): "ldnh,lrnh->ldr,ldr,ldnh->lrnh",
+    }
+    for (owner, name), form in forms.items():
+        _compare(block[owner][name], adapters[owner][name], scale * full[owner][name], form, "lora_a")
+    experts = "ledf,lerf->ldr,ldr,ledf->lerf" if common_a else "ledf,lerf->ledr,ledr,ledf->lerf"
+    for name in ("gate", "up", "down"):
+        of = (tree["moe"]["experts"][name] for tree in (block, adapters, full))
+        gradient, factors, dense = of
+        _compare(gradient, factors, scale * dense, experts, "lora_common_a" if common_a else "lora_a")
+    np.testing.assert_allclose(block["moe"]["router"]["kernel"], full["moe"]["router"]["kernel"], rtol=1e-4, atol=1e-6)
+
+
+def _compare(gradient, factors, dense, form, a):
+    """Both factors' gradients against those of their matrix; the form is "dW,B->dA,A,dW->dB"."""
+    of_a, middle, of_b = form.split("->")
+    name_a, second = middle.split(",", 1)
+    expected = {
+        a: np.einsum(f"{of_a}->{name_a}", dense, factors["lora_b"]),
+        "lora_b": np.einsum(f"{second}->{of_b}", factors[a], dense),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(gradient[name], values, rtol=1e-4, atol=1e-6)
+        assert np.abs(values).max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilation_cache")
+def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(directory, tmp_path, monkeypatch):  # noqa: F811
+    base = tiny(directory, **SETTINGS | {"train.num_steps": 4, "train.save_every": 4})
+    train(base, str(tmp_path / "base"), ONE, quiet=True)
+    changes = {
+        "start.checkpoint": str(tmp_path / "base"), "lora.rank": 2, "lora.parts": EVERYTHING, "train.num_steps": 4,
+        "train.save_every": 2,
+    }  # fmt: skip
+    config = tiny(directory, **SETTINGS | changes)
+    train(config, str(tmp_path / "whole"), ONE, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "next_batch", at_step(3, raise_interrupted))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "broken"), ONE, quiet=True)
+    # The base goes on; the adapters still belong to its step 4.
+    longer = tiny(directory, **SETTINGS | {"train.num_steps": 6, "train.save_every": 4})
+    train(longer, str(tmp_path / "base"), ONE, quiet=True, allow_changes=True)
+    train(config, str(tmp_path / "broken"), ONE, quiet=True)
+    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
+    assert rows[0] == rows[1]
+    merged, again = (read_variables(tmp_path / name, config.model) for name in ("whole", "broken"))
+    jax.tree.map(np.testing.assert_array_equal, merged, again)
+    before = read_parameters(tmp_path / "base", config.model, step=4)
+    experts = [tree["segment_0"]["block_0"]["moe"]["experts"]["up"] for tree in (merged, before)]
+    change = np.asarray(experts[0] - experts[1])[0]
+    assert all(np.linalg.matrix_rank(matrix, tol=1e-6) == 2 for matrix in change)
+    np.testing.assert_array_equal(merged["embedding"]["table"], before["embedding"]["table"])
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / name / "checkpoints" / "4").rglob("*") if path.is_file())
+        for name in ("whole", "base")
+    ]
+    assert sizes[0] < sizes[1] / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora.rank": -1}, "lora.rank=-1: must be at least 0"),
+        ({"lora.rank": 2}, "needs start.checkpoint"),
+        ({"lora.rank": 2, "start.checkpoint": "x", "optimizer.frozen": ("router",)}, "must be empty with lora.rank"),
+        ({"lora.rank": 2, "start.checkpoint": "x", "start.fresh": ("router",)}, r"unset start\.fresh"),
+        ({"lora.rank": 2, "start.checkpoint": "x", "lora.parts": ()}, "at least one part"),
+        ({"lora.alpha": 0.0}, "must be positive"),
+    ],
+)
+def test_what_adapters_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(tmp_path, **changes)
