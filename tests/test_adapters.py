@@ -9,10 +9,12 @@ import pytest
 
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
+from moe.metrics_files import read_rows
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
 from moe.training import step
+from moe.training.averaging import write_average
 from moe.training.loop import train
 from moe.training.step import build, place
 from tests.helpers import slow_case
@@ -153,11 +155,15 @@ def _compare(gradient, factors, dense, form, a):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compilation_cache")
 def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(directory, tmp_path, monkeypatch):  # noqa: F811
-    base = tiny(directory, **SETTINGS | {"train.num_steps": 4, "train.save_every": 4})
+    base = tiny(directory, **SETTINGS | {"train.num_steps": 4, "train.save_every": 2})
     train(base, str(tmp_path / "base"), ONE, quiet=True)
+    write_average(str(tmp_path / "base"), str(tmp_path / "mean"), [], ema=False)
+    parts = [read_parameters(tmp_path / "base", base.model, step=step) for step in (2, 4)]
+    mean = read_parameters(tmp_path / "mean", base.model)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(c, (a + b) / 2, rtol=1e-6), *parts, mean)
     changes = {
         "start.checkpoint": str(tmp_path / "base"), "lora.rank": 2, "lora.parts": EVERYTHING, "train.num_steps": 4,
-        "train.save_every": 2,
+        "train.save_every": 2, "optimizer.ema_decay": 0.5,
     }  # fmt: skip
     config = tiny(directory, **SETTINGS | changes)
     train(config, str(tmp_path / "whole"), ONE, quiet=True)
@@ -166,7 +172,7 @@ def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(direct
         with pytest.raises(Interrupted):
             train(config, str(tmp_path / "broken"), ONE, quiet=True)
     # The base goes on; the adapters still belong to its step 4.
-    longer = tiny(directory, **SETTINGS | {"train.num_steps": 6, "train.save_every": 4})
+    longer = tiny(directory, **SETTINGS | {"train.num_steps": 6, "train.save_every": 2, "train.keep_every": 4})
     train(longer, str(tmp_path / "base"), ONE, quiet=True, allow_changes=True)
     train(config, str(tmp_path / "broken"), ONE, quiet=True)
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
@@ -178,6 +184,12 @@ def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(direct
     change = np.asarray(experts[0] - experts[1])[0]
     assert all(np.linalg.matrix_rank(matrix, tol=1e-6) == 2 for matrix in change)
     np.testing.assert_array_equal(merged["embedding"]["table"], before["embedding"]["table"])
+    # The moving average, 0.5 decay, is nearer to the weights before the end than the weights at the end.
+    write_average(str(tmp_path / "whole"), str(tmp_path / "ema"), [], ema=True)
+    average = read_parameters(tmp_path / "ema", config.model)["segment_0"]["block_0"]["moe"]["experts"]["up"]
+    assert 0 < np.abs(average - experts[0]).max() < np.abs(change).max()
+    rows = [row for row in read_rows(tmp_path / "whole" / "metrics.jsonl") if row["kind"] == "heldout_ema/all"]
+    assert rows
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / name / "checkpoints" / "4").rglob("*") if path.is_file())
         for name in ("whole", "base")

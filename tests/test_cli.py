@@ -12,6 +12,7 @@ from configs import mixtral, switch
 from moe import cli
 from moe.config import ConfigError, inherit_model, run_config, to_dict
 from moe.config.parse import assigned_fields
+from moe.interop.hub_cache import find_source
 from moe.routing.resolve import from_config_dict
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,23 @@ def test_help_shows_what_is_needed_first_then_options_examples_and_exit_codes():
     places = [shown.stdout.index(part) for part in parts]
     assert places == sorted(places)
     assert shown.stdout.count("python main.py --") >= 3
+
+
+def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    snapshots = tmp_path / "models--org--name" / "snapshots"
+    for name in ("older", "main0"):
+        (snapshots / name).mkdir(parents=True)
+        (snapshots / name / "config.json").write_text("{}")
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("older")
+    assert find_source("org/name") == str(snapshots / "older")
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("../../elsewhere")
+    assert find_source("org/name").startswith(str(snapshots))
+    assert find_source(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ConfigError, match=r"--source=org/other: no such folder, .*`hf download org/other`"):
+        find_source("org/other")
 
 
 def test_programs_that_need_something_have_two_examples():

@@ -11,7 +11,7 @@ import pytest
 from moe.config import ConfigError, OptimizerConfig
 from moe.models.flops import abstract_parameters
 from moe.parallel import partition_specs
-from moe.training.optimizer import OPTIMIZERS, make_optimizer
+from moe.training.optimizer import OPTIMIZERS, _averaging, averaged_weights, make_optimizer
 from tests.helpers import tiny_model
 
 RATE = 0.1
@@ -176,3 +176,24 @@ def test_an_unknown_optimizer_is_named():
         ConfigError, match=r"'builtins:print': must return an optax\.GradientTransformation, not NoneType"
     ):
         make_optimizer(dataclasses.replace(CONFIG, name="builtins:print"), 10)
+
+
+def test_the_moving_average_of_the_weights_by_hand():
+    """Decay 1/2; weights 1 and 3 after two updates count 1/4 and 1/2, divided by their sum: (0.25 + 1.5) / 0.75."""
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0, ema_decay=0.5, frozen=("router",))
+    averaging = _averaging(0.5)
+    state = averaging.init({"w": jnp.zeros(1)})
+    for weight, update in ((0.0, 1.0), (1.0, 2.0)):
+        updates, state = averaging.update({"w": jnp.full(1, update)}, state, {"w": jnp.full(1, weight)})
+        assert updates["w"] == update
+    np.testing.assert_allclose(averaged_weights(config, (state,))["w"], 1.75 / 0.75, rtol=1e-6)
+    # In the whole optimizer the average is of what the updates lead to, of frozen parts too.
+    optimizer = make_optimizer(config, 10)
+    weights = {"router": {"kernel": jnp.ones((2, 2))}, "dense": {"up": jnp.ones((2, 2))}}
+    state = optimizer.init(weights)
+    updates, state = optimizer.update(jax.tree.map(jnp.ones_like, weights), state, weights, norm=jnp.ones(()))
+    average = averaged_weights(config, state)
+    after = optax.apply_updates(weights, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, after)
+    assert (after["router"]["kernel"] == 1).all()
+    assert (after["dense"]["up"] < 1).all()

@@ -148,17 +148,20 @@ def _adapted(workdir: str | os.PathLike[str]) -> Config | None:
     return config if config is not None and config.lora.rank else None
 
 
-def read_base(config: Config, step: int | None, mesh: Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_base(
+    config: Config, workdir: str | os.PathLike[str] | None, mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters in float32, and selection biases, of the base of a run that trains adapters.
 
     Args:
         config: of the run.
-        step: of the base's checkpoint; None: the newest.
+        workdir: of the run, which notes the base's checkpoint; None: its newest one.
         mesh: to place the arrays on.
 
     Raises:
         ConfigError: the base is missing, or its model is not the run's.
     """
+    step = None if workdir is None else base_step(epath.Path(workdir))
     parameters = read_parameters(config.start.checkpoint, config.model, dtype=np.float32, mesh=mesh, step=step)
     return parameters, read_biases(config.start.checkpoint, config.model, mesh=mesh, step=step)
 

@@ -370,7 +370,7 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     require_at_most("optimizer.", optimizer)
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
-    require_fractions("optimizer.", optimizer, "b1", "b2")
+    require_fractions("optimizer.", optimizer, "b1", "b2", "ema_decay")
     fraction = optimizer.final_learning_rate_fraction
     require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(

@@ -228,6 +228,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # of matrices only
     gradient_clip: float = 1.0  # largest global norm; 0: no clipping
     frozen: tuple[Part, ...] = ()  # parts that are not trained
+    ema_decay: float = 0.0  # per step, of an average of the weights that is evaluated beside them; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ checkpoint, whatever ended the first one: docs/restarts.md lists what can go wro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ from moe.training import memory, progress, warm_start
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
 from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
+from moe.training.optimizer import averaged_weights
 from moe.training.recovery import Recovery, next_batch
 from moe.training.report import finish
 from moe.training.step import Program, build, place
@@ -300,6 +302,13 @@ class _Loop:
         results = evaluate(self._program, state.variables, self._heldout())
         for domain, values in results.items():
             self._writer.write(step, f"heldout/{domain}", values)
+        optimizer = self._program.config.optimizer
+        if optimizer.ema_decay:
+            averaged = dataclasses.replace(state, parameters=averaged_weights(optimizer, state.optimizer))
+            of_average = evaluate(self._program, averaged.variables, self._heldout())
+            for domain, values in of_average.items():
+                self._writer.write(step, f"heldout_ema/{domain}", values)
+            results["all"] |= {"ema": of_average["all"]["loss"]}
         self._progress.evaluated(results["all"])
         self._clock.restart()
         return results["all"]["loss"]

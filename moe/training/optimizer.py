@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,60 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     optimizer = _named(config, learning_rate_schedule(config, num_steps))
     if config.gradient_clip > 0:
         optimizer = optax.chain(_clip(config.gradient_clip), optimizer)
-    if not config.frozen:
-        return optax.with_extra_args_support(optimizer)
+    if config.frozen:
+        optimizer = _without_frozen(config, optimizer)
+    if config.ema_decay:
+        optimizer = optax.chain(optimizer, _averaging(config.ema_decay))
+    return optax.with_extra_args_support(optimizer)
+
+
+class WeightAverage(NamedTuple):
+    """Exponential moving average of the weights.
+
+    Attributes:
+        steps: [] int32, weights that were averaged.
+        total: their sum, each times (1 - decay) decay^age.
+    """
+
+    steps: Array
+    total: Any
+
+
+def averaged_weights(config: OptimizerConfig, state: Any) -> Any:
+    """The average of the weights after each update so far: their weights decay with age, and sum to 1.
+
+    Args:
+        config: with ``ema_decay``.
+        state: of :func:`make_optimizer`, after at least one update.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, WeightAverage))
+    (average,) = (node for node in nodes if isinstance(node, WeightAverage))
+    weight = jnp.maximum(1 - config.ema_decay**average.steps, jnp.finfo(jnp.float32).tiny)  # 0 without an update
+    return jax.tree.map(lambda total: total / weight, average.total)
+
+
+def _averaging(decay: float) -> optax.GradientTransformation:
+    """Average the weights that the updates lead to; the updates pass unchanged."""
+
+    def init(params: Any) -> Any:
+        return WeightAverage(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        weights = optax.apply_updates(params, updates)
+        total = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.total, weights)
+        return updates, WeightAverage(state.steps + 1, total)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _without_frozen(config: OptimizerConfig, optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer on parameters that are not frozen; the frozen have no optimizer state."""
 
     def labels(parameters: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "frozen" if _is_frozen(config, path) else "trained", parameters
         )
 
-    # Frozen parameters have no optimizer state.
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 

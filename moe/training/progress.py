@@ -79,7 +79,8 @@ class Progress:
     def evaluated(self, results: Mapping[str, Any]) -> None:
         """Take the held-out loss over all domains, shown by the next :meth:`show`."""
         error = f" ± {results['standard_error']:.3f}" if "standard_error" in results else ""
-        self._shown["heldout"] = f"{results['loss']:.3f}{error} ({results['targets']:,} tokens)"
+        average = f", {results['ema']:.3f} of the averaged weights" if "ema" in results else ""
+        self._shown["heldout"] = f"{results['loss']:.3f}{error} ({results['targets']:,} tokens{average})"
 
     def show(self, step: int) -> None:
         """Show what was logged or measured at this step, if anything."""

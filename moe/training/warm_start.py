@@ -18,7 +18,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from moe.checkpoints import parameters as stored
-from moe.checkpoints.adapted import base_step
 from moe.checkpoints.manager import Checkpoints
 from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
 from moe.checkpoints.workdir import flatten, read_config
@@ -112,7 +111,7 @@ def _adapted_state(program: Program, state: TrainState, workdir: str, say: Calla
     """A fresh state with the base, and what is trained whole, from the checkpoint."""
     assert isinstance(state, AdaptedState)
     config = program.config
-    base, biases = stored.read_base(config, base_step(epath.Path(workdir)) if workdir else None, program.mesh)
+    base, biases = stored.read_base(config, workdir or None, program.mesh)
     adapters = initial_adapters(base, config.lora, jax.random.key(config.seed))
     counts = [sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (adapters, base)]
     say(

@@ -1,0 +1,88 @@
+"""Averages of a run's weights, written as a workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from moe.checkpoints import parameters as stored
+from moe.checkpoints.manager import Checkpoints, complete_steps
+from moe.checkpoints.workdir import CONFIG, read_config
+from moe.config import Config, ConfigError, LoraConfig, MeshConfig, to_dict
+from moe.data.tokenizer_files import find_tokenizer
+from moe.models.adapters import merge
+from moe.parallel.mesh import make_mesh
+from moe.training.optimizer import averaged_weights
+from moe.training.step import build
+
+
+def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) -> str:
+    """Write a workdir with averaged weights and the run's config and tokenizer; return a line that says of what.
+
+    Selection biases are those of the newest checkpoint.
+
+    Args:
+        workdir: of a run.
+        out: workdir to create; must be new or empty.
+        steps: of the checkpoints to average; empty: all that are there.
+        ema: take the moving average of the newest checkpoint instead.
+
+    Raises:
+        ConfigError: a checkpoint is missing, ``out`` holds files, or the run keeps no moving average.
+    """
+    config, there = read_config(workdir), complete_steps(epath.Path(workdir))
+    target = epath.Path(out)
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"--out={out}: holds files; use a new folder")
+    if ema and not config.optimizer.ema_decay:
+        raise ConfigError(f"--ema: {workdir} was trained with optimizer.ema_decay=0 and keeps no moving average")
+    if not there:
+        raise ConfigError(f"{workdir}: holds no checkpoints")
+    chosen = sorted(set(steps)) or there
+    weights = _moving_average(workdir, config, there[-1]) if ema else _mean(workdir, config, chosen)
+    biases = stored.read_biases(workdir, config.model)
+    target.mkdir(parents=True, exist_ok=True)
+    stored.write_parameters(target, _streamed(weights), _streamed(biases))
+    for name, content in find_tokenizer(workdir).files.items():
+        (target / name).write_bytes(content)
+    merged = dataclasses.replace(config, lora=LoraConfig())
+    (target / CONFIG).write_text(json.dumps(to_dict(merged), indent=2))
+    what = f"the moving average at step {there[-1]}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
+    return f"{out}: {what} of {workdir}"
+
+
+def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
+    """Mean over checkpoints, one of which is in memory at a time beside the sum."""
+    total = None
+    for step in steps:
+        tree = stored.read_parameters(workdir, config.model, step=step, dtype=np.float32)
+        share = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) / len(steps), tree)
+        total = share if total is None else jax.tree.map(np.add, total, share)
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
+
+
+def _moving_average(workdir: str, config: Config, step: int) -> Any:
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        program = build(dataclasses.replace(config, mesh=MeshConfig(data=1)), mesh)
+        state, _ = Checkpoints(epath.Path(workdir), 1, read_only=True).restore(step, program.state)
+        weights = averaged_weights(config.optimizer, state.optimizer)
+    if config.lora.rank:
+        base, _ = stored.read_base(config, workdir, mesh)
+        weights = merge(base, weights, config.lora.alpha / config.lora.rank)
+    return jax.tree.map(np.asarray, weights)
+
+
+def _streamed(tree: Any) -> Any:
+    def parts(leaf: np.ndarray) -> Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]:
+        return lambda: iter([((), leaf)])
+
+    return jax.tree.map(
+        lambda leaf: stored.Streamed(leaf.shape, leaf.dtype, 0, parts(leaf)), jax.tree.map(np.asarray, tree)
+    )
