@@ -1,44 +1,9 @@
-"""Train or resume: python main.py --config=configs/quickstart.py --workdir=DIR [--config.x.y=value ...]."""
+"""Train or resume: python main.py --config=configs/quickstart.py --workdir=DIR [--config.x.y=value ...].
 
-from moe import platform
+The program is moe/programs/train.py, which is the command moe-train too.
+"""
 
-if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
-
-from absl import flags
-
-from moe import cli, compilation_cache
-from moe.parallel.processes import join_processes
-from moe.training import profiling
-from moe.training.loop import train
-
-_CONFIG = cli.define_config()
-_WORKDIR = cli.define_path("workdir", "Folder for checkpoints, metrics and reports; created if missing.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this run.")
-_CHANGE = flags.DEFINE_bool(
-    "change", False, "Let a run go on with another train.num_steps, learning rate or schedule (docs/restarts.md)."
-)
-_PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps from STEP (docs/pods.md).")
-
-
-def main() -> None:
-    """Parse flags and train."""
-    config = cli.load_config(_CONFIG)
-    if _DISTRIBUTED.value:
-        join_processes()
-    compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
-    steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
-    with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:
-        train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)
-
+from moe.commands import start
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        required=("config", "workdir"),
-        examples=(
-            "python main.py --config=configs/quickstart.py --workdir=/tmp/quickstart",
-            "python main.py --config=configs/switch.py --workdir=/tmp/switch --config.seed=1",
-            "python main.py --workdir=/tmp/switch    # continue the run with the config that it holds",
-        ),
-    )
+    start("train")

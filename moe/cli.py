@@ -134,7 +134,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         examples: commands for --help.
     """
     if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
-        print(help_text(required, examples))
+        print(help_text(main.__module__, required, examples))
         sys.exit(0)
     platform.raise_on_stop_signals()
     _harden_streams()
@@ -173,10 +173,10 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
 _HELP = ("help", "helpshort", "helpfull", "h", "?")
 
 
-def help_text(required: Sequence[str], examples: Sequence[str]) -> str:
-    """What --help prints: what the program does and needs, its options, examples, exit codes."""
-    module = sys.modules["__main__"]
-    defined = sorted(flags.FLAGS.get_key_flags_for_module(sys.argv[0]), key=lambda flag: flag.name)
+def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> str:
+    """What --help prints: what the program of a module does and needs, its options, examples, exit codes."""
+    name = sys.argv[0] if module == "__main__" else module
+    defined = sorted(flags.FLAGS.get_key_flags_for_module(name), key=lambda flag: flag.name)
     listed = {flag.name: flag for flag in defined}
     width = min(shutil.get_terminal_size().columns, 110)
 
@@ -192,7 +192,7 @@ def help_text(required: Sequence[str], examples: Sequence[str]) -> str:
 
     options = [flag for flag in defined if flag.name not in required] + [flags.FLAGS["traceback"]]
     sections = [
-        (module.__doc__ or "").strip(),
+        (sys.modules[module].__doc__ or "").strip(),
         "\n".join(["needed", *(describe(listed[name]) for name in required)]) if required else "",
         "\n".join(["options", *map(describe, options)]),
         "\n".join(["examples", *(f"  {example}" for example in examples)]) if examples else "",

@@ -1,51 +1,9 @@
 """Export a checkpoint for open-source libraries: python scripts/export_hf.py --workdir=WORKDIR --out=DIR
 
-DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint (float32 for a run,
-that of the imported files for an import) unless --dtype is given.
+The program is moe/programs/export_hf.py, which is the command moe-export too.
 """
 
-from pathlib import Path
-
-from moe import platform
+from moe.commands import start
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
-
-from absl import flags
-
-from moe import cli
-
-_WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
-_OUT = cli.define_path("out", "Folder to write.")
-_TYPE = flags.DEFINE_string("model_type", "", "Family to write; empty: the first that can express the model.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "float32", "bfloat16", "float16"], "Type to cast to; empty: keep the stored one."
-)
-_LAYOUT = flags.DEFINE_enum(
-    "layout", "per_expert", ["per_expert", "fused"], "Three tensors for each expert, or two for all experts of a layer."
-)
-
-
-def main() -> None:
-    """Exports the workdir and lists the files written."""
-    from moe.interop import export_checkpoint
-
-    export_checkpoint(
-        str(_WORKDIR.value),
-        str(_OUT.value),
-        model_type=str(_TYPE.value),
-        dtype=str(_DTYPE.value),
-        fused=_LAYOUT.value == "fused",
-    )
-    print(f"{_OUT.value}: {', '.join(sorted(path.name for path in Path(str(_OUT.value)).iterdir()))}")
-
-
-if __name__ == "__main__":
-    cli.run(
-        main,
-        required=("workdir", "out"),
-        examples=(
-            "python scripts/export_hf.py --workdir=/tmp/quickstart --out=/tmp/exported",
-            "python scripts/export_hf.py --workdir=/tmp/imported --out=/tmp/exported --dtype=bfloat16 --layout=fused",
-        ),
-    )
+    start("export_hf")

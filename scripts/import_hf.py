@@ -1,40 +1,9 @@
 """Import an open checkpoint: python scripts/import_hf.py --source=DIR --out=WORKDIR
 
-DIR holds config.json and safetensors files, sharded or not. WORKDIR gets config.json, checkpoints/0 and the tokenizer;
-generate, evaluate, fine-tune or export from there. One tensor at a time is in memory.
+The program is moe/programs/import_hf.py, which is the command moe-import too.
 """
 
-from moe import platform
+from moe.commands import start
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
-
-from absl import flags
-
-from moe import cli
-
-_SOURCE = cli.define_path("source", "Folder with config.json and safetensors, or org/name in Hugging Face's cache.")
-_OUT = cli.define_path("out", "Workdir to create.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of activations and matmuls.")
-
-
-def main() -> None:
-    """Imports the folder and prints the parameter counts."""
-    from moe.interop import import_checkpoint
-    from moe.interop.hub_cache import find_source
-    from moe.models.flops import count_parameters
-
-    config = import_checkpoint(find_source(str(_SOURCE.value)), str(_OUT.value), dtype=_DTYPE.value)
-    total, active = count_parameters(config.model)
-    print(f"{_OUT.value}: {total:,} parameters, {active:,} active per token")
-
-
-if __name__ == "__main__":
-    cli.run(
-        main,
-        required=("source", "out"),
-        examples=(
-            "python scripts/import_hf.py --source=/path/to/Mixtral-8x7B-v0.1 --out=/tmp/imported",
-            "python scripts/import_hf.py --source=allenai/OLMoE-1B-7B-0924 --out=/tmp/olmoe --dtype=bfloat16",
-        ),
-    )
+    start("import_hf")

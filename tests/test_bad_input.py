@@ -68,6 +68,8 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
     assert cli  # whose flag is defined once, when it is imported; an entry point's own go after it
     known = set(flags.FLAGS)
     sys.modules.pop("config_config", None)  # what ml_collections calls a config file: a second one would add to it
+    for name in [name for name in sys.modules if name.startswith("moe.programs.")]:
+        del sys.modules[name]  # defines its flags again
     output, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

@@ -4,12 +4,13 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from configs import mixtral, switch
-from moe import cli
+from moe import cli, commands
 from moe.config import ConfigError, inherit_model, run_config, to_dict
 from moe.config.parse import assigned_fields
 from moe.interop.hub_cache import find_source
@@ -100,8 +101,19 @@ def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
         find_source("org/other")
 
 
+def test_every_command_is_a_program_and_an_entry_point():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {name.removeprefix("moe-") for name in scripts} == set(commands.COMMANDS)
+    for name, target in scripts.items():
+        started = getattr(commands, target.partition(":")[2])
+        assert started.args == (commands.COMMANDS[name.removeprefix("moe-")],)
+    shown = subprocess.run([sys.executable, "-m", "moe", "trian"], cwd=ROOT, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr.split(": ")[0]) == (1, "usage")
+    assert all(name in shown.stderr for name in commands.COMMANDS)
+
+
 def test_programs_that_need_something_have_two_examples():
-    for path in (ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))):
+    for path in (*sorted((ROOT / "moe" / "programs").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         for call in calls:
             words = {keyword.arg: keyword.value for keyword in call.keywords}

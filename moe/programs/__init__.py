@@ -1,0 +1,1 @@
+"""Programs: flags in, a call, lines out."""

@@ -1,0 +1,51 @@
+"""Held-out perplexity and bits per byte of a checkpoint, per domain: python scripts/evaluate.py --workdir=WORKDIR.
+
+WORKDIR is of a run or an import; the corpus is the run's own unless --dataset or --domains name another prepared one.
+Perplexity is per token of the model's own tokenizer; bits per byte compare models with different tokenizers.
+"""
+
+import json
+
+from absl import flags
+
+from moe import cli
+
+_WORKDIR = cli.WorkdirFlags()
+_ROWS = flags.DEFINE_integer("rows", None, "Rows per domain instead of the workdir's data.heldout_rows.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON, with what the routers did.")
+
+
+def main() -> None:
+    """Parse flags, evaluate and print."""
+    import jax
+
+    from moe.training import evaluation
+    from moe.training.open_run import open_workdir
+
+    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead | {("data", "heldout_rows"): _ROWS.value})
+    program = opened.program
+    with jax.set_mesh(program.mesh):
+        heldout = evaluation.load_heldout(program, opened.prepared)
+        results = evaluation.evaluate(program, opened.variables(_WORKDIR.step), heldout)
+    if _JSON.value:
+        print(json.dumps(results, indent=2))
+        return
+    print(f"{'domain':<24}{'nats/token':>12}{'± s.e.':>10}{'perplexity':>12}{'bits/byte':>12}{'tokens':>12}")
+    for domain, row in results.items():
+        error = f"{row['standard_error']:.4f}" if "standard_error" in row else "–"
+        print(
+            f"{domain:<24}{row['loss']:>12.4f}{error:>10}{row['perplexity']:>12.2f}{row['bits_per_byte']:>12.4f}"
+            f"{row['targets']:>12,}"
+        )
+
+
+def run() -> None:
+    """The program."""
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            "python scripts/evaluate.py --workdir=/tmp/quickstart",
+            "python scripts/evaluate.py --workdir=/tmp/imported --dataset=/path/to/texts --rows=256 --json",
+        ),
+    )

@@ -1,0 +1,178 @@
+"""python scripts/generate.py --workdir=WORKDIR --prompt="Once upon": text from its newest checkpoint.
+
+A decoder-only model continues the prompt; an encoder-decoder reads it and writes its target, which alone is printed.
+One that was trained by span corruption fills in blanks: --prompt="Once <extra_id_0> a <extra_id_1>."
+Several --prompt run as one batch and are printed one after the other; with one, tokens are printed as they are chosen.
+--chat answers in the tokenizer's chat template: each --prompt is a turn of one conversation; without any, the turns are
+lines of standard input.
+--mesh splits the work, as in --mesh=data=1,expert=4,tensor=2; by default all devices hold rows.
+"""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from absl import flags
+
+from moe import cli
+
+_WORKDIR = cli.define_path("workdir", "Folder of a run or an import.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
+_CHAT = flags.DEFINE_bool("chat", False, "Talk: prompts are turns of a conversation, in the tokenizer's template.")
+_SYSTEM = flags.DEFINE_string("system", None, "First message of --chat, of the role system.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "At most so many tokens more.", lower_bound=1, upper_bound=2**17)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Of the softmax; 0: the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Choose among this many likeliest; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the fewest tokens that together have this probability.")
+_STOP = flags.DEFINE_multi_integer("stop", [], "Token ids that end a text, beside the end-of-text token.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+_MESH = flags.DEFINE_list("mesh", [], "Devices per axis: data, fsdp, expert, tensor.")
+
+
+def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
+    """First token of a decoder: an import's own, else that of padding."""
+    from etils import epath
+
+    from moe.config import ConfigError
+    from moe.interop.tensor_files import read_json
+    from moe.interop.workdirs import GENERATION_FILE
+
+    path = epath.Path(workdir) / GENERATION_FILE
+    start: Any = read_json(path).get("decoder_start_token_id") if path.exists() else None
+    if start is None:
+        return max(pad_id, 0)
+    if type(start) is not int or not 0 <= start < vocab_size:
+        raise ConfigError(f"{path}: decoder_start_token_id={start!r}: must be a token from 0 to {vocab_size - 1}")
+    return start
+
+
+def _typed() -> Iterator[str]:
+    """Lines of standard input, after a prompt where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _talk(turns: Iterable[str], tokenizer: Any, answer: Callable[[list[int]], Iterable[Any]]) -> None:
+    """Answer the turns of one conversation, each after all turns and answers before it."""
+    from moe.data import chat
+
+    messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        ids: list[int] = []
+        shown = ""
+        for (token,) in answer(chat.prompt_ids(tokenizer, messages).tolist()):
+            ids += [int(token)] if token >= 0 else []
+            decoded = tokenizer.decode(ids)
+            if not decoded.endswith("\ufffd"):  # a character of several tokens is complete only with the last of them
+                print(decoded.removeprefix(shown), end="", flush=True)
+                shown = decoded
+        print(flush=True)
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
+
+
+def main() -> None:
+    """Flags in, text out; speed on stderr."""
+    import jax
+    import numpy as np
+
+    from moe.checkpoints import parameters
+    from moe.checkpoints.workdir import read_config
+    from moe.config import ConfigError, MeshConfig, validate_mesh
+    from moe.data import chat
+    from moe.data.sentinels import decode_blanks, encode_blanks
+    from moe.data.tokenizer_files import find_tokenizer
+    from moe.models import sampling
+    from moe.parallel import partition_specs
+    from moe.parallel.mesh import make_mesh
+
+    workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
+    if not prompts and not _CHAT.value:
+        raise ConfigError("--prompt is needed, or --chat to talk; --help shows examples")
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"--prompt={prompt!r}: must be UTF-8")
+    config = read_config(workdir)
+    tokenizer = find_tokenizer(workdir, chat=bool(_CHAT.value))
+    ends = chat.stop_ids(tokenizer) if _CHAT.value else (tokenizer.eos_id,)
+    axes: dict[str, int] = {}
+    for entry in _MESH.value or []:
+        axis, _, size = str(entry).partition("=")
+        if axis not in partition_specs.AXES or not size.removeprefix("-").isdigit():
+            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(partition_specs.AXES)}")
+        axes[axis] = int(size)
+    mesh = make_mesh(MeshConfig(**axes))
+    validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
+    options = sampling.Sampling(
+        temperature=_TEMPERATURE.value or 0.0,
+        top_k=_TOP_K.value or 0,
+        top_p=_TOP_P.value or 0.0,
+        stop_tokens=(*ends, *(_STOP.value or [])),
+        seed=_SEED.value or 0,
+        start_token=_start_token(workdir, tokenizer.pad_id, config.model.vocab_size),
+        prefix=config.data.objective == "prefix_lm",
+    )
+    reads = config.model.encoder_layers > 0  # the prompt, instead of continuing it
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 and not reads else []
+    blanks = config.data.objective == "span_corruption"
+    encode = functools.partial(encode_blanks, tokenizer) if blanks else tokenizer.encode
+    decode = functools.partial(decode_blanks, tokenizer) if blanks else tokenizer.decode
+    rows = [start + encode(prompt).tolist() + [tokenizer.eos_id] * reads for prompt in prompts]
+
+    def written(row: list[int], text: list[int]) -> str:
+        return decode(text) if reads else decode(row + text).removeprefix(decode(row))
+
+    if _CHAT.value:
+        with jax.set_mesh(mesh):
+            variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
+            stream = functools.partial(sampling.stream, config.model, variables)
+            _talk(prompts or _typed(), tokenizer, lambda row: stream([row], int(_TOKENS.value or 0), options))
+        return
+    texts: list[list[int]] = [[] for _ in rows]
+    stream_one = len(rows) == 1
+    shown, times = "", []
+    with jax.set_mesh(mesh):
+        variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
+        if stream_one:
+            print("" if reads else prompts[0], end="", flush=True)
+        for column in sampling.stream(config.model, variables, rows, int(_TOKENS.value or 0), options):
+            times.append(time.perf_counter())
+            for text, token in zip(texts, column, strict=True):
+                if token >= 0:
+                    text.append(int(token))
+            if stream_one:
+                # A character of several tokens is complete only with the last of them.
+                decoded = written(rows[0], texts[0])
+                if not decoded.endswith("\ufffd"):
+                    print(decoded.removeprefix(shown), end="", flush=True)
+                    shown = decoded
+    for prompt, row, text in zip(prompts, rows, texts, strict=True):
+        if not stream_one:
+            print(f"{'' if reads else prompt}{written(row, text)}\n---")
+    print(file=sys.stderr)
+    if len(times) > 2:
+        # The second token waits for the compiler.
+        rate = np.sum([len(text) - 2 for text in texts if len(text) > 2]) / (times[-1] - times[1])
+        print(f"{rate:,.1f} tokens/s over {len(rows)} rows", file=sys.stderr)
+
+
+def run() -> None:
+    """The program."""
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            'python scripts/generate.py --workdir=/tmp/quickstart --prompt="Once upon a time"',
+            'python scripts/generate.py --workdir=/tmp/quickstart --prompt="def " --tokens=64 --temperature=0',
+            "python scripts/generate.py --workdir=/tmp/chat --chat",
+        ),
+    )
