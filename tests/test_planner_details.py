@@ -9,6 +9,7 @@ import pytest
 from moe.config import ConfigError
 from moe.planner import hlo, kernels, liveness, measured, program, timeline
 from moe.planner.chips import CHIPS
+from moe.planner.exchanges import Exchange
 from moe.planner.gpus import GPUS
 from moe.planner.records import Collective, GroupedMatmul, Item
 from moe.planner.scenario import Scenario
@@ -111,6 +112,9 @@ def test_equal_instructions_stand_in_one_row_with_their_bound():
         ("a", 16.0, 8, "FLOPs"), ("c", 4.0, 4, "HBM"),
     ]  # fmt: skip
     assert rows[0]["at_bound"] == 0.5  # 1 s of FLOPs in 2 s
+    waited = Exchange("all-gather", ("fsdp",), "weights", 7, 0, 8, 30.0, 20.0)
+    (row,) = timeline.dearest([], 1.0, 1.0, [waited, dataclasses.replace(waited, exposed_seconds=0.0)])
+    assert (row["seconds"], row["runs"], row["bound"]) == (20.0, 7, "network")
     assert timeline.by_part([item("a", 2.0, 10.0, 3)]) == [
         {"part": "loss and unembedding", "kind": "matmul", "seconds": 8.0}
     ]

@@ -29,7 +29,6 @@ class Gpu:
         domain: GPUs of a full NVLink domain; a host is a domain if it has fewer in all.
         source: of the figures.
         matmuls: source of XLA's rates of matmuls.
-        matmul_share: of the peak, reached by matmuls of 8192 x 8192 in bfloat16 at these rates.
         grouped_matmul: a grouped matmul costs the FLOPs of its rows, not of all rows for each expert.
         devices: JAX devices of a GPU.
         clock: Hz of the compiler's estimates, which are in microseconds.
@@ -43,7 +42,6 @@ class Gpu:
     domain: int
     source: str
     matmuls: str
-    matmul_share: float
     grouped_matmul: bool = True
     devices: int = 1
     clock: float = 1e6
@@ -59,11 +57,11 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu(85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 0.8),
-    "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100", 0.79),
-    "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100", 0.79),
-    "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200", 0.63),
-    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200", 0.57),
+    "a100": Gpu(85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)"),
+    "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100"),
+    "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100"),
+    "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200"),
+    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200"),
 }
 
 

@@ -8,8 +8,8 @@ sides are no multiple of 256 (gpt-oss: 2880) are slower than that and taken from
 of that kernel cluster just below half of the chip's peak, where other kernels reach 0.9 of it: they are taken as those
 of one of its two TensorCores.
 
-Devices without timings (v2 to v4; H200 and GB200; weight gradients on A100) are priced by analogy, with a wider
-interval, and marked so. All is for a balanced router.
+Devices without timings (v2 to v4; H200 and GB200; weight gradients on A100) and types other than bfloat16 are priced by
+analogy, with a wider interval, and marked so. All is for a balanced router.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ def price(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> Price:
 def _tpu_price(matmul: GroupedMatmul, rows: int, chip: Chip) -> Price:
     name = next((name for name in _GENERATIONS if CHIPS[name].peak == chip.peak), "")
     _, k, n, groups = matmul.sizes
-    if name and (k % 256 or n % 256):  # blocks that are partly filled cost more than the formula says
+    exact = name != "" and matmul.itemsize == 2
+    if exact and (k % 256 or n % 256):  # blocks that are partly filled cost more than the formula says
         prices = measured.price(name, _TPU_KERNEL, matmul.kind, rows, k, n, groups)
         seconds, low, high = (_CORES_IN_USE.get(name, 1.0) * each for each in prices)
         return Price(seconds, low, high, "measured")
     seconds = formula(matmul, rows, chip)
     factor, width = _constant(name, matmul.kind)
-    return _around(factor * seconds, width, "formula x constant" if name else "by analogy")
+    if name and not exact:
+        width += _ANALOGY
+    return _around(factor * seconds, width, "formula x constant" if exact else "by analogy")
 
 
 def _around(seconds: float, width: float, basis: str) -> Price:
@@ -69,7 +72,7 @@ def _gpu_price(matmul: GroupedMatmul, rows: int, chip: Gpu) -> Price:
     device, kernel = _LIKE.get(name, name), _GPU_KERNELS[matmul.kernel]
     _, k, n, groups = matmul.sizes
     rows = max(rows, 1)
-    kind, extra = matmul.kind, _ANALOGY if device != name else 0.0
+    kind, extra = matmul.kind, _ANALOGY if device != name or matmul.itemsize != 2 else 0.0
     try:
         seconds, low, high = measured.price(device, kernel, kind, rows, k, n, groups)
     except ConfigError:  # this kind was not measured: at the share of the roofline of the other
@@ -77,7 +80,8 @@ def _gpu_price(matmul: GroupedMatmul, rows: int, chip: Gpu) -> Price:
         seconds, low, high = measured.price(device, kernel, kind, rows, k, n, groups)
     kind = measured.FORWARD if kind == "rows" else measured.WEIGHTS
     seconds_at_limits = measured.roofline(device, kind, rows, k, n, groups)
-    flops, moved = 2.0 * rows * k * n, matmul.itemsize * (rows * (k + n) + min(groups, rows) * k * n)
+    matrices = groups if kind == measured.WEIGHTS else min(groups, rows)
+    flops, moved = 2.0 * rows * k * n, matmul.itemsize * (rows * (k + n) + matrices * k * n)
     share = max(flops / chip.peak, moved / chip.memory_bandwidth) / seconds_at_limits
     wider = math.exp(extra)
     return Price(seconds * share, low * share / wider, high * share * wider, "by analogy" if extra else "measured")

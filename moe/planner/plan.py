@@ -386,7 +386,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         scenario=scenario.words(),
         basis=dict(sorted(basis.items(), key=lambda pair: -pair[1])),
         where=tuple(timeline.by_part(items)),
-        items=tuple(timeline.dearest(items, peak, chip.memory_bandwidth / chip.devices)),
+        items=tuple(timeline.dearest(items, peak, chip.memory_bandwidth / chip.devices, found)),
         lanes=tuple(timeline.lanes(dataclasses.replace(text, items=tuple(items)), devices, chip)),
         arrays=text.arrays[:20],
         versions=tuple(search.versions()),

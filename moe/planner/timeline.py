@@ -68,13 +68,20 @@ def by_part(items: Sequence[Item]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
-def dearest(items: Sequence[Item], peak: float, bandwidth: float, limit: int = 30) -> list[dict[str, Any]]:
-    """Instructions that take most of a step, equal ones of a computation together, with their bounds.
+def dearest(
+    items: Sequence[Item],
+    peak: float,
+    bandwidth: float,
+    waited: Sequence[exchanges.Exchange] = (),
+    limit: int = 30,
+) -> list[dict[str, Any]]:
+    """Instructions and exchanges that take most of a step, equal ones together, with their bounds.
 
     Args:
         items: of the program.
         peak: FLOP/s of a device.
         bandwidth: bytes/s of its memory.
+        waited: exchanges, which take the time that the device waits for them, at the network's bandwidth.
         limit: number of rows.
     """
     groups: dict[tuple[Any, ...], list[Item]] = {}
@@ -93,6 +100,17 @@ def dearest(items: Sequence[Item], peak: float, bandwidth: float, limit: int = 3
                 "at_bound": limits[bound] / first.seconds if first.seconds else 0.0, "basis": first.basis,
             }
         )  # fmt: skip
+    for exchange in waited:
+        if exchange.exposed_seconds > 0:
+            seconds = exchange.exposed_seconds
+            rows.append(
+                {
+                    "name": exchange.kind, "part": "exchange", "kind": "exposed exchange",
+                    "pass": f"over {'+'.join(exchange.axes)}", "source": f"{exchange.kind}, {exchange.purpose}",
+                    "seconds": seconds, "low": seconds, "high": seconds, "runs": exchange.count, "flops": 0.0,
+                    "bytes": exchange.bytes, "bound": "network", "at_bound": 1.0, "basis": "network model",
+                }
+            )  # fmt: skip
     return sorted(rows, key=lambda row: -row["seconds"])[:limit]
 
 
