@@ -27,6 +27,7 @@ from moe import platform
 from moe.config import (
     Config,
     ConfigError,
+    allow_modules,
     check_field,
     check_path,
     extend_import_path,
@@ -37,6 +38,8 @@ from moe.config import (
 from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
+# Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
+flags.DEFINE_list("allow_module", [], "Modules with gates and the like that a workdir's config may name.")
 flags.disclaim_key_flags()  # what the functions below define belongs to the program that calls them
 
 _EXIT_CODES = """exit codes
@@ -190,7 +193,9 @@ def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> 
             return f"  {name}\n{textwrap.indent(text, ' ' * 22)}"
         return f"  {name:<20}{textwrap.indent(text, ' ' * 22).strip()}"
 
-    options = [flag for flag in defined if flag.name not in required] + [flags.FLAGS["traceback"]]
+    options = [flag for flag in defined if flag.name not in required] + [
+        flags.FLAGS[name] for name in ("allow_module", "traceback")
+    ]
     sections = [
         (sys.modules[module].__doc__ or "").strip(),
         "\n".join(["needed", *(describe(listed[name]) for name in required)]) if required else "",
@@ -280,6 +285,7 @@ def _sentence(error: Exception, argv: list[str]) -> str:
 
 
 def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
+    allow_modules(filter(None, (_value_of(argv, "allow_module") or "").split(",")))
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):

@@ -184,10 +184,11 @@ def test_a_users_gate_through_every_program(folder):
     run(folder, *main, says="unigram loss")
     assert '"my_gates:COLD"' in (folder / "run" / "config.json").read_text()
     run(folder, *main, "--change", "--config.train.num_steps=6", says="resuming run at step 4 of 6")
-    scripts = ROOT / "scripts"
-    run(folder, scripts / "generate.py", "--workdir=run", "--prompt=the red", "--tokens=4", says="the red")
-    run(folder, scripts / "evaluate.py", "--workdir=run", says="perplexity")
-    run(folder, scripts / "analyze_routing.py", "--workdir=run", "--tokens=128", "--shuffles=5", says="experts.html")
+    scripts, trusted = ROOT / "scripts", "--allow_module=my_gates"
+    run(folder, scripts / "generate.py", "--workdir=run", "--prompt=the red", "--tokens=4", trusted, says="the red")
+    run(folder, scripts / "evaluate.py", "--workdir=run", trusted, says="perplexity")
+    short = ("--tokens=128", "--shuffles=5")
+    run(folder, scripts / "analyze_routing.py", "--workdir=run", *short, trusted, says="experts.html")
     run(folder, scripts / "ablate.py", "--suite=my_suite.py", "--workdir=suite", says="report.md")
     report = (folder / "suite" / "report.md").read_text()
     assert "cold" in report
@@ -197,7 +198,12 @@ def test_a_users_gate_through_every_program(folder):
 def test_a_gate_that_is_gone_is_one_sentence(folder):
     (folder / "away").mkdir()
     result = subprocess.run(
-        [folder / ".venv" / "bin" / "python", ROOT / "scripts" / "evaluate.py", "--workdir=../run"],
+        [
+            folder / ".venv" / "bin" / "python",
+            ROOT / "scripts" / "evaluate.py",
+            "--workdir=../run",
+            "--allow_module=my_gates",
+        ],
         cwd=folder / "away",
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -20,10 +21,21 @@ import pytest
 from etils import epath
 
 from moe.checkpoints import parameters
-from moe.config import ConfigError, DataConfig
+from moe.checkpoints.workdir import read_config
+from moe.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    allow_modules,
+    inherit_model,
+    references,
+    run_config,
+    to_config_dict,
+)
 from moe.data import pipeline, preparation, wheels
 from moe.data.tokenizer_files import read_tokenizer
-from moe.interop import import_checkpoint
+from moe.interop import export_checkpoint, import_checkpoint
+from moe.training import open_run
 from tests.tiny_text import random_text
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 #: A suite of ablations is a program of the user's own, named on the command line, as a config file is.
-PROGRAMS = {"moe/lab/suite.py"}
+PROGRAMS = {"moe/config/files.py"}
 
 #: Scripts that import torch to time it, and read nothing with it.
 TIMES_TORCH = {"scripts/gpu_report.py"}
@@ -231,3 +243,62 @@ def test_orbax_state_of_ours_names_no_class(tmp_path, no_unpickling):
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert not path.read_bytes().startswith((b"\x80\x04", b"\x80\x05"))
+
+
+@pytest.fixture
+def planted_module(tmp_path, monkeypatch):
+    """A module `planted_gates` on the path that makes the file `ran` when it is imported."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    source = (
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "from moe.routing.registry import GATES\nrule = GATES['mixtral']\n"
+        "def optimizer(config, schedule):\n    raise AssertionError\n"
+    )
+    (folder / "planted_gates.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(references, "_allowed", set())
+    yield tmp_path / "ran"
+    sys.modules.pop("planted_gates", None)
+
+
+@pytest.mark.parametrize("field", ["gate", "layer_gates"])
+def test_a_workdir_names_a_module_and_nothing_imports_it(tmp_path, planted_module, field):
+    """As gate of config.json: whoever reads the workdir, continues it or starts from it, until the user names it."""
+    workdir = tmp_path / "run"
+    import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", workdir)
+    content = json.loads((workdir / "config.json").read_text())
+    content["model"]["moe"][field] = "planted_gates:rule" if field == "gate" else ["planted_gates:rule"]
+    (workdir / "config.json").write_text(json.dumps(content))
+    started = to_config_dict(Config())
+    started.start.checkpoint = str(workdir)
+    for read in (
+        lambda: read_config(workdir),
+        lambda: open_run.open_workdir(str(workdir), {}),
+        lambda: inherit_model(started),
+        lambda: run_config.get_config(str(workdir / "config.json")),
+        lambda: export_checkpoint(workdir, tmp_path / "out"),
+    ):
+        with pytest.raises(ConfigError, match=rf"json: model.moe.{field}='planted_gates:rule' .* --allow_module"):
+            read()
+    assert not planted_module.exists()
+    allow_modules(["planted_gates"])
+    read_config(workdir)
+    assert planted_module.exists()
+
+
+def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypatch):
+    workdir = tmp_path / "run"
+    import_checkpoint(Path(__file__).parent / "data" / "checkpoints" / "mixtral", workdir)
+    content = json.loads((workdir / "config.json").read_text())
+    content["optimizer"]["name"] = "planted_gates:optimizer"
+    content["train"]["writers"] = ["planted_gates:writer"]
+    (workdir / "config.json").write_text(json.dumps(content))
+    config = read_config(workdir)
+    parameters.read_parameters(workdir, config.model)
+    monkeypatch.setattr(pipeline, "prepare_run", lambda config, tokenizer: None)
+    monkeypatch.setattr(open_run, "find_tokenizer", lambda path: None)
+    open_run.open_workdir(str(workdir), {("train", "batch_size"): 8})
+    assert not planted_module.exists()
+    with pytest.raises(ConfigError, match=r"optimizer\.name='planted_gates:optimizer' is code .*=planted_gates"):
+        run_config.get_config(str(workdir / "config.json"))  # to train on, it is needed

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -65,3 +66,17 @@ def test_a_broken_record_of_a_shard_is_named(directory, tmp_path, data):
     shard.write_bytes(content)
     with pytest.raises(ConfigError, match=r"train.array_record-00000-of-00001.*missing, or changed since"):
         pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_class_in_features_json_is_not_imported(directory, tmp_path, data, monkeypatch, key):
+    shutil.copytree(directory, tmp_path / "copy")
+    (tmp_path / "planted_features.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = _shard(tmp_path / "copy").with_name("features.json")
+    content = json.loads(path.read_text())
+    content["featuresDict"]["features"]["number"] = {key: "planted_features.Number", "content": {}}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"features\.json names the class 'planted_features\.Number', code that"):
+        pipeline.prepare(dataclasses.replace(data, directory=str(tmp_path / "copy")), VOCAB, progress=lambda _: None)
+    assert not (tmp_path / "ran").exists()

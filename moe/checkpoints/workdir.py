@@ -18,7 +18,7 @@ from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.dispatch.plan import layer_capacity
 from moe.metrics_files import METRICS, read_rows
-from moe.routing.resolve import from_config_dict
+from moe.routing.resolve import from_workdir_dict
 
 LOCK, CONFIG, CHANGES, REPORT = ".lock", "config.json", "changes.jsonl", "report.txt"
 
@@ -130,7 +130,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     path = epath.Path(workdir) / CONFIG
     content = read_small_file(path)
     try:
-        return from_config_dict(json.loads(content.decode()))
+        return from_workdir_dict(json.loads(content.decode()))
     except (ValueError, RecursionError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: {error}") from error
 

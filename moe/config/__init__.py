@@ -7,6 +7,7 @@ from moe.config.inherit import inherit_model
 from moe.config.layer_pattern import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.mesh_checks import validate_mesh
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
+from moe.config.references import allow_modules
 from moe.config.schema import (
     EMBEDDED_DOMAINS,
     GATE_DEFAULT,
@@ -54,6 +55,7 @@ __all__ = [
     "ScoreFunction",
     "StartConfig",
     "TrainConfig",
+    "allow_modules",
     "check_field",
     "check_path",
     "extend_import_path",

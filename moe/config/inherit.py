@@ -11,6 +11,7 @@ from etils import epath
 from moe.config.checks import check_path
 from moe.config.files import read_small_file
 from moe.config.parse import assigned_fields
+from moe.config.references import refuse_modules
 from moe.config.schema import ConfigError
 
 
@@ -43,6 +44,7 @@ def inherit_model(tree: typing.Any) -> None:
         raise ConfigError(
             f"{where} an import; {path} cannot be read as one ({type(error).__name__}: {error})"
         ) from error
+    refuse_modules({f"model.moe.{name}": moe.get(name) for name in ("gate", "layer_gates")}, f"{path}: ")
     assigned = assigned_fields(tree)
     _fill(tree.model, model, assigned, "model.")
     if "model.moe.gate" not in assigned or tree.model.moe.gate == moe.get("gate"):

@@ -1,12 +1,49 @@
-"""Objects of a user's own modules, named in a config as ``module:object``."""
+"""Objects of a user's own modules, named in a config as ``module:object``.
+
+A config that a user wrote may name any module. One that is read from a workdir is data, maybe someone else's: it may
+name only modules that the user named too, in a config of this process or on the command line.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import typing
+from collections.abc import Iterable, Mapping
 
-from moe.config.schema import ConfigError
+from moe.config.schema import Config, ConfigError
+
+#: Modules that the user named.
+_allowed: set[str] = set()
+
+
+def allow_modules(names: Iterable[str]) -> None:
+    """Let configs of workdirs name these modules, and those of these packages."""
+    _allowed.update(names)
+
+
+def refuse_modules(fields: Mapping[str, object], where: str = "") -> None:
+    """Refuse modules that a workdir names and the user did not.
+
+    Args:
+        fields: name → value, or values; other types than text name nothing.
+        where: beginning of the message.
+
+    Raises:
+        ConfigError: such a module, with the flag that allows it.
+    """
+    for field, value in fields.items():
+        for name in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(name, str) or ":" not in name:
+                continue
+            module = name.partition(":")[0]
+            packages = itertools.accumulate(module.split("."), "{}.{}".format)
+            if _allowed.isdisjoint(packages):
+                raise ConfigError(
+                    f"{where}{field}={name!r} is code of a module that this command does not name; if you trust it, "
+                    f"add --allow_module={module}"
+                )
 
 
 def import_object(field: str, name: str) -> typing.Any:
@@ -23,6 +60,7 @@ def import_object(field: str, name: str) -> typing.Any:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ConfigError(f"{where}: must be module:object, such as my_module:my_function")
+    _allowed.add(module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -39,3 +77,13 @@ def import_object(field: str, name: str) -> typing.Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{where}: module {module_name!r} has no {attribute!r}{hint}")
     return found
+
+
+def code_fields(config: Config) -> dict[str, object]:
+    """Fields of a config that may name a module, with their values."""
+    return {
+        "model.moe.gate": config.model.moe.gate,
+        "model.moe.layer_gates": config.model.moe.layer_gates,
+        "optimizer.name": config.optimizer.name,
+        "train.writers": config.train.writers,
+    }

@@ -8,6 +8,7 @@ import ml_collections
 
 from moe.config.files import read_small_file
 from moe.config.parse import build, to_config_dict
+from moe.config.references import code_fields, refuse_modules
 from moe.config.schema import Config, ConfigError
 
 
@@ -22,6 +23,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
         config = build(Config, json.loads(content), "")
     except (ValueError, RecursionError, AttributeError, TypeError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: not the config of a run ({error})") from error
+    refuse_modules(code_fields(config), f"{path}: ")
     tree = to_config_dict(config)
     _assign_all(tree)
     return tree

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from etils import epath
 
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 from moe.data.documents import HELDOUT_FRACTION, SECTION_LIMIT, SECTION_TARGET, sections
 
 CUT_BELOW = 1_000  # datasets with fewer documents have their long documents cut into sections
@@ -165,6 +166,7 @@ def _find_builder(name: str, directory: epath.Path) -> Any:
             with contextlib.suppress(ImportError):
                 importlib.import_module("tensorflow_datasets.text")
         for data_dir in (os.fspath(directory), None):
+            _refuse_code(name, epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
             try:
                 builder = tfds.builder(name, data_dir=data_dir)
                 if builder.is_prepared():
@@ -175,3 +177,33 @@ def _find_builder(name: str, directory: epath.Path) -> Any:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"data.dataset={name!r}: cannot be opened ({reason}); prepare it again") from error
     return None
+
+
+def _refuse_code(name: str, data_dir: epath.Path) -> None:
+    """Refuse a dataset whose features.json names a class outside TFDS, whose module TFDS would import.
+
+    Raises:
+      ConfigError: such a class, or a features.json that cannot be read.
+    """
+    folder = data_dir / re.split("[/:]", name)[0]
+    for pattern in ("*/features.json", "*/*/features.json"):  # version, or config and version
+        for path in folder.glob(pattern):
+            try:
+                content = json.loads(read_small_file(path))
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"data.dataset={name!r}: {path} is damaged ({error}); prepare it again") from error
+            for found in _class_names(content):
+                if not found.startswith("tensorflow_datasets."):
+                    raise ConfigError(
+                        f"data.dataset={name!r}: {path} names the class {found!r}, code that is not TFDS's; prepare "
+                        "the dataset again with features of TFDS"
+                    )
+
+
+def _class_names(content: Any) -> Iterator[str]:
+    """Names of Python classes in a features.json, of today's form and the older one."""
+    for value in content if isinstance(content, list) else content.values() if isinstance(content, dict) else ():
+        yield from _class_names(value)
+    for key in ("pythonClassName", "python_class_name", "type"):
+        if isinstance(content, dict) and isinstance(content.get(key), str):
+            yield content[key]

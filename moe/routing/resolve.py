@@ -9,6 +9,7 @@ import ml_collections
 
 from moe.config.checks import check_model, check_run
 from moe.config.parse import build
+from moe.config.references import code_fields, refuse_modules
 from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ConfigError, ModelConfig
 from moe.routing.checks import check_moe
 from moe.routing.interface import ROUTING_FIELDS
@@ -21,9 +22,23 @@ def from_config_dict(tree: object) -> Config:
     Raises:
         ConfigError: an unknown field (with the nearest name), a wrong type, or an impossible value or combination.
     """
+    return validate(resolve(build(Config, dict(_sections(tree).items()), "")))
+
+
+def from_workdir_dict(tree: object) -> Config:
+    """:func:`from_config_dict` for the content of a workdir's file, which imports no module that the user did not name.
+
+    The optimizer and the writers may be such modules: reading a workdir makes neither.
+    """
+    config = build(Config, dict(_sections(tree).items()), "")
+    refuse_modules({name: value for name, value in code_fields(config).items() if name.startswith("model.")})
+    return validate(resolve(config))
+
+
+def _sections(tree: object) -> dict[str, typing.Any] | ml_collections.ConfigDict:
     if not isinstance(tree, (dict, ml_collections.ConfigDict)):
         raise ConfigError(f"a config is an object with the sections of moe.config.Config, not {type(tree).__name__}")
-    return validate(resolve(build(Config, dict(tree.items()), "")))
+    return tree
 
 
 def resolve_model(config: typing.Any) -> ModelConfig:
