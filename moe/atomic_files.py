@@ -1,7 +1,8 @@
-"""Atomic writes of small files, and JSON that carries its own checksum."""
+"""The writer of files, and JSON that carries its own checksum."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zlib
@@ -16,18 +17,41 @@ def in_bucket(path: epath.Path | Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def write_atomic(path: epath.Path | Path, content: bytes) -> None:
+def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
     """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 
     The content goes to ``PATH.tmp`` first, which is then renamed; only one process may write a path at a time. In a
-    bucket an object appears whole, or not at all.
+    bucket an object appears whole, or not at all. A link in the place of either name is replaced, never followed.
+
+    Args:
+        path: of the file.
+        content: bytes, or text that becomes UTF-8; half characters are spelled out.
     """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     if in_bucket(path):
         path.write_bytes(content)
         return
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    temporary = Path(path).with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill, or a planted link
+    try:
+        with open(temporary, "xb", opener=_new) as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_figure(path: epath.Path | Path, figure: Any, dpi: int, **options: Any) -> None:
+    """Write a figure of matplotlib as PNG, as :func:`write_atomic` does."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png", **options)
+    write_atomic(path, content.getvalue())
+
+
+def _new(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def to_checked_json(content: Any) -> str:

@@ -35,6 +35,7 @@ from moe.config import (
     run_config,
     type_name,
 )
+from moe.escaping import terminal
 from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
@@ -152,7 +153,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         except Exception as error:  # a config file is a program and may raise anything
             if "--traceback" in argv:
                 raise
-            sys.exit(f"error: {_missing(error, required, examples) or _sentence(error, argv)}")
+            sys.exit(terminal(f"error: {_missing(error, required, examples) or _sentence(error, argv)}"))
 
     def guarded(argv: list[str]) -> None:
         del argv
@@ -163,7 +164,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         except (ConfigError, OSError) as error:
             if _TRACEBACK.value:
                 raise
-            sys.exit(f"error: {' '.join(str(error).split())}")
+            sys.exit(terminal(f"error: {' '.join(str(error).split())}"))
         except (RuntimeError, AssertionError) as error:
             if _TRACEBACK.value or not _from_jax_backends(error):
                 raise
@@ -248,12 +249,24 @@ class _TolerantStream:
         return getattr(self._stream, name)
 
 
+class _PlainStream(_TolerantStream):
+    """Stream that spells out the controls in what documents, and models that learnt them, say."""
+
+    def write(self, text: str) -> int:
+        self._stream.write(terminal(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 def _harden_streams() -> None:
-    """Escape characters that the terminal's encoding lacks, and ignore write errors of stderr."""
+    """Escape controls, and characters that the terminal's encoding lacks; ignore write errors of stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stderr = _TolerantStream(sys.stderr)
+    sys.stdout = _PlainStream(sys.stdout)
+    sys.stderr = _TolerantStream(sys.stderr)  # a progress bar's controls are its own
 
 
 def _missing(error: Exception, required: Sequence[str], examples: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from moe.atomic_files import in_bucket
+from moe.atomic_files import in_bucket, write_atomic
 from moe.config import ConfigError
 from moe.config.references import import_object
 
@@ -124,7 +124,7 @@ class TensorBoard:
 
     def _copy(self, local: str) -> None:
         for path in Path(local).iterdir():
-            (self._folder / path.name).write_bytes(path.read_bytes())
+            write_atomic(self._folder / path.name, path.read_bytes())
         self._copied = time.monotonic()
 
     def _add_bars(self, tag: str, heights: np.ndarray, step: int) -> None:

@@ -80,7 +80,7 @@ class _Segments:
     def sync(self) -> None:
         if self._new:
             folder = self._path.with_name(f"{self._path.name}.rows")
-            (folder / f"{len(self._kept):09d}").write_bytes("".join(self._new).encode())
+            write_atomic(folder / f"{len(self._kept):09d}", "".join(self._new))
             self._kept, self._new = self._kept + self._new, []
 
     def _join(self) -> None:

@@ -347,9 +347,11 @@ def main() -> None:
 
 def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Writes all numbers to --json."""
+    from moe.atomic_files import write_atomic
+
     if _JSON.value:
         values = {flag: flags.FLAGS[flag].value for flag in ("tokens", "dtype", "skew", "d_model", "group_size")}
-        Path(_JSON.value).write_text(json.dumps(setting | values | {"rows": rows}, indent=1))
+        write_atomic(Path(_JSON.value), json.dumps(setting | values | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

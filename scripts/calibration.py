@@ -216,13 +216,14 @@ def main() -> None:
 
 def write(known: dict[str, Any]) -> None:
     """Write the rows and the page."""
+    from moe.atomic_files import write_atomic
     from moe.planner import calibration
 
     rows = [known[name] for name in PUBLISHED if name in known]
-    calibration.PATH.write_text(json.dumps(rows, indent=1) + "\n")
+    write_atomic(calibration.PATH, json.dumps(rows, indent=1) + "\n")
     sources = [f"- {name}: {own.source}. Here: {own.differs}." for name, own in PUBLISHED.items()]
     missing = [name for name in PUBLISHED if name not in known]
-    PAGE.write_text(calibration.page(rows, missing, [*sources, "", LEFT_OUT]))
+    write_atomic(PAGE, calibration.page(rows, missing, [*sources, "", LEFT_OUT]))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from moe.atomic_files import write_atomic  # noqa: E402
 from moe.config import ConfigError  # noqa: E402
 from moe.conformance.oracle import (  # noqa: E402
     CASES,
@@ -281,7 +282,7 @@ def main() -> int:
     for row in run(arguments.layers):
         rows.append(row)
         print(f"{'ok   ' if row.passes else 'FAILS'} {row.what}: {row.measured}, expected {row.expected}", flush=True)
-    arguments.out.write_text(table(rows))
+    write_atomic(arguments.out, table(rows))
     failed = sum(not row.passes for row in rows)
     print(f"{len(rows)} rows, {failed} failed; {arguments.out}")
     return int(failed > 0)

@@ -319,6 +319,7 @@ def main() -> None:
     """Write the page, or print it without numbers under --dry."""
     import jax
 
+    from moe.atomic_files import write_atomic
     from moe.config import ConfigError
 
     found = jax.devices()[0]
@@ -335,7 +336,7 @@ def main() -> None:
             f"# {found.device_kind}\n\nWritten by `python scripts/gpu_report.py` on {time.strftime('%Y-%m-%d')}; "
             f"one GPU, medians of {_CALLS.value} calls."
         )
-        (FOLDER / f"{name}.md").write_text("\n".join([head, *lines, ""]))
+        write_atomic(FOLDER / f"{name}.md", "\n".join([head, *lines, ""]))
         print(f"wrote {FOLDER / name}.md")
     if failed:
         sys.exit(f"error: failed: {', '.join(failed)}")

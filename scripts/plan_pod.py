@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe import cli
+from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError
 
 _CONFIG = cli.define_config()
@@ -93,7 +94,7 @@ def _print_difference() -> None:
         raise ConfigError(f"--diff={','.join(_DIFF.value)}: must be two files that --json printed")
     a, b = (json.loads(Path(path).read_text()) for path in _DIFF.value)
     if _PAGE.value:
-        Path(_PAGE.value).write_text(html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
+        write_atomic(Path(_PAGE.value), html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
     print(differences.render(a, b))
 
 
@@ -101,7 +102,7 @@ def _write_files(figures, chip, changes) -> None:
     from moe.planner import html, roofline
 
     if _PAGE.value:
-        Path(_PAGE.value).write_text(html.page(figures, changes))
+        write_atomic(Path(_PAGE.value), html.page(figures, changes))
     if _ROOFLINE.value:
         roofline.figure(Path(_ROOFLINE.value), figures, chip)
 
@@ -145,7 +146,7 @@ def _record(made) -> None:
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:
         raise ConfigError(f"{page}: has no marks between which the table of plans stands")
-    page.write_text(f"{before}{start}\n{recorded.table(recorded.read(path))}\n\n{end}{after}")
+    write_atomic(page, f"{before}{start}\n{recorded.table(recorded.read(path))}\n\n{end}{after}")
 
 
 def _print_best(topology: str) -> None:

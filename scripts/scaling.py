@@ -88,6 +88,7 @@ def earlier_rows(folder: Path) -> list[dict]:
 
 def write(folder: Path, rows: list[dict], points: list) -> str:
     """Write the page and the plot of the rows so far; returns the table."""
+    from moe.atomic_files import write_atomic
     from moe.planner import scaling, search
 
     by_point = {(row["series"], row["topology"]): row for row in rows}
@@ -95,7 +96,7 @@ def write(folder: Path, rows: list[dict], points: list) -> str:
     table, left = scaling.table(shown), len(points) - len(shown)
     missing = f"\n{left} points are not compiled yet; run the command again to continue.\n" if left else ""
     page = _PAGE.format(table=table, versions=", ".join(search.versions()), missing=missing)
-    (folder / "scaling.md").write_text(page)
+    write_atomic(folder / "scaling.md", page)
     scaling.figure(folder / "scaling.png", shown)
     return table
 

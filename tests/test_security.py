@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import zipfile
@@ -20,6 +22,8 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+from moe import escaping
+from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import (
@@ -35,7 +39,7 @@ from moe.config import (
 from moe.data import pipeline, preparation, wheels
 from moe.data.tokenizer_files import read_tokenizer
 from moe.interop import export_checkpoint, import_checkpoint
-from moe.training import open_run
+from moe.training import open_run, report
 from tests.tiny_text import random_text
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +48,10 @@ RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "m
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 #: A suite of ablations is a program of the user's own, named on the command line, as a config file is.
 PROGRAMS = {"moe/config/files.py"}
+
+#: Calls that write a file in place, through a link of that name, and leave half of it on a full disk.
+WRITES = {"write_text", "write_bytes", "savefig"}
+WRITERS = {"moe/atomic_files.py", "scripts/kill_runs.py"}  # the second writes the text of its own test
 
 #: Scripts that import torch to time it, and read nothing with it.
 TIMES_TORCH = {"scripts/gpu_report.py"}
@@ -102,6 +110,8 @@ def _offences(tree, name):
                     yield "np.load without allow_pickle=False"
             if isinstance(called, ast.Attribute) and called.attr == "exec_module" and name not in PROGRAMS:
                 yield "exec_module"
+            if isinstance(called, ast.Attribute) and called.attr in WRITES and name not in WRITERS:
+                yield f"{called.attr}: moe/atomic_files.py writes all files"
         if isinstance(node, ast.keyword) and node.arg == "shell":
             yield "shell="
 
@@ -127,6 +137,7 @@ def test_no_code_of_ours_could_run_what_it_reads():
         "np.load(f, allow_pickle=True)",
         "loader.exec_module(m)",
         "subprocess.run('ls', shell=True)",
+        "path.write_text('x')",
     ],
 )
 def test_the_check_itself_sees(line):
@@ -302,3 +313,80 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
     assert not planted_module.exists()
     with pytest.raises(ConfigError, match=r"optimizer\.name='planted_gates:optimizer' is code .*=planted_gates"):
         run_config.get_config(str(workdir / "config.json"))  # to train on, it is needed
+
+
+# --- Links, full disks, text -----------------------------------------------------------------------------------------
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
+    """PATH.tmp, which a writer makes first, and the file itself, as links to a file of the user's."""
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    for name in ("report.txt", "report.txt.tmp"):
+        (tmp_path / name).symlink_to(target)
+    write_atomic(tmp_path / "report.txt", "ours")
+    report.figure(tmp_path / "training.png", [], {"all": 1.0})
+    (tmp_path / "training.png").unlink()
+    (tmp_path / "training.png").symlink_to(target)
+    report.figure(tmp_path / "training.png", [], {"all": 1.0})
+    assert target.read_text() == "mine"
+    assert (tmp_path / "report.txt").read_text() == "ours"
+    assert not any(path.is_symlink() for path in tmp_path.iterdir())
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond a size, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_good_file(tmp_path):
+    path = tmp_path / "analysis.json"
+    write_atomic(path, "good")
+    with full_disk(100), pytest.raises(OSError, match="too large"):
+        write_atomic(path, "x" * 10_000)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("good", [path])
+
+
+def test_import_and_export_on_a_full_disk_are_one_sentence(tmp_path):
+    source = Path(__file__).parent / "data" / "checkpoints" / "mixtral"
+    import_checkpoint(source, tmp_path / "run")
+    with (
+        full_disk(2000),
+        pytest.raises(ConfigError, match=r"out: cannot be written, and nothing .*too large"),
+    ):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    with full_disk(2000), pytest.raises(ConfigError, match="again: cannot be written, and nothing was left"):
+        import_checkpoint(source, tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_text_is_text_wherever_it_is_shown(tmp_path):
+    assert escaping.terminal("a\tb\n\x1b]52;c;eA==\x07\x9b2J\r漢字é\u202e") == (
+        "a\tb\n\\x1b]52;c;eA==\\x07\\x9b2J\\r漢字é\\u202e"
+    )
+    assert escaping.markdown_cell("a|b\nc\\|d") == "a\\|b c\\|d"
+    assert escaping.markdown_page("p < 0.05, <img src=x onerror=y> <!-- </a>") == (
+        "p < 0.05, &lt;img src=x onerror=y> &lt;!-- &lt;/a>"
+    )
+    assert escaping.markdown_name("a|<b>[c](d)") == "a\\|\\<b\\>\\[c\\](d)"
+    rows = [{"kind": "heldout/$\\frac$", "step": 1, "loss": 2.0}, {"kind": "heldout/all", "step": 1, "loss": 2.0}]
+    report.figure(tmp_path / "training.png", rows, {"all": 1.0})  # not TeX, which this would not be
+
+
+def test_what_a_program_prints_moves_no_cursor():
+    code = "from moe import cli\ncli.run(lambda: print('a\\x1b[2Jb'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "a\\x1b[2Jb\n"
+
+
+def test_an_encoding_without_the_characters_writes_them_all(tmp_path):
+    """A report is UTF-8 wherever it is written."""
+    code = "import sys, pathlib\nfrom moe.atomic_files import write_atomic\n"
+    code += f"write_atomic(pathlib.Path(sys.argv[1]), {'ü ± 漢 ' + chr(0xD800)!a})"
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "report.md"], env=environment, check=True)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "ü ± 漢 \\ud800"

@@ -1,6 +1,7 @@
 """Disks, paths, locks and failed starts of a workdir, and the checkpoints that are kept in it."""
 
 import dataclasses
+import json
 import os
 import resource
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 
 from moe import signals
 from moe.checkpoints import integrity, parameters
 from moe.checkpoints import workdir as workdirs
-from moe.checkpoints.workdir import read_config
-from moe.config import ConfigError
+from moe.checkpoints.workdir import latest_change, read_config, record_changes
+from moe.config import Config, ConfigError
 from moe.interop import import_checkpoint
 from moe.training import loop as training
 from moe.training.loop import train
@@ -195,3 +197,15 @@ def test_a_long_message_of_tensorstore_keeps_its_reason():
         "Error writing " + "x" * 300 + ": File too large [os_error_code='27'] [tensorstore_spec='{" + "y" * 300
     )
     assert integrity.first_line(error).endswith("File too large [os_error_code='27']")
+
+
+def test_changes_without_a_final_newline_are_not_glued(tmp_path):
+    folder, line = epath.Path(tmp_path), '{"step": 2, "changes": {"train.num_steps": [2, 4]}}'
+    (folder / "changes.jsonl").write_text(line)
+    record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)
+    lines = (folder / "changes.jsonl").read_text().splitlines()
+    assert (lines[0], [json.loads(line)["step"] for line in lines]) == (line, [2, 4])
+    (folder / "changes.jsonl").unlink()
+    os.mkfifo(folder / "changes.jsonl")  # reading it would wait for ever
+    with pytest.raises(ConfigError, match=r"changes\.jsonl: is not a regular file"):
+        latest_change(folder)

@@ -16,6 +16,7 @@ from moe.analysis.controls import has_router, hash_routing, untrain_routers
 from moe.analysis.documents import Document, document_batches, first_documents
 from moe.analysis.markdown import markdown
 from moe.analysis.record import Recorder, Records
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data import pipeline
 
@@ -200,9 +201,9 @@ def write(analysis: Analysis, folder: epath.Path, title: str) -> list[str]:
     """Writes all files; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     found, size = analysis.summary, analysis.summary["num_experts"]
-    (folder / "analysis.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    (folder / "analysis.md").write_text(markdown(found, title))
-    (folder / "experts.html").write_text(explorer.explorer_page(analysis.passages, found, analysis.shown, title))
+    write_atomic(folder / "analysis.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / "analysis.md", markdown(found, title))
+    write_atomic(folder / "experts.html", explorer.explorer_page(analysis.passages, found, analysis.shown, title))
     names = ["analysis.json", "analysis.md", "experts.html", *plots.plot_all(found, folder)]
     if analysis.passages:
         picture.picture(folder / "experts.png", analysis.passages, analysis.shown, found["layers"], size)

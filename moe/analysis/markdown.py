@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from moe.escaping import markdown_name
+
 
 def markdown(summary: dict[str, Any], title: str) -> str:
     """Formats a summary as a document of tables."""
     domains, k, size = summary["domains"], summary["experts_per_token"], summary["num_experts"]
-    tokens = ", ".join(f"{_plain(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
+    tokens = ", ".join(f"{markdown_name(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
     sections = [
         [
-            f"# {_plain(title)}",
+            f"# {markdown_name(title)}",
             "",
             f"{len(summary['layers'])} MoE layers of {size} experts, {k} per token; held-out tokens: {tokens}. Layers "
             f"are numbered from 0 in the whole model. Null distributions are of {summary['shuffles']} permutations "
@@ -41,12 +42,6 @@ def markdown(summary: dict[str, Any], title: str) -> str:
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
-def _plain(name: str) -> str:
-    """Escapes a name for Markdown and for terminals."""
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", printable)
-
-
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -64,7 +59,7 @@ def _repetition_section(summary: dict[str, Any], name: str) -> list[str]:
         f"Chance if all sets of experts were equally likely: {100 * uniform:.1f}. In brackets: tokens shuffled within "
         "the domain, with p; then expert sets exchanged among occurrences of the same token, with p.",
         "",
-        *table(["layer", *map(_plain, by_domain)], rows),
+        *table(["layer", *map(markdown_name, by_domain)], rows),
     ]
 
 
@@ -167,7 +162,9 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
     rows = []
     for layer, loads, violations in zip(summary["layers"], summary["load"], summary["max_violation"], strict=True):
         for domain, load, violation in zip(summary["domains"], loads, violations, strict=True):
-            rows.append([layer, _plain(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])])
+            rows.append(
+                [layer, markdown_name(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])]
+            )
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
     return table([str(cell) for cell in header], rows)
 

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from etils import epath
 
 from moe.analysis.passages import Passage, colours
+from moe.atomic_files import write_figure
 
 _COLUMNS, _LINES = 46, 15  # characters per line and lines per passage
 _FAMILY = "DejaVu Sans Mono"  # comes with matplotlib
@@ -64,8 +65,7 @@ def picture(
     strip.set_xticks(range(0, num_experts, math.ceil(num_experts / (10 * columns))))
     strip.tick_params(labelsize=7, length=0, pad=1)
     strip.set_title("first expert", fontsize=8, pad=2)
-    with path.open("wb") as file:
-        fig.savefig(file, dpi=110, format="png")
+    write_figure(path, fig, 110)
     plt.close(fig)
 
 

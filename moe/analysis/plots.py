@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import write_figure
+
 
 def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
     """Writes the plots that apply to the summary; returns the file names."""
@@ -24,8 +26,7 @@ def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
     with matplotlib.rc_context({"text.parse_math": False}):
         for name, draw in figures.items():
             fig = draw(summary)
-            with (folder / name).open("wb") as file:
-                fig.savefig(file, dpi=110, format="png")
+            write_figure(folder / name, fig, 110)
             plt.close(fig)
     return list(figures)
 

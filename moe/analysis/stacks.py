@@ -14,6 +14,7 @@ from moe.analysis.controls import untrain_routers
 from moe.analysis.markdown import table
 from moe.analysis.record import Recorder
 from moe.analysis.specialisation import AT_LEAST, token_dependence
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data.pipeline import Prepared
 from moe.data.sentinels import sentinel_ids
@@ -105,7 +106,8 @@ def write(found: dict[str, Any], folder: epath.Path) -> str:
         for stack in STACKS
     )
     page = f'<!doctype html><meta charset="utf-8"><title>Encoder and decoder</title><body style="margin:0">{frames}'
-    (folder / "experts.html").write_text(page)
-    (folder / "stacks.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    (folder / "stacks.md").write_text((text := markdown(found)) + "\n")
+    text = markdown(found)
+    write_atomic(folder / "experts.html", page)
+    write_atomic(folder / "stacks.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / "stacks.md", text + "\n")
     return text

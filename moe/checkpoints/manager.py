@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.atomic_files import from_checked_json, in_bucket, to_checked_json
+from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.checkpoints.integrity import (
     DamagedError,
     checksums,
@@ -273,7 +273,7 @@ def _move(source: epath.Path, target: epath.Path) -> None:
         return
     files = list(_files(source))
     for path in files:
-        (target / path.relative_to(source)).write_bytes(path.read_bytes())
+        write_atomic(target / path.relative_to(source), path.read_bytes())
     for path in sorted(files, key=lambda path: path.name != COMMIT):
         path.unlink()
 

@@ -193,18 +193,21 @@ def record_changes(config: Config, changes: dict[str, list[Any]], step: int, wor
     if jax.process_index() != 0 or not changes:
         return
     path, line = workdir / CHANGES, json.dumps({"step": step, "changes": changes}) + "\n"
-    text = path.read_text() if path.exists() else ""
+    text = read_small_file(path).decode() if path.exists() else ""
+    text += "" if text.endswith("\n") or not text else "\n"
     if not text.endswith(line):  # else a start was killed between the two files
-        write_atomic(path, (text + line).encode())
-    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2).encode())
+        write_atomic(path, text + line)
+    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
 
 
 def latest_change(workdir: epath.Path) -> int:
     """Step of the newest recorded change; 0: none. Raises ConfigError for a file that holds something else."""
     path = workdir / CHANGES
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = read_small_file(path).decode().splitlines() if path.exists() else []
         return int(json.loads(lines[-1])["step"]) if lines else 0
+    except ConfigError:
+        raise
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a record of changes; restore or delete it") from error
 
@@ -226,13 +229,13 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
     for name, content in tokenizer_files.items():
         if new or not (workdir / name).exists():
             write_atomic(workdir / name, content)
-        elif (workdir / name).read_bytes() != content:
+        elif read_small_file(workdir / name) != content:
             raise ConfigError(
                 f"{workdir / name}: differs from the tokenizer of this config and its data; if the file was damaged, "
                 "delete it to have it restored; if the data changed, use another workdir"
             )
     if new:
-        write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2).encode())
+        write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import from_checked_json, to_checked_json
+from moe.atomic_files import from_checked_json, to_checked_json, write_atomic
 from moe.config import ConfigError
 from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
@@ -245,7 +245,7 @@ class _IndexBuilder:
             "files": self.files,
             "places_sha256": hashlib.sha256((self.folder / "places.npy").read_bytes()).hexdigest(),
         }
-        (self.folder / "index.json").write_text(to_checked_json(about))
+        write_atomic(self.folder / "index.json", to_checked_json(about))
 
 
 def _change(root: epath.Path, sources: Sequence[Source], files: list[dict[str, Any]], index: epath.Path) -> str:

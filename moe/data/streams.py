@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe.atomic_files import from_checked_json, to_checked_json
+from moe.atomic_files import from_checked_json, to_checked_json, write_atomic
 from moe.config import ConfigError
 
 PREFETCH = 2  # batches made ahead of the train step
@@ -143,7 +143,7 @@ class StreamsHandler(grain.checkpoint.CheckpointHandler):
     def save(self, directory: epath.Path, item: Any = None, args: Any = None) -> None:
         """Writes the iterator's state, one file per stream."""
         for number, state in (item or args.item).get_state().items():
-            (directory / f"stream_{number}.json").write_text(to_checked_json(state))
+            write_atomic(directory / f"stream_{number}.json", to_checked_json(state))
 
     def restore(self, directory: epath.Path, item: Any = None, args: Any = None) -> Any:
         """Restores the iterator's position, and returns the iterator."""

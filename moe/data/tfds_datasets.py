@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from etils import epath
+from tensorflow_datasets.core import constants
 
 from moe.config import ConfigError, read_small_file
 from moe.data.documents import HELDOUT_FRACTION, SECTION_LIMIT, SECTION_TARGET, sections
@@ -166,7 +167,7 @@ def _find_builder(name: str, directory: epath.Path) -> Any:
             with contextlib.suppress(ImportError):
                 importlib.import_module("tensorflow_datasets.text")
         for data_dir in (os.fspath(directory), None):
-            _refuse_code(name, epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+            _refuse_code(name, epath.Path(data_dir or constants.DATA_DIR).expanduser())
             try:
                 builder = tfds.builder(name, data_dir=data_dir)
                 if builder.is_prepared():

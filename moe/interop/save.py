@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from moe.atomic_files import in_bucket
+from moe.atomic_files import in_bucket, write_atomic
+from moe.checkpoints.integrity import first_line
 from moe.config import Config, ConfigError, ModelConfig
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.families import FAMILIES
@@ -90,7 +92,7 @@ def write_folder(
     writer.finish()
     dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
     content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    write_atomic(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def refuse_files(directory: Path | epath.Path) -> None:
@@ -135,8 +137,11 @@ def new_folder(folder: epath.Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         (missing[-1] if missing else folder).rmtree()
         if not missing:
             folder.mkdir()
+        # safetensors and TensorStore have other types for errors of the disk.
+        if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
+            raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error
         raise

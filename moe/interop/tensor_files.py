@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 from safetensors.numpy import save_file
 
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter
@@ -179,7 +180,7 @@ class TensorWriter:
             self._temporary(number).replace(self.directory / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_atomic(self.directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
         self._files.append(list(self._shard))

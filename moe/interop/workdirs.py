@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
@@ -65,7 +66,7 @@ def import_checkpoint(
     with new_folder(workdir):
         stored.write_parameters(workdir, tree, biases)
         for name, content in files.items():
-            (workdir / name).write_bytes(content)
+            write_atomic(workdir / name, content)
     return config
 
 
@@ -127,7 +128,7 @@ def export_checkpoint(
         write_folder(written, config.model, fetch, Path(directory), fused=fused)
         for name in COMPANIONS:
             if (epath.Path(workdir) / name).exists():
-                (Path(directory) / name).write_bytes((epath.Path(workdir) / name).read_bytes())
+                write_atomic(Path(directory) / name, (epath.Path(workdir) / name).read_bytes())
 
 
 def _source_config(workdir: epath.Path, config: Config) -> Json | None:

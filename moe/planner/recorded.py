@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe.atomic_files import write_atomic
 from moe.planner.plan import Plan
 from moe.planner.topology import tpu_name
 
@@ -51,7 +52,7 @@ def keep(path: Path, new: _Row) -> None:
     rows = [old for old in read(path) if any(old[name] != json.loads(json.dumps(new))[name] for name in same)]
     rows.append(new)
     rows.sort(key=lambda each: (each["config"], each["topology"], -each["tokens_per_second_per_chip"]))
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    write_atomic(path, json.dumps(rows, indent=1) + "\n")
 
 
 def best(rows: Sequence[_Row], config: str, topology: str) -> _Row | None:

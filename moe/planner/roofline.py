@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moe.atomic_files import write_figure
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 
@@ -41,4 +42,4 @@ def figure(path: Path, plan: dict[str, Any], chip: Chip | Gpu) -> None:
     ax.set_title(f"{plan['topology']}: {plan['step_seconds']:.3g} s a step; areas are times")
     if rows:
         ax.legend(loc="lower right")
-    fig.savefig(path, dpi=150)
+    write_figure(path, fig, 150)

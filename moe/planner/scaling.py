@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from moe.atomic_files import write_figure
 from moe.config import Config, ConfigError, MeshConfig
 from moe.planner import plan
 from moe.planner.topology import get_topology
@@ -136,4 +137,4 @@ def figure(path: Any, rows: list[dict[str, Any]]) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    drawing.savefig(path, dpi=110)
+    write_figure(path, drawing, 110)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints, complete_steps
 from moe.checkpoints.workdir import CONFIG, read_config
@@ -50,9 +51,9 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     target.mkdir(parents=True, exist_ok=True)
     stored.write_parameters(target, _streamed(weights), _streamed(biases))
     for name, content in find_tokenizer(workdir).files.items():
-        (target / name).write_bytes(content)
+        write_atomic(target / name, content)
     merged = dataclasses.replace(config, lora=LoraConfig())
-    (target / CONFIG).write_text(json.dumps(to_dict(merged), indent=2))
+    write_atomic(target / CONFIG, json.dumps(to_dict(merged), indent=2))
     what = f"the moving average at step {there[-1]}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
     return f"{out}: {what} of {workdir}"
 

@@ -36,7 +36,7 @@ from moe.checkpoints.workdir import (
     refuse_other_run,
     write_run_files,
 )
-from moe.config import Config, ConfigError, validate_mesh
+from moe.config import Config, ConfigError, read_small_file, validate_mesh
 from moe.data import pipeline
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter
@@ -95,7 +95,7 @@ def train(
             stack.enter_context(locked(directory))
         if not new and not changes and is_finished(config, directory):
             say(f"{directory} is done: {config.train.num_steps} steps were trained. Its report:\n")
-            say((directory / REPORT).read_text())
+            say(read_small_file(directory / REPORT).decode(errors="replace"))
             return
         stage("preparing the data")
         prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config), progress=say)

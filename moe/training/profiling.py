@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.training.step import Program, build
 
@@ -119,4 +120,4 @@ class _Tracer:
                 if jax.process_count() > 1:  # processes of one host would use the same name
                     target = target.with_name(f"{jax.process_index():05d}_{path.name}")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+                write_atomic(target, path.read_bytes())

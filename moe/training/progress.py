@@ -17,6 +17,7 @@ import numpy as np
 import tqdm
 
 from moe import platform
+from moe.escaping import terminal
 
 
 def say(text: str) -> None:
@@ -31,7 +32,7 @@ def say(text: str) -> None:
 def stage(text: str) -> None:
     """Print on standard error what a start is doing, after the seconds since the program's start."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"[{platform.seconds_running():6.1f} s] {text}", file=sys.stderr, flush=True)
+        print(f"[{platform.seconds_running():6.1f} s] {terminal(text)}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -98,7 +99,7 @@ class Progress:
             self._shown = {}
         else:
             with contextlib.suppress(OSError, ValueError):
-                self._bar.set_postfix_str(text)  # keeps the last held-out loss in view
+                self._bar.set_postfix_str(terminal(text))  # keeps the last held-out loss in view
 
     def _time_left(self, step: int) -> str:
         """Time left at the mean speed so far, evaluations and checkpoints included; empty after the first step."""
@@ -117,7 +118,7 @@ class Progress:
             return
         with contextlib.suppress(OSError, ValueError):
             if self._bar is None:
-                print(text, file=sys.stderr, flush=True)
+                print(terminal(text), file=sys.stderr, flush=True)
             else:
                 self._bar.write(text, file=sys.stderr)
 

@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import write_atomic, write_figure
 from moe.checkpoints.state import TrainState
 from moe.config import ConfigError
 from moe.data import chat, objectives, pipeline
+from moe.escaping import terminal
 from moe.metrics_files import METRICS, read_rows
 from moe.models import sampling
 from moe.training.step import Program
@@ -47,8 +48,9 @@ def finish(
     text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
     if config.train.sample_tokens and jax.process_count() == 1:
         text += "\n\n" + (_targets if config.model.encoder_layers else _samples)(program, state, prepared)
+    text = terminal(text)  # of documents, and of a model that learnt them
     figure(directory / "training.png", rows, unigram)
-    write_atomic(directory / "report.txt", (text + "\n").encode())
+    write_atomic(directory / "report.txt", text + "\n")
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
 
 
@@ -168,6 +170,5 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
                 axes[0, 1].text(expert, layer, f"{100 * share:.1f}", ha="center", va="center", color=color, fontsize=8)
         fig.colorbar(image, ax=axes[0, 1])
     fig.tight_layout()
-    with path.open("wb") as file:
-        fig.savefig(file, dpi=120, format="png")
+    write_figure(path, fig, 120)
     plt.close(fig)

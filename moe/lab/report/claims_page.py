@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.atomic_files import write_atomic
+from moe.escaping import markdown_page
 from moe.lab import statistics
 from moe.lab.claims.decide import (
     NOT_TESTED,
@@ -99,7 +100,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
         f"Claims file: SHA-256 `{registered.digest}`.",
         claims_section(claims, tables, primary),
     ]
-    write_atomic(directory / "claims.md", ("\n\n".join(filter(None, text)) + "\n").encode())
+    write_atomic(directory / "claims.md", markdown_page("\n\n".join(filter(None, text)) + "\n"))
 
 
 def _standing(finding: Finding, found: Table | None, spread: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,10 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from moe.atomic_files import write_figure
 from moe.lab import statistics
 from moe.lab.expressions import Term
 from moe.lab.suite import Comparison
 from moe.lab.table import MissingError, Table
+
+#: The name of an arm, such as "$_$", is not TeX.
+NAMES_AS_TEXT: Any = {"text.parse_math": False}
 
 ROUTING = (
     ("max_violation", "MaxVio, held-out"),
@@ -50,6 +55,7 @@ def effect_of(table: Table, variant: str, baseline: str, steps: int, quantity: s
     return statistics.effect([*values.values()])
 
 
+@matplotlib.rc_context(NAMES_AS_TEXT)
 def forest(
     path: Path, table: Table, comparison: Comparison, arms: Sequence[str], published: Mapping[str, float]
 ) -> str:
@@ -87,6 +93,7 @@ def forest(
     return save(fig, path)
 
 
+@matplotlib.rc_context(NAMES_AS_TEXT)
 def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Paired difference at the end of each horizon against its tokens, with intervals."""
     fig, axis = plt.subplots(figsize=(7.2, 4.4))
@@ -118,6 +125,7 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
     return save(fig, path)
 
 
+@matplotlib.rc_context(NAMES_AS_TEXT)
 def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Held-out loss along the longest runs less that of the baseline, with the interval over seeds as a band."""
     fig, axis = plt.subplots(figsize=(7.2, 4.4))
@@ -147,6 +155,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
     return save(fig, path)
 
 
+@matplotlib.rc_context(NAMES_AS_TEXT)
 def sweep(path: Path, table: Table) -> str:
     """Loss against learning rate, a panel per horizon, the chosen rate marked."""
     own = {name for name, variant in table.suite.variants.items() if not variant.rate_from}
@@ -170,6 +179,7 @@ def sweep(path: Path, table: Table) -> str:
     return save(fig, path)
 
 
+@matplotlib.rc_context(NAMES_AS_TEXT)
 def routing(path: Path, table: Table) -> str:
     """Routers over training, mean over layers and seeds, at the longest of the arms' horizons with the most seeds."""
     sparse = [name for name in table.variants if table.layers(name, "max_violation")]
@@ -226,6 +236,6 @@ def _tokens(count: float) -> str:
 def save(fig: Figure, path: Path) -> str:
     """Write a picture and return its name."""
     fig.tight_layout()
-    fig.savefig(path, dpi=110, metadata={"Software": None})
+    write_figure(path, fig, 110, metadata={"Software": None})
     plt.close(fig)
     return path.name

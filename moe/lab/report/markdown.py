@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moe.escaping import markdown_cell
 from moe.lab.table import Table
 
 
@@ -20,8 +21,8 @@ def plain(text: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    lines = [f"| {' | '.join(map(markdown_cell, header))} |", "|" + "---|" * len(header)]
+    return "\n".join(lines + [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows])
 
 
 def mean_sd(values: Sequence[float], digits: int = 4) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe.atomic_files import write_atomic
+from moe.escaping import markdown_page
 from moe.lab import results, statistics
 from moe.lab.claims.registration import Claim, Registered
 from moe.lab.expressions import parse
@@ -60,7 +61,7 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
     if probed := sections.probes_section(found):
         parts += ["## Probes of the trained models", probed]
     parts += ["## Where the numbers come from", _provenance(found, command, registered.digest if own else "")]
-    write_atomic(directory / "report.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
+    write_atomic(directory / "report.md", markdown_page("\n\n".join(part for part in parts if part) + "\n"))
 
 
 def _arms(found: Table, comparison: Comparison) -> list[str]:
