@@ -15,6 +15,7 @@ from moe.config import ModelConfig, sparse_layers, stacks
 from moe.interop.families.family import Family
 from moe.routing.balancing import count_per_expert
 from moe.routing.routing import Routing
+from moe.routing.selection import top_k
 
 
 def weight_here(family: Family, coefficient: float, model: ModelConfig) -> float:
@@ -38,16 +39,18 @@ def _factor(family: Family, model: ModelConfig) -> float:
 def load_balancing_loss(routing: Routing) -> Array:
     """Hugging Face's auxiliary loss over all MoE layers together: E·Σ_e (Σ_k f_ke)·P_e, K at perfect balance.
 
-    f_ke is the share of tokens whose k-th choice is e and P_e the mean probability of e, both over the tokens of all
-    layers; every token counts, as it does there without an attention mask.
+    P_e is the mean of the softmax of the router logits and f_ke the share of tokens whose k-th highest logit is e,
+    both over the tokens of all layers and whatever rule the gate has; every token counts, as it does there without an
+    attention mask.
 
     Args:
         routing: arrays [L,G,S,...], from ``model(tokens, return_routing=True).routing``.
     """
-    num_experts = routing.router_probs.shape[-1]
-    tokens = routing.router_probs.size // num_experts
-    counts = count_per_expert(routing.expert_index, jnp.ones_like(routing.chosen), num_experts)
-    mean_probs = jnp.mean(routing.router_probs, axis=(0, 1, 2))
+    num_experts = routing.router_logits.shape[-1]
+    tokens = routing.router_logits.size // num_experts
+    _, highest = top_k(routing.router_logits, routing.expert_index.shape[-1])
+    counts = count_per_expert(highest, jnp.ones_like(highest, bool), num_experts)
+    mean_probs = jnp.mean(jax.nn.softmax(routing.router_logits, axis=-1), axis=(0, 1, 2))
     return num_experts * jnp.sum(counts / tokens * mean_probs)
 
 

@@ -54,7 +54,7 @@ class Piece:
     Attributes:
         name: of the tensor in the file.
         slot: index in the leading axes of the parameter: (), (layer,) or (layer, expert).
-        expert: index in the tensor's leading axis of experts, if it has one.
+        expert: index in the tensor's leading axis, of experts or of one row, if it has such an axis.
     """
 
     name: str
@@ -90,6 +90,8 @@ class Parameter:
         """Shape of one tensor in the file."""
         sizes = [int(np.prod([self.slot_shape[axis] for axis in axes])) for axes in self._file_axes]
         sizes[self._shared_axis] *= self.tensor.parts
+        if self.tensor.one_row:
+            return 1, *sizes
         experts = () if self.pieces[0].expert is None else (self.shape[1],)
         return *experts, *sizes
 
@@ -201,13 +203,14 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
     return parameters
 
 
-def _as_named(tensor: Tensor, block: str, aliases: tuple[str, ...], names: Collection[str]) -> Tensor:
+def _as_named(tensor: Tensor, block: str, aliases: tuple[tuple[str, ...], ...], names: Collection[str]) -> Tensor:
     """The tensor under the alias that a file has; its own name if the file has none."""
-    own = next((alias for alias in aliases if tensor.name.startswith(alias)), "")
-    for alias in aliases if own else ():
-        name = alias + tensor.name.removeprefix(own)
-        if block + name.format(expert=0) in names:
-            return dataclasses.replace(tensor, name=name)
+    for group in aliases:
+        own = next((alias for alias in group if tensor.name.startswith(alias)), "")
+        for alias in group if own else ():
+            name = alias + tensor.name.removeprefix(own)
+            if block + name.format(expert=0) in names:
+                return dataclasses.replace(tensor, name=name)
     return tensor
 
 
@@ -222,7 +225,7 @@ def _pieces(tensor: Tensor, block: str, layers: range, num_experts: int) -> tupl
                 for expert in range(num_experts)
             ]
         else:
-            pieces.append(Piece(name, (i,)))
+            pieces.append(Piece(name, (i,), 0 if tensor.one_row else None))
     return tuple(pieces)
 
 

@@ -4,13 +4,20 @@ from moe.interop.families import (
     deepseek,
     deepseek_v2,
     deepseek_v3,
+    dots1,
+    ernie4_5_moe,
     glm4_moe,
+    glm4_moe_lite,
     gpt_oss,
+    kimi_k2,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmoe,
+    qwen2,
     qwen2_moe,
+    qwen3,
     qwen3_moe,
     switch_transformers,
     t5,
@@ -20,8 +27,9 @@ from moe.interop.families import (
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
     for module in (
-        *(mistral, llama, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe),
-        *(deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, t5, switch_transformers),
+        *(mistral, llama, qwen2, qwen3, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe),
+        *(deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, glm4_moe, dots1, minimax_m2, ernie4_5_moe, gpt_oss),
+        *(t5, switch_transformers),
     )
 }
 

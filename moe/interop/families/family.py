@@ -25,6 +25,7 @@ class Tensor:
         parts: number of parameters that share the tensor.
         interleaved: the outputs of the parts alternate, instead of one part following the other.
         inputs_first: matrices are [inputs, outputs] instead of [outputs, inputs].
+        one_row: a vector is stored as a matrix of one row.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Tensor:
     parts: int = 1
     interleaved: bool = False
     inputs_first: bool = False
+    one_row: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Family:
         field_names: other names of fields that all families write; None: not written.
         copies: tensors that a file may hold beside the one that they must equal.
         unread: tensors that a file may hold and nobody reads.
-        aliases: prefixes of a block's tensors that mean the same; a file may have any of them.
+        aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
         ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """
 
@@ -72,7 +74,7 @@ class Family:
         default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}
     )
     unread: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, ...], ...] = ()
     ties_by_file: bool = False
 
 

@@ -38,5 +38,5 @@ EXPERTS = {
     "moe.experts.down": "block_sparse_moe.experts.{expert}.w2.weight",
 }
 #: The library renamed the block; files of its own fused layout have either name.
-ALIASES = ("block_sparse_moe.", "mlp.")
+ALIASES = (("block_sparse_moe.", "mlp."),)
 FAMILY = Family("mixtral", "MixtralForCausalLM", MixtralConfig, read, write, ATTENTION | EXPERTS, aliases=ALIASES)

@@ -1,10 +1,26 @@
-"""Fields that Qwen2-MoE and Qwen3-MoE share: which layers are MoE, and their experts."""
+"""Fields that Qwen's families share: windows of the upper layers, which layers are MoE, and their experts."""
 
 import pydantic
 
 from moe.config import ModelConfig
-from moe.interop.families.family import dense_layers, read_gate, read_sparse_layers, selection_rule
+from moe.interop.families.family import dense_layers, read_gate, read_sparse_layers, read_windows, selection_rule
 from moe.interop.schema import Count, Json, LayerNumbers, OpenConfig, OptionalCount, Size, Window
+
+
+class UpperWindowsConfig(OpenConfig):
+    """Fields of ``config.json`` by which layers from ``max_window_layers`` on have a window."""
+
+    use_sliding_window: bool = False
+    sliding_window: Window = 4096
+    max_window_layers: OptionalCount = 28
+
+
+def read_upper_windows(source: UpperWindowsConfig) -> Json:
+    """Changes of ModelConfig: the layers that ``layer_types`` lists; in older files, those from the bound on."""
+    numbers = range(source.num_hidden_layers)
+    older = ["sliding_attention" if n >= source.max_window_layers else "full_attention" for n in numbers]
+    window = (source.sliding_window or 0) if source.use_sliding_window else 0
+    return read_windows(window, source.layer_types or older)
 
 
 class QwenConfig(OpenConfig):

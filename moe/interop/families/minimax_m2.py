@@ -1,0 +1,63 @@
+"""MiniMax-M2: every layer MoE, sigmoid scores with a selection bias, QK-norm over all heads, partial rotation."""
+
+from typing import Literal
+
+from moe.config import ModelConfig
+from moe.interop.families.family import ATTENTION, Family, Tensor
+from moe.interop.families.mixtral import ALIASES, EXPERTS
+from moe.interop.schema import Count, Experts, Fraction, Json, OpenConfig, Positive
+
+
+class MiniMaxM2Config(OpenConfig):
+    """Fields of ``config.json`` with the library's defaults; ``rotary_dim`` is the older ``partial_rotary_factor``."""
+
+    rope_theta: Positive = 5e6
+    head_dim: Count | None = 128
+    rotary_dim: Count | None = None
+    num_local_experts: Experts = 256
+    num_experts_per_tok: Count = 8
+    router_jitter_noise: Fraction = 0.0
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    qk_norm_type: Literal["per_layer"] = "per_layer"
+
+
+def read(source: MiniMaxM2Config) -> tuple[Json, Json]:
+    """See :class:`Family`."""
+    head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
+    plain = source.rope.partial_rotary_factor == 1 and source.rotary_dim is not None
+    model = {
+        "rope_dim": source.rotary_dim if plain else int(head_dim * source.rope.partial_rotary_factor),
+        "qk_norm": "full",
+    }
+    moe = {
+        "gate": "deepseek_v3",
+        "expert_groups": 1,
+        "kept_expert_groups": 1,
+        "routing_scale": 1.0,
+        "num_experts": source.num_local_experts,
+        "jitter": source.router_jitter_noise,
+    }
+    return model, moe
+
+
+def write(model: ModelConfig) -> Json:
+    """See :class:`Family`."""
+    return {
+        "intermediate_size": model.moe.d_ff,
+        "num_local_experts": model.moe.num_experts,
+        "partial_rotary_factor": (model.rope_dim or model.head_dim) / model.head_dim,
+        "router_jitter_noise": model.moe.jitter,
+        "scoring_func": "sigmoid",
+    }
+
+
+BIAS = {"moe.router.bias": Tensor("block_sparse_moe.e_score_correction_bias")}
+FAMILY = Family(
+    "minimax_m2",
+    "MiniMaxM2ForCausalLM",
+    MiniMaxM2Config,
+    read,
+    write,
+    ATTENTION | EXPERTS | BIAS,
+    aliases=ALIASES,
+)
