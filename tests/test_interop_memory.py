@@ -1,10 +1,9 @@
-"""Memory of importing layers of Mixtral-8x7B's size: one tensor at a time, never the model."""
+"""Memory of importing layers of published sizes: one tensor at a time, never the model."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -24,6 +23,16 @@ CONFIG = {
     **{"intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8},
     **{"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-05, "rope_theta": 1e6},
     **{"max_position_embeddings": 32768, "torch_dtype": "bfloat16"},
+}
+#: DeepSeek-V3 as published, but for the number of layers: one dense, one MoE.
+DEEPSEEK_V3 = {
+    **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280},
+    **{"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 2},
+    **{"num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256},
+    **{"n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 1},
+    **{"max_position_embeddings": 163840, "torch_dtype": "bfloat16", "num_nextn_predict_layers": 0},
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }
 
 
@@ -55,21 +64,60 @@ def _write_checkpoint(folder: Path, num_files: int) -> int:
     return total
 
 
+def _peak(folder: Path, parameters: str, *flags: str) -> int:
+    """Largest memory of an import of folder/source, in bytes; the program's output says so many parameters."""
+    script = Path(__file__).parents[1] / "scripts" / "import_hf.py"
+    command = [sys.executable, str(script), f"--source={folder / 'source'}", f"--out={folder / 'out'}", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # of this child alone
+    assert status == 0
+    assert parameters in output
+    assert read_config(folder / "out").model.num_layers == 2
+    peak = usage.ru_maxrss * 1024
+    print(f"peak {peak / 1024**3:.2f} GiB")
+    return peak
+
+
+def _write_fp8(folder: Path) -> int:
+    """A folder of zeros, which take no space on the disk; returns the bytes that it seems to have."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for parameter in layout(read_open_config(DEEPSEEK_V3).model, FAMILIES["deepseek_v3"]):
+        shape = parameter.file_shape
+        for piece in parameter.pieces:
+            quantised = "_proj" in piece.name
+            tensors[piece.name] = ("F8_E4M3" if quantised else "F32" if parameter.selection_bias else "BF16", shape)
+            if quantised:
+                tensors[f"{piece.name}_scale_inv"] = ("F32", tuple(-(-size // 128) for size in shape))
+    header, offset = {}, 0
+    for name, (kind, shape) in tensors.items():
+        size = {"F8_E4M3": 1, "BF16": 2, "F32": 4}[kind] * int(np.prod(shape))
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    (folder / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    return offset
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_layers_of_deepseek_v3_in_fp8_under_6_gib(tmp_path):
+    """13.1 billion parameters; the largest tensors are the two of the vocabulary, 1.73 GiB each in bfloat16."""
+    (tmp_path / "source").mkdir()
+    assert _write_fp8(tmp_path / "source") > 15e9
+    assert _peak(tmp_path, "13,", "--dtype=bfloat16") < LIMIT
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_layers_of_mixtral_8x7b_under_6_gib(tmp_path):
     (tmp_path / "source").mkdir()
     written = _write_checkpoint(tmp_path / "source", num_files=4)
     assert written > 6e9
-    script = Path(__file__).parents[1] / "scripts" / "import_hf.py"
-    command = [sys.executable, str(script), f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'out'}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    output, _ = process.communicate()
-    assert process.returncode == 0
-    assert "3,1" in output  # 3.1 billion parameters
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"peak {peak / 1024**3:.2f} GiB for {written / 1024**3:.2f} GiB of weights")
-    assert peak < LIMIT
-    assert read_config(tmp_path / "out").model.num_layers == 2
+    assert _peak(tmp_path, "3,1") < LIMIT  # 3.1 billion parameters
     stored = sum(os.path.getsize(path) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert stored > 0.5 * written

@@ -23,17 +23,11 @@ def family_of(source: Json) -> Family:
     """The family of a ``config.json``.
 
     Raises:
-        ConfigError: an unsupported ``model_type``, or a quantised checkpoint.
+        ConfigError: an unsupported ``model_type``.
     """
     kind = source.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
-    quantised = source.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ConfigError(
-            f"config.json: quantization_config: quantised weights ({method!r}) are not read: save them dequantised"
-        )
     return FAMILIES[kind]
 
 
@@ -116,11 +110,14 @@ def write_config(config: Config, model_type: str = "") -> Json:
 def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     """A ``config.json`` for a model that was imported: the fields of the source, but for what has changed since.
 
+    The weights are floats: what says how the source's were quantised is left out.
+
     The longest context is the source's, unless the model was trained on a longer one.
 
     Raises:
         ConfigError: see :func:`write_config`.
     """
+    source = {name: value for name, value in source.items() if name != "quantization_config"}
     before = read_config(source)
     length = max(config.data.sequence_length, before.data.sequence_length)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))

@@ -18,6 +18,7 @@ from moe.config import Config, ModelConfig, validate_mesh
 from moe.interop.config_json import family_of, read_config
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
+from moe.interop.quantization_config import read_quantization
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 from moe.models import sampling
@@ -34,7 +35,7 @@ def load_huggingface(
     Args:
         directory: holds ``config.json`` and safetensors files.
         mesh: where to put the parameters, each shard read by itself; None: on the default device.
-        dtype: of activations and matmuls; parameters keep the dtype of their tensors.
+        dtype: of activations and matmuls, and of dequantised weights; other parameters keep the dtype of their tensors.
 
     Returns:
         (model, config): ``model(tokens).logits`` are [B,T,V].
@@ -57,7 +58,7 @@ def open_folder(
     source = read_json(Path(directory) / CONFIG_FILE)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    folder, family = TensorFolder(directory), family_of(source)
+    folder, family = TensorFolder(directory, read_quantization(source), dtype), family_of(source)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
@@ -107,6 +108,8 @@ def _shard_reader(folder: TensorFolder, parameter: Parameter) -> Callable[[Any],
     leading = len(parameter.pieces[0].slot)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not leading:  # one piece: not copied into a shard, which would be a second one
+            return parameter.read(folder, parameter.pieces[0], index).astype(dtype, copy=False)
         bounds = [at.indices(size)[:2] for at, size in zip(index, parameter.shape, strict=True)]
         shard = np.empty([stop - start for start, stop in bounds], dtype)
         for piece in parameter.pieces:

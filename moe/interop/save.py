@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorWriter
 from moe.models.encoder_decoder import Model
 from moe.routing.router import SelectionBias
+
+#: Name of a tensor → function from the tensor to what is written in its place, by name.
+Encoders = Mapping[str, Callable[[np.ndarray], Mapping[str, np.ndarray]]]
 
 
 def save_huggingface(
@@ -67,6 +70,7 @@ def write_folder(
     *,
     max_shard_bytes: int = 2 * 1024**3,
     fused: bool = False,
+    encoders: Encoders | None = None,
 ) -> None:
     """Writes a folder as :func:`save_huggingface` does, taking the parameters one by one.
 
@@ -77,21 +81,33 @@ def write_folder(
         directory: see there.
         max_shard_bytes: see there.
         fused: see there.
+        encoders: of tensors that are quantised; each must be among those written.
+
+    Raises:
+        ConfigError: the folder holds files, or a tensor with an encoder is not written.
     """
     refuse_files(directory)
+    encoders = encoders or {}
     writer = TensorWriter(directory, max_shard_bytes)
     family = FAMILIES[source["model_type"]]
     groups = by_tensor(layout(model, family, fused=fused))
+    absent = encoders.keys() - {piece.name for group in groups for piece in group[0].pieces}
+    if absent:
+        raise ConfigError(
+            f"quantized: {min(absent)} of the import is not a tensor of {family.model_type} in this layout"
+        )
     for group in groups:
-        _write_group(writer, group, fetch)
+        _write_group(writer, group, fetch, encoders=encoders)
     if not (model.tie_embeddings or family.ties_by_file):  # then that library expects a table in each stack, too
         named = {group[0].pieces[0].name: group for group in groups}
         for copy, original in family.copies.items():
             if copy not in named and original in named:
                 _write_group(writer, named[original], fetch, as_name=copy)
     writer.finish()
-    dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
-    content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
+    content = source
+    if not encoders:
+        dtype = str(writer.dtypes.pop()) if len(writer.dtypes) == 1 else "float32"
+        content = source | {"dtype" if "dtype" in source else "torch_dtype": dtype}
     write_atomic(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -108,7 +124,11 @@ def refuse_files(directory: Path | epath.Path) -> None:
 
 
 def _write_group(
-    writer: TensorWriter, group: list[Parameter], fetch: Callable[[Parameter], Any], as_name: str = ""
+    writer: TensorWriter,
+    group: list[Parameter],
+    fetch: Callable[[Parameter], Any],
+    as_name: str = "",
+    encoders: Encoders | None = None,
 ) -> None:
     """Writes the tensors that a group of parameters shares, under their own names or this one."""
     arrays = [fetch(parameter) for parameter in group]
@@ -121,7 +141,9 @@ def _write_group(
         tensor = np.empty(group[0].file_shape, dtype)
         for i, piece in parts:
             group[i].write(tensor, piece, np.asarray(arrays[i][piece.slot]))
-        writer.add(as_name or name, tensor)
+        encode = (encoders or {}).get(name)
+        for part, array in ({as_name or name: tensor} if encode is None else encode(tensor)).items():
+            writer.add(part, array)
 
 
 @contextlib.contextmanager

@@ -158,10 +158,11 @@ def parse(schema: type[OpenConfig], source: Json) -> Any:
     try:
         return schema.model_validate(source)
     except pydantic.ValidationError as error:
-        _refuse("config.json", error)
+        refuse("config.json", error)
 
 
-def _refuse(where: str, error: pydantic.ValidationError) -> NoReturn:
+def refuse(where: str, error: pydantic.ValidationError) -> NoReturn:
+    """Raises ConfigError: one sentence that names the first wrong field."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -196,4 +197,4 @@ def parse_index(source: Json, path: Path) -> dict[str, str]:
     try:
         return _Index.model_validate(source).weight_map
     except pydantic.ValidationError as error:
-        _refuse(str(path), error)
+        refuse(str(path), error)

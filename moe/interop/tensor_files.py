@@ -20,6 +20,8 @@ from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter
+from moe.interop.quantization_config import ACTIVATION_SCALES, Quantization
+from moe.interop.quantized import Form, FP8Blocks
 from moe.interop.schema import Json, parse_index
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -46,19 +48,77 @@ def read_json(path: Path | epath.Path) -> Json:
     return tree
 
 
-class TensorFolder:
-    """Tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names."""
+#: Types that safetensors' NumPy reader does not know; their bytes are read.
+_BYTES = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 
-    def __init__(self, directory: str | os.PathLike[str]):
+
+class StoredTensors:
+    """Tensors as they lie in files, by name."""
+
+    def __init__(self) -> None:
+        self.headers: dict[str, tuple[tuple[int, ...], str]] = {}  # name → (shape, type)
+        self.files: dict[str, Path] = {}
+        self._starts: dict[Path, dict[str, int]] = {}  # of files with 8-bit floats: byte at which each tensor starts
+
+    def add_file(self, path: Path) -> None:
+        """Read the header of a file. Raises ConfigError for a damaged one, or a name that another file has too."""
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in self.files:
+                    raise ConfigError(f"{path}: {name} is in {self.files[name].name} too")
+                tensor = file.get_slice(name)
+                self.files[name] = path
+                self.headers[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
+
+    def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """Copy of a part of a tensor; empty index: all of it.
+
+        The file is mapped for this read only: pages of a mapping count as this process's memory while it lasts.
+        """
+        path, (shape, kind) = self.files[name], self.headers[name]
+        if kind in _BYTES:
+            array = np.memmap(path, np.uint8, "r", self._start(path, name), shape)
+            return np.array(array[index]).view(_BYTES[kind])
+        with _open(path) as file:
+            # A scalar has no slices.
+            return file.get_slice(name)[index or (slice(None),) * len(shape)] if shape else file.get_tensor(name)
+
+    def _start(self, path: Path, name: str) -> int:
+        if path not in self._starts:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            starts = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items() if "dtype" in entry}
+            self._starts[path] = starts
+        return self._starts[path][name]
+
+
+class TensorFolder:
+    """Tensors of floats in a folder: in ``model.safetensors`` or the files that its index names.
+
+    Quantised ones are read as the floats that they stand for.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], quantization: Quantization | None = None, dtype: str = "float32"
+    ):
         """Reads the headers.
 
+        Args:
+            directory: holds the files.
+            quantization: of the weights.
+            dtype: of the floats that quantised weights are read as.
+
         Raises:
-            ConfigError: no safetensors there, a damaged file, or an index that disagrees with its files.
+            ConfigError: no safetensors there, a damaged file, an index that disagrees with its files, or codes and
+                scales that do not belong together.
         """
         self.directory = Path(directory)
-        self._file: dict[str, Path] = {}
-        self._shape: dict[str, tuple[int, ...]] = {}
-        self._dtype: dict[str, str] = {}
+        self._stored = stored = StoredTensors()
         index = self.directory / INDEX_FILE
         if index.exists():
             weight_map = parse_index(read_json(index), index)
@@ -69,56 +129,58 @@ class TensorFolder:
             hint = _PICKLED if list(self.directory.glob("*.bin")) else ""
             raise ConfigError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
         for file in files:
-            self._read_header(self.directory / file)
+            stored.add_file(self.directory / file)
         for name, file in weight_map.items():
-            if self._file.get(name) != self.directory / file:
+            if stored.files.get(name) != self.directory / file:
                 raise ConfigError(f"{index}: {name} is not in {file}")
-        for name, file in self._file.items():
+        for name, file in stored.files.items():
             if weight_map and name not in weight_map:
                 raise ConfigError(f"{index}: does not list {name}, which is in {file.name}")
-
-    def _read_header(self, path: Path) -> None:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in self._file:
-                    raise ConfigError(f"{path}: {name} is in {self._file[name].name} too")
-                tensor = file.get_slice(name)
-                self._file[name] = path
-                self._shape[name], self._dtype[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+        self.forms: dict[str, Form] = quantization.forms(stored.headers) if quantization else {}
+        parts = {part for form in self.forms.values() for part in form.parts}
+        parts |= {name for name in stored.headers if quantization and name.endswith(ACTIVATION_SCALES)}
+        kind = "BF16" if dtype == "bfloat16" else "F32"
+        self._headers = {name: header for name, header in stored.headers.items() if name not in parts}
+        self._headers |= {name: (form.shape, kind) for name, form in self.forms.items()}
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file)
+        return set(self._headers)
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """Type of a tensor. Raises ConfigError for one that is no float of 16 or 32 bits."""
-        if self._dtype[name] not in DTYPES:
-            raise ConfigError(f"{name}: is {self._dtype[name]}; only {', '.join(DTYPES)} are read")
-        return DTYPES[self._dtype[name]]
+        kind = self._headers[name][1]
+        if kind not in DTYPES:
+            raise ConfigError(f"{name}: is {kind}; only {', '.join(DTYPES)} are read")
+        return DTYPES[kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._shape[name]
+        return self._headers[name][0]
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """Copy of a part of a tensor; empty index: all of it.
+        """Copy of a part of a tensor; empty index: all of it."""
+        if name in self.forms:
+            return self.forms[name].read(self._stored, index, self.dtype(name))
+        return self._stored.read(name, index)
 
-        The file is mapped for this read only: pages of a mapping count as this process's memory while it lasts.
-        """
-        with _open(self._file[name]) as file:
-            return file.get_slice(name)[index or (slice(None),) * len(self._shape[name])]
+    def scales(self) -> dict[str, np.ndarray]:
+        """Scales of all FP8 tensors, by the names of the tensors."""
+        forms = {name: form for name, form in self.forms.items() if isinstance(form, FP8Blocks)}
+        return {name: self._stored.read(form.scales, ()) for name, form in forms.items()}
 
     def skip_layers(self, after: range) -> None:
         """Ignore layers of these numbers: multi-token prediction (DeepSeek-V3), which no model here computes."""
-        skipped = [name for name in self._file if _layer_number(name) in after]
+        skipped = [name for name in self._headers if _layer_number(name) in after]
         for name in skipped:
-            del self._file[name], self._shape[name], self._dtype[name]
+            del self._headers[name]
+            self.forms.pop(name, None)
         if skipped:
             logging.warning("%s: %d tensors of multi-token prediction are skipped", self.directory, len(skipped))
 
     def differ(self, copy: str, original: str) -> bool:
         """Whether a tensor that should be a copy of another is none."""
-        found = {copy, original} <= self._file.keys()
+        found = {copy, original} <= self._headers.keys()
         return found and not np.array_equal(self.read(original), self.read(copy))
 
     def check(self, parameters: Sequence[Parameter], family: Family) -> None:

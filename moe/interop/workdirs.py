@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -20,13 +21,17 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
-from moe.interop.save import new_folder, refuse_files, write_folder
+from moe.interop.quantization_config import FP8Config, read_quantization
+from moe.interop.quantized import pack_scales, unpack_scales
+from moe.interop.save import Encoders, new_folder, refuse_files, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 
 GENERATION_FILE = "generation_config.json"
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
+#: Scales of the FP8 tensors of the import, with which an export can write the same codes again.
+SCALES_FILE = "huggingface_scales.safetensors"
 #: Files that are copied with the weights both ways: the tokenizer, and how generation ends.
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -41,9 +46,9 @@ def import_checkpoint(
 
     Args:
         source: holds ``config.json`` and safetensors files.
-        workdir: gets ``config.json``, ``checkpoints/0``, :data:`SOURCE_FILE` and the :data:`COMPANIONS`; must be new or
-            empty.
-        dtype: of activations and matmuls.
+        workdir: gets ``config.json``, ``checkpoints/0``, :data:`SOURCE_FILE`, :data:`SCALES_FILE` if the weights are
+            FP8, and the :data:`COMPANIONS`; must be new or empty.
+        dtype: of activations and matmuls, and of dequantised weights.
 
     Raises:
         ConfigError: see :func:`moe.interop.load.load_huggingface`; or the workdir holds files.
@@ -59,6 +64,8 @@ def import_checkpoint(
     files |= _companions(Path(source))
     files[SOURCE_FILE] = (json.dumps(written, indent=2) + "\n").encode()
     files[CONFIG_FILE] = json.dumps(to_dict(config), indent=2).encode()
+    if isinstance(read_quantization(written), FP8Config):
+        files[SCALES_FILE] = pack_scales(folder.scales())
     tree: dict[str, Any] = {}
     biases: dict[str, Any] = {}
     for parameter in parameters:
@@ -83,8 +90,8 @@ def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
 
     def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for piece in parameter.pieces:
-            values = parameter.read(folder, piece, everything).astype(dtype)
-            if not np.isfinite(values).all():
+            values = parameter.read(folder, piece, everything).astype(dtype, copy=False)
+            if not all(np.isfinite(row).all() for row in values):  # a mask of all would be half as large again
                 raise ConfigError(f"{folder.directory}: {piece.name} holds values that are not finite")
             yield piece.slot, values
 
@@ -98,6 +105,7 @@ def export_checkpoint(
     model_type: str = "",
     dtype: str = "",
     fused: bool = False,
+    quantized: bool = False,
 ) -> None:
     """Writes the newest checkpoint of a workdir as a folder that open-source libraries load, a parameter at a time.
 
@@ -107,14 +115,21 @@ def export_checkpoint(
         model_type: see there.
         dtype: to cast to; empty: keep the stored one.
         fused: see there.
+        quantized: write FP8 blocks where the import had them: with its scales where these give the weights exactly,
+            else with the largest absolute weight of a block over 448.
 
     Raises:
-        ConfigError: see there; or the workdir has no checkpoint.
+        ConfigError: see there; or the workdir has no checkpoint, or was not imported in FP8.
     """
     refuse_files(Path(directory))
     config = read_run_config(workdir)
-    source = _source_config(epath.Path(workdir), config)
+    origin = _origin(epath.Path(workdir), config)
+    source = read_json(origin / SOURCE_FILE) if origin else None
     written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
+    encoders: Encoders = {}
+    if quantized:
+        encoders = _fp8_encoders(origin, source or {})
+        written |= {"quantization_config": (source or {})["quantization_config"]}
     written |= _token_ids(epath.Path(workdir), written)
 
     def fetch(parameter: Parameter) -> Any:
@@ -125,19 +140,35 @@ def export_checkpoint(
         return get_leaf(tree, parameter.path)
 
     with new_folder(epath.Path(directory)):
-        write_folder(written, config.model, fetch, Path(directory), fused=fused)
+        write_folder(written, config.model, fetch, Path(directory), fused=fused, encoders=encoders)
         for name in COMPANIONS:
             if (epath.Path(workdir) / name).exists():
                 write_atomic(Path(directory) / name, (epath.Path(workdir) / name).read_bytes())
 
 
-def _source_config(workdir: epath.Path, config: Config) -> Json | None:
-    """The ``config.json`` that a workdir was imported with, or the run it started from, or that run's, and so on."""
+def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:
+    """Functions that write the FP8 tensors of an import again, by their names."""
+    quantization = read_quantization(source)
+    if origin is None or not isinstance(quantization, FP8Config) or not (origin / SCALES_FILE).exists():
+        raise ConfigError("quantized: must be False for a model that was not imported in FP8")
+    encoders: Encoders = {}
+    for name, scales in unpack_scales((origin / SCALES_FILE).read_bytes()).items():
+        encoders[name] = functools.partial(_encode, name, scales, quantization)
+    return encoders
+
+
+def _encode(name: str, scales: np.ndarray, quantization: FP8Config, tensor: np.ndarray) -> dict[str, np.ndarray]:
+    form = quantization.form(name, tensor.shape)
+    return form.write(tensor, scales)
+
+
+def _origin(workdir: epath.Path, config: Config) -> epath.Path | None:
+    """The workdir of the import: this one, or the one it started from, or that one's, and so on."""
     seen = set()
     while str(workdir) not in seen:
         seen.add(str(workdir))
         if (workdir / SOURCE_FILE).exists():
-            return read_json(workdir / SOURCE_FILE)
+            return workdir
         if not config.start.checkpoint:
             return None
         workdir = epath.Path(config.start.checkpoint)

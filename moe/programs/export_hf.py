@@ -1,7 +1,7 @@
 """Export a checkpoint for open-source libraries: python scripts/export_hf.py --workdir=WORKDIR --out=DIR
 
 DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint (float32 for a run,
-that of the imported files for an import) unless --dtype is given.
+that of the imported files for an import) unless --dtype is given; --quantized writes FP8 where the import had it.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ _DTYPE = flags.DEFINE_enum(
 _LAYOUT = flags.DEFINE_enum(
     "layout", "per_expert", ["per_expert", "fused"], "Three tensors for each expert, or two for all experts of a layer."
 )
+_QUANTIZED = flags.DEFINE_bool("quantized", False, "Write FP8 blocks where the import had them.")
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
         model_type=str(_TYPE.value),
         dtype=str(_DTYPE.value),
         fused=_LAYOUT.value == "fused",
+        quantized=bool(_QUANTIZED.value),
     )
     print(f"{_OUT.value}: {', '.join(sorted(path.name for path in Path(str(_OUT.value)).iterdir()))}")
 

@@ -1,7 +1,8 @@
 """Import an open checkpoint: python scripts/import_hf.py --source=DIR --out=WORKDIR
 
 DIR holds config.json and safetensors files, sharded or not. WORKDIR gets config.json, checkpoints/0 and the tokenizer;
-generate, evaluate, fine-tune or export from there. One tensor at a time is in memory.
+generate, evaluate, fine-tune or export from there. One tensor at a time is in memory. Quantised weights (FP8 blocks,
+MXFP4, packed INT4) become floats of --dtype.
 """
 
 from absl import flags
@@ -10,7 +11,9 @@ from moe import cli
 
 _SOURCE = cli.define_path("source", "Folder with config.json and safetensors, or org/name in Hugging Face's cache.")
 _OUT = cli.define_path("out", "Workdir to create.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of activations and matmuls.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of activations, matmuls and dequantised weights."
+)
 
 
 def main() -> None:

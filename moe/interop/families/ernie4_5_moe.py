@@ -5,15 +5,7 @@ from typing import Annotated
 import pydantic
 
 from moe.config import ModelConfig, sparse_layers
-from moe.interop.families.family import (
-    ATTENTION,
-    DENSE,
-    EXPERTS,
-    Family,
-    Tensor,
-    read_sparse_layers,
-    shared_expert,
-)
+from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, read_sparse_layers, shared_expert
 from moe.interop.schema import Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size
 
 

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import pydantic
+
 from moe.config import ModelConfig, sparse_layers
 from moe.interop.families.deepseek_layers import (
     TENSORS,
@@ -28,13 +30,19 @@ class Glm4MoeLiteConfig(LatentConfig):
     rope_interleave: bool = True
     num_nextn_predict_layers: OptionalCount = 1
 
+    @pydantic.model_validator(mode="after")
+    def _check_kinds(self) -> "Glm4MoeLiteConfig":
+        if self.mlp_layer_types is not None and len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(f"mlp_layer_types has {len(self.mlp_layer_types)} entries, not {self.num_hidden_layers}")
+        return self
+
 
 def read(source: Glm4MoeLiteConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     num_layers, kinds = source.num_hidden_layers, source.mlp_layer_types
-    layers = None if kinds is None else [n for n, kind in enumerate(kinds[:num_layers]) if kind == "sparse"]
     moe = read_sigmoid_gate(source) | read_experts(source)
-    if layers is not None:
+    if kinds is not None:
+        layers = [n for n, kind in enumerate(kinds) if kind == "sparse"]
         moe = {name: value for name, value in moe.items() if name != "layers"} | read_sparse_layers(layers, num_layers)
     return read_latent_attention(source, source.rope_interleave), moe
 
