@@ -159,7 +159,7 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
 def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
     """Gradients with megablox, interpreted on CPU, against one matmul per group; the last rows belong to no group."""
     monkeypatch.setattr(tpu, "megablox_gmm", functools.partial(tpu.megablox_gmm, interpret=True))
-    monkeypatch.setattr(tpu, "_TILES", {"cpu": (256, 128, 128)})
+    monkeypatch.setattr(tpu, "_tiles", lambda *_: (256, 128, 128))
     sizes = np.array([700, 1200], np.int32)
     rows, gradient = (jnp.asarray(rng.normal(size=(2048, d)), jnp.bfloat16) for d in (128, 256))
     matrices = jnp.asarray(rng.normal(size=(2, 128, 256)), jnp.bfloat16)
@@ -179,6 +179,57 @@ def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
         np.stack([x[group].T @ g[group] for group in groups]),
     ]
     _assert_close(actual, expected, 1e-2)
+
+
+def test_biases_by_group(rng):
+    """Each row's own bias, an empty group included; the last rows belong to no group and their gradient is NaN."""
+    sizes, biases = np.array([2, 0, 3]), rng.normal(size=(3, 4)).astype(np.float32)
+    gradient = np.concatenate([rng.normal(size=(5, 4)), np.full((2, 4), np.nan)]).astype(np.float32)
+
+    def expand(biases):
+        return tpu.multiply_columns(jnp.ones((7, 1)), biases[:, None], jnp.asarray(sizes))
+
+    y, backward = jax.vjp(expand, jnp.asarray(biases))
+    np.testing.assert_array_equal(y, np.concatenate([biases[[0, 0, 2, 2, 2]], np.zeros((2, 4))]))
+    expected = np.stack([gradient[:2].sum(0), np.zeros(4), gradient[2:5].sum(0)])
+    np.testing.assert_allclose(backward(jnp.asarray(gradient))[0], expected, rtol=1e-6)
+
+
+def test_work_of_a_kernels_grid_by_hand():
+    """R 512 in 2 groups, K 256, N 384, tiles of 128 x 128 x 384: 4 + 1 blocks of rows, 2 of K, 1 of N: 10 steps.
+
+    Rows move 10 · 128·128 numbers, matrices 10 · 128·384, results 5 · 128·384. Of weights: 10 · 128·(128 + 384) and
+    2 · 2 results of 128·384. With all of K in a step, 5 steps, and a matrix of 256·384 moves once a group.
+    """
+    tiles, matrices = (128, 128, 384), (2, 256, 384)
+    flops = 10 * 2 * 128 * 128 * 384
+    rows = 10 * 128 * 128 + 10 * 128 * 384 + 5 * 128 * 384
+    assert tpu.grid_work("rows", 512, matrices, tiles) == (10, flops, rows)
+    weights = 10 * 128 * 512 + 4 * 128 * 384
+    assert tpu.grid_work("weights", 512, matrices, tiles) == (10, flops, weights)
+    whole = 5 * 128 * 256 + 2 * 256 * 384 + 5 * 128 * 384
+    assert tpu.grid_work("rows", 512, matrices, (128, 256, 384)) == (5, flops, whole)
+
+
+@pytest.mark.parametrize(
+    ("rows", "matrices", "share"),
+    [
+        (24576, (8, 4096, 14336), 1.15),  # Mixtral-8x7B, 3 rows of 4096
+        (73728, (64, 2048, 1408), 1.25),  # DeepSeek-V2-Lite: 1024 would divide 1408 into 2048
+        (98304, (128, 2048, 768), 1.35),  # Qwen3-30B-A3B
+        (49152, (32, 2880, 2880), 1.3),  # gpt-oss-20b
+    ],
+)
+@pytest.mark.parametrize("kind", ["rows", "weights"])
+def test_tiles_add_little_work(kind, rows, matrices, share):
+    """Of v5p: FLOPs over those of the filled rows, parts of lanes and shared blocks included."""
+    peak, bandwidth, memory = 459e12, 2765e9, 28 * 2**20
+    for experts, k, n in (matrices, (matrices[0], matrices[2], matrices[1])):
+        tiles = tpu.fastest_tiles(kind, rows, (experts, k, n), peak, bandwidth, memory)
+        _, flops, moved = tpu.grid_work(kind, rows, (experts, k, n), tiles)
+        assert flops <= share * 2 * rows * k * n
+        assert 2 * moved / bandwidth <= share * 2 * rows * k * n / peak
+        assert rows % tiles[0] == 0
 
 
 @pytest.mark.slow

@@ -46,6 +46,17 @@ class Target:
         """Datasheet FLOP/s of one device in bfloat16, without sparsity; None for CPUs and unknown devices."""
         return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_kind), None)
 
+    @property
+    def memory_bandwidth(self) -> float | None:
+        """Datasheet bytes/s of one device's memory; None for anything but TPUs with grouped matmuls in bfloat16."""
+        return next((rate for name, rate in MEMORY_BANDWIDTH.items() if name in self.device_kind), None)
+
+    @property
+    def kernel_memory(self) -> int:
+        """Bytes of vector memory that a kernel on a TPU gets with :func:`compiler_options`."""
+        kibibytes = (size for kind, size in _SCOPED_VMEM_KIB.items() if self.device_kind.startswith(kind))
+        return next(kibibytes, _DEFAULT_VMEM_KIB) * 1024
+
 
 #: Datasheet FLOP/s of one JAX device in bfloat16, without sparsity, by a substring of the device kind; the first match
 #: counts. Half a chip for TPU v2, v3 and 7x, whose two cores are devices of their own. Sources: the Cloud TPU
@@ -67,6 +78,11 @@ PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
     }
 )
 
+#: Datasheet bytes/s of the memory of one TPU device, from v4 on; half a chip for 7x. Sources as above.
+MEMORY_BANDWIDTH: Mapping[str, float] = types.MappingProxyType(
+    {"TPU v4": 1200e9, "TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6": 1638e9, "TPU7": 3685e9}
+)
+
 #: Major compute capability by a substring of the device kind, for devices that are absent.
 _CAPABILITIES = {"A100": 8, "A30": 8, "A10": 8, "L40": 8, "L4": 8, "H100": 9, "H200": 9, "B200": 10, "B300": 10}
 
@@ -82,7 +98,8 @@ def is_cpu() -> bool:
     return current().platform == "cpu"
 
 
-#: Vector memory of a core that one fusion may use, KiB, by prefix of the device kind; the first match counts.
+#: Vector memory of a core that one fusion or kernel may use, KiB, by prefix of the device kind; the first match counts.
+_DEFAULT_VMEM_KIB = 16384
 _SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
 
 

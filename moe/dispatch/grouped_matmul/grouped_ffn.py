@@ -39,6 +39,8 @@ def grouped_ffn(
         return cpu.grouped_ffn(first, second, row_blocks, rows, first_matrices, second_matrices, starts, sizes)
 
     def matmul(rows: Array, matrices: Array) -> Array:
+        if matrices.shape[1] == 1:
+            return tpu.multiply_columns(rows, matrices, sizes)
         if gpu.supports(rows, matrices):
             return gpu.grouped_matmul(rows, matrices, sizes)
         return tpu.grouped_matmul(rows, matrices, sizes)

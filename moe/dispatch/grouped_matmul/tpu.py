@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +19,16 @@ from jaxtyping import Float, Int
 from moe.dispatch.grouped_matmul.row_blocks import TILE
 from moe.parallel import target
 
-#: Tiles (rows, K, N) of ``lax.ragged_dot``'s kernel where groups are large, by the start of the device kind; the first
-#: entry that matches counts. XLA's own tiles read rows or matrices from memory so often that some kernels would take
-#: two to seven times as long as their FLOPs at peak; these take as long, on v6e a quarter more, and fit the vector
-#: memory that XLA allows by default (docs/performance.md has the table).
-_TILES = {
-    "TPU v2": None,  # no bfloat16 kernel for their matrix units
-    "TPU v3": None,
-    "TPU v6": (1024, 1024, 1024),
-    "TPU7": (512, 1024, 1024),
-    "TPU": (512, 1024, 512),
-}
+#: Seconds that a step of a kernel's grid takes beside its work. With it the count below is closer to 152 published
+#: times of such kernels on v5e, v5p, v6e and tpu7x than without (docs/performance.md).
+_STEP_SECONDS = 0.35e-6
 
-#: Tiles where those that two groups share would add more than a tenth of the rows, by device kind: half the rows and
-#: twice the columns need more bandwidth for their FLOPs, of which v5p has enough.
-_TILES_OF_SHORT_GROUPS = {"TPU v5": (256, 1024, 1024)}
+#: Bytes of a kernel's vector memory that its tiles leave, and the most that they take: larger ones gain little, and XLA
+#: takes a minute to compile them.
+_OTHER_MEMORY, _LARGEST_TILES = 4 * 2**20, 28 * 2**20
+
+#: Sides of tiles of rows; K and N are split into equal parts of whole lanes.
+_TILE_ROWS, _LANES, _LONGEST_SIDE = (128, 256, 512, 1024), 128, 4096
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -44,8 +41,21 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """Multiplies the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
     output are undefined."""
-    with _tiling(_tiles(rows, matrices.shape[0])):
+    with _tiling(_tiles("rows", rows, matrices.shape)):
         return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+
+
+def multiply_columns(
+    rows: Float[Array, "R 1"], matrices: Float[Array, "E 1 F"], sizes: Int[Array, " E"]
+) -> Float[Array, "R F"]:
+    """:func:`grouped_matmul` of matrices with one row, such as biases, as a matmul with the one-hot groups of all rows;
+    further rows of the output are zero. A kernel would fill a whole tile with that row."""
+    ends = jnp.cumsum(sizes)
+    index = jnp.arange(rows.shape[0])[:, None]
+    groups = (index >= ends - sizes) & (index < ends)  # [R,E]
+    product = jnp.where(groups, rows, 0) @ matrices[:, 0]
+    # Gradients of further rows may be NaN, and NaN times 0 is NaN.
+    return jnp.where(index < ends[-1], product, 0)
 
 
 def _grouped_matmul_fwd(rows, matrices, sizes):
@@ -54,11 +64,13 @@ def _grouped_matmul_fwd(rows, matrices, sizes):
 
 def _grouped_matmul_bwd(residuals, gradient):
     rows, matrices, sizes = residuals
-    tiles = _tiles(rows, matrices.shape[0])
-    with _tiling(tiles):
+    num_groups, contracted, columns = matrices.shape
+    with _tiling(_tiles("weights", rows, matrices.shape)):
         d_matrices = lax.ragged_dot_general(
             rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype
         )
+    tiles = _tiles("rows", gradient, (num_groups, columns, contracted))
+    with _tiling(tiles):
         # ragged_dot's kernel needs the matrices transposed in memory; megablox's reads them in either order.
         if tiles:
             d_rows = megablox_gmm(gradient, matrices, sizes, rows.dtype, tiles, transpose_rhs=True)
@@ -70,17 +82,87 @@ def _grouped_matmul_bwd(residuals, gradient):
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-def _tiles(rows: Array, num_groups: int) -> tuple[int, int, int] | None:
-    """An entry of the tables where groups have at least four of its tiles of rows; None: XLA's own choice."""
-    kind = target.current().device_kind
-    tiles = next((tiles for name, tiles in _TILES.items() if kind.startswith(name)), None)
-    if tiles is None or rows.dtype != jnp.bfloat16:
+Kind = Literal["rows", "weights"]
+
+
+def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Tiles of a kernel; None: XLA's own choice, for other numbers than bfloat16, v2 and v3 (whose matrix units lack
+    its kernel), and rows that are no whole tiles."""
+    device = target.current()
+    peak, bandwidth = device.peak_flops, device.memory_bandwidth
+    memory = min(device.kernel_memory - _OTHER_MEMORY, _LARGEST_TILES)
+    if rows.dtype != jnp.bfloat16 or rows.shape[0] % TILE or peak is None or bandwidth is None:
         return None
-    if (num_groups - 1) * tiles[0] > 0.1 * rows.shape[0]:
-        tiles = _TILES_OF_SHORT_GROUPS.get(kind) or tiles
-    tile_rows = math.gcd(rows.shape[0], tiles[0])
-    few = tile_rows <= TILE or rows.shape[0] < 4 * num_groups * tile_rows
-    return None if few else (tile_rows, tiles[1], tiles[2])
+    return fastest_tiles(kind, rows.shape[0], matrices, peak, bandwidth, memory)
+
+
+@functools.lru_cache
+def fastest_tiles(
+    kind: Kind, num_rows: int, matrices: tuple[int, ...], peak: float, bandwidth: float, memory: int
+) -> tuple[int, int, int]:
+    """Tiles (rows, K, N) for which a kernel's count of its work takes least time, of those that fit its memory.
+
+    XLA's own tiles read rows or matrices from memory so often that some kernels would take two to seven times as long
+    as their FLOPs at peak.
+
+    Args:
+        kind: "rows": rows [R,K] times matrices; "weights": gradients of these.
+        num_rows: R.
+        matrices: their shape, [E,K,N].
+        peak: FLOP/s.
+        bandwidth: of the memory, bytes/s.
+        memory: bytes of vector memory that tiles may take.
+    """
+
+    def seconds(tiles: tuple[int, int, int]) -> float:
+        steps, flops, moved = grid_work(kind, num_rows, matrices, tiles)
+        return max(flops / peak, _ITEM * moved / bandwidth) + steps * _STEP_SECONDS
+
+    row_sides = [side for side in _TILE_ROWS if num_rows % side == 0]
+    sides = itertools.product(row_sides, _parts(matrices[1]), _parts(matrices[2]))
+    return min((tiles for tiles in sides if _memory(kind, tiles) <= memory), key=seconds)
+
+
+def grid_work(
+    kind: Kind, num_rows: int, matrices: tuple[int, ...], tiles: tuple[int, int, int]
+) -> tuple[int, float, int]:
+    """Steps of a kernel's grid, FLOPs, and numbers moved between memories, for groups of equal size.
+
+    The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
+    innermost. A group begins in a block that it shares with the one before. A block is moved when its index changes
+    from one step to the next.
+    """
+    (num_groups, contracted, columns), (tile_rows, tile_k, tile_n) = matrices, tiles
+    steps_k, steps_n = math.ceil(contracted / tile_k), math.ceil(columns / tile_n)
+    row_blocks = math.ceil(num_rows / tile_rows) + num_groups - 1
+    steps = row_blocks * steps_k * steps_n
+    if kind == "weights":
+        moved = steps * tile_rows * (tile_k + tile_n) + num_groups * steps_k * steps_n * tile_k * tile_n
+    else:
+        # With all of K in one step, a group's block of the matrix stays for all its row blocks.
+        of_matrices = steps if steps_k > 1 else num_groups * steps_n
+        moved = steps * tile_rows * tile_k + of_matrices * tile_k * tile_n + row_blocks * steps_n * tile_rows * tile_n
+    return steps, 2.0 * steps * tile_rows * tile_k * tile_n, moved
+
+
+#: Bytes of a bfloat16 number.
+_ITEM = 2
+
+
+def _memory(kind: Kind, tiles: tuple[int, int, int]) -> int:
+    """Bytes of both factors and the result, two of each for transfers beside the work, and of a float32 sum; for
+    weights also of what is added to it, as XLA allocates for some tiles."""
+    tile_rows, tile_k, tile_n = tiles
+    left, right, out = tile_rows * tile_k, tile_k * tile_n, tile_rows * tile_n
+    if kind == "weights":
+        return 2 * _ITEM * (left + right + out) + 8 * right
+    return 2 * _ITEM * (left + right + out) + 4 * out
+
+
+def _parts(size: int) -> list[int]:
+    """Lengths of the equal parts, in whole lanes, that a dimension can be split into."""
+    lengths = {math.ceil(size / parts / _LANES) * _LANES for parts in range(1, math.ceil(size / _LANES) + 1)}
+    return sorted(length for length in lengths if length <= _LONGEST_SIDE)
 
 
 def _tiling(tiles: tuple[int, int, int] | None) -> contextlib.AbstractContextManager[Any]:
