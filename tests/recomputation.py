@@ -221,14 +221,3 @@ def zero(tokens, values):
         if v > 0 >= w:
             return float(np.exp(t + v / (v - w) * (after - t)))
     return np.inf
-
-
-def law(points):
-    """(coefficients, errors, residual sd, residuals) of log L = d + a log D + b log E + c log D log E."""
-    experts, tokens, loss = np.asarray([(e, t, loss) for (e, t), loss in points.items()], float).T
-    design = np.stack([np.ones_like(loss), np.log(tokens), np.log(experts), np.log(tokens) * np.log(experts)], 1)
-    normal = design.T @ design
-    fit = np.linalg.solve(normal, design.T @ np.log(loss))
-    residuals = np.log(loss) - design @ fit
-    variance = (residuals**2).sum() / (len(loss) - 4)
-    return fit, np.sqrt(variance * np.diag(np.linalg.inv(normal))), np.sqrt(variance), residuals

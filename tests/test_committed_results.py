@@ -4,6 +4,7 @@ The reports are those under docs/results, and one of records that are drawn at r
 whatever has been run.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -43,10 +44,11 @@ def drawn(tmp_path_factory):
             "free": free, "drop": {"model.moe.gate": "switch"}, "top2": free | {"model.moe.gate": "mixtral"}
         }.items()},
     }  # fmt: skip
+    arms["top2"] = dataclasses.replace(arms["top2"], probes=("specialisation",))
     suite = suite_of(
         arms, {"all": Comparison("dense", ("free", "drop", "top2"), ("steps",))}, seeds=(1, 2, 3, 4, 5, 6),
         horizons=(steps,), sweep=Sweep((1e-3, 3e-3, 9e-3), (7, 8)), dropping_differs="drawn at random",
-        domain_tokens={"literature": 10**6, "python": 10**6},
+        domain_tokens={"literature": 10**6, "python": 10**6}, experts={"dense": 1, "free": 8, "drop": 16, "top2": 64},
     )  # fmt: skip
     registered = Registered(
         tuple(
@@ -95,8 +97,14 @@ def _drawn_run(rng, arm, seed, rate, losses, steps, hashes):
         rows += dropped if arm == "drop" else [(*row[:4], 0.0) for row in dropped]
     return record(
         arm, seed, 0.0, steps, rate, rows=rows, row_domains=list(PRIMARY) * 8, row_losses=losses.ravel().tolist(),
-        claims=hashes, probes={"mask/full": rng.uniform(3, 4)} if arm == "top2" else {},
+        claims=hashes, probes=_drawn_probes(rng) if arm == "top2" else {},
     )  # fmt: skip
+
+
+def _drawn_probes(rng):
+    names = ("explained_token", "untrained_explained_token", "explained_lexical_matched")
+    found = {f"specialisation/{name}@{layer}": rng.uniform() for name in names for layer in (0, 1)}
+    return found | {"mask/full": rng.uniform(3, 4)}
 
 
 @pytest.fixture(params=["drawn", *REPORTS], ids=lambda folder: getattr(folder, "name", folder))
@@ -219,6 +227,13 @@ def _comparison(where, cells, runs, point, adjusted, pooled, bootstrap):
         check(where, cells[7], *capped, *ends[2:])
     else:
         assert cells[7] == "–"
+
+
+def test_pictures(drawn):
+    folder, _, _ = drawn
+    shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text())
+    assert set(shown) == {f"{name}.png" for name in ("effects", "curves", "sweep", "routing", "specialisation_top2")}
+    assert all((folder / name).stat().st_size > 1000 for name in shown)
 
 
 def test_headline(report):
@@ -373,18 +388,27 @@ def test_cost(report):
 
 
 def test_domains_routing_and_probes(report):
-    runs, sections, _, _ = report
+    runs, sections, suite, _ = report
     header, rows = tables(sections["Held-out loss per domain"])[0]
     for arm, steps, *cells in rows:
         assert int(steps.replace(",", "")) == runs.fullest(arm)
         for domain, cell in zip(header[2:], cells, strict=True):
             mean_sd(f"{arm}, {domain}", cell, [runs.last(arm, runs.fullest(arm), "loss", domain)])
+    header, rows = tables(sections.get("Effects per domain", "| a |\n|---|\n"))[0]
+    for arm, steps, n, *cells in rows:
+        for title, cell in zip(header[3:], cells, strict=True):
+            domain, base = re.match(r"(\S+), less (\S+) \[", title).groups()
+            ours, theirs = (runs.last(a, int(steps.replace(",", "")), "loss", domain) for a in (arm, base))
+            assert len((ours - theirs).dropna()) == int(n)
+            interval_cell(f"{arm}, {domain}", cell, (ours - theirs).dropna())
     for arm, _, n, *cells in tables(sections.get("Routing at the last step", "| a |\n|---|\n"))[0][1]:
         names = ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped")
         for name, cell in zip(names, cells, strict=True):
             values = runs.per_layer(arm, runs.fullest(arm), name)
             assert len(values) == int(n)
-            check(f"{arm}, {name}", cell, *[(mean, ".2f") for mean in values.mean()])
+            moe = suite.config(arm).model.moe
+            unit = math.log(moe.num_experts + moe.null_experts) if name == "router_entropy" else 1.0
+            check(f"{arm}, {name}", cell, *[(mean / unit, ".2f") for mean in values.mean()])
     for arm, quantity, n, cell in tables(sections.get("Probes of the trained models", "| a |\n|---|\n"))[0][1]:
         values = runs.per_layer(arm, runs.data[runs.data.quantity == quantity].steps.max(), quantity)
         assert len(values) == int(n)
@@ -407,6 +431,32 @@ def test_provenance(report):
     domains = suite.config(base).data.domains
     for name, size in suite.domain_tokens.items():
         check(name, re.search(rf"{name} ([\d.]+\d)", source)[1], (tokens / len(domains) / size, ".2f"))
+
+
+def test_law(report):
+    """The coefficients at the floor that is printed, and that no other floor has a smaller misfit."""
+    runs, sections, suite, _ = report
+    text = sections.get("Law of experts and tokens", "")
+    if "L∞ = " not in text:
+        pytest.skip("no law was fitted")
+    tokens = suite.longest * suite.tokens_per_step
+    losses = {suite.experts[arm]: runs.loss(arm, suite.longest).mean() for arm in runs.data.variant.unique()}
+    floor = float(re.search(r"L∞ = ([\d.]+\d)", text)[1])
+
+    def fitted(bottom):
+        x, y = np.log(list(losses)), np.asarray(list(losses.values()))
+        slope, intercept = np.polyfit(x, np.log(y - bottom), 1)
+        return slope, intercept, y - bottom - np.exp(intercept + slope * x)
+
+    slope, intercept, residuals = fitted(floor)
+    for name, value in (("d", intercept), ("b", slope)):
+        assert float(re.search(rf" {name} = ([^ ]*)", text)[1]) == pytest.approx(value, rel=0.01)
+    for row, residual in zip(tables(text)[0][1], residuals, strict=True):
+        assert row[1] == f"{tokens / 1e6:.3g}M"
+        check("law", row[2], (losses[int(row[0])], ".4f"))
+        assert float(row[4]) == pytest.approx(residual, abs=2e-4)
+    for other in (0.0, 0.9 * floor, min(1.02 * floor, 0.999 * min(losses.values()))):
+        assert (residuals**2).sum() <= (fitted(other)[2] ** 2).sum() + 1e-9
 
 
 # --- Earlier runs ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The ablation lab: suites, plans, records, expressions and the report."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -68,6 +69,83 @@ def test_every_claim_names_arms_of_its_suite():
 def test_a_suite_that_cannot_be_compared_is_refused(suite, message):
     with pytest.raises(ConfigError, match=message):
         check(suite)
+
+
+SUITE_FILE = """
+from configs import base
+from moe.lab.suite import Comparison, Suite, Sweep, Variant
+def get_suite(size):
+    return {returned}
+"""
+FIELDS = 'name="s", question="?", base=base.get_config(), variants={"a": Variant({})}, seeds=(0, 1), comparisons={}'
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("7", "must return a moe.lab.suite.Suite"),
+        ("1 / 0", "ZeroDivisionError"),
+        (f"Suite({FIELDS}, horizons='long')", "horizons"),
+        (f"Suite({FIELDS}, horizon=(3,))", "horizon"),
+        (f"Suite({FIELDS}, sweep=0.1)", "sweep"),
+        (f"Suite({FIELDS}, sweep=Sweep('fast', (9,)))", "Sweep 0 Input should be a valid tuple"),
+        (f"Suite({FIELDS}, heldout_rows=None)", "heldout_rows"),
+        (f"Suite({FIELDS}, unseen=('python',))", "held-out text alone"),
+        (f"Suite({FIELDS.replace('Variant({})', 'Variant(3)')})", "Variant 0 Input should be a valid dict"),
+        (f"Suite({FIELDS.replace('Variant({})', '{}')})", "variants"),
+        (f"Suite({FIELDS.replace('seeds=(0, 1)', 'seeds=3')})", "seeds"),
+        (f"Suite({FIELDS.replace('comparisons={}', 'comparisons=[]')})", "comparisons"),
+        (f"Suite({FIELDS.replace('name=', 'named=')})", "named"),
+        (f"Suite({FIELDS.replace(chr(34) + 's' + chr(34), chr(34) + '../s' + chr(34))})", "suite '../s'"),
+    ],
+)
+def test_a_suite_file_of_wrong_types_is_refused_in_a_sentence(tmp_path, returned, message):
+    path = tmp_path / "s.py"
+    path.write_text(SUITE_FILE.format(returned=returned))
+    with pytest.raises(ConfigError, match=message):
+        load_suite(str(path), "laptop")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "x"}, {"seed": 0.5}, {"learning_rate": None}, {"status": 3}, {"rows": [[1, 2]]}, {"rows": {}},
+        {"row_losses": ["a"]}, {"row_losses": [1.0]}, {"probes": []}, {"claims": {"1": 2}}, {"data": None},
+        {"costs": {"flops": "many"}}, {"form": []}, {"run": 5}, {"last_losses": 1}, {"rows": []}, {"variant": ["a"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_wrong_types_is_refused_in_a_sentence(tmp_path, change):
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    keyed(suite, [record("a", 0, 4.5)])[0].write(tmp_path)
+    (path,) = (tmp_path / "records").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=r"\.json: not a record of this version"):
+        records.read_all(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000])
+def test_a_record_that_is_none_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json: not a record"):
+        records.read_all(tmp_path)
+
+
+def test_records_are_kept_as_one_table(tmp_path):
+    suite = suite_of({"a": DENSE}, horizons=(20,), seeds=(0, 1))
+    runs = keyed(suite, [record("a", 0, 4.5, probes={"p@1": 0.5}), record("a", 1, 4.25, last_losses=[1.0, 2.0])])
+    path = tmp_path / "s" / records.TABLE
+    path.parent.mkdir()
+    records.write_table(path, runs)
+    assert records.read_all(tmp_path) == records.read_all(path.parent) == runs
+    # A run that is in both is there once, and the file of the run itself counts.
+    dataclasses.replace(runs[0], seconds=7.0).write(tmp_path)
+    assert [run.seconds for run in records.read_all(tmp_path)] == [7.0, 1.0]
+    for content in (b"no table", path.read_bytes()[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="not a table of records"):
+            records.read_all(tmp_path)
 
 
 def test_other_seeds_are_not_those_of_the_sweep():

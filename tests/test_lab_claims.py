@@ -5,9 +5,10 @@ import math
 
 import pytest
 
+from moe.config import ConfigError
 from moe.lab import statistics
 from moe.lab.claims import decide
-from moe.lab.claims.registration import Primary
+from moe.lab.claims.registration import Primary, read_claims
 from moe.lab.report import claims_page
 from moe.lab.table import Table
 from tests.lab_helpers import CLAIMS, DENSE, REGISTERED, SWITCH, claim_of, record, suite_of, table, table_of
@@ -164,3 +165,48 @@ def test_all_claims_on_one_page(tmp_path):
     assert all(f"| {number} | {text_of} |" in text for number, text_of in named.items())
     assert f"not tested: {len(CLAIMS)}" in text
     assert REGISTERED.digest in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("number = 1", 'number = "one"', "number"),
+        ('rule = "below"', 'rule = "beneath"', "rule"),
+        ("[[claim.part]]", "[[claim.parts]]", "part"),
+        ('value = "loss[b] - loss[a]"', 'value = "loss[b"', "not understood"),
+        ('what = "loss"', "what = 3", "what"),
+        ("min_steps = 5", "min_steps = -0.5", "min_steps"),
+        ("min_steps = 5", "margin = 5", "margin"),
+        ("[[claim]]", "[claim]", "claim"),
+        ("claims = [1]", "claims = [2]", "those that primary.claims names"),
+        ("smallest = 0.1", 'smallest = "small"', "smallest"),
+        ('family = "primary"', 'family = "secondary"', "family"),
+        ("number = 1", "number = ", "Invalid value"),
+    ],
+)
+def test_a_file_of_claims_of_wrong_types_is_refused_in_a_sentence(tmp_path, old, new, message):
+    text = """
+[primary]
+question = "which?"
+claims = [1]
+smallest = 0.1
+equivalence = 0.1
+pilot = ""
+[[claim]]
+number = 1
+suite = "test"
+text = "b beats a"
+source = "paper"
+min_steps = 5
+family = "primary"
+[[claim.part]]
+what = "loss"
+rule = "below"
+value = "loss[b] - loss[a]"
+"""
+    path = tmp_path / "claims.toml"
+    path.write_text(text)
+    assert read_claims(path).claims[0].parts[0].what == "loss"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=f"claims.toml: not a list of claims .*{message}"):
+        read_claims(path)

@@ -18,7 +18,7 @@ from moe.lab.running.heldout import dropless
 from moe.lab.suite import Variant, with_seeds
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
-from tests.lab_helpers import DENSE, SWITCH, keyed, record, suite_of, tiny_base, tiny_suite, write_page
+from tests.lab_helpers import DENSE, SWITCH, claim_of, keyed, record, suite_of, tiny_base, tiny_suite, write_page
 from tests.tiny_text import build
 
 
@@ -138,6 +138,7 @@ def test_jobs_are_pinned_to_a_core_each(monkeypatch):
     assert cores == {min(before)}
     assert command[1:] == ["scripts/ablate.py", "--workdir=w"]
     assert os.sched_getaffinity(0) == before
+    assert jobs._without_jobs(["a.py", "--jobs", "2", "--seeds=1", "-jobs=2", "--jobs=2"]) == ["a.py", "--seeds=1"]
     with pytest.raises(ConfigError, match=r"--jobs=4096: at most"):
         jobs.start(4096)
 
@@ -164,6 +165,15 @@ def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypat
     for _ in range(2):
         worker.measure()
         assert found() == [1.0, 2.0, None]
+
+
+def test_what_the_end_needs_is_checked_at_the_start():
+    suite = suite_of({"a": DENSE, "b": dataclasses.replace(SWITCH, probes=("eval_capacities",))})
+    with pytest.raises(ConfigError, match=r"variant 'b': no probe 'eval_capacities'; there are eval_capacity, "):
+        runner.check_start(suite, [])
+    with pytest.raises(ConfigError, match=r"claim 1: suite 'test' has no variant 'b'"):
+        runner.check_start(suite_of({"a": DENSE}), [claim_of()])
+    runner.check_start(suite_of({"a": DENSE, "b": SWITCH}), [claim_of()])
 
 
 @pytest.mark.slow

@@ -96,15 +96,19 @@ def test_crossing_is_interpolated_in_log_tokens():
 
 def test_law_is_recovered_from_its_own_losses():
     def loss(experts, tokens):
-        return math.exp(3.0 - 0.1 * math.log(tokens) - 0.05 * math.log(experts))
+        return 1.5 + math.exp(
+            3.0 - 0.2 * math.log(tokens) - 0.3 * math.log(experts) + 0.01 * math.log(tokens * 1.0) * math.log(experts)
+        )
 
-    points = {(e, t): loss(e, t) for e in (1, 4, 16) for t in (10**5, 10**6)}
+    points = {(e, t): loss(e, t) for e in (1, 4, 16, 64) for t in (10**5, 10**6, 10**7)}
     found = law.fit(points)
-    assert found.coefficients == pytest.approx((3.0, -0.1, -0.05, 0.0), abs=1e-9)
-    assert found.loss(64, 10**7) == pytest.approx(loss(64, 10**7))
-    assert max(map(abs, found.residuals.values())) < 1e-9
-    # One loss 1 % higher: its residual is positive; with an intercept all residuals sum to zero.
-    found = law.fit({**points, (4, 10**6): points[4, 10**6] * 1.01})
-    assert found.residuals[4, 10**6] > 0
-    assert sum(found.residuals.values()) == pytest.approx(0.0, abs=1e-9)
-    assert law.fit({(1, 10**5): 5.0, (4, 10**5): 4.9}) is None
+    assert found.names == law.NAMES
+    assert found.floor == pytest.approx(1.5, abs=1e-3)
+    assert found.coefficients == pytest.approx((3.0, -0.2, -0.3, 0.01), rel=2e-3)
+    assert found.sd < 1e-4
+    moved = law.fit({**points, (4, 10**6): points[4, 10**6] + 0.1})
+    assert max(moved.residuals, key=moved.residuals.get) == (4, 10**6)
+    # One horizon tells nothing of tokens; one number of experts nothing of experts; one point nothing.
+    assert law.fit({(e, 10**6): loss(e, 10**6) for e in (1, 4, 16, 64)}).names == ("d", "b")
+    assert law.fit({(4, t): loss(4, t) for t in (10**5, 10**6, 10**7, 10**8)}).names == ("d", "a")
+    assert law.fit({(4, 10**6): 3.0}).names == ("d",)

@@ -1,7 +1,8 @@
 """A law of the loss in the number of experts and training tokens, fitted to a suite of both.
 
-log L = d + a·log D + b·log E + c·log D·log E: the bilinear form of Clark et al. 2022 (equation 2) with tokens D in the
-place of parameters, which are the same for all arms. c > 0: experts help less the longer the training.
+L = L∞ + exp(d + a·log D + b·log E + c·log D·log E): the bilinear form of Clark et al. 2022 (equation 2) with tokens D
+in the place of parameters, which are the same for all arms, above an irreducible loss L∞, without which a power law
+does not describe several horizons. c > 0: experts help less the longer the training.
 """
 
 from __future__ import annotations
@@ -9,48 +10,78 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import scipy.optimize
 
 NAMES = ("d", "a", "b", "c")
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """A least-squares fit.
+    """A least-squares fit of the log of the reducible loss.
 
     Attributes:
-        coefficients: d, a, b, c.
-        errors: their standard errors; NaN without a spare point.
-        residuals: (experts, tokens) → observed less fitted log loss.
-        sd: residual standard deviation of the log loss.
+        floor: L∞, between 0 and the lowest loss.
+        coefficients: d, a, b, c; without b and c, or without a and c, where the points have one number of experts or of
+            tokens, by :attr:`names`.
+        names: of the coefficients.
+        errors: their standard errors at this floor; NaN without a spare point.
+        residuals: (experts, tokens) → observed less fitted loss.
+        sd: residual standard deviation of the loss; NaN without a spare point.
     """
 
+    floor: float
     coefficients: tuple[float, ...]
+    names: tuple[str, ...]
     errors: tuple[float, ...]
     residuals: Mapping[tuple[int, int], float]
     sd: float
 
-    def loss(self, experts: int, tokens: int) -> float:
-        """Loss that the law gives."""
-        return math.exp(float(_design([(experts, tokens)])[0] @ np.asarray(self.coefficients)))
-
 
 def fit(losses: Mapping[tuple[int, int], float]) -> Law | None:
-    """The law of (experts, tokens) → mean loss; None if the points do not determine it."""
-    points = list(losses)
-    design = _design(points)
-    if len(points) < len(NAMES) or np.linalg.matrix_rank(design) < len(NAMES):
+    """The law of (experts, tokens) → mean loss; None if the points do not determine it.
+
+    The floor is the one with the smallest sum of squared residuals of the loss, by a bounded search in which the other
+    coefficients follow by linear least squares; with as many points as coefficients it is 0.
+    """
+    points, observed = list(losses), np.asarray(list(losses.values()), float)
+    names, design = _design(points)
+    if len(points) < len(names) or np.linalg.matrix_rank(design) < len(names):
         return None
-    observed = np.log([losses[point] for point in points])
-    solution = np.linalg.lstsq(design, observed)[0]
-    residuals = observed - design @ solution
-    spare = len(points) - len(NAMES)
-    variance = float(residuals @ residuals) / spare if spare else math.nan
-    errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-    return Law(tuple(solution), tuple(errors), dict(zip(points, residuals, strict=True)), math.sqrt(variance))
+    spare = len(points) - len(names) - 1
+
+    def misfit(floor: float) -> float:
+        return float(np.sum(_residuals(design, observed, floor)[1] ** 2))
+
+    floor = 0.0
+    if spare >= 0:
+        search: Any = scipy.optimize.minimize_scalar(
+            misfit, bounds=(0.0, float(observed.min()) * 0.999), method="bounded"
+        )
+        floor = float(search.x) if search.fun < misfit(0.0) else 0.0
+    solution, residuals = _residuals(design, observed, floor)
+    variance = float(residuals @ residuals) / spare if spare > 0 else math.nan
+    # Of the log of the reducible loss: its slope with respect to the loss is 1 / (L - L∞).
+    scale = float(np.mean(1 / (observed - floor) ** 2))
+    errors = np.sqrt(variance * scale * np.diag(np.linalg.inv(design.T @ design)))
+    pairs = dict(zip(points, residuals.tolist(), strict=True))
+    return Law(floor, tuple(solution), names, tuple(errors), pairs, math.sqrt(variance))
 
 
-def _design(points: list[tuple[int, int]]) -> np.ndarray:
-    experts, tokens = np.log(np.asarray(points, float)).T
-    return np.stack([np.ones_like(tokens), tokens, experts, tokens * experts], axis=1)
+def _residuals(design: np.ndarray, observed: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """(coefficients, observed less fitted loss) at a floor."""
+    solution = np.linalg.lstsq(design, np.log(observed - floor))[0]
+    return solution, observed - floor - np.exp(design @ solution)
+
+
+def _design(points: list[tuple[int, int]]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the coefficients that the points can tell apart, and the columns of their terms."""
+    experts, tokens = np.log(np.asarray(points, float).reshape(-1, 2)).T
+    columns = {"d": np.ones_like(tokens), "a": tokens, "b": experts, "c": tokens * experts}
+    lacking = {"a", "c"} if len(set(tokens.tolist())) < 2 else set[str]()
+    if len(set(experts.tolist())) < 2:
+        lacking |= {"b", "c"}
+    names = tuple(name for name in NAMES if name not in lacking)
+    return names, np.stack([columns[name] for name in names], axis=1)

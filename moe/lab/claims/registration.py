@@ -135,6 +135,8 @@ def read_claims(path: Path) -> Registered:
 def _read(path: Path, content: bytes) -> _File:
     try:
         tree = tomllib.loads(content.decode())
+        if not isinstance(tree["claim"], list):
+            raise ValueError("write [[claim]], a list")
         for entry in tree["claim"]:
             entry["parts"] = entry.pop("part")
         found = _FILE.validate_python(tree)

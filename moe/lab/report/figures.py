@@ -27,7 +27,7 @@ NAMES_AS_TEXT: Any = {"text.parse_math": False}
 
 ROUTING = (
     ("max_violation", "MaxVio, held-out"),
-    ("router_entropy", "router entropy, held-out, nats"),
+    ("router_entropy", "router entropy / ln E, held-out"),
     ("train_fraction_tokens_dropped", "dropped in training"),
 )
 _MARKERS = "osD^vP*X<>"
@@ -46,8 +46,19 @@ def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> statis
     return statistics.effect([a - b for a, b in zip(ours, base, strict=True)])
 
 
-def effect_of(table: Table, variant: str, baseline: str, steps: int, quantity: str) -> statistics.Effect:
-    """Difference of a quantity at the last step, paired by seed; undefined where a run lacks it."""
+def effect_of(
+    table: Table, variant: str, baseline: str, steps: int, quantity: str, domain: str = ""
+) -> statistics.Effect:
+    """Difference of a quantity at the last step, paired by seed; undefined where a run lacks it.
+
+    ``domain``: of a loss, if not the mean over the primary ones.
+    """
+    if domain:
+        pairs = [
+            [table.curve(name, steps, seed, quantity, domain) for name in (variant, baseline)]
+            for seed in table.seeds(steps, variant, baseline)
+        ]
+        return statistics.effect([ours[-1][1] - base[-1][1] for ours, base in pairs if ours and base])
     try:
         values = table.values(steps, [Term(1.0, quantity, variant), Term(-1.0, quantity, baseline)])
     except MissingError:
@@ -201,19 +212,56 @@ def routing(path: Path, table: Table) -> str:
     return save(fig, path)
 
 
+_LABELS = {"token": "token", "lexical_matched": "lexical class", "domain_matched": "domain"}
+
+
+def specialisation(path: Path, table: Table, variant: str) -> str:
+    """What the first expert follows by layer: trained routers with intervals, beside untrained ones and a hash."""
+    steps = table.longest(variant)
+    layers = table.layers(variant, "specialisation/explained_token")
+    fig, axis = plt.subplots(figsize=(6.4, 4.0))
+    for color, (label, title) in enumerate(_LABELS.items()):
+        for prefix, style, name in (("", "-", ""), ("untrained_", "--", ", untrained"), ("hash_", ":", ", hash")):
+            quantity = f"specialisation/{prefix}explained_{label}"
+            try:
+                of_layers = [[*table.values(steps, [Term(1.0, quantity, variant, layers=n)]).values()] for n in layers]
+            except MissingError:
+                continue
+            effects = [statistics.effect(values) for values in of_layers]
+            xs, means = [int(layer) for layer in layers], [e.mean for e in effects]
+            if not prefix and effects[0].n > 2:
+                half = [e.high - e.mean for e in effects]
+                axis.errorbar(xs, means, yerr=half, color=f"C{color}", marker="o", capsize=3, label=title)
+            else:
+                axis.plot(xs, means, style, color=f"C{color}", marker="" if prefix else "o", label=title + name)
+    if not axis.has_data():
+        plt.close(fig)
+        return ""
+    axis.set_xticks([int(layer) for layer in layers])
+    axis.set(xlabel=f"MoE layer of {variant}", ylabel="share of the first expert's entropy explained")
+    axis.grid(alpha=0.3)
+    legend_beside(axis)
+    return save(fig, path)
+
+
 def _mean_curves(
     table: Table, variants: Sequence[str], steps: int, quantity: str
 ) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Arm → (steps, mean over layers and seeds)."""
+    """Arm → (steps, mean over layers and seeds); of the entropy its share of the largest one."""
     found = {}
     for name in variants:
+        moe = table.suite.config(name, steps=steps).model.moe
+        unit = math.log(moe.num_experts + moe.null_experts) if quantity == "router_entropy" else 1.0
         curves = [
             table.curve(name, steps, seed, quantity, "", layer)
             for seed in table.seeds(steps, name)
             for layer in table.layers(name, quantity)
         ]
         if curves := [curve for curve in curves if curve]:
-            found[name] = ([step for step, _ in curves[0]], np.mean([[v for _, v in curve] for curve in curves], 0))
+            found[name] = (
+                [step for step, _ in curves[0]],
+                np.mean([[v / unit for _, v in curve] for curve in curves], 0),
+            )
     return found
 
 

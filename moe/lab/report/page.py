@@ -54,12 +54,17 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
         parts += ["## Law of experts and tokens", sections.law_section(found)]
     if suite.sweep is not None:
         parts += ["## Learning rates", sections.sweep_section(directory, found)]
+    if main and (effects := sections.domain_effects_section(found, main[1])):
+        parts += ["## Effects per domain", effects]
     parts += ["## Cost", sections.costs_section(found), "## Held-out loss per domain", sections.domains_section(found)]
     if routed := sections.routing_section(found):
         picture = figures.routing(directory / "routing.png", found)
         parts += ["## Routing at the last step", routed, f"![routing]({picture})"]
     if probed := sections.probes_section(found):
         parts += ["## Probes of the trained models", probed]
+        arms = [name for name in found.variants if "specialisation" in suite.variants[name].probes]
+        names = [figures.specialisation(directory / f"specialisation_{name}.png", found, name) for name in arms]
+        parts += [f"![{Path(name).stem}]({name})" for name in names if name]
     parts += ["## Where the numbers come from", _provenance(found, command, registered.digest if own else "")]
     write_atomic(directory / "report.md", markdown_page("\n\n".join(part for part in parts if part) + "\n"))
 

@@ -129,19 +129,20 @@ def law_section(found: Table) -> str:
             if values and all(map(math.isfinite, values)):
                 losses[experts, steps * found.suite.tokens_per_step] = float(np.mean(values))
     fitted = law.fit(losses) if losses else None
-    if fitted is None:
-        return "Not fitted: two numbers of experts at two horizons are needed."
-    terms = zip(law.NAMES, fitted.coefficients, fitted.errors, strict=True)
-    text = ", ".join(f"{name} = {value:.4g} ± {error:.2g}" for name, value, error in terms)
+    if fitted is None or len(fitted.names) < 2:
+        return "Not fitted: two numbers of experts are needed."
+    triples = zip(fitted.names, fitted.coefficients, fitted.errors, strict=True)
+    text = ", ".join(f"{name} = {value:.4g} ± {error:.2g}" for name, value, error in triples)
+    terms = {"d": "d", "a": "a·log D", "b": "b·log E", "c": "c·log D·log E"}
     rows = [
-        (str(experts), f"{tokens / 1e6:.2g}M", f"{loss:.4f}", f"{fitted.loss(experts, tokens):.4f}",
+        (str(experts), f"{tokens / 1e6:.3g}M", f"{loss:.4f}", f"{loss - fitted.residuals[experts, tokens]:.4f}",
          f"{fitted.residuals[experts, tokens]:+.4f}")
         for (experts, tokens), loss in losses.items()
     ]  # fmt: skip
     return (
-        f"log L = d + a·log D + b·log E + c·log D·log E, least squares on means over seeds: {text} (standard errors); "
-        f"residual standard deviation {fitted.sd:.4f}.\n\n"
-        + table(("experts E", "tokens D", "loss", "law", "log loss − law"), rows)
+        f"L = L∞ + exp({' + '.join(terms[name] for name in fitted.names)}), least squares on means over seeds: L∞ = "
+        f"{fitted.floor:.4f}, {text} (standard errors at this L∞); residual standard deviation {fitted.sd:.4f}.\n\n"
+        + table(("experts E", "tokens D", "loss", "law", "loss − law"), rows)
     )
 
 
@@ -208,7 +209,7 @@ def _executed(found: Table, name: str, steps: int) -> float:
 
 def domains_section(found: Table) -> str:
     """Loss per domain at the horizon for which the arm has the most seeds."""
-    domains = list(dict.fromkeys(d for record in found.used for d in record.row_domains))
+    domains = _domains(found)
     rows = []
     for name in found.variants:
         steps = found.fullest(name)
@@ -220,6 +221,21 @@ def domains_section(found: Table) -> str:
     return table(("arm", "steps", *domains), rows)
 
 
+def _domains(found: Table) -> list[str]:
+    return list(dict.fromkeys(d for record in found.used for d in record.row_domains))
+
+
+def domain_effects_section(found: Table, comparison: Comparison) -> str:
+    """Each arm's difference to the baseline per domain, unseen text included; empty without a pair of arms."""
+    base, domains, rows = comparison.baseline, _domains(found), []
+    for arm in comparison.variants:
+        if steps := found.longest(arm, base):
+            cells = [_interval(effect_of(found, arm, base, steps, "loss", domain)) for domain in domains]
+            rows.append((arm, f"{steps:,}", str(len(found.seeds(steps, arm, base))), *cells))
+    header = ("arm", "steps", "n", *(f"{domain}, less {base} [95 %]" for domain in domains))
+    return table(header, rows) if rows else ""
+
+
 def routing_section(found: Table) -> str:
     """Routing statistics per MoE layer at the horizon with the most seeds; empty without sparse arms."""
     rows = []
@@ -228,13 +244,17 @@ def routing_section(found: Table) -> str:
         if not layers:
             continue
         seeds = found.seeds(steps, name)
+        moe = found.suite.config(name, steps=steps).model.moe
+        largest = math.log(moe.num_experts + moe.null_experts)
         cells = []
         for quantity in ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped"):
             curves = [[found.curve(name, steps, s, quantity, "", layer) for s in seeds] for layer in layers]
             means = [np.mean([c[-1][1] for c in of_layer if c] or [math.nan]) for of_layer in curves]
+            if quantity == "router_entropy":
+                means = [mean / largest for mean in means]
             cells.append(" / ".join(f"{mean:.2f}" for mean in means))
         rows.append((name, f"{steps:,}", str(len(seeds)), *cells))
-    header = ("arm", "steps", "n", "MaxVio", "router entropy, nats", "dead experts", "dropped in training")
+    header = ("arm", "steps", "n", "MaxVio", "router entropy / ln E", "dead experts", "dropped in training")
     return f"Per MoE layer, means over seeds.\n\n{table(header, rows)}" if rows else ""
 
 

@@ -294,6 +294,7 @@ class Worker:
         Runs of a sweep and of rates that lost are left out, and those that another process measures at the moment.
         """
         models: dict[str, probes.Model] = {}
+        self._prune_all()
         for record in sorted(Table(self._suite, read_all(self._workdir)).used, key=lambda record: record.key):
             directory = run_directory(self._workdir, record.key, record.run)
             if record.steps == self._suite.longest and directory.exists():
@@ -327,6 +328,14 @@ class Worker:
                     self._programs(config, mesh), self._suite.primary_domains, self._suite.heldout_rows
                 )
         return probes.Trained(directory, models[variant])
+
+    def _prune_all(self) -> None:
+        """Prune finished runs, of which a process was killed between record and pruning."""
+        for record in Table(self._suite, read_all(self._workdir)).used:
+            directory = run_directory(self._workdir, record.key, record.run)
+            if directory.exists():
+                with contextlib.suppress(filelock.Timeout), _lock(self._workdir, record.run):
+                    self._prune(record.key, directory)
 
     def _prune(self, key: Key, directory: Path) -> None:
         """Keep only the last checkpoint, unless the arm has probes, which may read earlier ones."""
