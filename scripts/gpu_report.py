@@ -124,7 +124,7 @@ def pytorch(sizes: Sizes) -> Iterator[str]:
     import jax.numpy as jnp
 
     from moe.benchmarks import timing
-    from moe.dispatch.grouped_matmul import gpu, tpu
+    from moe.dispatch.backends import gpu, tpu
 
     num_rows, experts = 2 * sizes.tokens, sizes.experts
     rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)

@@ -9,8 +9,8 @@ import pytest
 from configs import base
 from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
 from moe.config.schema import Activation, Dispatch, Remat
-from moe.dispatch.modes import MODES
-from moe.layers.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe.dispatch.modes import DISPATCHES
 from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.resolve import from_config_dict
 
@@ -188,7 +188,7 @@ def test_layers_differ_by_overrides_alone():
     ("choices", "implemented"),
     [
         (Activation, {*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS}),
-        (Dispatch, set(MODES) - {"soft"}),  # of Soft MoE's layers, whatever the config names
+        (Dispatch, set(DISPATCHES)),
         (Remat, set(REMAT_POLICIES)),
     ],
 )

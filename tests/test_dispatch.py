@@ -11,7 +11,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from moe.conformance import reference
-from moe.dispatch.modes import MODES
+from moe.dispatch.ffn import ExpertWeights
+from moe.dispatch.modes import dispatch
 from moe.dispatch.plan import Plan, expert_capacity, make_plan
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
@@ -90,36 +91,16 @@ def test_positions_are_counted_across_blocks(tokens):
                 assert plan.position_in_expert[group, token, choice] == expected
 
 
-@dataclasses.dataclass
-class Doubling:
-    """Experts that multiply by e + 1 and record the rows that each received."""
-
-    received: list
-
-    def batched(self, rows):
-        self.received += [[row for row in expert.tolist() if any(row)] for expert in rows]
-        return rows * (1.0 + jnp.arange(rows.shape[0], dtype=rows.dtype))[:, None, None]
-
-    def matrices(self, dtype, *, stored=False):
-        return None
-
-    def grouped(self, matrices, rows, sizes, row_blocks):
-        ends = np.cumsum(sizes)
-        for begin, end in zip(ends - np.asarray(sizes), ends, strict=True):
-            self.received.append([row for row in rows[begin:end].tolist() if any(row)])
-        expert = jnp.sum(jnp.arange(len(rows))[:, None] >= ends, axis=1)
-        return rows * (1.0 + expert[:, None])
-
-
 @pytest.mark.parametrize(("mode", "on_cpu"), [("einsum", True), ("gather", True), ("gather", False)])
-def test_buffers_and_outputs_by_hand(mode, on_cpu, monkeypatch):
-    # Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights 1/2, 1, 1; capacity 1: token 2 is dropped.
+def test_outputs_by_hand(mode, on_cpu, monkeypatch):
+    # Expert e multiplies by e + 1: relu((e + 1)·x·I)·I. Three tokens of value 1, 2, 3; experts 0, 1, 0 with weights
+    # 1/2, 1, 1; capacity 1: token 2 is dropped.
     monkeypatch.setattr(target, "is_cpu", lambda: on_cpu)
     x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
-    experts = Doubling([])
-    y = MODES[mode](x, routing, make_plan(routing, 1), experts)
-    assert experts.received == [[[1, 10]], [[2, 20]], []]
+    up = jnp.eye(2) * jnp.asarray([1.0, 2.0, 3.0])[:, None, None]
+    weights = ExpertWeights(up, None, jnp.broadcast_to(jnp.eye(2), (3, 2, 2)))
+    y = dispatch(mode, x, routing, make_plan(routing, 1), weights, "relu")
     np.testing.assert_array_equal(y, [[[0.5, 5.0], [4.0, 40.0], [0.0, 0.0]]])
 
 
@@ -142,7 +123,7 @@ def _system(config, capacity, mode, key):
         logits = router(x)
         routing = route(GATES[config.moe.gate], logits, mask, experts_per_token=config.moe.experts_per_token, rng=key)
         plan = make_plan(routing, capacity)
-        y = MODES[mode](x, routing, plan, experts)
+        y = dispatch(mode, x, routing, plan, experts.weights, experts.activation)
         return jnp.sum(y * cotangent), (y, plan, routing)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))

@@ -13,10 +13,9 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig
-from moe.dispatch.dropless import dropless
-from moe.dispatch.grouped_matmul import cpu, grouped_ffn, tpu
-from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks, whole_tiles
-from moe.dispatch.modes import MODES
+from moe.dispatch.backends import cpu, grouped_ffn, tpu, whole_tiles
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights
+from moe.dispatch.modes import dispatch
 from moe.dispatch.plan import make_plan
 from moe.layers.experts import Experts
 from moe.parallel import partition_specs, target
@@ -37,6 +36,9 @@ def _case(rng, groups, tokens, num_experts, k, load="random"):
     return dataclasses.replace(routing, combine_weights=weights.astype(jnp.float32))
 
 
+_DROPOUT = (None, ExpertDropout(jax.random.key(3), 0.4))
+
+
 @functools.cache
 def _program(mode, config, variant):
     """Parameters of experts, and a jitted function of x, parameters and a routing; compiled once per shape and mesh."""
@@ -45,7 +47,8 @@ def _program(mode, config, variant):
     def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
         plan = make_plan(sent, weights.shape[1] * weights.shape[2])
-        y = MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters))
+        experts = nnx.merge(graphdef, parameters)
+        y = dispatch(mode, x, sent, plan, experts.weights, experts.activation, _DROPOUT[variant.startswith("dropout")])
         return jnp.sum(jnp.sin(y)), y
 
     return parameters, jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -99,8 +102,9 @@ def test_gather_on_cpu_computes_filled_rows_only(rng):
     _assert_close(results[1], results[0], TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("sizes", [(0, 37, 3, 90), slow_case((0, 0, 0, 130)), slow_case((60, 0, 40, 0))])
 @pytest.mark.parametrize("kernel", ["row_blocks", "ragged_dot"])
-def test_kernels_are_one_function(kernel, rng, monkeypatch):
+def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
     """lax.ragged_dot, used on accelerators, and the loop over row blocks, used on CPUs, against a loop over groups.
 
     Uninitialised buffers are filled with NaN: nothing that no row block wrote may reach a result.
@@ -108,52 +112,27 @@ def test_kernels_are_one_function(kernel, rng, monkeypatch):
     monkeypatch.setattr(target, "is_cpu", lambda: kernel == "row_blocks")
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
     monkeypatch.setattr(cpu, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
-    sizes = np.array([0, 37, 3, 90])
-    row_blocks = choose_row_blocks(130, 4)
-    padded = row_blocks.padded_sizes(jnp.asarray(sizes, jnp.int32))
-    rows = np.zeros((row_blocks.total_rows(130, 4), 6), np.float32)
-    starts = np.cumsum(np.asarray(padded)) - np.asarray(padded)
-    for start, size in zip(starts, sizes, strict=True):
-        rows[start : start + size] = rng.normal(size=(size, 6))
-    into = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
-    out_of = jnp.asarray(rng.normal(size=(4, 8, 6)), jnp.float32)
+    total, ends = sum(sizes), np.cumsum(sizes)
+    rows = jnp.asarray(rng.normal(size=(130, 6)), jnp.float32)
+    up, gate, down = (jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for s in ((6, 8), (6, 8), (8, 6)))
+    biases = tuple(jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(2))
 
-    def first(rows, matrices, matmul):
-        return matmul(rows, matrices)
+    def ours(rows, weights):
+        return grouped_ffn(rows, jnp.asarray(sizes, jnp.int32), weights, "swiglu")[:total]
 
-    def second(hidden, matrices, matmul):
-        return matmul(jnp.tanh(hidden), matrices)
-
-    def ours(rows, into, out_of):
-        y = grouped_ffn.grouped_ffn(first, second, rows, into, out_of, jnp.asarray(starts), padded, row_blocks)
-        return jnp.concatenate([y[start : start + size] for start, size in zip(starts, sizes, strict=True)])
-
-    def apart(rows, into, out_of):
-        """One matmul at a time, as under expert dropout."""
-        for matrices, after in ((into, jnp.tanh), (out_of, lambda y: y)):
-            rows = after(
-                grouped_ffn.grouped_ffn(first, None, rows, matrices, (), jnp.asarray(starts), padded, row_blocks)
-            )
-        return jnp.concatenate([rows[start : start + size] for start, size in zip(starts, sizes, strict=True)])
-
-    def plain(rows, into, out_of):
-        parts = zip(starts, sizes, into, out_of, strict=True)
-        return jnp.concatenate([jnp.tanh(rows[start : start + size] @ a) @ b for start, size, a, b in parts])
-
-    arguments = (jnp.asarray(rows), into, out_of)
+    def plain(rows, weights):
+        parts = []
+        for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+            up, gate = (rows[start:end] @ w[e] + b[e] for w, b in zip(weights.into[0], weights.biases, strict=True))
+            parts.append((jax.nn.silu(gate) * up) @ weights.down[e])
+        return jnp.concatenate(parts)
 
     def values_and_gradients(f):
-        (_, y), gradients = jax.jit(
-            jax.value_and_grad(lambda *a: (jnp.sum(jnp.sin(y := f(*a))), y), (0, 1, 2), has_aux=True)
-        )(*arguments)
-        return y, jax.device_get(gradients)
+        loss = jax.value_and_grad(lambda *a: (jnp.sum(jnp.sin(y := f(*a))), y), (0, 1), has_aux=True)
+        (_, y), (d_rows, d_weights) = jax.jit(loss)(rows, ExpertWeights(up, gate, down, biases))
+        return [y, d_rows[:total], *jax.tree.leaves(d_weights)]
 
-    (got, gradients), (got_apart, of_apart), (expected, of_plain) = map(values_and_gradients, (ours, apart, plain))
-    _assert_close([got, got_apart], [expected] * 2, 1e-5)
-    _assert_close(gradients, of_plain, 1e-5)
-    filled = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
-    of_apart, of_plain = ((rows[filled], *rest) for rows, *rest in (of_apart, of_plain))  # padding is never read
-    _assert_close(of_apart, of_plain, 1e-5)
+    _assert_close(values_and_gradients(ours), values_and_gradients(plain), 1e-5)
 
 
 def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
@@ -242,7 +221,8 @@ def test_within_vmap_scan_and_remat(rng):
     x = jnp.asarray(rng.normal(size=(3, 1, 20, config.d_model)), jnp.float32)
 
     def layer(x, routing, parameters):
-        return dropless(x, routing, make_plan(routing, 40), nnx.merge(graphdef, parameters))
+        experts = nnx.merge(graphdef, parameters)
+        return dispatch("dropless", x, routing, make_plan(routing, 40), experts.weights, experts.activation)
 
     def plain(x, parameters):
         return jnp.stack([layer(x[i], jax.tree.map(lambda a, i=i: a[i], routings), parameters) for i in range(3)])
@@ -271,7 +251,7 @@ def test_row_blocks_hold_all_rows_with_little_padding(draws, rng):
     for _ in range(draws):
         num_groups = int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
-        row_blocks = choose_row_blocks(int(sizes.sum()), num_groups)
+        row_blocks = cpu.choose_row_blocks(max(int(sizes.sum()), 1), num_groups)
         padded = np.asarray(jax.jit(row_blocks.padded_sizes)(np.asarray(sizes, np.int32)))
         first = np.asarray(jax.jit(row_blocks.first_block)(padded))
         assert np.all(padded >= sizes)
@@ -290,8 +270,8 @@ def test_tokens_move_by_gathers_alone(mode, rng):
 
     def loss(x, parameters, weights):
         sent = dataclasses.replace(routing, combine_weights=weights)
-        plan = make_plan(sent, 24)
-        return jnp.sum(MODES[mode](x, sent, plan, nnx.merge(graphdef, parameters)))
+        experts = nnx.merge(graphdef, parameters)
+        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, 24), experts.weights, experts.activation))
 
     x = jnp.zeros((2, 12, config.d_model), jnp.float32)
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, parameters, routing.combine_weights))
@@ -367,3 +347,21 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
         assert heaviest > whole_tiles(120 * 5 // 4)
     _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)
+
+
+def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
+    """The same numbers are dropped by every dispatch mode, on a mesh, and with the exchange of accelerators."""
+    config = tiny_model(num_experts=8)
+    routing = _case(rng, 8, 10, 8, 2)
+    x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
+    kept = _value_and_gradients("einsum", config, routing, x)
+    expected = _value_and_gradients("einsum", config, routing, x, "dropout")
+    assert np.abs(expected[0] - kept[0]).max() > 0.01
+    _assert_close(_value_and_gradients("dropless", config, routing, x, "dropout"), expected, 1e-5)
+    mesh = MESHES[2]
+    _assert_close(_on_mesh(mesh, config, routing, x, "dropout on a mesh"), expected, 1e-5)
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    _assert_close(_value_and_gradients("gather", config, routing, x, "dropout by index"), expected, 1e-5)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
+    _assert_close(_on_mesh(mesh, config, routing, x, "dropout, ragged exchange"), expected, 1e-5)

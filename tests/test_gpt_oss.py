@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moe.dispatch.ffn import activate
 from moe.layers.attention import attend, blocked, cpu
 from moe.layers.attention.scoring import Scoring
-from moe.layers.ffn import activate
 from moe.layers.moe_layer import MoELayer
 from moe.models import kv_cache
 from moe.models.decoder import Transformer

@@ -20,8 +20,8 @@ from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu
 
 from moe.config import MeshConfig
-from moe.dispatch.grouped_matmul import gpu
-from moe.dispatch.modes import MODES
+from moe.dispatch.backends import gpu
+from moe.dispatch.modes import dispatch
 from moe.dispatch.plan import make_plan
 from moe.layers.attention.attend import attend
 from moe.layers.attention.gpu import checked_for_target
@@ -168,7 +168,8 @@ def _compile_layer(mode: str, capacity: int, name: str, *, e: int, d: int, f: in
 
     def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
-        return jnp.sum(MODES[mode](x, sent, make_plan(sent, capacity), nnx.merge(graphdef, parameters)))
+        experts = nnx.merge(graphdef, parameters)
+        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, capacity), experts.weights, experts.activation))
 
     x = jax.ShapeDtypeStruct((1, tokens, d), jnp.bfloat16)
     gradients = jax.value_and_grad(loss, (0, 1, 2))

@@ -10,10 +10,11 @@ from flax import nnx
 
 from moe.config import ModelConfig
 from moe.conformance import reference
+from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.rotary import rotate
 from moe.layers.embedding import Embedding
-from moe.layers.ffn import DenseFFN, activate
+from moe.layers.ffn import DenseFFN
 from moe.layers.norms import RMSNorm
 from moe.models.decoder import Transformer
 from moe.parallel.weights import matrix

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
-from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks
+from moe.dispatch.backends import grouped_ffn
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
@@ -134,14 +134,12 @@ def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
     config = resolve(Config(model=model_config(dropless))).model
     graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
     num_rows = -(-case.tokens * case.k // case.experts) * case.experts
-    row_blocks = choose_row_blocks(num_rows, case.experts)
-    sizes = row_blocks.padded_sizes(jnp.full((case.experts,), num_rows // case.experts, jnp.int32))
-    shape = (row_blocks.total_rows(num_rows, case.experts), case.d_model)
-    rows = jax.random.normal(jax.random.key(1), shape, case.dtype)
+    sizes = jnp.full((case.experts,), num_rows // case.experts, jnp.int32)
+    rows = jax.random.normal(jax.random.key(1), (num_rows, case.d_model), case.dtype)
 
     def forward(parameters, rows, sizes):
         experts = nnx.merge(graphdef, parameters)
-        return experts.grouped(experts.matrices(rows.dtype), rows, sizes, row_blocks)
+        return grouped_ffn(rows, sizes, experts.weights.gathered(rows.dtype), experts.activation)
 
     def loss(parameters, rows, sizes):
         return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)

@@ -1,83 +1,222 @@
-"""Exchange of rows between the devices of the expert axis."""
+"""Exchange of rows between the devices of the expert axis, within ``shard_map``: every row goes to the device that has
+its expert, and the expert's output comes back.
+
+Accelerators send slices of unequal size by ragged all-to-all, in rounds. All tokens may choose one device's experts,
+but usually a device receives about as many rows as it sends: a round of a quarter more rows is sent, computed and sent
+back, and a while loop, which runs zero times with balanced routing, does the same with the remaining rows and keeps
+nothing for the backward pass. No buffer holds all rows of all devices.
+
+XLA's CPU has no ragged all-to-all. There each device sends every other one a buffer of R slots, so that a device
+receives [X·R,D], the rows of device s from slot s·R on.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
-from moe.dispatch.experts import Experts
-from moe.dispatch.grouped_matmul.row_blocks import choose_row_blocks
-from moe.dispatch.ragged_exchange import run_experts_in_rounds
-from moe.dispatch.rows import fill_rows
+from moe.dispatch.backends import cpu, grouped_ffn, whole_tiles
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights
+from moe.dispatch.rows import fill_rows, take_rows
 from moe.parallel import target
 from moe.parallel.axes import axis_of
 
+#: Rows of an exchange round, as a multiple of a device's own.
+ROUND_SIZE = 5 / 4
+
+#: Scope of the loop over further rounds, by which the planner recognises it in a compiled program.
+OVERFLOW_SCOPE = "overflow"
+
+#: Scope of the all-gather of the devices' loads, which is not an all-gather of tokens.
+LOAD_SCOPE = "expert_load"
+
+#: Offsets and sizes of ``jax.lax.ragged_all_to_all``: [E] int32 each, slices for one device following each other.
+Route = tuple[Array, Array, Array, Array]
+
 
 def exchange_rows(
-    rows: Float[Array, "R D"], sizes: Int[Array, " E"], matrices: Any, experts: Experts, num_devices: int
+    rows: Float[Array, "R D"],
+    sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
 ) -> Float[Array, "R D"]:
-    """Runs the experts on this device's rows, sorted by expert, each on the device that has the expert.
-
-    Called within ``shard_map``. Accelerators exchange by ragged all-to-all. XLA's CPU has none: there each device sends
-    every other one a buffer of R slots, so that a device receives [X·R,D], the rows of device s from slot s·R on.
+    """Apply the experts to this device's rows, each on the device that has the expert.
 
     Args:
-        rows: of this device.
+        rows: of this device, sorted by expert.
         sizes: rows for each expert.
-        matrices: of this device's E/X experts.
-        experts: the FFNs.
-        num_devices: X, devices that the experts are split over.
+        weights: of this device's E/X experts.
+        activation: of the experts.
+        dropout: of the experts, with the assignments of the rows.
     """
-    if not target.is_cpu():
-        return run_experts_in_rounds(experts, rows, sizes, matrices)
-    num_rows = rows.shape[0]
-    sent = sizes.reshape(num_devices, -1)  # [X,E/X]
+    if target.is_cpu():
+        return _exchange_in_slots(rows, sizes, weights, activation, dropout)
+    with jax.named_scope(LOAD_SCOPE):
+        loads = jax.lax.all_gather(sizes, axis_of("expert"))
+    round_size = whole_tiles(math.ceil(rows.shape[0] * ROUND_SIZE))
+    return _run_in_rounds(activation, round_size, rows, weights, loads, dropout)
+
+
+# --- Ragged, in rounds -----------------------------------------------------------------------------------------------
+
+
+def _round(loads: Int[Array, "X E"], start: Array | int, round_size: int) -> tuple[Route, Route, Int[Array, " e"]]:
+    """Routes of one round's rows to their experts and back, and the rows each of this device's experts receives.
+
+    A device's rows for an expert are placed right behind those of earlier devices: they arrive sorted by expert,
+    without gaps. The round consists of the rows that arrive at positions from ``start`` on, on every device.
+
+    Args:
+        loads: rows of each device for each expert.
+        start: first arrival position of the round.
+        round_size: rows of a round.
+    """
+    me, num_devices = jax.lax.axis_index(axis_of("expert")), loads.shape[0]
+    total = jnp.sum(loads, axis=0).reshape(num_devices, -1)  # [X,E/X]
+    first = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows on its device
+    arrival = first + jnp.cumsum(loads, axis=0) - loads  # [X,E]
+    end = jnp.clip(arrival + loads, start, start + round_size)
+    skipped = jnp.maximum(start - arrival, 0)  # rows of earlier rounds
+    sizes = jnp.maximum(end - jnp.maximum(arrival, start), 0)
+    begin = jnp.minimum(jnp.cumsum(loads, axis=1) - loads + skipped, jnp.sum(loads, axis=1, keepdims=True))
+    position = jnp.clip(arrival - start, 0, round_size)
+
+    def mine(array: Array) -> Array:
+        """[X,E] → [X,X,E/X] → [X,E/X] → [E]: of this device's experts, by sender."""
+        local = array.reshape(num_devices, num_devices, -1)
+        return jax.lax.dynamic_index_in_dim(local, me, 1, keepdims=False).reshape(-1)
+
+    there = (begin[me], sizes[me], position[me], mine(sizes))
+    back = (mine(position), mine(sizes), mine(begin), sizes[me])
+    return there, back, jnp.sum(mine(sizes).reshape(num_devices, -1), axis=0)
+
+
+def _exchange(rows: Shaped[Array, "R D"], onto: Shaped[Array, "N D"] | int, route: Route) -> Shaped[Array, "N D"]:
+    """Send rows over a route onto a buffer, or onto a new one of N rows that is undefined where nothing arrives."""
+    if isinstance(onto, int):
+        onto = jax.lax.empty((onto, rows.shape[1]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, onto, *route, axis_name=axis_of("expert"))
+
+
+def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
+    """Runs body(start, carry) for all rounds but the first, on every device as often as the fullest one needs."""
+    num_devices = loads.shape[0]
+    most = jnp.max(jnp.sum(loads.reshape(num_devices, num_devices, -1), axis=(0, 2)))
+    with jax.named_scope(OVERFLOW_SCOPE):
+        rounds = (most + round_size - 1) // round_size
+        return jax.lax.fori_loop(1, rounds, lambda i, carry: body(i * round_size, carry), carry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run_in_rounds(activation, round_size, rows, weights, loads, dropout):
+    """The experts' outputs of this device's rows [R,D], each from its expert's device."""
+    return _run_in_rounds_fwd(activation, round_size, rows, weights, loads, dropout)[0]
+
+
+def _arrived(
+    activation: str, round_size: int, route: Route, sizes: Array, dropout: ExpertDropout | None
+) -> Callable[[ExpertWeights, Array], Array]:
+    """The FFN of the rows that arrive over a route, as a function of weights and rows."""
+    if dropout is not None:
+        assert dropout.rows is not None
+        dropout = dropout.at(_exchange(dropout.rows[:, None], round_size, route)[:, 0])
+    return lambda weights, rows: grouped_ffn(rows, sizes, weights, activation, dropout)
+
+
+def _run_in_rounds_fwd(activation, round_size, rows, weights, loads, dropout):
+    there, back, sizes = _round(loads, 0, round_size)
+    ffn = _arrived(activation, round_size, there, sizes, dropout)
+    outputs, backward = jax.vjp(ffn, weights, _exchange(rows, round_size, there))
+    outputs = _exchange(outputs, rows.shape[0], back)
+
+    def body(start, outputs):
+        there, back, sizes = _round(loads, start, round_size)
+        ffn = _arrived(activation, round_size, there, sizes, dropout)
+        return _exchange(ffn(weights, _exchange(rows, round_size, there)), outputs, back)
+
+    return _further_rounds(loads, round_size, outputs, body), (rows, weights, loads, dropout, backward)
+
+
+def _run_in_rounds_bwd(activation, round_size, residuals, gradient):
+    rows, weights, loads, dropout, backward = residuals
+    # The transpose of an exchange is the exchange in the other direction.
+    there, back, _ = _round(loads, 0, round_size)
+    d_weights, d_rows = backward(_exchange(gradient, round_size, there))
+    d_rows = _exchange(d_rows, rows.shape[0], back)
+
+    def body(start, carry):
+        d_rows, d_weights = carry
+        there, back, sizes = _round(loads, start, round_size)
+        ffn = _arrived(activation, round_size, there, sizes, dropout)
+        _, backward = jax.vjp(ffn, weights, _exchange(rows, round_size, there))
+        of_round, new = backward(_exchange(gradient, round_size, there))
+        return _exchange(new, d_rows, back), jax.tree.map(jnp.add, d_weights, of_round)
+
+    d_rows, d_weights = _further_rounds(loads, round_size, (d_rows, d_weights), body)
+    return d_rows, d_weights, None, None
+
+
+_run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)
+
+
+# --- In slots, on CPU ------------------------------------------------------------------------------------------------
+
+
+def _exchange_in_slots(
+    rows: Float[Array, "R D"],
+    sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None,
+) -> Float[Array, "R D"]:
+    sent = sizes.reshape(jax.lax.axis_size(axis_of("expert")), -1)  # [X,E/X]
     received = jax.lax.all_to_all(sent, axis_of("expert"), 0, 0, tiled=True)  # [X,E/X], by sender
-    arrived = _send(rows, jnp.sum(sent, axis=1))
-    num_experts = received.shape[1]
-    row_blocks = choose_row_blocks(num_rows, num_experts)  # a device receives R rows on average
-    padded_sizes = row_blocks.padded_sizes(jnp.sum(received, axis=0))
-    total_rows = row_blocks.total_rows(num_devices * num_rows, num_experts)
-    tables = _sorted_tables(received, padded_sizes, num_rows, total_rows)
-    slot_of_row, row_of_slot = tables
-    outputs = experts.grouped(matrices, fill_rows(arrived, slot_of_row, row_of_slot), padded_sizes, row_blocks)
-    # Back to slots: the same tables with their parts exchanged.
-    outputs = fill_rows(outputs, row_of_slot[:, 0], slot_of_row[:, None])
-    return _send_back(outputs, jnp.sum(sent, axis=1))
+    slot_tables = _slot_tables(jnp.sum(sent, axis=1), rows.shape[0])
+    row_of_slot, slot_of_row = slot_tables
+    arrived = _to_others(fill_rows(rows, *slot_tables))
+    group_sizes = jnp.sum(received, axis=0)
+    sorted_tables = _sorted_tables(received, rows.shape[0], arrived.shape[0])
+    slot_of_sorted, sorted_of_slot = sorted_tables
+    if dropout is not None:
+        assert dropout.rows is not None
+        numbers = _to_others(take_rows(dropout.rows, row_of_slot))
+        dropout = dropout.at(take_rows(numbers, slot_of_sorted))
+    # A device receives as many rows as it sends, on average.
+    arrived = fill_rows(arrived, *sorted_tables)
+    outputs = cpu.grouped_ffn(arrived, group_sizes, weights, activation, dropout, expected_rows=rows.shape[0])
+    # Back to slots, and to rows: the same tables with their parts exchanged.
+    outputs = _to_others(fill_rows(outputs, sorted_of_slot[:, 0], slot_of_sorted[:, None]))
+    return fill_rows(outputs, slot_of_row[:, 0], row_of_slot[:, None])
+
+
+def _to_others(slots: Array) -> Array:
+    """Send the d-th part of the slots [X·R,...] to device d; those of sender s arrive from slot s·R on."""
+    return jax.lax.all_to_all(slots, axis_of("expert"), 0, 0, tiled=True)
 
 
 def _sorted_tables(
-    received: Int[Array, "X e"], padded_sizes: Int[Array, " e"], num_rows: int, total_rows: int
+    received: Int[Array, "X e"], num_rows: int, total_rows: int
 ) -> tuple[Int[Array, " N"], Int[Array, "XR 1"]]:
     """slot_of_row (X·R: none) and row_of_slot (N: none), which sort received slots by this device's e experts."""
     ends = jnp.cumsum(received, axis=1)  # [X,E/X]
     index = jnp.arange(num_rows, dtype=jnp.int32)[:, None, None]
     expert = jnp.sum(index >= ends, axis=-1).T  # [R,X,E/X] → [X,R]
-    shift = jnp.cumsum(padded_sizes) - padded_sizes + jnp.cumsum(received, axis=0) - received - (ends - received)
+    sizes = jnp.sum(received, axis=0)
+    shift = jnp.cumsum(sizes) - sizes + jnp.cumsum(received, axis=0) - received - (ends - received)
     row = jnp.take_along_axis(shift, jnp.minimum(expert, shift.shape[1] - 1), axis=1) + index[:, 0].T
     # [X,R] → [X·R,1]: a slot holds one assignment
     row_of_slot = jnp.where(expert < shift.shape[1], row, total_rows).reshape(-1, 1)
     slot_of_row = jnp.full((total_rows,), row_of_slot.size, jnp.int32)
     slots = jnp.arange(row_of_slot.size, dtype=jnp.int32)
     return slot_of_row.at[row_of_slot[:, 0]].set(slots, mode="drop", unique_indices=True), row_of_slot
-
-
-def _send(rows: Float[Array, "R D"], sent: Int[Array, " X"]) -> Float[Array, "XR D"]:
-    """Sends rows sorted by receiving device, ``sent`` of them to each; those of sender s arrive from slot s·R on."""
-    slots = fill_rows(rows, *_slot_tables(sent, rows.shape[0]))
-    return jax.lax.all_to_all(slots, axis_of("expert"), 0, 0, tiled=True)
-
-
-def _send_back(slots: Float[Array, "XR D"], sent: Int[Array, " X"]) -> Float[Array, "R D"]:
-    """The inverse of :func:`_send`."""
-    row_of_slot, slot_of_row = _slot_tables(sent, slots.shape[0] // sent.shape[0])
-    return fill_rows(
-        jax.lax.all_to_all(slots, axis_of("expert"), 0, 0, tiled=True), slot_of_row[:, 0], row_of_slot[:, None]
-    )
 
 
 def _slot_tables(sent: Int[Array, " X"], num_rows: int) -> tuple[Int[Array, " XR"], Int[Array, "R 1"]]:

@@ -1,29 +1,306 @@
-"""The dispatch modes by name."""
+"""Dispatch: moves tokens to the experts that a plan gives them, applies the experts, and combines their outputs.
+
+A user chooses with ``model.moe.dispatch`` whether experts have a capacity; :data:`DISPATCHES` says how that is computed
+on each target. All implementations are one function.
+"""
 
 from __future__ import annotations
 
-import typing
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Int
 
-from moe.config.schema import Dispatch
-from moe.dispatch.dropless import dropless
-from moe.dispatch.einsum import einsum
-from moe.dispatch.experts import Experts
-from moe.dispatch.gather import gather
-from moe.dispatch.soft import soft
+from moe.dispatch.backends import backend, grouped_ffn, whole_tiles
+from moe.dispatch.exchange import exchange_rows
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights, batched_ffn
+from moe.dispatch.plan import Plan, load_per_group
+from moe.dispatch.rows import combine_rows, fill_rows, index_tables, take_rows
+from moe.parallel import partition_specs, target
+from moe.parallel.axes import axis_of, axis_size, on_mesh
+from moe.parallel.mesh import constrain
+from moe.parallel.remat import EXPERT_OUTPUTS
 from moe.routing.routing import Routing
 
-#: (x [G,S,D], Routing, plan, Experts) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a dropped token. The plan is
-#: a :class:`moe.dispatch.soft.SoftPlan` for soft and a :class:`moe.dispatch.plan.Plan` for the others.
-MODES: dict[str, Callable[[Array, Routing, Any, Experts], Array]] = {
-    "gather": gather,
-    "einsum": einsum,
-    "dropless": dropless,
-    "soft": soft,
+#: (x [G,S,D], routing, plan, weights, activation, dropout) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a
+#: dropped token.
+Implementation = Callable[[Array, Routing, Plan, ExpertWeights, str, ExpertDropout | None], Array]
+
+
+class Dispatch(NamedTuple):
+    """Meaning of a value of ``model.moe.dispatch``.
+
+    Attributes:
+        has_capacity: an expert takes at most C tokens of a group.
+        spread: name of the implementation on a mesh and on accelerators.
+        alone: the same on a single CPU, which exchanges nothing.
+    """
+
+    has_capacity: bool
+    spread: str
+    alone: str
+
+
+DISPATCHES = {
+    # Without an exchange, sorting moves as much as filling buffers, and no empty row is computed.
+    "gather": Dispatch(True, "index", alone="sorted"),
+    "einsum": Dispatch(True, "one-hot", alone="one-hot"),
+    "dropless": Dispatch(False, "sorted", alone="sorted"),
 }
 
-#: The modes that ``model.moe.dispatch`` may name. Layers of Soft MoE use soft, whatever it names.
-CONFIG_MODES: tuple[str, ...] = typing.get_args(Dispatch)
+#: Values of ``model.moe.dispatch``.
+CONFIG_MODES: tuple[str, ...] = tuple(DISPATCHES)
+
+
+def implementation(dispatch: str) -> str:
+    """Key of :data:`IMPLEMENTATIONS` for the program being traced."""
+    alone = target.is_cpu() and axis_size(*partition_specs.AXES) == 1
+    return DISPATCHES[dispatch].alone if alone else DISPATCHES[dispatch].spread
+
+
+def describe(dispatch: str) -> str:
+    """How the program being traced computes a dispatch, for people."""
+    name = implementation(dispatch)
+    moved = {
+        "index": "rows gathered by index into buffers",
+        "one-hot": "one-hot matmuls into buffers",
+        "sorted": "rows sorted by expert",
+    }[name]
+    kernel = f"grouped FFN of {backend().__name__.rpartition('.')[2]}" if name == "sorted" else "batched FFN"
+    limit = "with" if DISPATCHES[dispatch].has_capacity else "without"
+    return f"{dispatch}: {limit} a capacity, {moved}, {kernel}"
+
+
+def apply_in_buffers(
+    expert_inputs: Float[Array, "E G C D"],
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None,
+) -> Float[Array, "E G C D"]:
+    """Move slots from the devices of their tokens to those of their experts, apply the experts, move them back."""
+    expert_inputs = constrain(expert_inputs, partition_specs.GROUPED_SLOTS)
+    expert_inputs = constrain(expert_inputs, partition_specs.EXPERT_SLOTS)
+    num_experts, groups, capacity, model_dim = expert_inputs.shape
+    if dropout is not None and dropout.rows is not None:
+        dropout = dropout.at(dropout.rows.reshape(num_experts, -1))
+    # [E,G,C,D] → [E,G·C,D] and back
+    outputs = batched_ffn(
+        expert_inputs.reshape(num_experts, groups * capacity, model_dim),
+        weights.gathered(expert_inputs.dtype),
+        activation,
+        dropout,
+    )
+    outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
+    outputs = constrain(outputs, partition_specs.EXPERT_SLOTS)
+    return checkpoint_name(constrain(outputs, partition_specs.GROUPED_SLOTS), EXPERT_OUTPUTS)
+
+
+def _numbers(routing: Routing) -> Int[Array, "G S K"]:
+    """Number of each assignment in the batch."""
+    return jnp.arange(routing.expert_index.size, dtype=jnp.int32).reshape(routing.expert_index.shape)
+
+
+# --- By index into buffers -------------------------------------------------------------------------------------------
+
+
+def by_index(
+    x: Float[Array, "G S D"],
+    routing: Routing,
+    plan: Plan,
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "G S D"]:
+    """Move rows by index: no arithmetic on tokens but the weighted sum at the end, in float32.
+
+    The groups of one device share a buffer for each expert, filled from its start: [E,X,R,D], X devices with tokens
+    and R rows for all groups of one. A device's part is contiguous in either order of E and X, so nothing is
+    transposed.
+    """
+    groups, tokens, model_dim = x.shape
+    num_devices = math.gcd(groups, axis_size(*partition_specs.TOKEN_AXES))
+    num_rows = groups // num_devices * plan.capacity
+    starts = jnp.arange(plan.num_experts, dtype=jnp.int32) * num_rows
+    # [G,...] → [X,G/X,...]
+    split = functools.partial(
+        jax.tree.map, lambda array: array.reshape(num_devices, groups // num_devices, *array.shape[1:])
+    )
+    load = split(load_per_group(routing, plan))
+    tables = jax.vmap(functools.partial(index_tables, starts=starts, num_rows=plan.num_experts * num_rows))(
+        split(routing), split(plan), load
+    )
+    # [X,E·R] → [X,E,R] → [E,X,R]
+    buffers = functools.partial(
+        jax.tree.map,
+        lambda rows: rows.reshape(num_devices, plan.num_experts, num_rows, *rows.shape[2:]).swapaxes(0, 1),
+    )
+    if dropout is not None:
+        numbers = _numbers(routing).reshape(num_devices, -1)
+        dropout = dropout.at(buffers(jax.vmap(take_rows)(numbers, tables[0])))
+    # [G,S,·] → [X,G/X·S,·]
+    x = x.reshape(num_devices, -1, model_dim)
+    combine_weights = routing.combine_weights.reshape(num_devices, x.shape[1], -1)
+    outputs = apply_in_buffers(buffers(jax.vmap(fill_rows)(x, *tables)), weights, activation, dropout)
+    # [E,X,R,D] → [X,E,R,D] → [X,E·R,D]
+    outputs = outputs.swapaxes(0, 1).reshape(num_devices, plan.num_experts * num_rows, model_dim)
+    return jax.vmap(combine_rows)(outputs, combine_weights, *tables).reshape(groups, tokens, model_dim)
+
+
+# --- By one-hot matmuls, and by weighted sums ------------------------------------------------------------------------
+
+
+def by_one_hot(
+    x: Float[Array, "G S D"],
+    routing: Routing,
+    plan: Plan,
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "G S D"]:
+    """Move rows by one-hot matmuls over [G,S,E,C] (GShard 2020, algorithm 2); returns float32."""
+    expert = jax.nn.one_hot(routing.expert_index, plan.num_experts, dtype=jnp.float32)  # [G,S,K,E]
+    slot = jax.nn.one_hot(jnp.where(plan.kept, plan.position_in_expert, -1), plan.capacity, dtype=jnp.float32)
+    dispatch_mask = jnp.einsum("gske,gskc->gsec", expert, slot)
+    combine_weights = jnp.einsum("gske,gskc,gsk->gsec", expert, slot, routing.combine_weights)
+    if dropout is not None:
+        places = (expert.astype(jnp.int32), slot.astype(jnp.int32))
+        dropout = dropout.at(jnp.einsum("gske,gskc,gsk->egc", *places, _numbers(routing)))
+    return mix(x, dispatch_mask, combine_weights, weights, activation, dropout)
+
+
+def mix(
+    x: Float[Array, "G S D"],
+    dispatch_weights: Float[Array, "G S E C"],
+    combine_weights: Float[Array, "G S E C"],
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "G S D"]:
+    """Fill slots with weighted sums of tokens, and tokens with weighted sums of the experts' outputs, in float32.
+
+    Args:
+        x: tokens.
+        dispatch_weights: of tokens in slots.
+        combine_weights: of slots in outputs.
+        weights: of the experts, as stored.
+        activation: of the experts.
+        dropout: of the experts; each slot draws for itself unless it has rows [E,G,C].
+    """
+    if dropout is not None and dropout.rows is None:
+        groups, _, num_experts, capacity = dispatch_weights.shape
+        slots = jnp.arange(num_experts * groups * capacity, dtype=jnp.int32)
+        dropout = dropout.at(slots.reshape(num_experts, groups, capacity))
+    expert_inputs = jnp.einsum("gsec,gsd->egcd", dispatch_weights.astype(x.dtype), x)
+    outputs = apply_in_buffers(expert_inputs, weights, activation, dropout)
+    return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
+
+
+def slot_weights(
+    slot_logits: Float[Array, "G S E C"], valid: Bool[Array, "G S"]
+) -> tuple[Float[Array, "G S E C"], Float[Array, "G S E C"]]:
+    """Dispatch weights of Soft MoE, a softmax over tokens, and combine weights, a softmax over slots (2023, equations 1
+    and 3); 0 for tokens that are not valid."""
+    valid = valid[..., None, None]
+    slot_logits = jnp.where(valid, slot_logits, 0.0)
+    # A group without valid tokens: softmax over −inf alone would be NaN.
+    dispatch = jax.nn.softmax(jnp.where(valid, slot_logits, jnp.finfo(jnp.float32).min), axis=1)
+    combine = jax.nn.softmax(slot_logits, axis=(2, 3))
+    return jnp.where(valid, dispatch, 0.0), jnp.where(valid, combine, 0.0)
+
+
+# --- Sorted by expert ------------------------------------------------------------------------------------------------
+
+
+def by_sorting(
+    x: Float[Array, "G S D"],
+    routing: Routing,
+    plan: Plan,
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "G S D"]:
+    """Sort all kept assignments by expert, by counting, and give each expert exactly its rows; returns float32.
+
+    The cost of a row does not depend on the load of its expert, and assignments that are not kept have no row. On a
+    mesh every device sorts its own tokens and, where experts are split, sends each device the rows of its experts.
+    """
+    if dropout is not None:
+        dropout = dropout.at(_numbers(routing))
+    if axis_size(*partition_specs.AXES) == 1:
+        return _sort_and_apply(activation, x, routing, plan, weights.gathered(x.dtype), dropout)
+
+    def local(x: Array, routing: Routing, plan: Plan, shards: ExpertWeights, dropout: ExpertDropout | None) -> Array:
+        return _sort_and_apply(activation, x, routing, plan, shards.gathered_shards(), dropout)
+
+    groups = on_mesh(partition_specs.GROUPS)
+    stored = jax.tree.map(on_mesh, weights.specs(), is_leaf=lambda leaf: isinstance(leaf, P))
+    draws: Any = None if dropout is None else dataclasses.replace(dropout, key=P(), rows=groups)
+    spread = jax.shard_map(local, in_specs=(groups, groups, groups, stored, draws), out_specs=groups, check_vma=False)
+    return spread(x, routing, plan, weights.astype(x.dtype), dropout)
+
+
+def _sort_and_apply(
+    activation: str,
+    x: Float[Array, "G S D"],
+    routing: Routing,
+    plan: Plan,
+    weights: ExpertWeights,
+    dropout: ExpertDropout | None,
+) -> Float[Array, "G S D"]:
+    """One device's part of the experts, applied to its kept assignments."""
+    groups, tokens, model_dim = x.shape
+    load = load_per_group(routing, plan)
+    sizes, num_devices = jnp.sum(load, axis=0), axis_size("expert")
+    num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
+    tables = index_tables(routing, plan, load, jnp.cumsum(sizes) - sizes, num_rows)
+    # [G,S,D] → [G·S,D] → rows [R,D], sorted by expert
+    rows = fill_rows(x.reshape(groups * tokens, model_dim), *tables)
+    if dropout is not None:
+        assert dropout.rows is not None
+        dropout = dropout.at(take_rows(dropout.rows.reshape(-1), tables[0]))
+    if num_devices == 1:
+        outputs = grouped_ffn(rows, sizes, weights, activation, dropout)
+    else:
+        outputs = exchange_rows(rows, sizes, weights, activation, dropout)
+    outputs = checkpoint_name(outputs, EXPERT_OUTPUTS)
+    combine_weights = routing.combine_weights.reshape(groups * tokens, -1)
+    y = combine_rows(outputs, combine_weights, *tables).reshape(x.shape)
+    # The hidden dim is split over ``tensor``: every device of that axis has a partial sum of each output.
+    return jax.lax.psum(y, axis_of("tensor")) if axis_size("tensor") > 1 else y
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"index": by_index, "one-hot": by_one_hot, "sorted": by_sorting}
+
+
+def dispatch(
+    mode: str,
+    x: Float[Array, "G S D"],
+    routing: Routing,
+    plan: Plan,
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "G S D"]:
+    """Apply the experts by the implementation that ``model.moe.dispatch=mode`` means on this target.
+
+    Args:
+        mode: a value of ``model.moe.dispatch``.
+        x: tokens.
+        routing: their experts and weights.
+        plan: of the routing.
+        weights: of the experts, as stored.
+        activation: of the experts.
+        dropout: of the experts; None: none.
+
+    Returns:
+        Σ_k weight·expert output in float32, 0 for a token whose assignments were all dropped.
+    """
+    return IMPLEMENTATIONS[implementation(mode)](x, routing, plan, weights, activation, dropout)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from moe.dispatch.plan import Plan
 from moe.routing.routing import Routing
@@ -43,7 +43,7 @@ def index_tables(
     return assignment_of_row, row_of_assignment
 
 
-def take_rows(rows: Float[Array, "R D"], index: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+def take_rows(rows: Shaped[Array, "R ..."], index: Int[Array, "*N"]) -> Shaped[Array, "*N ..."]:
     """Rows at an index; zero where the index is R or more."""
     return rows.at[index].get(mode="fill", fill_value=0)
 

@@ -1,49 +1,16 @@
-"""The dense FFN and its activations."""
+"""The dense FFN."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
+from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
 from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, matrix
-
-#: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
-SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
-
-
-def _clamped_swiglu(gate: Array, up: Array) -> Array:
-    gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
-    return gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
-
-
-#: (gate, up) → hidden activation. geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
-GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
-    "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
-    "swiglu_clamped": _clamped_swiglu,
-    "geglu": lambda gate, up: jax.nn.gelu(gate) * up,
-    "geglu_exact": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
-    "reglu": lambda gate, up: jax.nn.relu(gate) * up,
-}
-
-
-PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
-
-
-def activate(
-    activation: str, up: Float[Array, "*batch F"], gate: Float[Array, "*batch F"] | None
-) -> Float[Array, "*batch F"]:
-    """Hidden activation of an FFN: act(gate)·up where gated (Shazeer 2020), act(up) otherwise."""
-    if gate is not None:
-        return GATED_ACTIVATIONS[activation](gate, up)
-    return PLAIN_ACTIVATIONS[activation](up)
 
 
 class DenseFFN(nnx.Module):

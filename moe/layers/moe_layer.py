@@ -13,37 +13,20 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig
 from moe.config.parse import build
-from moe.dispatch.experts import Experts as ExpertsProtocol
-from moe.dispatch.modes import MODES
-from moe.dispatch.plan import Plan, layer_capacity, plan_assignments
-from moe.dispatch.soft import SoftPlan, plan_slots
-from moe.layers.experts import ExpertDropout, Experts
-from moe.layers.ffn import DenseFFN
+from moe.dispatch import modes
+from moe.dispatch.ffn import ExpertDropout
+from moe.dispatch.plan import layer_capacity, plan_assignments
+from moe.layers.experts import Experts, SharedExpert
 from moe.layers.null_experts import Latent, NullExperts
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import gather_for_matmul, matrix
+from moe.parallel.weights import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.interface import ROUTING_FIELDS, Gate
 from moe.routing.registry import find_gate
 from moe.routing.resolve import resolve, resolve_model, validate, with_layer_gate
 from moe.routing.router import Router
 from moe.routing.routing import Choices, Routing, route
-
-
-class SharedExpert(nnx.Module):
-    """FFN applied to every token beside its K experts (DeepSeekMoE 2024, equation 9), optionally weighted by
-    sigmoid(x·w) (Qwen2-MoE)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
-        d, scale = config.d_model, config.init_scale
-        self.gate = matrix(rngs, (d, 1), d, scale) if config.moe.shared_gate else None
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Apply the FFN and its weight."""
-        y = self.dense(x)
-        return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
 
 
 class _Keys(NamedTuple):
@@ -141,11 +124,17 @@ class MoELayer(nnx.Module):
         # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
         tokens = jnp.where(routing.broken[..., None], 0, tokens)
         sent = routing if self.null is None else self.null.without(routing)
-        placed, plan = self._plan(sent, slot_logits, valid, capacity, keys.drop)
         rows = tokens if self.latent is None else self.latent.project_down(tokens)
-        y = MODES[self.mode](rows, placed, plan, self._experts(train, keys.dropout))
+        experts = self.experts.weights, self.experts.activation, self._dropout(train, keys.dropout)
+        if slot_logits is None:
+            placed, plan = plan_assignments(self.config, sent, capacity, rng=keys.drop)
+            kept = plan.kept
+            y = modes.dispatch(self.config.dispatch, rows, placed, plan, *experts)
+        else:
+            placed, kept = sent, sent.chosen
+            y = modes.mix(rows, *modes.slot_weights(slot_logits, valid & ~routing.broken), *experts)
         if self.experts.down_bias is not None:
-            y = y + _output_biases(self.experts.down_bias[...], placed, plan.kept, x.dtype)
+            y = y + _output_biases(self.experts.down_bias[...], placed, kept, x.dtype)
         if self.latent is not None:
             y = self.latent.project_up(y, x.dtype)
         if self.null is not None:
@@ -153,7 +142,7 @@ class MoELayer(nnx.Module):
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
             y = y + jnp.where(valid.reshape(*x.shape[:2], 1), self.shared(x), 0)
-        report = self._report(routing, valid, plan.kept | (routing.chosen & ~sent.chosen), rows=x.shape[0])
+        report = self._report(routing, valid, kept | (routing.chosen & ~sent.chosen), rows=x.shape[0])
         return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
 
     def _check_input(self, x: Array, group_size: int) -> None:
@@ -161,11 +150,6 @@ class MoELayer(nnx.Module):
             raise ValueError(f"x of shape {x.shape}: must be [batch, sequence, d_model={self.d_model}]")
         if x.shape[0] * x.shape[1] % group_size:
             raise ValueError(f"group_size={group_size}: must divide the {x.shape[0]} x {x.shape[1]} tokens of x")
-
-    @property
-    def mode(self) -> str:
-        """Key of :data:`moe.dispatch.modes.MODES`."""
-        return "soft" if self.gate.router == "slots" else self.config.dispatch
 
     def _route(
         self,
@@ -216,21 +200,9 @@ class MoELayer(nnx.Module):
                 f"{self.config.gate!r} (soft_moe's slots are not in it), groups and tokens are {tokens.shape[:2]}"
             )
 
-    def _plan(
-        self,
-        routing: Routing,
-        slot_logits: Float[Array, "G S E C"] | None,
-        mask: Bool[Array, "G S"],
-        capacity: int,
-        rng: PRNGKeyArray | None,
-    ) -> tuple[Routing, Plan | SoftPlan]:
-        if slot_logits is not None:
-            return routing, plan_slots(slot_logits, routing, mask)
-        return plan_assignments(self.config, routing, capacity, rng=rng)
-
-    def _experts(self, train: bool, rng: PRNGKeyArray | None) -> ExpertsProtocol:
+    def _dropout(self, train: bool, rng: PRNGKeyArray | None) -> ExpertDropout | None:
         rate = self.config.expert_dropout
-        return ExpertDropout(self.experts, rate, rng) if train and rng is not None and rate > 0 else self.experts
+        return ExpertDropout(rng, rate) if train and rng is not None and rate > 0 else None
 
     def _report(
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int

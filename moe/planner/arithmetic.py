@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.extend import core
 
-from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+from moe.dispatch.exchange import OVERFLOW_SCOPE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
+from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
-from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.parallel.remat import REMAT_POLICIES

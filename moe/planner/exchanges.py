@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moe.dispatch.ragged_exchange import LOAD_SCOPE
+from moe.dispatch.exchange import LOAD_SCOPE
 from moe.parallel.weights import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip

@@ -13,8 +13,8 @@ from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stacks
-from moe.dispatch.ragged_exchange import ROUND_SIZE
-from moe.layers.ffn import GATED_ACTIVATIONS
+from moe.dispatch.exchange import ROUND_SIZE
+from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.models import flops
 from moe.models.stack import segments
 from moe.parallel import partition_specs

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
+from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.dispatch.plan import layer_capacity
-from moe.layers.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_size

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from moe.dispatch.ragged_exchange import OVERFLOW_SCOPE
+from moe.dispatch.exchange import OVERFLOW_SCOPE
 from moe.planner import hlo, liveness, work
 from moe.planner.hlo import Instruction, array_bytes
 from moe.planner.records import KINDS, Collective, GroupedMatmul, Item, Price, Program

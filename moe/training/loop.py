@@ -36,8 +36,9 @@ from moe.checkpoints.workdir import (
     refuse_other_run,
     write_run_files,
 )
-from moe.config import Config, ConfigError, read_small_file, validate_mesh
+from moe.config import Config, ConfigError, read_small_file, sparse_layers, validate_mesh
 from moe.data import pipeline
+from moe.dispatch import modes
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.models import flops
@@ -175,10 +176,12 @@ def _folder(workdir: str) -> epath.Path:
 
 
 def _description(program: Program) -> str:
-    """One line on model and mesh."""
-    total, active = flops.count_parameters(program.config.model)
+    """Lines on model and mesh, and on how assignments reach their experts."""
+    model = program.config.model
+    total, active = flops.count_parameters(model)
     axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    return f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})"
+    text = f"model: {total:,} parameters, {active:,} active per token; mesh: {axes} ({jax.default_backend()})"
+    return f"{text}\ndispatch: {modes.describe(model.moe.dispatch)}" if any(sparse_layers(model)) else text
 
 
 def _apply_changes(

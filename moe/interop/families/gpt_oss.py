@@ -3,9 +3,9 @@
 import pydantic
 
 from moe.config import ModelConfig
+from moe.dispatch.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 from moe.interop.families.family import ATTENTION, Family, Tensor, read_bias, read_windows, write_windows
 from moe.interop.schema import Context, Count, Experts, Json, OpenConfig, Positive, RopeParameters, Window
-from moe.layers.ffn import SWIGLU_LIMIT, SWIGLU_SLOPE
 
 _SCALING = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 

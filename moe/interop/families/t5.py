@@ -5,9 +5,9 @@ from typing import Any
 import pydantic
 
 from moe.config import ModelConfig
+from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.interop.families.family import Family
 from moe.interop.schema import Context, Count, Fraction, Json, Layers, OpenConfig, Positive, Size, TokenIds
-from moe.layers.ffn import GATED_ACTIVATIONS
 
 #: ``feed_forward_proj`` there → model.activation; that library's "gelu" of gated FFNs is the tanh form.
 _FFNS = {

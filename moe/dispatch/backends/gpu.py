@@ -1,4 +1,4 @@
-"""Grouped matmul for NVIDIA GPUs, by Pallas kernels that compute only the tiles that groups have.
+"""Grouped FFN for NVIDIA GPUs, by Pallas kernels that compute only the tiles that groups have.
 
 XLA turns ``lax.ragged_dot`` into a dense matmul with E times the work there. On Hopper, rows are multiplied by JAX's
 own Mosaic kernel. All else is in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell: JAX's other
@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
+from moe.dispatch.backends import tpu
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights, ffn
 from moe.parallel import target
 
 #: Share of rows that tiles shared by two groups may add.
@@ -34,6 +36,23 @@ _SUPERTILE = 8
 #: Tiles of JAX's Hopper kernel: two operands of 128 x 64 bfloat16 are 32 KiB a step, four steps and the output tile fit
 #: 227 KiB of shared memory.
 _HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
+
+
+def grouped_ffn(
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "R D"]:
+    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not
+    take the shapes."""
+
+    def matmul(rows: Array, matrices: Array) -> Array:
+        multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply
+        return multiply(rows, matrices, group_sizes)
+
+    return ffn(rows, weights, activation, dropout, matmul)
 
 
 def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:

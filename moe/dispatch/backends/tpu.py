@@ -1,4 +1,4 @@
-"""Grouped matmul by ``lax.ragged_dot``, with tiles for TPUs."""
+"""Grouped FFN by ``lax.ragged_dot``, with tiles for TPUs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm as megablox_gmm
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int
 
-from moe.dispatch.grouped_matmul.row_blocks import TILE
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights, ffn
 from moe.parallel import target
+
+#: Rows in the smallest tile of accelerators' kernels. With R not a multiple of it, TPUs' ``lax.ragged_dot`` uses tiles
+#: of 8 rows (8200 rows) or, where 8 does not divide R, a dense matmul with E times the work (libtpu 0.0.50.1).
+TILE = 128
 
 #: Seconds that a step of a kernel's grid takes beside its work. With it the count below is closer to 152 published
 #: times of such kernels on v5e, v5p, v6e and tpu7x than without (docs/performance.md).
@@ -33,6 +37,24 @@ _TILE_ROWS, _LANES, _LONGEST_SIDE = (128, 256, 512, 1024), 128, 4096
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
+
+
+def grouped_ffn(
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    activation: str,
+    dropout: ExpertDropout | None = None,
+) -> Float[Array, "R D"]:
+    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
+    return ffn(rows, weights, activation, dropout, lambda rows, matrices: multiply(rows, matrices, group_sizes))
+
+
+def multiply(
+    rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
+) -> Float[Array, "R F"]:
+    """Multiply the rows of each group by its matrix."""
+    return (multiply_columns if matrices.shape[1] == 1 else grouped_matmul)(rows, matrices, sizes)
 
 
 @jax.custom_vjp

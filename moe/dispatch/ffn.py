@@ -1,0 +1,175 @@
+"""The experts' FFN: its weights, its activations, and its two halves, which every backend computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int, PRNGKeyArray
+
+from moe.parallel import partition_specs
+from moe.parallel.axes import axis_of
+from moe.parallel.remat import HIDDEN
+from moe.parallel.weights import gather_for_matmul, gather_shard
+
+#: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
+SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
+
+
+def _clamped_swiglu(gate: Array, up: Array) -> Array:
+    gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
+
+
+#: (gate, up) → hidden activation. geglu uses the tanh approximation, as T5 does; geglu_exact the error function.
+GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
+    "swiglu_clamped": _clamped_swiglu,
+    "geglu": lambda gate, up: jax.nn.gelu(gate) * up,
+    "geglu_exact": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "reglu": lambda gate, up: jax.nn.relu(gate) * up,
+}
+
+
+PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
+
+
+def activate(
+    activation: str, up: Float[Array, "*batch F"], gate: Float[Array, "*batch F"] | None
+) -> Float[Array, "*batch F"]:
+    """Hidden activation of an FFN: act(gate)·up where gated (Shazeer 2020), act(up) otherwise."""
+    if gate is not None:
+        return GATED_ACTIVATIONS[activation](gate, up)
+    return PLAIN_ACTIVATIONS[activation](up)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of E FFNs of one shape.
+
+    The bias of ``down`` is not among them: what a device computes may be a partial sum, so the layer adds it.
+
+    Attributes:
+        up: [E,D,F].
+        gate: [E,D,F]; None for a plain activation.
+        down: [E,F,D].
+        biases: [E,F] of up and of gate; None: without biases.
+    """
+
+    up: Array
+    gate: Array | None
+    down: Array
+    biases: tuple[Array, Array | None] | None = None
+
+    @property
+    def into(self) -> tuple[Any, Any]:
+        """The weights of :func:`into_hidden`."""
+        return (self.up, self.gate), self.biases
+
+    def astype(self, dtype: Any) -> ExpertWeights:
+        """All weights cast, split over devices as stored."""
+        return jax.tree.map(lambda array: array.astype(dtype), self)
+
+    def gathered(self, dtype: Any) -> ExpertWeights:
+        """All weights cast, and gathered over ``fsdp`` for matmuls."""
+        gate = None if self.gate is None else gather_for_matmul("experts.gate", self.gate, dtype)
+        return ExpertWeights(
+            gather_for_matmul("experts.up", self.up, dtype),
+            gate,
+            gather_for_matmul("experts.down", self.down, dtype),
+            jax.tree.map(lambda bias: bias.astype(dtype), self.biases),
+        )
+
+    def specs(self) -> Any:
+        """PartitionSpecs of the stored weights, in their places."""
+        up, down, bias = (partition_specs.PARAMETERS[f"experts.{name}"] for name in ("up", "down", "up_bias"))
+        specs: dict[str, Any] = {"up": up, "gate": None if self.gate is None else up, "down": down}
+        return dataclasses.replace(self, **specs, biases=jax.tree.map(lambda _: bias, self.biases))
+
+    def gathered_shards(self) -> ExpertWeights:
+        """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards."""
+        gate = None if self.gate is None else gather_shard(self.gate, 1)
+        return ExpertWeights(gather_shard(self.up, 1), gate, gather_shard(self.down, 2), self.biases)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertDropout:
+    """Dropout of the experts' hidden activations (Switch 2021, section 4.2, "expert dropout").
+
+    What is dropped depends on the key and on the number of a row's assignment in the batch alone: not on the mesh, nor
+    on how assignments reach their experts.
+
+    Attributes:
+        key: of the layer.
+        rate: share of numbers set to 0, static; the others are divided by 1 − rate.
+        rows: number of each row's assignment; None before rows are made.
+    """
+
+    key: PRNGKeyArray
+    rate: float = dataclasses.field(metadata={"static": True})
+    rows: Int[Array, "*rows"] | None = None
+
+    def at(self, rows: Int[Array, "*rows"]) -> ExpertDropout:
+        """The same dropout for rows that hold these assignments."""
+        return dataclasses.replace(self, rows=rows)
+
+    def __call__(self, hidden: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
+        """Drop hidden activations."""
+        assert self.rows is not None
+        width, tensor = hidden.shape[-1], axis_of("tensor")
+        # Within shard_map a device that has a part of F draws for all of F: only its part is computed.
+        is_split = tensor in jax.sharding.get_abstract_mesh().manual_axes
+        parts, first = (jax.lax.axis_size(tensor), jax.lax.axis_index(tensor)) if is_split else (1, 0)
+
+        def draw(row: Array) -> Array:
+            kept = jax.random.bernoulli(jax.random.fold_in(self.key, row), 1.0 - self.rate, (parts * width,))
+            return jax.lax.dynamic_slice_in_dim(kept, first * width, width) if is_split else kept
+
+        kept = jax.vmap(draw)(self.rows.reshape(-1)).reshape(hidden.shape)
+        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
+
+
+#: Rows times the matrices of their experts.
+Matmul = Callable[[Array, Array], Array]
+
+
+def into_hidden(rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Array, Array | None]:
+    """First half of an FFN: what goes into the nonlinearity, of up and of gate."""
+    matrices, biases = into
+    hidden = jax.tree.map(lambda matrix: checkpoint_name(matmul(rows, matrix), HIDDEN), matrices)
+    if biases is None:
+        return hidden
+    # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch.
+    ones = jnp.ones_like(rows[..., :1])
+    return jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
+
+
+def out_of_hidden(
+    hidden: tuple[Array, Array | None],
+    down: Array,
+    activation: str,
+    dropout: ExpertDropout | None,
+    matmul: Matmul,
+) -> Array:
+    """Second half of an FFN: the nonlinearity, dropout and down."""
+    activations = activate(activation, *hidden)
+    return matmul(activations if dropout is None else dropout(activations), down)
+
+
+def ffn(rows: Array, weights: ExpertWeights, activation: str, dropout: ExpertDropout | None, matmul: Matmul) -> Array:
+    """Both halves."""
+    return out_of_hidden(into_hidden(rows, weights.into, matmul), weights.down, activation, dropout, matmul)
+
+
+def batched_ffn(
+    rows: Float[Array, "E R D"], weights: ExpertWeights, activation: str, dropout: ExpertDropout | None = None
+) -> Float[Array, "E R D"]:
+    """Apply expert e to its R rows."""
+    return ffn(rows, weights, activation, dropout, lambda rows, matrices: jnp.einsum("eri,eij->erj", rows, matrices))

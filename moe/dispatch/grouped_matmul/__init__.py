@@ -1,1 +1,0 @@
-"""Matmuls of rows sorted by expert, one file per backend."""
