@@ -158,6 +158,8 @@ def test_choosing_by_hand():
     # Squared and normalised: 16 : 9 : 4 : 1.
     np.testing.assert_allclose(shares(temperature=0.5), np.asarray([16, 9, 4, 1]) / 30, atol=0.03)
     assert shares(temperature=0)[0] == 1
+    for temperature in (1e-30, 1.2e-38, 1e-38, 1e-45):
+        assert shares(temperature=temperature)[0] == 1, temperature
 
 
 def test_the_ring_holds_the_window_by_hand():

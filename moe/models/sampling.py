@@ -62,7 +62,9 @@ def choose(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampli
     """Choose a token id for each row, with a key of its own."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # Relative to the largest, so that none overflows; a temperature below the smallest normal number would be 0.
+    temperature = max(sampling.temperature, float(np.finfo(np.float32).tiny))
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
