@@ -1,6 +1,7 @@
 """Optimizers: what they move, what they decay, how their state is stored, and updates computed by hand."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,18 @@ import optax
 import pytest
 
 from moe.config import ConfigError, OptimizerConfig
+from moe.config.schema import Part
 from moe.models.flops import abstract_parameters
+from moe.models.stack import part_of
 from moe.parallel import partition_specs
-from moe.training.optimizer import OPTIMIZERS, _averaging, averaged_weights, make_optimizer
-from tests.helpers import tiny_model
+from moe.training.optimizer import (
+    OPTIMIZERS,
+    _averaging,
+    averaged_weights,
+    decay_mask,
+    make_optimizer,
+)
+from tests.helpers import tiny_encoder_decoder, tiny_model
 
 RATE = 0.1
 CONFIG = OptimizerConfig(
@@ -49,6 +58,31 @@ def test_frozen_parameters_stay_and_have_no_state(name):
     assert not any("router" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
 
 
+def test_each_parameter_belongs_to_one_part():
+    """A shared expert's FFN is no dense layer; relative biases are attention's; norms are a part of their own."""
+    encoder_decoder = abstract_parameters(tiny_encoder_decoder(shared_d_ff=12))
+    parts = {}
+    for tree in (encoder_decoder, abstract_parameters(tiny_model(**EVERYTHING))):
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            names = [key.key for key in path]
+            parts.setdefault(part_of(names), set()).add(".".join(names[-2:]))
+    assert set(parts) == set(typing.get_args(Part))
+    assert parts["dense"] == {"dense.gate", "dense.up", "dense.down"}
+    assert parts["shared"] == {"dense.gate", "dense.up", "dense.down", "shared.gate"}
+    assert {"relative_bias.table", "kv_latent_norm.scale", "attention.query"} <= parts["attention"]
+    assert parts["norms"] == {f"{name}.scale" for name in ("attention_norm", "ffn_norm", "norm", "final_norm")}
+    parameters = {"moe": {"shared": {"dense": {"up": jnp.ones((2, 3))}}}, "dense": {"up": jnp.ones((2, 3))}}
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, frozen=("dense",)), 10)
+    updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters, norm=jnp.ones(()))
+    assert not np.any(updates["dense"]["up"])
+    assert np.all(updates["moe"]["shared"]["dense"]["up"] < 0)
+
+
+def test_relative_biases_do_not_decay():
+    parameters = {"relative_bias": {"table": jnp.ones((8, 2))}, "embedding": {"table": jnp.ones((8, 2))}}
+    assert decay_mask(parameters) == {"relative_bias": {"table": False}, "embedding": {"table": True}}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_is_decoupled_and_spares_norm_scales(name):
     """Decay of 0.5 at a rate of 0.1 takes 0.05 of a matrix of ones, whatever the gradient does."""
@@ -75,6 +109,13 @@ def test_adafactor_factors_large_matrices():
     shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert {(2, 256), (2, 128)} <= shapes
     assert (2, 256, 128) not in shapes
+
+
+def test_adafactor_factors_experts_where_there_are_more_than_dimensions():
+    """Mesh TensorFlow's rule: the two largest dimensions, here 512 experts and F 256."""
+    parameters = {"experts": {"up": jax.ShapeDtypeStruct((1, 512, 128, 256), jnp.float32)}}
+    state = jax.eval_shape(make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), 10).init, parameters)
+    assert {(1, 512, 128), (1, 128, 256)} <= {leaf.shape for leaf in jax.tree.leaves(state)}
 
 
 def test_muon_makes_each_experts_update_orthogonal(rng):

@@ -206,8 +206,11 @@ class MeshConfig:
     context: int = 1  # splits the positions of a row
 
 
-#: Parts of a model that optimizer.frozen and start.fresh can name.
-Part = Literal["embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null"]
+#: Parts of a model that optimizer.frozen and start.fresh can name. Each parameter belongs to one: relative biases and
+#: norms inside attention to attention, norms before and after layers to norms, a shared expert's FFN to shared.
+Part = Literal[
+    "embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null", "norms"
+]
 
 
 @dataclasses.dataclass(frozen=True)

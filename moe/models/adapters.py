@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moe.config import LoraConfig
+from moe.models.stack import part_of
 from moe.parallel.partition_specs import ADAPTER_A, ADAPTER_B, ADAPTER_COMMON_A, INPUT_AXES, PARAMETERS
 
 #: Matrices that can have adapters, by the last two names of their path.
@@ -58,9 +59,9 @@ def initial_adapters(base: dict[str, Any], config: LoraConfig, key: Array) -> di
     """
     result: dict[str, Any] = {}
     for number, (names, leaf) in enumerate(_leaves(base)):
-        if set(config.trained) & set(names):
+        if part_of(names) in config.trained:
             _set(result, names, leaf)
-        elif set(config.parts) & set(names) and (axes := _axes(names, leaf.ndim)) is not None:
+        elif part_of(names) in config.parts and (axes := _axes(names, leaf.ndim)) is not None:
             _set(result, names, _factors(leaf, axes, config, jax.random.fold_in(key, number)))
     return result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -188,6 +188,19 @@ class Stack(nnx.Module):
             outputs.append(after)
             first += len(unit) * repeats
         return x, outputs
+
+
+def part_of(names: Collection[str]) -> str:
+    """The part of a model (:data:`moe.config.schema.Part`) that a parameter belongs to.
+
+    Args:
+        names: keys of its path.
+    """
+    # A shared expert is made of a dense FFN, so the order counts.
+    for part in ("shared", "latent", "null", "router", "experts", "attention", "dense", "embedding", "unembedding"):
+        if part in names:
+            return part
+    return "attention" if "relative_bias" in names else "norms"
 
 
 def create_states(layers: tuple[LayerKind, ...], create: Callable[[LayerKind, int], Any]) -> LayerStates:

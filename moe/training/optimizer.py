@@ -12,6 +12,7 @@ from jax import Array
 
 from moe.config import ConfigError, OptimizerConfig
 from moe.config.references import import_object
+from moe.models.stack import part_of
 from moe.training.schedules import learning_rate_schedule
 
 #: (config, learning-rate schedule) → gradient transformation that includes weight decay and learning rate.
@@ -108,6 +109,10 @@ def adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradie
 
     They go with schedule "rsqrt", a learning rate of 1/√warmup_steps and no weight decay; if there is any, it is
     decoupled as in AdamW. Layers and experts that are stacked in one array share their clipping and scale.
+
+    The two largest dimensions of an array are factored, so with E above D or F the experts' is one of them. That is
+    Switch's own rule (Mesh TensorFlow, AdafactorOptimizer._factored_dims), and its models have E below D and F; T5X
+    factors each expert's matrix instead (t5x/contrib/moe/adafactor_utils.py).
     """
     unscaled = optax.adafactor(decay_rate=0.8, clipping_threshold=1.0, min_dim_size_to_factor=128, eps=1e-30)
     return optax.chain(
@@ -144,10 +149,12 @@ OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "adafactor": adafactor, "muon"
 
 
 def decay_mask(parameters: Any) -> Any:
-    """True for matrices, False for norm scales, biases and sinks."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(("scale", "bias", "sinks")), parameters
-    )
+    """True for matrices, False for norm scales, biases, the table of relative biases, and sinks."""
+
+    def decays(path: Any, _: Any) -> bool:
+        return not any(key.key.endswith(("scale", "bias", "sinks")) for key in path[-2:])
+
+    return jax.tree_util.tree_map_with_path(decays, parameters)
 
 
 def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -180,7 +187,7 @@ def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def _is_frozen(config: OptimizerConfig, path: Any) -> bool:
-    return any(key.key in config.frozen for key in path)
+    return part_of([key.key for key in path]) in config.frozen
 
 
 def _clip(largest: float) -> optax.GradientTransformationExtraArgs:

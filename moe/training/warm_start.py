@@ -26,7 +26,7 @@ from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
 from moe.models.flops import abstract_parameters
-from moe.models.stack import restack_layers, unstack_layers
+from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
 from moe.training import upcycling
 from moe.training.step import Program, build
@@ -220,7 +220,7 @@ def _transplant(
 def _source(key: LayerKey, available: Collection[LayerKey], config: Config) -> LayerKey | None:
     """Key of the checkpoint's array that initialises an array of the run; None: the array is fresh."""
     layer, names = key
-    if set(config.start.fresh) & set(names):
+    if part_of(names) in config.start.fresh:
         return None
     if key in available:
         return key
