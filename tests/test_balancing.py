@@ -12,6 +12,7 @@ from moe.dispatch.plan import make_plan
 from moe.routing import balancing
 from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
 from moe.routing.registry import GATES
+from moe.training.evaluation import routing_metrics
 from moe.training.losses import mean_reports
 from moe.training.metrics import mean_row
 from tests.helpers import FOUR, tiny_routing
@@ -199,3 +200,21 @@ def test_broken_tokens_are_counted_over_microbatches_and_steps():
     assert float(mean_reports(stacked).router_entropy) == pytest.approx(float(one.router_entropy))
     steps = [{"skipped": skipped, "broken_tokens": [3, 0], "expert_load": [[1.0], [1.0]]} for skipped in (0, 1, 0)]
     assert mean_row(steps)["broken_tokens"] == [9, 0]
+
+
+def test_metrics_of_batches_are_those_of_one_batch():
+    """Six tokens to experts 0 0 0 0 1 1 with C = 2, and two to expert 1: 2 of 8 are dropped, not (1/3 + 0)/2; the
+    padded batch counts by its tokens."""
+    logits = np.log([[[3.0, 1.0]] * 4 + [[1.0, 3.0]] * 2, [[1.0, 3.0]] * 2 + [[1.0, 1.0]] * 4])
+    mask = np.asarray([[True] * 6, [True] * 2 + [False] * 4])
+    batches = []
+    for group in (0, 1):
+        routing = tiny_routing("switch", logits[group : group + 1], mask[group : group + 1])
+        out = report(routing, jnp.asarray(mask[group : group + 1]), make_plan(routing, 2).kept)
+        batches.append(jax.tree.map(lambda value: value[None], out))  # one layer
+    metrics = routing_metrics(batches)
+    assert metrics["fraction_tokens_dropped"] == [pytest.approx(2 / 8)]
+    np.testing.assert_allclose(metrics["expert_load"], [[4 / 8, 4 / 8]], rtol=1e-6)
+    # Every real token has probabilities 3/4 and 1/4, and one expert.
+    assert metrics["router_entropy"] == [pytest.approx(0.5623, abs=1e-4)]
+    assert metrics["active_experts"] == [pytest.approx(1.0)]

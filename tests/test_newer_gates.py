@@ -182,7 +182,11 @@ def test_layers_have_gates_of_their_own(rng):
     hashed = routed("hash", np.zeros((8, 6, 8)), 2, token_ids=tokens).expert_index
     np.testing.assert_array_equal(index[:2], np.stack([hashed, hashed]))
     assert (index[2] != hashed).any()
-    assert float(output.layers.load_balancing_loss[1]) == 0  # a constant that nothing can learn from
+    # Constants that nothing can learn from, in a loss over the batch and over a step.
+    over = balancing.over_step(output.layers, output.layers.sums, config.moe, 1)
+    for losses in (over.load_balancing_loss, output.layers.importance_loss, output.layers.load_loss):
+        assert float(losses[1]) == 0
+        assert float(losses[2]) > 0
     with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
         spread = run(tokens)
     np.testing.assert_allclose(spread.logits, output.logits, rtol=1e-4, atol=1e-5)

@@ -215,9 +215,10 @@ class MoELayer(nnx.Module):
         report = balancing.report(routing, mask, kept, counts=counts, parts=parts, moe=self.config, penalty=penalty)
         if router is not None:
             return report
-        # Without a router they are constants that a model with other gates in other layers must not count.
-        zero = jnp.zeros(())
-        return dataclasses.replace(report, load_balancing_loss=zero, device_balance_loss=zero, router_z_loss=zero)
+        # Without a router the losses are constants, which a model with other gates in other layers must not count.
+        losses = ("load_balancing_loss", "device_balance_loss", "importance_loss", "load_loss", "router_z_loss")
+        sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)
+        return dataclasses.replace(report, sums=sums, **dict.fromkeys(losses, jnp.zeros(())))
 
 
 #: Settings of a layer that belong to the model, not to its MoE section.

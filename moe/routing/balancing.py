@@ -30,12 +30,14 @@ class BalanceSums:
         counts: [E] assignments that f of the load-balancing loss counts, without a gradient.
         probs: [E] sum of the router probabilities.
         tokens: [] real tokens.
+        assignments: [] chosen assignments.
         bias_target: [E] selection bias that would have balanced these tokens; zeros unless the gate needs one.
     """
 
     counts: Array
     probs: Array
     tokens: Array
+    assignments: Array
     bias_target: Array
 
 
@@ -255,7 +257,7 @@ def report(
         router_entropy=token_mean(entropy, valid),
         active_experts=jnp.sum(load[: moe.num_experts]) / jnp.maximum(jnp.sum(valid), 1),
         sparsity_penalty=jnp.zeros(()) if penalty is None else sparsity_penalty(routing, valid, k, penalty),
-        sums=BalanceSums(counted, probs, tokens, target),
+        sums=BalanceSums(counted, probs, tokens, jnp.sum(routing.chosen).astype(jnp.float32), target),
     )
 
 

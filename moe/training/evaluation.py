@@ -6,15 +6,12 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe.config import ConfigError
 from moe.data import pipeline
 from moe.parallel.mesh import local_rows
 from moe.routing.balancing import LayerReport
-from moe.training.losses import mean_reports
 from moe.training.step import Program, place
 
 ALL = "all"  # the name under which the total over domains is reported
@@ -126,7 +123,25 @@ def _summary(sums: np.ndarray, variance: float | None, reports: list[LayerReport
     if variance is not None:
         summary["standard_error"] = math.sqrt(variance) / max(targets, 1)
     if reports:
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *reports)
-        mean = mean_reports(stacked).metrics()
-        summary |= {name: np.asarray(value).tolist() for name, value in mean.items()}
+        summary |= routing_metrics(reports)
     return summary
+
+
+def routing_metrics(reports: list[LayerReport]) -> dict[str, Any]:
+    """Metrics of several batches as of one: means over tokens or assignments, not over batches.
+
+    Args:
+        reports: of each batch, stacked over layers.
+    """
+    tokens = np.stack([report.sums.tokens for report in reports])  # [batches,L]
+    assignments = np.stack([report.sums.assignments for report in reports])
+
+    def mean(name: str) -> list[Any]:
+        values = np.stack([getattr(report, name) for report in reports])
+        if name == "broken_tokens":
+            return values.sum(axis=0).tolist()
+        weights = assignments if name in ("expert_load", "fraction_tokens_dropped") else tokens
+        shares = weights / np.maximum(weights.sum(axis=0), 1)
+        return np.sum(values * shares.reshape(shares.shape + (1,) * (values.ndim - 2)), axis=0).tolist()
+
+    return {name: mean(name) for name in reports[0].metrics()}
