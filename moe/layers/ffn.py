@@ -29,5 +29,5 @@ class DenseFFN(nnx.Module):
         gate = None
         if self.gate is not None:
             gate = checkpoint_name(x @ gather_for_matmul("dense.gate", self.gate[...], x.dtype), HIDDEN)
-        hidden = drop(activate(self.activation, up, gate), place=2)
+        hidden = drop(activate(self.activation, up, gate))
         return hidden @ gather_for_matmul("dense.down", self.down[...], x.dtype)

@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 from moe.config.layer_pattern import LayerKind
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
-from moe.layers.dropout import Dropout
+from moe.layers.dropout import Dropout, Site
 from moe.layers.ffn import DenseFFN
 from moe.layers.moe_layer import MoELayer
 from moe.layers.norms import RMSNorm
@@ -70,9 +70,9 @@ class CrossAttention(nnx.Module):
         """Output for x before the residual is added."""
         assert rows.encoded is not None
         assert rows.encoded_segment_ids is not None
-        drop = dataclasses.replace(drop, first=4)  # the block's own attention and FFN are places 0 to 3
-        heads = self.attention.attend_to(self.norm(x), rows.encoded, rows.segment_ids, rows.encoded_segment_ids, drop)
-        return drop(self.attention.join(heads), place=1)
+        documents = rows.segment_ids, rows.encoded_segment_ids
+        heads = self.attention.attend_to(self.norm(x), rows.encoded, *documents, drop.at(Site.CROSS_WEIGHTS))
+        return drop.at(Site.CROSS_OUTPUT)(self.attention.join(heads))
 
 
 class Block(nnx.Module):
@@ -119,9 +119,9 @@ class Block(nnx.Module):
         attention: Any = self.attention  # latent attention lacks these settings, which no such model gives
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
-            h = self.attention_norm(x)
-            heads, _, _ = attention.prefill(h, rows.segment_ids, rows.positions, drop=drop, **settings)
-            x = x + drop(self.attention.join(heads), place=1)
+            h, weights = self.attention_norm(x), drop.at(Site.ATTENTION_WEIGHTS)
+            heads, _, _ = attention.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)
+            x = x + drop.at(Site.ATTENTION_OUTPUT)(self.attention.join(heads))
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
@@ -141,7 +141,8 @@ class Block(nnx.Module):
         """The last part: x + FFN(norm(x))."""
         h, drop = self.ffn_norm(x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
-            return constrain(x + drop(self.dense(h, drop), place=3), partition_specs.BATCH), None
+            y = self.dense(h, drop.at(Site.FFN_HIDDEN))
+            return constrain(x + drop.at(Site.FFN_OUTPUT)(y), partition_specs.BATCH), None
         y, report, routing = self.moe(
             h,
             None if self.route_padding else rows.as_keys > 0,
@@ -151,4 +152,4 @@ class Block(nnx.Module):
             train=train,
             rng=rng,
         )
-        return constrain(x + drop(y, place=3), partition_specs.BATCH), (report, routing)
+        return constrain(x + drop.at(Site.FFN_OUTPUT)(y), partition_specs.BATCH), (report, routing)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe.config import ModelConfig
 from moe.config.layer_pattern import LayerKind, stacks
 from moe.layers.attention.relative import RelativeBias
-from moe.layers.dropout import Dropout
+from moe.layers.dropout import Dropout, StackSite
 from moe.layers.embedding import Embedding
 from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
@@ -146,9 +146,9 @@ class Stack(nnx.Module):
             return x, record if record is None or return_routing else (record[0], None)
 
         states = split_moe_layers(self.kinds, routing)
-        x, records = self.scan(body, drop(x, place=0), states, remat=c.remat, unroll=not c.scan_layers)
+        x, records = self.scan(body, drop.at(StackSite.EMBEDDING)(x), states, remat=c.remat, unroll=not c.scan_layers)
         layers, recorded = join_moe_layers(records) or (None, None)
-        return drop(self.final_norm(x), place=1), layers, recorded
+        return drop.at(StackSite.OUTPUT)(self.final_norm(x)), layers, recorded
 
     def scan(
         self, body: Body, x: Any, states: LayerStates | None = None, *, remat: str = "none", unroll: bool = False
