@@ -34,6 +34,8 @@ apidoc_modules = [
     {
         "path": str(REPOSITORY / "moe"),
         "destination": "reference/",
+        # Programs define command-line flags when they are imported, several of them the same.
+        "exclude_patterns": [f"{REPOSITORY.resolve()}/moe/{name}*" for name in ("programs", "__main__", "commands")],
         # One page a package: a page a module would put 200 entries into every page's navigation.
         "separate_modules": False,
         "module_first": True,

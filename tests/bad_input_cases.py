@@ -109,7 +109,7 @@ CASES = [
     value("data.directory", "nowhere://data", "gs, s3, az, hf before ://"),
     value("data.dataset", "../..//weird name:1.0", "data.dataset"),
     value("data.dataset", "/nowhere/at/all", "no such folder"),
-    main("--config.data.dataset={new}", says=("data.dataset", "no text in .txt, .jsonl")),
+    main("--config.data.dataset={new}", says=("data.dataset", "no text in .txt, .md")),
     main(
         "--config.data.dataset={new}",
         "--config.data.directory={new}/cache",
