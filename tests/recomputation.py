@@ -54,6 +54,8 @@ class Runs:
     def __init__(self, table, losses=None):
         self.all, self._losses = table, losses or {}
         self.data = table[table.compared]
+        self.arms = set(self.data.variant.unique())
+        self._places = self.data.groupby(["variant", "steps", "quantity", "domain"], sort=False).indices
 
     def seeds(self, arm, steps):
         runs = self.data[(self.data.variant == arm) & (self.data.steps == steps)]
@@ -69,9 +71,7 @@ class Runs:
         return max(self.data.steps.unique(), key=lambda steps: (len(self.seeds(arm, steps)), steps))
 
     def rows(self, arm, steps, quantity, domain=""):
-        data = self.data
-        chosen = (data.variant == arm) & (data.steps == steps) & (data.quantity == quantity) & (data.domain == domain)
-        return data[chosen]
+        return self.data.iloc[self._places.get((arm, steps, quantity, domain), [])]
 
     def per_layer(self, arm, steps, quantity):
         """Table of the last values: seeds down, layers across."""

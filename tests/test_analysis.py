@@ -150,6 +150,9 @@ def test_probes_of_a_frozen_model(rng):
     assert set(full) == {"all", "text"}
     assert full["all"] == pytest.approx(wide["all"], rel=1e-5)  # a factor of E drops nothing
     assert abs(wide["all"] - narrow["all"]) > 1e-3  # one of 0.5 drops half
+    fixed = dataclasses.replace(config.model.moe, expert_capacity=1)  # which the factor replaces
+    fixed_config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=fixed))
+    assert probes.eval_capacity(fixed_config, mesh, 4.0)(variables, heldout) == wide
     last = probes.masked(config, mesh, 3)(variables, heldout)["all"]
     assert abs(last - full["all"]) > 1e-3
 
