@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,28 @@ class _Keys(NamedTuple):
     gate: PRNGKeyArray | None = None
     drop: PRNGKeyArray | None = None
     dropout: PRNGKeyArray | None = None
+
+    @classmethod
+    def split(cls, rng: PRNGKeyArray | None) -> _Keys:
+        """Keys of a layer's key."""
+        return cls() if rng is None else cls(*jax.random.split(rng, 4))
+
+
+class _Call(NamedTuple):
+    """Settings of one call: C, whether in training, and keys."""
+
+    capacity: int
+    train: bool
+    keys: _Keys
+
+
+class _Tokens(NamedTuple):
+    """Tokens in groups: activations [G,S,D], real tokens [G,S], and what some gates read, [G,S]."""
+
+    x: Array
+    mask: Array
+    token_ids: Array | None
+    positions: Array | None
 
 
 class MoELayer(nnx.Module):
@@ -105,104 +128,100 @@ class MoELayer(nnx.Module):
             The output, 0 for a token whose assignments were all dropped (the residual carries it); the layer's report;
             the routing over groups.
         """
-        # A group is a run of S tokens of the batch in row order, whatever the mesh.
-        size = self.config.group_size or x.shape[1]
-        self._check_input(x, size)
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        tokens = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.GROUPS)
-        valid = jnp.asarray(mask).reshape(-1, size)
-        token_ids, positions = (
-            None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions)
-        )
-        keys = _Keys() if rng is None else _Keys(*jax.random.split(rng, 4))
-        capacity = layer_capacity(self.config, size, train=train)
-
+        tokens = self._group(x, mask, token_ids, positions)
+        call = _Call(layer_capacity(self.config, tokens.mask.shape[1], train=train), train, _Keys.split(rng))
         self._check_replay(routing, tokens)
         slot_logits = None
         if not isinstance(routing, Routing):
-            routing, slot_logits = self._route(tokens, valid, token_ids, positions, capacity, keys, train, routing)
+            routing, slot_logits = self._route(tokens, call, routing)
         # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
-        tokens = jnp.where(routing.broken[..., None], 0, tokens)
-        sent = routing if self.null is None else self.null.without(routing)
-        rows = tokens if self.latent is None else self.latent.project_down(tokens)
-        experts = self.experts.weights, self.experts.activation, self._dropout(train, keys.dropout)
-        if slot_logits is None:
-            placed, plan = plan_assignments(self.config, sent, capacity, rng=keys.drop)
-            kept = plan.kept
-            y = modes.dispatch(self.config.dispatch, rows, placed, plan, *experts)
-        else:
-            placed, kept = sent, sent.chosen
-            y = modes.mix(rows, *modes.slot_weights(slot_logits, valid & ~routing.broken), *experts)
-        if self.experts.down_bias is not None:
-            y = y + _output_biases(self.experts.down_bias[...], placed, kept, x.dtype)
-        if self.latent is not None:
-            y = self.latent.project_up(y, x.dtype)
-        if self.null is not None:
-            y = y + self.null(tokens, routing)
+        rows = jnp.where(routing.broken[..., None], 0, tokens.x)
+        experts = functools.partial(self._run_experts, call, tokens.mask & ~routing.broken, slot_logits)
+        for wrapper in (self.latent, self.null):
+            experts = experts if wrapper is None else wrapper.around(experts)
+        y, kept = experts(rows, routing)
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
-            y = y + jnp.where(valid.reshape(*x.shape[:2], 1), self.shared(x), 0)
-        report = self._report(routing, valid, kept | (routing.chosen & ~sent.chosen), rows=x.shape[0])
+            y = y + jnp.where(tokens.mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
+        report = self._report(routing, tokens.mask, kept, rows=x.shape[0])
         return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
 
-    def _check_input(self, x: Array, group_size: int) -> None:
+    def _group(
+        self, x: Array, mask: ArrayLike | None, token_ids: ArrayLike | None, positions: ArrayLike | None
+    ) -> _Tokens:
+        """Split the batch into groups, runs of S tokens in row order, whatever the mesh."""
+        size = self.config.group_size or x.shape[1]
         if x.ndim != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"x of shape {x.shape}: must be [batch, sequence, d_model={self.d_model}]")
-        if x.shape[0] * x.shape[1] % group_size:
-            raise ValueError(f"group_size={group_size}: must divide the {x.shape[0]} x {x.shape[1]} tokens of x")
+        if x.shape[0] * x.shape[1] % size:
+            raise ValueError(f"group_size={size}: must divide the {x.shape[0]} x {x.shape[1]} tokens of x")
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        grouped = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.GROUPS)
+        columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions))
+        return _Tokens(grouped, jnp.asarray(mask).reshape(-1, size), *columns)
+
+    def _run_experts(
+        self,
+        call: _Call,
+        valid: Bool[Array, "G S"],
+        slot_logits: Float[Array, "G S E C"] | None,
+        rows: Float[Array, "G S D"],
+        routing: Routing,
+    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
+        """Weighted sum of the FFN experts' outputs in float32, and the assignments that were not dropped."""
+        experts = self.experts.weights, self.experts.activation, self._dropout(call)
+        if slot_logits is not None:
+            return modes.mix(rows, *modes.slot_weights(slot_logits, valid), *experts), routing.chosen
+        routing, plan = plan_assignments(self.config, routing, call.capacity, rng=call.keys.drop)
+        y = modes.dispatch(self.config.dispatch, rows, routing, plan, *experts)
+        if self.experts.down_bias is not None:
+            y = y + _output_biases(self.experts.down_bias[...], routing, plan.kept, rows.dtype)
+        return y, plan.kept
 
     def _route(
-        self,
-        tokens: Float[Array, "G S D"],
-        mask: Bool[Array, "G S"],
-        token_ids: Int[Array, "G S"] | None,
-        positions: Int[Array, "G S"] | None,
-        capacity: int,
-        keys: _Keys,
-        train: bool,
-        replay: Choices | None,
+        self, tokens: _Tokens, call: _Call, replay: Choices | None
     ) -> tuple[Routing, Float[Array, "G S E C"] | None]:
         """The gate's routing, and the slot logits of Soft MoE."""
         c, router, slot_logits = self.config, self.router, None
         if router is None:
-            logits = jnp.zeros((*mask.shape, c.num_experts + c.null_experts), jnp.float32)
+            logits = jnp.zeros((*tokens.mask.shape, c.num_experts + c.null_experts), jnp.float32)
         else:
-            logits = router(tokens, jitter=c.jitter, rng=keys.jitter)
+            logits = router(tokens.x, jitter=c.jitter, rng=call.keys.jitter)
         if self.gate.router == "slots":
             slot_logits, logits = logits, _expert_logits(logits)
         routing = route(
             self.gate,
             logits,
-            mask,
+            tokens.mask,
             experts_per_token=c.experts_per_token,
             replay=replay,
-            rng=keys.gate,
-            train=train,
-            expert_capacity=capacity,
-            noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens),
+            rng=call.keys.gate,
+            train=call.train,
+            expert_capacity=call.capacity,
+            noise_logits=None if router is None or call.keys.gate is None else router.noise_logits(tokens.x),
             selection_bias=None if router is None or router.bias is None else router.bias[...],
-            token_ids=token_ids,
-            positions=positions,
+            token_ids=tokens.token_ids,
+            positions=tokens.positions,
             **{name: getattr(c, name) for name in ROUTING_FIELDS},
         )
         return routing, slot_logits
 
-    def _check_replay(self, routing: Routing | Choices | None, tokens: Array) -> None:
+    def _check_replay(self, routing: Routing | Choices | None, tokens: _Tokens) -> None:
         if routing is None:
             return
         if isinstance(routing, Choices) and not self.gate.reweighs:
             raise ValueError(
                 f"choices cannot be weighed anew: the gate {self.config.gate!r} weighs only what it chooses"
             )
-        if self.gate.router == "slots" or routing.chosen.shape[:2] != tokens.shape[:2]:
+        if self.gate.router == "slots" or routing.chosen.shape[:2] != tokens.mask.shape:
             raise ValueError(
                 f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: the gate is "
-                f"{self.config.gate!r} (soft_moe's slots are not in it), groups and tokens are {tokens.shape[:2]}"
+                f"{self.config.gate!r} (soft_moe's slots are not in it), groups and tokens are {tokens.mask.shape}"
             )
 
-    def _dropout(self, train: bool, rng: PRNGKeyArray | None) -> ExpertDropout | None:
-        rate = self.config.expert_dropout
-        return ExpertDropout(rng, rate) if train and rng is not None and rate > 0 else None
+    def _dropout(self, call: _Call) -> ExpertDropout | None:
+        rate, key = self.config.expert_dropout, call.keys.dropout
+        return ExpertDropout(key, rate) if call.train and key is not None and rate > 0 else None
 
     def _report(
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int

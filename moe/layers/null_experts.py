@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jaxtyping import Array, Float
 from moe.config import ModelConfig
 from moe.parallel.weights import gather_for_matmul, matrix
 from moe.routing.routing import Routing
+
+#: (rows [G,S,D], routing) → (weighted sum of the experts' outputs, assignments [G,S,K] that were not dropped).
+RunExperts = Callable[[Array, Routing], tuple[Array, Array]]
 
 
 class NullExperts(nnx.Module):
@@ -40,6 +44,16 @@ class NullExperts(nnx.Module):
             router_probs=routing.router_probs[..., : self.first],
         )
 
+    def around(self, experts: RunExperts) -> RunExperts:
+        """The FFN experts with these beside them; assignments to these are never dropped."""
+
+        def run(x: Array, routing: Routing) -> tuple[Array, Array]:
+            sent = self.without(routing)
+            y, kept = experts(x, sent)
+            return y + self(x, routing), kept | (routing.chosen & ~sent.chosen)
+
+        return run
+
     def __call__(self, x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "G S D"]:
         """Weighted sum of the experts without an FFN, in float32."""
         x = x.astype(jnp.float32)
@@ -64,6 +78,15 @@ class Latent(nnx.Module):
         d, latent = config.d_model, config.moe.latent_dim
         self.down = matrix(rngs, (d, latent), d, config.init_scale)
         self.up = matrix(rngs, (latent, d), latent, config.init_scale)
+
+    def around(self, experts: RunExperts) -> RunExperts:
+        """The experts between both projections."""
+
+        def run(x: Array, routing: Routing) -> tuple[Array, Array]:
+            y, kept = experts(self.project_down(x), routing)
+            return self.project_up(y, x.dtype), kept
+
+        return run
 
     def project_down(self, x: Float[Array, "G S D"]) -> Float[Array, "G S P"]:
         """D → P, the latent dimension."""
