@@ -12,7 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_of
 from moe.parallel.remat import HIDDEN
 from moe.parallel.weights import gather_for_matmul, gather_shard
@@ -60,12 +60,14 @@ class ExpertWeights:
         gate: [E,D,F]; None for a plain activation.
         down: [E,F,D].
         biases: [E,F] of up and of gate; None: without biases.
+        is_joined: ``up`` and its bias hold those of gate too, [E,D,2F] and [E,2F], static.
     """
 
     up: Array
     gate: Array | None
     down: Array
     biases: tuple[Array, Array | None] | None = None
+    is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def into(self) -> tuple[Any, Any]:
@@ -93,9 +95,24 @@ class ExpertWeights:
         return dataclasses.replace(self, **specs, biases=jax.tree.map(lambda _: bias, self.biases))
 
     def gathered_shards(self) -> ExpertWeights:
-        """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards."""
-        gate = None if self.gate is None else gather_shard(self.gate, 1)
-        return ExpertWeights(gather_shard(self.up, 1), gate, gather_shard(self.down, 2), self.biases)
+        """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards; on accelerators up and
+        gate are joined before, as shards, so that no whole matrix is copied."""
+        weights = self if target.is_cpu() else self.joined()
+        gate = None if weights.gate is None else gather_shard(weights.gate, 1)
+        return dataclasses.replace(
+            weights, up=gather_shard(weights.up, 1), gate=gate, down=gather_shard(weights.down, 2)
+        )
+
+    def joined(self) -> ExpertWeights:
+        """Up and gate as one matrix: rows are read once, and their gradient is one product instead of a sum of two."""
+        if self.gate is None:
+            return self
+        biases = None
+        if self.biases is not None:
+            up_bias, gate_bias = self.biases
+            assert gate_bias is not None
+            biases = jnp.concatenate([up_bias, gate_bias], axis=-1), None
+        return ExpertWeights(jnp.concatenate([self.up, self.gate], axis=-1), None, self.down, biases, is_joined=True)
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +182,11 @@ def out_of_hidden(
 
 def ffn(rows: Array, weights: ExpertWeights, activation: str, dropout: ExpertDropout | None, matmul: Matmul) -> Array:
     """Both halves."""
-    return out_of_hidden(into_hidden(rows, weights.into, matmul), weights.down, activation, dropout, matmul)
+    hidden = into_hidden(rows, weights.into, matmul)
+    if weights.is_joined:
+        up, gate = jnp.split(hidden[0], 2, axis=-1)
+        hidden = up, gate
+    return out_of_hidden(hidden, weights.down, activation, dropout, matmul)
 
 
 def batched_ffn(

@@ -52,7 +52,7 @@ def grouped_ffn(
         multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights, activation, dropout, matmul)
+    return ffn(rows, weights.joined(), activation, dropout, matmul)
 
 
 def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:

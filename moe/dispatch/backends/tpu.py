@@ -47,7 +47,11 @@ def grouped_ffn(
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
-    return ffn(rows, weights, activation, dropout, lambda rows, matrices: multiply(rows, matrices, group_sizes))
+
+    def matmul(rows: Array, matrices: Array) -> Array:
+        return multiply(rows, matrices, group_sizes)
+
+    return ffn(rows, weights.joined(), activation, dropout, matmul)
 
 
 def multiply(
