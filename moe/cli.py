@@ -282,7 +282,7 @@ def _sentence(error: Exception, argv: list[str]) -> str:
     """One-line description of an error in the command line."""
     text = " ".join(str(error).split())
     # ml_collections re-raises errors of a config file as text that contains the traceback.
-    _, found, message = text.rpartition("moe.config.schema.ConfigError: ")
+    _, found, message = text.rpartition("moe.fields.ConfigError: ")
     if found:
         return message
     if isinstance(error, flags.IllegalFlagValueError):

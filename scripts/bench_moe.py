@@ -58,11 +58,11 @@ def check() -> None:
     from moe.config import ConfigError
     from moe.dispatch.modes import CONFIG_MODES
     from moe.parallel import partition_specs
-    from moe.routing.registry import GATES
+    from moe.routing.registry import LAYERS
 
     allowed: dict[str, list[str]] = {
         "shapes": ["A", "B", "sweep"],
-        "gates": ["all", *GATES],
+        "gates": ["all", *LAYERS],
         "modes": list(CONFIG_MODES),
         "mesh": list(partition_specs.AXES),
     }
@@ -105,7 +105,7 @@ def _case(shape: str, gate: str, mode: str, experts: int, k: int, d_ff: int, act
 
 def cases() -> list[Any]:
     """The cases that the flags name."""
-    from moe.routing.registry import GATES
+    from moe.routing.registry import LAYERS
 
     found = []
     for shape in _SHAPES.value:
@@ -114,12 +114,12 @@ def cases() -> list[Any]:
             "B": ("switch", 2048, 1, "relu", [32]),
             "sweep": ("mixtral", 1792, 2, "swiglu", [8, 16, 32, 64, 128]),
         }[shape]
-        gates = sorted(set(GATES) - {"none"}) if _GATES.value == ["all"] else _GATES.value or [own]
+        gates = sorted(LAYERS) if _GATES.value == ["all"] else _GATES.value or [own]
         for count in map(int, _EXPERTS.value or experts):
             for gate in gates:
-                gate_k = k
-                if GATES[gate].fixed_k or gate == "dense_mixture":
-                    gate_k = GATES[gate].experts_per_token or count
+                own_gate = LAYERS[gate].gate
+                fixed = "k" not in {field.name for field in dataclasses.fields(own_gate)}
+                gate_k = own_gate.experts_per_token(count) if fixed else k
                 modes = [*_MODES.value, *["experts alone"] * _ALONE.value]
                 found += [_case(shape, gate, mode, count, gate_k, d_ff, activation) for mode in modes]
     return found

@@ -9,6 +9,7 @@ layer of another library with its weights, input and output (see :func:`moe.inte
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -51,14 +52,17 @@ from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
 from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402
-from moe.routing.registry import GATES  # noqa: E402
+from moe.routing.gates import Random, TopK  # noqa: E402
+from moe.routing.registry import LAYERS  # noqa: E402
 from moe.routing.routing import Routing, route  # noqa: E402
 
 
 def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Array]:
     """The routing of logits [G,S,E], all tokens real, and their mask."""
     mask = jnp.ones(logits.shape[:2], bool)
-    return route(GATES[gate], jnp.asarray(logits, jnp.float32), mask, experts_per_token=k), mask
+    rule = LAYERS[gate].gate
+    rule = dataclasses.replace(rule, k=k) if isinstance(rule, TopK) else rule
+    return route(rule, jnp.asarray(logits, jnp.float32), mask), mask
 
 
 def check_values() -> Iterator[Row]:
@@ -109,7 +113,7 @@ def dropped_share() -> Iterator[Row]:
         shape = (groups, tokens, 8)
         rng = jax.random.key(tokens + int(100 * factor))
         mask = jnp.ones(shape[:2], bool)
-        routing = route(GATES["random"], jnp.zeros(shape), mask, experts_per_token=1, rng=rng)
+        routing = route(Random(), jnp.zeros(shape), mask, rng=rng)
         kept = plan(routing, capacity=expert_capacity(factor, 1, tokens, 8)).kept
         # Of one group's share: the error of the mean is its deviation over sqrt(groups); five of them, and the print's.
         shares = 100 * (1 - np.asarray(kept, np.float64).mean(axis=(1, 2)))
@@ -157,7 +161,7 @@ def router_gradient() -> Iterator[Row]:
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 6)), jnp.float32)
     for gate in ("switch", "deepseek_moe", "deepseek_v3", "moe_plus_plus", "remoe", "expert_threshold"):
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, null=null_of(gate, {})))
-        fields: dict[str, Any] = dict(LEAK) if GATES[gate].looks_ahead else {}
+        fields: dict[str, Any] = dict(LEAK) if LAYERS[gate].gate.looks_ahead else {}
         if gate == "deepseek_v3":
             fields = {"expert_groups": 1, "kept_expert_groups": 1, "renormalise": 0}
         layer = single_layer(gate, **weights, experts_per_token=1, eval_capacity_factor=4.0, **fields)
@@ -207,11 +211,11 @@ def bad_input() -> Iterator[Row]:
     mask = np.ones((2, 7), bool)
     without, tokens = mask.copy(), np.zeros((2, 7), np.int32)
     without[0, 2] = False
-    for gate, rule in GATES.items():
+    for gate, rule in ((name, layer.gate) for name, layer in LAYERS.items()):
         if rule.router == "none":
             continue  # has no logits
-        fields: dict[str, Any] = {"experts_per_token": 2} if not rule.fixed_k else {}
-        if rule.kept_expert_groups:
+        fields: dict[str, Any] = {"experts_per_token": 2} if "k" in vars(rule) else {}
+        if getattr(rule, "groups", 1) > 1:
             fields |= {"expert_groups": 2, "kept_expert_groups": 2}
         fields |= {"eval_capacity_factor": 1.0, "dispatch": "einsum"} | (LEAK if rule.looks_ahead else {})
         slots = 1 if rule.router == "slots" else 0
@@ -235,7 +239,7 @@ def run(layers: Path) -> Iterator[Row]:
     yield from bad_input()
     for seed, case in enumerate((*CASES, *edges())):
         yield from against_oracle(case, seed)
-    for gate, latent in (*((gate, 0) for gate in GATES), ("mixtral", 4)):
+    for gate, latent in (*((gate, 0) for gate in LAYERS), ("mixtral", 4)):
         yield from device_counts(gate, latent)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe.config import LARGEST, Config
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 
 INTEGERS = (-LARGEST, -2, 0, 1, 3, LARGEST, LARGEST + 1, 10**30, True, 1.5, "2", None, [2])
 FLOATS = (-0.5, 0.0, 1e-45, 1.0, 3e38, 1e39, float("inf"), float("nan"), "1", None, True)
@@ -58,7 +58,7 @@ def edge_cases() -> list[tuple[str, Any]]:
 
 #: Values of fields that combine into runs of a few kilobytes; others of these fields are edges.
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {
-    "model.moe.gate": ("none", *GATES),
+    "model.moe.gate": ("none", *LAYERS),
     "model.moe.num_experts": (1, 2, 4, 6, 8),
     "model.moe.experts_per_token": (-1, 1, 2, 4),
     "model.moe.d_ff": (0, 2, 8),

@@ -1,10 +1,13 @@
 """Logits of two tokens for values computed by hand, and a call of `route`."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 from moe.routing.routing import route
+from tests.helpers import gate_named
 
 # Two tokens with probabilities (6, 3, 1, 2)/12 and (1, 2, 9, 4)/16.
 LOGITS = np.log([[[6.0, 3.0, 1.0, 2.0], [1.0, 2.0, 9.0, 4.0]]])
@@ -16,9 +19,10 @@ SOFTPLUS_LOGITS = np.log(np.expm1([[[4.0, 1.0, 9.0, 16.0]]]))
 
 
 def routed(gate, logits, k=None, mask=None, **given):
-    """route() on logits [G,S,E], all real unless said otherwise, without DeepSeek-V3's groups."""
+    """route() on logits [G,S,E], all real unless said otherwise; ``given``: fields of the gate, inputs of the call."""
     logits = jnp.asarray(logits, jnp.float32)
     mask = jnp.ones(logits.shape[:2], bool) if mask is None else jnp.asarray(mask)
-    k = k or GATES[gate].experts_per_token or logits.shape[-1]
-    given = {"expert_groups": 1, "kept_expert_groups": 1} | given
-    return route(GATES[gate], logits, mask, experts_per_token=k, **given)
+    own = {field.name for field in dataclasses.fields(LAYERS[gate].gate)}
+    fields = {name: value for name, value in given.items() if name in own}
+    inputs = {name: value for name, value in given.items() if name not in own}
+    return route(gate_named(gate, k, **fields), logits, mask, **inputs)

@@ -18,7 +18,9 @@ from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
 from moe.models.encoder_decoder import abstract_model
-from moe.routing.registry import GATES
+from moe.routing.gates import TopK
+from moe.routing.interface import Gate
+from moe.routing.registry import LAYERS
 from moe.routing.resolve import resolve
 from moe.routing.routing import Routing, route
 
@@ -73,15 +75,27 @@ def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
     return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state))
 
 
-_route = jax.jit(route, static_argnames=("gate", "experts_per_token"))
+def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:
+    """The gate of a paper's layer, with K and other fields instead; without DeepSeek-V3's groups."""
+    gate = LAYERS[name].gate
+    own = {field.name for field in dataclasses.fields(gate)}
+    if "groups" in own and fields.get("groups", 1) == 1:
+        fields = {"groups": 1, "kept_groups": 1, "scores_per_group": 1} | fields
+    if k and "k" in own:
+        fields["k"] = k
+    if k == 1 and isinstance(gate, TopK):  # the only weight would always be 1
+        fields.setdefault("renormalise", False)
+    return dataclasses.replace(gate, **fields)
+
+
+_route = jax.jit(route, static_argnames="gate")
 
 
 def tiny_routing(gate: str, logits: Any, mask: Any = None, k: int | None = None, rng: Any = None) -> Routing:
     """route() on logits [G,S,E], all tokens real unless said otherwise, K the gate's unless said otherwise."""
     logits = jnp.asarray(logits, jnp.float32)
     mask = np.ones(logits.shape[:2], bool) if mask is None else mask
-    k = k or GATES[gate].experts_per_token or logits.shape[-1]
-    return _route(GATES[gate], logits, mask, experts_per_token=k, rng=rng)
+    return _route(gate_named(gate, k), logits, mask, rng=rng)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import pytest
 from moe.analysis import controls, probes
 from moe.analysis.record import Recorder
 from moe.config import ConfigError
-from moe.routing.registry import find_gate
 from moe.routing.routing import route
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import build
 from tests.analysis_helpers import B, T, random_batch, tiny_program
+from tests.helpers import gate_named
 
 # --- Records ---------------------------------------------------------------------------------------------------------
 
@@ -126,8 +126,8 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     mask = jnp.ones((2, 5), bool)
 
     def masked_route(name, experts, **options):
-        gate = probes.masked_gate(find_gate(name), experts)
-        return jax.jit(lambda x: route(gate, x, mask, experts_per_token=2, **options))(logits)
+        gate = probes.Masked(gate=gate_named(name, 2), experts=experts)
+        return jax.jit(lambda x: route(gate, x, mask, **options))(logits)
 
     masked = masked_route("mixtral", 3)
     np.testing.assert_array_equal(masked.expert_index, order[..., 3:5])
@@ -136,7 +136,7 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
     # With a selection bias, the highest of s + b go, however large the bias.
     bias = np.array([0, 0, 3, 0, -1, 0], np.float32)
     biased = np.argsort(-(1 / (1 + np.exp(-logits)) + bias), axis=-1)
-    masked = masked_route("deepseek_v3", 2, selection_bias=jnp.asarray(bias), kept_expert_groups=0)
+    masked = masked_route("deepseek_v3", 2, selection_bias=jnp.asarray(bias))
     np.testing.assert_array_equal(masked.expert_index, biased[..., 2:4])
 
 

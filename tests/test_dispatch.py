@@ -17,7 +17,7 @@ from moe.dispatch.plan import Plan, expert_capacity, make_plan
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import target
-from moe.routing.registry import GATES
+from moe.routing.registry import gate_of
 from moe.routing.router import Router
 from moe.routing.routing import Routing, route
 from tests.helpers import slow_case, tiny_model, tiny_routing
@@ -121,7 +121,7 @@ def _system(config, capacity, mode, key):
         router = nnx.merge(router_def, parameters["router"])
         experts = nnx.merge(experts_def, parameters["experts"])
         logits = router(x)
-        routing = route(GATES[config.moe.gate], logits, mask, experts_per_token=config.moe.experts_per_token, rng=key)
+        routing = route(gate_of(config.moe), logits, mask, rng=key)
         plan = make_plan(routing, capacity)
         y = dispatch(mode, x, routing, plan, experts.weights, experts.activation)
         return jnp.sum(y * cotangent), (y, plan, routing)

@@ -15,7 +15,7 @@ import pytest
 
 from configs import base
 from moe.config import Config, to_dict
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 from tests import fuzz_values
 from tests.fuzz_helpers import set_field, steps_or_sentence, trains_or_refuses
 from tests.run_helpers import ONE, tiny
@@ -79,7 +79,7 @@ def random_changes(seed: int) -> tuple[dict[str, Any], int]:
     draw = random.Random(seed)
     names = draw.sample(sorted(fuzz_values.PLAUSIBLE), draw.randint(2, 6))
     changes = {name: draw.choice(fuzz_values.PLAUSIBLE[name]) for name in names}
-    changes["model.moe.gate"] = gate = draw.choice(["none", *GATES])
+    changes["model.moe.gate"] = gate = draw.choice(["none", *LAYERS])
     if draw.random() < 0.9:  # rules that look ahead are refused otherwise
         changes["model.moe.accept_future_leak"] = True
     if gate == "soft_moe" and draw.random() < 0.9:

@@ -14,7 +14,7 @@ from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 from moe.routing.router import Router
 from tests.gate_helpers import routed
 from tests.helpers import tiny_model
@@ -108,7 +108,7 @@ def test_expert_dropout_drops_hidden_activations_in_training_alone(mode):
 )
 def test_who_looks_ahead(gate, leaks, rng):
     """Changing the last token changes an earlier one's output only under the gates that are refused for it."""
-    assert GATES[gate].looks_ahead == leaks
+    assert LAYERS[gate].gate.looks_ahead == leaks
     soft = gate == "soft_moe"
     weights = {
         "router": rng.normal(size=(4, 4, 1) if soft else (4, 4)) * 2,

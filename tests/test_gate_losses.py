@@ -14,7 +14,7 @@ from moe.layers.moe_layer import MoELayer
 from moe.models.stack import selection_biases
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 from moe.routing.resolve import from_config_dict
 from moe.routing.router import SelectionBias
 from moe.training.step import build, place
@@ -47,11 +47,11 @@ def test_deepseek_v3_balance_loss_counts_the_top_scores_without_bias_and_groups(
     np.testing.assert_array_equal(routing.expert_index, [[[1], [1]]])
     p = (SIGMOIDS / SIGMOIDS.sum(-1, keepdims=True))[0].mean(0)
     mask = jnp.ones((1, 2), bool)
-    loss = balancing.load_balancing_loss(routing, mask, counts=GATES["deepseek_v3"].balance_counts)
+    loss = balancing.load_balancing_loss(routing, mask, counts=LAYERS["deepseek_v3"].balance_counts)
     assert float(loss) == pytest.approx(4 * (p[0] + p[3]) / 2, rel=1e-6)
     assert float(balancing.load_balancing_loss(routing, mask)) == pytest.approx(4 * p[1], rel=1e-6)
     # Of groups (0, 1) and (2, 3) token 0 keeps the first, token 1 the second; the scores alone take 0 and 2, 3 and 2.
-    limited = routed("deepseek_v3", SIGMOID_LOGITS, 2, expert_groups=2, kept_expert_groups=1)
+    limited = routed("deepseek_v3", SIGMOID_LOGITS, 2, groups=2, kept_groups=1)
     np.testing.assert_array_equal(limited.expert_index, [[[0, 1], [3, 2]]])
     loss = balancing.load_balancing_loss(limited, mask, counts="top_scores")
     assert float(loss) == pytest.approx(4 * (p[0] / 4 + p[2] / 2 + p[3] / 4), rel=1e-6)

@@ -5,7 +5,7 @@ import pytest
 
 from moe.config import Config, ConfigError, to_config_dict
 from moe.interop.layers import single_layer
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS, flat_fields
 from moe.routing.resolve import from_config_dict, resolve, validate
 
 REFUSED = [
@@ -29,6 +29,19 @@ REFUSED = [
     ({"gate": "remoe", "zero_experts": 1}, "unless each token chooses K experts"),
     ({"gate": "mixtral", "copy_experts": 1, "expert_groups": 2}, "with expert_groups=1"),
     ({"gate": "remoe", "overflow_to_next": True}, "tokens choose their experts"),
+    (
+        {"gate": "mixtral", "overflow_to_next": True},
+        "overflow_to_next=True: retries an assignment after those of later",
+    ),
+    ({"gate": "moe_plus_plus", "overflow_to_next": True, "accept_future_leak": True}, "needs experts of one kind"),
+    (
+        {"gate": "deepseek_v4", "experts_per_token": 6, "layer_gates": ["deepseek_v3"]},
+        "layer_gates='deepseek_v3': k=6: must be at most the 4 experts of kept_groups=4 of groups=8",
+    ),
+    (
+        {"gate": "moe_plus_plus", "layer_gates": ["deepseek_v3"], "bias_update": "sign", "num_experts": 16},
+        "layer_gates='deepseek_v3': groups=8: must be 1 with zero, copy or constant experts",
+    ),
     ({"gate": "mixtral", "layer_gates": ["hash"] * 5}, "must be at most the 4 MoE layers"),
     ({"gate": "mixtral", "layer_gates": ["remoe"]}, "layer_gates='remoe': must choose 2 experts"),
     ({"gate": "expert_choice", "accept_future_leak": True, "layer_gates": ["hash"]}, "must choose 2 experts"),
@@ -78,7 +91,7 @@ def test_impossible_settings_are_refused(fields, message):
         from_config_dict(tree)
 
 
-@pytest.mark.parametrize("gate", sorted(GATES))
+@pytest.mark.parametrize("gate", sorted(LAYERS))
 def test_every_gate_has_a_valid_config_with_its_papers_constants(gate):
     tree = to_config_dict(Config())
     tree.model.moe.gate, tree.model.moe.num_experts = gate, 64
@@ -86,7 +99,7 @@ def test_every_gate_has_a_valid_config_with_its_papers_constants(gate):
     tree.model.moe.dispatch = "einsum" if gate == "soft_moe" else "gather"
     moe = validate(resolve(from_config_dict(tree))).model.moe
     for name in ("load_balancing_weight", "balance_scope", "drop_policy", "routing_scale", "capacity_factor"):
-        assert getattr(moe, name) == getattr(GATES[gate], name)
+        assert getattr(moe, name) == flat_fields(LAYERS[gate], 64)[name]
 
 
 def test_single_layer_refuses_missing_and_misshapen_arrays():

@@ -12,12 +12,12 @@ from flax import nnx
 from moe.dispatch.plan import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.routing import balancing
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS, routed
 from tests.helpers import FOUR, tiny_model
 
 #: Weights of DeepSeek-V3 as they are: the sigmoids.
-RAW = {"renormalise": 0, "routing_scale": 1.0}
+RAW = {"renormalise": False, "scale": 1.0}
 
 HAND_COMPUTED = [
     # Without a key no noise: softmax(ln 6, ln 3) = (6, 3)/9; softmax(ln 9, ln 4) = (9, 4)/13.
@@ -28,7 +28,7 @@ HAND_COMPUTED = [
     (
         "deepseek_moe",
         np.log([[[6.0, 1.0, 3.0, 2.0], [1.0, 2.0, 9.0, 4.0]]]),
-        {"expert_groups": 2, "kept_expert_groups": 1, "renormalise": True, "routing_scale": 2.0},
+        {"groups": 2, "kept_groups": 1, "renormalise": True, "scale": 2.0},
         [[0, 1], [2, 3]],
         [[2 * 6 / 7, 2 * 1 / 7], [2 * 9 / 13, 2 * 4 / 13]],
     ),
@@ -53,7 +53,7 @@ HAND_COMPUTED = [
     (
         "deepseek_v3",
         SIGMOID_LOGITS,
-        RAW | {"expert_groups": 2, "kept_expert_groups": 1},
+        RAW | {"groups": 2, "kept_groups": 1},
         [[0, 1], [3, 2]],
         [[0.8, 0.5], [0.9, 0.4]],
     ),
@@ -61,7 +61,7 @@ HAND_COMPUTED = [
     (
         "deepseek_v3",
         SIGMOID_LOGITS,
-        RAW | {"expert_groups": 2, "kept_expert_groups": 1, "selection_bias": jnp.asarray([-0.8, 0.0, 0.0, 0.0])},
+        RAW | {"groups": 2, "kept_groups": 1, "selection_bias": jnp.asarray([-0.8, 0.0, 0.0, 0.0])},
         [[2, 3], [3, 2]],
         [[0.6, 0.2], [0.9, 0.4]],
     ),
@@ -69,7 +69,7 @@ HAND_COMPUTED = [
     (
         "mixtral",
         SIGMOID_LOGITS,
-        {"score_function": "sigmoid"},
+        {"score": "sigmoid"},
         [[0, 2], [3, 2]],
         [[8 / 14, 6 / 14], [9 / 13, 4 / 13]],
     ),
@@ -82,7 +82,7 @@ HAND_COMPUTED = [
     ),
     # softplus(ln(e⁴ − 1)) = 4: the square roots of (4, 1, 9, 16) are 2, 1, 3, 4; two groups by their best expert.
     ("deepseek_v4", SOFTPLUS_LOGITS, {}, [[3, 2]], [[1.5 * 4 / 7, 1.5 * 3 / 7]]),
-    ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"expert_groups": 2, "kept_expert_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
+    ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"groups": 2, "kept_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
     ("quantile_balancing", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
     ("moe_plus_plus", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
     # Round-robin, weights the softmax over the chosen.
@@ -109,10 +109,10 @@ def test_every_gate_is_tested_by_hand_or_by_its_own_test():
         "switch_sampled",
         "remoe",
     }
-    assert {gate for gate, *_ in HAND_COMPUTED} | own | set(FOUR) == set(GATES)
+    assert {gate for gate, *_ in HAND_COMPUTED} | own | set(FOUR) == set(LAYERS)
 
 
-@pytest.mark.parametrize("gate", sorted(set(GATES) - {"expert_choice", "expert_threshold", "remoe"}))
+@pytest.mark.parametrize("gate", sorted(set(LAYERS) - {"expert_choice", "expert_threshold", "remoe"}))
 def test_padding_and_broken_tokens_are_never_chosen(gate, rng):
     logits = rng.normal(size=(2, 12, 8))
     logits[0, 3, 1], logits[1, 5, 0], logits[1, 6, 2] = np.nan, np.inf, -np.inf

@@ -95,19 +95,23 @@ except ConfigError as error:
 print("layer: alone, NNX, Linen, mesh")
 """
 GATE = '''
+import dataclasses
+
 import jax
 
 from moe import Gate, GateOutput
 from moe.routing.selection import top_k
 
 
-def coldest(router_logits, inputs):
-    """The two experts of the lowest logits, equally weighted by a softmax of their negatives."""
-    values, index = top_k(-router_logits, inputs.experts_per_token)
-    return GateOutput(index, jax.nn.softmax(values, axis=-1))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cold(Gate):
+    """The K experts of the lowest logits, weighted by a softmax of their negatives."""
 
+    k: int = 2
 
-COLD = Gate(coldest, "my_gates.py", experts_per_token=2, capacity_factor=1.25, eval_capacity_factor=2.0)
+    def route(self, router_logits, inputs):
+        values, index = top_k(-router_logits, self.k)
+        return GateOutput(index, jax.nn.softmax(values, axis=-1))
 '''
 CONFIG = """
 from moe.config import Config, to_config_dict
@@ -116,7 +120,7 @@ from moe.config import Config, to_config_dict
 def get_config():
     config = to_config_dict(Config())
     config.model.update(vocab_size=400, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16)
-    config.model.moe.update(gate="my_gates:COLD", num_experts=4, d_ff=16)
+    config.model.moe.update(gate="my_gates:Cold", num_experts=4, d_ff=16)
     config.data.update(dataset="./text", directory="./cache", sequence_length=32, heldout_rows=4, shuffle_window=8)
     config.train.update(num_steps=4, batch_size=4, log_every=2, eval_every=4, save_every=2, sample_tokens=4)
     config.optimizer.warmup_steps = 1
@@ -182,7 +186,7 @@ def test_the_layer_in_a_users_models_and_mesh(folder):
 def test_a_users_gate_through_every_program(folder):
     main = (ROOT / "main.py", "--config=my_config.py", "--workdir=run")
     run(folder, *main, says="unigram loss")
-    assert '"my_gates:COLD"' in (folder / "run" / "config.json").read_text()
+    assert '"my_gates:Cold"' in (folder / "run" / "config.json").read_text()
     run(folder, *main, "--change", "--config.train.num_steps=6", says="resuming run at step 4 of 6")
     scripts, trusted = ROOT / "scripts", "--allow_module=my_gates"
     run(folder, scripts / "generate.py", "--workdir=run", "--prompt=the red", "--tokens=4", trusted, says="the red")

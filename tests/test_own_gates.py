@@ -1,8 +1,12 @@
 """Gates from a user's module: model.moe.gate=module:object."""
 
+import dataclasses
+import importlib
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +15,58 @@ import pytest
 
 from configs import base
 from moe.config import ConfigError
-from moe.routing.interface import Gate
-from moe.routing.registry import default_gate, find_gate
+from moe.fields import setting
+from moe.parallel.mesh import make_mesh
+from moe.routing.interface import Gate, GateOutput
+from moe.routing.registry import Layer, find_layer, gate_of
 from moe.routing.resolve import from_config_dict
-from moe.routing.routing import route
+from moe.routing.routing import probe, route
+from moe.routing.selection import top_k
 from moe.training import evaluation, open_run
 from moe.training.loop import train
+from moe.training.step import build as build_program
 from tests.tiny_text import build
 
 MODULE = """
+import dataclasses
 import jax
-from moe.routing.interface import Gate, GateOutput
+import jax.numpy as jnp
+from moe import Gate, GateOutput
+from moe.routing.registry import Layer
 from moe.routing.selection import top_k
 
-def last_experts(router_logits, inputs):
-    probs = jax.nn.softmax(router_logits)
-    weights, index = top_k(probs[..., ::-1], inputs.experts_per_token)
-    return GateOutput(router_logits.shape[-1] - 1 - index, weights)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Last(Gate):
+    k: int = 3
 
-def wrong(router_logits, inputs):
-    return router_logits
+    def route(self, router_logits, inputs):
+        probs = jax.nn.softmax(router_logits)
+        weights, index = top_k(probs[..., ::-1], self.k)
+        return GateOutput(router_logits.shape[-1] - 1 - index, weights)
 
-record = Gate(last_experts, "this file", experts_per_token=3, capacity_factor=1.5, eval_capacity_factor=2.5)
+layer = Layer(Last(), "this file", capacity_factor=1.5, eval_capacity_factor=2.5)
 number = 3
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrong(Gate):
+    what: str
+    k: int = 2
+
+    def route(self, router_logits, inputs):
+        output = Last(k=2).route(router_logits, inputs)
+        return {
+            "raises": lambda: 1 / 0,
+            "logits": lambda: router_logits,
+            "none": lambda: None,
+            "shape": lambda: output._replace(weights=output.weights[..., :1]),
+            "bfloat16": lambda: output._replace(weights=output.weights.astype(jnp.bfloat16)),
+            "fraction": lambda: output._replace(expert_index=output.expert_index * 1.0),
+            "outside": lambda: output._replace(expert_index=output.expert_index + 1),
+            "negative index": lambda: output._replace(expert_index=output.expert_index - 7),
+            "twice": lambda: output._replace(expert_index=output.expert_index * 0),
+            "negative": lambda: output._replace(weights=-output.weights),
+            "three": lambda: Last(k=3).route(router_logits, inputs),
+        }[self.what]()
 """
 
 
@@ -59,16 +92,14 @@ def tree_with(gate, **moe):
     return tree
 
 
-def test_a_record_and_a_function_resolve(module):
-    record = find_gate("my_gates:record")
-    assert isinstance(record, Gate)
-    moe = from_config_dict(tree_with("my_gates:record")).model.moe
-    assert (moe.gate, moe.experts_per_token, moe.capacity_factor) == ("my_gates:record", 3, 1.5)
-    bare = find_gate("my_gates:last_experts")
-    assert bare == default_gate(record.choose, "my_gates:last_experts")
-    moe = from_config_dict(tree_with("my_gates:last_experts", experts_per_token=1)).model.moe
-    assert (moe.experts_per_token, moe.capacity_factor, moe.load_balancing_weight) == (1, 1.25, 0.01)
-    routing = route(bare, jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), jnp.ones((1, 1), bool), experts_per_token=2)
+def test_a_gate_and_a_layer_resolve(module):
+    layer = find_layer("my_gates:layer")
+    moe = from_config_dict(tree_with("my_gates:layer")).model.moe
+    assert (moe.gate, moe.experts_per_token, moe.capacity_factor) == ("my_gates:layer", 3, 1.5)
+    assert find_layer("my_gates:Last").gate == layer.gate
+    moe = from_config_dict(tree_with("my_gates:Last", experts_per_token=2)).model.moe
+    assert (moe.experts_per_token, moe.capacity_factor, moe.load_balancing_weight) == (2, 1.25, 0.01)
+    routing = route(gate_of(moe), jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), jnp.ones((1, 1), bool))
     np.testing.assert_array_equal(routing.expert_index, [[[0, 2]]])
 
 
@@ -76,8 +107,8 @@ def test_a_record_and_a_function_resolve(module):
     ("gate", "message"),
     [
         ("no_such_gates:rule", "no module 'no_such_gates' on PYTHONPATH, in the current directory, or beside"),
-        ("my_gates:recrod", "module 'my_gates' has no 'recrod'; did you mean 'record'"),
-        ("my_gates:number", "must be a Gate or a function, not int"),
+        ("my_gates:lsyer", "module 'my_gates' has no 'lsyer'; did you mean 'layer'"),
+        ("my_gates:number", "must be a Gate, not int"),
         ("my_gates:", "must be module:object"),
         (":rule", "must be module:object"),
         ("my gates:rule", "must be module:object"),
@@ -93,9 +124,57 @@ def test_what_cannot_be_a_gate_is_refused_in_one_sentence(module, gate, message)
     assert "\n" not in str(error.value)
 
 
-def test_a_rule_that_returns_something_else_is_refused(module):
-    with pytest.raises(ConfigError, match="must return a GateOutput"):
-        route(find_gate("my_gates:wrong"), jnp.zeros((1, 2, 3)), jnp.ones((1, 2), bool), experts_per_token=1)
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("raises", "route raises ZeroDivisionError: division by zero"),
+        ("logits", "route must return a GateOutput, not "),
+        ("none", "route must return a GateOutput, not NoneType"),
+        ("shape", r"weights is float32\[2, 8, 1\], must be float32\[2, 8, 2\]"),
+        ("bfloat16", r"weights is bfloat16\[2, 8, 2\], must be float32"),
+        ("fraction", r"expert_index is float32\[2, 8, 2\], must be integers"),
+        ("outside", "expert_index must be different experts from 0 to 5"),
+        ("negative index", "expert_index must be different experts from 0 to 5"),
+        ("twice", "expert_index must be different experts from 0 to 5"),
+        ("negative", "weights must be finite and not negative"),
+        ("three", "returns 3 experts a token, must be K = 2"),
+    ],
+)
+def test_a_wrong_rule_is_refused_in_one_sentence(module, what, message):
+    wrong = importlib.import_module("my_gates").Wrong(what=what)
+    with pytest.raises(ConfigError, match=f"^gate Wrong: .*{message}"):
+        probe(wrong, 6)
+    probe(importlib.import_module("my_gates").Last(), 6)
+
+
+def test_a_run_refuses_a_wrong_rule_before_anything_is_compiled(module, monkeypatch):
+    monkeypatch.setattr(
+        importlib.import_module("my_gates"),
+        "bad",
+        importlib.import_module("my_gates").Wrong(what="twice"),
+        raising=False,
+    )
+    config = from_config_dict(tree_with("my_gates:bad"))
+    with pytest.raises(ConfigError, match="gate Wrong: expert_index must be different experts"):
+        build_program(config, make_mesh(config.mesh, jax.devices()[:1]))
+
+
+def test_the_recipe_of_the_guide_for_contributors():
+    """The class and the line of the table stand in CONTRIBUTING.md and work as they are."""
+    text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
+    recipe, line = re.findall(r"```python\n(.*?)```", text.partition("## Adding a gate")[2], re.DOTALL)[:2]
+    names = {"dataclasses": dataclasses, "jax": jax, "setting": setting, "top_k": top_k}
+    names |= {"Gate": Gate, "GateOutput": GateOutput, "Layer": Layer}
+    exec(recipe, names)
+    layer = eval(f"{{{line}}}", names)["nearest"]
+    assert layer.load_balancing_weight == 0.01
+    probe(layer.gate, 4)
+    # Logits ln 3 and ln 1 at a temperature of 1/2: weights 9/10 and 1/10.
+    routing = route(layer.gate, jnp.log(jnp.asarray([[[1.0, 3.0, 0.5]]])), jnp.ones((1, 1), bool))
+    np.testing.assert_array_equal(routing.expert_index, [[[1, 0]]])
+    np.testing.assert_allclose(routing.combine_weights, [[[0.9, 0.1]]], rtol=1e-5)
+    with pytest.raises(ConfigError, match="temperature=0: must be positive"):
+        names["Nearest"](temperature=0)
 
 
 @pytest.fixture
@@ -109,7 +188,7 @@ def compilation_cache(tmp_path):
 
 def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
     directory = build(tmp_path / "data")
-    tree = tree_with("my_gates:record", dispatch="einsum")
+    tree = tree_with("my_gates:layer", dispatch="einsum")
     tree.model.update(
         {"vocab_size": 400, "d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
     )
@@ -131,7 +210,7 @@ def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
     workdir = tmp_path / "run"
     config = from_config_dict(tree)
     train(config, str(workdir), jax.devices()[:1])
-    assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["gate"] == "my_gates:record"
+    assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["gate"] == "my_gates:layer"
     rows = (workdir / "metrics.jsonl").read_bytes()
     shutil.rmtree(workdir / "checkpoints" / "2")
     train(config, str(workdir), jax.devices()[:1])  # from step 1

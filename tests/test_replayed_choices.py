@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from moe.models.decoder import Transformer
-from moe.routing.registry import GATES, default_gate
+from moe.routing.interface import Gate
+from moe.routing.registry import LAYERS
 from moe.routing.routing import Choices, Routing, load_routing, route, save_routing
 from tests.gate_helpers import LOGITS, routed
 from tests.helpers import tiny_model
@@ -24,11 +25,11 @@ def test_weights_of_recorded_experts_by_hand():
     np.testing.assert_allclose(routing.combine_weights, [[[2 / 5, 3 / 5], [1 / 10, 0.0]]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if gate.reweighs])
+@pytest.mark.parametrize("gate", [name for name, layer in LAYERS.items() if layer.gate.reweighs])
 def test_every_gate_weighs_its_own_choices_as_before(gate, rng):
     logits = rng.normal(size=(2, 6, 4))
     given = {"token_ids": jnp.asarray(rng.integers(0, 99, (2, 6)))}
-    k = GATES[gate].experts_per_token and 2
+    k = 2 if hasattr(LAYERS[gate].gate, "k") else None
     key = jax.random.key(0) if gate in ("random", "st_moe", "gshard", "switch_sampled") else None
     recorded = routed(gate, logits, k, rng=key, **given)
     again = routed(gate, logits, k, replay=recorded.choices, **given)  # without the key that drew them
@@ -94,7 +95,7 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
 
 
 def test_a_gate_that_weighs_only_what_it_chooses_refuses_choices():
-    assert not default_gate(GATES["switch"].choose, "mine").reweighs
+    assert not Gate.reweighs
     config = tiny_model(gate="soft_moe", dispatch="einsum", accept_future_leak=True)
     model = Transformer(config, rngs=nnx.Rngs(0))
     choices = Choices(jnp.zeros((2, 1, 6, 4), jnp.int32), jnp.ones((2, 1, 6, 4), bool))
@@ -105,6 +106,6 @@ def test_a_gate_that_weighs_only_what_it_chooses_refuses_choices():
 def test_padding_stays_out_of_replayed_choices():
     choices = Choices(jnp.zeros((1, 2, 1), jnp.int32), jnp.ones((1, 2, 1), bool))
     mask = jnp.asarray([[True, False]])
-    routing = route(GATES["switch"], jnp.asarray(LOGITS, jnp.float32), mask, experts_per_token=1, replay=choices)
+    routing = route(LAYERS["switch"].gate, jnp.asarray(LOGITS, jnp.float32), mask, replay=choices)
     np.testing.assert_array_equal(routing.chosen[0, :, 0], [True, False])
     assert dataclasses.fields(Choices)[0].name == "expert_index"

@@ -78,7 +78,7 @@ def moe(size: str, gate: str, num_experts: int, k: int, d_ff: int = 0, **fields:
 
     Args:
         size: of the suite.
-        gate: a name in moe.routing.registry.GATES.
+        gate: a name in moe.routing.registry.LAYERS.
         num_experts: E.
         k: experts a token visits.
         d_ff: hidden units of one expert; 0: F/k, which keeps the dense model's FLOPs.

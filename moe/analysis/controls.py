@@ -12,13 +12,14 @@ import numpy as np
 
 from moe.analysis.record import Records
 from moe.config import ModelConfig
-from moe.routing.registry import find_gate
+from moe.routing.gates import Hash
+from moe.routing.registry import gate_of
 from moe.routing.routing import route
 
 
 def has_router(model: ModelConfig) -> bool:
     """Tells whether the model's gate uses a learned router."""
-    return find_gate(model.moe.gate).router != "none"
+    return gate_of(model.moe).router != "none"
 
 
 def untrain_routers(variables: dict[str, Any], model: ModelConfig, seed: int) -> dict[str, Any]:
@@ -53,10 +54,9 @@ def hash_routing(records: Records) -> Records:
     """Reroutes recorded tokens by a hash of their ids (Hash Layers 2021), the same in every layer."""
     layers, count, k = records.expert_index.shape
     routing = route(
-        find_gate("hash"),
+        Hash(k=k),
         jnp.zeros((1, count, records.num_experts)),
         jnp.ones((1, count), bool),
-        experts_per_token=k,
         token_ids=jnp.asarray(records.tokens)[None],
     )
 

@@ -21,9 +21,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError
-from moe.routing.gates import SCORES
-from moe.routing.interface import Gate, GateInputs, GateOutput
-from moe.routing.registry import find_gate
+from moe.routing.gates import Scored
+from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState
+from moe.routing.registry import gate_of
 from moe.routing.resolve import validate
 from moe.routing.selection import top_k
 from moe.training.evaluation import Heldout, evaluate
@@ -90,7 +90,7 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
         ConfigError: tokens do not choose experts in that model, or fewer than K would be left.
     """
     moe = config.model.moe
-    gate = None if moe.gate == "none" else find_gate(moe.gate)
+    gate = None if moe.gate == "none" else gate_of(moe)
     if gate is None or gate.router in ("none", "slots") or gate.looks_ahead or moe.layer_gates:
         raise ConfigError(f"model.moe.gate={moe.gate!r}: experts can be masked only where tokens choose by a router")
     if not 0 <= experts <= moe.num_experts - moe.experts_per_token:
@@ -98,23 +98,31 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
             f"masked experts={experts}: must be from 0 to num_experts - experts_per_token = "
             f"{moe.num_experts - moe.experts_per_token}"
         )
-    program = _build(_dropless(config), mesh, gate=masked_gate(gate, experts))
+    program = _build(_dropless(config), mesh, gate=Masked(gate=gate, experts=experts) if experts else gate)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
-def masked_gate(gate: Gate, experts: int) -> Gate:
-    """The gate over all but the ``experts`` most probable experts of each token."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masked(Gate):
+    """A gate over all but the ``experts`` most probable experts of each token."""
 
-    def choose(router_logits: Array, inputs: GateInputs) -> GateOutput:
-        bias = inputs.selection_bias
-        scores = router_logits if bias is None else SCORES[inputs.score_function](router_logits) + bias
-        _, best = top_k(scores, experts)
+    gate: Gate
+    experts: int
+
+    def route(self, router_logits: Array, inputs: GateInputs) -> GateOutput:
+        """Route by the other experts."""
+        gate, bias = self.gate, inputs.selection_bias
+        scores = gate.scores(router_logits) + bias if bias is not None and isinstance(gate, Scored) else router_logits
+        _, best = top_k(scores, self.experts)
         hidden = jnp.any(best[..., None] == jnp.arange(router_logits.shape[-1]), axis=-2)  # [G,S,experts,E] → [G,S,E]
         if bias is not None:  # a sigmoid of 0 could still win by its bias
             inputs = dataclasses.replace(inputs, selection_bias=jnp.where(hidden, -1e9, bias))
-        return gate.choose(jnp.where(hidden, -1e9, router_logits), inputs)
+        return gate.route(jnp.where(hidden, -1e9, router_logits), inputs)
 
-    return dataclasses.replace(gate, choose=choose) if experts else gate
+    @property
+    def state(self) -> RouterState:
+        """State of the gate."""
+        return self.gate.state
 
 
 def _build(config: Config, mesh: Mesh, gate: Gate | None = None) -> Program:

@@ -18,7 +18,7 @@ from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_size
-from moe.routing.registry import GATES
+from moe.routing.gates import TopK
 from moe.routing.resolve import resolve
 from moe.routing.routing import Routing, route
 
@@ -104,7 +104,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
         draws = jax.random.gumbel(jax.random.key(2), (*x.shape[:2], case.experts))
         logits = draws.at[..., 0].add(np.log(case.skew)).reshape(-1, config.moe.group_size, case.experts)
         masks = mask.reshape(logits.shape[:2])
-        replayed = route(GATES["mixtral"], logits, masks, experts_per_token=case.k)
+        replayed = route(TopK(k=case.k, renormalise=case.k > 1), logits, masks)
     if not jax.sharding.get_abstract_mesh().empty:
         mesh = jax.sharding.get_mesh()
         x, mask = jax.device_put((x, mask), partition_specs.shardings(mesh, partition_specs.BATCH))

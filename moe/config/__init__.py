@@ -11,13 +11,10 @@ from moe.config.references import allow_modules
 from moe.config.schema import (
     EMBEDDED_DOMAINS,
     GATE_DEFAULT,
-    LARGEST,
-    LARGEST_FLOAT,
     SCHEMES,
     BalanceScope,
     BiasUpdate,
     Config,
-    ConfigError,
     DataConfig,
     DistillConfig,
     DropPolicy,
@@ -31,6 +28,7 @@ from moe.config.schema import (
     StartConfig,
     TrainConfig,
 )
+from moe.fields import LARGEST, LARGEST_FLOAT, ConfigError
 
 __all__ = [
     "EMBEDDED_DOMAINS",

@@ -10,22 +10,15 @@ import typing
 import numpy as np
 
 from moe.config.schema import (
-    LARGEST,
     SCHEMES,
     Config,
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
-
-
-def require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
-    """Raise a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
-    if not holds:
-        raise ConfigError(f"{field}={value!r}: {allowed}")
+from moe.fields import LARGEST, require
 
 
 def check_path(field: str, path: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from etils import epath
 
-from moe.config.schema import ConfigError
+from moe.fields import ConfigError
 
 _LARGEST = 1 << 28  # bytes
 

@@ -12,7 +12,7 @@ from moe.config.checks import check_path
 from moe.config.files import read_small_file
 from moe.config.parse import assigned_fields
 from moe.config.references import refuse_modules
-from moe.config.schema import ConfigError
+from moe.fields import ConfigError
 
 
 def inherit_model(tree: typing.Any) -> None:

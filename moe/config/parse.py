@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import typing
 
 import ml_collections
 
-from moe.config.schema import LARGEST, LARGEST_FLOAT, LONGEST_TUPLE, SMALLEST_FLOAT, Config, ConfigError
-
-_hints = functools.cache(typing.get_type_hints)
+from moe.config.schema import Config
+from moe.fields import ConfigError, check_type, item_name, type_hints
 
 
 class _TrackedConfigDict(ml_collections.ConfigDict):
@@ -37,7 +35,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
     def convert(node: typing.Any) -> ml_collections.ConfigDict:
         result = _TrackedConfigDict()
-        hints = _hints(type(node))
+        hints = type_hints(type(node))
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
@@ -66,7 +64,7 @@ def check_field(path: str) -> None:
     *sections, last = path.split(".")
     for depth, name in enumerate(sections):
         _check_name(cls, name, "".join(f"{section}." for section in sections[:depth]))
-        cls = _hints(cls)[name]
+        cls = type_hints(cls)[name]
         if not dataclasses.is_dataclass(cls):
             raise ConfigError(f"{path}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
     _check_name(cls, last, "".join(f"{section}." for section in sections))
@@ -76,18 +74,18 @@ def type_name(path: str) -> str:
     """Description of the values that a field takes, for error messages."""
     hint: typing.Any = Config
     for name in path.split("."):
-        hint = _hints(hint)[name]
+        hint = type_hints(hint)[name]
     if dataclasses.is_dataclass(hint):
         return f"set by its fields: {', '.join(field.name for field in dataclasses.fields(hint))}"
     if typing.get_origin(hint) is tuple:
-        return f"a tuple of {_item_name(typing.get_args(hint)[0])}, as in ('a','b') or (1,2)"
+        return f"a tuple of {item_name(typing.get_args(hint)[0])}, as in ('a','b') or (1,2)"
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(typing.get_args(hint))}"
     return hint.__name__
 
 
 def _check_name(cls: typing.Any, name: str, path: str) -> None:
-    hints = _hints(cls)
+    hints = type_hints(cls)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(hints)}"
@@ -96,7 +94,7 @@ def _check_name(cls: typing.Any, name: str, path: str) -> None:
 
 def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
     """Build a dataclass from a nested dict, checking names and types; ``path`` is the prefix of fields in messages."""
-    hints = _hints(cls)
+    hints = type_hints(cls)
     for name in tree:
         _check_name(cls, name, path)
     values = {}
@@ -106,37 +104,5 @@ def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
                 raise ConfigError(f"{path}{name}={value!r}: is a section; set its fields instead")
             values[name] = build(typing.cast(type, hints[name]), dict(value.items()), f"{path}{name}.")
         else:
-            values[name] = _check_type(hints[name], value, f"{path}{name}")
+            values[name] = check_type(hints[name], value, f"{path}{name}")
     return cls(**values)
-
-
-def _item_name(hint: typing.Any) -> str:
-    return "names" if typing.get_origin(hint) is typing.Literal else hint.__name__
-
-
-def _check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, (list, tuple)):
-            if len(value) > LONGEST_TUPLE:
-                raise ConfigError(f"{field}: has {len(value)} entries; must have at most {LONGEST_TUPLE}")
-            return tuple(_check_type(item, entry, field) for entry in value)
-        raise ConfigError(f"{field}={value!r}: must be a tuple of {_item_name(item)}")
-    if typing.get_origin(hint) is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{field}={value!r}: must be one of {', '.join(typing.get_args(hint))}")
-        return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and number:
-        if not abs(value) <= LARGEST_FLOAT:
-            raise ConfigError(f"{field}={value!r}: must be a finite number, in float32")
-        if 0 < abs(value) < SMALLEST_FLOAT:
-            raise ConfigError(f"{field}={value!r}: rounds to 0 in float32")
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and not number):
-        raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
-    if hint is int and abs(value) > LARGEST:
-        raise ConfigError(f"{field}={value!r}: must be at most {LARGEST}")
-    if isinstance(value, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
-        raise ConfigError(f"{field}={value!r}: must be valid UTF-8 without the character NUL")
-    return value

@@ -12,7 +12,8 @@ import itertools
 import typing
 from collections.abc import Iterable, Mapping
 
-from moe.config.schema import Config, ConfigError
+from moe.config.schema import Config
+from moe.fields import ConfigError
 
 #: Modules that the user named.
 _allowed: set[str] = set()

@@ -8,15 +8,6 @@ from typing import Literal
 #: Value of a numeric field of ``model.moe`` that takes the gate's default.
 GATE_DEFAULT = -1
 
-#: Limits of int and float fields: values go to devices as int32 and float32.
-LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38
-
-#: Smallest normal float32; below it, devices round to 0.
-SMALLEST_FLOAT = 1.18e-38
-
-#: Limit of entries in a tuple field.
-LONGEST_TUPLE = 10_000
-
 #: Schemes of remote paths that etils.epath reads.
 SCHEMES = ("gs", "s3", "az", "hf")
 
@@ -38,14 +29,6 @@ OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat"]
-
-
-class ConfigError(ValueError):
-    """An invalid setting; the message names the field and what is allowed. It is one line, cut if long."""
-
-    def __init__(self, message: str):
-        message = " ".join(line.strip() for line in message.splitlines() if line.strip())
-        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from moe.routing.registry import GATES
+from moe.routing.registry import LAYERS
 
 ORACLE = "Every gate in every mode = the oracle, in y and in the gradients of x, router, experts"
 DEVICES = "Equal on 1, 2, 4 and 8 devices, in training: y, all gradients, all losses and metrics"
@@ -66,7 +66,7 @@ class Case:
 
 GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
 ONE_GROUP = {"expert_groups": 1, "kept_expert_groups": 1}
-OVERFLOW = {"overflow_to_next": True}
+OVERFLOW = LEAK | {"overflow_to_next": True}
 NULL = reference.Rule(null=(1, 1, 2))
 BY_PROBABILITY = reference.Rule(policy="probability")
 #: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
@@ -108,20 +108,22 @@ CASES = (
 def edges() -> Iterator[Case]:
     """For every gate: K = E with capacity 1, and a shape drawn at random. In float32."""
     rng = np.random.default_rng(42)
-    for gate, record in GATES.items():
-        fields: dict[str, Any] = dict(LEAK) if record.looks_ahead else {}
-        fields |= ONE_GROUP if record.kept_expert_groups else {}
-        null = (record.zero_experts, record.copy_experts, record.constant_experts)
-        rule = reference.Rule(renormalise=record.renormalise == 1, scale=record.routing_scale, null=null)
-        every = record.experts_per_token == 0  # K = E is the rule
+    for gate, layer in LAYERS.items():
+        own = layer.gate
+        fields: dict[str, Any] = dict(LEAK) if own.looks_ahead else {}
+        fields |= ONE_GROUP if getattr(own, "groups", 1) > 1 else {}
+        renormalise, scale = getattr(own, "renormalise", False), getattr(own, "scale", 1.0)
+        rule = reference.Rule(renormalise=renormalise, scale=scale, null=null_of(gate, {}))
+        every = not hasattr(own, "k")  # K = E is the rule
+        quantile = own.state.update == "quantile"
         draws = gate == "random"
         e = 2 if gate == "gshard" else 3
         # Quantile balancing needs an expert that is not chosen.
-        yield Case(gate, 1, 5, e, e - (record.bias_update == "quantile"), 1, 0.2, fields, rule, draws, full=False)
+        yield Case(gate, 1, 5, e, e - quantile, 1, 0.2, fields, rule, draws, full=False)
         e, s = int(rng.integers(3, 10)), int(rng.integers(2, 9))
         # From 2 on: a softmax over one choice has no gradient to compare.
         k = e if every else 2 if gate == "gshard" else int(rng.integers(2, min(e, 5) + 1))
-        k = min(k, e - (record.bias_update == "quantile"))
+        k = min(k, e - quantile)
         g, c = int(rng.integers(1, 4)), int(rng.integers(1, s + 1))
         yield Case(gate, g, s, e, k, c, round(float(rng.uniform(0, 0.5)), 1), fields, rule, draws, full=False)
 
@@ -162,13 +164,13 @@ def weights_of(
 def null_of(gate: str, fields: dict[str, Any]) -> tuple[int, int, int]:
     """Numbers of zero, copy and constant experts of a layer."""
     names = ("zero_experts", "copy_experts", "constant_experts")
-    zero, copy, constant = (fields.get(name, getattr(GATES[gate], name)) for name in names)
+    zero, copy, constant = (fields.get(name, getattr(LAYERS[gate], name)) for name in names)
     return zero, copy, constant
 
 
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Matrices that a layer of this gate has."""
-    kind = GATES[gate].router
+    kind = LAYERS[gate].gate.router
     absent = ({"router"} if kind == "none" else set()) | (set() if kind == "noisy" else {"noise"})
     return {name: array for name, array in weights.items() if name not in absent}
 
@@ -285,7 +287,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
     key, numbers = drawn(case, seed)
     rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
-    if GATES[case.gate].bias_update not in ("none", "penalty"):
+    if LAYERS[case.gate].gate.state.update not in ("none", "penalty"):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)
@@ -313,7 +315,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         run = program(layer)
         # Dropless has no capacity, but expert choice keeps its own C.
         capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
-        k = case.e if GATES[case.gate].lists_all else case.k  # an expert's column is a choice
+        k = case.e if LAYERS[case.gate].gate.lists_all else case.k  # an expert's column is a choice
         for batch, real in masks.items():
             decisions = None if soft else reference.decide(case.gate, logits, real, k, capacity, rule)
             at = real.tobytes() + (b"" if decisions is None else decisions.kept.tobytes())
@@ -354,11 +356,11 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
-    rule = GATES[gate]
+    rule = LAYERS[gate].gate
     fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
-    if not rule.fixed_k:
+    if "k" in vars(rule):
         fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
-    if rule.kept_expert_groups:
+    if getattr(rule, "groups", 1) > 1:
         fields |= {"expert_groups": 4, "kept_expert_groups": 2}
     if rule.looks_ahead:
         fields |= LEAK

@@ -11,8 +11,8 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from moe.config import MoEConfig
-from moe.routing.gates import pick, top_k
 from moe.routing.routing import Routing
+from moe.routing.selection import pick, top_k
 
 
 @jax.tree_util.register_dataclass

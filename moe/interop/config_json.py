@@ -13,7 +13,7 @@ from moe.interop.families import FAMILIES
 from moe.interop.families.family import Family, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
-from moe.routing.interface import ROUTING_FIELDS
+from moe.routing.registry import GATE_FIELDS
 from moe.routing.resolve import from_config_dict
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -193,5 +193,5 @@ def _facts(model: ModelConfig) -> Json:
         rule = selection_rule(moe)
         facts["model.moe.gate"] = rule
         if isinstance(rule, str):
-            facts |= {f"model.moe.{name}": getattr(moe, name) for name in ROUTING_FIELDS}
+            facts |= {f"model.moe.{name}": getattr(moe, name) for name in GATE_FIELDS if name != "bias_update_rate"}
     return facts

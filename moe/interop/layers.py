@@ -44,7 +44,7 @@ def single_layer(
     """Builds a float32 layer with these weights.
 
     Args:
-        gate: a name in moe.routing.registry.GATES.
+        gate: a name in moe.routing.registry.LAYERS.
         router: [D,E]; [D,E,P] for soft_moe; None for gates without a router.
         up: [E,D,F].
         down: [E,F,D].

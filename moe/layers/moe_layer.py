@@ -23,9 +23,9 @@ from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.weights import gather_for_matmul
 from moe.routing import balancing
-from moe.routing.interface import ROUTING_FIELDS, Gate
-from moe.routing.registry import find_gate
-from moe.routing.resolve import resolve, resolve_model, validate, with_layer_gate
+from moe.routing.interface import Gate
+from moe.routing.registry import find_layer, gate_of, with_layer_gate
+from moe.routing.resolve import resolve, resolve_model, validate
 from moe.routing.router import Router
 from moe.routing.routing import Choices, Routing, route
 
@@ -95,7 +95,7 @@ class MoELayer(nnx.Module):
             config = with_layer_gate(config, gate)
         moe = config.moe
         self.config, self.d_model = moe, config.d_model
-        self.gate = gate if isinstance(gate, Gate) else find_gate(moe.gate)
+        self.gate = gate if isinstance(gate, Gate) else gate_of(moe)
         self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
@@ -193,7 +193,6 @@ class MoELayer(nnx.Module):
             self.gate,
             logits,
             tokens.mask,
-            experts_per_token=c.experts_per_token,
             replay=replay,
             rng=call.keys.gate,
             train=call.train,
@@ -202,7 +201,6 @@ class MoELayer(nnx.Module):
             selection_bias=None if router is None or router.bias is None else router.bias[...],
             token_ids=tokens.token_ids,
             positions=tokens.positions,
-            **{name: getattr(c, name) for name in ROUTING_FIELDS},
         )
         return routing, slot_logits
 
@@ -227,7 +225,7 @@ class MoELayer(nnx.Module):
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
     ) -> balancing.LayerReport:
         parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.balance_scope]
-        counts, router = self.gate.balance_counts, self.router
+        counts, router = find_layer(self.config.gate).balance_counts, self.router
         bias = None if router is None else router.bias
         # λ of ReMoE, equal for all experts.
         penalty = bias[...][0] if bias is not None and self.config.bias_update == "penalty" else None

@@ -16,7 +16,7 @@ from flax import nnx
 from moe.config import LayerKind, ModelConfig, stacks
 from moe.dispatch.plan import layer_capacity
 from moe.models.encoder_decoder import abstract_model
-from moe.routing.registry import find_gate
+from moe.routing.registry import gate_of
 from moe.routing.router import SelectionBias
 
 
@@ -52,7 +52,7 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Rows that the experts of one layer compute for each token: K, or what the slots or capacity of a group make
     where tokens do not choose."""
     moe = config.moe
-    gate, group_size = find_gate(moe.gate), moe.group_size or sequence_length
+    gate, group_size = gate_of(moe), moe.group_size or sequence_length
     if gate.router == "slots":
         return moe.num_experts * moe.slots_per_expert / group_size
     if gate.experts_choose:
@@ -93,7 +93,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
 
 
 def _mixes(config: ModelConfig) -> bool:
-    return config.moe.gate != "none" and find_gate(config.moe.gate).router == "slots"
+    return config.moe.gate != "none" and gate_of(config.moe).router == "slots"
 
 
 def _keys_per_query(kind: LayerKind, length: int) -> float:

@@ -21,7 +21,7 @@ from moe.models import kv_cache
 from moe.models.encoder_decoder import abstract_model
 from moe.parallel import partition_specs
 from moe.parallel.axes import axis_size
-from moe.routing.registry import find_gate
+from moe.routing.registry import gate_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 def one_group_a_row(config: ModelConfig) -> ModelConfig:
     """:func:`without_drops`, but for a capacity that is given as a number, by which no row depends on the others: so an
     encoder runs."""
-    if config.moe.gate == "none" or not find_gate(config.moe.gate).generates:
+    if config.moe.gate == "none" or not gate_of(config.moe).generates:
         return config
     k = config.moe.experts_per_token
     moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
@@ -146,7 +146,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
     vocab_size = config.encoder_vocab_size or config.vocab_size
     if any(not 0 <= int(token) < vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {vocab_size - 1}")
-    if config.moe.gate != "none" and not find_gate(config.moe.gate).generates:
+    if config.moe.gate != "none" and not gate_of(config.moe).generates:
         raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
 
 

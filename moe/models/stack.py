@@ -27,7 +27,7 @@ from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
 from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
-from moe.routing.resolve import with_layer_gate
+from moe.routing.registry import gate_of, with_layer_gate
 from moe.routing.routing import Choices, Routing
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
@@ -247,7 +247,7 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
-                if values is not None and with_layer_gate(config, kind.gate).moe.bias_update != "none":
+                if values is not None and gate_of(with_layer_gate(config, kind.gate).moe).state.update != "none":
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
         biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop

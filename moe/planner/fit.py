@@ -18,7 +18,7 @@ from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.models import flops
 from moe.models.stack import segments
 from moe.parallel import partition_specs
-from moe.routing.registry import find_gate
+from moe.routing.registry import gate_of
 from moe.training.optimizer import make_optimizer
 
 
@@ -137,7 +137,7 @@ def _projections(model: ModelConfig, tensor: int) -> float:
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
     """Rows of expert buffers per token of a device, filled or not."""
     moe = config.model.moe
-    if moe.gate == "none" or find_gate(moe.gate).router == "slots":
+    if moe.gate == "none" or gate_of(moe).router == "slots":
         return 0.0
     if moe.dispatch == "dropless":
         return moe.experts_per_token * (ROUND_SIZE if sizes["expert"] > 1 else 1.0)

@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from moe.config import MoEConfig
-from moe.routing.interface import BalanceCounts
+from moe.routing.registry import BalanceCounts
 from moe.routing.routing import Routing
 from moe.routing.selection import quantile, top_k
 

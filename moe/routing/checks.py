@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from moe.config.checks import require, require_at_least, require_at_most, require_fractions, require_layers
 from moe.config.layer_pattern import sparse_layers
 from moe.config.schema import Config, MoEConfig
-from moe.routing.interface import ROUTING_FIELDS, Gate
-from moe.routing.registry import find_gate
+from moe.fields import ConfigError
+from moe.routing.gates import Balanced, Scored, Selecting
+from moe.routing.interface import Gate
+from moe.routing.registry import GATE_FIELDS, find_layer, flat_fields, gate_of, with_layer_gate
 
 _MOE = "model.moe."
 
@@ -18,7 +22,7 @@ def check_moe(config: Config) -> None:
         ConfigError: an impossible value, or a setting that the gate does not read.
     """
     moe = config.model.moe
-    gate = find_gate(moe.gate)
+    gate = find_layer(moe.gate).gate
     require_at_least(_MOE, moe, 1, "num_experts", "experts_per_token", "d_ff", "every", "slots_per_expert")
     require_at_least(_MOE, moe, 1, "scores_per_group")
     require_at_least(_MOE, moe, 0, "shared_d_ff", "first_dense", "group_size", "importance_weight", "load_weight")
@@ -40,6 +44,7 @@ def check_moe(config: Config) -> None:
     _check_layers(config)
     _check_layer_gates(config)
     _check_group_size(config)
+    gate_of(moe).check_experts(moe.num_experts, moe.null_experts)
 
 
 def _field(moe: MoEConfig, name: str, holds: bool, allowed: str) -> None:
@@ -50,12 +55,12 @@ def _field(moe: MoEConfig, name: str, holds: bool, allowed: str) -> None:
 def _check_experts_per_token(moe: MoEConfig, gate: Gate) -> None:
     k = moe.experts_per_token
     _field(moe, "experts_per_token", k <= moe.num_experts, f"must be at most num_experts={moe.num_experts}")
-    if gate.fixed_k:
-        fixed = gate.experts_per_token or moe.num_experts
+    if "k" not in {field.name for field in dataclasses.fields(gate)}:
+        fixed = gate.experts_per_token(moe.num_experts)
         _field(moe, "experts_per_token", k == fixed, f"the gate {moe.gate!r} exists for {fixed} only")
-    always_one = k == 1 < moe.num_experts and moe.renormalise == 1 and gate.scored_weights
+    always_one = k == 1 < moe.num_experts and moe.renormalise == 1 and isinstance(gate, Scored)
     require(
-        not always_one or (gate.experts_per_token, gate.renormalise) == (1, 1),  # a benchmark's own constants
+        not always_one or isinstance(gate, Balanced),  # a benchmark's own constants
         f"{_MOE}experts_per_token=1, {_MOE}renormalise",
         moe.renormalise,
         "the only weight is then always 1 and the router gets no gradient; use renormalise=0 or more experts per token",
@@ -68,7 +73,7 @@ def _check_expert_groups(moe: MoEConfig, gate: Gate) -> None:
     _field(moe, "expert_groups", divides, f"must be at least 1 and divide num_experts={moe.num_experts}")
     _field(moe, "kept_expert_groups", 1 <= kept <= groups, f"must be from 1 to expert_groups={groups}")
     all_groups = f"the gate {moe.gate!r} chooses from all groups: leave it at -1"
-    _field(moe, "kept_expert_groups", gate.scored_choice or kept == groups, all_groups)
+    _field(moe, "kept_expert_groups", isinstance(gate, Selecting) or kept == groups, all_groups)
     available = kept * moe.num_experts // groups
     allowed = f"must be at most the {available} experts of kept_expert_groups={kept} of expert_groups={groups}"
     _field(moe, "experts_per_token", moe.experts_per_token <= available, allowed)
@@ -84,13 +89,14 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
         _field(moe, "router_dtype", moe.router_dtype == "float32", no_router)
         _field(moe, "bias", moe.bias != "router", no_router)
     constant = f"must be 0: with the gate {moe.gate!r} every token goes to every expert and the loss is constant"
-    _field(moe, "load_balancing_weight", gate.experts_per_token > 0 or moe.load_balancing_weight == 0, constant)
-    grouped = moe.expert_groups > 1
+    _field(moe, "load_balancing_weight", hasattr(gate, "k") or moe.load_balancing_weight == 0, constant)
+    grouped, layer = moe.expert_groups > 1, find_layer(moe.gate)
+    defaults = flat_fields(layer, moe.num_experts)
     _field(moe, "device_balance_weight", grouped or moe.device_balance_weight == 0, "needs expert_groups above 1")
-    ranks = grouped or moe.scores_per_group in (1, gate.scores_per_group)
+    ranks = grouped or moe.scores_per_group in (1, defaults["scores_per_group"])
     _field(moe, "scores_per_group", ranks, "needs expert_groups above 1")
     for name in ("capacity_factor", "eval_capacity_factor") if slots else ():
-        own = getattr(moe, name) == getattr(gate, name)
+        own = getattr(moe, name) == defaults[name]
         _field(moe, name, own, "soft_moe has slots_per_expert instead: leave it at -1")
     no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
     _field(moe, "load_weight", moe.load_weight == 0 or noisy, no_noise)
@@ -109,15 +115,16 @@ def _check_gate_fields(moe: MoEConfig, gate: Gate) -> None:
 def _check_scores(moe: MoEConfig, gate: Gate) -> None:
     """Fields of top-k gates."""
     _field(moe, "renormalise", moe.renormalise in (0, 1), "must be 0, 1 or -1 (the gate's)")
-    for name in ROUTING_FIELDS:
-        is_weight = name in ("score_function", "renormalise", "routing_scale")
-        free = gate.scored_weights if is_weight else gate.scored_choice or name.endswith("expert_groups")
-        own = getattr(gate, name)
+    defaults, fields = flat_fields(find_layer(moe.gate), moe.num_experts), {f.name for f in dataclasses.fields(gate)}
+    for name in sorted(set(GATE_FIELDS) - {"experts_per_token", "slots_per_expert"}):
+        # The number of groups is read by the device-level balance loss too.
+        free = bool(fields.intersection(GATE_FIELDS[name])) or name.endswith("expert_groups")
+        own = defaults[name]
         fits = free or getattr(moe, name) == own
         _field(moe, name, fits, f"must be {own}: the gate {moe.gate!r} does not read it")
     every_group, update = moe.kept_expert_groups == moe.expert_groups, moe.bias_update
     allowed = f"must be none, sign or quantile with the gate {moe.gate!r}"
-    _field(moe, "bias_update", not gate.scored_choice or update in ("none", "sign", "quantile"), allowed)
+    _field(moe, "bias_update", not isinstance(gate, Selecting) or update in ("none", "sign", "quantile"), allowed)
     some_left = moe.experts_per_token < moe.num_experts + moe.null_experts
     allowed = "needs kept_expert_groups=expert_groups, and experts_per_token below the number of experts"
     _field(moe, "bias_update", update != "quantile" or (every_group and some_left), allowed)
@@ -133,7 +140,7 @@ def _check_null_experts(moe: MoEConfig, gate: Gate) -> None:
         moe.null_experts,
         "must be 0 unless each token chooses K experts, with expert_groups=1",
     )
-    own = moe.null_experts > 0 or moe.null_balance in (1, gate.null_balance)
+    own = moe.null_experts > 0 or moe.null_balance in (1, find_layer(moe.gate).null_balance)
     _field(moe, "null_balance", own, "needs zero_experts, copy_experts or constant_experts")
 
 
@@ -142,17 +149,23 @@ def _check_layer_gates(config: Config) -> None:
     count = sum(sparse_layers(config.model))
     _field(moe, "layer_gates", len(moe.layer_gates) <= count, f"must be at most the {count} MoE layers")
     for name in {*moe.layer_gates, *((moe.gate,) if moe.layer_gates else ())}:
-        gate, own = find_gate(name), name == moe.gate
+        gate, own = find_layer(name).gate, name == moe.gate
+        fixed = "k" not in {field.name for field in dataclasses.fields(gate)}
+        update, renormalises = gate.state.update, getattr(gate, "renormalise", False)
         for allowed, why in (
-            (not gate.lists_all and (not gate.fixed_k or gate.experts_per_token == k), f"must choose {k} experts"),
             (
-                own or gate.bias_update in ("none", moe.bias_update),
-                f"needs bias_update={gate.bias_update} in all layers",
+                not gate.lists_all and (not fixed or gate.experts_per_token(moe.num_experts) == k),
+                f"must choose {k} experts",
             ),
-            (own or k > 1 or gate.renormalise == 0, "renormalises its weights, which needs experts_per_token above 1"),
-            (own or moe.num_experts % gate.expert_groups == 0, f"needs E divisible by {gate.expert_groups} groups"),
+            (own or update in ("none", moe.bias_update), f"needs bias_update={update} in all layers"),
+            (own or k > 1 or not renormalises, "renormalises its weights, which needs experts_per_token above 1"),
         ):
             require(allowed, f"{_MOE}layer_gates", name, why)
+        layer = gate_of(with_layer_gate(config.model, name).moe)
+        try:
+            layer.check_experts(moe.num_experts, moe.null_experts)
+        except ConfigError as error:
+            raise ConfigError(f"{_MOE}layer_gates={name!r}: {str(error).replace('model.moe.gate.', '')}") from error
 
 
 def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
@@ -177,6 +190,19 @@ def _check_dispatch(moe: MoEConfig, gate: Gate) -> None:
         not moe.overflow_to_next or (enough_experts and not gate.lists_all and not dropless),
         "needs num_experts >= 2 * experts_per_token, a dispatch with a capacity (gather or einsum), and a gate in "
         "which tokens choose their experts",
+    )
+    _field(
+        moe,
+        "overflow_to_next",
+        not moe.overflow_to_next or moe.null_experts == 0,
+        "needs experts of one kind: set zero_experts, copy_experts and constant_experts to 0",
+    )
+    _field(
+        moe,
+        "overflow_to_next",
+        not moe.overflow_to_next or moe.accept_future_leak,
+        "retries an assignment after those of later tokens, which a causal model must not see; "
+        f"set {_MOE}accept_future_leak=True to accept that",
     )
 
 

@@ -1,15 +1,19 @@
-"""The routing rules of the papers, one pure function each: router logits to assignments, in float32."""
+"""The routing rules of the papers, a frozen dataclass each: fields that the rule reads, and the rule, in float32."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe.routing.interface import GateInputs, GateOutput
-from moe.routing.selection import limit_to_groups, normalised_weights, pick, rank, top_k
+from moe.config import ScoreFunction
+from moe.fields import require, setting
+from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState
+from moe.routing.selection import limit_to_groups, pick, rank, top_k
 
 #: Score functions by name. The last one is DeepSeek-V4's; its square root has no finite slope at 0.
 SCORES = {
@@ -19,174 +23,379 @@ SCORES = {
 }
 
 
-def dense_mixture(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """All experts, weighted by the softmax: y = Σ_e p_e E_e(x) (Jacobs et al. 1991, equation 1)."""
-    del inputs
-    return GateOutput(_every_expert(router_logits), jax.nn.softmax(router_logits, axis=-1))
+# --- Top-k of scores --------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored(Gate):
+    """Base of gates that weigh experts by a score of their logits."""
+
+    reweighs: ClassVar[bool] = True
+
+    score: ScoreFunction = "softmax"  # s, of the router logits
+    renormalise: bool = False  # divide the chosen weights by their sum
+    scale: float = setting(1.0, least=-1e6, most=1e6)  # factor of the chosen weights
+
+    def scores(self, router_logits: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        """s of the router logits."""
+        return SCORES[self.score](router_logits)
+
+    def weigh(
+        self, router_logits: Float[Array, "G S E"], inputs: GateInputs, expert_index: Int[Array, "G S K"]
+    ) -> GateOutput:
+        """Weights of experts (or of the recorded ones) by their scores; ``probs`` are the scores over their sum."""
+        expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
+        scores = self.scores(router_logits)
+        probs = None if self.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        weights = pick(scores, expert_index)
+        if self.renormalise:
+            # The epsilon, as in DeepSeek's code, guards against a sum of sigmoids that underflows.
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return GateOutput(expert_index, weights * self.scale, probs=probs)
 
 
-def top_k_scores(
-    router_logits: Float[Array, "G S E"], inputs: GateInputs, preference: Float[Array, "G S E"] | None = None
-) -> GateOutput:
-    """Top-k of scores + selection bias within the kept groups, weighted by the scores: every top-k gate.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selecting(Scored):
+    """Base of gates that choose K experts by score + selection bias, within the best groups of experts."""
 
-    Scores, bias, groups, renormalisation and scale are fields of :class:`GateInputs`. With the softmax: Switch (2021,
-    equation 2), DeepSeekMoE (2024, equations 9-11; groups: DeepSeek-V2 2024, section 2.2.2); renormalised, that is
-    Mixtral's softmax over the top k logits (2024, section 2.1). With the sigmoid: DeepSeek-V3 (2024, equations 12-16).
+    bias: Literal["none", "sign", "quantile"] = "none"  # added to the scores for selection only, and how it moves
+    bias_rate: float = setting(0.0, least=0, most=1e6)  # step of that bias, per optimizer step
+    groups: int = setting(1, least=1)  # equal groups of consecutive experts; divides num_experts
+    kept_groups: int = setting(1, least=1)  # groups that one token may choose from
+    scores_per_group: int = setting(1, least=1)  # highest scores whose sum ranks a group
 
-    Args:
-        router_logits: of all experts.
-        inputs: its ``selection_bias`` decides nothing but the choice.
-        preference: ranks the experts instead of the scores.
-    """
-    scores = SCORES[inputs.score_function](router_logits)
-    ranked = scores if preference is None else preference
-    if inputs.selection_bias is not None:
-        ranked = ranked + inputs.selection_bias
-    k, needed = inputs.experts_per_token, None
-    if inputs.train and inputs.bias_update == "quantile":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within = f"must be at most groups={self.groups}"
+        require(self.kept_groups <= self.groups, "model.moe.gate.kept_groups", self.kept_groups, within)
+        ranks = self.groups > 1 or self.scores_per_group == 1
+        require(ranks, "model.moe.gate.scores_per_group", self.scores_per_group, "needs groups above 1")
+        moves = self.bias != "none" or self.bias_rate == 0
+        require(moves, "model.moe.gate.bias_rate", self.bias_rate, "needs a bias of sign or quantile")
+        whole = self.bias != "quantile" or self.kept_groups == self.groups
+        require(whole, "model.moe.gate.bias", self.bias, "needs kept_groups equal to groups")
+
+    def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
+        """Check K and the groups."""
+        super().check_experts(num_experts, null_experts)
+        k, where = self.experts_per_token(num_experts), "model.moe.gate."
+        divide = f"must divide num_experts={num_experts}"
+        require(num_experts % self.groups == 0, f"{where}groups", self.groups, divide)
+        available = self.kept_groups * num_experts // self.groups
+        most = f"must be at most the {available} experts of kept_groups={self.kept_groups} of groups={self.groups}"
+        require(k <= available, f"{where}k", k, most)
+        one = "must be 1 with zero, copy or constant experts"
+        require(null_experts == 0 or self.groups == 1, f"{where}groups", self.groups, one)
+        left = self.bias != "quantile" or k < num_experts + null_experts
+        require(left, f"{where}bias", self.bias, "needs k below the number of experts")
+
+    def select(
+        self,
+        router_logits: Float[Array, "G S E"],
+        inputs: GateInputs,
+        preference: Float[Array, "G S E"] | None = None,
+    ) -> GateOutput:
+        """Top-k of scores + selection bias within the kept groups, weighted by the scores alone: every top-k gate.
+
+        ``preference`` ranks the experts instead of the scores.
+        """
+        scores, k = self.scores(router_logits), self.experts_per_token(router_logits.shape[-1])
+        ranked = scores if preference is None else preference
+        if inputs.selection_bias is not None:
+            ranked = ranked + inputs.selection_bias
+        if not (inputs.train and self.bias == "quantile"):
+            ranked = limit_to_groups(ranked, self.groups, self.kept_groups, self.scores_per_group)
+            return self.weigh(router_logits, inputs, top_k(ranked, k)[1])
         # An expert is chosen if score + bias is above the best ranked expert that is not.
         values, expert_index = top_k(ranked, k + 1)
-        expert_index, needed = expert_index[..., :k], jax.lax.stop_gradient(values[..., k:] - scores)
-    else:
-        _, expert_index = top_k(limit_to_groups(ranked, inputs), k)
-    return _weighted(router_logits, inputs, expert_index)._replace(needed_bias=needed)
+        needed = jax.lax.stop_gradient(values[..., k:] - scores)
+        return self.weigh(router_logits, inputs, expert_index[..., :k])._replace(needed_bias=needed)
+
+    @property
+    def state(self) -> RouterState:
+        """The selection bias."""
+        return RouterState(self.bias, self.bias_rate)
 
 
-def _weighted(
-    router_logits: Float[Array, "G S E"], inputs: GateInputs, expert_index: Int[Array, "G S K"]
-) -> GateOutput:
-    """Weights of experts (or of the recorded ones) by their scores; ``probs`` are the scores over their sum."""
-    expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
-    scores = SCORES[inputs.score_function](router_logits)
-    probs = None if inputs.score_function == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    return GateOutput(expert_index, normalised_weights(pick(scores, expert_index), inputs), probs=probs)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK(Selecting):
+    """Top-k of the scores.
 
-
-def noisy_topk(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """softmax(KeepTopK(H, k)), H = x·W_g + N(0,1)·softplus(x·W_noise) (Shazeer 2017, equations 3-5).
-
-    With noise, ``smooth_load`` is P(x,i), the probability that expert i stays chosen when only its own noise is drawn
-    again (equations 8 and 9). Without a key, H = x·W_g.
+    With the softmax: Switch (2021, equation 2), DeepSeekMoE (2024, equations 9-11; groups: DeepSeek-V2 2024, section
+    2.2.2); renormalised, that is Mixtral's softmax over the top k logits (2024, section 2.1). With the sigmoid and a
+    bias: DeepSeek-V3 (2024, equations 12-16).
     """
-    k, num_experts = inputs.experts_per_token, router_logits.shape[-1]
-    if inputs.rng is None or inputs.noise_logits is None:
-        return top_k_scores(router_logits, inputs)
-    # If softplus underflows to 0, the quotient below and its gradient are NaN.
-    deviation = jnp.maximum(jax.nn.softplus(inputs.noise_logits), 1e-9)
-    noisy = router_logits + jax.random.normal(inputs.rng, router_logits.shape) * deviation
-    if k == num_experts:
-        return top_k_scores(noisy, inputs)
-    # The threshold of a chosen expert is the (K+1)-th value, of any other the K-th; with K = E there is none.
-    top_logits, _ = top_k(noisy, k + 1)
-    chosen = noisy >= top_logits[..., k - 1 : k]
-    threshold = jnp.where(chosen, top_logits[..., k : k + 1], top_logits[..., k - 1 : k])
-    smooth_load = jax.scipy.stats.norm.cdf((router_logits - threshold) / deviation)
-    return top_k_scores(noisy, inputs)._replace(smooth_load=smooth_load)
+
+    k: int = setting(2, least=1)  # K, experts per token
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        always_one = "the only weight is then always 1 and the router gets no gradient; use False or a k above 1"
+        require(self.k > 1 or not self.renormalise, "model.moe.gate.k=1, renormalise", self.renormalise, always_one)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Select by score, bias and groups."""
+        return self.select(router_logits, inputs)
 
 
-def sampled(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisyTopK(TopK):
+    """softmax(KeepTopK(H, k)), H = x·W_g + N(0,1)·softplus(x·W_noise) (Shazeer 2017, equations 3-5)."""
+
+    router: ClassVar[RouterKind] = "noisy"
+
+    k: int = setting(4, least=1)
+    renormalise: bool = True
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """With noise, ``smooth_load`` is P(x,i), the probability that expert i stays chosen when only its own noise is
+        drawn again (equations 8 and 9). Without a key, H = x·W_g."""
+        k, num_experts = self.k, router_logits.shape[-1]
+        if inputs.rng is None or inputs.noise_logits is None:
+            return self.select(router_logits, inputs)
+        # If softplus underflows to 0, the quotient below and its gradient are NaN.
+        deviation = jnp.maximum(jax.nn.softplus(inputs.noise_logits), 1e-9)
+        noisy = router_logits + jax.random.normal(inputs.rng, router_logits.shape) * deviation
+        if k == num_experts:
+            return self.select(noisy, inputs)
+        # The threshold of a chosen expert is the (K+1)-th value, of any other the K-th; with K = E there is none.
+        top_logits, _ = top_k(noisy, k + 1)
+        chosen = noisy >= top_logits[..., k - 1 : k]
+        threshold = jnp.where(chosen, top_logits[..., k : k + 1], top_logits[..., k - 1 : k])
+        smooth_load = jax.scipy.stats.norm.cdf((router_logits - threshold) / deviation)
+        return self.select(noisy, inputs)._replace(smooth_load=smooth_load)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledTopK(TopK):
     """K experts sampled from the softmax without replacement and weighted by it (Switch 2021, appendix C, "sample
-    softmax").
+    softmax")."""
 
-    The sample is the top-k of logits + Gumbel noise (Gumbel-max trick), limited to groups. Without a key, the top-k.
-    """
-    noise = 0.0 if inputs.rng is None else jax.random.gumbel(inputs.rng, router_logits.shape)
-    return top_k_scores(router_logits, inputs, router_logits + noise)
+    k: int = setting(1, least=1)
 
-
-def gshard(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """Top-2, renormalised; the second assignment is sent if 2·g2 > U(0,1) (GShard 2020, algorithm 1).
-
-    Without a key it is always sent. The first weight does not change when the second assignment is not sent.
-    """
-    output = top_k_scores(router_logits, inputs)
-    if inputs.rng is None:
-        return output
-    sent = 2.0 * _shares(output.weights)[..., 1] > jax.random.uniform(inputs.rng, output.weights.shape[:-1])
-    return output._replace(accepted=jnp.ones_like(output.expert_index, bool).at[..., 1].set(sent))
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Top-k of logits + Gumbel noise (Gumbel-max trick), limited to groups. Without a key, the top-k."""
+        noise = 0.0 if inputs.rng is None else jax.random.gumbel(inputs.rng, router_logits.shape)
+        return self.select(router_logits, inputs, router_logits + noise)
 
 
-#: Renormalised weight from which an assignment is always sent; value of the paper's code (ST-MoE 2022, appendix D).
-ST_MOE_THRESHOLD = 0.2
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GShard(Selecting):
+    """Top-2, renormalised; the second assignment is sent if 2·g2 > U(0,1) (GShard 2020, algorithm 1)."""
+
+    k: ClassVar[int] = 2
+
+    renormalise: bool = True
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Without a key the second is always sent. The first weight does not change when it is not."""
+        output = self.select(router_logits, inputs)
+        if inputs.rng is None:
+            return output
+        sent = 2.0 * _shares(output.weights)[..., 1] > jax.random.uniform(inputs.rng, output.weights.shape[:-1])
+        return output._replace(accepted=jnp.ones_like(output.expert_index, bool).at[..., 1].set(sent))
 
 
-def st_moe(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class STMoE(TopK):
     """Top-k, renormalised; assignments after the first are sent with probability min(1, weight / 0.2) (ST-MoE 2022,
-    appendix D). Without a key all are sent."""
-    output = top_k_scores(router_logits, inputs)
-    if inputs.rng is None:
-        return output
-    sent = _shares(output.weights) > ST_MOE_THRESHOLD * jax.random.uniform(inputs.rng, output.weights.shape)
-    return output._replace(accepted=sent.at[..., 0].set(True))
+    appendix D)."""
+
+    #: Renormalised weight from which an assignment is always sent; value of the paper's code.
+    threshold: ClassVar[float] = 0.2
+
+    renormalise: bool = True
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Without a key all are sent."""
+        output = self.select(router_logits, inputs)
+        if inputs.rng is None:
+            return output
+        sent = _shares(output.weights) > self.threshold * jax.random.uniform(inputs.rng, output.weights.shape)
+        return output._replace(accepted=sent.at[..., 0].set(True))
 
 
 def _shares(weights: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def relu(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """Every expert with a positive logit, weighted by it: ReLU(x·W_g) (ReMoE 2024, section 3.1).
+# --- Every expert -----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseMixture(Gate):
+    """All experts, weighted by the softmax: y = Σ_e p_e E_e(x) (Jacobs et al. 1991, equation 1)."""
 
-    K is the mean number of experts that the adaptive penalty aims at.
-    """
-    del inputs
-    weights = jax.nn.relu(router_logits)
-    probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return GateOutput(_every_expert(router_logits), weights, weights > 0, probs)
+    lists_all: ClassVar[bool] = True
+    reweighs: ClassVar[bool] = True
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Weigh all experts."""
+        del inputs
+        return GateOutput(_every_expert(router_logits), jax.nn.softmax(router_logits, axis=-1))
 
 
-def expert_choice(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftMoE(Gate):
+    """Every slot of every expert a mix of all tokens (Soft MoE 2023, equations 1-3). The layer itself mixes; the rule
+    gives the weights that it reports."""
+
+    router: ClassVar[RouterKind] = "slots"
+    looks_ahead: ClassVar[bool] = True
+    lists_all: ClassVar[bool] = True
+
+    slots: int = setting(1, least=1, most=2**16)  # of every expert
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Weigh all experts by the softmax."""
+        del inputs
+        return GateOutput(_every_expert(router_logits), jax.nn.softmax(router_logits, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReLU(Gate):
+    """Every expert with a positive logit, weighted by it: ReLU(x·W_g) (ReMoE 2024, section 3.1)."""
+
+    lists_all: ClassVar[bool] = True
+    reweighs: ClassVar[bool] = True
+
+    k: int = setting(1, least=1)  # mean number of experts that the adaptive penalty aims at
+    penalty_rate: float = setting(0.2, least=0, most=1e6)  # the penalty is multiplied by (1 + rate)^±1 a step
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Weigh by the logits above 0."""
+        del inputs
+        weights = jax.nn.relu(router_logits)
+        probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return GateOutput(_every_expert(router_logits), weights, weights > 0, probs)
+
+    @property
+    def state(self) -> RouterState:
+        """The strength of the sparsity penalty."""
+        return RouterState("penalty", self.penalty_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertChoice(Gate):
     """Each expert takes the C tokens with its highest softmax probability (Expert Choice 2022, equations 1 and 2).
 
-    A token may be taken by any number of experts, so the output has K = E, column e being expert e.
+    A token may be taken by any number of experts, so the output has a column for each expert.
     """
-    _, tokens, num_experts = router_logits.shape
-    capacity = inputs.expert_capacity or -(-inputs.experts_per_token * tokens // num_experts)
-    probs = jax.nn.softmax(router_logits, axis=-1)
-    # Padding ranks last: [G,S,E] → [G,E,S], ranked over S → [G,S,E]
-    eligible = jnp.where(inputs.mask[..., None], jax.lax.stop_gradient(probs), -1.0)
-    taken = jnp.swapaxes(rank(jnp.swapaxes(eligible, 1, 2)), 1, 2) < capacity
-    return GateOutput(_every_expert(router_logits), probs, taken)
+
+    looks_ahead: ClassVar[bool] = True
+    experts_choose: ClassVar[bool] = True
+    lists_all: ClassVar[bool] = True
+    reweighs: ClassVar[bool] = True
+
+    k: int = setting(2, least=1)  # experts per token on average: C = capacity factor · K·S/E
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Rank the tokens of each expert."""
+        _, tokens, num_experts = router_logits.shape
+        capacity = inputs.expert_capacity or -(-self.k * tokens // num_experts)
+        probs = jax.nn.softmax(router_logits, axis=-1)
+        # Padding ranks last: [G,S,E] → [G,E,S], ranked over S → [G,S,E]
+        eligible = jnp.where(inputs.mask[..., None], jax.lax.stop_gradient(probs), -1.0)
+        taken = jnp.swapaxes(rank(jnp.swapaxes(eligible, 1, 2)), 1, 2) < capacity
+        return GateOutput(_every_expert(router_logits), probs, taken)
 
 
-def expert_threshold(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertThreshold(ExpertChoice):
     """Expert choice in training; outside, a token goes to every expert whose threshold its probability exceeds, so that
-    no token depends on another (Expert Threshold Routing 2026, the cut-offs' moving average).
+    no token depends on another (Expert Threshold Routing 2026, the cut-offs' moving average)."""
 
-    The selection bias is minus the thresholds.
-    """
-    output = expert_choice(router_logits, inputs)
-    if inputs.train:
-        return output._replace(needed_bias=-jax.lax.stop_gradient(output.weights))
-    bias = 0.0 if inputs.selection_bias is None else inputs.selection_bias
-    return output._replace(accepted=output.weights + bias > 0)
+    threshold_rate: float = setting(0.05, least=0, most=1e6)  # of the moving average; not from a paper
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """The selection bias is minus the thresholds."""
+        output = super().route(router_logits, inputs)
+        if inputs.train:
+            return output._replace(needed_bias=-jax.lax.stop_gradient(output.weights))
+        bias = 0.0 if inputs.selection_bias is None else inputs.selection_bias
+        return output._replace(accepted=output.weights + bias > 0)
+
+    @property
+    def state(self) -> RouterState:
+        """The thresholds."""
+        return RouterState("threshold", self.threshold_rate)
 
 
 def _every_expert(router_logits: Float[Array, "G S E"]) -> Int[Array, "G S E"]:
     return jnp.broadcast_to(jnp.arange(router_logits.shape[-1]), router_logits.shape)
 
 
-def hash_tokens(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+# --- Without a choice by logits ---------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hash(Gate):
     """K experts by a hash of the token id, weighted equally (Hash Layers 2021, section 3).
 
     The hash is murmur3's finalizer over (id, expert); an id goes to the experts with its K highest hashes.
     """
-    return _equal_weights(_hashed_experts(router_logits, inputs))
+
+    router: ClassVar[RouterKind] = "none"
+    reweighs: ClassVar[bool] = True
+
+    k: int = setting(1, least=1)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Look the experts of each id up."""
+        return _equal_weights(_hashed_experts(router_logits, inputs, self.k))
 
 
-def hash_scored(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredHash(Scored):
     """K experts by a hash of the token id, weighted by their scores, as in the first layers of DeepSeek-V4.
 
     Deviation: V4's released weights hold a table from token ids to experts; how it was made is not published.
     """
-    return _weighted(router_logits, inputs, _hashed_experts(router_logits, inputs))
+
+    k: int = setting(6, least=1)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Look the experts of each id up and weigh them."""
+        return self.weigh(router_logits, inputs, _hashed_experts(router_logits, inputs, self.k))
 
 
-def _hashed_experts(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Int[Array, "G S K"]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Random(Gate):
+    """K experts drawn uniformly for each token, weighted equally: a baseline."""
+
+    router: ClassVar[RouterKind] = "none"
+    reweighs: ClassVar[bool] = True
+
+    k: int = setting(1, least=1)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Without a key the draw is always the same; when generating, it is a hash of each token's position."""
+        if inputs.rng is None and inputs.positions is not None:
+            scores = _hashes(inputs.positions, router_logits.shape[-1])
+        else:
+            rng = jax.random.key(0) if inputs.rng is None else inputs.rng
+            scores = jax.random.uniform(rng, router_logits.shape)
+        return _equal_weights(top_k(scores, self.k)[1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Balanced(Scored):
+    """K experts per real token, round-robin within a group, or by position when generating: equal loads for benchmarks.
+
+    Weights are those of a top-k gate, so the router is computed and trained but does not choose.
+    """
+
+    k: int = setting(1, least=1)
+    renormalise: bool = True
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Deal the experts out."""
+        groups, tokens, num_experts = router_logits.shape
+        token_number = inputs.positions
+        if token_number is None:
+            token_number = jnp.cumsum(inputs.mask, axis=1) - 1 + tokens * jnp.arange(groups)[:, None]  # [G,S]
+        expert_index = (token_number[..., None] * self.k + jnp.arange(self.k)) % num_experts
+        return self.weigh(router_logits, inputs, expert_index)
+
+
+def _hashed_experts(router_logits: Float[Array, "G S E"], inputs: GateInputs, k: int) -> Int[Array, "G S K"]:
     if inputs.token_ids is None:
         raise ValueError("a gate that routes by token id needs token_ids")
-    return top_k(_hashes(inputs.token_ids, router_logits.shape[-1]), inputs.experts_per_token)[1]
+    return top_k(_hashes(inputs.token_ids, router_logits.shape[-1]), k)[1]
 
 
 def _hashes(numbers: Int[Array, "G S"], num_experts: int) -> Float[Array, "G S E"]:
@@ -197,34 +406,6 @@ def _hashes(numbers: Int[Array, "G S"], num_experts: int) -> Float[Array, "G S E
         h = (h ^ (h >> 16)) * jnp.uint32(factor)
     # float32 represents 24 bits exactly.
     return ((h ^ (h >> 16)) >> 8).astype(jnp.float32)
-
-
-def random_experts(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """K experts drawn uniformly for each token, weighted equally: a baseline.
-
-    Without a key the draw is always the same; when generating, it is a hash of each token's position.
-    """
-    if inputs.rng is None and inputs.positions is not None:
-        scores = _hashes(inputs.positions, router_logits.shape[-1])
-    else:
-        rng = jax.random.key(0) if inputs.rng is None else inputs.rng
-        scores = jax.random.uniform(rng, router_logits.shape)
-    _, expert_index = top_k(scores, inputs.experts_per_token)
-    return _equal_weights(expert_index)
-
-
-def balanced(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
-    """K experts per real token, round-robin within a group, or by position when generating: equal loads for benchmarks.
-
-    Weights are those of a top-k gate, so the router is computed and trained but does not choose.
-    """
-    groups, tokens, num_experts = router_logits.shape
-    k = inputs.experts_per_token
-    token_number = inputs.positions
-    if token_number is None:
-        token_number = jnp.cumsum(inputs.mask, axis=1) - 1 + tokens * jnp.arange(groups)[:, None]  # [G,S]
-    expert_index = (token_number[..., None] * k + jnp.arange(k)) % num_experts
-    return _weighted(router_logits, inputs, expert_index)
 
 
 def _equal_weights(expert_index: Int[Array, "G S K"]) -> GateOutput:

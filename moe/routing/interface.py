@@ -1,42 +1,27 @@
-"""Interface of a gate: its record, inputs and output."""
+"""Interface of a gate: its base class, inputs and output."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from jax import Array
 
-from moe.config import BalanceScope, BiasUpdate, DropPolicy, ScoreFunction
+from moe.config import BiasUpdate
+from moe.fields import check_fields, require
 
-BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
 RouterKind = Literal["linear", "noisy", "slots", "none"]
-
-#: Fields of a gate's record that its rule reads from :class:`GateInputs`; a config's values replace the record's.
-ROUTING_FIELDS = (
-    *("score_function", "bias_update", "renormalise", "routing_scale"),
-    *("expert_groups", "kept_expert_groups", "scores_per_group"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class GateInputs:
-    """Everything a gate may use besides the router logits.
+    """What a call of the layer gives a gate besides the router logits.
 
     Attributes:
         mask: [G,S] bool, tokens to route: neither padding nor broken.
-        experts_per_token: K.
         rng: key for the gate's random draws; None: deterministic, as in evaluation.
         train: in training.
         expert_capacity: C, tokens per expert under expert choice; 0: ceil(K·S/E).
-        score_function: softmax, sigmoid or sqrt_softplus of the logits.
-        bias_update: how the selection bias is balanced.
-        expert_groups: number of equal groups of consecutive experts.
-        kept_expert_groups: number of groups that one token may choose from; 0: all.
-        scores_per_group: number of highest scores whose sum ranks a group.
-        renormalise: 1: divide the chosen weights by their sum.
-        routing_scale: factor applied to all weights.
         noise_logits: [G,S,E] float32, x·W_noise of noisy top-k; None: no noise.
         selection_bias: [E] float32, added to the scores for selection only; None: zeros.
         token_ids: [G,S] int32, for gates that route by token id.
@@ -46,17 +31,9 @@ class GateInputs:
     """
 
     mask: Array
-    experts_per_token: int
     rng: Array | None = None
     train: bool = False
     expert_capacity: int = 0
-    score_function: ScoreFunction = "softmax"
-    bias_update: BiasUpdate = "none"
-    expert_groups: int = 1
-    kept_expert_groups: int = 0
-    scores_per_group: int = 1
-    renormalise: int = 0
-    routing_scale: float = 1.0
     noise_logits: Array | None = None
     selection_bias: Array | None = None
     token_ids: Array | None = None
@@ -84,72 +61,63 @@ class GateOutput(NamedTuple):
     needed_bias: Array | None = None
 
 
-#: A rule: router logits [G,S,E] float32 → assignments.
-GateRule = Callable[[Array, GateInputs], GateOutput]
-
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """A routing rule and the constants of its paper; each constant is the default of the ``model.moe`` field of the
-    same name.
+class RouterState(NamedTuple):
+    """State [E] of a router without gradient, which the train step updates.
 
     Attributes:
-        choose: the rule, a pure function of float32 router logits.
-        source: paper and equation.
-        experts_per_token: K; 0: all experts.
-        kept_expert_groups: 0: all groups.
-        fixed_k: the rule is defined for this K only.
-        balance_counts: what f of the load-balancing loss counts: all assignments, first choices only, or the top-K of
-            the router probabilities, without selection bias and group limits.
-        bias_update: state of the router without gradient, [E]: none; a selection bias that moves by the sign of the
-            load's error (sign) or to the quantile that balances the step (quantile); thresholds (threshold); or the
-            strength of a sparsity penalty (penalty).
+        update: none; a selection bias that moves by the sign of the load's error (sign) or to the quantile that
+            balances the step (quantile); thresholds (threshold); or the strength of a sparsity penalty (penalty).
+        rate: step of the update, per optimizer step.
+    """
+
+    update: BiasUpdate = "none"
+    rate: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Base of all gates. A gate is a frozen dataclass: its fields are what its rule reads, and :meth:`route` is the
+    rule. K is its field ``k``, or a class attribute of that name; without one every token goes to every expert.
+
+    Attributes:
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), slots (a W_g per slot of
             every expert) or none.
         looks_ahead: the experts of a token depend on later tokens, in training at least.
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.
-        scored_weights: weights follow score_function, renormalise and routing_scale.
-        scored_choice: the choice follows score_function, the selection bias and the groups.
         reweighs: the rule reads ``GateInputs.expert_index``.
     """
 
-    choose: GateRule
-    source: str
-    experts_per_token: int
-    capacity_factor: float = 1.25  # with eval_capacity_factor 2.0 as in Switch 2021
-    eval_capacity_factor: float = 2.0
-    load_balancing_weight: float = 0.0
-    z_loss_weight: float = 0.0
-    importance_weight: float = 0.0
-    load_weight: float = 0.0
-    device_balance_weight: float = 0.0
-    balance_scope: BalanceScope = "batch"
-    score_function: ScoreFunction = "softmax"
-    bias_update: BiasUpdate = "none"
-    bias_update_rate: float = 0.0
-    jitter: float = 0.0
-    drop_policy: DropPolicy = "position"
-    expert_groups: int = 1
-    kept_expert_groups: int = 0
-    scores_per_group: int = 1
-    renormalise: int = 0
-    routing_scale: float = 1.0
-    zero_experts: int = 0
-    copy_experts: int = 0
-    constant_experts: int = 0
-    null_balance: float = 1.0
-    fixed_k: bool = False
-    balance_counts: BalanceCounts = "assignments"
-    router: RouterKind = "linear"
-    looks_ahead: bool = False
-    experts_choose: bool = False
-    lists_all: bool = False
-    scored_weights: bool = False
-    scored_choice: bool = False
-    reweighs: bool = False
+    router: ClassVar[RouterKind] = "linear"
+    looks_ahead: ClassVar[bool] = False
+    experts_choose: ClassVar[bool] = False
+    lists_all: ClassVar[bool] = False
+    reweighs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.moe.gate.")
+
+    def route(self, router_logits: Array, inputs: GateInputs) -> GateOutput:
+        """Assign the tokens of float32 router logits [G,S,E]; a pure function."""
+        raise NotImplementedError(f"{type(self).__name__} has no method route(router_logits, inputs)")
+
+    def experts_per_token(self, num_experts: int) -> int:
+        """K, of this many experts."""
+        return getattr(self, "k", num_experts)
+
+    def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
+        """Raise a ConfigError where the rule cannot choose among so many FFN experts and experts without an FFN."""
+        k = self.experts_per_token(num_experts)
+        require(1 <= k <= num_experts, "model.moe.gate.k", k, f"must be at most num_experts={num_experts}")
+        only = "must be 0 unless each token chooses K experts"
+        require(not (null_experts and self.lists_all), "model.moe zero, copy and constant experts", null_experts, only)
+
+    @property
+    def state(self) -> RouterState:
+        """State of the router that the rule needs."""
+        return RouterState()
 
     @property
     def generates(self) -> bool:
         """Whether a token's experts can be known, outside training, without later tokens."""
-        return not self.looks_ahead or self.bias_update == "threshold"
+        return not self.looks_ahead or self.state.update == "threshold"

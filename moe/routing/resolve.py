@@ -10,10 +10,10 @@ import ml_collections
 from moe.config.checks import check_model, check_run
 from moe.config.parse import build
 from moe.config.references import code_fields, refuse_modules
-from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ConfigError, ModelConfig
+from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ModelConfig
+from moe.fields import ConfigError
 from moe.routing.checks import check_moe
-from moe.routing.interface import ROUTING_FIELDS
-from moe.routing.registry import GATES, find_gate
+from moe.routing.registry import find_layer, flat_fields
 
 
 def from_config_dict(tree: object) -> Config:
@@ -61,15 +61,14 @@ def resolve(config: Config) -> Config:
     """
     moe = config.model.moe
     # A dense model reads none of the gate's fields; they are filled so that its config has no -1 left.
-    gate = GATES["mixtral"] if moe.gate == "none" else find_gate(moe.gate)
+    layer = find_layer("mixtral" if moe.gate == "none" else moe.gate)
+    defaults = flat_fields(layer, moe.num_experts)
     filled: dict[str, typing.Any] = {
-        field.name: getattr(gate, field.name)
+        field.name: defaults[field.name]
         for field in dataclasses.fields(moe)
-        if hasattr(gate, field.name) and getattr(moe, field.name) in (GATE_DEFAULT, "gate")
+        if field.name in defaults and getattr(moe, field.name) in (GATE_DEFAULT, "gate")
     }
-    if filled.get("experts_per_token") == 0:
-        filled["experts_per_token"] = moe.num_experts
-    if filled.get("kept_expert_groups") == 0:
+    if filled.get("kept_expert_groups") == 1:
         filled["kept_expert_groups"] = filled.get("expert_groups", moe.expert_groups)
     if moe.d_ff == 0:
         filled["d_ff"] = config.model.d_ff
@@ -82,15 +81,6 @@ def resolve(config: Config) -> Config:
         length = data.input_length or data.sequence_length
         data = dataclasses.replace(data, objective=objective, input_length=length)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe), data=data)
-
-
-def with_layer_gate(model: ModelConfig, gate: str) -> ModelConfig:
-    """The config of one layer with a gate of its own (``moe.layer_gates``): the gate's scores, selection, jitter and
-    noise; sizes, capacity, dispatch and weights of losses stay the model's."""
-    if gate == model.moe.gate:
-        return model
-    own = {name: getattr(find_gate(gate), name) for name in (*ROUTING_FIELDS, "jitter")}
-    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, gate=gate, **own))
 
 
 def validate(config: Config) -> Config:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError
-from moe.routing.interface import ROUTING_FIELDS, Gate, GateInputs, GateOutput
+from moe.routing.interface import Gate, GateInputs, GateOutput
 
 
 @jax.tree_util.register_dataclass
@@ -81,9 +81,14 @@ def route(
     router_logits: Float[Array, "G S E"],
     mask: Bool[Array | np.ndarray, "G S"],
     *,
-    experts_per_token: int,
     replay: Choices | None = None,
-    **inputs: Any,
+    rng: PRNGKeyArray | None = None,
+    train: bool = False,
+    expert_capacity: int = 0,
+    noise_logits: Float[Array, "G S E"] | None = None,
+    selection_bias: Float[Array, " E"] | None = None,
+    token_ids: Int[Array, "G S"] | None = None,
+    positions: Int[Array, "G S"] | None = None,
 ) -> Routing:
     """Apply a gate, and mask out padding and tokens with non-finite logits.
 
@@ -91,24 +96,31 @@ def route(
         gate: the routing rule.
         router_logits: cast to float32.
         mask: True for real tokens; padding is never chosen and has zero weights.
-        experts_per_token: K, at most E.
         replay: recorded experts to weigh anew instead of choosing.
-        **inputs: further fields of :class:`moe.routing.interface.GateInputs`, such as ``rng``; the gate's own constants
-            where they are not given.
+        rng: see :class:`moe.routing.interface.GateInputs`, as all that follow.
+        train: see there.
+        expert_capacity: see there.
+        noise_logits: see there.
+        selection_bias: see there.
+        token_ids: see there.
+        positions: see there.
+
+    Raises:
+        ConfigError: the gate returns something else than assignments of these tokens to these experts.
     """
-    inputs = {name: getattr(gate, name) for name in ROUTING_FIELDS} | inputs
-    if replay is not None:
-        inputs["expert_index"] = replay.expert_index
     router_logits, mask = router_logits.astype(jnp.float32), jnp.asarray(mask)
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
-    if inputs.get("noise_logits") is not None:
-        finite &= jnp.all(jnp.isfinite(inputs["noise_logits"]), axis=-1)
-        inputs["noise_logits"] = jnp.where(finite[..., None], inputs["noise_logits"], 0.0)
+    if noise_logits is not None:
+        finite &= jnp.all(jnp.isfinite(noise_logits), axis=-1)
+        noise_logits = jnp.where(finite[..., None], noise_logits, 0.0)
     router_logits = jnp.where(finite[..., None], router_logits, 0.0)
     valid = mask & finite
-    output = gate.choose(router_logits, GateInputs(mask=valid, experts_per_token=experts_per_token, **inputs))
-    if not isinstance(output, GateOutput) or output.weights.shape != output.expert_index.shape:
-        raise ConfigError(f"gate {gate.source!r}: must return a GateOutput with expert_index and weights of one shape")
+    recorded = None if replay is None else replay.expert_index
+    inputs = GateInputs(
+        valid, rng, train, expert_capacity, noise_logits, selection_bias, token_ids, positions, expert_index=recorded
+    )
+    output = gate.route(router_logits, inputs)
+    _check_output(gate, output, router_logits)
     chosen = jnp.broadcast_to(valid[..., None], output.expert_index.shape)
     accepted, expert_index = output.accepted, output.expert_index
     if replay is not None:
@@ -125,3 +137,64 @@ def route(
         smooth_load=output.smooth_load,
         needed_bias=output.needed_bias,
     )
+
+
+def _check_output(gate: Gate, output: object, router_logits: Array) -> None:
+    """Refuse what is no assignment of these tokens; indices and weights, which only a device knows, are checked by
+    :func:`probe`."""
+    name = f"gate {type(gate).__name__}"
+    if not isinstance(output, GateOutput):
+        raise ConfigError(f"{name}: route must return a GateOutput, not {type(output).__name__}")
+    tokens, (shape, kind) = router_logits.shape[:2], (jnp.shape(output.expert_index), output.expert_index.dtype)
+    if len(shape) != 3 or shape[:2] != tokens or not jnp.issubdtype(kind, jnp.integer):
+        raise ConfigError(f"{name}: expert_index is {kind}{list(shape)}, must be integers [{tokens[0]},{tokens[1]},K]")
+    for field, wanted in (
+        ("weights", shape),
+        ("accepted", shape),
+        ("probs", router_logits.shape),
+        ("smooth_load", router_logits.shape),
+        ("needed_bias", router_logits.shape),
+    ):
+        value, dtype = getattr(output, field), jnp.bool_ if field == "accepted" else jnp.float32
+        if value is not None and (jnp.shape(value) != wanted or value.dtype != dtype):
+            is_now = f"{value.dtype}{list(jnp.shape(value))}"
+            raise ConfigError(f"{name}: {field} is {is_now}, must be {jnp.dtype(dtype).name}{list(wanted)}")
+
+
+def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
+    """Run a user's gate once on a few tokens and refuse it in one sentence if it cannot route them.
+
+    Raises:
+        ConfigError: the rule raises, returns something else than a GateOutput of the right shapes and types, an expert
+            that does not exist or twice for one token, or a weight that is negative or not finite.
+    """
+    name, columns = f"gate {type(gate).__name__}", num_experts + null_experts
+    logits = jax.random.normal(jax.random.key(0), (2, 8, columns))
+    ids = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    for rng in (None, jax.random.key(1)):
+        state = None if gate.state.update == "none" else jnp.zeros((columns,), jnp.float32)
+        noise = logits if rng is not None and gate.router == "noisy" else None
+        try:
+            routing = route(
+                gate,
+                logits,
+                jnp.ones((2, 8), bool),
+                rng=rng,
+                train=rng is not None,
+                noise_logits=noise,
+                selection_bias=state,
+                token_ids=ids,
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # a user's rule may raise anything
+            raise ConfigError(f"{name}: route raises {type(error).__name__}: {error}") from error
+        index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
+        k = columns if gate.lists_all else gate.experts_per_token(num_experts)
+        if index.shape[-1] != k:
+            raise ConfigError(f"{name}: route returns {index.shape[-1]} experts a token, must be K = {k}")
+        repeated = any(len(set(row)) < k for row in index.reshape(-1, k))
+        if index.min() < 0 or index.max() >= columns or repeated:
+            raise ConfigError(f"{name}: expert_index must be different experts from 0 to {columns - 1} for each token")
+        if not np.isfinite(weights).all() or weights.min() < 0:
+            raise ConfigError(f"{name}: weights must be finite and not negative")

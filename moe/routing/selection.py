@@ -1,4 +1,4 @@
-"""Helpers that gates share: top-k without a gather over tokens, group limits, weight normalisation."""
+"""Helpers that gates share: top-k without a gather over tokens, group limits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
-
-from moe.routing.interface import GateInputs
 
 
 def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:
@@ -41,23 +39,16 @@ def rank(scores: Float[Array, "*batch N"]) -> Int[Array, "*batch N"]:
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
 
 
-def normalised_weights(weights: Float[Array, "*batch K"], inputs: GateInputs) -> Float[Array, "*batch K"]:
-    """Chosen weights, divided by their sum if ``inputs.renormalise``, times ``inputs.routing_scale``."""
-    if inputs.renormalise:
-        # The epsilon, as in DeepSeek's code, guards against a sum of sigmoids that underflows.
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return weights * inputs.routing_scale
-
-
-def limit_to_groups(scores: Float[Array, "*batch E"], inputs: GateInputs) -> Float[Array, "*batch E"]:
+def limit_to_groups(
+    scores: Float[Array, "*batch E"], groups: int, kept: int, scores_per_group: int
+) -> Float[Array, "*batch E"]:
     """Scores with −∞ outside the kept groups; a group is ranked by the sum of its ``scores_per_group`` highest
     (1: DeepSeek-V2 2024, section 2.2.2; 2: DeepSeek-V3 2024, section 2.1.2)."""
-    groups, kept = inputs.expert_groups, inputs.kept_expert_groups
-    if not 0 < kept < groups:
+    if kept == groups:
         return scores
     # [...,E] → [...,groups,E/groups]
     by_group = scores.reshape(*scores.shape[:-1], groups, -1)
-    values, _ = top_k(by_group, min(inputs.scores_per_group, by_group.shape[-1]))
+    values, _ = top_k(by_group, min(scores_per_group, by_group.shape[-1]))
     _, kept_index = top_k(jnp.sum(values, axis=-1), kept)
     is_kept = jnp.any(kept_index[..., None] == jnp.arange(groups), axis=-2)
     return jnp.where(is_kept[..., None], by_group, -jnp.inf).reshape(scores.shape)

@@ -26,7 +26,9 @@ from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import BalanceSums, LayerReport, bias_signal, next_selection_bias, over_step
 from moe.routing.interface import Gate
+from moe.routing.registry import gate_of, with_layer_gate
 from moe.routing.router import SelectionBias
+from moe.routing.routing import probe
 from moe.training.losses import (
     auxiliary_loss,
     linear_cross_entropy,
@@ -139,6 +141,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
     """
+    _probe_own_gates(config.model)
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = _Parts(
         config,
@@ -207,6 +210,15 @@ def forward(model: Model, batch: Batch, **settings: Any) -> Output:
     """The output of a model for a batch; settings such as ``train`` are those of its call."""
     more = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
     return model(batch["tokens"], batch["segment_ids"], batch["positions"], **more, **settings)
+
+
+def _probe_own_gates(model: ModelConfig) -> None:
+    """Refuse a gate of a user's module that cannot route; see :func:`moe.routing.routing.probe`."""
+    if model.moe.gate != "none":
+        for name in {model.moe.gate, *model.moe.layer_gates}:
+            if ":" in name:
+                moe = with_layer_gate(model, name).moe
+                probe(gate_of(moe), moe.num_experts, null_experts=moe.null_experts)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:

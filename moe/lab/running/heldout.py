@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from moe.checkpoints import parameters
 from moe.config import Config
 from moe.data import pipeline
-from moe.routing.registry import find_gate
+from moe.routing.registry import find_layer
 from moe.routing.resolve import validate
 from moe.training.losses import linear_cross_entropy
 from moe.training.step import Batch, Program, forward, place
@@ -88,7 +88,7 @@ def dropless(config: Config) -> Config | None:
     moe = config.model.moe
     if moe.gate == "none":
         return config
-    gates = map(find_gate, (moe.gate, *moe.layer_gates))
+    gates = [find_layer(name).gate for name in (moe.gate, *moe.layer_gates)]
     if any(gate.experts_choose or gate.router == "slots" for gate in gates):
         return None
     changed = dataclasses.replace(moe, dispatch="dropless", overflow_to_next=False)

@@ -1,0 +1,111 @@
+"""Settings as fields of frozen dataclasses: their facts as metadata, and the one checker that reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+
+#: Limits of int and float fields: values go to devices as int32 and float32.
+LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38
+
+#: Smallest normal float32; below it, devices round to 0.
+SMALLEST_FLOAT = 1.18e-38
+
+#: Limit of entries in a tuple field.
+LONGEST_TUPLE = 10_000
+
+type_hints = functools.cache(typing.get_type_hints)
+
+
+class ConfigError(ValueError):
+    """An invalid setting; the message names the field and what is allowed. It is one line, cut if long."""
+
+    def __init__(self, message: str):
+        message = " ".join(line.strip() for line in message.splitlines() if line.strip())
+        super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
+
+
+def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:
+    """A dataclass field with facts.
+
+    Args:
+        default: its default.
+        **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones.
+    """
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def require(holds: bool, field: str, value: typing.Any, allowed: str) -> None:
+    """Raise a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
+    if not holds:
+        raise ConfigError(f"{field}={value!r}: {allowed}")
+
+
+def check_fields(node: typing.Any, section: str) -> None:
+    """Check every field of a dataclass against its type and the bounds in its metadata.
+
+    Args:
+        node: the dataclass.
+        section: prefix of its fields in messages, such as ``model.moe.``.
+
+    Raises:
+        ConfigError: the first value that does not fit.
+    """
+    hints = type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if not dataclasses.is_dataclass(value):
+            check_type(hints[field.name], value, f"{section}{field.name}")
+        check_bounds(f"{section}{field.name}", value, field.metadata)
+
+
+def check_bounds(field: str, value: typing.Any, facts: typing.Mapping[str, typing.Any]) -> None:
+    """Raise a ConfigError for a value outside the bounds of :func:`setting`."""
+    if "least" in facts:
+        require(value >= facts["least"], field, value, f"must be at least {facts['least']}")
+    if "above" in facts:
+        above = "must be positive" if facts["above"] == 0 else f"must be above {facts['above']}"
+        require(value > facts["above"], field, value, above)
+    if "most" in facts:
+        require(value <= facts["most"], field, value, f"must be at most {facts['most']}")
+    if "below" in facts:
+        require(value < facts["below"], field, value, f"must be below {facts['below']}")
+
+
+def item_name(hint: typing.Any) -> str:
+    """Description of a tuple's entries."""
+    return "names" if typing.get_origin(hint) is typing.Literal else hint.__name__
+
+
+def check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
+    """The value of a field in the form of its type: a list becomes a tuple, an int a float.
+
+    Raises:
+        ConfigError: another type, a number that devices cannot hold, a text that is not UTF-8.
+    """
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, (list, tuple)):
+            if len(value) > LONGEST_TUPLE:
+                raise ConfigError(f"{field}: has {len(value)} entries; must have at most {LONGEST_TUPLE}")
+            return tuple(check_type(item, entry, field) for entry in value)
+        raise ConfigError(f"{field}={value!r}: must be a tuple of {item_name(item)}")
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{field}={value!r}: must be one of {', '.join(typing.get_args(hint))}")
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and number:
+        if not abs(value) <= LARGEST_FLOAT:
+            raise ConfigError(f"{field}={value!r}: must be a finite number, in float32")
+        if 0 < abs(value) < SMALLEST_FLOAT:
+            raise ConfigError(f"{field}={value!r}: rounds to 0 in float32")
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and not number):
+        raise ConfigError(f"{field}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
+    if hint is int and abs(value) > LARGEST:
+        raise ConfigError(f"{field}={value!r}: must be at most {LARGEST}")
+    if isinstance(value, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+        raise ConfigError(f"{field}={value!r}: must be valid UTF-8 without the character NUL")
+    return value
