@@ -124,7 +124,8 @@ def load_config(flag: flags.FlagHolder) -> Config:
     tree = flag.value
     if not isinstance(tree, ml_collections.ConfigDict):
         raise ConfigError(f"--config: get_config() must return a ConfigDict, not {type(tree).__name__}")
-    inherit_model(tree)
+    workdir = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+    inherit_model(tree, workdir or "")
     return from_config_dict(tree)
 
 

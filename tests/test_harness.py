@@ -136,3 +136,40 @@ def test_what_cannot_be_evaluated_is_refused(workdir):
 
     with pytest.raises(ConfigError, match=r"--batch_size=3: must be a positive multiple of the 8 devices"):
         WorkdirLM(str(workdir), batch_size=3)
+
+
+def test_a_score_does_not_depend_on_its_neighbours(tmp_path):
+    """Positions of LongRoPE are rescaled by the length of a row, which is that of its own tokens."""
+    from moe.interop.harness import WorkdirLM
+
+    source = Path(__file__).parent / "data" / "checkpoints" / "llama_longrope"
+    config = import_checkpoint(source, tmp_path / "run")
+    vocab = config.model.vocab_size
+    (tmp_path / "run" / "tokenizer.model").write_bytes(train_tokenizer(iter(TEXT), 280).model_bytes)
+    model = WorkdirLM(str(tmp_path / "run"), batch_size=8, max_length=256)
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(3, vocab, 12).tolist(), rng.integers(3, vocab, 240).tolist()
+    request = ("", short[:6], short[6:])
+    alone = model._loglikelihood_tokens([request])[0][0]
+    beside = model._loglikelihood_tokens([request, ("", long[:6], long[6:])])[0][0]
+    np.testing.assert_allclose(beside, alone, rtol=1e-5)
+
+
+def test_a_prefix_lm_sees_the_context_in_both_directions(workdir, tmp_path):
+    from moe.interop.harness import WorkdirLM
+
+    shutil.copytree(workdir, tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    content["data"]["objective"] = "prefix_lm"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    model = WorkdirLM(str(tmp_path / "run"), batch_size=8, max_length=24)
+    context, continuation = list(range(3, 9)), [9, 10, 11]
+    ids = np.asarray([context + continuation])
+    loaded, _ = load_huggingface(workdir.parent / "source")
+    prefix = (np.arange(8) < len(context)).astype(np.int32)[None]
+    logits = loaded(ids[:, :-1], prefix=prefix).logits
+    expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(5, 8), continuation].sum()
+    scored = model._loglikelihood_tokens([("", context, continuation)])[0][0]
+    np.testing.assert_allclose(scored, expected, rtol=1e-4)
+    causal = np.asarray(jax.nn.log_softmax(loaded(ids[:, :-1]).logits))[0, np.arange(5, 8), continuation].sum()
+    assert abs(scored - causal) > 1e-3

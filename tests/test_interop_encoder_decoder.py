@@ -4,6 +4,7 @@ tests/data holds a T5 with an own output matrix and a deeper decoder, and a Swit
 in the two stacks, with left padding and dropped tokens; ../shared/parity more.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -193,3 +194,17 @@ def test_copies_of_the_embedding_must_be_copies(tmp_path):
     save_file(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"] + 1}, path)
     with pytest.raises(ConfigError, match=r"encoder\.embed_tokens\.weight: differs from shared\.weight"):
         load_huggingface(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"group_size": 4}, {"overflow_to_next": True}, {"drop_policy": "probability"}, {"route_padding": False}]
+)
+def test_what_the_capacity_of_the_format_cannot_say_is_refused(changes):
+    """It drops the last tokens of a row beyond a capacity, padding included: other drops are other logits."""
+    config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
+    moe = dataclasses.replace(config.model.moe, expert_capacity=3, dispatch="gather")
+    whole = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    assert write_config(whole)["expert_capacity"] == 3
+    other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, moe=dataclasses.replace(moe, **changes)))
+    with pytest.raises(ConfigError, match=rf"switch_transformers lacks model\.moe\.{next(iter(changes))}"):
+        write_config(other)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,10 +15,23 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from configs import base, upcycle
+from moe.atomic_files import to_checked_json
+from moe.checkpoints import adapted, integrity, manager
+from moe.checkpoints.state import set_schedule_step
 from moe.checkpoints.workdir import read_config
-from moe.config import Config, ConfigError, DistillConfig, MeshConfig, StartConfig, inherit_model, to_dict
+from moe.config import (
+    Config,
+    ConfigError,
+    DistillConfig,
+    MeshConfig,
+    StartConfig,
+    inherit_model,
+    to_config_dict,
+    to_dict,
+)
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
@@ -201,8 +215,10 @@ def _save_run(workdir, config, state):
     """A run's workdir with one checkpoint, without the loop."""
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        manager.save(int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    with ocp.CheckpointManager(workdir / "checkpoints") as saver:
+        sealed = to_checked_json({"checksums": integrity.checksums(state), "loop": {}})
+        items = {"state": ocp.args.StandardSave(state), "memory": ocp.args.JsonSave({"sealed": sealed})}
+        saver.save(int(state.step), args=ocp.args.Composite(**items))
 
 
 LOSS_FREE = {
@@ -271,3 +287,85 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     assert metrics.skipped == 1
     counts = [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(skipped.optimizer, "count")]
     assert counts == [1, 1]  # Adam's, and the schedule's, which is the step
+
+
+def _trained(folder, optimizer, **changes):
+    """A run of one step of the dense model, and its state."""
+    config = _config((HERE / "mistral", folder / "open"), optimizer={"name": optimizer}, **changes)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        trained, _ = program.train_step(program.init(), _batch(mesh, 32))
+    _save_run(folder / "run", config, trained)
+    start = {"checkpoint": str(folder / "run"), "optimizer": "carry"}
+    return trained, dataclasses.replace(config, start=StartConfig(**start))
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer):
+    trained, config = _trained(tmp_path, optimizer)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = warm_start.first_state(make())
+    expected = set_schedule_step(trained.optimizer, np.zeros((), np.int32))
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, expected)
+
+
+def test_a_changed_moment_is_not_carried(tmp_path, monkeypatch):
+    """The checksums of the checkpoint are compared, as they are when a run resumes."""
+    trained, config = _trained(tmp_path, "adamw")
+    saved = integrity.checksums(trained)
+    name = next(name for name in saved if ".mu" in name)
+    monkeypatch.setattr(
+        manager, "compare", lambda found, tree: integrity.compare(found | {name: saved[name] ^ 1}, tree)
+    )
+    mesh, make = _program(config)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ConfigError, match=r"'carry': .* 1 arrays differ from what"),
+    ):
+        warm_start.first_state(make())
+
+
+def test_a_teacher_of_another_kind_or_tokenizer_is_refused(tmp_path):
+    import_checkpoint(HERE / "t5", tmp_path / "t5")
+    model = read_config(tmp_path / "t5").model
+    config = _config((HERE / "mistral", tmp_path / "run"))
+    taught = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "t5"), 0.5))
+    taught = dataclasses.replace(taught, model=dataclasses.replace(config.model, vocab_size=model.vocab_size))
+    mesh = _program(config)[0]
+    with pytest.raises(ConfigError, match="is an encoder-decoder, and this model is decoder-only"):
+        warm_start.teacher(taught, mesh)
+    same = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "run"), 0.5))
+    texts = [f"word {i} of some text\n" * 9 for i in range(99)]
+    ours, theirs = (train_tokenizer(texts, size) for size in (320, 330))
+    (tmp_path / "run" / "tokenizer.model").write_bytes(theirs.model_bytes)
+    assert warm_start.teacher(same, mesh, theirs) is not None
+    with pytest.raises(ConfigError, match="has another tokenizer, so its ids are other texts"):
+        warm_start.teacher(same, mesh, ours)
+
+
+def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
+    import_checkpoint(HERE / "mistral", tmp_path / "teacher")
+    config = dataclasses.replace(Config(), distill=DistillConfig(str(tmp_path / "teacher"), 0.5))
+    folder = epath.Path(tmp_path / "student")
+    folder.mkdir()
+    assert warm_start.teacher_step(config, folder) == 0
+    adapted.note_step(folder / adapted.TEACHER_FILE, 0)
+    shutil.copytree(tmp_path / "teacher" / "checkpoints" / "0", tmp_path / "teacher" / "checkpoints" / "9")
+    assert warm_start.teacher_step(config, folder) == 0
+    assert warm_start.teacher_step(config, epath.Path(tmp_path)) == 9  # a new run takes the newest
+    shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "0")
+    with pytest.raises(ConfigError, match="learns from its checkpoint of step 0, which is gone"):
+        warm_start.teacher_step(config, folder)
+
+
+def test_a_run_needs_its_start_no_longer(tmp_path):
+    """The command line inherits the model, and the tokenizer, from the run's own workdir."""
+    import_checkpoint(HERE / "mistral", tmp_path / "run")
+    tree = to_config_dict(Config())
+    tree.start.checkpoint = str(tmp_path / "deleted")
+    with pytest.raises(ConfigError, match="must be the workdir of a run"):
+        inherit_model(tree, str(tmp_path / "new"))
+    inherit_model(tree, str(tmp_path / "run"))
+    assert tree.model.d_model == read_config(tmp_path / "run").model.d_model

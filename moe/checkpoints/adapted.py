@@ -10,29 +10,39 @@ from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import complete_steps
-from moe.config import Config, ConfigError
+from moe.config import Config, ConfigError, read_small_file
 
-BASE_FILE = "base.json"
+#: Notes in a workdir of the steps at which other checkpoints are read: the base of adapters, the teacher.
+BASE_FILE, TEACHER_FILE = "base.json", "teacher.json"
 
 
 def pin_base(workdir: epath.Path, config: Config) -> None:
     """Note which checkpoint of the base the adapters of a workdir belong to; the base may be trained further."""
+    note_step(workdir / BASE_FILE, max(complete_steps(epath.Path(config.start.checkpoint))))
+
+
+def note_step(path: epath.Path, step: int) -> None:
+    """Note the step of another checkpoint, which may be trained further."""
     if jax.process_index() == 0:
-        steps = complete_steps(epath.Path(config.start.checkpoint))
-        write_atomic(workdir / BASE_FILE, json.dumps({"step": max(steps)}).encode())
+        write_atomic(path, json.dumps({"step": step}))
 
 
 def base_step(workdir: epath.Path) -> int | None:
-    """Step of the base's checkpoint; None where no adapters have been started.
+    """Step of the base's checkpoint; None where no adapters have been started."""
+    return noted_step(workdir / BASE_FILE)
+
+
+def noted_step(path: epath.Path) -> int | None:
+    """Step of a note; None without one.
 
     Raises:
         ConfigError: the note is damaged.
     """
-    path = workdir / BASE_FILE
     if not path.exists():
         return None
+    content = read_small_file(path)
     try:
-        step: Any = json.loads(path.read_text())["step"]
+        step: Any = json.loads(content)["step"]
         return int(step)
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{path}: does not name the base's checkpoint ({error}); restore it") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: does not name the step of a checkpoint ({error}); restore it") from error

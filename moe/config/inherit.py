@@ -15,7 +15,7 @@ from moe.config.references import refuse_modules
 from moe.fields import ConfigError
 
 
-def inherit_model(tree: typing.Any) -> None:
+def inherit_model(tree: typing.Any, workdir: str = "") -> None:
     """Set model fields that nobody assigned to those of ``start.checkpoint``; without a checkpoint do nothing.
 
     Where the gate is assigned and differs from the checkpoint's, as in upcycling, no field of ``model.moe`` is taken:
@@ -24,15 +24,18 @@ def inherit_model(tree: typing.Any) -> None:
     Args:
         tree: ConfigDict of :func:`moe.config.parse.to_config_dict`. Others do not know what was assigned and stay as
             they are.
+        workdir: of the run, whose own config has what it inherited; read once ``start.checkpoint`` is gone.
 
     Raises:
         ConfigError: the checkpoint's config cannot be read.
     """
     if "_assigned" not in tree.__dict__ or not tree.start.checkpoint:
         return
-    workdir = tree.start.checkpoint
-    check_path("start.checkpoint", workdir)
-    path, where = epath.Path(workdir) / "config.json", f"start.checkpoint={workdir!r}: must be the workdir of a run or"
+    source = tree.start.checkpoint
+    check_path("start.checkpoint", source)
+    path, where = epath.Path(source) / "config.json", f"start.checkpoint={source!r}: must be the workdir of a run or"
+    if workdir and not path.exists() and (epath.Path(workdir) / "config.json").exists():
+        path = epath.Path(workdir) / "config.json"
     try:
         content = read_small_file(path)
     except ConfigError as error:

@@ -172,6 +172,8 @@ _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
     *("zero_experts", "copy_experts", "constant_experts", "expert_capacity"),
 )
+#: Settings that decide which assignments a capacity drops.
+_DROP_FACTS = ("group_size", "overflow_to_next", "drop_policy", "route_padding")
 
 
 def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
@@ -190,6 +192,8 @@ def _facts(model: ModelConfig) -> Json:
         facts["model.d_ff"] = model.d_ff
     if any(sparse):
         facts |= {f"model.moe.{name}": getattr(moe, name) for name in _MOE_FACTS}
+        if moe.expert_capacity:  # which assignments are dropped
+            facts |= {f"model.moe.{name}": getattr(moe, name) for name in _DROP_FACTS}
         rule = selection_rule(moe)
         facts["model.moe.gate"] = rule
         if isinstance(rule, str):

@@ -60,14 +60,22 @@ class WorkdirLM(TemplateLM):
                 f"--batch_size={batch_size}: must be a positive multiple of the {self._mesh.size} devices"
             )
         self._variables = parameters.read_variables(workdir, config.model, mesh=self._mesh, step=step)
-        self._model = sampling.without_drops(config.model)
+        self._model, self._prefix = sampling.without_drops(config.model), config.data.objective == "prefix_lm"
         graphdef = nnx.graphdef(abstract_model(self._model))
 
         @jax.jit
         def score(variables: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
-            """Log-likelihood of each row's targets, [B], and whether all are the likeliest tokens, [B]."""
+            """Log-likelihood of each row's targets, [B], and whether all are the likeliest tokens, [B].
+
+            A row's positions, on which dynamic and LongRoPE scaling depend, are those of its own tokens.
+            """
             segments = (tokens >= 0).astype(jnp.int32)
-            logits = nnx.merge(graphdef, variables)(jnp.maximum(tokens, 0), segments).logits
+            positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1]), 0)
+            # The context is seen in both directions by a prefix LM: up to the token that predicts the first target.
+            context = (jnp.cumsum(targets >= 0, axis=1) == 0) | (jnp.cumsum(targets >= 0, axis=1) * (targets >= 0) == 1)
+            prefix = (context & (tokens >= 0)).astype(jnp.int32) if self._prefix else None
+            model = nnx.merge(graphdef, variables)
+            logits = model(jnp.maximum(tokens, 0), segments, positions, prefix=prefix).logits
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             chosen = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
             real = targets >= 0
@@ -141,6 +149,7 @@ class WorkdirLM(TemplateLM):
             top_k=int(options.get("top_k", 0)),
             top_p=float(options.get("top_p", 1.0)),
             stop_tokens=(self.eot_token_id,),
+            prefix=self._prefix,
         )
         added: list[int] = []
         text, before = "", self._tokenizer.decode(prompt)

@@ -20,7 +20,7 @@ from etils import epath
 
 from moe import platform
 from moe.atomic_files import in_bucket
-from moe.checkpoints.adapted import pin_base
+from moe.checkpoints.adapted import TEACHER_FILE, note_step, pin_base
 from moe.checkpoints.integrity import first_line, is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.state import TrainState
@@ -84,13 +84,14 @@ def train(
     directory = _folder(workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
-    warm_start.check(config)
     find_writers(config.train.writers)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         started = (directory / CONFIG).exists()
         # Before the lock, so that nothing is written into a folder that is refused.
         new = not holds_run(directory)
+        if new:
+            warm_start.check(config)
         changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
         if started:
             stack.enter_context(locked(directory))
@@ -99,12 +100,13 @@ def train(
             say(read_small_file(directory / REPORT).decode(errors="replace"))
             return
         stage("preparing the data")
-        prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config), progress=say)
+        prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config, directory), progress=say)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(memory.out_of_memory_as_config_error())
         stage("making the model")
-        program = make_program(config, mesh, warm_start.teacher(config, mesh))
+        taught = warm_start.teacher_step(config, directory)
+        program = make_program(config, mesh, warm_start.teacher(config, mesh, prepared.tokenizer, taught))
         memory.refuse_too_large(program)
         check_domains(prepared)
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
@@ -124,6 +126,8 @@ def train(
             if new and jax.process_index() == 0 and holds_run(directory):
                 raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
+            if taught is not None:
+                note_step(directory / TEACHER_FILE, taught)
             if config.lora.rank and new:
                 pin_base(directory, config)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)

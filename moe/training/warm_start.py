@@ -17,11 +17,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from moe.checkpoints import adapted
 from moe.checkpoints import parameters as stored
-from moe.checkpoints.manager import Checkpoints
+from moe.checkpoints.integrity import DamagedError
+from moe.checkpoints.manager import Checkpoints, complete_steps
 from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
-from moe.checkpoints.workdir import flatten, read_config
-from moe.config import Config, ConfigError, ModelConfig, StartConfig
+from moe.checkpoints.workdir import CONFIG, flatten, read_config
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
+from moe.config.references import refuse_modules
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
@@ -51,15 +54,19 @@ def check(config: Config) -> None:
                 raise ConfigError(f"{field}={workdir!r}: holds no checkpoints")
 
 
-def tokenizer(config: Config) -> Tokenizer | None:
+def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
     """The tokenizer of the checkpoint that a run starts from, or of its teacher; None if the config has its own.
+
+    A run whose start is gone goes on with the copy in its own workdir.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    workdir = config.start.checkpoint or config.distill.teacher
+    workdir: Any = config.start.checkpoint or config.distill.teacher
     if not workdir or config.data.tokenizer:
         return None
+    if not (epath.Path(workdir) / CONFIG).exists() and (directory / CONFIG).exists():
+        workdir = directory
     try:
         return find_tokenizer(workdir, chat=config.data.objective == "chat")
     except ConfigError as error:
@@ -92,15 +99,7 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
         biases = _transplant(program, source.model, found, biases)
     optimizer = state.optimizer
     if start.optimizer == "carry":
-        carried = _host(_optimizer_state(source, start.checkpoint))
-        if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(optimizer, is_leaf=_is_tree):
-            raise ConfigError(f"start.optimizer='carry': {start.checkpoint} was trained by another optimizer")
-        optimizer = jax.tree.map(
-            lambda fresh, old: _transplant(program, source.model, old, fresh) if _is_tree(fresh) else jnp.asarray(old),
-            optimizer,
-            carried,
-            is_leaf=_is_tree,
-        )
+        optimizer = _carry(program, source, optimizer)
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
     say(_summary(program.config, source, theirs))
     placed = dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer)
@@ -122,18 +121,50 @@ def _adapted_state(program: Program, state: TrainState, workdir: str, say: Calla
     return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
 
 
-def teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, dict[str, Any]] | None:
+def teacher(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer | None = None, step: int | None = None
+) -> tuple[ModelConfig, dict[str, Any]] | None:
     """Model config of ``config.distill.teacher`` and its variables on the mesh; None without a teacher.
 
+    Args:
+        config: of the student.
+        mesh: of the student.
+        tokenizer: of the student.
+        step: of the teacher's checkpoint; None: its newest.
+
     Raises:
-        ConfigError: no checkpoint, or another vocabulary.
+        ConfigError: no such checkpoint, another vocabulary, or another kind of model.
     """
-    if not config.distill.teacher:
+    workdir = config.distill.teacher
+    if not workdir:
         return None
-    model = read_config(config.distill.teacher).model
+    model = read_config(workdir).model
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be the teacher's {model.vocab_size}")
-    return model, stored.read_variables(config.distill.teacher, model, mesh=mesh)
+    kinds = ["an encoder-decoder" if of.encoder_layers else "decoder-only" for of in (model, config.model)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(f"distill.teacher={workdir!r}: is {kinds[0]}, and this model is {kinds[1]}")
+    if model.encoder_vocab_size != config.model.encoder_vocab_size:
+        raise ConfigError(f"model.encoder_vocab_size: must be the teacher's {model.encoder_vocab_size}")
+    if tokenizer is not None and find_tokenizer(workdir).model_bytes != tokenizer.model_bytes:
+        raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids are other texts")
+    return model, stored.read_variables(workdir, model, mesh=mesh, step=step)
+
+
+def teacher_step(config: Config, directory: epath.Path) -> int | None:
+    """Step of the teacher's checkpoint that a run learns from to its end: noted at its start, else the newest."""
+    if not config.distill.teacher:
+        return None
+    steps = complete_steps(epath.Path(config.distill.teacher))
+    if not steps:
+        raise ConfigError(f"distill.teacher={config.distill.teacher!r}: holds no checkpoints")
+    noted = adapted.noted_step(directory / adapted.TEACHER_FILE)
+    if noted is not None and noted not in steps:
+        raise ConfigError(
+            f"distill.teacher={config.distill.teacher!r}: this run learns from its checkpoint of step {noted}, which "
+            "is gone; restore it"
+        )
+    return steps[-1] if noted is None else noted
 
 
 def _summary(config: Config, source: Config, theirs: Any) -> str:
@@ -154,6 +185,29 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
     )
 
 
+def _carry(program: Program, source: Config, fresh: Any) -> Any:
+    """The source's optimizer state in the place of the fresh one; of AdamW also where the models differ."""
+    start = program.config.start
+    carried = _host(_optimizer_state(source, start.checkpoint))
+    names = {config.optimizer.name for config in (source, program.config)}
+    same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
+    shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
+    if len(names) == 1 and same and next(shapes) == next(shapes):
+        return jax.tree.map(jnp.asarray, carried)
+    if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
+        raise ConfigError(f"start.optimizer='carry': {start.checkpoint} was trained by another optimizer")
+    if names != {"adamw"} or source.optimizer.frozen:
+        raise ConfigError(
+            f"start.optimizer='carry': the state of optimizer.name={program.config.optimizer.name!r} fits the same "
+            "model with the same optimizer.frozen alone; use 'reset'"
+        )
+
+    def move(own: Any, old: Any) -> Any:
+        return _transplant(program, source.model, old, own) if _is_tree(own) else jnp.asarray(old)
+
+    return jax.tree.map(move, fresh, carried, is_leaf=_is_tree)
+
+
 def _is_tree(node: Any) -> bool:
     return isinstance(node, dict)
 
@@ -163,15 +217,19 @@ def _host(tree: Any) -> Any:
 
 
 def _optimizer_state(source: Config, workdir: str) -> Any:
-    """Optimizer state of the newest checkpoint of a run, on one device."""
-    mesh = make_mesh(dataclasses.replace(source.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.local_devices()[:1])
+    """Optimizer state of the newest checkpoint of a run, on one device, checked by its checksums."""
+    refuse_modules({"optimizer.name": source.optimizer.name}, f"{workdir}: ")
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-        program = build(source, mesh)
+        program = build(dataclasses.replace(source, mesh=MeshConfig(data=1)), mesh)
+    checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
+    step = checkpoints.latest() or 0
+    if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
+        raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer state; use 'reset'")
     try:
-        checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
-        return checkpoints.restore_state(checkpoints.latest() or 0, program.state).optimizer
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer state; use 'reset'") from error
+        return checkpoints.restore(step, program.state)[0].optimizer
+    except DamagedError as error:
+        raise ConfigError(f"start.optimizer='carry': the checkpoint of step {step} in {workdir}: {error}") from error
 
 
 def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
