@@ -18,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError
 from moe.data import documents, pipeline
+from moe.data.folder_files import find_sources
 from moe.training import report
 from tests.text_fixtures import VOCAB, assert_equal, data, directory, folder  # noqa: F401
 from tests.tiny_text import random_text
@@ -342,3 +343,62 @@ def test_a_folder_that_changes_is_indexed_beside_its_earlier_version(folder, tmp
     tex = dataclasses.replace(config, text_suffixes=(".tex",))
     with_tex = pipeline.prepare(tex, VOCAB, tokenizer=prepared.tokenizer, progress=lambda _: None)
     assert len(with_tex.train["notes"]) + len(with_tex.heldout["notes"]) == count + 2
+
+
+def _table(path, texts, names=("text",)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_arrays([pyarrow.array(texts)] * len(names), names=list(names))
+    pyarrow.parquet.write_table(table, path)
+
+
+def test_text_that_is_only_partly_there_is_refused(tmp_path, data):
+    """Shards by their names and by state.json, links to folders, two columns of one name."""
+    config = dataclasses.replace(data, dataset=str(tmp_path / "hub"), directory=str(tmp_path / "cache"))
+    texts = [random_text(i) for i in range(40)]
+    for number in (0, 1, 3):
+        _table(tmp_path / "hub" / "data" / f"train-{number:05d}-of-00004.parquet", texts)
+    with pytest.raises(ConfigError, match=r"train-00002-of-00004\.parquet: is missing, one of the 4 shards"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    _table(tmp_path / "hub" / "data" / "train-00002-of-00004.parquet", texts, ("text", "text"))
+    with pytest.raises(ConfigError, match="has 2 columns named 'text'; keep one"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    _table(tmp_path / "hub" / "data" / "train-00002-of-00004.parquet", texts)
+    _table(tmp_path / "hub" / "data" / "dev-00000-of-00001.parquet", [random_text(i) for i in range(90, 95)])
+    prepared = pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert (len(prepared.train["hub"]), len(prepared.heldout["hub"])) == (160, 5)  # dev is held out
+    (copy,) = (tmp_path / "cache").rglob("table-00001.arrow")
+    copy.write_bytes(copy.read_bytes().replace(b"document", b"DOCUMENT"))
+    with pytest.raises(ConfigError, match=r"table-00001\.arrow: was changed; delete"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    (tmp_path / "hub" / "more").symlink_to(tmp_path / "cache")
+    with pytest.raises(ConfigError, match="more: is a link to a folder, which is not followed"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+
+
+def test_a_saved_dataset_lacks_a_file_of_its_state(tmp_path):
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for name in ("data-00000-of-00001.arrow", "stray.arrow"):
+        (folder / name).touch()
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"stray\.arrow: is not a part of the dataset, by state\.json"):
+        find_sources(epath.Path(tmp_path / "saved"))
+    (folder / "stray.arrow").unlink()
+    assert len(find_sources(epath.Path(tmp_path / "saved"))) == 1
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "gone.arrow"}]}))
+    with pytest.raises(ConfigError, match=r"(data-00000-of-00001|gone)\.arrow: is "):
+        find_sources(epath.Path(tmp_path / "saved"))
+
+
+def test_an_edit_of_the_same_size_within_a_second_is_seen(tmp_path, data):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n\n".join(random_text(i) for i in range(40)))
+    config = dataclasses.replace(data, dataset=str(folder), directory=str(tmp_path / "cache"))
+    before = pipeline.prepare(config, VOCAB, progress=lambda _: None).versions
+    about = os.stat(folder / "a.txt")
+    (folder / "a.txt").write_text((folder / "a.txt").read_text().replace("fox", "cat"))
+    os.utime(folder / "a.txt", ns=(about.st_atime_ns, about.st_mtime_ns + 1000))  # a microsecond later
+    assert pipeline.prepare(config, VOCAB, progress=lambda _: None).versions != before

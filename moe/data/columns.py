@@ -115,6 +115,8 @@ def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
         raise ConfigError(f"{name}: needs columns that are {EXPECTED_FIELDS}; it has {schema.names}")
     columns = [*texts, *(["domain"] if "domain" in schema.names else [])]
     for column in columns:
+        if schema.names.count(column) > 1:
+            raise ConfigError(f"{name}: has {schema.names.count(column)} columns named {column!r}; keep one")
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if column == "messages" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import PurePosixPath
 
 from etils import epath
 
+from moe.config import ConfigError, read_small_file
 from moe.data.documents import check_domain
 
 #: Files that are text as they stand; .jsonl holds a document in each line, .parquet and .arrow one in each row.
@@ -17,8 +19,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".arrow")
 #: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
 UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
-_HELDOUT_NAMES = ("heldout", "validation", "valid", "test")  # the first that exists is used
-_SHARD = re.compile(r"([\w.]+)-\d{5}-of-\d{5}\.(parquet|arrow)")
+_HELDOUT_NAMES = ("heldout", "validation", "valid", "dev", "test")  # the first that exists is used
+_SHARD = re.compile(r"([\w.]+)-(\d{5})-of-(\d{5})\.(parquet|arrow)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +39,12 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation and test are used.
 
     Raises:
-      ConfigError: a folder's name cannot be a domain.
+      ConfigError: a folder's name cannot be a domain, or a part of the text is not there or cannot be read.
     """
     saved = (root / "dataset_dict.json").exists()
-    found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in _list_files(root, suffixes)]
+    names = _list_files(root, suffixes)
+    _refuse_missing_shards(root, names)
+    found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in names]
     splits = {split for _, _, split in found}
     heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
     if "train" in splits and heldout:
@@ -51,6 +55,34 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     for source in sources:
         check_domain(source.domain, os.fspath(root / source.name))
     return sources
+
+
+def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
+    """Refuses a dataset some of whose shards, by their names or its state.json, are not there. Raises ConfigError."""
+    there = set(names)
+    for name in names:
+        path = PurePosixPath(name)
+        if shard := _SHARD.fullmatch(path.name):
+            stem, _, total, suffix = shard.groups()
+            for number in range(int(total)):
+                expected = path.with_name(f"{stem}-{number:05d}-of-{total}.{suffix}")
+                if os.fspath(expected) not in there:
+                    raise ConfigError(f"{root / os.fspath(expected)}: is missing, one of the {int(total)} shards")
+            if int(shard[2]) >= int(total):
+                raise ConfigError(f"{root / name}: is shard {int(shard[2])} of {int(total)}; remove it")
+    for folder in {PurePosixPath(name).parent for name in names if name.endswith(".arrow")}:
+        state = root / os.fspath(folder / "state.json")
+        if not state.exists():
+            continue
+        try:
+            listed = {file["filename"] for file in json.loads(read_small_file(state))["_data_files"]}
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{state}: does not list the files of a dataset ({error})") from error
+        here = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder}
+        if differing := listed ^ {name for name in here if name.endswith(".arrow")}:
+            name = min(differing)
+            what = "is missing" if name in listed else "is not a part of the dataset"
+            raise ConfigError(f"{root / os.fspath(folder / name)}: {what}, by state.json")
 
 
 def _domain_and_split(name: PurePosixPath, root: str, saved: bool) -> tuple[str, str | None]:
@@ -70,7 +102,13 @@ def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
         return PurePosixPath("/", os.fspath(path).rpartition("://")[2].lstrip("/"))
 
     names = []
-    for folder, _, files in root.walk():
+    for folder, folders, files in root.walk():
+        if "://" not in os.fspath(root):
+            for path in (os.path.join(folder, name) for name in folders if not name.startswith(".")):
+                if os.path.islink(path):  # could lead round in a circle
+                    raise ConfigError(f"{path}: is a link to a folder, which is not followed; copy the folder there")
+                if not os.access(path, os.R_OK | os.X_OK):
+                    raise ConfigError(f"{path}: cannot be read; allow it, or move it out of the folder")
         for file in files:
             path = (place(folder) / file).relative_to(place(root))
             cache = path.name.startswith("cache-") and path.suffix == ".arrow"

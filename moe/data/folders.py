@@ -28,7 +28,7 @@ from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
 from moe.data.folder_files import HELDOUT, SUFFIXES, UNSPLIT, Source, find_sources
 
-INDEX_VERSION = 3  # part of the index's path: raise it when the format of the index changes
+INDEX_VERSION = 4  # part of the index's path: raise it when the format of the index changes
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself
 
 #: A document: number of its file, first byte and size in bytes (of a table: its row and 0), number of its domain,
@@ -209,7 +209,10 @@ class _IndexBuilder:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
         self.places.append(np.array(places, PLACE))
-        entry = {"name": source.name, "size": about.length, "time": about.mtime, "sha256": digest, "table": table}
+        entry = {"name": source.name, "size": about.length, "time": _time(path), "sha256": digest, "table": table}
+        if table:
+            copy = epath.Path(self.folder / table)
+            entry |= {"table_time": _time(copy), "table_sha256": _sha256(copy)}
         self.files.append(entry)
 
     def _table_name(self, path: epath.Path) -> str | None:
@@ -259,13 +262,21 @@ def _change(root: epath.Path, sources: Sequence[Source], files: list[dict[str, A
         refuse_special(path)
         about = path.stat()
         # A copy of the folder has other times; then the content is compared.
-        same = about.length == entry["size"] and (about.mtime == entry["time"] or _sha256(path) == entry["sha256"])
+        same = about.length == entry["size"] and (_time(path) == entry["time"] or _sha256(path) == entry["sha256"])
         if not same:
             return f"{path} was changed"
-    for table in (entry["table"] for entry in files if entry["table"]):
-        if not (index / table).exists():
-            raise ConfigError(f"{index / table}: is missing; delete {index} to index the folder again")
+    for entry in (entry for entry in files if entry["table"]):
+        copy = index / entry["table"]
+        if not copy.exists():
+            raise ConfigError(f"{copy}: is missing; delete {index} to index the folder again")
+        if _time(copy) != entry["table_time"] and _sha256(copy) != entry["table_sha256"]:
+            raise ConfigError(f"{copy}: was changed; delete {index} to index the folder again")
     return ""
+
+
+def _time(path: epath.Path) -> int:
+    """Time of the last change: in nanoseconds where the file system says so, since edits follow one another fast."""
+    return path.stat().mtime if "://" in os.fspath(path) else os.stat(path).st_mtime_ns
 
 
 def refuse_special(path: epath.Path) -> None:
