@@ -158,14 +158,20 @@ def test_a_score_does_not_depend_on_its_neighbours(tmp_path):
 def test_a_prefix_lm_sees_the_context_in_both_directions(workdir, tmp_path):
     from moe.interop.harness import WorkdirLM
 
-    shutil.copytree(workdir, tmp_path / "run")
+    shutil.copytree(workdir.parent / "source", tmp_path / "source")
+    written = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(written | {"sliding_window": None}))
+    import_checkpoint(tmp_path / "source", tmp_path / "run")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    shutil.copy(workdir / "tokenizer.model", tmp_path / "run")
     content = json.loads((tmp_path / "run" / "config.json").read_text())
     content["data"]["objective"] = "prefix_lm"
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
     model = WorkdirLM(str(tmp_path / "run"), batch_size=8, max_length=24)
     context, continuation = list(range(3, 9)), [9, 10, 11]
     ids = np.asarray([context + continuation])
-    loaded, _ = load_huggingface(workdir.parent / "source")
+    loaded, _ = load_huggingface(tmp_path / "source")
     prefix = (np.arange(8) < len(context)).astype(np.int32)[None]
     logits = loaded(ids[:, :-1], prefix=prefix).logits
     expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(5, 8), continuation].sum()

@@ -104,7 +104,11 @@ def _list_files(root: epath.Path, suffixes: Sequence[str]) -> list[str]:
     names = []
     for folder, folders, files in root.walk():
         if "://" not in os.fspath(root):
-            for path in (os.path.join(folder, name) for name in folders if not name.startswith(".")):
+            # Whether a link to a folder is among the folders depends on Python's version.
+            for name in (name for name in (*folders, *files) if not name.startswith(".")):
+                path = os.path.join(folder, name)
+                if not os.path.isdir(path):
+                    continue
                 if os.path.islink(path):  # could lead round in a circle
                     raise ConfigError(f"{path}: is a link to a folder, which is not followed; copy the folder there")
                 if not os.access(path, os.R_OK | os.X_OK):
