@@ -46,10 +46,11 @@ _OURS = (
     *("mistral", "llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"),
     *("glm4_moe", "gpt_oss", "llama_dynamic", "llama_longrope"),
     *("qwen2", "qwen3", "kimi_k2", "dots1", "glm4_moe_lite", "minimax_m2", "ernie4_5_moe"),
+    *("flex_olmo", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
 )
 OURS = [HERE / name for name in _OURS]
 _DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3")
-MOE = [path for path in OURS if path.name not in _DENSE]
+MOE = [path for path in OURS if path.name not in (*_DENSE, "granitemoe", "granitemoeshared")]
 _THEIRS = (
     *("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),
     "gpt_oss",

@@ -123,6 +123,9 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq': must be one of fp8, mxfp4, compressed"),
         ({"quantization_config": 8}, "quant_method=8: must be one of fp8"),
+        ({"model_type": "phimoe"}, "model_type='phimoe': needs LayerNorm with biases, .* which no model here computes"),
+        ({"model_type": "qwen3_5_moe_text"}, "model_type='qwen3_5_moe_text': needs gated DeltaNet layers"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "alpha": 4}}, "alpha=4.0 of rotary positions"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16': must be a valid integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),
@@ -162,6 +165,8 @@ WRONG_VALUES = [
     ("deepseek", "moe_layer_freq", (0, -1)),
     ("deepseek", "n_shared_experts", (-1, 10**9)),
     ("deepseek_v3", "moe_layer_freq", (2,)),
+    ("hunyuan_v1_moe", "moe_topk", ([2, 3], [], "2", 0)),
+    ("granitemoe", "logits_scaling", (0, "6")),
     ("ernie4_5_moe", "use_bias", (True,)),
     ("glm4_moe_lite", "mlp_layer_types", (["dense"] * 2, ["moe"] * 3)),
 ]

@@ -68,7 +68,7 @@ def test_balance_coefficients_both_ways(name, coefficient, factor):
     assert write_config(config, name)[coefficient] == pytest.approx(0.04)
 
 
-#: As published, but for the quantisation of the experts, which is refused, and fields that say nothing of the model.
+#: As published, but for the quantisation of the experts and fields that say nothing of the model.
 GPT_OSS_20B = {
     **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64},
     **{"experts_per_token": 4, "num_experts_per_tok": 4, "num_local_experts": 32, "hidden_act": "silu"},

@@ -102,7 +102,7 @@ def check_model(model: ModelConfig) -> None:
     require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
     require_at_most("model.", model)
     require_at_least("model.", model, 0, "sliding_window", "clip_qkv", "encoder_layers", "relative_buckets")
-    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank", "value_dim")
+    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank", "value_dim", "attention_scale")
     require_fractions("model.", model, "dropout")
     require(
         model.head_dim >= 2 - bool(model.relative_buckets) and (model.head_dim % 2 == 0 or model.relative_buckets > 0),
@@ -127,12 +127,16 @@ def check_model(model: ModelConfig) -> None:
         model.sliding_window_layers,
         "needs model.sliding_window above 0",
     )
-    for name in ("norm_eps", "rope_theta", "init_scale"):
+    for name in ("norm_eps", "rope_theta", "init_scale", "embedding_scale", "residual_scale", "logit_scale"):
         require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
 
 
 def _check_stacks(model: ModelConfig) -> None:
     buckets, distance = model.relative_buckets, model.relative_max_distance
+    defaults = (("norms", "before"), ("residual_scale", 1.0), ("attention_scale", 0.0)) if model.encoder_layers else ()
+    for name, default in defaults:
+        value = getattr(model, name)
+        require(value == default, f"model.{name}", value, f"must be {default} where model.encoder_layers is set")
     least = 4 if model.encoder_layers else 2  # half of an encoder's are for keys after the query, half of those exact
     require(
         buckets == 0 or least <= buckets <= 2**16,
@@ -215,7 +219,8 @@ def _check_latent_attention(model: ModelConfig) -> None:
         model.num_kv_heads,
         f"must be model.num_heads={model.num_heads} where model.kv_lora_rank is set",
     )
-    for name, none in (("qk_norm", "none"), ("attention_bias", "none"), ("attention_sinks", False), ("clip_qkv", 0.0)):
+    absent = {"qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0}
+    for name, none in (absent | {"attention_scale": 0.0}).items():
         value = getattr(model, name)
         require(value == none, f"model.{name}", value, f"must be {none} where model.kv_lora_rank is set")
 

@@ -9,7 +9,7 @@ import dataclasses
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
 from moe.interop import balance
-from moe.interop.families import FAMILIES
+from moe.interop.families import FAMILIES, MISSING
 from moe.interop.families.family import Family, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
@@ -26,6 +26,9 @@ def family_of(source: Json) -> Family:
         ConfigError: an unsupported ``model_type``.
     """
     kind = source.get("model_type")
+    missing = MISSING.get(kind.removesuffix("_text")) if isinstance(kind, str) else None
+    if missing:
+        raise ConfigError(f"config.json: model_type={kind!r}: needs {missing}, which no model here computes")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"config.json: model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
@@ -44,6 +47,8 @@ def read_config(source: Json) -> Config:
     changes, moe_changes = family.read(fields)
     if fields.rope.partial_rotary_factor != 1 and "rope_dim" not in changes:
         raise ConfigError(f"config.json: partial_rotary_factor={fields.rope.partial_rotary_factor}: must be 1")
+    if fields.rope.alpha is not None and "rope_theta" not in changes:
+        raise ConfigError(f"config.json: alpha={fields.rope.alpha} of rotary positions: {family.model_type} has none")
     model = dataclasses.replace(_model(fields), **changes)
     moe = dataclasses.replace(model.moe, **moe_changes)
     total = moe.num_experts * model.num_layers
@@ -164,7 +169,7 @@ def _write_as(config: Config, family: Family) -> Json:
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
-    "attention_sinks",
+    *("attention_sinks", "norms", "embedding_scale", "residual_scale", "attention_scale", "logit_scale"),
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
     *("encoder_layers", "encoder_vocab_size", "relative_buckets", "relative_max_distance", "scale_logits"),
 )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moe.config import ConfigError, ModelConfig
-from moe.interop.families.family import FUSED_EXPERTS, Family, Tensor
+from moe.interop.families.family import Family, Tensor
 from moe.models.flops import abstract_parameters, abstract_selection_biases
 from moe.models.stack import stacked_layers
 
@@ -191,7 +191,7 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
             layers = range(layers.start - model.encoder_layers, layers.stop - model.encoder_layers, layers.step)
         own = family.tensors(model, stack) if callable(family.tensors) else family.tensors
         per_expert = "{expert}" in str(own.get("moe.experts.up"))
-        tensors = {**own, **(FUSED_EXPERTS if fused and per_expert else {})}
+        tensors = {**own, **(family.fused if fused and per_expert else {})}
         if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]

@@ -79,6 +79,7 @@ class RopeParameters(Fields):
     )
     rope_theta: Positive | None = None
     partial_rotary_factor: Positive = 1.0
+    alpha: Positive | None = None
     factor: Annotated[float, pydantic.Field(ge=1, le=1e6)] | None = None
     original_max_position_embeddings: Context | None = None
     beta_fast: Positive = 32.0

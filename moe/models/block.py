@@ -77,7 +77,7 @@ class CrossAttention(nnx.Module):
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + FFN(norm(x)), the FFN dense or MoE; between them, in the decoder of an
-    encoder-decoder, x + cross-attention(norm(x))."""
+    encoder-decoder, x + cross-attention(norm(x)). With ``model.norms="after"``, x + norm(attention(x)) (OLMo 2)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -88,6 +88,7 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.kind = kind
         self.dropout, self.route_padding = config.dropout, config.moe.route_padding
+        self.norms_after, self.residual_scale = config.norms == "after", config.residual_scale
         if kind.sparse:
             self.moe = MoELayer(config, gate=kind.gate, rngs=rngs)
         else:
@@ -119,14 +120,24 @@ class Block(nnx.Module):
         attention: Any = self.attention  # latent attention lacks these settings, which no such model gives
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
-            h, weights = self.attention_norm(x), drop.at(Site.ATTENTION_WEIGHTS)
+            h, weights = self.input_of(self.attention_norm, x), drop.at(Site.ATTENTION_WEIGHTS)
             heads, _, _ = attention.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)
-            x = x + drop.at(Site.ATTENTION_OUTPUT)(self.attention.join(heads))
+            x = self.add(self.attention_norm, x, self.attention.join(heads), drop.at(Site.ATTENTION_OUTPUT))
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
             return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
+
+    def input_of(self, norm: RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What attention or the FFN reads: x, normalised unless norms come after."""
+        return x if self.norms_after else norm(x)
+
+    def add(
+        self, norm: RMSNorm, x: Float[Array, "B T D"], y: Float[Array, "B T D"], drop: Dropout
+    ) -> Float[Array, "B T D"]:
+        """X plus what attention or the FFN gives, normalised if norms come after."""
+        return x + drop(norm(y) if self.norms_after else y) * self.residual_scale
 
     def feed_forward(
         self,
@@ -139,10 +150,10 @@ class Block(nnx.Module):
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
         """The last part: x + FFN(norm(x))."""
-        h, drop = self.ffn_norm(x), Dropout(self.dropout, rng if train else None)
+        h, drop = self.input_of(self.ffn_norm, x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
             y = self.dense(h, drop.at(Site.FFN_HIDDEN))
-            return constrain(x + drop.at(Site.FFN_OUTPUT)(y), partition_specs.BATCH), None
+            return constrain(self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT)), partition_specs.BATCH), None
         y, report, routing = self.moe(
             h,
             None if self.route_padding else rows.as_keys > 0,
@@ -152,4 +163,5 @@ class Block(nnx.Module):
             train=train,
             rng=rng,
         )
-        return constrain(x + drop.at(Site.FFN_OUTPUT)(y), partition_specs.BATCH), (report, routing)
+        x = self.add(self.ffn_norm, x, y, drop.at(Site.FFN_OUTPUT))
+        return constrain(x, partition_specs.BATCH), (report, routing)

@@ -52,7 +52,7 @@ class LanguageModel(nnx.Module):
 
     def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Vectors of tokens in the compute dtype."""
-        return self.embedding(token_ids, jnp.dtype(self.config.dtype))
+        return self.embedding(token_ids, jnp.dtype(self.config.dtype)) * self.config.embedding_scale
 
     def output_matrix(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits, in the compute dtype."""
@@ -60,8 +60,8 @@ class LanguageModel(nnx.Module):
         return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
 
     def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Final hidden states: a stack's output, with T5's factor of 1/sqrt(D) of the logits."""
-        return x * self.config.d_model**-0.5 if self.config.scale_logits else x
+        """Final hidden states: a stack's output, with the factor of the logits, such as T5's 1/sqrt(D)."""
+        return x * (self.config.logit_scale * (self.config.d_model**-0.5 if self.config.scale_logits else 1.0))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of final hidden states; under jit a caller that reads only the latter, as the train step does, never

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
 from moe.config.layer_pattern import LayerKind
+from moe.layers.dropout import KEEP_ALL
 from moe.models.block import Block, Rows, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, Model, encoder_rows
 from moe.models.stack import LayerStates, Stack, create_states
@@ -211,8 +212,9 @@ def _run(
 
     def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, LayerCache]:
         del layer
-        heads, cache = attention(block, block.attention_norm(x), state[0])
-        x = x + block.attention.join(heads)
+        norm = block.attention_norm
+        heads, cache = attention(block, block.input_of(norm, x), state[0])
+        x = block.add(norm, x, block.attention.join(heads), KEEP_ALL)
         if encoded is not None:
             cross: Any = block.cross.attention
             query = cross.project_query(block.cross.norm(x), None)

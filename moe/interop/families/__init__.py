@@ -6,9 +6,13 @@ from moe.interop.families import (
     deepseek_v3,
     dots1,
     ernie4_5_moe,
+    flex_olmo,
     glm4_moe,
     glm4_moe_lite,
     gpt_oss,
+    granitemoe,
+    granitemoeshared,
+    hunyuan_v1_moe,
     kimi_k2,
     llama,
     minimax_m2,
@@ -29,8 +33,26 @@ FAMILIES = {
     for module in (
         *(mistral, llama, qwen2, qwen3, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe),
         *(deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, glm4_moe, dots1, minimax_m2, ernie4_5_moe, gpt_oss),
-        *(t5, switch_transformers),
+        *(flex_olmo, hunyuan_v1_moe, granitemoe, granitemoeshared, t5, switch_transformers),
     )
 }
 
-__all__ = ["FAMILIES"]
+#: Other architectures with experts, and what they need that no model here computes.
+MISSING = {
+    "deepseek_v32": "attention to tokens that an indexer chooses",
+    "deepseek_v4": "compressed attention and hyper-connections",
+    "gemma4": "norms before and after each half, dense FFN and experts side by side, per-layer embeddings",
+    "glm_moe_dsa": "attention to tokens that an indexer chooses",
+    "granitemoehybrid": "Mamba layers",
+    "jamba": "Mamba layers",
+    "kimi_linear": "delta attention layers",
+    "llama4": "chunked attention, layers without positions, routing weights on the experts' inputs",
+    "longcat_flash": "two attentions in a layer and experts beside the second, routing beside them",
+    "minimax": "lightning attention layers",
+    "nemotron_h": "Mamba layers",
+    "phimoe": "LayerNorm with biases, a bias of the logits, SparseMixer's routing",
+    "qwen3_5_moe": "gated DeltaNet layers, gated attention, zero-centred norms",
+    "qwen3_next": "gated DeltaNet layers, gated attention, zero-centred norms",
+}
+
+__all__ = ["FAMILIES", "MISSING"]

@@ -53,6 +53,7 @@ class Family:
         block: prefix of a block's tensors, with the number of the layer and the name of the stack.
         outside: parameter outside the blocks of a model → its tensor.
         field_names: other names of fields that all families write; None: not written.
+        fused: tensors of the experts where all of a layer lie together, if they may lie in three for each expert.
         copies: tensors that a file may hold beside the one that they must equal.
         unread: tensors that a file may hold and nobody reads.
         aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
@@ -70,6 +71,7 @@ class Family:
     block: str = "model.layers.{layer}."
     outside: Callable[[ModelConfig], Mapping[str, str]] = lambda _: OUTSIDE
     field_names: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, str | Tensor] = dataclasses.field(default_factory=lambda: FUSED_EXPERTS)
     copies: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}
     )

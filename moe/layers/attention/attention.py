@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         if c.attention_bias == "all":
             self.out_bias = zeros((c.d_model,))
         self.sinks = zeros((c.num_heads,)) if c.attention_sinks else None
-        if c.qk_norm == "head":
+        if c.qk_norm in ("head", "rotated"):
             self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
         elif c.qk_norm == "full":
@@ -129,19 +129,25 @@ class Attention(nnx.Module):
 
     def project_query(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T N H"]:
         """Queries, rotated where they have positions."""
-        query = self._project("query", x)
-        if self.config.qk_norm != "none":
-            query = self._normalise(self.query_norm, query)
-        return self._finish(query, positions)
+        query = self._rotated("query", x, positions)
+        scale = self.config.attention_scale
+        return query * (scale * self.config.head_dim**0.5) if scale else query
 
     def project_keys(
         self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
     ) -> tuple[Float[Array, "B U M H"], Float[Array, "B U M H"]]:
         """Keys and values; keys are rotated where they have positions."""
-        key = self._project("key", x)
-        if self.config.qk_norm != "none":
-            key = self._normalise(self.key_norm, key)
-        return self._finish(key, positions), self._finish(self._project("value", x), None)
+        return self._rotated("key", x, positions), self._finish(self._project("value", x), None)
+
+    def _rotated(self, name: str, x: Array, positions: Array | None) -> Array:
+        """Queries or keys, normalised before the rotation or after it."""
+        heads, kind = self._project(name, x), self.config.qk_norm
+        if kind == "none":
+            return self._finish(heads, positions)
+        norm = self.query_norm if name == "query" else self.key_norm
+        if kind == "rotated":
+            return norm(self._finish(heads, positions))
+        return self._finish(self._normalise(norm, heads), positions)
 
     def _project(self, name: str, x: Array) -> Array:
         """[B,T,D] → heads by the matrix and the bias of this name."""
