@@ -1,0 +1,111 @@
+"""Experts recorded by serving engines: their layouts read as choices, replayed, and compared with our router's."""
+
+import base64
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import ConfigError
+from moe.interop.recorded import Engine, mismatch, read_choices, replay_effect
+from moe.models.decoder import Transformer
+from moe.routing.routing import Choices, Routing
+from tests.helpers import tiny_model
+
+LENGTHS = (8, 5)  # of the inputs of two sequences: all their tokens but the last, which no engine records
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A model of a dense and two MoE layers, tokens, and the routing of their rows."""
+    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
+    model = Transformer(tiny_model(num_layers=3, gate="mixtral", **sizes), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(1, 48, (2, 8))
+    tokens[1, LENGTHS[1] :] = 0
+    run = nnx.jit(lambda model, tokens, choices: model(tokens, routing=choices, return_routing=True))
+    return model, tokens, run(model, tokens, None), run
+
+
+def _records(engine: str, index: np.ndarray) -> object:
+    """The experts [L,B,T,K] of MoE layers 1 and 2 of three as this engine gives them."""
+    rows = [index[:, i, :length].swapaxes(0, 1) for i, length in enumerate(LENGTHS)]  # [T,L,K]
+    everywhere = [np.concatenate([np.zeros_like(row[:, :1]), row], axis=1) for row in rows]  # a dense layer 0
+    if engine == "vllm":
+        return [row.astype(np.int16) for row in everywhere]
+    if engine == "sglang":
+        return [base64.b64encode(row.astype("<i4").tobytes()).decode() for row in everywhere]
+    if engine == "tensorrt_llm":
+        return rows
+    padded = np.full((2, 3, 10, 2), -1)
+    for i, row in enumerate(everywhere):
+        padded[i, :, : len(row)] = row.swapaxes(0, 1)
+    return padded
+
+
+@pytest.mark.parametrize("engine", Engine.__args__)
+def test_every_layout_replays_exactly(engine, recorded):
+    model, tokens, output, run = recorded
+    index = np.asarray(output.routing.expert_index)
+    choices = read_choices(engine, _records(engine, index), model.config, 8)
+    present = np.arange(8) < np.array(LENGTHS)[:, None]
+    np.testing.assert_array_equal(choices.chosen, np.broadcast_to(present[None, :, :, None], index.shape))
+    np.testing.assert_array_equal(np.where(choices.chosen, choices.expert_index, index), index)
+    logits = run(model, tokens, choices).logits
+    np.testing.assert_array_equal(
+        np.where(present[..., None], logits, 0), np.where(present[..., None], output.logits, 0)
+    )
+    assert not mismatch(choices, output.routing).tokens.any()
+
+
+def test_replay_of_other_experts(recorded):
+    model, tokens, output, _ = recorded
+    same = replay_effect(model, tokens, output.routing.choices)
+    assert same.loss == pytest.approx(same.replayed_loss, rel=1e-6)
+    assert same.gradient_cosine == pytest.approx(1, abs=1e-5)
+    other = Choices((output.routing.expert_index + 1) % 5, output.routing.chosen)
+    effect = replay_effect(model, tokens, other)
+    assert effect.replayed_loss != pytest.approx(effect.loss, rel=1e-4)
+    assert effect.gradient_cosine < 0.999
+
+
+def test_mismatch_by_hand():
+    """E = 3, K = 1, four tokens of one layer, one of them without a record. Ours are 0, 0, 1, 2.
+
+    Margins: 0.5 - 0.3 = 0.2, 0.9 - 0.1 = 0.8, 0.6 - 0.3 = 0.3. Recorded are 1, 0, 1: one of three differs, the token
+    with the smallest margin.
+    """
+    probs = jnp.array([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.3, 0.6, 0.1], [0.1, 0.2, 0.7]])[None, None]
+    ours = jnp.array([[[[0], [0], [1], [2]]]])
+    true = jnp.ones(ours.shape, bool)
+    routing = Routing(ours, jnp.ones(ours.shape), true, jnp.log(probs), probs, ~true[..., 0])
+    choices = Choices(jnp.array([[[[1], [0], [1], [0]]]]), true.at[0, 0, 3].set(False))
+    result = mismatch(choices, routing)
+    np.testing.assert_allclose(result.decisions, [1 / 3])
+    np.testing.assert_allclose(result.tokens, [1 / 3])
+    np.testing.assert_allclose(result.margins, [0.2, 0.3, 0.8], atol=1e-6)
+    assert result.by_margin.tolist() == [1, 0, 0]
+    assert "| 0 | 33.33 | 33.33 |" in result.as_markdown()
+    with pytest.raises(ConfigError, match="the records hold no experts"):
+        mismatch(Choices(choices.expert_index, jnp.zeros(ours.shape, bool)), routing)
+
+
+def test_refusals():
+    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
+    model = tiny_model(num_layers=3, gate="mixtral", **sizes)
+    good = np.tile(np.array([0, 1]), (4, 3, 1))
+
+    def refused(pattern, records, engine="vllm", length=4):
+        with pytest.raises(ConfigError, match=pattern):
+            read_choices(engine, records, model, length)
+
+    refused("engine='vlm': must be one of vllm, sglang, tensorrt_llm, tunix", [good], "vlm")
+    refused(r"record 1 has shape \[4, 4, 2\], must be \[tokens, 2 or 3 layers, 2\]", [good, np.zeros((4, 4, 2), int)])
+    refused(r"record 0 has shape \[4, 3, 1\]", [good[..., :1]])
+    refused(r"record 0 is of type float64, must be integers", [good * 1.0])
+    refused("record 0 has 4 tokens, the rows 3", [good], length=3)
+    refused("record 0: expert 5 at token 0, MoE layer 0: must be below 5", [good + 4])
+    refused("record 0: one expert twice at token 0, MoE layer 0", [good * 0])
+    refused("record 0: is no base64 of int32", ["%%"], "sglang")
+    refused("record 0: 5 experts are no multiple", [base64.b64encode(np.zeros(5, "<i4").tobytes())], "sglang")
+    refused(r"the record has shape \[4, 3, 2\], must be \[batch, layers, length, 2\]", good, "tunix")
