@@ -36,12 +36,21 @@ class Streamed:
         dtype: whole array.
         slot_axes: number of leading axes that index the parts.
         parts: () → (index in the leading axes, part) for every part.
+        rows: of one part, where no axis indexes them and a part is a block of rows; 0: all.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     slot_axes: int
-    parts: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+    parts: Callable[[], Iterator[tuple[tuple[int | slice, ...], np.ndarray]]]
+    rows: int = 0
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of one part, which is stored as one chunk."""
+        if self.rows:
+            return self.rows, *self.shape[1:]
+        return (1,) * self.slot_axes + self.shape[self.slot_axes :]
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
@@ -59,7 +68,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
                 info,
                 use_ocdbt=True,
                 global_shape=value.shape,
-                local_shape=(1,) * value.slot_axes + value.shape[value.slot_axes :],
+                local_shape=value.part_shape,
                 dtype=value.dtype,
                 process_index=None,  # one writer: write to the final database, no merge needed
                 arg=args[number] if args else None,

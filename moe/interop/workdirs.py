@@ -19,7 +19,7 @@ from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.data.tokenizer_files import find_tokenizer
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
-from moe.interop.layout import Parameter, get_leaf, set_leaf
+from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
 from moe.interop.quantization_config import FP8Config, read_quantization
 from moe.interop.quantized import pack_scales, unpack_scales
@@ -27,6 +27,8 @@ from moe.interop.save import Encoders, new_folder, refuse_files, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
 
+#: Elements of a table of the vocabulary that are in memory at once.
+PART_ELEMENTS = 1 << 26
 GENERATION_FILE = "generation_config.json"
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
@@ -87,15 +89,30 @@ def _companions(source: Path) -> dict[str, bytes]:
 
 def _streamed(folder: TensorFolder, parameter: Parameter) -> stored.Streamed:
     dtype, everything = parameter_dtype(folder, parameter), (slice(None),) * len(parameter.slot_shape)
+    leading = len(parameter.pieces[0].slot)
+    rows = 0 if leading else _rows_of_a_part(parameter.shape)
 
-    def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    def read(piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
+        values = parameter.read(folder, piece, index).astype(dtype, copy=False)
+        if not np.isfinite(values).all():
+            raise ConfigError(f"{folder.directory}: {piece.name} holds values that are not finite")
+        return values
+
+    def parts() -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
         for piece in parameter.pieces:
-            values = parameter.read(folder, piece, everything).astype(dtype, copy=False)
-            if not all(np.isfinite(row).all() for row in values):  # a mask of all would be half as large again
-                raise ConfigError(f"{folder.directory}: {piece.name} holds values that are not finite")
-            yield piece.slot, values
+            if leading:
+                yield piece.slot, read(piece, everything)
+            for start in range(0, parameter.shape[0], rows) if rows else ():
+                block = slice(start, start + rows)
+                yield (block,), read(piece, (block, *everything[1:]))
 
-    return stored.Streamed(parameter.shape, dtype, len(parameter.pieces[0].slot), parts)
+    return stored.Streamed(parameter.shape, dtype, leading, parts, rows)
+
+
+def _rows_of_a_part(shape: tuple[int, ...]) -> int:
+    """Rows of a table that are read and written at once: the largest divisor that keeps a part small."""
+    least = -(-int(np.prod(shape)) // PART_ELEMENTS)
+    return next(shape[0] // count for count in range(least, shape[0] + 1) if shape[0] % count == 0)
 
 
 def export_checkpoint(
