@@ -104,6 +104,8 @@ def copy_columns(source: epath.Path, target: Path) -> None:
                 for batch in batches(columns=columns):
                     arrays = [_as_strings(pa, batch.column(name)) for name in columns]
                     writer.write_batch(pa.record_batch(arrays, schema=kept))
+    except ConfigError:
+        raise
     except (pa.ArrowException, ValueError) as error:
         raise _damaged(os.fspath(source), error) from error
 
