@@ -26,15 +26,14 @@ def spread(platform: str, known: list[dict[str, Any]]) -> tuple[float, float, in
     """Scale and spread of counted steps, from published ones.
 
     Args:
-        platform: "tpu" or "gpu"; published steps on the other count too where this one has fewer than three.
+        platform: "tpu" or "gpu"; published steps on the other do not count.
         known: from :func:`rows`.
 
     Returns:
         The mean of published over counted time, in the logarithm; the width on each side that holds 80 % of further
         steps, by Student's t; the number of steps.
     """
-    alike = [row for row in known if row["platform"] == platform]
-    return spread_of([row["residual"] for row in (alike if len(alike) > 2 else known)])
+    return spread_of([row["residual"] for row in known if row["platform"] == platform])
 
 
 def spread_of(residuals: list[float]) -> tuple[float, float, int]:
@@ -75,7 +74,7 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
         "Written by `python scripts/calibration.py`. Nothing was run here. *Counted* is this project's program,",
         "compiled for the slice and read ([pods.md](../pods.md)); *published* is somebody else's program for the same",
         "model, measured on hardware, for the tokens of our batch. *Predicted* is counted, scaled as the others are",
-        "(those of the same platform where there are three), with the interval that should hold 80 %; *inside*",
+        "(those of the same platform), with the interval that should hold 80 %; *inside*",
         "says whether it does. An error is the estimate's and the difference between two programs.",
         "",
         "| model | slice | counted, s | predicted, s | interval | published, s | inside | ratio | GiB a chip |",

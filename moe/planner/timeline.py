@@ -28,12 +28,10 @@ _PARTS = (
 
 def part(item: Item) -> str:
     """The part of the model that an instruction belongs to."""
+    if item.kind in ("grouped matmul", "attention"):
+        return "experts" if item.kind == "grouped matmul" else "attention"
     if item.where == "update":
         return "optimizer"
-    if item.kind == "grouped matmul":
-        return "experts"
-    if item.kind == "attention":
-        return "attention"
     source = re.sub(rf"{WEIGHTS_SCOPE}[\w.]+", lambda name: name.group().rsplit(".", 1)[0], item.source)
     return next((name for pattern, name in _PARTS if re.search(pattern, source)), "layers, the rest")
 
