@@ -3,18 +3,27 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from etils import epath
 
-from moe.config import ConfigError, DataConfig
+from moe.checkpoints.parameters import write_parameters
+from moe.config import ConfigError, DataConfig, to_dict
 from moe.data import chat, documents, pipeline
 from moe.data.json_tokenizer import JsonTokenizer
+from moe.parallel.mesh import make_mesh
+from moe.training.averaging import _streamed
+from moe.training.step import build
+from tests.run_helpers import tiny
 
+ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "data" / "chat"
 EXPECTED = json.loads((HERE / "expected.json").read_text())
 NAMES = ("chatml", "llama3", "mistral")
@@ -195,3 +204,29 @@ def test_what_conversations_need_is_said(config, tmp_path):
     (tmp_path / "plain" / "a.txt").write_text("plain\n\n" * 4000)
     with pytest.raises(ConfigError, match="needs documents with messages, prompt and response"):
         pipeline.prepare(dataclasses.replace(own, dataset=str(tmp_path / "plain")), 400, progress=lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_model_is_talked_to(tmp_path):
+    """Two turns by --prompt and by standard input give the same answers, the second one after the first."""
+    config = tiny(tmp_path, **{"data.objective": "chat", "model.num_layers": 1})
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parameters = build(config, mesh).init().parameters
+    run = epath.Path(tmp_path / "run")
+    run.mkdir()
+    write_parameters(run, _streamed(parameters))
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    for name, content in tokenizer("llama3").files.items():
+        (run / name).write_bytes(content)
+    command = [sys.executable, "scripts/generate.py", f"--workdir={run}", "--chat", "--tokens=6", "--temperature=0"]
+
+    def talk(*words, typed=""):
+        done = subprocess.run([*command, *words], cwd=ROOT, input=typed, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    given = talk("--prompt=What is a router?", "--prompt=And a gate?")
+    assert given.count("\n") >= 2
+    assert talk(typed="What is a router?\n\nAnd a gate?\n") == given
+    assert talk("--prompt=And a gate?") != given
