@@ -1,0 +1,345 @@
+"""The equations of a top-k MoE layer, in float64, for any weights and inputs; independent of this package's layers.
+
+Choices, capacity and drops are decided token by token in NumPy. The output and the losses are computed in JAX with
+those decisions as constants, and differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from moe.config import ConfigError
+
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
+Activation = Literal["swiglu", "geglu", "relu", "gelu"]
+ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "relu": jax.nn.relu, "gelu": jax.nn.gelu}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a layer is meant to compute.
+
+    Attributes:
+        k: experts per token.
+        score: of the router logits.
+        renormalise: divide the chosen scores by their sum (with softmax: Mixtral's softmax over the chosen logits).
+        scale: factor of the weights (DeepSeek-V3: 2.5).
+        groups: equal groups of consecutive experts.
+        kept_groups: groups that one token may choose from.
+        scores_per_group: highest scores whose sum ranks a group (DeepSeek-V3: 2).
+        capacity_factor: C = ceil(capacity_factor · K · S / E); 0: no capacity.
+        activation: of the experts.
+        balance_weight: of the load-balancing loss in what is differentiated.
+        z_weight: of the router z-loss in what is differentiated.
+    """
+
+    k: int = 2
+    score: Score = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    scores_per_group: int = 1
+    capacity_factor: float = 0.0
+    activation: Activation = "swiglu"
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+
+    def __str__(self) -> str:
+        weights = f"{self.score}{', renormalised' if self.renormalise else ''}"
+        weights += f", times {self.scale:g}" if self.scale != 1 else ""
+        limit = f", {self.kept_groups} of {self.groups} groups" if self.groups > 1 else ""
+        capacity = f"capacity factor {self.capacity_factor:g}" if self.capacity_factor else "no capacity"
+        return f"top-{self.k}, {weights}{limit}, {capacity}, {self.activation}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Ways in which implementations were seen to differ from the equations; the defaults do not.
+
+    Attributes:
+        router_dtype: of the router's matmul.
+        bias_in_choice: the selection bias is added to the scores for the choice.
+        bias_in_weights: the weights are biased scores too.
+        weighs_input: an expert is applied to weight · x instead of weighing its output.
+        swapped: the activation is applied to the up projection instead of the gate projection.
+        expert_shift: expert e + shift is applied where e was chosen.
+        rounding: of the capacity.
+        capacity_without_k: C = factor · S / E.
+        token_order: a token's second choice takes its place before the next token's first choice.
+        routes_padding: padding takes capacity.
+        renormalises_kept: weights are divided by the sum over the assignments that were not dropped.
+        router_gradient: of the weights: all of it, none, or with the denominator of the renormalisation as a constant.
+        detached_input: x gets no gradient through the router.
+        detached_router: the router's matrix gets no gradient through the weights.
+        balance_counts: assignments that f of the load-balancing loss counts.
+        balance_probs: P of that loss: scores of all experts, or the combine weights.
+        balance_padding: padding counts in the losses.
+        balance_shards: the loss is the mean over so many equal shards of the tokens.
+        z_of_scores: the z-loss is taken of the scores instead of the logits.
+    """
+
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    bias_in_choice: bool = True
+    bias_in_weights: bool = False
+    weighs_input: bool = False
+    swapped: bool = False
+    expert_shift: int = 0
+    rounding: Literal["up", "down"] = "up"
+    capacity_without_k: bool = False
+    token_order: bool = False
+    routes_padding: bool = False
+    renormalises_kept: bool = False
+    router_gradient: Literal["all", "none", "constant denominator"] = "all"
+    detached_input: bool = False
+    detached_router: bool = False
+    balance_counts: Literal["all", "first", "kept"] = "all"
+    balance_probs: Literal["scores", "weights"] = "scores"
+    balance_padding: bool = False
+    balance_shards: int = 1
+    z_of_scores: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Weights and inputs of one layer, float64.
+
+    Attributes:
+        x: [G,S,D]; tokens compete for capacity within a group.
+        mask: [G,S] bool, real tokens.
+        router: [D,E]; None where only the logits are known.
+        logits: [G,S,E]; None: x · router.
+        up, gate, down: [E,D,F], [E,D,F] or None, [E,F,D].
+        bias: [E], selection bias; None: none.
+        cotangent: [G,S,D], gradient of the objective by y; None: no gradients.
+    """
+
+    x: np.ndarray
+    mask: np.ndarray
+    router: np.ndarray | None
+    logits: np.ndarray | None
+    up: np.ndarray
+    gate: np.ndarray | None
+    down: np.ndarray
+    bias: np.ndarray | None = None
+    cotangent: np.ndarray | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.up)
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Differentiable arrays by name."""
+        arrays = {"x": self.x, "router": self.router, "up": self.up, "gate": self.gate, "down": self.down}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def router_logits(self, variant: Variant) -> np.ndarray:
+        """[G,S,E], in float64 or as a bfloat16 router rounds them."""
+        if self.logits is not None:
+            return self.logits
+        assert self.router is not None
+        if variant.router_dtype == "float32":
+            return self.x @ self.router
+        rounded = [array.astype(ml_dtypes.bfloat16).astype(np.float64) for array in (self.x, self.router)]
+        return (rounded[0] @ rounded[1]).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decisions:
+    """Discrete results of routing.
+
+    Attributes:
+        expert_index: [G,S,K], first choice first.
+        kept: [G,S,K] bool, of a real token and not dropped.
+        capacity: C; 0: none.
+    """
+
+    expert_index: np.ndarray
+    kept: np.ndarray
+    capacity: int
+
+
+def capacity(rule: Rule, variant: Variant, tokens: int, num_experts: int) -> int:
+    """C of one expert in a group of S tokens; 0: none."""
+    if not rule.capacity_factor:
+        return 0
+    exact = rule.capacity_factor * (1 if variant.capacity_without_k else rule.k) * tokens / num_experts
+    return max(1, math.ceil(exact - 1e-9) if variant.rounding == "up" else math.floor(exact + 1e-9))
+
+
+def check(rule: Rule, num_experts: int) -> None:
+    """Refuse a rule that E experts cannot follow.
+
+    Raises:
+        ConfigError: groups that do not divide E, or more experts per token than may be chosen.
+    """
+    if num_experts % rule.groups or not 1 <= rule.kept_groups <= rule.groups:
+        raise ConfigError(
+            f"groups={rule.groups}, kept_groups={rule.kept_groups}: groups must divide the {num_experts} experts, "
+            "and a token keeps 1 to all of them"
+        )
+    if not 1 <= rule.k <= num_experts * rule.kept_groups // rule.groups:
+        raise ConfigError(
+            f"k={rule.k}: a token may choose from {num_experts * rule.kept_groups // rule.groups} experts"
+        )
+
+
+def decide(rule: Rule, variant: Variant, layer: Layer) -> Decisions:
+    """Choose experts token by token, then fill the buffers: all first choices, then all second choices."""
+    scores = np.asarray(_scores(rule.score, jnp.asarray(layer.router_logits(variant))))
+    ranked = scores + (layer.bias if layer.bias is not None and variant.bias_in_choice else 0.0)
+    groups, tokens, num_experts = scores.shape
+    index = np.zeros((groups, tokens, rule.k), int)
+    for g, s in np.ndindex(groups, tokens):
+        index[g, s] = _choose(rule, ranked[g, s])
+    real = layer.mask | variant.routes_padding
+    kept = np.broadcast_to(real[..., None], index.shape).copy()
+    limit = capacity(rule, variant, tokens, num_experts)
+    for g in range(groups if limit else 0):
+        taken = np.zeros(num_experts, int)
+        pairs = [(s, c) for c in range(rule.k) for s in range(tokens)]
+        for s, choice in sorted(pairs) if variant.token_order else pairs:
+            if real[g, s]:
+                expert = index[g, s, choice]
+                kept[g, s, choice] = taken[expert] < limit
+                taken[expert] += 1
+    return Decisions(index, kept & layer.mask[..., None], limit)
+
+
+def _choose(rule: Rule, ranked: np.ndarray) -> list[int]:
+    """The K best experts of one token among its best groups, the lower index first among equals."""
+    size = len(ranked) // rule.groups
+    members = [range(g * size, (g + 1) * size) for g in range(rule.groups)]
+    worth = [sum(sorted((ranked[e] for e in group), reverse=True)[: rule.scores_per_group]) for group in members]
+    best = sorted(range(rule.groups), key=lambda g: (-worth[g], g))[: rule.kept_groups]
+    return sorted((e for g in best for e in members[g]), key=lambda e: (-ranked[e], e))[: rule.k]
+
+
+def _scores(score: Score, logits: jax.Array) -> jax.Array:
+    if score == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.sigmoid(logits) if score == "sigmoid" else jnp.sqrt(jax.nn.softplus(logits))
+
+
+def compute(rule: Rule, variant: Variant, layer: Layer) -> dict[str, np.ndarray]:
+    """Everything that a layer of this rule can be compared in.
+
+    Returns:
+        ``expert_index`` and ``kept`` [G,S,K], ``combine`` [G,S,E] (0 where an expert is not applied), ``outputs``
+        [G,S,E,D] (every expert on every token), ``y`` [G,S,D], ``balance_loss`` (1 at perfect balance), ``z_loss``
+        and, with a cotangent, ``grad_x``, ``grad_router``, ``grad_up``, ``grad_gate`` and ``grad_down``.
+    """
+    with jax.enable_x64(True):
+        decisions = decide(rule, variant, layer)
+        arrays = {name: jnp.asarray(array) for name, array in layer.weights.items()}
+        cotangent = layer.cotangent
+
+        def objective(arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            results = _forward(rule, variant, layer, decisions, arrays)
+            total = rule.balance_weight * results["balance_loss"] + rule.z_weight * results["z_loss"]
+            return total + (0.0 if cotangent is None else jnp.sum(results["y"] * cotangent)), results
+
+        if cotangent is None:
+            gradients, results = {}, objective(arrays)[1]
+        else:
+            gradients, results = jax.grad(objective, has_aux=True)(arrays)
+        results |= {f"grad_{name}": gradient for name, gradient in gradients.items()}
+        results |= {"expert_index": decisions.expert_index, "kept": decisions.kept}
+        return {name: np.asarray(value) for name, value in results.items()}
+
+
+def _forward(
+    rule: Rule, variant: Variant, layer: Layer, decisions: Decisions, arrays: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Output and losses, differentiable in ``arrays``."""
+    num_experts = layer.num_experts
+    logits = weighing = jnp.asarray(layer.router_logits(variant))
+    if layer.logits is None:
+        x = jax.lax.stop_gradient(arrays["x"]) if variant.detached_input else arrays["x"]
+        router = jax.lax.stop_gradient(arrays["router"]) if variant.detached_router else arrays["router"]
+        logits, weighing = _with_gradient(logits, x @ arrays["router"]), _with_gradient(logits, x @ router)
+    scores = _scores(rule.score, logits)
+    one_hot = jax.nn.one_hot(decisions.expert_index, num_experts, dtype=scores.dtype)  # [G,S,K,E]
+    source = _scores(rule.score, weighing)
+    source = source + (0.0 if layer.bias is None or not variant.bias_in_weights else layer.bias)
+    weights = _weights(rule, variant, jnp.einsum("gske,gse->gsk", one_hot, source), decisions.kept)
+    combine = jnp.einsum("gsk,gske->gse", weights * decisions.kept, one_hot)
+    combine = jnp.roll(combine, variant.expert_shift, axis=-1)
+    outputs = _experts(rule, variant, arrays, jnp.ones_like(combine))
+    if variant.weighs_input:
+        y = jnp.einsum("gse,gsed->gsd", (combine != 0) * 1.0, _experts(rule, variant, arrays, combine))
+    else:
+        y = jnp.einsum("gse,gsed->gsd", combine, outputs)
+    losses = _losses(rule, variant, layer, decisions, logits, scores, combine, one_hot)
+    return {"y": y, "combine": combine, "outputs": outputs, **losses}
+
+
+def _with_gradient(value: jax.Array, exact: jax.Array) -> jax.Array:
+    """The value, with the gradient of the exact product: a rounded one has none."""
+    return value + exact - jax.lax.stop_gradient(exact)
+
+
+def _weights(rule: Rule, variant: Variant, chosen: jax.Array, kept: np.ndarray) -> jax.Array:
+    """[G,S,K] weights of the chosen scores."""
+    if rule.renormalise or variant.renormalises_kept:
+        counted = chosen * kept if variant.renormalises_kept else chosen
+        total = jnp.sum(counted, axis=-1, keepdims=True)
+        total = jnp.where(total == 0, 1.0, total)
+        chosen = chosen / (jax.lax.stop_gradient(total) if variant.router_gradient.startswith("constant") else total)
+    return rule.scale * (jax.lax.stop_gradient(chosen) if variant.router_gradient == "none" else chosen)
+
+
+def _experts(rule: Rule, variant: Variant, arrays: Mapping[str, Any], factor: jax.Array) -> jax.Array:
+    """[G,S,E,D]: every expert on factor [G,S,E] times x."""
+    rows = factor[..., None] * arrays["x"][:, :, None]
+    up = jnp.einsum("gsed,edf->gsef", rows, arrays["up"])
+    act = ACTIVATIONS[rule.activation]
+    if "gate" not in arrays:
+        hidden = act(up)
+    else:
+        gate = jnp.einsum("gsed,edf->gsef", rows, arrays["gate"])
+        hidden = gate * act(up) if variant.swapped else act(gate) * up
+    return jnp.einsum("gsef,efd->gsed", hidden, arrays["down"])
+
+
+def _losses(
+    rule: Rule,
+    variant: Variant,
+    layer: Layer,
+    decisions: Decisions,
+    logits: jax.Array,
+    scores: jax.Array,
+    combine: jax.Array,
+    one_hot: jax.Array,
+) -> dict[str, jax.Array]:
+    """E · Σ f_e P_e with f the share of the assignments (Switch 2021, equations 4-6), and the mean squared
+    logsumexp (ST-MoE 2022, equation 5)."""
+    num_experts = layer.num_experts
+    real = (jnp.ones_like(layer.mask) if variant.balance_padding else jnp.asarray(layer.mask)).reshape(-1) * 1.0
+    counted = {"all": one_hot.sum(2), "first": one_hot[:, :, 0], "kept": (one_hot * decisions.kept[..., None]).sum(2)}
+    counts = counted[variant.balance_counts].reshape(-1, num_experts) * real[:, None]
+    probs = combine if variant.balance_probs == "weights" else scores / scores.sum(-1, keepdims=True)
+    probs = probs.reshape(-1, num_experts) * real[:, None]
+
+    def balance(counts: jax.Array, probs: jax.Array, real: jax.Array) -> jax.Array:
+        tokens = jnp.maximum(real.sum(), 1.0)
+        per_token = 1 if variant.balance_counts == "first" else rule.k
+        return num_experts * jnp.sum(counts.sum(0) / (per_token * tokens) * probs.sum(0) / tokens)
+
+    shards = variant.balance_shards
+    parts = [jnp.reshape(array, (shards, -1, *array.shape[1:])) for array in (counts, probs, real)]
+    squares = jax.nn.logsumexp(scores if variant.z_of_scores else logits, axis=-1).reshape(-1) ** 2
+    return {
+        "balance_loss": jnp.mean(jax.vmap(balance)(*parts)),
+        "z_loss": jnp.sum(squares * real) / jnp.maximum(real.sum(), 1.0),
+    }

@@ -1,0 +1,188 @@
+"""What a layer computed: arrays of an npz file, or the run of a JAX function on random weights and inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe.config import ConfigError, MeshConfig
+from moe.conformance.diagnosis import QUANTITIES
+from moe.conformance.equations import Layer, Rule
+from moe.parallel.mesh import make_mesh
+
+INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")
+
+#: A layer in JAX: (weights by name, x [G,S,D], mask [G,S]) → y, or (y, further quantities by name).
+JaxLayer = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], Any]
+
+
+def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
+    """Read a layer's weights, inputs and results from an npz file.
+
+    Arrays: ``x`` [G,S,D] or [S,D], ``router`` [D,E] or ``router_logits`` [G,S,E], ``up`` and ``gate`` [E,D,F] (or
+    ``gate_up`` [E,D,2F], the gate's half first), ``down`` [E,F,D]; optionally ``mask``, ``bias`` [E] and
+    ``cotangent``; and any of :data:`moe.conformance.diagnosis.QUANTITIES`.
+
+    Raises:
+        ConfigError: no such file, an array that is missing, unknown, or of a wrong shape.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"--npz={path}: not a readable npz file of arrays ({error})") from error
+    for name in arrays:
+        if name not in (*INPUTS, *QUANTITIES):
+            near = difflib.get_close_matches(name, (*INPUTS, *QUANTITIES), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path}: unknown array {name!r}; known are {', '.join((*INPUTS, *QUANTITIES))}{hint}")
+    if "gate_up" in arrays:
+        gate, up = np.split(arrays.pop("gate_up"), 2, axis=-1)
+        arrays |= {"gate": gate, "up": up}
+    layer = _layer(path, {name: arrays[name] for name in arrays if name in INPUTS})
+    results = {name: array for name, array in arrays.items() if name in QUANTITIES}
+    if not results:
+        raise ConfigError(f"{path}: nothing to compare; give one of {', '.join(QUANTITIES)}")
+    gradients = [name for name in results if name.startswith("grad_")]
+    if gradients and layer.cotangent is None:
+        raise ConfigError(f"{path}: {', '.join(gradients)} need the array 'cotangent', the gradient of the loss by y")
+    for name in ("y", "expert_index", "combine_weights", "grad_x"):
+        if name in results and results[name].ndim == 2:
+            results[name] = results[name].reshape(*layer.mask.shape, -1)
+    return layer, results
+
+
+def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
+    for name in ("x", "up", "down"):
+        if name not in arrays:
+            raise ConfigError(f"{path}: the array {name!r} is missing")
+    if "router" not in arrays and "router_logits" not in arrays:
+        raise ConfigError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
+    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items() if name != "mask"}
+    x = wide["x"].reshape(-1, *wide["x"].shape[-2:])
+    groups, tokens, d = x.shape
+    num_experts, _, f = wide["up"].shape if wide["up"].ndim == 3 else (0, 0, 0)
+    shapes = {
+        "router": (d, num_experts),
+        "up": (num_experts, d, f),
+        "gate": (num_experts, d, f),
+        "down": (num_experts, f, d),
+        "bias": (num_experts,),
+    }
+    for name, shape in shapes.items():
+        if name in wide and wide[name].shape != shape:
+            raise ConfigError(
+                f"{path}: {name} has the shape {wide[name].shape}, not {shape}: D {d}, E {num_experts}, F {f}"
+            )
+    sizes = {"router_logits": num_experts, "cotangent": d, "mask": 1}
+    for name, width in sizes.items():
+        if name in arrays and arrays[name].size != groups * tokens * width:
+            raise ConfigError(f"{path}: {name} has the shape {arrays[name].shape}, for {groups} x {tokens} tokens")
+    logits, cotangent = (
+        wide[name].reshape(groups, tokens, -1) if name in wide else None for name in ("router_logits", "cotangent")
+    )
+    mask = arrays["mask"].astype(bool).reshape(groups, tokens) if "mask" in arrays else np.ones((groups, tokens), bool)
+    # Where both are there, the logits are what the layer chose by; the router is needed for its gradient.
+    logits = None if "router" in wide else logits
+    return Layer(
+        x, mask, wide.get("router"), logits, wide["up"], wide.get("gate"), wide["down"], wide.get("bias"), cotangent
+    )
+
+
+def random_layer(
+    rule: Rule, *, groups: int = 4, tokens: int = 16, d: int = 16, f: int = 24, num_experts: int = 8, seed: int = 0
+) -> Layer:
+    """Weights and inputs that make mistakes show: no near-uniform scores, an eighth of the tokens is padding."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int, scale: float) -> np.ndarray:
+        return (rng.normal(size=shape) * scale).astype(np.float32).astype(np.float64)
+
+    gated = rule.activation in ("swiglu", "geglu")
+    return Layer(
+        x=draw(groups, tokens, d, scale=1.0),
+        mask=rng.random((groups, tokens)) >= 0.125,
+        router=draw(d, num_experts, scale=2 / d**0.5),
+        logits=None,
+        up=draw(num_experts, d, f, scale=2 / d**0.5),
+        gate=draw(num_experts, d, f, scale=2 / d**0.5) if gated else None,
+        down=draw(num_experts, f, d, scale=2 / f**0.5),
+        cotangent=draw(groups, tokens, d, scale=1.0),
+    )
+
+
+def parse_mesh(sizes: str) -> Mesh:
+    """Mesh of axes such as ``data=2,expert=4``, over as many devices as their product.
+
+    Raises:
+        ConfigError: an unknown axis, no size, or more devices than there are.
+    """
+    axes = {field.name for field in dataclasses.fields(MeshConfig)}
+    pairs = [part.partition("=") for part in sizes.split(",")]
+    if not all(axis in axes and size.isdigit() and int(size) for axis, _, size in pairs):
+        raise ConfigError(f"--mesh={sizes}: must be sizes of {', '.join(sorted(axes))}, such as data=2,expert=4")
+    config = MeshConfig(**{"data": 1, **{axis: int(size) for axis, _, size in pairs}})
+    count = math.prod(dataclasses.astuple(config))
+    if count > jax.device_count():
+        raise ConfigError(
+            f"--mesh={sizes}: needs {count} devices, there are {jax.device_count()}; on a CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return make_mesh(config, jax.devices()[:count])
+
+
+def run(function: JaxLayer, rule: Rule, layer: Layer, mesh: Mesh | None = None) -> dict[str, np.ndarray]:
+    """Results of a JAX layer, its gradients included, in float32.
+
+    Args:
+        function: the layer.
+        rule: its loss weights.
+        layer: weights and inputs.
+        mesh: set while the layer is traced and run; None: none.
+
+    Raises:
+        ConfigError: the function fails, or returns something else than y or (y, quantities).
+    """
+    weights = {name: jnp.asarray(array, jnp.float32) for name, array in layer.weights.items() if name != "x"}
+    x, mask = jnp.asarray(layer.x, jnp.float32), jnp.asarray(layer.mask)
+
+    def objective(weights: Mapping[str, jax.Array], x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        output = function(weights, x, mask)
+        y, further = output if isinstance(output, tuple) else (output, {})
+        results = {"y": jnp.asarray(y), **further}
+        total = jnp.sum(results["y"].astype(jnp.float32) * jnp.asarray(layer.cotangent, jnp.float32))
+        for name, weight in (("balance_loss", rule.balance_weight), ("z_loss", rule.z_weight)):
+            total += weight * results.get(name, 0.0)
+        return total, results
+
+    differentiate = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
+    try:
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            gradients, results = differentiate(weights, x)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"the layer cannot be run and differentiated: {type(error).__name__}: {first}") from error
+    unknown = sorted(set(results) - set(QUANTITIES))
+    if unknown:
+        raise ConfigError(f"the layer returns {', '.join(unknown)}; known quantities are {', '.join(QUANTITIES)}")
+    results |= {"grad_x": gradients[1], **{f"grad_{name}": value for name, value in gradients[0].items()}}
+    return {name: np.asarray(value, np.float64) for name, value in results.items()}
+
+
+def write(path: Path, layer: Layer, results: Mapping[str, np.ndarray]) -> None:
+    """Write a layer and its results as :func:`read` reads them."""
+    arrays: dict[str, Any] = {**layer.weights, "mask": layer.mask, **results}
+    optional = {"router_logits": layer.logits, "bias": layer.bias, "cotangent": layer.cotangent}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    np.savez(path, **arrays)

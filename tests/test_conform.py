@@ -1,0 +1,186 @@
+"""The diagnosis of foreign layers: planted bugs are named, correct layers pass."""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe import MoELayer
+from moe.config import ConfigError
+from moe.conformance import equations, evidence
+from moe.conformance.diagnosis import diagnose, page
+from moe.conformance.equations import Rule, Variant
+from moe.dispatch import plan
+
+#: Losses weigh as much as the output in what is differentiated, so that their gradients are compared too.
+RULE = Rule(k=2, renormalise=True, capacity_factor=1.25, balance_weight=10.0, z_weight=1.0)
+LAYER = evidence.random_layer(RULE, groups=2, tokens=9, d=8, f=6, num_experts=4)
+MASK = jnp.asarray(LAYER.mask)
+K, E = RULE.k, LAYER.num_experts
+
+
+def ours(weights, x, mask, *, gate="mixtral", counted=None, **settings):
+    """This package's layer with these weights; ``counted``: the mask that it is told instead of the true one."""
+    fields = {"experts_per_token": K, "eval_capacity_factor": RULE.capacity_factor, **settings}
+    layer = MoELayer(d_model=8, d_ff=6, num_experts=E, gate=gate, rngs=nnx.Rngs(0), **fields)
+    layer.router.kernel[...] = weights["router"]
+    for name in ("up", "gate", "down"):
+        getattr(layer.experts, name)[...] = weights[name]
+    y, report, _ = layer(x, mask if counted is None else counted)
+    return y, {"balance_loss": report.load_balancing_loss, "z_loss": report.router_z_loss}
+
+
+def diagnosis(function):
+    return diagnose(RULE, LAYER, evidence.run(function, RULE, LAYER))
+
+
+def scaled(array, factor):
+    """The array, with a gradient that is ``factor`` times as large."""
+    return array * factor + jax.lax.stop_gradient(array * (1 - factor))
+
+
+def with_weights(change):
+    return lambda weights, x, mask: ours({**weights, **change(weights)}, x, mask)
+
+
+def with_losses(**change):
+    def layer(weights, x, mask):
+        y, losses = ours(weights, x, mask)
+        return y, {name: change.get(name, lambda value: value)(value) for name, value in losses.items()}
+
+    return layer
+
+
+def sharded_balance(weights, x, mask):
+    """Megatron-LM 5047: a mean of the losses of two devices, each over its own tokens."""
+    halves = [ours(weights, x[i : i + 1], mask[i : i + 1])[1]["balance_loss"] for i in range(2)]
+    y, losses = ours(weights, x, mask)
+    return y, losses | {"balance_loss": sum(halves) / 2}
+
+
+def floor_capacity(weights, x, mask):
+    rounded = lambda factor, k, tokens, experts: int(factor * k * tokens / experts)  # noqa: E731
+    with mock.patch.object(plan, "expert_capacity", rounded):
+        return ours(weights, x, mask)
+
+
+#: Bug → (layer, words that name it).
+MUTANTS = {
+    "not renormalised": (
+        lambda w, x, m: ours(w, x, m, gate="switch"),
+        "softmax before the top-k without renormalising",
+    ),
+    "capacity rounded down": (floor_capacity, "the capacity is rounded down"),
+    "no capacity": (lambda w, x, m: ours(w, x, m, dispatch="dropless"), "nothing is dropped"),
+    "one expert more": (lambda w, x, m: ours(w, x, m, experts_per_token=3), "3 experts per token instead of 2"),
+    "padding routed": (lambda w, x, m: ours(w, x, m, counted=jnp.ones_like(m)), "padding"),
+    "gate and up swapped": (with_weights(lambda w: {"gate": w["up"], "up": w["gate"]}), "projections are swapped"),
+    "experts off by one": (
+        with_weights(lambda w: {name: jnp.roll(w[name], 1, 0) for name in ("up", "gate", "down")}),
+        "expert e + 3 is applied",
+    ),
+    "expert gradients over TP": (
+        with_weights(lambda w: {name: scaled(w[name], 0.25) for name in ("up", "gate", "down")}),
+        "0.25 times the expected value = 1/E or 1/4 devices",
+    ),
+    "expert gradients times EP": (
+        with_weights(lambda w: {name: scaled(w[name], 8.0) for name in ("up", "gate", "down")}),
+        "8 times the expected value = 8 devices (TP, EP or DP)",
+    ),
+    "router without gradient": (
+        lambda w, x, m: (ours({**w, "router": jax.lax.stop_gradient(w["router"])}, x, m)[0], ours(w, x, m)[1]),
+        "the router's matrix gets no gradient through the combine weights",
+    ),
+    "balance loss times K": (with_losses(balance_loss=lambda loss: loss * K), "2 times the expected value = K"),
+    "balance loss over E": (with_losses(balance_loss=lambda loss: loss / E), "0.25 times the expected value = 1/E"),
+    "balance loss detached": (with_losses(balance_loss=jax.lax.stop_gradient), "the balance loss has no gradient"),
+    "balance loss a mean over devices": (sharded_balance, "a mean over 2 shards"),
+    "z-loss detached": (with_losses(z_loss=jax.lax.stop_gradient), "the z-loss has no gradient"),
+}
+QUICK = ("expert gradients over TP",)
+
+
+def test_this_layer_conforms():
+    result = diagnosis(ours)
+    assert result.conforms, page(RULE, result)
+    assert {check.quantity for check in result.checks} >= {"y", "balance_loss", "z_loss", "grad_router", "grad_x"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
+)
+def test_a_planted_bug_is_named(name):
+    layer, words = MUTANTS[name]
+    result = diagnosis(layer)
+    assert not result.conforms
+    text = page(RULE, result)
+    assert words in text, text
+
+
+def test_output_of_one_wrong_token_is_decomposed_into_experts_and_weights():
+    exact = equations.compute(RULE, Variant(), LAYER)
+    y, token = exact["y"].copy(), int(np.argmax(exact["kept"][0].all(-1)))
+    first = int(exact["expert_index"][0, token, 0])
+    y[0, token] += 0.5 * exact["outputs"][0, token, first]
+    text = page(RULE, diagnose(RULE, LAYER, {"y": y}))
+    weight = exact["combine"][0, token, first]
+    assert f"token {token} of group 0: expert {first} with weight {weight + 0.5:.4g} instead of {weight:.4g}" in text
+
+
+def test_hand_computed_layer():
+    """Two experts, two tokens, one dimension: weights e/(1+e) and 1/(1+e), relu experts y = down · max(up · x, 0)."""
+    layer = equations.Layer(
+        x=np.asarray([[[1.0], [2.0]]]),
+        mask=np.ones((1, 2), bool),
+        router=np.asarray([[1.0, 0.0]]),
+        logits=None,
+        up=np.asarray([[[1.0]], [[3.0]]]),
+        gate=None,
+        down=np.asarray([[[2.0]], [[1.0]]]),
+    )
+    exact = equations.compute(Rule(k=1, activation="relu"), Variant(), layer)
+    e = np.exp(1.0)
+    np.testing.assert_allclose(exact["y"][0, :, 0], [2 * e / (1 + e), 4 * e**2 / (1 + e**2)], rtol=1e-12)
+    # Both tokens choose expert 0: f = (1, 0), P_0 = mean of e/(1+e) and e²/(1+e²); E · f_0 · P_0.
+    mean = (e / (1 + e) + e**2 / (1 + e**2)) / 2
+    assert exact["balance_loss"] == pytest.approx(2 * mean, rel=1e-12)
+    # One place an expert: capacity 1.0 · 1 · 2 / 2; the second token is dropped.
+    limited = equations.compute(Rule(k=1, activation="relu", capacity_factor=1.0), Variant(), layer)
+    assert limited["kept"][0, :, 0].tolist() == [True, False]
+    assert limited["y"][0, 1, 0] == 0
+
+
+def test_npz_round_trip(tmp_path):
+    exact = equations.compute(RULE, Variant(), LAYER)
+    results = {name: exact[name] for name in ("y", "expert_index", "grad_router")}
+    evidence.write(tmp_path / "layer.npz", LAYER, results)
+    layer, read = evidence.read(str(tmp_path / "layer.npz"))
+    assert diagnose(RULE, layer, read).conforms
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"wieght": np.ones(1)}, "unknown array 'wieght'"),
+        ({"router": None}, "'router'"),
+        ({"down": np.ones((4, 6, 7))}, "down has the shape"),
+        ({"cotangent": None}, "need the array 'cotangent'"),
+        ({"y": None, "grad_router": None}, "nothing to compare"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, change, words):
+    arrays = dict(LAYER.weights) | {"cotangent": LAYER.cotangent, "y": LAYER.x, "grad_router": LAYER.router} | change
+    np.savez(tmp_path / "bad.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ConfigError, match=words):
+        evidence.read(str(tmp_path / "bad.npz"))
+
+
+def test_impossible_rules_are_refused():
+    with pytest.raises(ConfigError, match="k=5"):
+        diagnose(dataclasses.replace(RULE, k=5), LAYER, {"y": LAYER.x})
+    with pytest.raises(ConfigError, match="groups=3"):
+        diagnose(dataclasses.replace(RULE, groups=3), LAYER, {"y": LAYER.x})
