@@ -131,7 +131,7 @@ class ExpertDropout:
 
     key: PRNGKeyArray
     rate: float = dataclasses.field(metadata={"static": True})
-    rows: Int[Array, "..."] | None = None
+    rows: Int[Array, " ..."] | None = None
 
     def at(self, rows: Int[Array, "*rows"]) -> ExpertDropout:
         """The same dropout for rows that hold these assignments."""
