@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -221,7 +222,7 @@ def test_what_cannot_be_read_for_other_reasons_is_not_called_damaged(whole, prog
 
     monkeypatch.setattr(checkpoints._manager, "restore", refuse)
     with pytest.raises(PermissionError):
-        checkpoints.resume(None, None, print)  # pyright: ignore[reportArgumentType]
+        checkpoints.resume(types.SimpleNamespace(stored=None), None, print)  # pyright: ignore[reportArgumentType]
     assert steps(whole) == [4, 6]
 
 

@@ -308,7 +308,7 @@ def test_reading_a_workdir_needs_no_optimizer(tmp_path, planted_module, monkeypa
     config = read_config(workdir)
     parameters.read_parameters(workdir, config.model)
     monkeypatch.setattr(pipeline, "prepare_run", lambda config, tokenizer: None)
-    monkeypatch.setattr(open_run, "find_tokenizer", lambda path: None)
+    monkeypatch.setattr(open_run, "find_tokenizer", lambda path, **_: None)
     open_run.open_workdir(str(workdir), {("train", "batch_size"): 8})
     assert not planted_module.exists()
     with pytest.raises(ConfigError, match=r"optimizer\.name='planted_gates:optimizer' is code .*=planted_gates"):

@@ -191,13 +191,13 @@ def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
 def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
     config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"has neither .*, or set data\.tokenizer"):
-        warm_start.tokenizer(config)
+        warm_start.tokenizer(config, tmp_path / "run")
     words = ["one text and another text"] * 300
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(iter(words), 280).model_bytes)
-    assert warm_start.tokenizer(config).vocab_size == 280
+    assert warm_start.tokenizer(config, tmp_path / "run").vocab_size == 280
     named = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="mine.model"))
-    assert warm_start.tokenizer(named) is None
-    assert warm_start.tokenizer(dataclasses.replace(config, start=StartConfig())) is None
+    assert warm_start.tokenizer(named, tmp_path / "run") is None
+    assert warm_start.tokenizer(dataclasses.replace(config, start=StartConfig()), tmp_path / "run") is None
 
 
 def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
