@@ -179,7 +179,7 @@ _HELP = ("help", "helpshort", "helpfull", "h", "?")
 
 
 def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> str:
-    """What --help prints: what the program of a module does and needs, its options, examples, exit codes."""
+    """Text of --help: what the program of a module does and needs, its options, examples, exit codes."""
     name = sys.argv[0] if module == "__main__" else module
     defined = sorted(flags.FLAGS.get_key_flags_for_module(name), key=lambda flag: flag.name)
     listed = {flag.name: flag for flag in defined}

@@ -1,1 +1,1 @@
-"""What the benchmarks in scripts/ time, and how."""
+"""Programs that the benchmarks in scripts/ time, and the timing itself."""

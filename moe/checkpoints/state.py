@@ -39,7 +39,7 @@ class TrainState:
 
     @property
     def stored(self) -> TrainState:
-        """What a checkpoint holds."""
+        """Content of a checkpoint."""
         return self
 
     def restored(self, stored: TrainState) -> TrainState:
@@ -67,7 +67,7 @@ class AdaptedState(TrainState):
 
     @property
     def stored(self) -> TrainState:
-        """What a checkpoint holds: everything but the base."""
+        """Content of a checkpoint: everything but the base."""
         return TrainState(self.step, self.parameters, self.biases, self.optimizer, self.rng)
 
     def restored(self, stored: TrainState) -> AdaptedState:

@@ -25,7 +25,7 @@ ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "relu": jax.nn.relu,
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a layer is meant to compute.
+    """Rule that a layer is meant to compute.
 
     Attributes:
         k: experts per token.

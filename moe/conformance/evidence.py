@@ -1,4 +1,4 @@
-"""What a layer computed: arrays of an npz file, or the run of a JAX function on random weights and inputs."""
+"""Results of a layer: arrays of an npz file, or the run of a JAX function on random weights and inputs."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def _one_hot(index: Any, chosen: Any, num_experts: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayEffect:
-    """What replaying recorded experts changes in a training step.
+    """Effect of replaying recorded experts on a training step.
 
     Attributes:
         loss: mean cross-entropy with our own experts.

@@ -229,7 +229,7 @@ def commit() -> str:
 
 
 def _rounded(record: Record) -> dict[str, Any]:
-    """What was measured, with seven significant digits, as much as float32 holds."""
+    """Measured values, with seven significant digits, as much as float32 holds."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):

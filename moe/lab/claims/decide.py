@@ -69,7 +69,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a suite's records say on a claim.
+    """Evidence of a suite's records on a claim.
 
     Attributes:
         claim: as registered.
@@ -237,7 +237,7 @@ def _verdict(sides: Sequence[str]) -> str:
 def _lacks(
     claim: Claim, table: Table, steps: int, outcomes: Sequence[Outcome], primary: Primary | None
 ) -> tuple[str, ...]:
-    """What a reader must know of the comparison beside its verdict."""
+    """Caveats of the comparison, beside its verdict."""
     lacks = []
     if steps < claim.min_steps:
         lacks.append(f"{steps:,} steps of at least {claim.min_steps:,}")
