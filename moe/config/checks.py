@@ -369,6 +369,20 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
     require_fractions("optimizer.", optimizer, "b1", "b2", "ema_decay")
+    if optimizer.moment_dtype == "bfloat16":
+        require(
+            optimizer.name in ("adamw", "muon"),
+            "optimizer.moment_dtype",
+            optimizer.moment_dtype,
+            f"must be float32 with optimizer.name={optimizer.name}; adamw and muon have bfloat16 moments",
+        )
+        # A second moment changes by up to a share 1 - b2 of itself; bfloat16 rounds changes below 1/256 away.
+        require(
+            optimizer.b2 <= 0.99,
+            "optimizer.moment_dtype",
+            optimizer.moment_dtype,
+            f"must be float32 with optimizer.b2={optimizer.b2}; bfloat16 keeps second moments up to b2=0.99",
+        )
     fraction = optimizer.final_learning_rate_fraction
     require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(

@@ -29,6 +29,7 @@ Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
+MomentDType = Literal["float32", "bfloat16"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat"]
 
 
@@ -219,6 +220,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices only
     gradient_clip: float = 1.0  # largest global norm; 0: no clipping
+    moment_dtype: MomentDType = "float32"  # in which moments are stored; adamw and muon also in bfloat16
     frozen: tuple[Part, ...] = ()  # parts that are not trained
     ema_decay: float = 0.0  # per step, of an average of the weights that is evaluated beside them; 0: none
 

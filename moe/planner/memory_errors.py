@@ -92,6 +92,9 @@ def _levers(config: Config) -> list[str]:
     if model.moe.gate != "none" and model.moe.dispatch == "einsum":
         levers.append("model.moe.dispatch=gather, which makes no one-hot tensors")
     levers.append(f"train.accumulation_steps above {train.accumulation_steps}, or a smaller train.batch_size")
+    optimizer = config.optimizer
+    if optimizer.name in ("adamw", "muon") and optimizer.moment_dtype == "float32" and optimizer.b2 <= 0.99:
+        levers.append("optimizer.moment_dtype=bfloat16 (now float32), 4 bytes a parameter less with AdamW")
     if model.dtype == "float32":
         levers.append("model.dtype=bfloat16 (now float32)")
     levers.append("more chips, or a larger mesh.fsdp")

@@ -26,6 +26,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         ConfigError: no such optimizer, or a function of the user's that makes none.
     """
     optimizer = _named(config, learning_rate_schedule(config, num_steps))
+    if config.moment_dtype != "float32":
+        optimizer = _stored_in(jnp.dtype(config.moment_dtype), optimizer)
     if config.gradient_clip > 0:
         optimizer = optax.chain(_clip(config.gradient_clip), optimizer)
     if config.frozen:
@@ -33,6 +35,23 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     if config.ema_decay:
         optimizer = optax.chain(optimizer, _averaging(config.ema_decay))
     return optax.with_extra_args_support(optimizer)
+
+
+def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with the arrays of its state stored in another type; it computes in float32 (DeepSeek-V3, section
+    3.3.3: both moments of AdamW in bfloat16)."""
+
+    def cast(state: Any, old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(new) if leaf.ndim and leaf.dtype == old else leaf, state)
+
+    def init(params: Any) -> Any:
+        return cast(optimizer.init(params), jnp.float32, dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 class WeightAverage(NamedTuple):
