@@ -19,13 +19,14 @@ from absl import flags
 from moe import cli
 from moe.config import ConfigError
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
+from moe.lab.loading import load_suite, with_seeds
 from moe.lab.records import read_all
 from moe.lab.report import answer, claims_page, page
 from moe.lab.running import jobs, runner
-from moe.lab.suite import load_suite, with_seeds
 from moe.lab.table import Table
+from moe.training import progress
 
-_SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/.")
+_SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/; or FILE.py:ARGUMENT.")
 _WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
 _OUTPUT = flags.DEFINE_string("output", "", "Folder of the report and of the pages, if not the workdir.")
 _SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
@@ -50,11 +51,13 @@ def main() -> None:
     suite = load_suite(_SUITE.value, _SIZE.value)
     if _SEEDS.value:
         suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
-    suites = Path(_SUITE.value).parent
+    suites = Path(_SUITE.value.partition(".py:")[0]).parent
     registered = read_claims(suites / CLAIMS_FILE)
     runner.check_start(suite, registered.claims)
     only = runner.only(suite, _ARMS.value, _HORIZONS.value)
     if not _REPORT.value:
+        for name, (given, value) in suite.replaced().items() if not jobs.is_worker() else ():
+            progress.say(f"{name}={value} as the suite sets it, instead of the base config's {given}")
         if _JOBS.value:
             jobs.start(_JOBS.value)
         else:

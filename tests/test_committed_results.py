@@ -17,8 +17,9 @@ import pytest
 from scipy import stats
 
 from moe.lab.claims.registration import Claim, Part, Primary, Registered
+from moe.lab.loading import load_suite
 from moe.lab.report import answer, claims_page, page
-from moe.lab.suite import Comparison, Sweep, Variant, load_suite
+from moe.lab.suite import Comparison, Sweep, Variant
 from tests import recomputation as again
 from tests.lab_helpers import record, suite_of, table
 
@@ -377,7 +378,7 @@ def test_cost(report):
         check(arm, model, (expected["flops"], ".3g"))
         share = runs.rows(arm, steps, "train_fraction_tokens_dropped").value.mean()
         share = 0.0 if math.isnan(share) else share
-        check(arm, dropped, (100 * share, ".2f"))
+        check(arm, dropped, (100 * share, ".1f"))
         config = suite.config(arm, steps=steps)
         matrices = 3 if config.model.activation in ("swiglu", "geglu") else 2
         layers = config.model.num_layers if config.model.moe.gate != "none" else 0
@@ -402,8 +403,10 @@ def test_domains_routing_and_probes(report):
             assert len((ours - theirs).dropna()) == int(n)
             interval_cell(f"{arm}, {domain}", cell, (ours - theirs).dropna())
     for arm, _, n, *cells in tables(sections.get("Routing at the last step", "| a |\n|---|\n"))[0][1]:
-        names = ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped")
-        for name, cell in zip(names, cells, strict=True):
+        *cells, dropped = cells
+        shares = runs.rows(arm, runs.fullest(arm), "train_fraction_tokens_dropped").groupby("layer").value.mean()
+        check(arm, dropped, *[(100 * share, ".1f") for share in shares])
+        for name, cell in zip(("max_violation", "router_entropy", "dead_experts"), cells, strict=True):
             values = runs.per_layer(arm, runs.fullest(arm), name)
             assert len(values) == int(n)
             moe = suite.config(arm).model.moe

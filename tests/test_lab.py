@@ -9,21 +9,24 @@ import pandas as pd
 import pytest
 
 from configs import base as defaults
+from configs.ablations import common
 from moe.config import ConfigError
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse
+from moe.lab.loading import check, load_suite, with_seeds
 from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import figures, sections
-from moe.lab.suite import Comparison, Sweep, Variant, check, load_suite, with_seeds
+from moe.lab.suite import Comparison, Sweep, Variant
 from moe.lab.table import MissingError, Table
 from moe.routing.resolve import from_config_dict
 from tests.helpers import slow_case
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if path.stem not in ("__init__", "common"))
+OTHERS = ("__init__", "common", "own_text")
+SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if path.stem not in OTHERS)
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
@@ -32,6 +35,38 @@ def test_every_suite_is_as_equal_as_it_says(path, size):
     suite = load_suite(str(path), size)
     assert suite.name == path.stem
     assert set(suite.primary_domains) <= set(suite.base.data.domains) | {suite.base.data.dataset}
+
+
+def test_a_suite_on_own_text_takes_the_folder_and_names_what_it_replaces():
+    path = str(ROOT / "configs/ablations/own_text.py")
+    suite = load_suite(f"{path}:/tmp/text", "laptop")
+    assert suite.base.data.dataset == "/tmp/text"
+    assert suite.replaced() == {}
+    suite.base.data.heldout_rows, suite.base.train.eval_every = 32, 77
+    assert suite.replaced() == {"data.heldout_rows": (32, 256), "train.eval_every": (77, 125)}
+    with pytest.raises(ConfigError, match=r"own_text.py:FOLDER: name the folder of text"):
+        load_suite(path, "laptop")
+
+
+def test_the_width_of_an_arm_follows_the_base_config_that_it_is_given():
+    base = common.base("laptop")
+    base.model.d_ff = 96
+    assert common.moe(base, "mixtral", 8, 2)["model.moe.d_ff"] == 48
+    assert common.moe("laptop", "mixtral", 8, 2)["model.moe.d_ff"] == 128
+
+
+def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
+    suite = suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("steps",))}, horizons=(20,))
+    runs = [record(name, seed, loss) for name, loss in (("a", 5.0), ("b", 4.0)) for seed in suite.seeds]
+    write_page(tmp_path, suite, runs)
+    text = (tmp_path / "report.md").read_text()
+    assert "**Learning rates of any arm are not tuned** at 20 steps" in text.partition("\n## ")[0]
+    assert "**Not tuned:** the suite has no sweep. All arms use the base config's rate, 0.003." in text
+    half = dataclasses.replace(SWITCH, rate_from="a")
+    suite = suite_of({"a": DENSE, "b": half}, suite.comparisons, horizons=(20,), sweep=Sweep((3e-3, 6e-3), (9,)))
+    swept = [record("a", 9, loss, rate=rate) for rate, loss in ((3e-3, 5.0), (6e-3, 6.0))]
+    write_page(tmp_path, suite, runs + swept)
+    assert "not tuned" not in (tmp_path / "report.md").read_text()
 
 
 def test_every_claim_names_arms_of_its_suite():

@@ -11,11 +11,12 @@ import pytest
 
 from moe.config import ConfigError
 from moe.lab import records, results
+from moe.lab.loading import with_seeds
 from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.running import jobs, probes, runner
 from moe.lab.running.heldout import dropless
-from moe.lab.suite import Variant, with_seeds
+from moe.lab.suite import Variant
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
 from tests.lab_helpers import DENSE, SWITCH, claim_of, keyed, record, suite_of, tiny_base, tiny_suite, write_page

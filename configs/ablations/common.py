@@ -68,21 +68,24 @@ def sweep(size: str, rate: float = 0.0) -> Sweep:
     return Sweep(tuple(factor * rate for factor in (0.5, 1.0, 2.0, 4.0)), seeds=(100, 101))
 
 
-def hidden(size: str) -> int:
-    """F of the dense FFN."""
-    return base(size).model.d_ff
+def hidden(of: str | ml_collections.ConfigDict) -> int:
+    """F of the dense FFN of a size, or of a suite's own base config."""
+    config: Any = base(of) if isinstance(of, str) else of
+    return config.model.d_ff
 
 
-def moe(size: str, gate: str, num_experts: int, k: int, d_ff: int = 0, **fields: Any) -> dict[str, Any]:
+def moe(
+    of: str | ml_collections.ConfigDict, gate: str, num_experts: int, k: int, d_ff: int = 0, **fields: Any
+) -> dict[str, Any]:
     """Overrides of an MoE arm.
 
     Args:
-        size: of the suite.
+        of: the size of the suite; its base config, if that is not :func:`base`.
         gate: a name in moe.routing.registry.LAYERS.
         num_experts: E.
         k: experts a token visits.
         d_ff: hidden units of one expert; 0: F/k, which keeps the dense model's FLOPs.
         **fields: of model.moe.
     """
-    own = {"gate": gate, "num_experts": num_experts, "experts_per_token": k, "d_ff": d_ff or hidden(size) // k}
+    own = {"gate": gate, "num_experts": num_experts, "experts_per_token": k, "d_ff": d_ff or hidden(of) // k}
     return {f"model.moe.{name}": value for name, value in {**own, **fields}.items()}

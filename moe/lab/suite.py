@@ -1,7 +1,6 @@
 """A suite: arms of one base config, horizons, seeds, a learning-rate sweep, and what each comparison holds equal.
 
-:func:`load_suite` reads a file with ``get_suite(size)`` and refuses a suite that is impossible or not equal in what it
-claims to hold equal, before anything is trained.
+:func:`moe.lab.loading.load_suite` reads one from a file and checks it.
 """
 
 from __future__ import annotations
@@ -9,16 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 import pydantic
 import pydantic.dataclasses
 
-from moe.config import Config, ConfigError, load_python_file
-from moe.data.corpora import DOMAINS
+from moe.config import Config, ConfigError, to_config_dict
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
@@ -42,7 +39,7 @@ LOGGED = 40
 _CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 #: Names of arms, which name files too.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)
@@ -127,7 +124,8 @@ class Suite:
         headline: arms that are run on all seeds before the other arms start; empty: all arms.
         experts: arm → number of experts, for a fitted law of loss against experts and tokens (:mod:`moe.lab.law`).
         warmup_share: learning-rate warm-up as a share of the steps.
-        heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text.
+        heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text; takes the place
+            of the base config's ``data.heldout_rows``.
         dropping_differs: why arms that drop different shares of their tokens in training are compared; empty: those of
             one comparison may differ by :data:`MAX_DROP_DIFFERENCE` at most.
         domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
@@ -189,6 +187,30 @@ class Suite:
         """Tokens of one optimizer step of the base config."""
         return self._base.train.batch_size * self._base.data.sequence_length
 
+    def _schedule(self, steps: int) -> dict[str, int]:
+        """Fields of the base config that the suite sets itself, for one horizon."""
+        interval = max(steps // EVALUATIONS, 1)
+        return {
+            "train.num_steps": steps,
+            "train.eval_every": interval,
+            "train.save_every": interval,
+            "train.keep_every": interval,
+            "train.log_every": max(steps // LOGGED, 1),
+            "optimizer.warmup_steps": max(round(self.warmup_share * steps), 1),
+        }
+
+    def replaced(self) -> dict[str, tuple[Any, int]]:
+        """Fields that the base config sets and the suite replaces: name → (the base's value, the suite's)."""
+        own = self._schedule(self.longest) | {"data.heldout_rows": self.heldout_rows}
+        usual = to_config_dict(Config()).to_dict()
+        found = {}
+        for name, value in own.items():
+            section, field = name.split(".")
+            given = self._base[section][field]
+            if given not in (value, usual[section][field]):
+                found[name] = (given, value)
+        return found
+
     def config(
         self,
         variant: str,
@@ -214,16 +236,7 @@ class Suite:
         """
         chosen, steps = self.variants[variant], steps or self.longest
         rate = self.learning_rate if learning_rate is None else learning_rate
-        interval = max(steps // EVALUATIONS, 1)
-        schedule = {
-            "train.num_steps": steps,
-            "train.eval_every": interval,
-            "train.save_every": interval,
-            "train.keep_every": interval,
-            "train.log_every": max(steps // LOGGED, 1),
-            "optimizer.warmup_steps": max(round(self.warmup_share * steps), 1),
-            "optimizer.learning_rate": chosen.rate_scale * rate,
-        }
+        schedule = self._schedule(steps) | {"optimizer.learning_rate": chosen.rate_scale * rate}
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
         tree: Any = self.base.copy_and_resolve_references()
         try:
@@ -273,121 +286,3 @@ class Suite:
             "active_parameters": active,
             "total_parameters": total,
         }
-
-
-def load_suite(path: str, size: str) -> Suite:
-    """Read and check the suite of a file.
-
-    Raises:
-        ConfigError: no such file, no ``get_suite``, an impossible arm, or a comparison that is not equal in what it
-            claims to hold equal.
-    """
-    if size not in SIZES:
-        raise ConfigError(f"--size={size!r}: must be one of {', '.join(SIZES)}")
-    if not Path(path).is_file():
-        raise ConfigError(f"--suite={path}: no such file; suites are in configs/ablations/")
-    module = load_python_file(path)
-    if not hasattr(module, "get_suite"):
-        raise ConfigError(f"--suite={path}: has no get_suite(size)")
-    try:
-        suite = module.get_suite(size)
-    except ConfigError:
-        raise
-    except Exception as error:  # the file's own code, and fields of other types
-        raise ConfigError(f"--suite={path}: get_suite({size!r}) failed ({type(error).__name__}: {error})") from error
-    if not isinstance(suite, Suite):
-        raise ConfigError(f"--suite={path}: get_suite({size!r}) must return a moe.lab.suite.Suite")
-    check(suite)
-    return suite
-
-
-def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
-    """The suite on other seeds; one is enough, for instance to divide a suite between machines.
-
-    Raises:
-        ConfigError: a seed is there twice, or the sweep reserves it.
-    """
-    reserved = set(suite.sweep.seeds) if suite.sweep else set()
-    if len(set(seeds)) < len(seeds) or reserved & set(seeds):
-        raise ConfigError(
-            f"--seeds={','.join(map(str, seeds))}: different ones, and none of the sweep's {reserved or ''}"
-        )
-    return dataclasses.replace(suite, seeds=tuple(seeds))
-
-
-def check(suite: Suite) -> None:
-    """Refuse a suite that cannot be run or compared as it says.
-
-    Raises:
-        ConfigError: see :func:`load_suite`.
-    """
-    where = f"suite {suite.name!r}"
-    for name in suite.variants:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"{where}, variant {name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
-    if not _NAME.fullmatch(suite.name):
-        raise ConfigError(f"suite {suite.name!r}: must be at most 60 letters, digits, '_', '-' and '.'")
-    if unknown := sorted(set(suite.unseen) - {name for name, domain in DOMAINS.items() if domain.unseen}):
-        raise ConfigError(f"{where}, unseen={unknown}: must be embedded domains of held-out text alone")
-    domains = tuple(suite._base.data.domains)
-    if domains and (unknown := sorted(set(suite.primary) - set(domains))):
-        raise ConfigError(f"{where}, primary={unknown}: must be among data.domains {domains}")
-    if len(suite.seeds) < 2 or len(set(suite.seeds)) < len(suite.seeds):
-        raise ConfigError(f"{where}, seeds={suite.seeds}: at least two different ones, and five for a result")
-    if any(steps < 1 for steps in suite.steps) or len(set(suite.steps)) < len(suite.steps):
-        raise ConfigError(f"{where}, horizons={suite.horizons}: different positive numbers of steps")
-    for name in suite.headline:
-        _known(suite, name, "headline")
-    for name in suite.experts:
-        _known(suite, name, "experts")
-    for name, variant in suite.variants.items():
-        for parent in filter(None, (variant.starts_from, variant.teacher)):
-            _known(suite, parent, f"variant {name!r}")
-            grandparent = suite.variants[parent]
-            if grandparent.starts_from or grandparent.teacher:
-                raise ConfigError(f"{where}, variant {name!r}: {parent!r} itself starts from another run")
-        if variant.rate_from:
-            _known(suite, variant.rate_from, f"variant {name!r}")
-            if suite.variants[variant.rate_from].rate_from:
-                raise ConfigError(f"{where}, variant {name!r}: {variant.rate_from!r} itself takes another arm's rate")
-    if suite.sweep is not None:
-        _check_sweep(suite, suite.sweep)
-    costs = {name: suite.costs(name) for name in suite.variants}
-    for name, comparison in suite.comparisons.items():
-        _check_comparison(suite, name, comparison, costs)
-
-
-def _known(suite: Suite, name: str, where: str) -> None:
-    if name not in suite.variants:
-        raise ConfigError(f"suite {suite.name!r}, {where}: no variant {name!r}; there are {sorted(suite.variants)}")
-
-
-def _check_sweep(suite: Suite, sweep: Sweep) -> None:
-    where, rates = f"suite {suite.name!r}, sweep", sweep.learning_rates
-    if len(rates) < 2 or list(rates) != sorted(set(rates)):
-        raise ConfigError(f"{where}, learning_rates={rates}: at least two different ones in ascending order")
-    if not rates[0] > 0:
-        raise ConfigError(f"{where}, learning_rates={rates}: must be positive")
-    if suite.learning_rate not in rates:
-        raise ConfigError(f"{where}, learning_rates={rates}: must contain the base config's {suite.learning_rate}")
-    if not sweep.seeds or set(sweep.seeds) & set(suite.seeds):
-        raise ConfigError(f"{where}, seeds={sweep.seeds}: at least one, and none of the suite's {suite.seeds}")
-    if other := sorted(set(sweep.horizons) - set(suite.steps)):
-        raise ConfigError(f"{where}, horizons={other}: must be among the suite's {suite.steps}")
-
-
-def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: dict[str, dict[str, float]]) -> None:
-    where = f"comparison {name!r}"
-    for arm in (comparison.baseline, *comparison.variants):
-        _known(suite, arm, where)
-    for quantity in comparison.equal:
-        if quantity not in QUANTITIES:
-            raise ConfigError(f"suite {suite.name!r}, {where}: {quantity!r} is not one of {QUANTITIES}")
-        base = costs[comparison.baseline][quantity]
-        for arm in comparison.variants:
-            ratio = costs[arm][quantity] / base
-            if abs(ratio - 1) > comparison.tolerance:
-                raise ConfigError(
-                    f"suite {suite.name!r}, {where}: {arm!r} has {ratio:.3f} times the {quantity} of "
-                    f"{comparison.baseline!r}, which is not equal within {comparison.tolerance:.0%}"
-                )

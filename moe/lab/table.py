@@ -92,13 +92,16 @@ class Table:
                 curves.setdefault((name, where, depth), []).append((step, value))
         return self._curves[key].get((quantity, domain, layer), [])
 
-    def dropped(self, variant: str, steps: int) -> float:
-        """Share of assignments dropped over the whole training, mean over layers and seeds; 0 for a dense arm."""
+    def dropped(self, variant: str, steps: int, layer: str = "") -> float:
+        """Share of assignments dropped over the whole training, mean over seeds; 0 for a dense arm.
+
+        ``layer``: one MoE layer instead of the mean over all.
+        """
         quantity = "train_fraction_tokens_dropped"
         curves = [
-            self.curve(variant, steps, seed, quantity, "", layer)
+            self.curve(variant, steps, seed, quantity, "", name)
             for seed in self.seeds(steps, variant)
-            for layer in self.layers(variant, quantity)
+            for name in ([layer] if layer else self.layers(variant, quantity))
         ]
         values = [value for curve in curves for _, value in curve]
         return float(np.mean(values)) if values else 0.0

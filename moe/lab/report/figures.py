@@ -105,6 +105,37 @@ def forest(
 
 
 @matplotlib.rc_context(NAMES_AS_TEXT)
+def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
+    """Held-out loss of every seed and the mean of each arm, at the longest horizon that the arms share.
+
+    Points of one seed are joined by a thin line: arms of a seed see the same text in the same order.
+    """
+    steps = table.longest(*arms) or max(table.longest(arm) for arm in arms)
+    fig, axis = plt.subplots(figsize=(7.2, 1.2 + 0.4 * len(arms)))
+    color = colors(table)
+    finite = {
+        arm: {
+            s: loss for s in table.seeds(steps, arm) if math.isfinite(loss := table.record(arm, steps, s).primary_loss)
+        }
+        for arm in arms
+    }
+    for seed in sorted(set().union(*finite.values())):
+        points = [(finite[arm][seed], -y) for y, arm in enumerate(arms) if seed in finite[arm]]
+        axis.plot(*zip(*points, strict=True), color="0.8", linewidth=0.8, zorder=1)
+    for y, arm in enumerate(arms):
+        values = [*finite[arm].values()]
+        axis.scatter(values, [-y] * len(values), s=16, color=color[arm], alpha=0.6, zorder=2)
+        if values:
+            axis.plot(np.mean(values), -y, marker="|", markersize=16, color=color[arm], zorder=3)
+    labels = [f"{arm} (n = {len(table.seeds(steps, arm))})" for arm in arms]
+    axis.set_yticks([-y for y in range(len(arms))], labels, fontsize=8)
+    axis.set_ylim(0.6 - len(arms), 0.6)
+    axis.set(xlabel=f"held-out loss at {steps:,} steps, nats per token; a point a seed, | the mean")
+    axis.grid(axis="x", alpha=0.3)
+    return save(fig, path)
+
+
+@matplotlib.rc_context(NAMES_AS_TEXT)
 def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Paired difference at the end of each horizon against its tokens, with intervals."""
     fig, axis = plt.subplots(figsize=(7.2, 4.4))

@@ -41,7 +41,7 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
     if main:
         arms = _arms(found, main[1])
         pictures = _pictures(directory, found, main[1], arms, _published(own, main[1].baseline))
-    parts += [f"![{Path(name).stem}]({name})" for name in pictures[:2]]
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures[:3]]
     if own:
         parts += ["## Claims", rules(registered.primary)]
         parts += [claims_section(claims, tables, registered.primary, suite.name)]
@@ -49,11 +49,10 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
         if _arms(found, comparison):
             note = sections.COMPARISON_NOTE if index == 0 else ""
             parts += [f"## {name[0].upper()}{name[1:]}", sections.comparison_section(found, comparison, note)]
-    parts += [f"![{Path(name).stem}]({name})" for name in pictures[2:]]
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures[3:]]
     if suite.experts:
         parts += ["## Law of experts and tokens", sections.law_section(found)]
-    if suite.sweep is not None:
-        parts += ["## Learning rates", sections.sweep_section(directory, found)]
+    parts += ["## Learning rates", sections.sweep_section(directory, found)]
     if main and (effects := sections.domain_effects_section(found, main[1])):
         parts += ["## Effects per domain", effects]
     parts += ["## Cost", sections.costs_section(found), "## Held-out loss per domain", sections.domains_section(found)]
@@ -90,7 +89,10 @@ def _pictures(
 ) -> list[str]:
     if not arms:
         return []
-    names = [figures.forest(directory / "effects.png", found, comparison, arms, published)]
+    names = [
+        figures.losses(directory / "losses.png", found, [comparison.baseline, *arms]),
+        figures.forest(directory / "effects.png", found, comparison, arms, published),
+    ]
     compared = [steps for steps in found.horizons if any(found.seeds(steps, a, comparison.baseline) for a in arms)]
     if len(compared) > 1:
         names.append(figures.by_horizon(directory / "horizons.png", found, comparison, arms))
@@ -113,6 +115,12 @@ def _headline(found: Table) -> list[str]:
         tokens = reached * suite.tokens_per_step
         lines.insert(0, f"**After {tokens / 1e6:.3g} million tokens ({reached:,} steps), exploratory:**\n")
     parts = ["\n".join(lines)]
+    if not_tuned := [name for name in found.variants if not found.choices[name, reached].tuned]:
+        which = "of any arm" if len(not_tuned) == len(found.variants) else f"of {', '.join(not_tuned)}"
+        parts.append(
+            f"**Learning rates {which} are not tuned** at {reached:,} steps: a difference may be one of learning rates "
+            "instead of layers."
+        )
     if reached < suite.longest:
         parts.append(
             f"The longest horizon, {suite.longest:,} steps, has no comparison yet: shorter ones are no evidence "

@@ -149,10 +149,9 @@ def law_section(found: Table) -> str:
 def sweep_section(directory: Path, found: Table) -> str:
     """The curve, the choices, and which arms are not tuned."""
     sweep = found.suite.sweep
-    assert sweep is not None
-    if not any(choice.tried for choice in found.choices.values()):
-        rate = f"{found.suite.learning_rate:g}"
-        return f"**Not tuned:** the sweep has not been run. All arms use the base config's rate, {rate}."
+    if sweep is None or not any(choice.tried for choice in found.choices.values()):
+        why = "the suite has no sweep" if sweep is None else "the sweep has not been run"
+        return f"**Not tuned:** {why}. All arms use the base config's rate, {found.suite.learning_rate:g}."
     picture = figures.sweep(directory / "sweep.png", found)
     rows = []
     for (name, steps), choice in found.choices.items():
@@ -190,7 +189,7 @@ def costs_section(found: Table) -> str:
             f"{cost['flops']:.3g}",
             f"{_executed(found, name, steps):.3g}",
             f"{before:.3g}" if before else "–",
-            f"{found.dropped(name, steps):.2%}",
+            f"{found.dropped(name, steps):.1%}",
         ))  # fmt: skip
     header = (
         "arm", "", "parameters", "active", "steps", "model FLOPs", "executed FLOPs", "and its parents'",
@@ -247,15 +246,17 @@ def routing_section(found: Table) -> str:
         moe = found.suite.config(name, steps=steps).model.moe
         largest = math.log(moe.num_experts + moe.null_experts)
         cells = []
-        for quantity in ("max_violation", "router_entropy", "dead_experts", "train_fraction_tokens_dropped"):
+        for quantity in ("max_violation", "router_entropy", "dead_experts"):
             curves = [[found.curve(name, steps, s, quantity, "", layer) for s in seeds] for layer in layers]
             means = [np.mean([c[-1][1] for c in of_layer if c] or [math.nan]) for of_layer in curves]
             if quantity == "router_entropy":
                 means = [mean / largest for mean in means]
             cells.append(" / ".join(f"{mean:.2f}" for mean in means))
-        rows.append((name, f"{steps:,}", str(len(seeds)), *cells))
+        dropped = " / ".join(f"{found.dropped(name, steps, layer):.1%}" for layer in layers)
+        rows.append((name, f"{steps:,}", str(len(seeds)), *cells, dropped))
     header = ("arm", "steps", "n", "MaxVio", "router entropy / ln E", "dead experts", "dropped in training")
-    return f"Per MoE layer, means over seeds.\n\n{table(header, rows)}" if rows else ""
+    note = "Per MoE layer, means over seeds; of dropped assignments over the whole training too."
+    return f"{note}\n\n{table(header, rows)}" if rows else ""
 
 
 def probes_section(found: Table) -> str:

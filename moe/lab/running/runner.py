@@ -168,6 +168,7 @@ class Worker:
             with self._take() as key:
                 if key is None:
                     break
+                self._open_text()
                 try:
                     self._train(key)
                 except ConfigError as error:
@@ -176,6 +177,17 @@ class Worker:
         if self._failed:
             key, reason = next(iter(self._failed.items()))
             raise ConfigError(f"{len(self._failed)} runs did not finish; the first, {key}: {reason}")
+
+    @functools.cache  # noqa: B019 - a worker lives as long as its process
+    def _open_text(self) -> None:
+        """Open text that all arms share, so that what is wrong with it ends the suite instead of every run by itself.
+
+        Raises:
+            ConfigError: see :func:`moe.data.pipeline.prepare_run`.
+        """
+        configs = [self._suite.config(name) for name in self._suite.variants]
+        if len({config.data for config in configs}) == 1:
+            pipeline.prepare_run(configs[0], progress=self._progress.say)
 
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
