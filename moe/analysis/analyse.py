@@ -135,11 +135,25 @@ def measure(
     piece = summary.piece_of(prepared.tokenizer)
     found = summary.summarise(records, code, piece, shuffles=shuffles, seed=seed, controls=controlled)
     found |= {"step": step, "documents_without_syntax": skipped}
+    if code is None:
+        found["no_syntax"] = _why_no_syntax(recorder, code_domain, prepared.domains)
     if earlier:
         then = {number: recorder(read(), rows) for number, read in earlier.items()}
         found["saturation"] = summary.saturation(then, records, untrained)
         found["load_over_training"] = summary.load_over_training({**then, step: records})
     return found
+
+
+def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...]) -> str:
+    """Reason for which there are no syntax classes, for the page."""
+    if recorder.stack:
+        return "syntax classes are of whole documents, which are no input of an encoder-decoder"
+    if code_domain in domains:
+        return f"no held-out document of {code_domain!r} is Python source"
+    return (
+        f"no domain {code_domain!r}; code_domain names one of Python source, the only language whose syntax is known. "
+        "Classes of the tokens' text are measured in every language"
+    )
 
 
 def _passages(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.analysis.conclusion import conclude, few_values
 from moe.escaping import markdown_name
 
 
@@ -17,6 +18,8 @@ def markdown(summary: dict[str, Any], title: str) -> str:
     sections = [
         [
             f"# {markdown_name(title)}",
+            "",
+            *(f"- {sentence}" for sentence in conclude(summary)),
             "",
             f"{len(summary['layers'])} MoE layers of {size} experts, {k} per token; held-out tokens: {tokens}. Layers "
             f"are numbered from 0 in the whole model. Null distributions are of {summary['shuffles']} permutations "
@@ -34,7 +37,7 @@ def markdown(summary: dict[str, Any], title: str) -> str:
         _controls_table(summary) if summary["controls"] else [],
         *(_repetition_section(summary, name) for name in summary["repetition"]),
         _dependence_section(summary),
-        _syntax_table(summary) if "syntax_load" in summary else [],
+        _syntax_table(summary) if "syntax_load" in summary else _no_syntax(summary),
         [f"## Load, % of a domain's choices (even: {100 / size:.1f})", "", *_load_table(summary)],
         _saturation_table(summary) if "saturation" in summary else [],
         ["## Tokens of highest lift per expert", "", *_token_table(summary)],
@@ -83,7 +86,7 @@ def _dependence_section(summary: dict[str, Any]) -> list[str]:
         "## Dependence of the first expert on labels",
         "",
         "nmi = 2 I / (H(expert) + H(label)). Domains are permuted over rows, other labels over tokens. Token identity: "
-        f"tokens with at least {summary['at_least']} occurrences.",
+        f"tokens with at least {summary['at_least']} occurrences. {few_values(summary)}".rstrip(),
         "",
         *table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
     ]
@@ -167,6 +170,10 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
             )
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
     return table([str(cell) for cell in header], rows)
+
+
+def _no_syntax(summary: dict[str, Any]) -> list[str]:
+    return ["## Syntax", "", f"Not measured: {summary['no_syntax']}."] if "no_syntax" in summary else []
 
 
 def _syntax_table(summary: dict[str, Any]) -> list[str]:
