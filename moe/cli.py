@@ -35,8 +35,8 @@ from moe.config import (
     run_config,
     type_name,
 )
+from moe.config.resolve import from_config_dict
 from moe.escaping import terminal
-from moe.routing.resolve import from_config_dict
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.
@@ -119,7 +119,7 @@ def load_config(flag: flags.FlagHolder) -> Config:
     """Build the typed config of the flag.
 
     Raises:
-        ConfigError: see :func:`moe.routing.resolve.from_config_dict`.
+        ConfigError: see :func:`moe.config.resolve.from_config_dict`.
     """
     tree = flag.value
     if not isinstance(tree, ml_collections.ConfigDict):

@@ -56,9 +56,9 @@ _MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mix
 def check() -> None:
     """Refuses names and numbers that the flag types accept."""
     from moe.config import ConfigError
+    from moe.config.registry import LAYERS
     from moe.dispatch.modes import CONFIG_MODES
     from moe.parallel import partition_specs
-    from moe.routing.registry import LAYERS
 
     allowed: dict[str, list[str]] = {
         "shapes": ["A", "B", "sweep"],
@@ -105,7 +105,7 @@ def _case(shape: str, gate: str, mode: str, experts: int, k: int, d_ff: int, act
 
 def cases() -> list[Any]:
     """The cases that the flags name."""
-    from moe.routing.registry import LAYERS
+    from moe.config.registry import LAYERS
 
     found = []
     for shape in _SHAPES.value:
@@ -208,10 +208,10 @@ def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Compiles all cases for the topology, every device with its own tokens."""
     from moe.benchmarks import layer_programs
     from moe.config import Config, DataConfig, MeshConfig, TrainConfig, validate_mesh
+    from moe.config.resolve import resolve
     from moe.parallel.mesh import make_mesh
     from moe.planner import layer as pods_layer
     from moe.planner.topology import get_topology
-    from moe.routing.resolve import resolve
 
     topology = get_topology(_TOPOLOGY.value)
     mesh = MeshConfig(**sizes) if _MESH.value else MeshConfig(data=1, expert=-1)
@@ -248,8 +248,8 @@ def bench_model() -> list[dict[str, Any]]:
 
     from moe.benchmarks import layer_programs, timing
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
+    from moe.config.resolve import resolve
     from moe.models import flops
-    from moe.routing.resolve import resolve
     from moe.training import matmul_rate
     from moe.training.step import build, place
 

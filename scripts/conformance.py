@@ -35,6 +35,7 @@ import numpy as np  # noqa: E402
 
 from moe.atomic_files import write_atomic  # noqa: E402
 from moe.config import ConfigError  # noqa: E402
+from moe.config.registry import LAYERS  # noqa: E402
 from moe.conformance.oracle import (  # noqa: E402
     CASES,
     LEAK,
@@ -53,7 +54,6 @@ from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402
 from moe.routing.gates import Random, TopK  # noqa: E402
-from moe.routing.registry import LAYERS  # noqa: E402
 from moe.routing.routing import Routing, route  # noqa: E402
 
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from moe.config import load_python_file
+from moe.config.resolve import from_config_dict
 from moe.models.flops import count_parameters
-from moe.routing.resolve import from_config_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 #: Largest deviation from a published number that has no exact count beside it: GShard's, Switch-Large's.

@@ -203,9 +203,9 @@ def train_step(sizes: Sizes) -> Iterator[str]:
     import numpy as np
 
     from moe.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+    from moe.config.resolve import resolve
     from moe.models import flops
     from moe.parallel.mesh import make_mesh
-    from moe.routing.resolve import resolve
     from moe.training.matmul_rate import measured_matmul_rate
     from moe.training.step import build, place
 

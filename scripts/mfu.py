@@ -129,7 +129,7 @@ def spread(seconds: list[float]) -> str:
 
 def with_model(config: Any, **changes: Any) -> Any:
     """The config with changed fields of its model, validated."""
-    from moe.routing.resolve import validate
+    from moe.config.resolve import validate
 
     return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)))
 

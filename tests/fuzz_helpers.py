@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig, StartConfig, TrainConfig, validate_mesh
+from moe.config.resolve import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import from_config_dict
 from moe.training import memory
 from moe.training.loop import train
 from moe.training.step import Program, build, place

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe.config import LARGEST, Config
-from moe.routing.registry import LAYERS
+from moe.config.registry import LAYERS
 
 INTEGERS = (-LARGEST, -2, 0, 1, 3, LARGEST, LARGEST + 1, 10**30, True, 1.5, "2", None, [2])
 FLOATS = (-0.5, 0.0, 1e-45, 1.0, 3e38, 1e39, float("inf"), float("nan"), "1", None, True)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe.routing.registry import LAYERS
+from moe.config.registry import LAYERS
 from moe.routing.routing import route
 from tests.helpers import gate_named
 

@@ -17,11 +17,11 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
+from moe.config.registry import LAYERS
+from moe.config.resolve import resolve
 from moe.models.encoder_decoder import abstract_model
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate
-from moe.routing.registry import LAYERS
-from moe.routing.resolve import resolve
 from moe.routing.routing import Routing, route
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}

@@ -8,8 +8,8 @@ import pytest
 
 from configs import base
 from moe.checkpoints import manager
+from moe.config.resolve import from_config_dict
 from moe.metrics_files import read_rows
-from moe.routing.resolve import from_config_dict
 from moe.training import loop as training
 from moe.training.loop import train
 from moe.training.step import build

@@ -22,9 +22,9 @@ from absl import flags
 
 from moe import cli
 from moe.config import Config, to_dict
+from moe.config.resolve import from_config_dict
 from moe.data import pipeline
 from moe.interop import import_checkpoint
-from moe.routing.resolve import from_config_dict
 from tests.bad_input_cases import CASES, SLOW_CASES
 from tests.bad_input_helpers import Case, value
 from tests.helpers import slow_case

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe.config.registry import LAYERS
 from moe.dispatch.plan import make_plan
 from moe.routing import balancing
 from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
-from moe.routing.registry import LAYERS
 from moe.training.evaluation import routing_metrics
 from moe.training.losses import mean_reports
 from moe.training.metrics import mean_row

@@ -8,11 +8,11 @@ import pytest
 
 from configs import base
 from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
+from moe.config.resolve import from_config_dict
 from moe.config.schema import Activation, Dispatch, Remat
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe.dispatch.modes import DISPATCHES
 from moe.parallel.remat import REMAT_POLICIES
-from moe.routing.resolve import from_config_dict
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
 

@@ -13,9 +13,9 @@ from jax.experimental import topologies
 
 from configs import base
 from moe.config import Config, ConfigError, MeshConfig, validate_mesh
+from moe.config.resolve import from_config_dict
 from moe.models import sampling
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import from_config_dict
 from moe.training import step
 from moe.training.step import build, place
 from tests.helpers import slow_case

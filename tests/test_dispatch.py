@@ -10,15 +10,15 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moe.config.registry import gate_of
 from moe.conformance import reference
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.dispatch.plan import Plan, expert_capacity, make_plan
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
+from moe.layers.router import Router
 from moe.parallel import target
-from moe.routing.registry import gate_of
-from moe.routing.router import Router
 from moe.routing.routing import Routing, route
 from tests.helpers import slow_case, tiny_model, tiny_routing
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DataConfig, TrainConfig, layer_kinds, validate_mesh
+from moe.config.resolve import resolve, validate
 from moe.models.encoder_decoder import EncoderDecoder, create_model
 from moe.models.flops import count_parameters, train_flops_per_token
 from moe.models.stack import restack_layers, selection_biases, unstack_layers
-from moe.routing.resolve import resolve, validate
 from tests.helpers import random_parameters, tiny_encoder_decoder, tiny_model
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from configs import base
 from moe.config import Config, to_dict
-from moe.routing.registry import LAYERS
+from moe.config.registry import LAYERS
 from tests import fuzz_values
 from tests.fuzz_helpers import set_field, steps_or_sentence, trains_or_refuses
 from tests.run_helpers import ONE, tiny

@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig
+from moe.config.registry import LAYERS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
+from moe.layers.router import Router
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
-from moe.routing.registry import LAYERS
-from moe.routing.router import Router
 from tests.gate_helpers import routed
 from tests.helpers import tiny_model
 

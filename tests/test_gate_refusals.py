@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from moe.config import Config, ConfigError, to_config_dict
+from moe.config.registry import LAYERS, flat_fields
+from moe.config.resolve import from_config_dict, resolve, validate
 from moe.interop.layers import single_layer
-from moe.routing.registry import LAYERS, flat_fields
-from moe.routing.resolve import from_config_dict, resolve, validate
 
 REFUSED = [
     ({"gate": "expert_choice"}, "accept_future_leak"),

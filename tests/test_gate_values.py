@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 from flax import nnx
 
+from moe.config.registry import LAYERS
 from moe.dispatch.plan import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.routing import balancing
-from moe.routing.registry import LAYERS
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS, routed
 from tests.helpers import FOUR, tiny_model
 

@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
+from moe.config.resolve import resolve
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
 from moe.models.sampling import Sampling
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import resolve
 from tests.helpers import slow_case
 from tests.test_interop import CASES, _expected
 

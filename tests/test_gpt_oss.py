@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moe.config.resolve import resolve, validate
 from moe.dispatch.ffn import activate
 from moe.layers.attention import attend, blocked, cpu
 from moe.layers.attention.scoring import Scoring
@@ -20,7 +21,6 @@ from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import resolve, validate
 from tests.helpers import slow_case
 
 MODEL = ModelConfig(

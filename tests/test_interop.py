@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, sparse_layers, to_dict
+from moe.config.resolve import resolve
 from moe.interop import (
     balance,
     export_checkpoint,
@@ -36,7 +37,6 @@ from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import resolve
 from moe.training.losses import cross_entropy
 from tests.helpers import slow_case
 

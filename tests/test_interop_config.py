@@ -22,12 +22,12 @@ from configs import (
     qwen3_30b_a3b,
 )
 from moe.config import Config, ConfigError, ModelConfig, MoEConfig, layer_kinds
+from moe.config.resolve import from_config_dict, resolve
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
 from moe.models.flops import count_parameters
-from moe.routing.resolve import from_config_dict, resolve
 from tests.test_interop import HERE, OURS, THEIRS
 from tests.test_interop_encoder_decoder import PATHS as ENCODER_DECODERS
 

@@ -11,6 +11,7 @@ import pytest
 from configs import base as defaults
 from configs.ablations import common
 from moe.config import ConfigError
+from moe.config.resolve import from_config_dict
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse
@@ -20,7 +21,6 @@ from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import figures, sections
 from moe.lab.suite import Comparison, Sweep, Variant
 from moe.lab.table import MissingError, Table
-from moe.routing.resolve import from_config_dict
 from tests.helpers import slow_case
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
 

@@ -12,13 +12,13 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from moe.config.resolve import resolve, validate
 from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
 from moe.layers.attention.rotary import attention_factor, inverse_frequencies
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prefill
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import resolve, validate
 
 CONFIG = ModelConfig(
     **{"d_model": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "rope_dim": 2, "rope_interleaved": True},

@@ -10,10 +10,10 @@ from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds
 from moe.layers.moe_layer import MoELayer
+from moe.layers.router import SelectionBias
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
-from moe.routing.router import SelectionBias
 from moe.routing.selection import quantile
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS, routed
 from tests.helpers import slow_case, tiny_model
@@ -22,7 +22,15 @@ from tests.helpers import slow_case, tiny_model
 def report_of(routing, **moe):
     """The report of a routing whose tokens are all real, under a layer's config."""
     moe = tiny_model(num_experts=routing.router_logits.shape[-1], **moe).moe
-    return balancing.report(routing, jnp.ones(routing.chosen.shape[:2], bool), routing.chosen, moe=moe)
+    mask = jnp.ones(routing.chosen.shape[:2], bool)
+    return balancing.report(
+        routing,
+        mask,
+        routing.chosen,
+        k=moe.experts_per_token,
+        null_experts=moe.null_experts,
+        weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.null_balance),
+    )
 
 
 def test_quantile_by_hand(rng):
@@ -183,7 +191,7 @@ def test_layers_have_gates_of_their_own(rng):
     np.testing.assert_array_equal(index[:2], np.stack([hashed, hashed]))
     assert (index[2] != hashed).any()
     # Constants that nothing can learn from, in a loss over the batch and over a step.
-    over = balancing.over_step(output.layers, output.layers.sums, config.moe, 1)
+    over = balancing.over_step(output.layers, output.layers.sums, 1.0, 1)
     for losses in (over.load_balancing_loss, output.layers.importance_loss, output.layers.load_loss):
         assert float(losses[1]) == 0
         assert float(losses[2]) > 0

@@ -10,11 +10,11 @@ import optax
 import pytest
 
 from moe.config import ConfigError, OptimizerConfig
+from moe.config.resolve import from_config_dict
 from moe.config.schema import Part
 from moe.models.flops import abstract_parameters
 from moe.models.stack import part_of
 from moe.parallel import partition_specs
-from moe.routing.resolve import from_config_dict
 from moe.training.optimizer import (
     OPTIMIZERS,
     _averaging,

@@ -15,11 +15,11 @@ import pytest
 
 from configs import base
 from moe.config import ConfigError
+from moe.config.registry import Layer, find_layer, gate_of
+from moe.config.resolve import from_config_dict
 from moe.fields import setting
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import Gate, GateOutput
-from moe.routing.registry import Layer, find_layer, gate_of
-from moe.routing.resolve import from_config_dict
 from moe.routing.routing import probe, route
 from moe.routing.selection import top_k
 from moe.training import evaluation, open_run
@@ -32,7 +32,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from moe import Gate, GateOutput
-from moe.routing.registry import Layer
+from moe.config.registry import Layer
 from moe.routing.selection import top_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

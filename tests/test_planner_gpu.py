@@ -14,11 +14,11 @@ import pytest
 
 from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
+from moe.config.resolve import from_config_dict
 from moe.planner import candidates, exchanges, gpus, memory_errors, network, program, topology
 from moe.planner.chips import GiB
 from moe.planner.gpus import GPUS
 from moe.planner.program import Collective
-from moe.routing.resolve import from_config_dict
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 

@@ -7,8 +7,8 @@ import pytest
 
 from configs import deepseek_v2, mixtral_8x7b
 from moe.config import ConfigError
+from moe.config.resolve import from_config_dict, resolve
 from moe.planner import fit, memory_errors
-from moe.routing.resolve import from_config_dict, resolve
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 

@@ -8,10 +8,10 @@ import pytest
 
 from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
+from moe.config.resolve import from_config_dict
 from moe.planner import calibration, candidates, exchanges, fit, network, plan, program
 from moe.planner.chips import CHIPS
 from moe.planner.records import Collective, Price
-from moe.routing.resolve import from_config_dict
 
 MESH = {"data": 1, "fsdp": 64, "expert": 1, "tensor": 1}
 ONE_DEVICE = MeshConfig(data=1)

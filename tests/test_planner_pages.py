@@ -15,13 +15,13 @@ import pytest
 
 from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
+from moe.config.resolve import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, candidates, differences, page, plan, recorded, roofline
 from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
-from moe.routing.resolve import from_config_dict
 from tests.test_planner_details import PROGRAM
 
 ROOT = Path(__file__).parents[1]

@@ -15,6 +15,7 @@ import pytest
 
 from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.config import ConfigError
+from moe.config.resolve import from_config_dict
 from moe.dispatch.backends import gpu
 from moe.models.flops import count_parameters
 from moe.planner import arithmetic, fit, network, scaling, topology
@@ -22,7 +23,6 @@ from moe.planner.chips import CHIPS
 from moe.planner.exchanges import Exchange
 from moe.planner.plan import Plan
 from moe.planner.program import Collective
-from moe.routing.resolve import from_config_dict
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

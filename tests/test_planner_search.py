@@ -6,9 +6,9 @@ import itertools
 import pytest
 
 from moe.config import ConfigError, MoEConfig
+from moe.config.resolve import from_config_dict
 from moe.planner import candidates, search
 from moe.planner.chips import CHIPS
-from moe.routing.resolve import from_config_dict
 
 
 def tiny_config(**model):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe.config.registry import LAYERS
 from moe.models.decoder import Transformer
 from moe.routing.interface import Gate
-from moe.routing.registry import LAYERS
 from moe.routing.routing import Choices, Routing, load_routing, route, save_routing
 from tests.gate_helpers import LOGITS, routed
 from tests.helpers import tiny_model

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from moe.config import ConfigError
+from moe.config.registry import LAYERS
 from moe.layers.moe_layer import MoELayer
+from moe.layers.router import Router
 from moe.routing.gates import TopK
-from moe.routing.registry import LAYERS
-from moe.routing.router import Router
 from moe.routing.routing import route
 from moe.routing.selection import top_k
 from tests.helpers import FOUR, tiny_model, tiny_routing

@@ -263,7 +263,7 @@ def planted_module(tmp_path, monkeypatch):
     folder.mkdir()
     source = (
         f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
-        "from moe.routing.registry import LAYERS\nrule = LAYERS['mixtral'].gate\n"
+        "from moe.config.registry import LAYERS\nrule = LAYERS['mixtral'].gate\n"
         "def optimizer(config, schedule):\n    raise AssertionError\n"
     )
     (folder / "planted_gates.py").write_text(source)

@@ -32,10 +32,10 @@ from moe.config import (
     to_config_dict,
     to_dict,
 )
+from moe.config.resolve import from_config_dict
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import from_config_dict
 from moe.training import warm_start
 from moe.training.losses import soft_cross_entropy
 from moe.training.step import build, place

@@ -12,9 +12,9 @@ import pytest
 
 from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError
+from moe.config.resolve import from_config_dict
 from moe.metrics_files import read_rows
 from moe.parallel.mesh import make_mesh
-from moe.routing.resolve import from_config_dict
 from moe.training import loop as training
 from moe.training import profiling
 from moe.training.evaluation import _summary, check_domains, sum_variance

@@ -81,7 +81,7 @@ def moe(
 
     Args:
         of: the size of the suite; its base config, if that is not :func:`base`.
-        gate: a name in moe.routing.registry.LAYERS.
+        gate: a name in moe.config.registry.LAYERS.
         num_experts: E.
         k: experts a token visits.
         d_ff: hidden units of one expert; 0: F/k, which keeps the dense model's FLOPs.

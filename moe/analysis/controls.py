@@ -12,8 +12,8 @@ import numpy as np
 
 from moe.analysis.record import Records
 from moe.config import ModelConfig
+from moe.config.registry import gate_of
 from moe.routing.gates import Hash
-from moe.routing.registry import gate_of
 from moe.routing.routing import route
 
 

@@ -21,10 +21,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError
+from moe.config.registry import gate_of
+from moe.config.resolve import validate
 from moe.routing.gates import Scored
 from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState
-from moe.routing.registry import gate_of
-from moe.routing.resolve import validate
 from moe.routing.selection import top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build

@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
+from moe.config.resolve import resolve
 from moe.dispatch.backends import grouped_ffn
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_size
 from moe.routing.gates import TopK
-from moe.routing.resolve import resolve
 from moe.routing.routing import Routing, route
 
 

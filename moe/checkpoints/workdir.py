@@ -16,9 +16,9 @@ from etils import epath
 from moe.atomic_files import in_bucket, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
+from moe.config.resolve import from_workdir_dict
 from moe.dispatch.plan import layer_capacity
 from moe.metrics_files import METRICS, read_rows
-from moe.routing.resolve import from_workdir_dict
 
 LOCK, CONFIG, CHANGES, REPORT = ".lock", "config.json", "changes.jsonl", "report.txt"
 

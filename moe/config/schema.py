@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from moe.routing.interface import BalanceScope, BiasUpdate, ScoreFunction
+
 #: Value of a numeric field of ``model.moe`` that takes the gate's default.
 GATE_DEFAULT = -1
 
@@ -14,9 +16,6 @@ SCHEMES = ("gs", "s3", "az", "hf")
 
 Dispatch = Literal["gather", "einsum", "dropless"]
 DropPolicy = Literal["position", "probability", "random"]
-BalanceScope = Literal["batch", "group", "sequence", "step"]
-ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
-BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full", "rotated"]
 Norms = Literal["before", "after"]
@@ -37,7 +36,7 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat"]
 class MoEConfig:
     """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
 
-    gate: str = "mixtral"  # name in moe.routing.registry, a user's module:object, or "none": all FFNs are dense
+    gate: str = "mixtral"  # name in moe.config.registry, a user's module:object, or "none": all FFNs are dense
     layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
     num_experts: int = 8  # E, without shared experts
     experts_per_token: int = GATE_DEFAULT  # K

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
+from moe.config.registry import LAYERS
 from moe.conformance import reference, rounding
 from moe.conformance.rows import FLOAT32, Row, close, error
 from moe.dispatch.modes import CONFIG_MODES
@@ -25,7 +26,6 @@ from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
-from moe.routing.registry import LAYERS
 
 ORACLE = "Every gate in every mode = the oracle, in y and in the gradients of x, router, experts"
 DEVICES = "Equal on 1, 2, 4 and 8 devices, in training: y, all gradients, all losses and metrics"

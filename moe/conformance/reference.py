@@ -167,7 +167,7 @@ def decide(gate: str, logits: np.ndarray, mask: np.ndarray, k: int, capacity: in
     """Routes token by token, then fills buffers: all first choices in token order, then all second choices.
 
     Args:
-        gate: a name in moe.routing.registry.LAYERS whose tokens choose by their logits.
+        gate: a name in moe.config.registry.LAYERS whose tokens choose by their logits.
         logits: [G,S,E]; of noisy_topk with their noise.
         mask: [G,S] bool, real tokens.
         k: K.

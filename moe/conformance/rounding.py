@@ -103,7 +103,7 @@ def sparse(
     """y and the gradients of sum(y·cotangent) as a function of how numbers are stored.
 
     Args:
-        gate: a name in moe.routing.registry.LAYERS.
+        gate: a name in moe.config.registry.LAYERS.
         x: [G,S,D], exact in bfloat16.
         matrices: router [D,E], noise [D,E] (noisy_topk with draws), up, gate_matrix, down.
         decisions: of the oracle.

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
+from moe.config.registry import GATE_FIELDS
+from moe.config.resolve import from_config_dict
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
 from moe.interop.families.family import Family, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
-from moe.routing.registry import GATE_FIELDS
-from moe.routing.resolve import from_config_dict
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from moe.config.resolve import resolve, validate
 from moe.config.schema import Activation
 from moe.dispatch.plan import make_plan
 from moe.layers.moe_layer import MoELayer
-from moe.routing.resolve import resolve, validate
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -44,7 +44,7 @@ def single_layer(
     """Builds a float32 layer with these weights.
 
     Args:
-        gate: a name in moe.routing.registry.LAYERS.
+        gate: a name in moe.config.registry.LAYERS.
         router: [D,E]; [D,E,P] for soft_moe; None for gates without a router.
         up: [E,D,F].
         down: [E,F,D].

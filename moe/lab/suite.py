@@ -16,10 +16,10 @@ import pydantic
 import pydantic.dataclasses
 
 from moe.config import Config, ConfigError, to_config_dict
+from moe.config.resolve import from_config_dict
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
-from moe.routing.resolve import from_config_dict
 
 #: Sizes of a suite: two CPU cores in minutes to hours, or an accelerator pod.
 SIZES = ("laptop", "pod")

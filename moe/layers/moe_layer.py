@@ -14,19 +14,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig
 from moe.config.parse import build
+from moe.config.registry import find_layer, gate_of, with_layer_gate
+from moe.config.resolve import resolve, resolve_model, validate
 from moe.dispatch import modes
 from moe.dispatch.ffn import ExpertDropout
 from moe.dispatch.plan import layer_capacity, plan_assignments
 from moe.layers.experts import Experts, SharedExpert
 from moe.layers.null_experts import Latent, NullExperts
+from moe.layers.router import Router
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.weights import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.interface import Gate
-from moe.routing.registry import find_layer, gate_of, with_layer_gate
-from moe.routing.resolve import resolve, resolve_model, validate
-from moe.routing.router import Router
 from moe.routing.routing import Choices, Routing, route
 
 
@@ -229,7 +229,19 @@ class MoELayer(nnx.Module):
         bias = None if router is None else router.bias
         # λ of ReMoE, equal for all experts.
         penalty = bias[...][0] if bias is not None and self.config.bias_update == "penalty" else None
-        report = balancing.report(routing, mask, kept, counts=counts, parts=parts, moe=self.config, penalty=penalty)
+        moe = self.config
+        report = balancing.report(
+            routing,
+            mask,
+            kept,
+            counts=counts,
+            parts=parts,
+            k=moe.experts_per_token,
+            null_experts=moe.null_experts,
+            weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.null_balance),
+            expert_groups=moe.expert_groups,
+            strength=penalty,
+        )
         if router is not None:
             return report
         # Without a router the losses are constants, which a model with other gates in other layers must not count.

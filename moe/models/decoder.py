@@ -11,13 +11,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
+from moe.config.resolve import resolve_model
 from moe.layers.embedding import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
-from moe.routing.resolve import resolve_model
 from moe.routing.routing import Choices, Routing
 
 

@@ -13,12 +13,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
+from moe.config.resolve import resolve_model
 from moe.layers.embedding import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.decoder import LanguageModel, Output, Transformer, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport
-from moe.routing.resolve import resolve_model
 from moe.routing.routing import Routing
 
 

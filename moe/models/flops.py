@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from moe.config import LayerKind, ModelConfig, stacks
+from moe.config.registry import gate_of
 from moe.dispatch.plan import layer_capacity
+from moe.layers.router import SelectionBias
 from moe.models.encoder_decoder import abstract_model
-from moe.routing.registry import gate_of
-from moe.routing.router import SelectionBias
 
 
 def abstract_parameters(config: ModelConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.layer_pattern import LayerKind, stacks
+from moe.config.registry import gate_of, with_layer_gate
 from moe.layers.attention.relative import RelativeBias
 from moe.layers.dropout import Dropout, StackSite
 from moe.layers.embedding import Embedding
@@ -27,7 +28,6 @@ from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
 from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
-from moe.routing.registry import gate_of, with_layer_gate
 from moe.routing.routing import Choices, Routing
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
+from moe.config.resolve import validate
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.models import flops
@@ -21,7 +22,6 @@ from moe.planner import fit
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
-from moe.routing.resolve import validate
 
 
 @dataclasses.dataclass(frozen=True)

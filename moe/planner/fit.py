@@ -13,12 +13,12 @@ from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stacks
+from moe.config.registry import gate_of
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.models import flops
 from moe.models.stack import segments
 from moe.parallel import partition_specs
-from moe.routing.registry import gate_of
 from moe.training.optimizer import make_optimizer
 
 

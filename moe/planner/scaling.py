@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from moe.atomic_files import write_figure
 from moe.config import Config, ConfigError, MeshConfig
+from moe.config.resolve import validate
 from moe.planner import plan
 from moe.planner.topology import get_topology
-from moe.routing.resolve import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch:
     With ``tensor`` > 1 that many devices share that many experts, a slice of each, and their tokens.
 
     Raises:
-        ConfigError: see :func:`moe.routing.resolve.from_config_dict`.
+        ConfigError: see :func:`moe.config.resolve.from_config_dict`.
     """
     model = dataclasses.replace(
         config.model, moe=dataclasses.replace(config.model.moe, num_experts=experts, dispatch=dispatch)

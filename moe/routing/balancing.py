@@ -15,8 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from moe.config import MoEConfig
-from moe.routing.registry import BalanceCounts
+from moe.routing.interface import BalanceCounts
 from moe.routing.routing import Routing
 from moe.routing.selection import quantile, top_k
 
@@ -124,10 +123,10 @@ def _balance(
     return share.shape[-1] * jnp.sum(share * probability, axis=-1)
 
 
-def balance_weights(moe: MoEConfig) -> np.ndarray | float:
+def balance_weights(num_experts: int, null_experts: int, tau: float) -> np.ndarray | float:
     """Weight of each expert in the load-balancing loss: 1 for an FFN, τ for a zero, copy or constant expert (MoE++
     2024, section 3.3)."""
-    return np.repeat([1.0, moe.null_balance], [moe.num_experts, moe.null_experts]) if moe.null_experts else 1.0
+    return np.repeat([1.0, tau], [num_experts, null_experts]) if null_experts else 1.0
 
 
 def load_balancing_loss(
@@ -161,13 +160,13 @@ def load_balancing_loss(
     return jnp.sum(losses * present) / jnp.maximum(jnp.sum(present), 1)
 
 
-def over_step(report: LayerReport, totals: BalanceSums, moe: MoEConfig, microbatches: int) -> LayerReport:
+def over_step(report: LayerReport, totals: BalanceSums, weights: np.ndarray | float, microbatches: int) -> LayerReport:
     """Reports of one microbatch, stacked over layers, with its share of the load-balancing loss over the whole step.
 
     f and the number of tokens are the step's, P is the microbatch's: the mean over microbatches is E·Σ f_e·P_e of all
-    tokens together, in value and gradient.
+    tokens together, in value and gradient. ``weights``: see :func:`balance_weights`.
     """
-    loss = _balance(totals.counts, report.sums.probs, totals.tokens, balance_weights(moe)) * microbatches
+    loss = _balance(totals.counts, report.sums.probs, totals.tokens, weights) * microbatches
     return dataclasses.replace(report, load_balancing_loss=loss)
 
 
@@ -219,8 +218,11 @@ def report(
     *,
     counts: BalanceCounts = "assignments",
     parts: int = 1,
-    moe: MoEConfig | None = None,
-    penalty: Float[Array, ""] | None = None,
+    k: int = 0,
+    null_experts: int = 0,
+    weights: np.ndarray | float = 1.0,
+    expert_groups: int = 1,
+    strength: Float[Array, ""] | None = None,
 ) -> LayerReport:
     """All losses and metrics of one layer.
 
@@ -230,24 +232,24 @@ def report(
         kept: chosen assignments within the capacity.
         counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.
-        moe: config of the layer, of which groups of experts, K and τ are read; None: E FFNs in one group.
-        penalty: strength of the sparsity penalty; None: there is none.
+        k: K, for a quantile or a penalty.
+        null_experts: how many of the last columns are experts without an FFN.
+        weights: see :func:`balance_weights`.
+        expert_groups: groups of the device-level loss.
+        strength: of the sparsity penalty; None: there is none.
     """
     num_experts = routing.router_probs.shape[-1]
-    moe = moe or MoEConfig(num_experts=num_experts, expert_groups=1, zero_experts=0, copy_experts=0, constant_experts=0)
     load = count_per_expert(routing.expert_index, routing.chosen, num_experts)
     num_chosen = jnp.maximum(jnp.sum(routing.chosen), 1)
     valid = mask & ~routing.broken
     entropy = jnp.sum(jax.scipy.special.entr(routing.router_probs), axis=-1)
-    target, k = jnp.zeros((num_experts,), jnp.float32), moe.experts_per_token
+    target = jnp.zeros((num_experts,), jnp.float32)
     if routing.needed_bias is not None:
         target = quantile(routing.needed_bias, valid, k / num_experts)
     counted, probs, tokens = (values[0] for values in _sums(routing, valid, 1, counts))
     return LayerReport(
-        load_balancing_loss=load_balancing_loss(
-            routing, valid, counts=counts, parts=parts, weights=balance_weights(moe)
-        ),
-        device_balance_loss=load_balancing_loss(routing, valid, expert_groups=moe.expert_groups),
+        load_balancing_loss=load_balancing_loss(routing, valid, counts=counts, parts=parts, weights=weights),
+        device_balance_loss=load_balancing_loss(routing, valid, expert_groups=expert_groups),
         importance_loss=importance_loss(routing),
         load_loss=load_loss(routing, valid),
         router_z_loss=router_z_loss(routing.router_logits, valid),
@@ -255,8 +257,8 @@ def report(
         expert_load=load / num_chosen,
         fraction_tokens_dropped=jnp.sum(routing.chosen & ~kept) / num_chosen,
         router_entropy=token_mean(entropy, valid),
-        active_experts=jnp.sum(load[: moe.num_experts]) / jnp.maximum(jnp.sum(valid), 1),
-        sparsity_penalty=jnp.zeros(()) if penalty is None else sparsity_penalty(routing, valid, k, penalty),
+        active_experts=jnp.sum(load[: num_experts - null_experts]) / jnp.maximum(jnp.sum(valid), 1),
+        sparsity_penalty=jnp.zeros(()) if strength is None else sparsity_penalty(routing, valid, k, strength),
         sums=BalanceSums(counted, probs, tokens, jnp.sum(routing.chosen).astype(jnp.float32), target),
     )
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe.config import ScoreFunction
 from moe.fields import require, setting
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState
+from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState, ScoreFunction
 from moe.routing.selection import limit_to_groups, pick, rank, top_k
 
 #: Score functions by name. The last one is DeepSeek-V4's; its square root has no finite slope at 0.

@@ -7,10 +7,13 @@ from typing import ClassVar, Literal, NamedTuple
 
 from jax import Array
 
-from moe.config import BiasUpdate
 from moe.fields import check_fields, require
 
 RouterKind = Literal["linear", "noisy", "slots", "none"]
+BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
+BalanceScope = Literal["batch", "group", "sequence", "step"]
+BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
 @dataclasses.dataclass(frozen=True)

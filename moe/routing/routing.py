@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from moe.config import ConfigError
+from moe.fields import ConfigError
 from moe.routing.interface import Gate, GateInputs, GateOutput
 
 

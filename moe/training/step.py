@@ -17,17 +17,24 @@ from jax.typing import ArrayLike
 
 from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
 from moe.config import Config, ModelConfig
+from moe.config.registry import gate_of, with_layer_gate
 from moe.layers.moe_layer import replace_gate
+from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
 from moe.models.encoder_decoder import Model, abstract_model, create_model
 from moe.models.stack import selection_biases
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
-from moe.routing.balancing import BalanceSums, LayerReport, bias_signal, next_selection_bias, over_step
+from moe.routing.balancing import (
+    BalanceSums,
+    LayerReport,
+    balance_weights,
+    bias_signal,
+    next_selection_bias,
+    over_step,
+)
 from moe.routing.interface import Gate
-from moe.routing.registry import gate_of, with_layer_gate
-from moe.routing.router import SelectionBias
 from moe.routing.routing import probe
 from moe.training.losses import (
     auxiliary_loss,
@@ -334,7 +341,9 @@ def _loss(
         loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
     layers, microbatches = output.layers, config.train.accumulation_steps
     if layers is not None and totals is not None:
-        layers = over_step(layers, totals, config.model.moe, microbatches)
+        moe = config.model.moe
+        weights = balance_weights(moe.num_experts, moe.null_experts, moe.null_balance)
+        layers = over_step(layers, totals, weights, microbatches)
     return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (cross_entropy, layers)
 
 

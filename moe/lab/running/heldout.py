@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 
 from moe.checkpoints import parameters
 from moe.config import Config
+from moe.config.registry import find_layer
+from moe.config.resolve import validate
 from moe.data import pipeline
-from moe.routing.registry import find_layer
-from moe.routing.resolve import validate
 from moe.training.losses import linear_cross_entropy
 from moe.training.step import Batch, Program, forward, place
 

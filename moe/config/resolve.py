@@ -8,12 +8,12 @@ import typing
 import ml_collections
 
 from moe.config.checks import check_model, check_run
+from moe.config.moe_checks import check_moe
 from moe.config.parse import build
 from moe.config.references import code_fields, refuse_modules
+from moe.config.registry import find_layer, flat_fields
 from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ModelConfig
 from moe.fields import ConfigError
-from moe.routing.checks import check_moe
-from moe.routing.registry import find_layer, flat_fields
 
 
 def from_config_dict(tree: object) -> Config:

@@ -6,11 +6,11 @@ import dataclasses
 
 from moe.config.checks import require, require_at_least, require_at_most, require_fractions, require_layers
 from moe.config.layer_pattern import sparse_layers
+from moe.config.registry import GATE_FIELDS, find_layer, flat_fields, gate_of, with_layer_gate
 from moe.config.schema import Config, MoEConfig
 from moe.fields import ConfigError
 from moe.routing.gates import Balanced, Scored, Selecting
 from moe.routing.interface import Gate
-from moe.routing.registry import GATE_FIELDS, find_layer, flat_fields, gate_of, with_layer_gate
 
 _MOE = "model.moe."
 

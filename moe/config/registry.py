@@ -6,14 +6,13 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from moe.config import BalanceScope, ConfigError, ModelConfig, MoEConfig
 from moe.config.references import import_object
+from moe.config.schema import ModelConfig, MoEConfig
+from moe.fields import ConfigError
 from moe.routing import gates
-from moe.routing.interface import Gate
-
-BalanceCounts = Literal["assignments", "first_choice", "top_scores"]
+from moe.routing.interface import BalanceCounts, BalanceScope, Gate
 
 
 @dataclasses.dataclass(frozen=True)
