@@ -86,7 +86,7 @@ def test_mutual_information_by_hand(rng):
     x, y = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     # H(x) = ¾ ln 4/3 + ¼ ln 4, H(y) = ln 2, joint (2, 1, 1)/4: H = ½ ln 2 + ½ ln 4
     h_x, h_y, h_xy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2), 1.5 * math.log(2)
-    found = dependence(x, y, shuffles=2000, rng=rng)
+    found = dependence(x, y, np.arange(4), shuffles=2000, rng=rng)
     assert found.information == pytest.approx(h_x + h_y - h_xy)
     assert found.nmi == pytest.approx((h_x + h_y - h_xy) / ((h_x + h_y) / 2))
     # Any order of y puts its one lone partner of x = 1 with one of the two values: always this table.
@@ -94,32 +94,72 @@ def test_mutual_information_by_hand(rng):
     assert found.explained == pytest.approx(0, abs=1e-12)
     assert found.p_value == 1.0
     assert found.information == pytest.approx(mutual_info_score(x, y))
-    same = dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), shuffles=20, rng=rng)
+    same = dependence(np.repeat([5, 9], 50), np.repeat([2, 0], 50), np.arange(100), shuffles=20, rng=rng)
     assert (same.nmi, same.information, same.values) == (pytest.approx(1), pytest.approx(math.log(2)), 2)
     assert same.p_value == pytest.approx(1 / 21)
-    assert dependence(np.zeros(4, int), y, shuffles=2, rng=rng).nmi == 0
+    assert dependence(np.zeros(4, int), y, np.arange(4), shuffles=2, rng=rng).nmi == 0
 
 
 def test_the_null_takes_the_bias_of_rare_labels_away(rng):
     x, y = rng.integers(0, 8, 2000), rng.integers(0, 500, 2000)
-    found = dependence(x, y, shuffles=40, rng=rng)
+    found = dependence(x, y, np.arange(2000) // 50, shuffles=40, rng=rng)
     assert found.information > 0.5 * 7 * 499 / (2 * 2000)  # independent, yet the plug-in estimate is near (7·499)/2n
     assert abs(found.information - found.null_mean) < 4 * found.null_std
     assert abs(found.explained) < 0.05
     assert frequent(np.array([7, 7, 3, 7, 3]), 3).tolist() == [True, True, False, True, False]
 
 
-def test_labels_of_rows_are_permuted_over_rows(rng):
+def test_labels_are_permuted_over_rows(rng):
     """Experts that differ from row to row have nothing to do with domains: a null over tokens would say they have."""
     rows = np.repeat(np.arange(40), 50)
     experts, domain = rng.integers(0, 8, 40)[rows], (np.arange(40) // 20)[rows]
-    by_token = dependence(experts, domain, shuffles=40, rng=rng)
-    by_row = dependence(experts, domain, shuffles=40, rng=rng, units=rows)
+    by_token = dependence(experts, domain, np.arange(2000), shuffles=40, rng=rng)
+    by_row = dependence(experts, domain, rows, shuffles=40, rng=rng)
     assert by_token.p_value == pytest.approx(1 / 41)
     assert by_row.p_value > 0.04
     assert by_row.null_mean > 10 * by_token.null_mean
-    with pytest.raises(ValueError, match="same label"):
-        dependence(experts, np.arange(2000), shuffles=1, rng=rng, units=rows)
+    # Two rows, one of each domain: however they are exchanged, the tables are alike, and nothing can be said.
+    assert (
+        dependence(np.repeat([3, 5], 50), np.repeat([0, 1], 50), np.arange(100) // 50, shuffles=9, rng=rng).p_value == 1
+    )
+
+
+def test_tokens_without_a_label_do_not_count(rng):
+    x, y, rows = rng.integers(0, 4, 300), rng.integers(0, 3, 300), np.arange(300) // 30
+    y[200:] = -1
+    found = dependence(x, y, rows, shuffles=5, rng=rng)
+    assert (found.samples, found.values) == (200, 3)
+    assert found.information == pytest.approx(mutual_info_score(x[:200], y[:200]))
+    with pytest.raises(ValueError, match="a token with a label"):
+        dependence(x, np.full(300, -1), rows, shuffles=1, rng=rng)
+
+
+def _sticky(rng, values, rows, length, stay):
+    """Rows of a Markov chain that keeps its value with probability `stay`, each with favourite values of its own."""
+    favourites = rng.dirichlet(np.ones(values), rows)
+    drawn = np.stack([rng.choice(values, length, p=own) for own in favourites])
+    keep = rng.random((rows, length)) < stay
+    keep[:, 0] = False
+    last = np.maximum.accumulate(np.where(keep, 0, np.arange(length)), axis=1)
+    return np.take_along_axis(drawn, last, axis=1).reshape(-1)
+
+
+def test_independent_sequences_are_found_independent_however_alike_neighbours_are(rng):
+    """Of independent experts and labels, both sticky, about 5 % have p <= 0.05, and nothing is explained on average."""
+    rows, length, draws = 16, 64, 200
+    row = np.repeat(np.arange(rows), length)
+    found = [
+        dependence(_sticky(rng, 4, rows, length, 0.8), _sticky(rng, 6, rows, length, 0.8), row, shuffles=19, rng=rng)
+        for _ in range(draws)
+    ]
+    share = np.mean([one.p_value <= 0.05 for one in found])
+    explained = np.array([one.explained for one in found])
+    assert 0.01 < share < 0.11  # four standard errors of 200 draws are 0.06; exchanging tokens gives 1.0
+    assert abs(explained.mean()) < 4 * explained.std() / draws**0.5 < 0.006  # exchanging tokens gives 0.03
+    # A label that the experts follow half of the time is found.
+    x = _sticky(rng, 4, rows, length, 0.8)
+    y = np.where(rng.random(rows * length) < 0.5, x, _sticky(rng, 4, rows, length, 0.8))
+    assert dependence(x, y, row, shuffles=39, rng=rng).p_value == pytest.approx(1 / 40)
 
 
 INDEX = np.array([[[0, 1], [0, 2], [1, 0], [3, 0]]])  # [L,n,K]

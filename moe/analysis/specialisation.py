@@ -55,18 +55,15 @@ def _repetition(own: Records, experts: np.ndarray, shuffles: int, rng: np.random
 def _dependences(
     records: Records, code: Records | None, piece: Callable[[int], str], shuffles: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    def over_layers(of: Records, labels: np.ndarray, units: np.ndarray | None = None) -> list[dict[str, Any]]:
-        return _over_layers(of, labels, shuffles, rng, units)
-
     result: dict[str, list[dict[str, Any]]] = {}
     if len(records.domains) > 1:
-        result["domain"] = over_layers(records, records.domain, units=records.row)
+        result["domain"] = _over_layers(records, records.domain, shuffles, rng)
         result |= _matched(records, lexical_classes(records.tokens, piece), shuffles, rng)
     result["token"] = token_dependence(records, shuffles, rng)
     if code is not None:
         code = code.select(code.marks["syntax"] != NONE)
         result |= {
-            "syntax": over_layers(code, code.marks["syntax"]),
+            "syntax": _over_layers(code, code.marks["syntax"], shuffles, rng),
             "token_in_code": token_dependence(code, shuffles, rng),
         }
     return {label: layers for label, layers in result.items() if layers}
@@ -74,14 +71,12 @@ def _dependences(
 
 def token_dependence(records: Records, shuffles: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Dependence on the token's identity per layer, over tokens that occur AT_LEAST times; empty if none does."""
-    records = records.select(frequent(records.tokens, AT_LEAST))
-    return _over_layers(records, records.tokens, shuffles, rng) if len(records.tokens) else []
+    labels = np.where(frequent(records.tokens, AT_LEAST), records.tokens, -1)
+    return _over_layers(records, labels, shuffles, rng) if (labels >= 0).any() else []
 
 
-def _over_layers(
-    of: Records, labels: np.ndarray, shuffles: int, rng: np.random.Generator, units: np.ndarray | None = None
-) -> list[dict[str, Any]]:
-    return [_numbers(dependence(first, labels, shuffles=shuffles, rng=rng, units=units)) for first in of.first_choice]
+def _over_layers(of: Records, labels: np.ndarray, shuffles: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [_numbers(dependence(first, labels, of.row, shuffles=shuffles, rng=rng)) for first in of.first_choice]
 
 
 def _matched(
@@ -102,8 +97,7 @@ def _matched(
         for name, labels in (("domain_matched", records.domain), ("lexical_matched", lexical)):
             groups = merge_labels(labels[fit], own[fit], num_labels=int(labels.max()) + 1, values=values)
             merged = groups[labels[~fit]]
-            units = rest.row if name == "domain_matched" else None
-            result[name].append(_numbers(dependence(measured, merged, shuffles=shuffles, rng=rng, units=units)))
+            result[name].append(_numbers(dependence(measured, merged, rest.row, shuffles=shuffles, rng=rng)))
     return result
 
 
