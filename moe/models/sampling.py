@@ -143,11 +143,23 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndar
     """Refuse what cannot be continued. Raises ConfigError; see :func:`stream`."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompts: give at least one, each of at least one token")
+    check_tokens(config, prompts)
+    if why := looks_ahead(config):
+        raise ConfigError(why)
+
+
+def check_tokens(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+    """Refuse tokens outside the vocabulary that prompts are read by. Raises ConfigError."""
     vocab_size = config.encoder_vocab_size or config.vocab_size
     if any(not 0 <= int(token) < vocab_size for prompt in prompts for token in prompt):
         raise ConfigError(f"prompts: tokens must be from 0 to {vocab_size - 1}")
-    if config.moe.gate != "none" and not gate_of(config.moe).generates:
-        raise ConfigError(f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet")
+
+
+def looks_ahead(config: ModelConfig) -> str:
+    """Why the model cannot generate, or ""."""
+    if config.moe.gate == "none" or gate_of(config.moe).generates:
+        return ""
+    return f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet"
 
 
 def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
 from moe.training.recovery import Recovery, next_batch
-from moe.training.report import finish
+from moe.training.report import finish, prompts
 from moe.training.step import Program, build, place
 
 
@@ -101,6 +101,9 @@ def train(
             return
         stage("preparing the data")
         prepared = pipeline.prepare_run(config, tokenizer=warm_start.tokenizer(config, directory), progress=say)
+        check_domains(prepared)
+        if config.train.sample_tokens:
+            prompts(config, prepared)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(memory.out_of_memory_as_config_error())
@@ -108,7 +111,6 @@ def train(
         taught = warm_start.teacher_step(config, directory)
         program = make_program(config, mesh, warm_start.teacher(config, mesh, prepared.tokenizer, taught))
         memory.refuse_too_large(program)
-        check_domains(prepared)
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
         rows = local_rows(mesh, config.train.batch_size)
         iterator = pipeline.train_iterator(

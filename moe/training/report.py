@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,14 +17,16 @@ from etils import epath
 
 from moe.atomic_files import write_atomic, write_figure
 from moe.checkpoints.state import TrainState
-from moe.config import ConfigError
+from moe.config import Config, ConfigError
 from moe.data import chat, objectives, pipeline
+from moe.data.tokenizer import Tokenizer
 from moe.escaping import terminal
 from moe.metrics_files import METRICS, read_rows
 from moe.models import sampling
 from moe.training.step import Program
 
 matplotlib.use("Agg")  # draws to files, needs no display
+_FIRST_DOCUMENTS = 1_000  # of a domain, among which one with a prompt is looked for
 
 
 def finish(
@@ -47,47 +51,73 @@ def finish(
     unigram = unigram_over_all(results, unigram)
     text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
     if config.train.sample_tokens and jax.process_count() == 1:
-        text += "\n\n" + (_targets if config.model.encoder_layers else _samples)(program, state, prepared)
+        text += "\n\n" + _sampled(program, state, prepared)
     text = terminal(text)  # of documents, and of a model that learnt them
     figure(directory / "training.png", rows, unigram)
     write_atomic(directory / "report.txt", text + "\n")
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
 
 
-def _samples(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
-    """Continuations of the first tokens of each domain's first held-out document."""
-    tokenizer, config = prepared.tokenizer, program.config
-    documents = [prepared.heldout[domain][0] for domain in prepared.domains]
-    options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
+def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
+    """Domain → what the report continues: the first tokens of a held-out document, or an encoder-decoder's example.
+
+    Each is of the first document that has one, among :data:`_FIRST_DOCUMENTS`; a domain without is left out. Called at
+    the start of a run too, so that a run whose end would fail is refused.
+
+    Raises:
+        ConfigError: a document is not of the objective's kind, or has a token that the model lacks.
+    """
+    found: dict[str, Any] = {}
+    for domain in prepared.domains:
+        texts = itertools.islice(prepared.heldout[domain], _FIRST_DOCUMENTS)
+        if first := next(filter(None, (_prompt(config, prepared.tokenizer, text) for text in texts)), None):
+            found[domain] = first[0]
+    if found:
+        sampling.check_tokens(config.model, [_given(prompt) for prompt in found.values()])
+    return found
+
+
+def _prompt(config: Config, tokenizer: Tokenizer, text: str) -> list[Any]:
+    """The prompt of a document, or nothing if it is too short to have one."""
+    if config.model.encoder_layers:
+        return objectives.examples(text, np.random.default_rng(0), config.data, tokenizer)[:1]
     if config.data.objective == "chat":
-        options = dataclasses.replace(options, stop_tokens=chat.stop_ids(tokenizer))
-        prompts = [chat.first_prompt(tokenizer, text, config.data.dataset) for text in documents]
+        return [chat.first_prompt(tokenizer, text, config.data.dataset)]
+    start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    ids = np.concatenate([start, tokenizer.encode(text[:2000])[:31]]).astype(np.int32)
+    return [ids] if len(ids) else []
+
+
+def _given(prompt: Any) -> np.ndarray:
+    return prompt["encoder"] if isinstance(prompt, dict) else prompt
+
+
+def _sampled(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
+    """Continuations of :func:`prompts`, or the likeliest targets of an encoder-decoder's examples."""
+    config, tokenizer = program.config, prepared.tokenizer
+    if why := sampling.looks_ahead(config.model):
+        return f"no text was sampled: {why}"
+    given = prompts(config, prepared)
+    if not given:
+        return "no text was sampled: the first held-out documents are too short"
+    if config.model.encoder_layers:
+        title = "blanks as [written|removed]" if config.data.objective == "span_corruption" else "a target"
+        options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
+        show = functools.partial(objectives.show_example, data=config.data, tokenizer=tokenizer)
     else:
-        start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-        prompts = [np.concatenate([start, tokenizer.encode(text[:2000])[:31]]).astype(np.int32) for text in documents]
-    text = sampling.sample(config.model, state.variables, prompts, config.train.sample_tokens, options)
-    shown = [
-        f"a continuation, {domain}:\n{tokenizer.decode(prompt)} >>> {tokenizer.decode(continuation)}"
-        for domain, prompt, continuation in zip(prepared.domains, prompts, text, strict=True)
-    ]
-    return "\n\n".join(shown)
+        title = "a continuation"
+        options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
+        if config.data.objective == "chat":
+            options = dataclasses.replace(options, stop_tokens=chat.stop_ids(tokenizer))
 
+        def show(prompt: np.ndarray, written: np.ndarray) -> str:
+            return f"{tokenizer.decode(prompt)} >>> {tokenizer.decode(written)}"
 
-def _targets(program: Program, state: TrainState, prepared: pipeline.Prepared) -> str:
-    """Likeliest targets of the first example of each domain's first held-out document, by an encoder-decoder."""
-    config, tokenizer, rng = program.config, prepared.tokenizer, np.random.default_rng(0)
-    firsts = [
-        objectives.examples(prepared.heldout[domain][0], rng, config.data, tokenizer)[0] for domain in prepared.domains
-    ]
-    options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
-    prompts = [example["encoder"] for example in firsts]
-    written = sampling.sample(config.model, state.variables, prompts, config.train.sample_tokens, options)
-    title = {"span_corruption": "blanks as [written|removed]"}.get(config.data.objective, "a target")
-    shown = [
-        f"{title}, {domain}:\n{objectives.show_example(example, ids, config.data, tokenizer)}"
-        for domain, example, ids in zip(prepared.domains, firsts, written, strict=True)
-    ]
-    return "\n\n".join(shown)
+    ids = [_given(prompt) for prompt in given.values()]
+    written = sampling.sample(config.model, state.variables, ids, config.train.sample_tokens, options)
+    return "\n\n".join(
+        f"{title}, {domain}:\n{show(prompt, ids)}" for (domain, prompt), ids in zip(given.items(), written, strict=True)
+    )
 
 
 def table(results: dict[str, dict[str, Any]], unigram: dict[str, float], train_rows: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,67 @@
+"""The report at a run's end: what it continues, and that its failures come at the start."""
+
+# ruff: noqa: F811
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.data import pipeline
+from moe.training import loop, report
+from moe.training.loop import train
+from tests.run_helpers import ONE, directory, tiny  # noqa: F401
+from tests.tiny_text import random_text
+
+DOMAIN = "tiny_text/split"
+
+
+@pytest.fixture(scope="module")
+def prepared(directory):
+    return pipeline.prepare_run(tiny(directory), progress=lambda _: None)
+
+
+def _with(prepared, *texts):
+    return dataclasses.replace(prepared, heldout={DOMAIN: [*texts, random_text(3)]})
+
+
+def test_prompts_are_of_the_first_document_that_has_one(directory, prepared):
+    tokenizer = prepared.tokenizer
+    long = tokenizer.encode(random_text(3))
+    begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+    one = next(text for text in "aeiou0" if len(tokenizer.encode(text)) == 1)
+    found = report.prompts(tiny(directory), _with(prepared, one))
+    np.testing.assert_array_equal(found[DOMAIN], [*begin, *tokenizer.encode(one)])
+    # Of one token, an encoder-decoder's prefix has nothing to predict; of none, no decoder has a token to begin with.
+    encoder = {"model.encoder_layers": 1, "data.objective": "prefix_lm", "data.input_length": 16}
+    found = report.prompts(tiny(directory, **encoder), _with(prepared, one))
+    assert found[DOMAIN]["encoder"][0] == long[0]
+    without_bos = dataclasses.replace(_with(prepared, ""), tokenizer=_without_bos(tokenizer))
+    np.testing.assert_array_equal(report.prompts(tiny(directory), without_bos)[DOMAIN], long[:31])
+    only = dataclasses.replace(prepared, heldout={DOMAIN: [one]})
+    assert report.prompts(tiny(directory, **encoder), only) == {}
+
+
+def _without_bos(tokenizer):
+    return types.SimpleNamespace(bos_id=-1, encode=tokenizer.encode)
+
+
+@pytest.mark.parametrize("gate", ["soft_moe", "expert_choice"])
+def test_a_gate_that_looks_ahead_ends_without_a_sample(directory, prepared, gate):
+    config = tiny(directory, **{"model.moe.gate": gate, "model.moe.accept_future_leak": True})
+    text = report._sampled(types.SimpleNamespace(config=config), None, prepared)
+    assert text == f"no text was sampled: model.moe.gate={gate!r}: routes by later tokens, which a text has not yet"
+
+
+def test_a_document_that_the_report_cannot_show_is_refused_at_the_start(directory, tmp_path, monkeypatch):
+    """Not after training: the program is never built."""
+    prepare = pipeline.prepare_run
+
+    def with_plain_text(config, **options):
+        return dataclasses.replace(prepare(tiny(directory), **options), heldout={DOMAIN: ["no conversation"]})
+
+    monkeypatch.setattr(loop.pipeline, "prepare_run", with_plain_text)
+    config = tiny(directory, **{"data.objective": "chat", "train.sample_tokens": 4})
+    with pytest.raises(ConfigError, match="needs documents with messages"):
+        train(config, str(tmp_path / "run"), ONE, make_program=None)
