@@ -10,17 +10,63 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import pydantic
 from etils import epath
 
 from moe.atomic_files import in_bucket, write_atomic
-from moe.config import Config, ConfigError, to_dict
+from moe.config import Config, ConfigError, read_small_file, to_dict
+from moe.foreign_files import Fields, Step, parse
 from moe.metric_writers import Factory
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+
+
+_LARGEST = 1 << 34  # bytes
+
+
+class _Row(Fields):
+    """What reports and the lab read of a row, where it is there. Lists have a value per MoE layer."""
+
+    step: Step
+    kind: str
+    cross_entropy: float = 0.0
+    skipped: float = 0.0
+    loss: float = 0.0
+    perplexity: float = 0.0
+    bits_per_byte: float = 0.0
+    targets: int = 0
+    standard_error: float = 0.0
+    text: str = ""
+    expert_load: list[list[float]] = pydantic.Field(default_factory=list)
+    fraction_tokens_dropped: list[float] = pydantic.Field(default_factory=list)
+    router_entropy: list[float] = pydantic.Field(default_factory=list)
+    router_z_loss: list[float] = pydantic.Field(default_factory=list)
+    max_violation: list[float] = pydantic.Field(default_factory=list)
+
+    @pydantic.model_validator(mode="after")
+    def _check_layers(self) -> _Row:
+        lists = {"expert_load", "fraction_tokens_dropped", "router_entropy", "router_z_loss", "max_violation"}
+        if len({len(getattr(self, name)) for name in lists & self.model_fields_set}) > 1:
+            raise ValueError("its lists have different numbers of MoE layers")
+        if len({len(layer) for layer in self.expert_load}) > 1:
+            raise ValueError("expert_load has different numbers of experts")
+        return self
+
+
+def _whole(tree: Any) -> Any:
+    """The row as it is, with further values, once it is checked."""
+    _CHECKED.validate_python(tree)
+    return tree
+
+
+_CHECKED = pydantic.TypeAdapter(_Row)
+_ROW: pydantic.TypeAdapter[dict[str, Any]] = pydantic.TypeAdapter(
+    Annotated[dict[str, Any], pydantic.BeforeValidator(_whole)]
+)
 
 
 def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
@@ -29,7 +75,7 @@ def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
     In a bucket, objects of further rows beside it are read too (:class:`_Segments`).
 
     Raises:
-        ConfigError: any other line is not a row of metrics.
+        ConfigError: any other line is not a row of metrics, or the path is no regular file.
     """
     rows = _read_lines(path) if path.exists() else []
     for segment in _segments(path):
@@ -41,16 +87,13 @@ def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:
 
 def _read_lines(path: epath.Path | Path) -> list[dict[str, Any]]:
     rows = []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_small_file(path, largest=_LARGEST).split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)):
-                raise ValueError
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
+            rows.append(parse(line, _ROW, f"{path}, line {number}: not a row of metrics; restore or delete it"))
+        except ConfigError:
             if number < len(lines):  # the last entry is empty or an unfinished line
-                raise ConfigError(f"{path}, line {number}: not a row of metrics; restore or delete it") from error
+                raise
     return rows
 
 

@@ -169,7 +169,7 @@ CHOSEN = np.array([[[True, True], [True, True], [True, False], [True, True]]])
 def test_load_coactivation_saturation_and_top_tokens_by_hand():
     load = measures.expert_load(INDEX, CHOSEN, np.array([0, 0, 1, 1]), 2, 4)
     np.testing.assert_allclose(load, [[[2 / 4, 1 / 4, 1 / 4, 0], [1 / 3, 1 / 3, 0, 1 / 3]]])
-    np.testing.assert_allclose(max_violation(load), [[(1 / 2) / (1 / 4) - 1, (1 / 3) / (1 / 4) - 1]])
+    np.testing.assert_allclose(np.asarray(max_violation(load)), [[(1 / 2) / (1 / 4) - 1, (1 / 3) / (1 / 4) - 1]])
     probs = np.array([[[0.25] * 4, [1.0, 0, 0, 0]]])
     np.testing.assert_allclose(measures.mean_entropy(probs), [0.5])  # (ln 4 + 0) / 2 over ln 4
 

@@ -3,6 +3,7 @@
 # ruff: noqa: F811
 import dataclasses
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def _without_bos(tokenizer):
 @pytest.mark.parametrize("gate", ["soft_moe", "expert_choice"])
 def test_a_gate_that_looks_ahead_ends_without_a_sample(directory, prepared, gate):
     config = tiny(directory, **{"model.moe.gate": gate, "model.moe.accept_future_leak": True})
-    text = report._sampled(types.SimpleNamespace(config=config), None, prepared)
+    program: Any = types.SimpleNamespace(config=config)
+    state: Any = None
+    text = report._sampled(program, state, prepared)
     assert text == f"no text was sampled: model.moe.gate={gate!r}: routes by later tokens, which a text has not yet"
 
 
@@ -63,5 +66,6 @@ def test_a_document_that_the_report_cannot_show_is_refused_at_the_start(director
 
     monkeypatch.setattr(loop.pipeline, "prepare_run", with_plain_text)
     config = tiny(directory, **{"data.objective": "chat", "train.sample_tokens": 4})
+    never: Any = None
     with pytest.raises(ConfigError, match="needs documents with messages"):
-        train(config, str(tmp_path / "run"), ONE, make_program=None)
+        train(config, str(tmp_path / "run"), ONE, make_program=never)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import jax
+import pydantic
 from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import complete_steps
-from moe.config import Config, ConfigError, read_small_file
+from moe.config import Config
+from moe.foreign_files import Fields, Step, read_json
 
 #: Notes in a workdir of the steps at which other checkpoints are read: the base of adapters, the teacher.
 BASE_FILE, TEACHER_FILE = "base.json", "teacher.json"
+
+
+class _Note(Fields):
+    step: Step
+
+
+_NOTE = pydantic.TypeAdapter(_Note)
 
 
 def pin_base(workdir: epath.Path, config: Config) -> None:
@@ -40,9 +48,4 @@ def noted_step(path: epath.Path) -> int | None:
     """
     if not path.exists():
         return None
-    content = read_small_file(path)
-    try:
-        step: Any = json.loads(content)["step"]
-        return int(step)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: does not name the step of a checkpoint ({error}); restore it") from error
+    return read_json(path, _NOTE).step

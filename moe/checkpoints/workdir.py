@@ -11,6 +11,7 @@ from typing import Any
 
 import filelock
 import jax
+import pydantic
 from etils import epath
 
 from moe.atomic_files import in_bucket, write_atomic
@@ -18,6 +19,7 @@ from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.config.resolve import from_workdir_dict
 from moe.dispatch.plan import layer_capacity
+from moe.foreign_files import Fields, Step, parse
 from moe.metrics_files import METRICS, read_rows
 
 LOCK, CONFIG, CHANGES, REPORT = ".lock", "config.json", "changes.jsonl", "report.txt"
@@ -55,6 +57,15 @@ CHANGEABLE_FIELDS = (
     "train.spike_sigmas",
 )
 
+
+class _Change(Fields):
+    """A line of changes.jsonl: field → [old, new]."""
+
+    step: Step
+    changes: dict[str, list[Any]]
+
+
+_CHANGE = pydantic.TypeAdapter(_Change)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -203,13 +214,8 @@ def record_changes(config: Config, changes: dict[str, list[Any]], step: int, wor
 def latest_change(workdir: epath.Path) -> int:
     """Step of the newest recorded change; 0: none. Raises ConfigError for a file that holds something else."""
     path = workdir / CHANGES
-    try:
-        lines = read_small_file(path).decode().splitlines() if path.exists() else []
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except ConfigError:
-        raise
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a record of changes; restore or delete it") from error
+    lines = read_small_file(path).splitlines() if path.exists() else []
+    return parse(lines[-1], _CHANGE, f"{path}: not a record of changes").step if lines else 0
 
 
 def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: epath.Path, *, new: bool) -> None:

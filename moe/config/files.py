@@ -15,36 +15,37 @@ from moe.fields import ConfigError
 _LARGEST = 1 << 28  # bytes
 
 
-def read_small_file(path: str | os.PathLike[str], name: str = "") -> bytes:
+def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int = _LARGEST) -> bytes:
     """Content of a config, a tokenizer or the like.
 
     Args:
         path: local or in a bucket.
         name: of the file in messages; empty: its path.
+        largest: size in bytes.
 
     Raises:
-        ConfigError: there is no such file, it is a folder, FIFO or device, it has more than 256 MiB, or its bucket
-            cannot be reached.
+        ConfigError: there is no such file, it is a folder, FIFO or device, it has more bytes than that, or its
+            bucket cannot be reached.
     """
     name = name or os.fspath(path)
     if "://" not in os.fspath(path):
-        return _read(epath.Path(path), name)
+        return _read(epath.Path(path), name, largest)
     try:
-        return _read(epath.Path(path), name)
+        return _read(epath.Path(path), name, largest)
     except ConfigError:
         raise
     except Exception as error:  # clients of buckets pass on errors of several libraries
         raise ConfigError(f"{name}: cannot be reached ({type(error).__name__}: {error})") from error
 
 
-def _read(file: epath.Path, name: str) -> bytes:
+def _read(file: epath.Path, name: str, largest: int) -> bytes:
     if not file.exists():
         raise ConfigError(f"{name}: no such file")
     # epath takes whatever is no folder for a file; reading a FIFO waits for ever, /dev/zero fills the memory.
     if not (file.is_file() if "://" in os.fspath(file) else os.path.isfile(file)):
         raise ConfigError(f"{name}: is not a regular file")
-    if file.stat().length > _LARGEST:
-        raise ConfigError(f"{name}: must be at most {_LARGEST} bytes")
+    if file.stat().length > largest:
+        raise ConfigError(f"{name}: must be at most {largest} bytes")
     return file.read_bytes()
 
 

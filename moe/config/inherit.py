@@ -40,18 +40,20 @@ def inherit_model(tree: typing.Any, workdir: str = "") -> None:
         content = read_small_file(path)
     except ConfigError as error:
         raise ConfigError(f"{where} an import; {error}") from error
+    assigned = assigned_fields(tree)
     try:
         model = json.loads(content)["model"]
         moe = model.pop("moe")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        refuse_modules({f"model.moe.{name}": moe.get(name) for name in ("gate", "layer_gates")}, f"{path}: ")
+        _fill(tree.model, model, assigned, "model.")
+        if "model.moe.gate" not in assigned or tree.model.moe.gate == moe.get("gate"):
+            _fill(tree.model.moe, moe, assigned, "model.moe.")
+    except ConfigError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{where} an import; {path} cannot be read as one ({type(error).__name__}: {error})"
         ) from error
-    refuse_modules({f"model.moe.{name}": moe.get(name) for name in ("gate", "layer_gates")}, f"{path}: ")
-    assigned = assigned_fields(tree)
-    _fill(tree.model, model, assigned, "model.")
-    if "model.moe.gate" not in assigned or tree.model.moe.gate == moe.get("gate"):
-        _fill(tree.model.moe, moe, assigned, "model.moe.")
 
 
 def _fill(section: ml_collections.ConfigDict, theirs: dict[str, typing.Any], assigned: set[str], path: str) -> None:

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 
 from moe.checkpoints.state import join
 from moe.config import Config, ModelConfig, validate_mesh
+from moe.foreign_files import read_object
 from moe.interop.config_json import family_of, read_config
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.quantization_config import read_quantization
 from moe.interop.schema import parse
-from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
+from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 from moe.models import sampling
 from moe.models.encoder_decoder import Model, abstract_model
 from moe.models.flops import abstract_parameters, abstract_selection_biases
@@ -55,7 +56,7 @@ def open_folder(
     directory: str | os.PathLike[str], *, dtype: str = "float32"
 ) -> tuple[Config, TensorFolder, list[Parameter]]:
     """The config of a folder, its tensors, checked, and the parameters they make. Reads headers only."""
-    source = read_json(Path(directory) / CONFIG_FILE)
+    source = read_object(Path(directory) / CONFIG_FILE)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     folder, family = TensorFolder(directory, read_quantization(source), dtype), family_of(source)

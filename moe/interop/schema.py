@@ -7,14 +7,13 @@ Both generations of the file are read: ``rope_theta`` and ``torch_dtype`` at the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from moe.config import ConfigError
+from moe import foreign_files
 from moe.config.schema import Activation
-
-Json = dict[str, Any]
+from moe.foreign_files import Json, refuse
 
 
 def _refuse_true(value: bool) -> bool:
@@ -55,10 +54,8 @@ HiddenAct = Literal["silu", "swish", "gelu_pytorch_tanh", "gelu_new", "gelu", "r
 MOST_EXPERTS = 1 << 17
 
 
-class Fields(pydantic.BaseModel):
-    """Base of all schemas: strict types, unknown fields kept aside, null taken as absent where null is no value."""
-
-    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
+class Fields(foreign_files.Fields):
+    """Base of all schemas: strict types, unknown fields ignored, null taken as absent where null is no value."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -160,22 +157,6 @@ def parse(schema: type[OpenConfig], source: Json) -> Any:
         return schema.model_validate(source)
     except pydantic.ValidationError as error:
         refuse("config.json", error)
-
-
-def refuse(where: str, error: pydantic.ValidationError) -> NoReturn:
-    """Raises ConfigError: one sentence that names the first wrong field."""
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        raise ConfigError(f"{where}: has no {name}") from None
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    field = f"{name}={_shorten(first['input'])}: " if name else ""
-    raise ConfigError(f"{where}: {field}{message}") from None
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

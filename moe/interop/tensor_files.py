@@ -13,16 +13,16 @@ import ml_dtypes
 import numpy as np
 import safetensors
 from absl import logging
-from etils import epath
 from safetensors.numpy import save_file
 
 from moe.atomic_files import write_atomic
-from moe.config import ConfigError, read_small_file
+from moe.config import ConfigError
+from moe.foreign_files import read_object
 from moe.interop.families.family import Family
 from moe.interop.layout import Parameter
 from moe.interop.quantization_config import ACTIVATION_SCALES, Quantization
 from moe.interop.quantized import Form, FP8Blocks
-from moe.interop.schema import Json, parse_index
+from moe.interop.schema import parse_index
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -30,22 +30,6 @@ _PICKLED = (
     "; pickled weights (*.bin) can run code and are not read: where you trust them, convert them once with "
     "transformers, by CLASS.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), the CLASS that config.json names"
 )
-
-
-def read_json(path: Path | epath.Path) -> Json:
-    """The JSON object in a file.
-
-    Raises:
-        ConfigError: no such file, no JSON, or JSON that is no object.
-    """
-    content = read_small_file(path)
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, bytes that are not UTF-8
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a JSON object, not {type(tree).__name__}")
-    return tree
 
 
 #: Types that safetensors' NumPy reader does not know; their bytes are read.
@@ -121,7 +105,7 @@ class TensorFolder:
         self._stored = stored = StoredTensors()
         index = self.directory / INDEX_FILE
         if index.exists():
-            weight_map = parse_index(read_json(index), index)
+            weight_map = parse_index(read_object(index), index)
             files = sorted(set(weight_map.values()))
         elif (self.directory / SINGLE_FILE).exists():
             weight_map, files = {}, [SINGLE_FILE]

@@ -18,6 +18,7 @@ from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.data.tokenizer_files import find_tokenizer
+from moe.foreign_files import read_object
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
@@ -25,7 +26,7 @@ from moe.interop.quantization_config import FP8Config, read_quantization
 from moe.interop.quantized import pack_scales, unpack_scales
 from moe.interop.save import Encoders, new_folder, refuse_files, write_folder
 from moe.interop.schema import Json
-from moe.interop.tensor_files import CONFIG_FILE, TensorFolder, read_json
+from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 
 #: Elements of a table of the vocabulary that are in memory at once.
 PART_ELEMENTS = 1 << 26
@@ -59,7 +60,7 @@ def import_checkpoint(
     refuse_files(workdir)
     refuse_unusable_path(workdir)
     config, folder, parameters = open_folder(source, dtype=dtype)
-    written = read_json(Path(source) / CONFIG_FILE)
+    written = read_object(Path(source) / CONFIG_FILE)
     starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
     known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}
     files = {GENERATION_FILE: (json.dumps(known) + "\n").encode()}
@@ -83,7 +84,7 @@ def _companions(source: Path) -> dict[str, bytes]:
     """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
     found = {name: read_small_file(source / name) for name in COMPANIONS if (source / name).exists()}
     if GENERATION_FILE in found:
-        read_json(source / GENERATION_FILE)
+        read_object(source / GENERATION_FILE)
     return found
 
 
@@ -141,7 +142,7 @@ def export_checkpoint(
     refuse_files(Path(directory))
     config = read_run_config(workdir)
     origin = _origin(epath.Path(workdir), config)
-    source = read_json(origin / SOURCE_FILE) if origin else None
+    source = read_object(origin / SOURCE_FILE) if origin else None
     written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
     encoders: Encoders = {}
     if quantized:
@@ -200,7 +201,7 @@ def _token_ids(workdir: epath.Path, written: Json) -> Json:
     """Token ids of begin, end and padding: those in ``written``, else the generation config's or the tokenizer's."""
     known = {name: written[name] for name in TOKEN_IDS if written.get(name) is not None}
     if (workdir / GENERATION_FILE).exists():
-        source = read_json(workdir / GENERATION_FILE)
+        source = read_object(workdir / GENERATION_FILE)
         return {name: source.get(name) for name in TOKEN_IDS} | known
     try:
         tokenizer = find_tokenizer(workdir)

@@ -37,11 +37,11 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
     from etils import epath
 
     from moe.config import ConfigError
-    from moe.interop.tensor_files import read_json
+    from moe.foreign_files import read_object
     from moe.interop.workdirs import GENERATION_FILE
 
     path = epath.Path(workdir) / GENERATION_FILE
-    start: Any = read_json(path).get("decoder_start_token_id") if path.exists() else None
+    start: Any = read_object(path).get("decoder_start_token_id") if path.exists() else None
     if start is None:
         return max(pad_id, 0)
     if type(start) is not int or not 0 <= start < vocab_size:

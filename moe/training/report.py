@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -48,12 +47,17 @@ def finish(
         raise ConfigError(f"{directory / METRICS}: the last evaluation, which the report shows, is missing; restore it")
     results = {row["kind"].removeprefix("heldout/"): row for row in final}
     unigram = {domain: pipeline.unigram_nll(prepared, config.data, domain) for domain in prepared.domains}
-    unigram = unigram_over_all(results, unigram)
-    text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
+    try:
+        unigram = unigram_over_all(results, unigram)
+        text = table(results, unigram, [row for row in rows if row["kind"] == "train"])
+        figure(directory / "training.png", rows, unigram)
+    except LookupError as error:
+        raise ConfigError(
+            f"{directory / METRICS}: its rows lack {error}, which the report shows; restore it"
+        ) from error
     if config.train.sample_tokens and jax.process_count() == 1:
         text += "\n\n" + _sampled(program, state, prepared)
     text = terminal(text)  # of documents, and of a model that learnt them
-    figure(directory / "training.png", rows, unigram)
     write_atomic(directory / "report.txt", text + "\n")
     say("\n" + text + f"\n\nIn {directory}: report.txt, training.png, {METRICS}, tensorboard/, checkpoints/")
 
@@ -103,14 +107,17 @@ def _sampled(program: Program, state: TrainState, prepared: pipeline.Prepared) -
     if config.model.encoder_layers:
         title = "blanks as [written|removed]" if config.data.objective == "span_corruption" else "a target"
         options = sampling.Sampling(temperature=0, stop_tokens=(tokenizer.eos_id,), start_token=tokenizer.pad_id)
-        show = functools.partial(objectives.show_example, data=config.data, tokenizer=tokenizer)
+
+        def show(prompt: Any, written: np.ndarray) -> str:
+            return objectives.show_example(prompt, written, config.data, tokenizer)
+
     else:
         title = "a continuation"
         options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
         if config.data.objective == "chat":
             options = dataclasses.replace(options, stop_tokens=chat.stop_ids(tokenizer))
 
-        def show(prompt: np.ndarray, written: np.ndarray) -> str:
+        def show(prompt: Any, written: np.ndarray) -> str:
             return f"{tokenizer.decode(prompt)} >>> {tokenizer.decode(written)}"
 
     ids = [_given(prompt) for prompt in given.values()]
