@@ -76,7 +76,8 @@ def first_sentence(error: Exception) -> str:
     if first["type"] == "missing":
         return f"has no {name}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("a valid dictionary", "a JSON object").replace("a valid ", "a ")
+    message = message.partition(" or instance of")[0].replace("a valid dictionary", "a JSON object")
+    message = message.replace("a valid integer", "an integer").replace("a valid ", "a ")
     return f"{name}={_shorten(first['input'])}: {message}" if name else message
 
 

@@ -42,21 +42,30 @@ def inherit_model(tree: typing.Any, workdir: str = "") -> None:
         raise ConfigError(f"{where} an import; {error}") from error
     assigned = assigned_fields(tree)
     try:
-        model = json.loads(content)["model"]
-        moe = model.pop("moe")
+        model = _section(json.loads(content), "model")
+        moe = _section(model, "moe")
         refuse_modules({f"model.moe.{name}": moe.get(name) for name in ("gate", "layer_gates")}, f"{path}: ")
         _fill(tree.model, model, assigned, "model.")
         if "model.moe.gate" not in assigned or tree.model.moe.gate == moe.get("gate"):
             _fill(tree.model.moe, moe, assigned, "model.moe.")
     except ConfigError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"{where} an import; {path} cannot be read as one ({type(error).__name__}: {error})"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} an import; {path} cannot be read as one ({error})") from error
+
+
+def _section(tree: typing.Any, name: str) -> dict[str, typing.Any]:
+    """The section of a config's JSON, taken out of it. Raises ValueError if it has none."""
+    section = tree.pop(name, None) if isinstance(tree, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"it has no section {name!r}")
+    return section
 
 
 def _fill(section: ml_collections.ConfigDict, theirs: dict[str, typing.Any], assigned: set[str], path: str) -> None:
     for name, value in theirs.items():
         if name in section and path + name not in assigned:
-            section[name] = tuple(value) if isinstance(value, list) else value
+            try:
+                section[name] = tuple(value) if isinstance(value, list) else value
+            except TypeError as error:
+                raise ValueError(f"{path}{name}={value!r}: must be {type(section[name]).__name__}") from error
