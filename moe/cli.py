@@ -293,7 +293,7 @@ def _sentence(error: Exception, argv: list[str]) -> str:
                 field = name.removeprefix("config.")
                 return f"{field}={value!r}: must be {type_name(field)}"
     if isinstance(error, (ConfigError, flags.Error)):
-        return text
+        return str(ConfigError(text))  # cut, if a value has thousands of digits
     files = [argument for argument in argv[1:] if argument.lstrip("-").startswith("config=")]
     return f"{' '.join(files) or '--config'}: {type(error).__name__}: {text}"
 

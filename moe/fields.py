@@ -109,3 +109,8 @@ def check_type(hint: typing.Any, value: typing.Any, field: str) -> typing.Any:
     if isinstance(value, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
         raise ConfigError(f"{field}={value!r}: must be valid UTF-8 without the character NUL")
     return value
+
+
+def whole_number(text: str) -> int | None:
+    """The number that at most nine digits 0 to 9 say; None for other text, such as ² or 5,000 digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

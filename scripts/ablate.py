@@ -18,6 +18,7 @@ from absl import flags
 
 from moe import cli
 from moe.config import ConfigError
+from moe.fields import whole_number
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, with_seeds
 from moe.lab.records import read_all
@@ -106,9 +107,10 @@ def _write_pages(workdir: Path, output: Path) -> None:
 
 
 def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
+    seed = whole_number(text)
+    if seed is None:
         raise ConfigError(f"--seeds={text}: must be whole numbers, as in 0,1,2")
-    return int(text)
+    return seed
 
 
 if __name__ == "__main__":

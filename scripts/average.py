@@ -22,13 +22,15 @@ _EMA = flags.DEFINE_bool("ema", False, "Take the exponential moving average of t
 def main() -> None:
     """Average, write, and say what was averaged."""
     from moe.config import ConfigError
+    from moe.fields import whole_number
     from moe.training.averaging import write_average
 
     steps = []
     for step in _STEPS.value or []:
-        if not str(step).isdigit():
+        number = whole_number(str(step))
+        if number is None:
             raise ConfigError(f"--steps={step}: must be numbers, as in 100,200")
-        steps.append(int(step))
+        steps.append(number)
     if steps and _EMA.value:
         raise ConfigError("--steps: has no meaning beside --ema, which is of the newest checkpoint")
     print(write_average(str(_WORKDIR.value), str(_OUT.value), steps, ema=bool(_EMA.value)))

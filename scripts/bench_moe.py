@@ -58,6 +58,7 @@ def check() -> None:
     from moe.config import ConfigError
     from moe.config.registry import LAYERS
     from moe.dispatch.modes import CONFIG_MODES
+    from moe.fields import whole_number
     from moe.parallel import partition_specs
 
     allowed: dict[str, list[str]] = {
@@ -76,7 +77,7 @@ def check() -> None:
     numbers = {"experts": _EXPERTS.value or [], "mesh": [entry.partition("=")[2] for entry in _MESH.value or []]}
     for name, values in numbers.items():
         for number in values:
-            if not (number.isdigit() and int(number) > 0):
+            if not whole_number(number):
                 raise ConfigError(
                     f"--{name}={','.join(flags.FLAGS[name].value or [])}: {number!r} must be a positive integer"
                 )

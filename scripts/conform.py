@@ -18,6 +18,7 @@ from absl import flags
 from moe import cli
 from moe.config import ConfigError
 from moe.config.references import import_object
+from moe.fields import whole_number
 
 _NPZ = cli.define_path("npz", "File of weights, inputs and results (docs/conform.md).")
 _LAYER = flags.DEFINE_string("layer", None, "JAX layer as package.module:function.")
@@ -57,7 +58,7 @@ def main() -> None:
         balance_weight=_BALANCE.value,
         z_weight=_Z.value,
     )
-    if not all(count.isdigit() and int(count) for count in _DEVICES.value):
+    if not all(map(whole_number, _DEVICES.value)):
         raise ConfigError(f"--devices={','.join(_DEVICES.value)}: positive whole numbers, such as 2,4,8")
     devices = tuple(int(count) for count in _DEVICES.value)
     if (_NPZ.value is None) == (_LAYER.value is None):

@@ -158,10 +158,11 @@ def compilation(config: Any, mesh: Any) -> None:
     import jax
 
     from moe.config import ConfigError
+    from moe.fields import whole_number
     from moe.training.step import build
 
     for number in _LAYERS.value:
-        if not (number.isdigit() and int(number) > 0):
+        if not whole_number(number):
             raise ConfigError(f"--compile_layers={','.join(_LAYERS.value)}: {number!r} must be a positive integer")
     seconds: dict[int, list[float]] = {int(layers): [] for layers in _LAYERS.value}
     for turn in range(3):

@@ -338,8 +338,11 @@ def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None)
     except ConfigError:
         raise
     except Exception as error:
-        steps = complete_steps(workdir)
-        last = f"the newest good checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
+        if in_bucket(workdir):  # which may refuse to be listed too
+            last = "earlier checkpoints stay as they are"
+        else:
+            steps = complete_steps(workdir)
+            last = f"the newest good checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
         what = "a checkpoint could not be written" if manager else "cannot be used"
         raise ConfigError(
             f"--workdir={workdir}: {what} ({first_line(error)}); {last}; "

@@ -250,9 +250,11 @@ def disk_errors(workdir: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # A bucket that refuses to be written may refuse to be listed too.
+        last = "its newest checkpoint" if in_bucket(workdir) else f"step {max(complete_steps(workdir), default=0)}"
         raise ConfigError(
             f"--workdir={workdir}: {error.strerror or error} ({error.filename or 'while writing'}); once that is "
-            f"fixed, the same command continues from step {max(complete_steps(workdir), default=0)}"
+            f"fixed, the same command continues from {last}"
         ) from error
 
 

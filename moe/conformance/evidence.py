@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
 from moe.conformance.equations import Layer, Rule
+from moe.fields import whole_number
 from moe.parallel.mesh import make_mesh
 
 INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")
@@ -130,7 +131,7 @@ def parse_mesh(sizes: str) -> Mesh:
     """
     axes = {field.name for field in dataclasses.fields(MeshConfig)}
     pairs = [part.partition("=") for part in sizes.split(",")]
-    if not all(axis in axes and size.isdigit() and int(size) for axis, _, size in pairs):
+    if not all(axis in axes and whole_number(size) for axis, _, size in pairs):
         raise ConfigError(f"--mesh={sizes}: must be sizes of {', '.join(sorted(axes))}, such as data=2,expert=4")
     config = MeshConfig(**{"data": 1, **{axis: int(size) for axis, _, size in pairs}})
     count = math.prod(dataclasses.astuple(config))

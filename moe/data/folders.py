@@ -17,16 +17,18 @@ import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 from etils import epath
 
 from moe.atomic_files import from_checked_json, to_checked_json, write_atomic
-from moe.config import ConfigError
+from moe.config import ConfigError, read_small_file
 from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
 from moe.data.folder_files import HELDOUT, SUFFIXES, UNSPLIT, Source, find_sources
+from moe.foreign_files import Fields, first_sentence
 
 INDEX_VERSION = 4  # part of the index's path: raise it when the format of the index changes
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself
@@ -88,21 +90,21 @@ def open_folder(
     """
     root = _find_root(name)
     index, about, places = _find_index(root, directory, suffixes, progress)
-    files = [_reader(root, index, entry) for entry in about["files"]]
+    files = [_reader(root, index, entry) for entry in about.files]
     found = {}
-    for number, domain in enumerate(about["domains"]):
+    for number, domain in enumerate(about.domains):
         here = np.flatnonzero(places["domain"] == number)
         held = _is_heldout(places[here])
         if held.all() or not held.any():
             raise ConfigError(f"{root}: the {len(here)} document(s) of {domain!r} cannot be divided into two splits")
         found[domain] = (FolderDocuments(files, places, here[~held]), FolderDocuments(files, places, here[held]))
-    content = [[entry["name"], entry["sha256"]] for entry in about["files"]]
+    content = [[entry.name, entry.sha256] for entry in about.files]
     return found, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _find_index(
     root: epath.Path, directory: epath.Path, suffixes: Sequence[str], progress: Callable[[str], None]
-) -> tuple[epath.Path, dict[str, Any], np.ndarray]:
+) -> tuple[epath.Path, _About, np.ndarray]:
     """Returns the folder, the content and the places of the index that fits the files, which is made if none does."""
     kind = [os.fspath(root), *sorted(suffixes)] if suffixes else [os.fspath(root)]
     key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
@@ -111,7 +113,7 @@ def _find_index(
     while (index := folder / f"{key}-v{INDEX_VERSION}.{newest + 1}").exists():
         newest += 1
         about, places = _read_index(root, index)
-        change = _change(root, sources, about["files"], index)
+        change = _change(root, sources, about.files, index)
         if not change:
             return index, about, places
     if "://" in os.fspath(directory):
@@ -144,24 +146,54 @@ def _is_heldout(places: np.ndarray) -> np.ndarray:
     return held
 
 
-def _reader(root: epath.Path, index: epath.Path, entry: dict[str, Any]) -> epath.Path | columns.TextTable:
-    if entry["table"]:
-        return columns.TextTable(index / entry["table"])
-    path = root / entry["name"]
+def _reader(root: epath.Path, index: epath.Path, entry: _Entry) -> epath.Path | columns.TextTable:
+    if entry.table:
+        return columns.TextTable(index / entry.table)
+    path = root / entry.name
     return columns.TextTable(path) if path.suffix in columns.SUFFIXES else path
 
 
 # --- The index -------------------------------------------------------------------------------------------------------
-def _read_index(root: epath.Path, index: epath.Path) -> tuple[dict[str, Any], np.ndarray]:
+_FileName = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$")]
+
+
+class _Entry(Fields):
+    """A file of text. Names and copies of tables lie within their folders."""
+
+    name: str
+    size: Annotated[int, pydantic.Field(ge=0)]
+    time: int
+    sha256: str
+    table: _FileName | None
+    table_time: int = 0
+    table_sha256: str = ""
+
+
+class _About(Fields):
+    """Content of index.json."""
+
+    root: str
+    domains: Annotated[list[str], pydantic.Field(max_length=MAX_DOMAINS)]
+    files: list[_Entry]
+    places_sha256: str
+
+
+_ABOUT = pydantic.TypeAdapter(_About)
+
+
+def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray]:
     """Returns the content of index.json and the places, both checked by their checksums."""
     try:
-        about = from_checked_json((index / "index.json").read_text())
+        about = _ABOUT.validate_python(from_checked_json(read_small_file(index / "index.json").decode()))
         content = (index / "places.npy").read_bytes()
-        if hashlib.sha256(content).hexdigest() != about["places_sha256"]:
+        if hashlib.sha256(content).hexdigest() != about.places_sha256:
             raise ValueError("the checksum of places.npy does not match")
-        return about, np.load(io.BytesIO(content), allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{index}: a damaged index of {root}; delete it ({error})") from error
+        places = np.load(io.BytesIO(content), allow_pickle=False)
+        if not (places["domain"] < len(about.domains)).all() or not (places["file"] < len(about.files)).all():
+            raise ValueError("places.npy names a file or a domain that index.json lacks")
+        return about, places
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index}: a damaged index of {root}; delete it ({first_sentence(error)})") from error
 
 
 def _write_index(root: epath.Path, index: epath.Path, sources: Sequence[Source]) -> None:
@@ -251,25 +283,27 @@ class _IndexBuilder:
         write_atomic(self.folder / "index.json", to_checked_json(about))
 
 
-def _change(root: epath.Path, sources: Sequence[Source], files: list[dict[str, Any]], index: epath.Path) -> str:
+def _change(root: epath.Path, sources: Sequence[Source], files: Sequence[_Entry], index: epath.Path) -> str:
     """Returns what differs between the files and those that were indexed, in words; empty: nothing."""
-    known, names = {entry["name"] for entry in files}, {source.name for source in sources}
+    known, names = {entry.name for entry in files}, {source.name for source in sources}
     for change, differing in (("added", names - known), ("removed", known - names)):
         if differing:
             return f"{root / min(differing)} was {change}"
     for entry in files:
-        path = root / entry["name"]
+        path = root / entry.name
         refuse_special(path)
         about = path.stat()
         # A copy of the folder has other times; then the content is compared.
-        same = about.length == entry["size"] and (_time(path) == entry["time"] or _sha256(path) == entry["sha256"])
+        same = about.length == entry.size and (_time(path) == entry.time or _sha256(path) == entry.sha256)
         if not same:
             return f"{path} was changed"
-    for entry in (entry for entry in files if entry["table"]):
-        copy = index / entry["table"]
+    for entry in files:
+        if not entry.table:
+            continue
+        copy = index / entry.table
         if not copy.exists():
             raise ConfigError(f"{copy}: is missing; delete {index} to index the folder again")
-        if _time(copy) != entry["table_time"] and _sha256(copy) != entry["table_sha256"]:
+        if _time(copy) != entry.table_time and _sha256(copy) != entry.table_sha256:
             raise ConfigError(f"{copy}: was changed; delete {index} to index the folder again")
     return ""
 

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import pydantic
+
 from moe.config import ConfigError, load_python_file
 from moe.data.corpora import DOMAINS
+from moe.foreign_files import first_sentence
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
 
 
@@ -28,15 +31,16 @@ def load_suite(path: str, size: str) -> Suite:
         raise ConfigError(f"--size={size!r}: must be one of {', '.join(SIZES)}")
     if not Path(path).is_file():
         raise ConfigError(f"--suite={path}: no such file; suites are in configs/ablations/")
-    module = load_python_file(path)
-    if not hasattr(module, "get_suite"):
-        raise ConfigError(f"--suite={path}: has no get_suite(size)")
     try:
+        module = load_python_file(path)
+        if not hasattr(module, "get_suite"):
+            raise ConfigError(f"--suite={path}: has no get_suite(size)")
         suite = module.get_suite(size, *[argument] * bool(separator))
     except ConfigError:
         raise
     except Exception as error:  # the file's own code, and fields of other types
-        raise ConfigError(f"--suite={path}: get_suite({size!r}) failed ({type(error).__name__}: {error})") from error
+        kind = "" if isinstance(error, pydantic.ValidationError) else f"{type(error).__name__}: "
+        raise ConfigError(f"--suite={path}: get_suite({size!r}) failed ({kind}{first_sentence(error)})") from error
     if not isinstance(suite, Suite):
         raise ConfigError(f"--suite={path}: get_suite({size!r}) must return a moe.lab.suite.Suite")
     check(suite)

@@ -23,6 +23,7 @@ import pydantic
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
+from moe.foreign_files import first_sentence
 from moe.lab import identity
 
 RECORDS = "records"
@@ -150,7 +151,9 @@ def read_all(directory: Path) -> list[Record]:
         try:
             record = _checked(json.loads(read_small_file(path)))
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not a record of this version of the lab ({error}); delete it") from error
+            raise ConfigError(
+                f"{path}: not a record of this version of the lab ({first_sentence(error)}); delete it"
+            ) from error
         found[record.run] = record
     return sorted(found.values(), key=lambda record: record.name)
 
@@ -198,7 +201,9 @@ def read_table(path: Path) -> list[Record]:
         except ImportError:
             raise
         except Exception as error:  # pyarrow's own, and whatever a foreign table leads to
-            raise ConfigError(f"{path}: not a table of records of this version of the lab ({error})") from error
+            raise ConfigError(
+                f"{path}: not a table of records of this version of the lab ({first_sentence(error)})"
+            ) from error
 
 
 def _from_columns(entry: dict[Any, Any]) -> Record:

@@ -91,6 +91,7 @@ def main() -> None:
     from moe.data import chat
     from moe.data.sentinels import decode_blanks, encode_blanks
     from moe.data.tokenizer_files import find_tokenizer
+    from moe.fields import whole_number
     from moe.models import sampling
     from moe.parallel import partition_specs
     from moe.parallel.mesh import make_mesh
@@ -107,7 +108,7 @@ def main() -> None:
     axes: dict[str, int] = {}
     for entry in _MESH.value or []:
         axis, _, size = str(entry).partition("=")
-        if axis not in partition_specs.AXES or not size.removeprefix("-").isdigit():
+        if axis not in partition_specs.AXES or whole_number(size.removeprefix("-")) is None:
             raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(partition_specs.AXES)}")
         axes[axis] = int(size)
     mesh = make_mesh(MeshConfig(**axes))

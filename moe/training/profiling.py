@@ -19,6 +19,7 @@ from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
+from moe.fields import whole_number
 from moe.training.step import Program, build
 
 
@@ -40,15 +41,15 @@ def parse(text: str, num_steps: int) -> Steps:
     Raises:
         ConfigError: malformed text, or steps beyond the run.
     """
-    step, _, count = text.partition(":")
-    if not (step.isdecimal() and count.isdecimal() and int(step) >= 1 and int(count) >= 1):
+    step, count = (whole_number(number) for number in text.partition(":")[::2])
+    if not step or not count:
         raise ConfigError(
             f"--profile={text}: must be STEP:COUNT, two numbers from 1 on, such as 10:3 for steps 10 to 12"
         )
-    last = int(step) + int(count) - 1
+    last = step + count - 1
     if last > num_steps:
         raise ConfigError(f"--profile={text}: ends at step {last}, but train.num_steps is {num_steps}")
-    return Steps(int(step), last)
+    return Steps(step, last)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import pydantic
 import pydantic.dataclasses
 
 from moe.config import ConfigError, read_small_file
+from moe.foreign_files import first_sentence
 from moe.lab.expressions import parse
 
 #: below, above: of zero. not_above: below the margin. within: between the margin's two sides. less_variance: the first
@@ -145,7 +146,7 @@ def _read(path: Path, content: bytes) -> _File:
                 parse(text)
         _check(found)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a list of claims ({error})") from error
+        raise ConfigError(f"{path}: not a list of claims ({first_sentence(error)})") from error
     return found
 
 
