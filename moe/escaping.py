@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+from typing import Any
 
 #: Controls but for newline and tab, marks that reverse the direction of text, and halves of characters.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -10,15 +12,19 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 _TAG = re.compile("<(?=[A-Za-z/!?])")
 
 
+#: Settings of matplotlib under which a name, such as "$_$", is not TeX.
+FIGURE_TEXT: Any = {"text.parse_math": False}
+
+
 def terminal(text: str) -> str:
     """Text whose controls are spelled out, as \\x1b: they would move the cursor, or write to the clipboard."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def markdown_name(name: str) -> str:
-    """A name as itself within a line or a table of Markdown."""
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", printable)
+def markdown_text(text: str) -> str:
+    """A name, a note or an error as itself in a line of Markdown: no tags, columns, links or formulas of its own."""
+    line = html.escape(terminal(" ".join(text.split())), quote=False)
+    return re.sub(r"([\\`*\[\]|$])", r"\\\1", line)
 
 
 def markdown_cell(text: str) -> str:

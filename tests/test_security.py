@@ -372,7 +372,7 @@ def test_text_is_text_wherever_it_is_shown(tmp_path):
     assert escaping.markdown_page("p < 0.05, <img src=x onerror=y> <!-- </a>") == (
         "p < 0.05, &lt;img src=x onerror=y> &lt;!-- &lt;/a>"
     )
-    assert escaping.markdown_name("a|<b>[c](d)") == "a\\|\\<b\\>\\[c\\](d)"
+    assert escaping.markdown_text("a|<b>[c](d)\n$x$") == "a\\|&lt;b&gt;\\[c\\](d) \\$x\\$"
     rows = [{"kind": "heldout/$\\frac$", "step": 1, "loss": 2.0}, {"kind": "heldout/all", "step": 1, "loss": 2.0}]
     report.figure(tmp_path / "training.png", rows, {"all": 1.0})  # not TeX, which this would not be
 

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from moe.analysis.conclusion import conclude, few_values
-from moe.escaping import markdown_name
+from moe.escaping import markdown_text
 
 
 def markdown(summary: dict[str, Any], title: str) -> str:
     """Formats a summary as a document of tables."""
     domains, k, size = summary["domains"], summary["experts_per_token"], summary["num_experts"]
-    tokens = ", ".join(f"{markdown_name(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
+    tokens = ", ".join(f"{markdown_text(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
     sections = [
         [
-            f"# {markdown_name(title)}",
+            f"# {markdown_text(title)}",
             "",
             *(f"- {sentence}" for sentence in conclude(summary)),
             "",
@@ -62,7 +62,7 @@ def _repetition_section(summary: dict[str, Any], name: str) -> list[str]:
         f"Chance if all sets of experts were equally likely: {100 * uniform:.1f}. In brackets: tokens shuffled within "
         "the domain, with p; then expert sets exchanged among occurrences of the same token, with p.",
         "",
-        *table(["layer", *map(markdown_name, by_domain)], rows),
+        *table(["layer", *map(markdown_text, by_domain)], rows),
     ]
 
 
@@ -166,7 +166,7 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
     for layer, loads, violations in zip(summary["layers"], summary["load"], summary["max_violation"], strict=True):
         for domain, load, violation in zip(summary["domains"], loads, violations, strict=True):
             rows.append(
-                [layer, markdown_name(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])]
+                [layer, markdown_text(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])]
             )
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
     return table([str(cell) for cell in header], rows)

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from moe.atomic_files import write_figure
+from moe.escaping import FIGURE_TEXT
 
 
 def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
@@ -22,8 +23,7 @@ def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
         figures["coactivation.png"] = _coactivation
     if "saturation" in summary:
         figures["saturation.png"] = _saturation
-    # Domain names are text, not mathematics: "$_$" would be parsed as TeX.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with matplotlib.rc_context(FIGURE_TEXT):
         for name, draw in figures.items():
             fig = draw(summary)
             write_figure(folder / name, fig, 110)

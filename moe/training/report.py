@@ -19,7 +19,7 @@ from moe.checkpoints.state import TrainState
 from moe.config import Config, ConfigError
 from moe.data import chat, objectives, pipeline
 from moe.data.tokenizer import Tokenizer
-from moe.escaping import terminal
+from moe.escaping import FIGURE_TEXT, terminal
 from moe.metrics_files import METRICS, read_rows
 from moe.models import sampling
 from moe.training.step import Program
@@ -164,7 +164,7 @@ def unigram_over_all(results: dict[str, dict[str, Any]], unigram: dict[str, floa
     return {"all": sum(unigram[d] * weights[d] for d in unigram) / total, **unigram}
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # the name of a domain, such as "$_$", is not TeX
+@matplotlib.rc_context(FIGURE_TEXT)
 def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, float]) -> None:
     """Write a PNG: loss over steps, and the load of every expert at the last evaluation.
 

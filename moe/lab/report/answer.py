@@ -9,12 +9,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from moe.atomic_files import write_atomic
+from moe.escaping import markdown_text
 from moe.lab.claims.decide import CONTRADICTED, NOT_TESTED, SUPPORTED, TOO_SHORT, Finding, assess
 from moe.lab.claims.registration import Primary, Registered
 from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import rules
 from moe.lab.report.figures import colors, legend_beside, save
-from moe.lab.report.markdown import loss_cell, mean_sd, plain, table
+from moe.lab.report.markdown import loss_cell, mean_sd, table
 from moe.lab.table import Table
 
 NAME = "switch_or_mixtral"
@@ -37,7 +38,7 @@ def write_page(directory: Path, found: Table, registered: Registered) -> None:
     findings = [f for f in assess(registered.claims, {found.suite.name: found}, primary) if f.claim.family]
     parts = [
         "# Switch or Mixtral?",
-        f"{plain(primary.question)} {_answer(findings)}",
+        f"{markdown_text(primary.question)} {_answer(findings)}",
         *_picture(_effects(directory / f"{NAME}.png", findings, primary)),
         _contrasts(findings),
         "## Arms",
@@ -62,7 +63,7 @@ def _answer(findings: Sequence[Finding]) -> str:
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = f"**{len(decided)} of {len(findings)} contrasts decided**, on {count} seeds"
     text += f"; {len(waiting)} have no runs yet." if waiting else "."
-    return " ".join([text, *(f"{plain(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
+    return " ".join([text, *(f"{markdown_text(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
 
 
 def _contrasts(findings: Sequence[Finding]) -> str:
@@ -70,12 +71,12 @@ def _contrasts(findings: Sequence[Finding]) -> str:
     for finding in findings:
         outcome = finding.outcomes[0] if finding.outcomes else None
         rows.append((
-            plain(finding.claim.parts[0].what),
+            markdown_text(finding.claim.parts[0].what),
             str(outcome.effect) if outcome and math.isfinite(outcome.effect.mean) else "–",
             f"{finding.adjusted:.2g}" if outcome else "–",
             f"**{finding.verdict}**",
             f"{outcome.bound:.4f}" if outcome and math.isfinite(outcome.bound) else "–",
-            "; ".join(finding.lacks) or plain(finding.note) or "–",
+            "; ".join(finding.lacks) or markdown_text(finding.note) or "–",
         ))  # fmt: skip
     header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "at most", "to know")
     return table(header, rows)
@@ -92,7 +93,9 @@ def _arms(found: Table) -> str:
             curves = [found.curve(name, steps, seed, quantity, domain) for seed in found.seeds(steps, name)]
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
         dropped = f"{found.dropped(name, steps):.1%}"
-        rows.append((name, plain(found.suite.variants[name].note), loss_cell(found, name, steps), *cells, dropped))
+        rows.append(
+            (name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells, dropped)
+        )
     header = (
         "arm", "", "loss, without drops", "at its own capacity", "last tenth of training",
         *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.atomic_files import write_atomic
-from moe.escaping import markdown_page
+from moe.escaping import markdown_page, markdown_text
 from moe.lab import statistics
 from moe.lab.claims.decide import (
     NOT_TESTED,
@@ -24,7 +24,7 @@ from moe.lab.claims.decide import (
     assess,
 )
 from moe.lab.claims.registration import Claim, Primary, Registered
-from moe.lab.report.markdown import plain, table
+from moe.lab.report.markdown import table
 from moe.lab.table import Table
 
 _RULES = {
@@ -60,7 +60,7 @@ def claims_section(
     verdicts = [
         (
             str(f.claim.number),
-            plain(f.claim.text) + (" (primary)" if f.claim.family else ""),
+            markdown_text(f.claim.text) + (" (primary)" if f.claim.family else ""),
             f"**{f.verdict}**" if f.claim.family else f.verdict,
             _standing(f, tables.get(f.claim.suite), spread),
         )
@@ -84,7 +84,7 @@ def rules(primary: Primary | None) -> str:
     if primary is None:
         return "No primary family is registered: every claim is exploratory."
     text = _RULES_TEXT.format(count=len(primary.claims), smallest=primary.smallest)
-    return f"{text}\n\nPilot: {plain(primary.pilot)}"
+    return f"{text}\n\nPilot: {markdown_text(primary.pilot)}"
 
 
 def write_page(directory: Path, registered: Registered, tables: Mapping[str, Table]) -> None:
@@ -95,7 +95,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
     text = [
         "# Claims of the papers",
         "; ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + f"; of {len(findings)}.",
-        f"Primary question: {plain(primary.question)}" if primary else "",
+        f"Primary question: {markdown_text(primary.question)}" if primary else "",
         rules(primary),
         f"Claims file: SHA-256 `{registered.digest}`.",
         claims_section(claims, tables, primary),
@@ -106,7 +106,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
 def _standing(finding: Finding, found: Table | None, spread: float) -> str:
     """Remarks on the verdict, and what would decide the claim."""
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
-    parts += [plain(finding.note)] if finding.note else []
+    parts += [markdown_text(finding.note)] if finding.note else []
     parts += finding.lacks
     seeds = [statistics.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
     if finding.verdict in (UNDECIDED, OPEN) and seeds:
@@ -152,7 +152,7 @@ def _part(finding: Finding, outcome: Outcome) -> tuple[str, ...]:
     is_open = outcome.side == UNDECIDED and math.isfinite(outcome.bound)
     return (
         str(finding.claim.number),
-        plain(part.what) + (f" ({outcome.note})" if outcome.note else ""),
+        markdown_text(part.what) + (f" ({outcome.note})" if outcome.note else ""),
         rule + side.get(outcome.side, ""),
         f"{ours} at {finding.steps:,} steps",
         f"{outcome.p:.2g}" if e.n > 1 else "–",
@@ -161,7 +161,7 @@ def _part(finding: Finding, outcome: Outcome) -> tuple[str, ...]:
         f"{part.published:+.3f}" if part.published is not None else "–",
         outcome.replication or "–",
         f"{outcome.detectable:.4f}" if math.isfinite(outcome.detectable) else "–",
-        plain(finding.claim.source),
+        markdown_text(finding.claim.source),
     )
 
 

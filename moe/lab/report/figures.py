@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -17,13 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from moe.atomic_files import write_figure
+from moe.escaping import FIGURE_TEXT
 from moe.lab import statistics
 from moe.lab.expressions import Term
 from moe.lab.suite import Comparison
 from moe.lab.table import MissingError, Table
-
-#: The name of an arm, such as "$_$", is not TeX.
-NAMES_AS_TEXT: Any = {"text.parse_math": False}
 
 ROUTING = (
     ("max_violation", "MaxVio, held-out"),
@@ -66,7 +63,7 @@ def effect_of(
     return statistics.effect([*values.values()])
 
 
-@matplotlib.rc_context(NAMES_AS_TEXT)
+@matplotlib.rc_context(FIGURE_TEXT)
 def forest(
     path: Path, table: Table, comparison: Comparison, arms: Sequence[str], published: Mapping[str, float]
 ) -> str:
@@ -104,7 +101,7 @@ def forest(
     return save(fig, path)
 
 
-@matplotlib.rc_context(NAMES_AS_TEXT)
+@matplotlib.rc_context(FIGURE_TEXT)
 def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
     """Held-out loss of every seed and the mean of each arm, at the longest horizon that the arms share.
 
@@ -135,7 +132,7 @@ def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
     return save(fig, path)
 
 
-@matplotlib.rc_context(NAMES_AS_TEXT)
+@matplotlib.rc_context(FIGURE_TEXT)
 def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Paired difference at the end of each horizon against its tokens, with intervals."""
     fig, axis = plt.subplots(figsize=(7.2, 4.4))
@@ -167,7 +164,7 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
     return save(fig, path)
 
 
-@matplotlib.rc_context(NAMES_AS_TEXT)
+@matplotlib.rc_context(FIGURE_TEXT)
 def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Held-out loss along the longest runs less that of the baseline, with the interval over seeds as a band."""
     fig, axis = plt.subplots(figsize=(7.2, 4.4))
@@ -197,7 +194,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
     return save(fig, path)
 
 
-@matplotlib.rc_context(NAMES_AS_TEXT)
+@matplotlib.rc_context(FIGURE_TEXT)
 def sweep(path: Path, table: Table) -> str:
     """Loss against learning rate, a panel per horizon, the chosen rate marked."""
     own = {name for name, variant in table.suite.variants.items() if not variant.rate_from}
@@ -221,7 +218,7 @@ def sweep(path: Path, table: Table) -> str:
     return save(fig, path)
 
 
-@matplotlib.rc_context(NAMES_AS_TEXT)
+@matplotlib.rc_context(FIGURE_TEXT)
 def routing(path: Path, table: Table) -> str:
     """Routers over training, mean over layers and seeds, at the longest of the arms' horizons with the most seeds."""
     sparse = [name for name in table.variants if table.layers(name, "max_violation")]

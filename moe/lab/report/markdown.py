@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moe.escaping import markdown_cell
 from moe.lab.table import Table
-
-
-def plain(text: str) -> str:
-    """Text of a suite, a claim or an error as Markdown shows it: no tags, columns, links or headings of its own."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*\[\]|$])", r"\\\1", escaped)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe.atomic_files import write_atomic
-from moe.escaping import markdown_page
+from moe.escaping import markdown_page, markdown_text
 from moe.lab import results, statistics
 from moe.lab.claims.registration import Claim, Registered
 from moe.lab.expressions import parse
@@ -15,7 +15,6 @@ from moe.lab.records import TABLE, write_table
 from moe.lab.report import figures, sections
 from moe.lab.report.claims_page import claims_section, rules
 from moe.lab.report.figures import loss_effect
-from moe.lab.report.markdown import plain
 from moe.lab.suite import Comparison, Suite
 from moe.lab.table import Table
 
@@ -35,7 +34,7 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
     write_table(directory / TABLE, found.records)
     results.write(directory, found.records, {record.run for record in found.used})
     own = [claim for claim in claims if claim.suite == suite.name]
-    parts = [f"# {suite.name}", plain(suite.question), *_headline(found)]
+    parts = [f"# {suite.name}", markdown_text(suite.question), *_headline(found)]
     main = next(iter(suite.comparisons.items()), None)
     pictures: list[str] = []
     if main:

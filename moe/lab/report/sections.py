@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from moe.escaping import markdown_text
 from moe.lab import law, plan, statistics
 from moe.lab.costs import executed_flops
 from moe.lab.records import OWN, PRIMARY
 from moe.lab.report import figures
 from moe.lab.report.figures import effect_of, loss_effect
-from moe.lab.report.markdown import loss_cell, mean_sd, plain, table
+from moe.lab.report.markdown import loss_cell, mean_sd, table
 from moe.lab.statistics import Effect
 from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
@@ -89,7 +90,9 @@ def _comparability(found: Table, arms: Sequence[str], steps: int) -> str:
     if max(shares.values()) - min(shares.values()) > MAX_DROP_DIFFERENCE:
         listed = ", ".join(f"{arm} {share:.1%}" for arm, share in shares.items())
         why = found.suite.dropping_differs
-        texts.append(f"Dropped in training: {listed}. {'Compared all the same: ' + plain(why) if why else _UNEQUAL}.")
+        texts.append(
+            f"Dropped in training: {listed}. {'Compared all the same: ' + markdown_text(why) if why else _UNEQUAL}."
+        )
     own = [a for a in arms if any(found.record(a, steps, s).evaluated == OWN for s in found.seeds(steps, a))]
     if own:
         texts.append(f"Evaluated at their own capacity, since their gates have no dropless form: {', '.join(own)}.")
@@ -182,7 +185,7 @@ def costs_section(found: Table) -> str:
         before = sum(_executed(found, parent, steps) for parent in plan.family(found.suite, name))
         rows.append((
             name,
-            plain(found.suite.variants[name].note),
+            markdown_text(found.suite.variants[name].note),
             f"{cost['total_parameters'] / 1e6:.2f}M",
             f"{cost['active_parameters'] / 1e6:.2f}M",
             f"{steps:,}",
