@@ -17,6 +17,11 @@ def in_bucket(path: epath.Path | Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def is_bucket_error(error: BaseException) -> bool:
+    """True for an error of the libraries that reach buckets: most are no OSError."""
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "fsspec", "google", "requests", "aiohttp")
+
+
 def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
     """Create or replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
 

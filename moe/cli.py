@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import logging as standard_logging
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from moe import platform
+from moe.atomic_files import is_bucket_error
 from moe.config import (
     Config,
     ConfigError,
@@ -160,17 +162,15 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         del argv
         # Orbax, Grain and TFDS log every operation at INFO.
         logging.set_verbosity(logging.WARNING)
+        for library in ("gcsfs", "google", "asyncio"):  # log tracebacks of the errors that they also raise
+            standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
         try:
             main()
-        except (ConfigError, OSError) as error:
-            if _TRACEBACK.value:
+        except Exception as error:
+            sentence = _refusal(error)
+            if _TRACEBACK.value or not sentence:
                 raise
-            sys.exit(terminal(f"error: {' '.join(str(error).split())}"))
-        except (RuntimeError, AssertionError) as error:
-            if _TRACEBACK.value or not _from_jax_backends(error):
-                raise
-            reason = str(error).partition(" (you may")[0] or "no such device on this machine"
-            sys.exit(f"error: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {' '.join(reason.split())}")
+            sys.exit(terminal(f"error: {sentence}"))
 
     app.run(guarded, flags_parser=parse)
 
@@ -223,6 +223,16 @@ def _extend_import_path(argv: list[str]) -> None:
         extend_import_path(path.partition(":")[0])
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _refusal(error: Exception) -> str:
+    """What a wrong setting, a disk, a bucket or missing devices led to, in a sentence; "" for other errors."""
+    if isinstance(error, (ConfigError, OSError)) or is_bucket_error(error):
+        return str(ConfigError(str(error) or type(error).__name__))
+    if isinstance(error, (RuntimeError, AssertionError)) and _from_jax_backends(error):
+        reason = str(error).partition(" (you may")[0] or "no such device on this machine"
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {' '.join(reason.split())}"
+    return ""
 
 
 def _from_jax_backends(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from etils.epath import backend
 
 from moe import metrics_files
 from moe.checkpoints import manager
+from moe.checkpoints.workdir import disk_errors
 from moe.config import Config, ConfigError, to_dict
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, MetricsWriter, read_rows
@@ -149,3 +150,28 @@ def test_a_killed_run_in_a_bucket_resumes_to_the_bit(directory, store, tmp_path)
         assert (workdir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert manager.complete_steps(workdir) == manager.complete_steps(epath.Path(tmp_path / "whole"))
     assert not (workdir / "checkpoints" / "11").exists()
+
+
+class _Refused(Exception):
+    """An error of a bucket's library, which is no OSError."""
+
+
+_Refused.__module__ = "gcsfs.retry"
+
+
+def test_errors_of_a_bucket_end_in_a_sentence(tmp_path):
+    folder = epath.Path("gs://bucket/run")
+    with (
+        pytest.raises(ConfigError, match=r"gs://bucket/run: .*507.*continues from its newest checkpoint"),
+        disk_errors(folder),
+    ):
+        raise _Refused("no room, 507")
+    with pytest.raises(KeyError), disk_errors(folder):
+        raise KeyError("ours")
+    code = (
+        "import moe.cli\nclass Refused(Exception): pass\nRefused.__module__ = 'gcsfs.retry'\n"
+        "def main():\n    import logging\n    logging.getLogger('gcsfs').error('many lines')\n"
+        "    raise Refused('no, 503')\nmoe.cli.run(main)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "error: no, 503\n")

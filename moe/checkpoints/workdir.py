@@ -14,7 +14,7 @@ import jax
 import pydantic
 from etils import epath
 
-from moe.atomic_files import in_bucket, write_atomic
+from moe.atomic_files import in_bucket, is_bucket_error, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.config.resolve import from_workdir_dict
@@ -246,15 +246,17 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
 
 @contextlib.contextmanager
 def disk_errors(workdir: epath.Path) -> Iterator[None]:
-    """Turn errors of a full, read-only or failing disk into ConfigError with the step to continue from."""
+    """Turn errors of a full, read-only or failing disk or bucket into ConfigError with the step to continue from."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_bucket_error(error):
+            raise
+        reason, name = getattr(error, "strerror", None) or error, getattr(error, "filename", None) or "while writing"
         # A bucket that refuses to be written may refuse to be listed too.
         last = "its newest checkpoint" if in_bucket(workdir) else f"step {max(complete_steps(workdir), default=0)}"
         raise ConfigError(
-            f"--workdir={workdir}: {error.strerror or error} ({error.filename or 'while writing'}); once that is "
-            f"fixed, the same command continues from {last}"
+            f"--workdir={workdir}: {reason} ({name}); once that is fixed, the same command continues from {last}"
         ) from error
 
 
