@@ -25,12 +25,12 @@ from moe.atomic_files import to_checked_json
 from moe.checkpoints import adapted, workdir
 from moe.config import Config, ConfigError, inherit_model, to_dict
 from moe.config.parse import to_config_dict
+from moe.config.resolve import from_config_dict
 from moe.data import columns, folders
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.lab import loading, records, suite
 from moe.lab.claims import registration
 from moe.metrics_files import read_rows
-from moe.config.resolve import from_config_dict
 from tests.fuzz_helpers import at_most, is_one_sentence
 from tests.lab_helpers import DENSE, SWITCH, keyed, record, suite_of
 from tests.test_fuzz_files import BYTES, FOLDERS, JSON, NUMBERS, fuzzed

@@ -85,8 +85,9 @@ def _dependence_section(summary: dict[str, Any]) -> list[str]:
     return [
         "## Dependence of the first expert on labels",
         "",
-        "nmi = 2 I / (H(expert) + H(label)). The null exchanges whole rows of labels, each from a random starting "
-        f"point. Token identity: tokens with at least {summary['at_least']} occurrences. {few_values(summary)}".rstrip(),
+        "nmi = 2 I / (H(expert) + H(label)). The null exchanges whole rows of labels, each from a random "
+        f"starting point. Token identity: tokens with at least {summary['at_least']} occurrences. "
+        f"{few_values(summary)}".rstrip(),
         "",
         *table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
     ]
