@@ -3,8 +3,8 @@
 One record per finished run is written to DIR/records/, the report (report.md, records.parquet, results.csv, PNGs) to
 DIR/NAME/. Suites that share DIR share equal runs. --jobs=2 starts two processes, each pinned to a core; more machines
 that share DIR may run the same command at the same time. --report trains nothing and writes the report again.
---claims --workdir=DIR writes claims.md, the table of all claims, and switch_or_mixtral.md. --output=DIR2 writes reports
-and pages there. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares the runs.
+--claims --workdir=DIR writes the pages over all suites: claims.md, paper_tables.md and switch_or_mixtral.md.
+--output=DIR2 writes reports and pages there. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares them.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from moe.fields import whole_number
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, with_seeds
 from moe.lab.records import read_all
-from moe.lab.report import answer, claims_page, page
+from moe.lab.report import answer, claims_page, page, paper_tables
 from moe.lab.running import jobs, runner
 from moe.lab.table import Table
 from moe.training import progress
@@ -37,7 +37,7 @@ _HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers 
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
 _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
-_CLAIMS = flags.DEFINE_bool("claims", False, "Only write claims.md and switch_or_mixtral.md from the records.")
+_CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suites from the records.")
 
 
 def main() -> None:
@@ -100,6 +100,8 @@ def _write_pages(workdir: Path, output: Path) -> None:
     tables = _tables(suites, registered, workdir)
     output.mkdir(parents=True, exist_ok=True)
     claims_page.write_page(output, registered, tables)
+    papers = paper_tables.read_tables(suites / paper_tables.TABLES_FILE)
+    paper_tables.write_page(output / "paper_tables.md", papers, tables)
     if registered.primary:
         (name,) = {claim.suite for claim in registered.claims if claim.family}
         answer.write_page(output, tables[name], registered)

@@ -1,0 +1,138 @@
+"""Tables of the papers beside a suite's records: the paper's number, ours with its interval, and whether they agree."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import pydantic.dataclasses
+
+from moe.atomic_files import write_atomic
+from moe.config import ConfigError, read_small_file
+from moe.escaping import markdown_page, markdown_text
+from moe.lab import statistics
+from moe.lab.expressions import parse
+from moe.lab.report.markdown import table
+from moe.lab.statistics import Effect
+from moe.lab.table import MissingError, Table
+
+TABLES_FILE = "paper_tables.toml"
+_STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        what: its label.
+        value: linear combination of results (:mod:`moe.lab.expressions`).
+        published: the paper's number, in the unit and sign of ``value``; None if it has none.
+    """
+
+    what: str
+    value: str
+    published: float | None = None
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class PaperTable:
+    """A table of a paper.
+
+    Attributes:
+        name: paper and table.
+        suite: whose records fill it.
+        source: the published figures as printed.
+        unit: of the rows.
+        rows: its lines.
+    """
+
+    name: str
+    suite: str
+    source: str
+    unit: str
+    rows: tuple[Row, ...]
+
+
+def read_tables(path: Path) -> tuple[PaperTable, ...]:
+    """The tables of a file; none if there is no such file.
+
+    Raises:
+        ConfigError: the file is not a list of tables.
+    """
+    if not path.exists():
+        return ()
+    try:
+        tree = tomllib.loads(read_small_file(path).decode())
+        entries = [{"rows": entry.pop("row"), **entry} for entry in tree.pop("table")]
+        tables = pydantic.TypeAdapter(tuple[PaperTable, ...]).validate_python(entries)
+        if tree:
+            raise ValueError(f"{', '.join(tree)}: no such entry")
+        for row in (row for entry in tables for row in entry.rows):
+            parse(row.value)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a list of tables ({error})") from error
+    return tables
+
+
+def write_page(path: Path, tables: tuple[PaperTable, ...], suites: Mapping[str, Table]) -> None:
+    """Write all tables as one page.
+
+    Args:
+        path: of the page.
+        tables: as :func:`read_tables` gives them.
+        suites: suite → its records; one without records may be missing.
+    """
+    text = [
+        "# Tables of the papers",
+        "Ours: mean over seeds with its 95 % interval, each arm at the suite's longest horizon. The papers' models are "
+        "a thousand times as large, so that the direction is what compares; these tables decide nothing "
+        "([claims](claims.md) has what was registered).",
+    ]
+    for entry in tables:
+        text += [
+            f"## {markdown_text(entry.name)}",
+            f"{markdown_text(entry.source)}. Suite `{entry.suite}`.",
+            _rows(entry, suites),
+        ]
+    write_atomic(path, markdown_page("\n\n".join(text) + "\n"))
+
+
+def _rows(entry: PaperTable, suites: Mapping[str, Table]) -> str:
+    lines = []
+    for row in entry.rows:
+        published = "–" if row.published is None else f"{row.published:+.3f}"
+        lines.append((markdown_text(row.what), published, *_ours(row, suites.get(entry.suite))))
+    return table((markdown_text(entry.unit), "paper", "ours [95 %]", "comparison"), lines)
+
+
+def _ours(row: Row, found: Table | None) -> tuple[str, str]:
+    arms = list(dict.fromkeys(term.variant for term in parse(row.value) if term.quantity))
+    steps = 0 if found is None else found.longest(*arms)
+    if found is None or not steps:
+        return "–", "no runs"
+    try:
+        effect = statistics.effect([*found.values(steps, row.value).values()])
+    except MissingError as error:
+        return "–", markdown_text(str(error))
+    if not math.isfinite(effect.mean):
+        return "–", "a run diverged"
+    return f"{effect} at {steps:,} steps", _comparison(row.published, effect)
+
+
+def _comparison(published: float | None, effect: Effect) -> str:
+    """How the interval lies to the published number, and to zero."""
+    if not math.isfinite(effect.low):
+        return "one seed"
+    if effect.low <= 0 <= effect.high:
+        side = "open"
+    elif published is None:
+        side = "below 0" if effect.high < 0 else "above 0"
+    else:
+        side = "same direction" if (effect.mean < 0) == (published < 0) else "other direction"
+    if published is None:
+        return side
+    return f"{side}; {'contains' if effect.low <= published <= effect.high else 'excludes'} the paper's"
