@@ -19,7 +19,7 @@ from flax import nnx
 from moe.config import Config, ModelConfig, MoEConfig
 from moe.config.registry import LAYERS
 from moe.config.resolve import resolve
-from moe.models.encoder_decoder import abstract_model
+from moe.models.factory import abstract_model
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate
 from moe.routing.routing import Routing, route

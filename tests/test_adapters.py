@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
 from moe.metrics_files import read_rows
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter
 from moe.training import loop as training
 from moe.training import step
 from moe.training.averaging import write_average
@@ -43,9 +45,17 @@ def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
         "attention": {"query": (3, 8, 4, 2), "out": (3, 4, 2, 8), "query_bias": (3, 4, 2)},
         "moe": {"experts": {"down": (3, 5, 6, 8), "down_bias": (3, 5, 8)}, "router": {"kernel": (3, 8, 5)}},
     }
-    base = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    heads, inputs = jax.P("layers", None, "tensor", None), {"out": 2, "query_bias": 0, "down_bias": 0}
+    specs = {"query": heads, "out": heads, "down": jax.P("layers", "expert", "tensor", "fsdp")}
+
+    def variable(path, shape):
+        name = path[-1].key
+        return parameter(jnp.ones(shape), specs.get(name, jax.P()), inputs=inputs.get(name, 1))
+
+    base = jax.tree_util.tree_map_with_path(variable, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    base = nnx.State(base)
     config = LoraConfig(rank=2, parts=EVERYTHING, trained=("router",))
-    adapters = initial_adapters(base, config, jax.random.key(0))
+    adapters = nnx.to_pure_dict(initial_adapters(base, config, jax.random.key(0)))
     assert jax.tree.map(jnp.shape, adapters) == {
         "attention": {
             "query": {"lora_a": (3, 8, 2), "lora_b": (3, 2, 4, 2)},
@@ -56,10 +66,13 @@ def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
             "router": {"kernel": (3, 8, 5)},
         },
     }
-    jax.tree.map(np.testing.assert_array_equal, merge(base, adapters, 8.0), base)
+    jax.tree.map(np.testing.assert_array_equal, merge(nnx.to_pure_dict(base), adapters, 8.0), nnx.to_pure_dict(base))
     assert np.abs(adapters["attention"]["out"]["lora_a"]).max() <= 8**-0.5
     common = initial_adapters(base, dataclasses.replace(config, common_a=True), jax.random.key(0))
-    assert common["moe"]["experts"]["down"]["lora_common_a"].shape == (3, 6, 2)
+    down = common["moe"]["experts"]["down"]
+    assert down["lora_common_a"].shape == (3, 6, 2)
+    assert down["lora_common_a"].get_metadata("spec") == ("layers", "tensor", None)
+    assert down["lora_b"].get_metadata("spec") == ("layers", "expert", None, "fsdp")
 
 
 def _adapted(tmp_path, dispatch):

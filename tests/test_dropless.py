@@ -20,6 +20,7 @@ from moe.dispatch.plan import make_plan
 from moe.layers.experts import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_specs
 from tests.helpers import slow_case, tiny_model, tiny_routing
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -62,8 +63,8 @@ def _value_and_gradients(mode, config, routing, x, variant=""):
     """
     parameters, function = _program(mode, config, variant)
     if not jax.sharding.get_abstract_mesh().empty:
-        specs = partition_specs.parameter_specs({"experts": parameters})["experts"]
-        parameters = jax.device_put(parameters, partition_specs.shardings(jax.sharding.get_mesh(), specs))
+        where = partition_specs.shardings(jax.sharding.get_mesh(), parameter_specs(parameters))
+        parameters = jax.device_put(nnx.to_pure_dict(parameters), where)
     (_, y), gradients = function(x, parameters, routing.combine_weights, routing)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), (y, *jax.tree.leaves(gradients)))
 

@@ -13,9 +13,11 @@ from flax import nnx
 from moe.config import MeshConfig, layer_kinds
 from moe.layers.attention.relative import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
+from moe.models.factory import abstract_model
 from moe.models.stack import unstack_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_specs
 from tests.helpers import random_parameters, tiny_encoder_decoder
 
 B, T, U = 8, 6, 10
@@ -213,7 +215,7 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode):
     config = tiny_encoder_decoder(dispatch=mode, num_kv_heads=4)
     graphdef, parameters = _build(config)
     mesh = make_mesh(MeshConfig(*sizes))
-    specs = partition_specs.parameter_specs(parameters)
+    specs = parameter_specs(nnx.state(abstract_model(config)))
     with jax.set_mesh(mesh):
         lie = partition_specs.shardings(mesh, specs)
         placed = jax.tree.map(jax.device_put, parameters, lie)

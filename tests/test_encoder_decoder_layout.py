@@ -10,7 +10,8 @@ from flax import nnx
 
 from moe.config import Config, ConfigError, DataConfig, TrainConfig, layer_kinds, validate_mesh
 from moe.config.resolve import resolve, validate
-from moe.models.encoder_decoder import EncoderDecoder, create_model
+from moe.models.encoder_decoder import EncoderDecoder
+from moe.models.factory import create_model
 from moe.models.flops import count_parameters, train_flops_per_token
 from moe.models.stack import restack_layers, selection_biases, unstack_layers
 from tests.helpers import random_parameters, tiny_encoder_decoder, tiny_model

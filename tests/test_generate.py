@@ -13,9 +13,11 @@ from moe.config.resolve import resolve
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
+from moe.models.factory import abstract_model
 from moe.models.sampling import Sampling
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_specs
 from tests.helpers import slow_case
 from tests.test_interop import CASES, _expected
 
@@ -110,9 +112,8 @@ def test_a_mesh_writes_the_same_text(mesh):
     want = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
     devices = make_mesh(mesh)
     with jax.set_mesh(devices):
-        placed = jax.device_put(
-            variables, partition_specs.shardings(devices, partition_specs.parameter_specs(variables))
-        )
+        specs = parameter_specs(nnx.state(abstract_model(config)))
+        placed = jax.device_put(variables, partition_specs.shardings(devices, specs))
         text = sampling.sample(config, placed, PROMPTS, 6, GREEDY)
     np.testing.assert_array_equal(text, want)
 

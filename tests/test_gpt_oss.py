@@ -21,6 +21,7 @@ from moe.models import kv_cache
 from moe.models.decoder import Transformer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_specs
 from tests.helpers import slow_case
 
 MODEL = ModelConfig(
@@ -140,7 +141,7 @@ def test_an_expert_layer_with_biases(mode, sizes, rng):
         got, ours = nnx.jit(nnx.value_and_grad(loss))(layer, x)
     else:
         mesh = make_mesh(MeshConfig(*sizes))
-        specs = partition_specs.parameter_specs({"moe": nnx.to_pure_dict(nnx.state(layer))})["moe"]
+        specs = parameter_specs(nnx.state(layer))
         with jax.set_mesh(mesh):
             placed = jax.device_put(nnx.to_pure_dict(nnx.state(layer)), partition_specs.shardings(mesh, specs))
             layer = nnx.merge(nnx.graphdef(layer), placed)
@@ -163,7 +164,7 @@ def test_over_a_mesh():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     parameters = nnx.to_pure_dict(nnx.state(model))
     with jax.set_mesh(mesh):
-        specs = partition_specs.parameter_specs(parameters)
+        specs = parameter_specs(nnx.state(model))
         assert specs["segment_0"]["block_0"]["attention"]["sinks"] == jax.P(None, "tensor")
         placed = jax.device_put(parameters, partition_specs.shardings(mesh, specs))
         got, sharded = nnx.jit(nnx.value_and_grad(loss))(nnx.merge(nnx.graphdef(model), placed), tokens)

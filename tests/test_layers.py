@@ -17,7 +17,7 @@ from moe.layers.embedding import Embedding
 from moe.layers.ffn import DenseFFN
 from moe.layers.norms import RMSNorm
 from moe.models.decoder import Transformer
-from moe.parallel.weights import matrix
+from moe.parallel.parameters import matrix
 from tests import reference_attention
 from tests.helpers import random_parameters, tiny_model
 
@@ -231,7 +231,7 @@ def test_tied_embeddings_are_one_parameter(tied):
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_matrices_are_truncated_normal(scale):
-    values = np.asarray(matrix(nnx.Rngs(0), (400, 100), 400, scale)[...])
+    values = np.asarray(matrix(nnx.Rngs(0), (400, 100), jax.P(), fan_in=400, scale=scale)[...])
     sigma = math.sqrt(scale / 400)
     assert np.abs(values).max() <= 2 * sigma
     assert np.abs(values).max() > 1.9 * sigma

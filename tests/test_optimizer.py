@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from moe.config import ConfigError, OptimizerConfig
 from moe.config.resolve import from_config_dict
 from moe.config.schema import Part
-from moe.models.flops import abstract_parameters
+from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of
 from moe.parallel import partition_specs
+from moe.parallel.parameters import optimizer_specs
 from moe.training.optimizer import (
     OPTIMIZERS,
     _averaging,
@@ -61,9 +63,9 @@ def test_frozen_parameters_stay_and_have_no_state(name):
 
 def test_each_parameter_belongs_to_one_part():
     """A shared expert's FFN is no dense layer; relative biases are attention's; norms are a part of their own."""
-    encoder_decoder = abstract_parameters(tiny_encoder_decoder(shared_d_ff=12))
+    encoder_decoder = nnx.to_pure_dict(abstract_parameters(tiny_encoder_decoder(shared_d_ff=12)))
     parts = {}
-    for tree in (encoder_decoder, abstract_parameters(tiny_model(**EVERYTHING))):
+    for tree in (encoder_decoder, nnx.to_pure_dict(abstract_parameters(tiny_model(**EVERYTHING)))):
         for path, _ in jax.tree_util.tree_leaves_with_path(tree):
             names = [key.key for key in path]
             parts.setdefault(part_of(names), set()).add(".".join(names[-2:]))
@@ -188,7 +190,8 @@ ORTHOGONAL = {
 
 def test_which_parameters_muon_moves_and_which_decay():
     """Every parameter of a model by name: Muon's or AdamW's, decayed or not; a step without gradients is the decay."""
-    parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_parameters(tiny_model(**EVERYTHING)))
+    parameters = nnx.to_pure_dict(abstract_parameters(tiny_model(**EVERYTHING)))
+    parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), parameters)
     leaves = jax.tree_util.tree_leaves_with_path(parameters)
     names = {jax.tree_util.keystr(path): ".".join(key.key for key in path[-2:]) for path, _ in leaves}
     assert set(names.values()) > ORTHOGONAL | {"router.kernel", "shared.gate", "null.vectors", "embedding.table"}
@@ -225,14 +228,12 @@ def test_muon_moves_stacked_experts_as_it_would_each_alone(rng):
 def test_state_is_stored_as_the_parameter_where_it_has_its_shape():
     """Adafactor's factored moments of [2,8,256,128] lack one axis, and with it that axis' devices."""
     parameters = {"segment_0": {"experts": {"up": jnp.ones((2, 8, 256, 128))}}}
-    expected = partition_specs.parameter_specs(parameters)["segment_0"]["experts"]["up"]
-    assert expected == jax.P(None, "expert", "fsdp", "tensor")
+    expected = jax.P(None, "expert", "fsdp", "tensor")
+    specs = {"segment_0": {"experts": {"up": expected}}}
     factored = {jax.P(None, "expert", "fsdp"): 1, jax.P(None, "expert", "tensor"): 1}
     for name, counts in (("adamw", {expected: 2}), ("muon", {expected: 1}), ("adafactor", factored)):
         state = make_optimizer(dataclasses.replace(CONFIG, name=name), 10).init(parameters)
-        found = jax.tree.leaves(
-            partition_specs.optimizer_specs(parameters, state), is_leaf=lambda leaf: isinstance(leaf, jax.P)
-        )
+        found = jax.tree.leaves(optimizer_specs(parameters, specs, state), is_leaf=lambda leaf: isinstance(leaf, jax.P))
         assert {spec: found.count(spec) for spec in counts} == counts
         assert found.count(partition_specs.REPLICATED) == len(found) - sum(counts.values())
 

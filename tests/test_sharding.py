@@ -19,9 +19,10 @@ from flax import nnx
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch.plan import expert_capacity
 from moe.layers.moe_layer import MoELayer
-from moe.models.decoder import Transformer
+from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module
-from moe.parallel import partition_specs, target, weights
+from moe.parallel import parameters as weights
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, slow_case, tiny_model
 
@@ -35,8 +36,9 @@ def _mesh(sizes):
 
 
 def _place(mesh, tree, spec=None):
-    specs = partition_specs.parameter_specs(tree) if spec is None else jax.tree.map(lambda _: spec, tree)
-    return jax.device_put(tree, partition_specs.shardings(mesh, specs))
+    if spec is None:
+        return jax.device_put(nnx.to_pure_dict(tree), weights.parameter_shardings(mesh, tree))
+    return jax.device_put(tree, partition_specs.shardings(mesh, jax.tree.map(lambda _: spec, tree)))
 
 
 def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
@@ -87,9 +89,15 @@ def _names(path):
 
 def _leaves(parameters):
     """(names, leaf, spec) of each."""
-    leaves = jax.tree_util.tree_leaves_with_path(parameters)
-    specs = jax.tree.leaves(partition_specs.parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(parameters))
+    specs = jax.tree.leaves(weights.parameter_specs(parameters), is_leaf=lambda leaf: isinstance(leaf, P))
     return [(_names(path), leaf, spec) for (path, leaf), spec in zip(leaves, specs, strict=True)]
+
+
+def _random_parameters(config):
+    """(graphdef, state) of a model."""
+    graphdef, parameters = random_parameters(config)
+    return graphdef, nnx.state(nnx.merge(graphdef, parameters))
 
 
 def _gathered_parameters(mesh, parameters):
@@ -113,7 +121,7 @@ def _layer_program(gate, mode, *, gradient):
     """(config, parameters, function) of one MoE layer in training, with noise."""
     config = tiny_model(gate=gate, dispatch=mode, num_experts=E)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoELayer(config, rngs=nnx.Rngs(0))))
-    parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+    parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
 
     def forward(parameters, x, mask, rng):
         y, report, _ = nnx.merge(graphdef, parameters)(x, mask, train=True, rng=rng)
@@ -153,7 +161,7 @@ def test_contract_of_a_layer(sizes, gate, mode, gradient):
 def test_contract_of_the_forward_pass():
     mesh = _mesh((1, 2, 2, 2))
     config = tiny_model(num_experts=E, num_layers=4, every=2, eval_capacity_factor=1.25)
-    graphdef, parameters = random_parameters(config)
+    graphdef, parameters = _random_parameters(config)
     tokens = jnp.zeros((B, T), jnp.int32)
     with jax.set_mesh(mesh):
         program = jax.jit(lambda parameters, tokens: nnx.merge(graphdef, parameters)(tokens).logits)
@@ -171,7 +179,7 @@ def _loss(graphdef, parameters, tokens, rng):
 def _case(gate, mode):
     """(config, parameters, tokens, rng, jitted value-and-gradient) and the result without a mesh."""
     config = tiny_model(gate=gate, dispatch=mode, num_experts=E, num_layers=4, every=2, jitter=0.1)
-    graphdef, parameters = random_parameters(config)
+    graphdef, parameters = _random_parameters(config)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (B, T)), jnp.int32)
     rng = jax.random.key(2)
     program = jax.value_and_grad(functools.partial(_loss, graphdef), has_aux=True)
@@ -203,10 +211,9 @@ def test_no_mesh_changes_loss_gradients_or_reports(sizes, mode, gate):
     """And the train program keeps the contract: one scan body of a dense and an MoE block has four all-to-alls."""
     mesh = _mesh(sizes)
     config, parameters, tokens, rng, program = _case(gate, mode)
-    specs = partition_specs.parameter_specs(parameters)
     with jax.set_mesh(mesh):
         arguments = (_place(mesh, parameters), _place(mesh, tokens, partition_specs.BATCH), rng)
-        gradients_lie = partition_specs.shardings(mesh, specs)
+        gradients_lie = weights.parameter_shardings(mesh, parameters)
         compiled = jax.jit(program, out_shardings=(None, gradients_lie)).lower(*arguments).compile()
         (loss, layers), gradients = compiled(*arguments)
     (expected_loss, expected_layers), expected_gradients = _without_mesh(gate)
@@ -233,7 +240,7 @@ def test_gradients_are_worth_comparing():
 def test_remat_full_repeats_the_exchange_of_the_forward_pass():
     mesh = _mesh((1, 2, 4, 1))
     config = tiny_model(num_experts=E, remat="full")
-    graphdef, parameters = random_parameters(config)
+    graphdef, parameters = _random_parameters(config)
     with jax.set_mesh(mesh):
         arguments = (_place(mesh, parameters), _place(mesh, jnp.zeros((B, T), jnp.int32), partition_specs.BATCH), None)
         program = jax.jit(jax.value_and_grad(functools.partial(_loss, graphdef), has_aux=True))
@@ -283,55 +290,68 @@ MODELS = [
 ]
 
 
+#: PartitionSpecs of matrices, by the last two names of their path.
+MATRICES = {
+    "embedding.table": P("tensor", ("fsdp", "expert")),
+    "unembedding.kernel": P(("fsdp", "expert"), "tensor"),
+    "attention.query": P(("fsdp", "expert"), "tensor", None),
+    "attention.key": P(("fsdp", "expert"), "tensor", None),
+    "attention.value": P(("fsdp", "expert"), "tensor", None),
+    "attention.out": P("tensor", None, ("fsdp", "expert")),
+    "dense.gate": P(("fsdp", "expert"), "tensor"),
+    "dense.up": P(("fsdp", "expert"), "tensor"),
+    "dense.down": P("tensor", ("fsdp", "expert")),
+    "experts.gate": P("expert", "fsdp", "tensor"),
+    "experts.up": P("expert", "fsdp", "tensor"),
+    "experts.down": P("expert", "tensor", "fsdp"),
+    "router.kernel": P(None, None),
+}
+
+
 @pytest.mark.parametrize("overrides", MODELS, ids=str)
-def test_every_matrix_is_in_the_table(overrides):
-    """Nothing of two or more dims, its stacking axis aside, is replicated because a name was not found."""
-    state = nnx.eval_shape(lambda: Transformer(tiny_model(**overrides), rngs=nnx.Rngs(0)))
+def test_every_matrix_is_split_as_its_module_says(overrides):
+    model = abstract_model(tiny_model(**overrides))
     matrices = 0
-    for names, leaf, spec in _leaves(nnx.to_pure_dict(nnx.state(state, nnx.Param))):
+    for names, leaf, spec in _leaves(nnx.state(model, nnx.Param)):
         stacked, name = names[0].startswith("segment_"), ".".join(names[-2:])
         if leaf.ndim - stacked < 2:
             assert not _axes(spec), f"{name} is a vector: replicated"
             continue
         matrices += 1
-        assert tuple(spec) == (None,) * stacked + tuple(partition_specs.PARAMETERS[name]), name
-        assert len(spec) == leaf.ndim, name
-        assert _axes(spec) or name == "router.kernel", f"{name} is on no axis"
+        assert tuple(spec) == (None,) * stacked + tuple(MATRICES[name]), name
     assert matrices >= 8
 
 
-def test_no_entry_of_the_table_uses_an_axis_twice():
-    for name, spec in partition_specs.PARAMETERS.items():
-        axes = _axes(spec)
-        assert len(axes) == len(set(axes)), name
-        assert set(axes) <= set(partition_specs.AXES), name
+def test_a_variable_without_a_spec_is_refused():
+    """Instead of being replicated in silence."""
+    model = abstract_model(tiny_model())
+    model.scale = nnx.Param(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"scale: made without a PartitionSpec; use .*\.parameter"):
+        weights.parameter_specs(nnx.state(model))
+    with pytest.raises(ValueError, match="an entry for each axis of a parameter of shape \\(3, 5\\)"):
+        weights.zeros((3, 5), P("tensor"))
 
 
-def test_specs_of_optimizer_state_and_of_an_nnx_state():
-    model = nnx.eval_shape(lambda: Transformer(tiny_model(), rngs=nnx.Rngs(0)))
-    parameters = nnx.to_pure_dict(nnx.state(model))
+def test_specs_of_optimizer_state():
     up = P(None, "expert", "fsdp", "tensor")
-    adam = partition_specs.parameter_specs(jax.eval_shape(optax.adam(1e-3).init, parameters))[0]
+    parameters = nnx.state(abstract_model(tiny_model()), nnx.Param)
+    specs, shapes = weights.parameter_specs(parameters), nnx.to_pure_dict(parameters)
+    adam = weights.optimizer_specs(shapes, specs, jax.eval_shape(optax.adam(1e-3).init, shapes))[0]
     assert adam.mu["segment_0"]["block_0"]["moe"]["experts"]["up"] == up
     assert adam.nu["embedding"]["table"] == P("tensor", ("fsdp", "expert"))
     assert adam.count == P()
     # Adafactor keeps a row and a column of each matrix: each is split as the dimensions it keeps.
     large = {"experts": {"up": jax.ShapeDtypeStruct((3, 8, 128, 256), jnp.float32)}}
-    factored = partition_specs.optimizer_specs(large, jax.eval_shape(optax.adafactor(1e-3).init, large))
+    state = jax.eval_shape(optax.adafactor(1e-3).init, large)
+    factored = weights.optimizer_specs(large, {"experts": {"up": up}}, state)
     kept = {leaf for leaf in jax.tree.leaves(factored, is_leaf=lambda leaf: isinstance(leaf, P)) if leaf != P()}
     assert kept == {P(None, "expert", "fsdp"), P(None, "expert", "tensor")}
-    # nnx.state wraps each array in its Param; the name is one level up.
-    wrapped = partition_specs.parameter_specs(nnx.state(model))
-    assert wrapped["segment_0"]["block_0"]["moe"]["experts"]["up"].get_value() == up
-    assert wrapped["segment_0"]["block_0"]["attention"]["value"].get_value() == P(
-        None, ("fsdp", "expert"), "tensor", None
-    )
 
 
 def test_a_device_holds_its_share_of_the_experts():
     mesh = _mesh((1, 2, 2, 2))
     config = tiny_model(num_experts=E)
-    _, parameters = random_parameters(config)
+    _, parameters = _random_parameters(config)
     up = _place(mesh, parameters)["segment_0"]["block_0"]["moe"]["experts"]["up"]
     # [L,E,D,F]: layers whole, experts, D and F halved.
     assert up.shape == (2, E, 16, 20)

@@ -19,6 +19,7 @@ from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_size
+from moe.parallel.parameters import parameter_specs
 from moe.routing.gates import TopK
 from moe.routing.routing import Routing, route
 
@@ -108,9 +109,8 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
     if not jax.sharding.get_abstract_mesh().empty:
         mesh = jax.sharding.get_mesh()
         x, mask = jax.device_put((x, mask), partition_specs.shardings(mesh, partition_specs.BATCH))
-        parameters = jax.device_put(
-            parameters, partition_specs.shardings(mesh, partition_specs.parameter_specs(parameters))
-        )
+        where = partition_specs.shardings(mesh, parameter_specs(parameters))
+        parameters = jax.device_put(nnx.to_pure_dict(parameters), where)
 
     def forward(parameters, x):
         module = nnx.merge(graphdef, parameters, rest)

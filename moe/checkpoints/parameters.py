@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
 from moe.atomic_files import from_checked_json
@@ -22,9 +23,9 @@ from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
 from moe.checkpoints.state import join
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig
-from moe.models.adapters import initial_adapters, merge
-from moe.models.flops import abstract_parameters, abstract_selection_biases
-from moe.parallel import partition_specs
+from moe.models.adapters import merge
+from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
+from moe.parallel.parameters import parameter_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +142,8 @@ def read_parameters(
     if config is None:
         return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
     base = options | {"step": base_step(epath.Path(workdir))}
-    whole = abstract_parameters(model)
-    wanted = jax.eval_shape(lambda tree: initial_adapters(tree, config.lora, jax.random.key(0)), whole)
-    adapters = _read(epath.Path(workdir), "parameters", wanted, **{**options, "only": ()})
+    trained = abstract_trained(dataclasses.replace(config, model=model))
+    adapters = _read(epath.Path(workdir), "parameters", trained, **{**options, "only": ()})
     merged = merge(
         read_parameters(config.start.checkpoint, model, **base), adapters, config.lora.alpha / config.lora.rank
     )
@@ -184,12 +184,19 @@ def read_variables(
 
 def read_biases(workdir: str | os.PathLike[str], model: ModelConfig, **options: Unpack[ReadOptions]) -> dict[str, Any]:
     """Read the routers' selection biases of a checkpoint; an empty dict for a model without them."""
-    wanted = abstract_selection_biases(model)
-    return _read(epath.Path(workdir), "biases", wanted, **options) if wanted else {}
+    biases = abstract_selection_biases(model)
+    return _read(epath.Path(workdir), "biases", biases, **options) if biases else {}
 
 
-def _read(workdir: epath.Path, branch: str, wanted: dict[str, Any], **options: Unpack[ReadOptions]) -> dict[str, Any]:
-    """Read one field of the TrainState and check it against the shapes that the model expects."""
+def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unpack[ReadOptions]) -> dict[str, Any]:
+    """Read one field of the TrainState and check it against the shapes that the model expects.
+
+    Args:
+        workdir: of a run or an import.
+        branch: name of the field.
+        variables: of the model, with ShapeDtypeStructs as values.
+        **options: see :class:`ReadOptions`.
+    """
     refuse_unusable_path(workdir)
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
@@ -205,7 +212,7 @@ def _read(workdir: epath.Path, branch: str, wanted: dict[str, Any], **options: U
             if step is None or step not in manager.all_steps():
                 raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
             with unreadable_as_damaged():
-                return _read_checked(manager, workdir, branch, wanted, options | {"step": step})
+                return _read_checked(manager, workdir, branch, variables, options | {"step": step})
         except DamagedError as error:
             raise ConfigError(f"{workdir}: the checkpoint of step {step} is damaged: {error}") from error
         finally:
@@ -213,12 +220,13 @@ def _read(workdir: epath.Path, branch: str, wanted: dict[str, Any], **options: U
 
 
 def _read_checked(
-    manager: ocp.CheckpointManager, workdir: epath.Path, branch: str, wanted: dict[str, Any], options: Any
+    manager: ocp.CheckpointManager, workdir: epath.Path, branch: str, variables: nnx.State, options: Any
 ) -> dict[str, Any]:
     mesh, dtype, step, only = options.get("mesh"), options.get("dtype"), options["step"], options.get("only", ())
     stored = manager.item_metadata(step)["state"].tree.get(branch, {})
+    wanted = nnx.to_pure_dict(variables)
     _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
-    where = partition_specs.parameter_shardings(mesh, wanted)
+    where = parameter_shardings(mesh, variables)
     stored, wanted, where = (_branch(tree, only) for tree in (stored, wanted, where))
 
     def restore_args(leaf: Any, placed: Any) -> ocp.ArrayRestoreArgs:

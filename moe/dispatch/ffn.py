@@ -12,10 +12,11 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from moe.parallel import partition_specs, target
+from moe.parallel import target
 from moe.parallel.axes import axis_of
+from moe.parallel.parameters import gather_array, gather_shard
+from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT
 from moe.parallel.remat import HIDDEN
-from moe.parallel.weights import gather_for_matmul, gather_shard
 
 #: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
@@ -80,19 +81,20 @@ class ExpertWeights:
 
     def gathered(self, dtype: Any) -> ExpertWeights:
         """All weights cast, and gathered over ``fsdp`` for matmuls."""
-        gate = None if self.gate is None else gather_for_matmul("experts.gate", self.gate, dtype)
+        gate = None if self.gate is None else gather_array(self.gate, EXPERTS_IN, dtype)
         return ExpertWeights(
-            gather_for_matmul("experts.up", self.up, dtype),
+            gather_array(self.up, EXPERTS_IN, dtype),
             gate,
-            gather_for_matmul("experts.down", self.down, dtype),
+            gather_array(self.down, EXPERTS_OUT, dtype),
             jax.tree.map(lambda bias: bias.astype(dtype), self.biases),
         )
 
     def specs(self) -> Any:
         """PartitionSpecs of the stored weights, in their places."""
-        up, down, bias = (partition_specs.PARAMETERS[f"experts.{name}"] for name in ("up", "down", "up_bias"))
-        specs: dict[str, Any] = {"up": up, "gate": None if self.gate is None else up, "down": down}
-        return dataclasses.replace(self, **specs, biases=jax.tree.map(lambda _: bias, self.biases))
+        gate = None if self.gate is None else EXPERTS_IN
+        biases = jax.tree.map(lambda _: EXPERT_BIASES, self.biases)
+        specs: dict[str, Any] = {"up": EXPERTS_IN, "gate": gate, "down": EXPERTS_OUT, "biases": biases}
+        return dataclasses.replace(self, **specs)
 
     def gathered_shards(self) -> ExpertWeights:
         """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards; on accelerators up and

@@ -24,7 +24,7 @@ from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, MeshConfig
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models import sampling
-from moe.models.encoder_decoder import abstract_model
+from moe.models.factory import abstract_model
 from moe.parallel.mesh import make_mesh
 
 _SHORTEST = 16  # rows are padded to powers of two from here on, so that few programs are compiled

@@ -6,37 +6,17 @@ A :class:`Piece` is the part of a parameter that comes from one tensor: one laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
-import jax
 import numpy as np
+from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import Family, Tensor
-from moe.models.flops import abstract_parameters, abstract_selection_biases
+from moe.models.factory import abstract_model
 from moe.models.stack import stacked_layers
-
-#: Number of leading axes of a matrix that are its inputs; a parameter that is not listed is no matrix.
-_INPUT_AXES: Mapping[str, int] = {
-    "attention.query": 1,
-    "attention.key": 1,
-    "attention.value": 1,
-    "attention.out": 2,
-    "dense.gate": 1,
-    "dense.up": 1,
-    "dense.down": 1,
-    "experts.gate": 1,
-    "experts.up": 1,
-    "experts.down": 1,
-    "router.kernel": 1,
-    "shared.gate": 1,
-    "unembedding.kernel": 1,
-    "attention.query_down": 1,
-    "attention.query_up": 1,
-    "attention.kv_down": 1,
-    "attention.kv_up": 1,
-}
+from moe.parallel.parameters import flat_variables
 
 
 class Reader(Protocol):
@@ -71,6 +51,7 @@ class Parameter:
         shape: of the whole array.
         pieces: all parts, in slot order.
         tensor: where they lie in their tensors.
+        inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.
         selection_bias: it is a router's selection bias, which checkpoints keep apart, always in float32.
     """
 
@@ -78,6 +59,7 @@ class Parameter:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     tensor: Tensor
+    inputs: int
     selection_bias: bool = False
 
     @property
@@ -99,9 +81,8 @@ class Parameter:
     def _file_axes(self) -> list[tuple[int, ...]]:
         """For each axis of the tensor, the axes of the piece that are flattened into it."""
         axes = tuple(range(len(self.slot_shape)))
-        inputs = _INPUT_AXES.get(".".join(self.path[-2:]), 0)
-        if inputs:
-            matrix = [axes[inputs:], axes[:inputs]]
+        if self.inputs:
+            matrix = [axes[self.inputs :], axes[: self.inputs]]
             return matrix[::-1] if self.tensor.inputs_first else matrix
         return [axes] if self.path[-1].endswith("bias") else [(axis,) for axis in axes]
 
@@ -176,14 +157,12 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
         ConfigError: the family has no tensor for a parameter.
     """
     parameters = []
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
-    biases = jax.tree_util.tree_leaves_with_path(abstract_selection_biases(model))
-    for key_path, leaf in leaves + biases:
-        path = tuple(str(key.key) for key in key_path)
+    for path, variable in flat_variables(nnx.state(abstract_model(model))):
+        shape, inputs = variable.shape, variable.get_metadata("inputs")
         stacked = stacked_layers(model, path)
         if stacked is None:
             name = family.outside(model)[".".join(path)]
-            parameters.append(Parameter(path, leaf.shape, (Piece(name, ()),), Tensor(name)))
+            parameters.append(Parameter(path, shape, (Piece(name, ()),), Tensor(name), inputs))
             continue
         layers, name = stacked[0], ".".join(stacked[1])
         stack = "encoder" if layers[0] < model.encoder_layers else "decoder"
@@ -198,8 +177,8 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
         tensor = Tensor(found) if isinstance(found, str) else found
         block = family.block.replace("{stack}", stack)
         tensor = _as_named(tensor, block.format(layer=layers[0]), family.aliases, names)
-        pieces = _pieces(tensor, block, layers, leaf.shape[1] if name.startswith("moe.experts.") else 0)
-        parameters.append(Parameter(path, leaf.shape, pieces, tensor, name == "moe.router.bias"))
+        pieces = _pieces(tensor, block, layers, shape[1] if name.startswith("moe.experts.") else 0)
+        parameters.append(Parameter(path, shape, pieces, tensor, inputs, name == "moe.router.bias"))
     return parameters
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe.checkpoints.state import join
 from moe.config import Config, ModelConfig, validate_mesh
 from moe.foreign_files import read_object
 from moe.interop.config_json import family_of, read_config
@@ -23,9 +22,8 @@ from moe.interop.quantization_config import read_quantization
 from moe.interop.schema import parse
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 from moe.models import sampling
-from moe.models.encoder_decoder import Model, abstract_model
-from moe.models.flops import abstract_parameters, abstract_selection_biases
-from moe.parallel import partition_specs
+from moe.models.factory import Model, abstract_model
+from moe.parallel.parameters import parameter_shardings
 
 
 def load_huggingface(
@@ -93,8 +91,7 @@ def _module(model: ModelConfig, parameters: dict[str, Any]) -> Model:
 
 def _place(folder: TensorFolder, parameters: list[Parameter], model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
     """Nested dict of arrays; a device's shard is put together from the slices of the files that it needs."""
-    variables = join(abstract_parameters(model), abstract_selection_biases(model))
-    where = partition_specs.parameter_shardings(mesh, variables)
+    where = parameter_shardings(mesh, nnx.state(abstract_model(model)))
     tree: dict[str, Any] = {}
     for parameter in parameters:
         placed = get_leaf(where, parameter.path)

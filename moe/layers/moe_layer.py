@@ -24,7 +24,7 @@ from moe.layers.null_experts import Latent, NullExperts
 from moe.layers.router import Router
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import gather_for_matmul
+from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.interface import Gate
 from moe.routing.routing import Choices, Routing, route
@@ -175,7 +175,7 @@ class MoELayer(nnx.Module):
         routing, plan = plan_assignments(self.config, routing, call.capacity, rng=call.keys.drop)
         y = modes.dispatch(self.config.dispatch, rows, routing, plan, *experts)
         if self.experts.down_bias is not None:
-            y = y + _output_biases(self.experts.down_bias[...], routing, plan.kept, rows.dtype)
+            y = y + _output_biases(self.experts.down_bias, routing, plan.kept, rows.dtype)
         return y, plan.kept
 
     def _route(
@@ -273,13 +273,13 @@ def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
 
 
 def _output_biases(
-    biases: Float[Array, "E D"], routing: Routing, kept: Bool[Array, "G S K"], dtype: Any
+    biases: nnx.Param[Array], routing: Routing, kept: Bool[Array, "G S K"], dtype: Any
 ) -> Float[Array, "G S D"]:
     """Weighted sum of the output biases of each token's experts, cast to this dtype, in float32."""
-    choices = jax.nn.one_hot(routing.expert_index, len(biases), dtype=jnp.float32)  # [G,S,K,E]
+    choices = jax.nn.one_hot(routing.expert_index, biases.shape[0], dtype=jnp.float32)  # [G,S,K,E]
     weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
-    # Cast there, because XLA would gather an array that is not cast where the scan slices it, without the name.
-    return weights @ gather_for_matmul("experts.down_bias", biases, dtype)
+    # Cast there, because XLA would gather an array that is not cast where the scan slices it, outside of its scope.
+    return weights @ gather_for_matmul(biases, dtype)
 
 
 def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

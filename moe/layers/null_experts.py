@@ -8,10 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
-from moe.parallel.weights import gather_for_matmul, matrix
+from moe.parallel.parameters import gather_for_matmul, matrix
+from moe.parallel.partition_specs import REPLICATED, STORED
 from moe.routing.routing import Routing
 
 #: (rows [G,S,D], routing) → (weighted sum of the experts' outputs, assignments [G,S,K] that were not dropped).
@@ -29,8 +31,9 @@ class NullExperts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, d, constant = config.moe, config.d_model, config.moe.constant_experts
         self.first, self.zero, self.copy, self.constant = moe.num_experts, moe.zero_experts, moe.copy_experts, constant
-        self.vectors = matrix(rngs, (constant, d), 1, 1.0) if constant else None
-        self.mix = matrix(rngs, (constant, d, 2), d, config.init_scale) if constant else None
+        if constant:
+            self.vectors = matrix(rngs, (constant, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
+            self.mix = matrix(rngs, (constant, d, 2), REPLICATED, fan_in=d, scale=config.init_scale, inputs=0)
 
     def without(self, routing: Routing) -> Routing:
         """The assignments to FFNs, for dispatch."""
@@ -62,7 +65,7 @@ class NullExperts(nnx.Module):
         named = routing.expert_index[..., None] == columns
         weights = jnp.sum(jnp.where(named, routing.combine_weights[..., None], 0.0), axis=-2)
         of_x = jnp.sum(weights[..., : self.copy], axis=-1)
-        if self.vectors is None or self.mix is None:
+        if not self.constant:
             return of_x[..., None] * x
         alpha = jax.nn.softmax(jnp.einsum("gsd,nda->gsna", x, self.mix[...]), axis=-1)
         weights = weights[..., self.copy :, None] * alpha
@@ -76,8 +79,8 @@ class Latent(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, latent = config.d_model, config.moe.latent_dim
-        self.down = matrix(rngs, (d, latent), d, config.init_scale)
-        self.up = matrix(rngs, (latent, d), latent, config.init_scale)
+        self.down = matrix(rngs, (d, latent), P(STORED, None), fan_in=d, scale=config.init_scale)
+        self.up = matrix(rngs, (latent, d), P(None, STORED), fan_in=latent, scale=config.init_scale)
 
     def around(self, experts: RunExperts) -> RunExperts:
         """The experts between both projections."""
@@ -90,8 +93,8 @@ class Latent(nnx.Module):
 
     def project_down(self, x: Float[Array, "G S D"]) -> Float[Array, "G S P"]:
         """D → P, the latent dimension."""
-        return x @ gather_for_matmul("latent.down", self.down[...], x.dtype)
+        return x @ gather_for_matmul(self.down, x.dtype)
 
     def project_up(self, x: Float[Array, "G S P"], dtype: jnp.dtype) -> Float[Array, "G S D"]:
         """P → D, in the compute dtype."""
-        return x.astype(dtype) @ gather_for_matmul("latent.up", self.up[...], dtype)
+        return x.astype(dtype) @ gather_for_matmul(self.up, dtype)

@@ -9,7 +9,8 @@ from jax import Array
 from jaxtyping import Float
 
 from moe.config import ModelConfig
-from moe.parallel.weights import matrix, zeros
+from moe.parallel.parameters import matrix, parameter, zeros
+from moe.parallel.partition_specs import REPLICATED
 from moe.routing.interface import RouterKind
 
 
@@ -35,14 +36,15 @@ class Router(nnx.Module):
         d, e, update = config.d_model, config.moe.num_experts + config.moe.null_experts, config.moe.bias_update
         self.dtype = config.moe.router_dtype
         first = FIRST_PENALTY if update == "penalty" else 0.0
-        self.bias = None if update == "none" else SelectionBias(jnp.full((e,), first, jnp.float32))
+        state = jnp.full((e,), first, jnp.float32)
+        self.bias = None if update == "none" else parameter(state, REPLICATED, kind=SelectionBias)
         self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
-        self.noise = nnx.Param(jnp.zeros((d, e), jnp.float32)) if kind == "noisy" else None
+        self.noise = zeros((d, e)) if kind == "noisy" else None
         if kind == "noisy":
-            self.kernel = nnx.Param(jnp.zeros((d, e), jnp.float32))
+            self.kernel = zeros((d, e), inputs=1)
         else:
             shape = (d, e, config.moe.slots_per_expert) if kind == "slots" else (d, e)
-            self.kernel = matrix(rngs, shape, d, config.init_scale)
+            self.kernel = matrix(rngs, shape, REPLICATED, fan_in=d, scale=config.init_scale)
 
     def __call__(
         self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None

@@ -8,124 +8,85 @@ adapted matrices, and their gradient, while a step runs.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from moe.config import LoraConfig
 from moe.models.stack import part_of
-from moe.parallel.partition_specs import ADAPTER_A, ADAPTER_B, ADAPTER_COMMON_A, INPUT_AXES, PARAMETERS
+from moe.parallel.parameters import LAYERS, flat_variables, parameter, spec_of
 
-#: Matrices that can have adapters, by the last two names of their path.
+#: Modules whose matrices can have adapters.
 _OWNERS = ("attention", "dense", "experts", "latent")
 
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """Subscripts of a matrix and of its factors: stacked layers, experts, input, output, and z for the rank."""
-
-    layers: str
-    experts: str
-    inputs: str
-    outputs: str
-
-    @property
-    def weight(self) -> str:
-        return self.layers + self.experts + self.inputs + self.outputs
-
-    def a(self, *, common: bool) -> str:
-        """Subscripts of A, which all experts of a layer may have in common."""
-        return f"{self.layers}{'' if common else self.experts}{self.inputs}z"
-
-    @property
-    def b(self) -> str:
-        return f"{self.layers}{self.experts}z{self.outputs}"
+#: Names of a matrix's factors: A, or one A for all experts of a layer, and B.
+_A, _COMMON_A, _B = "lora_a", "lora_common_a", "lora_b"
 
 
-def initial_adapters(base: dict[str, Any], config: LoraConfig, key: Array) -> dict[str, Any]:
+def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.State:
     """Adapters of a model's parameters: A uniform within ±1/sqrt(fan-in) as in PEFT, B zero; parts that are trained
     whole as they are.
 
     Args:
-        base: nested dict of the parameters.
+        base: parameters of the model.
         config: rank, and what is adapted.
         key: of the random numbers.
     """
-    result: dict[str, Any] = {}
-    for number, (names, leaf) in enumerate(_leaves(base)):
-        if part_of(names) in config.trained:
-            _set(result, names, leaf)
-        elif part_of(names) in config.parts and (axes := _axes(names, leaf.ndim)) is not None:
-            _set(result, names, _factors(leaf, axes, config, jax.random.fold_in(key, number)))
-    return result
+    adapters: dict[tuple[Any, ...], Any] = {}
+    for number, (path, weight) in enumerate(flat_variables(base)):
+        if part_of(path) in config.trained:
+            adapters[path] = weight
+        elif part_of(path) in config.parts and path[-2] in _OWNERS and weight.get_metadata("inputs"):
+            factors = _factors(weight, path[-2] == "experts", config, jax.random.fold_in(key, number))
+            adapters |= {(*path, name): factor for name, factor in factors.items()}
+    return nnx.from_flat_state(adapters)
 
 
-def _factors(weight: Array, axes: _Axes, config: LoraConfig, key: Array) -> dict[str, Array]:
-    sizes = dict(zip(axes.weight, weight.shape, strict=True)) | {"z": config.rank}
-    common = config.common_a and bool(axes.experts)
-    bound = math.prod(sizes[axis] for axis in axes.inputs) ** -0.5
-    shape = tuple(sizes[axis] for axis in axes.a(common=common))
-    a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    b = jnp.zeros([sizes[axis] for axis in axes.b], jnp.float32)
-    return {ADAPTER_COMMON_A if common else ADAPTER_A: a, ADAPTER_B: b}
+def _factors(weight: nnx.Variable[Any], of_experts: bool, config: LoraConfig, key: Array) -> dict[str, Any]:
+    """A [layers, experts, *inputs, rank] and B [layers, experts, rank, *outputs] of a matrix [layers, experts, *inputs,
+    *outputs], each split over devices as the axes that it has in common with the matrix."""
+    shape, spec, rank = weight.shape, tuple(spec_of(weight)), config.rank
+    layers = spec.count(LAYERS)
+    first = layers + of_experts
+    last = first + weight.get_metadata("inputs")
+    common = config.common_a and of_experts
+    leading = layers if common else first
+    bound = math.prod(shape[first:last]) ** -0.5
+    a = jax.random.uniform(key, (*shape[:leading], *shape[first:last], rank), jnp.float32, -bound, bound)
+    b = jnp.zeros((*shape[:first], rank, *shape[last:]), jnp.float32)
+    return {
+        _COMMON_A if common else _A: parameter(a, P(*spec[:leading], *spec[first:last], None)),
+        _B: parameter(b, P(*spec[:first], None, *spec[last:])),
+    }
 
 
-def merge(base: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
+def merge(base: Any, adapters: Any, scale: float) -> Any:
     """Parameters with their adapters added, and those that are trained whole in place of the base's.
 
     Args:
         base: nested dict of parameters, or a part of it.
-        adapters: of :func:`initial_adapters`.
+        adapters: nested dict of :func:`initial_adapters`, or the same part of it.
         scale: alpha / rank.
     """
-    result: dict[str, Any] = {}
-    for names, weight in _leaves(base):
-        node: Any = adapters
-        for name in names:
-            node = node.get(name) if isinstance(node, dict) else None
-        if node is None:
-            merged = weight
-        elif isinstance(node, dict):
-            axes = _axes(names, weight.ndim)
-            assert axes is not None
-            common = ADAPTER_COMMON_A in node
-            subscripts = f"{axes.a(common=common)},{axes.b}->{axes.weight}"
-            delta = jnp.einsum(subscripts, node[ADAPTER_COMMON_A if common else ADAPTER_A], node[ADAPTER_B])
-            merged = weight.astype(jnp.float32) + scale * delta
-        else:
-            merged = node
-        _set(result, names, merged)
-    return result
+    if not isinstance(adapters, dict):
+        return adapters
+    if _B in adapters:
+        return base.astype(jnp.float32) + scale * _product(base.ndim, adapters)
+    return {name: merge(weight, adapters[name], scale) if name in adapters else weight for name, weight in base.items()}
 
 
-def _axes(names: tuple[str, ...], rank: int) -> _Axes | None:
-    """Subscripts of a parameter with this path; None if it is no matrix that can have adapters."""
-    if len(names) < 2:
-        return None
-    owner, name = names[-2:]
-    key = f"{owner}.{name}"
-    spec = PARAMETERS.get(key)
-    if owner not in _OWNERS or spec is None or len(spec) - (owner == "experts") < 2 or name.endswith("bias"):
-        return None
-    letters = string.ascii_lowercase[:rank]
-    layers, rest = letters[: rank - len(spec)], letters[rank - len(spec) :]
-    experts, rest = (rest[:1], rest[1:]) if owner == "experts" else ("", rest)
-    inputs = INPUT_AXES.get(key, 1)
-    return _Axes(layers, experts, rest[:inputs], rest[inputs:])
-
-
-def _leaves(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield tuple(key.key for key in path), leaf
-
-
-def _set(tree: dict[str, Any], names: tuple[str, ...], value: Any) -> None:
-    for name in names[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[names[-1]] = value
+def _product(rank: int, factors: dict[str, Any]) -> Array:
+    """A B, with the axes of a matrix of this rank."""
+    common, b = _COMMON_A in factors, factors[_B]
+    a = factors[_COMMON_A if common else _A]
+    axes = string.ascii_lowercase[:rank]
+    first = a.ndim + common + b.ndim - 2 - rank  # of the axes of the input; layers and experts come before
+    last = first + a.ndim - 1 - (first - common)
+    subscripts = f"{axes[: first - common]}{axes[first:last]}z,{axes[:first]}z{axes[last:]}->{axes}"
+    return jnp.einsum(subscripts, a, b)

@@ -1,9 +1,8 @@
-"""The encoder-decoder Transformer (T5, Switch, GShard, ST-MoE), and the choice between it and the decoder-only one."""
+"""The encoder-decoder Transformer (T5, Switch, GShard, ST-MoE)."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.resolve import resolve_model
 from moe.layers.embedding import Embedding, Unembedding
 from moe.models.block import Rows
-from moe.models.decoder import LanguageModel, Output, Transformer, make_rows
+from moe.models.decoder import LanguageModel, Output, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Routing
@@ -111,23 +110,3 @@ def _join(encoder: LayerReport | None, decoder: LayerReport | None) -> LayerRepo
     if encoder is None or decoder is None:
         return decoder if encoder is None else encoder
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), encoder, decoder)
-
-
-#: A model of either kind.
-Model = Transformer | EncoderDecoder
-
-
-def create_model(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
-    """The model of a config, with random parameters."""
-    return (EncoderDecoder if config.encoder_layers else Transformer)(config, rngs=rngs)
-
-
-def abstract_model(config: ModelConfig) -> Model:
-    """The model with ShapeDtypeStructs as parameters; nothing is allocated. Each call makes new modules."""
-    return nnx.clone(_traced_model(config))
-
-
-@functools.cache
-def _traced_model(config: ModelConfig) -> Model:
-    """Trace the model of a config once; callers get clones, so that this one never changes."""
-    return nnx.eval_shape(lambda: create_model(config, rngs=nnx.Rngs(0)))

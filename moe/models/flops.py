@@ -7,27 +7,15 @@ together; recomputation does not count.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from moe.config import LayerKind, ModelConfig, stacks
 from moe.config.registry import gate_of
 from moe.dispatch.plan import layer_capacity
-from moe.layers.router import SelectionBias
-from moe.models.encoder_decoder import abstract_model
-
-
-def abstract_parameters(config: ModelConfig) -> dict[str, Any]:
-    """ShapeDtypeStructs of all parameters, as a nested dict; nothing is allocated."""
-    return nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
-
-
-def abstract_selection_biases(config: ModelConfig) -> dict[str, Any]:
-    """ShapeDtypeStructs of the routers' selection biases, as a nested dict; empty for gates without them."""
-    return nnx.to_pure_dict(nnx.state(abstract_model(config), SelectionBias))
+from moe.models.factory import abstract_model
+from moe.parallel.parameters import flat_variables
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -41,11 +29,8 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 @functools.cache
 def _sizes(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
     """Path and size of every parameter and selection bias."""
-    leaves = [
-        *jax.tree_util.tree_leaves_with_path(abstract_parameters(config)),
-        *jax.tree_util.tree_leaves_with_path(abstract_selection_biases(config)),
-    ]
-    return tuple((tuple(key.key for key in path), int(np.prod(leaf.shape))) for path, leaf in leaves)
+    variables = flat_variables(nnx.state(abstract_model(config)))
+    return tuple((path, int(np.prod(variable.shape))) for path, variable in variables)
 
 
 def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:

@@ -18,7 +18,8 @@ from moe.config import ModelConfig, stacks
 from moe.config.layer_pattern import LayerKind
 from moe.layers.dropout import KEEP_ALL
 from moe.models.block import Block, Rows, attention_class
-from moe.models.encoder_decoder import EncoderDecoder, Model, encoder_rows
+from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
+from moe.models.factory import Model
 from moe.models.stack import LayerStates, Stack, create_states
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe.config import Config, ConfigError, ModelConfig
 from moe.config.registry import gate_of
 from moe.models import kv_cache
-from moe.models.encoder_decoder import abstract_model
+from moe.models.factory import abstract_model
 from moe.parallel import partition_specs
 from moe.parallel.axes import axis_size
 

@@ -26,6 +26,7 @@ from moe.layers.dropout import Dropout, StackSite
 from moe.layers.embedding import Embedding
 from moe.layers.norms import RMSNorm
 from moe.models.block import Block, Rows
+from moe.parallel.parameters import LAYERS
 from moe.parallel.remat import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
@@ -74,7 +75,7 @@ class Segment(nnx.Module):
     def stacked(config: ModelConfig, unit: tuple[LayerKind, ...], repeats: int, *, rngs: nnx.Rngs) -> Segment:
         """Draw every repeat from its own key and stack them along a new leading axis."""
 
-        @nnx.vmap
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: LAYERS, "spec": LAYERS})
         def create(key: Array) -> Segment:
             return Segment(config, unit, rngs=nnx.Rngs(params=key))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe.dispatch.exchange import LOAD_SCOPE
-from moe.parallel.weights import WEIGHTS_SCOPE
+from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
@@ -16,9 +17,9 @@ from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stac
 from moe.config.registry import gate_of
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS
-from moe.models import flops
+from moe.models.factory import abstract_parameters
 from moe.models.stack import segments
-from moe.parallel import partition_specs
+from moe.parallel.parameters import optimizer_specs, parameter_specs
 from moe.training.optimizer import make_optimizer
 
 
@@ -61,10 +62,12 @@ def lower_bound(config: Config, sizes: Mapping[str, int]) -> Bound:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     parameters, optimizer = _shapes(same_parameters(config.model), config.optimizer)
     with jax.sharding.use_abstract_mesh(mesh):
-        stored = shard_bytes(_placed(mesh, parameters, partition_specs.parameter_specs(parameters)))
+        specs = parameter_specs(parameters)
+        shapes = nnx.to_pure_dict(parameters)
+        stored = shard_bytes(_placed(mesh, shapes, specs))
         return Bound(
             stored,
-            shard_bytes(_placed(mesh, optimizer, partition_specs.optimizer_specs(parameters, optimizer))),
+            shard_bytes(_placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer))),
             stored * jnp.dtype(config.model.dtype).itemsize // 4,
             _kept_activations(config, sizes),
         )
@@ -77,9 +80,10 @@ def same_parameters(model: ModelConfig) -> ModelConfig:
 
 @functools.lru_cache
 def _shapes(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Any, Any]:
-    """ShapeDtypeStructs of the parameters and of the optimizer's state."""
-    parameters = flops.abstract_parameters(model)
-    return parameters, jax.eval_shape(make_optimizer(optimizer, optimizer.warmup_steps + 1).init, parameters)
+    """The parameters and the optimizer's state with ShapeDtypeStructs as values."""
+    parameters = abstract_parameters(model)
+    init = make_optimizer(optimizer, optimizer.warmup_steps + 1).init
+    return parameters, jax.eval_shape(init, nnx.to_pure_dict(parameters))
 
 
 def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:

@@ -22,6 +22,7 @@ from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.axes import axis_size
 from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_specs
 from moe.planner import exchanges, kernels, program
 from moe.planner.topology import Topology
 
@@ -117,9 +118,9 @@ def _compile(
         graphdef, parameters, rest = nnx.split(
             nnx.eval_shape(lambda: MoELayer(model, rngs=nnx.Rngs(0))), nnx.Param, ...
         )
-        where = partition_specs.shardings(mesh, partition_specs.parameter_specs(parameters))
+        where = partition_specs.shardings(mesh, parameter_specs(parameters))
         parameters = jax.tree.map(
-            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), parameters, where
+            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), nnx.to_pure_dict(parameters), where
         )
         rows = axis_size(*partition_specs.ROW_AXES)
         batch = partition_specs.shardings(mesh, partition_specs.BATCH)

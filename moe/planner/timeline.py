@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moe.parallel.weights import WEIGHTS_SCOPE
+from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import exchanges, network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu

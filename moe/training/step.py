@@ -22,10 +22,18 @@ from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
-from moe.models.encoder_decoder import Model, abstract_model, create_model
+from moe.models.factory import (
+    Model,
+    abstract_model,
+    abstract_parameters,
+    abstract_selection_biases,
+    abstract_trained,
+    create_model,
+)
 from moe.models.stack import selection_biases
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
+from moe.parallel.parameters import optimizer_specs, parameter_specs
 from moe.routing.balancing import (
     BalanceSums,
     LayerReport,
@@ -159,19 +167,14 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
-    specs = dataclasses.replace(
-        partition_specs.parameter_specs(dataclasses.replace(shapes, optimizer=())),
-        optimizer=partition_specs.optimizer_specs(shapes.parameters, shapes.optimizer),
-    )
-    state_shardings = partition_specs.shardings(mesh, specs)
-    variables = jax.eval_shape(lambda state: state.variables, shapes)
-    variable_shardings = partition_specs.shardings(mesh, partition_specs.parameter_specs(variables))
+    state_shardings = partition_specs.shardings(mesh, _specs(config, shapes))
+    variable_shardings = partition_specs.shardings(mesh, _variable_specs(config.model))
     batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
     options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
-        step_shardings += (partition_specs.shardings(mesh, partition_specs.parameter_specs(teacher_variables)),)
+        step_shardings += (partition_specs.shardings(mesh, _variable_specs(teacher_model)),)
     jitted_step = jax.jit(
         functools.partial(train_step, parts),
         in_shardings=step_shardings,
@@ -203,6 +206,26 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
             for key, length in batch_keys(config).items()
         },
     )
+
+
+def _variable_specs(model: ModelConfig) -> dict[str, Any]:
+    return parameter_specs(nnx.state(abstract_model(model)))
+
+
+def _specs(config: Config, shapes: TrainState) -> TrainState:
+    """PartitionSpecs of a state of these shapes."""
+    parameters = parameter_specs(abstract_trained(config))
+    specs = dataclasses.replace(
+        shapes,
+        step=partition_specs.REPLICATED,
+        parameters=parameters,
+        biases=parameter_specs(abstract_selection_biases(config.model)),
+        optimizer=optimizer_specs(shapes.parameters, parameters, shapes.optimizer),
+        rng=partition_specs.REPLICATED,
+    )
+    if not isinstance(specs, AdaptedState):
+        return specs
+    return dataclasses.replace(specs, base=parameter_specs(abstract_parameters(config.model)))
 
 
 def batch_keys(config: Config) -> dict[str, int]:
@@ -239,17 +262,16 @@ def _init(parts: _Parts, seed: ArrayLike) -> TrainState:
     """Random state at step 0. The seed is an argument so that runs of several seeds share one compiled program."""
     parameter_key, noise_key = jax.random.split(jax.random.key(seed))
     model = create_model(parts.config.model, rngs=nnx.Rngs(params=parameter_key))
-    parameters = base = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    base = nnx.state(model, nnx.Param)
     biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
     lora = parts.config.lora
-    if lora.rank:
-        parameters = initial_adapters(base, lora, parameter_key)
+    parameters = nnx.to_pure_dict(initial_adapters(base, lora, parameter_key) if lora.rank else base)
     state = TrainState(
         jnp.zeros((), jnp.int32), parameters, biases, parts.optimizer.init(parameters), jax.random.key_data(noise_key)
     )
     if not lora.rank:
         return state
-    return AdaptedState(**vars(state), base=base, scale=lora.alpha / lora.rank)
+    return AdaptedState(**vars(state), base=nnx.to_pure_dict(base), scale=lora.alpha / lora.rank)
 
 
 def train_step(

@@ -15,20 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
 from moe.checkpoints import adapted
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints, complete_steps
-from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
+from moe.checkpoints.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.checkpoints.workdir import CONFIG, flatten, read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
 from moe.config.references import refuse_modules
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
-from moe.models.flops import abstract_parameters
+from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
 from moe.training import upcycling
@@ -111,7 +112,8 @@ def _adapted_state(program: Program, state: TrainState, workdir: str, say: Calla
     assert isinstance(state, AdaptedState)
     config = program.config
     base, biases = stored.read_base(config, workdir or None, program.mesh)
-    adapters = initial_adapters(base, config.lora, jax.random.key(config.seed))
+    model = program.model(join(base, biases or state.biases))
+    adapters = nnx.to_pure_dict(initial_adapters(nnx.state(model, nnx.Param), config.lora, jax.random.key(config.seed)))
     counts = [sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (adapters, base)]
     say(
         f"start: adapters of rank {config.lora.rank}, {counts[0]:,} trained beside {counts[1]:,} fixed parameters of "
@@ -169,7 +171,8 @@ def teacher_step(config: Config, directory: epath.Path) -> int | None:
 
 def _summary(config: Config, source: Config, theirs: Any) -> str:
     """One line: what a run takes from its checkpoint."""
-    shapes = jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), abstract_parameters(config.model))
+    parameters = nnx.to_pure_dict(abstract_parameters(config.model))
+    shapes = jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), parameters)
     ours = unstack_layers(config.model, shapes)
     available = unstack_layers(source.model, theirs).keys()
     loaded = {key for key in ours if _source(key, available, config) is not None}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
@@ -19,7 +20,8 @@ from moe.layers.dropout import KEEP_ALL, Dropout
 from moe.layers.norms import RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.weights import gather_for_matmul, matrix, zeros
+from moe.parallel.parameters import gather_for_matmul, matrix, zeros
+from moe.parallel.partition_specs import HEADS_IN, HEADS_OUT
 
 
 class Attention(nnx.Module):
@@ -35,17 +37,19 @@ class Attention(nnx.Module):
         self.window, self.causal = window, causal
         self.scale = 1.0 if c.relative_buckets else None
         query_fan_in = c.d_model * (c.head_dim if c.relative_buckets else 1)
-        self.query = matrix(rngs, (c.d_model, c.num_heads, c.head_dim), query_fan_in, c.init_scale)
-        self.key = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
-        self.value = matrix(rngs, (c.d_model, c.num_kv_heads, c.head_dim), c.d_model, c.init_scale)
-        self.out = matrix(rngs, (c.num_heads, c.head_dim, c.d_model), c.num_heads * c.head_dim, c.init_scale)
+        heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        self.query = matrix(rngs, (c.d_model, *heads), HEADS_IN, fan_in=query_fan_in, scale=c.init_scale)
+        self.key = matrix(rngs, (c.d_model, *kv_heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
+        self.value = matrix(rngs, (c.d_model, *kv_heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
+        out_fan_in = c.num_heads * c.head_dim
+        self.out = matrix(rngs, (*heads, c.d_model), HEADS_OUT, fan_in=out_fan_in, scale=c.init_scale, inputs=2)
         if c.attention_bias != "none":
-            self.query_bias = zeros((c.num_heads, c.head_dim))
-            self.key_bias = zeros((c.num_kv_heads, c.head_dim))
-            self.value_bias = zeros((c.num_kv_heads, c.head_dim))
+            self.query_bias = zeros(heads, P("tensor", None))
+            self.key_bias = zeros(kv_heads, P("tensor", None))
+            self.value_bias = zeros(kv_heads, P("tensor", None))
         if c.attention_bias == "all":
             self.out_bias = zeros((c.d_model,))
-        self.sinks = zeros((c.num_heads,)) if c.attention_sinks else None
+        self.sinks = zeros((c.num_heads,), partition_specs.SINKS) if c.attention_sinks else None
         if c.qk_norm in ("head", "rotated"):
             self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
@@ -151,9 +155,7 @@ class Attention(nnx.Module):
 
     def _project(self, name: str, x: Array) -> Array:
         """[B,T,D] → heads by the matrix and the bias of this name."""
-        heads = jnp.einsum(
-            "btd,dnh->btnh", x, gather_for_matmul(f"attention.{name}", getattr(self, name)[...], x.dtype)
-        )
+        heads = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul(getattr(self, name), x.dtype))
         if self.config.attention_bias == "none":
             return heads
         return heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)
@@ -169,7 +171,7 @@ class Attention(nnx.Module):
 
     def join(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Output projection of all heads."""
-        y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul("attention.out", self.out[...], heads.dtype))
+        y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul(self.out, heads.dtype))
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
-from moe.parallel.weights import matrix
+from moe.parallel.parameters import matrix
+from moe.parallel.partition_specs import REPLICATED
 
 
 class RelativeBias(nnx.Module):
@@ -19,7 +20,8 @@ class RelativeBias(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs):
         self.bidirectional, self.max_distance = bidirectional, config.relative_max_distance
-        self.table = matrix(rngs, (config.relative_buckets, config.num_heads), config.d_model, config.init_scale)
+        shape = config.relative_buckets, config.num_heads
+        self.table = matrix(rngs, shape, REPLICATED, fan_in=config.d_model, scale=config.init_scale, inputs=0)
 
     def __call__(self, distance: Int[Array | np.ndarray, "*batch"]) -> Float[Array, "*batch N"]:
         """Biases of scores whose key lies so many tokens after the query."""

@@ -1,0 +1,225 @@
+"""Parameters: how they are made, where they are stored, and gathering them for a matmul.
+
+A parameter carries its PartitionSpec from where it is made, as metadata: ``spec``, in roles (Flax's ``out_sharding`` is
+in axes of the mesh); a stack of layers adds the leading axis :data:`LAYERS`. A matrix also carries the number of axes
+that its input has, ``inputs``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax import Array
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from moe.parallel import target
+from moe.parallel.axes import AXES, axis_of, axis_size
+from moe.parallel.mesh import constrain
+from moe.parallel.partition_specs import REPLICATED, STORED, shardings
+
+#: The leading axis of parameters of stacked layers, which is not split.
+LAYERS = "layers"
+
+#: Prefix of the named scopes in which weights are gathered, by which the planner finds their exchanges in compiled
+#: programs.
+WEIGHTS_SCOPE = "weights."
+
+
+def parameter[V: nnx.Variable[Any]](value: Array, spec: P, *, kind: type[V] = nnx.Param, inputs: int = 0) -> V:
+    """A variable of a model that carries its storage.
+
+    Args:
+        value: first value.
+        spec: in roles, an entry for each axis; :data:`REPLICATED`: every device holds all of it.
+        kind: class of the variable.
+        inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.
+    """
+    if spec and len(spec) != value.ndim:
+        raise ValueError(f"{spec}: must have an entry for each axis of a parameter of shape {value.shape}")
+    return kind(value, spec=tuple(spec), inputs=inputs)
+
+
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, *, fan_in: int, scale: float, inputs: int = 1
+) -> nnx.Param[Array]:
+    """Float32 parameter from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma (Switch 2021,
+    section 2.4)."""
+    draw = jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)
+    return parameter(draw(rngs.params(), shape, jnp.float32), spec, inputs=inputs)
+
+
+def zeros(shape: tuple[int, ...], spec: P = REPLICATED, *, inputs: int = 0) -> nnx.Param[Array]:
+    """Float32 parameter of zeros."""
+    return parameter(jnp.zeros(shape, jnp.float32), spec, inputs=inputs)
+
+
+def axis_names(axes: Any) -> tuple[str, ...]:
+    """Mesh axes in one entry of a PartitionSpec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def without(axes: Any, dropped: Sequence[str]) -> Any:
+    """Remove axes from one entry of a PartitionSpec."""
+    kept = tuple(axis for axis in axis_names(axes) if axis not in dropped)
+    return kept if len(kept) > 1 else kept[0] if kept else None
+
+
+def fit(spec: P, shape: Sequence[int]) -> P:
+    """Storage of a weight whose D does not divide by fsdp x expert (1024 over 2048 cores): ``expert`` splits another
+    dimension instead, or none."""
+
+    def divides(dim: int, axes: Any) -> bool:
+        return dim % axis_size(*axis_names(axes)) == 0
+
+    if STORED not in tuple(spec) or all(divides(dim, axes) for dim, axes in zip(shape, spec, strict=True)):
+        return spec
+    entries = ["fsdp" if axes == STORED else axes for axes in spec]
+    for i, dim in enumerate(shape):
+        wider = (*axis_names(entries[i]), "expert")
+        if spec[i] not in (STORED, LAYERS) and divides(dim, wider):
+            entries[i] = wider
+            break
+    return P(*entries)
+
+
+def spec_of(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
+    """PartitionSpec of a variable in roles, of one layer where only that is left of a stack.
+
+    Raises:
+        ValueError: it was made without one; the message gives this name.
+    """
+    entries = variable.get_metadata("spec", None)
+    if entries is None:
+        raise ValueError(f"{name}: made without a PartitionSpec; use moe.parallel.parameters.parameter")
+    rank = variable.ndim
+    return P(*(None,) * (rank - len(entries)), *entries[max(0, len(entries) - rank) :])
+
+
+def flat_variables(variables: nnx.State) -> list[tuple[tuple[str, ...], nnx.Variable[Any]]]:
+    """Path and variable of each, in the order of the leaves of a nested dict."""
+    flat = ((tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(variables))
+    return sorted(flat, key=operator.itemgetter(0))
+
+
+def parameter_specs(variables: nnx.State) -> dict[str, Any]:
+    """PartitionSpecs of a model's variables on the mesh in context, as a nested dict.
+
+    Raises:
+        ValueError: a variable was made without one.
+    """
+
+    specs = {}
+    for path, variable in nnx.to_flat_state(variables):
+        spec = fit(spec_of(variable, ".".join(map(str, path))), variable.shape)
+        specs[path] = P(*(None if axes == LAYERS else axes for axes in spec))
+    return traverse_util.unflatten_dict(specs)
+
+
+def optimizer_specs(parameters: Any, specs: Any, optimizer: Any) -> Any:
+    """PartitionSpecs of an optimizer state: those of the parameter for arrays of its shape, such as moments, and those
+    of the remaining axes for arrays that lack one, such as Adafactor's factored moments. Counters are replicated.
+
+    Args:
+        parameters: nested dict of arrays or ShapeDtypeStructs.
+        specs: of the parameters, in the same nested dict.
+        optimizer: state whose arrays have paths that end with their parameter's.
+    """
+
+    def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+        keys = [getattr(key, "key", None) for key in path]
+        start = max((i + 1 for i, key in enumerate(keys) if not isinstance(key, str)), default=0)
+        return tuple(str(key) for key in keys[start:])
+
+    shapes = {names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    stored = {names(path): spec for path, spec in leaves}
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
+        shape = shapes.get(names(path), ())
+        entries = (*stored.get(names(path), ()), *(None,) * len(shape))[: len(shape)]
+        if shape == leaf.shape:
+            return P(*entries)
+        for axis in range(len(shape)):
+            if (*shape[:axis], *shape[axis + 1 :]) == leaf.shape:
+                return P(*entries[:axis], *entries[axis + 1 :])
+        return REPLICATED
+
+    return jax.tree_util.tree_map_with_path(spec, optimizer)
+
+
+def parameter_shardings(mesh: Mesh | None, variables: nnx.State) -> dict[str, Any]:
+    """Where each variable of a model is stored: split over the mesh, or whole on this process's first device."""
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: device, nnx.to_pure_dict(variables))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return shardings(mesh, parameter_specs(variables))
+
+
+def gather_for_matmul(weights: nnx.Variable[Array], dtype: Any) -> Array:
+    """Cast a parameter of one layer and gather its stored shards for a matmul; its gradient is reduce-scattered."""
+    return gather_array(weights[...], spec_of(weights), dtype)
+
+
+def gather_array(weights: Array, spec: P, dtype: Any) -> Array:
+    """Cast and gather, as :func:`gather_for_matmul`, an array that is stored as this spec says.
+
+    The shardings are explicit because XLA might otherwise move tokens instead of weights.
+    """
+    stored = fit(spec, weights.shape)
+    # One axis at a time: for both at once, XLA for TPUs emits an all-reduce of the zero-padded weight, and another for
+    # the gradient, which doubles the traffic and compiles slowly.
+    specs = [stored]
+    for axis in reversed(STORED) if STORED in spec else ("fsdp",):
+        specs.append(P(*(without(axes, (axis,)) for axes in specs[-1])))
+
+    @jax.custom_vjp
+    def gather(weights: Array) -> Array:
+        return functools.reduce(constrain, specs[1:], weights)
+
+    gather.defvjp(
+        lambda weights: (gather(weights), None),
+        lambda _, gradient: (functools.reduce(constrain, specs[-2::-1], gradient),),
+    )
+    with jax.named_scope(f"{WEIGHTS_SCOPE}whole"):
+        return gather(weights.astype(dtype))
+
+
+def gather_shard(shard: Array, dim: int) -> Array:
+    """Gather a weight over ``fsdp`` from each device's shard, within ``shard_map``; its gradient is reduce-scattered.
+
+    Args:
+        shard: of one device, in the compute dtype.
+        dim: that is split.
+    """
+    with jax.named_scope(f"{WEIGHTS_SCOPE}shards"):
+        for groups in _hops(axis_size("fsdp")):
+            shard = jax.lax.all_gather(shard, axis_of("fsdp"), axis=dim, tiled=True, axis_index_groups=groups)
+    return shard
+
+
+def _hops(size: int) -> list[list[list[int]] | None]:
+    """Groups of the gathers that follow each other: one gather of all, or two where the axis spans a 3D torus.
+
+    XLA for TPUs has no all-gather over three torus dimensions: it adds up arrays padded with zeros, at twice the bytes
+    and a write of each array. So the last dimension is gathered first, then the plane of the other two. In slices of
+    the default shapes (4x4x4, 4x4x8, ... 8x16x16) the last dimension is the cube root of the chips, rounded up.
+    """
+    if size < 2:
+        return []
+    if size < 16 or not target.current().has_3d_torus or size * axis_size("data") < axis_size(*AXES):
+        return [None]
+    side = 2 ** math.ceil(math.log2(size) / 3)
+    if size % side:
+        return [None]
+    places = np.arange(size).reshape(-1, side)
+    return [places.tolist(), places.T.tolist()]
