@@ -13,14 +13,15 @@ from flax.nnx import bridge
 from jax.sharding import AxisType
 
 import moe
-from moe import ConfigError, MoELayer
+from moe import ConfigError, MoELayer, SoftMoE
+from moe.layers.soft_moe import create_layer
 from tests.helpers import slow_case
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
 
 
 def _layer(**settings):
-    return MoELayer(**{**SIZES, **settings}, rngs=nnx.Rngs(0))
+    return create_layer(**{**SIZES, **settings}, rngs=nnx.Rngs(0))
 
 
 def _x(*shape):
@@ -49,6 +50,15 @@ def test_the_layer_alone(gate):
     assert bool(jnp.any(y != 0))
     assert report.expert_load.shape == (4,)
     assert routing.expert_index.shape[:2] == (2, 6)
+
+
+def test_soft_moe_is_a_layer_of_its_own():
+    assert isinstance(_layer(gate="soft_moe"), SoftMoE)
+    assert SoftMoE(**SIZES, slots_per_expert=3, rngs=nnx.Rngs(0)).router.kernel.shape == (8, 4, 3)
+    with pytest.raises(ConfigError, match=r"gate='soft_moe': is not the gate of a MoELayer, but of a moe\.SoftMoE"):
+        MoELayer(**SIZES, gate="soft_moe", dispatch="einsum", rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"gate='mixtral': is not the gate of a SoftMoE, but of a moe\.MoELayer"):
+        SoftMoE(**SIZES, gate="mixtral", rngs=nnx.Rngs(0))
 
 
 def test_no_mask_is_a_mask_of_real_tokens():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from moe.dispatch.backends import backend, grouped_ffn, whole_tiles
 from moe.dispatch.exchange import exchange_rows
@@ -201,19 +201,6 @@ def mix(
     expert_inputs = jnp.einsum("gsec,gsd->egcd", dispatch_weights.astype(x.dtype), x)
     outputs = apply_in_buffers(expert_inputs, weights, activation, dropout)
     return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
-
-
-def slot_weights(
-    slot_logits: Float[Array, "G S E C"], valid: Bool[Array, "G S"]
-) -> tuple[Float[Array, "G S E C"], Float[Array, "G S E C"]]:
-    """Dispatch weights of Soft MoE, a softmax over tokens, and combine weights, a softmax over slots (2023, equations 1
-    and 3); 0 for tokens that are not valid."""
-    valid = valid[..., None, None]
-    slot_logits = jnp.where(valid, slot_logits, 0.0)
-    # A group without valid tokens: softmax over −inf alone would be NaN.
-    dispatch = jax.nn.softmax(jnp.where(valid, slot_logits, jnp.finfo(jnp.float32).min), axis=1)
-    combine = jax.nn.softmax(slot_logits, axis=(2, 3))
-    return jnp.where(valid, dispatch, 0.0), jnp.where(valid, combine, 0.0)
 
 
 # --- Sorted by expert ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from moe.config.resolve import resolve, validate
 from moe.config.schema import Activation
 from moe.dispatch.plan import make_plan
 from moe.layers.moe_layer import MoELayer
+from moe.layers.soft_moe import create_layer
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -75,7 +76,7 @@ def single_layer(
         **fields,
     )
     config = validate(resolve(Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)))).model
-    layer = nnx.eval_shape(lambda: MoELayer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
+    layer = nnx.eval_shape(lambda: create_layer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
     given = {
         "router": (layer.router, "kernel", router),
         "selection_bias": (layer.router, "bias", selection_bias),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+import types
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from moe.config.parse import build
 from moe.config.registry import find_layer, gate_of, with_layer_gate
 from moe.config.resolve import resolve, resolve_model, validate
 from moe.dispatch import modes
-from moe.dispatch.ffn import ExpertDropout
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.plan import layer_capacity, plan_assignments
 from moe.layers.experts import Experts, SharedExpert
-from moe.layers.null_experts import Latent, NullExperts
+from moe.layers.null_experts import Latent, NullExperts, RunExperts
 from moe.layers.router import Router
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -30,7 +31,7 @@ from moe.routing.interface import Gate
 from moe.routing.routing import Choices, Routing, route
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """A key for each kind of noise; None: deterministic."""
 
     jitter: PRNGKeyArray | None = None
@@ -39,20 +40,12 @@ class _Keys(NamedTuple):
     dropout: PRNGKeyArray | None = None
 
     @classmethod
-    def split(cls, rng: PRNGKeyArray | None) -> _Keys:
+    def split(cls, rng: PRNGKeyArray | None) -> Keys:
         """Keys of a layer's key."""
         return cls() if rng is None else cls(*jax.random.split(rng, 4))
 
 
-class _Call(NamedTuple):
-    """Settings of one call: C, whether in training, and keys."""
-
-    capacity: int
-    train: bool
-    keys: _Keys
-
-
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     """Tokens in groups: activations [G,S,D], real tokens [G,S], and what some gates read, [G,S]."""
 
     x: Array
@@ -70,6 +63,10 @@ class MoELayer(nnx.Module):
         y, report, routing = layer(x)
     """
 
+    has_slots: ClassVar[bool] = False  # router logits are per slot, as in Soft MoE
+    default_gate: ClassVar[str] = "mixtral"
+    default_settings: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
+
     def __init__(
         self, config: ModelConfig | None = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any
     ):
@@ -86,7 +83,7 @@ class MoELayer(nnx.Module):
             ConfigError: an unknown setting, or an impossible value or combination.
         """
         if config is None:
-            config = _layer_config(gate or "mixtral", settings)
+            config = _layer_config(gate or self.default_gate, {**self.default_settings, **settings})
         else:
             config = resolve_model(config)
             if settings:
@@ -96,6 +93,9 @@ class MoELayer(nnx.Module):
         moe = config.moe
         self.config, self.d_model = moe, config.d_model
         self.gate = gate if isinstance(gate, Gate) else gate_of(moe)
+        if (self.gate.router == "slots") != self.has_slots:
+            other = "moe.MoELayer" if self.has_slots else "moe.SoftMoE"
+            raise ConfigError(f"gate={moe.gate!r}: is not the gate of a {type(self).__name__}, but of a {other}")
         self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
@@ -128,27 +128,23 @@ class MoELayer(nnx.Module):
             The output, 0 for a token whose assignments were all dropped (the residual carries it); the layer's report;
             the routing over groups.
         """
-        tokens = self._group(x, mask, token_ids, positions)
-        call = _Call(layer_capacity(self.config, tokens.mask.shape[1], train=train), train, _Keys.split(rng))
+        tokens, keys = self._group(x, mask, token_ids, positions), Keys.split(rng)
+        capacity = layer_capacity(self.config, tokens.mask.shape[1], train=train)
         self._check_replay(routing, tokens)
-        slot_logits = None
         if not isinstance(routing, Routing):
-            routing, slot_logits = self._route(tokens, call, routing)
-        # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
-        rows = jnp.where(routing.broken[..., None], 0, tokens.x)
-        experts = functools.partial(self._run_experts, call, tokens.mask & ~routing.broken, slot_logits)
-        for wrapper in (self.latent, self.null):
-            experts = experts if wrapper is None else wrapper.around(experts)
-        y, kept = experts(rows, routing)
-        y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
-        if self.shared is not None:
-            y = y + jnp.where(tokens.mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
-        report = self._report(routing, tokens.mask, kept, rows=x.shape[0])
-        return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
+            logits = self._logits(tokens, keys)
+            routing = self._choose(logits, tokens, keys, replay=routing, train=train, expert_capacity=capacity)
+
+        def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
+            routing, plan = plan_assignments(self.config, routing, capacity, rng=keys.drop)
+            y = modes.dispatch(self.config.dispatch, rows, routing, plan, *self._experts(keys, train=train))
+            return self._add_output_biases(y, routing, plan.kept, rows.dtype), plan.kept
+
+        return self._finish(x, tokens, routing, experts)
 
     def _group(
         self, x: Array, mask: ArrayLike | None, token_ids: ArrayLike | None, positions: ArrayLike | None
-    ) -> _Tokens:
+    ) -> Tokens:
         """Split the batch into groups, runs of S tokens in row order, whatever the mesh."""
         size = self.config.group_size or x.shape[1]
         if x.ndim != 3 or x.shape[2] != self.d_model:
@@ -158,68 +154,75 @@ class MoELayer(nnx.Module):
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         grouped = constrain(x.reshape(-1, size, x.shape[-1]), partition_specs.GROUPS)
         columns = (None if array is None else jnp.asarray(array).reshape(-1, size) for array in (token_ids, positions))
-        return _Tokens(grouped, jnp.asarray(mask).reshape(-1, size), *columns)
+        return Tokens(grouped, jnp.asarray(mask).reshape(-1, size), *columns)
 
-    def _run_experts(
-        self,
-        call: _Call,
-        valid: Bool[Array, "G S"],
-        slot_logits: Float[Array, "G S E C"] | None,
-        rows: Float[Array, "G S D"],
-        routing: Routing,
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
-        """Weighted sum of the FFN experts' outputs in float32, and the assignments that were not dropped."""
-        experts = self.experts.weights, self.experts.activation, self._dropout(call)
-        if slot_logits is not None:
-            return modes.mix(rows, *modes.slot_weights(slot_logits, valid), *experts), routing.chosen
-        routing, plan = plan_assignments(self.config, routing, call.capacity, rng=call.keys.drop)
-        y = modes.dispatch(self.config.dispatch, rows, routing, plan, *experts)
-        if self.experts.down_bias is not None:
-            y = y + _output_biases(self.experts.down_bias, routing, plan.kept, rows.dtype)
-        return y, plan.kept
+    def _logits(self, tokens: Tokens, keys: Keys) -> Float[Array, "G S *columns"]:
+        """Router logits, per slot for a gate with slots; zeros without a router."""
+        if self.router is None:
+            columns = self.config.num_experts + self.config.null_experts
+            return jnp.zeros((*tokens.mask.shape, columns), jnp.float32)
+        return self.router(tokens.x, jitter=self.config.jitter, rng=keys.jitter)
 
-    def _route(
-        self, tokens: _Tokens, call: _Call, replay: Choices | None
-    ) -> tuple[Routing, Float[Array, "G S E C"] | None]:
-        """The gate's routing, and the slot logits of Soft MoE."""
-        c, router, slot_logits = self.config, self.router, None
-        if router is None:
-            logits = jnp.zeros((*tokens.mask.shape, c.num_experts + c.null_experts), jnp.float32)
-        else:
-            logits = router(tokens.x, jitter=c.jitter, rng=call.keys.jitter)
-        if self.gate.router == "slots":
-            slot_logits, logits = logits, _expert_logits(logits)
-        routing = route(
+    def _choose(self, logits: Float[Array, "G S E"], tokens: Tokens, keys: Keys, **settings: Any) -> Routing:
+        """The gate's routing; settings are those of :func:`moe.routing.routing.route`."""
+        router = self.router
+        return route(
             self.gate,
             logits,
             tokens.mask,
-            replay=replay,
-            rng=call.keys.gate,
-            train=call.train,
-            expert_capacity=call.capacity,
-            noise_logits=None if router is None or call.keys.gate is None else router.noise_logits(tokens.x),
+            rng=keys.gate,
+            noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens.x),
             selection_bias=None if router is None or router.bias is None else router.bias[...],
             token_ids=tokens.token_ids,
             positions=tokens.positions,
+            **settings,
         )
-        return routing, slot_logits
 
-    def _check_replay(self, routing: Routing | Choices | None, tokens: _Tokens) -> None:
+    def _experts(self, keys: Keys, *, train: bool) -> tuple[ExpertWeights, str, ExpertDropout | None]:
+        """Weights, activation and dropout of the FFN experts."""
+        rate, dropout = self.config.expert_dropout, None
+        if train and keys.dropout is not None and rate > 0:
+            dropout = ExpertDropout(keys.dropout, rate)
+        return self.experts.weights, self.experts.activation, dropout
+
+    def _finish(
+        self, x: Float[Array, "B T D"], tokens: Tokens, routing: Routing, experts: RunExperts
+    ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
+        """Wrap the FFN experts and run them, add the shared expert, report."""
+        for wrapper in (self.latent, self.null):
+            experts = experts if wrapper is None else wrapper.around(experts)
+        # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
+        y, kept = experts(jnp.where(routing.broken[..., None], 0, tokens.x), routing)
+        y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
+        if self.shared is not None:
+            y = y + jnp.where(tokens.mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
+        report = self._report(routing, tokens.mask, kept, rows=x.shape[0])
+        return y, report, dataclasses.replace(routing, smooth_load=None, needed_bias=None)
+
+    def _check_replay(self, routing: Routing | Choices | None, tokens: Tokens) -> None:
         if routing is None:
             return
         if isinstance(routing, Choices) and not self.gate.reweighs:
             raise ValueError(
                 f"choices cannot be weighed anew: the gate {self.config.gate!r} weighs only what it chooses"
             )
-        if self.gate.router == "slots" or routing.chosen.shape[:2] != tokens.mask.shape:
+        if routing.chosen.shape[:2] != tokens.mask.shape:
             raise ValueError(
-                f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: the gate is "
-                f"{self.config.gate!r} (soft_moe's slots are not in it), groups and tokens are {tokens.mask.shape}"
+                f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: "
+                f"groups and tokens are {tokens.mask.shape}"
             )
 
-    def _dropout(self, call: _Call) -> ExpertDropout | None:
-        rate, key = self.config.expert_dropout, call.keys.dropout
-        return ExpertDropout(key, rate) if call.train and key is not None and rate > 0 else None
+    def _add_output_biases(
+        self, y: Float[Array, "G S D"], routing: Routing, kept: Bool[Array, "G S K"], dtype: Any
+    ) -> Float[Array, "G S D"]:
+        """Add the weighted sum of the output biases of each token's experts, cast to this dtype, in float32."""
+        biases = self.experts.down_bias
+        if biases is None:
+            return y
+        choices = jax.nn.one_hot(routing.expert_index, biases.shape[0], dtype=jnp.float32)  # [G,S,K,E]
+        weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
+        # Cast there, because XLA would gather an array that is not cast where the scan slices it, outside of its scope.
+        return y + weights @ gather_for_matmul(biases, dtype)
 
     def _report(
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
@@ -265,28 +268,9 @@ def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
     moe = {name: value for name, value in settings.items() if name not in _MODEL_SETTINGS}
     # A layer on its own need not be causal.
     moe = {"accept_future_leak": True, **moe, "gate": gate}
-    if gate == "soft_moe":
-        moe.setdefault("dispatch", "einsum")
     data = DataConfig(sequence_length=max(2, moe.get("group_size") or 256))  # groups are checked when x is known
     config = resolve(Config(model=build(ModelConfig, {**model, "moe": moe}, ""), data=data))
     return validate(config).model
-
-
-def _output_biases(
-    biases: nnx.Param[Array], routing: Routing, kept: Bool[Array, "G S K"], dtype: Any
-) -> Float[Array, "G S D"]:
-    """Weighted sum of the output biases of each token's experts, cast to this dtype, in float32."""
-    choices = jax.nn.one_hot(routing.expert_index, biases.shape[0], dtype=jnp.float32)  # [G,S,K,E]
-    weights = jnp.einsum("gsk,gske->gse", jnp.where(kept, routing.combine_weights, 0), choices)
-    # Cast there, because XLA would gather an array that is not cast where the scan slices it, outside of its scope.
-    return weights @ gather_for_matmul(biases, dtype)
-
-
-def _expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:
-    """Logits by which an expert's probability is the sum over its slots; NaN where a slot's logit is not finite, since
-    a slot at −inf would not show in the sum."""
-    logits = jax.nn.logsumexp(slot_logits, axis=-1)
-    return jnp.where(jnp.all(jnp.isfinite(slot_logits), axis=-1), logits, jnp.nan)
 
 
 def replace_gate(model: nnx.Module, gate: Gate) -> None:

@@ -15,8 +15,8 @@ from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
 from moe.layers.dropout import Dropout, Site
 from moe.layers.ffn import DenseFFN
-from moe.layers.moe_layer import MoELayer
 from moe.layers.norms import RMSNorm
+from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.routing.balancing import LayerReport
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         self.dropout, self.route_padding = config.dropout, config.moe.route_padding
         self.norms_after, self.residual_scale = config.norms == "after", config.residual_scale
         if kind.sparse:
-            self.moe = MoELayer(config, gate=kind.gate, rngs=rngs)
+            self.moe = create_layer(config, gate=kind.gate, rngs=rngs)
         else:
             self.dense = DenseFFN(config, config.d_ff, rngs=rngs)
 

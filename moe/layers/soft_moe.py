@@ -1,0 +1,92 @@
+"""Soft MoE (Puigcerver et al. 2023): every slot of an expert is a weighted mean of all tokens of a group."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from moe.config import ModelConfig
+from moe.config.registry import find_layer
+from moe.dispatch.modes import mix
+from moe.layers.moe_layer import Keys, MoELayer
+from moe.routing import balancing
+from moe.routing.interface import Gate
+from moe.routing.routing import Choices, Routing
+
+
+class SoftMoE(MoELayer):
+    """Router logits per slot, experts on slots, and their outputs mixed back into tokens: nothing is routed or dropped.
+
+    Example::
+
+        layer = SoftMoE(d_model=512, d_ff=1024, num_experts=8, slots_per_expert=2, rngs=nnx.Rngs(0))
+    """
+
+    has_slots = True
+    default_gate = "soft_moe"
+    default_settings = types.MappingProxyType({"dispatch": "einsum"})
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[ArrayLike, "B T"] | None = None,
+        *,
+        token_ids: Int[ArrayLike, "B T"] | None = None,
+        positions: Int[ArrayLike, "B T"] | None = None,
+        routing: Routing | Choices | None = None,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], balancing.LayerReport, Routing]:
+        """Mix, apply the experts, mix back; arguments and result are those of :class:`moe.layers.moe_layer.MoELayer`.
+
+        The routing that is returned holds each token's probability of an expert, the sum over the expert's slots.
+
+        Raises:
+            ValueError: a routing to replay: slots are not in it.
+        """
+        if routing is not None:
+            raise ValueError("a routing cannot be replayed by Soft MoE: its slots are not in it")
+        tokens, keys = self._group(x, mask, token_ids, positions), Keys.split(rng)
+        slot_logits = self._logits(tokens, keys)
+        routing = self._choose(expert_logits(slot_logits), tokens, keys, train=train)
+        weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)
+
+        def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
+            return mix(rows, *weights, *self._experts(keys, train=train)), routing.chosen
+
+        return self._finish(x, tokens, routing, experts)
+
+
+def create_layer(
+    config: ModelConfig | None = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any
+) -> MoELayer:
+    """The layer of a gate, with the arguments of :class:`moe.layers.moe_layer.MoELayer`."""
+    name = MoELayer.default_gate if config is None else config.moe.gate
+    rule = gate if isinstance(gate, Gate) else find_layer(gate or name).gate
+    return (SoftMoE if rule.router == "slots" else MoELayer)(config, gate=gate, rngs=rngs, **settings)
+
+
+def expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:
+    """Logits by which an expert's probability is the sum over its slots; NaN where a slot's logit is not finite, since
+    a slot at −inf would not show in the sum."""
+    logits = jax.nn.logsumexp(slot_logits, axis=-1)
+    return jnp.where(jnp.all(jnp.isfinite(slot_logits), axis=-1), logits, jnp.nan)
+
+
+def slot_weights(
+    slot_logits: Float[Array, "G S E C"], valid: Bool[Array, "G S"]
+) -> tuple[Float[Array, "G S E C"], Float[Array, "G S E C"]]:
+    """Dispatch weights of Soft MoE, a softmax over tokens, and combine weights, a softmax over slots (2023, equations 1
+    and 3); 0 for tokens that are not valid."""
+    valid = valid[..., None, None]
+    slot_logits = jnp.where(valid, slot_logits, 0.0)
+    # A group without valid tokens: softmax over −inf alone would be NaN.
+    dispatch = jax.nn.softmax(jnp.where(valid, slot_logits, jnp.finfo(jnp.float32).min), axis=1)
+    combine = jax.nn.softmax(slot_logits, axis=(2, 3))
+    return jnp.where(valid, dispatch, 0.0), jnp.where(valid, combine, 0.0)
