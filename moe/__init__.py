@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe.layers.moe_layer import MoELayer
     from moe.models.decoder import Transformer
     from moe.models.encoder_decoder import EncoderDecoder
-    from moe.parallel.axes import mesh_roles
+    from moe.parallel.mesh import mesh_roles
     from moe.routing.interface import Gate, GateInputs, GateOutput
     from moe.routing.routing import Routing
     from moe.training.loop import train
@@ -52,7 +52,7 @@ _MODULES = {
     "SoftMoE": "moe.layers.soft_moe",
     "Transformer": "moe.models.decoder",
     "load_huggingface": "moe.interop",
-    "mesh_roles": "moe.parallel.axes",
+    "mesh_roles": "moe.parallel.mesh",
     "save_huggingface": "moe.interop",
     "train": "moe.training.loop",
 }

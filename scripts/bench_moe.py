@@ -251,7 +251,7 @@ def bench_model() -> list[dict[str, Any]]:
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
     from moe.config.resolve import resolve
     from moe.models import flops
-    from moe.training import matmul_rate
+    from moe.training import profiling
     from moe.training.step import build, place
 
     length, batch_size, layers, f = 512, _TOKENS.value // 512, 4, _D_FF.value or 1792
@@ -295,7 +295,7 @@ def bench_model() -> list[dict[str, Any]]:
     assert config is not None
     rates = []
     programs["reference"] = layer_programs.reference(experts)["both"]
-    programs["large matmul"] = lambda: rates.append(matmul_rate.measured_matmul_rate(_DTYPE.value, repeats=1))
+    programs["large matmul"] = lambda: rates.append(profiling.measured_matmul_rate(_DTYPE.value, repeats=1))
     seconds = {name: times.clock for name, times in timing.in_turns(programs, _REPEATS.value).items()}
     total, active = flops.count_parameters(config.model)
     expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers

@@ -48,8 +48,8 @@ from moe.conformance.oracle import (  # noqa: E402
     weights_of,
 )
 from moe.conformance.rows import FLOAT32, Row, close, error, value  # noqa: E402
+from moe.dispatch.buffers import expert_capacity, make_plan  # noqa: E402
 from moe.dispatch.modes import CONFIG_MODES  # noqa: E402
-from moe.dispatch.plan import expert_capacity, make_plan  # noqa: E402
 from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402

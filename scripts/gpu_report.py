@@ -63,7 +63,7 @@ def device(sizes: Sizes) -> Iterator[str]:
     """The device, its measured rates and the software."""
     import jax
 
-    from moe.training.matmul_rate import measured_matmul_rate
+    from moe.training.profiling import measured_matmul_rate
 
     found, side = jax.devices()[0], sizes.side
     rate = measured_matmul_rate(sizes.dtype, size=side)
@@ -164,8 +164,7 @@ def attention(sizes: Sizes) -> Iterator[str]:
     import jax.numpy as jnp
 
     from moe.benchmarks import timing
-    from moe.layers.attention.attend import attend
-    from moe.layers.attention.gpu import runs_cudnn
+    from moe.layers.attention.attend import attend, runs_cudnn
     from moe.layers.attention.scoring import Scoring
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -206,7 +205,7 @@ def train_step(sizes: Sizes) -> Iterator[str]:
     from moe.config.resolve import resolve
     from moe.models import flops
     from moe.parallel.mesh import make_mesh
-    from moe.training.matmul_rate import measured_matmul_rate
+    from moe.training.profiling import measured_matmul_rate
     from moe.training.step import build, place
 
     heads: Any = {"num_heads": sizes.model_dim // 16, "num_kv_heads": sizes.model_dim // 16, "head_dim": 16}

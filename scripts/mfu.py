@@ -74,14 +74,14 @@ def utilisation(config: Any, mesh: Any) -> None:
     from moe.benchmarks import timing
     from moe.models import flops
     from moe.parallel import target
-    from moe.training import matmul_rate
+    from moe.training import profiling
     from moe.training.step import build
 
     program = build(config, mesh)
     rates: list[float] = []
     calls = {
         "step": Stepper(program),
-        "matmul": lambda: rates.append(matmul_rate.measured_matmul_rate(config.model.dtype, repeats=1)),
+        "matmul": lambda: rates.append(profiling.measured_matmul_rate(config.model.dtype, repeats=1)),
     }
     if _SEEDS.value > 1:
         states = [jax.vmap(program.initialise)(np.arange(_SEEDS.value))]

@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from moe.training import matmul_rate  # noqa: E402
+from moe.training import profiling  # noqa: E402
 from tests.run_helpers import compilation_cache, directory, programs, whole  # noqa: E402, F401
 
 
@@ -60,7 +60,7 @@ def no_kept_programs():
 def small_matmul():
     """Every run measures the machine's matmul rate, two seconds on a fake device: here with a small matrix."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matmul_rate, "measured_matmul_rate", functools.partial(matmul_rate.measured_matmul_rate, size=64))
+        patch.setattr(profiling, "measured_matmul_rate", functools.partial(profiling.measured_matmul_rate, size=64))
         yield
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from moe.config import Config, ConfigError, DataConfig, StartConfig, TrainConfig, validate_mesh
 from moe.config.resolve import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.training import memory
+from moe.training import profiling
 from moe.training.loop import train
 from moe.training.step import Program, build, place
 from tests.run_helpers import rows
@@ -81,7 +81,7 @@ def steps_or_sentence(tree: dict[str, Any], devices: Sequence[Any]) -> bool:
         mesh = make_mesh(config.mesh, devices)
         validate_mesh(config, mesh.shape)
         program = shared_build(config, mesh)
-        memory.refuse_too_large(program)
+        profiling.refuse_too_large(program)
     except ConfigError as error:
         is_one_sentence(error)
         return False

@@ -10,8 +10,8 @@ import pytest
 
 from moe.config import ConfigError
 from moe.parallel.mesh import make_mesh
-from moe.training import health
 from moe.training import loop as training
+from moe.training import recovery
 from moe.training.loop import train
 from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, rows, state_of, steps, tiny
 
@@ -123,12 +123,12 @@ def test_a_streak_that_goes_on_goes_back_further(directory, tmp_path, programs):
 
 def test_spikes_and_dead_experts_by_hand():
     """Losses 1, 2, 1, 2, ...: median 1.5, every deviation 0.5, sigma 0.7413; six of them end at 5.9478."""
-    watch = health.Health(6.0, 8)
+    watch = recovery.Health(6.0, 8)
     metrics = [{"skipped": 0.0, "cross_entropy": 1.0 + step % 2} for step in range(16)]
     load = [[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]
     (dead,) = watch.look(16, metrics, {"expert_load": load})
     assert (dead["what"], dead["experts"]) == ("dead", [[0, 2]])
-    resumed = health.Health(6.0, 8, json.loads(json.dumps(watch.memory())))
+    resumed = recovery.Health(6.0, 8, json.loads(json.dumps(watch.memory())))
     for follower in (watch, resumed):
         assert follower.look(17, [{"skipped": 1.0, "loss": 9.0, "gradient_norm": np.inf}], {})[0]["what"] == "skipped"
     assert watch.look(18, [{"skipped": 0.0, "cross_entropy": 5.9}], {"expert_load": load}) == []
@@ -137,7 +137,7 @@ def test_spikes_and_dead_experts_by_hand():
     assert (watch.skipped_in_a_row, resumed.skipped_in_a_row) == (0, 0)
     (dead,) = resumed.look(19, [], {"expert_load": [[0.5, 0.5, 0.0], [0.0, 0.4, 0.6]]})
     assert dead["experts"] == [[1, 0]]  # the other one was dead before
-    assert health.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
+    assert recovery.Health(0.0, 8, watch.memory()).look(20, [{"skipped": 0.0, "cross_entropy": 99.0}], {}) == []
 
 
 def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.config.registry import LAYERS
-from moe.dispatch.plan import make_plan
+from moe.dispatch.buffers import make_plan
 from moe.routing import balancing
 from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
 from moe.training.evaluation import routing_metrics

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.dispatch.plan import expert_capacity, make_plan
+from moe.dispatch.buffers import expert_capacity, make_plan
 from moe.routing import balancing
 from moe.routing.routing import route
 from tests.helpers import gate_named

@@ -12,7 +12,7 @@ from moe.config.resolve import from_config_dict
 from moe.config.schema import Activation, Dispatch, Remat
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe.dispatch.modes import DISPATCHES
-from moe.parallel.remat import REMAT_POLICIES
+from moe.parallel.partition_specs import REMAT_POLICIES
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
 

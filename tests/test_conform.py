@@ -14,7 +14,7 @@ from moe.config import ConfigError
 from moe.conformance import equations, evidence
 from moe.conformance.diagnosis import diagnose, page
 from moe.conformance.equations import Rule, Variant
-from moe.dispatch import plan
+from moe.dispatch import buffers
 
 #: Losses weigh as much as the output in what is differentiated, so that their gradients are compared too.
 RULE = Rule(k=2, renormalise=True, capacity_factor=1.25, balance_weight=10.0, z_weight=1.0)
@@ -64,7 +64,7 @@ def sharded_balance(weights, x, mask):
 
 def floor_capacity(weights, x, mask):
     rounded = lambda factor, k, tokens, experts: int(factor * k * tokens / experts)  # noqa: E731
-    with mock.patch.object(plan, "expert_capacity", rounded):
+    with mock.patch.object(buffers, "expert_capacity", rounded):
         return ours(weights, x, mask)
 
 

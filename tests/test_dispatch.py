@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from moe.config.registry import gate_of
 from moe.conformance import reference
+from moe.dispatch.buffers import Plan, expert_capacity, make_plan
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
-from moe.dispatch.plan import Plan, expert_capacity, make_plan
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.layers.router import Router

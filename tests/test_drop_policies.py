@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from moe.dispatch.plan import make_plan, overflow_to_next
+from moe.dispatch.buffers import make_plan, overflow_to_next
 from tests.gate_helpers import routed
 
 

@@ -14,9 +14,9 @@ from flax import nnx
 
 from moe.config import MeshConfig
 from moe.dispatch.backends import cpu, grouped_ffn, tpu, whole_tiles
+from moe.dispatch.buffers import make_plan
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
-from moe.dispatch.plan import make_plan
 from moe.layers.experts import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh

@@ -6,7 +6,7 @@ import pytest
 from moe.models.flops import count_parameters, expert_rows_per_token, train_flops_per_token
 from moe.parallel.target import PEAK_FLOPS, Target
 from moe.planner.chips import CHIPS
-from moe.training import matmul_rate
+from moe.training import profiling
 from tests.helpers import tiny_model
 
 # D 16, F 20, V 48, N 4, M 2, H 6; swiglu: an expert has 3·16·20 = 960 parameters.
@@ -57,9 +57,9 @@ def test_expert_choice_counts_its_capacity(factor, rows):
 
 def test_the_matmul_rate_counts_every_matmul_of_its_chain(monkeypatch):
     clock = iter(np.arange(100.0) * 0.5)  # each measurement takes half a second
-    monkeypatch.setattr(matmul_rate.time, "perf_counter", lambda: next(clock))
-    assert matmul_rate.measured_matmul_rate(size=64, chain=1) == 2 * 64**3 / 0.5
-    assert matmul_rate.measured_matmul_rate(size=64, chain=7) == 7 * 2 * 64**3 / 0.5
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))
+    assert profiling.measured_matmul_rate(size=64, chain=1) == 2 * 64**3 / 0.5
+    assert profiling.measured_matmul_rate(size=64, chain=7) == 7 * 2 * 64**3 / 0.5
 
 
 def test_accelerators_are_measured_by_a_chain_of_large_matmuls(monkeypatch):
@@ -69,9 +69,9 @@ def test_accelerators_are_measured_by_a_chain_of_large_matmuls(monkeypatch):
         seen.update(size=matrix.shape[0], chain=chain)
         return factor[:1, :1]
 
-    monkeypatch.setattr(matmul_rate.target, "is_cpu", lambda: False)
-    monkeypatch.setattr(matmul_rate, "_multiply", multiply)
-    matmul_rate.measured_matmul_rate.func("bfloat16", repeats=1)  # not the small one of conftest.py
+    monkeypatch.setattr(profiling.target, "is_cpu", lambda: False)
+    monkeypatch.setattr(profiling, "_multiply", multiply)
+    profiling.measured_matmul_rate.func("bfloat16", repeats=1)  # not the small one of conftest.py
     assert seen["size"] >= 8192
     assert seen["chain"] >= 8
 

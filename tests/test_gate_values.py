@@ -10,7 +10,7 @@ import scipy.stats
 from flax import nnx
 
 from moe.config.registry import LAYERS
-from moe.dispatch.plan import make_plan
+from moe.dispatch.buffers import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.routing import balancing
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SOFTPLUS_LOGITS, routed

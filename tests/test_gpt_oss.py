@@ -14,7 +14,7 @@ from flax import nnx
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
 from moe.config.resolve import resolve, validate
 from moe.dispatch.ffn import activate
-from moe.layers.attention import attend, blocked, cpu
+from moe.layers.attention import attend, cpu
 from moe.layers.attention.scoring import Scoring
 from moe.layers.moe_layer import MoELayer
 from moe.models import kv_cache
@@ -61,7 +61,7 @@ def test_a_sink_by_hand(kind):
 @pytest.mark.parametrize("window", [0, 7])
 def test_forms_of_attention_with_sinks(window, monkeypatch):
     """All forms against a softmax over the scores and the sink, in values and gradients, the sinks' too."""
-    monkeypatch.setattr(blocked, "_block_size", lambda length, largest: 8)
+    monkeypatch.setattr(attend, "_block_size", lambda length, largest: 8)
     monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 10)
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 32, 4, 8))

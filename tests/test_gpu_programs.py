@@ -21,10 +21,9 @@ from jax.experimental.pallas import mosaic_gpu
 
 from moe.config import MeshConfig
 from moe.dispatch.backends import gpu
+from moe.dispatch.buffers import make_plan
 from moe.dispatch.modes import dispatch
-from moe.dispatch.plan import make_plan
-from moe.layers.attention.attend import attend
-from moe.layers.attention.gpu import checked_for_target
+from moe.layers.attention.attend import attend, checked_for_target
 from moe.layers.attention.scoring import Scoring
 from moe.layers.experts import Experts
 from moe.parallel.mesh import make_mesh

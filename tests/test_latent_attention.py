@@ -15,7 +15,7 @@ from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, 
 from moe.config.resolve import resolve, validate
 from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
-from moe.layers.attention.rotary import attention_factor, inverse_frequencies
+from moe.layers.attention.positions import attention_factor, inverse_frequencies
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prefill
 from moe.parallel.mesh import make_mesh

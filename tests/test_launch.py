@@ -14,7 +14,7 @@ import pytest
 import yaml
 from jax._src import clusters
 
-from moe.parallel import processes
+from moe.parallel import mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,7 +109,7 @@ def initialized(monkeypatch):
 def test_one_process_a_node_gets_all_its_gpus(initialized, monkeypatch, changes, gpus):
     for name, value in (SLURM_NODE | changes).items():
         monkeypatch.setenv(name, value)
-    processes.join_processes()
+    mesh.join_processes()
     assert initialized["gpus"] == gpus
     assert initialized["address"].startswith("node07:")
     assert (initialized["count"], initialized["index"]) == tuple(

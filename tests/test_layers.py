@@ -12,10 +12,8 @@ from moe.config import ModelConfig
 from moe.conformance import reference
 from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
-from moe.layers.attention.rotary import rotate
-from moe.layers.embedding import Embedding
-from moe.layers.ffn import DenseFFN
-from moe.layers.norms import RMSNorm
+from moe.layers.attention.positions import rotate
+from moe.layers.basic import DenseFFN, Embedding, RMSNorm
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matrix
 from tests import reference_attention

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe.config import MeshConfig
-from moe.layers.attention import attend, blocked, cpu, gpu, tpu
+from moe.layers.attention import attend, cpu, tpu
 from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
@@ -36,7 +36,7 @@ FORMS = [
 )
 def test_forms_of_attention_are_equal(dtype, window, kv_heads, monkeypatch):
     """JAX's attention over all T x T scores, the loop over blocks of queries, and the form for CPUs."""
-    monkeypatch.setattr(blocked, "_block_size", lambda length, largest: 16)  # 6 blocks of 96 positions
+    monkeypatch.setattr(attend, "_block_size", lambda length, largest: 16)  # 6 blocks of 96 positions
     monkeypatch.setattr(cpu, "_SMALLEST_BLOCK", 20)  # 5 blocks, the last of 16
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 96, 4, 16), dtype)
@@ -144,7 +144,7 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
 
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(blocked, "_block_size", lambda length, largest: 16)
+    monkeypatch.setattr(attend, "_block_size", lambda length, largest: 16)
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (2, 64, 4, 16), jnp.bfloat16) for k in keys)
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
@@ -154,7 +154,7 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     assert blocks == [(2, 1, 16, 64)]
     np.testing.assert_allclose(full.astype(jnp.float32), in_blocks.astype(jnp.float32), rtol=0.02, atol=0.02)
 
-    runs = gpu.runs_cudnn
+    runs = attend.runs_cudnn
     assert runs(query, 16, 256)
     assert not runs(query, 16, 264)
     assert not runs(query, 15, 16)  # an odd length

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
-from moe.dispatch.plan import expert_capacity
+from moe.dispatch.buffers import expert_capacity
 from moe.layers.moe_layer import MoELayer
 from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module

@@ -18,7 +18,7 @@ from moe.dispatch.backends import grouped_ffn
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.axes import axis_size
+from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import parameter_specs
 from moe.routing.gates import TopK
 from moe.routing.routing import Routing, route

@@ -18,7 +18,7 @@ from moe.atomic_files import in_bucket, is_bucket_error, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.config.resolve import from_workdir_dict
-from moe.dispatch.plan import layer_capacity
+from moe.dispatch.buffers import layer_capacity
 from moe.foreign_files import Fields, Step, parse
 from moe.metrics_files import METRICS, read_rows
 

@@ -147,7 +147,7 @@ class ModelConfig:
     init_scale: float = 1.0  # s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     scan_layers: bool = True  # compile one block for all equal layers
-    remat: Remat = "none"  # what the backward pass recomputes: nothing, ..., the whole layer (moe.parallel.remat)
+    remat: Remat = "none"  # what the backward pass recomputes: nothing, ..., the whole layer (REMAT_POLICIES)
     moe: MoEConfig = MoEConfig()
 
     @property

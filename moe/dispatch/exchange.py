@@ -23,10 +23,10 @@ from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from moe.dispatch.backends import cpu, grouped_ffn, whole_tiles
+from moe.dispatch.buffers import fill_rows, take_rows
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
-from moe.dispatch.rows import fill_rows, take_rows
 from moe.parallel import target
-from moe.parallel.axes import axis_of
+from moe.parallel.mesh import axis_of
 
 #: Rows of an exchange round, as a multiple of a device's own.
 ROUND_SIZE = 5 / 4

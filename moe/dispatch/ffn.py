@@ -13,10 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe.parallel import target
-from moe.parallel.axes import axis_of
+from moe.parallel.mesh import axis_of
 from moe.parallel.parameters import gather_array, gather_shard
-from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT
-from moe.parallel.remat import HIDDEN
+from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, HIDDEN
 
 #: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0

@@ -20,14 +20,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from moe.dispatch.backends import backend, grouped_ffn, whole_tiles
+from moe.dispatch.buffers import Plan, combine_rows, fill_rows, index_tables, load_per_group, take_rows
 from moe.dispatch.exchange import exchange_rows
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, batched_ffn
-from moe.dispatch.plan import Plan, load_per_group
-from moe.dispatch.rows import combine_rows, fill_rows, index_tables, take_rows
 from moe.parallel import partition_specs, target
-from moe.parallel.axes import axis_of, axis_size, on_mesh
-from moe.parallel.mesh import constrain
-from moe.parallel.remat import EXPERT_OUTPUTS
+from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
+from moe.parallel.partition_specs import EXPERT_OUTPUTS
 from moe.routing.routing import Routing
 
 #: (x [G,S,D], routing, plan, weights, activation, dropout) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a

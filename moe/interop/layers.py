@@ -16,7 +16,7 @@ from flax import nnx
 from moe.config import Config, ConfigError, ModelConfig, MoEConfig
 from moe.config.resolve import resolve, validate
 from moe.config.schema import Activation
-from moe.dispatch.plan import make_plan
+from moe.dispatch.buffers import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.layers.soft_moe import create_layer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe.config import Config, sparse_layers
-from moe.dispatch.plan import layer_capacity
+from moe.dispatch.buffers import layer_capacity
 from moe.models import flops
 
 

@@ -18,10 +18,9 @@ from moe.config.parse import build
 from moe.config.registry import find_layer, gate_of, with_layer_gate
 from moe.config.resolve import resolve, resolve_model, validate
 from moe.dispatch import modes
+from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
-from moe.dispatch.plan import layer_capacity, plan_assignments
-from moe.layers.experts import Experts, SharedExpert
-from moe.layers.null_experts import Latent, NullExperts, RunExperts
+from moe.layers.experts import Experts, Latent, NullExperts, RunExperts, SharedExpert
 from moe.layers.router import Router
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain

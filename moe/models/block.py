@@ -13,9 +13,7 @@ from moe.config import ModelConfig
 from moe.config.layer_pattern import LayerKind
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
-from moe.layers.dropout import Dropout, Site
-from moe.layers.ffn import DenseFFN
-from moe.layers.norms import RMSNorm
+from moe.layers.basic import DenseFFN, Dropout, RMSNorm, Site
 from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.resolve import resolve_model
-from moe.layers.embedding import Embedding, Unembedding
+from moe.layers.basic import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.stack import Stack
 from moe.parallel import partition_specs

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.resolve import resolve_model
-from moe.layers.embedding import Embedding, Unembedding
+from moe.layers.basic import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.decoder import LanguageModel, Output, make_rows
 from moe.models.stack import Stack

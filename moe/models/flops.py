@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe.config import LayerKind, ModelConfig, stacks
 from moe.config.registry import gate_of
-from moe.dispatch.plan import layer_capacity
+from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
 

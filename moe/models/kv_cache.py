@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
 from moe.config.layer_pattern import LayerKind
-from moe.layers.dropout import KEEP_ALL
+from moe.layers.basic import KEEP_ALL
 from moe.models.block import Block, Rows, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model

@@ -21,7 +21,7 @@ from moe.config.registry import gate_of
 from moe.models import kv_cache
 from moe.models.factory import abstract_model
 from moe.parallel import partition_specs
-from moe.parallel.axes import axis_size
+from moe.parallel.mesh import axis_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe.config import ModelConfig
 from moe.config.layer_pattern import LayerKind, stacks
 from moe.config.registry import gate_of, with_layer_gate
-from moe.layers.attention.relative import RelativeBias
-from moe.layers.dropout import Dropout, StackSite
-from moe.layers.embedding import Embedding
-from moe.layers.norms import RMSNorm
+from moe.layers.attention.positions import RelativeBias
+from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
 from moe.models.block import Block, Rows
 from moe.parallel.parameters import LAYERS
-from moe.parallel.remat import REMAT_POLICIES
+from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
 

@@ -1,8 +1,18 @@
-"""Device mesh, and sharding constraints on the mesh in context."""
+"""Device mesh: axes by their roles, processes, and sharding constraints on the mesh in context.
+
+PartitionSpecs name five roles: data, fsdp, expert, tensor and context. In our meshes axes have these names. In another
+mesh, roles that no axis has are not split, axes that have no role are ignored, and :func:`mesh_roles` says which axis
+has which role where the names differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import math
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +23,61 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
-from moe.parallel.axes import AXES, on_mesh
-from moe.parallel.partition_specs import ROWS
+
+#: Roles; those over which rows are split; those over which tokens are. Positions of a row are split over context.
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+ROW_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*ROW_AXES, "context")
+
+_NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
+_names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
+
+
+@contextlib.contextmanager
+def mesh_roles(names: Mapping[str, str]) -> Iterator[None]:
+    """While programs are traced in this context, the axis ``names[role]`` of the mesh has that role.
+
+    Raises:
+        ConfigError: an unknown role.
+    """
+    for role in names:
+        if role not in AXES:
+            raise ConfigError(f"mesh_roles={dict(names)!r}: roles are {', '.join(AXES)}")
+    token = _names.set({**_names.get(), **names})
+    try:
+        yield
+    finally:
+        _names.reset(token)
+
+
+def axis_of(role: str) -> str:
+    """Name of the mesh axis that has this role."""
+    return _names.get().get(role, role)
+
+
+def axis_size(*roles: str) -> int:
+    """Number of shards that the axes with these roles make in the mesh in context; 1 without such axes."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis_of(role), 1) for role in roles)
+
+
+def on_mesh(spec: P, axis_names: tuple[str, ...] | None = None) -> P:
+    """The spec with roles replaced by axes of a mesh, without those that it does not have.
+
+    Args:
+        spec: in roles.
+        axis_names: of the mesh; None: of the mesh in context.
+    """
+    present = jax.sharding.get_abstract_mesh().axis_names if axis_names is None else axis_names
+
+    def entry(roles: Any) -> Any:
+        if roles is None:
+            return None
+        axes = tuple(axis_of(role) for role in ((roles,) if isinstance(roles, str) else roles))
+        kept = tuple(axis for axis in axes if axis in present)
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    return P(*map(entry, spec))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -82,5 +145,47 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     lines = mesh.devices.reshape(-1, mesh.shape.get("context", 1))
     if any(len({device.process_index for device in line}) > 1 for line in lines):
         raise ConfigError(f"mesh.context={mesh.shape['context']}: a row must be on the devices of one process")
-    indices = NamedSharding(mesh, on_mesh(ROWS, mesh.axis_names)).addressable_devices_indices_map((rows,)).values()
+    indices = (
+        NamedSharding(mesh, on_mesh(P(ROW_AXES), mesh.axis_names)).addressable_devices_indices_map((rows,)).values()
+    )
     return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
+
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join_processes() -> None:
+    """Connect this process to the others of its run, as described by the environment.
+
+    On TPU pods, under SLURM and under Open MPI, JAX finds the other processes. Elsewhere JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set.
+
+    Raises:
+        ConfigError: the environment describes no cluster.
+    """
+    address, count, index = (os.environ.get(name) for name in _VARIABLES)
+    try:
+        if address is None:
+            jax.distributed.initialize(local_device_ids=_gpus_of_only_process())
+        else:
+            jax.distributed.initialize(address, int(count or ""), int(index or ""))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--distributed: no cluster found ({str(error).splitlines()[0]}); this works on TPU pods, under SLURM or "
+            f"Open MPI, or with {', '.join(_VARIABLES)} set"
+        ) from error
+
+
+def _gpus_of_only_process() -> list[int] | None:
+    """Ids of the node's GPUs if SLURM or Open MPI started one process on it; None where JAX's own choice is right.
+
+    JAX takes one GPU per process under these launchers, the one with the process's number on its node.
+    """
+    environment = os.environ
+    slurm = environment.get("SLURM_NTASKS"), environment.get("SLURM_STEP_NUM_NODES")
+    alone = (None not in slurm and slurm[0] == slurm[1]) or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    if not alone or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    return list(range(count)) or None

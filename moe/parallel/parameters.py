@@ -22,8 +22,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.parallel import target
-from moe.parallel.axes import AXES, axis_of, axis_size
-from moe.parallel.mesh import constrain
+from moe.parallel.mesh import AXES, axis_of, axis_size, constrain
 from moe.parallel.partition_specs import REPLICATED, STORED, shardings
 
 #: The leading axis of parameters of stacked layers, which is not split.

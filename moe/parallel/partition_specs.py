@@ -1,4 +1,4 @@
-"""PartitionSpecs of activations, and those that several parameters have in common."""
+"""PartitionSpecs of activations and of alike parameters, and names of activations for rematerialisation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.parallel.axes import AXES as AXES
-from moe.parallel.axes import ROW_AXES as ROW_AXES
-from moe.parallel.axes import TOKEN_AXES as TOKEN_AXES
-from moe.parallel.axes import on_mesh
+from moe.parallel.mesh import AXES as AXES
+from moe.parallel.mesh import ROW_AXES as ROW_AXES
+from moe.parallel.mesh import TOKEN_AXES as TOKEN_AXES
+from moe.parallel.mesh import on_mesh
 
 # Activations.
-ROWS = P(ROW_AXES)  # [B]
 BATCH = P(ROW_AXES, "context")  # [B,T,...]
 GROUPS = P(TOKEN_AXES)  # [G,...]
 MICROBATCHES = P(None, ROW_AXES, "context")  # [A,B/A,T]
@@ -49,3 +48,23 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
         specs,
         is_leaf=lambda leaf: isinstance(leaf, P),
     )
+
+
+#: Names of ``jax.ad_checkpoint.checkpoint_name``: queries, keys, values and outputs of attention's heads; the experts'
+#: outputs, on the devices of their tokens; results of the first matmuls of FFNs and experts, the largest of a layer.
+ATTENTION, EXPERT_OUTPUTS, HIDDEN = "attention", "expert_outputs", "hidden"
+
+_keep_only = jax.checkpoint_policies.save_only_these_names
+
+#: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
+#: without a batch axis. Of the rest each keeps more than the one below it: "attention" the heads, so that neither they
+#: nor their projections are recomputed; "outputs" also what experts return (their last matmul and exchange); "hidden"
+#: also hidden activations, so that only cheap work is left to recompute.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "hidden": _keep_only(ATTENTION, EXPERT_OUTPUTS, HIDDEN),
+    "outputs": _keep_only(ATTENTION, EXPERT_OUTPUTS),
+    "attention": _keep_only(ATTENTION),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}

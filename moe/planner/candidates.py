@@ -17,7 +17,7 @@ from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
-from moe.parallel.remat import REMAT_POLICIES
+from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.planner import fit
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu

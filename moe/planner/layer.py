@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
+from moe.dispatch.buffers import layer_capacity
 from moe.dispatch.ffn import GATED_ACTIVATIONS
-from moe.dispatch.plan import layer_capacity
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.axes import axis_size
-from moe.parallel.mesh import make_mesh
+from moe.parallel.mesh import axis_size, make_mesh
 from moe.parallel.parameters import parameter_specs
 from moe.planner import exchanges, kernels, program
 from moe.planner.topology import Topology

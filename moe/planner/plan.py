@@ -18,7 +18,7 @@ import jax
 
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict, validate_mesh
-from moe.layers.attention.gpu import checked_for_target
+from moe.layers.attention.attend import checked_for_target
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import (

@@ -3,7 +3,7 @@
 from absl import flags
 
 from moe import cli, compilation_cache
-from moe.parallel.processes import join_processes
+from moe.parallel.mesh import join_processes
 from moe.training import profiling
 from moe.training.loop import train
 

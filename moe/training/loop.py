@@ -44,12 +44,11 @@ from moe.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.models import flops
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.signals import StopSignals
-from moe.training import memory, progress, warm_start
+from moe.training import profiling, progress, warm_start
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
-from moe.training.health import Health
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
-from moe.training.recovery import Recovery, next_batch
+from moe.training.recovery import Health, Recovery, next_batch
 from moe.training.report import finish, prompts
 from moe.training.step import Program, build, place
 
@@ -106,11 +105,11 @@ def train(
             prompts(config, prepared)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(no_background_tracebacks())
-        stack.enter_context(memory.out_of_memory_as_config_error())
+        stack.enter_context(profiling.out_of_memory_as_config_error())
         stage("making the model")
         taught = warm_start.teacher_step(config, directory)
         program = make_program(config, mesh, warm_start.teacher(config, mesh, prepared.tokenizer, taught))
-        memory.refuse_too_large(program)
+        profiling.refuse_too_large(program)
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation
         rows = local_rows(mesh, config.train.batch_size)
         iterator = pipeline.train_iterator(

@@ -12,8 +12,7 @@ from jax import Array
 
 from moe.config import MoEConfig
 from moe.parallel import partition_specs
-from moe.parallel.axes import axis_size
-from moe.parallel.mesh import constrain
+from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import LayerReport
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.

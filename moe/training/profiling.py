@@ -1,7 +1,7 @@
-"""Profiler trace of some steps of a run, ``--profile=STEP:COUNT``.
+"""The machine of a run: the rate of its matmuls, its memory, and profiler traces.
 
-The trace is ``WORKDIR/profile/plugins/profile/steps_A-B/HOST.xplane.pb``; view it with
-``tensorboard --logdir=WORKDIR/profile`` and its plugin (``pip install xprof``). The train step is wrapped, so the
+``--profile=STEP:COUNT`` traces some steps, to ``WORKDIR/profile/plugins/profile/steps_A-B/HOST.xplane.pb``; view it
+with ``tensorboard --logdir=WORKDIR/profile`` and its plugin (``pip install xprof``). The train step is wrapped, so the
 loop needs no profiling code.
 """
 
@@ -9,18 +9,94 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.fields import whole_number
+from moe.parallel import target
 from moe.training.step import Program, build
+
+
+def measured_matmul_rate(
+    dtype: str = "float32", size: int | None = None, repeats: int = 5, chain: int | None = None
+) -> float:
+    """FLOP/s of large square matmuls on one device, measured now.
+
+    Args:
+        dtype: of the matrices.
+        size: rows of a matrix; None: 2048 on CPU, 8192 on accelerators.
+        repeats: measurements, of which the median counts.
+        chain: matmuls of one program; None: 1 on CPU, 16 on accelerators, where a single one would measure the launch.
+    """
+    on_cpu = target.is_cpu()
+    size = size or (2048 if on_cpu else 8192)
+    chain = chain or (1 if on_cpu else 16)
+    # Every row of the factor sums to 1, so that products stay finite however long the chain.
+    factor = jnp.full((size, size), 1.0 / size, dtype)
+    multiply = jax.jit(functools.partial(_multiply, chain=chain))
+    multiply(factor, factor).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(factor, factor).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 * chain / statistics.median(times)
+
+
+def _multiply(matrix: jax.Array, factor: jax.Array, chain: int) -> jax.Array:
+    return jax.lax.fori_loop(0, chain, lambda _, product: product @ factor, matrix) if chain > 1 else matrix @ factor
+
+
+_REMEDY = "a smaller model or train.batch_size, more devices, or model.remat=full need less"
+
+
+def refuse_too_large(program: Program) -> None:
+    """Raise ConfigError if the training state and one layer's activations exceed its devices' memory; allocate nothing.
+
+    The devices of a CPU share the machine's memory.
+    """
+    devices, config = program.mesh.local_devices, program.config
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=object)) * leaf.dtype.itemsize
+
+    # Activations [B,T,D] of a microbatch and their gradient.
+    activations = 2 * size(program.batch["tokens"]) * config.model.d_model // config.train.accumulation_steps
+    needed = sum(map(size, jax.tree.leaves(program.state))) + activations
+    if devices[0].platform == "cpu":
+        needed *= len(devices)
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        available = (devices[0].memory_stats() or {}).get("bytes_limit", needed)
+    if needed > available:
+        raise ConfigError(
+            f"model: training state and activations need {needed / 2**30:,.1f} GiB where there are "
+            f"{available / 2**30:,.1f} GiB; {_REMEDY}"
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_as_config_error() -> Iterator[None]:
+    """Turn the devices' out-of-memory errors into ConfigError."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"model: does not fit in memory; {_REMEDY}") from error
 
 
 @dataclasses.dataclass(frozen=True)

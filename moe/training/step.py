@@ -51,8 +51,7 @@ from moe.training.losses import (
     row_cross_entropy,
     soft_cross_entropy,
 )
-from moe.training.optimizer import gradient_norm, make_optimizer
-from moe.training.schedules import learning_rate_schedule
+from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
 
 #: int32 arrays by the names of :func:`batch_keys` (see moe.data.pipeline)
 Batch = dict[str, Array]

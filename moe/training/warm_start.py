@@ -1,8 +1,8 @@
-"""Initial state of a run that starts from a checkpoint: fine-tuning, sparse upcycling, distillation.
+"""Initial state of a run that starts from a checkpoint: fine-tuning, sparse upcycling, adapters, distillation.
 
 Parameters that both models have are copied layer by layer. Where an MoE layer replaces a dense one, every expert is a
-copy of the dense FFN, or of a shard of it, and the router is fresh (:mod:`moe.training.upcycling`); where a dense layer
-replaces an MoE one, its FFN is fresh (Switch 2021, section 4.2: non-expert weights are copied).
+copy of the dense FFN, or of a shard of it, and the router is fresh; where a dense layer replaces an MoE one, its FFN is
+fresh (Switch 2021, section 4.2: non-expert weights are copied).
 """
 
 from __future__ import annotations
@@ -32,8 +32,57 @@ from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.parallel.mesh import make_mesh
-from moe.training import upcycling
 from moe.training.step import Program, build
+
+
+def granularity(dense_d_ff: int, num_experts: int, d_ff: int) -> int:
+    """Number of shards of a dense FFN that experts are copies of: its hidden dim over theirs.
+
+    Raises:
+        ConfigError: it is no whole number, or does not divide the number of experts.
+    """
+    shards = dense_d_ff // d_ff
+    if shards * d_ff != dense_d_ff or shards == 0 or num_experts % shards:
+        raise ConfigError(
+            f"model.moe.d_ff={d_ff}: must be the dense {dense_d_ff} or that over a divisor of num_experts={num_experts}"
+        )
+    return shards
+
+
+def copy_shards(name: str, dense: np.ndarray, num_experts: int, shards: int) -> np.ndarray:
+    """Experts [E,...] of a dense matrix, expert i with shard i mod g of the hidden dim: up and gate [D,F], down [F,D].
+
+    With g = 1 every expert is a copy of the FFN; with more, granular upcycling (He et al. 2024).
+    """
+    parts = np.split(dense, shards, axis=0 if name == "down" else 1)
+    return np.stack([parts[expert % shards] for expert in range(num_experts)])
+
+
+def diversify(name: str, experts: np.ndarray, start: StartConfig, seed: int, layer: int) -> np.ndarray:
+    """Copies of a matrix [E,...] as ``start`` changes them: part of the hidden units drawn anew, noise, scale of down.
+
+    Drop-upcycling (Nakamura et al. 2025, section 3.2): for each expert the same units of all its matrices are drawn
+    from a normal distribution with the mean and deviation of the values that they replace.
+    """
+    rng = np.random.default_rng((seed, layer, *name.encode()))
+    units_rng, hidden = np.random.default_rng((seed, layer)), 1 if name == "down" else 2
+    count, size = round(start.drop_share * experts.shape[hidden]), experts.shape[hidden]
+    deviation = experts.std()
+    experts = np.array(experts)
+    for expert in experts if count else ():
+        units = units_rng.choice(size, count, replace=False)
+        index = (units,) if name == "down" else (slice(None), units)
+        expert[index] = rng.normal(expert[index].mean(), expert[index].std(), expert[index].shape)
+    if start.expert_noise:
+        experts += start.expert_noise * deviation * rng.standard_normal(experts.shape, np.float32)
+    return experts * np.float32(start.expert_scale) if name == "down" else experts
+
+
+def group_columns(router: np.ndarray, shards: int) -> np.ndarray:
+    """A router [D,E] with equal columns for the g experts of a virtual group, which together hold the whole FFN, so
+    that a token's K experts are K/g whole groups ("virtual group initialization", He et al. 2024)."""
+    return np.repeat(router[:, ::shards], shards, axis=1)
+
 
 #: (layer, key path within its block); layer -1: outside the blocks.
 LayerKey = tuple[int, tuple[str, ...]]
@@ -263,15 +312,15 @@ def _transplant(
         if key is None:
             from_dense = names == ("moe", "router", "kernel") and (layer, ("dense", "up")) in theirs
             if from_dense and start is not None and start.virtual_groups:
-                own = upcycling.group_columns(own, upcycling.granularity(model.d_ff, moe.num_experts, moe.d_ff))
+                own = group_columns(own, granularity(model.d_ff, moe.num_experts, moe.d_ff))
             chosen[layer, names] = own
             continue
         found = theirs[key]
         if key[1] != names:  # [..] → [E,..]
-            shards = upcycling.granularity(model.d_ff, moe.num_experts, moe.d_ff)
-            found = upcycling.copy_shards(names[-1], found, moe.num_experts, shards)
+            shards = granularity(model.d_ff, moe.num_experts, moe.d_ff)
+            found = copy_shards(names[-1], found, moe.num_experts, shards)
             if start is not None:
-                found = upcycling.diversify(names[-1], found, start, seed, layer)
+                found = diversify(names[-1], found, start, seed, layer)
         if found.shape != own.shape:
             raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
         chosen[layer, names] = found

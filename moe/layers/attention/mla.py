@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
-from moe.layers.attention.rotary import rotate, yarn_mscale
+from moe.layers.attention.positions import rotate, yarn_mscale
 from moe.layers.attention.scoring import Scoring
-from moe.layers.dropout import KEEP_ALL, Dropout
-from moe.layers.norms import RMSNorm
+from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul, matrix

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 
 from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
-from moe.parallel.axes import on_mesh
-from moe.parallel.remat import ATTENTION
+from moe.parallel.mesh import on_mesh
+from moe.parallel.partition_specs import ATTENTION
 
 #: Vector lanes of a TPU: splash attention takes T in multiples of them.
 _LANES = 128

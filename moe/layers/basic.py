@@ -1,0 +1,145 @@
+"""RMSNorm, dropout, the dense FFN, and the token embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from moe.config import ModelConfig
+from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
+from moe.parallel import partition_specs
+from moe.parallel.mesh import constrain
+from moe.parallel.parameters import gather_for_matmul, matrix, parameter
+from moe.parallel.partition_specs import HIDDEN, IN, OUT, REPLICATED
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + epsilon) · scale over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, epsilon: float):
+        self.scale = parameter(jnp.ones((dim,), jnp.float32), REPLICATED)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalise x and return it in its own dtype."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * self.scale[...]).astype(x.dtype)
+
+
+class Site(enum.Enum):
+    """Places of a block that drop, by the number that is folded into the layer's key.
+
+    An MoE layer splits the same key in four, which are the keys that 0 to 3 would give.
+    """
+
+    ATTENTION_WEIGHTS = 4
+    ATTENTION_OUTPUT = 5
+    FFN_HIDDEN = 6
+    FFN_OUTPUT = 7
+    CROSS_WEIGHTS = 8
+    CROSS_OUTPUT = 9
+
+
+class StackSite(enum.Enum):
+    """Places outside the blocks of a stack, which has a key of its own."""
+
+    EMBEDDING = 4
+    OUTPUT = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout in one layer (Srivastava et al. 2014); without a key it does nothing.
+
+    Attributes:
+        rate: share of numbers set to 0; the others are divided by 1 − rate.
+        rng: key of the layer.
+        site: where it is applied; sites draw independently.
+    """
+
+    rate: float = 0.0
+    rng: PRNGKeyArray | None = None
+    site: Site | StackSite | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped."""
+        return self.rng is not None and self.rate > 0
+
+    def at(self, site: Site | StackSite) -> Dropout:
+        """The layer's dropout at a site."""
+        return dataclasses.replace(self, site=site)
+
+    def __call__(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Drop numbers of x."""
+        if self.rng is None or self.rate == 0:
+            return x
+        assert self.site is not None
+        kept = jax.random.bernoulli(jax.random.fold_in(self.rng, self.site.value), 1.0 - self.rate, x.shape)
+        return jnp.where(kept, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+
+#: No dropout.
+KEEP_ALL = Dropout()
+
+
+class DenseFFN(nnx.Module):
+    """down(act(gate(x))·up(x)), or down(act(up(x))) for a plain activation. No biases."""
+
+    def __init__(self, config: ModelConfig, d_ff: int, *, rngs: nnx.Rngs):
+        d, f = config.d_model, d_ff
+        self.activation = config.activation
+        gated = self.activation in GATED_ACTIVATIONS
+        self.up = matrix(rngs, (d, f), IN, fan_in=d, scale=config.init_scale)
+        self.down = matrix(rngs, (f, d), OUT, fan_in=f, scale=config.init_scale)
+        self.gate = matrix(rngs, (d, f), IN, fan_in=d, scale=config.init_scale) if gated else None
+
+    def __call__(self, x: Float[Array, "*batch D"], drop: Dropout = KEEP_ALL) -> Float[Array, "*batch D"]:
+        """Apply the FFN to every token; hidden activations are dropped."""
+        up = checkpoint_name(x @ gather_for_matmul(self.up, x.dtype), HIDDEN)
+        gate = None
+        if self.gate is not None:
+            gate = checkpoint_name(x @ gather_for_matmul(self.gate, x.dtype), HIDDEN)
+        hidden = drop(activate(self.activation, up, gate))
+        return hidden @ gather_for_matmul(self.down, x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Table of token vectors; where embeddings are tied, also the output matrix."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        fan_in = 1 if config.scale_logits else config.d_model
+        shape = config.vocab_size, config.d_model
+        self.table = matrix(rngs, shape, partition_specs.OUT, fan_in=fan_in, scale=config.init_scale, inputs=0)
+
+    def __call__(self, token_ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """Look up vectors, in this dtype."""
+        # With this constraint the table's gradient is scatter-added where the tokens are and then split over D. Given
+        # only the final sharding, XLA would send every token's gradient to every device.
+        table = constrain(self.matrix(dtype), partition_specs.TABLE)
+        return constrain(table[token_ids], partition_specs.BATCH)
+
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "V D"]:
+        """The table in this dtype, for tied logits."""
+        with jax.named_scope("embedding"):
+            return gather_for_matmul(self.table, dtype)
+
+
+class Unembedding(nnx.Module):
+    """Output matrix: hidden states to logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, scale = config.d_model, config.init_scale
+        self.kernel = matrix(rngs, (d, config.vocab_size), partition_specs.IN, fan_in=d, scale=scale)
+
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "D V"]:
+        """The matrix in this dtype."""
+        with jax.named_scope("embedding"):
+            return gather_for_matmul(self.kernel, dtype)
