@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moe.config import Config, ConfigError, ModelConfig, MoEConfig
     from moe.interop import load_huggingface, save_huggingface
     from moe.layers.moe_layer import MoELayer
+    from moe.layers.soft_moe import SoftMoE
     from moe.models.decoder import Transformer
     from moe.models.encoder_decoder import EncoderDecoder
     from moe.parallel.mesh import mesh_roles
