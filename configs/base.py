@@ -38,6 +38,7 @@ def use_best_plan(config: ml_collections.ConfigDict, name: str, hardware: str) -
     alike = [plan for plan in plans if hardware in plan["slices"]]
     if not alike:
         slices = sorted({slice_name for plan in plans for slice_name in plan["slices"]})
-        raise ConfigError(f"configs/{name}.py:{hardware}: must be one of {', '.join(slices)}, whose plans are kept")
+        allowed = f"must be one of {', '.join(slices)}, whose plans are kept" if slices else "no plan of it is kept"
+        raise ConfigError(f"configs/{name}.py:{hardware}: {allowed}")
     best = max(alike, key=lambda plan: plan["tokens_per_second_per_chip"])
     config.update_from_flattened_dict(best["flags"])

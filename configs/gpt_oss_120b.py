@@ -8,16 +8,6 @@ Plan it without a TPU, then run the same line on one:
 It was never trained here.
 """
 
-import ml_collections
+from configs import published
 
-from configs import gpt_oss_20b
-
-
-def get_config() -> ml_collections.ConfigDict:
-    """The smaller model's config with other sizes."""
-    config = gpt_oss_20b.get_config()
-    layers = 36
-    config.model.update(num_layers=layers, sliding_window_layers=tuple(range(0, layers, 2)))
-    config.model.moe.update(num_experts=128, load_balancing_weight=0.001 * 4 / layers)
-    config.train.batch_size = 128
-    return config
+get_config = published.config_of("gpt_oss_120b")

@@ -1,6 +1,6 @@
 """Mistral-7B: the dense twin of Mixtral.
 
-Sizes: its published config.json. Plan it without a TPU, then run the same line on one:
+Plan it without a TPU, then run the same line on one:
 
     python scripts/plan_pod.py --config=configs/mistral_7b.py --topology=v5p:4x4x4
     python main.py --config=configs/mistral_7b.py --workdir=DIR
@@ -8,32 +8,6 @@ Sizes: its published config.json. Plan it without a TPU, then run the same line 
 It was neither compiled for a pod nor trained here.
 """
 
-import ml_collections
+from configs import published
 
-from configs import base
-
-
-def get_config() -> ml_collections.ConfigDict:
-    """Overrides of the defaults."""
-    config = base.get_config()
-    config.model.update(
-        vocab_size=32000,
-        d_model=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        d_ff=14336,
-        rope_theta=1e4,
-        sliding_window=4096,
-        dtype="bfloat16",
-        attention="blocked",
-        remat="full",
-    )
-    config.model.moe.update(
-        gate="none",
-    )
-    config.data.sequence_length = 4096
-    config.train.batch_size = 64
-    config.mesh.update(data=1, fsdp=-1)
-    return config
+get_config = published.config_of("mistral_7b")

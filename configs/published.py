@@ -1,0 +1,117 @@
+"""Sizes of published decoders, from their config.json; configs/NAME.py is the row of that name.
+
+They run in bfloat16 on rows of 4096 tokens, with experts split over ``mesh.expert``. ``load_balancing_weight`` is
+Hugging Face's coefficient · K / L where the paper's is not known (docs/interop.md).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+
+from configs import base
+
+#: (vocabulary, D, layers, heads, key/value heads, head dim, F of a dense FFN)
+SIZES: dict[str, tuple[int, ...]] = {
+    "deepseek_moe_16b": (102400, 2048, 28, 16, 16, 128, 10944),
+    "deepseek_v2_lite": (102400, 2048, 27, 16, 16, 192, 10944),
+    "deepseek_v2": (102400, 5120, 60, 128, 128, 192, 12288),
+    "deepseek_v3": (129280, 7168, 61, 128, 128, 192, 18432),
+    "gpt_oss_20b": (201088, 2880, 24, 64, 8, 64, 0),
+    "gpt_oss_120b": (201088, 2880, 36, 64, 8, 64, 0),
+    "mistral_7b": (32000, 4096, 32, 32, 8, 128, 14336),
+    "mixtral_8x7b": (32000, 4096, 32, 32, 8, 128, 14336),
+    "mixtral_8x22b": (32000, 6144, 56, 48, 8, 128, 16384),
+    "olmoe_1b_7b": (50304, 2048, 16, 16, 16, 128, 1024),
+    "qwen1_5_moe_a2_7b": (151936, 2048, 24, 16, 16, 128, 5632),
+    "qwen3_30b_a3b": (151936, 2048, 48, 32, 4, 128, 6144),
+}
+
+#: Latent attention (DeepSeek-V2 2024, section 2.1).
+_LATENT = {"rope_dim": 64, "rope_interleaved": True, "kv_lora_rank": 512, "value_dim": 128, "norm_eps": 1e-6}
+_GPT_OSS = {
+    "activation": "swiglu_clamped",
+    "rope_theta": 150_000.0,
+    "rope_scaling": {"kind": "yarn", "factor": 32.0, "original_length": 4096, "truncate": False},
+    "sliding_window": 128,
+    "attention_bias": "all",
+    "attention_sinks": True,
+}
+#: What else differs from the defaults of the model.
+MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_v2_lite": _LATENT,
+    "deepseek_v2": _LATENT | {"q_lora_rank": 1536},
+    "deepseek_v3": _LATENT | {"q_lora_rank": 1536},
+    "gpt_oss_20b": _GPT_OSS | {"sliding_window_layers": tuple(range(0, 24, 2))},
+    "gpt_oss_120b": _GPT_OSS | {"sliding_window_layers": tuple(range(0, 36, 2))},
+    "mistral_7b": {"sliding_window": 4096},
+    "mixtral_8x7b": {"rope_theta": 1e6},
+    "mixtral_8x22b": {"rope_theta": 1e6},
+    "olmoe_1b_7b": {"qk_norm": "full"},
+    "qwen1_5_moe_a2_7b": {"rope_theta": 1e6, "norm_eps": 1e-6, "attention_bias": "qkv"},
+    "qwen3_30b_a3b": {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": "head"},
+}
+
+_DEEPSEEK_MOE = {"gate": "deepseek_moe", "num_experts": 64, "experts_per_token": 6, "d_ff": 1408, "first_dense": 1}
+_DEEPSEEK_MOE |= {"shared_d_ff": 2 * 1408}
+_V2_LITE = _DEEPSEEK_MOE | {"load_balancing_weight": 1e-3, "balance_scope": "sequence"}
+_V2 = _V2_LITE | {
+    "num_experts": 160,
+    "d_ff": 1536,
+    "shared_d_ff": 2 * 1536,
+    "expert_groups": 8,
+    "kept_expert_groups": 3,
+}
+_V3 = {"gate": "deepseek_v3", "num_experts": 256, "experts_per_token": 8, "d_ff": 2048, "shared_d_ff": 2048}
+_V3 |= {"first_dense": 3, "kept_expert_groups": 4, "routing_scale": 2.5, "load_balancing_weight": 1e-4}
+
+
+def _mixtral(num_experts: int, load_balancing_weight: float, **fields: Any) -> dict[str, Any]:
+    return {"gate": "mixtral", "num_experts": num_experts, "load_balancing_weight": load_balancing_weight, **fields}
+
+
+#: Fields of the MoE layers.
+LAYERS: dict[str, dict[str, Any]] = {
+    "deepseek_moe_16b": _DEEPSEEK_MOE,
+    "deepseek_v2_lite": _V2_LITE,
+    "deepseek_v2": _V2 | {"routing_scale": 16.0},
+    "deepseek_v3": _V2 | _V3,
+    "gpt_oss_20b": _mixtral(32, 0.001 * 4 / 24, experts_per_token=4, d_ff=2880, bias="all"),
+    "gpt_oss_120b": _mixtral(128, 0.001 * 4 / 36, experts_per_token=4, d_ff=2880, bias="all"),
+    "mistral_7b": {"gate": "none"},
+    "mixtral_8x7b": _mixtral(8, 0.02 * 2 / 32),
+    "mixtral_8x22b": _mixtral(8, 0.001 * 2 / 56),
+    "olmoe_1b_7b": {
+        **{"gate": "switch", "num_experts": 64, "experts_per_token": 8, "jitter": 0.0},
+        **{"load_balancing_weight": 0.01 * 8 / 16, "z_loss_weight": 0.001},  # OLMoE 2024, section 3
+    },
+    "qwen1_5_moe_a2_7b": {
+        **{"gate": "deepseek_moe", "num_experts": 60, "experts_per_token": 4, "d_ff": 1408},
+        **{"shared_d_ff": 5632, "shared_gate": True, "load_balancing_weight": 0.001 * 4 / 24},
+    },
+    "qwen3_30b_a3b": _mixtral(128, 0.001 * 8 / 48, experts_per_token=8, d_ff=768),
+}
+
+#: Rows of a batch, and devices over which experts are split, where they are not 64 and 8.
+RUNS = {"deepseek_v3": (512, 64), "gpt_oss_120b": (128, 8), "mistral_7b": (64, 1), "qwen1_5_moe_a2_7b": (64, 4)}
+
+
+def config_of(name: str) -> Callable[..., ml_collections.ConfigDict]:
+    """``get_config`` of a row: the defaults with its sizes, and with the best settings known for a slice or hosts, such
+    as ``v5p-128`` or ``h100:8x8``, where one is named."""
+
+    def get_config(hardware: str = "") -> ml_collections.ConfigDict:
+        config = base.get_config()
+        names = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
+        sizes = {field: size for field, size in zip(names, SIZES[name], strict=True) if size}
+        config.model.update(dtype="bfloat16", attention="blocked", remat="full", rope_theta=1e4, **sizes)
+        config.model.update(MODELS.get(name, {}))
+        config.model.moe.update(LAYERS[name])
+        rows, experts = RUNS.get(name, (64, 8))
+        config.data.sequence_length = 4096
+        config.train.batch_size = rows
+        config.mesh.update(data=1, fsdp=-1, expert=experts)
+        base.use_best_plan(config, name, hardware)
+        return config
+
+    return get_config
