@@ -6,8 +6,8 @@ import pytest
 
 from moe.config import ConfigError
 from moe.lab.expressions import parse
+from moe.lab.loading import load_suite
 from moe.lab.report.paper_tables import TABLES_FILE, PaperTable, Row, read_tables, write_page
-from moe.lab.suite import load_suite
 from tests.lab_helpers import table_of
 
 SUITES = Path(__file__).resolve().parents[1] / "configs/ablations"
