@@ -184,16 +184,16 @@ def published_seconds(row: Published, config: Any, chips: int) -> float:
 
 def compare(name: str, folder: Path | None) -> dict[str, Any]:
     """Compile one program, or read it if it is kept; a row of the table."""
-    from moe.planner import plan, search, topology
+    from moe.planner import compiled, plan, search, topology
 
     row = PUBLISHED[name]
     where = topology.get_topology(row.topology)
     config = config_of(row, len(where.devices))
     path = folder / f"{name.replace(' ', '_')}.json.gz" if folder else None
     if path and path.exists():
-        step = plan.CompiledStep.load(path)
+        step = compiled.CompiledStep.load(path)
     else:
-        step = plan.compile_step(config, where)
+        step = compiled.compile_step(config, where)
         if path:
             step.save(path)
     made = plan.read_step(config, where, step)

@@ -17,7 +17,7 @@ from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
 from moe.config.resolve import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, candidates, differences, page, plan, recorded, roofline
+from moe.planner import arithmetic, candidates, compiled, differences, page, plan, recorded, roofline
 from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
@@ -40,8 +40,8 @@ def _plan(scenario=None, **moe):
     config.mesh.update(data=1, fsdp=1, expert=1)
     config.train.batch_size = 1
     topology = Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
-    memory = plan.Memory(2**30, 2 * 2**30, 0, 3 * 2**30, 0, 5 * 2**30, 79 * 2**30)
-    step = plan.CompiledStep(PROGRAM, memory, arithmetic.Flops(2e12, 0.0, 1e12), 1.0)
+    memory = compiled.Memory(2**30, 2 * 2**30, 0, 3 * 2**30, 0, 5 * 2**30, 79 * 2**30)
+    step = compiled.CompiledStep(PROGRAM, memory, arithmetic.Flops(2e12, 0.0, 1e12), 1.0)
     return plan.read_step(from_config_dict(config), topology, step, scenario)
 
 

@@ -7,64 +7,26 @@ estimates: the compiler's own, plus the network model of :mod:`moe.planner.netwo
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import math
-import time
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict, validate_mesh
-from moe.layers.attention.attend import checked_for_target
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import (
-    arithmetic,
     calibration,
     exchanges,
     fit,
     kernels,
-    memory_errors,
     program,
     search,
     timeline,
 )
+from moe.planner.compiled import CompiledStep, Memory, compile_step
 from moe.planner.exchanges import Exchange
 from moe.planner.records import Array, GroupedMatmul, Price
 from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
-from moe.training import step as train_step_module
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one device.
-
-    Attributes:
-        parameters: as stored.
-        optimizer: Optax state.
-        inputs: batch, counters, and the padding that tiles add to the arguments.
-        temporaries: activations, gradients, gathered weights: the compiler's allocation for all but arguments.
-        code: the program.
-        peak: the most that is alive at one time in the compiler's heap simulation; below the total, which is allocated.
-        capacity: of the device.
-    """
-
-    parameters: int
-    optimizer: int
-    inputs: int
-    temporaries: int
-    code: int
-    peak: int
-    capacity: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all kinds."""
-        return self.parameters + self.optimizer + self.inputs + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,45 +242,6 @@ def make_plan(config: Config, topology: Topology, scenario: Scenario | None = No
     return read_step(config, topology, compile_step(config, topology), scenario)
 
 
-@dataclasses.dataclass(frozen=True)
-class CompiledStep:
-    """What is read of a compiled train step.
-
-    Attributes:
-        text: of the program.
-        memory: of a device.
-        products: FLOPs of the traced program, all devices.
-        seconds: that tracing, lowering and compiling took.
-    """
-
-    text: str
-    memory: Memory
-    products: arithmetic.Flops
-    seconds: float
-
-    def save(self, path: Path) -> None:
-        """Write to a compressed file, so that it can be read again without compiling."""
-        write_atomic(path, gzip.compress(json.dumps(dataclasses.asdict(self)).encode()))
-
-    @staticmethod
-    def load(path: Path) -> CompiledStep:
-        """Read a file that :meth:`save` wrote."""
-        fields = json.loads(gzip.decompress(path.read_bytes()))
-        fields["memory"], fields["products"] = Memory(**fields["memory"]), arithmetic.Flops(**fields["products"])
-        return CompiledStep(**fields)
-
-
-def compile_step(config: Config, topology: Topology) -> CompiledStep:
-    """Compile the train step; see :func:`make_plan`."""
-    mesh = make_mesh(config.mesh, topology.devices)
-    validate_mesh(config, mesh.shape)
-    capacity = topology.chip.memory // topology.chip.devices
-    compiled, traced, stored, seconds = _compile(config, mesh, topology)
-    memory = _memory(compiled.memory_analysis(), stored, capacity)
-    memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
-    return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds)
-
-
 def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: Scenario | None = None) -> Plan:
     """Plan from a compiled train step."""
     scenario = scenario or Scenario()
@@ -391,36 +314,6 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         arrays=text.arrays[:20],
         versions=tuple(search.versions()),
         config=to_dict(config),
-    )
-
-
-def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, dict[str, int], float]:
-    """(compiled program, traced program, bytes of state by kind, seconds it took)."""
-    with jax.set_mesh(mesh), checked_for_target():
-        start = time.perf_counter()
-        built = train_step_module.build(config, mesh)
-        stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
-        stored["parameters"] += fit.shard_bytes(getattr(built.state, "base", {}))  # of adapters
-        capacity = topology.chip.memory // topology.chip.devices
-        memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
-        train_step: Any = built.train_step  # jitted
-        traced = train_step.trace(built.state, built.batch)
-        try:
-            compiled = traced.lower().compile(compiler_options=dict(topology.compiler_options) or None)
-        except jax.errors.JaxRuntimeError as error:
-            raise memory_errors.explained(config, error) from error
-        return compiled, traced, stored, time.perf_counter() - start
-
-
-def _memory(statistics: Any, stored: dict[str, int], capacity: int) -> Memory:
-    return Memory(
-        parameters=stored["parameters"],
-        optimizer=stored["optimizer"],
-        inputs=statistics.argument_size_in_bytes - sum(stored.values()),
-        temporaries=statistics.temp_size_in_bytes + statistics.output_size_in_bytes - statistics.alias_size_in_bytes,
-        code=statistics.generated_code_size_in_bytes,
-        peak=getattr(statistics, "peak_memory_in_bytes", 0),
-        capacity=capacity,
     )
 
 

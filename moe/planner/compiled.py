@@ -1,0 +1,117 @@
+"""The train step of a run, compiled for a topology, and what is read of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe.atomic_files import write_atomic
+from moe.config import Config, validate_mesh
+from moe.layers.attention.attend import checked_for_target
+from moe.parallel.mesh import make_mesh
+from moe.planner import arithmetic, fit, memory_errors
+from moe.planner.topology import Topology
+from moe.training import step as train_step_module
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        parameters: as stored.
+        optimizer: Optax state.
+        inputs: batch, counters, and the padding that tiles add to the arguments.
+        temporaries: activations, gradients, gathered weights: the compiler's allocation for all but arguments.
+        code: the program.
+        peak: the most that is alive at one time in the compiler's heap simulation; below the total, which is allocated.
+        capacity: of the device.
+    """
+
+    parameters: int
+    optimizer: int
+    inputs: int
+    temporaries: int
+    code: int
+    peak: int
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return self.parameters + self.optimizer + self.inputs + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What is read of a compiled train step.
+
+    Attributes:
+        text: of the program.
+        memory: of a device.
+        products: FLOPs of the traced program, all devices.
+        seconds: that tracing, lowering and compiling took.
+    """
+
+    text: str
+    memory: Memory
+    products: arithmetic.Flops
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Write to a compressed file, so that it can be read again without compiling."""
+        write_atomic(path, gzip.compress(json.dumps(dataclasses.asdict(self)).encode()))
+
+    @staticmethod
+    def load(path: Path) -> CompiledStep:
+        """Read a file that :meth:`save` wrote."""
+        fields = json.loads(gzip.decompress(path.read_bytes()))
+        fields["memory"], fields["products"] = Memory(**fields["memory"]), arithmetic.Flops(**fields["products"])
+        return CompiledStep(**fields)
+
+
+def compile_step(config: Config, topology: Topology) -> CompiledStep:
+    """Compile the train step; see :func:`moe.planner.plan.make_plan`."""
+    mesh = make_mesh(config.mesh, topology.devices)
+    validate_mesh(config, mesh.shape)
+    capacity = topology.chip.memory // topology.chip.devices
+    compiled, traced, stored, seconds = _compile(config, mesh, topology)
+    memory = _memory(compiled.memory_analysis(), stored, capacity)
+    memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
+    return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds)
+
+
+def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, dict[str, int], float]:
+    """(compiled program, traced program, bytes of state by kind, seconds it took)."""
+    with jax.set_mesh(mesh), checked_for_target():
+        start = time.perf_counter()
+        built = train_step_module.build(config, mesh)
+        stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
+        stored["parameters"] += fit.shard_bytes(getattr(built.state, "base", {}))  # of adapters
+        capacity = topology.chip.memory // topology.chip.devices
+        memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
+        train_step: Any = built.train_step  # jitted
+        traced = train_step.trace(built.state, built.batch)
+        try:
+            compiled = traced.lower().compile(compiler_options=dict(topology.compiler_options) or None)
+        except jax.errors.JaxRuntimeError as error:
+            raise memory_errors.explained(config, error) from error
+        return compiled, traced, stored, time.perf_counter() - start
+
+
+def _memory(statistics: Any, stored: dict[str, int], capacity: int) -> Memory:
+    return Memory(
+        parameters=stored["parameters"],
+        optimizer=stored["optimizer"],
+        inputs=statistics.argument_size_in_bytes - sum(stored.values()),
+        temporaries=statistics.temp_size_in_bytes + statistics.output_size_in_bytes - statistics.alias_size_in_bytes,
+        code=statistics.generated_code_size_in_bytes,
+        peak=getattr(statistics, "peak_memory_in_bytes", 0),
+        capacity=capacity,
+    )
