@@ -119,6 +119,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.clip_qkv": (0.0, 0.1),
     "model.tie_embeddings": (True, False),
     "model.dtype": ("float32", "bfloat16"),
+    "model.low_precision": ("none", "int8", "float8"),
     "model.scan_layers": (True, False),
     "model.remat": ("none", "dots", "full"),
     "data.sequence_length": (2, 8, 16),

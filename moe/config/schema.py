@@ -29,6 +29,7 @@ OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
+LowPrecision = Literal["none", "int8", "float8"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat"]
 
 
@@ -146,6 +147,7 @@ class ModelConfig:
     dropout: float = 0.0  # of embeddings, attention weights, hidden activations and the output of each half of a block
     init_scale: float = 1.0  # s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
+    low_precision: LowPrecision = "none"  # of factors in experts and dense FFNs (moe.dispatch.quantized)
     scan_layers: bool = True  # compile one block for all equal layers
     remat: Remat = "none"  # what the backward pass recomputes: nothing, ..., the whole layer (REMAT_POLICIES)
     moe: MoEConfig = MoEConfig()

@@ -12,6 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, PRNGKeyArray
 
+from moe.dispatch import quantized
 from moe.parallel import target
 from moe.parallel.mesh import axis_of
 from moe.parallel.parameters import gather_array, gather_shard
@@ -61,6 +62,7 @@ class ExpertWeights:
         down: [E,F,D].
         biases: [E,F] of up and of gate; None: without biases.
         is_joined: ``up`` and its bias hold those of gate too, [E,D,2F] and [E,2F], static.
+        precision: of the factors, a value of ``model.low_precision``, static.
     """
 
     up: Array
@@ -68,6 +70,7 @@ class ExpertWeights:
     down: Array
     biases: tuple[Array, Array | None] | None = None
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    precision: str = dataclasses.field(default="none", metadata={"static": True})
 
     @property
     def into(self) -> tuple[Any, Any]:
@@ -81,11 +84,12 @@ class ExpertWeights:
     def gathered(self, dtype: Any) -> ExpertWeights:
         """All weights cast, and gathered over ``fsdp`` for matmuls."""
         gate = None if self.gate is None else gather_array(self.gate, EXPERTS_IN, dtype)
-        return ExpertWeights(
-            gather_array(self.up, EXPERTS_IN, dtype),
-            gate,
-            gather_array(self.down, EXPERTS_OUT, dtype),
-            jax.tree.map(lambda bias: bias.astype(dtype), self.biases),
+        return dataclasses.replace(
+            self,
+            up=gather_array(self.up, EXPERTS_IN, dtype),
+            gate=gate,
+            down=gather_array(self.down, EXPERTS_OUT, dtype),
+            biases=jax.tree.map(lambda bias: bias.astype(dtype), self.biases),
         )
 
     def specs(self) -> Any:
@@ -113,7 +117,8 @@ class ExpertWeights:
             up_bias, gate_bias = self.biases
             assert gate_bias is not None
             biases = jnp.concatenate([up_bias, gate_bias], axis=-1), None
-        return ExpertWeights(jnp.concatenate([self.up, self.gate], axis=-1), None, self.down, biases, is_joined=True)
+        up = jnp.concatenate([self.up, self.gate], axis=-1)
+        return dataclasses.replace(self, up=up, gate=None, biases=biases, is_joined=True)
 
 
 @jax.tree_util.register_dataclass
@@ -194,4 +199,10 @@ def batched_ffn(
     rows: Float[Array, "E R D"], weights: ExpertWeights, activation: str, dropout: ExpertDropout | None = None
 ) -> Float[Array, "E R D"]:
     """Apply expert e to its R rows."""
-    return ffn(rows, weights, activation, dropout, lambda rows, matrices: jnp.einsum("eri,eij->erj", rows, matrices))
+
+    def matmul(rows: Array, matrices: Array) -> Array:
+        if weights.precision != "none" and matrices.shape[1] > 1:  # 1: a bias
+            return quantized.matmul(rows, matrices, weights.precision)
+        return jnp.einsum("eri,eij->erj", rows, matrices)
+
+    return ffn(rows, weights, activation, dropout, matmul)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
+from moe.dispatch import quantized
 from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -95,7 +96,7 @@ class DenseFFN(nnx.Module):
 
     def __init__(self, config: ModelConfig, d_ff: int, *, rngs: nnx.Rngs):
         d, f = config.d_model, d_ff
-        self.activation = config.activation
+        self.activation, self.precision = config.activation, config.low_precision
         gated = self.activation in GATED_ACTIVATIONS
         self.up = matrix(rngs, (d, f), IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (f, d), OUT, fan_in=f, scale=config.init_scale)
@@ -103,12 +104,14 @@ class DenseFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"], drop: Dropout = KEEP_ALL) -> Float[Array, "*batch D"]:
         """Apply the FFN to every token; hidden activations are dropped."""
-        up = checkpoint_name(x @ gather_for_matmul(self.up, x.dtype), HIDDEN)
-        gate = None
-        if self.gate is not None:
-            gate = checkpoint_name(x @ gather_for_matmul(self.gate, x.dtype), HIDDEN)
+        up = checkpoint_name(self._matmul(x, self.up), HIDDEN)
+        gate = None if self.gate is None else checkpoint_name(self._matmul(x, self.gate), HIDDEN)
         hidden = drop(activate(self.activation, up, gate))
-        return hidden @ gather_for_matmul(self.down, x.dtype)
+        return self._matmul(hidden, self.down)
+
+    def _matmul(self, x: Array, weight: nnx.Param[Array]) -> Array:
+        gathered = gather_for_matmul(weight, x.dtype)
+        return x @ gathered if self.precision == "none" else quantized.matmul(x, gathered, self.precision)
 
 
 class Embedding(nnx.Module):

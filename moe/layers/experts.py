@@ -24,7 +24,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
-        self.activation = config.activation
+        self.activation, self.precision = config.activation, config.low_precision
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -38,10 +38,9 @@ class Experts(nnx.Module):
     def weights(self) -> ExpertWeights:
         """The parameters but ``down_bias``, as they are stored."""
         gate = None if self.gate is None else self.gate[...]
-        if self.up_bias is None:
-            return ExpertWeights(self.up[...], gate, self.down[...])
         gate_bias = None if self.gate_bias is None else self.gate_bias[...]
-        return ExpertWeights(self.up[...], gate, self.down[...], (self.up_bias[...], gate_bias))
+        biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
+        return ExpertWeights(self.up[...], gate, self.down[...], biases, precision=self.precision)
 
 
 class SharedExpert(nnx.Module):

@@ -107,7 +107,8 @@ def formula(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
         matrices = steps if steps_k > 1 else groups * steps_n
         moved = steps * left + matrices * right + tiles * steps_n * out
     flops = 2.0 * steps * tile_rows * tile_k * tile_n
-    return max(flops / chip.peak, matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
+    peak = chip.peak * (2 if matmul.itemsize == 1 else 1)  # of all generations that multiply int8 or float8
+    return max(flops / peak, matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
 
 
 @functools.cache

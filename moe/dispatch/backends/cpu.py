@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float, Int
 
+from moe.dispatch.backends import tpu
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, into_hidden, out_of_hidden
 
 
@@ -83,6 +84,8 @@ def grouped_ffn(
         dropout: see there.
         expected_rows: sum of the groups' sizes for which blocks are chosen; None: R.
     """
+    if weights.precision != "none":  # XLA's dense matmuls: right, and slow
+        return tpu.grouped_ffn(rows, group_sizes, weights, activation, dropout)
     row_blocks = choose_row_blocks(expected_rows or rows.shape[0], group_sizes.shape[0])
     return _grouped_ffn(activation, row_blocks, rows, weights, group_sizes, dropout)
 

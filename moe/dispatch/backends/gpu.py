@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
+from moe.dispatch import quantized
 from moe.dispatch.backends import tpu
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, ffn
 from moe.parallel import target
@@ -47,6 +48,9 @@ def grouped_ffn(
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not
     take the shapes."""
+
+    if weights.precision != "none":
+        quantized.check_target(weights.precision)
 
     def matmul(rows: Array, matrices: Array) -> Array:
         multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply

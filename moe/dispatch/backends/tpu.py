@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm as megablox_gmm
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int
 
+from moe.dispatch import quantized
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, ffn
 from moe.parallel import target
 
@@ -49,6 +50,8 @@ def grouped_ffn(
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
 
     def matmul(rows: Array, matrices: Array) -> Array:
+        if weights.precision != "none" and matrices.shape[1] > 1:  # 1: a bias
+            return quantized_matmul(rows, matrices, group_sizes, weights.precision)
         return multiply(rows, matrices, group_sizes)
 
     return ffn(rows, weights.joined(), activation, dropout, matmul)
@@ -71,6 +74,22 @@ def grouped_matmul(
         return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def quantized_matmul(
+    rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"], precision: str
+) -> Float[Array, "R F"]:
+    """:func:`grouped_matmul` of quantised factors (:mod:`moe.dispatch.quantized`)."""
+    quantized.check_target(precision)
+    values, scales = quantized.quantize(rows, -1, precision)
+    factors, factor_scales = quantized.quantize(matrices, 1, precision)
+    sums_dtype = quantized.TYPES[precision][1]
+    with _tiling(_tiles("rows", values, matrices.shape, sums_dtype)):
+        sums = lax.ragged_dot(values, factors, sizes, preferred_element_type=sums_dtype)
+    with jax.default_matmul_precision("highest"):
+        of_groups = multiply_columns(jnp.ones_like(scales), factor_scales, sizes)
+    return (sums * scales * of_groups).astype(rows.dtype)
+
+
 def multiply_columns(
     rows: Float[Array, "R 1"], matrices: Float[Array, "E 1 F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
@@ -91,10 +110,7 @@ def _grouped_matmul_fwd(rows, matrices, sizes):
 def _grouped_matmul_bwd(residuals, gradient):
     rows, matrices, sizes = residuals
     num_groups, contracted, columns = matrices.shape
-    with _tiling(_tiles("weights", rows, matrices.shape)):
-        d_matrices = lax.ragged_dot_general(
-            rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype
-        )
+    d_matrices = _outer_products(rows, gradient, sizes, matrices)
     tiles = _tiles("rows", gradient, (num_groups, columns, contracted))
     with _tiling(tiles):
         # ragged_dot's kernel needs the matrices transposed in memory; megablox's reads them in either order.
@@ -108,24 +124,53 @@ def _grouped_matmul_bwd(residuals, gradient):
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
+def _outer_products(rows: Array, gradient: Array, sizes: Array, matrices: Array) -> Array:
+    """Transposed rows [R,D] of each group by its gradient rows [R,F] → [E,D,F], the gradient of the matrices."""
+    with _tiling(_tiles("weights", rows, matrices.shape)):
+        return lax.ragged_dot_general(rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype)
+
+
+def _quantized_matmul_fwd(rows, matrices, sizes, precision):
+    return quantized_matmul(rows, matrices, sizes, precision), (rows, matrices, sizes)
+
+
+def _quantized_matmul_bwd(precision, residuals, gradient):
+    rows, matrices, sizes = residuals
+    d_rows = quantized_matmul(gradient, matrices.swapaxes(1, 2), sizes, precision)
+    d_matrices = _outer_products(rows, gradient, sizes, matrices)
+    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+quantized_matmul.defvjp(_quantized_matmul_fwd, _quantized_matmul_bwd)
+
+
 Kind = Literal["rows", "weights"]
+_Tiles = tuple[int, int, int]
 
 
-def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Tiles of a kernel; None: XLA's own choice, for other numbers than bfloat16, v2 and v3 (whose matrix units lack
-    its kernel), and rows that are no whole tiles."""
+def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...], result: Any = jnp.bfloat16) -> _Tiles | None:
+    """Tiles of a kernel; None: XLA's own choice, for factors of more bytes than bfloat16, v2 and v3 (whose matrix units
+    lack its kernel), and rows that are no whole tiles."""
     device = target.current()
     peak, bandwidth = device.peak_flops, device.memory_bandwidth
     memory = min(device.kernel_memory - _OTHER_MEMORY, _LARGEST_TILES)
-    if rows.dtype != jnp.bfloat16 or rows.shape[0] % TILE or peak is None or bandwidth is None:
+    item = rows.dtype.itemsize
+    if item > _ITEM or rows.shape[0] % TILE or peak is None or bandwidth is None:
         return None
-    return fastest_tiles(kind, rows.shape[0], matrices, peak, bandwidth, memory)
+    items = item, jnp.dtype(result).itemsize
+    return fastest_tiles(kind, rows.shape[0], matrices, peak * _ITEM / item, bandwidth, memory, items)
 
 
 @functools.lru_cache
 def fastest_tiles(
-    kind: Kind, num_rows: int, matrices: tuple[int, ...], peak: float, bandwidth: float, memory: int
-) -> tuple[int, int, int]:
+    kind: Kind,
+    num_rows: int,
+    matrices: tuple[int, ...],
+    peak: float,
+    bandwidth: float,
+    memory: int,
+    items: tuple[int, int] = (2, 2),
+) -> _Tiles:
     """Tiles (rows, K, N) for which a kernel's count of its work takes least time, of those that fit its memory.
 
     XLA's own tiles read rows or matrices from memory so often that some kernels would take two to seven times as long
@@ -138,15 +183,16 @@ def fastest_tiles(
         peak: FLOP/s.
         bandwidth: of the memory, bytes/s.
         memory: bytes of vector memory that tiles may take.
+        items: bytes of a number in the factors and in the result.
     """
 
-    def seconds(tiles: tuple[int, int, int]) -> float:
+    def seconds(tiles: _Tiles) -> float:
         steps, flops, moved = grid_work(kind, num_rows, matrices, tiles)
         return max(flops / peak, _ITEM * moved / bandwidth) + steps * _STEP_SECONDS
 
     row_sides = [side for side in _TILE_ROWS if num_rows % side == 0]
     sides = itertools.product(row_sides, _parts(matrices[1]), _parts(matrices[2]))
-    return min((tiles for tiles in sides if _memory(kind, tiles) <= memory), key=seconds)
+    return min((tiles for tiles in sides if _memory(kind, tiles, items) <= memory), key=seconds)
 
 
 def grid_work(
@@ -175,14 +221,13 @@ def grid_work(
 _ITEM = 2
 
 
-def _memory(kind: Kind, tiles: tuple[int, int, int]) -> int:
+def _memory(kind: Kind, tiles: _Tiles, items: tuple[int, int]) -> int:
     """Bytes of both factors and the result, two of each for transfers beside the work, and of a float32 sum; for
     weights also of what is added to it, as XLA allocates for some tiles."""
-    tile_rows, tile_k, tile_n = tiles
+    (tile_rows, tile_k, tile_n), (factor, result) = tiles, items
     left, right, out = tile_rows * tile_k, tile_k * tile_n, tile_rows * tile_n
-    if kind == "weights":
-        return 2 * _ITEM * (left + right + out) + 8 * right
-    return 2 * _ITEM * (left + right + out) + 4 * out
+    moved = 2 * (factor * (left + right) + result * out)
+    return moved + (8 * right if kind == "weights" else 4 * out)
 
 
 def _parts(size: int) -> list[int]:

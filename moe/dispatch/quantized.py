@@ -1,0 +1,89 @@
+"""Products of quantised factors: int8 with sums in int32, or float8 (e4m3) with sums in float32.
+
+The recipe is SwitchBack's (Wortsman et al. 2023, section 2.2): the forward product and the gradient of the rows have
+quantised factors; the gradient of the matrices, a sum over all rows, does not. The scale of a vector along the
+contracted axis is its largest absolute value over the type's (``absmax`` of qwix), so that no scale depends on other
+rows, on other experts or, but for the parts of ``tensor``, on the mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, custom_vjp, lax
+
+from moe.config import ConfigError
+from moe.parallel import target
+
+#: Types of factors and of sums by the value of ``model.low_precision``.
+TYPES: dict[str, tuple[Any, Any]] = {
+    "int8": (jnp.int8, jnp.int32),
+    "float8": (jnp.float8_e4m3fn, jnp.float32),
+}
+
+#: Types that the matrix units of TPUs multiply, by prefix of the device kind; the first match counts. libtpu converts
+#: others to float32 first.
+_NATIVE = {"TPU v5": "int8", "TPU v6": "int8", "TPU7": "float8"}
+
+
+def check_target(precision: str) -> None:
+    """Refuse a precision that the hardware of the program being traced would not make faster.
+
+    Raises:
+        ConfigError: see above, or qwix is not installed.
+    """
+    where = f"model.low_precision={precision}"
+    device = target.current()
+    if device.platform == "gpu":
+        raise ConfigError(f"{where}: must be none on GPUs, where the experts' kernels multiply numbers of 16 bits")
+    native = [name for kind, name in _NATIVE.items() if device.device_kind.startswith(kind)]
+    if device.platform == "tpu" and precision not in native[:1]:
+        allowed = " or ".join([*native[:1], "none"])
+        raise ConfigError(f"{where}: must be {allowed} on {device.device_kind}, which multiplies no {precision}")
+    try:
+        import qwix  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError(f"{where} needs qwix: pip install qwix") from error
+
+
+def quantize(array: Array, axis: int, precision: str) -> tuple[Array, Array]:
+    """Quantised numbers, and the float32 scale of each vector along an axis, which has length 1 there."""
+    import qwix  # noqa: PLC0415  # optional
+
+    axes = [kept for kept in range(array.ndim) if kept != axis % array.ndim]
+    found = qwix.quantize(array.astype(jnp.float32), TYPES[precision][0], channelwise_axes=axes)
+    return found.qvalue, found.scale
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(2,))
+def matmul(rows: Array, matrices: Array, precision: str) -> Array:
+    """Rows [*batch, ..., K] times matrices [*batch, K, N], as quantised factors."""
+    return _product(rows, matrices, precision)
+
+
+def _product(rows: Array, matrices: Array, precision: str) -> Array:
+    check_target(precision)
+    values, scales = quantize(rows, -1, precision)
+    factors, factor_scales = quantize(matrices, -2, precision)
+    batch = tuple(range(matrices.ndim - 2))
+    contracted = (rows.ndim - 1,), (matrices.ndim - 2,)
+    sums = lax.dot_general(values, factors, (contracted, (batch, batch)), preferred_element_type=TYPES[precision][1])
+    return (sums * scales * factor_scales).astype(rows.dtype)
+
+
+def _matmul_fwd(rows: Array, matrices: Array, precision: str) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(rows, matrices, precision), (rows, matrices)
+
+
+def _matmul_bwd(precision: str, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    rows, matrices = residuals
+    d_rows = _product(gradient, matrices.swapaxes(-1, -2), precision)
+    batch = tuple(range(matrices.ndim - 2))
+    summed = tuple(range(len(batch), rows.ndim - 1))
+    d_matrices = lax.dot_general(rows, gradient, ((summed, summed), (batch, batch)))
+    return d_rows, d_matrices.astype(matrices.dtype)
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)

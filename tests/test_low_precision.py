@@ -1,0 +1,197 @@
+"""Quantised factors in experts and dense FFNs: by hand, against dequantised oracles, in programs, and refusals."""
+
+import collections
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import ConfigError
+from moe.dispatch import quantized
+from moe.dispatch.backends import grouped_ffn, tpu
+from moe.dispatch.ffn import ExpertWeights, batched_ffn
+from moe.parallel import target
+from moe.planner import arithmetic, kernels
+from moe.planner.chips import CHIPS
+from moe.planner.records import GroupedMatmul
+from tests.helpers import random_parameters, tiny_model
+
+pytest.importorskip("qwix")
+
+PRECISIONS = ("int8", "float8")
+SIZES = np.array([5, 0, 9, 4], np.int32)
+
+
+def test_a_product_by_hand():
+    """[4,2] has scale 4/127.5 and numbers 127 and 64 (63.75); [1,1/2] the same numbers and scale 1/127.5."""
+    y = quantized.matmul(jnp.array([[4.0, 2.0]]), jnp.array([[1.0], [0.5]]), "int8")
+    np.testing.assert_allclose(y, [[(127 * 127 + 64 * 64) * 4 / 127.5**2]], rtol=1e-6)
+    # float8's 448 is the largest: 4 and 1 become 448 and 448, 2 and 1/2 the exact halves.
+    y = quantized.matmul(jnp.array([[4.0, 2.0]]), jnp.array([[1.0], [0.5]]), "float8")
+    np.testing.assert_allclose(y, [[5.0]], rtol=1e-6)
+
+
+def _rounded(array, axis, precision):
+    values, scales = quantized.quantize(jnp.asarray(array), axis, precision)
+    return np.asarray(values.astype(jnp.float32)) * np.asarray(scales)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
+    """Of rows and matrices for y, of the output's gradient and matrices for the rows' gradient; the gradient of the
+    matrices is not rounded."""
+    rows, gradient = (rng.normal(size=(18, d)).astype(np.float32) for d in (16, 24))
+    matrices = rng.normal(size=(4, 16, 24)).astype(np.float32) * np.array([1, 9, 0.1, 3], np.float32)[:, None, None]
+    groups = np.repeat(np.arange(4), SIZES)
+    d_matrices = np.stack([rows[groups == e].T @ gradient[groups == e] for e in range(4)])
+    expected = (
+        np.einsum("rd,rdf->rf", _rounded(rows, -1, precision), _rounded(matrices, 1, precision)[groups]),
+        np.einsum("rf,rdf->rd", _rounded(gradient, -1, precision), _rounded(matrices, 2, precision)[groups]),
+        d_matrices,
+    )
+
+    rows_, matrices_ = jnp.asarray(rows), jnp.asarray(matrices)
+
+    def results(product, *arguments):
+        y, backward = jax.vjp(product, *arguments)
+        return (y, *backward(jnp.asarray(gradient).reshape(y.shape)))
+
+    grouped = results(lambda *a: tpu.quantized_matmul(*a, jnp.asarray(SIZES), precision), rows_, matrices_)
+    for ours, reference in zip(grouped, expected, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5 * np.abs(reference).max())
+    each = [np.flatnonzero(groups == e) for e in (0, 2, 3)]
+    for e, index in zip((0, 2, 3), each, strict=True):  # the dense product of one expert's rows
+        y, d_rows = (expected[i][index] for i in (0, 1))
+        ours, backward = jax.vjp(lambda *a: quantized.matmul(*a, precision), rows_[None, index], matrices_[e])
+        np.testing.assert_allclose(ours[0], y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+        found = backward(jnp.asarray(gradient[None, index]))
+        np.testing.assert_allclose(found[0][0], d_rows, rtol=1e-5, atol=1e-5 * np.abs(d_rows).max())
+        np.testing.assert_allclose(found[1], d_matrices[e], rtol=1e-5, atol=1e-5 * np.abs(d_matrices[e]).max())
+
+
+def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
+    """With biases, whose product with 1 is exact."""
+    up, gate, down = (jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for s in ((16, 24), (16, 24), (24, 16)))
+    biases = tuple(jnp.asarray(rng.normal(size=(4, 24)), jnp.float32) for _ in range(2))
+    weights = ExpertWeights(up, gate, down, biases, precision="int8")
+    rows = jnp.asarray(rng.normal(size=(4, 6, 16)), jnp.float32)
+    sizes = jnp.full(4, 6, jnp.int32)
+    batched = batched_ffn(rows, weights, "swiglu")
+    grouped = grouped_ffn(rows.reshape(24, 16), sizes, weights, "swiglu").reshape(4, 6, 16)
+    np.testing.assert_allclose(grouped, batched, rtol=1e-5, atol=1e-4)
+    plain = batched_ffn(rows, dataclasses.replace(weights, precision="none"), "swiglu")
+    error = np.sqrt(np.mean((batched - plain) ** 2) / np.mean(plain**2))
+    assert 1e-3 < error < 0.03
+
+
+def _products(jaxpr, types=None):
+    """Number of matrix products by the types of their factors, in a program and in those it calls."""
+    types = collections.Counter() if types is None else types
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "ragged_dot_general", "ragged_dot"):
+            types["x".join(str(variable.aval.dtype) for variable in equation.invars[:2])] += 1
+        for inner in arithmetic._inner_jaxprs(equation.params):
+            _products(inner, types)
+    return types
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
+def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch):
+    """Up, gate and down of a dense layer, a shared expert and the experts: forward, and for the rows' gradients; all
+    other products, the router's among them, are not."""
+    config = tiny_model(
+        dispatch=dispatch, shared_d_ff=8, first_dense=1, dtype="bfloat16", low_precision="int8", capacity_factor=4.0
+    )
+    graphdef, parameters = random_parameters(config)
+    tokens = jnp.arange(16).reshape(2, 8)
+
+    def loss(parameters):
+        return jnp.sum(_logits(graphdef, parameters, tokens).astype(jnp.float32) ** 2)
+
+    types = _products(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr)
+    # On CPUs dropless experts have up and gate as one matrix.
+    experts = 2 if dispatch == "dropless" or target.is_cpu() else 3
+    assert types["int8xint8"] == 2 * (3 + 3 + experts)
+    plain = dataclasses.replace(config, low_precision="none")
+    assert not _products(jax.make_jaxpr(lambda p: _logits(_graph(plain), p, tokens))(parameters).jaxpr)["int8xint8"]
+
+
+def _graph(config):
+    return random_parameters(config)[0]
+
+
+def _logits(graphdef, parameters, tokens):
+    return nnx.merge(graphdef, parameters)(tokens).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "words"),
+    [
+        ("TPU v6 lite", "float8", "must be int8 or none on TPU v6 lite"),
+        ("TPU7x", "int8", "must be float8 or none on TPU7x"),
+        ("TPU v4", "int8", "must be none on TPU v4"),
+        ("NVIDIA H100 80GB HBM3", "int8", "must be none on GPUs"),
+    ],
+)
+def test_hardware_without_such_products_is_refused(kind, precision, words, monkeypatch):
+    platform = "gpu" if "NVIDIA" in kind else "tpu"
+    monkeypatch.setattr(target, "current", lambda: target.Target(platform, kind))
+    with pytest.raises(ConfigError, match=f"model.low_precision={precision}: {words}"):
+        quantized.matmul(jnp.ones((2, 4)), jnp.ones((4, 3)), precision)
+
+
+def test_the_planner_prices_products_of_bytes_at_twice_the_peak():
+    """Far from the memory's bound, half of the formula's time in bfloat16; marked as by analogy."""
+    sizes = (32768, 4096, 4096, 8)
+    wide, narrow = (GroupedMatmul("rows", sizes, (512, 1024, 1024), item, 1) for item in (2, 1))
+    times = [kernels.formula(matmul, 32768, CHIPS["v6e"]) for matmul in (wide, narrow)]
+    assert times[1] == pytest.approx(times[0] / 2)
+    assert kernels.price(narrow, 32768, CHIPS["v6e"]).basis == "by analogy"
+    assert kernels.price(narrow, 32768, CHIPS["v6e"]).seconds == pytest.approx(
+        kernels.price(wide, 32768, CHIPS["v6e"]).seconds / 2
+    )
+
+
+_SCRIPT = """
+import sys
+from moe import platform
+platform.use_tpu_compiler()
+import jax
+from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from moe.dispatch.backends import grouped_ffn
+from moe.dispatch.ffn import ExpertWeights
+from moe.planner.topology import get_topology
+
+mesh = jax.sharding.Mesh(get_topology(sys.argv[1]).devices[:1], ("data",))
+place = NamedSharding(mesh, PartitionSpec())
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+weights = ExpertWeights(array(4, 256, 256), array(4, 256, 256), array(4, 256, 256), precision=sys.argv[2])
+def gradients(rows, sizes, weights):
+    return jax.grad(lambda *a: jnp.sum(grouped_ffn(a[0], sizes, a[1], "swiglu") ** 2), (0, 1))(rows, weights)
+with jax.set_mesh(mesh):
+    print(jax.jit(gradients).lower(array(1024, 256), array(4, dtype=jnp.int32), weights).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize(
+    ("topology", "precision", "name"), [("v6e:2x2", "int8", "s8"), ("tpu7x:2x2x1", "float8", "f8e4m3fn")]
+)
+def test_compiled_experts_are_quantised(topology, precision, name):
+    """For absent TPUs: up and gate as one and down, forward and for the rows' gradients, have factors of one byte; the
+    two weight gradients do not."""
+    command = [sys.executable, "-c", _SCRIPT, topology, precision]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = [line for line in text.splitlines() if "ragged_dot_tiling" in line and "custom-call(" in line]
+    factors = [re.findall(rf"{name}\[", line.partition("operand_layout_constraints=")[2]) for line in kernels]
+    assert sorted(map(len, factors)) == [0, 0, 2, 2, 2, 2]
