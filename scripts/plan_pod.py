@@ -2,9 +2,10 @@
 
 Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and the
 best settings that are known for that slice. --config.model.remat=fit chooses, of the remat policies that fit, the one
-that recomputes least. With --search it tries meshes, remat policies and dispatch modes, and prints a ranked table and
-the command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans that
---json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains all.
+that recomputes least. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table
+and the command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans
+that --json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains
+all.
 """
 
 import sys
@@ -46,8 +47,9 @@ _MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the p
 _SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the busiest device's experts over the mean.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
 _LIMIT = flags.DEFINE_integer(
-    "limit", 9, "Largest number of programs that --search compiles, the best guesses first.", lower_bound=1
+    "limit", 12, "Largest number of programs that --search compiles, each chosen with the plans so far.", lower_bound=1
 )
+_FIXED_BATCH = flags.DEFINE_bool("fixed_batch", False, "--search keeps train.batch_size instead of trying other rows.")
 _CACHE = flags.DEFINE_string(
     "cache", "~/.cache/moe-plans", "Folder of plans that --search and --changes compiled; processes may share it."
 )
@@ -117,7 +119,7 @@ def _try_changes(config: Config, where) -> list:
     tried = []
     for label, changed in tqdm(candidates.changes(config, where, _CHANGES.value), unit="program", dynamic_ncols=True):
         made = search.run(
-            [candidates.Candidate(changed, 0.0)], cache, lambda config: plan.make_plan(config, where).to_json()
+            [candidates.Candidate(changed, 1.0)], cache, lambda config: plan.make_plan(config, where).to_json(), limit=1
         )
         tried.append({"label": label, "plan": made[0][1]})
     return tried
@@ -169,20 +171,24 @@ def _search(config: Config, where) -> None:
 
     from moe.planner import candidates, plan, search
 
-    if _LIMIT.value < 1:
-        raise ConfigError(f"--limit={_LIMIT.value}: must be at least 1")
-    found, pruned = candidates.candidates(config, len(where.devices), where.chip, where.num_slices)
-    chosen = found[: _LIMIT.value]
+    rows = () if _FIXED_BATCH.value else candidates.ROWS
+    found, pruned = candidates.candidates(config, len(where.devices), where.chip, where.num_slices, rows)
     cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
-    with tqdm(total=len(chosen), unit="program", dynamic_ncols=True) as bar:
+    capacity = where.chip.memory / where.chip.devices
+    with tqdm(total=min(_LIMIT.value, len(found)), unit="program", dynamic_ncols=True) as bar:
         results = search.run(
-            chosen, cache, lambda tried: plan.make_plan(tried, where).to_json(), progress=lambda _: bar.update()
+            found,
+            cache,
+            lambda tried: plan.make_plan(tried, where).to_json(),
+            _LIMIT.value,
+            capacity,
+            progress=lambda _: bar.update(),
         )
     if _JSON.value:
         rows = [{"flags": search.overrides(candidate.config), **made} for candidate, made in results]
-        print(json.dumps({"results": rows, "pruned": dict(pruned), "skipped": len(found) - len(chosen)}, indent=2))
+        print(json.dumps({"results": rows, "pruned": dict(pruned), "skipped": len(found) - len(results)}, indent=2))
         return
-    print(search.render(results, pruned, len(found) - len(chosen)))
+    print(search.render(results, pruned, len(found) - len(results)))
     if results and "error" not in results[0][1]:
         print(f"\nThe first:\npython main.py {_own_flags()} --workdir=DIR {search.overrides(results[0][0].config)}")
 
@@ -193,7 +199,7 @@ def _own_flags() -> str:
     fields = {
         name: value
         for name, value in config_flags.get_override_values(flag).items()
-        if not name.startswith("mesh.") and name not in ("model.remat", "model.moe.dispatch")
+        if not name.startswith("mesh.") and name not in ("model.remat", "model.moe.dispatch", "train.batch_size")
     }
     words = [f"--config={config_flags.get_config_filename(flag)}"]
     return " ".join(words + [f"--config.{name}={value}" for name, value in fields.items()])

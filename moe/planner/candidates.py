@@ -1,4 +1,4 @@
-"""Candidates of the search: combinations of mesh, remat policy and dispatch mode that may run, in order of a guess."""
+"""Candidates of the search: combinations of mesh, remat policy, dispatch mode and rows that may run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
@@ -26,15 +26,22 @@ from moe.planner.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh, remat policy and dispatch mode to try.
+    """A mesh, remat policy, dispatch mode and batch to try.
 
     Attributes:
         config: valid, also for its mesh.
         seconds: a rough guess of its step, used only to choose what to compile first.
+        fixed, activations: least bytes of a device that do not and that do depend on the rows.
     """
 
     config: Config
     seconds: float
+    fixed: int = 0
+    activations: int = 0
+
+
+#: Rows of a device and microbatch that the search tries besides those of the config.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def meshes(devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
@@ -46,18 +53,16 @@ def meshes(devices: int, num_slices: int = 1) -> Iterator[MeshConfig]:
 
 
 def candidates(
-    config: Config, devices: int, chip: Chip | Gpu, num_slices: int = 1
+    config: Config, devices: int, chip: Chip | Gpu, num_slices: int = 1, rows: Sequence[int] = ()
 ) -> tuple[list[Candidate], collections.Counter[str]]:
     """Enumerate the combinations that may run; also count those that cannot, by reason.
-
-    First comes the best guess of every pair of remat policy and dispatch mode, then the second best of each, and so on,
-    because the guess ranks meshes better than kernels.
 
     Args:
         config: of the run; its mesh, remat policy and dispatch mode are replaced.
         devices: number in all slices.
         chip: of the devices.
         num_slices: slices joined by the data-center network.
+        rows: of a device and microbatch to try with every combination, besides the config's batch.
     """
     found, pruned = [], collections.Counter[str]()
     sparse = config.model.moe.gate != "none"
@@ -77,19 +82,20 @@ def candidates(
                 pruned["a dense model has no use for mesh.expert"] += 1
                 continue
             bound, capacity = fit.lower_bound(tried, sizes), chip.memory // chip.devices
-            if bound.parameters + bound.optimizer > capacity:
-                pruned["parameters and optimizer alone do not fit"] += 1
-            elif bound.total > capacity:
-                pruned["with gradients and the least of activations it does not fit"] += 1
-            else:
-                found.append(Candidate(tried, guess_seconds(tried, chip)))
-    ranks = collections.Counter[tuple[str, str]]()
-    order = []
-    for candidate in sorted(found, key=lambda candidate: candidate.seconds):
-        pair = candidate.config.model.remat, candidate.config.model.moe.dispatch
-        order.append((ranks[pair], candidate.seconds, len(order), candidate))
-        ranks[pair] += 1
-    return [candidate for *_, candidate in sorted(order, key=lambda entry: entry[:3])], pruned
+            fixed, least = bound.total - bound.activations, bound.activations / config.train.batch_size
+            batches = {config.train.batch_size}
+            shards = mesh.data * mesh.fsdp * mesh.expert * config.train.accumulation_steps
+            for batch in sorted(batches | {each * shards for each in rows}):
+                activations = round(least * batch)
+                if bound.parameters + bound.optimizer > capacity:
+                    pruned["parameters and optimizer alone do not fit"] += 1
+                elif fixed + activations > capacity:
+                    pruned["with gradients and the least of activations it does not fit"] += 1
+                else:
+                    train = dataclasses.replace(config.train, batch_size=batch)
+                    sized = dataclasses.replace(tried, train=train)
+                    found.append(Candidate(sized, guess_seconds(sized, chip), fixed, activations))
+    return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
 
 
 def guess_seconds(config: Config, chip: Chip | Gpu) -> float:

@@ -1,4 +1,4 @@
-"""Search for the fastest mesh, remat policy and dispatch mode: candidates are compiled and ranked by predicted step.
+"""Search for the fastest mesh, remat policy, dispatch mode and rows: candidates are compiled and ranked by tokens/s.
 
 Plans are kept in a folder, so that an interrupted search continues and several processes share one search.
 """
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict
 from moe.planner.candidates import Candidate
+from moe.planner.guide import Guide
 
 Plan = dict[str, Any]  # moe.planner.plan.Plan.to_json(), or {"error": message}
 
@@ -88,37 +90,41 @@ def source_hash() -> str:
 
 
 def run(
-    chosen: Sequence[Candidate],
+    found: Sequence[Candidate],
     cache: Cache,
     compile_plan: Callable[[Config], Plan],
+    limit: int,
+    capacity: float = math.inf,
     progress: Callable[[Plan], object] = lambda plan: None,
 ) -> list[tuple[Candidate, Plan]]:
-    """Compile all candidates; returns their plans, the fastest step first, those with errors last.
+    """Compile the most promising candidates, each chosen with the plans so far (:class:`moe.planner.guide.Guide`).
 
-    Candidates that another process compiles at the moment come last, and are then waited for.
+    Candidates that another process compiles at the moment are passed over, and waited for if nothing else is left.
 
     Args:
-        chosen: candidates to compile.
+        found: all candidates.
         cache: plans that exist already.
         compile_plan: config → plan; its ConfigErrors and the compiler's errors are stored as plans too.
+        limit: candidates to compile, or to read from the cache.
+        capacity: bytes of a device's memory.
         progress: called with each plan.
+
+    Returns:
+        The candidates and their plans, most tokens/s first, those with errors last.
     """
-    plans: dict[int, Plan] = {}
-    waiting = list(range(len(chosen)))
-    while waiting:
-        left = []
-        for i in waiting:
-            plan = _plan_of(chosen[i].config, cache, compile_plan)
-            if plan is None:
-                left.append(i)
-            else:
-                plans[i] = plan
+    guide, plans = Guide(found, capacity), dict[int, Plan]()
+    while len(plans) < min(limit, len(found)):
+        for index in guide.order()[: limit - len(plans)]:
+            plan = _plan_of(found[index].config, cache, compile_plan)
+            if plan is not None:
+                plans[index] = plan
+                guide.learn(index, plan)
                 progress(plan)
-        if len(left) == len(waiting):
+                break
+        else:
             time.sleep(0.5)
-        waiting = left
-    pairs = [(candidate, plans[i]) for i, candidate in enumerate(chosen)]
-    return sorted(pairs, key=lambda pair: pair[1].get("step_seconds", float("inf")))
+    pairs = [(found[index], plan) for index, plan in plans.items()]
+    return sorted(pairs, key=lambda pair: -pair[1].get("tokens_per_second_per_chip", 0.0))
 
 
 def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan]) -> Plan | None:
@@ -140,10 +146,11 @@ def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan
 
 def overrides(config: Config) -> str:
     """Flags of main.py and plan_pod.py that select a candidate."""
-    named = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
+    named: dict[str, Any] = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
     named["model.remat"] = config.model.remat
     if config.model.moe.gate != "none":
         named["model.moe.dispatch"] = config.model.moe.dispatch
+    named["train.batch_size"] = config.train.batch_size
     return " ".join(f"--config.{name}={value}" for name, value in named.items())
 
 
@@ -156,21 +163,23 @@ def render(results: Sequence[tuple[Candidate, Plan]], pruned: collections.Counte
         skipped: number of candidates beyond the limit.
     """
     total = len(results) + pruned.total() + skipped
-    lines = [f"{total} combinations of mesh, remat and dispatch, of which these cannot run:"]
+    lines = [f"{total} combinations of mesh, remat, dispatch and rows, of which these cannot run:"]
     lines += [f"  {count:6}  {reason}" for reason, count in pruned.most_common()] or ["  none"]
     lines += [
-        f"{skipped} were not compiled: a rough guess ranks them lower (--limit sets how many are compiled)",
+        f"{skipped} were not compiled: a guess that each plan corrects ranks them lower (--limit sets how many are)",
         "",
     ]
     lines.append(
-        f"{'':>3} {'data':>5} {'fsdp':>5} {'expert':>6} {'tensor':>6} {'remat':9} {'dispatch':8} {'step s (80 %)':>22} "
-        f"{'MFU %':>6} {'tok/s/chip':>10} {'GiB':>7} {'compile s':>9}  bound by"
+        f"{'':>3} {'data':>5} {'fsdp':>5} {'expert':>6} {'tensor':>6} {'remat':9} {'dispatch':8} {'rows':>5} "
+        f"{'step s (80 %)':>22} {'MFU %':>6} {'tok/s/chip':>10} {'GiB':>7} {'compile s':>9}  bound by"
     )
     for rank, (candidate, plan) in enumerate(results, 1):
         config = candidate.config
         mesh = config.mesh
         mode = config.model.moe.dispatch if config.model.moe.gate != "none" else "-"
+        rows = config.train.batch_size / (mesh.data * mesh.fsdp * mesh.expert)
         line = f"{rank:3} {mesh.data:5} {mesh.fsdp:5} {mesh.expert:6} {mesh.tensor:6} {config.model.remat:9} {mode:8} "
+        line += f"{rows:5g} "
         if "error" in plan:
             lines.append(line + plan["error"].partition(";")[0][:160])
             continue
