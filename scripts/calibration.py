@@ -184,7 +184,7 @@ def published_seconds(row: Published, config: Any, chips: int) -> float:
 
 def compare(name: str, folder: Path | None) -> dict[str, Any]:
     """Compile one program, or read it if it is kept; a row of the table."""
-    from moe.planner import compiled, plan, search, topology
+    from moe.planner import calibration, compiled, plan, search, topology
 
     row = PUBLISHED[name]
     where = topology.get_topology(row.topology)
@@ -211,6 +211,7 @@ def compare(name: str, folder: Path | None) -> dict[str, Any]:
         "memory_gib": made.memory.total / 2**30,
         "exposed": made.exposed_seconds,
         "versions": search.versions(),
+        "prices": calibration.prices(),
     }
 
 

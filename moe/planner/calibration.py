@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,21 @@ PATH = Path(__file__).with_name("calibration.json")
 def rows() -> list[dict[str, Any]]:
     """Published steps: name, platform, topology, counted and published seconds, and the logarithm of their ratio."""
     return json.loads(PATH.read_text()) if PATH.exists() else []
+
+
+#: What a counted time depends on beside the program.
+_PRICES = (
+    "attention.csv", "attention.py", "chips.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv", "kernels.py",
+    "measured.py", "network.py", "program.py", "timeline.py",
+)  # fmt: skip
+
+
+def prices() -> str:
+    """Hash of the tables and models by which programs are counted."""
+    digest = hashlib.sha256()
+    for name in _PRICES:
+        digest.update(PATH.with_name(name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 #: Upper tenth of Student's t by degrees of freedom, from 1; 1.3 for more.
@@ -90,6 +106,12 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
     lines += ["", f"Inside: {sum(row['inside'] for row in made)} of {len(made)}."]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
+    stale = [row["name"] for row in rows if row.get("prices") != prices()]
+    if stale:
+        lines += [
+            "",
+            f"Counted by earlier prices, whose programs are not kept: {'; '.join(stale)}. Name them with --only.",
+        ]
     versions = sorted({", ".join(row["versions"]) for row in rows})
     lines += ["", f"Versions: {'; '.join(versions)}.", "", "Sources and differences:", "", *sources]
     return "\n".join([*lines, ""])

@@ -7,6 +7,7 @@ estimates: the compiler's own, plus the network model of :mod:`moe.planner.netwo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import (
+    attention,
     calibration,
     exchanges,
     fit,
@@ -43,8 +45,7 @@ class Plan:
         program_flops: of all matrix products in a step's program, all devices.
         compute_seconds: the compiler's estimate, unpriced instructions at memory bandwidth, and kernel_seconds.
         kernel_seconds: kernels without an estimate: grouped matmuls for a balanced router by
-            :mod:`moe.planner.kernels`; other kernels as all their blocks at peak FLOP/s. Causal attention skips half of
-            its blocks and reaches about half of the peak: the two errors cancel.
+            :mod:`moe.planner.kernels`, attention by :mod:`moe.planner.attention`.
         kernel_low, kernel_high: kernel_seconds at the ends of the kernels' intervals, all errors alike.
         scale: measured over estimated time of the published steps, their middle; log_width: their spread, in the
             logarithm; steps: their number (:func:`moe.planner.calibration.spread`).
@@ -265,7 +266,12 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
 
     rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, scenario.matmul_share * peak)
     text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates)
-    items = timeline.with_kernels(text.items, step.products.kernels / len(devices), peak)
+    items = timeline.with_kernels(
+        text.items,
+        step.products.kernels / len(devices),
+        peak,
+        functools.partial(attention.factor, chip, config.model, config.data.sequence_length),
+    )
     found = exchanges.summarise(text, devices, chip)
     if scenario.skew > 1:
         found = tuple(exchanges.skewed(exchange, scenario.skew) for exchange in found)

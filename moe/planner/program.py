@@ -37,7 +37,7 @@ class Rates:
     matmuls: float = 0.0
 
 
-_UNKNOWN_PRICE = Price(0.0, 0.0, 0.0, "all blocks at peak")  # moe.planner.plan knows the kernels' FLOPs
+_UNKNOWN_PRICE = Price(0.0, 0.0, 0.0, "")  # moe.planner.timeline prices attention
 
 
 _KernelPrice = Callable[[GroupedMatmul], Price]
