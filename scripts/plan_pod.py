@@ -94,7 +94,7 @@ def _print_difference() -> None:
 
     if len(_DIFF.value) != 2:
         raise ConfigError(f"--diff={','.join(_DIFF.value)}: must be two files that --json printed")
-    a, b = (json.loads(Path(path).read_text()) for path in _DIFF.value)
+    a, b = (differences.read(Path(path)) for path in _DIFF.value)
     if _PAGE.value:
         write_atomic(Path(_PAGE.value), html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
     print(differences.render(a, b))

@@ -110,7 +110,7 @@ def test_a_page_opens_in_a_browser(made, tmp_path):
     assert f"step {made.step_seconds:.3g} s" in run.stdout
 
 
-def test_differences_name_settings_and_add_up(made):
+def test_differences_name_settings_and_add_up(made, tmp_path):
     a = made.to_json()
     b = _plan(capacity_factor=2.0).to_json()
     b["where"] = [row | {"seconds": row["seconds"] + 0.5 * (row["part"] == "experts")} for row in b["where"]]
@@ -124,6 +124,8 @@ def test_differences_name_settings_and_add_up(made):
     assert sentence.startswith("model.moe.capacity_factor 1.25 → 2.0: +500 ms in experts")
     assert sentence in differences.render(a, b)
     assert sentence in pages.difference(a, b, ("a", "b"))
+    (tmp_path / "b.json").write_text(json.dumps(b))
+    assert differences.read(tmp_path / "b.json") == json.loads(json.dumps(b))
 
 
 def test_changes_are_valid_and_single():

@@ -3,9 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from moe.foreign_files import Fields, check, read_object
 
 _Json = dict[str, Any]
+_Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+
+
+class _Part(Fields):
+    part: str
+    seconds: _Seconds
+
+
+class _Memory(Fields):
+    capacity: _Positive
+
+
+class _Plan(Fields):
+    """What differences and their page read of a plan (:meth:`moe.planner.plan.Plan.to_json`)."""
+
+    config: _Json
+    topology: str
+    platform: str
+    scenario: str
+    where: list[_Part]
+    exposed_seconds: _Seconds
+    step_seconds: _Positive
+    counted_seconds: _Seconds
+    step_interval: Annotated[list[_Positive], pydantic.Field(min_length=2, max_length=2)]
+    tokens_per_second_per_chip: _Positive
+    mfu: _Seconds
+    memory: _Memory
+    memory_total: _Positive
+    cost: str
+
+
+_PLAN = pydantic.TypeAdapter(_Plan)
+
+
+def read(path: Path) -> _Json:
+    """A plan that ``scripts/plan_pod.py --json`` printed. Raises ConfigError for a file of something else."""
+    plan = read_object(path)
+    check(plan, _PLAN, f"{path}: not a plan that --json printed")
+    return plan
 
 
 def settings(a: _Json, b: _Json) -> list[tuple[str, Any, Any]]:

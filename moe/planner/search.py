@@ -22,6 +22,7 @@ import jax
 
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict
+from moe.foreign_files import read_object
 from moe.planner.candidates import Candidate
 from moe.planner.guide import Guide
 
@@ -48,9 +49,9 @@ class Cache:
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def get(self, config: Config) -> Plan | None:
-        """The stored plan, or None."""
-        with contextlib.suppress(FileNotFoundError):
-            return json.loads(self.path(config).read_text())
+        """The stored plan; None where there is none, or a damaged one, which is made again."""
+        with contextlib.suppress(ConfigError):
+            return read_object(self.path(config))
         return None
 
     def put(self, config: Config, plan: Plan) -> None:
