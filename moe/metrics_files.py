@@ -19,6 +19,7 @@ from etils import epath
 
 from moe.atomic_files import in_bucket, write_atomic
 from moe.config import Config, ConfigError, read_small_file, to_dict
+from moe.fields import whole_number
 from moe.foreign_files import Fields, Step, parse
 from moe.metric_writers import Factory
 
@@ -100,7 +101,11 @@ def _read_lines(path: epath.Path | Path) -> list[dict[str, Any]]:
 def _segments(path: epath.Path | Path) -> list[epath.Path | Path]:
     """Objects of rows that follow those of a metrics file in a bucket, in order."""
     folder = path.with_name(f"{path.name}.rows")
-    return sorted(folder.iterdir()) if in_bucket(path) and folder.is_dir() else []
+    found = sorted(folder.iterdir()) if in_bucket(path) and folder.is_dir() else []
+    for segment in found:
+        if whole_number(segment.name) is None:
+            raise ConfigError(f"{segment}: not an object of rows of metrics; move it away")
+    return found
 
 
 class _Segments:

@@ -78,6 +78,14 @@ def test_rows_in_a_bucket_are_those_of_appends(store):
     assert any(path.name.startswith("events.") for path in (workdir / "tensorboard").iterdir())
 
 
+def test_a_stray_object_among_rows_is_named(store):
+    workdir = epath.Path(f"gs://{BUCKET}/stray")
+    _write(workdir, 0, range(1, 3), end=False)
+    (workdir / f"{METRICS}.rows" / "notes²").write_text("x")
+    with pytest.raises(ConfigError, match=r"stray/metrics\.jsonl\.rows/notes²: not an object of rows of metrics"):
+        read_rows(workdir / METRICS)
+
+
 @pytest.mark.parametrize("kept", [1, 3])
 def test_rows_survive_a_kill_between_joining_and_deleting(store, monkeypatch, kept):
     """Objects of rows that are still there repeat rows, or follow a gap: neither shows twice, or without the others."""
