@@ -32,6 +32,7 @@ from moe.config import (
     allow_modules,
     check_field,
     check_path,
+    exits_as_errors,
     extend_import_path,
     inherit_model,
     run_config,
@@ -152,7 +153,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return _parse(argv, required)
+            with exits_as_errors():
+                return _parse(argv, required)
         except Exception as error:  # a config file is a program and may raise anything
             if "--traceback" in argv:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -205,8 +206,33 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
         factory = import_object("train.writers", name) if ":" in name else WRITERS[name]
         if not (callable(factory) and _takes(factory, 3)):
             raise ConfigError(f"train.writers={name!r}: must be a function (workdir, config, step) -> writer")
-        found.append(factory)
+        found.append(functools.partial(_OwnWriter, f"train.writers={name!r}", factory) if ":" in name else factory)
     return found
+
+
+class _OwnWriter:
+    """A writer of a user's module: what it raises ends in a sentence that names it."""
+
+    def __init__(self, where: str, factory: Factory, workdir: epath.Path, config: dict[str, Any], step: int):
+        self._where = where
+        self._writer: Any = self._call("it", factory, workdir, config, step)
+        if not all(callable(getattr(self._writer, name, None)) for name in ("write", "close")):
+            kind = type(self._writer).__name__
+            raise ConfigError(f"{where}: must return a writer with write(step, kind, values) and close(), not {kind}")
+
+    def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:  # a user's code may raise anything
+            raise ConfigError(f"{self._where}: {what} raises {type(error).__name__}: {error}") from error
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Pass a row on."""
+        self._call("write", self._writer.write, step, kind, values)
+
+    def close(self) -> None:
+        """Close it."""
+        self._call("close", self._writer.close)
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

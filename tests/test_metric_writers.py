@@ -97,6 +97,29 @@ def test_what_cannot_be_a_writer_is_refused_before_anything_is_written(module, d
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", r"must return a writer with write\(step, kind, values\) and close\(\), not NoneType"),
+        ("return object()", "must return a writer .* not object"),
+        ("raise KeyError('a')", "it raises KeyError: 'a'"),
+        ("return types.SimpleNamespace(write=lambda s, k, v: v['nothing'], close=lambda: 0)", "write raises KeyError"),
+        (
+            "return types.SimpleNamespace(write=lambda s, k, v: 0, close=lambda: 1 / 0)",
+            "close raises ZeroD",
+        ),
+    ],
+)
+def test_a_writer_that_fails_is_named(monkeypatch, tmp_path, body, message):
+    module = types.ModuleType("failing_writers")
+    exec(f"import types\ndef make(workdir, config, step):\n    {body}", vars(module))
+    monkeypatch.setitem(sys.modules, "failing_writers", module)
+    with pytest.raises(ConfigError, match=rf"^train\.writers='failing_writers:make': {message}"):  # noqa: PT012
+        writer = MetricsWriter(epath.Path(tmp_path), 0, Config(), find_writers(("failing_writers:make",)))
+        writer.write(1, "train", {"loss": 1.0})
+        writer.close()
+
+
 def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):
     """Means before layers; not the z-loss, whose weight is 0, nor a number that was never anything but 0."""
     moe = dataclasses.replace(Config().model.moe, z_loss_weight=0.0)

@@ -1,6 +1,8 @@
 """Optimizers: what they move, what they decay, how their state is stored, and updates computed by hand."""
 
 import dataclasses
+import sys
+import types
 import typing
 
 import jax
@@ -23,6 +25,7 @@ from moe.training.optimizer import (
     averaged_weights,
     decay_mask,
     make_optimizer,
+    probe_own,
 )
 from tests.helpers import tiny_encoder_decoder, tiny_model
 
@@ -250,6 +253,28 @@ def test_an_unknown_optimizer_is_named():
         ConfigError, match=r"'builtins:print': must return an optax\.GradientTransformation, not NoneType"
     ):
         make_optimizer(dataclasses.replace(CONFIG, name="builtins:print"), 10)
+
+
+@pytest.mark.parametrize(
+    ("init", "update", "message"),
+    [
+        (lambda p: 1 / 0, lambda g, s, p=None: (g, s), "its init raises ZeroDivisionError"),
+        (lambda p: (), lambda g, s, p=None: g["nothing"], "its update raises KeyError: 'nothing'"),
+        (lambda p: (), lambda g, s, p=None: (jax.tree.map(jnp.sum, g), s), r"updates .* are float32\[\], not float32"),
+        (lambda p: (), lambda g, s, p=None: ({}, s), "the updates that its update returns have another structure"),
+        (lambda p: jnp.zeros(()), lambda g, s, p=None: (g, (s, s)), "the state .* have another structure"),
+        (lambda p: jnp.zeros(()), lambda g, s, p=None: (g, s > 0), r"the state .* are bool\[\], not float32\[\]"),
+    ],
+)
+def test_an_optimizer_that_cannot_update_is_named(monkeypatch, init, update, message):
+    module = types.ModuleType("failing_optimizers")
+    vars(module)["make"] = lambda config, schedule: optax.GradientTransformation(init, update)
+    monkeypatch.setitem(sys.modules, "failing_optimizers", module)
+    config = dataclasses.replace(CONFIG, name="failing_optimizers:make", gradient_clip=0.0)
+    parameters = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    with pytest.raises(ConfigError, match=rf"^optimizer\.name='failing_optimizers:make': .*{message}"):  # noqa: PT012
+        optimizer = make_optimizer(config, 10)
+        probe_own(config, optimizer, parameters, jax.eval_shape(optimizer.init, parameters))
 
 
 def test_the_moving_average_of_the_weights_by_hand():

@@ -44,6 +44,10 @@ class Last(Gate):
         weights, index = top_k(probs[..., ::-1], self.k)
         return GateOutput(router_logits.shape[-1] - 1 - index, weights)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needy(Last):
+    table: tuple[int, ...]
+
 layer = Layer(Last(), "this file", capacity_factor=1.5, eval_capacity_factor=2.5)
 number = 3
 
@@ -78,6 +82,7 @@ def module(tmp_path, monkeypatch):
     (folder / "my_gates.py").write_text(MODULE)
     (folder / "broken_gates.py").write_text("import my_gates\n1 / 0\n")
     (folder / "needy_gates.py").write_text("import not_installed\n")
+    (folder / "exiting_gates.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(str(folder))
     yield folder
     for name in ("my_gates", "broken_gates", "needy_gates"):
@@ -112,6 +117,8 @@ def test_a_gate_and_a_layer_resolve(module):
         ("my_gates:", "must be module:object"),
         (":rule", "must be module:object"),
         ("my gates:rule", "must be module:object"),
+        ("exiting_gates:rule", r"importing exiting_gates failed: ImportError: it calls sys\.exit\(0\)"),
+        ("my_gates:Needy", r"Needy\(\) failed: .*missing 1 required .*argument: 'table'"),
         ("broken_gates:rule", "importing broken_gates failed: ZeroDivisionError: division by zero"),
         ("needy_gates:rule", "importing needy_gates failed: No module named 'not_installed'"),
         ("mixtrall", "did you mean 'mixtral'"),

@@ -12,6 +12,7 @@ import itertools
 import typing
 from collections.abc import Iterable, Mapping
 
+from moe.config.files import exits_as_errors
 from moe.config.schema import Config
 from moe.fields import ConfigError
 
@@ -63,7 +64,8 @@ def import_object(field: str, name: str) -> typing.Any:
         raise ConfigError(f"{where}: must be module:object, such as my_module:my_function")
     _allowed.add(module_name)
     try:
-        module = importlib.import_module(module_name)
+        with exits_as_errors():
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(f"{where}: importing {module_name} failed: {error}") from error

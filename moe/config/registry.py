@@ -123,7 +123,10 @@ def _import_layer(name: str) -> Layer:
     if isinstance(value, Layer):
         return value
     if isinstance(value, type) and issubclass(value, Gate):
-        value = value()
+        try:
+            value = value()
+        except TypeError as error:  # a field without a default
+            raise ConfigError(f"model.moe.gate={name!r}: {value.__name__}() failed: {error}") from error
     if not isinstance(value, Gate):
         raise ConfigError(f"model.moe.gate={name!r}: must be a Gate, not {type(value).__name__}")
     return Layer(value, name, load_balancing_weight=0.01)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pydantic
 
-from moe.config import ConfigError, load_python_file
+from moe.config import ConfigError, exits_as_errors, load_python_file
 from moe.data.corpora import DOMAINS
 from moe.foreign_files import first_sentence
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
@@ -32,10 +32,11 @@ def load_suite(path: str, size: str) -> Suite:
     if not Path(path).is_file():
         raise ConfigError(f"--suite={path}: no such file; suites are in configs/ablations/")
     try:
-        module = load_python_file(path)
-        if not hasattr(module, "get_suite"):
-            raise ConfigError(f"--suite={path}: has no get_suite(size)")
-        suite = module.get_suite(size, *[argument] * bool(separator))
+        with exits_as_errors():
+            module = load_python_file(path)
+            if not hasattr(module, "get_suite"):
+                raise ConfigError(f"--suite={path}: has no get_suite(size)")
+            suite = module.get_suite(size, *[argument] * bool(separator))
     except ConfigError:
         raise
     except Exception as error:  # the file's own code, and fields of other types

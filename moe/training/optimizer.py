@@ -244,7 +244,43 @@ def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
         raise ConfigError(f"{where}: calling it failed: {type(error).__name__}: {error}") from error
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ConfigError(f"{where}: must return an optax.GradientTransformation, not {type(optimizer).__name__}")
-    return optimizer
+
+    def init(params: Any) -> Any:
+        try:
+            return optimizer.init(params)
+        except Exception as error:
+            raise ConfigError(f"{where}: its init raises {type(error).__name__}: {error}") from error
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+
+
+def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, parameters: Any, state: Any) -> None:
+    """Refuse an optimizer of a user's module that cannot update a model; nothing is computed.
+
+    Args:
+        config: with its name.
+        optimizer: of :func:`make_optimizer`.
+        parameters: ShapeDtypeStructs of what is trained.
+        state: ShapeDtypeStructs of its state.
+
+    Raises:
+        ConfigError: update raises, or changes the structure, a shape or a type of the updates or of the state.
+    """
+    if ":" not in config.name:
+        return
+    where, update = f"optimizer.name={config.name!r}", optax.with_extra_args_support(optimizer).update
+    try:
+        found = jax.eval_shape(lambda tree, state: update(tree, state, tree, norm=jnp.ones(())), parameters, state)
+    except Exception as error:
+        raise ConfigError(f"{where}: its update raises {type(error).__name__}: {error}") from error
+    for name, before, after in (("updates", parameters, found[0]), ("state", state, found[1])):
+        if jax.tree.structure(before) != jax.tree.structure(after):
+            raise ConfigError(f"{where}: the {name} that its update returns have another structure")
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise ConfigError(
+                    f"{where}: the {name} that its update returns are {new.str_short()}, not {old.str_short()}"
+                )
 
 
 def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:

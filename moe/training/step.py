@@ -51,7 +51,7 @@ from moe.training.losses import (
     row_cross_entropy,
     soft_cross_entropy,
 )
-from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer
+from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
 
 #: int32 arrays by the names of :func:`batch_keys` (see moe.data.pipeline)
 Batch = dict[str, Array]
@@ -166,6 +166,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
+    probe_own(config.optimizer, parts.optimizer, shapes.parameters, shapes.optimizer)
     state_shardings = partition_specs.shardings(mesh, _specs(config, shapes))
     variable_shardings = partition_specs.shardings(mesh, _variable_specs(config.model))
     batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
