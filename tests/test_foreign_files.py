@@ -100,7 +100,10 @@ def test_an_odd_config_of_a_start_is_named(tmp_path, path, value, says):
         ("1 / 0", "ZeroDivisionError"),
         ("x = 1", "has no get_suite(size)"),
         ("def get_suite(size):\n    return {}['a']", "KeyError: 'a'"),
-        ("from moe.lab.suite import Sweep\ndef get_suite(size):\n    Sweep('a', (1,))", "learning_rates='a': must be"),
+        (
+            "from moe.lab.suite import Sweep\ndef get_suite(size):\n    Sweep(learning_rates='a', seeds=(1,))",
+            "Sweep: learning_rates='a': must be",
+        ),
     ],
 )
 def test_a_suite_that_does_not_load_is_one_sentence(tmp_path, text, says):

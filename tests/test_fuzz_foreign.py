@@ -260,7 +260,8 @@ def test_an_index_of_text(data):
     with tempfile.TemporaryDirectory() as folder:
         text, index = Path(folder) / "text", Path(folder) / "index"
         text.mkdir()
-        (text / "a.txt").write_text("\n\n".join(random_text(seed) for seed in range(20)))
+        for seed in range(20):
+            (text / f"{seed}.txt").write_text(random_text(seed))
         opened = folders.open_folder(str(text), epath.Path(index), lambda _: None)
         assert opened
         (found,) = (path for path in index.rglob("index.json"))

@@ -106,7 +106,9 @@ def copy_columns(source: epath.Path, target: Path) -> None:
                     writer.write_batch(pa.record_batch(arrays, schema=kept))
     except ConfigError:
         raise
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; others are of metadata
+            raise
         raise _damaged(os.fspath(source), error) from error
 
 
