@@ -6,9 +6,11 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 
@@ -53,6 +55,20 @@ def write_figure(path: epath.Path | Path, figure: Any, dpi: int, **options: Any)
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png", **options)
     write_atomic(path, content.getvalue())
+
+
+def write_arrays(path: epath.Path | Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as a compressed npz file, as :func:`write_atomic` does."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomic(path, content.getvalue())
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a local file, as UTF-8; it is created. OSError for a link or a FIFO in its place."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _new(path: str, flags: int) -> int:

@@ -43,6 +43,7 @@ Discussion: docs/log/2026-11.md.
 
 def main() -> None:
     """Compile the missing points; all files are written again after every point."""
+    from moe.atomic_files import append
     from moe.planner import scaling
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
@@ -52,8 +53,7 @@ def main() -> None:
     missing = [point for point in points if (point.series, point.topology) not in known]
     for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
         rows.append(row)
-        with (folder / ROWS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(folder / ROWS, json.dumps(row) + "\n")
         write(folder, rows, points)
     print(write(folder, rows, points))
 

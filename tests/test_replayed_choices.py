@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe.config import ConfigError
 from moe.config.registry import LAYERS
 from moe.models.decoder import Transformer
 from moe.routing.interface import Gate
@@ -55,6 +56,11 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
     assert isinstance(choices, Choices)
     assert isinstance(full, Routing)
     jax.tree.map(np.testing.assert_array_equal, full, recorded)
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "choices.npz").read_bytes()[:-30])
+    np.savez(tmp_path / "no_routing.npz", weights=recorded.combine_weights)
+    for name in ("damaged", "no_routing"):
+        with pytest.raises(ConfigError, match=rf"{name}\.npz: not the arrays of a routing, or of choices"):
+            load_routing(str(tmp_path / f"{name}.npz"))
     np.savez(tmp_path / "other.npz", expert_index=recorded.expert_index, chosen=recorded.chosen)
     jax.tree.map(np.testing.assert_array_equal, load_routing(str(tmp_path / "other.npz")), choices)
     graphdef, parameters, rest = nnx.split(ours, nnx.Param, ...)

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from moe import escaping
+from moe import atomic_files, escaping
 from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters
 from moe.checkpoints.workdir import read_config
@@ -50,7 +50,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 PROGRAMS = {"moe/config/files.py"}
 
 #: Calls that write a file in place, through a link of that name, and leave half of it on a full disk.
-WRITES = {"write_text", "write_bytes", "savefig"}
+WRITES = {"write_text", "write_bytes", "savefig", "savez", "savez_compressed"}
 WRITERS = {"moe/atomic_files.py", "scripts/kill_runs.py"}  # the second writes the text of its own test
 
 #: Scripts that import torch to time it, and read nothing with it.
@@ -138,6 +138,7 @@ def test_no_code_of_ours_could_run_what_it_reads():
         "loader.exec_module(m)",
         "subprocess.run('ls', shell=True)",
         "path.write_text('x')",
+        "np.savez(path, x=x)",
     ],
 )
 def test_the_check_itself_sees(line):
@@ -341,6 +342,19 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_are_not_appended_to_what_is_no_file(tmp_path):
+    (tmp_path / "target").write_text("theirs")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for a reader
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError):  # noqa: PT011
+            atomic_files.append(tmp_path / name, "ours")
+    assert (tmp_path / "target").read_text() == "theirs"
+    for line in ("1 é\n", "2\n"):
+        atomic_files.append(tmp_path / "new", line)
+    assert (tmp_path / "new").read_bytes() == "1 é\n2\n".encode()
 
 
 def test_a_full_disk_leaves_the_good_file(tmp_path):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from moe.atomic_files import write_arrays
 from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
 from moe.conformance.equations import Layer, Rule
@@ -186,4 +187,4 @@ def write(path: Path, layer: Layer, results: Mapping[str, np.ndarray]) -> None:
     arrays: dict[str, Any] = {**layer.weights, "mask": layer.mask, **results}
     optional = {"router_logits": layer.logits, "bias": layer.bias, "cotangent": layer.cotangent}
     arrays |= {name: array for name, array in optional.items() if array is not None}
-    np.savez(path, **arrays)
+    write_arrays(path, arrays)

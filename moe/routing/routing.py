@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+import zlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
+from moe.atomic_files import write_arrays
 from moe.fields import ConfigError
 from moe.routing.interface import Gate, GateInputs, GateOutput
 
@@ -66,14 +70,21 @@ def save_routing(path: str, routing: Routing | Choices) -> None:
     """Write a routing, or choices, as an npz file with one array per attribute."""
     arrays = {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
     given: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
-    np.savez_compressed(path, **given)
+    write_arrays(Path(path), given)
 
 
 def load_routing(path: str) -> Routing | Choices:
-    """Read a file of :func:`save_routing`, or of another program with the arrays of :class:`Choices`."""
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: jnp.asarray(archive[name]) for name in archive.files}
-    return (Choices if arrays.keys() == {"expert_index", "chosen"} else Routing)(**arrays)
+    """Read a file of :func:`save_routing`, or of another program with the arrays of :class:`Choices`.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: jnp.asarray(archive[name]) for name in archive.files}
+        return (Choices if arrays.keys() == {"expert_index", "chosen"} else Routing)(**arrays)
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path}: not the arrays of a routing, or of choices ({error})") from error
 
 
 def route(

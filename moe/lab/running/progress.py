@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import append
 from moe.lab.records import Key
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
@@ -36,8 +37,7 @@ class Progress:
         line = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}"
         progress.say(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(line + "\n")
+        append(self._path, line + "\n")
 
     def start(self, key: Key, planned: Sequence[Key], done: Iterable[Key]) -> None:
         """Note the run that starts, and what is left from it on."""

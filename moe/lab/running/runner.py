@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import append
 from moe.checkpoints.state import TrainState
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
@@ -103,8 +104,7 @@ def recording(program: Program, path: Path) -> Program:
         number = offset[0] + next(counter)
         state, metrics = program.train_step(state, batch)
         if number >= first:
-            with path.open("a") as file:
-                file.write(f"{number} {float(metrics.cross_entropy)!r}\n")
+            append(path, f"{number} {float(metrics.cross_entropy)!r}\n")
         return state, metrics
 
     return dataclasses.replace(program, train_step=step)
