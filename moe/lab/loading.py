@@ -40,8 +40,9 @@ def load_suite(path: str, size: str) -> Suite:
     except ConfigError:
         raise
     except Exception as error:  # the file's own code, and fields of other types
-        wrong = isinstance(error, pydantic.ValidationError)
-        reason = f"{error.title}: {first_sentence(error)}" if wrong else f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, pydantic.ValidationError):
+            reason = f"{error.title}: {first_sentence(error)}"
         raise ConfigError(f"--suite={path}: get_suite({size!r}) failed ({reason})") from error
     if not isinstance(suite, Suite):
         raise ConfigError(f"--suite={path}: get_suite({size!r}) must return a moe.lab.suite.Suite")
