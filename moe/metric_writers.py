@@ -203,7 +203,7 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
     for name in names:
         if ":" not in name and name not in WRITERS:
             raise ConfigError(f"train.writers={name!r}: must be of {', '.join(WRITERS)}, or module:function")
-        factory = import_object("train.writers", name) if ":" in name else WRITERS[name]
+        factory: Any = import_object("train.writers", name) if ":" in name else WRITERS[name]
         if not (callable(factory) and _takes(factory, 3)):
             raise ConfigError(f"train.writers={name!r}: must be a function (workdir, config, step) -> writer")
         found.append(functools.partial(_OwnWriter, f"train.writers={name!r}", factory) if ":" in name else factory)

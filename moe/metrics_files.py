@@ -162,12 +162,12 @@ class MetricsWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        self._writers = [make(workdir, to_dict(config), step) for make in writers]
         self._files = {}
         for name in (METRICS, TIMING):
             kept = [json.dumps(row) + "\n" for row in read_rows(workdir / name) if row["step"] <= step]
             self.rows[name] = len(kept)
             self._files[name] = (_Segments if in_bucket(workdir) else _Appended)(workdir / name, kept)
-        self._writers = [make(workdir, to_dict(config), step) for make in writers]
 
     def write(self, step: int, kind: str, values: dict[str, Any], *, file: str = METRICS) -> None:
         """Write a row of the step, the kind and these values."""

@@ -1,5 +1,6 @@
 """Metric writers: a user's own, TensorBoard's events, and calls to Weights & Biases."""
 
+import contextlib
 import dataclasses
 import json
 import struct
@@ -116,8 +117,8 @@ def test_a_writer_that_fails_is_named(monkeypatch, tmp_path, body, message):
     monkeypatch.setitem(sys.modules, "failing_writers", module)
     with pytest.raises(ConfigError, match=rf"^train\.writers='failing_writers:make': {message}"):  # noqa: PT012
         writer = MetricsWriter(epath.Path(tmp_path), 0, Config(), find_writers(("failing_writers:make",)))
-        writer.write(1, "train", {"loss": 1.0})
-        writer.close()
+        with contextlib.closing(writer):
+            writer.write(1, "train", {"loss": 1.0})
 
 
 def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):

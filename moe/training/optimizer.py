@@ -277,10 +277,9 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
         if jax.tree.structure(before) != jax.tree.structure(after):
             raise ConfigError(f"{where}: the {name} that its update returns have another structure")
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-            if (old.shape, old.dtype) != (new.shape, new.dtype):
-                raise ConfigError(
-                    f"{where}: the {name} that its update returns are {new.str_short()}, not {old.str_short()}"
-                )
+            kinds = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in (new, old)]
+            if kinds[0] != kinds[1]:
+                raise ConfigError(f"{where}: the {name} that its update returns are {kinds[0]}, not {kinds[1]}")
 
 
 def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
