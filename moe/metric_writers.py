@@ -213,7 +213,7 @@ def find_writers(names: Sequence[str]) -> list[Factory]:
 class _OwnWriter:
     """A writer of a user's module: what it raises ends in a sentence that names it."""
 
-    def __init__(self, where: str, factory: Factory, workdir: epath.Path, config: dict[str, Any], step: int):
+    def __init__(self, where: str, factory: Callable[..., Any], workdir: epath.Path, config: dict[str, Any], step: int):
         self._where = where
         self._writer: Any = self._call("it", factory, workdir, config, step)
         if not all(callable(getattr(self._writer, name, None)) for name in ("write", "close")):
