@@ -15,6 +15,7 @@ from moe.layers.attention import attend, cpu, tpu
 from moe.layers.attention.scoring import Scoring
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
+from moe.planner import arithmetic
 from moe.training import losses
 from tests.helpers import collectives, slow_case
 
@@ -150,9 +151,13 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     segment_ids = jnp.repeat(jnp.arange(4), 16)[None].repeat(2, axis=0)
     full = attend.attend(query, key, value, segment_ids, kind="full", scoring=Scoring(9))
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    in_blocks = attend.attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(9))
-    assert blocks == [(2, 1, 16, 64)]
-    np.testing.assert_allclose(full.astype(jnp.float32), in_blocks.astype(jnp.float32), rtol=0.02, atol=0.02)
+    # A window of 9 before 16 queries needs 24 keys; where keys come in 64, each quarter of the row gets those so far.
+    for keys_of_a_window, seen in ((8, [24]), (64, [16, 32, 48, 64])):
+        monkeypatch.setattr(attend, "_KEYS", keys_of_a_window)
+        in_blocks = attend.attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(9))
+        assert blocks == [(2, 1, 16, keys) for keys in seen]
+        blocks.clear()
+        np.testing.assert_allclose(full.astype(jnp.float32), in_blocks.astype(jnp.float32), rtol=0.02, atol=0.02)
 
     runs = attend.runs_cudnn
     assert runs(query, 16, 256)
@@ -166,6 +171,19 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
     for unable in ("7.5", "gfx90a"):
         device.compute_capability = unable
         assert not runs(query, 16, 16)
+
+
+@pytest.mark.parametrize(("window", "keys"), [(0, 4096 * 10 / 16), (128, 640), (2048, 2560), (4096, 4096 * 10 / 16)])
+def test_keys_that_no_query_of_a_block_sees_are_left_out(window, keys):
+    """Of 4096: on average 10/16 in quarters of a causal row; a window and the block's own 512 queries."""
+    query, key = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    segment_ids = jnp.ones((1, 4096), jnp.int32)
+
+    def heads(query, key):
+        return attend.attend(query, key, key, segment_ids, kind="blocked", scoring=Scoring(window))
+
+    flops = arithmetic.matmul_flops(jax.make_jaxpr(heads)(query, key).jaxpr).total
+    assert flops == pytest.approx(2 * 2 * 4096 * keys * 4 * 64)
 
 
 def _loss_inputs(dtype="float32"):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -59,6 +61,12 @@ def checked_for_target() -> Iterator[None]:
 
 _LARGEST_BLOCK = 512
 
+#: Parts of a causal row whose queries are given no later keys: 4 of them compute 10/16 of the scores.
+_PARTS = 4
+
+#: Keys of a window are a multiple of this, which cuDNN's gradient under a mask takes.
+_KEYS = 64
+
 
 def blocked_attention(
     query: Float[Array, "B T N H"],
@@ -73,24 +81,24 @@ def blocked_attention(
 ) -> Float[Array, "B T N V"]:
     """Same function as :func:`moe.layers.attention.attend.attend`: each block by cuDNN's kernel where GPUs and shapes
     allow it, elsewhere as matmuls whose scores the backward pass recomputes. The queries are those from position
-    ``first`` on."""
+    ``first`` on. Causal self-attention leaves out the keys before a block's window, or after its part of the row."""
     batch, length, heads, head_dim = query.shape
     bias, prefix, value_dim = scoring.bias, scoring.prefix, value.shape[-1]
     factor = scoring.factor(head_dim)
     # JAX's function takes heads of one dimension: the shorter ones are padded with zeros.
     query, key, value = (_widen(x, max(head_dim, value_dim)) for x in (query, key, value))
     size = length if one_block else _block_size(length, _LARGEST_BLOCK)
-    key_positions = jnp.arange(key.shape[1], dtype=jnp.int32)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
     plain = bias is None and key.shape[1] % 2 == 0 and not one_block
     width = query.shape[-1] + (0 if scoring.sinks is None else ADDED)
     implementation = "cudnn" if plain and runs_cudnn(query, size, width) else None
 
-    def block(inputs: tuple[Array, Array, Array]) -> Array:
-        part, part_segments, start = inputs
-        mask = part_segments[:, :, None] == key_segment_ids[:, None, :]
+    def block(inputs: tuple[Array, Array, Array], seen: tuple[Array, Array, Array], low: Array | int) -> Array:
+        """Attention of a block of queries to these keys, the first of which is at position ``low``."""
+        (part, part_segments, start), (key, value, key_segments) = inputs, seen
+        mask = part_segments[:, :, None] == key_segments[:, None, :]
         if scoring.causal:
-            distance = start + jnp.arange(size)[:, None] - key_positions  # [size,U]
+            distance = start + jnp.arange(size)[:, None] - (low + jnp.arange(key.shape[1]))  # [size,U]
             visible = scoring.in_window(distance)
             mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
         own_bias = None
@@ -108,15 +116,39 @@ def blocked_attention(
         )
         return heads[..., :value_dim]
 
+    everything = key, value, key_segment_ids
     if size == length and one_block:
-        return block((query, segment_ids, jnp.int32(first)))
+        return block((query, segment_ids, jnp.int32(first)), everything, 0)
 
     # [B,T,...] → [B,T/size,size,...] → [T/size,B,size,...], and back
     def split(x: Array) -> Array:
         return x.reshape(batch, length // size, size, *x.shape[2:]).swapaxes(0, 1)
 
     starts = first + jnp.arange(0, length, size, dtype=jnp.int32)
-    parts = jax.lax.map(jax.checkpoint(block), (split(query), split(segment_ids), starts))
+    blocks = split(query), split(segment_ids), starts
+    ordered = scoring.causal and bias is None and prefix is None and key.shape[1] == length
+    # A window before a block and the block itself; of a block at the start of a row also keys after it.
+    span = math.ceil((size + scoring.window - 1) / _KEYS) * _KEYS
+
+    def in_window(inputs: tuple[Array, Array, Array]) -> Array:
+        low = jnp.clip(inputs[2] + size - span, 0, length - span)
+        seen = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, low, span, axis=1), everything)
+        return block(inputs, seen, low)
+
+    def up_to(end: int, inputs: tuple[Array, Array, Array]) -> Array:
+        return block(inputs, jax.tree.map(lambda x: x[:, :end], everything), 0)
+
+    if ordered and scoring.window and span < length:
+        parts = jax.lax.map(jax.checkpoint(in_window), blocks)
+    else:
+        count = math.gcd(length // size, _PARTS) if ordered else 1
+        each = length // size // count
+        outputs = []
+        for i in range(count):
+            ours = jax.tree.map(lambda x, i=i: x[i * each : (i + 1) * each], blocks)
+            end = (i + 1) * length // count if ordered else key.shape[1]
+            outputs.append(jax.lax.map(jax.checkpoint(functools.partial(up_to, end)), ours))
+        parts = jnp.concatenate(outputs)
     return parts.swapaxes(0, 1).reshape(batch, length, heads, value_dim)
 
 
