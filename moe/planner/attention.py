@@ -1,14 +1,14 @@
 """Times of attention kernels from published timings, with intervals that hold 80 %.
 
-``attention.csv`` has 135 of them: causal self-attention of 1024 to 32,768 tokens with heads of 64 to 256, on A100 and
-H100 (cuDNN forward; backward JAX's Mosaic kernel), v5p, v6e and tpu7x (flash and splash attention of tokamax, relatives
-of JAX's splash). The logarithm of time over that of all keys at peak FLOP/s is quadratic in the logarithms of the
-tokens and of the heads' dimension, for each device and pass. Short rows and small heads take many times the time at
-peak on TPUs, whose vector units compute the softmax.
+``attention.csv`` has 125 of them: self-attention of 1024 to 32,768 tokens with heads of 64 to 256; causal on v5p, v6e
+and tpu7x (flash and splash attention of tokamax, relatives of JAX's splash), over all keys on A100 and H100 (cuDNN
+forward; backward JAX's Mosaic kernel, up to 128). The logarithm of time over that of all keys at peak FLOP/s is
+quadratic in the logarithms of the tokens and of the heads' dimension, for each device and pass. Short rows and small
+heads take many times the time at peak on TPUs, whose vector units compute the softmax.
 
-Without timings are the backward pass on v5p, v6e and A100 (the forward pass's, times backward over forward on tpu7x and
-H100), v5e and older TPUs (as v5p) and H200, B200 and GB200 (as H100): priced by analogy, with a wider interval. So is a
-window: rows of twice its length, at least 1024.
+Priced by analogy, with a wider interval, are the backward pass on v5p, v6e and A100 (the forward pass's, times backward
+over forward on tpu7x and H100); v5e and older TPUs (as v5p); H200, B200 and GB200 (as H100); all GPUs, because cuDNN is
+given a mask here and was not there; and a window (rows of twice its length, at least 1024).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _factor(name: str, kind: str, tokens: int, width: int) -> tuple[float, float
     weights, spread = _fit(device, kind)
     if weights is not None:
         factor = math.exp(features @ weights)
-        return (factor, spread, "measured") if device == name else (factor, spread + _ANALOGY, "by analogy")
+        exact = device == name and name in CHIPS
+        return (factor, spread, "measured") if exact else (factor, spread + _ANALOGY, "by analogy")
     reference = "tpu7x" if device in CHIPS else "h100"
     parts = [(1, *_fit(device, "forward")), (1, *_fit(reference, kind)), (-1, *_fit(reference, "forward"))]
     logarithm = sum(sign * (features @ weights) for sign, weights, _ in parts if weights is not None)
