@@ -68,10 +68,15 @@ def candidates(
     sparse = config.model.moe.gate != "none"
     for mesh in meshes(devices, num_slices):
         sizes = dataclasses.asdict(mesh)
+        shards = mesh.data * mesh.fsdp * mesh.expert * config.train.accumulation_steps
+        batches = {each * shards for each in rows}
+        if not rows or config.train.batch_size % shards == 0:
+            batches.add(config.train.batch_size)
+        trains = [dataclasses.replace(config.train, batch_size=batch) for batch in sorted(batches)]
         for remat, mode in itertools.product(REMAT_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)):
             moe = dataclasses.replace(config.model.moe, dispatch=mode)
             model = dataclasses.replace(config.model, remat=remat, moe=moe)
-            tried = dataclasses.replace(config, mesh=mesh, model=model)
+            tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
             try:
                 validate(tried)
                 validate_mesh(tried, sizes)
@@ -82,17 +87,14 @@ def candidates(
                 pruned["a dense model has no use for mesh.expert"] += 1
                 continue
             bound, capacity = fit.lower_bound(tried, sizes), chip.memory // chip.devices
-            fixed, least = bound.total - bound.activations, bound.activations / config.train.batch_size
-            batches = {config.train.batch_size}
-            shards = mesh.data * mesh.fsdp * mesh.expert * config.train.accumulation_steps
-            for batch in sorted(batches | {each * shards for each in rows}):
-                activations = round(least * batch)
+            fixed, least = bound.total - bound.activations, bound.activations / trains[0].batch_size
+            for train in trains:
+                activations = round(least * train.batch_size)
                 if bound.parameters + bound.optimizer > capacity:
                     pruned["parameters and optimizer alone do not fit"] += 1
                 elif fixed + activations > capacity:
                     pruned["with gradients and the least of activations it does not fit"] += 1
                 else:
-                    train = dataclasses.replace(config.train, batch_size=batch)
                     sized = dataclasses.replace(tried, train=train)
                     found.append(Candidate(sized, guess_seconds(sized, chip), fixed, activations))
     return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
