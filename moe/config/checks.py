@@ -247,6 +247,10 @@ def check_run(config: Config) -> None:
     require_at_most("start.", config.start)
     soft = config.distill.soft_share
     require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
+    teacher, beta = config.distill.teacher, config.preferences.beta
+    needed = config.data.objective == "preferences"
+    require(bool(teacher) or not needed, "distill.teacher", teacher, "must be the reference model of the preferences")
+    require(beta > 0, "preferences.beta", beta, "must be positive")
     _check_lora(config)
     _check_mesh_sizes(config.mesh)
 
@@ -322,14 +326,14 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
 
 def _check_objective(model: ModelConfig, data: DataConfig) -> None:
     encoder = model.encoder_layers
-    without = data.objective in ("causal", "prefix_lm", "chat")
-    if data.objective == "chat":
+    without = data.conversations or data.objective in ("causal", "prefix_lm")
+    if data.conversations:
         require(encoder == 0, "data.objective", data.objective, "needs a decoder-only model (model.encoder_layers=0)")
     require(
-        not data.chat_template or data.objective == "chat",
+        not data.chat_template or data.conversations,
         "data.chat_template",
         data.chat_template,
-        "must be empty unless data.objective is chat",
+        "must be empty unless data.objective is chat or preferences",
     )
     require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
     require(

@@ -30,7 +30,7 @@ OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
 LowPrecision = Literal["none", "int8", "float8"]
-Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +185,11 @@ class DataConfig:
     shuffle_window: int = 512  # rows in the shuffle buffers of all streams
     heldout_rows: int = 64  # rows of T tokens per domain in each evaluation
 
+    @property
+    def conversations(self) -> bool:
+        """Whether documents are conversations, rendered by a chat template."""
+        return self.objective in ("chat", "preferences")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -272,6 +277,13 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferencesConfig:
+    """Training on preferred answers (data.objective preferences); distill.teacher is the reference model."""
+
+    beta: float = 0.1  # weight of the log-probabilities against the reference's (DPO)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters over a fixed checkpoint, start.checkpoint (moe.models.adapters)."""
 
@@ -295,3 +307,4 @@ class Config:
     start: StartConfig = StartConfig()
     distill: DistillConfig = DistillConfig()
     lora: LoraConfig = LoraConfig()
+    preferences: PreferencesConfig = PreferencesConfig()

@@ -254,13 +254,15 @@ def encode_answers(tokenizer: JsonTokenizer, text: str, spans: Sequence[Span]) -
 
 # --- Documents -------------------------------------------------------------------------------------------------------
 def read_messages(text: str, dataset: str) -> list[dict[str, Any]]:
-    """Messages of a document (:mod:`moe.data.documents`): a conversation, or a source as question to its target.
+    """Messages of a document (:mod:`moe.data.documents`): a conversation, the chosen one of two, or a source as a
+    question to its target.
 
     Raises:
         ConfigError: the document is a plain text.
     """
     if text.startswith(CONVERSATION):
-        return json.loads(text.removeprefix(CONVERSATION))
+        found = json.loads(text.removeprefix(CONVERSATION))
+        return found["chosen"] if isinstance(found, dict) else found
     source, divided, target = text.partition(PAIR)
     if not divided:
         raise ConfigError(
@@ -278,14 +280,23 @@ def examples(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list
     Raises:
         ConfigError: see :func:`chat_template`, :func:`rendered_answers` and :func:`read_messages`.
     """
+    encoded = encoded_answers(read_messages(text, dataset), tokenizer)
+    cut = [{key: values[:length] for key, values in one.items()} for one in encoded]
+    return [one for one in cut if (one["targets"] >= 0).any()]
+
+
+def encoded_answers(messages: Messages, tokenizer: Tokenizer) -> list[dict[str, np.ndarray]]:
+    """``tokens`` and ``targets`` [n] of the texts of a conversation (:func:`rendered_answers`), the whole one last.
+
+    Raises:
+        ConfigError: see :func:`chat_template` and :func:`rendered_answers`.
+    """
     template = chat_template(tokenizer)
     assert isinstance(tokenizer, JsonTokenizer)
     found = []
-    for rendered, spans in rendered_answers(template, read_messages(text, dataset)):
+    for rendered, spans in rendered_answers(template, messages):
         ids, mask = encode_answers(tokenizer, rendered, spans)
-        targets = np.where(mask[1:], ids[1:], -1)[:length].astype(np.int32)
-        if (targets >= 0).any():
-            found.append({"tokens": ids[:-1][:length], "targets": targets})
+        found.append({"tokens": ids[:-1], "targets": np.where(mask[1:], ids[1:], -1).astype(np.int32)})
     return found
 
 

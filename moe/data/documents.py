@@ -11,7 +11,7 @@ from etils import epath
 from moe.config import ConfigError
 
 JSON_LINES = ".jsonl"
-CONVERSATION = "\x1d"  # begins a document that is a list of messages, as JSON
+CONVERSATION = "\x1d"  # begins a document that is a list of messages, or a chosen and a rejected one, as JSON
 PAIR = "\x1e"  # between source and target of a pair, which is one document
 HELDOUT_FRACTION = 0.05  # share of a domain's documents that is held out
 MAX_DOMAIN_NAME = 100  # characters
@@ -39,8 +39,14 @@ def sections(text: str, target: int, limit: int) -> list[str]:
 
 
 #: Fields or columns that hold a document: a text, a conversation, or two texts.
-TEXT_FIELDS = (("text",), ("messages",), ("prompt", "response"), ("source", "target"))
-EXPECTED_FIELDS = "a string 'text', a list 'messages', or strings 'prompt' and 'response', or 'source' and 'target'"
+PREFERENCE = ("chosen", "rejected")
+TEXT_FIELDS = (
+    ("text",), ("messages",), ("prompt", *PREFERENCE), PREFERENCE, ("prompt", "response"), ("source", "target")
+)  # fmt: skip
+EXPECTED_FIELDS = (
+    "a string 'text', a list 'messages', or strings 'prompt' and 'response', or 'source' and 'target', or 'prompt', "
+    "'chosen' and 'rejected'"
+)
 
 
 def text_fields(names: Iterable[str]) -> tuple[str, ...]:
@@ -52,14 +58,23 @@ def text_fields(names: Iterable[str]) -> tuple[str, ...]:
 def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
     """Makes one document of the values of text_fields. Raises ValueError for values of another type or form."""
     if fields == ("messages",):
-        return _join_messages(values[0])
+        return CONVERSATION + json.dumps(_messages(values[0]), ensure_ascii=False)
+    if fields[-2:] == PREFERENCE:
+        prompt = _turns(values[0], "user") if len(fields) > 2 else []
+        sides = {name: prompt + _turns(value, "assistant") for name, value in zip(PREFERENCE, values[-2:], strict=True)}
+        return CONVERSATION + json.dumps(sides, ensure_ascii=False)
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"needs an object with {EXPECTED_FIELDS}")
     return join_texts(*values)
 
 
-def _join_messages(messages: Any) -> str:
-    """A conversation as a document; messages may be JSON already."""
+def _turns(value: Any, role: str) -> list[Any]:
+    """Messages of one side of a preference: one of the role, or a list of them."""
+    return _messages([{"role": role, "content": value}] if isinstance(value, str) else value)
+
+
+def _messages(messages: Any) -> list[Any]:
+    """A conversation, which may be JSON already. Raises ValueError for another form."""
     try:
         messages = json.loads(messages) if isinstance(messages, str) else messages
     except ValueError as error:
@@ -71,7 +86,7 @@ def _join_messages(messages: Any) -> str:
             raise ValueError("has a message that is not an object with a string 'role'")
         if not isinstance(message.get("content"), (str, list, type(None))):
             raise ValueError("has a message whose content is not a string")
-    return CONVERSATION + json.dumps(messages, ensure_ascii=False)
+    return messages
 
 
 def join_texts(*texts: str) -> str:

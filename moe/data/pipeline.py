@@ -12,7 +12,7 @@ Documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] 
 a cut divides continues in the next row as a new segment with positions from 0.
 
 With data.objective "chat" a row holds whole conversations and padding (:mod:`moe.data.chat`), with targets in answers
-alone.
+alone; with "preferences" pairs of them (:mod:`moe.data.preferences`).
 
 With an encoder (data.input_length above 0) a row holds whole examples (:mod:`moe.data.objectives`) and padding:
   encoder_tokens, encoder_segment_ids, encoder_positions  [B,U]; segment i is the input of segment i of the decoder
@@ -32,7 +32,7 @@ import grain
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig
-from moe.data import chat, objectives, streams
+from moe.data import chat, objectives, preferences, streams
 from moe.data.documents import CONVERSATION
 from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen
 from moe.data.sentinels import sentinel_ids
@@ -155,6 +155,8 @@ def _rows(
             shuffle_bins=False,
         )
         return packed.map(functools.partial(chat.chat_row, domain=index, pad_id=tokenizer.pad_id))
+    if data.objective == "preferences":
+        return preferences.rows(documents, data, tokenizer, index, options)
     tokens = documents.map(functools.partial(_tokenise, tokenizer=tokenizer)).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))
@@ -243,7 +245,7 @@ def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
     Empty where rows hold examples and padding: for encoder-decoders and conversations.
     """
     data, shares = config.data, {}
-    if data.input_length or data.objective == "chat":
+    if data.input_length or data.conversations:
         return {}
     weights = np.asarray(domain_weights(data, prepared.domains))
     for domain, weight in zip(prepared.domains, weights / weights.sum(), strict=True):
@@ -263,7 +265,7 @@ def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> 
     documents = grain.MapDataset.source(prepared.heldout[domain])
     rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), length))
     # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
-    examples = data.input_length > 0 or data.objective == "chat"
+    examples = data.input_length > 0 or data.conversations
     if not rows or (rows[0]["segment_ids"][-1] == 0 and not examples):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
         raise ConfigError(
@@ -280,7 +282,8 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
     most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
     rows = _stretch(prepared, data, domain, min(HELDOUT_STRETCH * data.heldout_rows, most))
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), data.heldout_rows)).astype(int)
-    return [rows[index] for index in chosen]
+    rows = [rows[index] for index in chosen]
+    return [preferences.without_rejected(row) for row in rows] if data.objective == "preferences" else rows
 
 
 def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_size: int) -> list[Batch]:
@@ -331,7 +334,7 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
         for text in prepared.train[domain]:
             if data.input_length:
                 found = [example["decoder"] for example in objectives.examples(text, rng, data, tokenizer)]
-            elif data.objective == "chat":
+            elif data.conversations:
                 answers = chat.examples(text, data.sequence_length, tokenizer, data.dataset)
                 found = [example["targets"][example["targets"] >= 0] for example in answers]
             else:
@@ -341,7 +344,7 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
                 read += len(ids)
             if read >= UNIGRAM_TOKENS:
                 break
-        if not data.input_length and data.objective != "chat" and tokenizer.bos_id >= 0:
+        if not data.input_length and not data.conversations and tokenizer.bos_id >= 0:
             counts[tokenizer.bos_id] = 0
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]

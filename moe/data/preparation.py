@@ -79,7 +79,7 @@ def open_data(
         domain_weights(data, domains)
         if tokenizer is None and data.tokenizer:
             tokenizer = named_tokenizer(data.tokenizer, directory, progress)
-        if data.objective == "chat":
+        if data.conversations:
             tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
         if tokenizer is None:
             refuse_unseen(train)

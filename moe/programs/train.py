@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from moe import cli, compilation_cache
+from moe import cli, compilation_cache, posttraining
 from moe.parallel.mesh import join_processes
 from moe.training import profiling
 from moe.training.loop import train
@@ -23,7 +23,7 @@ def main() -> None:
         join_processes()
     compilation_cache.use(config.train.compilation_cache, str(_WORKDIR.value))
     steps = profiling.parse(_PROFILE.value, config.train.num_steps) if _PROFILE.value is not None else None
-    with profiling.profiled(steps, str(_WORKDIR.value)) as make_program:
+    with profiling.profiled(steps, str(_WORKDIR.value), posttraining.make_program) as make_program:
         train(config, str(_WORKDIR.value), make_program=make_program, allow_changes=_CHANGE.value)
 
 

@@ -133,6 +133,8 @@ def train(
                 pin_base(directory, config)
             checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         say(_description(program))
+        if program.about:
+            say(program.about)
         with disk_errors(directory):
             found = checkpoints.resume(program.state, iterator, say)
         if found is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from moe.config import MoEConfig
+from moe.config import Config, ConfigError, MoEConfig
+from moe.models.decoder import Output
+from moe.models.encoder_decoder import Model
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import LayerReport
@@ -132,6 +135,28 @@ def _scaled(residuals, cotangents):
 linear_cross_entropy.defvjp(_with_gradient, _scaled)
 
 
+def token_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> Array:
+    """−log p(target) [B,T] of ``hidden @ matrix``, 0 without a target; logits are computed again for the gradient.
+
+    Args:
+        hidden: [B,T,D].
+        matrix: [D,V].
+        targets: [B,T] int32; negative where there is nothing to predict.
+    """
+
+    @jax.checkpoint
+    def chunk(inputs: tuple[Array, Array]) -> Array:
+        part, known = inputs[1], inputs[1] >= 0
+        logits = _logits(inputs[0], matrix).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, part, 0))
+        return jnp.where(known, losses, 0.0)
+
+    with jax.named_scope(LOSS_SCOPE):
+        nll = jax.lax.map(chunk, _chunks(hidden, targets)).swapaxes(0, 1)  # [C,B·X,P] → [B·X,C,P]
+    length = targets.shape[1] // axis_size("context")
+    return nll.reshape(nll.shape[0], -1)[:, :length].reshape(targets.shape)
+
+
 def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> Array:
     """Sum over positions with a target of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, temperature 1).
 
@@ -143,6 +168,78 @@ def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> 
     probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32), axis=-1)
     losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), probs)
     return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A batch's sums of an objective, each divided by :meth:`Objective.count`.
+
+    Attributes:
+        loss: what is trained, without auxiliary terms.
+        cross_entropy: what is logged under this name.
+        terms: further numbers to log, by name.
+    """
+
+    loss: Array
+    cross_entropy: Array
+    terms: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A training loss."""
+
+    def count(self, batch: dict[str, Array]) -> Array:
+        """Number of units of a batch, such as targets, over which the loss is a mean."""
+        ...
+
+    def sums(
+        self,
+        config: Config,
+        model: Model,
+        output: Output,
+        batch: dict[str, Array],
+        teacher: tuple[Model, Output] | None,
+    ) -> Sums:
+        """Sums over the units of a batch."""
+        ...
+
+
+class TextObjective:
+    """The next token of a text, and a teacher's probabilities of it."""
+
+    def count(self, batch: dict[str, Array]) -> Array:
+        """Number of targets."""
+        return jnp.sum(batch["targets"] >= 0)
+
+    def sums(
+        self,
+        config: Config,
+        model: Model,
+        output: Output,
+        batch: dict[str, Array],
+        teacher: tuple[Model, Output] | None,
+    ) -> Sums:
+        """Nats over targets."""
+        if config.data.objective == "preferences":
+            raise ConfigError("data.objective='preferences': build the program by moe.posttraining.make_program")
+        nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
+        if teacher is None:
+            return Sums(nll, nll)
+        soft = soft_cross_entropy(output.logits, teacher[1].logits, batch["targets"])
+        return Sums(nll + config.distill.soft_share * (soft - nll), nll)
+
+
+def describe_auxiliary(moe: MoEConfig) -> str:
+    """The auxiliary terms of a run and their weights, in words."""
+    weights = {
+        "load balancing": moe.load_balancing_weight,
+        "device balance": moe.device_balance_weight,
+        "importance": moe.importance_weight,
+        "load": moe.load_weight,
+        "router z-loss": moe.z_loss_weight,
+    }
+    used = [f"{name} x {weight:g}" for name, weight in weights.items() if weight]
+    return f"on ({', '.join(used)})" if used and moe.gate != "none" else "off"
 
 
 def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:

@@ -24,8 +24,8 @@ def step_metrics(metrics: TrainMetrics | dict[str, Any]) -> dict[str, Any]:
     if isinstance(metrics, dict):
         return metrics
     values = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
-    layers = values.pop("layers")
-    return to_python(values | (layers.metrics() if layers is not None else {}))
+    layers, terms = values.pop("layers"), values.pop("terms")
+    return to_python(values | terms | (layers.metrics() if layers is not None else {}))
 
 
 def mean_row(steps: list[dict[str, Any]]) -> dict[str, Any]:

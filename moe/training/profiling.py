@@ -129,7 +129,9 @@ def parse(text: str, num_steps: int) -> Steps:
 
 
 @contextlib.contextmanager
-def profiled(steps: Steps | None, workdir: str) -> Iterator[Callable[..., Program]]:
+def profiled(
+    steps: Steps | None, workdir: str, make: Callable[..., Program] | None = None
+) -> Iterator[Callable[..., Program]]:
     """Context manager that gives the ``make_program`` argument of :func:`moe.training.loop.train`.
 
     A run resumed after those steps traces nothing; a run that ends among them keeps the partial trace.
@@ -137,14 +139,16 @@ def profiled(steps: Steps | None, workdir: str) -> Iterator[Callable[..., Progra
     Args:
         steps: steps to trace; None: none.
         workdir: of the run.
+        make: what makes the program; None: :func:`moe.training.step.build`.
     """
+    make = make or build
     if steps is None:
-        yield build
+        yield make
         return
     tracer = _Tracer(steps, epath.Path(workdir) / "profile")
 
     def make_program(*arguments: Any) -> Program:
-        program = build(*arguments)
+        program = make(*arguments)
         return dataclasses.replace(program, train_step=tracer.around(program.train_step))
 
     try:

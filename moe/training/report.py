@@ -85,7 +85,7 @@ def _prompt(config: Config, tokenizer: Tokenizer, text: str) -> list[Any]:
     """The prompt of a document, or nothing if it is too short to have one."""
     if config.model.encoder_layers:
         return objectives.examples(text, np.random.default_rng(0), config.data, tokenizer)[:1]
-    if config.data.objective == "chat":
+    if config.data.conversations:
         return [chat.first_prompt(tokenizer, text, config.data.dataset)]
     start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     ids = np.concatenate([start, tokenizer.encode(text[:2000])[:31]]).astype(np.int32)
@@ -114,7 +114,7 @@ def _sampled(program: Program, state: TrainState, prepared: pipeline.Prepared) -
     else:
         title = "a continuation"
         options = sampling.Sampling(seed=config.seed, prefix=config.data.objective == "prefix_lm")
-        if config.data.objective == "chat":
+        if config.data.conversations:
             options = dataclasses.replace(options, stop_tokens=chat.stop_ids(tokenizer))
 
         def show(prompt: Any, written: np.ndarray) -> str:

@@ -45,11 +45,11 @@ from moe.routing.balancing import (
 from moe.routing.interface import Gate
 from moe.routing.routing import probe
 from moe.training.losses import (
+    Objective,
+    TextObjective,
     auxiliary_loss,
-    linear_cross_entropy,
     mean_reports,
     row_cross_entropy,
-    soft_cross_entropy,
 )
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
 
@@ -77,6 +77,7 @@ class TrainMetrics:
         learning_rate: [].
         skipped: [] float32, 1 if the loss or a gradient was not finite and nothing was updated, else 0.
         layers: LayerReport with leading axis [L], or None in a dense model.
+        terms: further numbers of the objective by name, [] each.
     """
 
     loss: Array
@@ -85,6 +86,7 @@ class TrainMetrics:
     learning_rate: Array
     skipped: Array
     layers: LayerReport | None
+    terms: dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +117,7 @@ class Program:
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
         batch: Batch of ShapeDtypeStructs with shardings.
+        about: line on the objective for the beginning of a run; empty: the next token.
     """
 
     config: Config
@@ -125,6 +128,7 @@ class Program:
     eval_step: Callable[[dict[str, Any], Batch, ArrayLike], EvalMetrics]
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    about: str = ""
 
     def init(self) -> TrainState:
         """Random state at step 0, from the config's seed."""
@@ -144,9 +148,17 @@ class _Parts:
     teacher_graphdef: nnx.GraphDef[Model]
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
+    objective: Objective = TextObjective()
 
 
-def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: Gate | None = None) -> Program:
+def build(
+    config: Config,
+    mesh: Mesh,
+    teacher: Teacher | None = None,
+    *,
+    gate: Gate | None = None,
+    objective: Objective | None = None,
+) -> Program:
     """Build the programs of a run; nothing is compiled yet.
 
     Args:
@@ -154,6 +166,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
+        objective: the training loss; None: the next token.
     """
     _probe_own_gates(config.model)
     teacher_model, teacher_variables = teacher or (config.model, None)
@@ -163,6 +176,7 @@ def build(config: Config, mesh: Mesh, teacher: Teacher | None = None, *, gate: G
         _graphdef(teacher_model),
         make_optimizer(config.optimizer, config.train.num_steps),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
+        objective or TextObjective(),
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
@@ -279,11 +293,11 @@ def train_step(
 ) -> tuple[TrainState, TrainMetrics]:
     """Gradients, then an update unless the loss or a gradient is not finite."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (loss, cross_entropy, layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
+    (loss, (cross_entropy, terms), layers), gradients = _gradients(parts, state, batch, rng, teacher_variables)
     norm = gradient_norm(parts.config.optimizer, gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     learning_rate = jnp.asarray(parts.schedule(state.step))
-    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers)
+    metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers, terms)
     biases = _next_biases(parts.config, state.biases, layers)
     # Only one branch is executed. Selecting leaf by leaf reads and copies more; optax.apply_if_finite keeps counters
     # in the optimizer state and eventually applies updates that are not finite.
@@ -298,31 +312,36 @@ def train_step(
 
 def _gradients(
     parts: _Parts, state: TrainState, batch: Batch, rng: Array, teacher_variables: dict[str, Any] | None
-) -> tuple[tuple[Array, Array, LayerReport | None], Any]:
-    """(loss, cross-entropy, layer reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
+) -> tuple[tuple[Array, tuple[Array, dict[str, Array]], LayerReport | None], Any]:
+    """(loss, cross-entropy and terms, reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
     microbatches = parts.config.train.accumulation_steps
-    num_targets = jnp.sum(batch["targets"] >= 0)
+    count = parts.objective.count(batch)
     value_and_grad = jax.value_and_grad(functools.partial(_loss, parts, state), has_aux=True)
     if microbatches == 1:
-        (loss, (cross_entropy, layers)), gradients = value_and_grad(
-            state.parameters, state.biases, batch, rng, num_targets, teacher_variables, None
+        (loss, (shown, layers)), gradients = value_and_grad(
+            state.parameters, state.biases, batch, rng, count, teacher_variables, None
         )
-        return (loss, cross_entropy, layers), gradients
+        return (loss, shown, layers), gradients
+
+    def gradients_of(microbatch, index):
+        key = jax.random.fold_in(rng, index)
+        result = value_and_grad(state.parameters, state.biases, microbatch, key, count, teacher_variables, totals)
+        (loss, (shown, layers)), gradients = result
+        return (loss, shown, gradients), layers
 
     def accumulate(sums, inputs):
-        microbatch, index = inputs
-        key = jax.random.fold_in(rng, index)
-        result = value_and_grad(state.parameters, state.biases, microbatch, key, num_targets, teacher_variables, totals)
-        (loss, (cross_entropy, layers)), gradients = result
-        return jax.tree.map(jnp.add, sums, (loss, cross_entropy, gradients)), layers
+        parts, layers = gradients_of(*inputs)
+        return jax.tree.map(jnp.add, sums, parts), layers
 
     # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.balance_scope == "step" else None
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
-    (loss, cross_entropy, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
-    return (loss, cross_entropy, layers if layers is None else mean_reports(layers)), gradients
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(gradients_of, first, jnp.zeros((), jnp.int32))[0]
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    (loss, shown, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
+    return (loss, shown, layers if layers is None else mean_reports(layers)), gradients
 
 
 def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) -> BalanceSums | None:
@@ -345,28 +364,28 @@ def _loss(
     biases: dict[str, Any],
     batch: Batch,
     rng: Array,
-    num_targets: Array,
+    count: Array,
     teacher_variables: dict[str, Any] | None,
     totals: BalanceSums | None,
-) -> tuple[Array, tuple[Array, LayerReport | None]]:
-    """A microbatch's share of the batch's loss, and (its share of the cross-entropy, layer reports); with the totals of
-    the step, its load-balancing loss is over the step."""
+) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], LayerReport | None]]:
+    """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
+    totals of the step, its load-balancing loss is over the step."""
     config = parts.config
     variables = dataclasses.replace(state, parameters=parameters, biases=biases).variables
     model = nnx.merge(parts.graphdef, variables)
     output = forward(model, batch, train=True, rng=rng)
-    nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-    cross_entropy = loss = nll / jnp.maximum(num_targets, 1)
+    teacher = None
     if teacher_variables is not None:
-        teacher = nnx.merge(parts.teacher_graphdef, teacher_variables)
-        soft = soft_cross_entropy(output.logits, forward(teacher, batch).logits, batch["targets"])
-        loss += config.distill.soft_share * (soft - nll) / jnp.maximum(num_targets, 1)
+        taught_by = nnx.merge(parts.teacher_graphdef, teacher_variables)
+        teacher = taught_by, forward(taught_by, batch)
+    sums = parts.objective.sums(config, model, output, batch, teacher)
+    loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
     layers, microbatches = output.layers, config.train.accumulation_steps
     if layers is not None and totals is not None:
         moe = config.model.moe
         weights = balance_weights(moe.num_experts, moe.null_experts, moe.null_balance)
         layers = over_step(layers, totals, weights, microbatches)
-    return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (cross_entropy, layers)
+    return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (tuple(shown), layers)
 
 
 def _update(parts: _Parts, gradients: Any, norm: Array, state: TrainState) -> tuple[Any, Any]:

@@ -118,7 +118,7 @@ def tokenizer(config: Config, directory: epath.Path) -> Tokenizer | None:
     if not (epath.Path(workdir) / CONFIG).exists() and (directory / CONFIG).exists():
         workdir = directory
     try:
-        return find_tokenizer(workdir, chat=config.data.objective == "chat")
+        return find_tokenizer(workdir, chat=config.data.conversations)
     except ConfigError as error:
         raise ConfigError(f"{error}, or set data.tokenizer") from error
 

@@ -1,0 +1,20 @@
+"""Training of a chat model on pairs of a chosen and a rejected answer, by DPO (docs/preferences.md).
+
+    python main.py --config=configs/preferences.py --workdir=/tmp/preferred --config.start.checkpoint=/tmp/chat \
+        --config.distill.teacher=/tmp/chat --config.data.dataset=/path/to/pairs
+
+Model and tokenizer are the checkpoint's, which is the reference too.
+"""
+
+import ml_collections
+
+from configs import chat
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the training; start.checkpoint, distill.teacher and data.dataset must be set."""
+    config = chat.get_config()
+    config.data.objective = "preferences"
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.warmup_steps = 50
+    return config

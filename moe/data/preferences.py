@@ -1,0 +1,84 @@
+"""Rows of preferences: pairs of conversations, of which the first was preferred to the second.
+
+A row holds whole pairs and padding. Pair p = 1, 2, ... has segments 2p − 1 (chosen) and 2p (rejected), each with
+positions from 0, so that neither attends to the other; targets are in answers alone, as with conversations.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import grain
+import numpy as np
+
+from moe.config import ConfigError, DataConfig
+from moe.data import chat
+from moe.data.documents import CONVERSATION, PREFERENCE
+from moe.data.tokenizer import Tokenizer
+
+_PACKED_ROWS = 32  # rows that are packed together: a pair goes to the first with room for it
+
+
+def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
+    """``tokens``, ``targets`` and ``rejected`` (0 or 1) [n], n ≤ length, of a document; no example without answers.
+
+    Each conversation is cut at half of the length.
+
+    Raises:
+        ConfigError: the document is no pair, or see :func:`moe.data.chat.rendered_answers`.
+    """
+    found = json.loads(text.removeprefix(CONVERSATION)) if text.startswith(CONVERSATION) else None
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"data.objective='preferences': needs documents with prompt, chosen and rejected, and {dataset!r} "
+            "has others; docs/preferences.md shows the formats"
+        )
+    parts = []
+    for name in PREFERENCE:
+        # Earlier answers that a template renders in texts of their own are of the prompt, and in both conversations.
+        encoded = chat.encoded_answers(found[name], tokenizer)[-1:]
+        parts += [{key: values[: length // 2] for key, values in one.items()} for one in encoded]
+    if len(parts) < len(PREFERENCE) or not all((part["targets"] >= 0).any() for part in parts):
+        return []
+    rejected = [np.full(len(part["tokens"]), number, np.int32) for number, part in enumerate(parts)]
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in ("tokens", "targets")}
+    return [joined | {"rejected": np.concatenate(rejected)}]
+
+
+class _Flat(grain.experimental.FlatMapTransform):
+    def flat_map(self, element: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """Examples of a document."""
+        return element
+
+
+def rows(
+    documents: grain.MapDataset, data: DataConfig, tokenizer: Tokenizer, domain: int, options: grain.ReadOptions
+) -> grain.IterDataset:
+    """Packed rows of a domain's documents, in order."""
+    length = data.sequence_length
+    encode = functools.partial(example, length=length, tokenizer=tokenizer, dataset=data.dataset)
+    packed = grain.experimental.FirstFitPackIterDataset(
+        grain.experimental.FlatMapIterDataset(documents.map(encode).to_iter_dataset(options), _Flat()),
+        length_struct={"tokens": length, "targets": length, "rejected": length},
+        num_packing_bins=_PACKED_ROWS if data.pack else 1,
+        max_sequences_per_bin=None if data.pack else 1,
+        shuffle_bins=False,
+    )
+    return packed.map(functools.partial(row, domain=domain, pad_id=tokenizer.pad_id))
+
+
+def row(packed: dict[str, np.ndarray], domain: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The arrays of a batch (:mod:`moe.data.pipeline`) from packed pairs."""
+    found: dict[str, Any] = chat.chat_row(packed, domain, pad_id)
+    pairs = found["segment_ids"]
+    segments = np.where(pairs > 0, 2 * pairs - 1 + packed["rejected"], 0).astype(np.int32)
+    places = np.arange(len(segments), dtype=np.int32)
+    first = np.maximum.accumulate(np.where(np.diff(segments, prepend=-1) != 0, places, 0))
+    return found | {"segment_ids": segments, "positions": np.where(segments > 0, places - first, 0).astype(np.int32)}
+
+
+def without_rejected(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A row whose targets are those of the chosen conversations alone."""
+    return found | {"targets": np.where(found["segment_ids"] % 2 == 1, found["targets"], -1).astype(np.int32)}
