@@ -142,13 +142,26 @@ def read_parameters(
     if config is None:
         return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
     base = options | {"step": base_step(epath.Path(workdir))}
-    trained = abstract_trained(dataclasses.replace(config, model=model))
-    adapters = _read(epath.Path(workdir), "parameters", trained, **{**options, "only": ()})
+    adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**options, "only": ()})
     merged = merge(
         read_parameters(config.start.checkpoint, model, **base), adapters, config.lora.alpha / config.lora.rank
     )
     dtype = options.get("dtype")
     return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+
+
+def read_adapters(workdir: str | os.PathLike[str], config: Config, **options: Unpack[ReadOptions]) -> dict[str, Any]:
+    """Read the adapters of a run that trains them (:func:`moe.models.adapters.initial_adapters`), without their base.
+
+    Args:
+        workdir: of the run.
+        config: of the run.
+        **options: see :class:`ReadOptions`.
+
+    Raises:
+        ConfigError: see :func:`read_parameters`.
+    """
+    return _read(epath.Path(workdir), "parameters", abstract_trained(config), **options)
 
 
 def _adapted(workdir: str | os.PathLike[str]) -> Config | None:

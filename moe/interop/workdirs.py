@@ -141,9 +141,7 @@ def export_checkpoint(
     """
     refuse_files(Path(directory))
     config = read_run_config(workdir)
-    origin = _origin(epath.Path(workdir), config)
-    source = read_object(origin / SOURCE_FILE) if origin else None
-    written = keep_fields(source, config, model_type) if source else write_config(config, model_type)
+    origin, source, written = open_source(workdir, config, model_type)
     encoders: Encoders = {}
     if quantized:
         encoders = _fp8_encoders(origin, source or {})
@@ -162,6 +160,19 @@ def export_checkpoint(
         for name in COMPANIONS:
             if (epath.Path(workdir) / name).exists():
                 write_atomic(Path(directory) / name, (epath.Path(workdir) / name).read_bytes())
+
+
+def open_source(
+    workdir: str | os.PathLike[str], config: Config, model_type: str = ""
+) -> tuple[epath.Path | None, Json | None, Json]:
+    """The workdir of the import that a run comes from and its ``config.json``, if there is one, and that of an export.
+
+    Raises:
+        ConfigError: no open architecture computes this model.
+    """
+    origin = _origin(epath.Path(workdir), config)
+    source = read_object(origin / SOURCE_FILE) if origin else None
+    return origin, source, keep_fields(source, config, model_type) if source else write_config(config, model_type)
 
 
 def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:

@@ -1,7 +1,8 @@
 """Export a checkpoint for open-source libraries: python scripts/export_hf.py --workdir=WORKDIR --out=DIR
 
 DIR gets config.json, safetensors files and the tokenizer. Tensors keep the dtype of the checkpoint (float32 for a run,
-that of the imported files for an import) unless --dtype is given; --quantized writes FP8 where the import had it.
+that of the imported files for an import) unless --dtype is given; --quantized writes FP8 where the import had it;
+--adapters writes low-rank adapters alone, for PEFT.
 """
 
 from pathlib import Path
@@ -19,13 +20,22 @@ _DTYPE = flags.DEFINE_enum(
 _LAYOUT = flags.DEFINE_enum(
     "layout", "per_expert", ["per_expert", "fused"], "Three tensors for each expert, or two for all experts of a layer."
 )
+_ADAPTERS = flags.DEFINE_bool("adapters", False, "Write only the adapters of a run with lora.rank, in PEFT's layout.")
 _QUANTIZED = flags.DEFINE_bool("quantized", False, "Write FP8 blocks where the import had them.")
 
 
 def main() -> None:
     """Exports the workdir and lists the files written."""
+    from moe.config import ConfigError
     from moe.interop import export_checkpoint
+    from moe.interop.peft import export_adapters
 
+    if _ADAPTERS.value:
+        if _DTYPE.value or _QUANTIZED.value or _LAYOUT.value == "fused":
+            raise ConfigError("--adapters: must be given without --dtype, --layout=fused and --quantized")
+        export_adapters(str(_WORKDIR.value), str(_OUT.value), model_type=str(_TYPE.value))
+        _list_files()
+        return
     export_checkpoint(
         str(_WORKDIR.value),
         str(_OUT.value),
@@ -34,6 +44,10 @@ def main() -> None:
         fused=_LAYOUT.value == "fused",
         quantized=bool(_QUANTIZED.value),
     )
+    _list_files()
+
+
+def _list_files() -> None:
     print(f"{_OUT.value}: {', '.join(sorted(path.name for path in Path(str(_OUT.value)).iterdir()))}")
 
 
@@ -43,6 +57,7 @@ def run() -> None:
         main,
         required=("workdir", "out"),
         examples=(
+            "python scripts/export_hf.py --workdir=/tmp/lora --out=/tmp/adapters --adapters",
             "python scripts/export_hf.py --workdir=/tmp/quickstart --out=/tmp/exported",
             "python scripts/export_hf.py --workdir=/tmp/imported --out=/tmp/exported --dtype=bfloat16 --layout=fused",
         ),

@@ -229,6 +229,9 @@ class TextObjective:
         return Sums(nll + config.distill.soft_share * (soft - nll), nll)
 
 
+TEXT = TextObjective()
+
+
 def describe_auxiliary(moe: MoEConfig) -> str:
     """The auxiliary terms of a run and their weights, in words."""
     weights = {

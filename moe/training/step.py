@@ -44,13 +44,7 @@ from moe.routing.balancing import (
 )
 from moe.routing.interface import Gate
 from moe.routing.routing import probe
-from moe.training.losses import (
-    Objective,
-    TextObjective,
-    auxiliary_loss,
-    mean_reports,
-    row_cross_entropy,
-)
+from moe.training.losses import TEXT, Objective, auxiliary_loss, mean_reports, row_cross_entropy
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
 
 #: int32 arrays by the names of :func:`batch_keys` (see moe.data.pipeline)
@@ -148,7 +142,7 @@ class _Parts:
     teacher_graphdef: nnx.GraphDef[Model]
     optimizer: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
-    objective: Objective = TextObjective()
+    objective: Objective = TEXT
 
 
 def build(
@@ -157,7 +151,7 @@ def build(
     teacher: Teacher | None = None,
     *,
     gate: Gate | None = None,
-    objective: Objective | None = None,
+    objective: Objective = TEXT,
 ) -> Program:
     """Build the programs of a run; nothing is compiled yet.
 
@@ -166,7 +160,7 @@ def build(
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
-        objective: the training loss; None: the next token.
+        objective: the training loss.
     """
     _probe_own_gates(config.model)
     teacher_model, teacher_variables = teacher or (config.model, None)
@@ -176,7 +170,7 @@ def build(
         _graphdef(teacher_model),
         make_optimizer(config.optimizer, config.train.num_steps),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
-        objective or TextObjective(),
+        objective,
     )
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)

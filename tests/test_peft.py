@@ -1,0 +1,79 @@
+"""Adapters written in PEFT's layout, added by hand to an exported base."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+
+from moe.checkpoints.adapted import pin_base
+from moe.checkpoints.parameters import write_parameters
+from moe.config import ConfigError, to_dict
+from moe.interop import export_checkpoint
+from moe.interop.peft import export_adapters
+from moe.models.adapters import initial_adapters
+from moe.models.flops import abstract_parameters
+from moe.training.averaging import _streamed
+from tests.run_helpers import tiny
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), tree)
+
+
+def workdirs(tmp_path, **changes):
+    """Workdirs of a random base and of random adapters over it."""
+    settings = {"model.moe.gate": "mixtral", "model.moe.num_experts": 4}
+    base = tiny(tmp_path, **settings)
+    lora = {"start.checkpoint": str(tmp_path / "base"), "lora.rank": 2, "lora.alpha": 6.0}
+    config = tiny(tmp_path, **settings | lora | changes)
+    shapes = abstract_parameters(base.model)
+    adapters = jax.eval_shape(lambda tree: initial_adapters(tree, config.lora, jax.random.key(0)), shapes)
+    for name, written, tree in (("base", base, shapes), ("lora", config, adapters)):
+        folder = epath.Path(tmp_path / name)
+        folder.mkdir()
+        write_parameters(folder, _streamed(random_like(tree, len(name))))
+        (folder / "config.json").write_text(json.dumps(to_dict(written)))
+    pin_base(epath.Path(tmp_path / "lora"), config)
+    return tmp_path / "base", tmp_path / "lora"
+
+
+def read(folder):
+    return {
+        name: array
+        for path in folder.glob("*.safetensors")
+        for name, array in safetensors.numpy.load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("common_a", [False, True])
+def test_adapters_added_by_hand_are_the_merged_export(tmp_path, common_a):
+    base, lora = workdirs(tmp_path, **{"lora.common_a": common_a})
+    export_checkpoint(base, tmp_path / "out_base")
+    export_checkpoint(lora, tmp_path / "out_merged")
+    export_adapters(lora, tmp_path / "out_adapters")
+    about = json.loads((tmp_path / "out_adapters" / "adapter_config.json").read_text())
+    found, merged = (read(tmp_path / name) for name in ("out_base", "out_merged"))
+    adapters = read(tmp_path / "out_adapters")
+    for module in about["target_modules"]:
+        a, b = (adapters[f"base_model.model.{module}.lora_{name}.weight"] for name in "AB")
+        assert a.shape[0] == b.shape[1] == about["r"] == 2
+        found[f"{module}.weight"] = found[f"{module}.weight"] + about["lora_alpha"] / about["r"] * b @ a
+    assert len(adapters) == 2 * len(about["target_modules"])
+    # 2 layers of 4 projections of attention and 3 matrices of each of 4 experts
+    assert len(about["target_modules"]) == 2 * (4 + 3 * 4)
+    assert found.keys() == merged.keys()
+    for name, array in merged.items():
+        np.testing.assert_allclose(array, found[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_what_the_layout_cannot_hold_is_refused(tmp_path):
+    base, lora = workdirs(tmp_path, **{"lora.trained": ("router",)})
+    with pytest.raises(ConfigError, match="trains no adapters"):
+        export_adapters(base, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"lora\.trained=\('router',\): is no part of an adapter"):
+        export_adapters(lora, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
