@@ -1,4 +1,4 @@
-"""A model that any CPU trains in seconds, for a first look at the programs: docs/restarts.md walks through them.
+"""A model that any CPU trains in seconds, for a first look at the programs: docs/walk.md walks through them.
 
     python main.py --config=configs/tiny.py --workdir=/tmp/walk/run --config.data.dataset=/tmp/walk/text
 

@@ -1,7 +1,7 @@
 """python scripts/downstream.py --workdir=WORKDIR --tasks=lambada_openai,arc_easy: tasks of lm-evaluation-harness.
 
 Needs pip install lm_eval. Its tasks download their data; --include_path names a folder with YAML files of tasks of your
-own, which may read local files (docs/interop.md).
+own, which may read local files (docs/evaluation.md).
 """
 
 from moe import platform

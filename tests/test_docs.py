@@ -11,7 +11,7 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
-API, RESTARTS = ROOT / "docs" / "api.md", ROOT / "docs" / "restarts.md"
+API, WALK = ROOT / "docs" / "api.md", ROOT / "docs" / "walk.md"
 
 
 def test_programs_import_only_what_is_installed():
@@ -64,9 +64,9 @@ def test_the_code_of_the_api_page_runs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_walk_of_the_page_on_restarts(tmp_path):
+def test_the_walk(tmp_path):
     """Train, extend, change the rate, fine-tune, export, import, fine-tune the import, export: what each says."""
-    page = RESTARTS.read_text().partition("## All of it once")[2]
+    page = WALK.read_text()
     commands = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2])
     commands = commands.replace("/tmp/walk", str(tmp_path)).replace(".venv/bin/python", sys.executable)
     alone = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "HOME": str(tmp_path)}
