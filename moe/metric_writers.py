@@ -91,7 +91,7 @@ class TensorBoard:
         self._board.add_text("config", f"    {text}", step)  # indented: a block of code in Markdown
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Write a row in groups that TensorBoard shows in alphabetical order: loss, optimizer, routing, speed, tables.
+        """Write a row in groups that TensorBoard shows in alphabetical order: loss, optimizer, routing, speed.
 
         Values per layer are shown as their mean, in ``routing``, and one by one in a group for each name. Losses whose
         weight is 0 and numbers that were 0 in every row so far are left out.
@@ -107,7 +107,9 @@ class TensorBoard:
                 self._add_layers(kind, name, np.asarray(value), step)
             elif np.ndim(value) == 2 and kind in _LAYER_KINDS:
                 for layer, numbers in enumerate(value):
-                    self._add_bars(f"experts_{name}/{_LAYER_KINDS[kind]}layer_{layer}", np.asarray(numbers), step)
+                    self._add_bars(
+                        f"routing_layers_{name}/{_LAYER_KINDS[kind]}layer_{layer}", np.asarray(numbers), step
+                    )
         self._board.flush()
         if self._local and time.monotonic() > self._copied + 60:
             self._copy(self._local.name)

@@ -153,7 +153,9 @@ def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path
         (4, "optimizer/skipped"): 1,
         (5, "optimizer/skipped"): 0,
     }
-    histogram = found[3, "experts_expert_load/layer_1"].histo
+    groups = {tag.partition("/")[0] for _, tag in found} - {"config", "warning"}  # texts have a page of their own
+    assert sorted(groups)[0] == "loss"
+    histogram = found[3, "routing_layers_expert_load/layer_1"].histo
     # Bins (0,1], (1,2], (2,3] of experts 0, 1 and 2; their mean is 0.25 * 0.5 + 0.75 * 2.5 = 2.
     assert (list(histogram.bucket_limit), list(histogram.bucket)) == ([1, 2, 3], [0.25, 0.0, 0.75])
     np.testing.assert_allclose(histogram.sum / histogram.num, 2.0)
