@@ -1,7 +1,7 @@
 """Sizes of published decoders, from their config.json; configs/NAME.py is the row of that name.
 
 They run in bfloat16 on rows of 4096 tokens, with experts split over ``mesh.expert``. ``load_balancing_weight`` is
-Hugging Face's coefficient · K / L where the paper's is not known (docs/interop.md).
+Hugging Face's coefficient · K / L where the paper's is not known (docs/losses.md).
 """
 
 from collections.abc import Callable

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from flax import nnx
 
 from moe.checkpoints.adapted import pin_base
 from moe.checkpoints.parameters import write_parameters
 from moe.config import ConfigError, to_dict
 from moe.interop import export_checkpoint
 from moe.interop.peft import export_adapters
-from moe.models.adapters import initial_adapters
-from moe.models.flops import abstract_parameters
+from moe.models.factory import abstract_parameters, abstract_trained
 from moe.training.averaging import _streamed
 from tests.run_helpers import tiny
 
@@ -30,9 +30,8 @@ def workdirs(tmp_path, **changes):
     base = tiny(tmp_path, **settings)
     lora = {"start.checkpoint": str(tmp_path / "base"), "lora.rank": 2, "lora.alpha": 6.0}
     config = tiny(tmp_path, **settings | lora | changes)
-    shapes = abstract_parameters(base.model)
-    adapters = jax.eval_shape(lambda tree: initial_adapters(tree, config.lora, jax.random.key(0)), shapes)
-    for name, written, tree in (("base", base, shapes), ("lora", config, adapters)):
+    shapes = abstract_parameters(base.model), abstract_trained(config)
+    for name, written, tree in zip(("base", "lora"), (base, config), map(nnx.to_pure_dict, shapes), strict=True):
         folder = epath.Path(tmp_path / name)
         folder.mkdir()
         write_parameters(folder, _streamed(random_like(tree, len(name))))

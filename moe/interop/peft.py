@@ -24,7 +24,7 @@ from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, layout
 from moe.interop.save import new_folder
 from moe.interop.workdirs import open_source
-from moe.parallel.partition_specs import ADAPTER_A, ADAPTER_B, ADAPTER_COMMON_A
+from moe.models.adapters import LORA_A, LORA_B, LORA_COMMON_A
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -71,8 +71,8 @@ def _factors(parameter: Parameter, node: dict[str, Any]) -> dict[str, np.ndarray
             f"{parameter.pieces[0].name}: holds several adapted matrices, which PEFT cannot tell apart; export "
             "the merged model, or leave their part out of lora.parts"
         )
-    common = ADAPTER_COMMON_A in node
-    a, b = (np.asarray(node[name]) for name in (ADAPTER_COMMON_A if common else ADAPTER_A, ADAPTER_B))
+    common = LORA_COMMON_A in node
+    a, b = (np.asarray(node[name]) for name in (LORA_COMMON_A if common else LORA_A, LORA_B))
     rank, found = a.shape[-1], {}
     for piece in parameter.pieces:
         module = _PREFIX + piece.name.removesuffix(".weight")

@@ -26,7 +26,7 @@ from moe.parallel.parameters import LAYERS, flat_variables, parameter, spec_of
 _OWNERS = ("attention", "dense", "experts", "latent")
 
 #: Names of a matrix's factors: A, or one A for all experts of a layer, and B.
-_A, _COMMON_A, _B = "lora_a", "lora_common_a", "lora_b"
+LORA_A, LORA_COMMON_A, LORA_B = "lora_a", "lora_common_a", "lora_b"
 
 
 def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.State:
@@ -61,8 +61,8 @@ def _factors(weight: nnx.Variable[Any], of_experts: bool, config: LoraConfig, ke
     a = jax.random.uniform(key, (*shape[:leading], *shape[first:last], rank), jnp.float32, -bound, bound)
     b = jnp.zeros((*shape[:first], rank, *shape[last:]), jnp.float32)
     return {
-        _COMMON_A if common else _A: parameter(a, P(*spec[:leading], *spec[first:last], None)),
-        _B: parameter(b, P(*spec[:first], None, *spec[last:])),
+        LORA_COMMON_A if common else LORA_A: parameter(a, P(*spec[:leading], *spec[first:last], None)),
+        LORA_B: parameter(b, P(*spec[:first], None, *spec[last:])),
     }
 
 
@@ -76,15 +76,15 @@ def merge(base: Any, adapters: Any, scale: float) -> Any:
     """
     if not isinstance(adapters, dict):
         return adapters
-    if _B in adapters:
+    if LORA_B in adapters:
         return base.astype(jnp.float32) + scale * _product(base.ndim, adapters)
     return {name: merge(weight, adapters[name], scale) if name in adapters else weight for name, weight in base.items()}
 
 
 def _product(rank: int, factors: dict[str, Any]) -> Array:
     """A B, with the axes of a matrix of this rank."""
-    common, b = _COMMON_A in factors, factors[_B]
-    a = factors[_COMMON_A if common else _A]
+    common, b = LORA_COMMON_A in factors, factors[LORA_B]
+    a = factors[LORA_COMMON_A if common else LORA_A]
     axes = string.ascii_lowercase[:rank]
     first = a.ndim + common + b.ndim - 2 - rank  # of the axes of the input; layers and experts come before
     last = first + a.ndim - 1 - (first - common)

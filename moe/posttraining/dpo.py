@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import Config
 from moe.models.decoder import Output
-from moe.models.encoder_decoder import Model
+from moe.models.factory import Model
 from moe.training.losses import Sums, token_cross_entropy
 
 

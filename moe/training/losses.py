@@ -13,7 +13,7 @@ from jax import Array
 
 from moe.config import Config, ConfigError, MoEConfig
 from moe.models.decoder import Output
-from moe.models.encoder_decoder import Model
+from moe.models.factory import Model
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import LayerReport
