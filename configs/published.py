@@ -1,6 +1,6 @@
 """Sizes of published decoders, from their config.json; configs/NAME.py is the row of that name.
 
-They run in bfloat16 on rows of 4096 tokens, with experts split over ``mesh.expert``. ``load_balancing_weight`` is
+They run in bfloat16 on rows of 4096 tokens, with experts split over ``mesh.expert``. ``losses.balance`` is
 Hugging Face's coefficient · K / L where the paper's is not known (docs/losses.md).
 """
 
@@ -52,44 +52,45 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_30b_a3b": {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": "head"},
 }
 
-_DEEPSEEK_MOE = {"gate": "deepseek_moe", "num_experts": 64, "experts_per_token": 6, "d_ff": 1408, "first_dense": 1}
-_DEEPSEEK_MOE |= {"shared_d_ff": 2 * 1408}
-_V2_LITE = _DEEPSEEK_MOE | {"load_balancing_weight": 1e-3, "balance_scope": "sequence"}
-_V2 = _V2_LITE | {
-    "num_experts": 160,
-    "d_ff": 1536,
-    "shared_d_ff": 2 * 1536,
-    "expert_groups": 8,
-    "kept_expert_groups": 3,
+_DEEPSEEK_MOE = {
+    **{"gate": {"name": "deepseek_moe", "k": 6}, "num_experts": 64, "d_ff": 1408, "first_dense": 1},
+    **{"shared_d_ff": 2 * 1408},
 }
-_V3 = {"gate": "deepseek_v3", "num_experts": 256, "experts_per_token": 8, "d_ff": 2048, "shared_d_ff": 2048}
-_V3 |= {"first_dense": 3, "kept_expert_groups": 4, "routing_scale": 2.5, "load_balancing_weight": 1e-4}
+_SEQUENCE = {"losses": {"balance": 1e-3, "scope": "sequence"}}
+_V3_GATE = {"name": "deepseek_v3", "k": 8, "groups": 8, "kept_groups": 4, "scale": 2.5}
 
 
-def _mixtral(num_experts: int, load_balancing_weight: float, **fields: Any) -> dict[str, Any]:
-    return {"gate": "mixtral", "num_experts": num_experts, "load_balancing_weight": load_balancing_weight, **fields}
+def _mixtral(num_experts: int, balance: float, k: int = 2, **fields: Any) -> dict[str, Any]:
+    gate, losses = {"name": "mixtral", "k": k}, {"balance": balance}
+    return {"gate": gate, "num_experts": num_experts, "losses": losses, **fields}
 
 
 #: Fields of the MoE layers.
 LAYERS: dict[str, dict[str, Any]] = {
     "deepseek_moe_16b": _DEEPSEEK_MOE,
-    "deepseek_v2_lite": _V2_LITE,
-    "deepseek_v2": _V2 | {"routing_scale": 16.0},
-    "deepseek_v3": _V2 | _V3,
-    "gpt_oss_20b": _mixtral(32, 0.001 * 4 / 24, experts_per_token=4, d_ff=2880, bias="all"),
-    "gpt_oss_120b": _mixtral(128, 0.001 * 4 / 36, experts_per_token=4, d_ff=2880, bias="all"),
+    "deepseek_v2_lite": _DEEPSEEK_MOE | _SEQUENCE,
+    "deepseek_v2": {
+        **{"gate": {"name": "deepseek_moe", "k": 6, "groups": 8, "kept_groups": 3, "scale": 16.0}},
+        **{"num_experts": 160, "d_ff": 1536, "shared_d_ff": 2 * 1536, "first_dense": 1, **_SEQUENCE},
+    },
+    "deepseek_v3": {
+        **{"gate": _V3_GATE, "num_experts": 256, "d_ff": 2048, "shared_d_ff": 2048, "first_dense": 3},
+        **{"losses": {"balance": 1e-4, "scope": "sequence"}},
+    },
+    "gpt_oss_20b": _mixtral(32, 0.001 * 4 / 24, 4, d_ff=2880, bias="all"),
+    "gpt_oss_120b": _mixtral(128, 0.001 * 4 / 36, 4, d_ff=2880, bias="all"),
     "mistral_7b": {"gate": "none"},
     "mixtral_8x7b": _mixtral(8, 0.02 * 2 / 32),
     "mixtral_8x22b": _mixtral(8, 0.001 * 2 / 56),
     "olmoe_1b_7b": {
-        **{"gate": "switch", "num_experts": 64, "experts_per_token": 8, "jitter": 0.0},
-        **{"load_balancing_weight": 0.01 * 8 / 16, "z_loss_weight": 0.001},  # OLMoE 2024, section 3
+        **{"gate": {"name": "switch", "k": 8}, "num_experts": 64, "jitter": 0.0},
+        **{"losses": {"balance": 0.01 * 8 / 16, "z": 0.001}},  # OLMoE 2024, section 3
     },
     "qwen1_5_moe_a2_7b": {
-        **{"gate": "deepseek_moe", "num_experts": 60, "experts_per_token": 4, "d_ff": 1408},
-        **{"shared_d_ff": 5632, "shared_gate": True, "load_balancing_weight": 0.001 * 4 / 24},
+        **{"gate": {"name": "deepseek_moe", "k": 4}, "num_experts": 60, "d_ff": 1408},
+        **{"shared_d_ff": 5632, "shared_gate": True, "losses": {"balance": 0.001 * 4 / 24}},
     },
-    "qwen3_30b_a3b": _mixtral(128, 0.001 * 8 / 48, experts_per_token=8, d_ff=768),
+    "qwen3_30b_a3b": _mixtral(128, 0.001 * 8 / 48, 8, d_ff=768),
 }
 
 #: Rows of a batch, and devices over which experts are split, where they are not 64 and 8.

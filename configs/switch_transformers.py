@@ -38,9 +38,9 @@ def get_config(size: str = "base-128") -> ml_collections.ConfigDict:
     config.model.update(init_scale=0.1, tie_embeddings=not own_head, scale_logits=not own_head)
     config.model.moe.update(gate="switch", num_experts=experts, every=every)
     if size.startswith("xxl"):  # as released; the others are the gate's, 1.25 and 2
-        config.model.moe.eval_capacity_factor = 4.0
+        config.model.moe.capacity.eval = 4.0
     if size.startswith("c"):
-        config.model.moe.capacity_factor = 1.0
+        config.model.moe.capacity.train = 1.0
     # C's D of 2080 does not divide by 2048 devices: split by `expert` alone, its attention would lie whole on each.
     config.mesh.update(data=1, fsdp=2 if size.startswith("c") else 1, expert=-1)
     return config

@@ -16,6 +16,6 @@ from configs import upcycle
 def get_config() -> ml_collections.ConfigDict:
     """Overrides of sparse upcycling."""
     config = upcycle.get_config()
-    config.model.moe.update(num_experts=32, experts_per_token=8, d_ff=128)
+    config.model.moe.update(num_experts=32, gate={"k": 8}, d_ff=128)
     config.start.expert_scale = 4.0
     return config

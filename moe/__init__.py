@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+    from moe.config import Capacity, Config, ConfigError, Losses, ModelConfig, MoEConfig
     from moe.interop import load_huggingface, save_huggingface
     from moe.layers.moe_layer import MoELayer
     from moe.layers.soft_moe import SoftMoE
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from moe.training.loop import train
 
 __all__ = [
+    "Capacity",
     "Config",
     "ConfigError",
     "EncoderDecoder",
     "Gate",
     "GateInputs",
     "GateOutput",
+    "Losses",
     "MoEConfig",
     "MoELayer",
     "ModelConfig",
@@ -40,12 +42,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Capacity": "moe.config",
     "Config": "moe.config",
     "ConfigError": "moe.config",
     "EncoderDecoder": "moe.models.encoder_decoder",
     "Gate": "moe.routing.interface",
     "GateInputs": "moe.routing.interface",
     "GateOutput": "moe.routing.interface",
+    "Losses": "moe.config",
     "MoEConfig": "moe.config",
     "MoELayer": "moe.layers.moe_layer",
     "ModelConfig": "moe.config",

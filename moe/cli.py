@@ -32,6 +32,7 @@ from moe.config import (
     allow_modules,
     check_field,
     check_path,
+    chosen_gate,
     exits_as_errors,
     extend_import_path,
     inherit_model,
@@ -46,6 +47,9 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an err
 flags.DEFINE_list("allow_module", [], "Modules with gates and the like that a workdir's config may name.")
 flags.disclaim_key_flags()  # what the functions below define belongs to the program that calls them
 
+#: Field whose value is a name on the command line and a section in a config.
+_GATE = "config.model.moe.gate"
+
 _EXIT_CODES = """exit codes
   0    done
   1    an error, in one sentence on standard error
@@ -56,6 +60,8 @@ _EXIT_CODES = """exit codes
 
 #: Config file of a program that was given none; read only then.
 _default_config: list[str] = []
+#: Command line from which --config takes the fields to set: that of :func:`_parse`, with the gate in the config file.
+_command_line: list[str] = []
 
 
 def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
@@ -67,7 +73,7 @@ def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
     if default is not None:
         _default_config[:] = [os.fspath(default)]
         explanation += f" Default: {os.fspath(default)}."
-    return config_flags.DEFINE_config_file("config", None, explanation)
+    return config_flags.DEFINE_config_file("config", None, explanation, sys_argv=_command_line)
 
 
 class _Path(flags.ArgumentParser):
@@ -316,7 +322,8 @@ def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):
             check_field(name.removeprefix("config."))
-    rest = flags.FLAGS(_with_config_file(argv, required))
+    _command_line[:] = _with_gate(_with_config_file(argv, required))
+    rest = flags.FLAGS(list(_command_line))
     if len(rest) > 1:
         raise flags.Error(f"unexpected arguments {rest[1:]}; options start with --")
     return rest
@@ -351,6 +358,25 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
         near = _nearest_file(file)
         raise ConfigError(f"--config={path}: no such file{f'; did you mean {near}?' if near else ''}")
     return argv
+
+
+def _with_gate(argv: list[str]) -> list[str]:
+    """The command line with a config file that chooses the gate itself (:mod:`moe.config.chosen_gate`): ml_collections
+    takes no name for a section, and the fields of the gate must be there before they are set."""
+    gate, path = _value_of(argv, _GATE), _value_of(argv, "config")
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")]
+    fields = [name.removeprefix(f"{_GATE}.") for name in names if name.startswith(f"{_GATE}.")]
+    if path is None or (gate is None and not fields):
+        return argv
+    rest, words = [], iter(argv)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if word.startswith("-") and name in ("config", _GATE):
+            if not equals:
+                next(words, None)
+        else:
+            rest.append(word)
+    return [rest[0], f"--config={chosen_gate.request(path, gate, fields)}", *rest[1:]]
 
 
 def _nearest_file(path: str) -> str | None:

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import typing
 
+import numpy as np
+
 #: Limits of int and float fields: values go to devices as int32 and float32.
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
@@ -31,7 +33,8 @@ def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:
 
     Args:
         default: its default.
-        **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones.
+        **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones;
+            ``share``: in [0, 1).
     """
     return dataclasses.field(default=default, metadata=facts)
 
@@ -69,6 +72,8 @@ def check_bounds(field: str, value: typing.Any, facts: typing.Mapping[str, typin
         require(value > facts["above"], field, value, above)
     if "most" in facts:
         require(value <= facts["most"], field, value, f"must be at most {facts['most']}")
+    if facts.get("share"):
+        require(value >= 0 and float(np.float32(value)) < 1, field, value, "must be in [0, 1), in float32")
     if "below" in facts:
         require(value < facts["below"], field, value, f"must be below {facts['below']}")
 

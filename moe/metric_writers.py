@@ -38,13 +38,13 @@ class Writer(Protocol):
 Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 
 
-#: Auxiliary losses, and the fields of model.moe with their weights.
+#: Auxiliary losses, and the fields of model.moe.losses with their weights.
 _WEIGHTS = {
-    "load_balancing_loss": "load_balancing_weight",
-    "router_z_loss": "z_loss_weight",
-    "importance_loss": "importance_weight",
-    "load_loss": "load_weight",
-    "device_balance_loss": "device_balance_weight",
+    "load_balancing_loss": "balance",
+    "router_z_loss": "z",
+    "importance_loss": "importance",
+    "load_loss": "load",
+    "device_balance_loss": "device",
 }
 #: Kinds of rows whose values are shown for every layer, and the beginning of their tags.
 _LAYER_KINDS = {"train": "", "heldout/all": "heldout_"}
@@ -54,8 +54,8 @@ _CONSTANTS = ("targets",)
 
 def _without_weight(config: dict[str, Any]) -> set[str]:
     """Losses that the config ignores, and numbers that are the same in every row."""
-    moe = config.get("model", {}).get("moe", {})
-    return {loss for loss, weight in _WEIGHTS.items() if moe.get(weight) == 0} | set(_CONSTANTS)
+    losses = config.get("model", {}).get("moe", {}).get("losses", {})
+    return {loss for loss, weight in _WEIGHTS.items() if losses.get(weight) == 0} | set(_CONSTANTS)
 
 
 def _tag(kind: str, name: str) -> str:

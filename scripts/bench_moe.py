@@ -106,7 +106,7 @@ def _case(shape: str, gate: str, mode: str, experts: int, k: int, d_ff: int, act
 
 def cases() -> list[Any]:
     """The cases that the flags name."""
-    from moe.config.registry import LAYERS
+    from moe.config.registry import LAYERS, find_gate
 
     found = []
     for shape in _SHAPES.value:
@@ -118,7 +118,7 @@ def cases() -> list[Any]:
         gates = sorted(LAYERS) if _GATES.value == ["all"] else _GATES.value or [own]
         for count in map(int, _EXPERTS.value or experts):
             for gate in gates:
-                own_gate = LAYERS[gate].gate
+                own_gate = find_gate(gate)
                 fixed = "k" not in {field.name for field in dataclasses.fields(own_gate)}
                 gate_k = own_gate.experts_per_token(count) if fixed else k
                 modes = [*_MODES.value, *["experts alone"] * _ALONE.value]

@@ -92,7 +92,7 @@ PUBLISHED = {
     "Mixtral-8x7B, v6e-256": Published(
         "mixtral_8x7b", "v6e:16x16", 12, 4096, f"{_RECIPES}/trillium/Mixtral-8x7B-MaxText: 13.484 s",
         "keeps attention's heads on the chip; theirs keeps queries, keys, values and inputs in the host's memory",
-        {"remat": "attention"}, {"dispatch": "gather", "capacity_factor": 1.25}, {"fsdp": 256, "expert": 1},
+        {"remat": "attention"}, {"dispatch": "gather", "capacity": {"train": 1.25}}, {"fsdp": 256, "expert": 1},
         step=13.484,
     ),
     "Qwen3-30B-A3B, 16 H100": Published(
@@ -122,7 +122,7 @@ PUBLISHED = {
     ),
     "Mixtral-8x22B, v6e-256": Published(
         "mixtral_8x22b", "v6e:16x16", 8, 4096, f"{_RECIPES}/trillium/Mixtral-8x22B-MaxText: 24.706 s",
-        "float32 parameters", {"remat": "full"}, {"dispatch": "gather", "capacity_factor": 1.25},
+        "float32 parameters", {"remat": "full"}, {"dispatch": "gather", "capacity": {"train": 1.25}},
         {"fsdp": 64, "expert": 4}, step=24.706,
     ),
     "dense 16B, v5e-256": Published(

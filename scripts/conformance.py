@@ -35,7 +35,7 @@ import numpy as np  # noqa: E402
 
 from moe.atomic_files import write_atomic  # noqa: E402
 from moe.config import ConfigError  # noqa: E402
-from moe.config.registry import LAYERS  # noqa: E402
+from moe.config.registry import LAYERS, find_gate  # noqa: E402
 from moe.conformance.oracle import (  # noqa: E402
     CASES,
     LEAK,
@@ -60,7 +60,7 @@ from moe.routing.routing import Routing, route  # noqa: E402
 def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Array]:
     """The routing of logits [G,S,E], all tokens real, and their mask."""
     mask = jnp.ones(logits.shape[:2], bool)
-    rule = LAYERS[gate].gate
+    rule = find_gate(gate)
     rule = dataclasses.replace(rule, k=k) if isinstance(rule, TopK) else rule
     return route(rule, jnp.asarray(logits, jnp.float32), mask), mask
 
@@ -161,7 +161,7 @@ def router_gradient() -> Iterator[Row]:
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 6)), jnp.float32)
     for gate in ("switch", "deepseek_moe", "deepseek_v3", "moe_plus_plus", "remoe", "expert_threshold"):
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, null=null_of(gate, {})))
-        fields: dict[str, Any] = dict(LEAK) if LAYERS[gate].gate.looks_ahead else {}
+        fields: dict[str, Any] = dict(LEAK) if find_gate(gate).looks_ahead else {}
         if gate == "deepseek_v3":
             fields = {"expert_groups": 1, "kept_expert_groups": 1, "renormalise": 0}
         layer = single_layer(gate, **weights, experts_per_token=1, eval_capacity_factor=4.0, **fields)
@@ -172,22 +172,22 @@ def router_gradient() -> Iterator[Row]:
 
 #: Settings that cannot be, and the field that the refusal must name.
 IMPOSSIBLE: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("mixtral", {"experts_per_token": 5}, "experts_per_token"),
-    ("mixtral", {"experts_per_token": 0}, "experts_per_token"),
-    ("mixtral", {"experts_per_token": 1}, "experts_per_token"),
+    ("mixtral", {"experts_per_token": 5}, "gate.k"),
+    ("mixtral", {"experts_per_token": 0}, "gate.k"),
+    ("mixtral", {"experts_per_token": 1}, "gate.k"),
     ("switch", {"renormalise": 1}, "renormalise"),
     ("gshard", {"experts_per_token": 3}, "experts_per_token"),
     ("hash", {"score_function": "sigmoid"}, "score_function"),
     ("remoe", {"renormalise": 1}, "renormalise"),
-    ("mixtral", {"bias_update": "penalty"}, "bias_update"),
-    ("quantile_balancing", {"experts_per_token": 4}, "bias_update"),
-    ("remoe", {"copy_experts": 1}, "copy_experts"),
+    ("mixtral", {"bias_update": "penalty"}, "gate.bias"),
+    ("quantile_balancing", {"experts_per_token": 4}, "gate.bias"),
+    ("remoe", {"copy_experts": 1}, "copy"),
     ("mixtral", {"layer_gates": ("expert_choice",)}, "layer_gates"),
     ("expert_threshold", {}, "accept_future_leak"),
-    ("switch", {"eval_capacity_factor": 0.0}, "eval_capacity_factor"),
-    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 3}, "expert_groups"),
-    ("deepseek_v3", {"experts_per_token": 3, "expert_groups": 4, "kept_expert_groups": 2}, "experts_per_token"),
-    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 2, "kept_expert_groups": 3}, "kept_expert_groups"),
+    ("switch", {"eval_capacity_factor": 0.0}, "capacity.eval"),
+    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 3}, "gate.groups"),
+    ("deepseek_v3", {"experts_per_token": 3, "expert_groups": 4, "kept_expert_groups": 2}, "gate.k"),
+    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 2, "kept_expert_groups": 3}, "gate.kept_groups"),
     ("expert_choice", {}, "accept_future_leak"),
     ("soft_moe", {"dispatch": "einsum"}, "accept_future_leak"),
     ("mixtral", {"drop_policy": "luck"}, "drop_policy"),
@@ -211,7 +211,7 @@ def bad_input() -> Iterator[Row]:
     mask = np.ones((2, 7), bool)
     without, tokens = mask.copy(), np.zeros((2, 7), np.int32)
     without[0, 2] = False
-    for gate, rule in ((name, layer.gate) for name, layer in LAYERS.items()):
+    for gate, rule in ((name, find_gate(name)) for name in LAYERS):
         if rule.router == "none":
             continue  # has no logits
         fields: dict[str, Any] = {"experts_per_token": 2} if "k" in vars(rule) else {}

@@ -27,7 +27,9 @@ _PROGRAMS: dict[Any, Program] = {}
 def set_field(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     """A copy of a config's dict with another value of a field, given by its dotted name."""
     section, _, rest = name.partition(".")
-    return tree | {section: set_field(tree[section], rest, value) if rest else value}
+    inner = tree.get(section, {})
+    inner = {"name": inner} if isinstance(inner, str) else inner  # of a gate
+    return tree | {section: set_field(inner, rest, value) if rest else value}
 
 
 def shared_build(config: Config, mesh: Any, teacher: Any = None) -> Program:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe.config import LARGEST, Config
 from moe.config.registry import LAYERS
+from moe.routing.gates import TopK
 
 INTEGERS = (-LARGEST, -2, 0, 1, 3, LARGEST, LARGEST + 1, 10**30, True, 1.5, "2", None, [2])
 FLOATS = (-0.5, 0.0, 1e-45, 1.0, 3e38, 1e39, float("inf"), float("nan"), "1", None, True)
@@ -30,7 +31,10 @@ def fields(cls: Any = Config, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, type, default) of every field."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
+        if field.name == "gate":
+            yield path + field.name, str, "mixtral"
+            yield from fields(TopK, f"{path}{field.name}.")
+        elif dataclasses.is_dataclass(hints[field.name]):
             yield from fields(hints[field.name], f"{path}{field.name}.")
         else:
             yield path + field.name, hints[field.name], field.default
@@ -56,11 +60,23 @@ def edge_cases() -> list[tuple[str, Any]]:
     ]
 
 
+#: Values of fields of gates, those of them that a gate has.
+GATE_FIELDS: dict[str, tuple[Any, ...]] = {
+    "k": (1, 2, 4),
+    "bias": ("none", "sign", "quantile"),
+    "bias_rate": (0.0, 1.0),
+    "groups": (1, 2),
+    "kept_groups": (1, 2),
+    "scores_per_group": (1, 2),
+    "renormalise": (True, False),
+    "scale": (1.0, 2.5),
+    "slots": (1, 2),
+}
+
 #: Values of fields that combine into runs of a few kilobytes; others of these fields are edges.
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.gate": ("none", *LAYERS),
     "model.moe.num_experts": (1, 2, 4, 6, 8),
-    "model.moe.experts_per_token": (-1, 1, 2, 4),
     "model.moe.d_ff": (0, 2, 8),
     "model.moe.shared_d_ff": (0, 8),
     "model.moe.every": (1, 2),
@@ -68,21 +84,15 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.first_dense": (0, 1),
     "model.moe.group_size": (0, 8, 32, 128),
     "model.moe.dispatch": ("gather", "einsum", "dropless"),
-    "model.moe.capacity_factor": (-1, 0.01, 0.5, 1.0, 100.0),
-    "model.moe.eval_capacity_factor": (-1, 0.01, 2.0, 1e6),
-    "model.moe.jitter": (-1, 0.0, 0.9),
-    "model.moe.z_loss_weight": (-1, 0.0, 1.0),
-    "model.moe.importance_weight": (0.0, 0.1),
-    "model.moe.load_weight": (0.0, 0.1),
-    "model.moe.device_balance_weight": (0.0, 0.1),
-    "model.moe.balance_scope": ("gate", "batch", "group", "sequence"),
-    "model.moe.bias_update_rate": (-1, 0.0, 1.0),
-    "model.moe.expert_groups": (-1, 1, 2),
-    "model.moe.kept_expert_groups": (-1, 1, 2),
-    "model.moe.renormalise": (-1, 0, 1),
-    "model.moe.routing_scale": (-1, 2.5),
-    "model.moe.slots_per_expert": (1, 2),
-    "model.moe.drop_policy": ("gate", "position", "probability", "random"),
+    "model.moe.capacity.train": (0.01, 0.5, 1.0, 100.0),
+    "model.moe.capacity.eval": (0.01, 2.0, 1e6),
+    "model.moe.jitter": (0.0, 0.9),
+    "model.moe.losses.z": (0.0, 1.0),
+    "model.moe.losses.importance": (0.0, 0.1),
+    "model.moe.losses.load": (0.0, 0.1),
+    "model.moe.losses.device": (0.0, 0.1),
+    "model.moe.losses.scope": ("batch", "group", "sequence"),
+    "model.moe.drop_policy": ("position", "probability", "random"),
     "model.moe.overflow_to_next": (True,),
     "model.moe.expert_dropout": (0.0, 0.5),
     "model.moe.accept_future_leak": (True,),

@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ModelConfig, MoEConfig
+from moe.config import Config, ModelConfig, MoEConfig, flat
+from moe.config.parse import build
 from moe.config.registry import LAYERS
 from moe.config.resolve import resolve
 from moe.models.factory import abstract_model
@@ -24,7 +26,7 @@ from moe.routing.gates import TopK
 from moe.routing.interface import Gate
 from moe.routing.routing import Routing, route
 
-_MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"}
+_MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"} | flat.PLACES.keys()
 
 
 #: A case of a parametrised test that runs with the slow tests.
@@ -34,10 +36,21 @@ slow_case = functools.partial(pytest.param, marks=pytest.mark.slow)
 FOUR = ("dense_mixture", "gshard", "mixtral", "switch")
 
 
+def moe_config(**fields: Any) -> MoEConfig:
+    """The MoE section with these fields, each by its name in the flat form: ``experts_per_token=2``."""
+    return build(MoEConfig, fields, "model.moe.")
+
+
+def set_moe(tree: ml_collections.ConfigDict, **fields: Any) -> None:
+    """Set fields of ``model.moe`` in a config tree, each by its name in the flat form."""
+    named = {flat.PLACES.get(name, name): value for name, value in fields.items()}
+    tree.model.moe.update_from_flattened_dict(named)
+
+
 def tiny_model(**overrides: Any) -> ModelConfig:
     """A resolved model whose dims all differ, so that no axis can be taken for another.
 
-    Fields of the MoE section go by their own names, but for the experts' hidden dim: ``moe_d_ff``.
+    Fields of the MoE section go by their names in the flat form, but for the experts' hidden dim: ``moe_d_ff``.
     """
     moe = {"num_experts": 4, "d_ff": overrides.pop("moe_d_ff", 20)}
     moe |= {name: overrides.pop(name) for name in tuple(overrides) if name in _MOE_FIELDS}
@@ -50,7 +63,7 @@ def tiny_model(**overrides: Any) -> ModelConfig:
         "head_dim": 6,
         "d_ff": 28,
     } | overrides
-    return resolve(Config(model=ModelConfig(moe=MoEConfig(**moe), **model))).model
+    return resolve(Config(model=ModelConfig(moe=moe_config(**moe), **model))).model
 
 
 def tiny_encoder_decoder(**overrides: Any) -> ModelConfig:

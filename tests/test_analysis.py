@@ -9,7 +9,7 @@ import pytest
 
 from moe.analysis import controls, probes
 from moe.analysis.record import Recorder
-from moe.config import ConfigError
+from moe.config import Capacity, ConfigError
 from moe.routing.routing import route
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import build
@@ -150,7 +150,7 @@ def test_probes_of_a_frozen_model(rng):
     assert set(full) == {"all", "text"}
     assert full["all"] == pytest.approx(wide["all"], rel=1e-5)  # a factor of E drops nothing
     assert abs(wide["all"] - narrow["all"]) > 1e-3  # one of 0.5 drops half
-    fixed = dataclasses.replace(config.model.moe, expert_capacity=1)  # which the factor replaces
+    fixed = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=1))  # which the factor replaces
     fixed_config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=fixed))
     assert probes.eval_capacity(fixed_config, mesh, 4.0)(variables, heldout) == wide
     last = probes.masked(config, mesh, 3)(variables, heldout)["all"]
@@ -158,7 +158,8 @@ def test_probes_of_a_frozen_model(rng):
 
     # Without its shared expert, and two choices: the same as a shared expert of zeros.
     swapped = probes.shared_for_routed(config, mesh)(variables, heldout)["all"]
-    more = dataclasses.replace(config.model.moe, experts_per_token=2, eval_capacity_factor=4.0)
+    gate = dataclasses.replace(config.model.moe.gate, k=2)
+    more = dataclasses.replace(config.model.moe, gate=gate, capacity=Capacity(eval=4.0))
     config_two = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=more))
     silent = jax.tree_util.tree_map_with_path(
         lambda path, x: 0 * x if any(key.key == "shared" for key in path) else x, variables
@@ -172,11 +173,11 @@ def test_probes_of_a_frozen_model(rng):
 def test_impossible_probes_are_refused():
     program, _ = tiny_program()
     config, mesh = program.config, program.mesh
-    with pytest.raises(ConfigError, match="masked experts=3: must be from 0 to num_experts - experts_per_token = 2"):
+    with pytest.raises(ConfigError, match="masked experts=3: must be from 0 to num_experts - K = 2"):
         probes.masked(config, mesh, 3)
     with pytest.raises(ConfigError, match="no shared expert"):
         probes.shared_for_routed(config, mesh)
-    with pytest.raises(ConfigError, match="eval_capacity_factor"):
+    with pytest.raises(ConfigError, match=r"model\.moe\.capacity\.eval"):
         probes.eval_capacity(config, mesh, -1.0)
     for gate in ("hash", "none"):
         with pytest.raises(ConfigError, match=f"model.moe.gate='{gate}'"):

@@ -123,7 +123,7 @@ def test_unresolved_configs_are_filled_in():
     config = moe.ModelConfig(d_model=8, num_layers=1, moe=moe.MoEConfig(num_experts=4, d_ff=12))
     assert MoELayer(config, rngs=nnx.Rngs(0)).config.experts_per_token == 2
     model = nnx.eval_shape(lambda: moe.Transformer(config, rngs=nnx.Rngs(0)))
-    assert model.config.moe.capacity_factor == 1.25
+    assert model.config.moe.capacity.train == 1.25
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_gshard_auxiliary_loss_is_ours_over_e_squared(logits, expected):
 
 
 def test_gshard_counts_first_choices_alone_and_the_others_all():
-    assert [gate for gate in FOUR if LAYERS[gate].balance_counts == "first_choice"] == ["gshard"]
+    assert [gate for gate in FOUR if LAYERS[gate].losses.counts == "first_choice"] == ["gshard"]
     # One token, second choice expert 1: over both choices f = (1/2, 1/2), over the first f = (1, 0); P = (2/3, 1/3).
     routing = tiny_routing("gshard", np.log([[[2.0, 1.0]]]))
     mask = jnp.ones((1, 1), bool)
@@ -159,7 +159,7 @@ def test_padding_changes_nothing(gate, rng):
     logits = rng.normal(size=(2, 12, 5))
     padded = np.concatenate([logits, rng.normal(size=(2, 7, 5)) * 10], axis=1)
     mask = np.concatenate([np.ones((2, 12)), np.zeros((2, 7))], axis=1).astype(bool)
-    counts = LAYERS[gate].balance_counts
+    counts = LAYERS[gate].losses.counts
     plain = tiny_routing(gate, logits)
     with_padding = tiny_routing(gate, padded, mask)
     plain_report = report(plain, _mask(logits), make_plan(plain, 4).kept, counts=counts)

@@ -62,7 +62,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whol
 def test_the_dispatch_may_change_only_where_nothing_can_be_dropped(directory, tmp_path):
     """Capacity 1.25 drops; 4 = E / K does not, since C is then S."""
     for factor, refused in ((1.25, True), (4.0, False)):
-        settings = {"model.moe.capacity_factor": factor, "model.moe.eval_capacity_factor": 4.0}
+        settings = {"model.moe.capacity.train": factor, "model.moe.capacity.eval": 4.0}
         theirs, ours = (tiny(directory, **settings, **{"model.moe.dispatch": mode}) for mode in ("gather", "dropless"))
         (tmp_path / "config.json").write_text(json.dumps(to_dict(theirs)))
         with pytest.raises(ConfigError, match=r"model\.moe\.dispatch") if refused else contextlib.nullcontext():
@@ -84,7 +84,7 @@ TRAVELS = [
 def test_reshard_matrix(directory, tmp_path, capsys):
     """Two steps on each of 8, 4, 2, 1 and 8 devices, against ten steps on one."""
     settings = SETTINGS | {"train.num_steps": 10, "train.eval_every": 10}
-    settings |= {"model.moe.capacity_factor": 8.0, "model.moe.eval_capacity_factor": 8.0}
+    settings |= {"model.moe.capacity.train": 8.0, "model.moe.capacity.eval": 8.0}
     train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
     for number, (count, mesh, dispatch) in enumerate(TRAVELS):
         config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})

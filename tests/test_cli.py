@@ -52,7 +52,7 @@ def test_the_config_of_a_run_is_a_config_file_whose_fields_are_all_set(tmp_path)
         given = cli._with_config_file(["main.py", *words], NEEDED)
         assert given == ["main.py", f"--config={run_config.__file__}:{file}", "--workdir=x"]
     tree = run_config.get_config(file)
-    assert {"seed", "model.moe.gate", "model.rope_scaling.kind", "train.num_steps"} <= assigned_fields(tree)
+    assert {"seed", "model.moe.gate.k", "model.rope_scaling.kind", "train.num_steps"} <= assigned_fields(tree)
     tree.start.checkpoint = str(tmp_path / "start")
     inherit_model(tree)
     assert from_config_dict(tree).model == config.model

@@ -381,7 +381,7 @@ def test_cost(report):
         check(arm, dropped, (100 * share, ".1f"))
         config = suite.config(arm, steps=steps)
         matrices = 3 if config.model.activation in ("swiglu", "geglu") else 2
-        layers = config.model.num_layers if config.model.moe.gate != "none" else 0
+        layers = config.model.num_layers if config.model.moe.gate is not None else 0
         hidden = config.model.moe.experts_per_token * config.model.moe.d_ff
         tokens = steps * config.train.batch_size * config.data.sequence_length
         saved = 6 * tokens * layers * matrices * config.model.d_model * hidden * share

@@ -8,8 +8,9 @@ import pytest
 
 from configs import base
 from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
+from moe.config.moe_section import Dispatch
 from moe.config.resolve import from_config_dict
-from moe.config.schema import Activation, Dispatch, Remat
+from moe.config.schema import Activation, Remat
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe.dispatch.modes import DISPATCHES
 from moe.parallel.partition_specs import REMAT_POLICIES
@@ -43,14 +44,13 @@ def changed(**overrides):
         ({"model__norms": "after", "model__encoder_layers": 2}, "model.norms='after': must be before where"),
         ({"model__vocab_size": 0}, "model.vocab_size=0: must be at least 1"),
         ({"model__moe__gate": "mixtrall"}, "model.moe.gate='mixtrall': must be one of none,"),
-        ({"model__moe__experts_per_token": 9}, "model.moe.experts_per_token=9: must be at most num_experts=8"),
-        ({"model__moe__gate": "gshard", "model__moe__experts_per_token": 3}, "the gate 'gshard' exists for 2 only"),
-        ({"model__moe__capacity_factor": 0.0}, "model.moe.capacity_factor=0.0: must be positive"),
+        ({"model__moe__gate__k": 9}, "model.moe.gate.k=9: must be at most num_experts=8"),
+        ({"model__moe__capacity__train": 0.0}, "model.moe.capacity.train=0.0: must be positive"),
         ({"model__moe__jitter": 1.5}, "model.moe.jitter=1.5: must be in [0, 1)"),
         ({"model__moe__dispatch": "scatter"}, "model.moe.dispatch='scatter': must be one of gather, einsum"),
         ({"model__moe__first_dense": 4}, "use model.moe.gate=none for a dense model"),
         ({"model__moe__group_size": 100}, "model.moe.group_size=100: must divide or be a multiple of"),
-        ({"model__moe__load_balancing_weight": -0.5}, "model.moe.load_balancing_weight=-0.5: must be at least 0"),
+        ({"model__moe__losses__balance": -0.5}, "model.moe.losses.balance=-0.5: must be at least 0"),
         ({"data__domains": ("a", "a")}, "data.domains=('a', 'a'): must name each domain once"),
         ({"data__streams": 3}, "data.streams=3: must divide train.batch_size=8, or be 0"),
         ({"data__weights": (1.0,)}, "data.weights=(1.0,): must be empty or one positive share for each of the 2"),
@@ -141,7 +141,7 @@ def test_unknown_key_and_wrong_type_in_a_tree():
 
 def test_round_trip_is_resolved_once():
     config = from_config_dict(base.get_config())
-    assert config.model.moe.experts_per_token == 2  # Mixtral's
+    assert config.model.moe.gate.k == 2  # Mixtral's
     assert config.model.moe.d_ff == config.model.d_ff
     assert from_config_dict(to_config_dict(config)) == config
     assert from_config_dict(dataclasses.asdict(config)) == config
@@ -149,7 +149,7 @@ def test_round_trip_is_resolved_once():
 
 def test_gate_constants_are_defaults_and_yield_to_overrides():
     switch = from_config_dict(changed(model__moe__gate="switch")).model.moe
-    assert (switch.experts_per_token, switch.load_balancing_weight, switch.jitter) == (1, 0.01, 0.01)
+    assert (switch.experts_per_token, switch.losses.balance, switch.jitter) == (1, 0.01, 0.01)
     ours = from_config_dict(changed(model__moe__gate="switch", model__moe__jitter=0.0)).model.moe
     assert ours.jitter == 0.0
     mixture = from_config_dict(changed(model__moe__gate="dense_mixture")).model.moe
@@ -180,7 +180,7 @@ def test_mesh_refused(sizes, overrides, words):
 def test_layers_differ_by_overrides_alone():
     trees = {name: importlib.import_module(f"configs.{name}").get_config() for name in LAYERS}
     configs = {name: from_config_dict(tree) for name, tree in trees.items()}
-    assert {c.model.moe.gate for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
+    assert {c.model.moe.gate_name for c in configs.values()} == {"none", "switch", "gshard", "mixtral"}
     for tree in trees.values():
         assert set(dataclasses.asdict(Config())) == set(tree.keys())
     shared = {dataclasses.replace(c.model, d_ff=1, scan_layers=True, moe=MoEConfig()) for c in configs.values()}

@@ -10,7 +10,6 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moe.config.registry import gate_of
 from moe.conformance import reference
 from moe.dispatch.buffers import Plan, expert_capacity, make_plan
 from moe.dispatch.ffn import ExpertWeights
@@ -121,7 +120,7 @@ def _system(config, capacity, mode, key):
         router = nnx.merge(router_def, parameters["router"])
         experts = nnx.merge(experts_def, parameters["experts"])
         logits = router(x)
-        routing = route(gate_of(config.moe), logits, mask, rng=key)
+        routing = route(config.moe.gate, logits, mask, rng=key)
         plan = make_plan(routing, capacity)
         y = dispatch(mode, x, routing, plan, experts.weights, experts.activation)
         return jnp.sum(y * cotangent), (y, plan, routing)
@@ -133,7 +132,7 @@ def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
     """y and gradients of the same function by moe/conformance/reference.py, and its decisions."""
     router = np.asarray(parameters["router"]["kernel"], np.float64)
     logits = np.array([[token @ router for token in group] for group in np.asarray(x, np.float64)])
-    gate, k = config.moe.gate, config.moe.experts_per_token
+    gate, k = config.moe.gate.name, config.moe.experts_per_token
     decisions = reference.decide(gate, logits, np.asarray(mask), k, capacity, reference.Rule(draws=uniform))
 
     def loss(parameters, x):

@@ -27,7 +27,7 @@ def test_layers_are_numbered_through_both_stacks():
     assert {layer for layer, path in flat if path[0] == "cross"} == {3, 4}
     jax.tree.map(np.testing.assert_array_equal, restack_layers(config, parameters, flat), parameters)
 
-    biased = tiny_encoder_decoder(every=1, layers=(1, 3, 4), gate="deepseek_v3", layer_gates=())
+    biased = tiny_encoder_decoder(every=1, layers=(1, 3, 4), gate="quantile_balancing", experts_per_token=2)
     biases = selection_biases(biased, jnp.arange(12.0).reshape(3, 4))
     encoder, decoder = biases["encoder"]["segment_1"], biases["decoder"]["segment_0"]
     np.testing.assert_array_equal(encoder["block_0"]["moe"]["router"]["bias"], [[0, 1, 2, 3]])
@@ -65,7 +65,7 @@ def test_counts_and_flops_by_hand():
         ({"layers": (5,), "every": 1}, "must be increasing layer numbers from 0 to 4"),
         (
             {"expert_capacity": 3, "dispatch": "dropless"},
-            "model.moe.expert_capacity=3: needs a dispatch with a capacity",
+            "model.moe.capacity.fixed=3: needs a dispatch with a capacity",
         ),
     ],
 )

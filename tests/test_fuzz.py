@@ -6,6 +6,7 @@ equal programs are compiled once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import pytest
 
 from configs import base
-from moe.config import Config, to_dict
+from moe.config import to_dict
 from moe.config.registry import LAYERS
 from tests import fuzz_values
 from tests.fuzz_helpers import set_field, steps_or_sentence, trains_or_refuses
@@ -39,9 +40,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def tree(directory) -> dict[str, Any]:
-    """Config of a tiny run as a dict of JSON types, without the gate's constants."""
+    """Config of a tiny run as a dict of JSON types; what its MoE section leaves out is the gate's constant."""
     config = to_dict(tiny(directory, base.get_config(), **SETTINGS))
-    config["model"]["moe"] = to_dict(Config())["model"]["moe"] | {"num_experts": 4, "d_ff": 16}
+    config["model"]["moe"] = {"num_experts": 4, "d_ff": 16}
     return config
 
 
@@ -79,7 +80,11 @@ def random_changes(seed: int) -> tuple[dict[str, Any], int]:
     draw = random.Random(seed)
     names = draw.sample(sorted(fuzz_values.PLAUSIBLE), draw.randint(2, 6))
     changes = {name: draw.choice(fuzz_values.PLAUSIBLE[name]) for name in names}
-    changes["model.moe.gate"] = gate = draw.choice(["none", *LAYERS])
+    gate = draw.choice(["none", *LAYERS])
+    own = {field.name for field in dataclasses.fields(LAYERS[gate].gate)} if gate != "none" else set()
+    drawn = draw.sample(sorted(fuzz_values.GATE_FIELDS), draw.randint(0, 3))
+    chosen = {name: draw.choice(fuzz_values.GATE_FIELDS[name]) for name in drawn if name in own or draw.random() < 0.1}
+    changes["model.moe.gate"] = {"name": gate, **chosen}
     if draw.random() < 0.9:  # rules that look ahead are refused otherwise
         changes["model.moe.accept_future_leak"] = True
     if gate == "soft_moe" and draw.random() < 0.9:

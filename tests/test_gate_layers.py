@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import MeshConfig
+from moe.config import Capacity, MeshConfig
 from moe.config.registry import LAYERS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
@@ -120,7 +120,7 @@ def test_who_looks_ahead(gate, leaks, rng):
     mode = "einsum" if soft else "gather"
     layer = single_layer(gate, **weights, eval_capacity_factor=1.0, accept_future_leak=True, dispatch=mode, **fields)
     if not leaks:
-        layer.config = dataclasses.replace(layer.config, eval_capacity_factor=4.0)
+        layer.config = dataclasses.replace(layer.config, capacity=Capacity(eval=4.0))
     x = jnp.asarray(rng.normal(size=(1, 8, 4)), jnp.float32)
     run = jax.jit(lambda x: layer(x, jnp.ones((1, 8), bool))[0])
     changed = max(

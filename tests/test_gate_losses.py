@@ -19,7 +19,7 @@ from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.training.step import build, place
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SIGMOIDS, routed
-from tests.helpers import slow_case, tiny_model
+from tests.helpers import set_moe, slow_case, tiny_model
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def test_deepseek_v3_balance_loss_counts_the_top_scores_without_bias_and_groups(
     np.testing.assert_array_equal(routing.expert_index, [[[1], [1]]])
     p = (SIGMOIDS / SIGMOIDS.sum(-1, keepdims=True))[0].mean(0)
     mask = jnp.ones((1, 2), bool)
-    loss = balancing.load_balancing_loss(routing, mask, counts=LAYERS["deepseek_v3"].balance_counts)
+    loss = balancing.load_balancing_loss(routing, mask, counts=LAYERS["deepseek_v3"].losses.counts)
     assert float(loss) == pytest.approx(4 * (p[0] + p[3]) / 2, rel=1e-6)
     assert float(balancing.load_balancing_loss(routing, mask)) == pytest.approx(4 * p[1], rel=1e-6)
     # Of groups (0, 1) and (2, 3) token 0 keeps the first, token 1 the second; the scores alone take 0 and 2, 3 and 2.
@@ -141,7 +141,7 @@ def test_loss_free_balancing_balances(rng):
 def _program(gate, mesh=None, **moe):
     config = Config()
     tree = to_config_dict(config)
-    tree.model.moe.update({"gate": gate} | moe)
+    set_moe(tree, gate=gate, **moe)
     sizes = {"vocab_size": 48, "d_model": 16, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
     for name, value in sizes.items():
         tree.model[name] = value

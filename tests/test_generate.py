@@ -18,14 +18,14 @@ from moe.models.sampling import Sampling
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
-from tests.helpers import slow_case
+from tests.helpers import moe_config, slow_case
 from tests.test_interop import CASES, _expected
 
 GREEDY = Sampling(temperature=0)
 
 
 def _model(**changes):
-    moe = MoEConfig(**{"num_experts": 4, "d_ff": 12, "dispatch": "dropless", **changes.pop("moe", {})})
+    moe = moe_config(**{"num_experts": 4, "d_ff": 12, "dispatch": "dropless", **changes.pop("moe", {})})
     sizes = {"vocab_size": 48, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "d_ff": 20}
     config = resolve(
         Config(model=ModelConfig(**{**sizes, "num_layers": 2, "init_scale": 4.0, **changes}, moe=moe))

@@ -22,7 +22,7 @@ from moe.models.decoder import Transformer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
-from tests.helpers import slow_case
+from tests.helpers import moe_config, slow_case
 
 MODEL = ModelConfig(
     **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4},
@@ -185,9 +185,8 @@ def test_the_cache_has_the_sinks_too():
 
 
 def test_refusals():
-    moe = MoEConfig(gate="soft_moe", bias="all", dispatch="einsum", accept_future_leak=True)
     with pytest.raises(ConfigError, match=r"model\.moe\.bias='all': must be none with the gate soft_moe"):
-        validate(resolve(Config(model=ModelConfig(moe=moe))))
+        moe_config(gate="soft_moe", bias="all", dispatch="einsum", accept_future_leak=True)
     latent = {"kv_lora_rank": 4, "rope_dim": 2, "value_dim": 4, "num_kv_heads": 8}
     with pytest.raises(ConfigError, match=r"model\.attention_sinks=True: must be False where model\.kv_lora_rank"):
         validate(resolve(Config(model=ModelConfig(**latent, attention_sinks=True))))

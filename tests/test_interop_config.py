@@ -21,13 +21,14 @@ from configs import (
     qwen1_5_moe_a2_7b,
     qwen3_30b_a3b,
 )
-from moe.config import Config, ConfigError, ModelConfig, MoEConfig, layer_kinds
+from moe.config import Config, ConfigError, ModelConfig, layer_kinds
 from moe.config.resolve import from_config_dict, resolve
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
 from moe.interop.families import FAMILIES
 from moe.models.flops import count_parameters
+from tests.helpers import moe_config
 from tests.test_interop import HERE, OURS, THEIRS
 from tests.test_interop_encoder_decoder import PATHS as ENCODER_DECODERS
 
@@ -45,7 +46,7 @@ def test_published_config_of_mixtral():
     ).model
     assert (model.head_dim, model.rope_theta, model.sliding_window, model.moe.d_ff) == (128, 1e6, 0, 14336)
     # 0.02 · 2 at balance, as the sum of 32 layers' losses of 1.
-    assert model.moe.load_balancing_weight == pytest.approx(0.02 * 2 / 32)
+    assert model.moe.losses.balance == pytest.approx(0.02 * 2 / 32)
 
 
 #: Factor of each family's coefficient at K = 2 (DeepSeek: 3) in L MoE layers, see moe.interop.balance.
@@ -64,7 +65,7 @@ def test_published_config_of_mixtral():
 def test_balance_coefficients_both_ways(name, coefficient, factor):
     source = json.loads((HERE / name / "config.json").read_text()) | {coefficient: 0.04}
     config = read_open_config(source)
-    assert config.model.moe.load_balancing_weight == pytest.approx(0.04 * factor)
+    assert config.model.moe.losses.balance == pytest.approx(0.04 * factor)
     assert write_config(config, name)[coefficient] == pytest.approx(0.04)
 
 
@@ -87,8 +88,8 @@ GPT_OSS_20B = {
 def test_published_config_of_gpt_oss():
     model = read_open_config(GPT_OSS_20B).model
     ours = from_config_dict(gpt_oss_20b.get_config()).model
-    moe = dataclasses.replace(model.moe, dispatch="gather", load_balancing_weight=ours.moe.load_balancing_weight)
-    moe = dataclasses.replace(moe, z_loss_weight=ours.moe.z_loss_weight, jitter=ours.moe.jitter)
+    moe = dataclasses.replace(model.moe, dispatch="gather", losses=ours.moe.losses)
+    moe = dataclasses.replace(moe, jitter=ours.moe.jitter)
     same = {name: getattr(ours, name) for name in ("d_ff", "dtype", "attention", "remat")}
     assert dataclasses.replace(model, moe=moe, **same) == ours
     # The library's defaults, where a file says nothing of positions and layers, are those of the published models.
@@ -116,7 +117,7 @@ def test_scope_of_the_balance_loss_of_deepseek():
     source = json.loads((HERE / "deepseek" / "config.json").read_text())
     for per_sequence, scope in ((True, "sequence"), (False, "batch")):
         config = read_open_config(source | {"seq_aux": per_sequence})
-        assert config.model.moe.balance_scope == scope
+        assert config.model.moe.losses.scope == scope
         assert write_config(config, "deepseek")["seq_aux"] == per_sequence
 
 
@@ -133,7 +134,7 @@ def test_scope_of_the_balance_loss_of_deepseek():
 )
 def test_published_coefficients_in_the_configs(config, name, coefficient):
     model = from_config_dict(config.get_config()).model
-    assert balance.weight_here(FAMILIES[name], coefficient, model) == pytest.approx(model.moe.load_balancing_weight)
+    assert balance.weight_here(FAMILIES[name], coefficient, model) == pytest.approx(model.moe.losses.balance)
 
 
 def test_layers_of_qwen():
@@ -172,7 +173,7 @@ def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():
 def test_a_model_that_no_family_expresses_is_refused(tmp_path):
     def refused(pattern: str, **changes):
         moe = changes.pop("moe", {})
-        model = ModelConfig(**{"num_layers": 2, **changes}, moe=MoEConfig(**moe))
+        model = ModelConfig(**{"num_layers": 2, **changes}, moe=moe_config(**moe))
         with pytest.raises(ConfigError, match=pattern):
             write_config(resolve(Config(model=model)))
 

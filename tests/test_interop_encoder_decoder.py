@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from moe.config import Config, ConfigError, sparse_layers
+from moe.config import Capacity, Config, ConfigError, sparse_layers
 from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, save_huggingface
 from moe.interop.balance import switch_losses
 from moe.interop.config_json import read_config, write_config
@@ -130,8 +130,8 @@ def test_balance_coefficients_keep_their_weight():
     """Two stacks, each a mean over its layers that is 1 at balance: 0.01·2 over 4 layers is 0.005 each."""
     config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
     layers = sum(sparse_layers(config.model))
-    assert config.model.moe.load_balancing_weight == pytest.approx(0.001 * 2 / layers)
-    assert config.model.moe.z_loss_weight == pytest.approx(0.001 * 2 / layers)
+    assert config.model.moe.losses.balance == pytest.approx(0.001 * 2 / layers)
+    assert config.model.moe.losses.z == pytest.approx(0.001 * 2 / layers)
 
 
 def test_pickles_are_refused_with_a_way_out(tmp_path):
@@ -202,7 +202,7 @@ def test_copies_of_the_embedding_must_be_copies(tmp_path):
 def test_what_the_capacity_of_the_format_cannot_say_is_refused(changes):
     """It drops the last tokens of a row beyond a capacity, padding included: other drops are other logits."""
     config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
-    moe = dataclasses.replace(config.model.moe, expert_capacity=3, dispatch="gather")
+    moe = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=3), dispatch="gather")
     whole = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
     assert write_config(whole)["expert_capacity"] == 3
     other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, moe=dataclasses.replace(moe, **changes)))

@@ -19,6 +19,7 @@ from moe.layers.attention.positions import attention_factor, inverse_frequencies
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prefill
 from moe.parallel.mesh import make_mesh
+from tests.helpers import moe_config
 
 CONFIG = ModelConfig(
     **{"d_model": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "rope_dim": 2, "rope_interleaved": True},
@@ -89,7 +90,7 @@ def test_absorbed_projections_compute_the_same(module, rng):
 @pytest.mark.slow
 def test_over_a_mesh(tmp_path):
     """Heads over tensor: logits, gradients and the shards that each device reads."""
-    moe = MoEConfig(
+    moe = moe_config(
         gate="deepseek_v3",
         num_experts=8,
         experts_per_token=2,
@@ -176,7 +177,7 @@ def test_frequencies_that_depend_on_the_length_by_hand():
 def test_a_row_has_its_own_length(rng):
     """A row of 5 beside one of 12, and padded to 12, is what it is alone, though the other is beyond the context."""
     scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_length=6)
-    config = resolve(Config(model=ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate="none")))).model
+    config = resolve(Config(model=ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate=None)))).model
     model = Transformer(dataclasses.replace(config, rope_scaling=scaling), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(rng.integers(1, 16, (2, 12)))
     both, _ = jax.jit(lambda tokens: prefill(model, tokens, jnp.array([5, 12]), empty(model.config, 2, 12)))(tokens)

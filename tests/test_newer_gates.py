@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import MeshConfig, layer_kinds
+from moe.config import Capacity, MeshConfig, layer_kinds
 from moe.layers.moe_layer import MoELayer
 from moe.layers.router import SelectionBias
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
+from moe.routing.gates import TopK
 from moe.routing.selection import quantile
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS, routed
 from tests.helpers import slow_case, tiny_model
@@ -29,7 +30,7 @@ def report_of(routing, **moe):
         routing.chosen,
         k=moe.experts_per_token,
         null_experts=moe.null_experts,
-        weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.null_balance),
+        weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
     )
 
 
@@ -131,8 +132,9 @@ def test_zero_copy_and_constant_experts_by_hand(mode):
     # copy and constant. Weights of the softmax (1, 2, 3, 4, 6)/16, K = 5: all of them.
     config = tiny_model(gate="moe_plus_plus", num_experts=2, experts_per_token=2, d_model=2, constant_experts=1)
     config = dataclasses.replace(config, activation="relu")
-    moe = dataclasses.replace(config.moe, experts_per_token=5, d_ff=2, dispatch=mode, eval_capacity_factor=9.0)
+    moe = dataclasses.replace(config.moe, d_ff=2, dispatch=mode, capacity=Capacity(eval=9.0))
     layer = MoELayer(dataclasses.replace(config, moe=moe), rngs=nnx.Rngs(0))
+    layer.gate = TopK(k=5)
     layer.experts.up[...] = jnp.broadcast_to(jnp.eye(2), (2, 2, 2))
     layer.experts.down[...] = jnp.stack([2 * jnp.eye(2), 3 * jnp.eye(2)])
     layer.router.kernel[...] = jnp.stack([jnp.log(jnp.asarray([1.0, 2.0, 3.0, 4.0, 6.0])), jnp.zeros(5)])
@@ -181,7 +183,7 @@ def test_layers_have_gates_of_their_own(rng):
     biases = nnx.to_pure_dict(nnx.state(model, SelectionBias))
     assert list(biases) == ["segment_3"]
     assert model.segment_2.block_0.moe.router is None
-    assert model.segment_1.block_0.moe.config.score_function == "sqrt_softplus"
+    assert model.segment_1.block_0.moe.gate.score == "sqrt_softplus"
     tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))
     run = jax.jit(lambda tokens: model(tokens, return_routing=True))
     output = run(tokens)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from moe.config import ConfigError
-from moe.config.registry import Layer, find_layer, gate_of
+from moe.config import ConfigError, Losses, MoEConfig
+from moe.config.registry import find_layer
 from moe.config.resolve import from_config_dict
 from moe.fields import setting
 from moe.parallel.mesh import make_mesh
@@ -25,6 +26,7 @@ from moe.routing.selection import top_k
 from moe.training import evaluation, open_run
 from moe.training.loop import train
 from moe.training.step import build as build_program
+from tests.helpers import set_moe
 from tests.tiny_text import build
 
 MODULE = """
@@ -32,7 +34,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from moe import Gate, GateOutput
-from moe.config.registry import Layer
+from moe.config import Capacity, Losses, MoEConfig
 from moe.routing.selection import top_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Last(Gate):
 class Needy(Last):
     table: tuple[int, ...]
 
-layer = Layer(Last(), "this file", capacity_factor=1.5, eval_capacity_factor=2.5)
+layer = MoEConfig(gate=Last(), capacity=Capacity(train=1.5, eval=2.5), losses=Losses())
 number = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,20 +93,18 @@ def module(tmp_path, monkeypatch):
 
 def tree_with(gate, **moe):
     tree = base.get_config()
-    tree.model.moe.gate = gate
-    for name, value in moe.items():
-        tree.model.moe[name] = value
+    set_moe(tree, gate=gate, **moe)
     return tree
 
 
 def test_a_gate_and_a_layer_resolve(module):
     layer = find_layer("my_gates:layer")
     moe = from_config_dict(tree_with("my_gates:layer")).model.moe
-    assert (moe.gate, moe.experts_per_token, moe.capacity_factor) == ("my_gates:layer", 3, 1.5)
-    assert find_layer("my_gates:Last").gate == layer.gate
+    assert (moe.gate_name, moe.experts_per_token, moe.capacity.train) == ("my_gates:layer", 3, 1.5)
+    assert dataclasses.replace(find_layer("my_gates:Last").gate, name="my_gates:layer") == layer.gate
     moe = from_config_dict(tree_with("my_gates:Last", experts_per_token=2)).model.moe
-    assert (moe.experts_per_token, moe.capacity_factor, moe.load_balancing_weight) == (2, 1.25, 0.01)
-    routing = route(gate_of(moe), jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), jnp.ones((1, 1), bool))
+    assert (moe.experts_per_token, moe.capacity.train, moe.losses.balance) == (2, 1.25, 0.01)
+    routing = route(moe.gate, jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), jnp.ones((1, 1), bool))
     np.testing.assert_array_equal(routing.expert_index, [[[0, 2]]])
 
 
@@ -171,10 +171,11 @@ def test_the_recipe_of_the_guide_for_contributors():
     text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
     recipe, line = re.findall(r"```python\n(.*?)```", text.partition("## Adding a gate")[2], re.DOTALL)[:2]
     names = {"dataclasses": dataclasses, "jax": jax, "setting": setting, "top_k": top_k}
-    names |= {"Gate": Gate, "GateOutput": GateOutput, "Layer": Layer}
+    names |= {"Gate": Gate, "GateOutput": GateOutput, "MoEConfig": MoEConfig, "Losses": Losses}
     exec(recipe, names)
+    names["gates"] = types.SimpleNamespace(Nearest=names["Nearest"])
     layer = eval(f"{{{line}}}", names)["nearest"]
-    assert layer.load_balancing_weight == 0.01
+    assert layer.losses.balance == 0.01
     probe(layer.gate, 4)
     # Logits ln 3 and ln 1 at a temperature of 1/2: weights 9/10 and 1/10.
     routing = route(layer.gate, jnp.log(jnp.asarray([[[1.0, 3.0, 0.5]]])), jnp.ones((1, 1), bool))
@@ -217,7 +218,10 @@ def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
     workdir = tmp_path / "run"
     config = from_config_dict(tree)
     train(config, str(workdir), jax.devices()[:1])
-    assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["gate"] == "my_gates:layer"
+    assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["gate"] == {
+        "name": "my_gates:layer",
+        "k": 3,
+    }
     rows = (workdir / "metrics.jsonl").read_bytes()
     shutil.rmtree(workdir / "checkpoints" / "2")
     train(config, str(workdir), jax.devices()[:1])  # from step 1

@@ -22,6 +22,7 @@ from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
+from tests.helpers import set_moe
 from tests.test_planner_details import PROGRAM
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def made():
 def _plan(scenario=None, **moe):
     config = mixtral_8x7b.get_config()
     config.model.update(num_layers=2, d_model=64, d_ff=128, vocab_size=512)
-    config.model.moe.update({"dispatch": "dropless", **moe})
+    set_moe(config, **{"dispatch": "dropless", **moe})
     config.mesh.update(data=1, fsdp=1, expert=1)
     config.train.batch_size = 1
     topology = Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
@@ -116,12 +117,12 @@ def test_differences_name_settings_and_add_up(made, tmp_path):
     b["where"] = [row | {"seconds": row["seconds"] + 0.5 * (row["part"] == "experts")} for row in b["where"]]
     b["step_seconds"] += 0.5
     b["counted_seconds"] += 0.5
-    assert differences.settings(a, b) == [("model.moe.capacity_factor", 1.25, 2.0)]
+    assert differences.settings(a, b) == [("model.moe.capacity.train", 1.25, 2.0)]
     rows = differences.by_part(a, b)
     assert rows[0]["part"] == "experts"
     assert sum(row["seconds"] for row in rows) == pytest.approx(b["step_seconds"] - a["step_seconds"])
     sentence = differences.sentence(a, b)
-    assert sentence.startswith("model.moe.capacity_factor 1.25 → 2.0: +500 ms in experts")
+    assert sentence.startswith("model.moe.capacity.train 1.25 → 2.0: +500 ms in experts")
     assert sentence in differences.render(a, b)
     assert sentence in pages.difference(a, b, ("a", "b"))
     (tmp_path / "b.json").write_text(json.dumps(b))

@@ -45,7 +45,7 @@ def test_candidates_cover_every_mesh_and_count_the_others_by_reason():
     of_rows = {c.config.train.batch_size: c.activations for c in four if _alike(c, four[0])}
     assert of_rows[12] == pytest.approx(of_rows[8] * 1.5, rel=1e-3)
     sparse = tiny_config()
-    dense = dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, moe=MoEConfig(gate="none")))
+    dense = dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, moe=MoEConfig(gate=None)))
     assert {c.config.mesh.expert for c in candidates.candidates(dense, 8, CHIPS["v5p"])[0]} == {1}
     small = dataclasses.replace(CHIPS["v5p"], memory=2**20)
     found, pruned = candidates.candidates(tiny_config(), 8, small)

@@ -108,7 +108,7 @@ def start(tmp_path):
     (folder / "tokenizer.json").write_bytes((HERE / "tokenizer.json").read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(EXPECTED["llama3"]["tokenizer_config"]))
     settings = {
-        "model.num_layers": 1, "model.moe.gate": "mixtral", "model.moe.capacity_factor": 4.0,
+        "model.num_layers": 1, "model.moe.gate": "mixtral", "model.moe.capacity.train": 4.0,
         "data.dataset": str(tmp_path / "text"), "data.sequence_length": 128,
         "data.objective": "preferences", "distill.teacher": str(folder), "optimizer.learning_rate": 1e-2,
         "train.num_steps": 4, "train.batch_size": 4, "train.eval_every": 4, "train.sample_tokens": 0,

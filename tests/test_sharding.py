@@ -53,7 +53,7 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
     exchanges = by_kind["all-to-all"]
     assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
     moe = config.moe
-    capacity = expert_capacity(moe.capacity_factor, moe.experts_per_token, T, moe.num_experts)
+    capacity = expert_capacity(moe.capacity.train, moe.experts_per_token, T, moe.num_experts)
     token_shards = math.prod(mesh.shape[axis] for axis in partition_specs.ROW_AXES)
     slots = moe.num_experts * (B // token_shards) * capacity * config.d_model
     for exchange in exchanges:

@@ -180,7 +180,7 @@ def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
     tree.start.checkpoint = str(tmp_path / "dense")
     inherit_model(tree)
     model = from_config_dict(tree).model
-    assert (model.moe.gate, model.moe.num_experts, model.moe.d_ff) == ("mixtral", 8, dense.model.d_ff)
+    assert (model.moe.gate_name, model.moe.num_experts, model.moe.d_ff) == ("mixtral", 8, dense.model.d_ff)
     assert (model.d_model, model.num_layers) == (dense.model.d_model, dense.model.num_layers)
 
     tree.start.checkpoint = str(tmp_path / "nowhere")
@@ -226,10 +226,10 @@ LOSS_FREE = {
     "num_experts": 4,
     "experts_per_token": 2,
     "expert_groups": 1,
+    "kept_expert_groups": 1,
     "bias_update": "sign",
     "bias_update_rate": 0.1,
     "score_function": "sigmoid",
-    "scores_per_group": 2,
     "dispatch": "einsum",
 }
 

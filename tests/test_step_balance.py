@@ -12,7 +12,7 @@ from moe.config.resolve import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.training import step
 from moe.training.step import build, place
-from tests.helpers import slow_case
+from tests.helpers import set_moe, slow_case
 
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, **moe):
@@ -20,7 +20,7 @@ def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, **mo
     tree = to_config_dict(Config())
     tree.model.update(vocab_size=48, d_model=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
     fields = {"gate": "switch", "num_experts": 4, "d_ff": 16, "jitter": 0.0, "load_balancing_weight": weight}
-    tree.model.moe.update(fields | {"capacity_factor": 4.0} | moe)
+    set_moe(tree, **(fields | {"capacity_factor": 4.0} | moe))
     tree.model.remat = remat
     tree.data.sequence_length = 8
     tree.train.update(batch_size=8, accumulation_steps=accumulation, num_steps=4)
@@ -66,7 +66,13 @@ def gradients(program, state=None):
         slow_case(
             {"data": 1},
             "none",
-            {"gate": "deepseek_v3", "experts_per_token": 2, "expert_groups": 1, "kept_expert_groups": 1},
+            {
+                "gate": "deepseek_v3",
+                "experts_per_token": 2,
+                "expert_groups": 1,
+                "kept_expert_groups": 1,
+                "scores_per_group": 1,
+            },
         ),
     ],
 )

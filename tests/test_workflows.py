@@ -53,8 +53,8 @@ class Workflow:
             "model.num_layers": 1,
             "model.moe.gate": "mixtral",
             "model.moe.dispatch": str(draw.choice(["dropless", "gather"])),
-            "model.moe.capacity_factor": 4.0,  # E / K: nothing is dropped
-            "model.moe.eval_capacity_factor": 4.0,
+            "model.moe.capacity.train": 4.0,  # E / K: nothing is dropped
+            "model.moe.capacity.eval": 4.0,
             "train.num_steps": STEPS,
             "train.save_every": int(draw.integers(1, 4)),
             "train.log_every": int(draw.integers(1, 4)),

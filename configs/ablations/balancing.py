@@ -4,6 +4,7 @@ python scripts/ablate.py --suite=configs/ablations/balancing.py --workdir=/tmp/l
 """
 
 import dataclasses
+from typing import Any
 
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
@@ -13,22 +14,23 @@ def get_suite(size: str) -> Suite:
     """Top-2 of 8, dropless, so that an uneven load drops no assignment."""
     wide = common.hidden(size) // 2
 
-    def top2(gate: str = "mixtral", **fields: float) -> Variant:
-        return Variant(common.moe(size, gate, 8, 2, wide, **common.DROPLESS, **fields), rate_from="aux_0.01")
+    def top2(balance: float, gate: str = "mixtral", z: float = 0.0, **fields: Any) -> Variant:
+        losses = {"losses.balance": balance, "losses.z": z}
+        return Variant(common.moe(size, gate, 8, 2, wide, **losses, **common.DROPLESS, **fields), rate_from="aux_0.01")
 
     variants = {
-        "none": top2(load_balancing_weight=0.0),
-        "aux_0.001": top2(load_balancing_weight=0.001),
-        "aux_0.01": top2(load_balancing_weight=0.01),
-        "aux_0.1": top2(load_balancing_weight=0.1),
-        "aux_0.01_z": top2(load_balancing_weight=0.01, z_loss_weight=1e-3),
+        "none": top2(0.0),
+        "aux_0.001": top2(0.001),
+        "aux_0.01": top2(0.01),
+        "aux_0.1": top2(0.1),
+        "aux_0.01_z": top2(0.01, z=1e-3),
     }
-    sigmoid = {"expert_groups": 1, "kept_expert_groups": 1, "routing_scale": 1.0}
+    sigmoid = {"gate.groups": 1, "gate.kept_groups": 1, "gate.scores_per_group": 1, "gate.scale": 1.0}
     variants["aux_0.01"] = dataclasses.replace(variants["aux_0.01"], rate_from="")
     # The paper moves the bias by 0.001 a step over about 10^5 steps; a short run needs larger steps.
     rate = 1e-3 if size == "pod" else 1e-2
-    variants["sigmoid_aux"] = top2("deepseek_v3", bias_update_rate=0.0, load_balancing_weight=0.01, **sigmoid)
-    variants["loss_free"] = top2("deepseek_v3", bias_update_rate=rate, load_balancing_weight=0.0, **sigmoid)
+    variants["sigmoid_aux"] = top2(0.01, "deepseek_v3", **sigmoid, **{"gate.bias_rate": 0.0})
+    variants["loss_free"] = top2(0.0, "deepseek_v3", **sigmoid, **{"gate.bias_rate": rate})
     return common.suite(
         size,
         name="balancing",

@@ -16,7 +16,7 @@ def get_suite(size: str) -> Suite:
     """top-1 of 8 experts, top-2 of 16 half as wide, and top-2 of top-1's own experts (twice the FLOPs)."""
     variants = {
         f"top{k}_{factor}": Variant(
-            common.moe(size, gate, 8 * k, k, **SAME, **{**common.DROPPING, "capacity_factor": factor}),
+            common.moe(size, gate, 8 * k, k, **SAME, **{**common.DROPPING, "capacity.train": factor}),
             rate_from="" if factor == 1.25 else f"top{k}_1.25",
             probes=("eval_capacity",),
         )

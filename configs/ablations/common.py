@@ -8,11 +8,13 @@ The dense FFN has F hidden units, and E experts of top-1 have F each, so that al
 FLOPs a token; top-k has k times as many experts of F/k, so that the total is the same too.
 """
 
+import dataclasses
 from typing import Any
 
 import ml_collections
 
 from configs import base as defaults
+from moe.config.registry import find_gate
 from moe.lab.suite import Suite, Sweep
 
 #: What a comparison holds equal if its arms differ in the routing rule alone.
@@ -21,7 +23,7 @@ FLOPS_AND_PARAMETERS = ("steps", "flops", "active_parameters", "total_parameters
 #: Tokens of each domain's training text, text version 1.2.0 and the tokenizer of 2,048 that it trains.
 TRAINING_TOKENS = {"literature": 4_152_602, "definitions": 4_489_272, "python": 10_544_259, "technical": 10_744_716}
 #: Fields of model.moe of arms that drop, and of those that do not.
-DROPPING: dict[str, Any] = {"capacity_factor": 1.25, "eval_capacity_factor": 2.0}
+DROPPING: dict[str, Any] = {"capacity.train": 1.25, "capacity.eval": 2.0}
 DROPLESS: dict[str, Any] = {"dispatch": "dropless"}
 
 
@@ -85,7 +87,9 @@ def moe(
         num_experts: E.
         k: experts a token visits.
         d_ff: hidden units of one expert; 0: F/k, which keeps the dense model's FLOPs.
-        **fields: of model.moe.
+        **fields: of model.moe, as ``**{"losses.balance": 0.01}``.
     """
-    own = {"gate": gate, "num_experts": num_experts, "experts_per_token": k, "d_ff": d_ff or hidden(of) // k}
+    own = {"gate": gate, "num_experts": num_experts, "d_ff": d_ff or hidden(of) // k}
+    if "k" in {field.name for field in dataclasses.fields(find_gate(gate))}:  # GShard's is fixed
+        own["gate.k"] = k
     return {f"model.moe.{name}": value for name, value in {**own, **fields}.items()}

@@ -15,9 +15,7 @@ def get_suite(size: str) -> Suite:
     """Dense; top-1 with a learnt router, by a hash of the token and at random; top-2; dense with d_ff × 8."""
     learnt = {name: arm for name, arm in two_by_two(size).items() if name.endswith("_free")}
     fixed = {
-        gate: Variant(
-            common.moe(size, gate, 8, 1, load_balancing_weight=0.0, **common.DROPLESS), rate_from="top1_free", note=note
-        )
+        gate: Variant(common.moe(size, gate, 8, 1, **common.DROPLESS), rate_from="top1_free", note=note)
         for gate, note in (("hash", "by a hash of the token"), ("random", "drawn anew for every token and step"))
     }
     wide = {"dense_x8": Variant({"model.d_ff": 8 * common.hidden(size)}, note="eight times the FFN and its FLOPs")}

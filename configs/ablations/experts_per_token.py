@@ -9,7 +9,7 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 def get_suite(size: str) -> Suite:
     """DeepSeekMoE's gate (softmax probabilities as weights, for any K) without shared experts, dropless."""
-    own = {"load_balancing_weight": 0.01, **common.DROPLESS}
+    own = {"losses.balance": 0.01, **common.DROPLESS}
     arms = {f"k{k}": common.moe(size, "deepseek_moe", 8 * k, k, **own) for k in (1, 2, 4)}
     width = common.hidden(size) // 4
     arms |= {f"k{k}_of_32": common.moe(size, "deepseek_moe", 32, k, width, **own) for k in (1, 2)}

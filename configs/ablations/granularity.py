@@ -14,7 +14,7 @@ def get_suite(size: str) -> Suite:
         for shared in (0, 1):
             # The shared expert replaces a routed one, except on a mesh, whose expert axis must divide their number.
             routed = 8 * k - (shared if size == "laptop" else 0)
-            fields = {"load_balancing_weight": 0.01, "shared_d_ff": shared * f // k, **common.DROPLESS}
+            fields = {"losses.balance": 0.01, "shared_d_ff": shared * f // k, **common.DROPLESS}
             name = f"shared_{8 * k - 1}x{k - 1}" if shared else f"routed_{8 * k}x{k}"
             variants[name] = Variant(
                 common.moe(size, "deepseek_moe", routed, k - shared, f // k, **fields),

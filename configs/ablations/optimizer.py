@@ -13,7 +13,7 @@ from moe.lab.suite import Comparison, Suite, Variant
 GATES = {
     "switch": (1, {}),
     "mixtral": (2, {}),
-    "deepseek_v3": (2, {"expert_groups": 1, "kept_expert_groups": 1, "routing_scale": 1.0}),
+    "deepseek_v3": (2, {"gate.groups": 1, "gate.kept_groups": 1, "gate.scores_per_group": 1, "gate.scale": 1.0}),
     "quantile_balancing": (2, {}),
 }
 

@@ -7,11 +7,13 @@ minutes a run on one idle CPU core: 15 core-hours for ten seeds. A pilot on seed
 3.514 (dense), 3.374 (top1_drop), 3.381 (top1_free with 16 experts) and 3.321 (top2_free).
 """
 
+from typing import Any
+
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
 #: Of the four arms that differ in two things alone: one balance weight, no jitter, no noise.
-SAME = {"load_balancing_weight": 0.01, "jitter": 0.0}
+SAME: dict[str, Any] = {"losses.balance": 0.01, "jitter": 0.0}
 
 
 def two_by_two(size: str) -> dict[str, Variant]:
@@ -36,7 +38,13 @@ def get_suite(size: str) -> Suite:
     published = {
         "deepseek_moe": Variant(
             common.moe(
-                size, "deepseek_moe", routed, 3, fine, shared_d_ff=fine, load_balancing_weight=0.01, **common.DROPLESS
+                size,
+                "deepseek_moe",
+                routed,
+                3,
+                fine,
+                **{"shared_d_ff": fine, "losses.balance": 0.01},
+                **common.DROPLESS,
             ),
             probes=("shared_expert",),
             note=f"3 of {routed} fine-grained experts and one shared, dropless",

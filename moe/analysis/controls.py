@@ -12,14 +12,13 @@ import numpy as np
 
 from moe.analysis.record import Records
 from moe.config import ModelConfig
-from moe.config.registry import gate_of
 from moe.routing.gates import Hash
 from moe.routing.routing import route
 
 
 def has_router(model: ModelConfig) -> bool:
     """Tells whether the model's gate uses a learned router."""
-    return gate_of(model.moe).router != "none"
+    return model.moe.gate is not None and model.moe.gate.router != "none"
 
 
 def untrain_routers(variables: dict[str, Any], model: ModelConfig, seed: int) -> dict[str, Any]:

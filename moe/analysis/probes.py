@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from moe.config import Config, ConfigError
-from moe.config.registry import gate_of
+from moe.config import Config, ConfigError, MoEConfig
 from moe.config.resolve import validate
 from moe.routing.gates import Scored
 from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState
@@ -34,18 +33,19 @@ Probe = Callable[[dict[str, Any], Heldout], dict[str, float]]
 
 
 def eval_capacity(config: Config, mesh: Mesh, factor: float) -> Probe:
-    """Probe with another ``model.moe.eval_capacity_factor``.
+    """Probe with another ``model.moe.capacity.eval``.
 
     Raises:
         ConfigError: the model has no capacity, or the factor is invalid.
     """
-    if config.model.moe.gate == "none" or config.model.moe.dispatch == "dropless":
+    if config.model.moe.gate is None or config.model.moe.dispatch == "dropless":
         raise ConfigError(
-            f"model.moe.gate={config.model.moe.gate!r}, model.moe.dispatch={config.model.moe.dispatch!r}: "
+            f"model.moe.gate={config.model.moe.gate_name!r}, model.moe.dispatch={config.model.moe.dispatch!r}: "
             "no capacity to change; use an MoE model with the dispatch gather or einsum"
         )
-    # expert_capacity would take the factor's place.
-    program = _build(_with_moe(config, eval_capacity_factor=float(factor), expert_capacity=0), mesh)
+    # A fixed capacity would take the factor's place.
+    capacity = dataclasses.replace(config.model.moe.capacity, eval=float(factor), fixed=0)
+    program = _build(_with_moe(config, capacity=capacity), mesh)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
@@ -60,7 +60,7 @@ def shared_for_routed(config: Config, mesh: Mesh) -> Probe:
         raise ConfigError("model.moe.shared_d_ff=0: there is no shared expert to drop")
     more = max(1, round(moe.shared_d_ff / moe.d_ff))
     without = _with_moe(
-        _dropless(config), shared_d_ff=0, shared_gate=False, experts_per_token=moe.experts_per_token + more
+        _dropless(config), shared_d_ff=0, shared_gate=False, gate=_with_k(moe, moe.experts_per_token + more)
     )
     program = _build(without, mesh)
     return lambda variables, heldout: _losses(program, _without_key(variables, "shared"), heldout)
@@ -72,7 +72,8 @@ def fewer_routed(config: Config, mesh: Mesh, experts: int) -> Probe:
     Raises:
         ConfigError: no expert would be left, or the gate has a fixed K.
     """
-    program = _build(_with_moe(_dropless(config), experts_per_token=config.model.moe.experts_per_token - experts), mesh)
+    moe = config.model.moe
+    program = _build(_with_moe(_dropless(config), gate=_with_k(moe, moe.experts_per_token - experts)), mesh)
     return lambda variables, heldout: _losses(program, variables, heldout)
 
 
@@ -90,13 +91,14 @@ def masked(config: Config, mesh: Mesh, experts: int) -> Probe:
         ConfigError: tokens do not choose experts in that model, or fewer than K would be left.
     """
     moe = config.model.moe
-    gate = None if moe.gate == "none" else gate_of(moe)
+    gate = moe.gate
     if gate is None or gate.router in ("none", "slots") or gate.looks_ahead or moe.layer_gates:
-        raise ConfigError(f"model.moe.gate={moe.gate!r}: experts can be masked only where tokens choose by a router")
+        raise ConfigError(
+            f"model.moe.gate={moe.gate_name!r}: experts can be masked only where tokens choose by a router"
+        )
     if not 0 <= experts <= moe.num_experts - moe.experts_per_token:
         raise ConfigError(
-            f"masked experts={experts}: must be from 0 to num_experts - experts_per_token = "
-            f"{moe.num_experts - moe.experts_per_token}"
+            f"masked experts={experts}: must be from 0 to num_experts - K = {moe.num_experts - moe.experts_per_token}"
         )
     program = _build(_dropless(config), mesh, gate=Masked(gate=gate, experts=experts) if experts else gate)
     return lambda variables, heldout: _losses(program, variables, heldout)
@@ -138,6 +140,18 @@ def _losses(program: Program, variables: dict[str, Any], heldout: Heldout) -> di
 def _with_moe(config: Config, **fields: Any) -> Config:
     moe = dataclasses.replace(config.model.moe, **fields)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def _with_k(moe: MoEConfig, k: int) -> Gate:
+    """The gate with another number of experts per token.
+
+    Raises:
+        ConfigError: the gate has a fixed one.
+    """
+    gate = moe.gate
+    if gate is None or "k" not in {field.name for field in dataclasses.fields(gate)}:
+        raise ConfigError(f"model.moe.gate={moe.gate_name!r}: has no other number of experts per token than its own")
+    return dataclasses.replace(gate, k=k)
 
 
 def _dropless(config: Config) -> Config:

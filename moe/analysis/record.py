@@ -96,7 +96,7 @@ class Recorder:
             ConfigError: the model, or the stack, has no MoE layers.
         """
         model = program.config.model
-        if model.moe.gate == "none":
+        if model.moe.gate is None:
             raise ConfigError("model.moe.gate='none': a dense model has no routing to analyse; use an MoE model")
         self.program, self.stack = program, stack
         self._layers = tuple(layer for layer, kind in enumerate(stacks(model)[stack]) if kind.sparse)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
+from moe.config.parse import build
 from moe.config.resolve import resolve
 from moe.dispatch.backends import grouped_ffn
 from moe.layers.experts import Experts
@@ -78,15 +79,16 @@ def reference(case: Case) -> dict[str, Callable[[], Any]]:
 
 def model_config(case: Case) -> Any:
     """Config of a model with the case's layer."""
-    moe = MoEConfig(
-        gate=case.gate,
-        num_experts=case.experts,
-        experts_per_token=case.k,
-        d_ff=case.d_ff,
-        dispatch=cast(Any, case.mode),
-        group_size=case.group_size or (min(512, case.tokens) if case.mode == "einsum" else case.tokens),
-        capacity_factor=case.capacity_factor,
-    )
+    fields = {
+        "gate": case.gate,
+        "num_experts": case.experts,
+        "experts_per_token": case.k,
+        "d_ff": case.d_ff,
+        "dispatch": case.mode,
+        "group_size": case.group_size or (min(512, case.tokens) if case.mode == "einsum" else case.tokens),
+        "capacity_factor": case.capacity_factor,
+    }
+    moe = build(MoEConfig, fields, "model.moe.")
     return ModelConfig(
         d_model=case.d_model, activation=cast(Any, case.activation), dtype=cast(Any, case.dtype), moe=moe
     )

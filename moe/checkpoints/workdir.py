@@ -163,9 +163,9 @@ def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool
     theirs_config = read_config(workdir)
     theirs, ours = (flatten(json.loads(json.dumps(to_dict(tree)))) for tree in (theirs_config, config))
     differing = {
-        name: [theirs[name], ours[name]]
-        for name in sorted(ours)
-        if theirs[name] != ours[name] and not name.startswith(FREE_FIELDS)
+        name: [theirs.get(name), ours.get(name)]
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name) and not name.startswith(FREE_FIELDS)
     }
     if _same_function(theirs_config, config):
         differing.pop("model.moe.dispatch", None)

@@ -1,25 +1,23 @@
 """Typed settings of a run: schema, parsing and checks."""
 
-from moe.config import run_config
+from moe.config import chosen_gate, run_config
 from moe.config.checks import check_path
 from moe.config.files import exits_as_errors, extend_import_path, load_python_file, read_small_file
 from moe.config.inherit import inherit_model
 from moe.config.layer_pattern import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.mesh_checks import validate_mesh
+from moe.config.moe_section import Capacity, DropPolicy, Losses, MoEConfig
 from moe.config.parse import check_field, to_config_dict, to_dict, type_name
 from moe.config.references import allow_modules
 from moe.config.schema import (
     EMBEDDED_DOMAINS,
-    GATE_DEFAULT,
     SCHEMES,
     Config,
     DataConfig,
     DistillConfig,
-    DropPolicy,
     LoraConfig,
     MeshConfig,
     ModelConfig,
-    MoEConfig,
     OptimizerConfig,
     PreferencesConfig,
     RopeScalingConfig,
@@ -30,10 +28,10 @@ from moe.fields import LARGEST, LARGEST_FLOAT, ConfigError
 
 __all__ = [
     "EMBEDDED_DOMAINS",
-    "GATE_DEFAULT",
     "LARGEST",
     "LARGEST_FLOAT",
     "SCHEMES",
+    "Capacity",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -41,6 +39,7 @@ __all__ = [
     "DropPolicy",
     "LayerKind",
     "LoraConfig",
+    "Losses",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
@@ -52,6 +51,7 @@ __all__ = [
     "allow_modules",
     "check_field",
     "check_path",
+    "chosen_gate",
     "exits_as_errors",
     "extend_import_path",
     "inherit_model",

@@ -8,10 +8,11 @@ import typing
 import ml_collections
 from etils import epath
 
+from moe.config import flat
 from moe.config.checks import check_path
 from moe.config.files import read_small_file
-from moe.config.parse import assigned_fields
-from moe.config.references import refuse_modules
+from moe.config.parse import assigned_fields, choose_gate
+from moe.config.references import code_fields, refuse_modules
 from moe.fields import ConfigError
 
 
@@ -44,10 +45,9 @@ def inherit_model(tree: typing.Any, workdir: str = "") -> None:
     try:
         model = _section(json.loads(content), "model")
         moe = _section(model, "moe")
-        refuse_modules({f"model.moe.{name}": moe.get(name) for name in ("gate", "layer_gates")}, f"{path}: ")
+        refuse_modules(code_fields({"model": {"moe": moe}}), f"{path}: ")
         _fill(tree.model, model, assigned, "model.")
-        if "model.moe.gate" not in assigned or tree.model.moe.gate == moe.get("gate"):
-            _fill(tree.model.moe, moe, assigned, "model.moe.")
+        _inherit_moe(tree.model.moe, flat.nested(moe) if flat.is_flat(moe) else moe, assigned)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
@@ -62,9 +62,23 @@ def _section(tree: typing.Any, name: str) -> dict[str, typing.Any]:
     return section
 
 
-def _fill(section: ml_collections.ConfigDict, theirs: dict[str, typing.Any], assigned: set[str], path: str) -> None:
+def _inherit_moe(section: typing.Any, theirs: dict[str, typing.Any], assigned: set[str]) -> None:
+    gate = theirs.get("gate") or "none"
+    gate = {"name": gate} if isinstance(gate, str) else gate
+    if not isinstance(gate, dict) or not isinstance(gate.get("name"), str):
+        raise ValueError(f"model.moe.gate={gate!r}: must have a name")
+    if section.gate.name != gate["name"]:
+        if not assigned.isdisjoint(("model.moe.gate", "model.moe.gate.name")):
+            return
+        choose_gate(section, gate["name"])
+    _fill(section, theirs | {"gate": gate}, assigned, "model.moe.")
+
+
+def _fill(section: typing.Any, theirs: dict[str, typing.Any], assigned: set[str], path: str) -> None:
     for name, value in theirs.items():
-        if name in section and path + name not in assigned:
+        if name in section and isinstance(section[name], ml_collections.ConfigDict) and isinstance(value, dict):
+            _fill(section[name], value, assigned, f"{path}{name}.")
+        elif name in section and path + name not in assigned:
             try:
                 section[name] = tuple(value) if isinstance(value, list) else value
             except TypeError as error:

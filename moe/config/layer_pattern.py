@@ -23,10 +23,10 @@ class LayerKind(NamedTuple):
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
     """True for each MoE layer, in layer order: an encoder's layers come before the decoder's."""
     moe = config.moe
-    if moe.gate != "none" and moe.layers:
+    if moe.gate is not None and moe.layers:
         return tuple(layer in moe.layers for layer in range(config.encoder_layers + config.num_layers))
     return tuple(
-        moe.gate != "none" and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+        moe.gate is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
         for stack in (config.encoder_layers, config.num_layers)
         for layer in range(stack)
     )
@@ -42,7 +42,7 @@ def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
     """Kinds of the layers of each stack, by its name in the tree of parameters; "" for the one of a decoder-only
     model."""
     sparse = sparse_layers(config)
-    own = iter((*config.moe.layer_gates, *(config.moe.gate,) * len(sparse)))
+    own = iter((*config.moe.layer_gates, *(config.moe.gate_name,) * len(sparse)))
     gates = [next(own) if is_sparse else "none" for is_sparse in sparse]
     if config.encoder_layers:
         kinds = list(zip(sparse, gates, strict=True))

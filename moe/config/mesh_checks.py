@@ -37,7 +37,7 @@ def validate_mesh(config: Config, sizes: typing.Mapping[str, int]) -> None:
         divides(("fsdp",), f"model.{name}", getattr(model, name))
     for name in ("num_heads", "num_kv_heads", "d_ff", "vocab_size", "encoder_vocab_size"):
         divides(("tensor",), f"model.{name}", getattr(model, name))
-    if moe.gate == "none":
+    if moe.gate is None:
         return
     divides(("expert",), "model.moe.num_experts", moe.num_experts)
     divides(("fsdp",), "model.moe.latent_dim", moe.latent_dim)
@@ -60,7 +60,7 @@ def _check_context(config: Config, sizes: typing.Mapping[str, int]) -> None:
     require(length % context == 0, "data.sequence_length", length, f"must be divisible by mesh.context={context}")
     size = config.model.moe.group_size or length
     require(
-        config.model.moe.gate == "none" or length // context % size == 0,
+        config.model.moe.gate is None or length // context % size == 0,
         "model.moe.group_size",
         config.model.moe.group_size,
         f"must divide data.sequence_length / mesh.context = {length // context}",

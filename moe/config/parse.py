@@ -8,8 +8,12 @@ import typing
 
 import ml_collections
 
+from moe.config import flat
+from moe.config.moe_section import MoEConfig
+from moe.config.registry import CONSTANTS, LAYERS, find_layer
 from moe.config.schema import Config
 from moe.fields import ConfigError, check_type, item_name, type_hints
+from moe.routing.interface import Gate
 
 
 class _TrackedConfigDict(ml_collections.ConfigDict):
@@ -18,6 +22,65 @@ class _TrackedConfigDict(ml_collections.ConfigDict):
     def __setitem__(self, key: str, value: typing.Any) -> None:
         super().__setitem__(key, value)
         self.__dict__.setdefault("_assigned", set()).add(key)
+
+    def copy_and_resolve_references(self, visit_map: typing.Any = None) -> typing.Any:
+        """A copy that remembers the same."""
+        result = super().copy_and_resolve_references(visit_map)
+        result.__dict__["_assigned"] = set(self.__dict__.get("_assigned", ()))
+        return result
+
+
+class _MoESection(_TrackedConfigDict):
+    """Section ``model.moe``, whose field ``gate`` can be assigned a name; see :func:`choose_gate`."""
+
+    def __setitem__(self, key: str, value: typing.Any) -> None:
+        if key == "gate" and isinstance(value, str):
+            choose_gate(self, value)
+            self.__dict__["_assigned"].add("gate")
+        else:
+            super().__setitem__(key, value)
+
+    def update(self, *other: typing.Any, **kwargs: typing.Any) -> None:
+        """As of any ConfigDict, with the name of a gate too."""
+        values = {**{name: value for section in other for name, value in section.items()}, **kwargs}
+        gate = values.get("gate")
+        if isinstance(gate, str):
+            self["gate"] = values.pop("gate")
+        elif isinstance(gate, dict) and "name" in gate:
+            self["gate"] = gate["name"]
+        super().update(values)
+
+
+def choose_gate(moe: typing.Any, name: str) -> None:
+    """Give a section of :func:`to_config_dict` another gate, with the constants of its paper.
+
+    What was assigned stays.
+
+    Raises:
+        ConfigError: no such gate, or one that lacks a field that was assigned.
+    """
+    layer = find_layer(name)
+    gate = _gate_section(layer.gate)
+    for field in sorted(moe.gate.__dict__["_assigned"] - {"name"}) if layer.gate is not None else ():
+        if field not in gate:
+            raise ConfigError(_no_such_field(field, gate.keys(), "model.moe.gate."))
+        gate[field] = moe.gate[field]
+    with moe.unlocked():
+        del moe["gate"]
+        _set_unmarked(moe, "gate", gate)
+    for constant in CONSTANTS if layer.gate is not None else ():
+        value = getattr(layer, constant)
+        if dataclasses.is_dataclass(value):
+            section = moe[constant]
+            for field in dataclasses.fields(value):
+                if field.name not in section.__dict__.get("_assigned", ()):
+                    _set_unmarked(section, field.name, getattr(value, field.name))
+        elif constant not in moe.__dict__.get("_assigned", ()):
+            _set_unmarked(moe, constant, value)
+
+
+def _set_unmarked(section: typing.Any, name: str, value: typing.Any) -> None:
+    ml_collections.ConfigDict.__setitem__(section, name, value)
 
 
 def assigned_fields(tree: ml_collections.ConfigDict, path: str = "") -> set[str]:
@@ -32,21 +95,33 @@ def assigned_fields(tree: ml_collections.ConfigDict, path: str = "") -> set[str]
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """Convert to a locked, type-checked ConfigDict, for files in ``configs/`` and command-line overrides."""
+    return _section(config)
 
-    def convert(node: typing.Any) -> ml_collections.ConfigDict:
-        result = _TrackedConfigDict()
-        hints = type_hints(type(node))
-        for field in dataclasses.fields(node):
-            value = getattr(node, field.name)
-            if dataclasses.is_dataclass(value):
-                value = convert(value)
-            elif hints[field.name] is float:
-                value = float(value)
-            result[field.name] = value
-        result.__dict__["_assigned"] = set()
-        return result.lock()
 
-    return convert(config)
+def _section(node: typing.Any) -> ml_collections.ConfigDict:
+    result = (_MoESection if isinstance(node, MoEConfig) else _TrackedConfigDict)()
+    hints = type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if field.name == "gate" and isinstance(node, MoEConfig):
+            value = _gate_section(value)
+        elif dataclasses.is_dataclass(value):
+            value = _section(value)
+        elif hints[field.name] is float:
+            value = float(value)
+        ml_collections.ConfigDict.__setitem__(result, field.name, value)
+    result.__dict__["_assigned"] = set()
+    return result.lock()
+
+
+def _gate_section(gate: Gate | None) -> ml_collections.ConfigDict:
+    """Fields of a gate; of no gate its name alone."""
+    if gate is not None:
+        return _section(gate)
+    result = _TrackedConfigDict()
+    _set_unmarked(result, "name", "none")
+    result.__dict__["_assigned"] = set()
+    return result.lock()
 
 
 def to_dict(config: Config) -> dict[str, typing.Any]:
@@ -57,24 +132,45 @@ def to_dict(config: Config) -> dict[str, typing.Any]:
 def check_field(path: str) -> None:
     """Check that a dotted name such as ``model.moe.num_experts`` is a field of :class:`Config`.
 
+    Fields of a gate are not checked; see :func:`check_gate_field`.
+
     Raises:
         ConfigError: it is not; the message has the nearest name.
     """
     cls: typing.Any = Config
-    *sections, last = path.split(".")
-    for depth, name in enumerate(sections):
-        _check_name(cls, name, "".join(f"{section}." for section in sections[:depth]))
-        cls = type_hints(cls)[name]
-        if not dataclasses.is_dataclass(cls):
-            raise ConfigError(f"{path}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
-    _check_name(cls, last, "".join(f"{section}." for section in sections))
+    names = path.split(".")
+    for depth, name in enumerate(names):
+        where = "".join(f"{section}." for section in names[:depth])
+        if cls is None:
+            raise ConfigError(f"{path}: {where[:-1]} is a single value, not a section")
+        if cls is Gate:  # which fields it has is known once it is chosen
+            return
+        hints = _field_types(cls)
+        if name not in hints:
+            raise ConfigError(_no_such_field(name, hints, where))
+        hint = Gate if hints[name] == Gate | None else hints[name]
+        cls = hint if dataclasses.is_dataclass(hint) else None
+
+
+def _gate_hints() -> dict[str, typing.Any]:
+    """Types of the fields of all named gates."""
+    return {name: hint for layer in LAYERS.values() for name, hint in _field_types(type(layer.gate)).items()}
+
+
+def check_gate_field(gate: ml_collections.ConfigDict, name: str) -> None:
+    """Raise a ConfigError unless the gate of a tree has this field."""
+    if name not in gate:
+        raise ConfigError(_no_such_field(name, gate.keys(), "model.moe.gate."))
 
 
 def type_name(path: str) -> str:
     """Description of the values that a field takes, for error messages."""
     hint: typing.Any = Config
     for name in path.split("."):
-        hint = type_hints(hint)[name]
+        hint = _gate_hints().get(name, object) if hint is Gate else type_hints(hint)[name]
+        hint = Gate if hint == Gate | None else hint
+    if hint is Gate:
+        return f"a name: {', '.join(('none', *LAYERS))}, or module:object"
     if dataclasses.is_dataclass(hint):
         return f"set by its fields: {', '.join(field.name for field in dataclasses.fields(hint))}"
     if typing.get_origin(hint) is tuple:
@@ -84,25 +180,79 @@ def type_name(path: str) -> str:
     return hint.__name__
 
 
-def _check_name(cls: typing.Any, name: str, path: str) -> None:
+def _field_types(cls: type) -> dict[str, typing.Any]:
+    """Type of every field of a dataclass; class attributes are none."""
     hints = type_hints(cls)
-    if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1)
-        hint = f"did you mean {path}{near[0]}?" if near else f"fields here: {', '.join(hints)}"
-        raise ConfigError(f"{path}{name}: no such field; {hint}")
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def build(cls: type, tree: dict[str, typing.Any], path: str) -> typing.Any:
-    """Build a dataclass from a nested dict, checking names and types; ``path`` is the prefix of fields in messages."""
-    hints = type_hints(cls)
-    for name in tree:
-        _check_name(cls, name, path)
-    values = {}
+def _no_such_field(name: str, fields: typing.Iterable[str], path: str) -> str:
+    fields = list(fields)
+    near = difflib.get_close_matches(name, fields, n=1)
+    moved = flat.place_of(name) if path == "model.moe." else ""
+    nearest = moved or (near[0] if near else "")
+    return f"{path}{name}: no such field; " + (
+        f"did you mean {path}{nearest}?" if nearest else f"fields here: {', '.join(fields)}"
+    )
+
+
+def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = None) -> typing.Any:
+    """Build a dataclass from a nested dict, checking names and types.
+
+    Args:
+        cls: the dataclass.
+        tree: its fields, or some of them; ``model.moe`` may have the flat form (:mod:`moe.config.flat`).
+        path: prefix of the fields in messages.
+        base: the other fields; None: the defaults.
+    """
+    if cls is MoEConfig:
+        return _build_moe(tree, path)
+    hints = _field_types(cls)
+    values = {} if base is None else {field.name: getattr(base, field.name) for field in dataclasses.fields(cls)}
     for name, value in tree.items():
+        if name not in hints:
+            raise ConfigError(_no_such_field(name, hints, path))
         if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, (dict, ml_collections.ConfigDict)):
-                raise ConfigError(f"{path}{name}={value!r}: is a section; set its fields instead")
-            values[name] = build(typing.cast(type, hints[name]), dict(value.items()), f"{path}{name}.")
+            section = typing.cast(type, hints[name])
+            values[name] = build(section, _items(value, f"{path}{name}"), f"{path}{name}.", values.get(name))
         else:
             values[name] = check_type(hints[name], value, f"{path}{name}")
     return cls(**values)
+
+
+def _build_moe(tree: dict[str, typing.Any], path: str) -> MoEConfig:
+    """Build the section of MoE layers: what it does not say is the constant of the gate's paper."""
+    tree = flat.nested(tree) if flat.is_flat(tree) else dict(tree)
+    gate = tree.pop("gate", MoEConfig().gate_name)
+    hints = type_hints(MoEConfig)
+    values: dict[str, typing.Any] = {}
+    values |= {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
+    for name, value in tree.items():
+        if name not in hints:
+            raise ConfigError(_no_such_field(name, hints, path))
+        if dataclasses.is_dataclass(hints[name]) and not isinstance(value, hints[name]):
+            section, cls = _items(value, f"{path}{name}"), typing.cast(type, hints[name])
+            values[name] = build(cls, section, f"{path}{name}.", values.get(name))
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = value
+        else:
+            values[name] = check_type(hints[name], value, f"{path}{name}")
+    return MoEConfig(**values)
+
+
+def _named_layer(gate: typing.Any, path: str) -> dict[str, typing.Any]:
+    """The gate of a name, or of a section with a name, and the constants of its paper."""
+    gate = "none" if gate is None else gate
+    fields = {"name": gate} if isinstance(gate, str) else _items(gate, path)
+    layer = find_layer(check_type(str, fields.pop("name", MoEConfig().gate_name), f"{path}.name"))
+    if layer.gate is None and fields:
+        raise ConfigError(f"{path}.{next(iter(fields))}: no such field; a dense model has no gate")
+    values = {name: getattr(layer, name) for name in CONSTANTS}
+    return values | {"gate": layer.gate and build(type(layer.gate), fields, f"{path}.", layer.gate)}
+
+
+def _items(value: typing.Any, field: str) -> dict[str, typing.Any]:
+    """Fields of a section."""
+    if not isinstance(value, (dict, ml_collections.ConfigDict)):
+        raise ConfigError(f"{field}={value!r}: is a section; set its fields instead")
+    return dict(value.items())

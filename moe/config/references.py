@@ -12,12 +12,13 @@ import itertools
 import typing
 from collections.abc import Iterable, Mapping
 
+import ml_collections
+
 from moe.config.files import exits_as_errors
-from moe.config.schema import Config
 from moe.fields import ConfigError
 
-#: Modules that the user named.
-_allowed: set[str] = set()
+#: Modules that the user named, and the one of the package's gates.
+_allowed: set[str] = {"moe.routing.gates"}
 
 
 def allow_modules(names: Iterable[str]) -> None:
@@ -82,11 +83,18 @@ def import_object(field: str, name: str) -> typing.Any:
     return found
 
 
-def code_fields(config: Config) -> dict[str, object]:
-    """Fields of a config that may name a module, with their values."""
+def code_fields(tree: object) -> dict[str, object]:
+    """Fields of a config, as a tree of nested dicts, that may name a module, with their values; None where absent."""
+    gate = _at(tree, "model", "moe", "gate")
     return {
-        "model.moe.gate": config.model.moe.gate,
-        "model.moe.layer_gates": config.model.moe.layer_gates,
-        "optimizer.name": config.optimizer.name,
-        "train.writers": config.train.writers,
+        "model.moe.gate": gate if isinstance(gate, str) else _at(gate, "name"),
+        "model.moe.layer_gates": _at(tree, "model", "moe", "layer_gates"),
+        "optimizer.name": _at(tree, "optimizer", "name"),
+        "train.writers": _at(tree, "train", "writers"),
     }
+
+
+def _at(node: object, *names: str) -> object:
+    for name in names:
+        node = node.get(name) if isinstance(node, (dict, ml_collections.ConfigDict)) else None
+    return node

@@ -1,4 +1,4 @@
-"""Layers of the papers by name: a gate and the paper's constants; and gates from a user's module."""
+"""Layers of the papers by name, as values of :class:`MoEConfig`; and gates from a user's module."""
 
 from __future__ import annotations
 
@@ -8,106 +8,29 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
-from moe.config.schema import ModelConfig, MoEConfig
+from moe.config.schema import ModelConfig
 from moe.fields import ConfigError
 from moe.routing import gates
-from moe.routing.interface import BalanceCounts, BalanceScope, Gate
+from moe.routing.interface import Gate
+
+#: Fields of a layer that its name brings, beside the gate.
+CONSTANTS = ("capacity", "losses", "jitter", "zero_experts", "copy_experts", "constant_experts")
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A paper's layer: its constants are the defaults of the ``model.moe`` fields of the same name.
-
-    Attributes:
-        gate: the routing rule.
-        source: paper and equation.
-        balance_counts: what f of the load-balancing loss counts: all assignments, first choices only, or the top-K of
-            the router probabilities, without selection bias and group limits.
-    """
-
-    gate: Gate
-    source: str
-    capacity_factor: float = 1.25  # with eval_capacity_factor 2.0 as in Switch 2021
-    eval_capacity_factor: float = 2.0
-    load_balancing_weight: float = 0.0
-    z_loss_weight: float = 0.0
-    importance_weight: float = 0.0
-    load_weight: float = 0.0
-    device_balance_weight: float = 0.0
-    balance_scope: BalanceScope = "batch"
-    balance_counts: BalanceCounts = "assignments"
-    drop_policy: str = "position"
-    jitter: float = 0.0
-    zero_experts: int = 0
-    copy_experts: int = 0
-    constant_experts: int = 0
-    null_balance: float = 1.0
-
-
-#: Fields of ``model.moe`` and the gate's fields, by either of these names, that they set.
-GATE_FIELDS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
-    {
-        "experts_per_token": ("k",),
-        "score_function": ("score",),
-        "renormalise": ("renormalise",),
-        "routing_scale": ("scale",),
-        "bias_update": ("bias",),
-        "bias_update_rate": ("bias_rate", "penalty_rate", "threshold_rate"),
-        "expert_groups": ("groups",),
-        "kept_expert_groups": ("kept_groups",),
-        "scores_per_group": ("scores_per_group",),
-        "slots_per_expert": ("slots",),
-    }
-)
-
-
-def flat_fields(layer: Layer, num_experts: int) -> dict[str, Any]:
-    """The layer's constants as fields of ``model.moe``."""
-    values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)[2:]}
-    plain: dict[str, Any] = {"score_function": "softmax", "routing_scale": 1.0, "slots_per_expert": 1}
-    plain |= dict.fromkeys(("expert_groups", "kept_expert_groups", "scores_per_group"), 1)
-    plain |= {"bias_update": layer.gate.state.update, "bias_update_rate": layer.gate.state.rate, "renormalise": 0}
-    for name, own in GATE_FIELDS.items():
-        for field in own:
-            plain[name] = getattr(layer.gate, field, plain.get(name))
-    plain |= {"experts_per_token": layer.gate.experts_per_token(num_experts), "renormalise": int(plain["renormalise"])}
-    return values | plain
-
-
-def gate_of(moe: MoEConfig) -> Gate:
-    """The gate of a resolved section."""
-    gate = find_layer(moe.gate).gate
-    own = {field.name for field in dataclasses.fields(gate)}
-    values = {field: getattr(moe, flat) for flat, names in GATE_FIELDS.items() for field in names if field in own}
-    if "renormalise" in values:
-        values["renormalise"] = values["renormalise"] == 1
-    if values.get("groups") == 1:
-        values["scores_per_group"] = 1
-    return dataclasses.replace(gate, **values)
-
-
-def with_layer_gate(model: ModelConfig, gate: str) -> ModelConfig:
-    """The config of one layer with a gate of its own (``moe.layer_gates``): the gate's scores, selection, jitter and
-    noise; sizes, K, capacity, dispatch and weights of losses stay the model's."""
-    if gate == model.moe.gate:
-        return model
-    layer = find_layer(gate)
-    own = {name: value for name, value in flat_fields(layer, model.moe.num_experts).items() if name in GATE_FIELDS}
-    own["experts_per_token"] = model.moe.experts_per_token
-    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, gate=gate, jitter=layer.jitter, **own))
-
-
-def find_layer(name: str) -> Layer:
+def find_layer(name: str) -> MoEConfig:
     """The layer that ``model.moe.gate`` names.
 
     Args:
-        name: a key of :data:`LAYERS`, or ``module:object``, an importable :class:`Layer`, a subclass of
+        name: "none", a key of :data:`LAYERS`, or ``module:object``, an importable :class:`MoEConfig`, a subclass of
             :class:`moe.routing.interface.Gate` or an instance of one. A gate gets Switch's balance weight.
 
     Raises:
         ConfigError: no such layer, or its module cannot be imported.
     """
+    if name == "none":
+        return MoEConfig(gate=None)
     if ":" in name:
         return _import_layer(name)
     if name not in LAYERS:
@@ -118,108 +41,122 @@ def find_layer(name: str) -> Layer:
     return LAYERS[name]
 
 
-def _import_layer(name: str) -> Layer:
+def find_gate(name: str) -> Gate:
+    """The gate of :func:`find_layer`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    gate = find_layer(name).gate
+    if gate is None:
+        raise ConfigError(f"model.moe.gate={name!r}: must name a gate")
+    return gate
+
+
+def _import_layer(name: str) -> MoEConfig:
     value = import_object("model.moe.gate", name)
-    if isinstance(value, Layer):
-        return value
     if isinstance(value, type) and issubclass(value, Gate):
         try:
             value = value()
         except TypeError as error:  # a field without a default
             raise ConfigError(f"model.moe.gate={name!r}: {value.__name__}() failed: {error}") from error
-    if not isinstance(value, Gate):
+    if isinstance(value, Gate):
+        balanced = hasattr(value, "k") and value.router != "none"
+        value = MoEConfig(gate=value, losses=Losses(balance=0.01 if balanced else 0.0))
+    if not isinstance(value, MoEConfig) or value.gate is None:
         raise ConfigError(f"model.moe.gate={name!r}: must be a Gate, not {type(value).__name__}")
-    return Layer(value, name, load_balancing_weight=0.01)
+    return _named(name, value)
+
+
+def _named(name: str, layer: MoEConfig) -> MoEConfig:
+    assert layer.gate is not None
+    return dataclasses.replace(layer, gate=dataclasses.replace(layer.gate, name=name))
+
+
+def with_layer_gate(model: ModelConfig, name: str) -> ModelConfig:
+    """The config of one layer with a gate of its own (``moe.layer_gates``): the gate's scores, selection, jitter and
+    noise; sizes, K, capacity and dispatch stay the model's, and so do the weights of losses, which a layer does not
+    read."""
+    moe = model.moe
+    if name == moe.gate_name:
+        return model
+    layer = find_layer(name)
+    gate = find_gate(name)
+    if "k" in {field.name for field in dataclasses.fields(gate)}:
+        gate = dataclasses.replace(gate, k=moe.experts_per_token)
+    losses = Losses(scope=moe.losses.scope, counts=layer.losses.counts, null=moe.losses.null)
+    own: dict[str, Any] = {"gate": gate, "jitter": layer.jitter, "losses": losses}
+    if gate.router == "none":
+        own |= {"router_dtype": "float32", "bias": "none" if moe.bias == "router" else moe.bias}
+    return dataclasses.replace(model, moe=dataclasses.replace(moe, **own))
 
 
 _V3 = {"renormalise": True, "bias": "sign", "bias_rate": 1e-3}  # DeepSeek-V3's gate, except K and the groups
-_V3_BALANCE: Any = {"load_balancing_weight": 1e-4, "balance_scope": "sequence", "balance_counts": "top_scores"}
+_V3_LOSSES = Losses(balance=1e-4, scope="sequence", counts="top_scores")
+#: For gates without drops, or whose papers have C = K·S/E.
+_WHOLE = Capacity(train=1.0, eval=1.0)
 
-LAYERS: Mapping[str, Layer] = types.MappingProxyType(
-    {
-        "dense_mixture": Layer(
-            gates.DenseMixture(),
-            "Jacobs et al. 1991, equation 1",
-            capacity_factor=1.0,  # K = E gives C = S: no assignment can be dropped
-            eval_capacity_factor=1.0,
-        ),
-        "noisy_topk": Layer(
-            gates.NoisyTopK(),
-            "Shazeer 2017, equations 3-11",
-            capacity_factor=2.0,  # not in the paper, which has no capacity limit
-            importance_weight=0.1,
-            load_weight=0.1,
-        ),
-        "gshard": Layer(
-            gates.GShard(),
-            "GShard 2020, algorithm 1",
-            capacity_factor=1.0,  # the paper's C = 2T/(G·E) is 1.0 with the K inside
-            eval_capacity_factor=1.0,
-            load_balancing_weight=0.01,
-            balance_scope="group",
-            balance_counts="first_choice",
-        ),
-        "switch": Layer(gates.TopK(k=1), "Switch 2021, equations 1-6", jitter=0.01, load_balancing_weight=0.01),
-        "switch_sampled": Layer(gates.SampledTopK(), "Switch 2021, appendix C", load_balancing_weight=0.01),
-        "st_moe": Layer(
-            gates.STMoE(),
-            "ST-MoE 2022, equations 1-6 and appendix D",
-            load_balancing_weight=0.01,
-            z_loss_weight=1e-3,
-        ),
-        "mixtral": Layer(gates.TopK(k=2, renormalise=True), "Mixtral 2024, section 2.1", load_balancing_weight=0.02),
-        "deepseek_moe": Layer(
-            gates.TopK(k=6),
-            "DeepSeekMoE 2024, equations 9-17",
-            load_balancing_weight=1e-3,
-            device_balance_weight=0.0,  # 0.05 in the paper's 145B model, with experts on several devices
-        ),
-        "deepseek_v3": Layer(
-            gates.TopK(k=8, score="sigmoid", scale=2.5, groups=8, kept_groups=4, scores_per_group=2, **_V3),
-            "DeepSeek-V3 2024, equations 12-20",
-            **_V3_BALANCE,
-        ),
-        # Scores, K and scale of the released V4-Flash; how V4 is balanced is not published, so that is V3's.
-        "deepseek_v4": Layer(
-            gates.TopK(k=6, score="sqrt_softplus", scale=1.5, **_V3),
-            "DeepSeek-V4-Flash 2026, released inference code",
-            **_V3_BALANCE,
-        ),
-        "deepseek_v4_hash": Layer(
-            gates.ScoredHash(k=6, score="sqrt_softplus", renormalise=True, scale=1.5),
-            "DeepSeek-V4-Flash 2026, released inference code: its first three layers",
-        ),
-        "quantile_balancing": Layer(
-            gates.TopK(k=8, score="sigmoid", renormalise=True, bias="quantile", bias_rate=1.0),  # rate 1: no memory
-            "Quantile balancing: Kimi K3 2026, section 2.3.3; Megatron-Core #5349",
-        ),
-        "moe_plus_plus": Layer(
-            gates.TopK(k=2),
-            "MoE++ 2024, section 3",
-            capacity_factor=1.1,
-            load_balancing_weight=0.01,
-            zero_experts=1,
-            copy_experts=1,
-            constant_experts=2,
-            null_balance=0.75,
-        ),
-        "remoe": Layer(gates.ReLU(), "ReMoE 2024, sections 3.1-3.4"),
-        "expert_choice": Layer(
-            gates.ExpertChoice(),
-            "Expert Choice 2022, equations 1-3",
-            capacity_factor=1.0,
-            eval_capacity_factor=1.0,
-        ),
-        "expert_threshold": Layer(
-            gates.ExpertThreshold(),
-            "Expert Choice 2022, equations 1-3; thresholds: Expert Threshold Routing 2026",
-            capacity_factor=1.0,
-        ),
-        "soft_moe": Layer(
-            gates.SoftMoE(), "Soft MoE 2023, equations 1-3", capacity_factor=1.0, eval_capacity_factor=1.0
-        ),
-        "hash": Layer(gates.Hash(), "Hash Layers 2021, section 3"),
-        "random": Layer(gates.Random(), "baseline: uniform draws"),
-        "balanced": Layer(gates.Balanced(), "benchmark: round-robin", capacity_factor=1.0, eval_capacity_factor=1.0),
-    }
-)
+_LAYERS = {
+    # Jacobs et al. 1991, equation 1. K = E gives C = S: no assignment can be dropped.
+    "dense_mixture": MoEConfig(gate=gates.DenseMixture(), capacity=_WHOLE, losses=Losses()),
+    # Shazeer 2017, equations 3-11. The paper has no capacity limit.
+    "noisy_topk": MoEConfig(
+        gate=gates.NoisyTopK(), capacity=Capacity(train=2.0), losses=Losses(importance=0.1, load=0.1)
+    ),
+    # GShard 2020, algorithm 1. Its C = 2T/(G·E) is 1.0 with the K inside.
+    "gshard": MoEConfig(
+        gate=gates.GShard(), capacity=_WHOLE, losses=Losses(balance=0.01, scope="group", counts="first_choice")
+    ),
+    # Switch 2021, equations 1-6, and appendix C
+    "switch": MoEConfig(gate=gates.TopK(k=1), losses=Losses(balance=0.01), jitter=0.01),
+    "switch_sampled": MoEConfig(gate=gates.SampledTopK(), losses=Losses(balance=0.01)),
+    # ST-MoE 2022, equations 1-6 and appendix D
+    "st_moe": MoEConfig(gate=gates.STMoE(), losses=Losses(balance=0.01, z=1e-3)),
+    # Mixtral 2024, section 2.1
+    "mixtral": MoEConfig(gate=gates.TopK(k=2, renormalise=True), losses=Losses(balance=0.02)),
+    # DeepSeekMoE 2024, equations 9-17. The 145B model, with experts on several devices, has a device weight of 0.05.
+    "deepseek_moe": MoEConfig(gate=gates.TopK(k=6), losses=Losses(balance=1e-3)),
+    # DeepSeek-V3 2024, equations 12-20. V3 has 256 experts; 16 is the fewest that its groups allow.
+    "deepseek_v3": MoEConfig(
+        gate=gates.TopK(k=8, score="sigmoid", scale=2.5, groups=8, kept_groups=4, scores_per_group=2, **_V3),
+        num_experts=16,
+        losses=_V3_LOSSES,
+    ),
+    # DeepSeek-V4-Flash 2026, released inference code: scores, K and scale, and the gate of its first three layers. How
+    # V4 is balanced is not published, so that is V3's.
+    "deepseek_v4": MoEConfig(gate=gates.TopK(k=6, score="sqrt_softplus", scale=1.5, **_V3), losses=_V3_LOSSES),
+    "deepseek_v4_hash": MoEConfig(
+        gate=gates.ScoredHash(k=6, score="sqrt_softplus", renormalise=True, scale=1.5), losses=Losses()
+    ),
+    # Kimi K3 2026, section 2.3.3; Megatron-Core #5349. Rate 1: no memory.
+    "quantile_balancing": MoEConfig(
+        gate=gates.TopK(k=8, score="sigmoid", renormalise=True, bias="quantile", bias_rate=1.0),
+        num_experts=16,
+        losses=Losses(),
+    ),
+    # MoE++ 2024, section 3
+    "moe_plus_plus": MoEConfig(
+        gate=gates.TopK(k=2),
+        capacity=Capacity(train=1.1),
+        losses=Losses(balance=0.01, null=0.75),
+        zero_experts=1,
+        copy_experts=1,
+        constant_experts=2,
+    ),
+    # ReMoE 2024, sections 3.1-3.4
+    "remoe": MoEConfig(gate=gates.ReLU(), losses=Losses()),
+    # Expert Choice 2022, equations 1-3
+    "expert_choice": MoEConfig(gate=gates.ExpertChoice(), capacity=_WHOLE, losses=Losses()),
+    # thresholds: Expert Threshold Routing 2026
+    "expert_threshold": MoEConfig(gate=gates.ExpertThreshold(), capacity=Capacity(train=1.0), losses=Losses()),
+    # Soft MoE 2023, equations 1-3
+    "soft_moe": MoEConfig(gate=gates.SoftMoE(), capacity=_WHOLE, losses=Losses()),
+    # Hash Layers 2021, section 3
+    "hash": MoEConfig(gate=gates.Hash(), losses=Losses()),
+    # baselines: uniform draws, round-robin
+    "random": MoEConfig(gate=gates.Random(), losses=Losses()),
+    "balanced": MoEConfig(gate=gates.Balanced(), capacity=_WHOLE, losses=Losses()),
+}
+
+#: Layers of the papers, by the name that ``model.moe.gate`` takes.
+LAYERS: Mapping[str, MoEConfig] = types.MappingProxyType({name: _named(name, layer) for name, layer in _LAYERS.items()})

@@ -1,4 +1,4 @@
-"""Resolved configs: defaults that depend on the gate are filled in, then everything is checked."""
+"""Resolved configs: defaults that depend on other fields are filled in, then everything is checked."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from moe.config.checks import check_model, check_run
 from moe.config.moe_checks import check_moe
 from moe.config.parse import build
 from moe.config.references import code_fields, refuse_modules
-from moe.config.registry import find_layer, flat_fields
-from moe.config.schema import EMBEDDED_DOMAINS, GATE_DEFAULT, Config, ModelConfig
+from moe.config.schema import EMBEDDED_DOMAINS, Config, ModelConfig
 from moe.fields import ConfigError
 
 
@@ -30,9 +29,8 @@ def from_workdir_dict(tree: object) -> Config:
 
     The optimizer and the writers may be such modules: reading a workdir makes neither.
     """
-    config = build(Config, dict(_sections(tree).items()), "")
-    refuse_modules({name: value for name, value in code_fields(config).items() if name.startswith("model.")})
-    return validate(resolve(config))
+    refuse_modules({name: value for name, value in code_fields(tree).items() if name.startswith("model.")})
+    return from_config_dict(tree)
 
 
 def _sections(tree: object) -> dict[str, typing.Any] | ml_collections.ConfigDict:
@@ -53,26 +51,11 @@ def resolve_model(config: typing.Any) -> ModelConfig:
 
 
 def resolve(config: Config) -> Config:
-    """Fill fields whose default depends on others: -1 and "gate" in ``model.moe``, ``moe.d_ff`` of 0, the domains of
-    the embedded corpus, objective and input length of an encoder-decoder.
-
-    Raises:
-        ConfigError: an unknown gate.
-    """
+    """Fill fields whose default depends on others: ``moe.d_ff`` of 0, the domains of the embedded corpus, objective and
+    input length of an encoder-decoder."""
     moe = config.model.moe
-    # A dense model reads none of the gate's fields; they are filled so that its config has no -1 left.
-    layer = find_layer("mixtral" if moe.gate == "none" else moe.gate)
-    defaults = flat_fields(layer, moe.num_experts)
-    filled: dict[str, typing.Any] = {
-        field.name: defaults[field.name]
-        for field in dataclasses.fields(moe)
-        if field.name in defaults and getattr(moe, field.name) in (GATE_DEFAULT, "gate")
-    }
-    if filled.get("kept_expert_groups") == 1:
-        filled["kept_expert_groups"] = filled.get("expert_groups", moe.expert_groups)
     if moe.d_ff == 0:
-        filled["d_ff"] = config.model.d_ff
-    moe = dataclasses.replace(moe, **filled)
+        moe = dataclasses.replace(moe, d_ff=config.model.d_ff)
     data = config.data
     if data.dataset == "embedded" and not data.domains:
         data = dataclasses.replace(data, domains=EMBEDDED_DOMAINS)
@@ -87,6 +70,6 @@ def validate(config: Config) -> Config:
     """Return a resolved config unchanged if it passes every check; see :func:`from_config_dict`."""
     check_model(config.model)
     check_run(config)
-    if config.model.moe.gate != "none":
+    if config.model.moe.gate is not None:
         check_moe(config)
     return config

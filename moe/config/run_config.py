@@ -21,10 +21,11 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     """
     content = read_small_file(path)
     try:
-        config = build(Config, json.loads(content), "")
+        tree = json.loads(content)
+        refuse_modules(code_fields(tree), f"{path}: ")
+        config = build(Config, tree, "")
     except (ValueError, RecursionError, AttributeError, TypeError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: not the config of a run ({error})") from error
-    refuse_modules(code_fields(config), f"{path}: ")
     tree = to_config_dict(config)
     _assign_all(tree)
     return tree

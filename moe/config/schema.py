@@ -5,25 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from moe.routing.interface import BalanceScope, BiasUpdate, ScoreFunction
-
-#: Value of a numeric field of ``model.moe`` that takes the gate's default.
-GATE_DEFAULT = -1
+from moe.config.moe_section import DType, MoEConfig
 
 #: Schemes of remote paths that etils.epath reads.
 SCHEMES = ("gs", "s3", "az", "hf")
 
 
-Dispatch = Literal["gather", "einsum", "dropless"]
-DropPolicy = Literal["position", "probability", "random"]
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full", "rotated"]
 Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
-MoEBias = Literal["none", "router", "all"]
 AttentionBias = Literal["none", "qkv", "all"]
-DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
@@ -31,60 +24,6 @@ Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
 LowPrecision = Literal["none", "int8", "float8"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences"]
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """MoE layers: gate, experts, capacity, dispatch and losses. A value of -1 or "gate" takes the gate's default."""
-
-    gate: str = "mixtral"  # name in moe.config.registry, a user's module:object, or "none": all FFNs are dense
-    layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
-    num_experts: int = 8  # E, without shared experts
-    experts_per_token: int = GATE_DEFAULT  # K
-    d_ff: int = 0  # F, hidden dim of one expert; 0: model.d_ff
-    shared_d_ff: int = 0  # hidden dim of the shared expert, which sees every token; 0: none. n of F equal one of n*F
-    bias: MoEBias = "none"  # of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
-    latent_dim: int = 0  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
-    zero_experts: int = GATE_DEFAULT  # experts that return 0 (MoE++), beside the E FFNs
-    copy_experts: int = GATE_DEFAULT  # experts that return the token
-    constant_experts: int = GATE_DEFAULT  # experts that mix the token and a learned vector
-    null_balance: float = GATE_DEFAULT  # tau, weight of those three in the load-balancing loss; below 1: used more
-    shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
-    every: int = 1  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
-    layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
-    first_dense: int = 0  # number of leading layers that stay dense, of either stack
-    group_size: int = 0  # S, tokens that share one capacity; 0: data.sequence_length. Independent of the mesh
-    dispatch: Dispatch = "gather"  # how assignments reach their experts
-    capacity_factor: float = GATE_DEFAULT  # C = ceil(capacity_factor * K * S / E), in training
-    eval_capacity_factor: float = GATE_DEFAULT  # the same outside training
-    expert_capacity: int = 0  # C itself, in training and outside; 0: given by the capacity factors
-    route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
-    jitter: float = GATE_DEFAULT  # the router's input is multiplied by uniform [1 - jitter, 1 + jitter] in training
-    load_balancing_weight: float = GATE_DEFAULT  # weight of the load-balancing loss
-    router_dtype: DType = "float32"  # of the router's matmul; bfloat16 only to reproduce Switch's table 2
-    z_loss_weight: float = GATE_DEFAULT  # weight of the router z-loss
-    importance_weight: float = GATE_DEFAULT  # weight of Shazeer's importance loss
-    load_weight: float = GATE_DEFAULT  # weight of Shazeer's load loss; gate noisy_topk only
-    device_balance_weight: float = GATE_DEFAULT  # weight of the balance loss over expert_groups
-    balance_scope: Literal[BalanceScope, "gate"] = "gate"  # tokens over which one load-balancing loss is taken
-    score_function: Literal[ScoreFunction, "gate"] = "gate"  # of the router logits
-    bias_update: Literal[BiasUpdate, "gate"] = "gate"  # bias that only selects experts: none, or how it is balanced
-    bias_update_rate: float = GATE_DEFAULT  # step of that bias, per optimizer step
-    expert_groups: int = GATE_DEFAULT  # number of equal groups of experts; divides num_experts
-    kept_expert_groups: int = GATE_DEFAULT  # groups that one token may choose from
-    scores_per_group: int = GATE_DEFAULT  # highest scores whose sum ranks a group
-    renormalise: int = GATE_DEFAULT  # 1: divide the chosen weights by their sum; 0: do not
-    routing_scale: float = GATE_DEFAULT  # factor of the chosen weights
-    slots_per_expert: int = 1  # gate soft_moe only
-    drop_policy: Literal[DropPolicy, "gate"] = "gate"  # priority of tokens when an expert's buffer overflows
-    overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
-    expert_dropout: float = 0.0  # dropout of the experts' hidden activations (Switch: 0.4 in fine-tuning)
-    accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
-
-    @property
-    def null_experts(self) -> int:
-        """Number of zero, copy and constant experts, whose columns follow those of the E FFNs in the router."""
-        return self.zero_experts + self.copy_experts + self.constant_experts
 
 
 @dataclasses.dataclass(frozen=True)

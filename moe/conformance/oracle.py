@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
-from moe.config.registry import LAYERS
+from moe.config.registry import LAYERS, find_gate
 from moe.conformance import reference, rounding
 from moe.conformance.rows import FLOAT32, Row, close, error
 from moe.dispatch.modes import CONFIG_MODES
@@ -108,8 +108,8 @@ CASES = (
 def edges() -> Iterator[Case]:
     """For every gate: K = E with capacity 1, and a shape drawn at random. In float32."""
     rng = np.random.default_rng(42)
-    for gate, layer in LAYERS.items():
-        own = layer.gate
+    for gate in LAYERS:
+        own = find_gate(gate)
         fields: dict[str, Any] = dict(LEAK) if own.looks_ahead else {}
         fields |= ONE_GROUP if getattr(own, "groups", 1) > 1 else {}
         renormalise, scale = getattr(own, "renormalise", False), getattr(own, "scale", 1.0)
@@ -170,7 +170,7 @@ def null_of(gate: str, fields: dict[str, Any]) -> tuple[int, int, int]:
 
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Matrices that a layer of this gate has."""
-    kind = LAYERS[gate].gate.router
+    kind = find_gate(gate).router
     absent = ({"router"} if kind == "none" else set()) | (set() if kind == "noisy" else {"noise"})
     return {name: array for name, array in weights.items() if name not in absent}
 
@@ -287,7 +287,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
     key, numbers = drawn(case, seed)
     rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
-    if LAYERS[case.gate].gate.state.update not in ("none", "penalty"):
+    if find_gate(case.gate).state.update not in ("none", "penalty"):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)
@@ -315,7 +315,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         run = program(layer)
         # Dropless has no capacity, but expert choice keeps its own C.
         capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
-        k = case.e if LAYERS[case.gate].gate.lists_all else case.k  # an expert's column is a choice
+        k = case.e if find_gate(case.gate).lists_all else case.k  # an expert's column is a choice
         for batch, real in masks.items():
             decisions = None if soft else reference.decide(case.gate, logits, real, k, capacity, rule)
             at = real.tobytes() + (b"" if decisions is None else decisions.kept.tobytes())
@@ -356,7 +356,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     x = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32)
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
-    rule = LAYERS[gate].gate
+    rule = find_gate(gate)
     fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
     if "k" in vars(rule):
         fields["experts_per_token"] = 1 if gate.startswith("switch") else 3

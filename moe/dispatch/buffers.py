@@ -42,10 +42,10 @@ def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: 
 
 
 def layer_capacity(config: MoEConfig, group_size: int, *, train: bool = True) -> int:
-    """C of a layer: ``expert_capacity`` where it is set, else by its capacity factor."""
-    if config.expert_capacity:
-        return min(config.expert_capacity, group_size)
-    factor = config.capacity_factor if train else config.eval_capacity_factor
+    """C of a layer: ``capacity.fixed`` where it is set, else by its capacity factor."""
+    if config.capacity.fixed:
+        return min(config.capacity.fixed, group_size)
+    factor = config.capacity.train if train else config.capacity.eval
     return expert_capacity(factor, config.experts_per_token, group_size, config.num_experts)
 
 

@@ -19,13 +19,13 @@ from moe.routing.selection import top_k
 
 
 def weight_here(family: Family, coefficient: float, model: ModelConfig) -> float:
-    """``model.moe.load_balancing_weight`` that weighs as much at balance as the family's coefficient."""
+    """``model.moe.losses.balance`` that weighs as much at balance as the family's coefficient."""
     return coefficient * _factor(family, model)
 
 
 def coefficient_there(family: Family, model: ModelConfig) -> float:
-    """The family's coefficient for ``model.moe.load_balancing_weight``; the reverse of :func:`weight_here`."""
-    return round(model.moe.load_balancing_weight / _factor(family, model), 12)
+    """The family's coefficient for ``model.moe.losses.balance``; the reverse of :func:`weight_here`."""
+    return round(model.moe.losses.balance / _factor(family, model), 12)
 
 
 def _factor(family: Family, model: ModelConfig) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
-from moe.config.registry import GATE_FIELDS
+from moe.config.parse import build
 from moe.config.resolve import from_config_dict
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
@@ -49,17 +49,19 @@ def read_config(source: Json) -> Config:
         raise ConfigError(f"config.json: partial_rotary_factor={fields.rope.partial_rotary_factor}: must be 1")
     if fields.rope.alpha is not None and "rope_theta" not in changes:
         raise ConfigError(f"config.json: alpha={fields.rope.alpha} of rotary positions: {family.model_type} has none")
+    settings: Json = {"jitter": 0.0, "z_loss_weight": 0.0, "dispatch": "dropless", **moe_changes}
+    if settings.get("gate") != "none":
+        settings["experts_per_token"] = fields.num_experts_per_tok
     model = dataclasses.replace(_model(fields), **changes)
-    moe = dataclasses.replace(model.moe, **moe_changes)
-    total = moe.num_experts * model.num_layers
+    total = settings.get("num_experts", 0) * model.num_layers
     if total > MOST_EXPERTS:
         raise ConfigError(f"config.json: {total} experts in {model.num_layers} layers: must be at most {MOST_EXPERTS}")
-    if moe.gate != "none":
-        moe = dataclasses.replace(moe, experts_per_token=fields.num_experts_per_tok)
-        model = dataclasses.replace(model, moe=moe)
-        weight = balance.weight_here(family, getattr(fields, family.balance_field), model)
-        moe = dataclasses.replace(moe, load_balancing_weight=weight)
+    moe = build(MoEConfig, settings, "model.moe.")
     model = dataclasses.replace(model, moe=moe)
+    if moe.gate is not None:
+        weight = balance.weight_here(family, getattr(fields, family.balance_field), model)
+        losses = dataclasses.replace(moe.losses, balance=weight)
+        model = dataclasses.replace(model, moe=dataclasses.replace(moe, losses=losses))
     data = DataConfig(sequence_length=fields.max_position_embeddings)
     if model.encoder_layers:
         data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
@@ -81,7 +83,6 @@ def _model(fields: OpenConfig) -> ModelConfig:
         rope_theta=fields.rope.rope_theta or fields.rope_theta,
         rope_scaling=read_scaling(fields),
         tie_embeddings=fields.tie_word_embeddings,
-        moe=MoEConfig(jitter=0.0, z_loss_weight=0.0, dispatch="dropless"),
     )
 
 
@@ -175,8 +176,10 @@ _MODEL_FACTS = (
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
-    *("zero_experts", "copy_experts", "constant_experts", "expert_capacity"),
+    *("zero_experts", "copy_experts", "constant_experts"),
 )
+#: Fields of gates that change nothing in evaluation.
+_NO_GATE_FACTS = {"name", "bias_rate", "penalty_rate", "threshold_rate"}
 #: Settings that decide which assignments a capacity drops.
 _DROP_FACTS = ("group_size", "overflow_to_next", "drop_policy", "route_padding")
 
@@ -197,10 +200,12 @@ def _facts(model: ModelConfig) -> Json:
         facts["model.d_ff"] = model.d_ff
     if any(sparse):
         facts |= {f"model.moe.{name}": getattr(moe, name) for name in _MOE_FACTS}
-        if moe.expert_capacity:  # which assignments are dropped
+        facts["model.moe.capacity.fixed"] = moe.capacity.fixed
+        if moe.capacity.fixed:  # which assignments are dropped
             facts |= {f"model.moe.{name}": getattr(moe, name) for name in _DROP_FACTS}
         rule = selection_rule(moe)
         facts["model.moe.gate"] = rule
-        if isinstance(rule, str):
-            facts |= {f"model.moe.{name}": getattr(moe, name) for name in GATE_FIELDS if name != "bias_update_rate"}
+        if isinstance(rule, str) and moe.gate is not None:
+            names = {field.name for field in dataclasses.fields(moe.gate)} - _NO_GATE_FACTS
+            facts |= {f"model.moe.gate.{name}": getattr(moe.gate, name) for name in sorted(names)}
     return facts

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from moe.config.parse import build
 from moe.config.resolve import resolve, validate
 from moe.config.schema import Activation
 from moe.dispatch.buffers import make_plan
@@ -60,21 +61,20 @@ def single_layer(
         null_vectors: [n,D] of constant experts.
         null_mix: [n,D,2] of constant experts.
         activation: swiglu, geglu, gelu or relu.
-        **fields: of :class:`moe.config.MoEConfig`; the gate's defaults for the others.
+        **fields: of ``model.moe``, in the flat form too (:mod:`moe.config.flat`); the gate's defaults for the others.
 
     Raises:
         ConfigError: impossible fields, or an array whose shape does not fit them and the other arrays.
     """
     num_experts, d_inner, d_ff = np.shape(up)
     d_model = d_inner if latent_down is None else np.shape(latent_down)[0]
-    moe = MoEConfig(
-        gate=gate,
-        num_experts=num_experts,
-        d_ff=d_ff,
-        latent_dim=0 if latent_down is None else d_inner,
-        shared_d_ff=0 if shared_up is None else np.shape(shared_up)[1],
-        **fields,
-    )
+    sizes = {
+        "num_experts": num_experts,
+        "d_ff": d_ff,
+        "latent_dim": 0 if latent_down is None else d_inner,
+        "shared_d_ff": 0 if shared_up is None else np.shape(shared_up)[1],
+    }
+    moe = build(MoEConfig, {"gate": gate, **sizes, **fields}, "model.moe.")
     config = validate(resolve(Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)))).model
     layer = nnx.eval_shape(lambda: create_layer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
     given = {

@@ -21,7 +21,7 @@ def executed_flops(config: Config, dropped_share: float) -> float:
     model, moe = config.model, config.model.moe
     tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
     per_token = flops.train_flops_per_token(model, config.data.sequence_length, config.data.input_length)
-    if moe.gate == "none":
+    if moe.gate is None:
         return per_token * tokens
     total, active = flops.count_parameters(model)
     inactive_share = 1 - moe.experts_per_token / moe.num_experts

@@ -14,7 +14,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moe.config import Config, DataConfig, layer_kinds, sparse_layers
+from moe.config import Config, DataConfig, MoEConfig, layer_kinds, sparse_layers
+from moe.config.registry import find_layer
 from moe.data.corpora import EmbeddedCorpus
 
 #: Of the canonical form. A new version needs a conversion of the records of the older one.
@@ -70,6 +71,14 @@ _OPTIMIZER = (
     "moment_dtype", "frozen", "ema_decay",
 )  # fmt: skip
 _TRAIN = ("num_steps", "batch_size", "accumulation_steps")
+_LOSSES = {
+    "balance": "balance_weight", "z": "z_loss_weight", "importance": "importance_weight", "load": "load_weight",
+    "device": "device_balance_weight", "scope": "balance_scope", "null": "null_balance",
+}  # fmt: skip
+_GATE = {
+    "score": "score", "renormalise": "renormalise", "scale": "routing_scale", "groups": "expert_groups",
+    "kept_groups": "kept_expert_groups", "scores_per_group": "scores_per_group", "slots": "slots_per_expert",
+}  # fmt: skip
 _START = ("expert_noise", "virtual_groups", "expert_scale", "drop_share", "fresh")
 
 
@@ -115,27 +124,43 @@ def _moe(config: Config) -> Canonical:
         "k": moe.experts_per_token,
         "expert_dim": moe.d_ff,
         "shared_dim": moe.shared_d_ff,
-        "balance_weight": moe.load_balancing_weight,
-        "score": moe.score_function,
-        "renormalise": bool(moe.renormalise),
     }
     same = (
-        "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "null_balance", "shared_gate",
-        "route_padding", "jitter", "router_dtype", "z_loss_weight", "importance_weight", "load_weight",
-        "device_balance_weight", "balance_scope", "bias_update", "bias_update_rate", "expert_groups",
-        "kept_expert_groups", "scores_per_group", "routing_scale", "slots_per_expert", "expert_dropout",
+        "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "shared_gate", "route_padding",
+        "jitter", "router_dtype", "expert_dropout",
     )  # fmt: skip
     form |= {name: getattr(moe, name) for name in same}
+    form |= {name: getattr(moe.losses, field) for field, name in _LOSSES.items()}
+    form |= _gate(moe)
     # Without drops no capacity matters; the group still does where a loss is taken over it.
     form["drops"] = moe.dispatch != "dropless"
     if form["drops"]:
         form |= {"drop_policy": moe.drop_policy, "overflow_to_next": moe.overflow_to_next}
-        if moe.expert_capacity:
-            form["expert_capacity"] = moe.expert_capacity
+        if moe.capacity.fixed:
+            form["expert_capacity"] = moe.capacity.fixed
         else:
-            form |= {"capacity_factor": moe.capacity_factor, "eval_capacity_factor": moe.eval_capacity_factor}
-    if form["drops"] or moe.balance_scope == "group":
+            form |= {"capacity_factor": moe.capacity.train, "eval_capacity_factor": moe.capacity.eval}
+    if form["drops"] or moe.losses.scope == "group":
         form["group_tokens"] = moe.group_size or config.data.sequence_length
+    return form
+
+
+def _gate(moe: MoEConfig) -> Canonical:
+    """The settings of the gate, and what the balancing loss counts if that is not what its paper counts."""
+    gate, layer = moe.gate, find_layer(moe.gate_name)
+    assert gate is not None
+    assert layer.gate is not None
+    form: Canonical = {"bias_update": gate.state.update, "bias_update_rate": gate.state.rate}
+    form |= {name: getattr(gate, field) for field, name in _GATE.items() if hasattr(gate, field)}
+    if form.get("expert_groups") == 1:  # with one group nobody reads it, and it is named as the paper has it
+        form["scores_per_group"] = getattr(layer.gate, "scores_per_group", 1)
+    known = {*_GATE, "name", "k", "bias", "bias_rate", "penalty_rate", "threshold_rate"}
+    for field in dataclasses.fields(gate):
+        value = getattr(gate, field.name)
+        if field.name not in known and value != getattr(layer.gate, field.name):
+            form[f"gate.{field.name}"] = value
+    if moe.losses.counts != layer.losses.counts:
+        form["balance_counts"] = moe.losses.counts
     return form
 
 

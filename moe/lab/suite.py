@@ -241,7 +241,7 @@ class Suite:
         tree: Any = self.base.copy_and_resolve_references()
         try:
             tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
-            if self.whole_batch_groups and tree.model.moe.gate != "none" and not tree.model.moe.group_size:
+            if self.whole_batch_groups and tree.model.moe.gate.name != "none" and not tree.model.moe.group_size:
                 rows = tree.train.batch_size // tree.train.accumulation_steps
                 tree.model.moe.group_size = rows * tree.data.sequence_length
             return from_config_dict(tree)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig
 from moe.config.parse import build
-from moe.config.registry import find_layer, gate_of, with_layer_gate
+from moe.config.registry import with_layer_gate
 from moe.config.resolve import resolve, resolve_model, validate
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
@@ -73,7 +73,7 @@ class MoELayer(nnx.Module):
 
         Args:
             config: of a whole model, whose ``moe`` section describes the layer; None: ``settings`` do.
-            gate: name of the gate, or ``module:object``; with a config, that of this layer, or a record to use instead.
+            gate: the gate, its name, or ``module:object``; with a config, instead of the config's.
             rngs: keys of the parameters.
             **settings: ``d_model``, ``activation`` and ``init_scale`` of :class:`moe.config.ModelConfig`, and fields of
                 :class:`moe.config.MoEConfig` such as ``d_ff``, ``num_experts`` and ``dispatch``.
@@ -91,10 +91,12 @@ class MoELayer(nnx.Module):
             config = with_layer_gate(config, gate)
         moe = config.moe
         self.config, self.d_model = moe, config.d_model
-        self.gate = gate if isinstance(gate, Gate) else gate_of(moe)
+        if moe.gate is None:
+            raise ConfigError("MoELayer: a dense model (model.moe.gate=none) has no MoE layer")
+        self.gate = gate if isinstance(gate, Gate) else moe.gate
         if (self.gate.router == "slots") != self.has_slots:
             other = "moe.MoELayer" if self.has_slots else "moe.SoftMoE"
-            raise ConfigError(f"gate={moe.gate!r}: is not the gate of a {type(self).__name__}, but of a {other}")
+            raise ConfigError(f"gate={self.gate.name!r}: is not the gate of a {type(self).__name__}, but of a {other}")
         self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
@@ -202,9 +204,7 @@ class MoELayer(nnx.Module):
         if routing is None:
             return
         if isinstance(routing, Choices) and not self.gate.reweighs:
-            raise ValueError(
-                f"choices cannot be weighed anew: the gate {self.config.gate!r} weighs only what it chooses"
-            )
+            raise ValueError(f"choices cannot be weighed anew: the gate {self.gate.name!r} weighs only what it chooses")
         if routing.chosen.shape[:2] != tokens.mask.shape:
             raise ValueError(
                 f"a routing of {routing.chosen.shape[:2]} groups and tokens cannot be replayed here: "
@@ -226,22 +226,23 @@ class MoELayer(nnx.Module):
     def _report(
         self, routing: Routing, mask: Bool[Array, "G S"], kept: Bool[Array, "G S K"], *, rows: int
     ) -> balancing.LayerReport:
-        parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.balance_scope]
-        counts, router = find_layer(self.config.gate).balance_counts, self.router
+        parts = {"batch": 1, "step": 1, "group": mask.shape[0], "sequence": rows}[self.config.losses.scope]
+        router = self.router
         bias = None if router is None else router.bias
         # λ of ReMoE, equal for all experts.
-        penalty = bias[...][0] if bias is not None and self.config.bias_update == "penalty" else None
+        own = self.config.gate
+        penalty = bias[...][0] if bias is not None and own is not None and own.state.update == "penalty" else None
         moe = self.config
         report = balancing.report(
             routing,
             mask,
             kept,
-            counts=counts,
+            counts=moe.losses.counts,
             parts=parts,
             k=moe.experts_per_token,
             null_experts=moe.null_experts,
-            weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.null_balance),
-            expert_groups=moe.expert_groups,
+            weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
+            expert_groups=getattr(moe.gate, "groups", 1),
             strength=penalty,
         )
         if router is not None:
@@ -258,8 +259,8 @@ _MODEL_SETTINGS = ("d_model", "activation", "init_scale")
 
 def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
     """The resolved and checked config of a layer on its own."""
-    if not isinstance(gate, str):
-        raise ConfigError(f"gate={gate!r}: must be a name or 'module:object'")
+    if not isinstance(gate, (str, Gate)):
+        raise ConfigError(f"gate={gate!r}: must be a name, 'module:object', or a Gate")
     missing = [name for name in ("d_model", "d_ff") if name not in settings]
     if missing:
         raise ConfigError(f"MoELayer: needs {' and '.join(missing)}, or the config of a model")

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from moe.config import ModelConfig
 from moe.parallel.parameters import matrix, parameter, zeros
 from moe.parallel.partition_specs import REPLICATED
+from moe.routing.gates import SoftMoE
 from moe.routing.interface import RouterKind
 
 
 class SelectionBias(nnx.Variable):
     """[E] float32 without a gradient, which the train step updates: a bias that the scores get for selection only, or
-    another state that ``moe.bias_update`` names."""
+    another state that ``Gate.state`` names."""
 
 
 #: First value of the strength of ReMoE's penalty (2024, section 3.3).
@@ -33,7 +34,9 @@ class Router(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, kind: RouterKind = "linear", rngs: nnx.Rngs):
-        d, e, update = config.d_model, config.moe.num_experts + config.moe.null_experts, config.moe.bias_update
+        gate = config.moe.gate
+        d, e = config.d_model, config.moe.num_experts + config.moe.null_experts
+        update = "none" if gate is None else gate.state.update
         self.dtype = config.moe.router_dtype
         first = FIRST_PENALTY if update == "penalty" else 0.0
         state = jnp.full((e,), first, jnp.float32)
@@ -43,7 +46,7 @@ class Router(nnx.Module):
         if kind == "noisy":
             self.kernel = zeros((d, e), inputs=1)
         else:
-            shape = (d, e, config.moe.slots_per_expert) if kind == "slots" else (d, e)
+            shape = (d, e, gate.slots) if isinstance(gate, SoftMoE) else (d, e)
             self.kernel = matrix(rngs, shape, REPLICATED, fan_in=d, scale=config.init_scale)
 
     def __call__(

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.registry import find_layer
+from moe.config.registry import find_gate
 from moe.dispatch.modes import mix
 from moe.layers.moe_layer import Keys, MoELayer
 from moe.routing import balancing
@@ -63,13 +63,14 @@ class SoftMoE(MoELayer):
         return self._finish(x, tokens, routing, experts)
 
 
-def create_layer(
-    config: ModelConfig | None = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any
-) -> MoELayer:
-    """The layer of a gate, with the arguments of :class:`moe.layers.moe_layer.MoELayer`."""
-    name = MoELayer.default_gate if config is None else config.moe.gate
-    rule = gate if isinstance(gate, Gate) else find_layer(gate or name).gate
-    return (SoftMoE if rule.router == "slots" else MoELayer)(config, gate=gate, rngs=rngs, **settings)
+def create_layer(config: Any = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any) -> MoELayer:
+    """The layer of a gate, with the arguments of :class:`moe.layers.moe_layer.MoELayer`, which checks them."""
+    rule = config.moe.gate if isinstance(config, ModelConfig) else None
+    if gate is not None or config is None:
+        rule = gate if isinstance(gate, Gate) else find_gate(gate or MoELayer.default_gate)
+    return (SoftMoE if rule is not None and rule.router == "slots" else MoELayer)(
+        config, gate=gate, rngs=rngs, **settings
+    )
 
 
 def expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

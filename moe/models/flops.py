@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from moe.config import LayerKind, ModelConfig, stacks
-from moe.config.registry import gate_of
 from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
+from moe.routing.gates import SoftMoE
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -37,10 +37,10 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Rows that the experts of one layer compute for each token: K, or what the slots or capacity of a group make
     where tokens do not choose."""
     moe = config.moe
-    gate, group_size = gate_of(moe), moe.group_size or sequence_length
-    if gate.router == "slots":
-        return moe.num_experts * moe.slots_per_expert / group_size
-    if gate.experts_choose:
+    gate, group_size = moe.gate, moe.group_size or sequence_length
+    if isinstance(gate, SoftMoE):
+        return moe.num_experts * gate.slots / group_size
+    if gate is not None and gate.experts_choose:
         return moe.num_experts * layer_capacity(moe, group_size) / group_size
     return moe.experts_per_token
 
@@ -67,7 +67,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.d_model
     multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
-    slots = config.moe.num_experts * config.moe.slots_per_expert if _mixes(config) else 0
+    slots = config.moe.num_experts * config.moe.gate.slots if isinstance(config.moe.gate, SoftMoE) else 0
     mixing = 0.0
     for stack, kinds in stacks(config).items():
         for kind in kinds:
@@ -75,10 +75,6 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
             mixing += 12 * slots * config.expert_dim * kind.sparse * share[stack]
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
     return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys
-
-
-def _mixes(config: ModelConfig) -> bool:
-    return config.moe.gate != "none" and gate_of(config.moe).router == "slots"
 
 
 def _keys_per_query(kind: LayerKind, length: int) -> float:

@@ -17,7 +17,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from moe.config import Config, ConfigError, ModelConfig
-from moe.config.registry import gate_of
 from moe.models import kv_cache
 from moe.models.factory import abstract_model
 from moe.parallel import partition_specs
@@ -81,16 +80,18 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
     A gate that looks ahead keeps its capacity, which is part of its function.
     """
-    return dataclasses.replace(config, moe=dataclasses.replace(one_group_a_row(config).moe, expert_capacity=0))
+    moe = one_group_a_row(config).moe
+    capacity = dataclasses.replace(moe.capacity, fixed=0)
+    return dataclasses.replace(config, moe=dataclasses.replace(moe, capacity=capacity))
 
 
 def one_group_a_row(config: ModelConfig) -> ModelConfig:
     """:func:`without_drops`, but for a capacity that is given as a number, by which no row depends on the others: so an
     encoder runs."""
-    if config.moe.gate == "none" or not gate_of(config.moe).generates:
+    if config.moe.gate is None or not config.moe.gate.generates:
         return config
-    k = config.moe.experts_per_token
-    moe = dataclasses.replace(config.moe, group_size=0, eval_capacity_factor=config.moe.num_experts / k)
+    capacity = dataclasses.replace(config.moe.capacity, eval=config.moe.num_experts / config.moe.experts_per_token)
+    moe = dataclasses.replace(config.moe, group_size=0, capacity=capacity)
     return dataclasses.replace(config, moe=moe)
 
 
@@ -157,9 +158,9 @@ def check_tokens(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarr
 
 def looks_ahead(config: ModelConfig) -> str:
     """Why the model cannot generate, or ""."""
-    if config.moe.gate == "none" or gate_of(config.moe).generates:
+    if config.moe.gate is None or config.moe.gate.generates:
         return ""
-    return f"model.moe.gate={config.moe.gate!r}: routes by later tokens, which a text has not yet"
+    return f"model.moe.gate={config.moe.gate_name!r}: routes by later tokens, which a text has not yet"
 
 
 def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.layer_pattern import LayerKind, stacks
-from moe.config.registry import gate_of, with_layer_gate
+from moe.config.registry import with_layer_gate
 from moe.layers.attention.positions import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
 from moe.models.block import Block, Rows
@@ -246,7 +246,8 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
-                if values is not None and gate_of(with_layer_gate(config, kind.gate).moe).state.update != "none":
+                gate = with_layer_gate(config, kind.gate).moe.gate if kind.sparse else None
+                if values is not None and gate is not None and gate.state.update != "none":
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
         biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop

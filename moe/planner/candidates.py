@@ -65,7 +65,7 @@ def candidates(
         rows: of a device and microbatch to try with every combination, besides the config's batch.
     """
     found, pruned = [], collections.Counter[str]()
-    sparse = config.model.moe.gate != "none"
+    sparse = config.model.moe.gate is not None
     for mesh in meshes(devices, num_slices):
         sizes = dataclasses.asdict(mesh)
         shards = mesh.data * mesh.fsdp * mesh.expert * config.train.accumulation_steps
@@ -119,7 +119,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
 
     into = 2 if model.activation in GATED_ACTIVATIONS else 1
     expert_parameters = moe_layers * (into + 1) * model.expert_dim * moe.d_ff
-    rows = moe.experts_per_token * (moe.capacity_factor if moe.dispatch != "dropless" else 1.0)
+    rows = moe.experts_per_token * (moe.capacity.train if moe.dispatch != "dropless" else 1.0)
     per_token, total = _of_model(fit.same_parameters(model), length, inputs)
     per_token *= config.train.batch_size * length / tokens
     per_token += 6 * expert_parameters * (rows - moe.experts_per_token)
@@ -182,7 +182,7 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
     for remat in ("hidden", "outputs", "attention", "full"):
         if remat != model.remat:
             add(f"model.remat={remat}", model=dataclasses.replace(model, remat=remat))
-    if model.moe.gate != "none":
+    if model.moe.gate is not None:
         for mode in ("dropless", "gather"):
             moe = dataclasses.replace(model.moe, dispatch=mode)
             add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))

@@ -14,7 +14,6 @@ from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stacks
-from moe.config.registry import gate_of
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.models.factory import abstract_parameters
@@ -141,8 +140,8 @@ def _projections(model: ModelConfig, tensor: int) -> float:
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:
     """Rows of expert buffers per token of a device, filled or not."""
     moe = config.model.moe
-    if moe.gate == "none" or gate_of(moe).router == "slots":
+    if moe.gate is None or moe.gate.router == "slots":
         return 0.0
     if moe.dispatch == "dropless":
         return moe.experts_per_token * (ROUND_SIZE if sizes["expert"] > 1 else 1.0)
-    return min(moe.capacity_factor * moe.experts_per_token, moe.num_experts)
+    return min(moe.capacity.train * moe.experts_per_token, moe.num_experts)

@@ -246,7 +246,7 @@ def make_plan(config: Config, topology: Topology, scenario: Scenario | None = No
 def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: Scenario | None = None) -> Plan:
     """Plan from a compiled train step."""
     scenario = scenario or Scenario()
-    if scenario.skew > 1 and (config.model.moe.gate == "none" or config.model.moe.dispatch != "dropless"):
+    if scenario.skew > 1 and (config.model.moe.gate is None or config.model.moe.dispatch != "dropless"):
         raise ConfigError(
             f"--skew={scenario.skew}: must be 1 unless model.moe.dispatch=dropless; with a capacity every expert "
             "computes the same rows, and further tokens are dropped"

@@ -149,7 +149,7 @@ def overrides(config: Config) -> str:
     """Flags of main.py and plan_pod.py that select a candidate."""
     named: dict[str, Any] = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
     named["model.remat"] = config.model.remat
-    if config.model.moe.gate != "none":
+    if config.model.moe.gate is not None:
         named["model.moe.dispatch"] = config.model.moe.dispatch
     named["train.batch_size"] = config.train.batch_size
     return " ".join(f"--config.{name}={value}" for name, value in named.items())
@@ -177,7 +177,7 @@ def render(results: Sequence[tuple[Candidate, Plan]], pruned: collections.Counte
     for rank, (candidate, plan) in enumerate(results, 1):
         config = candidate.config
         mesh = config.mesh
-        mode = config.model.moe.dispatch if config.model.moe.gate != "none" else "-"
+        mode = config.model.moe.dispatch if config.model.moe.gate is not None else "-"
         rows = config.train.batch_size / (mesh.data * mesh.fsdp * mesh.expert)
         line = f"{rank:3} {mesh.data:5} {mesh.fsdp:5} {mesh.expert:6} {mesh.tensor:6} {config.model.remat:9} {mode:8} "
         line += f"{rows:5g} "

@@ -97,7 +97,12 @@ class Gate:
     lists_all: ClassVar[bool] = False
     reweighs: ClassVar[bool] = False
 
+    #: Name in configs, messages and records: of the layer that it was taken from, or module:class.
+    name: str = ""
+
     def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", f"{type(self).__module__}:{type(self).__qualname__}")
         check_fields(self, "model.moe.gate.")
 
     def route(self, router_logits: Array, inputs: GateInputs) -> GateOutput:

@@ -235,14 +235,14 @@ TEXT = TextObjective()
 def describe_auxiliary(moe: MoEConfig) -> str:
     """The auxiliary terms of a run and their weights, in words."""
     weights = {
-        "load balancing": moe.load_balancing_weight,
-        "device balance": moe.device_balance_weight,
-        "importance": moe.importance_weight,
-        "load": moe.load_weight,
-        "router z-loss": moe.z_loss_weight,
+        "load balancing": moe.losses.balance,
+        "device balance": moe.losses.device,
+        "importance": moe.losses.importance,
+        "load": moe.losses.load,
+        "router z-loss": moe.losses.z,
     }
     used = [f"{name} x {weight:g}" for name, weight in weights.items() if weight]
-    return f"on ({', '.join(used)})" if used and moe.gate != "none" else "off"
+    return f"on ({', '.join(used)})" if used and moe.gate is not None else "off"
 
 
 def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
@@ -254,12 +254,13 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     """
     if layers is None:
         return jnp.zeros((), jnp.float32)
+    losses = config.losses
     terms = (
-        config.load_balancing_weight * layers.load_balancing_loss,
-        config.device_balance_weight * layers.device_balance_loss,
-        config.importance_weight * layers.importance_loss,
-        config.load_weight * layers.load_loss,
-        config.z_loss_weight * layers.router_z_loss,
+        losses.balance * layers.load_balancing_loss,
+        losses.device * layers.device_balance_loss,
+        losses.importance * layers.importance_loss,
+        losses.load * layers.load_loss,
+        losses.z * layers.router_z_loss,
         layers.sparsity_penalty,
     )
     return sum((jnp.sum(term) for term in terms), jnp.zeros((), jnp.float32))

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
 from moe.config import Config, ModelConfig
-from moe.config.registry import gate_of, with_layer_gate
+from moe.config.registry import with_layer_gate
 from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
@@ -252,11 +252,12 @@ def forward(model: Model, batch: Batch, **settings: Any) -> Output:
 
 def _probe_own_gates(model: ModelConfig) -> None:
     """Refuse a gate of a user's module that cannot route; see :func:`moe.routing.routing.probe`."""
-    if model.moe.gate != "none":
-        for name in {model.moe.gate, *model.moe.layer_gates}:
+    if model.moe.gate is not None:
+        for name in {model.moe.gate_name, *model.moe.layer_gates}:
             if ":" in name:
                 moe = with_layer_gate(model, name).moe
-                probe(gate_of(moe), moe.num_experts, null_experts=moe.null_experts)
+                assert moe.gate is not None
+                probe(moe.gate, moe.num_experts, null_experts=moe.null_experts)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:
@@ -330,7 +331,7 @@ def _gradients(
     # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
-    totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.balance_scope == "step" else None
+    totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
     first = jax.tree.map(lambda x: x[0], split)
     shapes = jax.eval_shape(gradients_of, first, jnp.zeros((), jnp.int32))[0]
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -377,7 +378,7 @@ def _loss(
     layers, microbatches = output.layers, config.train.accumulation_steps
     if layers is not None and totals is not None:
         moe = config.model.moe
-        weights = balance_weights(moe.num_experts, moe.null_experts, moe.null_balance)
+        weights = balance_weights(moe.num_experts, moe.null_experts, moe.losses.null)
         layers = over_step(layers, totals, weights, microbatches)
     return loss + auxiliary_loss(layers, config.model.moe) / microbatches, (tuple(shown), layers)
 
@@ -398,8 +399,10 @@ def _next_biases(config: Config, biases: dict[str, Any], layers: LayerReport | N
     if not biases or layers is None or fixed:
         return biases
     moe = config.model.moe
-    signals = selection_biases(config.model, bias_signal(moe.bias_update, layers, moe.experts_per_token))
-    update = functools.partial(next_selection_bias, moe.bias_update, rate=moe.bias_update_rate)
+    assert moe.gate is not None
+    rule, rate = moe.gate.state
+    signals = selection_biases(config.model, bias_signal(rule, layers, moe.experts_per_token))
+    update = functools.partial(next_selection_bias, rule, rate=rate)
     return jax.tree.map(lambda bias, signal: update(bias, signal), biases, signals)
 
 

@@ -227,7 +227,9 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
     loaded = {key for key in ours if _source(key, available, config) is not None}
     fresh = sorted({".".join(names) for layer, names in ours.keys() - loaded})
     flat = [flatten(dataclasses.asdict(tree.model)) for tree in (config, source)]
-    changed = [f"{name} {flat[1][name]} -> {value}" for name, value in flat[0].items() if value != flat[1][name]]
+    changed = [
+        f"{name} {flat[1].get(name)} -> {value}" for name, value in flat[0].items() if value != flat[1].get(name)
+    ]
     optimizer = "carried over" if config.start.optimizer == "carry" else "new"
     return (
         f"start: {len(loaded)} of {len(ours)} arrays from {config.start.checkpoint}; "

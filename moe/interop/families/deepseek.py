@@ -62,7 +62,7 @@ def write(model: ModelConfig) -> Json:
         "scoring_func": "softmax",
         "first_k_dense_replace": sparse.index(True) if any(sparse) else model.num_layers,
         "moe_layer_freq": 1,
-        "seq_aux": moe.balance_scope == "sequence",
+        "seq_aux": moe.losses.scope == "sequence",
     }
 
 

@@ -10,7 +10,7 @@ from moe.interop.families.deepseek_layers import (
     read_latent_attention,
     write_fields,
 )
-from moe.interop.families.family import Family
+from moe.interop.families.family import Family, gate_field
 from moe.interop.schema import Coefficient, Json, Off, Positive
 
 
@@ -41,10 +41,10 @@ def read(source: DeepseekV2Config) -> tuple[Json, Json]:
 def write(model: ModelConfig) -> Json:
     """See :class:`Family`."""
     return write_fields(model) | {
-        "topk_method": "group_limited_greedy" if model.moe.expert_groups > 1 else "greedy",
+        "topk_method": "group_limited_greedy" if gate_field(model.moe, "groups") > 1 else "greedy",
         "scoring_func": "softmax",
         "norm_topk_prob": False,
-        "seq_aux": model.moe.balance_scope == "sequence",
+        "seq_aux": model.moe.losses.scope == "sequence",
     }
 
 

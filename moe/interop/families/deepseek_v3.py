@@ -10,7 +10,7 @@ from moe.interop.families.deepseek_layers import (
     read_latent_attention,
     write_fields,
 )
-from moe.interop.families.family import SELECTION_BIAS, Family, read_sigmoid_gate
+from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_sigmoid_gate
 from moe.interop.schema import Coefficient, Count, Json, OptionalCount, Positive
 
 
@@ -39,7 +39,7 @@ def write(model: ModelConfig) -> Json:
     return write_fields(model) | {
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
-        "norm_topk_prob": model.moe.renormalise == 1,
+        "norm_topk_prob": gate_field(model.moe, "renormalise"),
         "rope_interleave": model.rope_interleaved,
     }
 

@@ -7,6 +7,7 @@ from moe.interop.families.family import (
     EXPERTS,
     SELECTION_BIAS,
     Family,
+    gate_field,
     read_bias,
     read_sigmoid_gate,
     read_sparse_layers,
@@ -50,7 +51,7 @@ def write(model: ModelConfig) -> Json:
     return (
         {
             "attention_bias": model.attention_bias == "all",
-            "norm_topk_prob": moe.renormalise == 1,
+            "norm_topk_prob": gate_field(moe, "renormalise"),
             "n_routed_experts": moe.num_experts,
             "n_shared_experts": moe.shared_d_ff // moe.d_ff,
             "moe_intermediate_size": moe.d_ff,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moe.config import ModelConfig, MoEConfig, layer_kinds, sparse_layers
 from moe.interop.schema import Json, OpenConfig
+from moe.routing.gates import GShard, TopK
 
 #: Hugging Face computes one loss over all MoE layers, K at perfect balance; DeepSeek's code sums a loss per layer that
 #: is 1 at perfect balance; Switch's there is a mean over the layers of a stack, 1 at perfect balance.
@@ -149,12 +150,17 @@ def read_sigmoid_gate(source: Any) -> Json:
     }
 
 
+def gate_field(moe: MoEConfig, name: str) -> Any:
+    """A field of a top-k gate; its default for a gate without it."""
+    return getattr(moe.gate, name, getattr(TopK(), name))
+
+
 def write_groups(moe: MoEConfig) -> Json:
     """Groups of experts and scale of the weights, for DeepSeek's gates."""
     return {
-        "n_group": moe.expert_groups,
-        "topk_group": moe.kept_expert_groups,
-        "routed_scaling_factor": moe.routing_scale,
+        "n_group": gate_field(moe, "groups"),
+        "topk_group": gate_field(moe, "kept_groups"),
+        "routed_scaling_factor": gate_field(moe, "scale"),
     }
 
 
@@ -191,7 +197,7 @@ def dense_layers(model: ModelConfig) -> list[int]:
 
 def selection_rule(moe: MoEConfig) -> bool | str:
     """``norm_topk_prob``, for softmax top-k; the gate's name if its rule is another."""
-    limited = moe.kept_expert_groups < moe.expert_groups or moe.routing_scale != 1.0
-    plain = moe.score_function == "softmax" and moe.bias_update == "none" and not limited
-    standard = plain and moe.gate in ("switch", "deepseek_moe", "mixtral", "gshard")
-    return moe.renormalise == 1 if standard else moe.gate
+    limited = gate_field(moe, "kept_groups") < gate_field(moe, "groups") or gate_field(moe, "scale") != 1.0
+    plain = gate_field(moe, "score") == "softmax" and gate_field(moe, "bias") == "none" and not limited
+    standard = plain and type(moe.gate) in (TopK, GShard)
+    return gate_field(moe, "renormalise") if standard else moe.gate_name

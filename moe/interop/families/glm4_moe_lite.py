@@ -12,7 +12,7 @@ from moe.interop.families.deepseek_layers import (
     read_latent_attention,
     write_fields,
 )
-from moe.interop.families.family import SELECTION_BIAS, Family, read_sigmoid_gate, read_sparse_layers
+from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_sigmoid_gate, read_sparse_layers
 from moe.interop.schema import Count, Json, OptionalCount, Positive
 
 
@@ -53,7 +53,7 @@ def write(model: ModelConfig) -> Json:
     del fields["first_k_dense_replace"]
     return fields | {
         "topk_method": "noaux_tc",
-        "norm_topk_prob": model.moe.renormalise == 1,
+        "norm_topk_prob": gate_field(model.moe, "renormalise"),
         "rope_interleave": model.rope_interleaved,
         "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in sparse_layers(model)],
     }

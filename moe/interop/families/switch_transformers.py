@@ -90,12 +90,12 @@ def write(model: ModelConfig) -> Json:
         "feed_forward_proj": "relu" if model.activation == "relu" else "gelu_new",
         "dense_act_fn": "relu" if model.activation == "relu" else "gelu_new",
         "num_experts": moe.num_experts,
-        "expert_capacity": moe.expert_capacity or _NO_CAPACITY,
+        "expert_capacity": moe.capacity.fixed or _NO_CAPACITY,
         "router_jitter_noise": moe.jitter,
         "router_dtype": moe.router_dtype,
         "router_bias": moe.bias == "router",
         "router_ignore_padding_tokens": False,
-        "router_z_loss_coef": round(moe.z_loss_weight / _stacks_per_layer(model), 12),
+        "router_z_loss_coef": round(moe.losses.z / _stacks_per_layer(model), 12),
     }
     for stack, kinds in stacks(model).items():
         sparse = [layer for layer, kind in enumerate(kinds) if kind.sparse]

@@ -86,10 +86,10 @@ def with_unseen(prepared: pipeline.Prepared, config: Config, unseen: Sequence[st
 def dropless(config: Config) -> Config | None:
     """The config evaluated without drops; None for a gate that has no such form."""
     moe = config.model.moe
-    if moe.gate == "none":
+    if moe.gate is None:
         return config
-    gates = [find_layer(name).gate for name in (moe.gate, *moe.layer_gates)]
-    if any(gate.experts_choose or gate.router == "slots" for gate in gates):
+    gates = [find_layer(name).gate for name in (moe.gate_name, *moe.layer_gates)]
+    if any(gate is not None and (gate.experts_choose or gate.router == "slots") for gate in gates):
         return None
     changed = dataclasses.replace(moe, dispatch="dropless", overflow_to_next=False)
     return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=changed)))

@@ -1,0 +1,41 @@
+"""Config file that loads another one and chooses its gate: ``--config=FILE`` beside ``--config.model.moe.gate``.
+
+ml_collections takes no name for a section, and the fields of the new gate must be there before they are set.
+"""
+
+from __future__ import annotations
+
+import json
+
+import ml_collections
+
+from moe.config.files import load_python_file
+from moe.config.parse import check_gate_field
+
+
+def request(path: str, gate: str | None, fields: list[str]) -> str:
+    """Argument of ``--config`` that loads a file through this one.
+
+    Args:
+        path: of the config file, with its own argument.
+        gate: name of the gate; None: the file's.
+        fields: of the gate, that are set afterwards.
+    """
+    return f"{__file__}:{json.dumps({'path': path, 'gate': gate, 'fields': fields})}"
+
+
+def get_config(asked: str) -> ml_collections.ConfigDict:
+    """The config of another file with the gate of a :func:`request`.
+
+    Raises:
+        ConfigError: no such gate, or one without these fields.
+    """
+    content = json.loads(asked)
+    file, colon, argument = content["path"].partition(":")
+    module = load_python_file(file)
+    tree = module.get_config(argument) if colon else module.get_config()
+    if content["gate"] is not None:
+        tree.model.moe.gate = content["gate"]
+    for name in content["fields"]:
+        check_gate_field(tree.model.moe.gate, name)
+    return tree

@@ -1,0 +1,164 @@
+"""Section ``model.moe``: the settings of MoE layers, and the rules across them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from moe.fields import check_fields, require, setting
+from moe.routing.gates import TopK
+from moe.routing.interface import BalanceCounts, BalanceScope, Gate
+
+Dispatch = Literal["gather", "einsum", "dropless"]
+DropPolicy = Literal["position", "probability", "random"]
+MoEBias = Literal["none", "router", "all"]
+DType = Literal["float32", "bfloat16"]
+
+_MOE = "model.moe."
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """Largest number of tokens of a group that one expert takes: C = ceil(factor · K·S/E). Unused by dropless."""
+
+    train: float = setting(1.25, above=0)  # factor in training; this and the next as in Switch 2021
+    eval: float = setting(2.0, above=0)  # factor outside training
+    fixed: int = setting(0, least=0)  # C itself, in training and outside; 0: given by the factors
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"{_MOE}capacity.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Weights of the auxiliary losses, and how the load-balancing loss is taken (moe.routing.balancing)."""
+
+    balance: float = setting(0.0, least=0, most=1e6)  # load-balancing loss
+    z: float = setting(0.0, least=0, most=1e6)  # router z-loss
+    importance: float = setting(0.0, least=0, most=1e6)  # Shazeer's importance loss
+    load: float = setting(0.0, least=0, most=1e6)  # Shazeer's load loss; gate noisy_topk only
+    device: float = setting(0.0, least=0, most=1e6)  # balance over the gate's groups of experts
+    scope: BalanceScope = "batch"  # tokens over which one load-balancing loss is taken
+    counts: BalanceCounts = "assignments"  # what its f counts: all, the first choice, or the top K of the scores
+    null: float = setting(1.0, least=0)  # tau, weight of zero, copy and constant experts in it; below 1: used more
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"{_MOE}losses.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """MoE layers: gate, experts, capacity, dispatch and losses.
+
+    The defaults are Mixtral's layer; layers of other papers are values in :data:`moe.config.registry.LAYERS`.
+    """
+
+    gate: Gate | None = TopK(k=2, renormalise=True, name="mixtral")  # routing rule; None ("none"): all FFNs are dense
+    layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
+    num_experts: int = setting(8, least=1, most=2**17)  # E, without shared experts
+    d_ff: int = setting(0, least=0, most=2**22)  # F, hidden dim of one expert; 0: model.d_ff
+    #: hidden dim of the shared expert, which sees every token; 0: none. n experts of F equal one of n*F
+    shared_d_ff: int = setting(0, least=0, most=2**22)
+    bias: MoEBias = "none"  # of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
+    latent_dim: int = setting(0, least=0)  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
+    zero_experts: int = setting(0, least=0)  # experts that return 0 (MoE++), beside the E FFNs
+    copy_experts: int = setting(0, least=0)  # experts that return the token
+    constant_experts: int = setting(0, least=0)  # experts that mix the token and a learned vector
+    shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
+    every: int = setting(1, least=1)  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
+    layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
+    first_dense: int = setting(0, least=0)  # number of leading layers that stay dense, of either stack
+    #: S, tokens that share one capacity; 0: data.sequence_length. Independent of the mesh
+    group_size: int = setting(0, least=0, most=2**26)
+    dispatch: Dispatch = "gather"  # how assignments reach their experts
+    capacity: Capacity = Capacity()
+    losses: Losses = Losses(balance=0.02)
+    route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
+    jitter: float = setting(0.0, share=True)  # the router's input times uniform [1 - jitter, 1 + jitter] in training
+    router_dtype: DType = "float32"  # of the router's matmul; bfloat16 only to reproduce Switch's table 2
+    drop_policy: DropPolicy = "position"  # priority of tokens when an expert's buffer overflows
+    overflow_to_next: bool = False  # an overflowing assignment is retried once on the token's next-best expert
+    expert_dropout: float = setting(0.0, share=True)  # of the experts' hidden activations (Switch: 0.4 in fine-tuning)
+    accept_future_leak: bool = False  # allow gates whose assignments depend on later tokens
+
+    def __post_init__(self) -> None:
+        is_gate = self.gate is None or isinstance(self.gate, Gate)
+        require(is_gate, f"{_MOE}gate", self.gate, "must be a Gate, such as TopK(k=2), or None")
+        check_fields(self, _MOE)
+        if self.gate is None:  # a dense model reads none of the other fields
+            return
+        self._require("shared_gate", self.shared_d_ff > 0 or not self.shared_gate, "needs shared_d_ff above 0")
+        self.gate.check_experts(self.num_experts, self.null_experts)
+        self._check_router(self.gate)
+        self._check_losses(self.gate)
+        self._check_drops(self.gate)
+
+    @property
+    def null_experts(self) -> int:
+        """Number of zero, copy and constant experts, whose columns follow those of the E FFNs in the router."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
+
+    @property
+    def experts_per_token(self) -> int:
+        """K; 0 in a dense model."""
+        return 0 if self.gate is None else self.gate.experts_per_token(self.num_experts)
+
+    @property
+    def gate_name(self) -> str:
+        """Name of the gate, for messages and records."""
+        return "none" if self.gate is None else self.gate.name
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        """Refuse the value of one field unless the condition holds."""
+        require(holds, f"{_MOE}{name}", getattr(self, name), allowed)
+
+    def _check_router(self, gate: Gate) -> None:
+        if gate.router == "none":
+            no_router = f"the gate {gate.name!r} has no router"
+            self._require("jitter", self.jitter == 0, f"must be 0: {no_router}")
+            self._require("router_dtype", self.router_dtype == "float32", no_router)
+            self._require("bias", self.bias != "router", no_router)
+        slots = gate.router == "slots"
+        self._require("bias", self.bias == "none" or not slots, "must be none with the gate soft_moe")
+        for name in ("train", "eval") if slots else ():
+            factor = getattr(self.capacity, name)
+            require(factor == 1, f"{_MOE}capacity.{name}", factor, "must be 1: soft_moe has slots instead")
+
+    def _check_losses(self, gate: Gate) -> None:
+        losses, where = self.losses, f"{_MOE}losses."
+        if gate.router == "none":
+            for name in ("balance", "z", "importance", "device"):
+                value = getattr(losses, name)
+                require(value == 0, f"{where}{name}", value, f"must be 0: the gate {gate.name!r} has no router")
+        constant = f"must be 0: with the gate {gate.name!r} every token goes to every expert and the loss is constant"
+        require(hasattr(gate, "k") or losses.balance == 0, f"{where}balance", losses.balance, constant)
+        grouped = getattr(gate, "groups", 1) > 1
+        require(grouped or losses.device == 0, f"{where}device", losses.device, "needs a gate with groups above 1")
+        noisy = losses.load == 0 or gate.router == "noisy"
+        no_noise = "needs the gate noisy_topk: the load has no gradient without its noise"
+        require(noisy, f"{where}load", losses.load, no_noise)
+        all_groups = getattr(gate, "kept_groups", 1) == getattr(gate, "groups", 1)
+        only_noise = losses.load == 0 or (all_groups and gate.state.update == "none")
+        allowed = "needs a gate without bias and kept_groups equal to groups: only the noise may decide who is chosen"
+        require(only_noise, f"{where}load", losses.load, allowed)
+        read = self.null_experts > 0 or losses.null == 1
+        require(read, f"{where}null", losses.null, "needs zero_experts, copy_experts or constant_experts")
+
+    def _check_drops(self, gate: Gate) -> None:
+        dropless, by_position = self.dispatch == "dropless", self.drop_policy == "position"
+        allowed = f"must be position: the gate {gate.name!r} drops no assignment"
+        self._require("drop_policy", by_position or not gate.looks_ahead, allowed)
+        fixed, slots = self.capacity.fixed, gate.router == "slots"
+        allowed = "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe"
+        require(fixed == 0 or not (slots or dropless), f"{_MOE}capacity.fixed", fixed, allowed)
+        if not self.overflow_to_next:
+            return
+        enough = 2 * self.experts_per_token <= self.num_experts
+        self._require(
+            "overflow_to_next",
+            enough and not gate.lists_all and not dropless,
+            "needs num_experts at least twice the gate's k, a dispatch with a capacity (gather or einsum), and a gate "
+            "in which tokens choose their experts",
+        )
+        one_kind = "needs experts of one kind: set zero_experts, copy_experts and constant_experts to 0"
+        self._require("overflow_to_next", self.null_experts == 0, one_kind)

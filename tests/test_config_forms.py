@@ -1,0 +1,168 @@
+"""Forms of ``model.moe``: values, sections of a tree, names on the command line, the flat form of older runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from absl import flags
+from flax import nnx
+
+from configs import base
+from moe import cli
+from moe.config import (
+    Capacity,
+    Config,
+    ConfigError,
+    Losses,
+    ModelConfig,
+    MoEConfig,
+    load_python_file,
+    to_config_dict,
+    to_dict,
+)
+from moe.config.registry import CONSTANTS, LAYERS
+from moe.config.resolve import from_config_dict, from_workdir_dict
+from moe.models.decoder import Transformer
+from moe.routing.gates import SoftMoE, TopK
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+FLAT = json.loads((DATA / "flat_moe_sections.json").read_text())
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_config_json_of_version_0_2_opens(name):
+    """Complete sections that version 0.2 wrote, and what is written for them now."""
+    ours = from_config_dict({"model": {"moe": FLAT[name]["now"]}})
+    assert from_workdir_dict({"model": {"moe": FLAT[name]["flat"]}}) == ours
+    again = json.loads(json.dumps(to_dict(ours)))
+    assert from_workdir_dict(again) == ours
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gate": "hash", "renormalise": 1}, "renormalise=True: the gate 'hash' does not read it"),
+        ({"gate": "gshard", "experts_per_token": 3}, "experts_per_token=3: the gate 'gshard' does not read it"),
+        ({"gate": "mixtral", "experts_per_token": 9}, "model.moe.gate.k=9: must be at most num_experts=8"),
+    ],
+)
+def test_the_flat_form_is_checked(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict({"model": {"moe": fields}})
+
+
+def test_a_layer_is_a_value_that_is_valid_once_it_exists():
+    mixtral = MoEConfig(gate=TopK(k=2, renormalise=True), capacity=Capacity(1.25, 2.0), losses=Losses(balance=0.02))
+    assert dataclasses.replace(mixtral, gate=LAYERS["mixtral"].gate) == LAYERS["mixtral"]
+    assert from_config_dict(to_dict(Config(model=ModelConfig(moe=mixtral)))).model.moe.gate == mixtral.gate
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate\.k=9: must be at most num_experts=8"):
+        Transformer(ModelConfig(moe=MoEConfig(num_experts=8, gate=TopK(k=9))), rngs=nnx.Rngs(0))
+    for build, message in (
+        (lambda: Capacity(train=0.0), "model.moe.capacity.train=0.0: must be positive"),
+        (lambda: Losses(balance=-1.0), "model.moe.losses.balance=-1.0: must be at least 0"),
+        (lambda: MoEConfig(jitter=1.0), "model.moe.jitter=1.0: must be in"),
+        (lambda: MoEConfig(gate="switch"), "model.moe.gate='switch': must be a Gate"),
+        (lambda: MoEConfig(losses=Losses(load=0.1)), "model.moe.losses.load=0.1: needs the gate noisy_topk"),
+        (lambda: MoEConfig(gate=SoftMoE(), losses=Losses()), "model.moe.capacity.train=1.25: must be 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build()
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_a_gate_brings_the_constants_that_nobody_set(gate_first):
+    tree = base.get_config()
+    changes = {"gate": "switch", "jitter": 0.5, "gate.k": 3, "losses.z": 0.1}
+    for name, value in changes.items() if gate_first else reversed(changes.items()):
+        tree.model.moe.update_from_flattened_dict({name: value})
+    moe = from_config_dict(tree).model.moe
+    switch = LAYERS["switch"]
+    assert moe.gate == dataclasses.replace(switch.gate, k=3)
+    assert (moe.jitter, moe.losses) == (0.5, Losses(balance=0.01, z=0.1))
+    copied = tree.copy_and_resolve_references()
+    copied.model.moe.gate = "noisy_topk"
+    moe = from_config_dict(copied).model.moe
+    assert (moe.gate.k, moe.jitter, moe.capacity.train, moe.losses.z) == (3, 0.5, 2.0, 0.1)
+
+
+def test_a_gate_that_lacks_an_assigned_field_is_refused():
+    tree = base.get_config()
+    tree.model.moe.gate.renormalise = False
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate\.renormalise: no such field; fields here: k, name"):
+        tree.model.moe.gate = "hash"
+
+
+@pytest.mark.parametrize("gate", LAYERS)
+def test_every_layer_survives_all_forms(gate):
+    tree = base.get_config()
+    tree.model.moe.update(gate=gate, num_experts=16, accept_future_leak=True)
+    tree.model.moe.dispatch = "einsum" if gate == "soft_moe" else "gather"
+    config = from_config_dict(tree)
+    for name in ("gate", *CONSTANTS):
+        assert getattr(config.model.moe, name) == getattr(LAYERS[gate], name)
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.fixture
+def parse():
+    """Parse a command line as programs do, and return its config."""
+
+    def run(*words):
+        values = flags.FlagValues()
+        command = []
+        holder = cli.config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=command)
+        command[:] = cli._with_gate(["main.py", *words])
+        values(list(command))
+        return from_config_dict(holder.value)
+
+    return run
+
+
+GIVEN = "--config=configs/base.py"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_command_line_names_a_gate_and_sets_its_fields_in_any_order(parse, first, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["--config.model.moe.gate=soft_moe", "--config.model.moe.gate.slots=3"]
+    more = ["--config.model.moe.dispatch=einsum", "--config.model.moe.accept_future_leak=True"]
+    moe = parse(GIVEN, *(words if first else words[::-1]), *more).model.moe
+    assert moe.gate == SoftMoE(name="soft_moe", slots=3)
+    assert moe.losses == Losses()
+    assert parse(GIVEN, "--config.model.moe.gate", "none").model.moe.gate is None
+    assert parse(GIVEN, "--config.model.moe.gate.k=3").model.moe.gate.k == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config.model.moe.gate=hash", "--config.model.moe.gate.score=sigmoid"), "gate.score: no such field"),
+        (("--config.model.moe.gate.slot=3",), "gate.slot: no such field"),
+        (("--config.model.moe.gate=swich",), "did you mean 'switch'"),
+    ],
+)
+def test_the_command_line_refuses_what_a_gate_lacks(parse, words, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Exception, match=message):
+        parse(GIVEN, *words)
+
+
+def test_flat_names_on_the_command_line_say_where_they_are_now():
+    with pytest.raises(ConfigError, match=r"experts_per_token: no such field; did you mean model\.moe\.gate\.k\?"):
+        cli.check_field("model.moe.experts_per_token")
+
+
+def test_no_run_of_the_suites_has_another_key_than_before():
+    """Records of all arms, as version 0.2 named them, are found again."""
+    known = json.loads((DATA / "run_keys.json").read_text())
+    found = {}
+    for name in {key.split("/")[0] for key in known}:
+        module = load_python_file(ROOT / "configs" / "ablations" / f"{name}.py")
+        for size in ("laptop", "pod"):
+            suite = module.get_suite(size)
+            fields = {"steps": suite.longest, "learning_rate": suite.learning_rate, "parents": {}}
+            found |= {f"{name}/{size}/{arm}": suite.run(arm, 3, **fields) for arm in suite.variants}
+    assert {key: found[key] for key in known} == known
