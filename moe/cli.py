@@ -1,6 +1,6 @@
 """Command lines: flags over a config file, and errors as one sentence on stderr with exit code 1.
 
-Importing this module imports JAX, so entry points call :mod:`moe.platform` before it.
+Importing this module imports JAX, so entry points call :mod:`moe.process` before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from moe import platform
+from moe import process
 from moe.atomic_files import is_bucket_error
 from moe.config import (
     Config,
@@ -150,7 +150,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
     if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
         print(help_text(main.__module__, required, examples))
         sys.exit(0)
-    platform.raise_on_stop_signals()
+    process.raise_on_stop_signals()
     _harden_streams()
     _extend_import_path(sys.argv)
     flags.mark_flags_as_required(list(required))

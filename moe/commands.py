@@ -9,7 +9,7 @@ import functools
 import importlib
 import sys
 
-from moe import platform
+from moe import process
 
 #: Command → module of :mod:`moe.programs`.
 COMMANDS = {
@@ -24,7 +24,7 @@ COMMANDS = {
 
 def start(program: str) -> None:
     """Run a module of :mod:`moe.programs`."""
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
     importlib.import_module(f"moe.programs.{program}").run()
 
 

@@ -9,10 +9,10 @@ that share DIR may run the same command at the same time. --report trains nothin
 
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 from absl import flags
 

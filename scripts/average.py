@@ -4,10 +4,10 @@ Averages the weights of the checkpoints that --steps names, by default all that 
 average of the newest one instead (optimizer.ema_decay). Generate, evaluate, fine-tune or export from WORKDIR.
 """
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 from absl import flags
 

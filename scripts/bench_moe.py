@@ -13,12 +13,12 @@ each of them, and prints the compiler's estimates (see moe/planner/layer.py and 
 import sys
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()
+    process.prepare()
     if any(word.lstrip("-").partition("=")[0] == "topology" for word in sys.argv[1:]):
-        platform.use_tpu_compiler()  # before JAX
+        process.use_tpu_compiler()  # before JAX
 
 import dataclasses
 import json
@@ -339,11 +339,11 @@ def main() -> None:
     device = jax.devices()[0]
     print(
         f"{device.device_kind} x {count}, {_DTYPE.value}, {_TOKENS.value} tokens, d {_D_MODEL.value}; "
-        f"{platform.allocator()}; median of {_REPEATS.value}"
+        f"{process.allocator()}; median of {_REPEATS.value}"
     )
     with jax.set_mesh(make_mesh(MeshConfig(**sizes), jax.devices()[:count])):
         rows = bench_model() if _MODEL.value else bench_layers()
-    _write({"device": device.device_kind, "devices": count, "allocator": platform.allocator()}, rows)
+    _write({"device": device.device_kind, "devices": count, "allocator": process.allocator()}, rows)
 
 
 def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:

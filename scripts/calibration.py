@@ -9,10 +9,10 @@ that new prices need no compiling. Needs libtpu and JAX's CUDA plugin: pip insta
 
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.use_tpu_compiler()  # before JAX
+    process.use_tpu_compiler()  # before JAX
 
 import dataclasses
 import json

@@ -5,10 +5,10 @@ library recorded. The oracle computes the rule that the flags state, in float64;
 deviations and factors for the one that gives the same numbers.
 """
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 import sys
 from typing import cast

@@ -5,10 +5,10 @@ that was computed elsewhere; other rows show how far they are from the published
 Switch's table 9 and its released checkpoints differ, hence two rows of some sizes; GShard's counts leave out parts.
 """
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.use_tpu_compiler()  # before JAX: counting needs no accelerator
+    process.use_tpu_compiler()  # before JAX: counting needs no accelerator
 
 import sys
 from pathlib import Path

@@ -4,10 +4,10 @@ Needs pip install lm_eval. Its tasks download their data; --include_path names a
 own, which may read local files (docs/evaluation.md).
 """
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 import json
 

@@ -10,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()
+    process.prepare()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 
 import dataclasses

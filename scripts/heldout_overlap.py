@@ -6,10 +6,10 @@ and the share in the document with the largest overlap. Reads every training doc
 
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 from moe import cli
 

@@ -17,10 +17,10 @@ Runs are forked from a server that has imported everything, to save the start of
 import sys
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 import collections
 import json
@@ -163,24 +163,24 @@ def run_life(context: Any, folder: Path, life: str, kills: int, draw: random.Ran
     places: list[str] = []
     while True:
         before = unfinished(workdir)
-        process = context.Process(target=live, args=(str(folder), life))
-        process.start()
+        child = context.Process(target=live, args=(str(folder), life))
+        child.start()
         if len(places) < kills:
             prepared = (workdir / "config.json").exists()
             moment = draw.choice(MOMENTS if prepared else ("data", "data", "time"))
             come, late = waits(moment, workdir, data, draw, seconds), draw.choice((0, 0.005, 0.03)) * draw.random()
-            while process.is_alive() and not come():
+            while child.is_alive() and not come():
                 time.sleep(0.002)
             time.sleep(late)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            if child.is_alive():
+                child.kill()
+                child.join()
                 places.append(where(workdir, before))
                 print(f"{life}: killed ({moment}) in {places[-1]}", flush=True)
                 continue
-        process.join()
-        if process.exitcode != 0:
-            raise RuntimeError(f"{life}: ended with {process.exitcode} after {places}; see {folder}/{life}.log")
+        child.join()
+        if child.exitcode != 0:
+            raise RuntimeError(f"{life}: ended with {child.exitcode} after {places}; see {folder}/{life}.log")
         return places
 
 

@@ -12,10 +12,10 @@ saved, and prints the share of the bare step's speed that is left beside data, l
 
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()
+    process.prepare()
 
 import dataclasses
 import statistics
@@ -99,7 +99,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     tokens = config.train.batch_size * config.data.sequence_length
     per_step = flops.train_flops_per_token(config.model, config.data.sequence_length) * tokens
     total, active = flops.count_parameters(config.model)
-    print(f"parameters: {total:,} total, {active:,} active; {platform.allocator()}")
+    print(f"parameters: {total:,} total, {active:,} active; {process.allocator()}")
     print(f"model FLOPs per step of {tokens:,} tokens: {per_step / 1e9:.1f} GFLOP")
     print(f"step: {spread(seconds['step'])}")
     print(f"matmul rate: median {rate / 1e9:.0f} GFLOP/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}")

@@ -10,10 +10,10 @@ all.
 
 import sys
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.use_tpu_compiler()  # before JAX
+    process.use_tpu_compiler()  # before JAX
 
 import json
 from pathlib import Path

@@ -8,10 +8,10 @@ and in CPU time, which depends less on other programs.
 
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()
+    process.prepare()
 
 from absl import flags
 

@@ -8,10 +8,10 @@ Needs libtpu: pip install "jax[tpu]".
 
 from pathlib import Path
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.use_tpu_compiler()  # before JAX
+    process.use_tpu_compiler()  # before JAX
 
 import json
 

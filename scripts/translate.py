@@ -4,10 +4,10 @@ WORKDIR is of a run with data.objective=pairs. Needs sacrebleu (pip install "moe
 printed with a score says how it was computed.
 """
 
-from moe import platform
+from moe import process
 
 if __name__ == "__main__":
-    platform.prepare()  # before JAX is imported; may restart this program
+    process.prepare()  # before JAX is imported; may restart this program
 
 from absl import flags
 

@@ -8,9 +8,9 @@ from configs import base as defaults
 from moe.lab import identity
 from moe.lab.claims import registration
 from moe.lab.claims.registration import Claim, Part
-from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY, Record
 from moe.lab.report import page
+from moe.lab.schedule import Plan
 from moe.lab.suite import Comparison, Suite, Variant
 from moe.lab.table import Table
 

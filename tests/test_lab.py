@@ -16,9 +16,9 @@ from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse
 from moe.lab.loading import check, load_suite, with_seeds
-from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, PRIMARY, Key
 from moe.lab.report import figures, sections
+from moe.lab.schedule import Plan
 from moe.lab.suite import Comparison, Sweep, Variant
 from moe.lab.table import MissingError, Table
 from tests.helpers import slow_case

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from moe.config import ConfigError
-from moe.lab import statistics
+from moe.lab import inference
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Primary, read_claims
 from moe.lab.report import claims_page
@@ -94,8 +94,8 @@ def test_arms_that_drop_different_shares_are_not_comparable_unless_the_suite_say
 
 def test_margins_allow_what_was_stated():
     # Interval of (0, 0.001, 0.002): 0.001 ± 0.0025.
-    small, large = statistics.effect([0.0, 0.001, 0.002]), statistics.effect([0.1, 0.101, 0.102])
-    opposite = statistics.effect([-0.1, -0.101, -0.102])
+    small, large = inference.effect([0.0, 0.001, 0.002]), inference.effect([0.1, 0.101, 0.102])
+    opposite = inference.effect([-0.1, -0.101, -0.102])
     for rule in ("not_above", "within"):
         for margin, effect, side in (
             (0.02, small, decide.SUPPORTED),
@@ -137,7 +137,7 @@ def test_power_is_that_for_the_smallest_effect_of_interest():
     claim = claim_of(published=-0.05)
     finding = assess(claim, table_of((4.9, 5.12, 4.95), claim=claim), PRIMARY)
     outcome = finding.outcomes[0]
-    assert outcome.detectable == pytest.approx(statistics.smallest_detectable(outcome.effect.sd, 3))
+    assert outcome.detectable == pytest.approx(inference.smallest_detectable(outcome.effect.sd, 3))
     assert any(text.endswith("the smallest effect of interest is 0.020") for text in finding.lacks)
     assert outcome.replication == "contains it"
     assert outcome.bound == -outcome.effect.low  # the interval reaches further down than up
@@ -148,7 +148,7 @@ def test_power_is_that_for_the_smallest_effect_of_interest():
 def test_the_page_says_what_would_decide_a_claim():
     undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))}, None)
     # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866.
-    needed = statistics.seeds_needed(statistics.effect([-0.1, 0.05, -0.1]).sd, -0.05)
+    needed = inference.seeds_needed(inference.effect([-0.1, 0.05, -0.1]).sd, -0.05)
     assert f"{needed} seeds would find effects as large as those seen" in undecided
     suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
     other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")

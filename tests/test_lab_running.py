@@ -12,10 +12,10 @@ import pytest
 from moe.config import ConfigError
 from moe.lab import records, results
 from moe.lab.loading import with_seeds
-from moe.lab.plan import Plan
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.running import jobs, probes, runner
 from moe.lab.running.heldout import dropless
+from moe.lab.schedule import Plan
 from moe.lab.suite import Variant
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train

@@ -20,7 +20,6 @@ from etils import epath
 from configs import base, upcycle
 from moe.atomic_files import to_checked_json
 from moe.checkpoints import adapted, integrity, manager
-from moe.checkpoints.state import set_schedule_step
 from moe.checkpoints.workdir import read_config
 from moe.config import (
     Config,
@@ -35,6 +34,7 @@ from moe.config import (
 from moe.config.resolve import from_config_dict
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
+from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
 from moe.training import warm_start
 from moe.training.losses import soft_cross_entropy

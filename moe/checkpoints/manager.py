@@ -1,6 +1,6 @@
 """Checkpoints of a run, through Orbax: atomic, written in the background, restored onto any mesh.
 
-A checkpoint at step n holds the :class:`moe.checkpoints.state.TrainState` after n steps, the data position, the loop's
+A checkpoint at step n holds the :class:`moe.models.state.TrainState` after n steps, the data position, the loop's
 own JSON, and checksums of all of them. Retention: the newest ``keep``, multiples of ``keep_every`` steps, and the one
 with the lowest held-out loss. Nothing is pickled.
 """
@@ -32,10 +32,10 @@ from moe.checkpoints.integrity import (
     quiet_orbax,
     unreadable_as_damaged,
 )
-from moe.checkpoints.state import TrainState
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
 from moe.metrics_files import METRICS, read_rows
+from moe.models.state import TrainState
 from moe.signals import START_AGAIN, Stopped
 
 #: Object that Orbax writes last into a checkpoint in a bucket.

@@ -20,11 +20,11 @@ from moe.atomic_files import from_checked_json
 from moe.checkpoints.adapted import base_step
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
-from moe.checkpoints.state import join
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
+from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moe.lab import plan
+from moe.lab import schedule
 from moe.lab.expressions import Term, parse
 from moe.lab.records import DIVERGED, PRIMARY, Record
 from moe.lab.suite import Suite
@@ -25,7 +25,7 @@ class Table:
     def __init__(self, suite: Suite, records: Iterable[Record]):
         """``records`` may hold runs of other suites; :attr:`records` are those of this one."""
         records = list(records)
-        self.suite, self.plan = suite, plan.Plan(suite, records)
+        self.suite, self.plan = suite, schedule.Plan(suite, records)
         self.choices = self.plan.choices
         reserved = set(suite.sweep.seeds) if suite.sweep else set()
         seeds = sorted({*suite.seeds, *(record.seed for record in records)} - reserved)

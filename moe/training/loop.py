@@ -18,12 +18,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe import platform
+from moe import process
 from moe.atomic_files import in_bucket
 from moe.checkpoints.adapted import TEACHER_FILE, note_step, pin_base
 from moe.checkpoints.integrity import first_line, is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
-from moe.checkpoints.state import TrainState
 from moe.checkpoints.workdir import (
     CONFIG,
     REPORT,
@@ -42,6 +41,7 @@ from moe.dispatch import modes
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter
 from moe.models import flops
+from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.signals import StopSignals
 from moe.training import profiling, progress, warm_start
@@ -266,7 +266,7 @@ class _Loop:
                 self._pending.append(metrics)
                 if step == first:
                     jax.block_until_ready(metrics)
-                    self._progress.write(f"[{platform.seconds_running():6.1f} s] step {step}, the first one, is done")
+                    self._progress.write(f"[{process.seconds_running():6.1f} s] step {step}, the first one, is done")
                     self._timed = step % config.log_every != 0 and not last
                     if self._timed:  # later rows do not count the compilation
                         self._clock.restart()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe import platform
+from moe import process
 from moe.escaping import terminal
 
 
@@ -32,7 +32,7 @@ def say(text: str) -> None:
 def stage(text: str) -> None:
     """Print on standard error what a start is doing, after the seconds since the program's start."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"[{platform.seconds_running():6.1f} s] {terminal(text)}", file=sys.stderr, flush=True)
+        print(f"[{process.seconds_running():6.1f} s] {terminal(text)}", file=sys.stderr, flush=True)
 
 
 class Progress:

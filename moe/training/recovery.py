@@ -12,8 +12,8 @@ import numpy as np
 
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints
-from moe.checkpoints.state import TrainState, continue_at
 from moe.config import ConfigError
+from moe.models.state import TrainState, continue_at
 from moe.training.step import Program
 
 HISTORY = 64  # number of recent losses in the running median

@@ -15,13 +15,13 @@ import numpy as np
 from etils import epath
 
 from moe.atomic_files import write_atomic, write_figure
-from moe.checkpoints.state import TrainState
 from moe.config import Config, ConfigError
 from moe.data import chat, objectives, pipeline
 from moe.data.tokenizer import Tokenizer
 from moe.escaping import FIGURE_TEXT, terminal
 from moe.metrics_files import METRICS, read_rows
 from moe.models import sampling
+from moe.models.state import TrainState
 from moe.training.step import Program
 
 matplotlib.use("Agg")  # draws to files, needs no display

@@ -15,7 +15,6 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe.checkpoints.state import AdaptedState, TrainState, set_schedule_step
 from moe.config import Config, ModelConfig
 from moe.config.registry import with_layer_gate
 from moe.layers.moe_layer import replace_gate
@@ -31,6 +30,7 @@ from moe.models.factory import (
     create_model,
 )
 from moe.models.stack import selection_biases
+from moe.models.state import AdaptedState, TrainState, set_schedule_step
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import optimizer_specs, parameter_specs

@@ -22,7 +22,6 @@ from moe.checkpoints import adapted
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints, complete_steps
-from moe.checkpoints.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.checkpoints.workdir import CONFIG, flatten, read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
 from moe.config.references import refuse_modules
@@ -31,6 +30,7 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
+from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.parallel.mesh import make_mesh
 from moe.training.step import Program, build
 

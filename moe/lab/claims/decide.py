@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.stats
 
-from moe.lab import statistics
+from moe.lab import inference
 from moe.lab.claims.registration import Claim, Part, Primary
 from moe.lab.expressions import parse
-from moe.lab.statistics import ALPHA, Effect
+from moe.lab.inference import ALPHA, Effect
 from moe.lab.suite import MAX_DROP_DIFFERENCE
 from moe.lab.table import MissingError, Table
 
@@ -103,7 +103,7 @@ def assess(claims: Sequence[Claim], tables: Mapping[str, Table], primary: Primar
     findings = [_assess(claim, tables.get(claim.suite), primary) for claim in claims]
     family = [finding for finding in findings if finding.claim.family]
     p_values = [f.outcomes[0].p if f.outcomes and f.verdict not in (TOO_SHORT, NOT_TESTED) else 1.0 for f in family]
-    adjusted = dict(zip([f.claim.number for f in family], statistics.holm(p_values), strict=True))
+    adjusted = dict(zip([f.claim.number for f in family], inference.holm(p_values), strict=True))
     return [_after_holm(finding, adjusted.get(finding.claim.number)) for finding in findings]
 
 
@@ -128,7 +128,7 @@ def _assess(claim: Claim, table: Table | None, primary: Primary | None) -> Findi
         return Finding(claim, NOT_TESTED, note=f"no runs of {', '.join(missing)}" if missing else "no common seeds")
     try:
         outcomes = tuple(_outcome(part, table, steps) for part in claim.parts)
-        applies = not claim.requires or statistics.effect([*table.values(steps, claim.requires).values()]).high < 0
+        applies = not claim.requires or inference.effect([*table.values(steps, claim.requires).values()]).high < 0
     except MissingError as error:
         return Finding(claim, NOT_TESTED, steps, note=str(error))
     post_hoc = any(
@@ -158,8 +158,8 @@ def _outcome(part: Part, table: Table, steps: int) -> Outcome:
     values = np.asarray([*table.values(steps, part.value).values()])
     if not np.isfinite(values).all():
         return _with_diverged(part, values)
-    effect = statistics.effect(values)
-    detectable = statistics.smallest_detectable(effect.sd, effect.n)
+    effect = inference.effect(values)
+    detectable = inference.smallest_detectable(effect.sd, effect.n)
     side, p = side_of(part.rule, part.margin, effect)
     return Outcome(part, effect, side, p, detectable)
 
@@ -221,7 +221,7 @@ def _variance(part: Part, table: Table, steps: int) -> Outcome:
     )
     if len(first) < 3 or len(first) != len(second) or not np.isfinite(first + second).all():
         return Outcome(part, Effect(math.nan, -math.inf, math.inf, 1.0, len(first)), UNDECIDED, 1.0, math.inf)
-    ratio, one_sided = statistics.pitman_morgan(first, second)
+    ratio, one_sided = inference.pitman_morgan(first, second)
     p = 2 * min(one_sided, 1 - one_sided)
     side = UNDECIDED if p >= ALPHA else SUPPORTED if one_sided < 0.5 else CONTRADICTED
     effect = Effect(ratio, 0.0, math.inf, p, len(first))

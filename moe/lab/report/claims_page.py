@@ -10,7 +10,7 @@ import numpy as np
 
 from moe.atomic_files import write_atomic
 from moe.escaping import markdown_page, markdown_text
-from moe.lab import statistics
+from moe.lab import inference
 from moe.lab.claims.decide import (
     NOT_TESTED,
     OPEN,
@@ -108,7 +108,7 @@ def _standing(finding: Finding, found: Table | None, spread: float) -> str:
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
     parts += [markdown_text(finding.note)] if finding.note else []
     parts += finding.lacks
-    seeds = [statistics.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
+    seeds = [inference.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
     if finding.verdict in (UNDECIDED, OPEN) and seeds:
         parts.append(f"{_count(max(seeds))} seeds would find effects as large as those seen")
     elif finding.verdict in (NOT_TESTED, TOO_SHORT) and found is not None:
@@ -133,7 +133,7 @@ def _to_test(claim: Claim, found: Table, spread: float) -> str:
     tokens = claim.min_steps * found.suite.tokens_per_step / 1e6
     text = f"needs {seeds} seeds of each arm for {claim.min_steps:,} steps ({tokens:.1f}M tokens)"
     if math.isfinite(spread) and any("loss[" in part.value for part in claim.parts):
-        text += f", which find {statistics.smallest_detectable(spread, seeds):.3f} nats"
+        text += f", which find {inference.smallest_detectable(spread, seeds):.3f} nats"
     return text
 
 

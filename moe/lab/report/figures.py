@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from moe.atomic_files import write_figure
 from moe.escaping import FIGURE_TEXT
-from moe.lab import statistics
+from moe.lab import inference
 from moe.lab.expressions import Term
 from moe.lab.suite import Comparison
 from moe.lab.table import MissingError, Table
@@ -36,16 +36,16 @@ def colors(table: Table) -> dict[str, str]:
     return {name: cycle[i % len(cycle)] for i, name in enumerate(table.suite.variants)}
 
 
-def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> statistics.Effect:
+def loss_effect(table: Table, variant: str, baseline: str, steps: int) -> inference.Effect:
     """Difference of the primary loss at the last step, paired by seed."""
     seeds = table.seeds(steps, variant, baseline)
     ours, base = ([table.record(name, steps, seed).primary_loss for seed in seeds] for name in (variant, baseline))
-    return statistics.effect([a - b for a, b in zip(ours, base, strict=True)])
+    return inference.effect([a - b for a, b in zip(ours, base, strict=True)])
 
 
 def effect_of(
     table: Table, variant: str, baseline: str, steps: int, quantity: str, domain: str = ""
-) -> statistics.Effect:
+) -> inference.Effect:
     """Difference of a quantity at the last step, paired by seed; undefined where a run lacks it.
 
     ``domain``: of a loss, if not the mean over the primary ones.
@@ -55,12 +55,12 @@ def effect_of(
             [table.curve(name, steps, seed, quantity, domain) for name in (variant, baseline)]
             for seed in table.seeds(steps, variant, baseline)
         ]
-        return statistics.effect([ours[-1][1] - base[-1][1] for ours, base in pairs if ours and base])
+        return inference.effect([ours[-1][1] - base[-1][1] for ours, base in pairs if ours and base])
     try:
         values = table.values(steps, [Term(1.0, quantity, variant), Term(-1.0, quantity, baseline)])
     except MissingError:
         values = {}
-    return statistics.effect([*values.values()])
+    return inference.effect([*values.values()])
 
 
 @matplotlib.rc_context(FIGURE_TEXT)
@@ -175,7 +175,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         if len(differences) < 2:
             continue
         drawn = True
-        effects = [statistics.effect(values) for values in differences.values()]
+        effects = [inference.effect(values) for values in differences.values()]
         xs = [step * table.suite.tokens_per_step for step in differences]
         axis.plot(xs, [e.mean for e in effects], color=color[arm], marker=".", label=f"{arm} (n = {effects[0].n})")
         if effects[0].n > 2:  # with two seeds the interval covers everything else
@@ -255,7 +255,7 @@ def specialisation(path: Path, table: Table, variant: str) -> str:
                 of_layers = [[*table.values(steps, [Term(1.0, quantity, variant, layers=n)]).values()] for n in layers]
             except MissingError:
                 continue
-            effects = [statistics.effect(values) for values in of_layers]
+            effects = [inference.effect(values) for values in of_layers]
             xs, means = [int(layer) for layer in layers], [e.mean for e in effects]
             if not prefix and effects[0].n > 2:
                 half = [e.high - e.mean for e in effects]

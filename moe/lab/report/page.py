@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe.atomic_files import write_atomic
 from moe.escaping import markdown_page, markdown_text
-from moe.lab import results, statistics
+from moe.lab import inference, results
 from moe.lab.claims.registration import Claim, Registered
 from moe.lab.expressions import parse
 from moe.lab.records import TABLE, write_table
@@ -142,7 +142,7 @@ def _sentence(found: Table, arm: str, baseline: str, reached: int) -> str:
     if e.n < 2:
         return f"{arm}{where}: {e.mean:+.4f} nats against {baseline} on one seed, which decides nothing."
     side = "better than" if e.high < 0 else "worse than" if e.low > 0 else "not told apart from"
-    detectable = statistics.smallest_detectable(e.sd, e.n)
+    detectable = inference.smallest_detectable(e.sd, e.n)
     text = f"{arm}{where} is {side} {baseline}: {e.mean:+.4f} nats [{e.low:+.4f}, {e.high:+.4f}], "
     text += f"n = {e.n}, p = {e.p:.2g}, smallest detectable effect {detectable:.4f}."
     return text + _crossing(found, arm, baseline)
@@ -154,7 +154,7 @@ def _crossing(found: Table, arm: str, baseline: str) -> str:
     points = [(s * found.suite.tokens_per_step, e) for s, e in points if math.isfinite(e.mean)]
     if len(points) < 2:
         return ""
-    crossing = statistics.crossing(*zip(*points, strict=True))
+    crossing = inference.crossing(*zip(*points, strict=True))
     if crossing.tokens == 0:
         return " Its mean loss is the lower one at every horizon."
     if math.isnan(crossing.tokens):

@@ -13,10 +13,10 @@ import pydantic.dataclasses
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
 from moe.escaping import markdown_page, markdown_text
-from moe.lab import statistics
+from moe.lab import inference
 from moe.lab.expressions import parse
+from moe.lab.inference import Effect
 from moe.lab.report.markdown import table
-from moe.lab.statistics import Effect
 from moe.lab.table import MissingError, Table
 
 TABLES_FILE = "paper_tables.toml"
@@ -115,7 +115,7 @@ def _ours(row: Row, found: Table | None) -> tuple[str, str]:
     if found is None or not steps:
         return "–", "no runs"
     try:
-        effect = statistics.effect([*found.values(steps, row.value).values()])
+        effect = inference.effect([*found.values(steps, row.value).values()])
     except MissingError as error:
         return "–", markdown_text(str(error))
     if not math.isfinite(effect.mean):

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from moe.escaping import markdown_text
-from moe.lab import law, plan, statistics
+from moe.lab import inference, law, schedule
 from moe.lab.costs import executed_flops
+from moe.lab.inference import Effect
 from moe.lab.records import OWN, PRIMARY
 from moe.lab.report import figures
 from moe.lab.report.figures import effect_of, loss_effect
 from moe.lab.report.markdown import loss_cell, mean_sd, table
-from moe.lab.statistics import Effect
 from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
 
@@ -39,8 +39,8 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
             continue
         effects = {arm: loss_effect(found, arm, base, steps) for arm in arms}
         decided = [arm for arm in arms if effects[arm].n > 1]
-        adjusted = dict(zip(decided, statistics.holm([effects[arm].p for arm in decided]), strict=True))
-        pooled = statistics.pooled(_losses(found, [base, *arms], steps), base)
+        adjusted = dict(zip(decided, inference.holm([effects[arm].p for arm in decided]), strict=True))
+        pooled = inference.pooled(_losses(found, [base, *arms], steps), base)
         rows: list[tuple[str, ...]] = [(base, loss_cell(found, base, steps), "baseline", *[""] * 7)]
         for arm in arms:
             rows.append(_comparison_row(found, arm, base, steps, effects[arm], adjusted.get(arm), pooled.get(arm)))
@@ -59,13 +59,13 @@ def _comparison_row(
     found: Table, arm: str, base: str, steps: int, e: Effect, adjusted: float | None, pooled: Effect | None
 ) -> tuple[str, ...]:
     differences, groups = found.row_differences(arm, base, steps)
-    low, high = statistics.bootstrap(differences, groups) if len(differences) else (math.nan, math.nan)
-    fixed = ", rows alone" if len(differences) < statistics.FEW_SEEDS else ""
+    low, high = inference.bootstrap(differences, groups) if len(differences) else (math.nan, math.nan)
+    fixed = ", rows alone" if len(differences) < inference.FEW_SEEDS else ""
     diverged = len(found.diverged(arm, steps)) + len(found.diverged(base, steps))
     return (
         arm,
         loss_cell(found, arm, steps),
-        f"{e}, smallest detectable {statistics.smallest_detectable(e.sd, e.n):.4f}" if e.n > 1 and not diverged else
+        f"{e}, smallest detectable {inference.smallest_detectable(e.sd, e.n):.4f}" if e.n > 1 and not diverged else
         f"{diverged} diverged runs" if diverged else str(e),
         f"{e.p:.2g}" if e.n > 1 else "–",
         f"{adjusted:.2g}" if adjusted is not None else "–",
@@ -111,10 +111,10 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
     for seed in found.seeds(steps, arm, base):
         target, curve = (found.curve(name, steps, seed, "loss", PRIMARY) for name in (base, arm))
         if target and len(curve) > 1:
-            shares.append(statistics.steps_to_reach(curve, target[-1][1]) / steps)
+            shares.append(inference.steps_to_reach(curve, target[-1][1]) / steps)
     if not shares:
         return "–"
-    c = statistics.censored_median(shares)
+    c = inference.censored_median(shares)
 
     def shown(value: float) -> str:
         return "> 1" if math.isinf(value) else f"{value:.2f}"
@@ -170,7 +170,7 @@ def sweep_section(directory: Path, found: Table) -> str:
     return f"{text}\n\n![sweep]({picture})" if picture else text
 
 
-def _tuning(choice: plan.Choice) -> str:
+def _tuning(choice: schedule.Choice) -> str:
     if not choice.tuned:
         return "**not tuned**"
     return "tuned, **at the edge of the rates**" if choice.at_edge else "tuned"
@@ -182,7 +182,7 @@ def costs_section(found: Table) -> str:
     for name in found.variants:
         steps = found.fullest(name)
         cost = found.suite.costs(name, steps)
-        before = sum(_executed(found, parent, steps) for parent in plan.family(found.suite, name))
+        before = sum(_executed(found, parent, steps) for parent in schedule.family(found.suite, name))
         rows.append((
             name,
             markdown_text(found.suite.variants[name].note),

@@ -27,11 +27,10 @@ import numpy as np
 from etils import epath
 
 from moe.atomic_files import append
-from moe.checkpoints.state import TrainState
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
-from moe.lab import plan, results
+from moe.lab import results, schedule
 from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim
 from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, commit, read_all, run_name
@@ -41,6 +40,7 @@ from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.metrics_files import METRICS, read_rows
+from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
 from moe.training.step import Batch, Program, TrainMetrics, build
@@ -150,7 +150,7 @@ class Worker:
         sweep: bool = True,
         only: Callable[[Key], bool] = lambda _: True,
     ):
-        """``sweep``: see :func:`moe.lab.plan.runs`; ``only``: which of the planned runs this process trains."""
+        """``sweep``: see :func:`moe.lab.schedule.runs`; ``only``: which of the planned runs this process trains."""
         self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
         self._hashes = {str(claim.number): claim.hash for claim in claims}
         self._programs = Programs()
@@ -192,7 +192,7 @@ class Worker:
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
         """The first run that is not finished, not taken and whose parents are finished; None if there is none."""
-        found = plan.Plan(self._suite, read_all(self._workdir))
+        found = schedule.Plan(self._suite, read_all(self._workdir))
         planned = list(filter(self._only, found.runs(sweep=self._sweep)))
         done = {key for key in planned if found.record(key)}
         for key in planned:
@@ -203,7 +203,7 @@ class Worker:
             except filelock.Timeout:
                 continue
             with held:
-                if plan.Plan(self._suite, read_all(self._workdir)).record(key) is None:
+                if schedule.Plan(self._suite, read_all(self._workdir)).record(key) is None:
                     self._progress.start(key, planned, done)
                     yield key
                     return
@@ -212,7 +212,7 @@ class Worker:
     def _train(self, key: Key) -> None:
         """Train and evaluate a run, and write its record."""
         start, suite = time.monotonic(), self._suite
-        found = plan.Plan(suite, read_all(self._workdir))
+        found = schedule.Plan(suite, read_all(self._workdir))
         directory = run_directory(self._workdir, key, found.run(key))
         parents = {role: found.run(parent) for role, parent in found.parents(key).items()}
         folders = {

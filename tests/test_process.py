@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe import platform
+from moe import process
 from moe.training import progress
 
 ROOT = Path(__file__).parents[1]
@@ -43,23 +43,23 @@ def test_a_program_restarts_with_memory_that_stays_unless_told_otherwise(
     monkeypatch.setattr(os, "environ", dict(here))
     monkeypatch.setattr(os, "execv", lambda path, arguments: restarts.append((path, arguments)))
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(platform, "_starts", lambda _: jemalloc)
-    monkeypatch.setattr(platform, "_huge_page_mode", lambda: mode)
-    platform.use_allocator()
+    monkeypatch.setattr(process, "_starts", lambda _: jemalloc)
+    monkeypatch.setattr(process, "_huge_page_mode", lambda: mode)
+    process.use_allocator()
     assert restarts == ([] if restarts_with is None else [(sys.executable, sys.orig_argv)])
     assert os.environ == (here if restarts_with is None else restarts_with)
 
 
 def test_a_library_that_is_not_there_is_not_asked_for():
-    assert platform._starts({})
-    assert not platform._starts({"LD_PRELOAD": "libjemalloc.so.no_such_version"})
+    assert process._starts({})
+    assert not process._starts({"LD_PRELOAD": "libjemalloc.so.no_such_version"})
 
 
 def test_what_benchmarks_print(monkeypatch):
     def said(mode: str, **variables: str) -> str:
         monkeypatch.setattr(os, "environ", variables)
-        monkeypatch.setattr(platform, "_huge_page_mode", lambda: mode)
-        return platform.allocator()
+        monkeypatch.setattr(process, "_huge_page_mode", lambda: mode)
+        return process.allocator()
 
     assert said("madvise", **JEMALLOC) == "jemalloc, huge pages on"
     assert said("never", **JEMALLOC) == "jemalloc, huge pages off"
@@ -71,7 +71,7 @@ def test_what_benchmarks_print(monkeypatch):
 def test_an_entry_point_runs_with_what_this_machine_has():
     """mappings of a program after its restart: jemalloc's library exactly where it can be loaded."""
     program = (
-        "from moe import platform; platform.prepare(); print(platform.allocator()); "
+        "from moe import process; process.prepare(); print(process.allocator()); "
         "print('jemalloc' in open('/proc/self/maps').read())"
     )
     if not sys.platform.startswith("linux"):
@@ -80,7 +80,7 @@ def test_an_entry_point_runs_with_what_this_machine_has():
     output = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    has = platform._starts({"LD_PRELOAD": "libjemalloc.so.2"})
+    has = process._starts({"LD_PRELOAD": "libjemalloc.so.2"})
     assert output[0].startswith("jemalloc" if has else "the system allocator")
     assert output[1] == str(has)
 
@@ -90,8 +90,8 @@ PROGRAM = """
 import os
 import sys
 import time
-from moe import platform
-getattr(platform, os.environ.get("PREPARE", "prepare"))()
+from moe import process
+getattr(process, os.environ.get("PREPARE", "prepare"))()
 print("prepared", flush=True)
 from moe import cli
 import jax
@@ -144,7 +144,7 @@ import os
 import signal
 import sys
 import time
-from moe import platform
+from moe import process
 
 class Deleted:
     def __del__(self):
@@ -154,8 +154,8 @@ class Deleted:
         print(1 / 0)
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background
-platform._exit_on_stop_signals()
-platform.raise_on_stop_signals()
+process._exit_on_stop_signals()
+process.raise_on_stop_signals()
 try:
     Deleted()
     time.sleep(10 if sys.argv[1] != "0" else 0)
@@ -217,7 +217,7 @@ def test_an_ascii_terminal_gets_escapes():
 
 def test_figures_need_no_display(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "no_such_backend")
-    platform._check_environment()
+    process._check_environment()
     assert os.environ["MPLBACKEND"] == "Agg"
 
 

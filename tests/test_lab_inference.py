@@ -4,19 +4,19 @@ import math
 
 import pytest
 
-from moe.lab import law, statistics
+from moe.lab import inference, law
 
 
 def test_paired_interval_by_hand():
     # Mean 2, standard deviation 1, error 1/sqrt(3) = 0.57735; t(0.975, 2) = 4.30265: ± 2.48414. t = 3.46410,
     # p = 1 - t/sqrt(2 + t²) = 1 - 0.92582 = 0.07418, which is the closed form for two degrees of freedom.
-    e = statistics.effect([1.0, 2.0, 3.0])
+    e = inference.effect([1.0, 2.0, 3.0])
     assert (e.mean, e.n, e.sd) == (2.0, 3, 1.0)
     assert (e.low, e.high, e.p) == pytest.approx((-0.48414, 4.48414, 0.07418), abs=1e-5)
 
 
 def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
-    one, diverged = statistics.effect([5.0]), statistics.effect([5.0, math.inf, 4.0])
+    one, diverged = inference.effect([5.0]), inference.effect([5.0, math.inf, 4.0])
     assert (one.mean, one.low, one.high, one.n) == (5.0, -math.inf, math.inf, 1)
     assert math.isnan(diverged.mean)
     assert diverged.n == 3
@@ -24,72 +24,72 @@ def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
 
 def test_smallest_detectable_effect_is_the_published_table():
     # papers: standard deviation 0.025 → 0.082 (n = 3), 0.042 (5), 0.025 (10).
-    found = [statistics.smallest_detectable(0.025, n) for n in (3, 5, 10)]
+    found = [inference.smallest_detectable(0.025, n) for n in (3, 5, 10)]
     assert found == pytest.approx([0.082, 0.042, 0.025], abs=6e-4)
-    assert statistics.smallest_detectable(0.025, 1) == math.inf
-    assert statistics.seeds_needed(0.025, found[1]) == 5
-    assert statistics.seeds_needed(0.025, -found[2]) == 10
+    assert inference.smallest_detectable(0.025, 1) == math.inf
+    assert inference.seeds_needed(0.025, found[1]) == 5
+    assert inference.seeds_needed(0.025, -found[2]) == 10
 
 
 def test_holm_by_hand():
     # 0.01·3 = 0.03; 0.03·2 = 0.06; 0.04·1, but not less than the one before.
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert statistics.holm([]) == []
+    assert inference.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert inference.holm([]) == []
 
 
 def test_pitman_morgan_by_hand():
     # Sums (1,-1,2,-2), differences (1,-1,-2,2): r = (1 + 1 - 4 - 4)/10 = -0.6, t = -0.6·√2/0.8 = -1.06066, and with
     # two degrees of freedom p = (1 - |t|/sqrt(2 + t²))/2 = (1 - 0.6)/2. Variances 2/3 and 8/3.
-    assert statistics.pitman_morgan([1, -1, 0, 0], [0, 0, 2, -2]) == pytest.approx((0.25, 0.2))
+    assert inference.pitman_morgan([1, -1, 0, 0], [0, 0, 2, -2]) == pytest.approx((0.25, 0.2))
 
 
 def test_pooled_model_of_two_arms_is_the_paired_test_and_uses_incomplete_seeds():
     losses = {"base": {0: 5.0, 1: 6.0, 2: 7.0}, "arm": {0: 6.0, 1: 8.0, 2: 10.0}}
-    paired, found = statistics.effect([1.0, 2.0, 3.0]), statistics.pooled(losses, "base")["arm"]
+    paired, found = inference.effect([1.0, 2.0, 3.0]), inference.pooled(losses, "base")["arm"]
     assert (found.mean, found.low, found.high, found.p) == pytest.approx(
         (paired.mean, paired.low, paired.high, paired.p)
     )
-    more = statistics.pooled({**losses, "third": {0: 5.0, 1: 6.5}}, "base")
+    more = inference.pooled({**losses, "third": {0: 5.0, 1: 6.5}}, "base")
     assert set(more) == {"arm", "third"}
     assert more["third"].n == 2
-    assert statistics.pooled({"base": {0: 5.0}, "arm": {0: 6.0}}, "base") == {}
+    assert inference.pooled({"base": {0: 5.0}, "arm": {0: 6.0}}, "base") == {}
 
 
 def test_bootstrap_weighs_domains_alike_and_covers_the_seeds():
     # Constant within a domain: every draw is (1 + 4)/2.
-    assert statistics.bootstrap([[1, 1, 1, 4]], ["a", "a", "a", "b"]) == (2.5, 2.5)
+    assert inference.bootstrap([[1, 1, 1, 4]], ["a", "a", "a", "b"]) == (2.5, 2.5)
     # Three seeds of -1, 0 and 1: all three the same, -1 or 1, once in 27 each, which is more than 2.5 %.
-    assert statistics.bootstrap([[-1.0], [0.0], [1.0]], ["a"]) == (-1.0, 1.0)
+    assert inference.bootstrap([[-1.0], [0.0], [1.0]], ["a"]) == (-1.0, 1.0)
     # Two seeds are kept as they are, and one row leaves nothing to draw.
-    assert statistics.bootstrap([[-1.0], [2.0]], ["a"]) == (0.5, 0.5)
+    assert inference.bootstrap([[-1.0], [2.0]], ["a"]) == (0.5, 0.5)
 
 
 def test_censored_median_by_hand():
     # Three seeds: the range covers the median with 1 - 2/8; six: with 1 - 2/64.
-    three = statistics.censored_median([0.5, math.inf, 0.7])
+    three = inference.censored_median([0.5, math.inf, 0.7])
     assert (three.median, three.low, three.high, three.coverage, three.censored) == (0.7, 0.5, math.inf, 0.75, 1)
-    six = statistics.censored_median([1, 2, 3, 4, 5, 6])
+    six = inference.censored_median([1, 2, 3, 4, 5, 6])
     assert (six.median, six.low, six.high, six.coverage) == (3.5, 1, 6, 1 - 2 / 64)
-    assert statistics.censored_median([0.5, math.inf]).median == math.inf
+    assert inference.censored_median([0.5, math.inf]).median == math.inf
 
 
 def test_steps_to_reach_a_loss():
     curve = [(10, 5.0), (20, 4.0), (30, 3.5)]
-    assert statistics.steps_to_reach(curve, 4.25) == 17.5  # three quarters of the way from 5 to 4
-    assert statistics.steps_to_reach(curve, 3.5) == 30
-    assert statistics.steps_to_reach(curve, 3.4) == math.inf
-    assert statistics.steps_to_reach(curve, 9.0) == curve[0][0]  # there from the start
+    assert inference.steps_to_reach(curve, 4.25) == 17.5  # three quarters of the way from 5 to 4
+    assert inference.steps_to_reach(curve, 3.5) == 30
+    assert inference.steps_to_reach(curve, 3.4) == math.inf
+    assert inference.steps_to_reach(curve, 9.0) == curve[0][0]  # there from the start
 
 
 def test_crossing_is_interpolated_in_log_tokens():
     def effect(mean, half):
-        return statistics.Effect(mean, mean - half, mean + half, 0.5, 3)
+        return inference.Effect(mean, mean - half, mean + half, 0.5, 3)
 
     # Halfway in log tokens; the lower end -0.1 is below zero from the start, the upper one 0.1 never.
-    found = statistics.crossing([100, 10_000], [effect(0.1, 0.2), effect(-0.1, 0.2)])
+    found = inference.crossing([100, 10_000], [effect(0.1, 0.2), effect(-0.1, 0.2)])
     assert (found.tokens, found.low, found.high) == (pytest.approx(1000), 0.0, math.inf)
-    assert math.isnan(statistics.crossing([100, 10_000], [effect(0.1, 0.05), effect(0.2, 0.05)]).tokens)
-    found = statistics.crossing([100, 10_000], [effect(0.2, 0.1), effect(-0.2, 0.1)])
+    assert math.isnan(inference.crossing([100, 10_000], [effect(0.1, 0.05), effect(0.2, 0.05)]).tokens)
+    found = inference.crossing([100, 10_000], [effect(0.2, 0.1), effect(-0.2, 0.1)])
     # Ends: 0.1 → -0.3 crosses at a quarter, 0.3 → -0.1 at three quarters of the two decades.
     assert (found.low, found.high) == pytest.approx((100 * 10**0.5, 100 * 10**1.5))
 
