@@ -82,7 +82,7 @@ def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_pa
 
 def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    with workdirs.locked(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
+    with workdirs.locked_workdir(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
         train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 

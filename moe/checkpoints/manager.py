@@ -170,15 +170,15 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                found = self.restore(step, state, iterator)
-                self._compare_rows(step, found[1].get("rows"))
+                restored = self.restore(step, state, iterator)
+                self._compare_rows(step, restored[1].get("rows"))
             except DamagedError as error:
                 damaged[step] = error
                 if jax.process_count() > 1 and step != steps[-1]:
                     self._set_aside(step, say, str(error))
                     raise Stopped(START_AGAIN, f"the checkpoint of step {step} is damaged") from error
                 continue
-            return self._without(damaged, step, say, found)
+            return self._without(damaged, step, say, restored)
         if lost := [step for step, error in damaged.items() if isinstance(error, RowsLostError)]:
             step = lost[0]
             say(f"{damaged[step]}; no checkpoint has all of its rows, so they stay missing")
@@ -325,8 +325,8 @@ class _LowestLoss(preservation_policy.PreservationPolicy):
     ) -> Sequence[bool]:
         del context
         losses = {info.step: self.losses.get(info.step) for info in checkpoints}
-        known = {step: loss for step, loss in losses.items() if loss is not None and np.isfinite(loss)}
-        best = min(known, key=lambda step: known[step]) if known else None
+        finite = {step: loss for step, loss in losses.items() if loss is not None and np.isfinite(loss)}
+        best = min(finite, key=lambda step: finite[step]) if finite else None
         return [info.step == best for info in checkpoints]
 
 
@@ -353,14 +353,14 @@ def _as_config_error(workdir: epath.Path, manager: ocp.CheckpointManager | None)
 def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
     """Raise ConfigError for a path that Orbax cannot read back: it globs below it, and TensorStore wants UTF-8."""
     path = os.path.abspath(workdir)
-    found = [character for character in "*?[]\\" if character in path]
+    unreadable = [character for character in "*?[]\\" if character in path]
     try:
         path.encode()
     except UnicodeEncodeError:
-        found.append("bytes that are not UTF-8")
-    if found:
+        unreadable.append("bytes that are not UTF-8")
+    if unreadable:
         raise ConfigError(
-            f"--workdir={path!a}: checkpoints cannot be kept under a path with {' '.join(found)}; use another name"
+            f"--workdir={path!a}: checkpoints cannot be kept under a path with {' '.join(unreadable)}; use another name"
         )
 
 

@@ -219,8 +219,8 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
             options=ocp.CheckpointManagerOptions(read_only=True),
             item_handlers={"state": ocp.PyTreeCheckpointHandler()},
         )
-        given = options.get("step")
-        step = manager.latest_step() if given is None else given
+        step = options.get("step")
+        step = manager.latest_step() if step is None else step
         try:
             if step is None or step not in manager.all_steps():
                 raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
@@ -235,7 +235,10 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
 def _read_checked(
     manager: ocp.CheckpointManager, workdir: epath.Path, branch: str, variables: nnx.State, options: Any
 ) -> dict[str, Any]:
-    mesh, dtype, step, only = options.get("mesh"), options.get("dtype"), options["step"], options.get("only", ())
+    mesh = options.get("mesh")
+    dtype = options.get("dtype")
+    step = options["step"]
+    only = options.get("only", ())
     stored = manager.item_metadata(step)["state"].tree.get(branch, {})
     wanted = nnx.to_pure_dict(variables)
     _refuse_other_model(stored, wanted, f"{workdir} at step {step}")
@@ -273,11 +276,11 @@ def _refuse_other_model(stored: Any, wanted: Any, where: str) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
         return {".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
 
-    theirs, ours = shapes(stored), shapes(wanted)
+    saved, expected = shapes(stored), shapes(wanted)
     problems = [
-        f"{name} is {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} by the config"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
+        f"{name} is {saved.get(name, 'absent')} there, {expected.get(name, 'absent')} by the config"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
     ]
     if problems:
         raise ConfigError(f"{where}: holds another model: {'; '.join(problems[:3])}")

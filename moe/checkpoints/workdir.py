@@ -22,7 +22,10 @@ from moe.dispatch.buffers import layer_capacity
 from moe.foreign_files import Fields, Step, parse
 from moe.metrics_files import METRICS, read_rows
 
-LOCK, CONFIG, CHANGES, REPORT = ".lock", "config.json", "changes.jsonl", "report.txt"
+LOCK = ".lock"
+CONFIG = "config.json"
+CHANGES = "changes.jsonl"
+REPORT = "report.txt"
 
 #: Fields, or prefixes of fields, that do not change what is learnt: they may differ when a run is resumed.
 FREE_FIELDS = (
@@ -70,11 +73,11 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
+def locked_workdir(workdir: epath.Path) -> Iterator[None]:
     """Hold the lock of an existing workdir; the kernel releases it however the process ends.
 
-    In a multi-process run process 0 holds it. In a bucket, and on a file system without locks, nothing is held: a
-    second run there is the user's to prevent.
+    In a multi-process run process 0 holds it. In a bucket, and on a file system without locks, nothing is held:
+    concurrent runs are not detected there.
 
     Raises:
         ConfigError: another run holds it, or the workdir cannot be written.
@@ -100,7 +103,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 def holds_run(workdir: epath.Path) -> bool:
     """Return True if a run in the workdir has something to lose: a config with metrics or a checkpoint.
 
-    A config alone is from a start that failed before its first step, and binds nobody.
+    A workdir with only config.json has never trained a step; any config may reuse it.
 
     Raises:
         ConfigError: there are checkpoints without a config, the config is not a run's, or a run's checkpoints are gone.

@@ -32,7 +32,7 @@ def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Ite
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked_directory(directory: Path) -> Iterator[None]:
     """Holds the directory's lock, so that one of several processes prepares the data and the others reuse it.
 
     Creates the directory if it is missing, and removes it again if an error leaves it empty. A read-only directory is

@@ -17,7 +17,7 @@ from etils import epath
 from moe.atomic_files import write_atomic
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig, read_small_file
 from moe.data import chat, corpora, folders, tfds_datasets
-from moe.data.directory import disk_errors, locked
+from moe.data.directory import disk_errors, locked_directory
 from moe.data.documents import PAIR
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.sentinels import SENTINELS, check_sentinels
@@ -70,7 +70,7 @@ def open_data(
     directory = _reach(data.directory)
     # In a bucket nothing is built or trained, so no lock is needed.
     local = "://" not in os.fspath(directory)
-    lock = locked(Path(directory)) if local else contextlib.nullcontext()
+    lock = locked_directory(Path(directory)) if local else contextlib.nullcontext()
     with lock, disk_errors(directory):
         found = _open(data, directory, progress)
         domains = tuple(data.domains) or tuple(found)

@@ -55,8 +55,6 @@ def plan_assignments(
     """Applies a layer's dispatch mode, drop policy and overflow rule to a routing.
 
     Args:
-        config: of the layer.
-        routing: of the layer.
         capacity: C; unused by the mode dropless.
         rng: key of the random drop policy.
 
@@ -78,7 +76,6 @@ def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position",
     (GShard 2020, algorithm 1).
 
     Args:
-        routing: of one layer.
         capacity: C.
         drop_policy: the order of the tokens: position, probability (largest combine weight first) or random.
         rng: key of the random order; None: the same order every time.
@@ -181,7 +178,6 @@ def index_tables(
 
     Args:
         routing: to dispatch.
-        plan: of it.
         load: kept assignments of each group and expert.
         starts: first row of each expert.
         num_rows: R.

@@ -1,10 +1,9 @@
 """Exchange of rows between the devices of the expert axis, within ``shard_map``: every row goes to the device that has
 its expert, and the expert's output comes back.
 
-Accelerators send slices of unequal size by ragged all-to-all, in rounds. All tokens may choose one device's experts,
-but usually a device receives about as many rows as it sends: a round of a quarter more rows is sent, computed and sent
-back, and a while loop, which runs zero times with balanced routing, does the same with the remaining rows and keeps
-nothing for the backward pass. No buffer holds all rows of all devices.
+Accelerators send slices of unequal size by ragged all-to-all, in rounds. Each round exchanges 1.25x the local rows. A
+while loop handles overflow and keeps nothing for the backward pass; with balanced routing it runs zero times. No buffer
+holds all rows of all devices.
 
 XLA's CPU has no ragged all-to-all. There each device sends every other one a buffer of R slots, so that a device
 receives [X·R,D], the rows of device s from slot s·R on.
@@ -53,8 +52,6 @@ def exchange_rows(
     Args:
         rows: of this device, sorted by expert.
         sizes: rows for each expert.
-        weights: of this device's E/X experts.
-        activation: of the experts.
         dropout: of the experts, with the assignments of the rows.
     """
     if target.is_cpu():

@@ -189,7 +189,6 @@ def mix(
         dispatch_weights: of tokens in slots.
         combine_weights: of slots in outputs.
         weights: of the experts, as stored.
-        activation: of the experts.
         dropout: of the experts; each slot draws for itself unless it has rows [E,G,C].
     """
     if dropout is not None and dropout.rows is None:
@@ -280,9 +279,7 @@ def dispatch(
         mode: a value of ``model.moe.dispatch``.
         x: tokens.
         routing: their experts and weights.
-        plan: of the routing.
         weights: of the experts, as stored.
-        activation: of the experts.
         dropout: of the experts; None: none.
 
     Returns:

@@ -182,7 +182,7 @@ class TensorFolder:
                     f"{copy}: differs from {family.copies[copy]}, though config.json says tie_word_embeddings"
                 )
             found.discard(copy)
-        if not family.copies.keys().isdisjoint(wanted):  # with a table for each stack, nobody reads the shared one
+        if not family.copies.keys().isdisjoint(wanted):  # with a table for each stack, the shared one is not used
             found -= set(family.copies.values()) - wanted.keys()
         problems = [f"missing {name}" for name in _by_number(wanted.keys() - found)]
         problems += [f"surplus {name}" for name in _by_number(found - wanted.keys())]

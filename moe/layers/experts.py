@@ -24,7 +24,8 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
-        self.activation, self.precision = config.activation, config.low_precision
+        self.activation = config.activation
+        self.precision = config.low_precision
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -71,8 +72,13 @@ class NullExperts(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        moe, d, constant = config.moe, config.d_model, config.moe.constant_experts
-        self.first, self.zero, self.copy, self.constant = moe.num_experts, moe.zero_experts, moe.copy_experts, constant
+        moe = config.moe
+        d = config.d_model
+        constant = config.moe.constant_experts
+        self.first = moe.num_experts
+        self.zero = moe.zero_experts
+        self.copy = moe.copy_experts
+        self.constant = constant
         if constant:
             self.vectors = matrix(rngs, (constant, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
             self.mix = matrix(rngs, (constant, d, 2), REPLICATED, fan_in=d, scale=config.init_scale, inputs=0)

@@ -90,7 +90,8 @@ class MoELayer(nnx.Module):
         if isinstance(gate, str):
             config = with_layer_gate(config, gate)
         moe = config.moe
-        self.config, self.d_model = moe, config.d_model
+        self.config = moe
+        self.d_model = config.d_model
         if moe.gate is None:
             raise ConfigError("MoELayer: a dense model (model.moe.gate=none) has no MoE layer")
         self.gate = gate if isinstance(gate, Gate) else moe.gate

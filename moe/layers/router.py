@@ -35,7 +35,8 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, kind: RouterKind = "linear", rngs: nnx.Rngs):
         gate = config.moe.gate
-        d, e = config.d_model, config.moe.num_experts + config.moe.null_experts
+        d = config.d_model
+        e = config.moe.num_experts + config.moe.null_experts
         update = "none" if gate is None else gate.state.update
         self.dtype = config.moe.router_dtype
         first = FIRST_PENALTY if update == "penalty" else 0.0

@@ -26,7 +26,9 @@ from moe.parallel.parameters import LAYERS, flat_variables, parameter, spec_of
 _OWNERS = ("attention", "dense", "experts", "latent")
 
 #: Names of a matrix's factors: A, or one A for all experts of a layer, and B.
-LORA_A, LORA_COMMON_A, LORA_B = "lora_a", "lora_common_a", "lora_b"
+LORA_A = "lora_a"
+LORA_COMMON_A = "lora_common_a"
+LORA_B = "lora_b"
 
 
 def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.State:
@@ -36,7 +38,6 @@ def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.Sta
     Args:
         base: parameters of the model.
         config: rank, and what is adapted.
-        key: of the random numbers.
     """
     adapters: dict[tuple[Any, ...], Any] = {}
     for number, (path, weight) in enumerate(flat_variables(base)):
@@ -51,7 +52,9 @@ def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.Sta
 def _factors(weight: nnx.Variable[Any], of_experts: bool, config: LoraConfig, key: Array) -> dict[str, Any]:
     """A [layers, experts, *inputs, rank] and B [layers, experts, rank, *outputs] of a matrix [layers, experts, *inputs,
     *outputs], each split over devices as the axes that it has in common with the matrix."""
-    shape, spec, rank = weight.shape, tuple(spec_of(weight)), config.rank
+    shape = weight.shape
+    spec = tuple(spec_of(weight))
+    rank = config.rank
     layers = spec.count(LAYERS)
     first = layers + of_experts
     last = first + weight.get_metadata("inputs")

@@ -85,8 +85,10 @@ class Block(nnx.Module):
             self.cross = CrossAttention(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.kind = kind
-        self.dropout, self.route_padding = config.dropout, config.moe.route_padding
-        self.norms_after, self.residual_scale = config.norms == "after", config.residual_scale
+        self.dropout = config.dropout
+        self.route_padding = config.moe.route_padding
+        self.norms_after = config.norms == "after"
+        self.residual_scale = config.residual_scale
         if kind.sparse:
             self.moe = create_layer(config, gate=kind.gate, rngs=rngs)
         else:
@@ -109,7 +111,6 @@ class Block(nnx.Module):
             rows: what all blocks share.
             bias: relative position biases by distance.
             routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
-            train: see there.
             rng: key of this layer.
         """
         drop = Dropout(self.dropout, rng if train else None)

@@ -117,10 +117,10 @@ def make_rows(
     token_ids: Int[ArrayLike, "B T"],
     segment_ids: Int[ArrayLike, "B T"] | None,
     positions: Int[ArrayLike, "B T"] | None,
-    **more: Array | None,
+    **fields: Array | None,
 ) -> Rows:
     """Rows with the defaults filled in: one document a row, positions 0…T−1."""
     token_ids = jnp.asarray(token_ids)
     segment_ids = jnp.ones_like(token_ids) if segment_ids is None else jnp.asarray(segment_ids)
     columns = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32), token_ids.shape)
-    return Rows(token_ids, segment_ids, columns if positions is None else jnp.asarray(positions), **more)
+    return Rows(token_ids, segment_ids, columns if positions is None else jnp.asarray(positions), **fields)

@@ -36,8 +36,8 @@ class EncoderDecoder(LanguageModel):
         self.embedding = Embedding(config, rngs=rngs)
         self.encoder = Stack(config, "encoder", rngs=rngs)
         if config.encoder_vocab_size:
-            own = dataclasses.replace(config, vocab_size=config.encoder_vocab_size)
-            self.encoder.embedding = Embedding(own, rngs=rngs)
+            source = dataclasses.replace(config, vocab_size=config.encoder_vocab_size)
+            self.encoder.embedding = Embedding(source, rngs=rngs)
         self.decoder = Stack(config, "decoder", rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)
 
@@ -67,9 +67,7 @@ class EncoderDecoder(LanguageModel):
             encoder_positions: as ``positions``.
             encoder_mask: instead of encoder_segment_ids, where a row is one document: 1 for its tokens, 0 for padding.
             train: see :class:`moe.models.decoder.Transformer`, as ``rng`` and ``return_routing``.
-            rng: see there.
             routing: of the encoder's and of the decoder's MoE layers, to replay.
-            return_routing: see there.
 
         Raises:
             ValueError: both a mask and segment ids.
@@ -77,13 +75,15 @@ class EncoderDecoder(LanguageModel):
         replayed = routing or (None, None)
         settings = {"train": train, "rng": rng, "return_routing": return_routing}
         source = encoder_rows(encoder_tokens, encoder_segment_ids, encoder_positions, encoder_mask)
-        encoded, reports, recorded = self.encode(source, routing=replayed[0], **settings)
+        encoded, encoder_reports, encoder_routing = self.encode(source, routing=replayed[0], **settings)
         rows = make_rows(token_ids, segment_ids, positions)
         rows = dataclasses.replace(rows, encoded=encoded, encoded_segment_ids=source.as_keys)
-        x, more_reports, more = self.decoder.run(self.embed(rows.token_ids), rows, routing=replayed[1], **settings)
+        embedded = self.embed(rows.token_ids)
+        x, decoder_reports, decoder_routing = self.decoder.run(embedded, rows, routing=replayed[1], **settings)
         hidden = self.scaled(x)
-        layers = _join(reports, more_reports)
-        return Output(self.logits(hidden), hidden, layers, (recorded, more) if return_routing else None, encoded)
+        layers = _join(encoder_reports, decoder_reports)
+        recorded = (encoder_routing, decoder_routing) if return_routing else None
+        return Output(self.logits(hidden), hidden, layers, recorded, encoded)
 
     def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], LayerReport | None, Routing | None]:
         """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""

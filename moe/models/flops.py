@@ -34,8 +34,8 @@ def _sizes(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
 
 
 def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Rows that the experts of one layer compute for each token: K, or what the slots or capacity of a group make
-    where tokens do not choose."""
+    """Rows that the experts of one layer compute for each token: K; for Soft MoE and expert choice, slots (or capacity)
+    per token."""
     moe = config.moe
     gate, group_size = moe.gate, moe.group_size or sequence_length
     if isinstance(gate, SoftMoE):

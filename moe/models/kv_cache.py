@@ -146,7 +146,6 @@ def decode(
         positions: their positions.
         active: rows that are done go through no expert.
         caches: of all tokens before.
-        encoded: see :func:`prefill`.
 
     Returns:
         logits of the token after it, and the caches with it.
@@ -194,13 +193,13 @@ def _fill(cache: LayerCache, key: Array, value: Array | None, lengths: Array) ->
 def _append(cache: LayerCache, key: Array, value: Array | None, positions: Array) -> LayerCache:
     """Put position p of each row into slot p mod W: by selection, since a scatter would move rows between devices."""
     slots = cache.position.shape[1]
-    here = jnp.arange(slots) == (positions % slots)[:, None]  # [B,W]
+    slot = jnp.arange(slots) == (positions % slots)[:, None]  # [B,W]
 
     def put(new: Array, old: Array) -> Array:
-        return jnp.where(here[..., None, None], new.astype(old.dtype), old)
+        return jnp.where(slot[..., None, None], new.astype(old.dtype), old)
 
     kept = None if value is None or cache.value is None else put(value, cache.value)
-    return LayerCache(put(key, cache.key), kept, jnp.where(here, positions[:, None], cache.position))
+    return LayerCache(put(key, cache.key), kept, jnp.where(slot, positions[:, None], cache.position))
 
 
 def _run(

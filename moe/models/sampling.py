@@ -86,8 +86,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
 
 def one_group_a_row(config: ModelConfig) -> ModelConfig:
-    """:func:`without_drops`, but for a capacity that is given as a number, by which no row depends on the others: so an
-    encoder runs."""
+    """Like :func:`without_drops`, but keeps a fixed ``expert_capacity``. Used for the encoder."""
     if config.moe.gate is None or not config.moe.gate.generates:
         return config
     capacity = dataclasses.replace(config.moe.capacity, eval=config.moe.num_experts / config.moe.experts_per_token)
@@ -112,7 +111,6 @@ def stream(
     """Continue prompts, or write the targets of an encoder's inputs, one token a row at a time.
 
     Args:
-        config: of the model.
         variables: nested dict of all its variables, on the mesh in context if there is one.
         prompts: B token sequences of any lengths from 1; of an encoder-decoder, inputs of the encoder.
         num_tokens: the most tokens to add to a row.

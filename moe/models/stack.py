@@ -97,7 +97,8 @@ class Stack(nnx.Module):
             name: of the stack (:func:`moe.config.layer_pattern.stacks`).
             rngs: keys of the parameters.
         """
-        self.config, self.name = config, name
+        self.config = config
+        self.name = name
         for i, (unit, repeats) in enumerate(segments(self.kinds)):
             setattr(self, f"segment_{i}", Segment.stacked(config, unit, repeats, rngs=rngs))
         if config.relative_buckets:
@@ -260,7 +261,6 @@ def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tup
     Layers are numbered as in :func:`moe.config.layer_pattern.layer_kinds`, an encoder's first.
 
     Args:
-        config: of the model.
         path: keys of the parameter in the nested dict of all parameters.
 
     Returns:
@@ -283,11 +283,11 @@ def unstack_layers(config: ModelConfig, tree: dict[str, Any]) -> dict[tuple[int,
     flat: dict[tuple[int, tuple[str, ...]], Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = tuple(key.key for key in key_path)
-        found = stacked_layers(config, path)
-        if found is None:
+        stacked = stacked_layers(config, path)
+        if stacked is None:
             flat[-1, path] = leaf
         else:
-            flat |= {(layer, found[1]): leaf[repeat] for repeat, layer in enumerate(found[0])}
+            flat |= {(layer, stacked[1]): leaf[repeat] for repeat, layer in enumerate(stacked[0])}
     return flat
 
 
@@ -296,9 +296,9 @@ def restack_layers(config: ModelConfig, like: dict[str, Any], flat: dict[tuple[i
 
     def leaf(key_path: tuple[Any, ...], _: Any) -> Any:
         path = tuple(key.key for key in key_path)
-        found = stacked_layers(config, path)
-        if found is None:
+        stacked = stacked_layers(config, path)
+        if stacked is None:
             return flat[-1, path]
-        return np.stack([flat[layer, found[1]] for layer in found[0]])
+        return np.stack([flat[layer, stacked[1]] for layer in stacked[0]])
 
     return jax.tree_util.tree_map_with_path(leaf, like)

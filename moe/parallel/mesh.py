@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import ConfigError, MeshConfig
 
-#: Roles; those over which rows are split; those over which tokens are. Positions of a row are split over context.
+#: Roles of mesh axes. ROW_AXES shard rows; TOKEN_AXES shard tokens.
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 ROW_AXES = ("data", "fsdp", "expert")
 TOKEN_AXES = (*ROW_AXES, "context")
@@ -92,9 +92,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     fixed = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
-        given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
+        settings = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
         raise ConfigError(
-            f"{given}: the sizes must multiply to the number of devices, {len(devices)}; "
+            f"{settings}: the sizes must multiply to the number of devices, {len(devices)}; "
             "set one of them to -1 to use all remaining devices"
         )
     return Mesh(_arrange(sizes, devices), axes, axis_types=(AxisType.Auto,) * len(axes))

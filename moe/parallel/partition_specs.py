@@ -52,7 +52,9 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 #: Names of ``jax.ad_checkpoint.checkpoint_name``: queries, keys, values and outputs of attention's heads; the experts'
 #: outputs, on the devices of their tokens; results of the first matmuls of FFNs and experts, the largest of a layer.
-ATTENTION, EXPERT_OUTPUTS, HIDDEN = "attention", "expert_outputs", "hidden"
+ATTENTION = "attention"
+EXPERT_OUTPUTS = "expert_outputs"
+HIDDEN = "hidden"
 
 _keep_only = jax.checkpoint_policies.save_only_these_names
 

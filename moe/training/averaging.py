@@ -29,7 +29,6 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     Selection biases are those of the newest checkpoint.
 
     Args:
-        workdir: of a run.
         out: workdir to create; must be new or empty.
         steps: of the checkpoints to average; empty: all that are there.
         ema: take the moving average of the newest checkpoint instead.

@@ -45,10 +45,10 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
     check_domains(prepared)
     config = program.config
     rows = config.train.batch_size // config.train.accumulation_steps
-    here = local_rows(program.mesh, rows)
+    local = local_rows(program.mesh, rows)
     batches = {
         domain: [
-            {key: value[here] for key, value in batch.items()}
+            {key: value[local] for key, value in batch.items()}
             for batch in pipeline.heldout_batches(prepared, config.data, domain=domain, batch_size=rows)
         ]
         for domain in prepared.domains
@@ -58,9 +58,9 @@ def load_heldout(program: Program, prepared: pipeline.Prepared) -> Heldout:
 
 def token_bytes(program: Program, prepared: pipeline.Prepared) -> np.ndarray:
     """[V] int32, UTF-8 bytes of each token's text; 0 for rows of the embedding that the tokenizer does not use."""
-    found = np.zeros(program.config.model.vocab_size, np.int32)
-    found[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes
-    return found
+    sizes = np.zeros(program.config.model.vocab_size, np.int32)
+    sizes[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes
+    return sizes
 
 
 def evaluate(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,7 @@ from moe.checkpoints.workdir import (
     holds_run,
     is_finished,
     latest_change,
-    locked,
+    locked_workdir,
     record_changes,
     refuse_other_run,
     write_run_files,
@@ -93,7 +93,7 @@ def train(
             warm_start.check(config)
         changes = {} if new else refuse_other_run(config, directory, allow_changes=allow_changes)
         if started:
-            stack.enter_context(locked(directory))
+            stack.enter_context(locked_workdir(directory))
         if not new and not changes and is_finished(config, directory):
             say(f"{directory} is done: {config.train.num_steps} steps were trained. Its report:\n")
             say(read_small_file(directory / REPORT).decode(errors="replace"))
@@ -123,7 +123,7 @@ def train(
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             if not started:
-                stack.enter_context(locked(directory))
+                stack.enter_context(locked_workdir(directory))
             if new and jax.process_index() == 0 and holds_run(directory):
                 raise ConfigError(f"--workdir={workdir}: another run was started in it just now; use another one")
             write_run_files(config, prepared.tokenizer.files, directory, new=new)
@@ -136,11 +136,12 @@ def train(
         if program.about:
             say(program.about)
         with disk_errors(directory):
-            found = checkpoints.resume(program.state, iterator, say)
-        if found is None:
-            step, state, saved = 0, state or warm_start.first_state(program, say), {}
+            checkpoint = checkpoints.resume(program.state, iterator, say)
+        if checkpoint is None:
+            step, saved = 0, {}
+            state = state or warm_start.first_state(program, say)
         else:
-            step, restored, saved = found
+            step, restored, saved = checkpoint
             state = state.restored(restored) if state is not None else restored
             say(f"resuming {workdir} at step {step} of {config.train.num_steps}")
         with disk_errors(directory):
@@ -227,19 +228,22 @@ class _Loop:
     ):
         """
         Args:
-            program: of the run.
             iterator: positioned at the batch of the next step.
             heldout: batches of every evaluation.
-            checkpoints: of the workdir.
             directory: the workdir.
             signals: asked at the end of every step.
             start: steps done.
             saved: JSON that :meth:`_save` left in the checkpoint of that step.
             shown: progress on standard error.
         """
-        self._program, self._iterator, self._heldout = program, iterator, heldout
-        self._checkpoints, self._directory, self._signals = checkpoints, directory, signals
-        self._start, self._progress = start, shown
+        self._program = program
+        self._iterator = iterator
+        self._heldout = heldout
+        self._checkpoints = checkpoints
+        self._directory = directory
+        self._signals = signals
+        self._start = start
+        self._progress = shown
         self._config = program.config.train
         self._pending: list[Any] = saved.get("pending", [])
         self._health = Health(self._config.spike_sigmas, self._config.batch_size, saved.get("health"))
@@ -250,7 +254,9 @@ class _Loop:
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step and return the final state."""
-        config, first, end = self._config, self._start + 1, self._config.num_steps + 1
+        config = self._config
+        first = self._start + 1
+        end = self._config.num_steps + 1
         writers = find_writers(config.writers)
         with (
             contextlib.closing(
@@ -301,8 +307,8 @@ class _Loop:
         self._progress.logged(row, timing if self._timed else None)
         self._timed = True
         self._checkpoints.check()
-        state, more = self._recovery.after(step, self._health.skipped_in_a_row, state)
-        for warning in warnings + more:
+        state, rollbacks = self._recovery.after(step, self._health.skipped_in_a_row, state)
+        for warning in warnings + rollbacks:
             self._writer.write(step, "warning", warning)
             self._progress.write(f"warning: {warning['text']}")
         return state

@@ -30,9 +30,11 @@ def cross_entropy(logits: Array, targets: Array, axis: int | None = None) -> tup
         targets: [B,T] int32; negative where there is nothing to predict.
         axis: 1 for sums per row; None for one over all rows.
     """
-    known = targets >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(known, targets, 0))
-    return jnp.sum(jnp.where(known, losses, 0.0), axis=axis), jnp.sum(known, axis=axis)
+    has_target = targets >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(has_target, targets, 0)
+    )
+    return jnp.sum(jnp.where(has_target, losses, 0.0), axis=axis), jnp.sum(has_target, axis=axis)
 
 
 #: Tokens per device whose logits are in memory at once: 128 MiB in float32 at a vocabulary of 32,768.

@@ -56,7 +56,9 @@ class StepClock:
 
     def restart(self) -> None:
         """Start a new interval."""
-        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
 
     def __enter__(self) -> None:
         self._steps += 1

@@ -36,7 +36,6 @@ def measured_matmul_rate(
     """FLOP/s of large square matmuls on one device, measured now.
 
     Args:
-        dtype: of the matrices.
         size: rows of a matrix; None: 2048 on CPU, 8192 on accelerators.
         repeats: measurements, of which the median counts.
         chain: matmuls of one program; None: 1 on CPU, 16 on accelerators, where a single one would measure the launch.
@@ -138,7 +137,6 @@ def profiled(
 
     Args:
         steps: steps to trace; None: none.
-        workdir: of the run.
         make: what makes the program; None: :func:`moe.training.step.build`.
     """
     make = make or build
@@ -159,7 +157,8 @@ def profiled(
 
 class _Tracer:
     def __init__(self, steps: Steps, folder: epath.Path):
-        self._steps, self._folder = steps, folder
+        self._steps = steps
+        self._folder = folder
         self._step: int | None = None  # the last step started
         self._local: tempfile.TemporaryDirectory[str] | None = None  # output of the running trace
 

@@ -47,8 +47,11 @@ class Progress:
             epochs_per_step: domain → share of its training text that a step reads; None: not shown.
         """
         self._active = not quiet and jax.process_index() == 0
-        self._start, self._num_steps, self._epochs = start, num_steps, epochs_per_step or {}
-        self._steps, self._since = start, 0.0
+        self._start = start
+        self._num_steps = num_steps
+        self._epochs = epochs_per_step or {}
+        self._steps = start
+        self._since = 0.0
         self._shown: dict[str, str] = {}
         self._bar = None
 

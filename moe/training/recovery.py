@@ -30,7 +30,8 @@ class Health:
             rows_per_step: B, to compute positions in the data.
             memory: result of :meth:`memory` from a checkpoint.
         """
-        self._sigmas, self._rows = spike_sigmas, rows_per_step
+        self._sigmas = spike_sigmas
+        self._rows = rows_per_step
         self._losses: list[float] = list((memory or {}).get("losses", ()))
         self._dead: list[list[int]] = list((memory or {}).get("dead", ()))
         self.skipped_in_a_row = 0  # at the last step seen
@@ -107,7 +108,8 @@ class Recovery:
     """Rolls back to an earlier checkpoint when too many updates in a row are skipped."""
 
     def __init__(self, program: Program, checkpoints: Checkpoints):
-        self._program, self._checkpoints = program, checkpoints
+        self._program = program
+        self._checkpoints = checkpoints
         self._tried: int | None = None  # checkpoint that this streak was already rolled back to
         self._handled = 0  # skipped updates of this streak that led to that rollback
 
@@ -127,7 +129,8 @@ class Recovery:
         """
         config = self._program.config.train
         if not skipped:
-            self._tried, self._handled = None, 0
+            self._tried = None
+            self._handled = 0
         if skipped - self._handled < config.max_skipped_steps:
             return state, []
         first = step - skipped + 1
@@ -139,7 +142,8 @@ class Recovery:
         for saved in self._checkpoints.before(self._tried or first, config.save_every):
             with contextlib.suppress(DamagedError):
                 good, _ = self._checkpoints.restore(saved, self._program.state)
-                self._tried, self._handled = saved, skipped
+                self._tried = saved
+                self._handled = skipped
                 text = f"{trouble}: parameters and optimizer are those of step {saved} again"
                 return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
         raise ConfigError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")

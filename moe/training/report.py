@@ -77,7 +77,7 @@ def prompts(config: Config, prepared: pipeline.Prepared) -> dict[str, Any]:
         if first := next(filter(None, (_prompt(config, prepared.tokenizer, text) for text in texts)), None):
             found[domain] = first[0]
     if found:
-        sampling.check_tokens(config.model, [_given(prompt) for prompt in found.values()])
+        sampling.check_tokens(config.model, [_source_ids(prompt) for prompt in found.values()])
     return found
 
 
@@ -92,7 +92,7 @@ def _prompt(config: Config, tokenizer: Tokenizer, text: str) -> list[Any]:
     return [ids] if len(ids) else []
 
 
-def _given(prompt: Any) -> np.ndarray:
+def _source_ids(prompt: Any) -> np.ndarray:
     return prompt["encoder"] if isinstance(prompt, dict) else prompt
 
 
@@ -101,8 +101,8 @@ def _sampled(program: Program, state: TrainState, prepared: pipeline.Prepared) -
     config, tokenizer = program.config, prepared.tokenizer
     if why := sampling.looks_ahead(config.model):
         return f"no text was sampled: {why}"
-    given = prompts(config, prepared)
-    if not given:
+    examples = prompts(config, prepared)
+    if not examples:
         return "no text was sampled: the first held-out documents are too short"
     if config.model.encoder_layers:
         title = "blanks as [written|removed]" if config.data.objective == "span_corruption" else "a target"
@@ -120,10 +120,11 @@ def _sampled(program: Program, state: TrainState, prepared: pipeline.Prepared) -
         def show(prompt: Any, written: np.ndarray) -> str:
             return f"{tokenizer.decode(prompt)} >>> {tokenizer.decode(written)}"
 
-    ids = [_given(prompt) for prompt in given.values()]
+    ids = [_source_ids(prompt) for prompt in examples.values()]
     written = sampling.sample(config.model, state.variables, ids, config.train.sample_tokens, options)
     return "\n\n".join(
-        f"{title}, {domain}:\n{show(prompt, ids)}" for (domain, prompt), ids in zip(given.items(), written, strict=True)
+        f"{title}, {domain}:\n{show(prompt, ids)}"
+        for (domain, prompt), ids in zip(examples.items(), written, strict=True)
     )
 
 

@@ -246,8 +246,8 @@ def batch_keys(config: Config) -> dict[str, int]:
 
 def forward(model: Model, batch: Batch, **settings: Any) -> Output:
     """The output of a model for a batch; settings such as ``train`` are those of its call."""
-    more = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
-    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **more, **settings)
+    inputs = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
+    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **inputs, **settings)
 
 
 def _probe_own_gates(model: ModelConfig) -> None:
@@ -413,13 +413,14 @@ def eval_step(
     model = nnx.merge(graphdef, variables)
     output = forward(model, batch)
     nll, num_targets = row_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-    known = batch["targets"] >= 0
-    sizes = jnp.where(known, jnp.asarray(token_bytes)[jnp.where(known, batch["targets"], 0)], 0)
+    has_target = batch["targets"] >= 0
+    sizes = jnp.where(has_target, jnp.asarray(token_bytes)[jnp.where(has_target, batch["targets"], 0)], 0)
     return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
 
 
 def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh, less what no step reads."""
+    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh; drop keys that the step
+    does not use."""
     sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     keys = [*TOKEN_KEYS, *(key for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch)]
     return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

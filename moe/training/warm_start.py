@@ -127,7 +127,6 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
     """The state at step 0: random, or taken from a checkpoint as ``config.start`` says.
 
     Args:
-        program: of the run.
         say: receives a line that says what was loaded, what is fresh and what is inherited.
         workdir: of the run, which notes the base of adapters; empty: the base is the newest checkpoint.
 
@@ -145,8 +144,8 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
     parameters = _transplant(program, source.model, theirs, state.parameters, start)
     biases = state.biases
     if biases:
-        found = _host(stored.read_biases(start.checkpoint, source.model))
-        biases = _transplant(program, source.model, found, biases)
+        source_biases = _host(stored.read_biases(start.checkpoint, source.model))
+        biases = _transplant(program, source.model, source_biases, biases)
     optimizer = state.optimizer
     if start.optimizer == "carry":
         optimizer = _carry(program, source, optimizer)
@@ -178,9 +177,6 @@ def teacher(
     """Model config of ``config.distill.teacher`` and its variables on the mesh; None without a teacher.
 
     Args:
-        config: of the student.
-        mesh: of the student.
-        tokenizer: of the student.
         step: of the teacher's checkpoint; None: its newest.
 
     Raises:
@@ -299,33 +295,32 @@ def _transplant(
     """Fill fresh parameters, or optimizer moments, with every array of the source that fits.
 
     Args:
-        program: of the new run.
         model: config of the source.
         source: parameters or moments of the source.
         fresh: the same of the new run.
         start: how upcycled parameters differ from copies; None: they do not, as for moments.
     """
     moe, seed = program.config.model.moe, program.config.seed
-    ours, theirs = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
+    wanted, available = unstack_layers(program.config.model, _host(fresh)), unstack_layers(model, source)
     where = f"start.checkpoint={program.config.start.checkpoint!r}"
     chosen = {}
-    for (layer, names), own in ours.items():
-        key = _source((layer, names), theirs.keys(), program.config)
+    for (layer, names), fresh_value in wanted.items():
+        key = _source((layer, names), available.keys(), program.config)
         if key is None:
-            from_dense = names == ("moe", "router", "kernel") and (layer, ("dense", "up")) in theirs
+            from_dense = names == ("moe", "router", "kernel") and (layer, ("dense", "up")) in available
             if from_dense and start is not None and start.virtual_groups:
-                own = group_columns(own, granularity(model.d_ff, moe.num_experts, moe.d_ff))
-            chosen[layer, names] = own
+                fresh_value = group_columns(fresh_value, granularity(model.d_ff, moe.num_experts, moe.d_ff))
+            chosen[layer, names] = fresh_value
             continue
-        found = theirs[key]
+        value = available[key]
         if key[1] != names:  # [..] → [E,..]
             shards = granularity(model.d_ff, moe.num_experts, moe.d_ff)
-            found = copy_shards(names[-1], found, moe.num_experts, shards)
+            value = copy_shards(names[-1], value, moe.num_experts, shards)
             if start is not None:
-                found = diversify(names[-1], found, start, seed, layer)
-        if found.shape != own.shape:
-            raise ConfigError(f"{where}: {'.'.join(names)} is {found.shape} there, {own.shape} here")
-        chosen[layer, names] = found
+                value = diversify(names[-1], value, start, seed, layer)
+        if value.shape != fresh_value.shape:
+            raise ConfigError(f"{where}: {'.'.join(names)} is {value.shape} there, {fresh_value.shape} here")
+        chosen[layer, names] = value
     return restack_layers(program.config.model, fresh, chosen)
 
 

@@ -78,10 +78,6 @@ def grouped_ffn(
 
     Args:
         rows: see there, as all others but the last.
-        group_sizes: see there.
-        weights: see there.
-        activation: see there.
-        dropout: see there.
         expected_rows: sum of the groups' sizes for which blocks are chosen; None: R.
     """
     if weights.precision != "none":  # XLA's dense matmuls: right, and slow
@@ -172,7 +168,9 @@ def _for_each_block(
 ) -> Any:
     """Run body(carry, block) over all blocks."""
     largest, num_groups = row_blocks.sizes[-1], sizes.shape[0]
-    starts, rest, padded = jnp.cumsum(sizes) - sizes, row_blocks.first_block(sizes), row_blocks.padded_sizes(sizes)
+    starts = jnp.cumsum(sizes) - sizes
+    rest = row_blocks.first_block(sizes)
+    padded = row_blocks.padded_sizes(sizes)
     slots = jnp.cumsum(padded) - padded
     # Experts sorted by the size of their first block: each one's rank, then the inverse permutation.
     index = jnp.arange(num_groups, dtype=jnp.int32)

@@ -88,7 +88,6 @@ def grouped_matmul(
 
     Args:
         rows: sorted by group.
-        matrices: of the groups.
         sizes: rows of each group.
         interpret: run the Triton kernels on the CPU, for tests.
     """
@@ -172,7 +171,9 @@ def _multiply_kernel(
     program, width = pl.program_id(0), _SUPERTILE * (columns // tile_columns)
     step = program // width * _SUPERTILE + program % _SUPERTILE
     column = program % width // _SUPERTILE * tile_columns
-    group, start, end = group_ref[step], start_ref[step], end_ref[step]
+    group = group_ref[step]
+    start = start_ref[step]
+    end = end_ref[step]
     row = pl.multiple_of(tile_ref[step] * block, block)
 
     @pl.when(end > start)
@@ -196,7 +197,9 @@ def _multiply_kernel(
 
 def _outer_products(rows: Array, gradient: Array, sizes: Array, *, interpret: bool) -> Array:
     """Transposed rows [R,D] of each group by its gradient rows [R,F] → [E,D,F]."""
-    (num_rows, left), right, num_groups = rows.shape, gradient.shape[1], sizes.shape[0]
+    (num_rows, left) = rows.shape
+    right = gradient.shape[1]
+    num_groups = sizes.shape[0]
     block = min(64, tile_rows(num_rows, num_groups))
     tile_left, tile_right = _divisor(left, _TILE), _divisor(right, _TILE)
     ends = jnp.cumsum(sizes)
@@ -214,7 +217,9 @@ def _outer_products(rows: Array, gradient: Array, sizes: Array, *, interpret: bo
 def _outer_kernel(rows_ref, gradient_ref, first_ref, count_ref, start_ref, end_ref, out_ref, *, tiles):
     block, tile_left, tile_right = tiles
     group = pl.program_id(2)
-    first, start, end = first_ref[group], start_ref[group], end_ref[group]
+    first = first_ref[group]
+    start = start_ref[group]
+    end = end_ref[group]
     left = pl.ds(pl.program_id(0) * tile_left, tile_left)
     right = pl.ds(pl.program_id(1) * tile_right, tile_right)
 

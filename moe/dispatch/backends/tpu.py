@@ -33,7 +33,9 @@ _STEP_SECONDS = 0.35e-6
 _OTHER_MEMORY, _LARGEST_TILES = 4 * 2**20, 28 * 2**20
 
 #: Sides of tiles of rows; K and N are split into equal parts of whole lanes.
-_TILE_ROWS, _LANES, _LONGEST_SIDE = (128, 256, 512, 1024), 128, 4096
+_TILE_ROWS = (128, 256, 512, 1024)
+_LANES = 128
+_LONGEST_SIDE = 4096
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -224,8 +226,11 @@ _ITEM = 2
 def _memory(kind: Kind, tiles: _Tiles, items: tuple[int, int]) -> int:
     """Bytes of both factors and the result, two of each for transfers beside the work, and of a float32 sum; for
     weights also of what is added to it, as XLA allocates for some tiles."""
-    (tile_rows, tile_k, tile_n), (factor, result) = tiles, items
-    left, right, out = tile_rows * tile_k, tile_k * tile_n, tile_rows * tile_n
+    tile_rows, tile_k, tile_n = tiles
+    factor, result = items
+    left = tile_rows * tile_k
+    right = tile_k * tile_n
+    out = tile_rows * tile_n
     moved = 2 * (factor * (left + right) + result * out)
     return moved + (8 * right if kind == "weights" else 4 * out)
 

@@ -56,7 +56,7 @@ class Family:
         field_names: other names of fields that all families write; None: not written.
         fused: tensors of the experts where all of a layer lie together, if they may lie in three for each expert.
         copies: tensors that a file may hold beside the one that they must equal.
-        unread: tensors that a file may hold and nobody reads.
+        unread: tensors to ignore.
         aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
         ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """

@@ -83,7 +83,9 @@ def blocked_attention(
     allow it, elsewhere as matmuls whose scores the backward pass recomputes. The queries are those from position
     ``first`` on. Causal self-attention leaves out the keys before a block's window, or after its part of the row."""
     batch, length, heads, head_dim = query.shape
-    bias, prefix, value_dim = scoring.bias, scoring.prefix, value.shape[-1]
+    bias = scoring.bias
+    prefix = scoring.prefix
+    value_dim = value.shape[-1]
     factor = scoring.factor(head_dim)
     # JAX's function takes heads of one dimension: the shorter ones are padded with zeros.
     query, key, value = (_widen(x, max(head_dim, value_dim)) for x in (query, key, value))
@@ -101,18 +103,18 @@ def blocked_attention(
             distance = start + jnp.arange(size)[:, None] - (low + jnp.arange(key.shape[1]))  # [size,U]
             visible = scoring.in_window(distance)
             mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
-        own_bias = None
+        block_bias = None
         if bias is not None:  # of the distances from the last query of the block to the first key, and on
-            here = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
-            own_bias = bias_of_rows(here, size)[None].astype(part.dtype)
-        arrays = part, key, value, mask, own_bias
+            distance_bias = jax.lax.dynamic_slice_in_dim(bias, length - size - start, size + key.shape[1] - 1, axis=1)
+            block_bias = bias_of_rows(distance_bias, size)[None].astype(part.dtype)
+        arrays = part, key, value, mask, block_bias
         if scoring.sinks is not None:
             arrays = append_sink(scoring.sinks, *arrays, factor)
         if scoring.drop.active:
             return _with_dropout(*arrays, factor, scoring.drop, start)[..., :value_dim]
-        part, keys, values, mask, own_bias = arrays
+        part, keys, values, mask, block_bias = arrays
         heads = jax.nn.dot_product_attention(
-            part, keys, values, own_bias, mask[:, None], scale=factor, implementation=implementation
+            part, keys, values, block_bias, mask[:, None], scale=factor, implementation=implementation
         )
         return heads[..., :value_dim]
 
@@ -235,8 +237,8 @@ def _attend_split(
             jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
         )
         first = jax.lax.axis_index(axis) * query.shape[1]
-        here = dataclasses.replace(scoring, sinks=sinks)
-        return blocked_attention(query, key, value, segment_ids, key_segment_ids, here, first=first)
+        local_scoring = dataclasses.replace(scoring, sinks=sinks)
+        return blocked_attention(query, key, value, segment_ids, key_segment_ids, local_scoring, first=first)
 
     heads, row = on_mesh(partition_specs.HEADS), on_mesh(partition_specs.BATCH)
     in_specs = (heads, heads, heads, row, row, on_mesh(partition_specs.SINKS))

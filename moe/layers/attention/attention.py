@@ -32,7 +32,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, window: int, causal: bool = True, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.window, self.causal = window, causal
+        self.window = window
+        self.causal = causal
         self.scale = 1.0 if c.relative_buckets else None
         query_fan_in = c.d_model * (c.head_dim if c.relative_buckets else 1)
         heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)

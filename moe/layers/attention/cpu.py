@@ -83,7 +83,9 @@ def causal_attention(
 
 def _forward(query, key, value, segment_ids, sinks, window, scale):
     heads_per_key, dtype = query.shape[2] // key.shape[2], query.dtype
-    queries, keys, values = _by_head(query, heads_per_key), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    queries = _by_head(query, heads_per_key)
+    keys = key.swapaxes(1, 2)
+    values = value.swapaxes(1, 2)
     sink = None if sinks is None else sinks.astype(jnp.float32).reshape(-1, heads_per_key, 1, 1)  # [M,n,1,1]
     outputs, normalisers = [], []
     for start, stop, first in _blocks(query.shape[1], window):
@@ -104,12 +106,18 @@ def _forward(query, key, value, segment_ids, sinks, window, scale):
 
 def _backward(window, scale, residuals, gradient):
     query, key, value, segment_ids, sinks, output, normaliser = residuals
-    length, heads_per_key, dtype = query.shape[1], query.shape[2] // key.shape[2], query.dtype
-    queries, keys, values = _by_head(query, heads_per_key), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    length = query.shape[1]
+    heads_per_key = query.shape[2] // key.shape[2]
+    dtype = query.dtype
+    queries = _by_head(query, heads_per_key)
+    keys = key.swapaxes(1, 2)
+    values = value.swapaxes(1, 2)
     gradients = _by_head(gradient, heads_per_key)
     # Σ_u weight·d_weight of a query equals output·d_output: [B,T,N] → [B,M,n,T,1]
     inner = _by_head(jnp.sum(gradient.astype(jnp.float32) * output, axis=-1, keepdims=True), heads_per_key)
-    d_queries, d_keys, d_values = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    d_queries = []
+    d_keys = jnp.zeros(keys.shape, jnp.float32)
+    d_values = jnp.zeros(values.shape, jnp.float32)
     for start, stop, first in _blocks(length, window):
         block_keys, block_values = keys[:, :, first:stop], values[:, :, first:stop]
         scores = _scores(queries, block_keys, segment_ids, window, scale, (start, stop, first))

@@ -31,7 +31,8 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, window: int, rngs: nnx.Rngs):
         c = config
-        self.config, self.window = config, window
+        self.config = config
+        self.window = window
         self.unrotated_dim = c.head_dim - c.rope_dim
         heads, scale = (c.num_heads, c.head_dim), c.init_scale
 

@@ -132,7 +132,8 @@ class RelativeBias(nnx.Module):
     """A number per head and bucket of distances, added to attention scores. One table serves all layers of a stack."""
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs):
-        self.bidirectional, self.max_distance = bidirectional, config.relative_max_distance
+        self.bidirectional = bidirectional
+        self.max_distance = config.relative_max_distance
         shape = config.relative_buckets, config.num_heads
         self.table = matrix(rngs, shape, REPLICATED, fan_in=config.d_model, scale=config.init_scale, inputs=0)
 
