@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -12,6 +13,7 @@ from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Transformer
 from moe.models.encoder_decoder import EncoderDecoder
+from moe.parallel.parameters import parameter_specs
 
 #: A model of either kind.
 Model = Transformer | EncoderDecoder
@@ -49,3 +51,8 @@ def abstract_trained(config: Config) -> nnx.State:
     if not config.lora.rank:
         return parameters
     return jax.eval_shape(lambda base: initial_adapters(base, config.lora, jax.random.key(0)), parameters)
+
+
+def variable_specs(config: ModelConfig) -> dict[str, Any]:
+    """PartitionSpecs of everything a model reads, on the mesh in context, as a nested dict."""
+    return parameter_specs(nnx.state(abstract_model(config)))

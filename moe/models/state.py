@@ -10,7 +10,11 @@ import numpy as np
 import optax
 from jax import Array
 
+from moe.config import Config
 from moe.models.adapters import merge
+from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
+from moe.parallel.parameters import optimizer_specs, parameter_specs
+from moe.parallel.partition_specs import REPLICATED
 
 
 @jax.tree_util.register_dataclass
@@ -100,3 +104,19 @@ def continue_at(state: TrainState, step: int) -> TrainState:
         return jax.device_put(np.asarray(step, np.int32), state.step.sharding)
 
     return dataclasses.replace(state, step=count(), optimizer=set_schedule_step(state.optimizer, count()))
+
+
+def state_specs(config: Config, shapes: TrainState) -> TrainState:
+    """PartitionSpecs of a state of these shapes."""
+    parameters = parameter_specs(abstract_trained(config))
+    specs = dataclasses.replace(
+        shapes,
+        step=REPLICATED,
+        parameters=parameters,
+        biases=parameter_specs(abstract_selection_biases(config.model)),
+        optimizer=optimizer_specs(shapes.parameters, parameters, shapes.optimizer),
+        rng=REPLICATED,
+    )
+    if not isinstance(specs, AdaptedState):
+        return specs
+    return dataclasses.replace(specs, base=parameter_specs(abstract_parameters(config.model)))

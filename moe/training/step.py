@@ -21,19 +21,11 @@ from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
-from moe.models.factory import (
-    Model,
-    abstract_model,
-    abstract_parameters,
-    abstract_selection_biases,
-    abstract_trained,
-    create_model,
-)
+from moe.models.factory import Model, abstract_model, create_model, variable_specs
 from moe.models.stack import selection_biases
-from moe.models.state import AdaptedState, TrainState, set_schedule_step
+from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import optimizer_specs, parameter_specs
 from moe.routing.balancing import (
     BalanceSums,
     LayerReport,
@@ -175,14 +167,14 @@ def build(
     init = functools.partial(_init, parts)
     shapes = jax.eval_shape(init, 0)
     probe_own(config.optimizer, parts.optimizer, shapes.parameters, shapes.optimizer)
-    state_shardings = partition_specs.shardings(mesh, _specs(config, shapes))
-    variable_shardings = partition_specs.shardings(mesh, _variable_specs(config.model))
+    state_shardings = partition_specs.shardings(mesh, state_specs(config, shapes))
+    variable_shardings = partition_specs.shardings(mesh, variable_specs(config.model))
     batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
     options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
-        step_shardings += (partition_specs.shardings(mesh, _variable_specs(teacher_model)),)
+        step_shardings += (partition_specs.shardings(mesh, variable_specs(teacher_model)),)
     jitted_step = jax.jit(
         functools.partial(train_step, parts),
         in_shardings=step_shardings,
@@ -214,26 +206,6 @@ def build(
             for key, length in batch_keys(config).items()
         },
     )
-
-
-def _variable_specs(model: ModelConfig) -> dict[str, Any]:
-    return parameter_specs(nnx.state(abstract_model(model)))
-
-
-def _specs(config: Config, shapes: TrainState) -> TrainState:
-    """PartitionSpecs of a state of these shapes."""
-    parameters = parameter_specs(abstract_trained(config))
-    specs = dataclasses.replace(
-        shapes,
-        step=partition_specs.REPLICATED,
-        parameters=parameters,
-        biases=parameter_specs(abstract_selection_biases(config.model)),
-        optimizer=optimizer_specs(shapes.parameters, parameters, shapes.optimizer),
-        rng=partition_specs.REPLICATED,
-    )
-    if not isinstance(specs, AdaptedState):
-        return specs
-    return dataclasses.replace(specs, base=parameter_specs(abstract_parameters(config.model)))
 
 
 def batch_keys(config: Config) -> dict[str, int]:
