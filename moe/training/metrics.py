@@ -15,7 +15,7 @@ from moe.metrics_files import to_python
 from moe.models import flops
 from moe.parallel import target
 from moe.routing import balancing
-from moe.training.profiling import measured_matmul_rate
+from moe.training import profiling
 from moe.training.step import TrainMetrics
 
 
@@ -88,7 +88,7 @@ class Throughput:
     @functools.cached_property
     def _peak(self) -> float:
         """FLOP/s of all devices, measured once; fake devices of a CPU share the host's cores."""
-        rate = measured_matmul_rate(self._dtype)
+        rate = profiling.measured_matmul_rate(self._dtype)
         return rate if jax.default_backend() == "cpu" else rate * jax.device_count()
 
     def row(self, seconds: float, waited: float) -> dict[str, float]:
