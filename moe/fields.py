@@ -34,7 +34,8 @@ def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:
     Args:
         default: its default.
         **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones;
-            ``share``: in [0, 1).
+            ``share``: in [0, 1). ``resume``: a run may be continued with another value, since it does not change what
+            is learnt ("free"), or from its newest checkpoint on ("later"); else it may not.
     """
     return dataclasses.field(default=default, metadata=facts)
 
@@ -63,8 +64,36 @@ def check_fields(node: typing.Any, section: str) -> None:
         check_bounds(f"{section}{field.name}", value, field.metadata)
 
 
+def check_all_bounds(node: typing.Any, section: str) -> None:
+    """Check the bounds in the metadata of all fields of a dataclass, and of the dataclasses in it."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            check_all_bounds(value, f"{section}{field.name}.")
+        else:
+            check_bounds(f"{section}{field.name}", value, field.metadata)
+
+
+def names_with(cls: typing.Any, fact: str, value: typing.Any, section: str = "") -> tuple[str, ...]:
+    """Dotted names of the fields of a dataclass, and of those inside it, that have this fact."""
+    names: tuple[str, ...] = ()
+    for field in dataclasses.fields(cls):
+        name, hint = f"{section}{field.name}", type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(hint):
+            names += names_with(hint, fact, value, f"{name}.")
+        elif field.metadata.get(fact) == value:
+            names += (name,)
+    return names
+
+
 def check_bounds(field: str, value: typing.Any, facts: typing.Mapping[str, typing.Any]) -> None:
     """Raise a ConfigError for a value outside the bounds of :func:`setting`."""
+    low, high = (facts.get(one, facts.get(other)) for one, other in (("least", "above"), ("most", "below")))
+    if (low, high) == (0, 1):
+        inside = (value > 0 or (value == 0 and "least" in facts)) and (value < 1 or (value == 1 and "most" in facts))
+        left, right = "[" if "least" in facts else "(", "]" if "most" in facts else ")"
+        require(inside, field, value, f"must be in {left}0, 1{right}")
+        return
     if "least" in facts:
         require(value >= facts["least"], field, value, f"must be at least {facts['least']}")
     if "above" in facts:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from configs import base
 from moe import cli
+from moe.checkpoints import workdir
 from moe.config import (
     Capacity,
     Config,
@@ -17,6 +18,7 @@ from moe.config import (
     Losses,
     ModelConfig,
     MoEConfig,
+    describe,
     load_python_file,
     to_config_dict,
     to_dict,
@@ -166,3 +168,20 @@ def test_no_run_of_the_suites_has_another_key_than_before():
             fields = {"steps": suite.longest, "learning_rate": suite.learning_rate, "parents": {}}
             found |= {f"{name}/{size}/{arm}": suite.run(arm, 3, **fields) for arm in suite.variants}
     assert {key: found[key] for key in known} == known
+
+
+def test_the_page_of_settings_is_current():
+    """``python -m moe.config.describe > docs/settings.md`` writes it."""
+    assert (ROOT / "docs" / "settings.md").read_text() == describe.markdown()
+
+
+def test_a_settings_facts_are_read_from_its_field():
+    assert {"data.directory", "mesh.expert", "model.remat", "train.writers"} <= set(workdir.FREE_FIELDS)
+    assert {"optimizer.learning_rate", "train.num_steps"} <= set(workdir.CHANGEABLE_FIELDS)
+    assert not {"model.d_model", "seed", "model.moe.gate.k"} & {*workdir.FREE_FIELDS, *workdir.CHANGEABLE_FIELDS}
+    for value, message in ((-0.1, r"must be in \[0, 1\]"), (1.1, r"must be in \[0, 1\]")):
+        with pytest.raises(ConfigError, match=f"start.drop_share={value}: {message}"):
+            from_config_dict({"start": {"drop_share": value}})
+    assert from_config_dict({"start": {"drop_share": 1.0}}).start.drop_share == 1
+    with pytest.raises(ConfigError, match=r"data\.corruption_rate=0\.0: must be in \(0, 1\)"):
+        from_config_dict({"data": {"corruption_rate": 0.0}})

@@ -19,6 +19,7 @@ from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.config.resolve import from_workdir_dict
 from moe.dispatch.buffers import layer_capacity
+from moe.fields import names_with
 from moe.foreign_files import Fields, Step, parse
 from moe.metrics_files import METRICS, read_rows
 
@@ -27,38 +28,10 @@ CONFIG = "config.json"
 CHANGES = "changes.jsonl"
 REPORT = "report.txt"
 
-#: Fields, or prefixes of fields, that do not change what is learnt: they may differ when a run is resumed.
-FREE_FIELDS = (
-    "data.directory",
-    "mesh.",
-    "model.remat",
-    "model.scan_layers",
-    "train.compilation_cache",
-    "train.eval_every",
-    "train.keep_checkpoints",
-    "train.keep_every",
-    "train.log_every",
-    "train.max_skipped_steps",
-    "train.on_skipped_steps",
-    "train.sample_tokens",
-    "train.save_every",
-    "train.writers",
-)
-
+#: Fields that do not change what is learnt: they may differ when a run is resumed.
+FREE_FIELDS = names_with(Config, "resume", "free")
 #: Fields that a run may change from its newest checkpoint on; each change is recorded in changes.jsonl.
-CHANGEABLE_FIELDS = (
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.decay_steps",
-    "optimizer.eps",
-    "optimizer.final_learning_rate_fraction",
-    "optimizer.learning_rate",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "train.num_steps",
-    "train.spike_sigmas",
-)
+CHANGEABLE_FIELDS = names_with(Config, "resume", "later")
 
 
 class _Change(Fields):

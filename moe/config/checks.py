@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import typing
-
-import numpy as np
 
 from moe.config.schema import (
     SCHEMES,
@@ -18,7 +15,7 @@ from moe.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
-from moe.fields import LARGEST, require
+from moe.fields import LARGEST, check_all_bounds, require
 
 
 def check_path(field: str, path: str) -> None:
@@ -28,52 +25,8 @@ def check_path(field: str, path: str) -> None:
     require(not found or (scheme in SCHEMES and rest.strip("/") != ""), field, path, allowed)
 
 
-def require_at_least(section: str, node: typing.Any, least: float, *names: str) -> None:
-    """Raise a ConfigError for the first of these fields of a section that is below a bound."""
-    for name in names:
-        value = getattr(node, name)
-        require(value >= least, f"{section}{name}", value, f"must be at least {least}")
-
-
-#: Largest values per section, far above published models: larger ones overflow or hang in compilation.
-_MAXIMA = {
-    "model.": {
-        "vocab_size": 2**24,
-        "d_model": 2**20,
-        "num_layers": 10_000,
-        "encoder_layers": 10_000,
-        "encoder_vocab_size": 2**24,
-        "num_heads": 2**16,
-        "num_kv_heads": 2**16,
-        "head_dim": 2**16,
-        "kv_lora_rank": 2**16,
-        "q_lora_rank": 2**16,
-        "value_dim": 2**16,
-        "d_ff": 2**22,
-        "init_scale": 1e4,
-    },
-    "data.": {"sequence_length": 2**24, "input_length": 2**24, "streams": 2**16},
-    "optimizer.": {"learning_rate": 1e3, "weight_decay": 1e3},
-    "train.": {"batch_size": 2**24, "sample_tokens": 10_000, "keep_checkpoints": 10_000},
-    "start.": {"expert_noise": 1e3, "expert_scale": 1e3},
-}
-
 #: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
 _MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
-
-
-def require_at_most(section: str, node: typing.Any) -> None:
-    """Raise a ConfigError for the first field of a section above its largest reasonable value."""
-    for name, most in _MAXIMA[section].items():
-        value = getattr(node, name)
-        require(value <= most, f"{section}{name}", value, f"must be at most {most}")
-
-
-def require_fractions(section: str, node: typing.Any, *names: str) -> None:
-    """Raise a ConfigError for the first of these fields of a section that is not in [0, 1) as a float32."""
-    for name in names:
-        value = getattr(node, name)
-        require(value >= 0 and float(np.float32(value)) < 1, f"{section}{name}", value, "must be in [0, 1), in float32")
 
 
 def require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:
@@ -84,12 +37,8 @@ def require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None
 
 
 def check_model(model: ModelConfig) -> None:
-    """Check the model section except ``model.moe``."""
-    require_at_least("model.", model, 1, "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-    require_at_most("model.", model)
-    require_at_least("model.", model, 0, "sliding_window", "clip_qkv", "encoder_layers", "relative_buckets")
-    require_at_least("model.", model, 0, "kv_lora_rank", "q_lora_rank", "value_dim", "attention_scale")
-    require_fractions("model.", model, "dropout")
+    """Check the model section except the rules of ``model.moe``."""
+    check_all_bounds(model, "model.")
     require(
         model.head_dim >= 2 - bool(model.relative_buckets) and (model.head_dim % 2 == 0 or model.relative_buckets > 0),
         "model.head_dim",
@@ -113,8 +62,6 @@ def check_model(model: ModelConfig) -> None:
         model.sliding_window_layers,
         "needs model.sliding_window above 0",
     )
-    for name in ("norm_eps", "rope_theta", "init_scale", "embedding_scale", "residual_scale", "logit_scale"):
-        require(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
 
 
 def _check_stacks(model: ModelConfig) -> None:
@@ -136,7 +83,6 @@ def _check_stacks(model: ModelConfig) -> None:
         distance,
         f"must be above half of relative_buckets={buckets} and at most {2**20}",
     )
-    require_at_least("model.", model, 0, "encoder_vocab_size")
     require(
         model.encoder_layers > 0 or model.encoder_vocab_size == 0,
         "model.encoder_vocab_size",
@@ -158,7 +104,6 @@ def _check_rope(model: ModelConfig) -> None:
         f"must be even and at most model.head_dim={model.head_dim}, or 0 for all",
     )
     scaling = model.rope_scaling
-    require(scaling.factor >= 1, "model.rope_scaling.factor", scaling.factor, "must be at least 1")
     require(
         scaling.original_length >= 2 or scaling.kind in ("none", "linear"),
         "model.rope_scaling.original_length",
@@ -177,11 +122,6 @@ def _check_rope(model: ModelConfig) -> None:
             value,
             f"must be positive, and one for each of the {size // 2} rotated pairs for longrope",
         )
-    for name in ("beta_fast", "beta_slow"):
-        value = getattr(scaling, name)
-        require(value > 0, f"model.rope_scaling.{name}", value, "must be positive")
-    require_at_least("model.rope_scaling.", scaling, 0, "original_length")
-    require_at_least("model.rope_scaling.", scaling, 0, "attention_factor", "mscale", "mscale_all_dim")
     require(
         scaling.high_freq_factor > scaling.low_freq_factor > 0,
         "model.rope_scaling.high_freq_factor",
@@ -191,8 +131,8 @@ def _check_rope(model: ModelConfig) -> None:
 
 
 def _check_latent_attention(model: ModelConfig) -> None:
-    require_at_least("model.", model, 2, "rope_dim")
-    require_at_least("model.", model, 1, "value_dim")
+    require(model.rope_dim >= 2, "model.rope_dim", model.rope_dim, "must be at least 2")
+    require(model.value_dim >= 1, "model.value_dim", model.value_dim, "must be at least 1")
     require(
         model.rope_dim < model.head_dim,
         "model.rope_dim",
@@ -213,6 +153,8 @@ def _check_latent_attention(model: ModelConfig) -> None:
 
 def check_run(config: Config) -> None:
     """Check all sections except the model, as far as possible without devices and data."""
+    for section in ("data", "optimizer", "train", "start", "distill", "preferences", "lora"):
+        check_all_bounds(getattr(config, section), f"{section}.")
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _check_data(config.data, config.train)
     _check_objective(config.model, config.data)
@@ -228,23 +170,14 @@ def check_run(config: Config) -> None:
         check_path(field, path)
     _check_train(config.train)
     _check_optimizer(config.optimizer, config.train)
-    require_at_least("start.", config.start, 0, "expert_noise", "expert_scale")
-    require(0 <= config.start.drop_share <= 1, "start.drop_share", config.start.drop_share, "must be in [0, 1]")
-    require_at_most("start.", config.start)
-    soft = config.distill.soft_share
-    require(0 <= soft <= 1, "distill.soft_share", soft, "must be in [0, 1]")
-    teacher, beta = config.distill.teacher, config.preferences.beta
-    needed = config.data.objective == "preferences"
+    teacher, needed = config.distill.teacher, config.data.objective == "preferences"
     require(bool(teacher) or not needed, "distill.teacher", teacher, "must be the reference model of the preferences")
-    require(beta > 0, "preferences.beta", beta, "must be positive")
     _check_lora(config)
     _check_mesh_sizes(config.mesh)
 
 
 def _check_lora(config: Config) -> None:
     lora, start, rank = config.lora, config.start, config.lora.rank
-    require(rank >= 0, "lora.rank", rank, "must be at least 0")
-    require(lora.alpha > 0, "lora.alpha", lora.alpha, "must be positive")
     if not rank:
         return
     require(bool(start.checkpoint), "lora.rank", rank, "needs start.checkpoint, whose parameters the adapters are of")
@@ -264,11 +197,6 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:
-    require_at_least("data.", data, 2, "sequence_length")
-    require_at_least("data.", data, 1, "shuffle_window", "heldout_rows", "mean_span")
-    require_at_least("data.", data, 0, "input_length")
-    require(0 < data.corruption_rate < 1, "data.corruption_rate", data.corruption_rate, "must be in (0, 1)")
-    require_at_most("data.", data)
     length = data.sequence_length
     for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
         rows = getattr(data, name)
@@ -335,10 +263,6 @@ def _check_objective(model: ModelConfig, data: DataConfig) -> None:
 
 
 def _check_train(train: TrainConfig) -> None:
-    require_at_least("train.", train, 1, "num_steps", "batch_size", "accumulation_steps", "log_every", "eval_every")
-    require_at_least("train.", train, 1, "save_every", "keep_checkpoints", "max_skipped_steps")
-    require_at_least("train.", train, 0, "sample_tokens", "keep_every", "spike_sigmas")
-    require_at_most("train.", train)
     require(
         train.keep_every % train.save_every == 0,
         "train.keep_every",
@@ -354,11 +278,6 @@ def _check_train(train: TrainConfig) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
-    require_at_least("optimizer.", optimizer, 0, "warmup_steps", "weight_decay", "gradient_clip")
-    require_at_most("optimizer.", optimizer)
-    for name in ("learning_rate", "eps"):
-        require(getattr(optimizer, name) > 0, f"optimizer.{name}", getattr(optimizer, name), "must be positive")
-    require_fractions("optimizer.", optimizer, "b1", "b2", "ema_decay")
     if optimizer.moment_dtype == "bfloat16":
         require(
             optimizer.name in ("adamw", "muon"),
@@ -373,8 +292,6 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
             optimizer.moment_dtype,
             f"must be float32 with optimizer.b2={optimizer.b2}; bfloat16 keeps second moments up to b2=0.99",
         )
-    fraction = optimizer.final_learning_rate_fraction
-    require(0 <= fraction <= 1, "optimizer.final_learning_rate_fraction", fraction, "must be in [0, 1]")
     require(
         optimizer.warmup_steps < train.num_steps,
         "optimizer.warmup_steps",
