@@ -1,6 +1,7 @@
 """Norms, rotary positions, attention, FFN and embeddings against plain loops, and what must not change at all."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from moe.layers.attention.attention import Attention
 from moe.layers.attention.positions import rotate
 from moe.layers.basic import DenseFFN, Embedding, RMSNorm
 from moe.models.decoder import Transformer
+from moe.parallel.matmul import matmul
 from moe.parallel.parameters import matrix
 from tests import reference_attention
 from tests.helpers import random_parameters, tiny_model
@@ -261,3 +263,21 @@ def test_every_matrix_is_scaled_by_its_own_fan_in():
     # The layers of a stack are drawn apart.
     query = np.asarray(block["attention"]["query"])
     assert (query[0] != query[1]).mean() > 0.99
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (3, 4, 8)])
+def test_the_product_with_a_matrix_has_the_gradients_of_plain_products(rng, shape):
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, (8, 6)))
+    pair = [jax.value_and_grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1))(x, w) for f in (matmul, jnp.matmul)]
+    jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6), *pair)
+
+
+def test_no_product_of_the_ffn_reads_its_rows_transposed_on_cpu():
+    """XLA's CPU would compute the gradients of the matrices from rows [F,R] that it writes column by column."""
+    graphdef, parameters = nnx.split(DenseFFN(tiny_model(), 32, rngs=nnx.Rngs(0)), nnx.Param)
+    x = jnp.ones((2, 16, tiny_model().d_model))
+    loss = jax.grad(lambda parameters, x: jnp.sum(nnx.merge(graphdef, parameters)(x) ** 2), (0, 1))
+    text = jax.jit(loss).lower(parameters, x).compile().as_text()
+    contracted = re.findall(r" dot\(.*lhs_contracting_dims=\{(\d)\}", text)
+    assert len(contracted) == 9  # three products, and the two gradients of each
+    assert set(contracted) == {"1"}

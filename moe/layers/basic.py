@@ -15,6 +15,7 @@ from moe.config import ModelConfig
 from moe.dispatch import quantized
 from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
 from moe.parallel import partition_specs
+from moe.parallel.matmul import matmul
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul, matrix, parameter
 from moe.parallel.partition_specs import HIDDEN, IN, OUT, REPLICATED
@@ -111,7 +112,7 @@ class DenseFFN(nnx.Module):
 
     def _matmul(self, x: Array, weight: nnx.Param[Array]) -> Array:
         gathered = gather_for_matmul(weight, x.dtype)
-        return x @ gathered if self.precision == "none" else quantized.matmul(x, gathered, self.precision)
+        return matmul(x, gathered) if self.precision == "none" else quantized.matmul(x, gathered, self.precision)
 
 
 class Embedding(nnx.Module):

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float, Int
 
 from moe.dispatch.backends import tpu
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, into_hidden, out_of_hidden
+from moe.parallel.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +84,6 @@ def grouped_ffn(
         return tpu.grouped_ffn(rows, group_sizes, weights, activation, dropout)
     row_blocks = choose_row_blocks(expected_rows or rows.shape[0], group_sizes.shape[0])
     return _grouped_ffn(activation, row_blocks, rows, weights, group_sizes, dropout)
-
-
-@jax.custom_vjp
-def _matmul(rows: Array, matrix: Array) -> Array:
-    """Rows [R,D] of one expert times its matrix [D,F]."""
-    return rows @ matrix
-
-
-def _matmul_bwd(residuals, gradient):
-    rows, matrix = residuals
-    # XLA's CPU folds a transposition into the matmul, whose kernel for a transposed left operand takes a tenth longer;
-    # in bfloat16 it has none and uses float32 at half the speed. A requested layout is not folded: [R,D] → [D,R] is
-    # written out. Without the barrier the computation of the rows is fused into that and runs column by column.
-    left = with_layout_constraint(lax.optimization_barrier(rows).T, Layout(major_to_minor=(0, 1)))
-    return lax.dot_general(gradient, matrix, (((1,), (1,)), ((), ()))), left @ gradient
-
-
-_matmul.defvjp(lambda rows, matrix: (_matmul(rows, matrix), (rows, matrix)), _matmul_bwd)
 
 
 # No index is negative; saying so saves the arithmetic that would wrap it, in hundreds of small programs to compile.
@@ -239,13 +221,13 @@ def _grouped_ffn_bwd(activation, row_blocks, residuals, gradient):
         d_rows, d_into, d_down = carry
         drop = _of_block(dropout, block)
         _, backward = jax.vjp(
-            lambda hidden, down: out_of_hidden(hidden, down, activation, drop, _matmul),
+            lambda hidden, down: out_of_hidden(hidden, down, activation, drop, matmul),
             jax.tree.map(lambda array: _slice(array, block.slot, block.size), hidden),
             _at(weights.down, block.expert),
         )
         d_hidden, new_down = backward(block.read(d_rows))
         _, backward = jax.vjp(
-            lambda rows, into: into_hidden(rows, into, _matmul),
+            lambda rows, into: into_hidden(rows, into, matmul),
             block.read(rows),
             _at(weights.into, block.expert),
         )
