@@ -35,6 +35,7 @@ def faked(monkeypatch):
         run.write(self._workdir)
 
     monkeypatch.setattr(runner.Worker, "_train", fake)
+    monkeypatch.setattr(runner.Worker, "_open_text", lambda self: None)  # there is none
     return calls
 
 
