@@ -241,11 +241,12 @@ class Suite:
         tree: Any = self.base.copy_and_resolve_references()
         try:
             tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})
-            if self.whole_batch_groups and tree.model.moe.gate.name != "none" and not tree.model.moe.group_size:
+            gate = getattr(tree.model.moe.gate, "name", "none")  # of no gate at all, refused below
+            if self.whole_batch_groups and gate != "none" and not tree.model.moe.group_size:
                 rows = tree.train.batch_size // tree.train.accumulation_steps
                 tree.model.moe.group_size = rows * tree.data.sequence_length
             return from_config_dict(tree)
-        except (ConfigError, KeyError, TypeError, ValueError) as error:
+        except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"suite {self.name!r}, variant {variant!r}: {' '.join(str(error).split())}") from error
 
     def form(
