@@ -29,7 +29,7 @@ def use(folder: str, workdir: str) -> None:
     if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
         return  # the user chose, perhaps by JAX's own settings
     # Programs of several CPU devices are not kept: read back, their all-reduces may wait for each other until XLA
-    # aborts (jaxlib 0.12.0.1, 8 fake devices, tests/test_lab_running.py with JAX_COMPILATION_CACHE_DIR set).
+    # aborts (jaxlib 0.12.0.1, 8 fake devices, tests/lab/test_lab_running.py with JAX_COMPILATION_CACHE_DIR set).
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         return
     if folder == "auto":

@@ -1,0 +1,211 @@
+"""Disks, paths, locks and failed starts of a workdir, and the checkpoints that are kept in it."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+
+from moe import signals
+from moe.checkpoints import integrity, parameters
+from moe.checkpoints import workdir as workdirs
+from moe.checkpoints.workdir import latest_change, read_config, record_changes
+from moe.config import Config, ConfigError
+from moe.interop import import_checkpoint
+from moe.training import loop as training
+from moe.training.loop import train
+from tests.helpers import mounted
+from tests.run_helpers import ONE, SETTINGS, at_step, steps, tiny
+
+# Most runs of a file are the same program.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(directory, whole, programs, tmp_path):
+    needed = sum(path.stat().st_size for path in (whole / "checkpoints" / "6").rglob("*") if path.is_file())
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={2 * needed // 1024 + 100}k", "tmpfs"):
+        workdir, config = tmp_path / "disk" / "run", tiny(directory, **SETTINGS)
+        ballast = tmp_path / "disk" / "ballast"
+        ballast.write_bytes(bytes(needed // 2))
+        with pytest.raises(ConfigError) as caught:
+            train(config, str(workdir), ONE, make_program=programs, quiet=True)
+        assert "\n" not in str(caught.value)
+        assert "No space left on device" in str(caught.value)
+        good = steps(workdir)
+        assert f"of step {max(good)}" in str(caught.value) or f"from step {max(good)}" in str(caught.value)
+        ballast.unlink()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        train(config, str(workdir), ONE, make_program=programs, quiet=True)
+        for name in ("metrics.jsonl", "report.txt"):
+            assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_read_only_workdir_is_refused_before_anything_is_prepared(directory, whole, programs, tmp_path):
+    with mounted(tmp_path / "disk", "--bind", "-o", "ro", str(whole.parent)):
+        workdir = tmp_path / "disk" / "run"
+        with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
+            train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+        parameters.read_parameters(workdir, read_config(workdir).model)  # reading needs no more
+
+
+def test_a_batch_that_cannot_be_read_is_named(directory, whole, programs, tmp_path, monkeypatch):
+    def failing(*arguments, **named):
+        iterator = make(*arguments, **named)
+        take = type(iterator).__next__
+        count = []
+
+        def broken(self):
+            count.append(1)
+            if len(count) == 4:
+                raise OSError(5, "Input/output error")
+            return take(self)
+
+        monkeypatch.setattr(type(iterator), "__next__", broken)
+        return iterator
+
+    make = training.pipeline.train_iterator
+    monkeypatch.setattr(training.pipeline, "train_iterator", failing)
+    words = r"the batch of step 4 cannot be read \(\[Errno 5\] Input/output error\).* continues from step 2"
+    with pytest.raises(ConfigError, match=words):
+        train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    monkeypatch.undo()
+    train(tiny(directory, **SETTINGS), str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_second_run_in_a_workdir_is_refused(directory, whole, programs):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with workdirs.locked_workdir(training.epath.Path(whole)), pytest.raises(ConfigError, match="another run uses it"):
+        train(tiny(directory, **SETTINGS), str(whole), ONE, make_program=programs)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["a[x]", "star*", "what?", "back\\slash", "bytes\udcff"])
+def test_a_path_that_orbax_cannot_read_back_is_refused(directory, programs, tmp_path, name):
+    with pytest.raises(ConfigError, match="checkpoints cannot be kept under a path with"):
+        train(tiny(directory, **SETTINGS), str(tmp_path / name / "run"), ONE, make_program=programs, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_odd_characters_in_a_path_work(directory, whole, programs, tmp_path):
+    workdir = tmp_path / " -~!@#$%^&'(\") {+=,;:}|<`>\t\n%41é.\N{SNOWMAN} " / "run"
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    (workdir / "report.txt").unlink()
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    for name in ("metrics.jsonl", "report.txt"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_relative_path_works(directory, whole, programs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny(directory, **SETTINGS), "run", ONE, make_program=programs, quiet=True)
+    (tmp_path / "run" / "report.txt").unlink()
+    train(tiny(directory, **SETTINGS), "run", ONE, make_program=programs, quiet=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    config = import_checkpoint(Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral", "imported")
+    for workdir, model in (("run", read_config("run").model), ("imported", config.model)):
+        parameters.read_parameters(workdir, model)
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(directory, whole, programs, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="has metrics up to step 6 but no checkpoint; put checkpoints/ back, or del"):
+        train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    for name in ("metrics.jsonl", "report.txt"):
+        (workdir / name).unlink()
+    train(tiny(directory, **SETTINGS), str(workdir), ONE, make_program=programs, quiet=True)
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(directory, programs, tmp_path):
+    """It fails in the first step, as one that does not compile or fit; the corrected command trains."""
+
+    def broken(config, mesh, teacher=None):
+        def step(state, batch):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+        return dataclasses.replace(programs(config, mesh, teacher), train_step=step)
+
+    wrong = tiny(directory, **SETTINGS, **{"train.num_steps": 1000})
+    with pytest.raises(ConfigError, match="does not fit in memory"):
+        train(wrong, str(tmp_path / "run"), ONE, make_program=broken, quiet=True)
+    assert read_config(tmp_path / "run") == wrong
+    train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
+    assert read_config(tmp_path / "run").train.num_steps == 6
+
+
+def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):
+    absurd = ({"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096}, {"train.batch_size": 2**24})
+    for settings in absurd:
+        config = tiny(directory, **SETTINGS | settings)
+        with pytest.raises(ConfigError, match=r"training state and activations need [\d,.]+ GiB where there are"):
+            train(config, str(tmp_path / "run"), ONE, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_newest_the_best_and_every_nth_are_kept(directory, programs, tmp_path):
+    """Held-out losses 3, 1, 2, ... at steps 2, 4, 6, ...: 4 is the best, also for a run that was started again."""
+    settings = {"train.num_steps": 12, "train.eval_every": 2, "train.keep_checkpoints": 1, "train.keep_every": 6}
+    config = tiny(directory, **SETTINGS | settings)
+    losses = {2: 3.0, 4: 1.0, 6: float("nan"), 8: 2.0, 10: 4.0, 12: 5.0}
+    counted = []
+
+    def evaluated(program, variables, heldout):
+        counted.append(1)
+        results = evaluate(program, variables, heldout)
+        results["all"]["loss"] = losses[2 * len(counted)]
+        return results
+
+    evaluate = training.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "evaluate", evaluated)
+        patch.setattr(training, "next_batch", at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(signals.Stopped):
+            train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
+        assert steps(tmp_path) == [4, 6, 9]
+        train(config, str(tmp_path), ONE, make_program=programs, quiet=True)
+    assert steps(tmp_path) == [4, 6, 12]
+
+
+def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs, tmp_path):
+    """`ulimit -f`: the arrays of a checkpoint are larger than the limit, the other files are not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (48 * 1024, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in str(caught.value)
+    assert "there is no checkpoint yet" in str(caught.value)
+    train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
+
+
+def test_a_long_message_of_tensorstore_keeps_its_reason():
+    error = ValueError(
+        "Error writing " + "x" * 300 + ": File too large [os_error_code='27'] [tensorstore_spec='{" + "y" * 300
+    )
+    assert integrity.first_line(error).endswith("File too large [os_error_code='27']")
+
+
+def test_changes_without_a_final_newline_are_not_glued(tmp_path):
+    folder, line = epath.Path(tmp_path), '{"step": 2, "changes": {"train.num_steps": [2, 4]}}'
+    (folder / "changes.jsonl").write_text(line)
+    record_changes(Config(), {"train.num_steps": [4, 6]}, 4, folder)
+    lines = (folder / "changes.jsonl").read_text().splitlines()
+    assert (lines[0], [json.loads(line)["step"] for line in lines]) == (line, [2, 4])
+    (folder / "changes.jsonl").unlink()
+    os.mkfifo(folder / "changes.jsonl")  # reading it would wait for ever
+    with pytest.raises(ConfigError, match=r"changes\.jsonl: is not a regular file"):
+        latest_change(folder)

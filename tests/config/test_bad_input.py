@@ -1,0 +1,155 @@
+"""Refusal of wrong input: a nonzero exit code, one sentence naming the field and the allowed values, no files left.
+
+A case executes an entry point as `python main.py ...` does, but in this process; a few at the end in a process each.
+`python -m pytest tests/config/test_bad_input.py -s` prints the number of cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from moe import cli
+from moe.config import Config, to_dict
+from moe.config.resolve import from_config_dict
+from moe.data import pipeline
+from moe.interop import import_checkpoint
+from tests.bad_input_cases import CASES, SLOW_CASES
+from tests.bad_input_helpers import Case, value
+from tests.helpers import slow_case
+from tests.tiny_text import build
+
+ROOT = Path(__file__).parents[2]
+OPEN = Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Prepared text, with the tokenizer that TINY asks for."""
+    folder = build(tmp_path_factory.mktemp("data"))
+    tree = to_dict(Config())
+    tree["data"] |= {"dataset": "tiny_text/split", "directory": str(folder), "sequence_length": 16}
+    pipeline.prepare(from_config_dict(tree).data, 400, progress=lambda _: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("imported") / "run"
+    import_checkpoint(OPEN, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.copy(next((data / "tokenizers").iterdir()), folder / "tokenizer.model")
+    return folder
+
+
+def tree_of(*folders: Path) -> dict[str, bytes | None]:
+    return {
+        str(path): path.read_bytes() if path.is_file() else None for folder in folders for path in folder.rglob("*")
+    }
+
+
+def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
+    """(exit code, stderr) of `python script arguments`, in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
+    monkeypatch.chdir(ROOT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    assert cli  # whose flag is defined once, when it is imported; an entry point's own go after it
+    known = set(flags.FLAGS)
+    sys.modules.pop("config_config", None)  # what ml_collections calls a config file: a second one would add to it
+    for name in [name for name in sys.modules if name.startswith("moe.programs.")]:
+        del sys.modules[name]  # defines its flags again
+    output, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):  # what the interpreter would print
+            return 1, errors.getvalue() + end.code
+        return int(end.code or 0), errors.getvalue()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    return 0, errors.getvalue()
+
+
+def without_stages(errors: str) -> str:
+    """What a start said on stderr, without the lines on what it was doing."""
+    return "".join(line for line in errors.splitlines(keepends=True) if not re.match(r"\[ *\d+\.\d s\] ", line))
+
+
+def prepare(case: Case, folder: Path, data: Path, imported: Path) -> list[str]:
+    """The case's arguments, its folder filled."""
+    text = " ".join(case.arguments)
+    if "{run}" in text:
+        shutil.copytree(imported, folder / "run")
+    if "{open}" in text:
+        shutil.copytree(OPEN, folder / "open")
+    if case.break_it:
+        case.break_it(folder)
+    places = {"new": folder, "data": data, "run": folder / "run", "open": folder / "open"}
+    return [argument.format(**places) for argument in case.arguments]
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *map(slow_case, SLOW_CASES)], ids=lambda case: f"{case.script} {' '.join(case.arguments[-1:])}"
+)
+def test_refused(case, data, imported, tmp_path, monkeypatch):
+    arguments = prepare(case, tmp_path, data, imported)
+    before = tree_of(tmp_path, data)
+    code, errors = run_here(case.script, arguments, monkeypatch)
+    assert code != 0, "accepted"
+    errors = without_stages(errors)
+    for word in case.says:
+        assert word in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert tree_of(tmp_path, data) == before
+
+
+@pytest.mark.parametrize(
+    ("case", "traceback"),
+    [
+        (value("model.moe.num_experts", "0", "at least 1"), False),
+        (value("model.moe.num_experts", "0", "at least 1"), True),
+        (value("data.dataset", "/nowhere/at/all", "no such folder"), False),
+    ],
+)
+def test_in_a_process_of_its_own(case, data, imported, tmp_path, traceback):
+    arguments = prepare(case, tmp_path, data, imported)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / case.script), *arguments, *(["--traceback"] if traceback else [])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert not list(tmp_path.iterdir())
+    assert ("Traceback" in result.stderr) == traceback
+    for word in case.says:
+        assert word in result.stderr
+    if not traceback:
+        errors = without_stages(result.stderr)
+        assert errors.startswith("error: ")
+        assert len(errors.strip().splitlines()) == 1
+
+
+def test_there_are_enough_of_them():
+    print(f"\n{len(CASES)} wrong inputs")
+    assert len(set(CASES)) == len(CASES) >= 80

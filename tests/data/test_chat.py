@@ -1,0 +1,232 @@
+"""Conversations: ids and masks of the transformers library, rows, refusals, and what a template may not do."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from etils import epath
+
+from moe.checkpoints.parameters import write_parameters
+from moe.config import ConfigError, DataConfig, to_dict
+from moe.data import chat, documents, pipeline
+from moe.data.json_tokenizer import JsonTokenizer
+from moe.parallel.mesh import make_mesh
+from moe.training.averaging import _streamed
+from moe.training.step import build
+from tests.run_helpers import tiny
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parents[1] / "data" / "chat"
+EXPECTED = json.loads((HERE / "expected.json").read_text())
+NAMES = ("chatml", "llama3", "mistral")
+
+
+def tokenizer(name="chatml", **changes):
+    settings = EXPECTED[name]["tokenizer_config"] | changes
+    return JsonTokenizer((HERE / "tokenizer.json").read_bytes(), json.dumps(settings).encode())
+
+
+def conversation(*contents, first="user"):
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_masks_and_prompts_are_those_of_the_transformers_library(name):
+    """ChatML with {% generation %}; Llama 3 and Mistral without. A typed </s> is the special token there too."""
+    tokens = tokenizer(name)
+    for row in EXPECTED[name]["rows"]:
+        ((text, spans),) = chat.rendered_answers(chat.chat_template(tokens), row["messages"])
+        ids, mask = chat.encode_answers(tokens, text, spans)
+        assert ids.tolist() == row["ids"]
+        assert mask.astype(int).tolist() == row["mask"]
+        beginning = row["messages"][: 2 if row["messages"][0]["role"] == "system" else 1]
+        assert chat.prompt_ids(tokens, beginning).tolist() == row["prompt"]
+
+
+def test_a_row_by_hand():
+    """Tokens <s> [INST] a [/INST] b </s>: the answer "b" and its end are targets, each at the token before it."""
+    tokens = tokenizer("mistral", chat_template="{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")  # fmt: skip
+    ids = {text: tokens.piece_id(text) for text in ("<s>", "[INST]", "a", "[/INST]", "b", "</s>")}
+    pair = documents.join_texts("a", "b")
+    (example,) = chat.examples(pair, 16, tokens, "texts")
+    assert example["tokens"].tolist() == [ids[text] for text in ("<s>", "[INST]", "a", "[/INST]", "b")]
+    assert example["targets"].tolist() == [-1, -1, -1, ids["b"], ids["</s>"]]
+    assert chat.stop_ids(tokens) == (ids["</s>"],)
+    # Cut after four tokens, the end of the answer is lost; after three, all of it.
+    (cut,) = chat.examples(pair, 4, tokens, "texts")
+    assert cut["targets"].tolist() == [-1, -1, -1, ids["b"]]
+    assert chat.examples(pair, 3, tokens, "texts") == []
+    packed = {
+        "tokens": np.asarray([5, 6, 7, 0]),
+        "targets": np.asarray([-1, 7, 9, 0]),
+        "tokens_segment_ids": np.asarray([1, 1, 2, 0]),
+        "tokens_positions": np.asarray([0, 1, 0, 0]),
+    }
+    row = chat.chat_row(packed, domain=3, pad_id=1)
+    assert row["tokens"].tolist() == [5, 6, 7, 1]
+    assert row["targets"].tolist() == [-1, 7, 9, -1]
+    assert (row["segment_ids"].tolist(), row["positions"].tolist(), row["domain"]) == ([1, 1, 2, 0], [0, 1, 0, 0], 3)
+
+
+def test_an_answer_that_is_rendered_otherwise_once_turns_follow_is_learnt_from_a_text_of_its_own():
+    """A template that keeps the reasoning of the last answer alone, as Qwen3's does; its prompt opens the reasoning."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+        "<think>\n{{ m.reasoning_content | default('') }}</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    messages = conversation("q", "first", "r", "second")
+    messages[1]["reasoning"] = "because"  # another name of reasoning_content
+    texts = chat.rendered_answers(chat.ChatTemplate(template, {}, "t"), messages)
+    learnt = [text[start:end] for text, spans in texts for start, end in spans]
+    assert learnt == ["because</think>\nfirst<|im_end|>\n", "</think>\nsecond<|im_end|>\n"]
+    assert texts[0][0].startswith("<|im_start|>user\nq")
+    # A conversation that begins with an answer: there is nothing to answer.
+    greeting = chat.rendered_answers(
+        chat.ChatTemplate(template, {}, "t"), conversation("hello", "q", "a", first="assistant")
+    )
+    assert [text[start:end] for text, spans in greeting for start, end in spans] == ["</think>\na<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system') }}", r"refuses a conversation \(TemplateError: no system\)"),
+        ("{{ messages.append(1) }}", "refuses a conversation .*unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "refuses a conversation .*unsafe"),
+        ("{% set ns = namespace() %}{% set ns.__init__ = 1 %}", "refuses a conversation .*__init__"),
+        ("{{ messages[0].content + 1 }}", "refuses a conversation .*TypeError"),
+        ("{% if %}", "cannot be compiled"),
+        ("{% include '/etc/passwd' %}", "refuses a conversation"),
+    ],
+)
+def test_a_template_is_data(template, message):
+    with pytest.raises(ConfigError, match=message):
+        chat.ChatTemplate(template, {}, "t").render(conversation("x"))
+
+
+def test_helpers_of_templates():
+    template = (
+        "{{ strftime_now('%Y')|length }}{{ {'b': '<é>', 'a': 1}|tojson }}{% for i in [1, 2] %}{% break %}{% endfor %}"
+    )
+    text, _ = chat.ChatTemplate(template, {}, "t").render(conversation("x"))
+    assert text == '4{"b": "<é>", "a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": []}, "not a list of objects"),
+        ({"messages": "[1"}, "messages that are not JSON"),
+        ({"messages": [{"content": "x"}]}, "an object with a string 'role'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content is not a string"),
+        ({"prompt": "x"}, "needs an object with .* 'prompt' and 'response'"),
+        ({"text": "\x1d[]"}, r"U\+001D"),
+    ],
+)
+def test_a_broken_conversation_is_named(tmp_path, record, message):
+    path = epath.Path(tmp_path) / "a.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ConfigError, match=rf"a\.jsonl, line 1: .*{message}"):
+        list(documents.file_documents(path, hashlib.sha256()))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Conversations as JSON lines and as Parquet, pairs as prompt and response; a tokenizer with Llama 3's template."""
+    (tmp_path / "text" / "lines").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    chats = [conversation(*(f"{i} " + "ab " * n for n in rng.integers(1, 9, 4))) for i in range(200)]
+    lines = [{"messages": messages} if i % 2 else {"prompt": f"p{i}", "response": "r " * (i % 7)} for i, messages in
+             enumerate(chats)]  # fmt: skip
+    (tmp_path / "text" / "lines" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "text" / "table").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "text" / "table" / "a.parquet")
+    (tmp_path / "tokenizer.json").write_bytes((HERE / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(EXPECTED["llama3"]["tokenizer_config"]))
+    return DataConfig(
+        dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"), tokenizer=str(tmp_path / "tokenizer.json"),
+        objective="chat", sequence_length=192, shuffle_window=4, heldout_rows=4,
+    )  # fmt: skip
+
+
+def test_conversations_of_a_folder_are_packed_whole_and_resumed_exactly(config):
+    prepared = pipeline.prepare(config, 400, progress=lambda _: None)
+    assert prepared.domains == ("lines", "table")
+    iterator = pipeline.train_iterator(prepared, config, batch_size=4, seed=0)
+    batches = [next(iterator) for _ in range(3)]
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = [next(iterator) for _ in range(3)]
+    again = pipeline.train_iterator(prepared, config, batch_size=4, seed=0)
+    again.set_state(state)
+    for batch in expected:
+        for name, values in next(again).items():
+            np.testing.assert_array_equal(values, batch[name])
+    bos, answer = prepared.tokenizer.bos_id, prepared.tokenizer.piece_id("<|eot_id|>")
+    for batch in batches:
+        starts = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
+        assert (batch["tokens"][starts] == bos).all()  # each segment is a whole conversation
+        assert batch["segment_ids"].max() > 1
+        assert ((batch["targets"] == -1) | (batch["segment_ids"] > 0)).all()
+        assert (batch["targets"] == answer).sum() >= 1
+        same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+        next_token = np.where(batch["targets"][:, :-1] >= 0, batch["targets"][:, :-1], batch["tokens"][:, 1:])
+        assert (next_token[same] == batch["tokens"][:, 1:][same]).all()
+    assert pipeline.unigram_nll(prepared, config) > 0
+    texts = [prepared.heldout[domain][0] for domain in prepared.domains]
+    assert all(len(chat.first_prompt(prepared.tokenizer, text, "")) for text in texts)
+
+
+def test_what_conversations_need_is_said(config, tmp_path):
+    def refuses(message, **changes):
+        with pytest.raises(ConfigError, match=message):
+            pipeline.prepare(dataclasses.replace(config, **changes), 400, progress=lambda _: None)
+
+    refuses("holds conversations .*; set data.objective=chat", objective="causal", domains=("table",))
+    refuses("trained on the text has no chat template", tokenizer="")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    refuses("has no chat template .*; set data.chat_template")
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    own = dataclasses.replace(config, chat_template=str(tmp_path / "own.jinja"))
+    prepared = pipeline.prepare(own, 400, progress=lambda _: None)
+    assert set(prepared.tokenizer.files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.txt").write_text("plain\n\n" * 4000)
+    with pytest.raises(ConfigError, match="needs documents with messages, prompt and response"):
+        pipeline.prepare(dataclasses.replace(own, dataset=str(tmp_path / "plain")), 400, progress=lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_model_is_talked_to(tmp_path):
+    """Two turns by --prompt and by standard input give the same answers, the second one after the first."""
+    config = tiny(tmp_path, **{"data.objective": "chat", "model.num_layers": 1})
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parameters = build(config, mesh).init().parameters
+    run = epath.Path(tmp_path / "run")
+    run.mkdir()
+    write_parameters(run, _streamed(parameters))
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    for name, content in tokenizer("llama3").files.items():
+        (run / name).write_bytes(content)
+    command = [sys.executable, "scripts/generate.py", f"--workdir={run}", "--chat", "--tokens=6", "--temperature=0"]
+
+    def talk(*words, typed=""):
+        done = subprocess.run([*command, *words], cwd=ROOT, input=typed, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    given = talk("--prompt=What is a router?", "--prompt=And a gate?")
+    assert given.count("\n") >= 2
+    assert talk(typed="What is a router?\n\nAnd a gate?\n") == given
+    assert talk("--prompt=And a gate?") != given

@@ -1,0 +1,225 @@
+"""Programs for NVIDIA GPUs: kernels interpreted on CPU, and programs compiled for GPUs that are absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu
+
+from moe.config import MeshConfig
+from moe.dispatch.backends import gpu
+from moe.dispatch.buffers import make_plan
+from moe.dispatch.modes import dispatch
+from moe.layers.attention.attend import attend, checked_for_target
+from moe.layers.attention.scoring import Scoring
+from moe.layers.experts import Experts
+from moe.parallel.mesh import make_mesh
+from tests.helpers import slow_case, tiny_model, tiny_routing
+
+TARGETS = Path(__file__).parents[2] / "moe" / "planner" / "targets"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_rows", "dtype", "tolerance"),
+    [
+        ([0, 37, 3, 90], 160, "float32", 1e-5),  # an empty group, shared tiles, rows of no group
+        ([40, 0, 200, 16], 256, "bfloat16", 1e-2),  # groups over several tiles, no row to spare
+        ([0, 0, 0], 16, "float32", 1e-5),
+    ],
+)
+def test_kernels_equal_one_matmul_per_group(sizes, num_rows, dtype, tolerance, rng):
+    """Values and both gradients; rows of no group hold NaN."""
+    x, gradient = (np.full((num_rows, d), np.nan) for d in (32, 48))
+    x[: sum(sizes)], gradient[: sum(sizes)] = rng.normal(size=(sum(sizes), 32)), rng.normal(size=(sum(sizes), 48))
+    x, gradient = jnp.asarray(x, dtype), jnp.asarray(gradient, dtype)
+    matrices = jnp.asarray(rng.normal(size=(len(sizes), 32, 48)), dtype)
+    multiply = functools.partial(gpu.grouped_matmul, interpret=True)
+
+    @jax.jit
+    def ours(x, matrices, gradient, sizes):
+        y, backward = jax.vjp(lambda x, matrices: multiply(x, matrices, sizes), x, matrices)
+        return y, *backward(gradient)[:2]
+
+    y, d_x, d_matrices = (np.asarray(a, np.float32) for a in ours(x, matrices, gradient, jnp.asarray(sizes, jnp.int32)))
+    x, matrices, gradient = (np.asarray(a, np.float32) for a in (x, matrices, gradient))
+    ends = np.cumsum(sizes)
+    for group, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        rows = slice(start, end)
+        for actual, expected in (
+            (y[rows], x[rows] @ matrices[group]),
+            (d_x[rows], gradient[rows] @ matrices[group].T),
+            (d_matrices[group], x[rows].T @ gradient[rows]),
+        ):
+            np.testing.assert_allclose(
+                actual, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0.0), 1e-6)
+            )
+
+
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX cannot interpret the kernel")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_hoppers_kernel_equals_one_matmul_per_group(transposed, rng, monkeypatch):
+    """JAX's Mosaic kernel as it is called for Hopper: a product, and the gradient of rows."""
+    sizes, num_rows = [50, 0, 70], 128  # tiles of 64 rows shared by two groups, an empty group, rows of no group
+    x = jnp.asarray(rng.normal(size=(num_rows, 64)), jnp.bfloat16)
+    matrices = jnp.asarray(rng.normal(size=(3, 128, 64) if transposed else (3, 64, 128)), jnp.bfloat16)
+    monkeypatch.setattr(gpu.target, "current", lambda: types.SimpleNamespace(compute_capability=9))
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+        given = jnp.asarray(sizes, jnp.int32)
+        y = np.asarray(gpu._multiply(x, matrices, given, transposed=transposed, interpret=False), np.float32)
+    x, matrices = (np.asarray(a, np.float32) for a in (x, matrices))
+    for group, rows in ((0, slice(0, 50)), (2, slice(50, 120))):
+        expected = x[rows] @ (matrices[group].T if transposed else matrices[group])
+        np.testing.assert_allclose(y[rows], expected, atol=0.01 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("draws", [6, slow_case(20)])
+def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
+    schedule = jax.jit(gpu._schedule, static_argnums=(1, 2))
+    for _ in range(draws):
+        num_groups = int(rng.integers(1, 9))
+        num_rows = 128 * int(rng.integers(1, 40))
+        sizes = rng.multinomial(rng.integers(0, num_rows + 1), rng.dirichlet(np.full(num_groups, 0.5)))
+        block = gpu.tile_rows(num_rows, num_groups)
+        steps = num_rows // block + num_groups - 1
+        group, tile, start, end = (np.asarray(a) for a in schedule(np.asarray(sizes, np.int32), block, steps))
+        used = end > start
+        ends = np.cumsum(sizes)
+        expected = [
+            (e, t)
+            for e, (first, last) in enumerate(zip(ends - sizes, ends, strict=True))
+            for t in range(first // block, math.ceil(last / block) if last > first else first // block)
+        ]
+        assert list(zip(group[used].tolist(), tile[used].tolist(), strict=True)) == expected
+        assert used.sum() * block <= gpu.computed_rows(num_rows, num_groups)
+
+
+def test_shared_tiles_add_at_most_a_tenth():
+    # 8 experts: 10240 rows in tiles of 128 (7 shared tiles are 896 rows, 8.75 %), 8192 in tiles of 64 (448, 5.5 %).
+    assert gpu.tile_rows(10240, 8) == 128
+    assert gpu.tile_rows(8192, 8) == 64
+    assert gpu.computed_rows(8192, 8) / 8192 == 1 + 448 / 8192
+
+
+# --- Compiled for absent GPUs ----------------------------------------------------------------------------------------
+
+needs_plugin = [
+    pytest.mark.gpu_compile,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason='needs JAX\'s CUDA plugin: pip install "jax[cuda13]"',
+    ),
+]
+
+
+def _mesh(name: str) -> jax.sharding.Mesh:
+    """One absent GPU."""
+    text = (TARGETS / f"{name}.textproto").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+    return make_mesh(MeshConfig(data=1), topology.devices)
+
+
+def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> str:
+    """The compiled program's text; arguments are shapes."""
+    with jax.set_mesh(mesh), checked_for_target():
+        sharding = jax.NamedSharding(mesh, jax.P())
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+        return jax.jit(function).lower(*shapes).compile().as_text() or ""
+
+
+def _matmul_flops(text: str) -> float:
+    """FLOPs of all dots and cuBLAS calls of a program: [B,M,K] · [B,K,N] is 2 BMNK = 2 sqrt(BMK · BKN · BMN / B)."""
+    types = dict(re.findall(r"%([\w.\-]+) = \(?(\w+\[[\d,]*\])", text))
+    total = 0.0
+    pattern = r"%([\w.\-]+) = [^=]*?(?:\bdot|custom-call)\(%([\w.\-]+), %([\w.\-]+)[^)]*\)([^\n]*)"
+    for name, left, right, rest in re.findall(pattern, text):
+        if "custom_call_target" in rest and "__cublas" not in rest:
+            continue
+        arrays = [_dims(types[operand]) for operand in (name, left, right)]
+        batch = math.prod(arrays[0][:-2]) if all(dims[:-2] == arrays[0][:-2] for dims in arrays) else 1
+        total += 2 * math.sqrt(math.prod(math.prod(dims) for dims in arrays) / batch)
+    return total
+
+
+def _dims(array: str) -> tuple[int, ...]:
+    return tuple(int(dim) for dim in re.findall(r"\d+", array.partition("[")[2]))
+
+
+def _compile_layer(mode: str, capacity: int, name: str, *, e: int, d: int, f: int, tokens: int) -> str:
+    """Forward and all gradients of top-2 dispatch to e experts on one device."""
+    config = tiny_model(num_experts=e, experts_per_token=2, d_model=d, moe_d_ff=f)
+    graphdef, parameters = nnx.split(nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0))))
+    routing = jax.eval_shape(
+        lambda: tiny_routing("mixtral", jnp.zeros((1, tokens, e)), jnp.ones((1, tokens), bool), k=2)
+    )
+
+    def loss(x, parameters, weights, routing):
+        sent = dataclasses.replace(routing, combine_weights=weights)
+        experts = nnx.merge(graphdef, parameters)
+        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, capacity), experts.weights, experts.activation))
+
+    x = jax.ShapeDtypeStruct((1, tokens, d), jnp.bfloat16)
+    gradients = jax.value_and_grad(loss, (0, 1, 2))
+    return _compile(gradients, _mesh(name), x, parameters, routing.combine_weights, routing)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_plugin) for name in ("a100", "h100", "b200")])
+def test_dropless_costs_its_active_flops(name):
+    """Eight experts on a device, 4096 tokens, top-2: forward and both gradients compute only the tiles of 8192 rows."""
+    e, d, f, tokens = 8, 256, 512, 4096
+    text = _compile_layer("dropless", 2 * tokens, name, e=e, d=d, f=f, tokens=tokens)
+    kernels = re.findall(r'custom_call_target="(mosaic_gpu_v2|__gpu\$xla.gpu.triton)"', text)
+    # Up and gate as one matrix, and down: product, gradient of rows, gradient of the matrix.
+    assert len(kernels) == 6, kernels
+    active = 9 * 2 * 8192 * d * f
+    of_kernels = active * gpu.computed_rows(8192, e) / 8192
+    assert (of_kernels + _matmul_flops(text)) / active <= 1.1
+    widest = max(math.prod(_dims(array)) for array in re.findall(r"\w+\[8192,[\d,]*\]", text))
+    assert widest == 8192 * 2 * f
+
+
+@pytest.mark.parametrize("name", [pytest.param("h100", marks=needs_plugin)])
+def test_gather_multiplies_its_slots_once(name):
+    e, d, f, tokens, capacity = 8, 256, 512, 4096, 1280
+    text = _compile_layer("gather", capacity, name, e=e, d=d, f=f, tokens=tokens)
+    assert _matmul_flops(text) == pytest.approx(9 * 2 * e * capacity * d * f, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "window"),
+    [
+        *(
+            pytest.param(name, (64, 64), window, marks=needs_plugin)
+            for name in ("a100", "h100", "b200")
+            for window in (0, 1024)
+        ),
+        pytest.param("h100", (192, 128), 0, marks=needs_plugin),
+    ],
+)
+def test_attention_is_cudnns_and_holds_no_square(name, heads, window):
+    """Packed documents of 4096 tokens, forward and gradient; MLA's heads of 192 and 128 on Hopper."""
+    length = 4096
+
+    def loss(query, key, value, segment_ids):
+        y = attend(query, key, value, segment_ids, kind="blocked", scoring=Scoring(window))
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    shapes = (4, heads[0]), (2, heads[0]), (2, heads[1])
+    query, key, value = (jax.ShapeDtypeStruct((1, length, *shape), jnp.bfloat16) for shape in shapes)
+    segment_ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    text = _compile(jax.grad(loss, (0, 1, 2)), _mesh(name), query, key, value, segment_ids)
+    assert "__cudnn$fmhaScaleBiasSoftmax" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+    assert not re.search(rf"\[(\d+,)*{length},{length}\]", text)

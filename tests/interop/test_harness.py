@@ -1,0 +1,181 @@
+"""The adapter to lm-evaluation-harness against the model's own log-probabilities, and a task from local files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moe.config import ConfigError
+from moe.data.tokenizer import train_tokenizer
+from moe.interop import import_checkpoint, load_huggingface
+from moe.models import sampling
+
+pytest.importorskip("lm_eval", reason="pip install lm_eval")
+OPEN = Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral"
+TEXT = ["one two three four five six seven eight nine ten eleven twelve"] * 40
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """An imported model whose vocabulary is large enough for a trained tokenizer."""
+    folder = tmp_path_factory.mktemp("imported")
+    source = folder / "source"
+    shutil.copytree(OPEN, source)
+    _widen(source, 280)
+    import_checkpoint(source, folder / "run")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "run" / name).unlink(missing_ok=True)
+    (folder / "run" / "tokenizer.model").write_bytes(train_tokenizer(iter(TEXT), 280).model_bytes)
+    return folder / "run"
+
+
+def _widen(source, vocab_size):
+    """Give an open checkpoint a larger vocabulary."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(source / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        like = tensors[name]
+        tensors[name] = rng.normal(0, 0.5, (vocab_size, like.shape[1])).astype(like.dtype)
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    from moe.interop.harness import WorkdirLM
+
+    return WorkdirLM(str(workdir), batch_size=8, max_length=24)
+
+
+@pytest.fixture(scope="module")
+def log_probs(workdir):
+    """Ids → log-probabilities of the next token at every position, by the plain model."""
+    loaded, _ = load_huggingface(workdir.parent / "source")
+    return lambda ids: np.asarray(jax.nn.log_softmax(loaded(np.asarray([ids])).logits[0]))
+
+
+def _requests(*arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, argument, 0) for argument in arguments]
+
+
+def test_likelihoods_are_the_models(model, log_probs):
+    pairs = [("one two", " three four"), ("", "five six"), ("seven", " eight"), ("one two three four five" * 9, " ten")]
+    results = model.loglikelihood(_requests(*pairs), disable_tqdm=True)
+    for (context, continuation), (likelihood, greedy) in zip(pairs, results, strict=True):
+        begin = model.tok_encode(context)
+        ids = (begin + model.tok_encode(context + continuation)[len(begin) :])[-25:]  # T = 24 inputs
+        count = len(model.tok_encode(context + continuation)) - len(begin)
+        table = log_probs(ids[:-1])
+        expected = sum(table[at - 1, ids[at]] for at in range(len(ids) - count, len(ids)))
+        np.testing.assert_allclose(likelihood, expected, rtol=1e-4, atol=1e-4)
+        assert greedy == all(table[at - 1].argmax() == ids[at] for at in range(len(ids) - count, len(ids)))
+
+
+def test_a_long_text_is_scored_in_windows_and_once(model, log_probs):
+    ids = model.tok_encode(TEXT[0] * 2, add_special_tokens=False)
+    assert len(ids) > 2 * 24
+    (total,) = model.loglikelihood_rolling(_requests((TEXT[0] * 2,)), disable_tqdm=True)
+    whole = [model.prefix_token_id, *ids]
+    expected = 0.0
+    for start in range(0, len(ids), 24):
+        end = min(start + 24, len(ids))
+        window = whole[end - 24 : end] if start else whole[:24]
+        table = log_probs(window)
+        expected += sum(table[at - end + len(window), whole[at + 1]] for at in range(start, end))
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_generation_ends_at_a_stop_string(model):
+    options = {"until": [], "max_gen_toks": 6}
+    (free,) = model.generate_until(_requests(("one two", options)))
+    prompt = model.tok_encode("one two")
+    with jax.set_mesh(model._mesh):
+        greedy = sampling.Sampling(temperature=0, stop_tokens=(model.eot_token_id,))
+        (ids,) = sampling.sample(model._model, model._variables, [prompt], 6, greedy)
+    assert free == model._tokenizer.decode([*prompt, *ids.tolist()]).removeprefix("one two")
+    stop = free[2:4]
+    (short,) = model.generate_until(_requests(("one two", options | {"until": [stop]})))
+    assert short == free[: free.index(stop)]
+
+
+def test_a_task_from_local_files(model, tmp_path, monkeypatch):
+    from lm_eval import evaluator, tasks
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [{"question": "one two", "choices": [" three", " nine"], "answer": 0}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(
+        f"""task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+    )
+    results = evaluator.simple_evaluate(
+        model, tasks=["tiny"], task_manager=tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    )
+    likelihoods = model.loglikelihood(_requests(("one two", " three"), ("one two", " nine")), disable_tqdm=True)
+    assert results["results"]["tiny"]["acc,none"] == float(likelihoods[0][0] > likelihoods[1][0])
+
+
+def test_what_cannot_be_evaluated_is_refused(workdir):
+    from moe.interop.harness import WorkdirLM
+
+    with pytest.raises(ConfigError, match=r"--batch_size=3: must be a positive multiple of the 8 devices"):
+        WorkdirLM(str(workdir), batch_size=3)
+
+
+def test_a_score_does_not_depend_on_its_neighbours(tmp_path):
+    """Positions of LongRoPE are rescaled by the length of a row, which is that of its own tokens."""
+    from moe.interop.harness import WorkdirLM
+
+    source = Path(__file__).parents[1] / "data" / "checkpoints" / "llama_longrope"
+    config = import_checkpoint(source, tmp_path / "run")
+    vocab = config.model.vocab_size
+    (tmp_path / "run" / "tokenizer.model").write_bytes(train_tokenizer(iter(TEXT), 280).model_bytes)
+    model = WorkdirLM(str(tmp_path / "run"), batch_size=8, max_length=256)
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(3, vocab, 12).tolist(), rng.integers(3, vocab, 240).tolist()
+    request = ("", short[:6], short[6:])
+    alone = model._loglikelihood_tokens([request])[0][0]
+    beside = model._loglikelihood_tokens([request, ("", long[:6], long[6:])])[0][0]
+    np.testing.assert_allclose(beside, alone, rtol=1e-5)
+
+
+def test_a_prefix_lm_sees_the_context_in_both_directions(workdir, tmp_path):
+    from moe.interop.harness import WorkdirLM
+
+    shutil.copytree(workdir.parent / "source", tmp_path / "source")
+    written = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(written | {"sliding_window": None}))
+    import_checkpoint(tmp_path / "source", tmp_path / "run")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    shutil.copy(workdir / "tokenizer.model", tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    content["data"]["objective"] = "prefix_lm"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    model = WorkdirLM(str(tmp_path / "run"), batch_size=8, max_length=24)
+    context, continuation = list(range(3, 9)), [9, 10, 11]
+    ids = np.asarray([context + continuation])
+    loaded, _ = load_huggingface(tmp_path / "source")
+    prefix = (np.arange(8) < len(context)).astype(np.int32)[None]
+    logits = loaded(ids[:, :-1], prefix=prefix).logits
+    expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(5, 8), continuation].sum()
+    scored = model._loglikelihood_tokens([("", context, continuation)])[0][0]
+    np.testing.assert_allclose(scored, expected, rtol=1e-4)
+    causal = np.asarray(jax.nn.log_softmax(loaded(ids[:, :-1]).logits))[0, np.arange(5, 8), continuation].sum()
+    assert abs(scored - causal) > 1e-3

@@ -1,0 +1,350 @@
+"""Open checkpoints: outputs equal Hugging Face transformers', and an export of an import is the same bit for bit.
+
+Reference values were computed in float32 by transformers, for random wide weights: in tests/data, and in
+../shared/parity where that exists. DeepSeekMoE v1 is not in that library; its values come from its published formulas
+with the library's modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from moe.checkpoints.parameters import read_parameters, read_variables
+from moe.checkpoints.workdir import read_config
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, sparse_layers, to_dict
+from moe.config.resolve import resolve
+from moe.interop import (
+    balance,
+    export_checkpoint,
+    import_checkpoint,
+    load_balancing_loss,
+    load_huggingface,
+    save_huggingface,
+)
+from moe.interop.config_json import read_config as read_open_config
+from moe.interop.families import FAMILIES
+from moe.models.decoder import Transformer
+from moe.parallel.mesh import make_mesh
+from moe.training.losses import cross_entropy
+from tests.helpers import slow_case
+
+HERE = Path(__file__).parents[1] / "data" / "checkpoints"
+SHARED = Path(__file__).parents[2].parent / "shared" / "parity"
+_OURS = (
+    *("mistral", "llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"),
+    *("glm4_moe", "gpt_oss", "llama_dynamic", "llama_longrope"),
+    *("qwen2", "qwen3", "kimi_k2", "dots1", "glm4_moe_lite", "minimax_m2", "ernie4_5_moe"),
+    *("flex_olmo", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
+)
+OURS = [HERE / name for name in _OURS]
+_DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3")
+MOE = [path for path in OURS if path.name not in (*_DENSE, "granitemoe", "granitemoeshared")]
+_THEIRS = (
+    *("mistral", "llama", "mixtral", "mixtral_fused", "olmoe", "qwen3_moe", "deepseek_v2_lite", "deepseek_v3"),
+    "gpt_oss",
+)
+THEIRS = [SHARED / name for name in _THEIRS]
+#: Family of an export that names none, where it is not that of the import: a Llama is a Mistral without a window.
+WRITTEN_AS = {
+    SHARED / "mixtral_fused": "mixtral",
+    **dict.fromkeys((SHARED / "llama", HERE / "llama_dynamic", HERE / "llama_longrope"), "mistral"),
+    SHARED / "deepseek_v2_lite": "deepseek_v2",
+    HERE / "kimi_k2": "deepseek_v3",
+}
+#: The shown references, and Kimi-K2's, are of families that others in tests/data have too.
+CASES = [pytest.param(path, id=path.name) for path in OURS if path.name != "kimi_k2"] + [
+    slow_case(path, id=f"{path.parent.name}-{path.name}") for path in [*THEIRS, HERE / "kimi_k2"]
+]
+
+
+def _expected(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        pytest.skip(f"no reference models at {path}")
+    with np.load(path / "expected.npz") as file:
+        return dict(file)
+
+
+def _relative(ours, theirs) -> float:
+    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """name → (dtype and shape, bytes)."""
+    result = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                result[name] = (f"{tensor.dtype}{tensor.shape}", tensor.tobytes())
+    return result
+
+
+# --- Parity ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", CASES)
+def test_parity(path):
+    check_parity(path)
+
+
+def check_parity(path: Path) -> None:
+    """Logits, router logits and losses of a folder against its expected.npz."""
+    expected = _expected(path)
+    model, config = load_huggingface(path)
+    output = jax.jit(lambda tokens: model(tokens, return_routing=True))(expected["input_ids"].astype(np.int32))
+    assert _relative(output.logits, expected["logits"]) < 2e-5
+
+    names = [name for name in expected if name.startswith("router_")]
+    assert len(names) == sum(sparse_layers(config.model))
+    targets = np.concatenate([expected["input_ids"][:, 1:], np.full((len(output.logits), 1), -1)], axis=1)
+    nll, count = cross_entropy(output.logits, targets)
+    loss = nll / count
+    if names:
+        # [L,G,S,E] → [L,G·S,E]
+        ours = np.asarray(output.routing.router_logits).reshape(len(names), -1, config.model.moe.num_experts)
+        assert _relative(ours, np.stack([expected[name] for name in names])) < 2e-5
+        assert not np.any(output.layers.fraction_tokens_dropped)
+    if "aux_loss" in expected:
+        auxiliary = load_balancing_loss(output.routing)
+        np.testing.assert_allclose(auxiliary, expected["aux_loss"], rtol=1e-5)
+        family = FAMILIES[json.loads((path / "config.json").read_text())["model_type"]]
+        loss += balance.coefficient_there(family, config.model) * auxiliary
+    np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in OURS])
+def test_parameters_keep_the_dtype_of_their_tensors(path):
+    stored = json.loads((path / "config.json").read_text())
+    model, _ = load_huggingface(path)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {stored.get("dtype", stored.get("torch_dtype"))}
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, expert=2), MeshConfig(data=1, expert=2, tensor=4)])
+@pytest.mark.slow
+def test_each_device_reads_its_shard(mesh, tmp_path):
+    moe = MoEConfig(num_experts=4, d_ff=12, shared_d_ff=20, shared_gate=True, dispatch="dropless")
+    model = ModelConfig(
+        **{"vocab_size": 48, "d_model": 16, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "num_layers": 2},
+        **{"attention_bias": "qkv", "d_ff": 20, "moe": moe},
+    )
+    config = resolve(Config(model=model))
+    original = Transformer(config.model, rngs=nnx.Rngs(0))
+    save_huggingface(original, config, tmp_path)
+    tokens = np.arange(8 * 10).reshape(8, 10) % 48
+    want = jax.jit(lambda t: original(t).logits)(tokens)
+    devices = make_mesh(mesh)
+    loaded, _ = load_huggingface(tmp_path, mesh=devices)
+    with jax.set_mesh(devices):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(original), nnx.state(loaded))
+        up = loaded.segment_0.block_0.moe.experts.up[...]
+        assert up.sharding.shard_shape(up.shape)[1] == 2
+        np.testing.assert_allclose(jax.jit(lambda t: loaded(t).logits)(tokens), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"model\.moe\.num_experts=4: must be divisible by mesh\.expert = 8"):
+        load_huggingface(tmp_path, mesh=make_mesh(MeshConfig(data=1, expert=8)))
+
+
+# --- Export -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("path", "max_shard_bytes"),
+    [pytest.param(path, 8000, id=f"{path.name}-sharded") for path in OURS]
+    + [slow_case(path, 1 << 30, id=f"{path.name}-one file") for path in THEIRS],
+)
+def test_round_trip_is_bit_identical(path, max_shard_bytes, tmp_path):
+    _expected(path)
+    model, config = load_huggingface(path)
+    fused = path.name.endswith("_fused")
+    save_huggingface(model, config, tmp_path, max_shard_bytes=max_shard_bytes, fused=fused)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_bytes == 8000)
+    assert _tensors(tmp_path) == _tensors(path)
+    again, config_again = load_huggingface(tmp_path)
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == WRITTEN_AS.get(path, path.name)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in MOE])
+def test_the_fused_layout_of_every_family(path, tmp_path):
+    model, config = load_huggingface(path)
+    save_huggingface(model, config, tmp_path, model_type=path.name, fused=True)
+    names = _tensors(tmp_path)
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    assert not any(".experts.0." in name for name in names)
+    again, _ = load_huggingface(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+@pytest.mark.parametrize("prefix", ["block_sparse_moe.gate", "block_sparse_moe."])
+def test_fused_experts_under_the_older_names_of_mixtral(prefix, tmp_path):
+    """A fused file in which the router, or all of the block, has the name from before the library renamed it."""
+    model, config = load_huggingface(HERE / "mixtral")
+    save_huggingface(model, config, tmp_path / "fused", fused=True)
+    newer = "mlp.gate" if prefix.endswith("gate") else "mlp."
+    tensors = load_file(tmp_path / "fused" / "model.safetensors")
+    renamed = {name.replace(newer, prefix): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "fused" / "model.safetensors")
+    again, _ = load_huggingface(tmp_path / "fused")
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+def test_multi_token_prediction_is_skipped(tmp_path, caplog):
+    """DeepSeek-V3's layers after the last one; in a family without them they are surplus tensors."""
+    shutil.copytree(HERE / "deepseek_v3", tmp_path / "v3")
+    tensors = load_file(tmp_path / "v3" / "model.safetensors")
+    extra = {name.replace("layers.2.", "layers.3."): tensor for name, tensor in tensors.items() if "layers.2." in name}
+    save_file(tensors | extra, tmp_path / "v3" / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        load_huggingface(tmp_path / "v3")
+    assert f"{len(extra)} tensors of multi-token prediction are skipped" in caplog.text
+    shutil.copytree(HERE / "llama", tmp_path / "llama")
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    tensors["model.layers.3.input_layernorm.weight"] = tensors["model.layers.2.input_layernorm.weight"]
+    save_file(tensors, tmp_path / "llama" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"surplus model\.layers\.3\.input_layernorm"):
+        load_huggingface(tmp_path / "llama")
+
+
+def test_weights_are_never_overwritten(tmp_path):
+    model, config = load_huggingface(HERE / "mistral")
+    save_huggingface(model, config, tmp_path)
+    with pytest.raises(ConfigError, match=r"must be empty or new; it holds config\.json, model\.safetensors"):
+        save_huggingface(model, config, tmp_path)
+
+
+# --- Workdirs ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.name) for path in (HERE / "mistral", HERE / "qwen2_moe", HERE / "deepseek_v3")]
+)
+def test_import_then_export(path, tmp_path):
+    (tmp_path / "source").mkdir()
+    for file in path.iterdir():
+        shutil.copy(file, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    config = import_checkpoint(tmp_path / "source", tmp_path / "run")
+    assert read_config(tmp_path / "run") == config
+    model, _ = load_huggingface(path)
+    stored = read_variables(tmp_path / "run", config.model)
+    jax.tree.map(np.testing.assert_array_equal, stored, nnx.to_pure_dict(nnx.state(model)))
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert _tensors(tmp_path / "out") == _tensors(path)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    ids = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": json.loads((path / "config.json").read_text()).get("pad_token_id"),
+    }
+    for name in ("config.json", "generation_config.json"):
+        assert ids.items() <= json.loads((tmp_path / "out" / name).read_text()).items()
+    with pytest.raises(ConfigError, match="must be empty or new; it holds"):
+        import_checkpoint(tmp_path / "source", tmp_path / "run")
+
+
+def test_reading_parameters_onto_a_mesh(tmp_path):
+    config = import_checkpoint(HERE / "qwen2_moe", tmp_path)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    one = read_parameters(tmp_path, config.model)
+    many = read_parameters(tmp_path, config.model, mesh=mesh, dtype=np.float32)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), b), one, many)
+    up = many["segment_0"]["block_0"]["moe"]["experts"]["up"]
+    assert up.dtype == np.float32
+    assert up.sharding.shard_shape(up.shape)[2] == config.model.d_model // 4
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    config = import_checkpoint(HERE / "mixtral", tmp_path)
+    other = dataclasses.replace(config.model, d_ff=24, moe=dataclasses.replace(config.model.moe, d_ff=24))
+    with pytest.raises(
+        ConfigError, match=r"holds another model: .*experts\.down is \(2, 5, 20, 16\) there, \(2, 5, 24"
+    ):
+        read_parameters(tmp_path, other)
+    with pytest.raises(ConfigError, match="holds no checkpoint of step 3"):
+        read_parameters(tmp_path, config.model, step=3)
+    with pytest.raises(ConfigError, match="holds no checkpoints"):
+        read_parameters(tmp_path / "absent", config.model)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(HERE / "mixtral", source)
+    (source / "tokenizer.model").write_bytes(b"theirs")
+    import_checkpoint(source, run)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.model").write_bytes(b"foreign")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in (source, run, other):
+        with pytest.raises(ConfigError, match="must be empty or new; it holds"):
+            import_checkpoint(source, out)
+        with pytest.raises(ConfigError, match="must be empty or new; it holds"):
+            export_checkpoint(run, out)
+    with pytest.raises(ConfigError, match="must be a folder"):
+        export_checkpoint(run, other / "tokenizer.model")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_fails_leaves_neither_a_folder_nor_its_parents(tmp_path):
+    import_checkpoint(HERE / "mixtral", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.model").mkdir()  # cannot be copied, after the weights
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("new/below", "empty"):
+        with pytest.raises(ConfigError, match=r"cannot be written, and nothing was left: .*Is a directory"):
+            export_checkpoint(tmp_path / "run", tmp_path / out)
+        with pytest.raises(ConfigError, match="checkpoints cannot be kept under a path with"):
+            import_checkpoint(HERE / "mixtral", tmp_path / out / "a[x]" / "run")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def _fine_tuned(source: Path, run: Path, length: int) -> None:
+    """A workdir as a run leaves it that started from an import, with its parameters and other settings."""
+    shutil.copytree(source / "checkpoints", run / "checkpoints")
+    config = read_config(source)
+    data, start = (
+        dataclasses.replace(config.data, sequence_length=length),
+        dataclasses.replace(config.start, checkpoint=str(source)),
+    )
+    (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(config, data=data, start=start))))
+
+
+@pytest.mark.parametrize(("length", "exported"), [(128, 256), (512, 512)])
+def test_an_export_keeps_what_fine_tuning_did_not_change(length, exported, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(HERE / "mixtral", folder)
+    original = json.loads((folder / "config.json").read_text()) | {"unknown_here": [1, 2], "eos_token_id": [2, 5]}
+    (folder / "config.json").write_text(json.dumps(original))
+    import_checkpoint(folder, tmp_path / "import")
+    _fine_tuned(tmp_path / "import", tmp_path / "run", length)
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == original | {"max_position_embeddings": exported}
+    assert read_open_config(written).model == read_open_config(original).model
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in OURS if path.name != "deepseek"])
+@pytest.mark.transformers
+def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
+    """Needs torch and transformers 5: python -m pytest -m transformers."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    import_checkpoint(path, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    told = io.StringIO()
+    transformers.utils.logging.add_handler(logging.StreamHandler(told))
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    tokens = torch.tensor(_expected(path)["input_ids"])
+    assert _relative(model(tokens).logits.detach().numpy(), _expected(path)["logits"]) < 2e-5
+    assert model.generate(tokens[:, :6], max_new_tokens=3, do_sample=False).shape[1] > 6
+    assert told.getvalue() == ""

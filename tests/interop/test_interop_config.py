@@ -1,0 +1,197 @@
+"""config.json of open checkpoints: what is read, what is written, and how balance coefficients are converted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import (
+    deepseek_moe_16b,
+    deepseek_v2,
+    deepseek_v2_lite,
+    deepseek_v3,
+    gpt_oss_20b,
+    gpt_oss_120b,
+    mixtral_8x7b,
+    mixtral_8x22b,
+    olmoe_1b_7b,
+    qwen1_5_moe_a2_7b,
+    qwen3_30b_a3b,
+)
+from moe.config import Config, ConfigError, ModelConfig, layer_kinds
+from moe.config.resolve import from_config_dict, resolve
+from moe.interop import balance, families
+from moe.interop.config_json import keep_fields, write_config
+from moe.interop.config_json import read_config as read_open_config
+from moe.interop.families import FAMILIES
+from moe.models.flops import count_parameters
+from tests.helpers import moe_config
+from tests.interop.test_interop import HERE, OURS, THEIRS
+from tests.interop.test_interop_encoder_decoder import PATHS as ENCODER_DECODERS
+
+
+def test_published_config_of_mixtral():
+    """The published file has no head_dim and keeps rope_theta at the top level."""
+    model = read_open_config(
+        {
+            **{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000},
+            **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+            **{"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-05},
+            **{"rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "hidden_act": "silu"},
+            **{"max_position_embeddings": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16"},
+        }
+    ).model
+    assert (model.head_dim, model.rope_theta, model.sliding_window, model.moe.d_ff) == (128, 1e6, 0, 14336)
+    # 0.02 · 2 at balance, as the sum of 32 layers' losses of 1.
+    assert model.moe.losses.balance == pytest.approx(0.02 * 2 / 32)
+
+
+#: Factor of each family's coefficient at K = 2 (DeepSeek: 3) in L MoE layers, see moe.interop.balance.
+@pytest.mark.parametrize(
+    ("name", "coefficient", "factor"),
+    [
+        ("mixtral", "router_aux_loss_coef", 3 / 2),
+        ("olmoe", "router_aux_loss_coef", 2 / 2),
+        ("qwen2_moe", "router_aux_loss_coef", 2 / 2),
+        ("qwen3_moe", "router_aux_loss_coef", 2 / 2),
+        ("deepseek", "aux_loss_alpha", 1),
+        ("deepseek_v2", "aux_loss_alpha", 1),
+        ("deepseek_v3", "aux_loss_alpha", 1),
+    ],
+)
+def test_balance_coefficients_both_ways(name, coefficient, factor):
+    source = json.loads((HERE / name / "config.json").read_text()) | {coefficient: 0.04}
+    config = read_open_config(source)
+    assert config.model.moe.losses.balance == pytest.approx(0.04 * factor)
+    assert write_config(config, name)[coefficient] == pytest.approx(0.04)
+
+
+#: As published, but for the quantisation of the experts and fields that say nothing of the model.
+GPT_OSS_20B = {
+    **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64},
+    **{"experts_per_token": 4, "num_experts_per_tok": 4, "num_local_experts": 32, "hidden_act": "silu"},
+    **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "vocab_size": 201088},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8, "sliding_window": 128, "swiglu_limit": 7.0},
+    **{"layer_types": ["sliding_attention", "full_attention"] * 12, "initial_context_length": 4096},
+    **{"max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9},
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"rope_type": "yarn", "truncate": False},
+    },
+    "tie_word_embeddings": False,
+}
+
+
+def test_published_config_of_gpt_oss():
+    model = read_open_config(GPT_OSS_20B).model
+    ours = from_config_dict(gpt_oss_20b.get_config()).model
+    moe = dataclasses.replace(model.moe, dispatch="gather", losses=ours.moe.losses)
+    moe = dataclasses.replace(moe, jitter=ours.moe.jitter)
+    same = {name: getattr(ours, name) for name in ("d_ff", "dtype", "attention", "remat")}
+    assert dataclasses.replace(model, moe=moe, **same) == ours
+    # The library's defaults, where a file says nothing of positions and layers, are those of the published models.
+    absent = ("layer_types", "rope_scaling", "rope_theta", "head_dim", "sliding_window", "attention_bias")
+    assert read_open_config({k: v for k, v in GPT_OSS_20B.items() if k not in absent}).model == model
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [(gpt_oss_20b, 20_914_757_184, 3_608_307_264), (gpt_oss_120b, 116_829_156_672, 5_132_849_472)],
+)
+def test_published_counts_of_gpt_oss(config, total, active):
+    """20.91B and 116.83B; the published active counts, 3.61B and 5.13B, leave out the embedding table."""
+    assert count_parameters(from_config_dict(config.get_config()).model) == (total, active + 201088 * 2880)
+
+
+def test_published_counts_of_deepseek():
+    """Without multi-token prediction."""
+    published = {deepseek_v2_lite: 15_706_484_224, deepseek_v2: 235_741_434_880, deepseek_v3: 671_026_419_200}
+    for config, count in published.items():
+        assert count_parameters(from_config_dict(config.get_config()).model)[0] == count
+
+
+def test_scope_of_the_balance_loss_of_deepseek():
+    source = json.loads((HERE / "deepseek" / "config.json").read_text())
+    for per_sequence, scope in ((True, "sequence"), (False, "batch")):
+        config = read_open_config(source | {"seq_aux": per_sequence})
+        assert config.model.moe.losses.scope == scope
+        assert write_config(config, "deepseek")["seq_aux"] == per_sequence
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "coefficient"),
+    [
+        (mixtral_8x7b, "mixtral", 0.02),
+        (mixtral_8x22b, "mixtral", 0.001),
+        (olmoe_1b_7b, "olmoe", 0.01),
+        (qwen3_30b_a3b, "qwen3_moe", 0.001),
+        (qwen1_5_moe_a2_7b, "qwen2_moe", 0.001),
+        (deepseek_moe_16b, "deepseek", 0.001),
+    ],
+)
+def test_published_coefficients_in_the_configs(config, name, coefficient):
+    model = from_config_dict(config.get_config()).model
+    assert balance.weight_here(FAMILIES[name], coefficient, model) == pytest.approx(model.moe.losses.balance)
+
+
+def test_layers_of_qwen():
+    """decoder_sparse_step 2 of 6 layers: 1, 3, 5; without 3. Windows: even layers below max_window_layers."""
+    source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
+    source |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "max_window_layers": 3}
+    del source["layer_types"]
+    kinds = layer_kinds(read_open_config(source).model)
+    assert [kind.sparse for kind in kinds] == [False, True, False, False, False, True]
+    assert [kind.window for kind in kinds] == [6, 0, 6, 0, 0, 0]
+
+
+def test_every_family_has_a_case():
+    assert {path.name for path in OURS + THEIRS + ENCODER_DECODERS} >= set(FAMILIES)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}-{path.name}") for path in OURS + THEIRS])
+def test_an_export_keeps_what_training_on_shorter_rows_did_not_change(path):
+    if not path.exists():
+        pytest.skip(f"no reference models at {path}")
+    source = json.loads((path / "config.json").read_text()) | {"unknown_here": [1, 2]}
+    config = read_open_config(source)
+    shorter = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=8))
+    assert keep_fields(source, shorter) == source
+
+
+def test_a_changed_setting_replaces_the_field_that_the_source_had_it_in():
+    source = json.loads((HERE / "qwen2_moe" / "config.json").read_text())
+    config = read_open_config(source)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=5e5))
+    written = keep_fields(source, changed)
+    assert read_open_config(written).model == changed.model
+    assert written["initializer_range"] == source["initializer_range"]
+
+
+def test_a_model_that_no_family_expresses_is_refused(tmp_path):
+    def refused(pattern: str, **changes):
+        moe = changes.pop("moe", {})
+        model = ModelConfig(**{"num_layers": 2, **changes}, moe=moe_config(**moe))
+        with pytest.raises(ConfigError, match=pattern):
+            write_config(resolve(Config(model=model)))
+
+    refused(r"mixtral lacks model\.sliding_window", sliding_window=8, sliding_window_layers=(1,))
+    refused(
+        r"mixtral lacks model\.qk_norm.*qwen3_moe lacks model\.moe\.shared_d_ff", qk_norm="head", moe={"shared_d_ff": 8}
+    )
+    refused(r"olmoe lacks model\.activation", activation="relu")
+    refused(r"mixtral lacks model\.moe\.gate", moe={"gate": "dense_mixture"})
+    refused(r"olmoe lacks .*model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
+    with pytest.raises(ConfigError, match=r"model_type='gpt'"):
+        write_config(resolve(Config()), "gpt")
+
+
+def test_a_decoder_family_is_one_file_of_at_most_80_lines():
+    """Nothing else in the package names GLM but the list of families."""
+    package = Path(families.__file__).parents[2]
+    for name in FAMILIES.keys() - {"t5", "switch_transformers"}:
+        assert len((package / "interop" / "families" / f"{name}.py").read_text().splitlines()) <= 80
+    naming = {path.name for path in package.rglob("*.py") if "glm4" in path.read_text().lower()}
+    assert naming == {"glm4_moe.py", "glm4_moe_lite.py", "__init__.py"}

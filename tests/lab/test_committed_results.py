@@ -1,0 +1,519 @@
+"""Every number in the committed reports is that of the records, computed anew by :mod:`tests.recomputation`.
+
+The reports are those under docs/results, and one of records that are drawn at random, so that the computation is tested
+whatever has been run.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from moe.lab.claims.registration import Claim, Part, Primary, Registered
+from moe.lab.loading import load_suite
+from moe.lab.report import answer, claims_page, page
+from moe.lab.suite import Comparison, Sweep, Variant
+from tests import recomputation as again
+from tests.lab_helpers import record, suite_of, table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results"
+REPORTS = [path.parent for path in sorted(RESULTS.rglob("report.md"))]
+NUMBER = re.compile(r"[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?|inf")
+PRIMARY = ("literature", "python")
+
+
+def claims_of(path):
+    return {claim["number"]: claim for claim in tomllib.loads(path.read_text())["claim"]}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """(folder of the report, its suite, claims): five arms of six seeds, a sweep, drops, probes."""
+    rng, runs, steps = np.random.default_rng(3), [], 80
+    free = {"model.moe.gate": "switch", "model.moe.dispatch": "dropless"}
+    arms = {
+        "dense": Variant({"model.moe.gate": "none"}),
+        **{name: Variant(fields, rate_from="dense") for name, fields in {
+            "free": free, "drop": {"model.moe.gate": "switch"}, "top2": free | {"model.moe.gate": "mixtral"}
+        }.items()},
+    }  # fmt: skip
+    arms["top2"] = dataclasses.replace(arms["top2"], probes=("specialisation",))
+    suite = suite_of(
+        arms, {"all": Comparison("dense", ("free", "drop", "top2"), ("steps",))}, seeds=(1, 2, 3, 4, 5, 6),
+        horizons=(steps,), sweep=Sweep((1e-3, 3e-3, 9e-3), (7, 8)), dropping_differs="drawn at random",
+        domain_tokens={"literature": 10**6, "python": 10**6}, experts={"dense": 1, "free": 8, "drop": 16, "top2": 64},
+    )  # fmt: skip
+    registered = Registered(
+        tuple(
+            Claim(n, "test", f"claim {n}", "a paper", (Part(f"part {n}", *part),), 10, "", family)
+            for n, (*part, family) in enumerate((
+                ("below", "loss[free] - loss[dense]", 0.0, -0.1, "primary"),
+                ("above", "0.5 loss[drop] - 0.5 loss[free]", 0.0, None, "primary"),
+                ("within", "loss[top2] - loss[free]", 0.1, None, "primary"),
+                ("not_above", "own_loss[drop] - loss[drop]", 0.05, 0.2, ""),
+                ("shown", "load[drop, layer=1] - last_tenth_loss[free]", 0.0, None, ""),
+                ("less_variance", "loss[free] - loss[dense]", 0.0, None, ""),
+            ), start=1)
+        ),
+        Primary("which?", (1, 2, 3), 0.02, 0.05, "none"),
+        "d1635",
+    )  # fmt: skip
+    hashes = {str(claim.number): claim.hash for claim in registered.claims}
+    for arm, mean in (("dense", 3.5), ("free", 3.4), ("drop", 3.45), ("top2", 3.38)):
+        for seed in (*suite.seeds, *((7, 8) if arm == "dense" else ())):
+            for rate in (1e-3, 3e-3, 9e-3) if seed > 6 else (3e-3,):
+                losses = mean + abs(rate - 3e-3) * 50 + rng.normal(0, 0.03) + rng.normal(0, 0.1, (8, 2))
+                runs.append(_drawn_run(rng, arm, seed, rate, losses.round(6), steps, hashes))
+    folder = tmp_path_factory.mktemp("drawn")
+    found = table(suite, runs)
+    page.write(folder / "test", {"test": found}, suite, registered, "COMMAND")
+    claims_page.write_page(folder, registered, {"test": found})
+    answer.write_page(folder, found, registered)
+    claims = {
+        claim.number: {"part": [dict(vars(part)) for part in claim.parts], "family": claim.family}
+        for claim in registered.claims
+    }
+    return folder / "test", suite, claims
+
+
+def _drawn_run(rng, arm, seed, rate, losses, steps, hashes):
+    means = dict(zip(PRIMARY, losses.mean(0), strict=True))
+    rows = [(step, "loss", name, "", mean + steps / step - 1) for step in (20, 50, 80) for name, mean in means.items()]
+    rows += [(step, "loss", "primary", "", losses.mean() + steps / step - 1) for step in (20, 50, 80)]
+    rows += [(steps, "own_loss", name, "", mean + 0.01) for name, mean in means.items()]
+    rows += [(steps, "own_loss", "primary", "", losses.mean() + rng.uniform(0, 0.02))]
+    rows += [(steps, "last_tenth_loss", "", "", losses.mean() - 0.1 + rng.normal(0, 0.01))]
+    for layer in ("0", "1") if arm != "dense" else ():
+        rows += [(steps, name, "", layer, rng.uniform(0, 2)) for name in ("max_violation", "router_entropy", "load")]
+        rows += [(steps, "dead_experts", "", layer, float(seed % 2))]
+        dropped = [(step, "train_fraction_tokens_dropped", "", layer, rng.uniform(0, 0.2)) for step in (40, 80)]
+        rows += dropped if arm == "drop" else [(*row[:4], 0.0) for row in dropped]
+    return record(
+        arm, seed, 0.0, steps, rate, rows=rows, row_domains=list(PRIMARY) * 8, row_losses=losses.ravel().tolist(),
+        claims=hashes, probes=_drawn_probes(rng) if arm == "top2" else {},
+    )  # fmt: skip
+
+
+def _drawn_probes(rng):
+    names = ("explained_token", "untrained_explained_token", "explained_lexical_matched")
+    found = {f"specialisation/{name}@{layer}": rng.uniform() for name in names for layer in (0, 1)}
+    return found | {"mask/full": rng.uniform(3, 4)}
+
+
+@pytest.fixture(params=["drawn", *REPORTS], ids=lambda folder: getattr(folder, "name", folder))
+def report(request, drawn):
+    """(runs, section title → text, suite, claims) of a report."""
+    if request.param == "drawn":
+        folder, suite, claims = drawn
+    else:
+        folder, claims = request.param, claims_of(ROOT / "configs/ablations/claims.toml")
+        suite = load_suite(str(ROOT / f"configs/ablations/{folder.name}.py"), "laptop")
+    return read(folder, suite), sections_of(folder / "report.md"), suite, claims
+
+
+def read(folder, suite):
+    rates = {}
+    text = sections_of(folder / "report.md")["Learning rates"]
+    for arm, steps, rate, *_ in tables(text)[0][1] if "**Not tuned:**" not in text else ():
+        rates[arm, int(steps.replace(",", ""))] = float(rate)
+    return again.read_records(folder / "records.parquet", suite.sweep.seeds, rates)
+
+
+def sections_of(path):
+    title, *sections = re.split(r"\n## ", path.read_text())
+    return {"": title} | dict(section.split("\n", 1) for section in sections)
+
+
+def tables(text):
+    """Header and rows of each Markdown table, as lists of cells."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        lines = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in block.strip().splitlines()]
+        rows = [[cell.strip() for cell in line] for line in lines]
+        found.append((rows[0], rows[2:]))
+    return found
+
+
+def check(where, cell, *values):
+    """The numbers of a cell, in order, are these (value, format) pairs; csv has seven digits of a value."""
+    printed = NUMBER.findall(cell.replace("> 1", "inf").replace("beyond the longest horizon", "inf"))
+    assert len(printed) == len(values), f"{where}: {cell!r} has not {len(values)} numbers"
+    for text, (value, form) in zip(printed, values, strict=True):
+        slack = 2e-6 * max(1.0, abs(value)) if form.endswith("f") else 1e-3 * abs(value)
+        allowed = {format(v, form) for v in ((value - slack, value, value + slack) if form != "d" else (value,))}
+        assert text in allowed, f"{where}: {cell!r}, {value}"
+
+
+def effect(where, cell, values):
+    """A cell "mean [low, high], n = N"."""
+    mean, low, high, _, _ = again.interval(values)
+    ends = [(low, "+.4f"), (high, "+.4f")] if len(values) > 1 else []
+    check(where, cell.removesuffix(": no interval"), (mean, "+.4f"), *ends, (len(values), "d"))
+
+
+def mean_sd(where, cell, values):
+    """Cells "mean ± sd", separated by slashes: one per series of values."""
+    pairs = [(v.mean(), v.std(ddof=1)) if len(v) > 1 else (v.mean(),) for v in values]
+    check(where, cell, *[(value, ".4f") for pair in pairs for value in pair])
+
+
+def interval_cell(where, cell, values):
+    """A cell "mean [low, high]"."""
+    mean, low, high, _, _ = again.interval(values)
+    check(where, cell, (mean, "+.4f"), *([(low, "+.4f"), (high, "+.4f")] if len(values) > 1 else []))
+
+
+def test_comparisons(report):
+    runs, sections, suite, _ = report
+    checked, primary = 0, suite.primary_domains or PRIMARY
+    for title, text in sections.items():
+        for steps, block in re.findall(
+            r"\*\*([\d,]+) steps, [\d.]+ million tokens\*\*\n\n(?:[^|].*\n\n)*((?:\|.*\n?)+)", text
+        ):
+            (header, rows), steps = tables(block)[0], int(steps.replace(",", ""))
+            base, arms = rows[0][0], [row[0] for row in rows[1:]]
+            assert f"less {base} [95 %]" in header
+            differences = {arm: runs.difference(arm, base, steps) for arm in arms}
+            several = [arm for arm in arms if len(differences[arm]) > 1]
+            p = {arm: again.interval(differences[arm])[3] for arm in several}
+            adjusted = dict(zip(several, again.holm(p.values()), strict=True))
+            losses = {arm: runs.loss(arm, steps) for arm in [base, *arms]}
+            pooled = again.pooled(losses, base) if several else {}
+            for row in rows:
+                where, arm, loss = f"{title}, {steps} steps, {row[0]}", row[0], losses[row[0]]
+                spread = [(loss.std(ddof=1), ".4f")] if len(loss) > 1 else []
+                check(where, row[1], (loss.mean(), ".4f"), *spread, (len(loss), "d"))
+                if arm != base:
+                    found = again.bootstrap(runs, arm, base, steps, primary)
+                    _comparison(where, row[2:], runs, (arm, base, steps), adjusted.get(arm), pooled.get(arm), found)
+                    checked += 1
+    assert checked or len(runs.data.variant.unique()) == 1
+
+
+def _comparison(where, cells, runs, point, adjusted, pooled, bootstrap):
+    arm, base, steps = point
+    differences = runs.difference(*point)
+    n = len(differences)
+    if n > 1:
+        mean, low, high, p, sd = again.interval(differences)
+        smallest = (again.detectable(n) * sd, ".4f")
+        check(where, cells[0], (mean, "+.4f"), (low, "+.4f"), (high, "+.4f"), (n, "d"), smallest)
+        check(where, cells[1], (p, ".2g"))
+        check(where, cells[2], (adjusted, ".2g"))
+    else:
+        check(where, cells[0].split(":")[0], (differences.iloc[0], "+.4f"), (1, "d"))
+        assert cells[1:3] == ["–", "–"]
+    check(where, cells[3], *[(value, "+.4f") for value in pooled or ()])
+    # Another generator: the ends differ by Monte Carlo error, of standard deviation 0.02 widths (2,000 draws).
+    printed = np.asarray([float(x) for x in NUMBER.findall(cells[4])])
+    assert len(printed) == 2, where
+    assert np.abs(printed - bootstrap).max() < 0.1 * (bootstrap[1] - bootstrap[0]), (
+        f"{where}: {cells[4]!r}, {bootstrap}"
+    )
+    for cell, quantity, domain in ((cells[5], "last_tenth_loss", ""), (cells[6], "own_loss", "primary")):
+        ours, theirs = (runs.last(name, steps, quantity, domain) for name in (arm, base))
+        interval_cell(f"{where}, {quantity}", cell, (ours - theirs).dropna())
+    if shares := again.share_of_steps(runs, arm, base, steps):
+        middle, low, high, coverage = again.median_interval(shares)
+        ends = [(low, ".2f"), (high, ".2f"), (100 * coverage, ".0f")] if n > 1 else []
+        capped = [(math.inf if value > 1 else value, form) for value, form in [(middle, ".2f"), *ends][:3]]
+        check(where, cells[7], *capped, *ends[2:])
+    else:
+        assert cells[7] == "–"
+
+
+def test_pictures(drawn):
+    folder, _, _ = drawn
+    shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text())
+    assert set(shown) == {f"{name}.png" for name in ("effects", "curves", "sweep", "routing", "specialisation_top2")}
+    assert all((folder / name).stat().st_size > 1000 for name in shown)
+
+
+def test_headline(report):
+    """Sentences on each arm: effect and side."""
+    runs, sections, _, _ = report
+    lines = re.findall(r"^- ([\w.]+) (is .*)", sections[""], re.MULTILINE)
+    for arm, text in lines:
+        side, base, numbers = re.match(r"is (better than|worse than|not told apart from) ([\w.]+): (.*)", text).groups()
+        differences = runs.difference(arm, base, max(runs.horizons(arm, base)))
+        n, (mean, low, high, p, sd) = len(differences), again.interval(differences)
+        assert side == ("better than" if high < 0 else "worse than" if low > 0 else "not told apart from")
+        smallest = (again.detectable(n) * sd, ".4f")
+        check(arm, numbers, (mean, "+.4f"), (low, "+.4f"), (high, "+.4f"), (n, "d"), (p, ".2g"), smallest)
+
+
+def against(values, bound):
+    """Two-sided p of a mean at a bound."""
+    return 1.0 if len(values) < 2 else stats.ttest_1samp(values, bound).pvalue
+
+
+def test_claims(report):
+    """The parts of a suite's claims: effect, side, p, bound, replication."""
+    runs, sections, _, claims = report
+    if "| quantity |" not in sections.get("Claims", ""):
+        pytest.skip("no claim of this suite has runs")
+    (_, rows) = next(found for found in tables(sections["Claims"]) if found[0][1] == "quantity")
+    for row in rows:
+        claim = claims[int(row[0])]
+        part = next(part for part in claim["part"] if row[1].startswith(part["what"]))
+        steps = int(re.search(r"at ([\d,]+) steps", row[3])[1].replace(",", ""))
+        where, ours = " ".join(row[:2]), row[3].split(" at ")[0]
+        if part["rule"] == "less_variance":
+            first, second = (runs.expression(term, steps) for term in part["value"].split(" - "))
+            p = stats.pearsonr(first + second, first - second).pvalue
+            check(where, ours, (first.var(ddof=1) / second.var(ddof=1), ".3g"), (len(first), "d"))
+            check(where, row[4], (p, ".2g"))
+            continue
+        values = runs.expression(part["value"], steps)
+        mean, low, high, p, sd = again.interval(values)
+        effect(where, ours, values)
+        margin = part.get("margin") or 0.0
+        inside = {
+            "below": high < 0, "above": low > 0, "not_above": high < margin, "within": -margin < low and high < margin
+        }.get(part["rule"])  # fmt: skip
+        outside = {
+            "below": low > 0, "above": high < 0, "not_above": low > margin, "within": low > margin or high < -margin
+        }.get(part["rule"])  # fmt: skip
+        if part["rule"] != "shown":
+            side = "on its side" if inside else "on the other side" if outside else "open"
+            assert row[2].endswith(f": {side}"), where
+            bounds = {"not_above": margin, "within": math.copysign(margin, mean)}
+            p = against(values, bounds.get(part["rule"], 0.0))
+            if side == "open" and len(values) > 1:
+                check(where, row[6], (max(abs(low), abs(high)), ".4f"))
+        check(where, row[4], *([(p, ".2g")] if len(values) > 1 else []))
+        check(where, row[9], *([(again.detectable(len(values)) * sd, ".4f")] if len(values) > 1 else []))
+        if part.get("published") is not None and len(values) > 1:
+            assert row[8] == ("contains it" if low <= part["published"] <= high else "excludes it"), where
+
+
+@pytest.mark.parametrize("folder", ["drawn", *([RESULTS] if (RESULTS / "claims.md").exists() else [])])
+def test_verdicts(folder, drawn):
+    """No verdict that Holm's p over the whole primary family contradicts, on either page; the counts."""
+    _, _, claims = drawn
+    folder = drawn[0].parent if folder == "drawn" else folder
+    if folder == RESULTS:
+        claims = claims_of(ROOT / "configs/ablations/claims.toml")
+    primary = [number for number, claim in claims.items() if claim.get("family")]
+    text = (folder / "claims.md").read_text()
+    found = tables(text)
+    verdicts = {int(row[0]): row[2].strip("*") for row in found[0][1]}
+    rows = next((rows for header, rows in found if header[1] == "quantity"), [])
+    raw = {int(row[0]): float(row[4]) for row in rows if int(row[0]) in primary and row[4] != "–"}
+    tested = {number for number in raw if verdicts[number] not in ("not tested", "too few steps")}
+    adjusted = dict(zip(primary, again.holm([raw[n] if n in tested else 1.0 for n in primary]), strict=True))
+    sides = {int(row[0]): row[2] for row in rows}
+    for row in rows:
+        if (number := int(row[0])) in primary and row[5] != "–":
+            assert float(row[5]) == pytest.approx(adjusted[number], rel=0.06)  # from p with two digits
+    for number, verdict in verdicts.items():
+        if verdict in ("supported", "contradicted"):
+            assert number in primary
+            assert adjusted[number] < 0.051
+            assert ("on its side" in sides[number]) == (verdict == "supported")
+        elif number not in primary:
+            assert verdict.startswith("exploratory") or verdict in ("not tested", "too few steps")
+    counts = dict(re.findall(r"([a-z][a-z :]+): (\d+)", text.split("\n\n")[1]))
+    for verdict, count in counts.items():
+        assert list(verdicts.values()).count(verdict) == int(count)
+    shown = tables((folder / "switch_or_mixtral.md").read_text())[0][1]
+    assert [row[3].strip("*") for row in shown] == [verdicts[number] for number in primary]
+
+
+def test_arms_of_the_answer(drawn):
+    """Losses by how they are measured."""
+    folder, suite, _ = drawn
+    runs = read(folder, suite)
+    for arm, _, loss, own, last, dropped in tables((folder.parent / "switch_or_mixtral.md").read_text())[1][1]:
+        for cell, values in (
+            (loss, runs.loss(arm, 80)),
+            (own, runs.last(arm, 80, "own_loss", "primary")),
+            (last, runs.last(arm, 80, "last_tenth_loss")),
+        ):
+            further = [(len(values), "d")] if cell is loss else []
+            check(arm, cell, (values.mean(), ".4f"), (values.std(ddof=1), ".4f"), *further)
+        share = runs.rows(arm, 80, "train_fraction_tokens_dropped").value.mean()
+        check(arm, dropped, (0.0 if math.isnan(share) else 100 * share, ".1f"))
+
+
+def test_learning_rates(report):
+    runs, sections, suite, _ = report
+    text = sections["Learning rates"]
+    if "**Not tuned:**" in text:
+        assert runs.all.groupby("variant").learning_rate.nunique().max() == 1
+        return
+    header, rows = tables(text)[0]
+    rates = [float(rate) for rate in header[4:]]
+    for arm, steps, chosen, tuned, *cells in rows:
+        steps, source = int(steps.replace(",", "")), suite.variants[arm].rate_from or arm
+        losses = {}
+        for rate, cell in zip(rates, cells, strict=True):
+            if cell != "not run":
+                losses[rate] = runs.rates(source, rate, steps, suite.sweep.seeds)
+                check(f"{arm}, {rate}", cell, (losses[rate], ".4f"))
+        if losses:
+            best = min(losses, key=losses.get)
+            assert float(chosen) == best
+            place = rates.index(best)
+            neighbours = rates[max(place - 1, 0) : place] + rates[place + 1 : place + 2]
+            assert tuned.startswith("tuned") == all(rate in losses for rate in neighbours)
+
+
+def test_cost(report):
+    runs, sections, suite, _ = report
+    for arm, _, total, active, steps, model, executed, _, dropped in tables(sections["Cost"])[0][1]:
+        steps = int(steps.replace(",", ""))
+        assert steps == runs.fullest(arm)
+        expected = suite.costs(arm, steps)
+        check(arm, total, (expected["total_parameters"] / 1e6, ".2f"))
+        check(arm, active, (expected["active_parameters"] / 1e6, ".2f"))
+        check(arm, model, (expected["flops"], ".3g"))
+        share = runs.rows(arm, steps, "train_fraction_tokens_dropped").value.mean()
+        share = 0.0 if math.isnan(share) else share
+        check(arm, dropped, (100 * share, ".1f"))
+        config = suite.config(arm, steps=steps)
+        matrices = 3 if config.model.activation in ("swiglu", "geglu") else 2
+        layers = config.model.num_layers if config.model.moe.gate is not None else 0
+        hidden = config.model.moe.experts_per_token * config.model.moe.d_ff
+        tokens = steps * config.train.batch_size * config.data.sequence_length
+        saved = 6 * tokens * layers * matrices * config.model.d_model * hidden * share
+        check(arm, executed, (expected["flops"] - saved, ".3g"))
+
+
+def test_domains_routing_and_probes(report):
+    runs, sections, suite, _ = report
+    header, rows = tables(sections["Held-out loss per domain"])[0]
+    for arm, steps, *cells in rows:
+        assert int(steps.replace(",", "")) == runs.fullest(arm)
+        for domain, cell in zip(header[2:], cells, strict=True):
+            mean_sd(f"{arm}, {domain}", cell, [runs.last(arm, runs.fullest(arm), "loss", domain)])
+    header, rows = tables(sections.get("Effects per domain", "| a |\n|---|\n"))[0]
+    for arm, steps, n, *cells in rows:
+        for title, cell in zip(header[3:], cells, strict=True):
+            domain, base = re.match(r"(\S+), less (\S+) \[", title).groups()
+            ours, theirs = (runs.last(a, int(steps.replace(",", "")), "loss", domain) for a in (arm, base))
+            assert len((ours - theirs).dropna()) == int(n)
+            interval_cell(f"{arm}, {domain}", cell, (ours - theirs).dropna())
+    for arm, _, n, *cells in tables(sections.get("Routing at the last step", "| a |\n|---|\n"))[0][1]:
+        *cells, dropped = cells
+        shares = runs.rows(arm, runs.fullest(arm), "train_fraction_tokens_dropped").groupby("layer").value.mean()
+        check(arm, dropped, *[(100 * share, ".1f") for share in shares])
+        for name, cell in zip(("max_violation", "router_entropy", "dead_experts"), cells, strict=True):
+            values = runs.per_layer(arm, runs.fullest(arm), name)
+            assert len(values) == int(n)
+            moe = suite.config(arm).model.moe
+            unit = math.log(moe.num_experts + moe.null_experts) if name == "router_entropy" else 1.0
+            check(f"{arm}, {name}", cell, *[(mean / unit, ".2f") for mean in values.mean()])
+    for arm, quantity, n, cell in tables(sections.get("Probes of the trained models", "| a |\n|---|\n"))[0][1]:
+        values = runs.per_layer(arm, runs.data[runs.data.quantity == quantity].steps.max(), quantity)
+        assert len(values) == int(n)
+        mean_sd(f"{arm}, {quantity}", cell, [values[layer] for layer in values])
+
+
+def test_provenance(report):
+    """Number of runs, hours, tokens for each parameter, epochs."""
+    runs, sections, suite, _ = report
+    source = sections["Where the numbers come from"]
+    every = runs.all.groupby(["variant", "steps", "learning_rate", "seed"]).seconds.first()
+    compared = runs.data.groupby(["variant", "steps", "learning_rate", "seed"]).ngroups
+    counts = [(len(every), "d"), (compared, "d"), (every.sum() / 3600, ".1f")]
+    check("runs", re.search(r"Runs: (.*)\.", source)[1], *counts)
+    base = next(iter(suite.variants))
+    tokens = suite.longest * suite.tokens_per_step
+    text = re.search(r"- (.*) training tokens, (.*) per active parameter", source)
+    check("tokens", text[1], (tokens / 1e6, ".3g"))
+    check("tokens", text[2], (tokens / suite.costs(base)["active_parameters"], ".1f"))
+    domains = suite.config(base).data.domains
+    for name, size in suite.domain_tokens.items():
+        check(name, re.search(rf"{name} ([\d.]+\d)", source)[1], (tokens / len(domains) / size, ".2f"))
+
+
+def test_law(report):
+    """The coefficients at the floor that is printed, and that no other floor has a smaller misfit."""
+    runs, sections, suite, _ = report
+    text = sections.get("Law of experts and tokens", "")
+    if "L∞ = " not in text:
+        pytest.skip("no law was fitted")
+    tokens = suite.longest * suite.tokens_per_step
+    losses = {suite.experts[arm]: runs.loss(arm, suite.longest).mean() for arm in runs.data.variant.unique()}
+    floor = float(re.search(r"L∞ = ([\d.]+\d)", text)[1])
+
+    def fitted(bottom):
+        x, y = np.log(list(losses)), np.asarray(list(losses.values()))
+        slope, intercept = np.polyfit(x, np.log(y - bottom), 1)
+        return slope, intercept, y - bottom - np.exp(intercept + slope * x)
+
+    slope, intercept, residuals = fitted(floor)
+    for name, value in (("d", intercept), ("b", slope)):
+        assert float(re.search(rf" {name} = ([^ ]*)", text)[1]) == pytest.approx(value, rel=0.01)
+    for row, residual in zip(tables(text)[0][1], residuals, strict=True):
+        assert row[1] == f"{tokens / 1e6:.3g}M"
+        check("law", row[2], (losses[int(row[0])], ".4f"))
+        assert float(row[4]) == pytest.approx(residual, abs=2e-4)
+    for other in (0.0, 0.9 * floor, min(1.02 * floor, 0.999 * min(losses.values()))):
+        assert (residuals**2).sum() <= (fitted(other)[2] ** 2).sum() + 1e-9
+
+
+# --- Earlier runs ----------------------------------------------------------------------------------------------------
+EARLY = RESULTS / "early"
+
+
+@pytest.fixture(scope="module")
+def early():
+    data = pd.read_parquet(EARLY / "results.parquet")
+    runs = {name: again.Runs(data[data.suite == name]) for name in data.suite.unique()}
+    return runs, [rows for _, rows in tables((EARLY / "README.md").read_text())]
+
+
+def test_differences_of_earlier_runs(early):
+    runs, (rows, *_) = early
+    for suites, difference, steps, n, cell, p in rows:
+        names = [name.strip("`") for name in suites.split(" − ")]
+        steps = int(steps.replace(",", ""))
+        arm, base = (
+            runs[name].loss(a, steps) for name, a in zip((names * 2)[:2], difference.split(" − "), strict=True)
+        )
+        values = (arm - base).dropna()
+        assert len(values) == int(n)
+        interval_cell(difference, cell, values)
+        check(difference, p, *([(again.interval(values)[3], ".2g")] if len(values) > 1 else []))
+
+
+def test_quantities_of_the_claims_of_earlier_runs(early):
+    runs, (_, rows, *_) = early
+    for number, what, value, steps, n, cell, p, _ in rows:
+        found = []
+        arms = {arm for *_, arm, _ in again.TERM.findall(value.strip("`")) if arm}
+        for suite in runs.values():
+            if arms <= suite.arms:
+                values = suite.expression(value.strip("`"), int(steps.replace(",", "")))
+                found += [values] if len(values) == int(n) else []
+        texts = {f"{again.interval(v)[0]:+.4f}" for v in found}
+        assert cell.split(" ")[0] in texts, f"{number}, {what}"
+        values = next(v for v in found if f"{again.interval(v)[0]:+.4f}" == cell.split(" ")[0])
+        interval_cell(what, cell, values)
+        check(what, p, *([(again.interval(values)[3], ".2g")] if len(values) > 1 else []))
+
+
+def test_table_of_specialisation(early):
+    """Means of specialisation.csv, and the interval of lexical class less domain."""
+    data = pd.read_csv(EARLY / "specialisation.csv", dtype={"layer": str})
+    means = data.groupby(["layer", "router", "label"]).explained.mean()
+    _, (_, _, rows) = early
+    for layer, *cells in rows[:-1]:
+        pairs = itertools.product(("lexical_matched", "domain_matched", "token"), ("trained", "untrained"))
+        for cell, (label, router) in zip(cells[:-1], pairs, strict=True):
+            check(f"layer {layer}, {label}", cell, (means[layer, router, label], ".3f"))
+        trained = data[(data.router == "trained") & (data.layer == layer)].pivot_table("explained", "seed", "label")
+        mean, low, high, _, _ = again.interval(trained.lexical_matched - trained.domain_matched)
+        check(f"layer {layer}", cells[-1], (mean, "+.3f"), (low, "+.3f"), (high, "+.3f"))
+    for cell, label in ((rows[-1][1], "lexical_matched"), (rows[-1][3], "domain_matched"), (rows[-1][5], "token")):
+        check(label, cell, (data[(data.router == "hash") & (data.label == label)].explained.mean(), ".3f"))

@@ -1,0 +1,479 @@
+"""The ablation lab: suites, plans, records, expressions and the report."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from configs import base as defaults
+from configs.ablations import common
+from moe.config import ConfigError
+from moe.config.resolve import from_config_dict
+from moe.lab import costs, identity, records, results
+from moe.lab.claims import decide
+from moe.lab.expressions import Term, parse
+from moe.lab.loading import check, load_suite, with_seeds
+from moe.lab.records import DIVERGED, PRIMARY, Key
+from moe.lab.report import figures, sections
+from moe.lab.schedule import Plan
+from moe.lab.suite import Comparison, Sweep, Variant
+from moe.lab.table import MissingError, Table
+from tests.helpers import slow_case
+from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
+
+ROOT = Path(__file__).resolve().parents[2]
+OTHERS = ("__init__", "common", "own_text")
+SUITES = sorted(path for path in (ROOT / "configs/ablations").glob("*.py") if path.stem not in OTHERS)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("size", ["laptop", slow_case("pod")])
+def test_every_suite_is_as_equal_as_it_says(path, size):
+    suite = load_suite(str(path), size)
+    assert suite.name == path.stem
+    assert set(suite.primary_domains) <= set(suite.base.data.domains) | {suite.base.data.dataset}
+
+
+def test_a_suite_on_own_text_takes_the_folder_and_names_what_it_replaces():
+    path = str(ROOT / "configs/ablations/own_text.py")
+    suite = load_suite(f"{path}:/tmp/text", "laptop")
+    assert suite.base.data.dataset == "/tmp/text"
+    assert suite.replaced() == {}
+    suite.base.data.heldout_rows, suite.base.train.eval_every = 32, 77
+    assert suite.replaced() == {"data.heldout_rows": (32, 256), "train.eval_every": (77, 125)}
+    with pytest.raises(ConfigError, match=r"own_text.py:FOLDER: name the folder of text"):
+        load_suite(path, "laptop")
+
+
+def test_the_width_of_an_arm_follows_the_base_config_that_it_is_given():
+    base = common.base("laptop")
+    base.model.d_ff = 96
+    assert common.moe(base, "mixtral", 8, 2)["model.moe.d_ff"] == 48
+    assert common.moe("laptop", "mixtral", 8, 2)["model.moe.d_ff"] == 128
+
+
+def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
+    suite = suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("steps",))}, horizons=(20,))
+    runs = [record(name, seed, loss) for name, loss in (("a", 5.0), ("b", 4.0)) for seed in suite.seeds]
+    write_page(tmp_path, suite, runs)
+    text = (tmp_path / "report.md").read_text()
+    assert "**Learning rates of any arm are not tuned** at 20 steps" in text.partition("\n## ")[0]
+    assert "**Not tuned:** the suite has no sweep. All arms use the base config's rate, 0.003." in text
+    half = dataclasses.replace(SWITCH, rate_from="a")
+    suite = suite_of({"a": DENSE, "b": half}, suite.comparisons, horizons=(20,), sweep=Sweep((3e-3, 6e-3), (9,)))
+    swept = [record("a", 9, loss, rate=rate) for rate, loss in ((3e-3, 5.0), (6e-3, 6.0))]
+    write_page(tmp_path, suite, runs + swept)
+    assert "not tuned" not in (tmp_path / "report.md").read_text()
+
+
+def test_every_claim_names_arms_of_its_suite():
+    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 30)]
+    suites = {path.stem: load_suite(str(path), "laptop") for path in SUITES}
+    for claim in CLAIMS:
+        assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number
+        assert claim.min_steps <= suites[claim.suite].longest
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (suite_of({"a": DENSE}, seeds=(0,)), "at least two"),
+        (suite_of({"a": DENSE}, seeds=(0, 1, 1)), "at least two different"),
+        (suite_of({"a": DENSE}, horizons=(10, 10)), "different positive numbers"),
+        (suite_of({"a": Variant({"model.moe.gat": "none"})}), "variant 'a'.*gat"),
+        (suite_of({"a": Variant({"model.moe.gate": "swich"})}), "variant 'a'.*swich"),
+        (suite_of({"a": dataclasses.replace(DENSE, starts_from="b")}), "no variant 'b'"),
+        (suite_of({"a": DENSE}, headline=("b",)), "headline: no variant 'b'"),
+        (suite_of({"a": DENSE}, {"c": Comparison("a", ("b",), ("steps",))}), "no variant 'b'"),
+        (suite_of({"a": DENSE}, {"c": Comparison("a", ("a",), ("luck",))}), "'luck' is not one of"),
+        (suite_of({"a": DENSE}, sweep=Sweep((1e-3, 2e-3), (9,))), "must contain the base config's 0.003"),
+        (suite_of({"a": DENSE}, sweep=Sweep((0.0, 3e-3), (9,))), "must be positive"),
+        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (1,))), "none of the suite's"),
+        (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,), (7,))), "must be among the suite's"),
+        (suite_of({"../a": DENSE}), "variant '../a': must be at most 60 letters"),
+        (suite_of({"a": dataclasses.replace(DENSE, rate_from="b")}), "no variant 'b'"),
+        (
+            suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("total_parameters",))}),
+            r"'b' has 3\.\d+ times the total_parameters of 'a'",
+        ),
+    ],
+)
+def test_a_suite_that_cannot_be_compared_is_refused(suite, message):
+    with pytest.raises(ConfigError, match=message):
+        check(suite)
+
+
+SUITE_FILE = """
+from configs import base
+from moe.lab.suite import Comparison, Suite, Sweep, Variant
+def get_suite(size):
+    return {returned}
+"""
+FIELDS = 'name="s", question="?", base=base.get_config(), variants={"a": Variant({})}, seeds=(0, 1), comparisons={}'
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("7", "must return a moe.lab.suite.Suite"),
+        ("1 / 0", "ZeroDivisionError"),
+        (f"Suite({FIELDS}, horizons='long')", "horizons"),
+        (f"Suite({FIELDS}, horizon=(3,))", "horizon"),
+        (f"Suite({FIELDS}, sweep=0.1)", "sweep"),
+        (f"Suite({FIELDS}, sweep=Sweep('fast', (9,)))", "Sweep 0 Input should be a valid tuple"),
+        (f"Suite({FIELDS}, heldout_rows=None)", "heldout_rows"),
+        (f"Suite({FIELDS}, unseen=('python',))", "held-out text alone"),
+        (f"Suite({FIELDS.replace('Variant({})', 'Variant(3)')})", "Variant 0 Input should be a valid dict"),
+        (f"Suite({FIELDS.replace('Variant({})', '{}')})", "variants"),
+        (f"Suite({FIELDS.replace('seeds=(0, 1)', 'seeds=3')})", "seeds"),
+        (f"Suite({FIELDS.replace('comparisons={}', 'comparisons=[]')})", "comparisons"),
+        (f"Suite({FIELDS.replace('name=', 'named=')})", "named"),
+        (f"Suite({FIELDS.replace(chr(34) + 's' + chr(34), chr(34) + '../s' + chr(34))})", "suite '../s'"),
+    ],
+)
+def test_a_suite_file_of_wrong_types_is_refused_in_a_sentence(tmp_path, returned, message):
+    path = tmp_path / "s.py"
+    path.write_text(SUITE_FILE.format(returned=returned))
+    with pytest.raises(ConfigError, match=message):
+        load_suite(str(path), "laptop")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "x"}, {"seed": 0.5}, {"learning_rate": None}, {"status": 3}, {"rows": [[1, 2]]}, {"rows": {}},
+        {"row_losses": ["a"]}, {"row_losses": [1.0]}, {"probes": []}, {"claims": {"1": 2}}, {"data": None},
+        {"costs": {"flops": "many"}}, {"form": []}, {"run": 5}, {"last_losses": 1}, {"rows": []}, {"variant": ["a"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_wrong_types_is_refused_in_a_sentence(tmp_path, change):
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    keyed(suite, [record("a", 0, 4.5)])[0].write(tmp_path)
+    (path,) = (tmp_path / "records").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=r"\.json: not a record of this version"):
+        records.read_all(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000])
+def test_a_record_that_is_none_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json: not a record"):
+        records.read_all(tmp_path)
+
+
+def test_records_are_kept_as_one_table(tmp_path):
+    suite = suite_of({"a": DENSE}, horizons=(20,), seeds=(0, 1))
+    runs = keyed(suite, [record("a", 0, 4.5, probes={"p@1": 0.5}), record("a", 1, 4.25, last_losses=[1.0, 2.0])])
+    path = tmp_path / "s" / records.TABLE
+    path.parent.mkdir()
+    records.write_table(path, runs)
+    assert records.read_all(tmp_path) == records.read_all(path.parent) == runs
+    # A run that is in both is there once, and the file of the run itself counts.
+    dataclasses.replace(runs[0], seconds=7.0).write(tmp_path)
+    assert [run.seconds for run in records.read_all(tmp_path)] == [7.0, 1.0]
+    for content in (b"no table", path.read_bytes()[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="not a table of records"):
+            records.read_all(tmp_path)
+
+
+def test_other_seeds_are_not_those_of_the_sweep():
+    suite = suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,)))
+    assert with_seeds(suite, [4]).seeds == (4,)
+    for seeds in ([9], [1, 1]):
+        with pytest.raises(ConfigError, match="--seeds"):
+            with_seeds(suite, seeds)
+
+
+def test_each_horizon_has_a_schedule_of_its_own():
+    suite = suite_of({"a": dataclasses.replace(DENSE, rate_scale=0.5)}, horizons=(2000, 200))
+    assert suite.steps == (200, 2000)
+    for steps, warmup, evaluate in ((200, 20, 25), (2000, 200, 250)):
+        config = suite.config("a", steps=steps, learning_rate=0.01)
+        assert (config.train.num_steps, config.optimizer.warmup_steps) == (steps, warmup)
+        assert (config.train.eval_every, config.optimizer.learning_rate) == (evaluate, 0.005)
+
+
+def test_routing_groups_follow_the_batch_size():
+    arms = {
+        "whole": Variant({"model.moe.gate": "switch", "train.batch_size": 6}),
+        "own": Variant({"model.moe.gate": "switch", "model.moe.group_size": 64}),
+    }
+    suite = suite_of(arms)
+    length = suite.base.data.sequence_length
+    assert suite.config("whole").model.moe.group_size == 6 * length
+    assert suite.config("own").model.moe.group_size == 64
+
+
+def test_the_plan_goes_seed_by_seed_with_the_headline_arms_first():
+    suite = suite_of({"a": DENSE, "other": SWITCH, "b": SWITCH}, seeds=(0, 1), horizons=(20, 10), headline=("a", "b"))
+    order = [(key.seed, key.steps, key.variant) for key in Plan(suite, []).runs()]
+    assert order[:4] == [(0, 10, "a"), (0, 10, "b"), (0, 20, "a"), (0, 20, "b")]
+    assert order[4:6] == [(1, 10, "a"), (1, 10, "b")]
+    assert order[8:] == [(0, 10, "other"), (0, 20, "other"), (1, 10, "other"), (1, 20, "other")]
+
+
+def test_parents_are_trained_before_their_children():
+    child = dataclasses.replace(SWITCH, starts_from="parent", seed_offset=7)
+    suite = suite_of({"child": child, "parent": DENSE}, seeds=(0, 1))
+    order = [(key.variant, key.seed) for key in Plan(suite, []).runs()]
+    assert order == [("parent", 0), ("child", 0), ("parent", 1), ("child", 1)]
+    found = Plan(suite, [])
+    key = found.runs()[1]
+    assert found.parents(key) == {"starts_from": Key("parent", 320, 3e-3, 0)}
+    assert suite.config("child", 1).seed == 8
+    # The child is another run when its parent is.
+    edited = dataclasses.replace(DENSE, overrides={**DENSE.overrides, "model.d_ff": 64})
+    other = Plan(dataclasses.replace(suite, variants={"child": child, "parent": edited}), [])
+    assert found.run(key) != other.run(key)
+
+
+def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
+    sweep = Sweep((1e-3, 3e-3, 9e-3, 27e-3), (7,), (10, 20))
+    arms = {"a": DENSE, "b": dataclasses.replace(SWITCH, rate_from="a")}
+    suite = suite_of(arms, seeds=(0, 1), horizons=(10, 20), sweep=sweep)
+
+    def after(*runs):
+        return Plan(suite, keyed(suite, runs))
+
+    assert after().runs() == [Key("a", 10, 3e-3, 7), Key("a", 20, 3e-3, 7)]
+    first = record("a", 7, 4.9, 10)
+    assert [key for key in after(first).runs() if key.steps == 10] == [Key("a", 10, r, 7) for r in (3e-3, 1e-3, 9e-3)]
+    # The higher neighbour is the best so far: the one beyond it is next, and no run of the comparisons is named yet.
+    middle = [first, record("a", 7, 5.0, 10, 1e-3), record("a", 7, 4.8, 10, 9e-3)]
+    choice = after(*middle).choices["a", 10]
+    assert (choice.rate, choice.tuned, choice.to_try) == (9e-3, False, (27e-3,))
+    assert {key.seed for key in after(*middle).runs()} == {7}
+    # It diverges: the arm is tuned at this horizon, with the arm that takes its rate; the other horizon is not.
+    full = [*middle, record("a", 7, 4.0, 10, 27e-3, DIVERGED)]
+    found = after(*full)
+    assert found.choices["a", 10] == found.choices["b", 10]
+    choice = found.choices["a", 10]
+    assert (choice.rate, choice.tuned, choice.at_edge) == (9e-3, True, False)
+    assert not found.choices["a", 20].tuned
+    assert {key for key in found.runs() if key.seed == 0} == {Key(arm, 10, 9e-3, 0) for arm in arms}
+    # Without the sweep every arm takes the best rate tried.
+    assert {key.learning_rate for key in found.runs(sweep=False) if key.steps == 20} == {3e-3}
+    # Reserved seeds are in no comparison.
+    assert Table(suite, keyed(suite, full)).used == []
+    edge = after(first, record("a", 7, 4.8, 10, 1e-3), record("a", 7, 5.0, 10, 9e-3)).choices["a", 10]
+    assert (edge.rate, edge.tuned, edge.at_edge) == (1e-3, True, True)
+
+
+def test_a_rate_of_many_digits_finds_its_record():
+    sweep = Sweep((1 / 300, 1 / 150), (7,))
+    base = defaults.get_config()
+    base.optimizer.learning_rate = 1 / 300
+    suite = suite_of({"a": DENSE}, seeds=(0, 1), horizons=(20,), sweep=sweep, base=base)
+    runs = keyed(suite, [record("a", 7, 5.0, rate=1 / 300), record("a", 7, 5.1, rate=1 / 150)])
+    found = Plan(suite, runs)
+    assert found.choices["a", 20].tried == {1 / 300: 5.0, 1 / 150: 5.1}
+    # Seven digits of it are another rate.
+    assert Plan(suite, keyed(suite, [record("a", 7, 5.0, rate=0.003333333)])).choices["a", 20].tried == {}
+
+
+def test_an_edited_arm_is_another_run(tmp_path):
+    suite = suite_of({"a": DENSE, "b": SWITCH}, seeds=(0, 1), horizons=(20,))
+    for run in keyed(suite, [record("b", 0, 5.0), record("b", 1, 5.0)]):
+        run.write(tmp_path)
+    runs = records.read_all(tmp_path)
+    assert Table(suite, runs).seeds(20, "b") == [0, 1]
+    for fields in ({"model.moe.gate": "mixtral"}, {"model.moe.gate": "switch", "model.d_ff": 64}):
+        edited = dataclasses.replace(suite, variants={"a": DENSE, "b": Variant(fields)})
+        assert Table(edited, runs).used == []
+        assert len(Plan(edited, runs).runs()) == 4
+    # Another suite finds the same runs under another name.
+    renamed = dataclasses.replace(suite, name="other", variants={"c": SWITCH})
+    (first, second) = Table(renamed, runs).used
+    assert (first.variant, second.variant) == ("c", "c")
+
+
+def test_the_canonical_form_names_every_setting():
+    """A field added to the config is named here or in the canonical form: does it change a run's result?"""
+    of_no_effect = {
+        "seed", "vocab_size", "data.directory", "data.heldout_rows", "start.checkpoint", "start.optimizer",
+        "distill.teacher", "distill.soft_share", "train.log_every", "train.eval_every", "train.save_every",
+        "train.keep_checkpoints", "train.keep_every", "train.max_skipped_steps", "train.on_skipped_steps",
+        "train.spike_sigmas", "train.sample_tokens", "train.compilation_cache", "train.writers", "model.attention",
+        "model.scan_layers", "model.remat", "model.d_ff", "optimizer.name", "optimizer.final_learning_rate_fraction",
+    }  # fmt: skip
+    config = from_config_dict(defaults.get_config())
+    names = {*identity._MODEL, *identity._DATA, *identity._OPTIMIZER, *identity._TRAIN, *identity._START}
+    for section in ("data", "train", "model", "optimizer", "start"):
+        for field in dataclasses.fields(getattr(config, section)):
+            value = getattr(getattr(config, section), field.name)
+            known = field.name in names or dataclasses.is_dataclass(value)
+            assert known or f"{section}.{field.name}" in of_no_effect, field.name
+
+
+def test_the_canonical_form_is_fixed():
+    """Records stay valid as long as these stay the same, however the config is written."""
+    suite = suite_of({"a": SWITCH}, horizons=(20,), base=defaults.get_config())
+    form = suite.form("a", 3, steps=20, learning_rate=1e-3, parents={})
+    text = {"literature": "1.2.0", "python": "1.2.0"}
+    assert form == {
+        "balance_weight": 0.01, "batch_size": 8, "capacity_factor": 1.25, "d_model": 256, "dataset": "embedded",
+        "domains": ["literature", "python"], "drops": True, "eval_capacity_factor": 2.0, "evaluation": {"rows": 256,
+        "unseen": {}}, "expert_dim": 512, "experts": 8, "gates": "switch", "group_tokens": 2048, "head_dim": 32,
+        "jitter": 0.01, "k": 1, "learning_rate": 1e-3, "num_heads": 8, "num_kv_heads": 4, "num_layers": 4,
+        "num_steps": 20, "seed": 3, "sequence_length": 256, "text": text, "vocab_size": 4096, "warmup_steps": 2,
+    }  # fmt: skip
+    assert identity.digest(form) == "e023200334733291"
+    free = suite_of({"a": Variant({"model.moe.gate": "switch", "model.moe.dispatch": "dropless"})}, horizons=(20,))
+    removed = {"capacity_factor", "eval_capacity_factor", "group_tokens"}
+    assert free.form("a", 3, steps=20, learning_rate=1e-3, parents={}) == {
+        **{name: value for name, value in form.items() if name not in removed}, "drops": False,
+    }  # fmt: skip
+
+
+def test_curves_are_compared_at_the_steps_that_all_runs_have():
+    def run(variant, seed, points):
+        rows = [(step, "loss", PRIMARY, "", loss) for step, loss in points.items()]
+        return record(variant, seed, 0.0, rows=rows)
+
+    runs = [run("a", 0, {5: 6.0, 10: 5.0, 20: 4.0}), run("b", 0, {5: 5.5, 10: 4.8, 20: 3.5})]
+    runs += [run("a", 1, {8: 5.0, 10: 4.9, 20: 4.2}), run("b", 1, {5: 5.6, 10: 4.8, 20: 4.0})]  # "a" lost step 5
+    found = table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), runs).curve_differences("b", "a", 20)
+    assert found == {10: pytest.approx([-0.2, -0.1]), 20: pytest.approx([-0.5, -0.2])}
+
+
+def test_a_record_is_read_back(tmp_path):
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    (written,) = keyed(suite, [record("a", 0, 4.56789012, rate=1 / 300)])
+    written.write(tmp_path)
+    (read,) = records.read_all(tmp_path)
+    assert (read.key, read.form) == (written.key, written.form)
+    path = tmp_path / "records" / f"a.steps_20.seed_0.{written.run}.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"d_model":256', '"d_model":64'))
+    with pytest.raises(ConfigError, match=r"not a record.*its form was edited"):
+        records.read_all(tmp_path)
+    path.write_text(whole)
+    assert read.primary_loss == 4.56789  # seven digits
+    (tmp_path / "records" / "broken.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"broken.json: not a record"):
+        records.read_all(tmp_path)
+
+
+def test_results_load_with_one_line_of_pandas(tmp_path):
+    runs = [record("a", 0, 4.5, run="1"), record("b", 0, 4.25, probes={"p/x@1": 0.5}, run="2")]
+    runs.append(record("a", 0, 4.4, rate=1e-3, run="3"))
+    results.write(tmp_path, runs, ["1", "2"])
+    found = pd.read_csv(tmp_path / "results.csv")
+    last = found.query("compared and quantity == 'loss' and domain == 'primary' and step == steps")
+    last = last.set_index("variant").value
+    assert (last["a"], last["b"]) == (4.5, 4.25)
+    assert found.query("quantity == 'p/x'").layer.item() == 1
+
+
+def test_executed_flops_leave_out_dropped_assignments():
+    suite = suite_of({"dense": DENSE, "moe": Variant({"model.moe.gate": "switch", "model.moe.num_experts": 4})})
+    dense, moe = suite.config("dense"), suite.config("moe")
+    assert costs.executed_flops(dense, 0.0) == suite.costs("dense")["flops"]
+    assert costs.executed_flops(moe, 0.0) == suite.costs("moe")["flops"]
+    # Three matrices of a gated FFN in every layer, 2 FLOPs a weight, three passes; a quarter of the assignments.
+    matrices = 3 * moe.model.d_model * (moe.model.moe.d_ff or moe.model.d_ff) * moe.model.num_layers
+    tokens = moe.train.num_steps * moe.train.batch_size * moe.data.sequence_length
+    saved = suite.costs("moe")["flops"] - costs.executed_flops(moe, 0.25)
+    assert saved == pytest.approx(0.25 * 6 * matrices * tokens)
+
+
+def test_the_training_of_parents_is_counted():
+    suite = suite_of({"parent": DENSE, "child": dataclasses.replace(DENSE, starts_from="parent")}, horizons=(20,))
+    runs = [record(name, seed, 5.0) for name in ("parent", "child") for seed in (0, 1)]
+    text = sections.costs_section(table(suite, runs))
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    executed, before = 7, 8
+    assert rows["child"][before] == rows["parent"][executed] == f"{suite.costs('parent')['flops']:.3g}"
+    assert rows["parent"][before] == "–"
+
+
+def test_expressions_by_hand():
+    assert parse("loss[a] - 2 max_violation[b, layer=1-] - 0.5 + x/y_1.0[c, step=first]") == [
+        Term(1.0, "loss", "a"),
+        Term(-2.0, "max_violation", "b", layers="1-"),
+        Term(-0.5),
+        Term(1.0, "x/y_1.0", "c", first=True),
+    ]
+    for text in ("", "0.5", "loss", "loss[a] loss[b]", "loss[a, when=now]", "loss[a] * 2"):
+        with pytest.raises(ValueError, match="value="):
+            parse(text)
+
+
+def test_values_of_layers_and_first_evaluations():
+    rows = [(10, "loss", PRIMARY, "", 6.0), (20, "loss", PRIMARY, "", 5.0)]
+    rows += [(20, "load", "", str(layer), value) for layer, value in enumerate((1.0, 2.0, 6.0))]
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    found = table(suite, [record("a", 0, 5.0, rows=rows, probes={"p/q@0": 0.25, "p/q@1": 0.75})])
+    expressions = ("load[a]", "load[a, layer=0]", "load[a, layer=1-]", "loss[a, step=first] - loss[a]", "p/q[a] - 1")
+    assert [found.values(20, text)[0] for text in expressions] == [3.0, 1.0, 4.0, 1.0, -0.5]
+    with pytest.raises(MissingError, match="no nothing of a"):
+        found.values(20, "nothing[a]")
+
+
+def test_a_trial_of_two_seeds_is_marked(tmp_path):
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), seeds=(0, 1))
+    check(suite)
+    found = [record(name, seed, 5.0 + seed, 4) for name in ("dense", "mixtral") for seed in (0, 1)]
+    write_page(tmp_path, suite, found)
+    assert "**A trial:**" in (tmp_path / "report.md").read_text()
+
+
+def test_report_of_horizons_tells_the_crossing(tmp_path):
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 400))
+    found = []
+    for seed in (0, 1, 2):
+        for steps, difference in ((4, 0.1), (400, -0.1)):
+            found += [record("dense", seed, 5.0, steps), record("mixtral", seed, 5.0 + difference, steps)]
+    write_page(tmp_path, suite, found)
+    text = (tmp_path / "report.md").read_text()
+    tokens = 40 * suite.tokens_per_step / 1e6  # halfway between 4 and 400 in log steps
+    assert f"Its mean loss is the lower one from about {tokens:.2f} million tokens on" in text
+    assert "![horizons](horizons.png)" in text
+
+
+def test_report_below_the_longest_horizon_says_so(tmp_path):
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 400))
+    found = [record(name, seed, loss, 4) for name, loss in (("dense", 5.0), ("mixtral", 5.1)) for seed in (0, 1, 2)]
+    found.append(record("dense", 0, 4.0, 400))  # a first run of the next horizon, without a partner
+    write_page(tmp_path, suite, found)
+    text = (tmp_path / "report.md").read_text()
+    assert "The longest horizon, 400 steps, has no comparison yet" in text
+    assert "no evidence against a claim about longer training" in text
+    assert "| dense | 4 | 5.0000 ± 0.0000 |" in text  # the table of domains stays with the three seeds
+
+
+def test_the_picture_of_a_sweep_names_arms_that_only_one_panel_has(tmp_path, monkeypatch):
+    suite = suite_of({"a": DENSE, "b": DENSE}, seeds=(0, 1), horizons=(10, 20), sweep=Sweep((1e-3, 3e-3), (7,)))
+    found = [record(name, 7, 5.0, 10, rate) for name in ("a", "b") for rate in (1e-3, 3e-3)]
+    found.append(record("b", 7, 4.0, 20, 3e-3))
+    pictures = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: pictures.append(figure) or path.name)
+    assert figures.sweep(tmp_path / "sweep.png", table(suite, found)) == "sweep.png"
+    (picture,) = pictures
+    assert [text.get_text() for text in picture.axes[-1].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_effects_of_the_report_follow_from_results_csv(tmp_path):
+    suite = tiny_suite(tiny_base(tmp_path))
+    ours, base = (4.91, 4.87, 4.95), (5.02, 4.99, 5.01)
+    found = [record("dense", seed, loss, 4) for seed, loss in enumerate(base)]
+    found += [record("mixtral", seed, loss, 4) for seed, loss in enumerate(ours)]
+    write_page(tmp_path, suite, found)
+    results_csv = pd.read_csv(tmp_path / "results.csv")
+    final = results_csv.query("compared and quantity == 'loss' and domain == 'primary' and step == steps")
+    by_seed = final.pivot_table("value", "seed", "variant")
+    difference = by_seed["mixtral"] - by_seed["dense"]
+    half = 4.30265 * difference.std() / math.sqrt(3)
+    low, high = difference.mean() - half, difference.mean() + half
+    assert f"{difference.mean():+.4f} nats [{low:+.4f}, {high:+.4f}], n = 3" in (tmp_path / "report.md").read_text()

@@ -1,0 +1,191 @@
+"""Text with a key/value cache is the text without one, whatever shares the batch or the mesh."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
+from moe.config.resolve import resolve
+from moe.interop import load_huggingface
+from moe.models import kv_cache, sampling
+from moe.models.decoder import Transformer
+from moe.models.factory import abstract_model
+from moe.models.sampling import Sampling
+from moe.parallel import partition_specs
+from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_specs
+from tests.helpers import moe_config, slow_case
+from tests.interop.test_interop import CASES, _expected
+
+GREEDY = Sampling(temperature=0)
+
+
+def _model(**changes):
+    moe = moe_config(**{"num_experts": 4, "d_ff": 12, "dispatch": "dropless", **changes.pop("moe", {})})
+    sizes = {"vocab_size": 48, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "d_ff": 20}
+    config = resolve(
+        Config(model=ModelConfig(**{**sizes, "num_layers": 2, "init_scale": 4.0, **changes}, moe=moe))
+    ).model
+    return config, nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def _without_cache(config, variables, prompts, num_tokens):
+    """Runs the whole rows again for every token, padded to one length so that it compiles once."""
+    config = sampling.without_drops(config)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    forward = jax.jit(lambda tokens, ids: nnx.merge(graphdef, variables)(tokens, ids).logits)
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), lengths.max() + num_tokens), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    for _ in range(num_tokens):
+        logits = np.asarray(forward(tokens, (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)))
+        tokens[np.arange(len(prompts)), lengths] = logits[np.arange(len(prompts)), lengths - 1].argmax(-1)
+        lengths += 1
+    return [row[length - num_tokens : length] for row, length in zip(tokens, lengths, strict=True)]
+
+
+PROMPTS = [[5, 9, 2, 30, 11, 7, 8], [3], [40, 41, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        slow_case({"sliding_window": 3, "sliding_window_layers": (1,), "moe": {"layers": (0,)}}),
+        {"moe": {"dispatch": "gather", "shared_d_ff": 8, "gate": "switch"}, "num_kv_heads": 1, "qk_norm": "head"},
+        slow_case({"sliding_window": 4}),
+        slow_case({"tie_embeddings": True, "moe": {"gate": "none"}}),
+    ],
+    ids=["a window in one layer", "gather", "ring", "dense"],
+)
+def test_greedy_with_cache_is_greedy_without(changes):
+    config, variables = _model(**changes)
+    texts = sampling.sample(config, variables, PROMPTS, 10, GREEDY)
+    np.testing.assert_array_equal(texts, _without_cache(config, variables, PROMPTS, 10))
+
+
+#: One of each form of attention; the other families run with the slow tests.
+_OFTEN = ("deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [case if case.id in _OFTEN else slow_case(*case.values, id=case.id) for case in CASES],
+)
+def test_greedy_is_the_reference_librarys(path):
+    expected = _expected(path)["greedy"]
+    width = 8 if expected.shape[1] == 20 else 6  # of the prompts
+    model, config = load_huggingface(path)
+    variables = nnx.to_pure_dict(nnx.state(model))
+    texts = sampling.sample(config.model, variables, list(expected[:, :width]), expected.shape[1] - width, GREEDY)
+    np.testing.assert_array_equal(texts, expected[:, width:])
+
+
+@pytest.mark.slow
+def test_a_row_does_not_depend_on_its_neighbours():
+    config, variables = _model(num_layers=1)
+    options = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    together = sampling.sample(config, variables, PROMPTS, 8, options)
+    alone = sampling.sample(config, variables, PROMPTS[:1], 8, options)
+    np.testing.assert_array_equal(together[0], alone[0])
+    assert together[0].tolist() != together[1].tolist()
+
+
+@pytest.mark.parametrize("gate", [slow_case("random"), "balanced"])
+@pytest.mark.slow
+def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
+    config, variables = _model(num_layers=1, moe={"gate": gate, "num_experts": 4})
+    together = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        (alone,) = sampling.sample(config, variables, [prompt], 6, GREEDY)
+        np.testing.assert_array_equal(text, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
+def test_a_mesh_writes_the_same_text(mesh):
+    config, variables = _model(sliding_window=5)
+    want = sampling.sample(config, variables, PROMPTS, 6, GREEDY)
+    devices = make_mesh(mesh)
+    with jax.set_mesh(devices):
+        specs = parameter_specs(nnx.state(abstract_model(config)))
+        placed = jax.device_put(variables, partition_specs.shardings(devices, specs))
+        text = sampling.sample(config, placed, PROMPTS, 6, GREEDY)
+    np.testing.assert_array_equal(text, want)
+
+
+def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mesh():
+    config = resolve(
+        Config(
+            model=ModelConfig(moe=MoEConfig(num_experts=8, group_size=1024)),
+            train=TrainConfig(batch_size=32, accumulation_steps=4),
+        )
+    )
+    validate_mesh(sampling.for_generation(config, 8), {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1})
+    with pytest.raises(ConfigError, match="num_experts"):
+        validate_mesh(sampling.for_generation(config, 3), {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1})
+
+
+@pytest.mark.slow
+def test_a_row_ends_with_its_stop_token():
+    config, variables = _model()
+    free = sampling.sample(config, variables, PROMPTS, 8, GREEDY)
+    stop = int(free[0][2])
+    stopped = sampling.sample(config, variables, PROMPTS, 8, Sampling(temperature=0, stop_tokens=(stop,)))
+    for whole, cut in zip(free, stopped, strict=True):
+        end = whole.tolist().index(stop) + 1 if stop in whole else len(whole)
+        assert cut.tolist() == whole[:end].tolist()
+    every = Sampling(temperature=0, stop_tokens=tuple(range(48)))
+    assert [len(column) for column in sampling.stream(config, variables, PROMPTS, 8, every)] == [3]
+
+
+def test_choosing_by_hand():
+    logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]]).repeat(4000, 0))
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def shares(**options):
+        chosen = sampling.choose(logits, keys, Sampling(**{"temperature": 1.0, **options}))
+        return np.bincount(chosen, minlength=4) / 4000
+
+    np.testing.assert_allclose(shares(), [0.4, 0.3, 0.2, 0.1], atol=0.03)
+    np.testing.assert_allclose(shares(top_k=2), [4 / 7, 3 / 7, 0, 0], atol=0.03)
+    # 0.4 + 0.3 = 0.7 reaches 0.65 and 0.7 falls short of 0.75.
+    np.testing.assert_allclose(shares(top_p=0.65), [4 / 7, 3 / 7, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0], atol=0.03)
+    # Squared and normalised: 16 : 9 : 4 : 1.
+    np.testing.assert_allclose(shares(temperature=0.5), np.asarray([16, 9, 4, 1]) / 30, atol=0.03)
+    assert shares(temperature=0)[0] == 1
+    for temperature in (1e-30, 1.2e-38, 1e-38, 1e-45):
+        assert shares(temperature=temperature)[0] == 1, temperature
+
+
+def test_the_ring_holds_the_window_by_hand():
+    """W = 3. Five positions leave 3, 4, 2 in slots 0, 1, 2; two leave 0, 1 and one slot empty. Then 5 into slot 2."""
+    config, variables = _model(sliding_window=3, num_layers=1)
+    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))), variables)
+    tokens = jnp.asarray([[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
+    _, filled = kv_cache.prefill(model, tokens, jnp.asarray([5, 2]), kv_cache.empty(config, 2, 9))
+    assert filled[0][0].position[0].tolist() == [[3, 4, 2], [0, 1, -1]]
+    _, filled = kv_cache.decode(model, tokens[:, 0], jnp.asarray([5, 2]), jnp.ones(2, bool), filled)
+    assert filled[0][0].position[0].tolist() == [[3, 4, 5], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "pattern"),
+    [
+        ([], {}, "give at least one"),
+        ([[1], []], {}, "each of at least one token"),
+        ([[48]], {}, "tokens must be from 0 to 47"),
+        ([[1]], {"top_p": 0.0}, r"top_p=0\.0: must be above 0"),
+        ([[1]], {"temperature": -1.0}, r"temperature=-1\.0"),
+        ([[1]], {"top_k": -1}, "top_k=-1"),
+    ],
+)
+def test_what_is_refused(prompts, options, pattern):
+    config, variables = _model()
+    with pytest.raises(ConfigError, match=pattern):
+        sampling.sample(config, variables, prompts, 2, Sampling(**options))

@@ -1,0 +1,145 @@
+"""Two processes of four devices each train as one process of eight does, and one goes on where two were lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import mixtral
+from moe.config.resolve import from_config_dict
+from moe.training.loop import train
+from tests.tiny_text import build
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "model.vocab_size": 400,
+    "model.d_model": 32,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 16,
+    "model.d_ff": 64,
+    "model.moe.d_ff": 32,
+    "data.dataset": "tiny_text/split",
+    "data.sequence_length": 16,
+    "data.shuffle_window": 8,
+    "data.heldout_rows": 8,
+    "mesh.data": 2,
+    "mesh.expert": 4,
+    "optimizer.warmup_steps": 1,
+    "train.num_steps": 20,
+    "train.log_every": 1,
+    "train.eval_every": 20,
+    "train.save_every": 2,
+    "train.sample_tokens": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return SETTINGS | {"data.directory": str(build(tmp_path_factory.mktemp("data")))}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    """The losses of one process of eight devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train(_config(settings), str(workdir), quiet=True)
+    return _losses(workdir)
+
+
+def _config(settings):
+    tree = mixtral.get_config()
+    tree.update_from_flattened_dict(settings)
+    return from_config_dict(tree)
+
+
+def _losses(workdir):
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+    assert list(losses) == list(range(1, 21))
+    return list(losses.values())
+
+
+def _arguments(settings, workdir):
+    given = [f"--config.{path}={value}" for path, value in settings.items()]
+    return ["--config=configs/mixtral.py", f"--workdir={workdir}", *given]
+
+
+def _environment(**more):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": address} | more
+
+
+def _start_two(settings, workdir, log):
+    environment = _environment(JAX_NUM_PROCESSES="2")
+    return [
+        subprocess.Popen(
+            [sys.executable, "main.py", "--distributed", *_arguments(settings, workdir)],
+            cwd=ROOT,
+            env=environment | {"JAX_PROCESS_ID": str(index)},
+            stdout=log,
+            stderr=log,
+        )
+        for index in (0, 1)
+    ]
+
+
+def _wait_for(path, processes, log):
+    """Until a checkpoint is complete (Orbax renames it then)."""
+    deadline = time.monotonic() + 250
+    while not path.exists():
+        assert all(process.poll() is None for process in processes), Path(log.name).read_text()[-3000:]
+        assert time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_are_lost_and_one_goes_on(settings, alone, tmp_path):
+    workdir = tmp_path / "run"
+    with open(tmp_path / "log", "w") as log:
+        pair = _start_two(settings, workdir, log)
+        try:
+            _wait_for(workdir / "checkpoints" / "2", pair, log)
+        finally:
+            for process in reversed(pair):  # one is lost; its launcher takes the other down
+                process.kill()
+        assert [process.wait() for process in pair] == [-9, -9]
+    train(_config(settings), str(workdir), quiet=True)
+    np.testing.assert_allclose(_losses(workdir), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_process_whose_partner_is_lost_ends(settings, tmp_path):
+    """JAX's coordinator misses its heartbeats for 100 s and ends the one that is left."""
+    with open(tmp_path / "log", "w") as log:
+        pair = _start_two(settings | {"train.num_steps": 100_000}, tmp_path / "run", log)
+        try:
+            _wait_for(tmp_path / "run" / "checkpoints" / "2", pair, log)
+            pair[1].kill()
+            assert pair[0].wait(timeout=300) != 0
+        finally:
+            for process in pair:
+                process.kill()
+                process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_launcher_of_processes(settings, alone, tmp_path):
+    workdir = tmp_path / "run"
+    command = ["sh", "scripts/launch/processes.sh", "2", "4", *_arguments(settings, workdir)]
+    subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
+    np.testing.assert_allclose(_losses(workdir), alone, rtol=1e-5)

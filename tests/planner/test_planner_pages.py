@@ -1,0 +1,178 @@
+"""Pages and differences of plans, kept plans, and what may be changed."""
+
+import dataclasses
+import functools
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import base, mixtral_8x7b
+from moe.config import ConfigError, load_python_file, to_dict
+from moe.config.resolve import from_config_dict
+from moe.parallel.mesh import make_mesh
+from moe.planner import arithmetic, candidates, compiled, differences, page, plan, recorded, roofline
+from moe.planner import html as pages
+from moe.planner.gpus import GPUS
+from moe.planner.scenario import Scenario
+from moe.planner.topology import Topology
+from tests.helpers import set_moe
+from tests.planner.test_planner_details import PROGRAM
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The plan of a small program for one H100, whose text is given."""
+    return _plan()
+
+
+def _plan(scenario=None, **moe):
+    config = mixtral_8x7b.get_config()
+    config.model.update(num_layers=2, d_model=64, d_ff=128, vocab_size=512)
+    set_moe(config, **{"dispatch": "dropless", **moe})
+    config.mesh.update(data=1, fsdp=1, expert=1)
+    config.train.batch_size = 1
+    topology = Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
+    memory = compiled.Memory(2**30, 2 * 2**30, 0, 3 * 2**30, 0, 5 * 2**30, 79 * 2**30)
+    step = compiled.CompiledStep(PROGRAM, memory, arithmetic.Flops(2e12, 0.0, 1e12), 1.0)
+    return plan.read_step(from_config_dict(config), topology, step, scenario)
+
+
+def test_every_time_has_an_interval(made):
+    low, high = made.step_interval
+    assert 0 < low < made.step_seconds < high
+    text = page.render(made)
+    assert re.search(r"step [\d.e-]+ s \([\d.e-]+ to [\d.e-]+\), MFU [\d.]+ % \([\d.]+ to [\d.]+\)", text)
+    days = 1e12 / made.tokens * made.step_seconds / 86400
+    assert f"1 trillion tokens: {days:,.1f} days ({1e12 / made.tokens * low / 86400:,.1f} to " in text
+    assert f"{days * 24:,.0f} GPU-hours" in text
+    # The parts add up to what is counted.
+    assert sum(row["seconds"] for row in made.where) == pytest.approx(made.compute_seconds)
+    assert sum(made.basis.values()) == pytest.approx(made.compute_seconds)
+
+
+def test_scenarios_change_what_they_name(made):
+    skewed = _plan(Scenario(skew=2.0))
+    assert skewed.kernel_seconds > made.kernel_seconds
+    half = _plan(Scenario(matmul_share=0.001))
+    assert half.kernel_low == half.kernel_high
+    assert "what if: matmuls at 0.001 of the peak" in page.render(half)
+    with pytest.raises(ConfigError, match=r"--skew=2.0: must be 1 unless model.moe.dispatch=dropless"):
+        _plan(Scenario(skew=2.0), dispatch="gather")
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside, self.tags = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.outside += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+def test_a_page_is_self_contained_and_holds_the_numbers(made, tmp_path):
+    figures = json.loads(json.dumps(made.to_json()))
+    change = {"label": "twice the rows a device", "plan": figures | {"tokens_per_second_per_chip": 1e9}}
+    refused = {"label": "model.remat=none", "plan": {"error": "does not fit: 3 GiB too much; what helps"}}
+    text = pages.page(figures, [change, refused])
+    links = _Links()
+    links.feed(text)
+    assert links.outside == []
+    assert not links.tags & {"script", "link", "img", "iframe", "object"}
+    assert "@import" not in text
+    assert "url(" not in text
+    assert f"step {made.step_seconds:.3g} s" in text
+    assert figures["cost"] in text
+    assert "does not fit: 3 GiB too much<" in text
+    for row in figures["items"]:
+        assert f"{1e3 * row['seconds']:,.1f}" in text
+    for array in figures["arrays"]:
+        assert array["type"].partition("{")[0] in text
+    roofline.figure(tmp_path / "roofline.png", figures, GPUS["h100"])
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: apt-get install chromium")
+def test_a_page_opens_in_a_browser(made, tmp_path):
+    (tmp_path / "plan.html").write_text(pages.page(json.loads(json.dumps(made.to_json()))))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=390,800", "--dump-dom"]
+    run = subprocess.run([*command, f"file://{tmp_path}/plan.html"], capture_output=True, text=True, check=True)
+    assert "The 30 dearest instructions" in run.stdout
+    assert f"step {made.step_seconds:.3g} s" in run.stdout
+
+
+def test_differences_name_settings_and_add_up(made, tmp_path):
+    a = made.to_json()
+    b = _plan(capacity_factor=2.0).to_json()
+    b["where"] = [row | {"seconds": row["seconds"] + 0.5 * (row["part"] == "experts")} for row in b["where"]]
+    b["step_seconds"] += 0.5
+    b["counted_seconds"] += 0.5
+    assert differences.settings(a, b) == [("model.moe.capacity.train", 1.25, 2.0)]
+    rows = differences.by_part(a, b)
+    assert rows[0]["part"] == "experts"
+    assert sum(row["seconds"] for row in rows) == pytest.approx(b["step_seconds"] - a["step_seconds"])
+    sentence = differences.sentence(a, b)
+    assert sentence.startswith("model.moe.capacity.train 1.25 → 2.0: +500 ms in experts")
+    assert sentence in differences.render(a, b)
+    assert sentence in pages.difference(a, b, ("a", "b"))
+    (tmp_path / "b.json").write_text(json.dumps(b))
+    assert differences.read(tmp_path / "b.json") == json.loads(json.dumps(b))
+
+
+def test_changes_are_valid_and_single():
+    devices = make_mesh(from_config_dict(base.get_config()).mesh, jax.devices()[:1]).devices.flat
+    topology = types.SimpleNamespace(devices=tuple(devices), chip=GPUS["h100"])
+    config = mixtral_8x7b.get_config()
+    config.mesh.expert = 1
+    config = from_config_dict(config)
+    found = candidates.changes(config, topology, 100)
+    assert {label for label, _ in found} == {
+        "twice the rows a device", "model.remat=hidden", "model.remat=outputs", "model.remat=attention",
+        "model.moe.dispatch=dropless",
+    }  # fmt: skip
+    for _, changed in found:
+        before = to_dict(dataclasses.replace(config, mesh=changed.mesh))
+        after = to_dict(changed)
+        assert len([name for name in before if before[name] != after[name]]) == 1
+
+
+def test_kept_plans_replace_those_of_the_same_settings(made, tmp_path):
+    path = tmp_path / "plans.json"
+    slow = recorded.row(made, "mixtral_8x7b", {"mesh.fsdp": 1}) | {"tokens_per_second_per_chip": 1.0}
+    fast = recorded.row(made, "mixtral_8x7b", {"mesh.fsdp": 2}) | {"tokens_per_second_per_chip": 2.0}
+    for row in (slow, fast, slow):
+        recorded.keep(path, row)
+    rows = recorded.read(path)
+    assert [row["flags"] for row in rows] == [{"mesh.fsdp": 2}, {"mesh.fsdp": 1}]
+    assert recorded.best(rows, "mixtral_8x7b", "h100:1x1") == rows[0]
+    assert recorded.best(rows, "mixtral_8x7b", "v5p-128") is None
+    assert recorded.words(rows[0]) == "--config.mesh.fsdp=2"
+
+
+def test_the_best_kept_plan_is_a_named_setting():
+    rows = recorded.read(ROOT / "configs" / "plans.json")
+    for name in sorted({row["config"] for row in rows}):
+        module = load_python_file(ROOT / "configs" / f"{name}.py")
+        for hardware in sorted({each for row in rows if row["config"] == name for each in row["slices"]}):
+            best = recorded.best(rows, name, hardware)
+            config = module.get_config(hardware)
+            for field, value in best["flags"].items():
+                assert functools.reduce(lambda tree, part: tree[part], field.split("."), config) == value
+            from_config_dict(config)
+    with pytest.raises(ConfigError, match=r"configs/mixtral_8x7b.py:v9: must be one of "):
+        mixtral_8x7b.get_config("v9")
+
+
+def test_the_table_of_plans_is_that_of_the_kept_plans():
+    rows = recorded.read(ROOT / "configs" / "plans.json")
+    assert recorded.table(rows) in (ROOT / "docs" / "pods.md").read_text()

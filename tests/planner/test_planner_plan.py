@@ -1,0 +1,207 @@
+"""Plans, the network model, FLOPs and topologies; tests that need libtpu are marked slow."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
+from moe.config import ConfigError
+from moe.config.resolve import from_config_dict
+from moe.dispatch.backends import gpu
+from moe.models.flops import count_parameters
+from moe.planner import arithmetic, fit, network, scaling, topology
+from moe.planner.chips import CHIPS
+from moe.planner.exchanges import Exchange
+from moe.planner.plan import Plan
+from moe.planner.program import Collective
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "purpose", "mebibytes", "slices", "flaw", "unnamed"),
+    [
+        ("all-gather", "dot_general", 2, 1, True, False),
+        ("all-gather", "dot_general", 1, 1, False, False),  # small: a counter
+        ("all-gather", "weights", 2, 1, False, False),
+        ("all-gather", "loads of experts", 2, 1, False, False),
+        ("all-reduce", "dot_general", 2, 1, False, False),
+        ("all-gather", "unnamed", 2, 1, True, False),
+        ("all-gather", "unnamed", 2, 2, False, True),  # programs of several slices carry no names
+        ("all-gather", "dot_general", 2, 2, True, False),
+    ],
+)
+def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, flaw, unnamed):
+    exchange = Exchange(kind, ("fsdp",), purpose, 1, 0, mebibytes * 2**20, 0.0, 0.0)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
+    made = Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
+    assert made.token_exchanges == (exchange,) * flaw
+    assert made.unnamed_gathers == (exchange,) * unnamed
+
+
+def _torus(*shape):
+    """Devices of a torus in row-major order."""
+    coordinates = jnp.stack(jnp.unravel_index(jnp.arange(jnp.prod(jnp.array(shape))), shape), -1).tolist()
+    return [types.SimpleNamespace(coords=tuple(place), slice_index=0) for place in coordinates]
+
+
+def test_network_model_by_hand():
+    devices, chip = _torus(4, 4, 4), CHIPS["v5p"]  # rings of 4 with links of 100 GB/s each way
+
+    def collective(kind, group, size=8e8):
+        return Collective(kind, (), tuple(group), int(size), 1, -1, "")
+
+    ring, plane = range(4), range(16)
+    # 800 MB x 3/4 over both directions of a ring
+    assert network.seconds(collective("all-gather", ring), devices, chip) == pytest.approx(8e8 * 3 / 4 / 2e11)
+    assert network.seconds(collective("all-reduce", ring), devices, chip) == pytest.approx(2 * 8e8 * 3 / 4 / 2e11)
+    # two rings at once
+    assert network.seconds(collective("all-gather", plane), devices, chip) == pytest.approx(8e8 * 15 / 16 / 4e11)
+    # half of what 4 devices send crosses the middle over 2 links each way: 4/8 of a device's bytes
+    assert network.seconds(collective("all-to-all", ring), devices, chip) == pytest.approx(8e8 * 4 / 8 / 1e11)
+    # members two apart share each link with another group and have no ring
+    assert network.seconds(collective("all-gather", (0, 2)), devices, chip) == pytest.approx(8e8 / 2 / 5e10)
+    assert network.seconds(collective("all-gather", (0,)), devices, chip) == 0.0
+
+
+def test_flops_count_loops_and_kernels():
+    x = jnp.ones((8, 16))
+
+    def scanned(x, w):
+        return jax.lax.scan(lambda h, _: (h @ w, None), x, None, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(scanned)(x, jnp.ones((16, 16))).jaxpr
+    assert arithmetic.matmul_flops(jaxpr) == arithmetic.Flops(matmuls=5 * 2 * 8 * 16 * 16)
+
+
+def test_unknown_topology_lists_names(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match="for example v2:16x16, v3:32x32"):
+        topology.get_topology("v9:2x2")
+
+    def libtpu(name, **_):
+        if "3" in name or "16" in name:
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such layout\nand more")
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", libtpu)
+    with pytest.raises(
+        ConfigError, match=r"\(INVALID_ARGUMENT: no such layout\); some that it accepts.* v5e:2x2, .*v5e:8x8$"
+    ):
+        topology.get_topology("v5e:3x5")
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install \"jax\[tpu\]=="):
+        topology.get_topology("v5p:2x2x1")
+
+
+def test_flops_of_grouped_matmuls_do_not_depend_on_the_number_of_groups():
+    x, w, sizes = jnp.ones((24, 16)), jnp.ones((4, 16, 8)), jnp.full(4, 6)
+    product = 2 * 24 * 16 * 8  # of all rows; the gradients of rows and of weights cost the same
+
+    def loss(x, w):
+        return jnp.sum(jax.lax.ragged_dot(x, w, sizes))
+
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr).total == product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, 1))(x, w).jaxpr).total == 2 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr).total == 3 * product
+
+
+def test_flops_of_grouped_kernels_for_gpus_are_those_of_their_rows():
+    x, w, sizes = jnp.ones((64, 32)), jnp.ones((4, 32, 16)), jnp.full(4, 16)
+    product = 2 * 64 * 32 * 16
+
+    def loss(x, w):
+        return jnp.sum(gpu.grouped_matmul(x, w, sizes, True))
+
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr).grouped == product
+    both = arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr)
+    assert both == arithmetic.Flops(grouped=3 * product)
+
+
+def test_scaling_lists_refused_points():
+    points = [scaling.Point("a series", "v5p:2x2x2", from_config_dict({"model": {"moe": {"num_experts": 4}}}))]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def make_plan(*_):
+            raise ConfigError("does not fit: by 1 GiB; what helps, most first: more chips")
+
+        patch.setattr(scaling.plan, "make_plan", make_plan)
+        patch.setattr(scaling, "get_topology", lambda name: types.SimpleNamespace(devices=range(8)))
+        (row,) = scaling.measure(points)
+    assert row["refused"] == "does not fit: by 1 GiB"
+    page = scaling.table([row, row | {"topology": "v5p:4x4x4", "parameters": 2_000_000_000}])
+    assert "| a series | v5p:2x2x2 | 8 | 4 | – | refused | – |" in page
+    assert "- a series on v5p:2x2x2: does not fit: by 1 GiB" in page
+
+
+def test_published_sizes():
+    assert count_parameters(from_config_dict(mixtral_8x7b.get_config()).model) == (46_702_792_704, 12_879_925_248)
+    with pytest.raises(ConfigError, match="the sizes are base-8, base-16"):
+        switch_transformers.get_config("huge")
+    with pytest.raises(ConfigError, match="2048e36l"):
+        gshard_translation.get_config("64e1l")
+    for config in (t5, st_moe):
+        with pytest.raises(ConfigError, match="huge: the sizes are"):
+            config.get_config("huge")
+
+
+SMALL = {
+    "num_layers": 2, "vocab_size": 512, "d_model": 512, "d_ff": 1024, "num_heads": 4, "num_kv_heads": 4,
+}  # fmt: skip
+
+
+def _plan_pod(*flags, config="mixtral_8x7b"):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "scripts/plan_pod.py", f"--config=configs/{config}.py"]
+    command += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
+    command += ["--config.data.sequence_length=512", "--config.train.batch_size=8", *flags]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=os.environ.copy()).stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
+    plan = json.loads(_plan_pod("--topology=v5p:2x2x2", "--config.mesh.expert=4", "--json"))
+    assert plan["token_all_gathers"] == 0
+    assert not [e for e in plan["exchanges"] if e["kind"] == "all-reduce" and e["purpose"] == "weights"]
+    assert sum(e["count"] for e in plan["exchanges"] if e["kind"] == "all-to-all") == 2 * (2 + 4)
+    large = from_config_dict(mixtral_8x7b.get_config())
+    small = dataclasses.replace(
+        large,
+        model=dataclasses.replace(large.model, **SMALL, moe=dataclasses.replace(large.model.moe, d_ff=SMALL["d_ff"])),
+        data=dataclasses.replace(large.data, sequence_length=512),
+        train=dataclasses.replace(large.train, batch_size=8),
+    )
+    bound = fit.lower_bound(small, plan["mesh"])
+    assert bound.parameters == plan["memory"]["parameters"]
+    assert bound.optimizer == plan["memory"]["optimizer"]
+    assert bound.total < plan["memory_total"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.timeout(900)
+def test_gpt_oss_gathers_weights_alone():
+    """Sinks, biases and windows by layer: of 4 layers in 2 repeats nothing else is gathered, however small."""
+    flags = ["--config.mesh.expert=8", "--config.train.batch_size=16", "--config.model.moe.d_ff=256"]
+    flags += ["--config.model.num_layers=4", "--config.model.sliding_window_layers=(0, 2)"]
+    plan = json.loads(_plan_pod("--topology=v5p:2x2x4", *flags, "--json", config="gpt_oss_20b"))
+    assert {e["purpose"] for e in plan["exchanges"] if e["kind"] == "all-gather"} == {"weights"}
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_search_compiles_and_names_the_best(tmp_path):
+    page = _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}")
+    assert "python main.py --config=configs/mixtral_8x7b.py --config.model.num_layers=2" in page
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert _plan_pod("--topology=v5p:2x2x1", "--search", "--limit=2", f"--cache={tmp_path}") == page

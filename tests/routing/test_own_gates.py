@@ -1,0 +1,240 @@
+"""Gates from a user's module: model.moe.gate=module:object."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from moe.config import ConfigError, Losses, MoEConfig
+from moe.config.registry import find_layer
+from moe.config.resolve import from_config_dict
+from moe.fields import setting
+from moe.parallel.mesh import make_mesh
+from moe.routing.interface import Gate, GateOutput
+from moe.routing.routing import probe, route
+from moe.routing.selection import top_k
+from moe.training import evaluation, open_run
+from moe.training.loop import train
+from moe.training.step import build as build_program
+from tests.helpers import set_moe
+from tests.tiny_text import build
+
+MODULE = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+from moe import Gate, GateOutput
+from moe.config import Capacity, Losses, MoEConfig
+from moe.routing.selection import top_k
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Last(Gate):
+    k: int = 3
+
+    def route(self, router_logits, inputs):
+        probs = jax.nn.softmax(router_logits)
+        weights, index = top_k(probs[..., ::-1], self.k)
+        return GateOutput(router_logits.shape[-1] - 1 - index, weights)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needy(Last):
+    table: tuple[int, ...]
+
+layer = MoEConfig(gate=Last(), capacity=Capacity(train=1.5, eval=2.5), losses=Losses())
+number = 3
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrong(Gate):
+    what: str
+    k: int = 2
+
+    def route(self, router_logits, inputs):
+        output = Last(k=2).route(router_logits, inputs)
+        return {
+            "raises": lambda: 1 / 0,
+            "logits": lambda: router_logits,
+            "none": lambda: None,
+            "shape": lambda: output._replace(weights=output.weights[..., :1]),
+            "bfloat16": lambda: output._replace(weights=output.weights.astype(jnp.bfloat16)),
+            "fraction": lambda: output._replace(expert_index=output.expert_index * 1.0),
+            "outside": lambda: output._replace(expert_index=output.expert_index + 1),
+            "negative index": lambda: output._replace(expert_index=output.expert_index - 7),
+            "twice": lambda: output._replace(expert_index=output.expert_index * 0),
+            "negative": lambda: output._replace(weights=-output.weights),
+            "three": lambda: Last(k=3).route(router_logits, inputs),
+        }[self.what]()
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The folder with my_gates.py, on sys.path."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "my_gates.py").write_text(MODULE)
+    (folder / "broken_gates.py").write_text("import my_gates\n1 / 0\n")
+    (folder / "needy_gates.py").write_text("import not_installed\n")
+    (folder / "exiting_gates.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in ("my_gates", "broken_gates", "needy_gates"):
+        sys.modules.pop(name, None)
+
+
+def tree_with(gate, **moe):
+    tree = base.get_config()
+    set_moe(tree, gate=gate, **moe)
+    return tree
+
+
+def test_a_gate_and_a_layer_resolve(module):
+    layer = find_layer("my_gates:layer")
+    moe = from_config_dict(tree_with("my_gates:layer")).model.moe
+    assert (moe.gate_name, moe.experts_per_token, moe.capacity.train) == ("my_gates:layer", 3, 1.5)
+    assert dataclasses.replace(find_layer("my_gates:Last").gate, name="my_gates:layer") == layer.gate
+    moe = from_config_dict(tree_with("my_gates:Last", experts_per_token=2)).model.moe
+    assert (moe.experts_per_token, moe.capacity.train, moe.losses.balance) == (2, 1.25, 0.01)
+    routing = route(moe.gate, jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), jnp.ones((1, 1), bool))
+    np.testing.assert_array_equal(routing.expert_index, [[[0, 2]]])
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("no_such_gates:rule", "no module 'no_such_gates' on PYTHONPATH, in the current directory, or beside"),
+        ("my_gates:lsyer", "module 'my_gates' has no 'lsyer'; did you mean 'layer'"),
+        ("my_gates:number", "must be a Gate, not int"),
+        ("my_gates:", "must be module:object"),
+        (":rule", "must be module:object"),
+        ("my gates:rule", "must be module:object"),
+        ("exiting_gates:rule", r"importing exiting_gates failed: ImportError: it calls sys\.exit\(0\)"),
+        ("my_gates:Needy", r"Needy\(\) failed: .*missing 1 required .*argument: 'table'"),
+        ("broken_gates:rule", "importing broken_gates failed: ZeroDivisionError: division by zero"),
+        ("needy_gates:rule", "importing needy_gates failed: No module named 'not_installed'"),
+        ("mixtrall", "did you mean 'mixtral'"),
+    ],
+)
+def test_what_cannot_be_a_gate_is_refused_in_one_sentence(module, gate, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        from_config_dict(tree_with(gate))
+    assert str(error.value).startswith(f"model.moe.gate={gate!r}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("raises", "route raises ZeroDivisionError: division by zero"),
+        ("logits", "route must return a GateOutput, not "),
+        ("none", "route must return a GateOutput, not NoneType"),
+        ("shape", r"weights is float32\[2, 8, 1\], must be float32\[2, 8, 2\]"),
+        ("bfloat16", r"weights is bfloat16\[2, 8, 2\], must be float32"),
+        ("fraction", r"expert_index is float32\[2, 8, 2\], must be integers"),
+        ("outside", "expert_index must be different experts from 0 to 5"),
+        ("negative index", "expert_index must be different experts from 0 to 5"),
+        ("twice", "expert_index must be different experts from 0 to 5"),
+        ("negative", "weights must be finite and not negative"),
+        ("three", "returns 3 experts a token, must be K = 2"),
+    ],
+)
+def test_a_wrong_rule_is_refused_in_one_sentence(module, what, message):
+    wrong = importlib.import_module("my_gates").Wrong(what=what)
+    with pytest.raises(ConfigError, match=f"^gate Wrong: .*{message}"):
+        probe(wrong, 6)
+    probe(importlib.import_module("my_gates").Last(), 6)
+
+
+def test_a_run_refuses_a_wrong_rule_before_anything_is_compiled(module, monkeypatch):
+    monkeypatch.setattr(
+        importlib.import_module("my_gates"),
+        "bad",
+        importlib.import_module("my_gates").Wrong(what="twice"),
+        raising=False,
+    )
+    config = from_config_dict(tree_with("my_gates:bad"))
+    with pytest.raises(ConfigError, match="gate Wrong: expert_index must be different experts"):
+        build_program(config, make_mesh(config.mesh, jax.devices()[:1]))
+
+
+def test_the_recipe_of_the_guide_for_contributors():
+    """The class and the line of the table stand in CONTRIBUTING.md and work as they are."""
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    recipe, line = re.findall(r"```python\n(.*?)```", text.partition("## Adding a gate")[2], re.DOTALL)[:2]
+    names = {"dataclasses": dataclasses, "jax": jax, "setting": setting, "top_k": top_k}
+    names |= {"Gate": Gate, "GateOutput": GateOutput, "MoEConfig": MoEConfig, "Losses": Losses}
+    exec(recipe, names)
+    names["gates"] = types.SimpleNamespace(Nearest=names["Nearest"])
+    layer = eval(f"{{{line}}}", names)["nearest"]
+    assert layer.losses.balance == 0.01
+    probe(layer.gate, 4)
+    # Logits ln 3 and ln 1 at a temperature of 1/2: weights 9/10 and 1/10.
+    routing = route(layer.gate, jnp.log(jnp.asarray([[[1.0, 3.0, 0.5]]])), jnp.ones((1, 1), bool))
+    np.testing.assert_array_equal(routing.expert_index, [[[1, 0]]])
+    np.testing.assert_allclose(routing.combine_weights, [[[0.9, 0.1]]], rtol=1e-5)
+    with pytest.raises(ConfigError, match="temperature=0: must be positive"):
+        names["Nearest"](temperature=0)
+
+
+@pytest.fixture
+def compilation_cache(tmp_path):
+    """The train step is compiled once for both runs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
+    directory = build(tmp_path / "data")
+    tree = tree_with("my_gates:layer", dispatch="einsum")
+    tree.model.update(
+        {"vocab_size": 400, "d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
+    )
+    tree.model.d_ff = tree.model.moe.d_ff = 16
+    tree.data.update(
+        {"dataset": "tiny_text/split", "directory": str(directory), "sequence_length": 16, "heldout_rows": 8}
+    )
+    tree.train.update(
+        {
+            "batch_size": 8,
+            "num_steps": 2,
+            "log_every": 1,
+            "eval_every": 2,
+            "save_every": 1,
+            "sample_tokens": 2,
+        }
+    )
+    tree.optimizer.warmup_steps = 1
+    workdir = tmp_path / "run"
+    config = from_config_dict(tree)
+    train(config, str(workdir), jax.devices()[:1])
+    assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["gate"] == {
+        "name": "my_gates:layer",
+        "k": 3,
+    }
+    rows = (workdir / "metrics.jsonl").read_bytes()
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    train(config, str(workdir), jax.devices()[:1])  # from step 1
+    assert (workdir / "metrics.jsonl").read_bytes() == rows
+    opened = open_run.open_workdir(str(workdir), {})
+    with jax.set_mesh(opened.program.mesh):
+        heldout = evaluation.load_heldout(opened.program, opened.prepared)
+        results = evaluation.evaluate(opened.program, opened.variables(), heldout)
+    last = json.loads(rows.splitlines()[-1])
+    assert any(np.isclose(results["all"]["loss"], value) for value in _numbers(last))
+
+
+def _numbers(tree):
+    if isinstance(tree, dict):
+        return [number for value in tree.values() for number in _numbers(value)]
+    return [tree] if isinstance(tree, (int, float)) else []

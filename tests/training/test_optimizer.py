@@ -1,0 +1,298 @@
+"""Optimizers: what they move, what they decay, how their state is stored, and updates computed by hand."""
+
+import dataclasses
+import sys
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moe.config import ConfigError, OptimizerConfig
+from moe.config.resolve import from_config_dict
+from moe.config.schema import Part
+from moe.models.factory import abstract_parameters
+from moe.models.stack import part_of
+from moe.parallel import partition_specs
+from moe.parallel.parameters import optimizer_specs
+from moe.training.optimizer import (
+    OPTIMIZERS,
+    _averaging,
+    averaged_weights,
+    decay_mask,
+    make_optimizer,
+    probe_own,
+)
+from tests.helpers import tiny_encoder_decoder, tiny_model
+
+RATE = 0.1
+CONFIG = OptimizerConfig(
+    learning_rate=RATE, warmup_steps=0, schedule="constant", weight_decay=0.0, gradient_clip=0.0, eps=1e-30
+)
+
+
+def tree(fill):
+    """Two stacked layers with two experts of 3 x 4, their router, and a norm."""
+    shapes = {"experts": {"up": (2, 2, 3, 4)}, "router": {"kernel": (2, 3, 2)}, "norm": {"scale": (2, 3)}}
+    return jax.tree.map(fill, {"segment_0": shapes}, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def step(config, gradients, parameters):
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters, norm=jnp.ones(()))
+    return updates["segment_0"]
+
+
+def own(config, schedule):
+    """Sign descent, as a user's optimizer."""
+    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(schedule))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "tests.training.test_optimizer:own"])
+def test_frozen_parameters_stay_and_have_no_state(name):
+    config = dataclasses.replace(CONFIG, name=name, frozen=("router",))
+    parameters = tree(jnp.ones)
+    updates = step(config, tree(jnp.ones), parameters)
+    assert not np.any(updates["router"]["kernel"])
+    assert np.all(updates["experts"]["up"] < 0)
+    assert np.all(updates["norm"]["scale"] < 0)
+    state = make_optimizer(config, 10).init(parameters)
+    assert not any("router" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+
+
+def test_each_parameter_belongs_to_one_part():
+    """A shared expert's FFN is no dense layer; relative biases are attention's; norms are a part of their own."""
+    encoder_decoder = nnx.to_pure_dict(abstract_parameters(tiny_encoder_decoder(shared_d_ff=12)))
+    parts = {}
+    for tree in (encoder_decoder, nnx.to_pure_dict(abstract_parameters(tiny_model(**EVERYTHING)))):
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            names = [key.key for key in path]
+            parts.setdefault(part_of(names), set()).add(".".join(names[-2:]))
+    assert set(parts) == set(typing.get_args(Part))
+    assert parts["dense"] == {"dense.gate", "dense.up", "dense.down"}
+    assert parts["shared"] == {"dense.gate", "dense.up", "dense.down", "shared.gate"}
+    assert {"relative_bias.table", "kv_latent_norm.scale", "attention.query"} <= parts["attention"]
+    assert parts["norms"] == {f"{name}.scale" for name in ("attention_norm", "ffn_norm", "norm", "final_norm")}
+    parameters = {"moe": {"shared": {"dense": {"up": jnp.ones((2, 3))}}}, "dense": {"up": jnp.ones((2, 3))}}
+    optimizer = make_optimizer(dataclasses.replace(CONFIG, frozen=("dense",)), 10)
+    updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters, norm=jnp.ones(()))
+    assert not np.any(updates["dense"]["up"])
+    assert np.all(updates["moe"]["shared"]["dense"]["up"] < 0)
+
+
+def test_relative_biases_do_not_decay():
+    parameters = {"relative_bias": {"table": jnp.ones((8, 2))}, "embedding": {"table": jnp.ones((8, 2))}}
+    assert decay_mask(parameters) == {"relative_bias": {"table": False}, "embedding": {"table": True}}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_is_decoupled_and_spares_norm_scales(name):
+    """Decay of 0.5 at a rate of 0.1 takes 0.05 of a matrix of ones, whatever the gradient does."""
+    gradients, parameters = tree(jnp.ones), tree(jnp.ones)
+    plain, decayed = (
+        step(dataclasses.replace(CONFIG, name=name, weight_decay=decay), gradients, parameters) for decay in (0.0, 0.5)
+    )
+    difference = jax.tree.map(jnp.subtract, plain, decayed)
+    np.testing.assert_allclose(difference["experts"]["up"], 0.05, rtol=1e-4)
+    np.testing.assert_allclose(difference["router"]["kernel"], 0.05, rtol=1e-4)
+    np.testing.assert_array_equal(difference["norm"]["scale"], 0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bfloat16_take_half_the_memory_and_follow_those_in_float32(name, rng):
+    """Ten steps on the same gradients end within bfloat16's rounding, 2^-8 a moment, of the updates in float32."""
+    config = dataclasses.replace(CONFIG, name=name, gradient_clip=1.0, eps=1e-8)
+    gradients = [tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(10)]
+    updates, sizes = [], []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(dataclasses.replace(config, moment_dtype=dtype), 10)
+        state, parameters = optimizer.init(tree(jnp.ones)), tree(jnp.ones)
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim))
+        for gradient in gradients:
+            before = jax.tree.map(lambda leaf: leaf.dtype, state)
+            update, state = optimizer.update(gradient, state, parameters, norm=jnp.ones(()))
+            assert jax.tree.map(lambda leaf: leaf.dtype, state) == before
+        updates.append(update["segment_0"])
+    assert sizes[1] * 2 == sizes[0]
+    for ours, reference in zip(*map(jax.tree.leaves, reversed(updates)), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, reference, atol=0.05 * RATE)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, updates), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"name": "adafactor"}, "adamw and muon have"), ({"name": "adamw", "b2": 0.999}, "up to b2=0.99")],
+)
+def test_moments_that_bfloat16_cannot_hold_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        from_config_dict({"optimizer": fields | {"moment_dtype": "bfloat16"}})
+
+
+def test_adafactor_multiplies_by_the_parameters_size():
+    """The first update is the gradient's sign, of RMS 1, times the RMS of the parameter, 2, and the rate."""
+    updates = step(dataclasses.replace(CONFIG, name="adafactor"), tree(jnp.ones), tree(lambda s: jnp.full(s, 2.0)))
+    np.testing.assert_allclose(updates["router"]["kernel"], -2 * RATE, rtol=1e-3)
+
+
+def test_adafactor_factors_large_matrices():
+    """Second moments of [2,256,128] are [2,256] and [2,128]; no array of its size is kept."""
+    parameters = {"dense": {"up": jnp.ones((2, 256, 128))}}
+    state = make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), 10).init(parameters)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert {(2, 256), (2, 128)} <= shapes
+    assert (2, 256, 128) not in shapes
+
+
+def test_adafactor_factors_experts_where_there_are_more_than_dimensions():
+    """Mesh TensorFlow's rule: the two largest dimensions, here 512 experts and F 256."""
+    parameters = {"experts": {"up": jax.ShapeDtypeStruct((1, 512, 128, 256), jnp.float32)}}
+    state = jax.eval_shape(make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), 10).init, parameters)
+    assert {(1, 512, 128), (1, 128, 256)} <= {leaf.shape for leaf in jax.tree.leaves(state)}
+
+
+def test_muon_makes_each_experts_update_orthogonal(rng):
+    """Rows of each expert's 3 x 4 update are orthogonal and of equal length, rate * 0.2 * sqrt(4)."""
+    gradients = tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32))
+    scaled = jax.tree.map(lambda gradient: 1000 * gradient, gradients)
+    scaled["segment_0"]["experts"]["up"] = gradients["segment_0"]["experts"]["up"].at[0, 0].multiply(1000)
+    config = dataclasses.replace(CONFIG, name="muon")
+    updates, others = (step(config, tried, tree(jnp.ones)) for tried in (gradients, scaled))
+    np.testing.assert_allclose(updates["experts"]["up"], others["experts"]["up"], rtol=0.05, atol=1e-3)
+    for matrix in np.asarray(updates["experts"]["up"]).reshape(4, 3, 4):
+        singular = np.linalg.svd(matrix, compute_uv=False) / (RATE * 0.2 * 2)
+        assert 0.5 < singular.min() <= singular.max() < 1.4  # five Newton-Schulz steps go so far
+    np.testing.assert_allclose(np.abs(updates["router"]["kernel"]), RATE, rtol=1e-3)  # AdamW's first step
+
+
+#: One model with every kind of parameter: latent attention, a dense layer, shared, latent and constant experts.
+EVERYTHING = {
+    "kv_lora_rank": 6,
+    "q_lora_rank": 5,
+    "rope_dim": 2,
+    "value_dim": 4,
+    "num_kv_heads": 4,
+    "first_dense": 1,
+    "gate": "moe_plus_plus",
+    "shared_d_ff": 12,
+    "shared_gate": True,
+    "latent_dim": 8,
+}
+
+#: Matrices that Muon moves, by the last two names of their paths.
+ORTHOGONAL = {
+    *(f"attention.{name}" for name in ("query_down", "query_up", "kv_down", "kv_up", "out")),
+    *(f"{owner}.{name}" for owner in ("dense", "experts") for name in ("gate", "up", "down")),
+    *("latent.down", "latent.up"),
+}
+
+
+def test_which_parameters_muon_moves_and_which_decay():
+    """Every parameter of a model by name: Muon's or AdamW's, decayed or not; a step without gradients is the decay."""
+    parameters = nnx.to_pure_dict(abstract_parameters(tiny_model(**EVERYTHING)))
+    parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), parameters)
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    names = {jax.tree_util.keystr(path): ".".join(key.key for key in path[-2:]) for path, _ in leaves}
+    assert set(names.values()) > ORTHOGONAL | {"router.kernel", "shared.gate", "null.vectors", "embedding.table"}
+    config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.5)
+    optimizer = make_optimizer(config, 10)
+    state = optimizer.init(parameters)
+    second_moments = {
+        ".".join(key.key for key in path[-2:] if hasattr(key, "key"))
+        for path, _ in jax.tree_util.tree_leaves_with_path(optax.tree_utils.tree_get_all_with_path(state, "nu"))
+    }
+    # AdamW has second moments of all others, and of no matrix that Muon moves.
+    assert {name for name in second_moments if "." in name} == set(names.values()) - ORTHOGONAL
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = jax.jit(optimizer.update)(zeros, state, parameters, norm=jnp.ones(()))
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        spared = names[jax.tree_util.keystr(path)].endswith(("scale", "bias"))
+        np.testing.assert_allclose(update, 0.0 if spared else -0.05, rtol=1e-4, atol=1e-9, err_msg=str(path))
+
+
+def test_muon_moves_stacked_experts_as_it_would_each_alone(rng):
+    """Two layers of three experts in one array, and six matrices one by one."""
+    gradient = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+
+    def updated(gradient):
+        tree = {"experts": {"up": gradient}}
+        optimizer = make_optimizer(dataclasses.replace(CONFIG, name="muon"), 10)
+        zeros = jax.tree.map(jnp.zeros_like, tree)
+        return optimizer.update(tree, optimizer.init(zeros), zeros, norm=jnp.ones(()))[0]["experts"]["up"]
+
+    alone = jnp.stack([jnp.stack([updated(expert) for expert in layer]) for layer in gradient])
+    np.testing.assert_allclose(updated(gradient), alone, rtol=1e-4, atol=1e-7)
+
+
+def test_state_is_stored_as_the_parameter_where_it_has_its_shape():
+    """Adafactor's factored moments of [2,8,256,128] lack one axis, and with it that axis' devices."""
+    parameters = {"segment_0": {"experts": {"up": jnp.ones((2, 8, 256, 128))}}}
+    expected = jax.P(None, "expert", "fsdp", "tensor")
+    specs = {"segment_0": {"experts": {"up": expected}}}
+    factored = {jax.P(None, "expert", "fsdp"): 1, jax.P(None, "expert", "tensor"): 1}
+    for name, counts in (("adamw", {expected: 2}), ("muon", {expected: 1}), ("adafactor", factored)):
+        state = make_optimizer(dataclasses.replace(CONFIG, name=name), 10).init(parameters)
+        found = jax.tree.leaves(optimizer_specs(parameters, specs, state), is_leaf=lambda leaf: isinstance(leaf, jax.P))
+        assert {spec: found.count(spec) for spec in counts} == counts
+        assert found.count(partition_specs.REPLICATED) == len(found) - sum(counts.values())
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ConfigError, match=r"optimizer\.name='sgd': must be one of adamw, adafactor, muon, or module:f"):
+        make_optimizer(dataclasses.replace(CONFIG, name="sgd"), 10)
+    with pytest.raises(ConfigError, match=r"optimizer\.name='nowhere:at_all': no module 'nowhere'"):
+        make_optimizer(dataclasses.replace(CONFIG, name="nowhere:at_all"), 10)
+    for name, words in (("os:path", "TypeError: 'module' object is not callable"), ("builtins:max", "TypeError")):
+        with pytest.raises(ConfigError, match=rf"optimizer\.name='{name}': calling it failed: {words}"):
+            make_optimizer(dataclasses.replace(CONFIG, name=name), 10)
+    with pytest.raises(
+        ConfigError, match=r"'builtins:print': must return an optax\.GradientTransformation, not NoneType"
+    ):
+        make_optimizer(dataclasses.replace(CONFIG, name="builtins:print"), 10)
+
+
+@pytest.mark.parametrize(
+    ("init", "update", "message"),
+    [
+        (lambda p: 1 / 0, lambda g, s, p=None: (g, s), "its init raises ZeroDivisionError"),
+        (lambda p: (), lambda g, s, p=None: g["nothing"], "its update raises KeyError: 'nothing'"),
+        (lambda p: (), lambda g, s, p=None: (jax.tree.map(jnp.sum, g), s), r"updates .* are float32\[\], not float32"),
+        (lambda p: (), lambda g, s, p=None: ({}, s), "the updates that its update returns have another structure"),
+        (lambda p: jnp.zeros(()), lambda g, s, p=None: (g, (s, s)), "the state .* have another structure"),
+        (lambda p: jnp.zeros(()), lambda g, s, p=None: (g, s > 0), r"the state .* are bool\[\], not float32\[\]"),
+    ],
+)
+def test_an_optimizer_that_cannot_update_is_named(monkeypatch, init, update, message):
+    module = types.ModuleType("failing_optimizers")
+    vars(module)["make"] = lambda config, schedule: optax.GradientTransformation(init, update)
+    monkeypatch.setitem(sys.modules, "failing_optimizers", module)
+    config = dataclasses.replace(CONFIG, name="failing_optimizers:make", gradient_clip=0.0)
+    parameters = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    with pytest.raises(ConfigError, match=rf"^optimizer\.name='failing_optimizers:make': .*{message}"):  # noqa: PT012
+        optimizer = make_optimizer(config, 10)
+        probe_own(config, optimizer, parameters, jax.eval_shape(optimizer.init, parameters))
+
+
+def test_the_moving_average_of_the_weights_by_hand():
+    """Decay 1/2; weights 1 and 3 after two updates count 1/4 and 1/2, divided by their sum: (0.25 + 1.5) / 0.75."""
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=0, ema_decay=0.5, frozen=("router",))
+    averaging = _averaging(0.5)
+    state = averaging.init({"w": jnp.zeros(1)})
+    for weight, update in ((0.0, 1.0), (1.0, 2.0)):
+        updates, state = averaging.update({"w": jnp.full(1, update)}, state, {"w": jnp.full(1, weight)})
+        assert updates["w"] == update
+    np.testing.assert_allclose(averaged_weights(config, (state,))["w"], 1.75 / 0.75, rtol=1e-6)
+    # In the whole optimizer the average is of what the updates lead to, of frozen parts too.
+    optimizer = make_optimizer(config, 10)
+    weights = {"router": {"kernel": jnp.ones((2, 2))}, "dense": {"up": jnp.ones((2, 2))}}
+    state = optimizer.init(weights)
+    updates, state = optimizer.update(jax.tree.map(jnp.ones_like, weights), state, weights, norm=jnp.ones(()))
+    average = averaged_weights(config, state)
+    after = optax.apply_updates(weights, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, after)
+    assert (after["router"]["kernel"] == 1).all()
+    assert (after["dense"]["up"] < 1).all()

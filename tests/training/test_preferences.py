@@ -1,0 +1,165 @@
+"""Preferences: documents, rows, the DPO loss by hand, and a run that resumes to the bit."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from moe.checkpoints.parameters import write_parameters
+from moe.config import ConfigError, DataConfig, MeshConfig, to_dict
+from moe.data import documents, pipeline, preferences
+from moe.parallel.mesh import make_mesh
+from moe.posttraining import make_program
+from moe.posttraining.dpo import PreferenceObjective, margins
+from moe.training.averaging import _streamed
+from moe.training.loop import train
+from moe.training.step import build
+from tests.data.test_chat import EXPECTED, HERE, tokenizer
+from tests.run_helpers import ONE, rows, state_of, steps, tiny
+
+PROMPT = [{"role": "user", "content": "ab"}]
+
+
+def pair(chosen="ab ab", rejected="b"):
+    return documents.make_document(("prompt", "chosen", "rejected"), ("ab", chosen, rejected))
+
+
+def test_documents_of_all_forms():
+    answers = [[{"role": "assistant", "content": text}] for text in ("ab ab", "b")]
+    whole = [PROMPT + answer for answer in answers]
+    expected = documents.CONVERSATION + json.dumps({"chosen": whole[0], "rejected": whole[1]})
+    assert pair() == expected
+    assert documents.make_document(("prompt", "chosen", "rejected"), (PROMPT, *answers)) == expected
+    assert documents.make_document(("chosen", "rejected"), whole) == expected
+    assert documents.text_fields({"prompt", "chosen", "rejected", "score"}) == ("prompt", "chosen", "rejected")
+    with pytest.raises(ValueError, match="not a list of objects"):
+        documents.make_document(("prompt", "chosen", "rejected"), ("ab", None, "b"))
+
+
+def test_a_pair_is_two_segments_with_targets_in_the_answers():
+    tokens = tokenizer("mistral")
+    (example,) = preferences.example(pair(), 64, tokens, "")
+    packed = {key: np.concatenate([values, values, [0]]) for key, values in example.items()}
+    size = len(example["tokens"])
+    packed["tokens_segment_ids"] = np.repeat([1, 2, 0], [size, size, 1])
+    packed["tokens_positions"] = np.concatenate([np.arange(size), np.arange(size), [0]])
+    row = preferences.row(packed, 0, tokens.pad_id)
+    first = int((example["rejected"] == 0).sum())
+    np.testing.assert_array_equal(
+        row["segment_ids"], np.repeat([1, 2, 3, 4, 0], [first, size - first, first, size - first, 1])
+    )
+    np.testing.assert_array_equal(
+        row["positions"], [*range(first), *range(size - first), *range(first), *range(size - first), 0]
+    )
+    answers = [
+        tokens.decode(example["targets"][(example["rejected"] == n) & (example["targets"] >= 0)]) for n in (0, 1)
+    ]
+    assert [answer.strip() for answer in answers] == ["ab ab", "b"]
+    assert (preferences.without_rejected(row)["targets"][row["segment_ids"] % 2 == 0] == -1).all()
+    with pytest.raises(ConfigError, match="needs documents with prompt, chosen and rejected"):
+        preferences.example(documents.join_texts("a", "b"), 64, tokens, "text")
+
+
+def test_loss_and_gradient_by_hand():
+    """p(chosen) = 3/4 and p(rejected) = 1/4 against 1/2 each: margin ln 3/2 − ln 1/2 = ln 3; beta 1/2."""
+    log3 = float(np.log(3))
+    batch = {
+        "segment_ids": jnp.array([[1, 1, 2, 2, 0, 0], [0] * 6]),
+        "targets": jnp.array([[0, -1, 0, -1, -1, -1], [-1] * 6]),
+    }
+    logits = jnp.zeros((2, 6, 2)).at[0, 0].set(jnp.array([log3, 0.0])).at[0, 2].set(jnp.array([0.0, log3]))
+    model = SimpleNamespace(output_matrix=lambda: jnp.eye(2))
+    config = SimpleNamespace(preferences=SimpleNamespace(beta=0.5))
+
+    def sums(logits):
+        output, reference = (SimpleNamespace(hidden=hidden) for hidden in (logits, jnp.zeros((2, 6, 2))))
+        return PreferenceObjective().sums(config, model, output, batch, (model, reference))
+
+    with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
+        found = sums(logits)
+        gradient = jax.grad(lambda logits: sums(logits).loss)(logits)
+    assert PreferenceObjective().count(batch) == 1
+    assert float(found.loss) == pytest.approx(np.log(1 + 3**-0.5), rel=1e-6)
+    assert float(found.terms["preference_margin"]) == pytest.approx(log3, rel=1e-6)
+    assert float(found.terms["preference_accuracy"]) == 1
+    # dloss/dlog p(chosen) = −beta σ(−beta margin) = −1/2 / (1 + √3); dlog p/dlogit = 1 − 3/4.
+    assert float(gradient[0, 0, 0]) == pytest.approx(-0.5 / (1 + 3**0.5) / 4, rel=1e-5)
+    assert float(gradient[0, 2, 0]) == pytest.approx(0.5 / (1 + 3**0.5) * 3 / 4, rel=1e-5)
+    assert not gradient[1].any()
+
+
+def test_margins_of_two_pairs_in_a_row():
+    found = margins(jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 0.0]]), jnp.array([[1, 1, 2, 3, 4, 4, 0, 0]]))
+    assert found[0].tolist() == [-1, -40, 0, 0]  # 1 + 2 − 4, and 8 − 16 − 32
+
+
+@pytest.fixture
+def start(tmp_path):
+    """(workdir of a random model with Llama 3's template, settings of a run on pairs)."""
+    (tmp_path / "text" / "pairs").mkdir(parents=True)
+    lines = [{"prompt": f"p{i}", "chosen": "ab " * (1 + i % 3), "rejected": "b" * (1 + i % 4)} for i in range(120)]
+    (tmp_path / "text" / "pairs" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = epath.Path(tmp_path / "start")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((HERE / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(EXPECTED["llama3"]["tokenizer_config"]))
+    settings = {
+        "model.num_layers": 1, "model.moe.gate": "mixtral", "model.moe.capacity.train": 4.0,
+        "data.dataset": str(tmp_path / "text"), "data.sequence_length": 128,
+        "data.objective": "preferences", "distill.teacher": str(folder), "optimizer.learning_rate": 1e-2,
+        "train.num_steps": 4, "train.batch_size": 4, "train.eval_every": 4, "train.sample_tokens": 0,
+        "train.log_every": 1,
+    }  # fmt: skip
+    config = tiny(tmp_path / "cache", **settings | {"data.objective": "chat", "distill.teacher": ""})
+    mesh = make_mesh(config.mesh, ONE)
+    with jax.set_mesh(mesh):
+        write_parameters(folder, _streamed(build(config, mesh).init().parameters))
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    return folder, settings | {"start.checkpoint": str(folder)}
+
+
+def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_path, capsys):
+    _, settings = start
+    made = []
+
+    def program(config, mesh, teacher=None):
+        made.append(made[0] if made else make_program(config, mesh, teacher))
+        return made[0]
+
+    config = tiny(tmp_path / "cache", **settings)
+    train(config, str(tmp_path / "run"), ONE, make_program=program)
+    assert "preferences (DPO), beta 0.1, against" in (said := capsys.readouterr().out)
+    assert "auxiliary losses: on (load balancing x 0.0" in said
+    first, *_, last = rows(tmp_path / "run", "train")
+    assert first["cross_entropy"] == pytest.approx(np.log(2), abs=1e-6)  # the policy is the reference
+    assert first["preference_margin"] == pytest.approx(0, abs=1e-5)
+    assert last["cross_entropy"] < first["cross_entropy"]
+    assert last["preference_accuracy"] > 0.5
+    assert steps(tmp_path / "run") == [2, 4]
+    expected, metrics = state_of(made[0], tmp_path / "run", 4), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "report.txt").unlink()
+    epath.Path(tmp_path / "run" / "checkpoints" / "4").rmtree()
+    train(config, str(tmp_path / "run"), ONE, make_program=program)
+    jax.tree.map(np.testing.assert_array_equal, state_of(made[0], tmp_path / "run", 4), expected)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_rows_are_resumed_exactly_and_need_a_reference(start, tmp_path):
+    folder, settings = start
+    data = DataConfig(
+        dataset=settings["data.dataset"], directory=str(tmp_path / "cache"), tokenizer=str(folder / "tokenizer.json"),
+        objective="preferences", sequence_length=128, shuffle_window=4, heldout_rows=2,
+    )  # fmt: skip
+    prepared = pipeline.prepare(data, 400, progress=lambda _: None)
+    batch = next(pipeline.train_iterator(prepared, data, batch_size=4, seed=0))
+    assert batch["segment_ids"].max() >= 4  # two pairs in a row
+    for row in batch["segment_ids"]:
+        assert row.max() % 2 == 0
+    (heldout,) = pipeline.heldout_batches(prepared, data, domain="pairs", batch_size=2)
+    assert ((heldout["targets"] == -1) | (heldout["segment_ids"] % 2 == 1)).all()
+    with pytest.raises(ConfigError, match=r"distill\.teacher='': must be the reference model"):
+        tiny(tmp_path / "cache", **settings | {"distill.teacher": ""})

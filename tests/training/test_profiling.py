@@ -1,0 +1,51 @@
+"""Steps that a trace covers; tests/training/test_train.py traces a real run."""
+
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe.config import ConfigError
+from moe.training import profiling
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeProgram:
+    train_step: Callable[..., Any]
+
+
+def test_the_flag_names_steps_of_the_run():
+    assert profiling.parse("10:3", 12) == profiling.Steps(10, 12)
+    for text in ("", "10", "0:3", "10:0", "10:-1", "a:b", "10:3:1"):
+        with pytest.raises(ConfigError, match="must be STEP:COUNT"):
+            profiling.parse(text, 100)
+    with pytest.raises(ConfigError, match=r"ends at step 12, but train\.num_steps is 11"):
+        profiling.parse("10:3", 11)
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "run_to", "traced"),
+    [(0, 9, [3, 4]), (3, 9, [4]), (4, 9, []), (0, 2, []), (0, 3, [3])],
+)
+def test_only_those_steps_are_traced(tmp_path, monkeypatch, resumed_at, run_to, traced):
+    running, seen = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: running.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: running.pop())
+    step = types.SimpleNamespace(step=jnp.asarray(resumed_at))
+
+    def train_step(state, batch):
+        if running:
+            seen.append(batch)
+        return types.SimpleNamespace(step=state.step + 1)
+
+    monkeypatch.setattr(profiling, "build", lambda: FakeProgram(train_step))
+    with profiling.profiled(profiling.Steps(3, 4), str(tmp_path)) as make_program:
+        run = make_program().train_step
+        for number in range(resumed_at + 1, run_to + 1):
+            step = run(step, number)
+    assert seen == traced
+    assert not running  # also where the run ended before the last of them

@@ -1,0 +1,371 @@
+"""Runs that start from a checkpoint: fine-tuning, upcycling, distillation, frozen parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from configs import base, upcycle
+from moe.atomic_files import to_checked_json
+from moe.checkpoints import adapted, integrity, manager
+from moe.checkpoints.workdir import read_config
+from moe.config import (
+    Config,
+    ConfigError,
+    DistillConfig,
+    MeshConfig,
+    StartConfig,
+    inherit_model,
+    to_config_dict,
+    to_dict,
+)
+from moe.config.resolve import from_config_dict
+from moe.data.tokenizer import train_tokenizer
+from moe.interop import import_checkpoint, load_huggingface
+from moe.models.state import set_schedule_step
+from moe.parallel.mesh import make_mesh
+from moe.training import warm_start
+from moe.training.losses import soft_cross_entropy
+from moe.training.step import build, place
+
+HERE = Path(__file__).parents[1] / "data" / "checkpoints"
+T = 8
+
+
+def _config(workdir, **changes) -> Config:
+    """The imported model as a run's config: 2 rows of 8 tokens."""
+    tree = to_dict(import_checkpoint(workdir[0], workdir[1]) if workdir[0] else read_config(workdir[1]))
+    tree["data"] |= {"sequence_length": T}
+    tree["train"] |= {"batch_size": 2, "num_steps": 4}
+    tree["optimizer"] |= {"warmup_steps": 0, "learning_rate": 1e-3}
+    for section, fields in changes.items():
+        target = tree["model"]["moe"] if section == "moe" else tree[section]
+        target |= fields
+    return from_config_dict(tree)
+
+
+def _program(config, teacher=None):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return mesh, lambda: build(config, mesh, teacher)
+
+
+def _batch(mesh, vocab):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, vocab, (2, T + 1)).astype(np.int32)
+    ones = np.ones((2, T), np.int32)
+    positions = np.arange(T, dtype=np.int32) * ones
+    return place(
+        {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones, "positions": positions}, mesh
+    )
+
+
+def test_upcycled_experts_compute_what_the_dense_model_did(tmp_path):
+    """Equal experts under weights that sum to 1 are the dense FFN, whatever the fresh router says."""
+    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "dropless"}
+    config = _config((HERE / "mistral", tmp_path), moe=sparse, start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(config)
+    dense, _ = load_huggingface(HERE / "mistral")
+    tokens = np.arange(16).reshape(2, 8)
+    with jax.set_mesh(mesh):
+        program = make()
+        state = warm_start.first_state(program)
+        upcycled = jax.jit(lambda v: program.model(v)(tokens).logits)(state.variables)
+        np.testing.assert_allclose(upcycled, jax.jit(lambda t: dense(t).logits)(tokens), rtol=1e-4, atol=1e-5)
+        noisy = dataclasses.replace(program, config=dataclasses.replace(config, start=StartConfig(str(tmp_path), 0.1)))
+        up = warm_start.first_state(noisy).parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
+        copied = state.parameters["segment_0"]["block_0"]["moe"]["experts"]["up"]
+        np.testing.assert_allclose(np.std(up - copied), 0.1 * np.std(copied), rtol=0.1)
+        assert np.abs(up[:, 0] - up[:, 1]).min() > 0
+        with pytest.raises(ConfigError, match="holds no optimizer state"):
+            warm_start.first_state(
+                dataclasses.replace(
+                    program, config=dataclasses.replace(config, start=StartConfig(str(tmp_path), optimizer="carry"))
+                )
+            )
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    wider = {"gate": "mixtral", "num_experts": 2, "d_ff": 20}
+    config = _config((HERE / "mistral", tmp_path), moe=wider, start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"model\.moe\.d_ff=20: must be the dense 28 or"):
+        warm_start.first_state(make())
+    deeper = _config((None, tmp_path), model={"num_layers": 3}, start={"checkpoint": str(tmp_path)})
+    mesh, make = _program(deeper)
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"model\.num_layers=3: .* has 2"):
+        warm_start.first_state(make())
+
+
+@pytest.mark.slow
+def test_a_dense_student_keeps_all_but_the_experts_and_learns_from_its_teacher(tmp_path):
+    changes = {"start": {"checkpoint": str(tmp_path)}, "distill": {"teacher": str(tmp_path), "soft_share": 1.0}}
+    config = _config((HERE / "mixtral", tmp_path), moe={"gate": "none"}, **changes)
+    mesh, _ = _program(config)
+    with jax.set_mesh(mesh):
+        teacher = warm_start.teacher(config, mesh)
+        program = build(config, mesh, teacher)
+        state = warm_start.first_state(program)
+        block, theirs = state.parameters["segment_0"]["block_0"], teacher[1]["segment_0"]["block_0"]
+        np.testing.assert_array_equal(block["attention"]["query"], np.float32(theirs["attention"]["query"]))
+        assert "moe" not in block
+        batch, losses = _batch(mesh, 32), []
+        for _ in range(4):
+            state, metrics = program.train_step(state, batch)
+            losses.append(float(metrics.loss))
+        assert losses[-1] < losses[0]
+        # The same student, half on the text: the loss is the mean of both cross-entropies.
+        half = dataclasses.replace(config, distill=DistillConfig(str(tmp_path), 0.5))
+        _, metrics = build(half, mesh, teacher).train_step(warm_start.first_state(program), batch)
+        np.testing.assert_allclose(metrics.loss, (losses[0] + metrics.cross_entropy) / 2, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=40: must be the teacher's 32"):
+        warm_start.teacher(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=40)), mesh)
+
+
+def test_soft_targets_by_hand():
+    """Teacher (1/2, 1/2), student (1/4, 3/4): -(ln 1/4 + ln 3/4)/2; a position without a target does not count."""
+    logits = jnp.log(jnp.asarray([[[0.25, 0.75], [0.5, 0.5]]]))
+    loss = soft_cross_entropy(logits, jnp.zeros((1, 2, 2)), jnp.asarray([[0, -1]]))
+    np.testing.assert_allclose(loss, -(np.log(0.25) + np.log(0.75)) / 2, rtol=1e-6)
+
+
+def test_frozen_parts_do_not_move(tmp_path):
+    frozen = {"optimizer": {"frozen": ["router", "experts"]}, "start": {"checkpoint": str(tmp_path)}}
+    config = _config((HERE / "mixtral", tmp_path), moe={"dispatch": "einsum"}, **frozen)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        before = jax.tree.map(np.asarray, warm_start.first_state(program).parameters)
+        # Parts can also be left out of what is taken over: those are what a run from nothing starts with.
+        partly = dataclasses.replace(config, start=StartConfig(str(tmp_path), fresh=("router",)))
+        partial, random = warm_start.first_state(dataclasses.replace(program, config=partly)), program.init()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(partial.parameters):
+            is_fresh = any(key.key == "router" for key in path)
+            expected = random.parameters if is_fresh else before
+            np.testing.assert_array_equal(leaf, functools.reduce(lambda tree, key: tree[key.key], path, expected))
+        state, _ = program.train_step(warm_start.first_state(program), _batch(mesh, 32))
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (bool((a != np.asarray(b)).any()), any(key.key in ("router", "experts") for key in path)),
+        before,
+        state.parameters,
+    )
+    for has_moved, is_frozen in jax.tree.leaves(moved, is_leaf=lambda leaf: isinstance(leaf, tuple)):
+        assert has_moved != is_frozen
+    with pytest.raises(ConfigError, match=r"optimizer\.frozen='gate'"):
+        _config((None, tmp_path), optimizer={"frozen": ["gate"]})
+
+
+def test_a_run_that_starts_from_a_checkpoint_inherits_what_nobody_set(tmp_path):
+    """Fine-tuning takes the whole model section; upcycling says what changes, and the gate brings its own constants."""
+    imported = import_checkpoint(HERE / "mixtral", tmp_path / "moe")
+    tree = base.get_config()
+    tree.start.checkpoint = str(tmp_path / "moe")
+    tree.model.remat = "full"
+    inherit_model(tree)
+    assert from_config_dict(tree).model == dataclasses.replace(imported.model, remat="full")
+
+    dense = import_checkpoint(HERE / "mistral", tmp_path / "dense")
+    tree = upcycle.get_config()
+    tree.start.checkpoint = str(tmp_path / "dense")
+    inherit_model(tree)
+    model = from_config_dict(tree).model
+    assert (model.moe.gate_name, model.moe.num_experts, model.moe.d_ff) == ("mixtral", 8, dense.model.d_ff)
+    assert (model.d_model, model.num_layers) == (dense.model.d_model, dense.model.num_layers)
+
+    tree.start.checkpoint = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"start\.checkpoint=.*must be the workdir of a run or an import"):
+        inherit_model(tree)
+
+
+def test_the_tokenizer_is_the_checkpoints_unless_the_config_names_one(tmp_path):
+    config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"has neither .*, or set data\.tokenizer"):
+        warm_start.tokenizer(config, tmp_path / "run")
+    words = ["one text and another text"] * 300
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(iter(words), 280).model_bytes)
+    assert warm_start.tokenizer(config, tmp_path / "run").vocab_size == 280
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="mine.model"))
+    assert warm_start.tokenizer(named, tmp_path / "run") is None
+    assert warm_start.tokenizer(dataclasses.replace(config, start=StartConfig()), tmp_path / "run") is None
+
+
+def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
+    config = _config((HERE / "mixtral", tmp_path), start={"checkpoint": str(tmp_path), "fresh": ["router"]})
+    mesh, make = _program(config)
+    said = []
+    with jax.set_mesh(mesh):
+        warm_start.first_state(make(), said.append)
+    (line,) = said
+    assert re.match(r"start: (\d+) of (\d+) arrays from .*; fresh: moe\.router\.kernel; optimizer state: new", line)
+    assert line.endswith("tokenizer: inherited; model: inherited")
+
+
+def _save_run(workdir, config, state):
+    """A run's workdir with one checkpoint, without the loop."""
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    with ocp.CheckpointManager(workdir / "checkpoints") as saver:
+        sealed = to_checked_json({"checksums": integrity.checksums(state), "loop": {}})
+        items = {"state": ocp.args.StandardSave(state), "memory": ocp.args.JsonSave({"sealed": sealed})}
+        saver.save(int(state.step), args=ocp.args.Composite(**items))
+
+
+LOSS_FREE = {
+    "gate": "deepseek_v3",
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_groups": 1,
+    "kept_expert_groups": 1,
+    "bias_update": "sign",
+    "bias_update_rate": 0.1,
+    "score_function": "sigmoid",
+    "dispatch": "einsum",
+}
+
+
+def test_selection_biases_are_copied_unless_the_router_is_fresh_and_frozen_with_it(tmp_path):
+    """Biases of 1 stay 1 in a run that starts from them with a frozen router; a fresh router has zeros."""
+    source = _config((HERE / "mixtral", tmp_path / "open"), moe=LOSS_FREE)
+    mesh, make = _program(source)
+    with jax.set_mesh(mesh):
+        state = make().init()
+        _save_run(
+            tmp_path / "run", source, dataclasses.replace(state, biases=jax.tree.map(jnp.ones_like, state.biases))
+        )
+        start = {"checkpoint": str(tmp_path / "run")}
+        config = _config((None, tmp_path / "run"), start=start, optimizer={"frozen": ["router"]})
+        program = _program(config)[1]()
+        first = warm_start.first_state(program)
+        assert jax.tree.leaves(first.biases)
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), first.biases)
+        fresh = dataclasses.replace(config, start=StartConfig(str(tmp_path / "run"), fresh=("router",)))
+        zeros = warm_start.first_state(dataclasses.replace(program, config=fresh)).biases
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 0), zeros)
+        after, _ = program.train_step(first, _batch(mesh, 32))
+        jax.tree.map(lambda bias: np.testing.assert_array_equal(bias, 1), after.biases)
+
+
+def test_the_optimizers_state_is_carried_on_request(tmp_path):
+    """Each expert gets the dense FFN's moments and Adam's count continues; the schedule starts at step 0."""
+    dense = _config((HERE / "mistral", tmp_path / "open"))
+    mesh, make = _program(dense)
+    with jax.set_mesh(mesh):
+        program = make()
+        trained, _ = program.train_step(program.init(), _batch(mesh, 32))
+    _save_run(tmp_path / "run", dense, trained)
+    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "einsum"}
+    carry = {"checkpoint": str(tmp_path / "run"), "optimizer": "carry"}
+    config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = warm_start.first_state(make())
+    adam = optax.tree_utils.tree_get(state.optimizer, "mu")["segment_0"]["block_0"]
+    old = optax.tree_utils.tree_get(trained.optimizer, "mu")["segment_0"]["block_0"]
+    for expert in range(4):
+        np.testing.assert_array_equal(adam["moe"]["experts"]["up"][:, expert], old["dense"]["up"])
+    assert not np.any(adam["moe"]["router"]["kernel"])
+    assert [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")] == [1, 0]
+    assert int(state.step) == 0
+    with jax.set_mesh(mesh):
+        # A skipped update advances the schedule with the step and leaves Adam's count alone.
+        program = make()
+        broken = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+        skipped, metrics = program.train_step(
+            dataclasses.replace(state, parameters=state.parameters | {"final_norm": broken}), _batch(mesh, 32)
+        )
+    assert metrics.skipped == 1
+    counts = [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(skipped.optimizer, "count")]
+    assert counts == [1, 1]  # Adam's, and the schedule's, which is the step
+
+
+def _trained(folder, optimizer, **changes):
+    """A run of one step of the dense model, and its state."""
+    config = _config((HERE / "mistral", folder / "open"), optimizer={"name": optimizer}, **changes)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        trained, _ = program.train_step(program.init(), _batch(mesh, 32))
+    _save_run(folder / "run", config, trained)
+    start = {"checkpoint": str(folder / "run"), "optimizer": "carry"}
+    return trained, dataclasses.replace(config, start=StartConfig(**start))
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer):
+    trained, config = _trained(tmp_path, optimizer)
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = warm_start.first_state(make())
+    expected = set_schedule_step(trained.optimizer, np.zeros((), np.int32))
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer, expected)
+
+
+def test_a_changed_moment_is_not_carried(tmp_path, monkeypatch):
+    """The checksums of the checkpoint are compared, as they are when a run resumes."""
+    trained, config = _trained(tmp_path, "adamw")
+    saved = integrity.checksums(trained)
+    name = next(name for name in saved if ".mu" in name)
+    monkeypatch.setattr(
+        manager, "compare", lambda found, tree: integrity.compare(found | {name: saved[name] ^ 1}, tree)
+    )
+    mesh, make = _program(config)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ConfigError, match=r"'carry': .* 1 arrays differ from what"),
+    ):
+        warm_start.first_state(make())
+
+
+def test_a_teacher_of_another_kind_or_tokenizer_is_refused(tmp_path):
+    import_checkpoint(HERE / "t5", tmp_path / "t5")
+    model = read_config(tmp_path / "t5").model
+    config = _config((HERE / "mistral", tmp_path / "run"))
+    taught = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "t5"), 0.5))
+    taught = dataclasses.replace(taught, model=dataclasses.replace(config.model, vocab_size=model.vocab_size))
+    mesh = _program(config)[0]
+    with pytest.raises(ConfigError, match="is an encoder-decoder, and this model is decoder-only"):
+        warm_start.teacher(taught, mesh)
+    same = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "run"), 0.5))
+    texts = [f"word {i} of some text\n" * 9 for i in range(99)]
+    ours, theirs = (train_tokenizer(texts, size) for size in (320, 330))
+    (tmp_path / "run" / "tokenizer.model").write_bytes(theirs.model_bytes)
+    assert warm_start.teacher(same, mesh, theirs) is not None
+    with pytest.raises(ConfigError, match="has another tokenizer, so its ids are other texts"):
+        warm_start.teacher(same, mesh, ours)
+
+
+def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
+    import_checkpoint(HERE / "mistral", tmp_path / "teacher")
+    config = dataclasses.replace(Config(), distill=DistillConfig(str(tmp_path / "teacher"), 0.5))
+    folder = epath.Path(tmp_path / "student")
+    folder.mkdir()
+    assert warm_start.teacher_step(config, folder) == 0
+    adapted.note_step(folder / adapted.TEACHER_FILE, 0)
+    shutil.copytree(tmp_path / "teacher" / "checkpoints" / "0", tmp_path / "teacher" / "checkpoints" / "9")
+    assert warm_start.teacher_step(config, folder) == 0
+    assert warm_start.teacher_step(config, epath.Path(tmp_path)) == 9  # a new run takes the newest
+    shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "0")
+    with pytest.raises(ConfigError, match="learns from its checkpoint of step 0, which is gone"):
+        warm_start.teacher_step(config, folder)
+
+
+def test_a_run_needs_its_start_no_longer(tmp_path):
+    """The command line inherits the model, and the tokenizer, from the run's own workdir."""
+    import_checkpoint(HERE / "mistral", tmp_path / "run")
+    tree = to_config_dict(Config())
+    tree.start.checkpoint = str(tmp_path / "deleted")
+    with pytest.raises(ConfigError, match="must be the workdir of a run"):
+        inherit_model(tree, str(tmp_path / "new"))
+    inherit_model(tree, str(tmp_path / "run"))
+    assert tree.model.d_model == read_config(tmp_path / "run").model.d_model

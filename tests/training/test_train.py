@@ -1,0 +1,259 @@
+"""The whole loop on tiny text: files, resume to the bit, the same curve on every mesh."""
+
+import importlib
+import json
+import re
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from moe.checkpoints.manager import Checkpoints
+from moe.config import ConfigError
+from moe.config.resolve import from_config_dict
+from moe.metrics_files import read_rows
+from moe.parallel.mesh import make_mesh
+from moe.training import loop as training
+from moe.training import profiling
+from moe.training.evaluation import _summary, check_domains, sum_variance
+from moe.training.loop import train
+from tests.helpers import slow_case
+from tests.run_helpers import ONE, tiny
+
+# Most runs of a file are the same program.
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def parameters(workdir, step):
+    checkpoints = Checkpoints(training.epath.Path(workdir), 2)
+    config = from_config_dict(json.loads((workdir / "config.json").read_text()))
+    mesh = make_mesh(config.mesh, ONE)
+    state = checkpoints.restore_state(step, training.build(config, mesh).state)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def train_rows(workdir):
+    return [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_path, capsys):
+    config = tiny(directory)
+    with profiling.profiled(profiling.Steps(4, 5), str(tmp_path / "run")) as make_program:
+        train(config, str(tmp_path / "run"), ONE, make_program=make_program)
+    out = capsys.readouterr().out
+    for word in ("unigram loss", "tiny_text", "dropped, %", "a continuation, tiny_text/split"):
+        assert word in out
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {
+        ".lock",
+        "config.json",
+        "tokenizer.model",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "profile",
+        "report.txt",
+        "training.png",
+    }
+    (trace,) = (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_4-5").glob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = {event.name for plane in planes for line in plane.lines for event in line.events}
+    assert "train" in names
+    assert any("train_step" in name for name in names)  # and XLA's work of it
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["kind"]) for row in rows] == [
+        (2, "train"),
+        (3, "heldout/all"),
+        (3, "heldout/tiny_text/split"),
+        (4, "train"),
+        (6, "train"),
+        (6, "heldout/all"),
+        (6, "heldout/tiny_text/split"),
+    ]
+    timing = read_rows(tmp_path / "run" / "timing.jsonl")
+    assert [row["step"] for row in timing] == [2, 4, 6]
+    assert all(0 <= row["data_wait_share"] <= 1 and row["tokens_per_second"] > 0 for row in timing)
+    assert rows[-2]["loss"] < rows[1]["loss"]  # three more steps helped
+    assert np.shape(rows[0]["expert_load"]) == (2, 8)  # per layer and expert
+    np.testing.assert_allclose(np.sum(rows[0]["expert_load"], axis=1), 1, rtol=1e-6)
+    assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    train(config, str(tmp_path / "run"), ONE)
+    assert "is done: 6 steps were trained" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_without_a_terminal_every_logged_step_is_a_line(whole, tmp_path, capsys):
+    config, workdir = whole
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    (tmp_path / "run" / "report.txt").unlink()
+    train(config, str(tmp_path / "run"), ONE)
+    lines = capsys.readouterr().err.splitlines()
+    heldout = r" heldout \d\.\d{3} ± \d\.\d{3} \([\d,]+ tokens\)"
+    speed = r"( tokens/s [\d,]+ MFU \d+ %)?"
+    pattern = rf"step (\d)/6 \([^)]*\) loss \d\.\d{{3}}({heldout})? dropped \d+\.\d % lr [\d.e-]+ epoch [\d.]+{speed}"
+    matches = [re.fullmatch(pattern, line) for line in lines if line.startswith("step")]
+    # Step 4 is the first one of this start and its row would count the compilation.
+    assert [(match[1], bool(match[2]), bool(match[3])) for match in matches] == [("4", False, False), ("6", True, True)]
+    assert re.search(r"\] preparing the data\n.*\] compiling the train step", "\n".join(lines), re.DOTALL)
+    report = (tmp_path / "run" / "report.txt").read_text()
+    assert "dropped, %: held-out, training (first row, last row)" in report
+    last = 100 * train_rows(tmp_path / "run")[-1]["fraction_tokens_dropped"][1]
+    assert report.split("MoE layer 1")[1].splitlines()[0].endswith(f" {last:5.2f}")
+
+
+def test_the_standard_error_of_a_heldout_loss_by_hand():
+    """Rows of 6 nats in 2 targets and 2 in 2: loss 2, residuals 2 and -2, variance of the sum 2/1 x 8 = 16."""
+    nll, targets = np.asarray([6.0, 2.0, 0.0]), np.asarray([2.0, 2.0, 0.0])  # the last row is padding
+    assert sum_variance(nll, targets) == 16
+    summary = _summary(np.asarray([8.0, 4.0, 16.0]), 16.0, [])
+    assert (summary["loss"], summary["standard_error"]) == (2, 1)  # sqrt(16) / 4
+    assert sum_variance(nll[1:], targets[1:]) is None
+    assert "standard_error" not in _summary(np.asarray([2.0, 2.0, 8.0]), None, [])
+
+
+def test_a_domain_called_all_does_not_replace_the_total():
+    prepared = types.SimpleNamespace(domains=("all",))
+    with pytest.raises(ConfigError, match="no domain may be called 'all'"):
+        check_domains(prepared)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(directory, tmp_path_factory):
+    """(config, workdir) of a run that nothing stopped."""
+    # log_every=4 does not divide save_every=3: the metrics of steps 1..3 must survive in the checkpoint.
+    config = tiny(directory, **{"train.log_every": 4, "train.save_every": 3, "model.moe.gate": "switch"})
+    workdir = tmp_path_factory.mktemp("whole")
+    train(config, str(workdir), ONE)
+    return config, workdir
+
+
+@pytest.mark.parametrize("stop_at", [slow_case(1), 4, slow_case(5)])
+def test_resume_is_exact(whole, tmp_path, monkeypatch, stop_at):
+    config, whole = whole
+    calls = []
+
+    def stopping(batch, mesh):
+        calls.append(1)
+        if len(calls) > stop_at and "tokens" in batch and not monkeypatch_done:
+            raise Interrupted
+        return place(batch, mesh)
+
+    place, monkeypatch_done = training.place, []
+    monkeypatch.setattr(training, "place", stopping)
+    with pytest.raises(Interrupted):
+        train(config, str(tmp_path / "broken"), ONE)
+    monkeypatch_done.append(1)
+    train(config, str(tmp_path / "broken"), ONE)
+    broken = tmp_path / "broken"
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    assert (whole / "report.txt").read_bytes() == (broken / "report.txt").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, parameters(whole, 6), parameters(broken, 6))
+
+
+MESHES = [
+    (1, {}),
+    (4, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}),
+    (8, {"mesh.expert": 8, "mesh.data": 1}),
+    (8, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}),
+]
+
+
+@pytest.mark.slow
+def test_one_curve_on_every_mesh(directory, tmp_path):
+    # One layer, and nothing but steps: compiling is most of the time. tests/parallel/test_sharding.py has more layers.
+    settings = {"train.log_every": 1, "model.moe.gate": "gshard", "train.sample_tokens": 0, "model.num_layers": 1}
+    settings |= {"train.eval_every": 6, "train.save_every": 6, "model.moe.dispatch": "gather"}
+    curves = []
+    for index, (count, mesh) in enumerate(MESHES):
+        config = tiny(directory, **settings, **mesh)
+        train(config, str(tmp_path / str(index)), devices=jax.devices()[:count])
+        curves.append(train_rows(tmp_path / str(index)))
+    for curve in curves[1:]:
+        for name in ("cross_entropy", "loss", "fraction_tokens_dropped", "load_balancing_loss"):
+            ours, first = ([row[name] for row in rows] for rows in (curve, curves[0]))
+            np.testing.assert_allclose(ours, first, rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_another_mesh(directory, tmp_path):
+    settings = {"train.sample_tokens": 0, "model.moe.dispatch": "gather"}
+    config = tiny(directory, **settings)
+    train(config, str(tmp_path / "still"), ONE)
+    moved = tiny(directory, **settings, **{"mesh.data": 1, "mesh.expert": 4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "finish", lambda *_: None)
+        patch.setattr(training, "evaluate", _stop_at_second(training.evaluate))
+        with pytest.raises(Interrupted):
+            train(config, str(tmp_path / "moved"), ONE)
+    train(moved, str(tmp_path / "moved"), devices=jax.devices()[:4])
+    still, moved_rows = train_rows(tmp_path / "still"), train_rows(tmp_path / "moved")
+    assert [row["step"] for row in moved_rows] == [2, 4, 6]
+    np.testing.assert_allclose(moved_rows[-1]["loss"], still[-1]["loss"], rtol=1e-4)
+
+
+def _stop_at_second(function):
+    calls = []
+
+    def wrapped(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted
+        return function(*arguments)
+
+    return wrapped
+
+
+@pytest.mark.slow
+def test_accumulated_microbatches_are_the_batch(directory, tmp_path):
+    # A dense model: with experts, the balancing loss is a mean of products, which microbatches change.
+    for name, steps in (("one", 1), ("four", 4)):
+        overrides = {"model.moe.gate": "none", "train.accumulation_steps": steps, "train.batch_size": 8}
+        config = tiny(directory, **overrides, **{"train.log_every": 1, "train.sample_tokens": 0})
+        train(config, str(tmp_path / name), ONE)
+    one, four = train_rows(tmp_path / "one"), train_rows(tmp_path / "four")
+    for name in ("cross_entropy", "gradient_norm"):
+        np.testing.assert_allclose([r[name] for r in four], [r[name] for r in one], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "switch", "gshard", "mixtral"])
+def test_every_layer_trains_by_config_alone(directory, tmp_path, name):
+    tree = importlib.import_module(f"configs.{name}").get_config()
+    config = tiny(directory, tree, **{"train.num_steps": 4, "train.sample_tokens": 0, "model.dtype": "bfloat16"})
+    train(config, str(tmp_path), ONE)
+    losses = [row["cross_entropy"] for row in train_rows(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_workdir_belongs_to_one_config(directory, tmp_path):
+    workdir = tmp_path / "run"
+    train(tiny(directory, **{"train.sample_tokens": 0}), str(workdir), ONE)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"set back .*model\.moe\.gate \(there 'mixtral', here 'switch'\)"):
+        train(tiny(directory, **{"model.moe.gate": "switch", "train.sample_tokens": 0}), str(workdir), ONE)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"mesh.expert": 3}, "must multiply to the number of devices, 8"),
+        ({"data.sequence_length": 8192}, "has only"),
+        ({"data.dataset": "nowhere"}, "data.dataset"),
+        ({"model.vocab_size": 300_000}, "vocab"),
+    ],
+)
+def test_nothing_is_written_for_an_impossible_run(directory, tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        train(tiny(directory, **overrides), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
