@@ -74,10 +74,10 @@ def candidates(
             batches.add(config.train.batch_size)
         trains = [dataclasses.replace(config.train, batch_size=batch) for batch in sorted(batches)]
         for remat, mode in itertools.product(REMAT_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)):
-            moe = dataclasses.replace(config.model.moe, dispatch=mode)
-            model = dataclasses.replace(config.model, remat=remat, moe=moe)
-            tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
             try:
+                moe = dataclasses.replace(config.model.moe, dispatch=mode)
+                model = dataclasses.replace(config.model, remat=remat, moe=moe)
+                tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
                 validate(tried)
                 validate_mesh(tried, sizes)
             except ConfigError as error:
@@ -184,8 +184,9 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
             add(f"model.remat={remat}", model=dataclasses.replace(model, remat=remat))
     if model.moe.gate is not None:
         for mode in ("dropless", "gather"):
-            moe = dataclasses.replace(model.moe, dispatch=mode)
-            add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
+            with contextlib.suppress(ConfigError):  # a fixed capacity, which dropless has not
+                moe = dataclasses.replace(model.moe, dispatch=mode)
+                add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
         for expert in (1, 8, model.moe.num_experts):
             if devices % (expert * mesh.data * mesh.tensor) == 0:
                 fsdp = devices // (expert * mesh.data * mesh.tensor)

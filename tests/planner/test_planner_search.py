@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import mixtral_8x7b
-from moe.config import ConfigError, MoEConfig
+from moe.config import Capacity, ConfigError, MoEConfig
 from moe.config.resolve import from_config_dict
 from moe.planner import candidates, search
 from moe.planner.chips import CHIPS
@@ -167,3 +167,12 @@ def test_twelve_programs_find_a_plan_within_three_percent_of_the_best(of_mixtral
         best = max(plan["tokens_per_second_per_chip"] for plan in plans.values() if plan["memory_total"] <= capacity)
         shares.append(results[0][1]["tokens_per_second_per_chip"] / best)
     assert min(shares) >= 0.97
+
+
+def test_a_mode_that_a_fixed_capacity_rules_out_is_left_out():
+    config = tiny_config()
+    moe = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=8))
+    fixed = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    found, pruned = candidates.candidates(fixed, 8, CHIPS["v5p"])
+    assert {candidate.config.model.moe.dispatch for candidate in found} == {"gather", "einsum"}
+    assert any("capacity.fixed=8: needs a dispatch with a capacity" in reason for reason in pruned)
