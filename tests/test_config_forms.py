@@ -61,6 +61,8 @@ def test_a_layer_is_a_value_that_is_valid_once_it_exists():
     assert from_config_dict(to_dict(Config(model=ModelConfig(moe=mixtral)))).model.moe.gate == mixtral.gate
     with pytest.raises(ConfigError, match=r"model\.moe\.gate\.k=9: must be at most num_experts=8"):
         Transformer(ModelConfig(moe=MoEConfig(num_experts=8, gate=TopK(k=9))), rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"model\.num_kv_heads=3: must divide model\.num_heads=8"):
+        Transformer(ModelConfig(num_kv_heads=3), rngs=nnx.Rngs(0))
     for build, message in (
         (lambda: Capacity(train=0.0), "model.moe.capacity.train=0.0: must be positive"),
         (lambda: Losses(balance=-1.0), "model.moe.losses.balance=-1.0: must be at least 0"),

@@ -40,14 +40,16 @@ def _sections(tree: object) -> dict[str, typing.Any] | ml_collections.ConfigDict
 
 
 def resolve_model(config: typing.Any) -> ModelConfig:
-    """:func:`resolve` for the config of a model alone.
+    """:func:`resolve` for the config of a model alone, checked but for rules that only a run has.
 
     Raises:
-        ConfigError: something else than a ModelConfig.
+        ConfigError: something else than a ModelConfig, or an impossible value or combination.
     """
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
-    return resolve(Config(model=config)).model
+    model = resolve(Config(model=config)).model
+    check_model(model)
+    return model
 
 
 def resolve(config: Config) -> Config:
