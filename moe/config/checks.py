@@ -40,6 +40,12 @@ def check_model(model: ModelConfig) -> None:
     """Check the model section except the rules of ``model.moe``."""
     check_all_bounds(model, "model.")
     require(
+        not model.prediction_layers or not (model.encoder_layers or model.relative_buckets),
+        "model.prediction_layers",
+        model.prediction_layers,
+        "must be 0 with model.encoder_layers or model.relative_buckets",
+    )
+    require(
         model.head_dim >= 2 - bool(model.relative_buckets) and (model.head_dim % 2 == 0 or model.relative_buckets > 0),
         "model.head_dim",
         model.head_dim,

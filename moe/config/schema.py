@@ -93,6 +93,9 @@ class ModelConfig:
     clip_qkv: float = setting(0.0, least=0)
     tie_embeddings: bool = False  # logits = x E^T
     scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
+    #: layers after the last, each predicting one token further (DeepSeek-V3: 1)
+    prediction_layers: int = setting(0, least=0, most=64)
+    prediction_weight: float = setting(0.3, least=0)  # of the mean of their losses (DeepSeek-V3: 0.3, later 0.1)
     #: of embeddings, attention weights, hidden activations and the output of each half of a block
     dropout: float = setting(0.0, share=True)
     #: s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)

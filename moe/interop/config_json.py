@@ -6,6 +6,7 @@ A setting that the family's own code computes and this one does not is refused b
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
 from moe.config.parse import build
@@ -102,7 +103,7 @@ def write_config(config: Config, model_type: str = "") -> Json:
     for name in [model_type] if model_type else FAMILIES:
         result = _write_as(config, FAMILIES[name])
         try:
-            lost = _differences(config.model, read_config(result).model)
+            lost = _differences(config.model, _read_back(result))
         except ConfigError as error:
             reasons.append(f"{name} cannot ({error})")
             continue
@@ -129,16 +130,22 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
     kept_type = source["model_type"]
     if model_type not in ("", kept_type) or _differences(
-        config.model, read_config(_write_as(config, FAMILIES[kept_type])).model
+        config.model, _read_back(_write_as(config, FAMILIES[kept_type]))
     ):
         return write_config(config, model_type)
     ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
     result = source | {name: value for name, value in ours.items() if theirs.get(name) != value}
-    if _differences(config.model, read_config(result).model):
+    depth = config.model.prediction_layers  # one that was not imported is still named in the source
+    if _differences(config.model, dataclasses.replace(read_config(result).model, prediction_layers=depth)):
         # A changed setting stands in the source under another name, such as rope_parameters, too.
         known = {*FAMILIES[kept_type].schema.model_fields, "num_local_experts"} - set(TOKEN_IDS)
         result = {name: value for name, value in source.items() if name not in known} | ours
     return result
+
+
+def _read_back(written: Json) -> ModelConfig:
+    """The model of a ``config.json`` that is written here, with the layers of multi-token prediction."""
+    return dataclasses.replace(read_config(written).model, prediction_layers=written.get(_PREDICTION) or 0)
 
 
 def _write_as(config: Config, family: Family) -> Json:
@@ -162,17 +169,27 @@ def _write_as(config: Config, family: Family) -> Json:
     if any(sparse_layers(model)):
         result["num_experts_per_tok"] = model.moe.experts_per_token
         result[family.balance_field] = balance.coefficient_there(family, model)
+    if _PREDICTION in inspect.get_annotations(family.schema):
+        result[_PREDICTION] = model.prediction_layers
     result |= write_scaling(model)
     named = {family.field_names.get(name, name): value for name, value in result.items()}
     return {name: value for name, value in named.items() if name is not None} | family.write(model)
 
 
+_PREDICTION = "num_nextn_predict_layers"
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
     *("attention_sinks", "norms", "embedding_scale", "residual_scale", "attention_scale", "logit_scale"),
     *("kv_lora_rank", "q_lora_rank", "value_dim"),
-    *("encoder_layers", "encoder_vocab_size", "relative_buckets", "relative_max_distance", "scale_logits"),
+    *(
+        "encoder_layers",
+        "encoder_vocab_size",
+        "prediction_layers",
+        "relative_buckets",
+        "relative_max_distance",
+        "scale_logits",
+    ),
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),

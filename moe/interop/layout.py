@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
-from moe.interop.families.family import Family, Tensor
+from moe.interop.families.family import PREDICTION_TENSORS, Family, Tensor
 from moe.models.factory import abstract_model
-from moe.models.stack import stacked_layers
+from moe.models.stack import PREDICTION, stacked_layers
 from moe.parallel.parameters import flat_variables
 
 
@@ -171,6 +171,7 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
         own = family.tensors(model, stack) if callable(family.tensors) else family.tensors
         per_expert = "{expert}" in str(own.get("moe.experts.up"))
         tensors = {**own, **(family.fused if fused and per_expert else {})}
+        tensors |= PREDICTION_TENSORS if path[0] == PREDICTION else {}
         if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]

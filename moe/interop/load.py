@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe.config import Config, ModelConfig, validate_mesh
+from moe.config import Config, ConfigError, ModelConfig, validate_mesh
 from moe.foreign_files import read_object
 from moe.interop.config_json import family_of, read_config
-from moe.interop.families.family import Family
+from moe.interop.families.family import PREDICTION_COPIES, Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
 from moe.interop.quantization_config import read_quantization
 from moe.interop.schema import parse
@@ -51,17 +51,28 @@ def load_huggingface(
 
 
 def open_folder(
-    directory: str | os.PathLike[str], *, dtype: str = "float32"
+    directory: str | os.PathLike[str], *, dtype: str = "float32", prediction: bool = False
 ) -> tuple[Config, TensorFolder, list[Parameter]]:
-    """The config of a folder, its tensors, checked, and the parameters they make. Reads headers only."""
+    """The config of a folder, its tensors, checked, and the parameters they make. Reads headers only.
+
+    ``prediction``: with the layers of multi-token prediction, which are skipped otherwise.
+    """
     source = read_object(Path(directory) / CONFIG_FILE)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     folder, family = TensorFolder(directory, read_quantization(source), dtype), family_of(source)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
-    parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
-    folder.skip_layers(range(last, last + extra))
+    if prediction:
+        if not extra or f"{family.block.format(layer=last)}eh_proj.weight" not in folder.names():
+            raise ConfigError(f"{directory}: holds no layer of multi-token prediction; import it without them")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, prediction_layers=extra))
+        for layer in range(last, last + extra):
+            block = family.block.format(layer=layer)
+            folder.drop_copies({block + copy: original for copy, original in PREDICTION_COPIES.items()})
+    else:
+        folder.skip_layers(range(last, last + extra))
+    parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     folder.check(parameters, family)
     return config, folder, parameters
 

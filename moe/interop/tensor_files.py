@@ -154,13 +154,24 @@ class TensorFolder:
         return {name: self._stored.read(form.scales, ()) for name, form in forms.items()}
 
     def skip_layers(self, after: range) -> None:
-        """Ignore layers of these numbers: multi-token prediction (DeepSeek-V3), which no model here computes."""
+        """Ignore layers of these numbers: multi-token prediction (DeepSeek-V3) that is not asked for."""
         skipped = [name for name in self._headers if _layer_number(name) in after]
         for name in skipped:
             del self._headers[name]
             self.forms.pop(name, None)
         if skipped:
             logging.warning("%s: %d tensors of multi-token prediction are skipped", self.directory, len(skipped))
+
+    def drop_copies(self, originals: dict[str, str]) -> None:
+        """Ignore tensors, by name, that equal another one of this folder.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        for copy, original in originals.items():
+            if self.differ(copy, original):
+                raise ConfigError(f"{copy}: differs from {original}; layers of multi-token prediction share it here")
+            self._headers.pop(copy, None)
 
     def differ(self, copy: str, original: str) -> bool:
         """Whether a tensor that should be a copy of another is none."""

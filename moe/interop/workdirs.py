@@ -43,7 +43,11 @@ COMPANIONS = (
 
 
 def import_checkpoint(
-    source: str | os.PathLike[str], workdir: str | os.PathLike[str], *, dtype: str = "float32"
+    source: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    prediction: bool = False,
 ) -> Config:
     """Makes a workdir of a folder's model, with one tensor in memory at a time.
 
@@ -52,6 +56,7 @@ def import_checkpoint(
         workdir: gets ``config.json``, ``checkpoints/0``, :data:`SOURCE_FILE`, :data:`SCALES_FILE` if the weights are
             FP8, and the :data:`COMPANIONS`; must be new or empty.
         dtype: of activations and matmuls, and of dequantised weights.
+        prediction: with the layers of multi-token prediction (DeepSeek-V3), which are skipped otherwise.
 
     Raises:
         ConfigError: see :func:`moe.interop.load.load_huggingface`; or the workdir holds files.
@@ -59,7 +64,7 @@ def import_checkpoint(
     workdir = epath.Path(workdir)
     refuse_files(workdir)
     refuse_unusable_path(workdir)
-    config, folder, parameters = open_folder(source, dtype=dtype)
+    config, folder, parameters = open_folder(source, dtype=dtype, prediction=prediction)
     written = read_object(Path(source) / CONFIG_FILE)
     starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
     known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}

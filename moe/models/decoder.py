@@ -14,6 +14,7 @@ from moe.config import ModelConfig
 from moe.config.resolve import resolve_model
 from moe.layers.basic import Embedding, Unembedding
 from moe.models.block import Rows
+from moe.models.prediction import PredictionLayer, predict
 from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -34,6 +35,8 @@ class Output:
         routing: a Routing whose arrays do likewise; None unless asked for. Of an encoder-decoder a pair, the encoder's
             first, None for a stack without MoE layers: their groups differ.
         encoder_hidden: output of the encoder.
+        further: final hidden states of each depth of multi-token prediction, in training; its MoE layers are the last
+            of ``layers``.
     """
 
     logits: Float[Array, "B T V"]
@@ -41,6 +44,7 @@ class Output:
     layers: LayerReport | None
     routing: Routing | tuple[Routing | None, Routing | None] | None
     encoder_hidden: Float[Array, "B U D"] | None = None
+    further: tuple[Float[Array, "B T D"], ...] = ()
 
 
 class LanguageModel(nnx.Module):
@@ -78,6 +82,8 @@ class Transformer(LanguageModel, Stack):
         self.embedding = Embedding(config, rngs=rngs)
         Stack.__init__(self, config, rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)
+        if config.prediction_layers:
+            self.prediction = PredictionLayer.stacked(config, rngs=rngs)
 
     def __call__(
         self,
@@ -109,8 +115,18 @@ class Transformer(LanguageModel, Stack):
         x, layers, recorded = self.run(
             self.embed(rows.token_ids), rows, train=train, rng=rng, routing=routing, return_routing=return_routing
         )
-        hidden = self.scaled(x)
-        return Output(self.logits(hidden), hidden, layers, recorded)
+        hidden, further = self.scaled(x), ()
+        if train and self.config.prediction_layers:
+            further, more = predict(self.prediction, self.config, self.embed, x, rows, train=train, rng=rng)
+            layers = join_reports(layers, more)
+        return Output(self.logits(hidden), hidden, layers, recorded, further=tuple(map(self.scaled, further)))
+
+
+def join_reports(first: LayerReport | None, second: LayerReport | None) -> LayerReport | None:
+    """Reports of the MoE layers of two stacks, one after the other."""
+    if first is None or second is None:
+        return second if first is None else first
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, second)
 
 
 def make_rows(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
@@ -15,7 +14,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.resolve import resolve_model
 from moe.layers.basic import Embedding, Unembedding
 from moe.models.block import Rows
-from moe.models.decoder import LanguageModel, Output, make_rows
+from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Routing
@@ -81,7 +80,7 @@ class EncoderDecoder(LanguageModel):
         embedded = self.embed(rows.token_ids)
         x, decoder_reports, decoder_routing = self.decoder.run(embedded, rows, routing=replayed[1], **settings)
         hidden = self.scaled(x)
-        layers = _join(encoder_reports, decoder_reports)
+        layers = join_reports(encoder_reports, decoder_reports)
         recorded = (encoder_routing, decoder_routing) if return_routing else None
         return Output(self.logits(hidden), hidden, layers, recorded, encoded)
 
@@ -103,10 +102,3 @@ def encoder_rows(
     if segment_ids is not None:
         raise ValueError("give encoder_segment_ids or encoder_mask, not both")
     return make_rows(token_ids, None, positions, key_segment_ids=jnp.asarray(mask).astype(jnp.int32))
-
-
-def _join(encoder: LayerReport | None, decoder: LayerReport | None) -> LayerReport | None:
-    """Reports of all MoE layers, the encoder's first."""
-    if encoder is None or decoder is None:
-        return decoder if encoder is None else encoder
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), encoder, decoder)

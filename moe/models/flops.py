@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from flax import nnx
 
-from moe.config import LayerKind, ModelConfig, stacks
+from moe.config import LayerKind, ModelConfig, layer_kinds, stacks
 from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
@@ -64,6 +64,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
             size *= expert_rows_per_token(config, lengths[stack]) / config.moe.num_experts
         of_source = "cross" in path and path[-1].startswith(("key", "value"))
         multiplied += size * share["encoder" if of_source else stack]
+    multiplied += config.prediction_layers * config.vocab_size * config.d_model  # each depth has logits
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.d_model
     multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
@@ -73,6 +74,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
         for kind in kinds:
             keys += _keys_per_query(kind, lengths[stack]) * share[stack] + (input_length if kind.role == "cross" else 0)
             mixing += 12 * slots * config.expert_dim * kind.sparse * share[stack]
+    keys += config.prediction_layers * _keys_per_query(layer_kinds(config)[-1], sequence_length)
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
     return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys
 

@@ -59,23 +59,30 @@ class Encoded:
 CachedAttention = Callable[[Block, Array, LayerCache], tuple[Array, LayerCache]]
 
 
-def empty(config: ModelConfig, rows: int, length: int) -> LayerStates:
-    """A cache of every layer for ``length`` positions a row, or for the window where a layer has a shorter one."""
+def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> LayerStates:
+    """A cache of every layer for ``length`` positions a row, or for the window where a layer has a shorter one.
+
+    ``ahead``: tokens that :func:`extend` takes at once, beyond one.
+    """
 
     def create(kind: LayerKind, repeats: int) -> LayerCache:
-        slots = min(kind.window, length) if kind.window else length
-
-        def zeros(shape: tuple[int, int] | None) -> Array | None:
-            if shape is None:
-                return None
-            spec = partition_specs.CACHE if shape[0] > 1 else partition_specs.CACHE_OF_ONE_HEAD
-            return constrain(jnp.zeros((repeats, rows, slots, *shape), config.dtype), spec)
-
-        key, value = (zeros(shape) for shape in attention_class(config).cache_shapes(config))
-        assert key is not None
-        return LayerCache(key, value, jnp.full((repeats, rows, slots), -1, jnp.int32))
+        return empty_layers(config, kind, repeats, rows, min(kind.window + ahead, length) if kind.window else length)
 
     return create_states(list(stacks(config).values())[-1], create)
+
+
+def empty_layers(config: ModelConfig, kind: LayerKind, repeats: int, rows: int, slots: int) -> LayerCache:
+    """The cache of equal layers, stacked over the repeats."""
+
+    def zeros(shape: tuple[int, int] | None) -> Array | None:
+        if shape is None:
+            return None
+        spec = partition_specs.CACHE if shape[0] > 1 else partition_specs.CACHE_OF_ONE_HEAD
+        return constrain(jnp.zeros((repeats, rows, slots, *shape), config.dtype), spec)
+
+    key, value = (zeros(shape) for shape in attention_class(config).cache_shapes(config))
+    assert key is not None
+    return LayerCache(key, value, jnp.full((repeats, rows, slots), -1, jnp.int32))
 
 
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
@@ -112,22 +119,45 @@ def prefill(
     Returns:
         logits of the token after each prompt, and the filled caches.
     """
-    columns = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-    segment_ids = (columns < lengths[:, None]).astype(jnp.int32)
-    positions = columns * segment_ids  # 0 in the padding: rotary positions may depend on a row's length
-    rows = Rows(token_ids, segment_ids, positions)
+    x, caches = run_prompt(model, token_ids, lengths, caches, encoded, prefix=prefix)
+    # [B,T,D] → [B,1,D]: the last token of each prompt
+    return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
+
+
+def run_prompt(
+    model: Model,
+    token_ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    caches: LayerStates,
+    encoded: Encoded | None = None,
+    *,
+    prefix: bool = False,
+) -> tuple[Float[Array, "B T D"], LayerStates]:
+    """:func:`prefill`, with the hidden states of all tokens before the final norm instead of logits."""
+    rows = prompt_rows(token_ids, lengths)
     stack = _decoder(model)
     settings: Any = {"prefix": rows.segment_ids} if prefix else {}
     if model.config.relative_buckets:
-        settings["bias"] = stack.relative_bias.by_distance(len(columns))
+        settings["bias"] = stack.relative_bias.by_distance(token_ids.shape[1])
+    return _run(model, rows, caches, prompt_attention(rows, lengths, **settings), encoded)
+
+
+def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows:
+    """Rows of prompts, each from column 0 on."""
+    columns = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
+    segment_ids = (columns < lengths[:, None]).astype(jnp.int32)
+    positions = columns * segment_ids  # 0 in the padding: rotary positions may depend on a row's length
+    return Rows(token_ids, segment_ids, positions)
+
+
+def prompt_attention(rows: Rows, lengths: Int[Array, " B"], **settings: Any) -> CachedAttention:
+    """Attention of prompts that fills the caches."""
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        heads, key, value = block.attention.prefill(x, rows.segment_ids, positions, **settings)
+        heads, key, value = block.attention.prefill(x, rows.segment_ids, rows.positions, **settings)
         return heads, _fill(cache, key, value, lengths)
 
-    x, caches = _run(model, rows, caches, attention, encoded)
-    # [B,T,D] → [B,1,D]: the last token of each prompt
-    return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
+    return attention
 
 
 def decode(
@@ -150,25 +180,52 @@ def decode(
     Returns:
         logits of the token after it, and the caches with it.
     """
-    rows = Rows(token_ids[:, None], active.astype(jnp.int32)[:, None], positions[:, None])
-    stack = _decoder(model)
+    x, caches = extend(model, token_ids[:, None], positions[:, None], active, caches, encoded)
+    return _logits(model, x), caches
+
+
+def extend(
+    model: Model,
+    token_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    active: Bool[Array, " B"],
+    caches: LayerStates,
+    encoded: Encoded | None = None,
+) -> tuple[Float[Array, "B T D"], LayerStates]:
+    """:func:`decode` of several tokens a row, with hidden states before the final norm instead of logits.
+
+    A token sees those before it alone. One that is taken back is overwritten by the next of its position.
+    """
+    rows = next_rows(token_ids, positions, active)
+    relative = _decoder(model).relative_bias if model.config.relative_buckets else None
+    return _run(model, rows, caches, next_attention(positions, relative), encoded)
+
+
+def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active: Bool[Array, " B"]) -> Rows:
+    """Rows of further tokens."""
+    return Rows(token_ids, jnp.broadcast_to(active.astype(jnp.int32)[:, None], token_ids.shape), positions)
+
+
+def next_attention(positions: Int[Array, "B T"], relative: Any = None) -> CachedAttention:
+    """Attention of further tokens to the cache, into which they go first."""
 
     def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-        query, key, value = block.attention.project_cached(x, positions[:, None])
-        cache = _append(cache, key, value, positions)
-        age = positions[:, None] - cache.position  # [B,W]
-        seen = (cache.position >= 0) & (age >= 0)
+        query, key, value = block.attention.project_cached(x, positions)
+        for i in range(positions.shape[1]):
+            one = None if value is None else value[:, i : i + 1]
+            cache = _append(cache, key[:, i : i + 1], one, positions[:, i])
+        age = positions[:, :, None] - cache.position[:, None]  # [B,T,W]
+        seen = (cache.position >= 0)[:, None] & (age >= 0)
         if block.attention.window:
             seen &= age < block.attention.window
         # Typed by the module: latent attention has no cached values.
         attend_cached: Any = block.attention.attend_cached
         bias = {}
-        if model.config.relative_buckets:  # [B,W,N] → [B,N,1,W]
-            bias["bias"] = stack.relative_bias(-age).swapaxes(1, 2)[:, :, None].astype(x.dtype)
-        return attend_cached(query, cache.key, cache.value, seen[:, None, None], **bias), cache
+        if relative is not None:  # [B,T,W,N] → [B,N,T,W]
+            bias["bias"] = jnp.moveaxis(relative(-age), -1, 1).astype(x.dtype)
+        return attend_cached(query, cache.key, cache.value, seen[:, None], **bias), cache
 
-    x, caches = _run(model, rows, caches, attention, encoded)
-    return _logits(model, x), caches
+    return attention
 
 
 def _decoder(model: Model) -> Stack:
@@ -212,9 +269,7 @@ def _run(
 
     def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, LayerCache]:
         del layer
-        norm = block.attention_norm
-        heads, cache = attention(block, block.input_of(norm, x), state[0])
-        x = block.add(norm, x, block.attention.join(heads), KEEP_ALL)
+        x, cache = attend(block, x, state[0], attention)
         if encoded is not None:
             cross: Any = block.cross.attention
             query = cross.project_query(block.cross.norm(x), None)
@@ -224,6 +279,13 @@ def _run(
         return x, cache
 
     return _decoder(model).scan(body, model.embed(rows.token_ids), states)
+
+
+def attend(block: Block, x: Array, cache: LayerCache, attention: CachedAttention) -> tuple[Array, LayerCache]:
+    """x plus a block's attention, and its cache."""
+    norm = block.attention_norm
+    heads, cache = attention(block, block.input_of(norm, x), cache)
+    return block.add(norm, x, block.attention.join(heads), KEEP_ALL), cache
 
 
 def _logits(model: Model, x: Array) -> Array:

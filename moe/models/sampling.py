@@ -123,7 +123,7 @@ def stream(
         ConfigError: no prompts, an empty one, a token outside the vocabulary, or a gate that needs later tokens.
     """
     check_prompts(config, prompts)
-    token_ids, lengths = _pad(prompts)
+    token_ids, lengths = pad_prompts(prompts)
     active = np.arange(len(lengths)) < len(prompts)
     prompt_length = 1 if config.encoder_layers else token_ids.shape[1]
     begin, step = _programs(config, len(lengths), prompt_length + num_tokens, sampling)
@@ -161,7 +161,7 @@ def looks_ahead(config: ModelConfig) -> str:
     return f"model.moe.gate={config.moe.gate_name!r}: routes by later tokens, which a text has not yet"
 
 
-def _pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as token_ids [B,T] and lengths [B], with idle rows up to a multiple of the devices that rows are split
     over."""
     if axis_size("context") > 1:

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.layer_pattern import LayerKind, stacks
+from moe.config.layer_pattern import LayerKind, layer_kinds, stacks
 from moe.config.registry import with_layer_gate
 from moe.layers.attention.positions import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
@@ -28,6 +28,9 @@ from moe.parallel.parameters import LAYERS
 from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
+
+#: Name of the layers of multi-token prediction (moe.models.prediction) in a model, stacked along a leading axis.
+PREDICTION = "prediction"
 
 #: One tree per layer, grouped as the layers are stored: by segment, then by block of its unit, the arrays of each
 #: stacked over the repeats.
@@ -196,6 +199,8 @@ def part_of(names: Collection[str]) -> str:
     Args:
         names: keys of its path.
     """
+    if tuple(names)[-2:] == (PREDICTION, "project"):
+        return "dense"
     # A shared expert is made of a dense FFN, so the order counts.
     for part in ("shared", "latent", "null", "router", "experts", "attention", "dense", "embedding", "unembedding"):
         if part in names:
@@ -247,12 +252,19 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
-                gate = with_layer_gate(config, kind.gate).moe.gate if kind.sparse else None
-                if values is not None and gate is not None and gate.state.update != "none":
+                if values is not None and _has_bias(config, kind):
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
         biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop
+    last = layer_kinds(config)[-1]
+    if config.prediction_layers and _has_bias(config, last):
+        biases[PREDICTION] = {"block": {"moe": {"router": {"bias": layers[start:]}}}}
     return biases
+
+
+def _has_bias(config: ModelConfig, kind: LayerKind) -> bool:
+    gate = with_layer_gate(config, kind.gate).moe.gate if kind.sparse else None
+    return gate is not None and gate.state.update != "none"
 
 
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:
@@ -268,6 +280,9 @@ def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tup
     """
     name = path[0] if config.encoder_layers else ""
     path = path[1:] if name else path
+    if path[0] == PREDICTION:  # numbered after the last layer
+        layers = range(config.num_layers, config.num_layers + config.prediction_layers)
+        return layers, tuple(path[2:] if path[1] == "block" else path)
     if not path[0].startswith("segment_"):
         return None
     i, j = int(path[0].removeprefix("segment_")), int(path[1].removeprefix("block_"))

@@ -29,6 +29,7 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Choose among the fewest tokens that t
 _STOP = flags.DEFINE_multi_integer("stop", [], "Token ids that end a text, beside the end-of-text token.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not given.")
+_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft by multi-token prediction; the same text in fewer steps.")
 _MESH = flags.DEFINE_list("mesh", [], "Devices per axis: data, fsdp, expert, tensor.")
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     from moe.data.sentinels import decode_blanks, encode_blanks
     from moe.data.tokenizer_files import find_tokenizer
     from moe.fields import whole_number
-    from moe.models import sampling
+    from moe.models import sampling, speculation
     from moe.parallel import partition_specs
     from moe.parallel.mesh import make_mesh
 
@@ -138,6 +139,17 @@ def main() -> None:
             stream = functools.partial(sampling.stream, config.model, variables)
             _talk(prompts or _typed(), tokenizer, lambda row: stream([row], int(_TOKENS.value or 0), options))
         return
+    if _SPECULATE.value:
+        if options.temperature:
+            raise ConfigError(f"--temperature={options.temperature}: must be 0 with --speculate")
+        with jax.set_mesh(mesh):
+            variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
+            limit = int(_TOKENS.value or 0)
+            found = speculation.sample(config.model, variables, rows, limit, options.stop_tokens)
+        for prompt, row, text in zip(prompts, rows, found.texts, strict=True):
+            print(f"{prompt}{written(row, text.tolist())}" + "\n---" * (len(rows) > 1))
+        print(f"{found.steps} steps; {found.accepted:.0%} of the drafts confirmed", file=sys.stderr)
+        return
     texts: list[list[int]] = [[] for _ in rows]
     stream_one = len(rows) == 1
     shown, times = "", []
@@ -175,5 +187,6 @@ def run() -> None:
             'python scripts/generate.py --workdir=/tmp/quickstart --prompt="Once upon a time"',
             'python scripts/generate.py --workdir=/tmp/quickstart --prompt="def " --tokens=64 --temperature=0',
             "python scripts/generate.py --workdir=/tmp/chat --chat",
+            'python scripts/generate.py --workdir=/tmp/mtp --prompt="def " --temperature=0 --speculate',
         ),
     )

@@ -14,6 +14,7 @@ _OUT = cli.define_path("out", "Workdir to create.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of activations, matmuls and dequantised weights."
 )
+_PREDICTION = flags.DEFINE_bool("prediction", False, "With the layers of multi-token prediction, skipped otherwise.")
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
     from moe.interop.hub_cache import find_source
     from moe.models.flops import count_parameters
 
-    config = import_checkpoint(find_source(str(_SOURCE.value)), str(_OUT.value), dtype=_DTYPE.value)
+    source, out = find_source(str(_SOURCE.value)), str(_OUT.value)
+    config = import_checkpoint(source, out, dtype=_DTYPE.value, prediction=bool(_PREDICTION.value))
     total, active = count_parameters(config.model)
     print(f"{_OUT.value}: {total:,} parameters, {active:,} active per token")
 

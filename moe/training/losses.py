@@ -14,6 +14,7 @@ from jax import Array
 from moe.config import Config, ConfigError, MoEConfig
 from moe.models.decoder import Output
 from moe.models.factory import Model
+from moe.models.prediction import further_targets
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import LayerReport
@@ -207,7 +208,7 @@ class Objective(Protocol):
 
 
 class TextObjective:
-    """The next token of a text, and a teacher's probabilities of it."""
+    """The next token of a text, and a teacher's probabilities of it; with multi-token prediction those after it."""
 
     def count(self, batch: dict[str, Array]) -> Array:
         """Number of targets."""
@@ -224,11 +225,18 @@ class TextObjective:
         """Nats over targets."""
         if config.data.objective == "preferences":
             raise ConfigError("data.objective='preferences': build the program by moe.posttraining.make_program")
-        nll, _ = linear_cross_entropy(output.hidden, model.output_matrix(), batch["targets"])
-        if teacher is None:
-            return Sums(nll, nll)
-        soft = soft_cross_entropy(output.logits, teacher[1].logits, batch["targets"])
-        return Sums(nll + config.distill.soft_share * (soft - nll), nll)
+        matrix = model.output_matrix()
+        nll, _ = linear_cross_entropy(output.hidden, matrix, batch["targets"])
+        loss, terms = nll, {}
+        if teacher is not None:
+            soft = soft_cross_entropy(output.logits, teacher[1].logits, batch["targets"])
+            loss = loss + config.distill.soft_share * (soft - nll)
+        for depth, hidden in enumerate(output.further, start=1):  # DeepSeek-V3, equations 24 and 25
+            targets = further_targets(batch["targets"], batch["segment_ids"], depth)
+            further, _ = linear_cross_entropy(hidden, matrix, targets)
+            loss = loss + config.model.prediction_weight / len(output.further) * further
+            terms[f"cross_entropy_{depth}_further"] = further
+        return Sums(loss, nll, terms)
 
 
 TEXT = TextObjective()

@@ -115,6 +115,18 @@ FUSED_EXPERTS = {
     "moe.experts.up": Tensor("mlp.experts.gate_up_proj", part=1, parts=2),
     "moe.experts.down": Tensor("mlp.experts.down_proj"),
 }
+#: Multi-token prediction, under the numbers after the last layer's.
+PREDICTION_TENSORS = {
+    "prediction.hidden_norm.scale": "hnorm.weight",
+    "prediction.embedding_norm.scale": "enorm.weight",
+    "prediction.project": "eh_proj.weight",
+    "prediction.output_norm.scale": "shared_head.norm.weight",
+}
+#: Tensors beside them that published files hold, and what they are copies of.
+PREDICTION_COPIES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
 #: Parameters outside the blocks, the same in every family.
 OUTSIDE = {
     "embedding.table": "model.embed_tokens.weight",
