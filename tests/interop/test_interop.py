@@ -330,16 +330,23 @@ def test_an_export_keeps_what_fine_tuning_did_not_change(length, exported, tmp_p
     assert read_open_config(written).model == read_open_config(original).model
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in OURS if path.name != "deepseek"])
+#: Architectures whose code is not part of transformers.
+REMOTE_CODE = ("deepseek", "kimi_k2")
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in OURS if path.name not in REMOTE_CODE])
 @pytest.mark.transformers
 def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
-    """Needs torch and transformers 5: python -m pytest -m transformers."""
+    """Without one that the published config.json does not cause. Needs torch and transformers 5: python -m pytest -m
+    transformers."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import_checkpoint(path, tmp_path / "run")
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     told = io.StringIO()
     transformers.utils.logging.add_handler(logging.StreamHandler(told))
+    transformers.AutoConfig.from_pretrained(path)
+    of_source = set(told.getvalue().splitlines())
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32
     )
@@ -347,4 +354,4 @@ def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
     tokens = torch.tensor(_expected(path)["input_ids"])
     assert _relative(model(tokens).logits.detach().numpy(), _expected(path)["logits"]) < 2e-5
     assert model.generate(tokens[:, :6], max_new_tokens=3, do_sample=False).shape[1] > 6
-    assert told.getvalue() == ""
+    assert set(told.getvalue().splitlines()) == of_source
