@@ -33,7 +33,7 @@ BIASED = {
     "kept_expert_groups": 1,
     "scores_per_group": 1,
 }
-V3 = Path(__file__).parent / "data" / "checkpoints" / "deepseek_v3"
+V3 = Path(__file__).parents[1] / "data" / "checkpoints" / "deepseek_v3"
 
 
 def config_of(tmp_path, moe=None, **changes):

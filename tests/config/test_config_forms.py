@@ -28,8 +28,8 @@ from moe.config.resolve import from_config_dict, from_workdir_dict
 from moe.models.decoder import Transformer
 from moe.routing.gates import SoftMoE, TopK
 
-DATA = Path(__file__).parent / "data"
-ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
 FLAT = json.loads((DATA / "flat_moe_sections.json").read_text())
 
 
