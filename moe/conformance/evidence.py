@@ -40,8 +40,8 @@ def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
         ConfigError: no such file, an array that is missing, unknown, or of a wrong shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(f"--npz={path}: not a readable npz file of arrays ({error})") from error
     for name in arrays:

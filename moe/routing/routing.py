@@ -80,7 +80,7 @@ def load_routing(path: str) -> Routing | Choices:
         ConfigError: it holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: jnp.asarray(archive[name]) for name in archive.files}
         return (Choices if arrays.keys() == {"expert_index", "chosen"} else Routing)(**arrays)
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
