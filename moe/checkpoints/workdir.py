@@ -145,6 +145,9 @@ def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool
     }
     if _same_function(theirs_config, config):
         differing.pop("model.moe.dispatch", None)
+    if gates := differing.pop("model.moe.gate.name", None):  # its fields follow from it
+        differing = {name: values for name, values in differing.items() if not name.startswith("model.moe.gate.")}
+        differing["model.moe.gate"] = gates
     changeable = {name: values for name, values in differing.items() if name in CHANGEABLE_FIELDS}
     if differing and not (allow_changes and changeable == differing):
         listed = "; ".join(
