@@ -136,7 +136,7 @@ CASES = [
     value("data.sequence_length", "1", "at least 2"),
     value("data.sequence_length", "100000", "use at most"),
     value("data.streams", "3", "must divide train.batch_size=16"),
-    value("data.streams", "-1", "must divide"),
+    value("data.streams", "-1", "must be at least 0"),
     value("data.shuffle_window", "0", "at least 1"),
     value("data.heldout_rows", "0", "at least 1"),
     value("data.tokenizer", "/nowhere/tokenizer.model", "no such file"),

@@ -127,9 +127,9 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"model_type": "qwen3_5_moe_text"}, "model_type='qwen3_5_moe_text': needs gated DeltaNet layers"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "alpha": 4}}, "alpha=4.0 of rotary positions"),
         ({"hidden_size": None}, "has no hidden_size"),
-        ({"hidden_size": "16"}, "hidden_size='16': must be a valid integer"),
+        ({"hidden_size": "16"}, "hidden_size='16': must be an integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),
-        ({"num_experts_per_tok": 9}, r"model\.moe\.experts_per_token=9"),
+        ({"num_experts_per_tok": 9}, r"model\.moe\.gate\.k=9"),
     ],
 )
 def test_settings_that_are_refused(editable, fields, pattern):

@@ -233,7 +233,9 @@ def _comparison(where, cells, runs, point, adjusted, pooled, bootstrap):
 def test_pictures(drawn):
     folder, _, _ = drawn
     shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text())
-    assert set(shown) == {f"{name}.png" for name in ("effects", "curves", "sweep", "routing", "specialisation_top2")}
+    assert set(shown) == {
+        f"{name}.png" for name in ("effects", "losses", "curves", "sweep", "routing", "specialisation_top2")
+    }
     assert all((folder / name).stat().st_size > 1000 for name in shown)
 
 
