@@ -185,7 +185,7 @@ IMPOSSIBLE: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("mixtral", {"layer_gates": ("expert_choice",)}, "layer_gates"),
     ("expert_threshold", {}, "accept_future_leak"),
     ("switch", {"eval_capacity_factor": 0.0}, "capacity.eval"),
-    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 3}, "gate.groups"),
+    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 3, "kept_expert_groups": 2}, "gate.groups"),
     ("deepseek_v3", {"experts_per_token": 3, "expert_groups": 4, "kept_expert_groups": 2}, "gate.k"),
     ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 2, "kept_expert_groups": 3}, "gate.kept_groups"),
     ("expert_choice", {}, "accept_future_leak"),
