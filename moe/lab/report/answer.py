@@ -61,7 +61,7 @@ def _answer(findings: Sequence[Finding]) -> str:
     if not seeds:
         return "**No pair of arms has a run yet.**"
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    text = f"**{len(decided)} of {len(findings)} contrasts decided**, on {count} seeds"
+    text = f"**{len(decided)} of {len(findings)} contrasts decided**, on {count} seed{'' if seeds == [1] else 's'}"
     text += f"; {len(waiting)} have no runs yet." if waiting else "."
     return " ".join([text, *(f"{markdown_text(f.claim.text).rstrip('.')}: {f.verdict}." for f in decided)])
 
