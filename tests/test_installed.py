@@ -194,7 +194,7 @@ def test_a_users_gate_through_every_program(folder):
     short = ("--tokens=128", "--shuffles=5")
     run(folder, scripts / "analyze_routing.py", "--workdir=run", *short, trusted, says="experts.html")
     run(folder, scripts / "ablate.py", "--suite=my_suite.py", "--workdir=suite", says="report.md")
-    report = (folder / "suite" / "report.md").read_text()
+    report = (folder / "suite" / "mine" / "report.md").read_text()
     assert "cold" in report
     assert "mixtral" in report
 
