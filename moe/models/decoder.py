@@ -54,9 +54,10 @@ class LanguageModel(nnx.Module):
     embedding: Embedding
     unembedding: Unembedding | None
 
-    def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Vectors of tokens in the compute dtype."""
-        return self.embedding(token_ids, jnp.dtype(self.config.dtype)) * self.config.embedding_scale
+    def embed(self, token_ids: Int[Array, "B T"], embedding: Embedding | None = None) -> Float[Array, "B T D"]:
+        """Vectors of tokens in the compute dtype, of a table; None: the model's."""
+        vectors = (embedding or self.embedding)(token_ids, jnp.dtype(self.config.dtype))
+        return vectors * self.config.embedding_scale
 
     def output_matrix(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits, in the compute dtype."""

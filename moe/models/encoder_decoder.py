@@ -87,7 +87,7 @@ class EncoderDecoder(LanguageModel):
     def encode(self, rows: Rows, **settings: Any) -> tuple[Float[Array, "B U D"], LayerReport | None, Routing | None]:
         """Run the encoder; see :meth:`moe.models.stack.Stack.run`."""
         embedding = self.encoder.embedding if self.config.encoder_vocab_size else self.embedding
-        return self.encoder.run(embedding(rows.token_ids, jnp.dtype(self.config.dtype)), rows, **settings)
+        return self.encoder.run(self.embed(rows.token_ids, embedding), rows, **settings)
 
 
 def encoder_rows(

@@ -204,6 +204,25 @@ def test_values_and_gradients_equal_the_oracle():
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize("encoder_vocab_size", [0, 48])
+def test_the_embedding_scale_is_of_both_stacks(encoder_vocab_size):
+    """A scale of 4 is a table four times as large where the output matrix is another, in the encoder too."""
+    plain = tiny_encoder_decoder(gate="none", tie_embeddings=False, encoder_vocab_size=encoder_vocab_size)
+    scaled = dataclasses.replace(plain, embedding_scale=4.0)
+    _, parameters = _build(plain)
+    larger = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 4 if "embedding" in (key.key for key in path) else leaf, parameters
+    )
+    outputs = [
+        nnx.merge(_build(config)[0], variables)(_batch()["tokens"], encoder_tokens=_batch()["encoder_tokens"])
+        for config, variables in ((scaled, parameters), (plain, larger), (plain, parameters))
+    ]
+    for name in ("encoder_hidden", "logits"):
+        ours, expected, unscaled = (np.asarray(getattr(output, name)) for output in outputs)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.abs(ours - unscaled).max() > 0.1, name
+
+
 # --- Meshes, scan, remat ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("sizes", "mode"),
