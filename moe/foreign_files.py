@@ -15,11 +15,25 @@ _OBJECT: pydantic.TypeAdapter[Json] = pydantic.TypeAdapter(Json)
 #: A number of steps done.
 Step = Annotated[int, pydantic.Field(ge=0, lt=1 << 53)]
 
+#: Finite numbers.
+Amount = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+
 
 class Fields(pydantic.BaseModel):
     """Base of schemas: strict types; unknown fields are ignored."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
+
+
+def kept_whole(schema: type[Fields]) -> pydantic.TypeAdapter[Json]:
+    """The schema of JSON objects that have the fields of another one, and are kept as they are, with all others."""
+
+    def check_fields(tree: Any) -> Any:
+        schema.model_validate(tree)
+        return tree
+
+    return pydantic.TypeAdapter(Annotated[Json, pydantic.BeforeValidator(check_fields)])
 
 
 def read_json[T](path: str | os.PathLike[str], schema: pydantic.TypeAdapter[T]) -> T:

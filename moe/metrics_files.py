@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from etils import epath
 from moe.atomic_files import in_bucket, write_atomic
 from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.fields import whole_number
-from moe.foreign_files import Fields, Step, parse
+from moe.foreign_files import Fields, Step, kept_whole, parse
 from moe.metric_writers import Factory
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -58,16 +58,7 @@ class _Row(Fields):
         return self
 
 
-def _whole(tree: Any) -> Any:
-    """The row as it is, with further values, once it is checked."""
-    _CHECKED.validate_python(tree)
-    return tree
-
-
-_CHECKED = pydantic.TypeAdapter(_Row)
-_ROW: pydantic.TypeAdapter[dict[str, Any]] = pydantic.TypeAdapter(
-    Annotated[dict[str, Any], pydantic.BeforeValidator(_whole)]
-)
+_ROW = kept_whole(_Row)
 
 
 def read_rows(path: epath.Path | Path) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def main() -> None:
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = earlier_rows(folder)
+    rows = scaling.read(folder / ROWS)
     known = {(row["series"], row["topology"]) for row in rows}
     missing = [point for point in points if (point.series, point.topology) not in known]
     for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
@@ -78,12 +78,6 @@ def every_point(modes) -> list:
             config = scaling.at_scale(smallest, experts=128, devices=chips, rows=1, dispatch=mode)
             points.append(scaling.Point(f"128 experts, weak scaling, v5p, {mode}", topology, config))
     return points
-
-
-def earlier_rows(folder: Path) -> list[dict]:
-    """Rows of earlier runs."""
-    path = folder / ROWS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write(folder: Path, rows: list[dict], points: list) -> str:

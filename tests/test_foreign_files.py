@@ -1,7 +1,9 @@
 """Files that a crash, an edit or another program changed: one sentence that names file and field."""
 
+import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -12,7 +14,9 @@ from moe.config.parse import to_config_dict
 from moe.fields import whole_number
 from moe.lab.loading import load_suite
 from moe.metrics_files import read_rows
-from moe.planner import differences
+from moe.planner import differences, recorded, scaling
+from moe.planner.arithmetic import Flops
+from moe.planner.compiled import CompiledStep, Memory
 
 ROW = {"step": 1, "kind": "heldout/all", "loss": 2.5, "expert_load": [[0.5, 0.5]], "fraction_tokens_dropped": [0.1]}
 
@@ -121,6 +125,72 @@ def test_a_file_that_is_no_plan_is_one_sentence(tmp_path, content):
     with pytest.raises(ConfigError, match=r"a\.json: (not|must)") as caught:
         differences.read(path)
     assert len(str(caught.value)) < 300
+
+
+PLAN = json.loads((Path(__file__).parents[1] / "configs" / "plans.json").read_text())[0]
+POINT = {"series": "s", "topology": "v3:8x8", "devices": 128, "experts": 128}
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({}, None),
+        ({"flags": []}, "flags=[]: must be a JSON object"),
+        ({"step_interval": [1.0]}, "step_interval=[1.0]: List should have at least 2"),
+        ({"mfu": "high"}, "mfu='high': must be a number"),
+        ({"step_seconds": 0}, "step_seconds=0"),
+    ],
+)
+def test_a_wrong_kept_plan_is_named(tmp_path, edit, says):
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps([PLAN, PLAN | edit]))
+    if says is None:
+        assert recorded.read(path) == [PLAN, PLAN]
+        return
+    with pytest.raises(ConfigError, match=r"plans\.json, plan 2: ") as caught:
+        recorded.read(path)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[3]", "[" * 100_000, "[{}]"])
+def test_plans_that_are_none_are_one_sentence(tmp_path, content):
+    (tmp_path / "plans.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"plans\.json(: (not|must)|, plan 1: (must|has no))"):
+        recorded.read(tmp_path / "plans.json")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (json.dumps(POINT)[:20], "not JSON"),
+        ("[]", "must be a JSON object"),
+        (json.dumps(POINT), "has no all_to_all_mib, and is not refused"),
+        (json.dumps(POINT | {"refused": "too large", "devices": "128"}), "devices='128': must be an integer"),
+    ],
+)
+def test_a_wrong_row_of_scaling_is_named(tmp_path, line, says):
+    good = POINT | {"refused": "does not fit", "mine": 1}
+    path = tmp_path / "scaling.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    assert scaling.read(path) == [good]
+    path.write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(ConfigError, match=r"scaling\.jsonl, line 2: not a row of scaling") as caught:
+        scaling.read(path)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["whole", "cut", "text", "other"])
+def test_a_kept_program_that_is_none_is_one_sentence(tmp_path, kind):
+    path = tmp_path / "step.json.gz"
+    step = CompiledStep("HLO", Memory(1, 2, 3, 4, 5, 6, 7), Flops(1.0, 2.0, 3.0), 1.5)
+    step.save(path)
+    if kind == "whole":
+        assert CompiledStep.load(path) == step
+        return
+    content = {"cut": path.read_bytes()[:-9], "text": b"HLO", "other": gzip.compress(b'{"text": "HLO"}')}[kind]
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"step\.json\.gz: not a compiled step"):
+        CompiledStep.load(path)
 
 
 def test_whole_numbers():

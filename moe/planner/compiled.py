@@ -6,13 +6,16 @@ import dataclasses
 import gzip
 import json
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import pydantic
 
 from moe.atomic_files import write_atomic
-from moe.config import Config, validate_mesh
+from moe.config import Config, ConfigError, validate_mesh
+from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, memory_errors
@@ -70,10 +73,15 @@ class CompiledStep:
 
     @staticmethod
     def load(path: Path) -> CompiledStep:
-        """Read a file that :meth:`save` wrote."""
-        fields = json.loads(gzip.decompress(path.read_bytes()))
-        fields["memory"], fields["products"] = Memory(**fields["memory"]), arithmetic.Flops(**fields["products"])
-        return CompiledStep(**fields)
+        """Read a file that :meth:`save` wrote. Raises ConfigError for a file of something else."""
+        try:
+            content = gzip.decompress(path.read_bytes())
+        except (OSError, EOFError, zlib.error) as error:
+            raise ConfigError(f"{path}: not a compiled step ({error}); delete it to compile it again") from error
+        return parse(content, _STEP, f"{path}: not a compiled step; delete it to compile it again")
+
+
+_STEP = pydantic.TypeAdapter(CompiledStep)
 
 
 def compile_step(config: Config, topology: Topology) -> CompiledStep:

@@ -8,20 +8,18 @@ from typing import Annotated, Any
 
 import pydantic
 
-from moe.foreign_files import Fields, check, read_object
+from moe.foreign_files import Amount, Fields, Positive, check, read_object
 
 _Json = dict[str, Any]
-_Seconds = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-_Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 
 
 class _Part(Fields):
     part: str
-    seconds: _Seconds
+    seconds: Amount
 
 
 class _Memory(Fields):
-    capacity: _Positive
+    capacity: Positive
 
 
 class _Plan(Fields):
@@ -32,14 +30,14 @@ class _Plan(Fields):
     platform: str
     scenario: str
     where: list[_Part]
-    exposed_seconds: _Seconds
-    step_seconds: _Positive
-    counted_seconds: _Seconds
-    step_interval: Annotated[list[_Positive], pydantic.Field(min_length=2, max_length=2)]
-    tokens_per_second_per_chip: _Positive
-    mfu: _Seconds
+    exposed_seconds: Amount
+    step_seconds: Positive
+    counted_seconds: Amount
+    step_interval: Annotated[list[Positive], pydantic.Field(min_length=2, max_length=2)]
+    tokens_per_second_per_chip: Positive
+    mfu: Amount
     memory: _Memory
-    memory_total: _Positive
+    memory_total: Positive
     cost: str
 
 

@@ -6,9 +6,12 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from moe.atomic_files import write_atomic
+from moe.foreign_files import Amount, Fields, Positive, check, kept_whole, read_json
 from moe.planner.plan import Plan
 from moe.planner.topology import tpu_name
 
@@ -18,6 +21,26 @@ _FIELDS = (
     "topology", "chips", "step_seconds", "step_interval", "counted_seconds", "mfu", "tokens_per_second_per_chip",
     "memory_total", "exposed_seconds", "scale", "kernel_seconds", "compile_seconds", "bound", "cost", "versions",
 )  # fmt: skip
+
+
+class _Kept(Fields):
+    """What is read of a kept plan."""
+
+    config: str
+    topology: str
+    flags: dict[str, Any]
+    slices: list[str]
+    commit: str
+    step_seconds: Positive
+    step_interval: Annotated[list[Positive], pydantic.Field(min_length=2, max_length=2)]
+    mfu: Amount
+    tokens_per_second_per_chip: Positive
+    memory_total: Positive
+    capacity: Positive
+    versions: list[str]
+
+
+_LIST, _KEPT = pydantic.TypeAdapter(list[Any]), kept_whole(_Kept)
 
 
 def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _Row:
@@ -42,8 +65,9 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
 
 
 def read(path: Path) -> list[_Row]:
-    """All kept plans; none without the file."""
-    return json.loads(path.read_text()) if path.exists() else []
+    """All kept plans; none without the file. Raises ConfigError for a file of something else."""
+    rows = read_json(path, _LIST) if path.exists() else []
+    return [check(kept, _KEPT, f"{path}, plan {number}") for number, kept in enumerate(rows, 1)]
 
 
 def keep(path: Path, new: _Row) -> None:

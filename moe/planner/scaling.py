@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import pydantic
 from matplotlib.figure import Figure
 
 from moe.atomic_files import write_figure
-from moe.config import Config, ConfigError, MeshConfig
+from moe.config import Config, ConfigError, MeshConfig, read_small_file
 from moe.config.resolve import validate
+from moe.foreign_files import Amount, Fields, kept_whole, parse
 from moe.planner import plan
 from moe.planner.topology import get_topology
 
@@ -31,6 +34,46 @@ class Point:
     series: str
     topology: str
     config: Config
+
+
+class _Row(Fields):
+    """What the table and the figure read of a row; a compiled point has all its figures, a refused one none."""
+
+    series: str
+    topology: str
+    devices: int
+    experts: int
+    refused: str = ""
+    parameters: Amount = 0
+    memory_gib: Amount = 0
+    compile_seconds: Amount = 0
+    all_to_alls: Amount = 0
+    all_to_all_mib: Amount = 0
+    all_to_all_ms: Amount = 0
+    step_ms: Amount = 0
+
+    @pydantic.model_validator(mode="after")
+    def _check_figures(self) -> _Row:
+        absent = _Row.model_fields.keys() - self.model_fields_set
+        if (figures := sorted(absent - {"refused"})) and "refused" in absent:
+            raise ValueError(f"has no {figures[0]}, and is not refused")
+        return self
+
+
+_ROW = kept_whole(_Row)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of :func:`measure` that were kept as lines of JSON; none without the file.
+
+    Raises:
+        ConfigError: a line is something else.
+    """
+    lines = read_small_file(path).splitlines() if path.exists() else []
+    return [
+        parse(line, _ROW, f"{path}, line {number}: not a row of scaling; delete it to compile its point again")
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch: str, tensor: int = 1) -> Config:
