@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from moe.config import ModelConfig, layer_kinds
 from moe.planner.chips import CHIPS, Chip
 from moe.planner.gpus import GPUS, Gpu
 from moe.planner.measured import DEVICES
+from moe.planner.records import Item, Price
 
 PATH = Path(__file__).with_name("attention.csv")
 
@@ -37,6 +39,28 @@ _MATMULS = {"forward": 2, "backward": 5}
 
 #: Ridge of the fit, for devices on which only two dimensions were measured.
 _RIDGE = 1e-3
+
+
+def prices(
+    kernels: Sequence[Item], flops: float, peak: float, factor: Callable[[str], tuple[float, float, str]]
+) -> dict[str, Price]:
+    """Times of one run of each kernel, by name.
+
+    Args:
+        kernels: of a program.
+        flops: of all kernels on one device, in a step, whose FLOPs the program's text does not state; split by the
+            bytes that each moves.
+        peak: FLOP/s.
+        factor: pass → time over that at peak, width of its interval, basis (:func:`factor`).
+    """
+    moved = sum(kernel.bytes * kernel.count for kernel in kernels if not kernel.flops)
+    made = {}
+    for kernel in kernels:
+        share = kernel.flops or flops * kernel.bytes / max(moved, 1)
+        times, width, basis = factor(kernel.where)
+        seconds = times * share / peak
+        made[kernel.name] = Price(seconds, seconds * math.exp(-width), seconds * math.exp(width), basis, share)
+    return made
 
 
 def factor(chip: Chip | Gpu, model: ModelConfig, tokens: int, where: str) -> tuple[float, float, str]:

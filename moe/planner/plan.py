@@ -265,13 +265,14 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         return Price(seconds, seconds, seconds, "--matmul_share", price.flops)
 
     rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, scenario.matmul_share * peak)
-    text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates)
-    items = timeline.with_kernels(
-        text.items,
-        step.products.kernels / len(devices),
-        peak,
-        functools.partial(attention.factor, chip, config.model, config.data.sequence_length),
+    attention_prices = functools.partial(
+        attention.prices,
+        flops=step.products.kernels / len(devices),
+        peak=peak,
+        factor=functools.partial(attention.factor, chip, config.model, config.data.sequence_length),
     )
+    text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices)
+    items = text.items
     found = exchanges.summarise(text, devices, chip)
     if scenario.skew > 1:
         found = tuple(exchanges.skewed(exchange, scenario.skew) for exchange in found)
@@ -316,7 +317,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         basis=dict(sorted(basis.items(), key=lambda pair: -pair[1])),
         where=tuple(timeline.by_part(items)),
         items=tuple(timeline.dearest(items, peak, chip.memory_bandwidth / chip.devices, found)),
-        lanes=tuple(timeline.lanes(dataclasses.replace(text, items=tuple(items)), devices, chip)),
+        lanes=tuple(timeline.lanes(text, devices, chip)),
         arrays=text.arrays[:20],
         versions=tuple(search.versions()),
         config=to_dict(config),

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from moe.dispatch.exchange import OVERFLOW_SCOPE
 from moe.planner import hlo, liveness, work
@@ -37,18 +37,19 @@ class Rates:
     matmuls: float = 0.0
 
 
-_UNKNOWN_PRICE = Price(0.0, 0.0, 0.0, "")  # moe.planner.timeline prices attention
-
+_NO_PRICE = Price(0.0, 0.0, 0.0, "")
 
 _KernelPrice = Callable[[GroupedMatmul], Price]
+_AttentionPrices = Callable[[Sequence[Item]], Mapping[str, Price]]
 
 
 def read(
     text: str,
     mesh: Mapping[str, int],
     clock: float,
-    kernel_price: _KernelPrice = lambda matmul: Price(0.0, 0.0, 0.0, ""),
+    kernel_price: _KernelPrice = lambda matmul: _NO_PRICE,
     rates: Rates | None = None,
+    attention_prices: _AttentionPrices = lambda kernels: {},
 ) -> Program:
     """Read a scheduled module.
 
@@ -58,9 +59,15 @@ def read(
         clock: Hz, of the cycles in the text.
         kernel_price: of a grouped matmul, which counts as work beside exchanges only.
         rates: of the device, for work without an estimate; None: such work takes no time.
+        attention_prices: all attention kernels of the program → prices by name, which count as kernel_price does. A
+            kernel's price depends on the others, whose FLOPs the text does not state.
     """
-    reader = _Reader(hlo.parse(text), mesh, clock, kernel_price, rates or Rates())
-    seconds, _ = reader.walk(reader.module.entry, 1)
+    module, rates = hlo.parse(text), rates or Rates()
+    reader = _Reader(module, mesh, clock, kernel_price, rates, {})
+    seconds, _ = reader.walk(module.entry, 1)
+    if prices := attention_prices([item for item in reader.items if item.kind == "attention"]):
+        reader = _Reader(module, mesh, clock, kernel_price, rates, prices)
+        reader.walk(module.entry, 1)
     return Program(
         tuple(reader.collectives),
         seconds,
@@ -69,12 +76,11 @@ def read(
         reader.unpriced_bytes,
         reader.unknown_loops,
         tuple(reader.grouped),
-        reader.attention_flops,
         tuple(reader.copies),
         tuple(reader.items),
         tuple(reader.loops),
-        reader.module.entry,
-        liveness.at_peak(reader.module),
+        module.entry,
+        liveness.at_peak(module),
     )
 
 
@@ -125,9 +131,10 @@ class _Reader:
         clock: float,
         kernel_price: _KernelPrice,
         rates: Rates,
+        attention_prices: Mapping[str, Price],
     ):
         self.module, self._mesh, self._clock, self._kernel_price = module, mesh, clock, kernel_price
-        self._rates = rates
+        self._rates, self._attention_prices = rates, attention_prices
         self.items: list[Item] = []
         self.loops: list[tuple[str, str, int, float]] = []
         self.collectives: list[Collective] = []
@@ -135,7 +142,6 @@ class _Reader:
         self.copies: list[tuple[int, int, str]] = []
         self.parts: dict[tuple[str, str], float] = {}
         self.unpriced = self.unpriced_bytes = self.unknown_loops = 0
-        self.attention_flops = 0.0
         self._pass = "forward"
         self._products = work.Products(module)
 
@@ -266,14 +272,13 @@ class _Reader:
             self._note(instruction, scope, "grouped matmul", price, price.flops)
             scope.clock += price.seconds
             return
-        if instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
-            flops = work.attention_flops(instruction, scope.types)
-            self.attention_flops += scope.times * flops
-            seconds = flops / self._rates.peak
-            self._note(instruction, scope, "attention", Price(seconds, seconds, seconds, _UNKNOWN_PRICE.basis), flops)
-            scope.clock += seconds
-        elif instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
-            self._note(instruction, scope, "attention", _UNKNOWN_PRICE)
+        if instruction.opcode == "custom-call" and re.search(r"__cudnn\$fmha|tpu_custom_call", instruction.attributes):
+            cudnn = "__cudnn$fmha" in instruction.attributes
+            price = self._attention_prices.get(instruction.name, _NO_PRICE)
+            flops = work.attention_flops(instruction, scope.types) if cudnn else price.flops
+            self._note(instruction, scope, "attention", price, flops)
+            scope.clock += price.seconds
+            return
         if instruction.opcode == "copy" and array_bytes(instruction.type) >= 2**20:
             self.copies.append((array_bytes(instruction.type), scope.times, instruction.op_name))
         # Asynchronous calls to the SparseCore and copies on GPUs have no estimate.

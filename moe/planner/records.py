@@ -148,8 +148,6 @@ class Program:
         unpriced_bytes: bytes that those read and write.
         unknown_loops: loops whose trip count could not be read and was taken as 1.
         grouped: matmuls over rows sorted by expert; without an estimate, not among the unpriced.
-        attention_flops: of cuDNN's attention kernels, all keys of all queries; without an estimate, not among the
-            unpriced.
         copies: (bytes, times a step, JAX's name) of each array of 1 MiB and more copied to another layout or address.
         items: all work with an estimate or a price, in program order.
         loops: (computation, body, trips, clock before it) of each loop.
@@ -164,7 +162,6 @@ class Program:
     unpriced_bytes: int
     unknown_loops: int
     grouped: tuple[GroupedMatmul, ...] = ()
-    attention_flops: float = 0.0
     copies: tuple[tuple[int, int, str], ...] = ()
     items: tuple[Item, ...] = ()
     loops: tuple[tuple[str, str, int, float], ...] = ()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moe.parallel.parameters import WEIGHTS_SCOPE
@@ -35,32 +34,6 @@ def part(item: Item) -> str:
         return "optimizer"
     source = re.sub(rf"{WEIGHTS_SCOPE}[\w.]+", lambda name: name.group().rsplit(".", 1)[0], item.source)
     return next((name for pattern, name in _PARTS if re.search(pattern, source)), "layers, the rest")
-
-
-def with_kernels(
-    items: Sequence[Item], flops: float, peak: float, factor: Callable[[str], tuple[float, float, str]]
-) -> list[Item]:
-    """The items with times of attention kernels.
-
-    Args:
-        items: of the program.
-        flops: of all kernels on one device, in a step, whose FLOPs the program's text does not state; split by the
-            bytes that each moves.
-        peak: FLOP/s.
-        factor: pass → time over that at peak, width of its interval, basis (:func:`moe.planner.attention.factor`).
-    """
-    silent = [item for item in items if item.kind == "attention" and not item.flops]
-    moved = sum(item.bytes * item.count for item in silent)
-    filled = []
-    for item in items:
-        if item.kind == "attention":
-            share = item.flops or flops * item.bytes / max(moved, 1)
-            times, width, basis = factor(item.where)
-            seconds = times * share / peak
-            low, high = seconds * math.exp(-width), seconds * math.exp(width)
-            item = dataclasses.replace(item, flops=share, seconds=seconds, low=low, high=high, basis=basis)
-        filled.append(item)
-    return filled
 
 
 def by_part(items: Sequence[Item]) -> list[dict[str, Any]]:

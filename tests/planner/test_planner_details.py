@@ -143,18 +143,19 @@ def test_flops_of_silent_kernels_are_split_by_their_bytes():
     """20 and 40 FLOPs at 10 a second; backward at twice the time of the peak, within a factor e."""
 
     def kernel(count, moved, where, flops=0.0):
-        return Item("k", "attention", where, "splash", 0.0, count, flops, moved, "c", 0.0, 0.0, 0.0, "")
+        return Item(f"k{moved}", "attention", where, "splash", 0.0, count, flops, moved, "c", 0.0, 0.0, 0.0, "")
 
     def factor(where):
         return (2.0, 1.0, "by analogy") if where == "backward" else (1.0, 0.0, "measured")
 
     items = [kernel(2, 100, "forward"), kernel(1, 200, "backward"), kernel(1, 9, "forward", 30.0)]
-    filled = timeline.with_kernels(items, 80.0, 10.0, factor)
-    assert [item.flops for item in filled] == [20.0, 40.0, 30.0]
-    assert [item.seconds for item in filled] == [2.0, 8.0, 3.0]
-    assert filled[1].low == pytest.approx(8.0 / math.e)
-    assert filled[1].high == pytest.approx(8.0 * math.e)
-    assert [item.basis for item in filled] == ["measured", "by analogy", "measured"]
+    prices = attention.prices(items, 80.0, 10.0, factor)
+    assert list(prices) == ["k100", "k200", "k9"]
+    assert [price.flops for price in prices.values()] == [20.0, 40.0, 30.0]
+    assert [price.seconds for price in prices.values()] == [2.0, 8.0, 3.0]
+    assert prices["k200"].low == pytest.approx(8.0 / math.e)
+    assert prices["k200"].high == pytest.approx(8.0 * math.e)
+    assert [price.basis for price in prices.values()] == ["measured", "by analogy", "measured"]
 
 
 @pytest.mark.parametrize(("device", "kind"), sorted({(t["device"], t["kind"]) for t in attention.timings()}))

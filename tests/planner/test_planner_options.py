@@ -62,6 +62,22 @@ def test_kernels_are_work_beside_exchanges():
     assert read.seconds == 570  # kernels are added elsewhere
 
 
+def test_attention_is_work_beside_exchanges():
+    kernel = '  %a = bf16[64,32]{1,0} custom-call(%w), custom_call_target="tpu_custom_call"\n  %gather-done'
+    text = SPARSE_CORE.replace("  %gather-done", kernel)
+
+    def prices(kernels):
+        assert [(item.name, item.bytes) for item in kernels] == [("a", 2 * (8 * 64 * 32 + 64 * 32))]
+        return {"a": Price(1000.0, 900.0, 1200.0, "measured", 7.0)}
+
+    read = program.read(text, MESH, clock=1.0, attention_prices=prices)
+    assert read.collectives[0].overlap_seconds == 1500
+    (item,) = (item for item in read.items if item.kind == "attention")
+    assert (item.seconds, item.low, item.high, item.basis, item.flops) == (1000.0, 900.0, 1200.0, "measured", 7.0)
+    assert read.seconds == 570
+    assert read.unpriced == 0
+
+
 def test_exchanges_wait_for_each_other(monkeypatch):
     """By hand: gathers of 3 s that start at 0 s and are awaited at 2 s and 4 s of work; then one that is waited for."""
 
