@@ -30,8 +30,8 @@ V5P = {128: "v5p:4x4x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
 _PAGE = """# GShard's scaling experiment, compiled
 
 Written by `python scripts/scaling.py` ({versions}). Memory, compile time and all-to-alls are facts; step and
-exchange times are estimates (docs/pods.md). Compile time is the wall clock of tracing, lowering and compiling, beside
-whatever else the machine does.
+exchange times are estimates (docs/estimates.md). Compile time is the wall clock of tracing, lowering and compiling,
+beside whatever else the machine does.
 {missing}
 {table}
 

@@ -45,6 +45,30 @@ def test_a_default_config_finds_its_neighbours_from_any_folder(tmp_path):
     assert (result.stdout.split(), result.returncode) == (["5", "70"], 0), result.stderr
 
 
+def test_guides_are_short():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert len(page.read_text().splitlines()) <= 160, page.name
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_files_of_the_repository_lead_somewhere():
+    """Those of the site are checked by Sphinx too; README and the others beside it are not in the site."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    assert len(links) > 200
+    for page, link in links:
+        path, _, anchor = link.partition("#")
+        if link.startswith(("http", "mailto:")) or path.endswith(".rst"):  # the reference is made by Sphinx
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in _anchors(target), f"{page}: {link}"
+
+
 @pytest.mark.slow
 def test_the_code_of_the_api_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", API.read_text(), re.DOTALL)

@@ -1,12 +1,14 @@
-"""The table of all settings, from the schema itself: ``python -m moe.config.describe > docs/settings.md``."""
+"""The pages of all settings, from the schema itself: ``python -m moe.config.describe docs`` writes them."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 from moe.config.moe_section import MoEConfig
 from moe.config.registry import LAYERS
@@ -14,24 +16,28 @@ from moe.config.schema import Config
 from moe.fields import type_hints
 from moe.routing.interface import Gate
 
-_HEAD = """# Settings
+_HEAD = """# {title}
 
-Every setting with its type, default, bounds and meaning, from the schema: `python -m moe.config.describe` writes this
-page. `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run may be continued with another value: `free`, as it does
-not change what is learnt, or `later`, from its newest checkpoint on with `--change`; else it may not.
+Settings with their types, defaults, bounds and meanings, from the schema: `python -m moe.config.describe docs` writes
+this page and [the other]({other}). `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run may be
+continued with another value: `free`, as it does not change what is learnt, or `later`, from its newest checkpoint on
+with `--change`; else it may not.
 """
 
 
-def markdown() -> str:
-    """The page."""
-    parts = [_HEAD]
+def pages() -> dict[str, str]:
+    """File name → page: the settings of a run, and those of its model."""
+    run, model = "settings.md", "model_settings.md"
+    parts = {
+        run: [_HEAD.format(title="Settings of a run", other=model)],
+        model: [_HEAD.format(title="Settings of a model", other=run)],
+    }
     for section, cls in _sections(Config, ""):
         title = f"`{section}`" if section else "The run"
-        parts += [f"## {title}\n", f"{inspect.getdoc(cls)}\n".split("\n\n")[0].replace("\n", " ").strip() + "\n"]
-        parts.append(_table(cls))
-    parts.append("## Gates\n\nFields of `model.moe.gate` by its name ([gates](gates.md)).\n")
-    parts.append(_gates())
-    return "\n".join(parts)
+        summary = f"{inspect.getdoc(cls)}\n".split("\n\n")[0].replace("\n", " ").strip()
+        parts[model if section.startswith("model") else run] += [f"## {title}\n", f"{summary}\n", _table(cls)]
+    parts[model] += ["## Gates\n\nFields of `model.moe.gate` by its name ([gates](gates.md)).\n", _gates()]
+    return {name: "\n".join(page) for name, page in parts.items()}
 
 
 def _sections(cls: type, path: str) -> Iterator[tuple[str, type]]:
@@ -100,4 +106,5 @@ def _gates() -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    for name, page in pages().items():
+        (Path(sys.argv[1]) / name).write_text(page)

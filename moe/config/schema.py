@@ -31,7 +31,7 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "
 class RopeScalingConfig:
     """Scaling of rotary positions for contexts longer than those of pre-training."""
 
-    kind: RopeScaling = "none"
+    kind: RopeScaling = "none"  # of the checkpoint's config; none: frequencies as they are
     factor: float = setting(1.0, least=1)  # longest context over original_length
     original_length: int = setting(0, least=0)  # tokens, context of pre-training; all but linear
     #: yarn: rotations in the original context above which a pair is not interpolated
@@ -41,7 +41,7 @@ class RopeScalingConfig:
     #: yarn and longrope: factor of rotated queries and keys; 0: computed
     attention_factor: float = setting(0.0, least=0)
     mscale: float = setting(0.0, least=0)  # yarn: DeepSeek's constants of that factor; 0: not used
-    mscale_all_dim: float = setting(0.0, least=0)
+    mscale_all_dim: float = setting(0.0, least=0)  # the same; latent attention also scales its scores by it
     short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
     long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
     #: llama3: rotations in the original context below which a pair is interpolated fully
@@ -64,7 +64,7 @@ class ModelConfig:
     num_kv_heads: int = setting(4, least=1, most=2**16)  # M, key/value heads; divides num_heads
     head_dim: int = setting(32, most=2**16)  # H, even for rotary positions
     d_ff: int = setting(512, least=1, most=2**22)  # F, hidden dim of a dense FFN
-    activation: Activation = "swiglu"
+    activation: Activation = "swiglu"  # of FFNs and experts; names with glu have a gate matrix
     norm_eps: float = setting(1e-5, above=0)  # epsilon of RMSNorm
     norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
     embedding_scale: float = setting(1.0, above=0)  # factor of the embedded tokens (Granite: 12)
@@ -121,10 +121,9 @@ EMBEDDED_DOMAINS = ("literature", "python")
 class DataConfig:
     """Text datasets, tokenizer, objective, and packed rows."""
 
-    dataset: str = (
-        "embedded"  # "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
-    )
-    domains: tuple[str, ...] = ()  # domains to use (docs/data.md); empty: all, for the embedded corpus EMBEDDED_DOMAINS
+    #: "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
+    dataset: str = "embedded"
+    domains: tuple[str, ...] = ()  # domains to use; empty: all, of "embedded" literature and python
     text_suffixes: tuple[str, ...] = ()  # of files of a folder that are text, as ".tex"; beside .txt, .md, .py, ...
     weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
     directory: str = setting("~/.cache/moe-data", resume="free")  # for prepared datasets, downloads and tokenizers
@@ -179,9 +178,9 @@ class OptimizerConfig:
     final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
     warmup_steps: int = setting(30, least=0, resume="later")  # steps
     decay_steps: int = setting(0, least=0, resume="later")  # steps of the decay of wsd; 0: a tenth of train.num_steps
-    b1: float = setting(0.9, share=True, resume="later")
-    b2: float = setting(0.95, share=True, resume="later")
-    eps: float = setting(1e-8, above=0, resume="later")
+    b1: float = setting(0.9, share=True, resume="later")  # adamw: decay of the first moment
+    b2: float = setting(0.95, share=True, resume="later")  # adamw: decay of the second moment
+    eps: float = setting(1e-8, above=0, resume="later")  # adamw: added to the root of the second moment
     weight_decay: float = setting(0.1, least=0, most=1e3, resume="later")  # of matrices only
     gradient_clip: float = setting(1.0, least=0)  # largest global norm; 0: no clipping
     moment_dtype: MomentDType = "float32"  # in which moments are stored; adamw and muon also in bfloat16

@@ -121,8 +121,8 @@ def compiler_options(device_kind: str) -> dict[str, str]:
     """XLA options for a kind of device, by JAX's name of it; none except for TPUs.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
-    inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/performance.md and
-    docs/pods.md have the estimated gains.
+    inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/accelerator_code.md
+    has the estimated gains.
     """
     if not device_kind.startswith("TPU"):
         return {}

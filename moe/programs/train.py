@@ -13,7 +13,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes
 _CHANGE = flags.DEFINE_bool(
     "change", False, "Let a run go on with another train.num_steps, learning rate or schedule (docs/restarts.md)."
 )
-_PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps from STEP (docs/pods.md).")
+_PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT: trace COUNT steps from STEP (docs/launching.md).")
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ def _folder(workdir: str) -> epath.Path:
         if not existing.is_dir() or (existing != whole and not os.access(existing, os.W_OK | os.X_OK)):
             raise ConfigError(f"--workdir={workdir}: cannot be written ({existing} is no writable folder)")
     elif not workdir.startswith("gs://"):  # the only one for which Orbax writes arrays
-        raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME (docs/pods.md)")
+        raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME")
     else:
         try:
             directory.exists()

@@ -172,9 +172,10 @@ def test_no_run_of_the_suites_has_another_key_than_before():
     assert {key: found[key] for key in known} == known
 
 
-def test_the_page_of_settings_is_current():
-    """``python -m moe.config.describe > docs/settings.md`` writes it."""
-    assert (ROOT / "docs" / "settings.md").read_text() == describe.markdown()
+def test_the_pages_of_settings_are_current():
+    """``python -m moe.config.describe docs`` writes them."""
+    for name, page in describe.pages().items():
+        assert (ROOT / "docs" / name).read_text() == page
 
 
 def test_a_settings_facts_are_read_from_its_field():
