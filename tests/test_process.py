@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -203,9 +206,69 @@ def test_a_line_of_progress_in_full(capsys, monkeypatch):
     shown.evaluated({"loss": 2.5, "standard_error": 0.0124, "targets": 32635})
     shown.show(11)
     assert capsys.readouterr().err == (
-        "step 11/100 (11 %, 3 min left) loss 2.000 heldout 2.500 ± 0.012 (32,635 tokens) dropped 15.0 % lr 0.0003 "
-        "epoch 0.11 to 0.22 tokens/s 1,000 MFU 25 % (50 % of the measured matmul rate)\n"
+        "step 11/100 (11 %, 3 min left) loss 2.000 heldout 2.500 ± 0.012 (32,635 tokens) tokens/s 1,000 "
+        "dropped 15.0 % lr 0.0003 epoch 0.11 to 0.22 MFU 25 % (50 % of the measured matmul rate)\n"
     )
+
+
+HELDOUT = "loss 1.000 heldout 2.000 ± 0.012 (32,635 tokens)"
+WARNING = "warning: no token for 1 more of 8 experts"
+
+
+def _report_three_times() -> None:
+    shown = progress.Progress(0, 60, quiet=False, epochs_per_step={"a": 0.01})
+    for step in range(1, 61):
+        shown.advance()
+        if step % 20 == 0:
+            row = {"cross_entropy": 4 - step / 20, "learning_rate": 3e-4, "fraction_tokens_dropped": [0.1, 0.2]}
+            shown.logged(row, {"tokens_per_second": 1000.4, "mfu": 0.5})
+            shown.evaluated({"loss": 5 - step / 20, "standard_error": 0.0124, "targets": 32635})
+            shown.show(step)
+        if step == 30:
+            shown.write(WARNING)
+    shown.close()
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        (41, "loss 1.000"),
+        (80, HELDOUT),
+        (110, f"{HELDOUT} tokens/s 1,000 dropped 15.0 %"),
+        (200, f"{HELDOUT} tokens/s 1,000 dropped 15.0 % lr 0.0003 epoch 0.60 MFU 50 %"),
+    ],
+)
+def test_a_terminal_shows_one_line_that_rewrites_itself(monkeypatch, columns, values):
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, columns))
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        _report_three_times()
+    written = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while block := os.read(reader, 4096):
+            written += block
+    os.close(reader)
+    above, bar, rest = written.decode().replace("\r\n", "\n").split("\n")
+    assert above.split("\r")[-1] == WARNING
+    assert rest == ""
+    rewritten = bar.split("\r")
+    assert len(rewritten) > 3
+    assert max(map(len, [*above.split("\r"), *rewritten])) <= columns
+    done, _, shown = rewritten[-1].partition(" left, ")
+    assert done == "100 % 60/60, 00:00"
+    assert shown.rstrip("█ ") == values
+
+
+def test_a_file_gets_a_line_for_each_report(capsys):
+    _report_three_times()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        "step 20/60",
+        WARNING,
+        "step 40/60",
+        "step 60/60",
+    ]
 
 
 def test_an_ascii_terminal_gets_escapes():

@@ -19,6 +19,11 @@ import tqdm
 from moe import process
 from moe.escaping import terminal
 
+#: Of what a run shows, first what is wanted first: a terminal may have no room for the rest.
+_ORDER = ("loss", "heldout", "tokens/s", "dropped", "lr", "epoch", "MFU")
+#: A line of tqdm: the bar fills what the text leaves of the terminal's width.
+_LINE = "{percentage:3.0f} % {n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}"
+
 
 def say(text: str) -> None:
     """Print a line on standard output; what follows a closed pipe or a full disk is lost."""
@@ -62,7 +67,7 @@ class Progress:
             self._since = time.monotonic()
             if self._active and _is_terminal():
                 self._bar = tqdm.tqdm(
-                    total=self._num_steps, initial=self._steps, unit="step", dynamic_ncols=True, smoothing=0.1
+                    total=self._num_steps, initial=self._steps, bar_format=_LINE, dynamic_ncols=True, smoothing=0.1
                 )
         elif self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -94,15 +99,27 @@ class Progress:
             shares = [step * share for share in self._epochs.values()]
             low, high = (f"{number:.2f}" for number in (min(shares), max(shares)))
             self._shown["epoch"] = low if low == high else f"{low} to {high}"
-        order = ("loss", "heldout", "dropped", "lr", "epoch", "tokens/s", "MFU")
-        text = " ".join(f"{name} {self._shown[name]}" for name in order if name in self._shown)
+        values = [f"{name} {self._shown[name]}" for name in _ORDER if name in self._shown]
         if self._bar is None:
             share = f"{100 * step / self._num_steps:.0f} %"
-            self.write(f"step {step}/{self._num_steps} ({share}{self._time_left(step)}) {text}")
+            self.write(f"step {step}/{self._num_steps} ({share}{self._time_left(step)}) {' '.join(values)}")
             self._shown = {}
         else:
             with contextlib.suppress(OSError, ValueError):
-                self._bar.set_postfix_str(terminal(text))  # keeps the last held-out loss in view
+                self._bar.set_postfix_str(terminal(self._fitting(values)))  # keeps the last held-out loss in view
+
+    def _fitting(self, values: list[str]) -> str:
+        """The values that the terminal's line has room for."""
+        columns = 80
+        with contextlib.suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        longest = {"percentage": 100, "n_fmt": self._num_steps, "total_fmt": self._num_steps, "remaining": "00:00:00"}
+        room = columns - len(_LINE.format(**longest, postfix=", ", bar="#"))
+        text = ""
+        for value in values:
+            if len(text) + len(value) < room:
+                text = f"{text} {value}".strip()
+        return text
 
     def _time_left(self, step: int) -> str:
         """Time left at the mean speed so far, evaluations and checkpoints included; empty after the first step."""
