@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 #: An optional sign, an optional factor, and quantity[arm, option=value, ...]; or a number alone.
 _TERM = re.compile(
@@ -49,6 +50,11 @@ def parse(text: str) -> list[Term]:
     if not any(term.quantity for term in terms):
         raise ValueError(f"value={text!r}: names no quantity[arm]")
     return terms
+
+
+def variants_of(terms: Iterable[Term]) -> list[str]:
+    """Arms that terms are about, each once, in order."""
+    return list(dict.fromkeys(term.variant for term in terms if term.quantity))
 
 
 def _term(factor: float, quantity: str, inside: str, text: str) -> Term:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe.lab import schedule
-from moe.lab.expressions import Term, parse
+from moe.lab.expressions import Term, parse, variants_of
 from moe.lab.records import DIVERGED, PRIMARY, Record
 from moe.lab.suite import Suite
 
@@ -148,7 +148,7 @@ class Table:
             MissingError: no seed, or a quantity is missing.
         """
         terms = parse(expression) if isinstance(expression, str) else expression
-        arms = list(dict.fromkeys(term.variant for term in terms if term.quantity))
+        arms = variants_of(terms)
         seeds = self.seeds(steps, *arms)
         if not seeds:
             raise MissingError(f"no seed at {steps:,} steps that {', '.join(arms)} share")

@@ -17,7 +17,7 @@ import scipy.stats
 
 from moe.lab import inference
 from moe.lab.claims.registration import Claim, Part, Primary
-from moe.lab.expressions import parse
+from moe.lab.expressions import parse, variants_of
 from moe.lab.inference import ALPHA, Effect
 from moe.lab.suite import MAX_DROP_DIFFERENCE
 from moe.lab.table import MissingError, Table
@@ -149,7 +149,7 @@ def _assess(claim: Claim, table: Table | None, primary: Primary | None) -> Findi
 def arms_of(claim: Claim) -> list[str]:
     """Arms that a claim is about."""
     texts = [part.value for part in claim.parts] + ([claim.requires] if claim.requires else [])
-    return list(dict.fromkeys(term.variant for text in texts for term in parse(text) if term.quantity))
+    return variants_of(term for text in texts for term in parse(text))
 
 
 def _outcome(part: Part, table: Table, steps: int) -> Outcome:

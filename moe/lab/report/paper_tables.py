@@ -13,8 +13,9 @@ import pydantic.dataclasses
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
 from moe.escaping import markdown_page, markdown_text
+from moe.foreign_files import first_sentence
 from moe.lab import inference
-from moe.lab.expressions import parse
+from moe.lab.expressions import parse, variants_of
 from moe.lab.inference import Effect
 from moe.lab.report.markdown import table
 from moe.lab.table import MissingError, Table
@@ -74,7 +75,7 @@ def read_tables(path: Path) -> tuple[PaperTable, ...]:
         for row in (row for entry in tables for row in entry.rows):
             parse(row.value)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a list of tables ({error})") from error
+        raise ConfigError(f"{path}: not a list of tables ({first_sentence(error)})") from error
     return tables
 
 
@@ -110,12 +111,12 @@ def _rows(entry: PaperTable, suites: Mapping[str, Table]) -> str:
 
 
 def _ours(row: Row, found: Table | None) -> tuple[str, str]:
-    arms = list(dict.fromkeys(term.variant for term in parse(row.value) if term.quantity))
-    steps = 0 if found is None else found.longest(*arms)
+    terms = parse(row.value)
+    steps = 0 if found is None else found.longest(*variants_of(terms))
     if found is None or not steps:
         return "–", "no runs"
     try:
-        effect = inference.effect([*found.values(steps, row.value).values()])
+        effect = inference.effect([*found.values(steps, terms).values()])
     except MissingError as error:
         return "–", markdown_text(str(error))
     if not math.isfinite(effect.mean):
