@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
 from moe.config.layer_pattern import LayerKind
+from moe.layers.attention.scoring import sees
 from moe.layers.basic import KEEP_ALL
 from moe.models.block import Block, Rows, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
@@ -215,9 +216,7 @@ def next_attention(positions: Int[Array, "B T"], relative: Any = None) -> Cached
             one = None if value is None else value[:, i : i + 1]
             cache = _append(cache, key[:, i : i + 1], one, positions[:, i])
         age = positions[:, :, None] - cache.position[:, None]  # [B,T,W]
-        seen = (cache.position >= 0)[:, None] & (age >= 0)
-        if block.attention.window:
-            seen &= age < block.attention.window
+        seen = (cache.position >= 0)[:, None] & sees(age, block.attention.window)
         # Typed by the module: latent attention has no cached values.
         attend_cached: Any = block.attention.attend_cached
         bias = {}

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from moe.config import ConfigError
 from moe.layers.attention.cpu import causal_attention
 from moe.layers.attention.positions import bias_of_rows
-from moe.layers.attention.scoring import ADDED, Scoring, append_sink
+from moe.layers.attention.scoring import ADDED, Scoring, append_sink, sees
 from moe.layers.attention.tpu import runs_splash, splash_attention
 from moe.layers.basic import Dropout
 from moe.parallel import partition_specs, target
@@ -101,7 +101,7 @@ def blocked_attention(
         mask = part_segments[:, :, None] == key_segments[:, None, :]
         if scoring.causal:
             distance = start + jnp.arange(size)[:, None] - (low + jnp.arange(key.shape[1]))  # [size,U]
-            visible = scoring.in_window(distance)
+            visible = sees(distance, scoring.window)
             mask &= visible if prefix is None else visible | (prefix[:, None, :] > 0)
         block_bias = None
         if bias is not None:  # of the distances from the last query of the block to the first key, and on

@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moe.layers.attention.scoring import sees
+
 #: Blocks of a row: 9/16 of T x T is computed. More blocks gain little and take long to compile.
 _BLOCKS = 8
 
@@ -61,7 +63,7 @@ def _scores(
     batch, heads, groups = query.shape[:3]
     scores = _matmul(_rows(query, start, stop), keys, (3, 3))
     distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
-    visible = (distance >= 0) & ((distance < window) if window else True)
+    visible = sees(distance, window)
     visible &= segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]  # [B,Q,U]
     scores = scores.reshape(batch, heads, groups, stop - start, stop - first) * scale
     return jnp.where(visible[:, None, None], scores, -jnp.inf)

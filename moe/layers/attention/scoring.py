@@ -42,9 +42,15 @@ class Scoring:
         """Factor of query·key."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
-    def in_window(self, distance: Int[Array, "T U"]) -> Bool[Array, "T U"]:
-        """Whether a query sees a key so many positions before it in a causal model."""
-        return (distance >= 0) & ((distance < self.window) if self.window else True)
+
+def sees(distance: Int[Array, "*batch"], window: int) -> Bool[Array, "*batch"]:
+    """Whether a query of a causal model sees a key so many positions before it.
+
+    Args:
+        distance: of the key.
+        window: positions that a query sees, its own included; 0: all.
+    """
+    return (distance >= 0) & ((distance < window) if window else True)
 
 
 #: Keys, and dimensions of a head, that a sink adds: one of each is used, and cuDNN takes multiples of this.
