@@ -15,9 +15,8 @@ from moe.config import ModelConfig
 from moe.dispatch import quantized
 from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
 from moe.parallel import partition_specs
-from moe.parallel.matmul import matmul
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matrix, parameter
+from moe.parallel.parameters import gather_for_matmul, matmul, matrix, parameter
 from moe.parallel.partition_specs import HIDDEN, IN, OUT, REPLICATED
 
 

@@ -16,8 +16,7 @@ from moe.layers.attention.attention import Attention
 from moe.layers.attention.positions import rotate
 from moe.layers.basic import DenseFFN, Embedding, RMSNorm
 from moe.models.decoder import Transformer
-from moe.parallel.matmul import matmul
-from moe.parallel.parameters import matrix
+from moe.parallel.parameters import matmul, matrix
 from tests import reference_attention
 from tests.helpers import random_parameters, tiny_model
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from moe.dispatch.backends import tpu
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, into_hidden, out_of_hidden
-from moe.parallel.matmul import matmul
+from moe.parallel.parameters import matmul
 
 
 @dataclasses.dataclass(frozen=True)
