@@ -20,6 +20,7 @@ from tensorboardX import SummaryWriter
 from moe.atomic_files import in_bucket, write_atomic
 from moe.config import ConfigError
 from moe.config.references import import_object
+from moe.routing.balancing import AUXILIARY
 
 
 class Writer(Protocol):
@@ -38,14 +39,6 @@ class Writer(Protocol):
 Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 
 
-#: Auxiliary losses, and the fields of model.moe.losses with their weights.
-_WEIGHTS = {
-    "load_balancing_loss": "balance",
-    "router_z_loss": "z",
-    "importance_loss": "importance",
-    "load_loss": "load",
-    "device_balance_loss": "device",
-}
 #: Kinds of rows whose values are shown for every layer, and the beginning of their tags.
 _LAYER_KINDS = {"train": "", "heldout/all": "heldout_"}
 _OPTIMIZER = ("learning_rate", "gradient_norm", "skipped")
@@ -55,7 +48,7 @@ _CONSTANTS = ("targets",)
 def _without_weight(config: dict[str, Any]) -> set[str]:
     """Losses that the config ignores, and numbers that are the same in every row."""
     losses = config.get("model", {}).get("moe", {}).get("losses", {})
-    return {loss for loss, weight in _WEIGHTS.items() if losses.get(weight) == 0} | set(_CONSTANTS)
+    return {loss for loss, (weight, _) in AUXILIARY.items() if losses.get(weight) == 0} | set(_CONSTANTS)
 
 
 def _tag(kind: str, name: str) -> str:

@@ -249,9 +249,8 @@ class MoELayer(nnx.Module):
         if router is not None:
             return report
         # Without a router the losses are constants, which a model with other gates in other layers must not count.
-        losses = ("load_balancing_loss", "device_balance_loss", "importance_loss", "load_loss", "router_z_loss")
         sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)
-        return dataclasses.replace(report, sums=sums, **dict.fromkeys(losses, jnp.zeros(())))
+        return dataclasses.replace(report, sums=sums, **dict.fromkeys(balancing.AUXILIARY, jnp.zeros(())))
 
 
 #: Settings of a layer that belong to the model, not to its MoE section.

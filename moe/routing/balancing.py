@@ -8,6 +8,8 @@ docs/losses.md compares the normalisation of the losses with other libraries.
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,18 @@ class BalanceSums:
     tokens: Array
     assignments: Array
     bias_target: Array
+
+
+#: Auxiliary losses by their field of :class:`LayerReport`: the field of ``model.moe.losses`` with the weight, a name.
+AUXILIARY: Mapping[str, tuple[str, str]] = types.MappingProxyType(
+    {
+        "load_balancing_loss": ("balance", "load balancing"),
+        "device_balance_loss": ("device", "device balance"),
+        "importance_loss": ("importance", "importance"),
+        "load_loss": ("load", "load"),
+        "router_z_loss": ("z", "router z-loss"),
+    }
+)
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from moe.models.factory import Model
 from moe.models.prediction import further_targets
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_size, constrain
-from moe.routing.balancing import LayerReport
+from moe.routing.balancing import AUXILIARY, LayerReport
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.
 LOSS_SCOPE = "loss"
@@ -244,13 +244,7 @@ TEXT = TextObjective()
 
 def describe_auxiliary(moe: MoEConfig) -> str:
     """The auxiliary terms of a run and their weights, in words."""
-    weights = {
-        "load balancing": moe.losses.balance,
-        "device balance": moe.losses.device,
-        "importance": moe.losses.importance,
-        "load": moe.losses.load,
-        "router z-loss": moe.losses.z,
-    }
+    weights = {name: getattr(moe.losses, weight) for weight, name in AUXILIARY.values()}
     used = [f"{name} x {weight:g}" for name, weight in weights.items() if weight]
     return f"on ({', '.join(used)})" if used and moe.gate is not None else "off"
 
@@ -264,16 +258,8 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     """
     if layers is None:
         return jnp.zeros((), jnp.float32)
-    losses = config.losses
-    terms = (
-        losses.balance * layers.load_balancing_loss,
-        losses.device * layers.device_balance_loss,
-        losses.importance * layers.importance_loss,
-        losses.load * layers.load_loss,
-        losses.z * layers.router_z_loss,
-        layers.sparsity_penalty,
-    )
-    return sum((jnp.sum(term) for term in terms), jnp.zeros((), jnp.float32))
+    terms = [getattr(config.losses, weight) * getattr(layers, term) for term, (weight, _) in AUXILIARY.items()]
+    return sum((jnp.sum(term) for term in (*terms, layers.sparsity_penalty)), jnp.zeros((), jnp.float32))
 
 
 def mean_reports(reports: LayerReport) -> LayerReport:
