@@ -22,9 +22,8 @@ from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, MoEConfig
 from moe.config.resolve import validate
-from moe.routing.gates import Scored
 from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState
-from moe.routing.selection import top_k
+from moe.routing.selection import Scored, top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build
 

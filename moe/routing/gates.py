@@ -3,117 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.fields import require, setting
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState, ScoreFunction
-from moe.routing.selection import limit_to_groups, pick, rank, top_k
-
-#: Score functions by name. The last one is DeepSeek-V4's; its square root has no finite slope at 0.
-SCORES = {
-    "softmax": functools.partial(jax.nn.softmax, axis=-1),
-    "sigmoid": jax.nn.sigmoid,
-    "sqrt_softplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), 1e-30)),
-}
+from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState
+from moe.routing.selection import Scored, Selecting, rank, top_k
 
 
 # --- Top-k of scores --------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scored(Gate):
-    """Base of gates that weigh experts by a score of their logits."""
-
-    reweighs: ClassVar[bool] = True
-
-    score: ScoreFunction = "softmax"  # s, of the router logits
-    renormalise: bool = False  # divide the chosen weights by their sum
-    scale: float = setting(1.0, least=-1e6, most=1e6)  # factor of the chosen weights
-
-    def scores(self, router_logits: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
-        """s of the router logits."""
-        return SCORES[self.score](router_logits)
-
-    def weigh(
-        self, router_logits: Float[Array, "G S E"], inputs: GateInputs, expert_index: Int[Array, "G S K"]
-    ) -> GateOutput:
-        """Weights of experts (or of the recorded ones) by their scores; ``probs`` are the scores over their sum."""
-        expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
-        scores = self.scores(router_logits)
-        probs = None if self.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        weights = pick(scores, expert_index)
-        if self.renormalise:
-            # The epsilon, as in DeepSeek's code, guards against a sum of sigmoids that underflows.
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        return GateOutput(expert_index, weights * self.scale, probs=probs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selecting(Scored):
-    """Base of gates that choose K experts by score + selection bias, within the best groups of experts."""
-
-    bias: Literal["none", "sign", "quantile"] = "none"  # added to the scores for selection only, and how it moves
-    bias_rate: float = setting(0.0, least=0, most=1e6)  # step of that bias, per optimizer step
-    groups: int = setting(1, least=1)  # equal groups of consecutive experts; divides num_experts
-    kept_groups: int = setting(1, least=1)  # groups that one token may choose from
-    scores_per_group: int = setting(1, least=1)  # highest scores whose sum ranks a group
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within = f"must be at most groups={self.groups}"
-        require(self.kept_groups <= self.groups, "model.moe.gate.kept_groups", self.kept_groups, within)
-        ranks = self.groups > 1 or self.scores_per_group == 1
-        require(ranks, "model.moe.gate.scores_per_group", self.scores_per_group, "needs groups above 1")
-        moves = self.bias != "none" or self.bias_rate == 0
-        require(moves, "model.moe.gate.bias_rate", self.bias_rate, "needs a bias of sign or quantile")
-        whole = self.bias != "quantile" or self.kept_groups == self.groups
-        require(whole, "model.moe.gate.bias", self.bias, "needs kept_groups equal to groups")
-
-    def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
-        """Check K and the groups."""
-        super().check_experts(num_experts, null_experts)
-        k, where = self.experts_per_token(num_experts), "model.moe.gate."
-        divide = f"must divide num_experts={num_experts}"
-        require(num_experts % self.groups == 0, f"{where}groups", self.groups, divide)
-        available = self.kept_groups * num_experts // self.groups
-        most = f"must be at most the {available} experts of kept_groups={self.kept_groups} of groups={self.groups}"
-        require(k <= available, f"{where}k", k, most)
-        one = "must be 1 with zero, copy or constant experts"
-        require(null_experts == 0 or self.groups == 1, f"{where}groups", self.groups, one)
-        left = self.bias != "quantile" or k < num_experts + null_experts
-        require(left, f"{where}bias", self.bias, "needs k below the number of experts")
-
-    def select(
-        self,
-        router_logits: Float[Array, "G S E"],
-        inputs: GateInputs,
-        preference: Float[Array, "G S E"] | None = None,
-    ) -> GateOutput:
-        """Top-k of scores + selection bias within the kept groups, weighted by the scores alone: every top-k gate.
-
-        ``preference`` ranks the experts instead of the scores.
-        """
-        scores, k = self.scores(router_logits), self.experts_per_token(router_logits.shape[-1])
-        ranked = scores if preference is None else preference
-        if inputs.selection_bias is not None:
-            ranked = ranked + inputs.selection_bias
-        if not (inputs.train and self.bias == "quantile"):
-            ranked = limit_to_groups(ranked, self.groups, self.kept_groups, self.scores_per_group)
-            return self.weigh(router_logits, inputs, top_k(ranked, k)[1])
-        # An expert is chosen if score + bias is above the best ranked expert that is not.
-        values, expert_index = top_k(ranked, k + 1)
-        needed = jax.lax.stop_gradient(values[..., k:] - scores)
-        return self.weigh(router_logits, inputs, expert_index[..., :k])._replace(needed_bias=needed)
-
-    @property
-    def state(self) -> RouterState:
-        """The selection bias."""
-        return RouterState(self.bias, self.bias_rate)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK(Selecting):
     """Top-k of the scores.
