@@ -234,7 +234,7 @@ def _extend_import_path(argv: list[str]) -> None:
 
 
 def _refusal(error: Exception) -> str:
-    """What a wrong setting, a disk, a bucket or missing devices led to, in a sentence; "" for other errors."""
+    """Sentence for an error of a setting, a disk, a bucket or missing devices; "" for other errors."""
     if isinstance(error, (ConfigError, OSError)) or is_bucket_error(error):
         return str(ConfigError(str(error) or type(error).__name__))
     if isinstance(error, (RuntimeError, AssertionError)) and _from_jax_backends(error):

@@ -82,7 +82,7 @@ def refuse(where: str, error: pydantic.ValidationError) -> NoReturn:
 
 
 def first_sentence(error: Exception) -> str:
-    """What an error says, of a failed validation the first wrong field."""
+    """Message of an error; of a failed validation, that on the first wrong field."""
     if not isinstance(error, pydantic.ValidationError):
         return f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
     first = error.errors(include_url=False)[0]

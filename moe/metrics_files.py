@@ -30,7 +30,7 @@ _LARGEST = 1 << 34  # bytes
 
 
 class _Row(Fields):
-    """What reports and the lab read of a row, where it is there. Lists have a value per MoE layer."""
+    """Fields of a row that reports and the lab read. Lists have a value per MoE layer."""
 
     step: Step
     kind: str

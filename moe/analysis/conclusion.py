@@ -33,7 +33,7 @@ def conclude(summary: dict[str, Any]) -> list[str]:
 
 
 def few_values(summary: dict[str, Any]) -> str:
-    """What a table of labels with few values can say; empty if each has enough."""
+    """Remark on labels with few values; empty if each has enough."""
     few = {label: found[0]["values"] for label, found in summary["dependence"].items() if found}
     few = {label: values for label, values in few.items() if values < FEW_VALUES}
     if not few:

@@ -41,7 +41,7 @@ class _MoESection(_TrackedConfigDict):
             super().__setitem__(key, value)
 
     def update(self, *other: typing.Any, **kwargs: typing.Any) -> None:
-        """As of any ConfigDict, with the name of a gate too."""
+        """Update the section as any ConfigDict; ``gate`` may be a name."""
         values = {**{name: value for section in other for name, value in section.items()}, **kwargs}
         gate = values.get("gate")
         if isinstance(gate, str):

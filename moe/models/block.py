@@ -129,7 +129,7 @@ class Block(nnx.Module):
             return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
 
     def input_of(self, norm: RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What attention or the FFN reads: x, normalised unless norms come after."""
+        """Input of attention or of the FFN: x, normalised unless norms come after."""
         return x if self.norms_after else norm(x)
 
     def add(

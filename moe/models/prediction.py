@@ -62,7 +62,7 @@ class PredictionLayer(nnx.Module):
         return self.block(self.join(x, embedded), rows, train=train, rng=rng)
 
     def join(self, x: Float[Array, "B T D"], embedded: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the block reads (equation 21; the published weights have the embedding first)."""
+        """Input of the block (equation 21; the published weights have the embedding first)."""
         joined = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(x)], axis=-1)
         return joined @ gather_for_matmul(self.project, x.dtype)
 

@@ -50,7 +50,7 @@ class Speculated:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """What goes from step to step; the certain token and its draft are not in the caches."""
+    """State between steps; the certain token and its draft are not in the caches."""
 
     tokens: Int[Array, " B"]
     drafts: Int[Array, " B"]

@@ -139,6 +139,6 @@ def _fit(device: str, kind: str) -> tuple[np.ndarray | None, float]:
 
 
 def _features(tokens: int, width: int) -> np.ndarray:
-    """Of rows of that many tokens and of the sum of the dimensions of keys and values."""
+    """Features of rows of that many tokens and of the sum of the dimensions of keys and values."""
     length, dim = math.log2(tokens / 4096), math.log2(width / 256)
     return np.array([1.0, length, length**2, dim, dim**2])

@@ -53,7 +53,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What is read of a compiled train step.
+    """A compiled train step, as it is read.
 
     Attributes:
         text: of the program.

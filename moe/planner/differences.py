@@ -23,7 +23,7 @@ class _Memory(Fields):
 
 
 class _Plan(Fields):
-    """What differences and their page read of a plan (:meth:`moe.planner.plan.Plan.to_json`)."""
+    """Fields of a plan that differences and their page read (:meth:`moe.planner.plan.Plan.to_json`)."""
 
     config: _Json
     topology: str

@@ -145,7 +145,7 @@ def _sticky(rng, values, rows, length, stay):
 
 
 def test_independent_sequences_are_found_independent_however_alike_neighbours_are(rng):
-    """Of independent experts and labels, both sticky, about 5 % have p <= 0.05, and nothing is explained on average."""
+    """Independent sticky experts and labels have p <= 0.05 in about 5 % of draws, and explain nothing on average."""
     rows, length, draws = 16, 64, 200
     row = np.repeat(np.arange(rows), length)
     found = [
