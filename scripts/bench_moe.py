@@ -119,8 +119,7 @@ def cases() -> list[Any]:
         for count in map(int, _EXPERTS.value or experts):
             for gate in gates:
                 own_gate = find_gate(gate)
-                fixed = "k" not in {field.name for field in dataclasses.fields(own_gate)}
-                gate_k = own_gate.experts_per_token(count) if fixed else k
+                gate_k = k if own_gate.sets_k else own_gate.experts_per_token(count)
                 modes = [*_MODES.value, *["experts alone"] * _ALONE.value]
                 found += [_case(shape, gate, mode, count, gate_k, d_ff, activation) for mode in modes]
     return found

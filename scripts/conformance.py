@@ -214,7 +214,7 @@ def bad_input() -> Iterator[Row]:
     for gate, rule in ((name, find_gate(name)) for name in LAYERS):
         if rule.router == "none":
             continue  # has no logits
-        fields: dict[str, Any] = {"experts_per_token": 2} if "k" in vars(rule) else {}
+        fields: dict[str, Any] = {"experts_per_token": 2} if rule.sets_k else {}
         if getattr(rule, "groups", 1) > 1:
             fields |= {"expert_groups": 2, "kept_expert_groups": 2}
         fields |= {"eval_capacity_factor": 1.0, "dispatch": "einsum"} | (LEAK if rule.looks_ahead else {})

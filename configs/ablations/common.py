@@ -8,7 +8,6 @@ The dense FFN has F hidden units, and E experts of top-1 have F each, so that al
 FLOPs a token; top-k has k times as many experts of F/k, so that the total is the same too.
 """
 
-import dataclasses
 from typing import Any
 
 import ml_collections
@@ -90,6 +89,6 @@ def moe(
         **fields: of model.moe, as ``**{"losses.balance": 0.01}``.
     """
     own = {"gate": gate, "num_experts": num_experts, "d_ff": d_ff or hidden(of) // k}
-    if "k" in {field.name for field in dataclasses.fields(find_gate(gate))}:  # GShard's is fixed
+    if find_gate(gate).sets_k:
         own["gate.k"] = k
     return {f"model.moe.{name}": value for name, value in {**own, **fields}.items()}

@@ -148,7 +148,7 @@ def _with_k(moe: MoEConfig, k: int) -> Gate:
         ConfigError: the gate has a fixed one.
     """
     gate = moe.gate
-    if gate is None or "k" not in {field.name for field in dataclasses.fields(gate)}:
+    if gate is None or not gate.sets_k:
         raise ConfigError(f"model.moe.gate={moe.gate_name!r}: has no other number of experts per token than its own")
     return dataclasses.replace(gate, k=k)
 

@@ -47,10 +47,13 @@ def find_gate(name: str) -> Gate:
     Raises:
         ConfigError: there is none.
     """
-    gate = find_layer(name).gate
-    if gate is None:
+    return _gate_of(find_layer(name), name)
+
+
+def _gate_of(layer: MoEConfig, name: str) -> Gate:
+    if layer.gate is None:
         raise ConfigError(f"model.moe.gate={name!r}: must name a gate")
-    return gate
+    return layer.gate
 
 
 def _import_layer(name: str) -> MoEConfig:
@@ -81,8 +84,8 @@ def with_layer_gate(model: ModelConfig, name: str) -> ModelConfig:
     if name == moe.gate_name:
         return model
     layer = find_layer(name)
-    gate = find_gate(name)
-    if "k" in {field.name for field in dataclasses.fields(gate)}:
+    gate = _gate_of(layer, name)
+    if gate.sets_k:
         gate = dataclasses.replace(gate, k=moe.experts_per_token)
     losses = Losses(scope=moe.losses.scope, counts=layer.losses.counts, null=moe.losses.null)
     own: dict[str, Any] = {"gate": gate, "jitter": layer.jitter, "losses": losses}

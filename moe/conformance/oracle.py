@@ -358,7 +358,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
     rule = find_gate(gate)
     fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
-    if "k" in vars(rule):
+    if rule.sets_k:
         fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
     if getattr(rule, "groups", 1) > 1:
         fields |= {"expert_groups": 4, "kept_expert_groups": 2}

@@ -113,6 +113,11 @@ class Gate:
         """K, of this many experts."""
         return getattr(self, "k", num_experts)
 
+    @property
+    def sets_k(self) -> bool:
+        """Whether the number of experts per token is a setting; GShard's is fixed."""
+        return "k" in {field.name for field in dataclasses.fields(self)}
+
     def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
         """Raise a ConfigError where the rule cannot choose among so many FFN experts and experts without an FFN."""
         k = self.experts_per_token(num_experts)
