@@ -62,8 +62,7 @@ def choose_gate(moe: typing.Any, name: str) -> None:
     layer = find_layer(name)
     gate = _gate_section(layer.gate)
     for field in sorted(moe.gate.__dict__["_assigned"] - {"name"}) if layer.gate is not None else ():
-        if field not in gate:
-            raise ConfigError(_no_such_field(field, gate.keys(), "model.moe.gate."))
+        check_gate_field(gate, field)
         gate[field] = moe.gate[field]
     with moe.unlocked():
         del moe["gate"]
@@ -205,39 +204,28 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
         path: prefix of the fields in messages.
         base: the other fields; None: the defaults.
     """
-    if cls is MoEConfig:
-        return _build_moe(tree, path)
     hints = _field_types(cls)
     values = {} if base is None else {field.name: getattr(base, field.name) for field in dataclasses.fields(cls)}
+    if cls is MoEConfig:
+        tree, values = _chosen_gate(tree, path)
     for name, value in tree.items():
         if name not in hints:
             raise ConfigError(_no_such_field(name, hints, path))
-        if dataclasses.is_dataclass(hints[name]):
+        if not dataclasses.is_dataclass(hints[name]):
+            values[name] = check_type(hints[name], value, f"{path}{name}")
+        elif isinstance(value, hints[name]):
+            values[name] = value
+        else:
             section = typing.cast(type, hints[name])
             values[name] = build(section, _items(value, f"{path}{name}"), f"{path}{name}.", values.get(name))
-        else:
-            values[name] = check_type(hints[name], value, f"{path}{name}")
     return cls(**values)
 
 
-def _build_moe(tree: dict[str, typing.Any], path: str) -> MoEConfig:
-    """Build the section of MoE layers: what it does not say is the constant of the gate's paper."""
+def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typing.Any], dict[str, typing.Any]]:
+    """The section of MoE layers without its gate, and the gate with what it sets: the constants of its paper."""
     tree = flat.nested(tree) if flat.is_flat(tree) else dict(tree)
     gate = tree.pop("gate", MoEConfig().gate_name)
-    hints = type_hints(MoEConfig)
-    values: dict[str, typing.Any] = {}
-    values |= {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
-    for name, value in tree.items():
-        if name not in hints:
-            raise ConfigError(_no_such_field(name, hints, path))
-        if dataclasses.is_dataclass(hints[name]) and not isinstance(value, hints[name]):
-            section, cls = _items(value, f"{path}{name}"), typing.cast(type, hints[name])
-            values[name] = build(cls, section, f"{path}{name}.", values.get(name))
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = value
-        else:
-            values[name] = check_type(hints[name], value, f"{path}{name}")
-    return MoEConfig(**values)
+    return tree, {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
 
 
 def _named_layer(gate: typing.Any, path: str) -> dict[str, typing.Any]:
