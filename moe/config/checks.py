@@ -129,7 +129,7 @@ def _check_rope(model: ModelConfig) -> None:
             f"must be positive, and one for each of the {size // 2} rotated pairs for longrope",
         )
     require(
-        scaling.high_freq_factor > scaling.low_freq_factor > 0,
+        scaling.high_freq_factor > scaling.low_freq_factor,
         "model.rope_scaling.high_freq_factor",
         scaling.high_freq_factor,
         f"must be above low_freq_factor={scaling.low_freq_factor}, which must be positive",
@@ -159,8 +159,7 @@ def _check_latent_attention(model: ModelConfig) -> None:
 
 def check_run(config: Config) -> None:
     """Check all sections except the model, as far as possible without devices and data."""
-    for section in ("data", "optimizer", "train", "start", "distill", "preferences", "lora"):
-        check_all_bounds(getattr(config, section), f"{section}.")
+    check_all_bounds(config, "")
     require(0 <= config.seed < 2**31, "seed", config.seed, "must be in [0, 2^31)")
     _check_data(config.data, config.train)
     _check_objective(config.model, config.data)
@@ -209,7 +208,7 @@ def _check_data(data: DataConfig, train: TrainConfig) -> None:
         allowed = f"must be at most {most // length} with data.sequence_length={length}: the rows are kept in memory"
         require(rows * length <= most, f"data.{name}", rows, allowed)
     require(
-        data.streams >= 0 and (data.streams == 0 or train.batch_size % data.streams == 0),
+        data.streams == 0 or train.batch_size % data.streams == 0,
         "data.streams",
         data.streams,
         f"must divide train.batch_size={train.batch_size}, or be 0 for gcd(8, batch_size)",
@@ -305,7 +304,7 @@ def _check_optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> None:
         f"must be below train.num_steps={train.num_steps}",
     )
     require(
-        0 <= optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps
+        optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps
         and (optimizer.decay_steps == 0 or optimizer.schedule == "wsd"),
         "optimizer.decay_steps",
         optimizer.decay_steps,

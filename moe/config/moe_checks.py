@@ -88,7 +88,7 @@ def _check_group_size(config: Config) -> None:
     moe = config.model.moe
     for name in ("sequence_length", "input_length") if config.model.encoder_layers else ("sequence_length",):
         length = getattr(config.data, name)
-        tokens = config.train.batch_size // max(config.train.accumulation_steps, 1) * length
+        tokens = config.train.batch_size // config.train.accumulation_steps * length
         size = moe.group_size or length
         require(
             tokens % size == 0 and (size % length == 0 or length % size == 0),
