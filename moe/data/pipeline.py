@@ -125,6 +125,17 @@ class _Flat(grain.experimental.FlatMapTransform):
         return element
 
 
+def _pack(documents: grain.IterDataset, lengths: dict[str, int], data: DataConfig) -> grain.IterDataset:
+    """Packs whole examples, of which each document is a list, into rows of these lengths."""
+    return grain.experimental.FirstFitPackIterDataset(
+        grain.experimental.FlatMapIterDataset(documents, _Flat()),
+        length_struct=lengths,
+        num_packing_bins=PACKED_ROWS if data.pack else 1,
+        max_sequences_per_bin=None if data.pack else 1,
+        shuffle_bins=False,
+    )
+
+
 def _rows(
     documents: grain.MapDataset, prepared: Prepared, data: DataConfig, domain: str, seed: int
 ) -> grain.IterDataset:
@@ -135,28 +146,17 @@ def _rows(
     if data.input_length:
         encode = functools.partial(objectives.examples, data=data, tokenizer=tokenizer)
         found = documents.random_map(encode, seed=seed).to_iter_dataset(options)
-        packed = grain.experimental.FirstFitPackIterDataset(
-            grain.experimental.FlatMapIterDataset(found, _Flat()),
-            length_struct={"encoder": data.input_length, "decoder": data.sequence_length},
-            num_packing_bins=PACKED_ROWS if data.pack else 1,
-            max_sequences_per_bin=None if data.pack else 1,
-            shuffle_bins=False,
-        )
+        packed = _pack(found, {"encoder": data.input_length, "decoder": data.sequence_length}, data)
         rows = packed.map(functools.partial(objectives.encoder_decoder_row, tokenizer=tokenizer))
         return rows.map(lambda row: {**row, "domain": np.int32(index)})
-    if data.objective == "chat":
+    if data.objective in ("chat", "preferences"):
+        names, examples, row = ["tokens", "targets"], chat.examples, chat.chat_row
+        if data.objective == "preferences":
+            names, examples, row = [*names, "rejected"], preferences.example, preferences.row
         length = data.sequence_length
-        encode = functools.partial(chat.examples, length=length, tokenizer=tokenizer, dataset=data.dataset)
-        packed = grain.experimental.FirstFitPackIterDataset(
-            grain.experimental.FlatMapIterDataset(documents.map(encode).to_iter_dataset(options), _Flat()),
-            length_struct={"tokens": length, "targets": length},
-            num_packing_bins=PACKED_ROWS if data.pack else 1,
-            max_sequences_per_bin=None if data.pack else 1,
-            shuffle_bins=False,
-        )
-        return packed.map(functools.partial(chat.chat_row, domain=index, pad_id=tokenizer.pad_id))
-    if data.objective == "preferences":
-        return preferences.rows(documents, data, tokenizer, index, options)
+        encode = functools.partial(examples, length=length, tokenizer=tokenizer, dataset=data.dataset)
+        packed = _pack(documents.map(encode).to_iter_dataset(options), dict.fromkeys(names, length), data)
+        return packed.map(functools.partial(row, domain=index, pad_id=tokenizer.pad_id))
     tokens = documents.map(functools.partial(_tokenise, tokenizer=tokenizer)).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))

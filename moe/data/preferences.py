@@ -6,19 +6,15 @@ positions from 0, so that neither attends to the other; targets are in answers a
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any
 
-import grain
 import numpy as np
 
-from moe.config import ConfigError, DataConfig
+from moe.config import ConfigError
 from moe.data import chat
 from moe.data.documents import CONVERSATION, PREFERENCE
 from moe.data.tokenizer import Tokenizer
-
-_PACKED_ROWS = 32  # rows that are packed together: a pair goes to the first with room for it
 
 
 def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
@@ -45,28 +41,6 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
     rejected = [np.full(len(part["tokens"]), number, np.int32) for number, part in enumerate(parts)]
     joined = {key: np.concatenate([part[key] for part in parts]) for key in ("tokens", "targets")}
     return [joined | {"rejected": np.concatenate(rejected)}]
-
-
-class _Flat(grain.experimental.FlatMapTransform):
-    def flat_map(self, element: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """Examples of a document."""
-        return element
-
-
-def rows(
-    documents: grain.MapDataset, data: DataConfig, tokenizer: Tokenizer, domain: int, options: grain.ReadOptions
-) -> grain.IterDataset:
-    """Packed rows of a domain's documents, in order."""
-    length = data.sequence_length
-    encode = functools.partial(example, length=length, tokenizer=tokenizer, dataset=data.dataset)
-    packed = grain.experimental.FirstFitPackIterDataset(
-        grain.experimental.FlatMapIterDataset(documents.map(encode).to_iter_dataset(options), _Flat()),
-        length_struct={"tokens": length, "targets": length, "rejected": length},
-        num_packing_bins=_PACKED_ROWS if data.pack else 1,
-        max_sequences_per_bin=None if data.pack else 1,
-        shuffle_bins=False,
-    )
-    return packed.map(functools.partial(row, domain=domain, pad_id=tokenizer.pad_id))
 
 
 def row(packed: dict[str, np.ndarray], domain: int, pad_id: int) -> dict[str, np.ndarray]:
