@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from moe.models.prediction import PredictionLayer, predict
 from moe.models.stack import Stack
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
+from moe.parallel.parameters import stacked
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
 
@@ -84,7 +86,7 @@ class Transformer(LanguageModel, Stack):
         Stack.__init__(self, config, rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)
         if config.prediction_layers:
-            self.prediction = PredictionLayer.stacked(config, rngs=rngs)
+            self.prediction = stacked(functools.partial(PredictionLayer, config), config.prediction_layers, rngs)
 
     def __call__(
         self,

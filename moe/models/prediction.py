@@ -14,7 +14,7 @@ from moe.config import ModelConfig
 from moe.config.layer_pattern import stacks
 from moe.layers.basic import RMSNorm
 from moe.models.block import Block, Record, Rows
-from moe.parallel.parameters import LAYERS, gather_for_matmul, matrix
+from moe.parallel.parameters import gather_for_matmul, matrix
 from moe.parallel.partition_specs import IN, REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 
@@ -30,16 +30,6 @@ class PredictionLayer(nnx.Module):
         self.project = matrix(rngs, (2 * d, d), IN, fan_in=2 * d, scale=config.init_scale)
         self.block = Block(config, stacks(config)[""][-1], rngs=rngs)
         self.output_norm = RMSNorm(d, config.norm_eps)
-
-    @staticmethod
-    def stacked(config: ModelConfig, *, rngs: nnx.Rngs) -> PredictionLayer:
-        """Draw ``config.prediction_layers`` of them, stacked along a new leading axis."""
-
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: LAYERS, "spec": LAYERS})
-        def create(key: Array) -> PredictionLayer:
-            return PredictionLayer(config, rngs=nnx.Rngs(params=key))
-
-        return create(jax.random.split(rngs.params(), config.prediction_layers))
 
     def __call__(
         self,
@@ -118,5 +108,5 @@ def predict(
         x, normalised, report = step(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), x)
         hidden.append(normalised)
         records.append(report)
-    reports = None if records[0] is None else jax.tree.map(lambda *parts: jnp.stack(parts), *records)
+    reports = jax.tree.map(lambda *parts: jnp.stack(parts), *records)
     return tuple(hidden), reports

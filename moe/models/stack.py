@@ -24,7 +24,7 @@ from moe.config.registry import with_layer_gate
 from moe.layers.attention.positions import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
 from moe.models.block import Block, Rows
-from moe.parallel.parameters import LAYERS
+from moe.parallel.parameters import stacked
 from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
@@ -72,16 +72,6 @@ class Segment(nnx.Module):
         for i, kind in enumerate(unit):
             setattr(self, f"block_{i}", Block(config, kind, rngs=rngs))
 
-    @staticmethod
-    def stacked(config: ModelConfig, unit: tuple[LayerKind, ...], repeats: int, *, rngs: nnx.Rngs) -> Segment:
-        """Draw every repeat from its own key and stack them along a new leading axis."""
-
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: LAYERS, "spec": LAYERS})
-        def create(key: Array) -> Segment:
-            return Segment(config, unit, rngs=nnx.Rngs(params=key))
-
-        return create(jax.random.split(rngs.params(), repeats))
-
     def blocks(self) -> list[Block]:
         """The blocks of the unit, in order."""
         return [getattr(self, f"block_{i}") for i in range(self.size)]
@@ -103,7 +93,7 @@ class Stack(nnx.Module):
         self.config = config
         self.name = name
         for i, (unit, repeats) in enumerate(segments(self.kinds)):
-            setattr(self, f"segment_{i}", Segment.stacked(config, unit, repeats, rngs=rngs))
+            setattr(self, f"segment_{i}", stacked(functools.partial(Segment, config, unit), repeats, rngs))
         if config.relative_buckets:
             self.relative_bias = RelativeBias(config, bidirectional=name == "encoder", rngs=rngs)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)

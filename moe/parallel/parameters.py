@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,16 @@ def matrix(
 def zeros(shape: tuple[int, ...], spec: P = REPLICATED, *, inputs: int = 0) -> nnx.Param[Array]:
     """Float32 parameter of zeros."""
     return parameter(jnp.zeros(shape, jnp.float32), spec, inputs=inputs)
+
+
+def stacked[M: nnx.Module](create: Callable[..., M], repeats: int, rngs: nnx.Rngs) -> M:
+    """Draw every repeat of ``create(rngs=...)`` from its own key and stack them along a new leading axis."""
+
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: LAYERS, "spec": LAYERS})
+    def one(key: Array) -> M:
+        return create(rngs=nnx.Rngs(params=key))
+
+    return one(jax.random.split(rngs.params(), repeats))
 
 
 def axis_names(axes: Any) -> tuple[str, ...]:
