@@ -67,13 +67,16 @@ def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> Lay
     """
 
     def create(kind: LayerKind, repeats: int) -> LayerCache:
-        return empty_layers(config, kind, repeats, rows, min(kind.window + ahead, length) if kind.window else length)
+        return empty_layers(config, kind, repeats, rows, length, ahead=ahead)
 
     return create_states(list(stacks(config).values())[-1], create)
 
 
-def empty_layers(config: ModelConfig, kind: LayerKind, repeats: int, rows: int, slots: int) -> LayerCache:
-    """The cache of equal layers, stacked over the repeats."""
+def empty_layers(
+    config: ModelConfig, kind: LayerKind, repeats: int, rows: int, length: int, *, ahead: int = 0
+) -> LayerCache:
+    """The cache of equal layers, stacked over the repeats; ``length`` and ``ahead`` are those of :func:`empty`."""
+    slots = min(kind.window + ahead, length) if kind.window else length
 
     def zeros(shape: tuple[int, int] | None) -> Array | None:
         if shape is None:

@@ -108,7 +108,6 @@ def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[...
     """The compiled prefill and step for that many rows and positions."""
     graphdef = nnx.graphdef(abstract_model(without_drops(config)))
     kind = layer_kinds(config)[-1]
-    slots = min(kind.window + AHEAD, length) if kind.window else length
 
     def split(variables: Any) -> tuple[Transformer, PredictionLayer]:
         model: Any = nnx.merge(graphdef, variables)
@@ -126,7 +125,7 @@ def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[...
         tokens = _likeliest(model, of_last)[:, 0]
         # The prompt's tokens after the first, each with the hidden state that predicted it, fill the layer's cache.
         own = kv_cache.prompt_rows(shift(token_ids, 1, 0), lengths - 1)
-        stacked = kv_cache.empty_layers(config, kind, 1, rows, slots)
+        stacked = kv_cache.empty_layers(config, kind, 1, rows, length, ahead=AHEAD)
         cache = jax.tree.map(lambda leaf: leaf[0], stacked)
         _, cache = _predict(model, layer, hidden, own, cache, kv_cache.prompt_attention(own, lengths - 1))
         drafts, cache = _draft(model, layer, of_last, tokens[:, None], last, cache)
