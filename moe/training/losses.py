@@ -31,11 +31,15 @@ def cross_entropy(logits: Array, targets: Array, axis: int | None = None) -> tup
         targets: [B,T] int32; negative where there is nothing to predict.
         axis: 1 for sums per row; None for one over all rows.
     """
+    return jnp.sum(_token_losses(logits, targets), axis=axis), jnp.sum(targets >= 0, axis=axis)
+
+
+def _token_losses(logits: Array, targets: Array) -> Array:
+    """−log p(target) [B,T] in float32, 0 without a target."""
     has_target = targets >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(has_target, targets, 0)
-    )
-    return jnp.sum(jnp.where(has_target, losses, 0.0), axis=axis), jnp.sum(has_target, axis=axis)
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(has_target, targets, 0))
+    return jnp.where(has_target, losses, 0.0)
 
 
 #: Tokens per device whose logits are in memory at once: 128 MiB in float32 at a vocabulary of 32,768.
@@ -94,6 +98,13 @@ def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
     return split(jnp.pad(hidden, (*surplus, (0, 0)))), split(jnp.pad(targets, surplus, constant_values=-1))
 
 
+def _joined(chunks: Array, shape: tuple[int, ...]) -> Array:
+    """[C,B·X,P,...] of :func:`_chunks` → [B·X,C,P,...] → [B·X,C·P,...] → [B,T,...], without the padding."""
+    rows = chunks.swapaxes(0, 1)
+    rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+    return rows[:, : shape[1] // axis_size("context")].reshape(shape)
+
+
 def _logits(hidden: Array, matrix: Array) -> Array:
     return constrain(hidden @ matrix, partition_specs.CHUNK_LOGITS)
 
@@ -114,10 +125,7 @@ def _with_gradient(hidden, matrix, targets):
     with jax.named_scope(LOSS_SCOPE):
         zeros = constrain(jnp.zeros((shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
         d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
-        # [C,B,P,D] → [B,C,P,D] → [B,C·P,D] → [B,T,D], with B and T those of a device's parts of rows
-        length = hidden.shape[1] // axis_size("context")
-        d_hidden = d_hidden.swapaxes(0, 1).reshape(d_hidden.shape[1], -1, hidden.shape[2])[:, :length]
-        d_hidden = d_hidden.reshape(hidden.shape)
+        d_hidden = _joined(d_hidden, hidden.shape)
         d_matrix = jnp.sum(d_matrix, axis=0).astype(matrix.dtype)
     return (jnp.sum(nll), jnp.sum(known)), (d_hidden, d_matrix, targets)
 
@@ -149,15 +157,11 @@ def token_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> Array:
 
     @jax.checkpoint
     def chunk(inputs: tuple[Array, Array]) -> Array:
-        part, known = inputs[1], inputs[1] >= 0
-        logits = _logits(inputs[0], matrix).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, part, 0))
-        return jnp.where(known, losses, 0.0)
+        return _token_losses(_logits(inputs[0], matrix), inputs[1])
 
     with jax.named_scope(LOSS_SCOPE):
-        nll = jax.lax.map(chunk, _chunks(hidden, targets)).swapaxes(0, 1)  # [C,B·X,P] → [B·X,C,P]
-    length = targets.shape[1] // axis_size("context")
-    return nll.reshape(nll.shape[0], -1)[:, :length].reshape(targets.shape)
+        nll = jax.lax.map(chunk, _chunks(hidden, targets))
+    return _joined(nll, targets.shape)
 
 
 def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> Array:
