@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import typing
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,6 +28,17 @@ class ConfigError(ValueError):
     def __init__(self, message: str):
         message = " ".join(line.strip() for line in message.splitlines() if line.strip())
         super().__init__(message if len(message) <= 2000 else f"{message[:1000]} ... {message[-1000:]}")
+
+
+@contextlib.contextmanager
+def raised_as_errors(what: str) -> Iterator[None]:
+    """Within it, what a user's code raises is a ConfigError that begins with these words."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise ConfigError(f"{what} raises {type(error).__name__}: {error}") from error
 
 
 def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:

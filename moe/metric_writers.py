@@ -20,6 +20,7 @@ from tensorboardX import SummaryWriter
 from moe.atomic_files import in_bucket, write_atomic
 from moe.config import ConfigError
 from moe.config.references import import_object
+from moe.fields import raised_as_errors
 from moe.routing.balancing import AUXILIARY
 
 
@@ -216,10 +217,8 @@ class _OwnWriter:
             raise ConfigError(f"{where}: must return a writer with write(step, kind, values) and close(), not {kind}")
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
+        with raised_as_errors(f"{self._where}: {what}"):
             return function(*arguments)
-        except Exception as error:  # a user's code may raise anything
-            raise ConfigError(f"{self._where}: {what} raises {type(error).__name__}: {error}") from error
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Pass a row on."""

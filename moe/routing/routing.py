@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from moe.atomic_files import write_arrays
-from moe.fields import ConfigError
+from moe.fields import ConfigError, raised_as_errors
 from moe.routing.interface import Gate, GateInputs, GateOutput
 
 
@@ -185,7 +185,7 @@ def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
     for rng in (None, jax.random.key(1)):
         state = None if gate.state.update == "none" else jnp.zeros((columns,), jnp.float32)
         noise = logits if rng is not None and gate.router == "noisy" else None
-        try:
+        with raised_as_errors(f"{name}: route"):
             routing = route(
                 gate,
                 logits,
@@ -196,10 +196,6 @@ def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
                 selection_bias=state,
                 token_ids=ids,
             )
-        except ConfigError:
-            raise
-        except Exception as error:  # a user's rule may raise anything
-            raise ConfigError(f"{name}: route raises {type(error).__name__}: {error}") from error
         index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
         k = columns if gate.lists_all else gate.experts_per_token(num_experts)
         if index.shape[-1] != k:

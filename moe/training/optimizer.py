@@ -12,6 +12,7 @@ from jax import Array
 
 from moe.config import ConfigError, OptimizerConfig
 from moe.config.references import import_object
+from moe.fields import raised_as_errors
 from moe.models.stack import part_of
 
 
@@ -246,10 +247,8 @@ def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
         raise ConfigError(f"{where}: must return an optax.GradientTransformation, not {type(optimizer).__name__}")
 
     def init(params: Any) -> Any:
-        try:
+        with raised_as_errors(f"{where}: its init"):
             return optimizer.init(params)
-        except Exception as error:
-            raise ConfigError(f"{where}: its init raises {type(error).__name__}: {error}") from error
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
 
@@ -269,10 +268,8 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
     if ":" not in config.name:
         return
     where, update = f"optimizer.name={config.name!r}", optax.with_extra_args_support(optimizer).update
-    try:
+    with raised_as_errors(f"{where}: its update"):
         found = jax.eval_shape(lambda tree, state: update(tree, state, tree, norm=jnp.ones(())), parameters, state)
-    except Exception as error:
-        raise ConfigError(f"{where}: its update raises {type(error).__name__}: {error}") from error
     for name, before, after in (("updates", parameters, found[0]), ("state", state, found[1])):
         if jax.tree.structure(before) != jax.tree.structure(after):
             raise ConfigError(f"{where}: the {name} that its update returns have another structure")
