@@ -290,25 +290,21 @@ def _gradients(
         )
         return (loss, shown, layers), gradients
 
-    def gradients_of(microbatch, index):
+    def accumulate(sums, inputs):
+        microbatch, index = inputs
         key = jax.random.fold_in(rng, index)
         result = value_and_grad(state.parameters, state.biases, microbatch, key, count, teacher_variables, totals)
-        (loss, (shown, layers)), gradients = result
-        return (loss, shown, gradients), layers
-
-    def accumulate(sums, inputs):
-        parts, layers = gradients_of(*inputs)
-        return jax.tree.map(jnp.add, sums, parts), layers
+        (loss, ((nll, terms), layers)), gradients = result
+        return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, layers)
 
     # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
-    first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(gradients_of, first, jnp.zeros((), jnp.int32))[0]
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    (loss, shown, gradients), layers = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
-    return (loss, shown, layers if layers is None else mean_reports(layers)), gradients
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+    (loss, nll, gradients), (terms, layers) = jax.lax.scan(accumulate, zeros, (split, jnp.arange(microbatches)))
+    terms = jax.tree.map(lambda values: jnp.sum(values, axis=0), terms)
+    return (loss, (nll, terms), layers if layers is None else mean_reports(layers)), gradients
 
 
 def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) -> BalanceSums | None:
