@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from moe.config import ModelConfig, layer_kinds
-from moe.planner.chips import CHIPS, Chip
-from moe.planner.gpus import GPUS, Gpu
+from moe.planner.chips import CHIPS
+from moe.planner.gpus import GPUS
 from moe.planner.measured import DEVICES
 from moe.planner.records import Item, Price
 
@@ -63,11 +63,11 @@ def prices(
     return made
 
 
-def factor(chip: Chip | Gpu, model: ModelConfig, tokens: int, where: str) -> tuple[float, float, str]:
+def factor(name: str, model: ModelConfig, tokens: int, where: str) -> tuple[float, float, str]:
     """Time of a model's kernels over that of all blocks of their grids at peak.
 
     Args:
-        chip: of the devices.
+        name: key of :data:`moe.planner.chips.CHIPS` or of GPUS.
         model: with its heads and windows.
         tokens: of a row.
         where: pass; all but "backward" run the forward kernel.
@@ -75,13 +75,8 @@ def factor(chip: Chip | Gpu, model: ModelConfig, tokens: int, where: str) -> tup
     Returns:
         (factor, width of the interval in the logarithm, basis).
     """
-    name = next(
-        name
-        for name, each in (GPUS | CHIPS).items()
-        if (each.peak, each.memory, type(each)) == (chip.peak, chip.memory, type(chip))
-    )
     kind = "backward" if where == "backward" else "forward"
-    windows = [kind.window for kind in layer_kinds(model)]
+    windows = [each.window for each in layer_kinds(model)]
     lengths = [min(tokens, max(2 * window, 1024)) if window else tokens for window in windows]
     dims = model.head_dim + (model.value_dim or model.head_dim)
     found = {length: _factor(name, kind, length, dims) for length in lengths}

@@ -88,10 +88,9 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     """Compile the train step; see :func:`moe.planner.plan.make_plan`."""
     mesh = make_mesh(config.mesh, topology.devices)
     validate_mesh(config, mesh.shape)
-    capacity = topology.chip.memory // topology.chip.devices
     compiled, traced, stored, seconds = _compile(config, mesh, topology)
-    memory = _memory(compiled.memory_analysis(), stored, capacity)
-    memory_errors.refuse_program_that_does_not_fit(config, memory.total, capacity)
+    memory = _memory(compiled.memory_analysis(), stored, topology.capacity)
+    memory_errors.refuse_program_that_does_not_fit(config, memory.total, topology.capacity)
     return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds)
 
 
@@ -102,8 +101,7 @@ def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, d
         built = train_step_module.build(config, mesh)
         stored = {name: fit.shard_bytes(getattr(built.state, name)) for name in ("parameters", "optimizer")}
         stored["parameters"] += fit.shard_bytes(getattr(built.state, "base", {}))  # of adapters
-        capacity = topology.chip.memory // topology.chip.devices
-        memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), capacity)
+        memory_errors.refuse_state_that_does_not_fit(config, sum(stored.values()), topology.capacity)
         train_step: Any = built.train_step  # jitted
         traced = train_step.trace(built.state, built.batch)
         try:

@@ -219,7 +219,7 @@ def make_fitting_plan(config: Config, topology: Topology, scenario: Scenario | N
     Raises:
         ConfigError: none fits, or the config does not fit the mesh.
     """
-    mesh, capacity = make_mesh(config.mesh, topology.devices), topology.chip.memory // topology.chip.devices
+    mesh, capacity = make_mesh(config.mesh, topology.devices), topology.capacity
     validate_mesh(config, mesh.shape)
     for policy in LADDER:
         tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
@@ -269,7 +269,9 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         attention.prices,
         flops=step.products.kernels / len(devices),
         peak=peak,
-        factor=functools.partial(attention.factor, chip, config.model, config.data.sequence_length),
+        factor=functools.partial(
+            attention.factor, topology.name.partition(":")[0], config.model, config.data.sequence_length
+        ),
     )
     text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices)
     items = text.items

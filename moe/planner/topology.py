@@ -46,6 +46,11 @@ class Topology:
         return len(self.devices) // self.chip.devices
 
     @property
+    def capacity(self) -> int:
+        """Bytes of one device's memory."""
+        return self.chip.memory // self.chip.devices
+
+    @property
     def platform(self) -> str:
         """ "tpu" or "gpu"."""
         return "gpu" if isinstance(self.chip, Gpu) else "tpu"

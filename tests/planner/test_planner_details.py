@@ -174,18 +174,18 @@ def test_published_times_of_attention_left_out_are_predicted(device, kind):
 def test_times_of_attention_by_hand():
     """Rows of the table: Mixtral's heads at 4096 tokens take 1.14 to 1.23 of all keys at peak on v5p, 3.35 on v6e."""
     model = from_config_dict(mixtral_8x7b.get_config()).model
-    v5p, v6e = (attention.factor(CHIPS[name], model, 4096, "forward") for name in ("v5p", "v6e"))
+    v5p, v6e = (attention.factor(name, model, 4096, "forward") for name in ("v5p", "v6e"))
     assert v5p[0] == pytest.approx(1.19, rel=0.1)
     assert v6e[0] == pytest.approx(3.35, rel=0.1)
     assert (v5p[2], v6e[2]) == ("measured", "measured")
     # Not measured: backward on v5p, all of v4, windows.
-    backward = attention.factor(CHIPS["v5p"], model, 4096, "backward")
-    assert backward[2] == attention.factor(CHIPS["v4"], model, 4096, "forward")[2] == "by analogy"
+    backward = attention.factor("v5p", model, 4096, "backward")
+    assert backward[2] == attention.factor("v4", model, 4096, "forward")[2] == "by analogy"
     assert 0.7 < backward[0] / v5p[0] < 0.9  # as on tpu7x: 2.42 of 3.19
     windowed = dataclasses.replace(model, sliding_window=128)
-    wider = attention.factor(CHIPS["v5p"], windowed, 4096, "forward")
+    wider = attention.factor("v5p", windowed, 4096, "forward")
     assert wider[2] == "by analogy"
-    assert wider[0] == pytest.approx(attention.factor(CHIPS["v5p"], model, 1024, "forward")[0])
+    assert wider[0] == pytest.approx(attention.factor("v5p", model, 1024, "forward")[0])
 
 
 def test_arrays_at_the_peak():
