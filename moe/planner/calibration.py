@@ -106,7 +106,8 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
     lines += ["", f"Inside: {sum(row['inside'] for row in made)} of {len(made)}."]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
-    stale = [row["name"] for row in rows if row.get("prices") != prices()]
+    current = prices()
+    stale = [row["name"] for row in rows if row.get("prices") != current]
     if stale:
         lines += [
             "",
