@@ -77,6 +77,10 @@ class ExpertWeights:
         """The weights of :func:`into_hidden`."""
         return (self.up, self.gate), self.biases
 
+    def quantizes(self, matrices: Array) -> bool:
+        """Whether the product with these matrices has quantised factors; a bias, a matrix of one row, has none."""
+        return self.precision != "none" and matrices.shape[1] > 1
+
     def astype(self, dtype: Any) -> ExpertWeights:
         """All weights cast, split over devices as stored."""
         return jax.tree.map(lambda array: array.astype(dtype), self)
@@ -201,7 +205,7 @@ def batched_ffn(
     """Apply expert e to its R rows."""
 
     def matmul(rows: Array, matrices: Array) -> Array:
-        if weights.precision != "none" and matrices.shape[1] > 1:  # 1: a bias
+        if weights.quantizes(matrices):
             return quantized.matmul(rows, matrices, weights.precision)
         return jnp.einsum("eri,eij->erj", rows, matrices)
 

@@ -52,7 +52,7 @@ def grouped_ffn(
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
 
     def matmul(rows: Array, matrices: Array) -> Array:
-        if weights.precision != "none" and matrices.shape[1] > 1:  # 1: a bias
+        if weights.quantizes(matrices):
             return quantized_matmul(rows, matrices, group_sizes, weights.precision)
         return multiply(rows, matrices, group_sizes)
 
