@@ -1,16 +1,22 @@
 """Small training runs: their config, a program compiled once, a finished run, and ways to interrupt one."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 
 import jax
 import pytest
+from etils import epath
 
 from configs import base
 from moe.checkpoints import manager
+from moe.checkpoints.parameters import write_parameters
+from moe.config import to_dict
 from moe.config.resolve import from_config_dict
 from moe.metrics_files import read_rows
 from moe.training import loop as training
+from moe.training.averaging import _streamed
 from moe.training.loop import train
 from moe.training.step import build
 from tests.tiny_text import build as build_text
@@ -68,9 +74,8 @@ def tiny(directory, tree=None, **overrides):
     return from_config_dict(tree)
 
 
-@functools.cache
-def compiled_programs():
-    """One program for the whole process: the settings that the runs change are no part of it."""
+def compile_once(build=build):
+    """A make_program that builds at its first call, for runs whose settings are no part of the program."""
     made = []
 
     def make(config, mesh, teacher=None):
@@ -79,6 +84,18 @@ def compiled_programs():
         return dataclasses.replace(made[0], config=config)
 
     return make
+
+
+#: One program for the whole process.
+compiled_programs = functools.cache(compile_once)
+
+
+def write_run(folder, config, parameters):
+    """A workdir with a config and parameters alone."""
+    folder = epath.Path(folder)
+    folder.mkdir(exist_ok=True)
+    write_parameters(folder, _streamed(parameters))
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +130,15 @@ def at_step(wanted, act):
         return take(iterator, step, checkpoints)
 
     return taking
+
+
+@contextlib.contextmanager
+def interrupted(step):
+    """Within it, the batch of a step is never read; 0: every batch is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if step:
+            patch.setattr(training, "next_batch", at_step(step, raise_interrupted))
+        yield
 
 
 def rows(workdir, kind):

@@ -18,10 +18,9 @@ from moe.config import DistillConfig, StartConfig
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.lab import records
 from moe.lab.running import runner
-from moe.training import loop as training
 from moe.training.loop import train
 from tests.lab_helpers import tiny_base, tiny_suite, write_page
-from tests.run_helpers import ONE, Interrupted, at_step, directory, raise_interrupted, tiny  # noqa: F401
+from tests.run_helpers import ONE, Interrupted, directory, interrupted, tiny  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("compilation_cache")]
 STEPS = 4
@@ -31,15 +30,6 @@ STEPS = 4
 def programs():
     """A make_program that compiles each program once."""
     return runner.Programs()
-
-
-@contextlib.contextmanager
-def interrupted(step):
-    """Within it, the batch of a step is never read; 0: every batch is."""
-    with pytest.MonkeyPatch.context() as patch:
-        if step:
-            patch.setattr(training, "next_batch", at_step(step, raise_interrupted))
-        yield
 
 
 class Workflow:

@@ -14,8 +14,7 @@ from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, to_dict
 from moe.training import loop as training
 from moe.training.loop import train
-from moe.training.step import build
-from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, rows, tiny
+from tests.run_helpers import ONE, SETTINGS, Interrupted, compile_once, interrupted, rows, tiny
 
 # Most runs of a file are the same program.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -23,13 +22,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whole, tmp_path, capsys):
     """Four more steps at a constant rate: refused without the flag, recorded with it, and exact when interrupted."""
-    made = []
-
-    def make(config, mesh, teacher=None):  # another schedule is another program
-        if not made:
-            made.append(build(config, mesh, teacher))
-        return dataclasses.replace(made[0], config=config)
-
+    make = compile_once()  # another schedule is another program
     changes = {"train.num_steps": 10, "optimizer.schedule": "constant", "optimizer.learning_rate": 5e-3}
     config = tiny(directory, **SETTINGS | changes | {"train.eval_every": 5})
     for name in ("run", "stopped"):
@@ -50,10 +43,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whol
     assert [row["step"] for row in logged] == [*range(1, 11)]
     np.testing.assert_allclose([row["learning_rate"] for row in logged[6:]], 5e-3, rtol=1e-6)
     assert [row["step"] for row in rows(tmp_path / "run", "heldout/all")] == [6, 10]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "next_batch", at_step(9, raise_interrupted))
-        with pytest.raises(Interrupted):
-            train(config, str(tmp_path / "stopped"), ONE, make_program=make, allow_changes=True, quiet=True)
+    with interrupted(9), pytest.raises(Interrupted):
+        train(config, str(tmp_path / "stopped"), ONE, make_program=make, allow_changes=True, quiet=True)
     train(config, str(tmp_path / "stopped"), ONE, make_program=make, quiet=True)
     for name in ("metrics.jsonl", "report.txt", "changes.jsonl", "config.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
@@ -88,8 +79,7 @@ def test_reshard_matrix(directory, tmp_path, capsys):
     train(tiny(directory, **settings), str(tmp_path / "still"), ONE, quiet=True)
     for number, (count, mesh, dispatch) in enumerate(TRAVELS):
         config = tiny(directory, **settings, **mesh, **{"model.moe.dispatch": dispatch})
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
-            patch.setattr(training, "next_batch", at_step(2 * number + 3, raise_interrupted))
+        with interrupted(2 * number + 3), contextlib.suppress(Interrupted):
             train(config, str(tmp_path / "moved"), jax.devices()[:count], quiet=True)
     still, moved = (rows(tmp_path / name, "train") for name in ("still", "moved"))
     with capsys.disabled():

@@ -14,14 +14,12 @@ import pyarrow.parquet
 import pytest
 from etils import epath
 
-from moe.checkpoints.parameters import write_parameters
-from moe.config import ConfigError, DataConfig, to_dict
+from moe.config import ConfigError, DataConfig
 from moe.data import chat, documents, pipeline
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.parallel.mesh import make_mesh
-from moe.training.averaging import _streamed
 from moe.training.step import build
-from tests.run_helpers import tiny
+from tests.run_helpers import tiny, write_run
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parents[1] / "data" / "chat"
@@ -213,10 +211,8 @@ def test_a_model_is_talked_to(tmp_path):
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         parameters = build(config, mesh).init().parameters
-    run = epath.Path(tmp_path / "run")
-    run.mkdir()
-    write_parameters(run, _streamed(parameters))
-    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    run = tmp_path / "run"
+    write_run(run, config, parameters)
     for name, content in tokenizer("llama3").files.items():
         (run / name).write_bytes(content)
     command = [sys.executable, "scripts/generate.py", f"--workdir={run}", "--chat", "--tokens=6", "--temperature=0"]

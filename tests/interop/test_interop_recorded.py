@@ -90,9 +90,8 @@ def test_mismatch_by_hand():
         mismatch(Choices(choices.expert_index, jnp.zeros(ours.shape, bool)), routing)
 
 
-def test_refusals():
-    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
-    model = tiny_model(num_layers=3, gate="mixtral", **sizes)
+def test_refusals(recorded):
+    model = recorded[0].config
     good = np.tile(np.array([0, 1]), (4, 3, 1))
 
     def refused(pattern, records, engine="vllm", length=4):

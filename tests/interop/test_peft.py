@@ -10,13 +10,11 @@ from etils import epath
 from flax import nnx
 
 from moe.checkpoints.adapted import pin_base
-from moe.checkpoints.parameters import write_parameters
-from moe.config import ConfigError, to_dict
+from moe.config import ConfigError
 from moe.interop import export_checkpoint
 from moe.interop.peft import export_adapters
 from moe.models.factory import abstract_parameters, abstract_trained
-from moe.training.averaging import _streamed
-from tests.run_helpers import tiny
+from tests.run_helpers import tiny, write_run
 
 
 def random_like(tree, seed):
@@ -32,10 +30,7 @@ def workdirs(tmp_path, **changes):
     config = tiny(tmp_path, **settings | lora | changes)
     shapes = abstract_parameters(base.model), abstract_trained(config)
     for name, written, tree in zip(("base", "lora"), (base, config), map(nnx.to_pure_dict, shapes), strict=True):
-        folder = epath.Path(tmp_path / name)
-        folder.mkdir()
-        write_parameters(folder, _streamed(random_like(tree, len(name))))
-        (folder / "config.json").write_text(json.dumps(to_dict(written)))
+        write_run(tmp_path / name, written, random_like(tree, len(name)))
     pin_base(epath.Path(tmp_path / "lora"), config)
     return tmp_path / "base", tmp_path / "lora"
 

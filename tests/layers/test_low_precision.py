@@ -123,11 +123,9 @@ def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch):
     experts = 2 if dispatch == "dropless" or target.is_cpu() else 3
     assert types["int8xint8"] == 2 * (3 + 3 + experts)
     plain = dataclasses.replace(config, low_precision="none")
-    assert not _products(jax.make_jaxpr(lambda p: _logits(_graph(plain), p, tokens))(parameters).jaxpr)["int8xint8"]
-
-
-def _graph(config):
-    return random_parameters(config)[0]
+    assert not _products(
+        jax.make_jaxpr(lambda p: _logits(nnx.graphdef(abstract_model(plain)), p, tokens))(parameters).jaxpr
+    )["int8xint8"]
 
 
 def _logits(graphdef, parameters, tokens):

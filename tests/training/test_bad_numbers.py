@@ -13,7 +13,7 @@ from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
 from moe.training import recovery
 from moe.training.loop import train
-from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, rows, state_of, steps, tiny
+from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, rows, state_of, steps, tiny
 
 # Most runs of a file are the same program.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -90,10 +90,8 @@ def test_rollback_goes_on_past_the_bad_batches(directory, tmp_path, programs):
     assert np.isfinite([row["loss"] for row in logged[7:]]).all()
     assert logged[7]["learning_rate"] < logged[4]["learning_rate"] < logged[2]["learning_rate"]
     # Interrupted after the rollback and before the next checkpoint: the same bytes, rollback and all.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "next_batch", at_step(8, raise_interrupted))
-        with pytest.raises(Interrupted):
-            train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
+    with interrupted(8), pytest.raises(Interrupted):
+        train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
     assert steps(tmp_path / "stopped") == [2, 4]
     train(config, str(tmp_path / "stopped"), ONE, make_program=bad)
     for name in ("metrics.jsonl", "report.txt"):

@@ -23,7 +23,7 @@ from moe.training import loop as training
 from moe.training.evaluation import evaluate, load_heldout
 from moe.training.loop import train
 from moe.training.open_run import open_workdir
-from tests.run_helpers import ONE, Interrupted, at_step, directory, raise_interrupted, rows, tiny  # noqa: F401
+from tests.run_helpers import ONE, Interrupted, directory, interrupted, rows, tiny  # noqa: F401
 from tests.tiny_text import random_text
 
 T5 = {
@@ -75,12 +75,10 @@ def tiny_data(workdir):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_the_same(spans, directory, programs, tmp_path):
     config = tiny(directory, **T5)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "next_batch", at_step(5, raise_interrupted))
-        with pytest.raises(Interrupted):
-            train(config, str(tmp_path / "run"), ONE, make_program=programs)
+    with interrupted(5), pytest.raises(Interrupted):
+        train(config, str(tmp_path / "run"), ONE, make_program=programs)
     train(config, str(tmp_path / "run"), ONE, make_program=programs)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (spans / "metrics.jsonl").read_bytes()
 

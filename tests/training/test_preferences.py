@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.checkpoints.parameters import write_parameters
-from moe.config import ConfigError, DataConfig, MeshConfig, to_dict
+from moe.config import ConfigError, DataConfig, MeshConfig
 from moe.data import documents, pipeline, preferences
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.dpo import PreferenceObjective, margins
-from moe.training.averaging import _streamed
 from moe.training.loop import train
 from moe.training.step import build
 from tests.data.test_chat import EXPECTED, HERE, tokenizer
-from tests.run_helpers import ONE, rows, state_of, steps, tiny
+from tests.run_helpers import ONE, compile_once, rows, state_of, steps, tiny, write_run
 
 PROMPT = [{"role": "user", "content": "ab"}]
 
@@ -117,19 +115,13 @@ def start(tmp_path):
     config = tiny(tmp_path / "cache", **settings | {"data.objective": "chat", "distill.teacher": ""})
     mesh = make_mesh(config.mesh, ONE)
     with jax.set_mesh(mesh):
-        write_parameters(folder, _streamed(build(config, mesh).init().parameters))
-    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+        write_run(folder, config, build(config, mesh).init().parameters)
     return folder, settings | {"start.checkpoint": str(folder)}
 
 
 def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_path, capsys):
     _, settings = start
-    made = []
-
-    def program(config, mesh, teacher=None):
-        made.append(made[0] if made else make_program(config, mesh, teacher))
-        return made[0]
-
+    program = compile_once(make_program)
     config = tiny(tmp_path / "cache", **settings)
     train(config, str(tmp_path / "run"), ONE, make_program=program)
     assert "preferences (DPO), beta 0.1, against" in (said := capsys.readouterr().out)
@@ -140,11 +132,12 @@ def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_
     assert last["cross_entropy"] < first["cross_entropy"]
     assert last["preference_accuracy"] > 0.5
     assert steps(tmp_path / "run") == [2, 4]
-    expected, metrics = state_of(made[0], tmp_path / "run", 4), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    expected = state_of(program(config, None), tmp_path / "run", 4)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (tmp_path / "run" / "report.txt").unlink()
     epath.Path(tmp_path / "run" / "checkpoints" / "4").rmtree()
     train(config, str(tmp_path / "run"), ONE, make_program=program)
-    jax.tree.map(np.testing.assert_array_equal, state_of(made[0], tmp_path / "run", 4), expected)
+    jax.tree.map(np.testing.assert_array_equal, state_of(program(config, None), tmp_path / "run", 4), expected)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
