@@ -351,8 +351,8 @@ def _with_config_file(argv: list[str], required: Sequence[str]) -> list[str]:
         return [*argv, f"--config={run_config.__file__}:{path}"]
     if path.endswith(".json") and epath.Path(path).exists():
         given = f"--config={run_config.__file__}:{path}"
-        at = next(i for i, word in enumerate(argv) if word.lstrip("-").partition("=")[0] == "config")
-        return [*argv[:at], given, *argv[at + (1 if "=" in argv[at] else 2) :]]
+        program, *rest = _without(argv, "config")
+        return [program, given, *rest]
     file = path.partition(":")[0]
     if file and not os.path.isfile(file):
         near = _nearest_file(file)
@@ -368,15 +368,21 @@ def _with_gate(argv: list[str]) -> list[str]:
     fields = [name.removeprefix(f"{_GATE}.") for name in names if name.startswith(f"{_GATE}.")]
     if path is None or (gate is None and not fields):
         return argv
+    program, *rest = _without(argv, "config", _GATE)
+    return [program, f"--config={chosen_gate.request(path, gate, fields)}", *rest]
+
+
+def _without(argv: list[str], *names: str) -> list[str]:
+    """The command line without these flags and their values."""
     rest, words = [], iter(argv)
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")
-        if word.startswith("-") and name in ("config", _GATE):
+        if word.startswith("-") and name in names:
             if not equals:
                 next(words, None)
         else:
             rest.append(word)
-    return [rest[0], f"--config={chosen_gate.request(path, gate, fields)}", *rest[1:]]
+    return rest
 
 
 def _nearest_file(path: str) -> str | None:
