@@ -133,18 +133,18 @@ def main() -> None:
     def written(row: list[int], text: list[int]) -> str:
         return decode(text) if reads else decode(row + text).removeprefix(decode(row))
 
+    if _SPECULATE.value and not _CHAT.value and options.temperature:
+        raise ConfigError(f"--temperature={options.temperature}: must be 0 with --speculate")
+    limit = int(_TOKENS.value or 0)
+    with jax.set_mesh(mesh):
+        variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
     if _CHAT.value:
         with jax.set_mesh(mesh):
-            variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
             stream = functools.partial(sampling.stream, config.model, variables)
-            _talk(prompts or _typed(), tokenizer, lambda row: stream([row], int(_TOKENS.value or 0), options))
+            _talk(prompts or _typed(), tokenizer, lambda row: stream([row], limit, options))
         return
     if _SPECULATE.value:
-        if options.temperature:
-            raise ConfigError(f"--temperature={options.temperature}: must be 0 with --speculate")
         with jax.set_mesh(mesh):
-            variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
-            limit = int(_TOKENS.value or 0)
             found = speculation.sample(config.model, variables, rows, limit, options.stop_tokens)
         for prompt, row, text in zip(prompts, rows, found.texts, strict=True):
             print(f"{prompt}{written(row, text.tolist())}" + "\n---" * (len(rows) > 1))
@@ -154,10 +154,9 @@ def main() -> None:
     stream_one = len(rows) == 1
     shown, times = "", []
     with jax.set_mesh(mesh):
-        variables = parameters.read_variables(workdir, config.model, mesh=mesh, step=_STEP.value)
         if stream_one:
             print("" if reads else prompts[0], end="", flush=True)
-        for column in sampling.stream(config.model, variables, rows, int(_TOKENS.value or 0), options):
+        for column in sampling.stream(config.model, variables, rows, limit, options):
             times.append(time.perf_counter())
             for text, token in zip(texts, column, strict=True):
                 if token >= 0:
