@@ -178,12 +178,9 @@ def mismatch(recorded: Choices, own: Routing) -> Mismatch:
     order = np.argsort(margin[seen], kind="stable")
     groups = [group for group in np.array_split(order, MARGIN_GROUPS) if group.size]
     any_difference = (differing > 0)[seen]
-    per_layer = [(differing[layer].sum(), (differing[layer] > 0).sum()) for layer in range(len(probs))]
-    counts = [(max(there[layer].sum(), 1), max(seen[layer].sum(), 1)) for layer in range(len(probs))]
-    shares = np.array(per_layer, np.float64) / np.array(counts)
     return Mismatch(
-        decisions=shares[:, 0],
-        tokens=shares[:, 1],
+        decisions=differing.sum((1, 2)) / np.maximum(there.sum((1, 2, 3)), 1),
+        tokens=(differing > 0).sum((1, 2)) / np.maximum(seen.sum((1, 2)), 1),
         margins=np.array([margin[seen][group[-1]] for group in groups]),
         by_margin=np.array([any_difference[group].mean() for group in groups]),
     )
