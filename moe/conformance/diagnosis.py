@@ -119,15 +119,13 @@ def _compare(
     for quantity in QUANTITIES:
         if quantity not in results:
             continue
-        result = np.asarray(results[quantity], np.float64)
+        ours, theirs = expected[quantity], np.asarray(results[quantity], np.float64)
         if quantity == "expert_index":
-            checks.append(_choices(expected["expert_index"], result, layer))
-        elif quantity == "combine_weights":
-            # By expert, since another order of the choices is no difference.
+            checks.append(_choices(ours, theirs, layer))
+            continue
+        if quantity == "combine_weights":  # by expert, since another order of the choices is no difference
             ours, theirs = _by_expert(expected, results, layer)
-            checks.append(_values(quantity, ours, theirs, layer, named, tolerance, expected))
-        else:
-            checks.append(_values(quantity, expected[quantity], result, layer, named, tolerance, expected))
+        checks.append(_values(quantity, ours, theirs, layer, named, tolerance, expected))
     return checks
 
 

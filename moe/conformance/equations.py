@@ -161,12 +161,10 @@ class Decisions:
     Attributes:
         expert_index: [G,S,K], first choice first.
         kept: [G,S,K] bool, of a real token and not dropped.
-        capacity: C; 0: none.
     """
 
     expert_index: np.ndarray
     kept: np.ndarray
-    capacity: int
 
 
 def capacity(rule: Rule, variant: Variant, tokens: int, num_experts: int) -> int:
@@ -213,7 +211,7 @@ def decide(rule: Rule, variant: Variant, layer: Layer) -> Decisions:
                 expert = index[g, s, choice]
                 kept[g, s, choice] = taken[expert] < limit
                 taken[expert] += 1
-    return Decisions(index, kept & layer.mask[..., None], limit)
+    return Decisions(index, kept & layer.mask[..., None])
 
 
 def _choose(rule: Rule, ranked: np.ndarray) -> list[int]:

@@ -129,7 +129,7 @@ def parse(text: str, num_steps: int) -> Steps:
 
 @contextlib.contextmanager
 def profiled(
-    steps: Steps | None, workdir: str, make: Callable[..., Program] | None = None
+    steps: Steps | None, workdir: str, make: Callable[..., Program] = build
 ) -> Iterator[Callable[..., Program]]:
     """Context manager that gives the ``make_program`` argument of :func:`moe.training.loop.train`.
 
@@ -137,9 +137,8 @@ def profiled(
 
     Args:
         steps: steps to trace; None: none.
-        make: what makes the program; None: :func:`moe.training.step.build`.
+        make: what makes the program.
     """
-    make = make or build
     if steps is None:
         yield make
         return

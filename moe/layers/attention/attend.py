@@ -119,7 +119,7 @@ def blocked_attention(
         return heads[..., :value_dim]
 
     everything = key, value, key_segment_ids
-    if size == length and one_block:
+    if one_block:
         return block((query, segment_ids, jnp.int32(first)), everything, 0)
 
     # [B,T,...] → [B,T/size,size,...] → [T/size,B,size,...], and back

@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         """Attend to cached keys and values."""
         if self.sinks is None:
             return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=self.scale)
-        size, scale = query.shape[-1], query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        size, scale = query.shape[-1], Scoring(scale=self.scale).factor(query.shape[-1])
         query, key, value, mask, bias = append_sink(self.sinks[...], query, key, value, mask, bias, scale)
         return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)[..., :size]
 
