@@ -111,7 +111,8 @@ def _fitting(monkeypatch, fits, memory=95 * 2**30):
     config = mixtral_8x7b.get_config()
     config.model.moe.dispatch = "dropless"
     config.train.batch_size = 192
-    found = plan.make_fitting_plan(from_config_dict(config), types.SimpleNamespace(devices=(), chip=chip))
+    topology = types.SimpleNamespace(devices=(), capacity=chip.memory // chip.devices)
+    found = plan.make_fitting_plan(from_config_dict(config), topology)
     return found, tried
 
 

@@ -42,8 +42,10 @@ def test_only_those_steps_are_traced(tmp_path, monkeypatch, resumed_at, run_to, 
             seen.append(batch)
         return types.SimpleNamespace(step=state.step + 1)
 
-    monkeypatch.setattr(profiling, "build", lambda: FakeProgram(train_step))
-    with profiling.profiled(profiling.Steps(3, 4), str(tmp_path)) as make_program:
+    def make():
+        return FakeProgram(train_step)
+
+    with profiling.profiled(profiling.Steps(3, 4), str(tmp_path), make) as make_program:
         run = make_program().train_step
         for number in range(resumed_at + 1, run_to + 1):
             step = run(step, number)
