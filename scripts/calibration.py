@@ -2,9 +2,10 @@
 
 Compiles this project's train step for the model, slice and batch of each published step and writes counted beside
 published seconds to moe/planner/calibration.json, from which plans take scale and interval, and the table predicted /
-published / inside to docs/results/calibration.md. Known rows are not compiled again: remove one from the JSON file, or
-name it with --only. --programs=DIR keeps the compiled programs; one that is there is read again instead of compiled, so
-that new prices need no compiling. Needs libtpu and JAX's CUDA plugin: pip install "jax[tpu]" "jax[cuda13]".
+published / inside to docs/results/calibration.md. Rows known by today's prices are not made again, unless --only names
+one. --programs=DIR keeps the compiled programs; one of the same config, slice and versions that is there is read again
+instead of compiled, so that new prices need no compiling. Needs libtpu and JAX's CUDA plugin: pip install "jax[tpu]"
+"jax[cuda13]".
 """
 
 from pathlib import Path
@@ -184,19 +185,12 @@ def published_seconds(row: Published, config: Any, chips: int) -> float:
 
 def compare(name: str, folder: Path | None) -> dict[str, Any]:
     """Compile one program, or read it if it is kept; a row of the table."""
-    from moe.planner import calibration, compiled, plan, search, topology
+    from moe.planner import compiled, plan, topology
 
     row = PUBLISHED[name]
     where = topology.get_topology(row.topology)
     config = config_of(row, len(where.devices))
-    path = folder / f"{name.replace(' ', '_')}.json.gz" if folder else None
-    if path and path.exists():
-        step = compiled.CompiledStep.load(path)
-    else:
-        step = compiled.compile_step(config, where)
-        if path:
-            step.save(path)
-    made = plan.read_step(config, where, step)
+    made = plan.read_step(config, where, compiled.read_or_compile(config, where, folder))
     published = published_seconds(row, config, made.chips)
     return {
         "name": name,
@@ -210,8 +204,9 @@ def compare(name: str, folder: Path | None) -> dict[str, Any]:
         "mfu": made.model_flops / (made.counted_seconds * made.peak_flops),
         "memory_gib": made.memory.total / 2**30,
         "exposed": made.exposed_seconds,
-        "versions": search.versions(),
-        "prices": calibration.prices(),
+        "versions": list(made.versions),
+        "commit": made.commit,
+        "prices": made.prices,
     }
 
 
@@ -223,11 +218,10 @@ def main() -> None:
     if _ONLY.value and _ONLY.value not in PUBLISHED:
         raise ConfigError(f"--only={_ONLY.value}: must be one of {'; '.join(PUBLISHED)}")
     folder = Path(_PROGRAMS.value) if _PROGRAMS.value else None
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
     known = {row["name"]: row for row in calibration.rows()}
     write(known)
-    for name in [_ONLY.value] if _ONLY.value else [name for name in PUBLISHED if name not in known]:
+    open_rows = [name for name in PUBLISHED if known.get(name, {}).get("prices") != calibration.prices()]
+    for name in [_ONLY.value] if _ONLY.value else open_rows:
         try:
             made = compare(name, folder)
         except ConfigError as error:

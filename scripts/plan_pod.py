@@ -42,6 +42,8 @@ _CHANGES = flags.DEFINE_integer(
 )
 _DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
 _RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and in the table of docs/pods.md.")
+_REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again, by today's prices.")
+_PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
 _MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the busiest device's experts over the mean.")
@@ -55,12 +57,16 @@ _CACHE = flags.DEFINE_string(
 )
 
 _ROOT = Path(__file__).parents[1]
+_KEPT = _ROOT / "configs" / "plans.json"
 
 
 def main() -> None:
     """Print one plan, the table of a search, or the difference of two plans."""
     if _DIFF.value:
         _print_difference()
+        return
+    if _REMAKE.value:
+        _remake()
         return
     fields = _CONFIG.value
     choose_remat = fields.model.remat == "fit"
@@ -75,9 +81,10 @@ def main() -> None:
     if _SEARCH.value:
         _search(config, where)
         return
-    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario)
+    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
     if _RECORD.value:
-        _record(made)
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
     changes = _try_changes(config, where) if _CHANGES.value else []
     _write_files(made.to_json(), where.chip, changes)
     if _JSON.value:
@@ -138,12 +145,33 @@ def _name() -> str:
     return Path(path).stem + (f":{argument}" if argument else "")
 
 
-def _record(made) -> None:
+def _programs() -> Path | None:
+    return Path(_PROGRAMS.value) if _PROGRAMS.value else None
+
+
+def _remake() -> None:
+    """Make the kept plans again; a program that --programs has is not compiled."""
+    from moe.config import load_python_file
+    from moe.config.resolve import from_config_dict
+    from moe.planner import plan, recorded, topology
+
+    for kept in recorded.read(_KEPT):
+        name, _, argument = kept["config"].partition(":")
+        fields = load_python_file(_ROOT / "configs" / f"{name}.py").get_config(*[argument] if argument else [])
+        fields.update_from_flattened_dict(kept["flags"])
+        slices, _, shape = kept["topology"].rpartition(" x ")
+        where = topology.get_topology(shape, int(slices or 1))
+        made = plan.make_plan(from_config_dict(fields), where, programs=_programs())
+        cloud_name = next((each for each in kept["slices"] if each != kept["topology"]), kept["topology"])
+        _record(made, kept["config"], kept["flags"], cloud_name)
+        print(f"{kept['config']} on {kept['topology']}: {kept['step_seconds']:.3g} → {made.step_seconds:.3g} s")
+
+
+def _record(made, config: str, overrides: dict, hardware: str) -> None:
     from moe.planner import recorded
 
-    path, page = _ROOT / "configs" / "plans.json", _ROOT / "docs" / "pods.md"
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    recorded.keep(path, recorded.row(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value)))
+    path, page = _KEPT, _ROOT / "docs" / "pods.md"
+    recorded.keep(path, recorded.row(made, config, overrides, hardware))
     before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:
@@ -156,7 +184,7 @@ def _print_best(topology: str) -> None:
     from moe.planner import recorded
 
     name = _name().partition(":")[0]
-    kept = recorded.best(recorded.read(_ROOT / "configs" / "plans.json"), name, topology)
+    kept = recorded.best(recorded.read(_KEPT), name, topology)
     if kept is None:
         print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
         return
@@ -217,7 +245,7 @@ if __name__ == "__main__":
     sys.argv = _joined(sys.argv)
     cli.run(
         main,
-        required=() if any(argument.startswith("--diff=") for argument in sys.argv) else ("config", "topology"),
+        required=() if any(each.startswith(("--diff=", "--remake")) for each in sys.argv) else ("config", "topology"),
         examples=(
             "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 --page=plan.html",
             "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=h100:8x8 --search --limit=20",

@@ -1,8 +1,9 @@
-"""python scripts/scaling.py [--out=docs/results]: compile GShard's scaling experiment; writes a table, a plot and rows.
+"""python scripts/scaling.py [--out=docs/results] [--programs=DIR]: compile GShard's scaling experiment.
 
-Programs: GShard's 36-layer model with 128, 512 and 2048 experts on as many TPU v3 cores; the same with gather and
-mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert one on 128 to 4096 v5p chips with the
-same tokens a chip. Points in scaling.jsonl are not compiled again: remove the file after a change to the model.
+Writes a table, a plot and rows. Programs: GShard's 36-layer model with 128, 512 and 2048 experts on as many TPU v3
+cores; the same with gather and mesh.tensor=2 (D = 1024 then divides by the rest of 2048 cores); the 128-expert one on
+128 to 4096 v5p chips with the same tokens a chip. Points in scaling.jsonl are not made again: remove lines after a
+change of model or prices. --programs=DIR keeps the compiled programs; one that is there is read instead of compiled.
 Needs libtpu: pip install "jax[tpu]".
 """
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from moe import cli
 
 _OUT = flags.DEFINE_string("out", "docs/results", "Folder for the table, the plot and the rows.")
+_PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
 _MODES = flags.DEFINE_list("modes", ["gather", "einsum", "dropless"], "Dispatch modes to compare.")
 
 V3 = {128: "v3:8x8", 512: "v3:16x16", 2048: "v3:32x32"}
@@ -29,9 +31,10 @@ V5P = {128: "v5p:4x4x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
 
 _PAGE = """# GShard's scaling experiment, compiled
 
-Written by `python scripts/scaling.py` ({versions}). Memory, compile time and all-to-alls are facts; step and
-exchange times are estimates (docs/estimates.md). Compile time is the wall clock of tracing, lowering and compiling,
-beside whatever else the machine does.
+Written by `python scripts/scaling.py` ({versions}).
+Memory, compile time and all-to-alls are facts; step and exchange times are estimates, steps with intervals that should
+hold 80 % (docs/estimates.md); a step without one was counted by earlier prices. Compile time is the wall clock of tracing,
+lowering and compiling, beside whatever else the machine does.
 {missing}
 {table}
 
@@ -48,10 +51,11 @@ def main() -> None:
 
     points, folder = every_point(_MODES.value), Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
+    programs = Path(_PROGRAMS.value) if _PROGRAMS.value else None
     rows = scaling.read(folder / ROWS)
     known = {(row["series"], row["topology"]) for row in rows}
     missing = [point for point in points if (point.series, point.topology) not in known]
-    for row in tqdm(scaling.measure(missing), total=len(missing), unit="program"):
+    for row in tqdm(scaling.measure(missing, programs), total=len(missing), unit="program"):
         rows.append(row)
         append(folder / ROWS, json.dumps(row) + "\n")
         write(folder, rows, points)
@@ -83,13 +87,14 @@ def every_point(modes) -> list:
 def write(folder: Path, rows: list[dict], points: list) -> str:
     """Write the page and the plot of the rows so far; returns the table."""
     from moe.atomic_files import write_atomic
-    from moe.planner import scaling, search
+    from moe.planner import scaling
+    from moe.planner.versions import versions
 
     by_point = {(row["series"], row["topology"]): row for row in rows}
     shown = [by_point[key] for point in points if (key := (point.series, point.topology)) in by_point]
     table, left = scaling.table(shown), len(points) - len(shown)
     missing = f"\n{left} points are not compiled yet; run the command again to continue.\n" if left else ""
-    page = _PAGE.format(table=table, versions=", ".join(search.versions()), missing=missing)
+    page = _PAGE.format(table=table, versions=", ".join(versions()), missing=missing)
     write_atomic(folder / "scaling.md", page)
     scaling.figure(folder / "scaling.png", shown)
     return table

@@ -182,7 +182,7 @@ def test_a_wrong_row_of_scaling_is_named(tmp_path, line, says):
 @pytest.mark.parametrize("kind", ["whole", "cut", "text", "other"])
 def test_a_kept_program_that_is_none_is_one_sentence(tmp_path, kind):
     path = tmp_path / "step.json.gz"
-    step = CompiledStep("HLO", Memory(1, 2, 3, 4, 5, 6, 7), Flops(1.0, 2.0, 3.0), 1.5)
+    step = CompiledStep("HLO", Memory(1, 2, 3, 4, 5, 6, 7), Flops(1.0, 2.0, 3.0), 1.5, "abc1234")
     step.save(path)
     if kind == "whole":
         assert CompiledStep.load(path) == step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import time
 import zlib
@@ -14,12 +15,13 @@ import jax
 import pydantic
 
 from moe.atomic_files import write_atomic
-from moe.config import Config, ConfigError, validate_mesh
+from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, memory_errors
 from moe.planner.topology import Topology
+from moe.planner.versions import commit, versions
 from moe.training import step as train_step_module
 
 
@@ -60,12 +62,14 @@ class CompiledStep:
         memory: of a device.
         products: FLOPs of the traced program, all devices.
         seconds: that tracing, lowering and compiling took.
+        commit: of the source that was compiled.
     """
 
     text: str
     memory: Memory
     products: arithmetic.Flops
     seconds: float
+    commit: str
 
     def save(self, path: Path) -> None:
         """Write to a compressed file, so that it can be read again without compiling."""
@@ -84,6 +88,32 @@ class CompiledStep:
 _STEP = pydantic.TypeAdapter(CompiledStep)
 
 
+def read_or_compile(config: Config, topology: Topology, folder: Path | None = None) -> CompiledStep:
+    """The compiled train step, kept in a folder.
+
+    A kept program is one of the same config, topology and versions; it may be of other source, which ``commit`` names.
+
+    Args:
+        config: of the run.
+        topology: to compile for.
+        folder: of programs; None: none is read or kept.
+
+    Raises:
+        ConfigError: see :func:`compile_step` and :meth:`CompiledStep.load`.
+    """
+    if folder is None:
+        return compile_step(config, topology)
+    made_of = [to_dict(config), topology.name, topology.num_slices, dict(topology.compiler_options), versions()]
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+    path = folder / f"{name}.json.gz"
+    if path.exists():
+        return CompiledStep.load(path)
+    step = compile_step(config, topology)
+    folder.mkdir(parents=True, exist_ok=True)
+    step.save(path)
+    return step
+
+
 def compile_step(config: Config, topology: Topology) -> CompiledStep:
     """Compile the train step; see :func:`moe.planner.plan.make_plan`."""
     mesh = make_mesh(config.mesh, topology.devices)
@@ -91,7 +121,7 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     compiled, traced, stored, seconds = _compile(config, mesh, topology)
     memory = _memory(compiled.memory_analysis(), stored, topology.capacity)
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, topology.capacity)
-    return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds)
+    return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds, commit())
 
 
 def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, dict[str, int], float]:

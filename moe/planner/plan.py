@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 from moe.config import Config, ConfigError, to_dict, validate_mesh
@@ -21,14 +22,14 @@ from moe.planner import (
     fit,
     kernels,
     program,
-    search,
     timeline,
 )
-from moe.planner.compiled import CompiledStep, Memory, compile_step
+from moe.planner.compiled import CompiledStep, Memory, read_or_compile
 from moe.planner.exchanges import Exchange
 from moe.planner.records import Array, GroupedMatmul, Price
 from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
+from moe.planner.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Plan:
         lanes: the schedule of the largest computations (:func:`moe.planner.timeline.lanes`).
         arrays: the largest that are alive when most memory is in use, an estimate.
         versions: of JAX and the compilers.
+        commit: of the source that was compiled.
+        prices: hash of what the program was counted by.
         config: of the run.
     """
 
@@ -97,6 +100,8 @@ class Plan:
     lanes: tuple[dict[str, Any], ...]
     arrays: tuple[Array, ...]
     versions: tuple[str, ...]
+    commit: str
+    prices: str
     config: dict[str, Any]
 
     @property
@@ -212,7 +217,9 @@ class Plan:
 LADDER = ("hidden", "outputs", "attention", "full")
 
 
-def make_fitting_plan(config: Config, topology: Topology, scenario: Scenario | None = None) -> Plan:
+def make_fitting_plan(
+    config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
+) -> Plan:
     """Plan the remat policy that recomputes least of those that fit; policies whose least memory does not fit are not
     compiled.
 
@@ -226,21 +233,23 @@ def make_fitting_plan(config: Config, topology: Topology, scenario: Scenario | N
         if policy != LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
             continue
         try:
-            return make_plan(tried, topology, scenario)
+            return make_plan(tried, topology, scenario, programs)
         except ConfigError as error:
             if policy == LADDER[-1] or not str(error).startswith("does not fit"):
                 raise
     raise AssertionError
 
 
-def make_plan(config: Config, topology: Topology, scenario: Scenario | None = None) -> Plan:
-    """Compile the train step of a run for hardware that is absent.
+def make_plan(
+    config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
+) -> Plan:
+    """Compile the train step of a run for hardware that is absent, or read it from a folder of programs.
 
     Raises:
         ConfigError: the config does not fit the mesh, or the program does not fit the memory; the message says by how
             much and which settings help; or the scenario makes no sense for the config.
     """
-    return read_step(config, topology, compile_step(config, topology), scenario)
+    return read_step(config, topology, read_or_compile(config, topology, programs), scenario)
 
 
 def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: Scenario | None = None) -> Plan:
@@ -321,7 +330,9 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         items=tuple(timeline.dearest(items, peak, chip.memory_bandwidth / chip.devices, found)),
         lanes=tuple(timeline.lanes(text, devices, chip)),
         arrays=text.arrays[:20],
-        versions=tuple(search.versions()),
+        versions=tuple(versions()),
+        commit=step.commit,
+        prices=calibration.prices(),
         config=to_dict(config),
     )
 

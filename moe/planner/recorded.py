@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import pydantic
 
 from moe.atomic_files import write_atomic
 from moe.foreign_files import Amount, Fields, Positive, check, kept_whole, read_json
+from moe.planner.calibration import prices
 from moe.planner.plan import Plan
 from moe.planner.topology import tpu_name
 
@@ -20,6 +20,7 @@ _Row = dict[str, Any]
 _FIELDS = (
     "topology", "chips", "step_seconds", "step_interval", "counted_seconds", "mfu", "tokens_per_second_per_chip",
     "memory_total", "exposed_seconds", "scale", "kernel_seconds", "compile_seconds", "bound", "cost", "versions",
+    "commit", "prices",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class _Kept(Fields):
     memory_total: Positive
     capacity: Positive
     versions: list[str]
+    prices: str = ""
 
 
 _LIST, _KEPT = pydantic.TypeAdapter(list[Any]), kept_whole(_Kept)
@@ -53,10 +55,7 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
         hardware: its name there.
     """
     figures = plan.to_json()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    kept = {"config": config, "flags": flags, "commit": commit.stdout.strip() or "unknown"}
+    kept = {"config": config, "flags": flags}
     topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
     kept["slices"] = [topology] if plan.num_slices > 1 else sorted({topology, hardware or topology})
     return (
@@ -117,4 +116,7 @@ def table(rows: Sequence[_Row]) -> str:
             f"{kept['commit']} |"
         )
     versions = sorted({", ".join(kept["versions"]) for kept in rows})
-    return "\n".join([*lines, "", f"Versions: {'; '.join(versions)}."])
+    lines += ["", f"Versions: {'; '.join(versions)}."]
+    if stale := [f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != prices()]:
+        lines += ["", f"Counted by earlier prices: {'; '.join(stale)}."]
+    return "\n".join(lines)

@@ -51,11 +51,12 @@ class _Row(Fields):
     all_to_all_mib: Amount = 0
     all_to_all_ms: Amount = 0
     step_ms: Amount = 0
+    step_interval_ms: tuple[Amount, Amount] | None = None  # absent from rows of earlier prices
 
     @pydantic.model_validator(mode="after")
     def _check_figures(self) -> _Row:
         absent = _Row.model_fields.keys() - self.model_fields_set
-        if (figures := sorted(absent - {"refused"})) and "refused" in absent:
+        if (figures := sorted(absent - {"refused", "step_interval_ms"})) and "refused" in absent:
             raise ValueError(f"has no {figures[0]}, and is not refused")
         return self
 
@@ -98,8 +99,8 @@ def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch:
     )
 
 
-def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
-    """Compile the points in turn and yield a row of figures for each.
+def measure(points: Iterable[Point], programs: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Compile the points in turn, or read them from a folder of programs, and yield a row of figures for each.
 
     A point that the checks or the compiler refuse has ``refused``, the reason, instead of figures.
     """
@@ -112,7 +113,7 @@ def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
             "experts": point.config.model.moe.num_experts,
         }
         try:
-            made = plan.make_plan(point.config, where)
+            made = plan.make_plan(point.config, where, programs=programs)
         except (ConfigError, jax.errors.JaxRuntimeError, NotImplementedError) as error:
             yield row | {"refused": str(error).splitlines()[0].partition("; what helps")[0]}
             continue
@@ -125,6 +126,7 @@ def measure(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
             "all_to_all_mib": sum(exchange.bytes for exchange in exchanges) / 2**20,
             "all_to_all_ms": 1e3 * sum(exchange.seconds for exchange in exchanges),
             "step_ms": 1e3 * made.step_seconds,
+            "step_interval_ms": [1e3 * end for end in made.step_interval],
             "token_all_gathers": len(made.token_exchanges),
         }
 
@@ -142,12 +144,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         "all_to_alls": "all-to-alls a step",
         "all_to_all_mib": "all-to-all a device (MiB)",
         "all_to_all_ms": "all-to-all (ms, model)",
-        "step_ms": "step (ms, estimate)",
+        "step_ms": "step (ms, 80 %)",
     }
 
     def shown(row: dict[str, Any], name: str) -> str:
         if name not in row:
             return "refused" if name == "memory_gib" else "–"
+        if name == "step_ms" and (interval := row.get("step_interval_ms")):
+            return f"{row[name]:.0f} ({interval[0]:.0f} to {interval[1]:.0f})"
         value = row[name] / 1e9 if name == "parameters" else row[name]
         return f"{value:.1f}" if isinstance(value, float) else str(value)
 

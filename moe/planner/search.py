@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import math
 import time
@@ -25,6 +24,7 @@ from moe.config import Config, ConfigError, to_dict
 from moe.foreign_files import read_object
 from moe.planner.candidates import Candidate
 from moe.planner.guide import Guide
+from moe.planner.versions import source_hash, versions
 
 Plan = dict[str, Any]  # moe.planner.plan.Plan.to_json(), or {"error": message}
 
@@ -68,26 +68,6 @@ class Cache:
                 yield False
             else:
                 yield True
-
-
-def versions() -> list[str]:
-    """Versions of JAX and of the compilers."""
-    found = []
-    for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} none")
-    return found
-
-
-def source_hash() -> str:
-    """Hash of the package's source and compile targets: plans of other source are not reused."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.textproto")]):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def run(

@@ -127,11 +127,17 @@ def test_flops_of_grouped_kernels_for_gpus_are_those_of_their_rows():
     assert both == arithmetic.Flops(grouped=3 * product)
 
 
-def test_scaling_lists_refused_points():
+_SCALED = {
+    "series": "a series", "topology": "v5p:2x2x2", "devices": 8, "experts": 4, "parameters": 1e9, "memory_gib": 1.0,
+    "compile_seconds": 1.0, "all_to_alls": 2, "all_to_all_mib": 3.0, "all_to_all_ms": 4.0, "step_ms": 100.0,
+}  # fmt: skip
+
+
+def test_scaling_lists_refused_points_and_intervals():
     points = [scaling.Point("a series", "v5p:2x2x2", from_config_dict({"model": {"moe": {"num_experts": 4}}}))]
     with pytest.MonkeyPatch.context() as patch:
 
-        def make_plan(*_):
+        def make_plan(*_, **__):
             raise ConfigError("does not fit: by 1 GiB; what helps, most first: more chips")
 
         patch.setattr(scaling.plan, "make_plan", make_plan)
@@ -141,6 +147,9 @@ def test_scaling_lists_refused_points():
     page = scaling.table([row, row | {"topology": "v5p:4x4x4", "parameters": 2_000_000_000}])
     assert "| a series | v5p:2x2x2 | 8 | 4 | – | refused | – |" in page
     assert "- a series on v5p:2x2x2: does not fit: by 1 GiB" in page
+    (*_, line) = scaling.table([_SCALED | {"step_interval_ms": [80.4, 130.0]}]).splitlines()
+    assert line.endswith("| 2 | 3.0 | 4.0 | 100 (80 to 130) |")
+    assert scaling.table([_SCALED]).endswith("| 100.0 |")
 
 
 def test_published_sizes():
