@@ -87,13 +87,14 @@ PUBLISHED = {
     ),
     "Mixtral-8x7B, v5p-128": Published(
         "mixtral_8x7b", "v5p:4x4x4", 36, 4096, "MaxText, Run_Mixtral.md: 251.94 TFLOP/s, 54.89 % (all keys)",
-        "float32 parameters, cast before they are gathered; theirs: bfloat16", {"remat": "full"},
-        {"dispatch": "dropless"}, {"fsdp": 64, "expert": 1}, tflops=251.94,
+        "2 microbatches of 18 rows, float32 parameters, cast before they are gathered; theirs: bfloat16",
+        {"remat": "full"}, {"dispatch": "dropless"}, {"fsdp": 64, "expert": 1}, 2, tflops=251.94,
     ),
     "Mixtral-8x7B, v6e-256": Published(
         "mixtral_8x7b", "v6e:16x16", 12, 4096, f"{_RECIPES}/trillium/Mixtral-8x7B-MaxText: 13.484 s",
-        "keeps attention's heads on the chip; theirs keeps queries, keys, values and inputs in the host's memory",
-        {"remat": "attention"}, {"dispatch": "gather", "capacity": {"train": 1.25}}, {"fsdp": 256, "expert": 1},
+        "2 microbatches of 6 rows, full recomputation; theirs keeps queries, keys, values and inputs in the host's "
+        "memory",
+        {"remat": "full"}, {"dispatch": "gather", "capacity": {"train": 1.25}}, {"fsdp": 256, "expert": 1}, 2,
         step=13.484,
     ),
     "Qwen3-30B-A3B, 16 H100": Published(
@@ -123,8 +124,8 @@ PUBLISHED = {
     ),
     "Mixtral-8x22B, v6e-256": Published(
         "mixtral_8x22b", "v6e:16x16", 8, 4096, f"{_RECIPES}/trillium/Mixtral-8x22B-MaxText: 24.706 s",
-        "float32 parameters", {"remat": "full"}, {"dispatch": "gather", "capacity": {"train": 1.25}},
-        {"fsdp": 64, "expert": 4}, step=24.706,
+        "2 microbatches of 4 rows, float32 parameters", {"remat": "full"},
+        {"dispatch": "gather", "capacity": {"train": 1.25}}, {"fsdp": 64, "expert": 4}, 2, step=24.706,
     ),
     "dense 16B, v5e-256": Published(
         "base", "v5e:16x16", 6, 2048, f"{_CONFIGS}/v5e: 120 TFLOP/s, 61.10 % (16b.sh)",
@@ -137,13 +138,13 @@ PUBLISHED = {
     ),
     "DeepSeek-V3, v5p-1024": Published(
         "deepseek_v3", "v5p:8x8x8", 6, 8192, f"{_RECIPES}/v5p/DeepSeek3-671B-MaxText: 90.668 s",
-        "activations stay on the chip; theirs are kept in the host's memory",
-        {"remat": "full"}, {"dispatch": "dropless"}, {"fsdp": 512, "expert": 1}, step=90.668,
+        "2 microbatches of 3 rows, whose activations stay on the chip; theirs are kept in the host's memory",
+        {"remat": "full"}, {"dispatch": "dropless"}, {"fsdp": 512, "expert": 1}, 2, step=90.668,
     ),
     "DeepSeek-V3, 128 tpu7x": Published(
         "deepseek_v3", "tpu7x:4x4x8", 8, 4096, f"{_RECIPES}/ironwood: 27.02 s",
-        "float32 first moment; inputs of layers stay on the chip",
-        {"remat": "full"}, {"dispatch": "dropless"}, {"fsdp": 256, "expert": 1}, step=27.02,
+        "2 microbatches of 4 rows, float32 first moment; inputs of layers stay on the chip",
+        {"remat": "full"}, {"dispatch": "dropless"}, {"fsdp": 256, "expert": 1}, 2, step=27.02,
     ),
 }  # fmt: skip
 

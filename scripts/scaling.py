@@ -33,8 +33,8 @@ _PAGE = """# GShard's scaling experiment, compiled
 
 Written by `python scripts/scaling.py` ({versions}).
 Memory, compile time and all-to-alls are facts; step and exchange times are estimates, steps with intervals that should
-hold 80 % (docs/estimates.md); a step without one was counted by earlier prices. Compile time is the wall clock of tracing,
-lowering and compiling, beside whatever else the machine does.
+hold 80 % (docs/estimates.md); a step without one was counted by earlier prices. Compile time is the wall clock of
+tracing, lowering and compiling, beside whatever else the machine does.
 {missing}
 {table}
 
