@@ -33,7 +33,6 @@ from moe.config import (
     check_field,
     check_path,
     chosen_gate,
-    exits_as_errors,
     extend_import_path,
     inherit_model,
     run_config,
@@ -41,6 +40,7 @@ from moe.config import (
 )
 from moe.config.resolve import from_config_dict
 from moe.escaping import terminal
+from moe.fields import exits_as_errors
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 # Read by _parse from the command line, since a run's config.json is checked while the other flags are parsed.

@@ -31,10 +31,25 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """Raise ImportError where a user's code exits like a program, which would end this one without a word.
+
+    The codes by which stop signals exit (:mod:`moe.signals`) pass.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if error.code in (75, 130):
+            raise
+        raise ImportError(f"it calls sys.exit({error.code!r})") from error
+
+
+@contextlib.contextmanager
 def raised_as_errors(what: str) -> Iterator[None]:
     """Within it, what a user's code raises is a ConfigError that begins with these words."""
     try:
-        yield
+        with exits_as_errors():
+            yield
     except ConfigError:
         raise
     except Exception as error:  # a user's code may raise anything

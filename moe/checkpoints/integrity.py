@@ -28,6 +28,7 @@ def _checksum(array: Array) -> Array:
     Integer arithmetic makes it independent of summation order, and so of the mesh; odd factors detect any change of
     a single word; distinct factors detect swapped words.
     """
+    array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
     number, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(array.ndim)):
@@ -37,7 +38,7 @@ def _checksum(array: Array) -> Array:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Checksum of every array of a tree (float32, int32 or uint32) by its key path; the same on every mesh."""
+    """Checksum of every array of a tree, of 8 to 32 bits, by its key path; the same on every mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}

@@ -2,7 +2,7 @@
 
 from moe.config import chosen_gate, run_config
 from moe.config.checks import check_path
-from moe.config.files import exits_as_errors, extend_import_path, load_python_file, read_small_file
+from moe.config.files import extend_import_path, load_python_file, read_small_file
 from moe.config.inherit import inherit_model
 from moe.config.layer_pattern import LayerKind, layer_kinds, sparse_layers, stacks
 from moe.config.mesh_checks import validate_mesh
@@ -52,7 +52,6 @@ __all__ = [
     "check_field",
     "check_path",
     "chosen_gate",
-    "exits_as_errors",
     "extend_import_path",
     "inherit_model",
     "layer_kinds",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -60,20 +58,6 @@ def load_python_file(path: str | os.PathLike[str]) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@contextlib.contextmanager
-def exits_as_errors() -> Iterator[None]:
-    """Raise ImportError where a Python file of a user exits like a program, which would end this one without a word.
-
-    The codes by which stop signals exit (:mod:`moe.signals`) pass.
-    """
-    try:
-        yield
-    except SystemExit as error:
-        if error.code in (75, 130):
-            raise
-        raise ImportError(f"it calls sys.exit({error.code!r})") from error
 
 
 def extend_import_path(path: str | os.PathLike[str]) -> None:

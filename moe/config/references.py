@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import ml_collections
 
-from moe.config.files import exits_as_errors
-from moe.fields import ConfigError
+from moe.fields import ConfigError, exits_as_errors
 
 #: Modules that the user named, and the one of the package's gates.
 _allowed: set[str] = {"moe.routing.gates"}

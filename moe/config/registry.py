@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
 from moe.config.schema import ModelConfig
-from moe.fields import ConfigError
+from moe.fields import ConfigError, raised_as_errors, require
 from moe.routing import gates
-from moe.routing.interface import Gate
+from moe.routing.interface import BiasUpdate, Gate, RouterKind, RouterState
 
 #: Fields of a layer that its name brings, beside the gate.
 CONSTANTS = ("capacity", "losses", "jitter", "zero_experts", "copy_experts", "constant_experts")
@@ -58,17 +59,39 @@ def _gate_of(layer: MoEConfig, name: str) -> Gate:
 
 def _import_layer(name: str) -> MoEConfig:
     value = import_object("model.moe.gate", name)
+    where = f"model.moe.gate={name!r}"
     if isinstance(value, type) and issubclass(value, Gate):
-        try:
+        with raised_as_errors(f"{where}: {value.__name__}()"):  # such as a field without a default
             value = value()
-        except TypeError as error:  # a field without a default
-            raise ConfigError(f"model.moe.gate={name!r}: {value.__name__}() failed: {error}") from error
-    if isinstance(value, Gate):
-        balanced = hasattr(value, "k") and value.router != "none"
-        value = MoEConfig(gate=value, losses=Losses(balance=0.01 if balanced else 0.0))
-    if not isinstance(value, MoEConfig) or value.gate is None:
-        raise ConfigError(f"model.moe.gate={name!r}: must be a Gate, not {type(value).__name__}")
-    return _named(name, value)
+    gate = value.gate if isinstance(value, MoEConfig) else value
+    if not isinstance(gate, Gate):
+        raise ConfigError(f"{where}: must be a Gate, not {type(value).__name__}")
+    with raised_as_errors(f"{where}: it"):
+        _check_facts(where, gate)
+        balanced = hasattr(gate, "k") and gate.router != "none"
+        layer = MoEConfig(gate=gate, losses=Losses(balance=0.01 if balanced else 0.0))
+        return _named(name, value if isinstance(value, MoEConfig) else layer)
+
+
+_FLAGS = ("looks_ahead", "experts_choose", "lists_all", "reweighs", "generates")
+#: Of gates whose rule routes; "slots" are Soft MoE's.
+_ROUTERS = tuple(kind for kind in get_args(RouterKind) if kind != "slots")
+_UPDATES = get_args(BiasUpdate)
+
+
+def _check_facts(where: str, gate: Gate) -> None:
+    """Refuse a user's gate without a rule, or with facts that no layer knows. Raises ConfigError."""
+    if type(gate).route is Gate.route:
+        raise ConfigError(f"{where}: has no method route(router_logits, inputs)")
+    k, state = gate.experts_per_token(1 << 20), gate.state
+    routes = gate.router in _ROUTERS or isinstance(gate, gates.SoftMoE)
+    require(routes, f"{where}: its router", gate.router, f"must be one of {', '.join(_ROUTERS)}")
+    require(type(k) is int, f"{where}: its K", k, "must be an integer")
+    known = isinstance(state, RouterState) and state.update in _UPDATES and isinstance(state.rate, (int, float))
+    allowed = f"must be a RouterState with a rate and an update of {', '.join(_UPDATES)}"
+    require(known and 0 <= state.rate < math.inf, f"{where}: its state", state, allowed)
+    for name in _FLAGS:
+        require(isinstance(getattr(gate, name), bool), f"{where}: its {name}", getattr(gate, name), "must be a bool")
 
 
 def _named(name: str, layer: MoEConfig) -> MoEConfig:

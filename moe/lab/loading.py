@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pydantic
 
-from moe.config import ConfigError, exits_as_errors, load_python_file
+from moe.config import ConfigError, load_python_file
 from moe.data.corpora import DOMAINS
+from moe.fields import exits_as_errors
 from moe.foreign_files import first_sentence
 from moe.lab.suite import NAME, QUANTITIES, SIZES, Comparison, Suite, Sweep
 

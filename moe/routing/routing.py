@@ -203,5 +203,9 @@ def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
         repeated = any(len(set(row)) < k for row in index.reshape(-1, k))
         if index.min() < 0 or index.max() >= columns or repeated:
             raise ConfigError(f"{name}: expert_index must be different experts from 0 to {columns - 1} for each token")
-        if not np.isfinite(weights).all() or weights.min() < 0:
-            raise ConfigError(f"{name}: weights must be finite and not negative")
+        shares = {"weights": weights, "probs": routing.router_probs, "smooth_load": routing.smooth_load}
+        for field, values in shares.items():
+            if values is not None and not (np.isfinite(values).all() and np.min(values) >= 0):
+                raise ConfigError(f"{name}: {field} must be finite and not negative")
+        if routing.needed_bias is not None and np.isnan(routing.needed_bias).any():
+            raise ConfigError(f"{name}: needed_bias must not be NaN")

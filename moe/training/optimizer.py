@@ -232,6 +232,12 @@ def decay_mask(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, parameters)
 
 
+#: Types of arrays that a checkpoint keeps with their checksums.
+_STORED = tuple(
+    map(jnp.dtype, ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16", "float32"))
+)
+
+
 def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     name, where = config.name, f"optimizer.name={config.name!r}"
     if ":" not in name:
@@ -239,16 +245,18 @@ def _named(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
             raise ConfigError(f"{where}: must be one of {', '.join(OPTIMIZERS)}, or module:function")
         return OPTIMIZERS[name](config, schedule)
     factory = import_object("optimizer.name", name)
-    try:
+    with raised_as_errors(f"{where}: calling it"):
         optimizer = factory(config, schedule)
-    except Exception as error:  # a user's function may raise anything; something else cannot be called
-        raise ConfigError(f"{where}: calling it failed: {type(error).__name__}: {error}") from error
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ConfigError(f"{where}: must return an optax.GradientTransformation, not {type(optimizer).__name__}")
 
     def init(params: Any) -> Any:
         with raised_as_errors(f"{where}: its init"):
-            return optimizer.init(params)
+            state = jax.tree.map(jnp.asarray, optimizer.init(params))
+        for leaf in jax.tree.leaves(state):
+            if leaf.dtype not in _STORED:
+                raise ConfigError(f"{where}: its state holds {leaf.dtype}, must be of {', '.join(map(str, _STORED))}")
+        return state
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
 
@@ -270,6 +278,8 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
     where, update = f"optimizer.name={config.name!r}", optax.with_extra_args_support(optimizer).update
     with raised_as_errors(f"{where}: its update"):
         found = jax.eval_shape(lambda tree, state: update(tree, state, tree, norm=jnp.ones(())), parameters, state)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise ConfigError(f"{where}: its update must return (updates, state), not {type(found).__name__}")
     for name, before, after in (("updates", parameters, found[0]), ("state", state, found[1])):
         if jax.tree.structure(before) != jax.tree.structure(after):
             raise ConfigError(f"{where}: the {name} that its update returns have another structure")

@@ -31,6 +31,7 @@ from tests.tiny_text import build
 
 MODULE = """
 import dataclasses
+import sys
 import jax
 import jax.numpy as jnp
 from moe import Gate, GateOutput
@@ -53,6 +54,13 @@ class Needy(Last):
 layer = MoEConfig(gate=Last(), capacity=Capacity(train=1.5, eval=2.5), losses=Losses())
 number = 3
 
+class Slots(Last):
+    router = "slots"
+
+class Half(Last):
+    def experts_per_token(self, num_experts):
+        return num_experts / 2
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wrong(Gate):
     what: str
@@ -71,6 +79,8 @@ class Wrong(Gate):
             "negative index": lambda: output._replace(expert_index=output.expert_index - 7),
             "twice": lambda: output._replace(expert_index=output.expert_index * 0),
             "negative": lambda: output._replace(weights=-output.weights),
+            "exits": lambda: sys.exit(0),
+            "probs": lambda: output._replace(probs=router_logits / 0),
             "three": lambda: Last(k=3).route(router_logits, inputs),
         }[self.what]()
 """
@@ -114,11 +124,13 @@ def test_a_gate_and_a_layer_resolve(module):
         ("no_such_gates:rule", "no module 'no_such_gates' on PYTHONPATH, in the current directory, or beside"),
         ("my_gates:lsyer", "module 'my_gates' has no 'lsyer'; did you mean 'layer'"),
         ("my_gates:number", "must be a Gate, not int"),
+        ("my_gates:Slots", "its router='slots': must be one of linear, noisy, none"),
+        ("my_gates:Half", r"its K=524288\.0: must be an integer"),
         ("my_gates:", "must be module:object"),
         (":rule", "must be module:object"),
         ("my gates:rule", "must be module:object"),
         ("exiting_gates:rule", r"importing exiting_gates failed: ImportError: it calls sys\.exit\(0\)"),
-        ("my_gates:Needy", r"Needy\(\) failed: .*missing 1 required .*argument: 'table'"),
+        ("my_gates:Needy", r"Needy\(\) raises TypeError: .*missing 1 required .*argument: 'table'"),
         ("broken_gates:rule", "importing broken_gates failed: ZeroDivisionError: division by zero"),
         ("needy_gates:rule", "importing needy_gates failed: No module named 'not_installed'"),
         ("mixtrall", "did you mean 'mixtral'"),
@@ -144,6 +156,8 @@ def test_what_cannot_be_a_gate_is_refused_in_one_sentence(module, gate, message)
         ("negative index", "expert_index must be different experts from 0 to 5"),
         ("twice", "expert_index must be different experts from 0 to 5"),
         ("negative", "weights must be finite and not negative"),
+        ("exits", r"route raises ImportError: it calls sys\.exit\(0\)"),
+        ("probs", "probs must be finite and not negative"),
         ("three", "returns 3 experts a token, must be K = 2"),
     ],
 )

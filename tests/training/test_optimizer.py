@@ -247,7 +247,7 @@ def test_an_unknown_optimizer_is_named():
     with pytest.raises(ConfigError, match=r"optimizer\.name='nowhere:at_all': no module 'nowhere'"):
         make_optimizer(dataclasses.replace(CONFIG, name="nowhere:at_all"), 10)
     for name, words in (("os:path", "TypeError: 'module' object is not callable"), ("builtins:max", "TypeError")):
-        with pytest.raises(ConfigError, match=rf"optimizer\.name='{name}': calling it failed: {words}"):
+        with pytest.raises(ConfigError, match=rf"optimizer\.name='{name}': calling it raises {words}"):
             make_optimizer(dataclasses.replace(CONFIG, name=name), 10)
     with pytest.raises(
         ConfigError, match=r"'builtins:print': must return an optax\.GradientTransformation, not NoneType"
@@ -259,6 +259,9 @@ def test_an_unknown_optimizer_is_named():
     ("init", "update", "message"),
     [
         (lambda p: 1 / 0, lambda g, s, p=None: (g, s), "its init raises ZeroDivisionError"),
+        (lambda p: "text", lambda g, s, p=None: (g, s), "its init raises TypeError"),
+        (lambda p: jax.random.key(0), lambda g, s, p=None: (g, s), "its state holds key<fry>, must be of bool, int8"),
+        (lambda p: (), lambda g, s, p=None: None, r"its update must return \(updates, state\), not NoneType"),
         (lambda p: (), lambda g, s, p=None: g["nothing"], "its update raises KeyError: 'nothing'"),
         (lambda p: (), lambda g, s, p=None: (jax.tree.map(jnp.sum, g), s), r"updates .* are float32\[\], not float32"),
         (lambda p: (), lambda g, s, p=None: ({}, s), "the updates that its update returns have another structure"),
