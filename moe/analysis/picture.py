@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 
 import matplotlib
-
-matplotlib.use("Agg")  # files only, no display
 import matplotlib.colors
 import matplotlib.font_manager
 import matplotlib.ft2font
 import matplotlib.patches
-import matplotlib.pyplot as plt
 from etils import epath
+from matplotlib.figure import Figure
 
 from moe.analysis.passages import Passage, colours
 from moe.atomic_files import write_figure
@@ -44,7 +42,8 @@ def picture(
     palette = colours(num_experts)
     rows, columns = len(passages), len(shown)
     height = 2.3 * rows + 0.6  # inches, including 0.6 for the legend
-    fig, axes = plt.subplots(rows, columns, figsize=(4.1 * columns, height), squeeze=False)
+    fig = Figure(figsize=(4.1 * columns, height))
+    axes = fig.subplots(rows, columns, squeeze=False)
     fig.subplots_adjust(0.005, 0.02 / rows, 0.995, 1 - 0.6 / height, wspace=0.02, hspace=0.16)
     for passage, of_passage in zip(passages, axes, strict=True):
         lines = _wrap(passage.pieces)
@@ -66,7 +65,6 @@ def picture(
     strip.tick_params(labelsize=7, length=0, pad=1)
     strip.set_title("first expert", fontsize=8, pad=2)
     write_figure(path, fig, 110)
-    plt.close(fig)
 
 
 def _font() -> matplotlib.ft2font.FT2Font:

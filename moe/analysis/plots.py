@@ -6,11 +6,9 @@ import math
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # files only, no display
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from moe.atomic_files import write_figure
 from moe.escaping import FIGURE_TEXT
@@ -27,7 +25,6 @@ def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
         for name, draw in figures.items():
             fig = draw(summary)
             write_figure(folder / name, fig, 110)
-            plt.close(fig)
     return list(figures)
 
 
@@ -41,14 +38,8 @@ def _load(summary: dict[str, Any]) -> Any:
     """Heat map of load per domain: layers down, experts across; white is even load."""
     load = np.asarray(summary["load"])  # [L,domains,E]
     size, domains = summary["num_experts"], summary["domains"]
-    fig, axes = plt.subplots(
-        1,
-        len(domains),
-        figsize=(3.1 * len(domains) + 1.4, 1.6 + 0.32 * min(len(load), 16)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
+    fig = Figure(figsize=(3.1 * len(domains) + 1.4, 1.6 + 0.32 * min(len(load), 16)), layout="constrained")
+    axes = fig.subplots(1, len(domains), squeeze=False, sharey=True)
     image = None
     for ax, domain, shares in zip(axes[0], domains, load.swapaxes(0, 1), strict=True):
         image = ax.imshow(shares * size, cmap="RdBu_r", aspect="auto", vmin=0, vmax=2)
@@ -64,7 +55,8 @@ def _load(summary: dict[str, Any]) -> Any:
 def _depth(summary: dict[str, Any]) -> Any:
     """Repetition and dependence per layer, with their chance values."""
     layers, repetition, dependence = summary["layers"], summary["repetition"], summary["dependence"]
-    fig, axes = plt.subplots(1, len(repetition) + 2, figsize=(4.4 * (len(repetition) + 2), 5), layout="constrained")
+    fig = Figure(figsize=(4.4 * (len(repetition) + 2), 5), layout="constrained")
+    axes = fig.subplots(1, len(repetition) + 2)
     for ax, (name, by_domain) in zip(axes, repetition.items(), strict=False):
         for number, (domain, rows) in enumerate(by_domain.items()):
             colour = f"C{number}"
@@ -105,7 +97,8 @@ def _coactivation(summary: dict[str, Any]) -> Any:
     layers = summary["layers"]
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
     even = 100 * (summary["experts_per_token"] - 1) / max(summary["num_experts"] - 1, 1)
-    fig, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 4), squeeze=False, layout="constrained")
+    fig = Figure(figsize=(4.6 * len(shown), 4), layout="constrained")
+    axes = fig.subplots(1, len(shown), squeeze=False)
     for ax, layer in zip(axes[0], shown, strict=True):
         own = np.diag(counts[layer])
         share = 100 * counts[layer] / np.maximum(own[:, None], 1)
@@ -125,11 +118,12 @@ def _coactivation(summary: dict[str, Any]) -> Any:
 def _saturation(summary: dict[str, Any]) -> Any:
     """Share of the final experts that an earlier checkpoint chose too, one line per layer."""
     found, layers = summary["saturation"], summary["layers"]
-    colour = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
+    colour = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     panels = [("top_1", "first expert")]
     if summary["experts_per_token"] > 1:
         panels.insert(0, ("top_k", f"all K = {summary['experts_per_token']} experts"))
-    fig, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False, layout="constrained")
+    fig = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
+    axes = fig.subplots(1, len(panels), squeeze=False)
     for ax, (name, title) in zip(axes[0], panels, strict=True):
         for i, layer in enumerate(layers):
             label = f"layer {layer}" if len(layers) <= 8 or i in (0, len(layers) - 1) else None

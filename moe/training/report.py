@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from moe.atomic_files import write_atomic, write_figure
 from moe.config import Config, ConfigError
@@ -24,7 +24,6 @@ from moe.models import sampling
 from moe.models.state import TrainState
 from moe.training.step import Program
 
-matplotlib.use("Agg")  # draws to files, needs no display
 _FIRST_DOCUMENTS = 1_000  # of a domain, among which one with a prompt is looked for
 
 
@@ -181,7 +180,8 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
             evaluations.setdefault(row["kind"].removeprefix("heldout/"), []).append(row)
     last = evaluations["all"][-1] if evaluations.get("all") else {}
     load = np.asarray(last["expert_load"]) if "expert_load" in last else None
-    fig, axes = plt.subplots(1, 1 if load is None else 2, figsize=(6 if load is None else 12, 4.2), squeeze=False)
+    fig = Figure(figsize=(6 if load is None else 12, 4.2))
+    axes = fig.subplots(1, 1 if load is None else 2, squeeze=False)
     loss = axes[0, 0]
     loss.plot([r["step"] for r in train], [r["cross_entropy"] for r in train], color="0.6", label="train")
     for domain, points in evaluations.items():
@@ -209,4 +209,3 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
         fig.colorbar(image, ax=axes[0, 1])
     fig.tight_layout()
     write_figure(path, fig, 120)
-    plt.close(fig)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from moe.atomic_files import write_atomic
 from moe.escaping import markdown_text
@@ -112,7 +112,8 @@ def _effects(path: Path, findings: Sequence[Finding], primary: Primary) -> str:
     tested = [(f, f.outcomes[0].effect) for f in findings if f.outcomes and math.isfinite(f.outcomes[0].effect.mean)]
     if not tested:
         return ""
-    fig, axis = plt.subplots(figsize=(7.2, 1.3 + 0.55 * len(tested)))
+    fig = Figure(figsize=(7.2, 1.3 + 0.55 * len(tested)))
+    axis = fig.subplots()
     bound = primary.equivalence
     axis.axvspan(-bound, bound, color="0.9", label=f"within ±{bound:g}: counts as no effect")
     for y, (finding, e) in enumerate(tested):
@@ -140,7 +141,8 @@ def _wrapped(text: str) -> str:
 def _loss_by_flops(path: Path, found: Table) -> str:
     """Held-out loss along the longest runs against training FLOPs, means over seeds; empty without curves."""
     steps, color = found.suite.longest, colors(found)
-    fig, axis = plt.subplots(figsize=(7.2, 4.2))
+    fig = Figure(figsize=(7.2, 4.2))
+    axis = fig.subplots()
     for name in found.variants:
         curves = [found.curve(name, steps, seed, "loss", PRIMARY) for seed in found.seeds(steps, name)]
         curves = [dict(curve) for curve in curves if len(curve) > 1]
@@ -151,7 +153,6 @@ def _loss_by_flops(path: Path, found: Table) -> str:
             label = f"{name} (n = {len(curves)})"
             axis.plot([step * each for step in shared], means, marker=".", color=color[name], label=label)
     if not axis.lines:
-        plt.close(fig)
         return ""
     axis.set(xlabel="training FLOPs of the model, drops not subtracted", ylabel="held-out loss, nats")
     axis.grid(alpha=0.3)

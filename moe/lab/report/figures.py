@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")  # files, never a window
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,7 +29,7 @@ _MARKERS = "osD^vP*X<>"
 
 def colors(table: Table) -> dict[str, str]:
     """A color per arm, the same in all pictures of a suite."""
-    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     return {name: cycle[i % len(cycle)] for i, name in enumerate(table.suite.variants)}
 
 
@@ -72,7 +69,8 @@ def forest(
     ``published``: arm → the paper's effect in the same unit and sign, drawn beside the suite's longest horizon.
     """
     horizons = [s for s in table.horizons if any(table.seeds(s, arm, comparison.baseline) for arm in arms)]
-    fig, axis = plt.subplots(figsize=(7.2, 1.2 + 0.3 * len(arms) * len(horizons)))
+    fig = Figure(figsize=(7.2, 1.2 + 0.3 * len(arms) * len(horizons)))
+    axis = fig.subplots()
     color, ticks, labels, y, note = colors(table), [], [], 0.0, ""
     for arm in arms:
         for steps in horizons:
@@ -108,7 +106,8 @@ def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
     Points of one seed are joined by a thin line: arms of a seed see the same text in the same order.
     """
     steps = table.longest(*arms) or max(table.longest(arm) for arm in arms)
-    fig, axis = plt.subplots(figsize=(7.2, 1.2 + 0.4 * len(arms)))
+    fig = Figure(figsize=(7.2, 1.2 + 0.4 * len(arms)))
+    axis = fig.subplots()
     color = colors(table)
     finite = {
         arm: {
@@ -135,7 +134,8 @@ def losses(path: Path, table: Table, arms: Sequence[str]) -> str:
 @matplotlib.rc_context(FIGURE_TEXT)
 def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Paired difference at the end of each horizon against its tokens, with intervals."""
-    fig, axis = plt.subplots(figsize=(7.2, 4.4))
+    fig = Figure(figsize=(7.2, 4.4))
+    axis = fig.subplots()
     color = colors(table)
     for index, arm in enumerate(arms):
         points = [(s, loss_effect(table, arm, comparison.baseline, s)) for s in table.horizons]
@@ -167,7 +167,8 @@ def by_horizon(path: Path, table: Table, comparison: Comparison, arms: Sequence[
 @matplotlib.rc_context(FIGURE_TEXT)
 def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Sequence[str]) -> str:
     """Held-out loss along the longest runs less that of the baseline, with the interval over seeds as a band."""
-    fig, axis = plt.subplots(figsize=(7.2, 4.4))
+    fig = Figure(figsize=(7.2, 4.4))
+    axis = fig.subplots()
     color, drawn = colors(table), False
     steps = max((table.longest(arm, comparison.baseline) for arm in arms), default=0)
     for arm in arms:
@@ -181,7 +182,6 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
         if effects[0].n > 2:  # with two seeds the interval covers everything else
             axis.fill_between(xs, [e.low for e in effects], [e.high for e in effects], color=color[arm], alpha=0.15)
     if not drawn:
-        plt.close(fig)
         return ""
     axis.axhline(0, color="black", linewidth=0.8)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tokens(x)))
@@ -202,7 +202,8 @@ def sweep(path: Path, table: Table) -> str:
     if not tried:
         return ""
     horizons = sorted({steps for _, steps in tried})
-    fig, axes = plt.subplots(1, len(horizons), figsize=(5.2 * len(horizons), 4), squeeze=False)
+    fig = Figure(figsize=(5.2 * len(horizons), 4))
+    axes = fig.subplots(1, len(horizons), squeeze=False)
     color = colors(table)
     for axis, steps in zip(axes[0], horizons, strict=True):
         of_horizon = {name: choice for (name, horizon), choice in tried.items() if horizon == steps}
@@ -229,7 +230,8 @@ def routing(path: Path, table: Table) -> str:
     panels = [(label, _mean_curves(table, sparse, steps, quantity)) for quantity, label in ROUTING]
     # Dropless arms drop nothing: such a panel shows nothing.
     panels = [(label, curves) for label, curves in panels if any(np.any(ys) for _, ys in curves.values())]
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False)
+    fig = Figure(figsize=(4.6 * len(panels), 3.8))
+    axes = fig.subplots(1, len(panels), squeeze=False)
     color = colors(table)
     for axis, (label, curves) in zip(axes[0], panels, strict=True):
         for name, (xs, ys) in curves.items():
@@ -247,7 +249,8 @@ def specialisation(path: Path, table: Table, variant: str) -> str:
     """What the first expert follows by layer: trained routers with intervals, beside untrained ones and a hash."""
     steps = table.longest(variant)
     layers = table.layers(variant, "specialisation/explained_token")
-    fig, axis = plt.subplots(figsize=(6.4, 4.0))
+    fig = Figure(figsize=(6.4, 4.0))
+    axis = fig.subplots()
     for color, (label, title) in enumerate(_LABELS.items()):
         for prefix, style, name in (("", "-", ""), ("untrained_", "--", ", untrained"), ("hash_", ":", ", hash")):
             quantity = f"specialisation/{prefix}explained_{label}"
@@ -263,7 +266,6 @@ def specialisation(path: Path, table: Table, variant: str) -> str:
             else:
                 axis.plot(xs, means, style, color=f"C{color}", marker="" if prefix else "o", label=title + name)
     if not axis.has_data():
-        plt.close(fig)
         return ""
     axis.set_xticks([int(layer) for layer in layers])
     axis.set(xlabel=f"MoE layer of {variant}", ylabel="share of the first expert's entropy explained")
@@ -313,5 +315,4 @@ def save(fig: Figure, path: Path) -> str:
     """Write a picture and return its name."""
     fig.tight_layout()
     write_figure(path, fig, 110, metadata={"Software": None})
-    plt.close(fig)
     return path.name
