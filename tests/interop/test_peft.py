@@ -64,6 +64,27 @@ def test_adapters_added_by_hand_are_the_merged_export(tmp_path, common_a):
         np.testing.assert_allclose(array, found[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.transformers
+@pytest.mark.parametrize("changes", [{"lora.parts": ("attention",)}, {}, {"lora.common_a": True}])
+def test_peft_reads_them(tmp_path, changes):
+    """Logits of the base with its adapters, as PEFT loads them, are those of the merged export."""
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    base, lora = workdirs(tmp_path, **changes)
+    export_checkpoint(base, tmp_path / "out_base")
+    export_checkpoint(lora, tmp_path / "out_merged")
+    export_adapters(lora, tmp_path / "out_adapters")
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("out_base", "out_merged")
+    ]
+    token_ids = torch.arange(12)[None]
+    with torch.no_grad():
+        without, merged = (model(token_ids).logits.numpy() for model in models)
+        adapted = peft.PeftModel.from_pretrained(models[0], tmp_path / "out_adapters")(token_ids).logits.numpy()
+    assert np.abs(without - merged).max() > 1
+    np.testing.assert_allclose(adapted, merged, atol=1e-4, rtol=1e-4)
+
+
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
     base, lora = workdirs(tmp_path, **{"lora.trained": ("router",)})
     with pytest.raises(ConfigError, match="trains no adapters"):
