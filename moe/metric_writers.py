@@ -44,6 +44,8 @@ Factory = Callable[[epath.Path, dict[str, Any], int], Writer]
 _LAYER_KINDS = {"train": "", "heldout/all": "heldout_"}
 _OPTIMIZER = ("learning_rate", "gradient_norm", "skipped")
 _CONSTANTS = ("targets",)
+#: Values per layer that are K in every row of most gates.
+_OFTEN_CONSTANT = ("active_experts",)
 
 
 def _without_weight(config: dict[str, Any]) -> set[str]:
@@ -79,6 +81,7 @@ class TensorBoard:
         self._local = tempfile.TemporaryDirectory() if in_bucket(workdir) else None
         self._copied = time.monotonic()
         self._shown: set[str] = set()
+        self._first: dict[tuple[str, str], list[float]] = {}
         self._ignored = _without_weight(config)
         self._board = SummaryWriter(self._local.name if self._local else os.fspath(self._folder), purge_step=step + 1)
         text = json.dumps(config, indent=2).replace("\n", "\n    ")
@@ -88,7 +91,7 @@ class TensorBoard:
         """Write a row in groups that TensorBoard shows in alphabetical order: loss, optimizer, routing, speed.
 
         Values per layer are shown as their mean, in ``routing``, and one by one in a group for each name. Losses whose
-        weight is 0 and numbers that were 0 in every row so far are left out.
+        weight is 0, numbers that were 0 in every row so far, and an unchanged number of active experts are left out.
         """
         for name, value in values.items():
             if isinstance(value, str):
@@ -109,6 +112,8 @@ class TensorBoard:
             self._copy(self._local.name)
 
     def _add_layers(self, kind: str, name: str, values: np.ndarray, step: int) -> None:
+        if name in _OFTEN_CONSTANT and self._first.setdefault((kind, name), values.tolist()) == values.tolist():
+            return
         self._add_scalar(f"routing/{name}{'' if kind == 'train' else f'_{_flat(kind)}'}", float(values.mean()), step)
         if kind in _LAYER_KINDS and len(values) > 1:
             for layer, number in enumerate(values):

@@ -121,15 +121,15 @@ def test_a_writer_that_fails_is_named(monkeypatch, tmp_path, body, message):
 
 
 def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path):
-    """Means before layers; not the z-loss, whose weight is 0, nor a number that was never anything but 0."""
+    """Means before layers; not the z-loss, whose weight is 0, nor a number that was never anything but 0 or K."""
     config = Config(seed=7)
     writer = MetricsWriter(epath.Path(tmp_path), 0, config, find_writers(config.train.writers))
     writer.write(3, "train", ROW | {"cross_entropy": 2.0, "skipped": 0, "router_z_loss": [1.0, 2.0]})
     writer.write(3, "heldout/all", {"loss": 2.25, "perplexity": 9.5, "targets": 100, "router_entropy": [1.0, 2.0]})
     writer.write(3, "heldout/a/b", {"loss": 2.0, "router_entropy": [0.5, 0.0]})
     writer.write(3, "timing", {"mfu": 0.5})
-    writer.write(4, "train", {"skipped": 1})
-    writer.write(5, "train", {"skipped": 0})
+    for step, experts in ((4, [2.0, 2.0]), (5, [2.0, 2.0]), (6, [2.0, 1.0])):
+        writer.write(step, "train", {"skipped": 5 - step, "active_experts": experts})
     writer.write(5, "warning", {"what": "dead", "experts": [[0, 2]], "text": "no token"})
     writer.close()
     found = {(step, tag): value for step, tag, value in events(tmp_path / "tensorboard")}
@@ -150,6 +150,10 @@ def test_tensorboard_has_scalars_histograms_over_experts_and_the_config(tmp_path
         (3, "speed/mfu"): 0.5,
         (4, "optimizer/skipped"): 1,
         (5, "optimizer/skipped"): 0,
+        (6, "optimizer/skipped"): -1,
+        (6, "routing/active_experts"): 1.5,
+        (6, "routing_layers_active_experts/layer_0"): 2.0,
+        (6, "routing_layers_active_experts/layer_1"): 1.0,
     }
     groups = {tag.partition("/")[0] for _, tag in found} - {"config", "warning"}  # texts have a page of their own
     assert sorted(groups)[0] == "loss"
