@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import types
 from pathlib import Path
+from urllib.parse import unquote
 
 import jax
 import pytest
@@ -124,12 +125,34 @@ def test_a_page_is_self_contained_and_holds_the_numbers(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: apt-get install chromium")
-def test_a_page_opens_in_a_browser(made, tmp_path):
-    (tmp_path / "plan.html").write_text(pages.page(json.loads(json.dumps(made.to_json()))))
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=390,800", "--dump-dom"]
-    run = subprocess.run([*command, f"file://{tmp_path}/plan.html"], capture_output=True, text=True, check=True)
-    assert "The 30 dearest instructions" in run.stdout
-    assert f"step {made.step_seconds:.3g} s" in run.stdout
+def test_pages_open_in_a_browser_as_wide_as_a_phone(made, tmp_path):
+    plain, dearest = json.loads(json.dumps(made.to_json())), [row["seconds"] for row in made.items]
+    other = json.loads(json.dumps(_plan(capacity_factor=2.0).to_json()))
+    shown = _shown_in_a_browser(pages.page(plain), tmp_path)
+    assert {"Where the step goes", "The 30 dearest instructions", "Timeline", "Memory"} <= set(shown["headings"])
+    assert f"step {made.step_seconds:.3g} s" in shown["text"]
+    # The dearest instructions, in order.
+    assert dearest == sorted(dearest, reverse=True)
+    places = [
+        shown["text"].index(f"{1e3 * seconds:,.1f}", shown["text"].index("30 dearest")) for seconds in dearest[:3]
+    ]
+    assert places == sorted(places)
+    difference = _shown_in_a_browser(pages.difference(plain, other, ("a.json", "b.json")), tmp_path)
+    assert difference["headings"] == ["Settings that differ", "Time by part", "a.json", "b.json"]
+    assert "model.moe.capacity.train" in difference["text"]
+    for answer in (shown, difference):
+        assert answer["width"] <= answer["window"]  # only tables scroll sideways
+
+
+def _shown_in_a_browser(text, folder):
+    """What a page shows in a window of 500 pixels, the least that Chromium opens."""
+    probe = """<script>document.body.dataset.answer = encodeURIComponent(JSON.stringify({
+        headings: [...document.querySelectorAll("h2")].map(each => each.textContent), text: document.body.innerText,
+        width: document.documentElement.scrollWidth, window: document.documentElement.clientWidth}))</script>"""
+    (folder / "page.html").write_text(text.replace("</body>", probe + "</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800", "--dump-dom"]
+    run = subprocess.run([*command, f"file://{folder}/page.html"], capture_output=True, text=True, check=True)
+    return json.loads(unquote(re.search(r'data-answer="([^"]*)"', run.stdout)[1]))
 
 
 def test_differences_name_settings_and_add_up(made, tmp_path):
