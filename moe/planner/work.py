@@ -45,7 +45,7 @@ class Products:
 def traffic(instruction: Instruction, module: hlo.Module, types: Mapping[str, str]) -> int:
     """Bytes that an instruction reads and writes at least: of an operand that a fusion only slices, the slices; of a
     result that it updates in place, the update."""
-    inner = module.called(instruction) if instruction.opcode == "fusion" else ()
+    inner = module.called(instruction) if instruction.opcode in ("fusion", "fusion-start") else ()
     if not inner:
         return array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in instruction.operands)
     inner_types = {each.name: each.type for each in inner}

@@ -60,6 +60,7 @@ def test_reads_kernels_and_writes_in_place_of_gpus():
         GroupedMatmul("weights", (1024, 512, 256, 8), (0, 0, 0), 2, 1, "triton"),
     )
     assert read.unpriced_bytes == 2 * 1024 * 512 * 2  # one layer of the stack, read and written
+    assert next(item.bytes for item in read.items if item.name == "writing") == 2 * 1024 * 512 * 2
     assert read.seconds == pytest.approx(352e-6)  # not the 23 ms of an untuned tile
     matmul = next(item for item in read.items if item.kind == "matmul")
     assert matmul.flops == 2 * 1024 * 512 * 256
