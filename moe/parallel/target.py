@@ -117,16 +117,22 @@ _SPARSE_CORE_EXCHANGES = {
 }
 
 
-def compiler_options(device_kind: str) -> dict[str, str]:
-    """XLA options for a kind of device, by JAX's name of it; none except for TPUs.
+#: The latency-hiding scheduler, off by default, starts exchanges early; without it nearly all are waited for in place.
+_NVIDIA_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+def compiler_options(device_kind: str) -> dict[str, str | bool]:
+    """XLA options for a kind of device, by JAX's name of it; none except for TPUs and NVIDIA GPUs.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
     inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/accelerator_code.md
     has the estimated gains.
     """
+    if device_kind.startswith("NVIDIA"):
+        return dict(_NVIDIA_OPTIONS)
     if not device_kind.startswith("TPU"):
         return {}
-    options = {"xla_tpu_enable_async_all_to_all": "true"}
+    options: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
     options |= dict.fromkeys(_SPARSE_CORE_EXCHANGES.get(device_kind, ()), "true")
     for prefix, kibibytes in _SCOPED_VMEM_KIB.items():
         if device_kind.startswith(prefix):

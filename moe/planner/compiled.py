@@ -18,6 +18,7 @@ from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
+from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, memory_errors
 from moe.planner.topology import Topology
@@ -91,7 +92,8 @@ _STEP = pydantic.TypeAdapter(CompiledStep)
 def read_or_compile(config: Config, topology: Topology, folder: Path | None = None) -> CompiledStep:
     """The compiled train step, kept in a folder.
 
-    A kept program is one of the same config, topology and versions; it may be of other source, which ``commit`` names.
+    A kept program is one of the same config, topology, XLA options and versions; it may be of other source, which
+    ``commit`` names.
 
     Args:
         config: of the run.
@@ -103,7 +105,8 @@ def read_or_compile(config: Config, topology: Topology, folder: Path | None = No
     """
     if folder is None:
         return compile_step(config, topology)
-    made_of = [to_dict(config), topology.name, topology.num_slices, dict(topology.compiler_options), versions()]
+    options = target.compiler_options(topology.devices[0].device_kind) | dict(topology.compiler_options)
+    made_of = [to_dict(config), topology.name, topology.num_slices, options, versions()]
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{name}.json.gz"
     if path.exists():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ import pytest
 from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.config.resolve import from_config_dict
+from moe.parallel import target
 from moe.planner import candidates, exchanges, gpus, memory_errors, network, program, topology
 from moe.planner.chips import GiB
 from moe.planner.gpus import GPUS
@@ -212,6 +214,13 @@ def test_every_gpu_has_a_target_and_agrees_with_it():
     assert {machine.gpu for machine in gpus.MACHINES.values()} <= set(GPUS)
 
 
+def test_exchanges_on_gpus_are_scheduled_early():
+    for name in GPUS:
+        kind = re.search(r'device_description_str: "([^"]+)"', gpus.target_config(name))[1]
+        assert target.compiler_options(kind) == {"xla_gpu_enable_latency_hiding_scheduler": True}
+    assert target.compiler_options("cpu") == target.compiler_options("AMD Instinct MI300X") == {}
+
+
 def test_a_program_for_gpus_that_does_not_fit_is_refused():
     config = from_config_dict({"model": {"remat": "none"}})
     memory_errors.refuse_program_that_does_not_fit(config, 79 * GiB, 80 * GiB)
@@ -249,5 +258,7 @@ def test_a_plan_for_gpus_has_two_exchanges_forward_four_backward_and_gathers_no_
     assert plan["token_all_gathers"] == 0
     routed = [exchange for exchange in plan["exchanges"] if exchange["kind"] == "all-to-all"]
     assert sum(exchange["count"] for exchange in routed) == 2 * (2 + 4)
+    weights = [each for each in plan["exchanges"] if (each["kind"], each["purpose"]) == ("all-gather", "weights")]
+    assert sum(each["asynchronous"] for each in weights) > sum(each["count"] for each in weights) / 2
     assert 0 < plan["step_seconds"] < 1
     assert plan["parts"]["forward matmuls"] > 0
