@@ -38,7 +38,7 @@ from moe.config import (
     run_config,
     type_name,
 )
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.escaping import terminal
 from moe.fields import exits_as_errors
 
@@ -67,8 +67,8 @@ _command_line: list[str] = []
 def define_config(default: os.PathLike[str] | None = None) -> flags.FlagHolder:
     """Define the flag --config=FILE, whose fields --config.x.y=value overrides."""
     explanation = (
-        "A file of configs/, or a run's config.json. --config.SECTION.FIELD=VALUE overrides any field of "
-        "moe/config/schema.py, as --config.model.moe.num_experts=16 does."
+        "A file of configs/, or a run's config.json. --config.SECTION.FIELD=VALUE overrides any setting of "
+        "docs/settings.md, as --config.model.moe.num_experts=16 does."
     )
     if default is not None:
         _default_config[:] = [os.fspath(default)]
@@ -128,7 +128,7 @@ def load_config(flag: flags.FlagHolder) -> Config:
     """Build the typed config of the flag.
 
     Raises:
-        ConfigError: see :func:`moe.config.resolve.from_config_dict`.
+        ConfigError: see :func:`moe.config.parse.from_config_dict`.
     """
     tree = flag.value
     if not isinstance(tree, ml_collections.ConfigDict):

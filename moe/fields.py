@@ -63,7 +63,9 @@ def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:
         default: its default.
         **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones;
             ``share``: in [0, 1). ``resume``: a run may be continued with another value, since it does not change what
-            is learnt ("free"), or from its newest checkpoint on ("later"); else it may not.
+            is learnt ("free"), or from its newest checkpoint on ("later"); else it may not. ``split``: the mesh axis
+            over which this dimension is split, whose size must divide it. ``follows``: the field that decides the
+            value where it is the default.
     """
     return dataclasses.field(default=default, metadata=facts)
 
@@ -92,26 +94,16 @@ def check_fields(node: typing.Any, section: str) -> None:
         check_bounds(f"{section}{field.name}", value, field.metadata)
 
 
-def check_all_bounds(node: typing.Any, section: str) -> None:
-    """Check the bounds in the metadata of all fields of a dataclass, and of the dataclasses in it."""
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            check_all_bounds(value, f"{section}{field.name}.")
-        else:
-            check_bounds(f"{section}{field.name}", value, field.metadata)
-
-
-def names_with(cls: typing.Any, fact: str, value: typing.Any, section: str = "") -> tuple[str, ...]:
-    """Dotted names of the fields of a dataclass, and of those inside it, that have this fact."""
-    names: tuple[str, ...] = ()
+def facts_of(cls: typing.Any, fact: str, section: str = "") -> dict[str, typing.Any]:
+    """Dotted name → the value of this fact, of the fields of a dataclass, and of those inside it, that have it."""
+    found: dict[str, typing.Any] = {}
     for field in dataclasses.fields(cls):
         name, hint = f"{section}{field.name}", type_hints(cls)[field.name]
         if dataclasses.is_dataclass(hint):
-            names += names_with(hint, fact, value, f"{name}.")
-        elif field.metadata.get(fact) == value:
-            names += (name,)
-    return names
+            found |= facts_of(hint, fact, f"{name}.")
+        elif fact in field.metadata:
+            found[name] = field.metadata[fact]
+    return found
 
 
 def check_bounds(field: str, value: typing.Any, facts: typing.Mapping[str, typing.Any]) -> None:

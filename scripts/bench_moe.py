@@ -208,7 +208,6 @@ def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Compiles all cases for the topology, every device with its own tokens."""
     from moe.benchmarks import layer_programs
     from moe.config import Config, DataConfig, MeshConfig, TrainConfig, validate_mesh
-    from moe.config.resolve import resolve
     from moe.parallel.mesh import make_mesh
     from moe.planner import layer as pods_layer
     from moe.planner.topology import get_topology
@@ -224,13 +223,11 @@ def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
     print(pods_layer.HEADER)
     found = []
     for case in cases():
-        config = resolve(
-            Config(
-                model=layer_programs.model_config(case),
-                mesh=mesh,
-                data=DataConfig(sequence_length=_TOKENS.value),
-                train=TrainConfig(batch_size=rows),
-            )
+        config = Config(
+            model=layer_programs.model_config(case),
+            mesh=mesh,
+            data=DataConfig(sequence_length=_TOKENS.value),
+            train=TrainConfig(batch_size=rows),
         )
         validate_mesh(config, shape)
         for which in ("forward", "both"):
@@ -248,7 +245,6 @@ def bench_model() -> list[dict[str, Any]]:
 
     from moe.benchmarks import layer_programs, timing
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
-    from moe.config.resolve import resolve
     from moe.models import flops
     from moe.training import profiling
     from moe.training.step import build, place
@@ -271,12 +267,10 @@ def bench_model() -> list[dict[str, Any]]:
             tie_embeddings=False,
             moe=MoEConfig(num_experts=8, dispatch=cast(Any, mode)),
         )
-        config = resolve(
-            Config(
-                model=model,
-                data=DataConfig(sequence_length=length),
-                train=TrainConfig(batch_size=batch_size),
-            )
+        config = Config(
+            model=model,
+            data=DataConfig(sequence_length=length),
+            train=TrainConfig(batch_size=batch_size),
         )
         program = build(config, mesh)
         tokens = np.random.default_rng(0).integers(3, model.vocab_size, (batch_size, length)).astype(np.int32)

@@ -158,7 +158,7 @@ of the rows above)."""
 def config_of(row: Published, devices: int) -> Any:
     """The config of our program."""
     from moe.config import load_python_file
-    from moe.config.resolve import from_config_dict
+    from moe.config.parse import from_config_dict
 
     config: Any = load_python_file(PAGE.parents[2] / "configs" / f"{row.config}.py").get_config()
     config.model.update(row.model)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from moe.config import load_python_file
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.models.flops import count_parameters
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -202,7 +202,6 @@ def train_step(sizes: Sizes) -> Iterator[str]:
     import numpy as np
 
     from moe.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
-    from moe.config.resolve import resolve
     from moe.models import flops
     from moe.parallel.mesh import make_mesh
     from moe.training.profiling import measured_matmul_rate
@@ -216,12 +215,10 @@ def train_step(sizes: Sizes) -> Iterator[str]:
         vocab_size=sizes.vocab_size, d_model=sizes.model_dim, num_layers=4, d_ff=sizes.model_ff, dtype=dtype,
         attention="blocked", moe=MoEConfig(num_experts=sizes.experts, dispatch="dropless"), **heads,
     )  # fmt: skip
-    config = resolve(
-        Config(
+    config = Config(
             model=model, data=DataConfig(sequence_length=sizes.tokens), train=TrainConfig(batch_size=sizes.rows),
             mesh=MeshConfig(data=1),
-        )
-    )  # fmt: skip
+        )  # fmt: skip
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         program = build(config, mesh)

@@ -65,7 +65,7 @@ def main() -> None:
 def every_point(modes) -> list:
     """All points of the table, in order."""
     from moe.config import load_python_file
-    from moe.config.resolve import from_config_dict
+    from moe.config.parse import from_config_dict
     from moe.planner import scaling
 
     gshard_translation = load_python_file(Path(__file__).parents[1] / "configs" / "gshard_translation.py")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig, StartConfig, TrainConfig, validate_mesh
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.training import profiling
 from moe.training.loop import train

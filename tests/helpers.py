@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ModelConfig, MoEConfig, flat
+from moe.config import ModelConfig, MoEConfig, flat
 from moe.config.parse import build
 from moe.config.registry import LAYERS
-from moe.config.resolve import resolve
 from moe.models.factory import abstract_model
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate
@@ -63,7 +62,7 @@ def tiny_model(**overrides: Any) -> ModelConfig:
         "head_dim": 6,
         "d_ff": 28,
     } | overrides
-    return resolve(Config(model=ModelConfig(moe=moe_config(**moe), **model))).model
+    return ModelConfig(moe=moe_config(**moe), **model)
 
 
 def tiny_encoder_decoder(**overrides: Any) -> ModelConfig:

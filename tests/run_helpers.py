@@ -13,7 +13,7 @@ from configs import base
 from moe.checkpoints import manager
 from moe.checkpoints.parameters import write_parameters
 from moe.config import to_dict
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.metrics_files import read_rows
 from moe.training import loop as training
 from moe.training.averaging import _streamed

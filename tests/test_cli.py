@@ -12,8 +12,7 @@ import pytest
 from configs import mixtral, switch
 from moe import cli, commands
 from moe.config import ConfigError, inherit_model, run_config, to_dict
-from moe.config.parse import assigned_fields
-from moe.config.resolve import from_config_dict
+from moe.config.parse import assigned_fields, from_config_dict
 from moe.interop.hub_cache import find_source
 
 ROOT = Path(__file__).parents[1]

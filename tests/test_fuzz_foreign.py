@@ -24,8 +24,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from moe.atomic_files import to_checked_json
 from moe.checkpoints import adapted, workdir
 from moe.config import Config, ConfigError, inherit_model, to_dict
-from moe.config.parse import to_config_dict
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict, to_config_dict
 from moe.data import columns, folders
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.lab import loading, records, suite

@@ -21,7 +21,6 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, MoEConfig
-from moe.config.resolve import validate
 from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState
 from moe.routing.selection import Scored, top_k
 from moe.training.evaluation import Heldout, evaluate
@@ -128,7 +127,7 @@ class Masked(Gate):
 
 def _build(config: Config, mesh: Mesh, gate: Gate | None = None) -> Program:
     with jax.set_mesh(mesh):
-        return build(validate(config), mesh, gate=gate)
+        return build(config, mesh, gate=gate)
 
 
 def _losses(program: Program, variables: dict[str, Any], heldout: Heldout) -> dict[str, float]:

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe.config import Config, ModelConfig, MoEConfig
+from moe.config import ModelConfig, MoEConfig
 from moe.config.parse import build
-from moe.config.resolve import resolve
 from moe.dispatch.backends import grouped_ffn
 from moe.layers.experts import Experts
 from moe.layers.moe_layer import MoELayer
@@ -96,7 +95,7 @@ def model_config(case: Case) -> Any:
 
 def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
     """Programs of the layer, with router and losses, and the share of assignments that it drops."""
-    config = resolve(Config(model=model_config(case))).model
+    config = model_config(case)
     graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     rows = axis_size(*partition_specs.ROW_AXES)
     x = jax.random.normal(jax.random.key(1), (rows, case.tokens // rows, case.d_model), case.dtype)
@@ -133,7 +132,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
 def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
     """Programs of the experts on rows sorted by expert, equally many for each."""
     dropless = dataclasses.replace(case, mode="dropless")
-    config = resolve(Config(model=model_config(dropless))).model
+    config = model_config(dropless)
     graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
     num_rows = -(-case.tokens * case.k // case.experts) * case.experts
     sizes = jnp.full((case.experts,), num_rows // case.experts, jnp.int32)

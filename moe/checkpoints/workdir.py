@@ -17,9 +17,9 @@ from etils import epath
 from moe.atomic_files import in_bucket, is_bucket_error, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
-from moe.config.resolve import from_workdir_dict
+from moe.config.parse import from_workdir_dict
 from moe.dispatch.buffers import layer_capacity
-from moe.fields import names_with
+from moe.fields import facts_of
 from moe.foreign_files import Fields, Step, parse
 from moe.metrics_files import METRICS, read_rows
 
@@ -29,9 +29,9 @@ CHANGES = "changes.jsonl"
 REPORT = "report.txt"
 
 #: Fields that do not change what is learnt: they may differ when a run is resumed.
-FREE_FIELDS = names_with(Config, "resume", "free")
+FREE_FIELDS = tuple(name for name, fact in facts_of(Config, "resume").items() if fact == "free")
 #: Fields that a run may change from its newest checkpoint on; each change is recorded in changes.jsonl.
-CHANGEABLE_FIELDS = names_with(Config, "resume", "later")
+CHANGEABLE_FIELDS = tuple(name for name, fact in facts_of(Config, "resume").items() if fact == "later")
 
 
 class _Change(Fields):

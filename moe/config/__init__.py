@@ -1,29 +1,30 @@
 """Typed settings of a run: schema, parsing and checks."""
 
 from moe.config import chosen_gate, run_config
-from moe.config.checks import check_path
-from moe.config.files import extend_import_path, load_python_file, read_small_file
-from moe.config.inherit import inherit_model
-from moe.config.layer_pattern import LayerKind, layer_kinds, sparse_layers, stacks
-from moe.config.mesh_checks import validate_mesh
-from moe.config.moe_section import Capacity, DropPolicy, Losses, MoEConfig
-from moe.config.parse import check_field, to_config_dict, to_dict, type_name
-from moe.config.references import allow_modules
-from moe.config.schema import (
-    EMBEDDED_DOMAINS,
+from moe.config.files import (
     SCHEMES,
-    Config,
+    check_path,
+    extend_import_path,
+    load_python_file,
+    read_small_file,
+)
+from moe.config.inherit import inherit_model
+from moe.config.model_section import LayerKind, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers, stacks
+from moe.config.moe_section import Capacity, DropPolicy, Losses, MoEConfig
+from moe.config.parse import check_field, from_config_dict, to_config_dict, to_dict, type_name
+from moe.config.references import allow_modules
+from moe.config.run_sections import (
+    EMBEDDED_DOMAINS,
     DataConfig,
     DistillConfig,
     LoraConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     PreferencesConfig,
-    RopeScalingConfig,
     StartConfig,
     TrainConfig,
 )
+from moe.config.schema import Config, validate_mesh
 from moe.fields import LARGEST, LARGEST_FLOAT, ConfigError
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "check_path",
     "chosen_gate",
     "extend_import_path",
+    "from_config_dict",
     "inherit_model",
     "layer_kinds",
     "load_python_file",

@@ -10,9 +10,11 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe.atomic_files import write_atomic
 from moe.config.moe_section import MoEConfig
-from moe.config.registry import LAYERS
+from moe.config.registry import CONSTANTS, LAYERS
 from moe.config.schema import Config
+from moe.escaping import markdown_table
 from moe.fields import type_hints
 from moe.routing.interface import Gate
 
@@ -90,21 +92,40 @@ def _type(hint: typing.Any) -> str:
 
 
 def _bounds(facts: typing.Mapping[str, typing.Any]) -> str:
-    if facts.get("share"):
-        return "[0, 1)"
-    words = {"least": "≥", "above": ">", "most": "≤", "below": "<"}
-    return ", ".join(f"{sign} {facts[name]}" for name, sign in words.items() if name in facts)
+    words = {"least": "≥ {}", "above": "> {}", "most": "≤ {}", "below": "< {}", "split": "divided by mesh.{}"}
+    bounds = [word.format(facts[name]) for name, word in words.items() if name in facts]
+    return ", ".join(["[0, 1)"] * bool(facts.get("share")) + bounds)
 
 
 def _gates() -> str:
-    lines = ["| name | class | fields and defaults |", "|---|---|---|"]
+    head = ("name", "class", "fields and defaults", "K", "capacity, train / eval", "losses and others")
+    rows = []
     for name, layer in LAYERS.items():
-        own = [field.name for field in dataclasses.fields(typing.cast(Gate, layer.gate)) if field.name != "name"]
-        values = ", ".join(f"`{field}={getattr(layer.gate, field)}`" for field in own)
-        lines.append(f"| `{name}` | `{type(layer.gate).__name__}` | {values} |")
-    return "\n".join(lines) + "\n"
+        gate = typing.cast(Gate, layer.gate)
+        own = [f"`{key}={value}`" for key, value in dataclasses.asdict(gate).items() if key != "name"]
+        k = (
+            str(gate.experts_per_token(layer.num_experts))
+            if hasattr(gate, "k") or not gate.lists_all
+            else "every expert"
+        )
+        k += " on average" * (gate.lists_all and hasattr(gate, "k"))
+        capacity = f"{layer.capacity.train:g} / {layer.capacity.eval:g}"
+        rows.append((f"`{name}`", f"`{type(gate).__name__}`", ", ".join(own), k, capacity, _constants(layer)))
+    return markdown_table(head, rows) + "\n"
+
+
+def _constants(layer: MoEConfig) -> str:
+    """What a layer's name brings beside its gate and capacity, where it is not the default of its field."""
+    losses, others = dataclasses.fields(layer.losses), dataclasses.fields(layer)
+    found = [(f"losses.{field.name}", getattr(layer.losses, field.name), field.default) for field in losses]
+    found += [(field.name, getattr(layer, field.name), field.default) for field in others if field.name in CONSTANTS]
+    return ", ".join(
+        f"`{name}={value}`"
+        for name, value, default in found
+        if value != default and not dataclasses.is_dataclass(value)
+    )
 
 
 if __name__ == "__main__":
     for name, page in pages().items():
-        (Path(sys.argv[1]) / name).write_text(page)
+        write_atomic(Path(sys.argv[1]) / name, page)

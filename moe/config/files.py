@@ -10,9 +10,19 @@ from pathlib import Path
 
 from etils import epath
 
-from moe.fields import ConfigError
+from moe.fields import ConfigError, require
 
 _LARGEST = 1 << 28  # bytes
+
+#: Schemes of remote paths that etils.epath reads.
+SCHEMES = ("gs", "s3", "az", "hf")
+
+
+def check_path(field: str, path: str) -> None:
+    """Raise a ConfigError for a path with a scheme that etils.epath does not read, or without a bucket."""
+    scheme, found, rest = path.partition("://")
+    allowed = f"must be a path, or one of {', '.join(SCHEMES)} before :// and a bucket"
+    require(not found or (scheme in SCHEMES and rest.strip("/") != ""), field, path, allowed)
 
 
 def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int = _LARGEST) -> bytes:

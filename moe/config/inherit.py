@@ -9,8 +9,7 @@ import ml_collections
 from etils import epath
 
 from moe.config import flat
-from moe.config.checks import check_path
-from moe.config.files import read_small_file
+from moe.config.files import check_path, read_small_file
 from moe.config.parse import assigned_fields, choose_gate
 from moe.config.references import code_fields, refuse_modules
 from moe.fields import ConfigError

@@ -55,12 +55,14 @@ class MoEConfig:
 
     gate: Gate | None = TopK(k=2, renormalise=True, name="mixtral")  # routing rule; None ("none"): all FFNs are dense
     layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
-    num_experts: int = setting(8, least=1, most=2**17)  # E, without shared experts
-    d_ff: int = setting(0, least=0, most=2**22)  # F, hidden dim of one expert; 0: model.d_ff
+    num_experts: int = setting(8, least=1, most=2**17, split="expert")  # E, without shared experts
+    #: F, hidden dim of one expert; 0: model.d_ff
+    d_ff: int = setting(0, least=0, most=2**22, split="tensor", follows="model.d_ff")
     #: hidden dim of the shared expert, which sees every token; 0: none. n experts of F equal one of n*F
-    shared_d_ff: int = setting(0, least=0, most=2**22)
+    shared_d_ff: int = setting(0, least=0, most=2**22, split="tensor")
     bias: MoEBias = "none"  # of the router's logits (router), and of the experts' matrices too (all; gpt-oss)
-    latent_dim: int = setting(0, least=0)  # dimension of tokens inside the experts (LatentMoE); 0: model.d_model
+    #: dimension of tokens inside the experts (LatentMoE); 0: model.d_model
+    latent_dim: int = setting(0, least=0, split="fsdp")
     zero_experts: int = setting(0, least=0)  # experts that return 0 (MoE++), beside the E FFNs
     copy_experts: int = setting(0, least=0)  # experts that return the token
     constant_experts: int = setting(0, least=0)  # experts that mix the token and a learned vector
@@ -123,6 +125,8 @@ class MoEConfig:
         for name in ("train", "eval") if slots else ():
             factor = getattr(self.capacity, name)
             require(factor == 1, f"{_MOE}capacity.{name}", factor, "must be 1: soft_moe has slots instead")
+        allowed = "must be einsum: soft_moe mixes all tokens into every slot and moves no single token"
+        self._require("dispatch", not slots or self.dispatch == "einsum", allowed)
 
     def _check_losses(self, gate: Gate) -> None:
         losses, where = self.losses, f"{_MOE}losses."

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import operator
 import typing
 
 import ml_collections
 
 from moe.config import flat
 from moe.config.moe_section import MoEConfig
+from moe.config.references import code_fields, refuse_modules
 from moe.config.registry import CONSTANTS, LAYERS, find_layer
+from moe.config.run_sections import EMBEDDED_DOMAINS
 from moe.config.schema import Config
-from moe.fields import ConfigError, check_type, item_name, type_hints
+from moe.fields import ConfigError, check_type, facts_of, item_name, type_hints
 from moe.routing.interface import Gate
 
 
@@ -93,8 +97,24 @@ def assigned_fields(tree: ml_collections.ConfigDict, path: str = "") -> set[str]
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """Convert to a locked, type-checked ConfigDict, for files in ``configs/`` and command-line overrides."""
-    return _section(config)
+    """Convert to a locked, type-checked ConfigDict, for files in ``configs/`` and command-line overrides.
+
+    Fields that follow others and have the value that these give them have their default, so that they follow a change.
+    """
+    tree = _section(config)
+    for path in facts_of(Config, "follows"):
+        *sections, name = path.split(".")
+        owner = operator.attrgetter(".".join(sections))(config)
+        default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
+        if _with(config, path.split("."), default) == config:
+            _set_unmarked(functools.reduce(getattr, sections, tree), name, default)
+    return tree
+
+
+def _with(node: typing.Any, names: list[str], value: typing.Any) -> typing.Any:
+    """A dataclass with another value of one field, inside it or inside its own."""
+    name, *inner = names
+    return dataclasses.replace(node, **{name: _with(getattr(node, name), inner, value) if inner else value})
 
 
 def _section(node: typing.Any) -> ml_collections.ConfigDict:
@@ -219,6 +239,33 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
             section = typing.cast(type, hints[name])
             values[name] = build(section, _items(value, f"{path}{name}"), f"{path}{name}.", values.get(name))
     return cls(**values)
+
+
+def from_config_dict(tree: object) -> Config:
+    """Build the typed config of a tree.
+
+    Raises:
+        ConfigError: an unknown field (with the nearest name), a wrong type, or an impossible value or combination.
+    """
+    config = build(Config, dict(_sections(tree).items()), "")
+    if config.data.dataset == "embedded" and not config.data.domains:  # by name in what is stored
+        return _with(config, ["data", "domains"], EMBEDDED_DOMAINS)
+    return config
+
+
+def from_workdir_dict(tree: object) -> Config:
+    """:func:`from_config_dict` for the content of a workdir's file, which imports no module that the user did not name.
+
+    The optimizer and the writers may be such modules: reading a workdir makes neither.
+    """
+    refuse_modules({name: value for name, value in code_fields(tree).items() if name.startswith("model.")})
+    return from_config_dict(tree)
+
+
+def _sections(tree: object) -> dict[str, typing.Any] | ml_collections.ConfigDict:
+    if not isinstance(tree, (dict, ml_collections.ConfigDict)):
+        raise ConfigError(f"a config is an object with the sections of moe.config.Config, not {type(tree).__name__}")
+    return tree
 
 
 def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typing.Any], dict[str, typing.Any]]:

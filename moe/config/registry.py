@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
-from moe.config.schema import ModelConfig
 from moe.fields import ConfigError, raised_as_errors, require
 from moe.routing import gates
 from moe.routing.interface import BiasUpdate, Gate, RouterKind, RouterState
@@ -99,22 +98,18 @@ def _named(name: str, layer: MoEConfig) -> MoEConfig:
     return dataclasses.replace(layer, gate=dataclasses.replace(layer.gate, name=name))
 
 
-def with_layer_gate(model: ModelConfig, name: str) -> ModelConfig:
-    """The config of one layer with a gate of its own (``moe.layer_gates``): the gate's scores, selection, jitter and
-    noise; sizes, K, capacity and dispatch stay the model's, and so do the weights of losses, which a layer does not
-    read."""
-    moe = model.moe
-    if name == moe.gate_name:
-        return model
+def with_gate(moe: MoEConfig, name: str) -> MoEConfig:
+    """The config of a layer with a gate of its own (``layer_gates``): the gate's scores, selection, jitter and noise;
+    sizes, K, capacity and dispatch stay the model's, and so do the weights of losses, which a layer does not read."""
     layer = find_layer(name)
     gate = _gate_of(layer, name)
     if gate.sets_k:
         gate = dataclasses.replace(gate, k=moe.experts_per_token)
     losses = Losses(scope=moe.losses.scope, counts=layer.losses.counts, null=moe.losses.null)
-    own: dict[str, Any] = {"gate": gate, "jitter": layer.jitter, "losses": losses}
+    own: dict[str, Any] = {"gate": gate, "jitter": layer.jitter, "losses": losses, "layer_gates": ()}
     if gate.router == "none":
         own |= {"router_dtype": "float32", "bias": "none" if moe.bias == "router" else moe.bias}
-    return dataclasses.replace(model, moe=dataclasses.replace(moe, **own))
+    return dataclasses.replace(moe, **own)
 
 
 _V3 = {"renormalise": True, "bias": "sign", "bias_rate": 1e-3}  # DeepSeek-V3's gate, except K and the groups
@@ -176,7 +171,7 @@ _LAYERS = {
     # thresholds: Expert Threshold Routing 2026
     "expert_threshold": MoEConfig(gate=gates.ExpertThreshold(), capacity=Capacity(train=1.0), losses=Losses()),
     # Soft MoE 2023, equations 1-3
-    "soft_moe": MoEConfig(gate=gates.SoftMoE(), capacity=_WHOLE, losses=Losses()),
+    "soft_moe": MoEConfig(gate=gates.SoftMoE(), capacity=_WHOLE, losses=Losses(), dispatch="einsum"),
     # Hash Layers 2021, section 3
     "hash": MoEConfig(gate=gates.Hash(), losses=Losses()),
     # baselines: uniform draws, round-robin

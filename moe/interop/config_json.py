@@ -9,8 +9,7 @@ import dataclasses
 import inspect
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
-from moe.config.parse import build
-from moe.config.resolve import from_config_dict
+from moe.config.parse import build, from_config_dict
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
 from moe.interop.families.family import Family, selection_rule

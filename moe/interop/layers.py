@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from moe.config import ConfigError, ModelConfig, MoEConfig
+from moe.config.model_section import Activation
 from moe.config.parse import build
-from moe.config.resolve import resolve, validate
-from moe.config.schema import Activation
 from moe.dispatch.buffers import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.layers.soft_moe import create_layer
@@ -75,7 +74,7 @@ def single_layer(
         "shared_d_ff": 0 if shared_up is None else np.shape(shared_up)[1],
     }
     moe = build(MoEConfig, {"gate": gate, **sizes, **fields}, "model.moe.")
-    config = validate(resolve(Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)))).model
+    config = ModelConfig(d_model=d_model, activation=activation, moe=moe)
     layer = nnx.eval_shape(lambda: create_layer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
     given = {
         "router": (layer.router, "kernel", router),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from moe import foreign_files
-from moe.config.schema import Activation
+from moe.config.model_section import Activation
 from moe.foreign_files import Json, refuse
 
 

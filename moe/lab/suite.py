@@ -16,7 +16,7 @@ import pydantic
 import pydantic.dataclasses
 
 from moe.config import Config, ConfigError, to_config_dict
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops

@@ -13,10 +13,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moe.config import Config, ConfigError, DataConfig, ModelConfig
+from moe.config import ConfigError, ModelConfig
+from moe.config.model_section import check_is_model
 from moe.config.parse import build
-from moe.config.registry import with_layer_gate
-from moe.config.resolve import resolve, resolve_model, validate
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
@@ -84,11 +83,11 @@ class MoELayer(nnx.Module):
         if config is None:
             config = _layer_config(gate or self.default_gate, {**self.default_settings, **settings})
         else:
-            config = resolve_model(config)
+            check_is_model(config)
             if settings:
                 raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
         if isinstance(gate, str):
-            config = with_layer_gate(config, gate)
+            config = config.with_layer_gate(gate)
         moe = config.moe
         self.config = moe
         self.d_model = config.d_model
@@ -258,7 +257,7 @@ _MODEL_SETTINGS = ("d_model", "activation", "init_scale")
 
 
 def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
-    """The resolved and checked config of a layer on its own."""
+    """The config of a layer on its own."""
     if not isinstance(gate, (str, Gate)):
         raise ConfigError(f"gate={gate!r}: must be a name, 'module:object', or a Gate")
     missing = [name for name in ("d_model", "d_ff") if name not in settings]
@@ -268,9 +267,7 @@ def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
     moe = {name: value for name, value in settings.items() if name not in _MODEL_SETTINGS}
     # A layer on its own need not be causal.
     moe = {"accept_future_leak": True, **moe, "gate": gate}
-    data = DataConfig(sequence_length=max(2, moe.get("group_size") or 256))  # groups are checked when x is known
-    config = resolve(Config(model=build(ModelConfig, {**model, "moe": moe}, ""), data=data))
-    return validate(config).model
+    return build(ModelConfig, {**model, "moe": moe}, "")
 
 
 def replace_gate(model: nnx.Module, gate: Gate) -> None:

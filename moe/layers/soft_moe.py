@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.registry import find_gate, with_layer_gate
+from moe.config.registry import find_gate
 from moe.dispatch.modes import mix
 from moe.layers.moe_layer import Keys, MoELayer
 from moe.routing import balancing
@@ -68,7 +68,7 @@ def create_layer(config: Any = None, *, gate: str | Gate | None = None, rngs: nn
     if isinstance(gate, Gate):
         rule = gate
     elif isinstance(config, ModelConfig):
-        rule = (config if gate is None else with_layer_gate(config, gate)).moe.gate
+        rule = (config if gate is None else config.with_layer_gate(gate)).moe.gate
     else:
         rule = find_gate(gate or MoELayer.default_gate)
     return (SoftMoE if rule is not None and rule.router == "slots" else MoELayer)(

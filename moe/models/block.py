@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.layer_pattern import LayerKind
+from moe.config.model_section import LayerKind
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
 from moe.layers.basic import DenseFFN, Dropout, RMSNorm, Site

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.resolve import resolve_model
+from moe.config.model_section import check_is_model
 from moe.layers.basic import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.prediction import PredictionLayer, predict
@@ -81,7 +81,7 @@ class Transformer(LanguageModel, Stack):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draw the parameters of all layers; what the config leaves to its gate is filled in."""
-        config = resolve_model(config)
+        check_is_model(config)
         self.embedding = Embedding(config, rngs=rngs)
         Stack.__init__(self, config, rngs=rngs)
         self.unembedding = None if config.tie_embeddings else Unembedding(config, rngs=rngs)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
-from moe.config.resolve import resolve_model
+from moe.config.model_section import check_is_model
 from moe.layers.basic import Embedding, Unembedding
 from moe.models.block import Rows
 from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
@@ -29,7 +29,8 @@ class EncoderDecoder(LanguageModel):
         Raises:
             ConfigError: ``encoder_layers`` is 0.
         """
-        self.config = config = resolve_model(config)
+        check_is_model(config)
+        self.config = config
         if config.encoder_layers < 1:
             raise ConfigError("model.encoder_layers=0: must be at least 1 in an encoder-decoder")
         self.embedding = Embedding(config, rngs=rngs)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig, stacks
-from moe.config.layer_pattern import LayerKind
+from moe.config.model_section import LayerKind
 from moe.layers.attention.scoring import sees
 from moe.layers.basic import KEEP_ALL
 from moe.models.block import Block, Rows, attention_class

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.layer_pattern import stacks
+from moe.config.model_section import stacks
 from moe.layers.basic import RMSNorm
 from moe.models.block import Block, Record, Rows
 from moe.parallel.parameters import gather_for_matmul, matrix

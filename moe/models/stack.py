@@ -19,8 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.layer_pattern import LayerKind, layer_kinds, stacks
-from moe.config.registry import with_layer_gate
+from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.positions import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
 from moe.models.block import Block, Rows
@@ -87,7 +86,7 @@ class Stack(nnx.Module):
 
         Args:
             config: resolved, of the whole model.
-            name: of the stack (:func:`moe.config.layer_pattern.stacks`).
+            name: of the stack (:func:`moe.config.model_section.stacks`).
             rngs: keys of the parameters.
         """
         self.config = config
@@ -184,7 +183,7 @@ class Stack(nnx.Module):
 
 
 def part_of(names: Collection[str]) -> str:
-    """The part of a model (:data:`moe.config.schema.Part`) that a parameter belongs to.
+    """The part of a model (:data:`moe.config.run_sections.Part`) that a parameter belongs to.
 
     Args:
         names: keys of its path.
@@ -253,14 +252,14 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
 
 
 def _has_bias(config: ModelConfig, kind: LayerKind) -> bool:
-    gate = with_layer_gate(config, kind.gate).moe.gate if kind.sparse else None
+    gate = config.with_layer_gate(kind.gate).moe.gate if kind.sparse else None
     return gate is not None and gate.state.update != "none"
 
 
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:
     """The layers whose arrays a parameter stacks, in the order of its leading axis, and its path within each block.
 
-    Layers are numbered as in :func:`moe.config.layer_pattern.layer_kinds`, an encoder's first.
+    Layers are numbered as in :func:`moe.config.model_section.layer_kinds`, an encoder's first.
 
     Args:
         path: keys of the parameter in the nested dict of all parameters.

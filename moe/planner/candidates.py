@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
-from moe.config.resolve import validate
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.models import flops
@@ -78,7 +77,6 @@ def candidates(
                 moe = dataclasses.replace(config.model.moe, dispatch=mode)
                 model = dataclasses.replace(config.model, remat=remat, moe=moe)
                 tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
-                validate(tried)
                 validate_mesh(tried, sizes)
             except ConfigError as error:
                 pruned[re.sub(r" = \d+$", "", str(error))] += 1
@@ -170,9 +168,8 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
     mesh, tried = config.mesh, list[tuple[str, Config]]()
 
     def add(label: str, **fields: Any) -> None:
-        changed = dataclasses.replace(config, **fields)
         with contextlib.suppress(ConfigError):
-            validate(changed)
+            changed = dataclasses.replace(config, **fields)
             validate_mesh(changed, dataclasses.asdict(changed.mesh))
             if changed != config:
                 tried.append((label, changed))

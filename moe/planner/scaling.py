@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from moe.atomic_files import write_figure
 from moe.config import Config, ConfigError, MeshConfig, read_small_file
-from moe.config.resolve import validate
 from moe.foreign_files import Amount, Fields, kept_whole, parse
 from moe.planner import plan
 from moe.planner.topology import get_topology
@@ -83,19 +82,17 @@ def at_scale(config: Config, *, experts: int, devices: int, rows: int, dispatch:
     With ``tensor`` > 1 that many devices share that many experts, a slice of each, and their tokens.
 
     Raises:
-        ConfigError: see :func:`moe.config.resolve.from_config_dict`.
+        ConfigError: see :func:`moe.config.parse.from_config_dict`.
     """
     model = dataclasses.replace(
         config.model, moe=dataclasses.replace(config.model.moe, num_experts=experts, dispatch=dispatch)
     )
     expert = min(experts, devices) // tensor
-    return validate(
-        dataclasses.replace(
-            config,
-            model=model,
-            mesh=MeshConfig(data=devices // (expert * tensor), fsdp=1, expert=expert, tensor=tensor),
-            train=dataclasses.replace(config.train, batch_size=rows * devices),
-        )
+    return dataclasses.replace(
+        config,
+        model=model,
+        mesh=MeshConfig(data=devices // (expert * tensor), fsdp=1, expert=expert, tensor=tensor),
+        train=dataclasses.replace(config.train, batch_size=rows * devices),
     )
 
 

@@ -65,7 +65,7 @@ def train(
     """Run or resume training, then write the report.
 
     Args:
-        config: from :func:`moe.config.resolve.from_config_dict`.
+        config: from :func:`moe.config.parse.from_config_dict`.
         workdir: folder of a file system, created if missing, or gs://BUCKET/NAME.
         devices: devices of the mesh; None: all.
         make_program: :func:`moe.training.step.build`, or a caching version for callers that train many runs.

@@ -11,7 +11,7 @@ from etils import epath
 from moe.checkpoints import manager, parameters
 from moe.checkpoints.workdir import read_config
 from moe.config import ConfigError, MeshConfig, OptimizerConfig, to_dict, validate_mesh
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
 from moe.parallel.mesh import make_mesh

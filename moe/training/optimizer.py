@@ -62,7 +62,7 @@ def _first(config: OptimizerConfig) -> float:
     return config.learning_rate / (config.warmup_steps + 1)
 
 
-#: One entry per name in moe.config.schema.Schedule.
+#: One entry per name in moe.config.run_sections.Schedule.
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
     "cosine": _cosine,
     "constant": _constant,

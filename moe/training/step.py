@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe.config import Config, ModelConfig
-from moe.config.registry import with_layer_gate
 from moe.layers.moe_layer import replace_gate
 from moe.layers.router import SelectionBias
 from moe.models.adapters import initial_adapters
@@ -227,7 +226,7 @@ def _probe_own_gates(model: ModelConfig) -> None:
     if model.moe.gate is not None:
         for name in {model.moe.gate_name, *model.moe.layer_gates}:
             if ":" in name:
-                moe = with_layer_gate(model, name).moe
+                moe = model.with_layer_gate(name).moe
                 assert moe.gate is not None
                 probe(moe.gate, moe.num_experts, null_experts=moe.null_experts)
 

@@ -22,7 +22,7 @@ from absl import flags
 
 from moe import cli
 from moe.config import Config, to_dict
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.data import pipeline
 from moe.interop import import_checkpoint
 from tests.bad_input_cases import CASES, SLOW_CASES

@@ -7,10 +7,19 @@ import typing
 import pytest
 
 from configs import base
-from moe.config import Config, ConfigError, MoEConfig, check_field, to_config_dict, validate_mesh
+from moe.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    check_field,
+    to_config_dict,
+    validate_mesh,
+)
+from moe.config.model_section import Activation, Remat
 from moe.config.moe_section import Dispatch
-from moe.config.resolve import from_config_dict
-from moe.config.schema import Activation, Remat
+from moe.config.parse import from_config_dict
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe.dispatch.modes import DISPATCHES
 from moe.parallel.partition_specs import REMAT_POLICIES
@@ -197,3 +206,32 @@ def test_layers_differ_by_overrides_alone():
 )
 def test_choices_of_the_schema_are_those_implemented(choices, implemented):
     assert set(typing.get_args(choices)) == implemented
+
+
+def test_a_config_that_exists_is_complete_and_valid():
+    assert ModelConfig(d_ff=64).moe.d_ff == 64
+    pairs = Config(model=ModelConfig(encoder_layers=1), data=DataConfig(sequence_length=128))
+    assert (pairs.data.objective, pairs.data.input_length) == ("span_corruption", 128)
+    for section, changes in (
+        (Config().model, {"num_kv_heads": 3}),
+        (Config().model, {"moe": MoEConfig(layers=(9,))}),
+        (Config().data, {"weights": (-1.0,)}),
+        (Config().mesh, {"fsdp": -1}),
+        (Config().optimizer, {"moment_dtype": "bfloat16", "b2": 0.999}),
+        (Config().train, {"accumulation_steps": 3}),
+        (Config(), {"data": DataConfig(streams=3)}),
+        (Config(), {"model": ModelConfig(moe=MoEConfig(group_size=100))}),
+    ):
+        with pytest.raises(ConfigError):
+            dataclasses.replace(section, **changes)
+
+
+def test_a_field_that_follows_another_follows_its_change():
+    tree = to_config_dict(Config(model=ModelConfig(d_ff=64)))
+    tree.model.d_ff = 96
+    assert from_config_dict(tree).model.moe.d_ff == 96
+    tree = to_config_dict(Config(model=ModelConfig(d_ff=64, moe=MoEConfig(d_ff=32))))
+    tree.model.d_ff = 96
+    assert from_config_dict(tree).model.moe.d_ff == 32
+    pairs = Config(model=ModelConfig(encoder_layers=1), data=DataConfig(objective="pairs"))
+    assert to_config_dict(pairs).data.objective == "pairs"

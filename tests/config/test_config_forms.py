@@ -23,8 +23,8 @@ from moe.config import (
     to_config_dict,
     to_dict,
 )
+from moe.config.parse import from_config_dict, from_workdir_dict
 from moe.config.registry import CONSTANTS, LAYERS
-from moe.config.resolve import from_config_dict, from_workdir_dict
 from moe.models.decoder import Transformer
 from moe.routing.gates import SoftMoE, TopK
 

@@ -24,7 +24,6 @@ from safetensors.numpy import load_file, save_file
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, sparse_layers, to_dict
-from moe.config.resolve import resolve
 from moe.interop import (
     balance,
     export_checkpoint,
@@ -137,7 +136,7 @@ def test_each_device_reads_its_shard(mesh, tmp_path):
         **{"vocab_size": 48, "d_model": 16, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "num_layers": 2},
         **{"attention_bias": "qkv", "d_ff": 20, "moe": moe},
     )
-    config = resolve(Config(model=model))
+    config = Config(model=model)
     original = Transformer(config.model, rngs=nnx.Rngs(0))
     save_huggingface(original, config, tmp_path)
     tokens = np.arange(8 * 10).reshape(8, 10) % 48

@@ -22,7 +22,7 @@ from configs import (
     qwen3_30b_a3b,
 )
 from moe.config import Config, ConfigError, ModelConfig, layer_kinds
-from moe.config.resolve import from_config_dict, resolve
+from moe.config.parse import from_config_dict
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.config_json import read_config as read_open_config
@@ -175,7 +175,7 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
         moe = changes.pop("moe", {})
         model = ModelConfig(**{"num_layers": 2, **changes}, moe=moe_config(**moe))
         with pytest.raises(ConfigError, match=pattern):
-            write_config(resolve(Config(model=model)))
+            write_config(Config(model=model))
 
     refused(r"mixtral lacks model\.sliding_window", sliding_window=8, sliding_window_layers=(1,))
     refused(
@@ -185,7 +185,7 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
     refused(r"mixtral lacks model\.moe\.gate", moe={"gate": "dense_mixture"})
     refused(r"olmoe lacks .*model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
     with pytest.raises(ConfigError, match=r"model_type='gpt'"):
-        write_config(resolve(Config()), "gpt")
+        write_config(Config(), "gpt")
 
 
 def test_a_decoder_family_is_one_file_of_at_most_80_lines():

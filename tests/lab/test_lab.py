@@ -11,7 +11,7 @@ import pytest
 from configs import base as defaults
 from configs.ablations import common
 from moe.config import ConfigError
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
 from moe.lab.expressions import Term, parse

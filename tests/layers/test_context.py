@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from configs import base
 from moe.config import Config, ConfigError, MeshConfig, validate_mesh
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.models import sampling
 from moe.parallel.mesh import make_mesh
 from moe.training import step

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RopeScalingConfig
-from moe.config.resolve import resolve, validate
 from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
 from moe.layers.attention.positions import attention_factor, inverse_frequencies
@@ -102,7 +101,7 @@ def test_over_a_mesh(tmp_path):
     model = dataclasses.replace(
         CONFIG, vocab_size=48, d_model=16, num_heads=4, num_kv_heads=4, num_layers=2, d_ff=20, kv_lora_rank=6, moe=moe
     )
-    config = resolve(Config(model=model))
+    config = Config(model=model)
     original = Transformer(config.model, rngs=nnx.Rngs(0))
     save_huggingface(original, config, tmp_path)
     tokens = np.arange(4 * 10).reshape(4, 10) % 48
@@ -130,13 +129,11 @@ def test_over_a_mesh(tmp_path):
         ({"value_dim": 0}, "value_dim=0"),
         ({"num_kv_heads": 1}, "num_kv_heads=1"),
         ({"qk_norm": "head"}, "qk_norm='head'"),
-        ({"rope_scaling": RopeScalingConfig(kind="yarn", factor=4.0)}, "original_length=0"),
-        ({"rope_scaling": RopeScalingConfig(factor=0.5)}, r"factor=0\.5"),
     ],
 )
 def test_impossible_settings(changes, field):
     with pytest.raises(ConfigError, match=field):
-        validate(resolve(Config(model=dataclasses.replace(CONFIG, **changes))))
+        Config(model=dataclasses.replace(CONFIG, **changes))
 
 
 def test_scaled_frequencies_by_hand():
@@ -177,7 +174,7 @@ def test_frequencies_that_depend_on_the_length_by_hand():
 def test_a_row_has_its_own_length(rng):
     """A row of 5 beside one of 12, and padded to 12, is what it is alone, though the other is beyond the context."""
     scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_length=6)
-    config = resolve(Config(model=ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate=None)))).model
+    config = ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate=None))
     model = Transformer(dataclasses.replace(config, rope_scaling=scaling), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(rng.integers(1, 16, (2, 12)))
     both, _ = jax.jit(lambda tokens: prefill(model, tokens, jnp.array([5, 12]), empty(model.config, 2, 12)))(tokens)
@@ -193,6 +190,8 @@ def test_a_row_has_its_own_length(rng):
     ("changes", "message"),
     [
         ({"kind": "dynamic", "factor": 2.0}, "original_length=0: must be at least 2"),
+        ({"kind": "yarn", "factor": 4.0}, "original_length=0"),
+        ({"factor": 0.5}, r"factor=0\.5"),
         (
             {"kind": "longrope", "original_length": 8, "short_factors": (1.0, 1.0), "long_factors": (1.0,)},
             r"short_factors=\(1\.0, 1\.0\): must be positive, and one for each of the 1 rotated pairs",
@@ -201,4 +200,4 @@ def test_a_row_has_its_own_length(rng):
 )
 def test_impossible_scaling(changes, message):
     with pytest.raises(ConfigError, match=message):
-        validate(resolve(Config(model=dataclasses.replace(CONFIG, rope_scaling=RopeScalingConfig(**changes)))))
+        Config(model=dataclasses.replace(CONFIG, rope_scaling=RopeScalingConfig(**changes)))

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DataConfig, TrainConfig, layer_kinds, validate_mesh
-from moe.config.resolve import resolve, validate
 from moe.models.encoder_decoder import EncoderDecoder
 from moe.models.factory import create_model
 from moe.models.flops import count_parameters, train_flops_per_token
@@ -71,7 +70,7 @@ def test_counts_and_flops_by_hand():
 )
 def test_refusals(changes, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        validate(resolve(Config(model=tiny_encoder_decoder(**changes))))
+        Config(model=tiny_encoder_decoder(**changes))
 
 
 def test_an_encoder_with_an_embedding_of_its_own():
@@ -99,7 +98,7 @@ def test_groups_of_both_stacks_are_spread_over_the_mesh():
     """8 rows of 8 and of 32 tokens in groups of 32: 2 groups of targets and 8 of inputs, for 4 devices."""
     data, train = DataConfig(sequence_length=8, input_length=32, objective="pairs"), TrainConfig(batch_size=8)
     model = tiny_encoder_decoder(group_size=32)
-    config = validate(resolve(Config(model=model, data=data, train=train)))
+    config = Config(model=model, data=data, train=train)
     validate_mesh(config, {"data": 2, "fsdp": 1, "expert": 1, "tensor": 1})
     with pytest.raises(ConfigError, match=r"number of groups=2: must be divisible by .* = 4"):
         validate_mesh(config, {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1})

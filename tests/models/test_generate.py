@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
-from moe.config.resolve import resolve
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
@@ -27,9 +26,7 @@ GREEDY = Sampling(temperature=0)
 def _model(**changes):
     moe = moe_config(**{"num_experts": 4, "d_ff": 12, "dispatch": "dropless", **changes.pop("moe", {})})
     sizes = {"vocab_size": 48, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "d_ff": 20}
-    config = resolve(
-        Config(model=ModelConfig(**{**sizes, "num_layers": 2, "init_scale": 4.0, **changes}, moe=moe))
-    ).model
+    config = ModelConfig(**{**sizes, "num_layers": 2, "init_scale": 4.0, **changes}, moe=moe)
     return config, nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
 
 
@@ -119,11 +116,9 @@ def test_a_mesh_writes_the_same_text(mesh):
 
 
 def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mesh():
-    config = resolve(
-        Config(
-            model=ModelConfig(moe=MoEConfig(num_experts=8, group_size=1024)),
-            train=TrainConfig(batch_size=32, accumulation_steps=4),
-        )
+    config = Config(
+        model=ModelConfig(moe=MoEConfig(num_experts=8, group_size=1024)),
+        train=TrainConfig(batch_size=32, accumulation_steps=4),
     )
     validate_mesh(sampling.for_generation(config, 8), {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1})
     with pytest.raises(ConfigError, match="num_experts"):

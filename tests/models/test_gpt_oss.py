@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
-from moe.config.resolve import resolve, validate
 from moe.dispatch.ffn import activate
 from moe.layers.attention import attend, cpu
 from moe.layers.attention.scoring import Scoring
@@ -34,7 +33,7 @@ MODEL = ModelConfig(
 
 def _model(**changes) -> Transformer:
     """A model whose biases and sinks are not zero."""
-    model = Transformer(resolve(Config(model=dataclasses.replace(MODEL, **changes))).model, rngs=nnx.Rngs(0))
+    model = Transformer(dataclasses.replace(MODEL, **changes), rngs=nnx.Rngs(0))
     keys = iter(jax.random.split(jax.random.key(1), 99))
     parameters = nnx.state(model)
     drawn = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), parameters)
@@ -189,4 +188,4 @@ def test_refusals():
         moe_config(gate="soft_moe", bias="all", dispatch="einsum", accept_future_leak=True)
     latent = {"kv_lora_rank": 4, "rope_dim": 2, "value_dim": 4, "num_kv_heads": 8}
     with pytest.raises(ConfigError, match=r"model\.attention_sinks=True: must be False where model\.kv_lora_rank"):
-        validate(resolve(Config(model=ModelConfig(**latent, attention_sinks=True))))
+        Config(model=ModelConfig(**latent, attention_sinks=True))

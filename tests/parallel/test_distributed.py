@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import mixtral
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.training.loop import train
 from tests.tiny_text import build
 

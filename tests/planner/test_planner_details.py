@@ -8,7 +8,7 @@ import pytest
 
 from configs import mixtral_8x7b
 from moe.config import ConfigError
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.planner import attention, hlo, kernels, liveness, measured, program, timeline
 from moe.planner.chips import CHIPS
 from moe.planner.exchanges import Exchange

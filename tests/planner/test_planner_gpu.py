@@ -15,7 +15,7 @@ import pytest
 
 from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.parallel import target
 from moe.planner import candidates, exchanges, gpus, memory_errors, network, program, topology
 from moe.planner.chips import GiB

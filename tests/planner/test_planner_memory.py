@@ -7,7 +7,7 @@ import pytest
 
 from configs import deepseek_v2, mixtral_8x7b
 from moe.config import ConfigError
-from moe.config.resolve import from_config_dict, resolve
+from moe.config.parse import from_config_dict
 from moe.planner import fit, memory_errors
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -95,4 +95,4 @@ def test_lower_bound_by_hand():
 def test_rows_of_expert_buffers(dispatch, expert, rows):
     config = mixtral_8x7b.get_config()
     config.model.moe.dispatch = dispatch
-    assert fit._expert_rows(resolve(from_config_dict(config)), {**MESH, "expert": expert}) == rows
+    assert fit._expert_rows(from_config_dict(config), {**MESH, "expert": expert}) == rows

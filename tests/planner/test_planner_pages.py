@@ -16,7 +16,7 @@ import pytest
 
 from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, candidates, compiled, differences, page, plan, recorded, roofline
 from moe.planner import html as pages

@@ -15,7 +15,7 @@ import pytest
 
 from configs import gshard_translation, mixtral_8x7b, st_moe, switch_transformers, t5
 from moe.config import ConfigError
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.dispatch.backends import gpu
 from moe.models.flops import count_parameters
 from moe.planner import arithmetic, fit, network, scaling, topology

@@ -10,7 +10,7 @@ import pytest
 
 from configs import mixtral_8x7b
 from moe.config import Capacity, ConfigError, MoEConfig
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.planner import candidates, search
 from moe.planner.chips import CHIPS
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, to_config_dict, validate_mesh
+from moe.config.parse import from_config_dict
 from moe.config.registry import LAYERS
-from moe.config.resolve import from_config_dict
 from moe.layers.moe_layer import MoELayer
 from moe.layers.router import SelectionBias
 from moe.models.stack import selection_biases

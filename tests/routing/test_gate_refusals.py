@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moe.config import Config, ConfigError, to_config_dict
+from moe.config.parse import from_config_dict
 from moe.config.registry import CONSTANTS, LAYERS
-from moe.config.resolve import from_config_dict, resolve, validate
 from moe.interop.layers import single_layer
 
 REFUSED = [
@@ -98,7 +98,7 @@ def test_every_gate_has_a_valid_config_with_its_papers_constants(gate):
     tree.model.moe.num_experts = 64
     tree.model.moe.accept_future_leak = True
     tree.model.moe.dispatch = "einsum" if gate == "soft_moe" else "gather"
-    moe = validate(resolve(from_config_dict(tree))).model.moe
+    moe = from_config_dict(tree).model.moe
     for name in ("gate", *CONSTANTS):
         assert getattr(moe, name) == getattr(LAYERS[gate], name)
 

@@ -16,8 +16,8 @@ import pytest
 
 from configs import base
 from moe.config import ConfigError, Losses, MoEConfig
+from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
-from moe.config.resolve import from_config_dict
 from moe.fields import setting
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import Gate, GateOutput

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from moe.config import ConfigError, OptimizerConfig
-from moe.config.resolve import from_config_dict
-from moe.config.schema import Part
+from moe.config.parse import from_config_dict
+from moe.config.run_sections import Part
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of
 from moe.parallel import partition_specs

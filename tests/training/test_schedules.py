@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe.config import OptimizerConfig
-from moe.config.schema import Schedule
+from moe.config.run_sections import Schedule
 from moe.training.optimizer import SCHEDULES, learning_rate_schedule
 
 #: Rates after a peak of 1 at step 4 of 20, at steps 0, 2, 4, 12 and 20; the final fraction is 0.1.

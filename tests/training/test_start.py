@@ -31,7 +31,7 @@ from moe.config import (
     to_config_dict,
     to_dict,
 )
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
 from moe.models.state import set_schedule_step

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe.config import Config, to_config_dict
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.training import step
 from moe.training.step import build, place

@@ -12,7 +12,7 @@ import pytest
 
 from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError
-from moe.config.resolve import from_config_dict
+from moe.config.parse import from_config_dict
 from moe.metrics_files import read_rows
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
-from moe.config.schema import RopeScalingConfig
+from moe.config.model_section import RopeScalingConfig
 from moe.parallel.parameters import matrix
 from moe.parallel.partition_specs import REPLICATED
 

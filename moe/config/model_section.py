@@ -1,0 +1,292 @@
+"""Section ``model``: the settings of a Transformer, the rules across them, and the kind of each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Literal, NamedTuple
+
+from moe.config.moe_section import DType, MoEConfig
+from moe.config.registry import with_gate
+from moe.fields import ConfigError, check_fields, require, setting
+
+Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
+QKNorm = Literal["none", "head", "full", "rotated"]
+Norms = Literal["before", "after"]
+Attention = Literal["full", "blocked"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
+AttentionBias = Literal["none", "qkv", "all"]
+Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
+LowPrecision = Literal["none", "int8", "float8"]
+
+
+#: Layers of an encoder see both sides; those of an encoder-decoder's decoder also attend to the encoder's output.
+Role = Literal["decoder", "encoder", "cross"]
+
+_MODEL, _MOE, _ROPE = "model.", "model.moe.", "model.rope_scaling."
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Scaling of rotary positions for contexts longer than those of pre-training."""
+
+    kind: RopeScaling = "none"  # of the checkpoint's config; none: frequencies as they are
+    factor: float = setting(1.0, least=1)  # longest context over original_length
+    original_length: int = setting(0, least=0)  # tokens, context of pre-training; all but linear
+    #: yarn: rotations in the original context above which a pair is not interpolated
+    beta_fast: float = setting(32.0, above=0)
+    beta_slow: float = setting(1.0, above=0)  # yarn: rotations below which it is interpolated fully
+    truncate: bool = True  # yarn: round the two bounds to whole pairs
+    #: yarn and longrope: factor of rotated queries and keys; 0: computed
+    attention_factor: float = setting(0.0, least=0)
+    mscale: float = setting(0.0, least=0)  # yarn: DeepSeek's constants of that factor; 0: not used
+    mscale_all_dim: float = setting(0.0, least=0)  # the same; latent attention also scales its scores by it
+    short_factors: tuple[float, ...] = ()  # longrope: divisor of each pair's frequency up to original_length
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer rows
+    #: llama3: rotations in the original context below which a pair is interpolated fully
+    low_freq_factor: float = setting(1.0, above=0)
+    high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
+
+    def __post_init__(self) -> None:
+        check_fields(self, _ROPE)
+        length, low = self.original_length, self.low_freq_factor
+        require(length >= 2 or self.kind in ("none", "linear"), f"{_ROPE}original_length", length, "must be at least 2")
+        allowed = f"must be above low_freq_factor={low}, which must be positive"
+        require(self.high_freq_factor > low, f"{_ROPE}high_freq_factor", self.high_freq_factor, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Transformer: decoder-only, or encoder and decoder."""
+
+    vocab_size: int = setting(4096, least=1, most=2**24, split="tensor")  # V, rows of the embedding
+    d_model: int = setting(256, least=1, most=2**20, split="fsdp")  # D
+    num_layers: int = setting(4, least=1, most=10_000)  # L, of the decoder
+    #: L of the encoder, which the decoder attends to; 0: decoder-only
+    encoder_layers: int = setting(0, least=0, most=10_000)
+    #: V of an embedding of the encoder's own; 0: one for encoder and decoder
+    encoder_vocab_size: int = setting(0, least=0, most=2**24, split="tensor")
+    num_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, query heads
+    num_kv_heads: int = setting(4, least=1, most=2**16, split="tensor")  # M, key/value heads; divides num_heads
+    head_dim: int = setting(32, most=2**16)  # H, even for rotary positions
+    d_ff: int = setting(512, least=1, most=2**22, split="tensor")  # F, hidden dim of a dense FFN
+    activation: Activation = "swiglu"  # of FFNs and experts; names with glu have a gate matrix
+    norm_eps: float = setting(1e-5, above=0)  # epsilon of RMSNorm
+    norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
+    embedding_scale: float = setting(1.0, above=0)  # factor of the embedded tokens (Granite: 12)
+    #: factor of what attention and FFN add to the residual stream (Granite: 0.22)
+    residual_scale: float = setting(1.0, above=0)
+    attention_scale: float = setting(0.0, least=0)  # factor of query·key (Granite: 1/H); 0: 1/sqrt(H)
+    logit_scale: float = setting(1.0, above=0)  # factor of the logits (Granite: 1/6)
+    #: T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
+    relative_buckets: int = setting(0, least=0)
+    relative_max_distance: int = 128  # tokens, distance from which the last bucket holds
+    rope_theta: float = setting(10_000.0, above=0)  # base of the rotary frequencies
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
+    rope_interleaved: bool = False  # rotate pairs (2i, 2i+1) (DeepSeek) instead of (i, i + H/2)
+    #: dimension of the latent of keys and values (DeepSeek-V2); 0: grouped-query attention
+    kv_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp")
+    #: latent attention: dimension of the latent of queries; 0: none
+    q_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp")
+    value_dim: int = setting(0, least=0, most=2**16)  # latent attention: H of the values
+    sliding_window: int = setting(0, least=0)  # tokens a query attends to, including its own; 0: all
+    sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
+    qk_norm: QKNorm = "none"  # RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
+    attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
+    attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
+    attention_sinks: bool = False  # a further key of learnt logit and no value per head (gpt-oss)
+    #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
+    clip_qkv: float = setting(0.0, least=0)
+    tie_embeddings: bool = False  # logits = x E^T
+    scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
+    #: layers after the last, each predicting one token further (DeepSeek-V3: 1)
+    prediction_layers: int = setting(0, least=0, most=64)
+    prediction_weight: float = setting(0.3, least=0)  # of the mean of their losses (DeepSeek-V3: 0.3, later 0.1)
+    #: of embeddings, attention weights, hidden activations and the output of each half of a block
+    dropout: float = setting(0.0, share=True)
+    #: s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
+    init_scale: float = setting(1.0, above=0, most=1e4)
+    dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
+    low_precision: LowPrecision = "none"  # of factors in experts and dense FFNs (moe.dispatch.quantized)
+    scan_layers: bool = setting(True, resume="free")  # compile one block for all equal layers
+    #: what the backward pass recomputes: nothing, ..., the whole layer (REMAT_POLICIES)
+    remat: Remat = setting("none", resume="free")
+    moe: MoEConfig = MoEConfig()
+
+    def __post_init__(self) -> None:
+        if self.moe.d_ff == 0:
+            object.__setattr__(self, "moe", dataclasses.replace(self.moe, d_ff=self.d_ff))
+        check_fields(self, _MODEL)
+        self._check_stacks()
+        self._check_attention()
+        if self.kv_lora_rank:
+            self._check_latent_attention()
+        if self.moe.gate is not None:
+            self._check_moe_layers()
+            self._check_layer_gates()
+
+    @property
+    def expert_dim(self) -> int:
+        """Dimension of the rows that experts read and write."""
+        return self.moe.latent_dim or self.d_model
+
+    def with_layer_gate(self, name: str) -> ModelConfig:
+        """The config of a layer with a gate of its own; see :func:`moe.config.registry.with_gate`."""
+        return self if name == self.moe.gate_name else dataclasses.replace(self, moe=with_gate(self.moe, name))
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        """Refuse the value of one field unless the condition holds."""
+        require(holds, f"{_MODEL}{name}", getattr(self, name), allowed)
+
+    def _require_defaults(self, where: str, **defaults: object) -> None:
+        """Refuse other values of fields that ``where`` says to be unused."""
+        for name, default in defaults.items():
+            self._require(name, getattr(self, name) == default, f"must be {default} where {where} is set")
+
+    def _check_stacks(self) -> None:
+        encoder, buckets, distance = self.encoder_layers, self.relative_buckets, self.relative_max_distance
+        one_stack = not (encoder or buckets)
+        allowed = "must be 0 with model.encoder_layers or model.relative_buckets"
+        self._require("prediction_layers", not self.prediction_layers or one_stack, allowed)
+        if encoder:
+            none = {"norms": "before", "residual_scale": 1.0, "attention_scale": 0.0}
+            self._require_defaults("model.encoder_layers", **none, kv_lora_rank=0, sliding_window=0)
+        elif buckets:
+            self._require_defaults("model.relative_buckets", kv_lora_rank=0)
+        least = 4 if encoder else 2  # half of an encoder's are for keys after the query, half of those exact
+        allowed = f"must be 0 for rotary positions, or from {least} to 65536"
+        self._require("relative_buckets", buckets == 0 or least <= buckets <= 2**16, allowed)
+        allowed = f"must be above half of relative_buckets={buckets} and at most {2**20}"
+        self._require("relative_max_distance", buckets == 0 or buckets // 2 < distance <= 2**20, allowed)
+        allowed = "needs model.encoder_layers above 0"
+        self._require("encoder_vocab_size", encoder > 0 or self.encoder_vocab_size == 0, allowed)
+
+    def _check_attention(self) -> None:
+        rotary, size = not self.relative_buckets, self.rope_dim or self.head_dim
+        allowed = "must be even: rotary positions rotate pairs of dimensions"
+        self._require("head_dim", self.head_dim >= 1 + rotary and not (rotary and self.head_dim % 2), allowed)
+        allowed = f"must be even and at most model.head_dim={self.head_dim}, or 0 for all"
+        self._require("rope_dim", 0 <= self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0, allowed)
+        scaling = self.rope_scaling
+        require(scaling.kind != "dynamic" or size > 2, f"{_ROPE}kind", scaling.kind, "needs rotated heads above 2")
+        allowed = f"must be positive, and one for each of the {size // 2} rotated pairs for longrope"
+        for name in ("short_factors", "long_factors"):
+            value = getattr(scaling, name)
+            right = all(factor > 0 for factor in value) and (scaling.kind != "longrope" or len(value) == size // 2)
+            require(right, f"{_ROPE}{name}", value, allowed)
+        divides = self.num_heads % self.num_kv_heads == 0
+        self._require("num_kv_heads", divides, f"must divide model.num_heads={self.num_heads}")
+        layers = self.sliding_window_layers
+        _require_layers("model.sliding_window_layers", layers, self.num_layers)
+        windowed = self.sliding_window > 0 or not layers
+        self._require("sliding_window_layers", windowed, "needs model.sliding_window above 0")
+
+    def _check_latent_attention(self) -> None:
+        self._require("rope_dim", self.rope_dim >= 2, "must be at least 2")
+        self._require("value_dim", self.value_dim >= 1, "must be at least 1")
+        latent = "where model.kv_lora_rank is set"
+        self._require(
+            "rope_dim", self.rope_dim < self.head_dim, f"must be below model.head_dim={self.head_dim} {latent}"
+        )
+        allowed = f"must be model.num_heads={self.num_heads} {latent}"
+        self._require("num_kv_heads", self.num_kv_heads == self.num_heads, allowed)
+        none = {"qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0}
+        self._require_defaults("model.kv_lora_rank", **none, attention_scale=0.0)
+
+    def _check_moe_layers(self) -> None:
+        moe, num_layers = self.moe, self.encoder_layers + self.num_layers
+        _require_layers(f"{_MOE}layers", moe.layers, num_layers)
+        require(
+            not moe.layers or (moe.every == 1 and moe.first_dense == 0),
+            f"{_MOE}layers",
+            moe.layers,
+            f"lists the MoE layers itself: leave {_MOE}every at 1 and {_MOE}first_dense at 0",
+        )
+        require(
+            any(sparse_layers(self)),
+            f"{_MOE}every={moe.every}, {_MOE}first_dense",
+            moe.first_dense,
+            f"leave no MoE layer among {num_layers}; use {_MOE}gate=none for a dense model",
+        )
+
+    def _check_layer_gates(self) -> None:
+        moe, field = self.moe, f"{_MOE}layer_gates"
+        if not moe.layer_gates or moe.gate is None:
+            return
+        count, k = sum(sparse_layers(self)), moe.experts_per_token
+        require(len(moe.layer_gates) <= count, field, moe.layer_gates, f"must be at most the {count} MoE layers")
+        for name in {*moe.layer_gates, moe.gate_name}:
+            try:
+                gate = moe.gate if name == moe.gate_name else with_gate(moe, name).gate
+            except ConfigError as error:
+                raise ConfigError(f"{field}={name!r}: {str(error).replace('model.moe.gate.', '')}") from error
+            assert gate is not None
+            found = not gate.lists_all and gate.experts_per_token(moe.num_experts) == k
+            require(found, field, name, f"must choose {k} experts")
+            update, updates = gate.state.update, ("none", moe.gate.state.update)
+            require(update in updates, field, name, f"needs a bias of {update} in all layers")
+
+
+def check_is_model(config: object) -> None:
+    """Raise a ConfigError for something else than the config of a model."""
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
+
+
+def _require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:
+    """Raise a ConfigError unless a tuple is an increasing selection of layer numbers."""
+    increasing = all(low < high for low, high in itertools.pairwise(layers))
+    inside = all(0 <= layer < num_layers for layer in layers)
+    require(increasing and inside, field, layers, f"must be increasing layer numbers from 0 to {num_layers - 1}")
+
+
+class LayerKind(NamedTuple):
+    """Properties in which layers of one model differ."""
+
+    sparse: bool  # MoE
+    window: int  # tokens a query attends to, including its own; 0: all
+    role: Role = "decoder"
+    gate: str = "none"  # routing rule of an MoE layer
+
+
+def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
+    """True for each MoE layer, in layer order: an encoder's layers come before the decoder's."""
+    moe = config.moe
+    if moe.gate is not None and moe.layers:
+        return tuple(layer in moe.layers for layer in range(config.encoder_layers + config.num_layers))
+    return tuple(
+        moe.gate is not None and layer >= moe.first_dense and (layer + 1) % moe.every == 0
+        for stack in (config.encoder_layers, config.num_layers)
+        for layer in range(stack)
+    )
+
+
+def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
+    """Kind of each layer, in layer order."""
+    return tuple(kind for kinds in stacks(config).values() for kind in kinds)
+
+
+@functools.lru_cache
+def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
+    """Kinds of the layers of each stack, by its name in the tree of parameters; "" for the one of a decoder-only
+    model."""
+    sparse = sparse_layers(config)
+    own = iter((*config.moe.layer_gates, *(config.moe.gate_name,) * len(sparse)))
+    gates = [next(own) if is_sparse else "none" for is_sparse in sparse]
+    if config.encoder_layers:
+        kinds = list(zip(sparse, gates, strict=True))
+        encoder, decoder = kinds[: config.encoder_layers], kinds[config.encoder_layers :]
+        return {
+            "encoder": tuple(LayerKind(is_sparse, 0, "encoder", gate) for is_sparse, gate in encoder),
+            "decoder": tuple(LayerKind(is_sparse, 0, "cross", gate) for is_sparse, gate in decoder),
+        }
+    windowed = config.sliding_window_layers or range(config.num_layers)
+    windows = [config.sliding_window if layer in windowed else 0 for layer in range(config.num_layers)]
+    return {
+        "": tuple(
+            LayerKind(is_sparse, window, gate=gate)
+            for is_sparse, window, gate in zip(sparse, windows, gates, strict=True)
+        )
+    }

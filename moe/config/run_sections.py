@@ -1,0 +1,243 @@
+"""The sections of a run beside the model: data, mesh, optimizer, training, start; and the rules inside each."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from moe.config.files import check_path
+from moe.fields import check_fields, require, setting
+
+OnSkippedSteps = Literal["rollback", "stop"]
+OptimizerState = Literal["reset", "carry"]
+Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
+MomentDType = Literal["float32", "bfloat16"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences"]
+
+#: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
+_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
+
+#: Default of data.domains for the embedded corpus.
+EMBEDDED_DOMAINS = ("literature", "python")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text datasets, tokenizer, objective, and packed rows."""
+
+    #: "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
+    dataset: str = "embedded"
+    #: domains to use; empty: all, of "embedded" literature and python
+    domains: tuple[str, ...] = ()
+    text_suffixes: tuple[str, ...] = ()  # of files of a folder that are text, as ".tex"; beside .txt, .md, .py, ...
+    weights: tuple[float, ...] = ()  # share of rows per domain; empty: equal
+    directory: str = setting("~/.cache/moe-data", resume="free")  # for prepared datasets, downloads and tokenizers
+    tokenizer: str = ""  # a tokenizer.model, a tokenizer.json or "mixtral"; empty: trained, of model.vocab_size
+    chat_template: str = ""  # objective chat: a file with a Jinja template; empty: that of the tokenizer
+    #: what is predicted (moe.data.objectives); with an encoder span_corruption instead
+    objective: Objective = setting("causal", follows="model.encoder_layers")
+    sequence_length: int = setting(256, least=2, most=2**24)  # T, tokens
+    #: U, tokens of an encoder's row; 0: sequence_length where there is an encoder
+    input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length")
+    pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
+    corruption_rate: float = setting(0.15, above=0, below=1)  # span_corruption: share of the tokens that is removed
+    mean_span: float = setting(3.0, least=1)  # span_corruption: tokens removed at once, on average
+    #: independent document streams per batch, a multiple of processes; 0: gcd(8, batch_size)
+    streams: int = setting(0, least=0, most=2**16)
+    shuffle_window: int = setting(512, least=1)  # rows in the shuffle buffers of all streams
+    heldout_rows: int = setting(64, least=1)  # rows of T tokens per domain in each evaluation
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
+        for name in self.dataset.split(","):
+            require(name != "", "data.dataset", self.dataset, "must name a dataset, or several separated by commas")
+            check_path("data.dataset", name)
+        self._require("directory", self.directory != "", "must name a folder; '.' is the current one")
+        check_path("data.directory", self.directory)
+        check_path("data.tokenizer", self.tokenizer)
+        once = len(set(self.domains)) == len(self.domains) and all(self.domains)
+        self._require("domains", once, "must name each domain once")
+        text = all(re.fullmatch(r"\.\w+", suffix) for suffix in self.text_suffixes)
+        text = text and not {".jsonl", ".parquet", ".arrow"} & set(self.text_suffixes)
+        self._require("text_suffixes", text, "must be suffixes as '.tex', of files that are text as they stand")
+        shares = len(self.weights) in (0, len(self.domains) or len(self.weights))
+        allowed = f"must be empty or one positive share for each of the {len(self.domains)} domains"
+        self._require("weights", shares and all(weight > 0 for weight in self.weights), allowed)
+        length, given = self.sequence_length, self.conversations or not self.chat_template
+        for name, most in (("shuffle_window", _MAX_BUFFERED_TOKENS), ("heldout_rows", _MAX_HELDOUT_TOKENS)):
+            allowed = f"must be at most {most // length} with data.sequence_length={length}: rows are kept in memory"
+            self._require(name, getattr(self, name) * length <= most, allowed)
+        self._require("chat_template", given, "must be empty unless data.objective is chat or preferences")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        """Refuse the value of one field unless the condition holds."""
+        require(holds, f"data.{name}", getattr(self, name), allowed)
+
+    @property
+    def conversations(self) -> bool:
+        """Whether documents are conversations, rendered by a chat template."""
+        return self.objective in ("chat", "preferences")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one size may be -1: all remaining devices."""
+
+    data: int = setting(-1, resume="free")  # splits rows
+    fsdp: int = setting(1, resume="free")  # splits rows, and parameters over D
+    expert: int = setting(1, resume="free")  # splits rows, and experts over E
+    tensor: int = setting(1, resume="free")  # splits heads and F
+    context: int = setting(1, resume="free")  # splits the positions of a row
+
+    def __post_init__(self) -> None:
+        check_fields(self, "mesh.")
+        sizes = {axis.name: getattr(self, axis.name) for axis in dataclasses.fields(self)}
+        for axis, size in sizes.items():
+            allowed = "must be positive, or -1 to use all remaining devices"
+            require(size == -1 or size >= 1, f"mesh.{axis}", size, allowed)
+        filled = [axis for axis, size in sizes.items() if size == -1]
+        require(len(filled) <= 1, "mesh", filled, "only one axis can be -1")
+
+
+#: Parts of a model that optimizer.frozen and start.fresh can name. Each parameter belongs to one: relative biases and
+#: norms inside attention to attention, norms before and after layers to norms, a shared expert's FFN to shared.
+Part = Literal[
+    "embedding", "unembedding", "attention", "dense", "router", "experts", "shared", "latent", "null", "norms"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, and the learning-rate schedule."""
+
+    name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
+
+    learning_rate: float = setting(3e-3, above=0, most=1e3, resume="later")  # peak
+    #: after a linear warm-up cosine decay, constant, or wsd (constant, then a decay); rsqrt: the peak, then 1/√step
+    schedule: Schedule = setting("cosine", resume="later")
+    #: of the peak, at the last step; cosine and wsd
+    final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
+    warmup_steps: int = setting(30, least=0, resume="later")  # steps
+    decay_steps: int = setting(0, least=0, resume="later")  # steps of the decay of wsd; 0: a tenth of train.num_steps
+    b1: float = setting(0.9, share=True, resume="later")  # adamw: decay of the first moment
+    b2: float = setting(0.95, share=True, resume="later")  # adamw: decay of the second moment
+    eps: float = setting(1e-8, above=0, resume="later")  # adamw: added to the root of the second moment
+    weight_decay: float = setting(0.1, least=0, most=1e3, resume="later")  # of matrices only
+    gradient_clip: float = setting(1.0, least=0)  # largest global norm; 0: no clipping
+    moment_dtype: MomentDType = "float32"  # in which moments are stored; adamw and muon also in bfloat16
+    frozen: tuple[Part, ...] = ()  # parts that are not trained
+    #: per step, of an average of the weights that is evaluated beside them; 0: none
+    ema_decay: float = setting(0.0, share=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "optimizer.")
+        wsd = self.decay_steps == 0 or self.schedule == "wsd"
+        require(wsd, "optimizer.decay_steps", self.decay_steps, "must be 0 unless optimizer.schedule is 'wsd'")
+        if self.moment_dtype == "float32":
+            return
+        field, value = "optimizer.moment_dtype", self.moment_dtype
+        allowed = f"must be float32 with optimizer.name={self.name}; adamw and muon have bfloat16 moments"
+        require(self.name in ("adamw", "muon"), field, value, allowed)
+        # A second moment changes by up to a share 1 - b2 of itself; bfloat16 rounds changes below 1/256 away.
+        allowed = f"must be float32 with optimizer.b2={self.b2}; bfloat16 keeps second moments up to b2=0.99"
+        require(self.b2 <= 0.99, field, value, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Training loop."""
+
+    num_steps: int = setting(320, least=1, resume="later")  # optimizer steps
+    batch_size: int = setting(8, least=1, most=2**24)  # B, rows of T tokens per optimizer step, over all devices
+    accumulation_steps: int = setting(1, least=1)  # microbatches per optimizer step; divides batch_size
+    log_every: int = setting(10, least=1, resume="free")  # steps between rows of metrics
+    #: steps between evaluations on held-out text; the last step always evaluates
+    eval_every: int = setting(80, least=1, resume="free")
+    save_every: int = setting(80, least=1, resume="free")  # steps between checkpoints; the last step always saves
+    #: newest checkpoints to keep, besides the best
+    keep_checkpoints: int = setting(2, least=1, most=10_000, resume="free")
+    #: steps; checkpoints at its multiples are never deleted; 0: none
+    keep_every: int = setting(0, least=0, resume="free")
+    #: consecutive skipped updates (loss or gradients not finite) tolerated
+    max_skipped_steps: int = setting(8, least=1, resume="free")
+    #: after more of them: return to the last good checkpoint, or stop
+    on_skipped_steps: OnSkippedSteps = setting("rollback", resume="free")
+    #: warn of a loss this many deviations above the running median; 0: never
+    spike_sigmas: float = setting(6.0, least=0, resume="later")
+    #: length of the text sampled at the end; 0: none
+    sample_tokens: int = setting(64, least=0, most=10_000, resume="free")
+    #: folder for compiled programs (moe.compilation_cache); empty: none
+    compilation_cache: str = setting("auto", resume="free")
+    #: of metrics, besides JSON lines: tensorboard, wandb, module:function
+    writers: tuple[str, ...] = setting(("tensorboard",), resume="free")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "train.")
+        check_path("train.compilation_cache", self.compilation_cache)
+        allowed = f"must be 0 or a multiple of train.save_every={self.save_every}"
+        require(self.keep_every % self.save_every == 0, "train.keep_every", self.keep_every, allowed)
+        steps, allowed = self.accumulation_steps, f"must divide train.batch_size={self.batch_size}"
+        require(self.batch_size % steps == 0, "train.accumulation_steps", steps, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """Initial parameters (moe.training.warm_start).
+
+    With a checkpoint, model fields that the config file or the command line does not set are the checkpoint's, and so
+    is the tokenizer if data.tokenizer is empty.
+    """
+
+    checkpoint: str = ""  # workdir of a run or an import; empty: random parameters
+    #: upcycling: normal noise on each copied expert, in standard deviations of its weights
+    expert_noise: float = setting(0.0, least=0, most=1e3)
+    virtual_groups: bool = False  # upcycling: one router column for the experts that together hold the dense FFN
+    #: upcycling: factor of the copied down matrices; the number of shards keeps the output
+    expert_scale: float = setting(1.0, least=0, most=1e3)
+    #: upcycling: share of each expert's hidden units drawn anew (drop-upcycling: 0.5)
+    drop_share: float = setting(0.0, least=0, most=1)
+    fresh: tuple[Part, ...] = ()  # parts initialised at random instead of taken from the checkpoint
+    optimizer: OptimizerState = "reset"  # optimizer state: new, or carried over from the checkpoint
+
+    def __post_init__(self) -> None:
+        check_fields(self, "start.")
+        check_path("start.checkpoint", self.checkpoint)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Distillation: a teacher's probabilities as targets besides the text (Switch 2021, section 4.2)."""
+
+    teacher: str = ""  # workdir of a run or an import; empty: none
+    #: share of the loss on the teacher's probabilities; the rest is on the text
+    soft_share: float = setting(0.25, least=0, most=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "distill.")
+        check_path("distill.teacher", self.teacher)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencesConfig:
+    """Training on preferred answers (data.objective preferences); distill.teacher is the reference model."""
+
+    beta: float = setting(0.1, above=0)  # weight of the log-probabilities against the reference's (DPO)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "preferences.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters over a fixed checkpoint, start.checkpoint (moe.models.adapters)."""
+
+    rank: int = setting(0, least=0)  # columns of A; 0: no adapters, all parameters are trained
+    alpha: float = setting(16.0, above=0)  # A B is multiplied by alpha / rank
+    parts: tuple[Part, ...] = ("attention", "dense", "experts", "shared", "latent")  # whose matrices have adapters
+    trained: tuple[Part, ...] = ()  # parts that are trained whole beside the adapters, such as router
+    common_a: bool = False  # all experts of a layer have one A, and a B each
+
+    def __post_init__(self) -> None:
+        check_fields(self, "lora.")
+        require(bool(self.parts) or not self.rank, "lora.parts", self.parts, "must name at least one part")
