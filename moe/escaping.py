@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 #: Controls but for newline and tab, marks that reverse the direction of text, and halves of characters.
@@ -30,6 +31,12 @@ def markdown_text(text: str) -> str:
 def markdown_cell(text: str) -> str:
     """Markdown that stays in its cell of a table."""
     return re.sub(r"(?<!\\)\|", r"\\|", " ".join(terminal(text).splitlines()))
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(markdown_cell(str(cell)) for cell in row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def markdown_page(text: str) -> str:

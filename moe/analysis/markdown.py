@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from moe.analysis.conclusion import conclude, few_values
-from moe.escaping import markdown_text
+from moe.escaping import markdown_table, markdown_text
 
 
 def markdown(summary: dict[str, Any], title: str) -> str:
@@ -28,7 +27,7 @@ def markdown(summary: dict[str, Any], title: str) -> str:
         [
             "## With depth",
             "",
-            *_depth_table(summary),
+            _depth_table(summary),
             "",
             "Repetition is the mean over domains, with the chance given the load; *explained* is the share of the "
             "first expert's entropy explained by a label, above its null. *matched*: domains and classes of "
@@ -38,9 +37,9 @@ def markdown(summary: dict[str, Any], title: str) -> str:
         *(_repetition_section(summary, name) for name in summary["repetition"]),
         _dependence_section(summary),
         _syntax_table(summary) if "syntax_load" in summary else _no_syntax(summary),
-        [f"## Load, % of a domain's choices (even: {100 / size:.1f})", "", *_load_table(summary)],
+        [f"## Load, % of a domain's choices (even: {100 / size:.1f})", "", _load_table(summary)],
         _saturation_table(summary) if "saturation" in summary else [],
-        ["## Tokens of highest lift per expert", "", *_token_table(summary)],
+        ["## Tokens of highest lift per expert", "", _token_table(summary)],
     ]
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
@@ -62,7 +61,7 @@ def _repetition_section(summary: dict[str, Any], name: str) -> list[str]:
         f"Chance if all sets of experts were equally likely: {100 * uniform:.1f}. In brackets: tokens shuffled within "
         "the domain, with p; then expert sets exchanged among occurrences of the same token, with p.",
         "",
-        *table(["layer", *map(markdown_text, by_domain)], rows),
+        markdown_table(["layer", *map(markdown_text, by_domain)], rows),
     ]
 
 
@@ -89,7 +88,7 @@ def _dependence_section(summary: dict[str, Any]) -> list[str]:
         f"starting point. Token identity: tokens with at least {summary['at_least']} occurrences. "
         f"{few_values(summary)}".rstrip(),
         "",
-        *table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
+        markdown_table(["label", "layer", "nmi", "null", "nmi − null", "explained", "p", "values", "tokens"], rows),
     ]
 
 
@@ -124,17 +123,8 @@ def _controls_table(summary: dict[str, Any]) -> list[str]:
         "The same measures for the trained model with untrained routers, and for routing by a hash of the token id. In "
         "brackets: expert sets exchanged among occurrences of the same token.",
         "",
-        *table(header, rows),
+        markdown_table(header, rows),
     ]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-
-    def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-    return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]
 
 
 def _repetition(r: dict[str, Any]) -> str:
@@ -144,7 +134,7 @@ def _repetition(r: dict[str, Any]) -> str:
     return f"{100 * r['observed']:.1f} ({null('shuffled', 'p_value')}) ({null('token', 'token_p_value')})"
 
 
-def _depth_table(summary: dict[str, Any]) -> list[str]:
+def _depth_table(summary: dict[str, Any]) -> str:
     repetition, dependence = summary["repetition"], summary["dependence"]
     header = ["layer", "router entropy", "MaxVio, all domains' mean"]
     header += [f"repeated, {name.replace('_', ' ')}, %" for name in repetition]
@@ -157,10 +147,10 @@ def _depth_table(summary: dict[str, Any]) -> list[str]:
             chance = np.mean([r[i]["load"] for r in by_domain.values()])
             row.append(f"{100 * observed:.1f} (chance {100 * chance:.1f})")
         rows.append(row + [f"{layers[i]['explained']:.3f}" for layers in dependence.values()])
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
-def _load_table(summary: dict[str, Any]) -> list[str]:
+def _load_table(summary: dict[str, Any]) -> str:
     shown = min(summary["num_experts"], 16)
     header = ["layer", "domain", "MaxVio", *range(shown)] + (["…"] if summary["num_experts"] > shown else [])
     rows = []
@@ -170,7 +160,7 @@ def _load_table(summary: dict[str, Any]) -> list[str]:
                 [layer, markdown_text(domain), f"{violation:.2f}", *(f"{100 * share:.1f}" for share in load[:shown])]
             )
             rows[-1] += ["…"] if summary["num_experts"] > shown else []
-    return table([str(cell) for cell in header], rows)
+    return markdown_table([str(cell) for cell in header], rows)
 
 
 def _no_syntax(summary: dict[str, Any]) -> list[str]:
@@ -192,7 +182,7 @@ def _syntax_table(summary: dict[str, Any]) -> list[str]:
         f"{summary['code_tokens']:,} tokens of {summary['code_documents']} documents, each tokenised whole; "
         f"{summary.get('documents_without_syntax', 0)} more do not tokenize as Python and were left out.",
         "",
-        *table(header, rows),
+        markdown_table(header, rows),
     ]
 
 
@@ -212,13 +202,13 @@ def _saturation_table(summary: dict[str, Any]) -> list[str]:
             f"Chance: {100 * found[f'chance_{name}']:.1f}. In brackets: excess over chance, from 0 (chance) to 100 "
             "(the same experts).",
             "",
-            *table(["step", *(f"layer {layer}" for layer in summary["layers"])], rows),
+            markdown_table(["step", *(f"layer {layer}" for layer in summary["layers"])], rows),
             "",
         ]
     return lines[:-1]
 
 
-def _token_table(summary: dict[str, Any]) -> list[str]:
+def _token_table(summary: dict[str, Any]) -> str:
     def shown(token: dict[str, Any]) -> str:
         # repr shows newlines. A | would end the cell, a backtick the code.
         text = repr(token["piece"])[1:-1].replace("|", "¦").replace("`", "´")
@@ -229,4 +219,4 @@ def _token_table(summary: dict[str, Any]) -> list[str]:
         for layer, of_layer in zip(summary["layers"], summary["top_tokens"], strict=True)
         for expert, found in enumerate(of_layer)
     ]
-    return table(["layer", "expert", "tokens: first choices / occurrences"], rows)
+    return markdown_table(["layer", "expert", "tokens: first choices / occurrences"], rows)

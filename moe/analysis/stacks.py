@@ -11,13 +11,13 @@ from etils import epath
 
 from moe.analysis.analyse import heldout_rows
 from moe.analysis.controls import untrain_routers
-from moe.analysis.markdown import table
 from moe.analysis.record import Recorder
 from moe.analysis.specialisation import AT_LEAST, token_dependence
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data.pipeline import Prepared
 from moe.data.sentinels import sentinel_ids
+from moe.escaping import markdown_table
 
 STACKS = ("encoder", "decoder")
 
@@ -89,7 +89,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"Share of the first expert's entropy that the token's identity explains, on {found['tokens']:,} tokens of "
             "each stack, sentinels left out, beside the same model with untrained routers.",
             "",
-            *table(["stack", "layer", "trained", "untrained"], rows),
+            markdown_table(["stack", "layer", "trained", "untrained"], rows),
             "",
             f"Over what an untrained router does, training added {100 * (encoder - encoder_chance):+.1f} points in the "
             f"encoder and {100 * (decoder - decoder_chance):+.1f} in the decoder: the encoder specialises {more} than "

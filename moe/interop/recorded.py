@@ -32,6 +32,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from moe.config import ConfigError, ModelConfig, sparse_layers
+from moe.escaping import markdown_table
 from moe.models.decoder import Transformer
 from moe.routing.routing import Choices, Routing
 from moe.training.losses import cross_entropy
@@ -153,12 +154,11 @@ class Mismatch:
 
     def as_markdown(self) -> str:
         """Two tables, in per cent."""
-        lines = ["| MoE layer | experts that differ, % | tokens with any, % |", "|---|---|---|"]
-        for layer, (decisions, tokens) in enumerate(zip(self.decisions, self.tokens, strict=True)):
-            lines.append(f"| {layer} | {100 * decisions:.2f} | {100 * tokens:.2f} |")
-        lines += ["", "| our margin up to | tokens with any, % |", "|---|---|"]
-        lines += [f"| {m:.4f} | {100 * share:.2f} |" for m, share in zip(self.margins, self.by_margin, strict=True)]
-        return "\n".join(lines) + "\n"
+        found = zip(100 * self.decisions, 100 * self.tokens, strict=True)
+        layers = [(layer, f"{decisions:.2f}", f"{tokens:.2f}") for layer, (decisions, tokens) in enumerate(found)]
+        margins = [(f"{m:.4f}", f"{100 * share:.2f}") for m, share in zip(self.margins, self.by_margin, strict=True)]
+        by_layer = markdown_table(("MoE layer", "experts that differ, %", "tokens with any, %"), layers)
+        return f"{by_layer}\n\n{markdown_table(('our margin up to', 'tokens with any, %'), margins)}\n"
 
 
 def mismatch(recorded: Choices, own: Routing) -> Mismatch:

@@ -9,13 +9,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from moe.atomic_files import write_atomic
-from moe.escaping import markdown_text
+from moe.escaping import markdown_table, markdown_text
 from moe.lab.claims.decide import CONTRADICTED, NOT_TESTED, SUPPORTED, TOO_SHORT, Finding, assess
 from moe.lab.claims.registration import Primary, Registered
 from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import rules
 from moe.lab.report.figures import colors, legend_beside, save
-from moe.lab.report.markdown import loss_cell, mean_sd, table
+from moe.lab.report.markdown import loss_cell, mean_sd
 from moe.lab.table import Table
 
 NAME = "switch_or_mixtral"
@@ -79,7 +79,7 @@ def _contrasts(findings: Sequence[Finding]) -> str:
             "; ".join(finding.lacks) or markdown_text(finding.note) or "–",
         ))  # fmt: skip
     header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "at most", "to know")
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _arms(found: Table) -> str:
@@ -100,7 +100,7 @@ def _arms(found: Table) -> str:
         "arm", "", "loss, without drops", "at its own capacity", "last tenth of training",
         *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",
     )  # fmt: skip
-    return table(header, rows) if rows else "No run is finished yet."
+    return markdown_table(header, rows) if rows else "No run is finished yet."
 
 
 def _picture(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.atomic_files import write_atomic
-from moe.escaping import markdown_page, markdown_text
+from moe.escaping import markdown_page, markdown_table, markdown_text
 from moe.lab import inference
 from moe.lab.claims.decide import (
     NOT_TESTED,
@@ -24,7 +24,6 @@ from moe.lab.claims.decide import (
     assess,
 )
 from moe.lab.claims.registration import Claim, Primary, Registered
-from moe.lab.report.markdown import table
 from moe.lab.table import Table
 
 _RULES = {
@@ -67,13 +66,13 @@ def claims_section(
         for f in findings
     ]
     parts = [_part(finding, outcome) for finding in findings for outcome in finding.outcomes]
-    blocks = [table(("", "claim", "verdict", "to know"), verdicts)]
+    blocks = [markdown_table(("", "claim", "verdict", "to know"), verdicts)]
     if parts:
         header = (
             "", "quantity", "rule", "ours [95 %]", "p", "p, Holm (primary)", "bound", "published", "replication",
             "smallest detectable", "source",
         )  # fmt: skip
-        blocks.append(table(header, parts))
+        blocks.append(markdown_table(header, parts))
     if several := _several(findings):
         blocks.append(f"Runs that serve several claims, whose findings are therefore not independent: {several}.")
     return "\n\n".join(blocks)

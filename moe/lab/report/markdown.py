@@ -1,20 +1,13 @@
-"""Cells and tables of a report."""
+"""Cells of a report's tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from moe.escaping import markdown_cell
 from moe.lab.table import Table
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(map(markdown_cell, header))} |", "|" + "---|" * len(header)]
-    return "\n".join(lines + [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows])
 
 
 def mean_sd(values: Sequence[float], digits: int = 4) -> str:

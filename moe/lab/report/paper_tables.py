@@ -12,12 +12,11 @@ import pydantic.dataclasses
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
-from moe.escaping import markdown_page, markdown_text
+from moe.escaping import markdown_page, markdown_table, markdown_text
 from moe.foreign_files import first_sentence
 from moe.lab import inference
 from moe.lab.expressions import parse, variants_of
 from moe.lab.inference import Effect
-from moe.lab.report.markdown import table
 from moe.lab.table import MissingError, Table
 
 TABLES_FILE = "paper_tables.toml"
@@ -107,7 +106,7 @@ def _rows(entry: PaperTable, suites: Mapping[str, Table]) -> str:
     for row in entry.rows:
         published = "–" if row.published is None else f"{row.published:+.3f}"
         lines.append((markdown_text(row.what), published, *_ours(row, suites.get(entry.suite))))
-    return table((markdown_text(entry.unit), "paper", "ours [95 %]", "comparison"), lines)
+    return markdown_table((markdown_text(entry.unit), "paper", "ours [95 %]", "comparison"), lines)
 
 
 def _ours(row: Row, found: Table | None) -> tuple[str, str]:

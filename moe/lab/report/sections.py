@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.escaping import markdown_text
+from moe.escaping import markdown_table, markdown_text
 from moe.lab import inference, law, schedule
 from moe.lab.costs import executed_flops
 from moe.lab.inference import Effect
 from moe.lab.records import OWN, PRIMARY
 from moe.lab.report import figures
 from moe.lab.report.figures import effect_of, loss_effect
-from moe.lab.report.markdown import loss_cell, mean_sd, table
+from moe.lab.report.markdown import loss_cell, mean_sd
 from moe.lab.suite import MAX_DROP_DIFFERENCE, Comparison
 from moe.lab.table import Table
 
@@ -50,7 +50,7 @@ def comparison_section(found: Table, comparison: Comparison, note: str) -> str:
             "training [95 %]", "own capacity [95 %]", "steps to its loss",
         )  # fmt: skip
         warning = _comparability(found, [base, *arms], steps)
-        blocks.append(f"**{steps:,} steps, {tokens:.3g} million tokens**{warning}\n\n{table(header, rows)}")
+        blocks.append(f"**{steps:,} steps, {tokens:.3g} million tokens**{warning}\n\n{markdown_table(header, rows)}")
     equal = f"Held equal within {comparison.tolerance:.0%}: {', '.join(comparison.equal) or 'nothing'}."
     return "\n\n".join([f"{equal} {note}".strip(), *blocks])
 
@@ -145,7 +145,7 @@ def law_section(found: Table) -> str:
     return (
         f"L = L∞ + exp({' + '.join(terms[name] for name in fitted.names)}), least squares on means over seeds: L∞ = "
         f"{fitted.floor:.4f}, {text} (standard errors at this L∞); residual standard deviation {fitted.sd:.4f}.\n\n"
-        + table(("experts E", "tokens D", "loss", "law", "loss − law"), rows)
+        + markdown_table(("experts E", "tokens D", "loss", "law", "loss − law"), rows)
     )
 
 
@@ -166,7 +166,7 @@ def sweep_section(directory: Path, found: Table) -> str:
         "sides. An arm whose sweep is not complete uses the best rate tried."
     )
     rates = [f"{rate:g}" for rate in sweep.learning_rates]
-    text = f"{note}\n\n{table(('arm', 'steps', 'rate used', '', *rates), rows)}"
+    text = f"{note}\n\n{markdown_table(('arm', 'steps', 'rate used', '', *rates), rows)}"
     return f"{text}\n\n![sweep]({picture})" if picture else text
 
 
@@ -201,7 +201,7 @@ def costs_section(found: Table) -> str:
     return (
         "Executed FLOPs leave out the experts' work on assignments dropped in training; both count the router. An arm "
         "that starts from another one or is taught by it has cost that one's training too. No wall-clock time is "
-        f"compared: the runs were not timed in turns on an idle machine.\n\n{table(header, rows)}"
+        f"compared: the runs were not timed in turns on an idle machine.\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -220,7 +220,7 @@ def domains_section(found: Table) -> str:
             curves = [found.curve(name, steps, s, "loss", domain) for s in found.seeds(steps, name)]
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
         rows.append((name, f"{steps:,}", *cells))
-    return table(("arm", "steps", *domains), rows)
+    return markdown_table(("arm", "steps", *domains), rows)
 
 
 def _domains(found: Table) -> list[str]:
@@ -235,7 +235,7 @@ def domain_effects_section(found: Table, comparison: Comparison) -> str:
             cells = [_interval(effect_of(found, arm, base, steps, "loss", domain)) for domain in domains]
             rows.append((arm, f"{steps:,}", str(len(found.seeds(steps, arm, base))), *cells))
     header = ("arm", "steps", "n", *(f"{domain}, less {base} [95 %]" for domain in domains))
-    return table(header, rows) if rows else ""
+    return markdown_table(header, rows) if rows else ""
 
 
 def routing_section(found: Table) -> str:
@@ -259,7 +259,7 @@ def routing_section(found: Table) -> str:
         rows.append((name, f"{steps:,}", str(len(seeds)), *cells, dropped))
     header = ("arm", "steps", "n", "MaxVio", "router entropy / ln E", "dead experts", "dropped in training")
     note = "Per MoE layer, means over seeds; of dropped assignments over the whole training too."
-    return f"{note}\n\n{table(header, rows)}" if rows else ""
+    return f"{note}\n\n{markdown_table(header, rows)}" if rows else ""
 
 
 def probes_section(found: Table) -> str:
@@ -273,4 +273,4 @@ def probes_section(found: Table) -> str:
             keys = [f"{quantity}@{layer}" if layer else quantity for layer in layers]
             cells = [mean_sd([r.probes[key] for r in records if key in r.probes]) for key in keys]
             rows.append((name, quantity, str(len(records)), " / ".join(cells)))
-    return table(("arm", "quantity", "n", "mean ± sd over seeds, per MoE layer"), rows) if rows else ""
+    return markdown_table(("arm", "quantity", "n", "mean ± sd over seeds, per MoE layer"), rows) if rows else ""
