@@ -19,6 +19,8 @@ COMMANDS = {
     "import": "import_hf",
     "export": "export_hf",
     "analyze": "analyze_routing",
+    "ablate": "ablate",
+    "conform": "conform",
 }
 
 
@@ -38,6 +40,6 @@ def main() -> None:
 
 
 #: Entry points of the installed commands.
-train, evaluate, generate, import_, export, analyze = (
+train, evaluate, generate, import_, export, analyze, ablate, conform = (
     functools.partial(start, program) for program in COMMANDS.values()
 )

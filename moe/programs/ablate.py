@@ -1,0 +1,122 @@
+"""python scripts/ablate.py --suite=configs/ablations/NAME.py --workdir=DIR: train what a suite is missing, then report.
+
+One record per finished run is written to DIR/records/, the report (report.md, records.parquet, results.csv, PNGs) to
+DIR/NAME/. Suites that share DIR share equal runs. --jobs=2 starts two processes, each pinned to a core; more machines
+that share DIR may run the same command at the same time. --report trains nothing and writes the report again.
+--claims --workdir=DIR writes the pages over all suites: claims.md, paper_tables.md and switch_or_mixtral.md.
+--output=DIR2 writes reports and pages there. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares them.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from moe import cli
+from moe.config import ConfigError
+from moe.fields import whole_number
+from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
+from moe.lab.loading import load_suite, with_seeds
+from moe.lab.records import read_all
+from moe.lab.report import answer, claims_page, page, paper_tables
+from moe.lab.running import jobs, runner
+from moe.lab.table import Table
+from moe.training import progress
+
+_SUITE = flags.DEFINE_string("suite", "", "File with get_suite(size), in configs/ablations/; or FILE.py:ARGUMENT.")
+_WORKDIR = cli.define_path("workdir", "Folder of the suite's runs, records and report.")
+_OUTPUT = flags.DEFINE_string("output", "", "Folder of the report and of the pages, if not the workdir.")
+_SIZE = flags.DEFINE_string("size", "laptop", "laptop (two CPU cores) or pod.")
+_SEEDS = flags.DEFINE_list("seeds", [], "Instead of the suite's.")
+_ARMS = flags.DEFINE_list("arms", [], "Train only these arms; the report covers all. Default: every arm.")
+_HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers of steps. Default: every horizon.")
+_JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
+_SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
+_REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
+_CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suites from the records.")
+
+
+def main() -> None:
+    """Train, measure and report as the flags say."""
+    workdir = Path(str(_WORKDIR.value))
+    output = Path(_OUTPUT.value) if _OUTPUT.value else workdir
+    if _CLAIMS.value:
+        _write_pages(workdir, output)
+        return
+    if not _SUITE.value:
+        raise ConfigError("--suite: must be given; suites are in configs/ablations/")
+    suite = load_suite(_SUITE.value, _SIZE.value)
+    if _SEEDS.value:
+        suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
+    suites = Path(_SUITE.value.partition(".py:")[0]).parent
+    registered = read_claims(suites / CLAIMS_FILE)
+    runner.check_start(suite, registered.claims)
+    only = runner.only(suite, _ARMS.value, _HORIZONS.value)
+    if not _REPORT.value:
+        for name, (given, value) in suite.replaced().items() if not jobs.is_worker() else ():
+            progress.say(f"{name}={value} as the suite sets it, instead of the base config's {given}")
+        if _JOBS.value:
+            jobs.start(_JOBS.value)
+        else:
+            worker = runner.Worker(suite, workdir, registered.claims, sweep=_SWEEP.value, only=only)
+            worker.run()
+            worker.measure()
+    if jobs.is_worker():
+        return
+    tables = _tables(suites, registered, workdir) | {suite.name: Table(suite, read_all(workdir))}
+    if not tables[suite.name].records:
+        raise ConfigError(f"--workdir={workdir}: no run of the suite is finished")
+    page.write(output / suite.name, tables, suite, registered, _command())
+    print(f"{output / suite.name / 'report.md'}")
+
+
+def _command() -> str:
+    """The command that the report names, without the name of the folder and what does not change the numbers."""
+    flags_given = {"size": _SIZE.value, "seeds": ",".join(_SEEDS.value), "sweep": _SWEEP.value}
+    defaults = {"size": "laptop", "seeds": "", "sweep": True}
+    others = [
+        f" --{name}={value}" if name != "sweep" else " --nosweep"
+        for name, value in flags_given.items()
+        if value != defaults[name]
+    ]
+    return f"python scripts/ablate.py --suite={_SUITE.value} --workdir=DIR{''.join(others)}"
+
+
+def _tables(suites: Path, registered: Registered, workdir: Path) -> dict[str, Table]:
+    """The suites that claims are about, with their records: Holm's method needs the whole primary family."""
+    records = read_all(workdir)
+    names = sorted({claim.suite for claim in registered.claims})
+    return {name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), records) for name in names}
+
+
+def _write_pages(workdir: Path, output: Path) -> None:
+    """Write the pages over all suites."""
+    suites = Path(_SUITE.value or "configs/ablations")
+    registered = read_claims(suites / CLAIMS_FILE)
+    tables = _tables(suites, registered, workdir)
+    output.mkdir(parents=True, exist_ok=True)
+    claims_page.write_page(output, registered, tables)
+    papers = paper_tables.read_tables(suites / paper_tables.TABLES_FILE)
+    paper_tables.write_page(output / "paper_tables.md", papers, tables)
+    if registered.primary:
+        (name,) = {claim.suite for claim in registered.claims if claim.family}
+        answer.write_page(output, tables[name], registered)
+    print(f"{output / 'claims.md'}: from {', '.join(name for name in tables if tables[name].records) or 'no suite'}")
+
+
+def _seed(text: str) -> int:
+    seed = whole_number(text)
+    if seed is None:
+        raise ConfigError(f"--seeds={text}: must be whole numbers, as in 0,1,2")
+    return seed
+
+
+def run() -> None:
+    """The program."""
+    cli.run(
+        main,
+        required=("workdir",),
+        examples=(
+            "python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity",
+            "python scripts/ablate.py --suite=configs/ablations/capacity_factor.py --workdir=/tmp/capacity --report",
+        ),
+    )

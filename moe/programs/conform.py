@@ -1,0 +1,89 @@
+"""Which token, weight, drop, loss or gradient of an MoE layer is off, and by what: python scripts/conform.py --npz=FILE
+
+--layer=package.module:function runs a JAX layer on random weights and inputs, alone and on meshes; --npz reads what any
+library recorded. The oracle computes the rule that the flags state, in float64; where results differ, it searches known
+deviations and factors for the one that gives the same numbers.
+"""
+
+import sys
+from typing import cast
+
+from absl import flags
+
+from moe import cli
+from moe.config import ConfigError
+from moe.config.references import import_object
+from moe.fields import whole_number
+
+_NPZ = cli.define_path("npz", "File of weights, inputs and results (docs/conform.md).")
+_LAYER = flags.DEFINE_string("layer", None, "JAX layer as package.module:function.")
+_K = flags.DEFINE_integer("k", 2, "Experts per token.", lower_bound=1)
+_SCORE = flags.DEFINE_enum("score", "softmax", ["softmax", "sigmoid", "sqrt_softplus"], "Scores of the router logits.")
+_RENORMALISE = flags.DEFINE_bool("renormalise", False, "Divide the chosen scores by their sum (Mixtral, DeepSeek-V3).")
+_SCALE = flags.DEFINE_float("scale", 1.0, "Factor of the weights.")
+_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of experts.", lower_bound=1)
+_KEPT = flags.DEFINE_integer("kept_groups", 1, "Groups that a token may choose from.", lower_bound=1)
+_SCORES = flags.DEFINE_integer("scores_per_group", 1, "Scores whose sum ranks a group.", lower_bound=1)
+_CAPACITY = flags.DEFINE_float("capacity_factor", 0.0, "C = ceil(factor * K * S / E); 0: no capacity.", lower_bound=0.0)
+_ACTIVATION = flags.DEFINE_enum("activation", "swiglu", ["swiglu", "geglu", "relu", "gelu"], "Of the experts.")
+_BALANCE = flags.DEFINE_float("balance_weight", 0.0, "Weight of balance_loss in the loss that was differentiated.")
+_Z = flags.DEFINE_float("z_weight", 0.0, "Weight of z_loss in the loss that was differentiated.")
+_EXPERTS = flags.DEFINE_integer("num_experts", 8, "E of the random layer.", lower_bound=1)
+_DEVICES = flags.DEFINE_list("devices", ["2", "4", "8"], "Numbers of devices by which a value may be off.")
+_MESH = flags.DEFINE_multi_string("mesh", [], "Mesh to run --layer on too, as data=2,expert=4; may be repeated.")
+_TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Relative error within which values are equal.", lower_bound=0.0)
+
+
+def main() -> None:
+    """Parse flags, compare and print; exit with 1 where the layer does not conform."""
+    from moe.conformance import evidence
+    from moe.conformance.diagnosis import diagnose, page
+    from moe.conformance.equations import Activation, Rule, Score
+
+    rule = Rule(
+        k=_K.value,
+        score=cast(Score, _SCORE.value),
+        renormalise=bool(_RENORMALISE.value),
+        scale=_SCALE.value,
+        groups=_GROUPS.value,
+        kept_groups=_KEPT.value,
+        scores_per_group=_SCORES.value,
+        capacity_factor=_CAPACITY.value,
+        activation=cast(Activation, _ACTIVATION.value),
+        balance_weight=_BALANCE.value,
+        z_weight=_Z.value,
+    )
+    if not all(map(whole_number, _DEVICES.value)):
+        raise ConfigError(f"--devices={','.join(_DEVICES.value)}: positive whole numbers, such as 2,4,8")
+    devices = tuple(int(count) for count in _DEVICES.value)
+    if (_NPZ.value is None) == (_LAYER.value is None):
+        raise ConfigError("give one of --npz=FILE and --layer=package.module:function")
+    conforms = True
+    if _NPZ.value is not None:
+        runs = [("", *evidence.read(str(_NPZ.value)))]
+    else:
+        function = import_object("layer", str(_LAYER.value))
+        layer = evidence.random_layer(rule, num_experts=_EXPERTS.value)
+        runs = [("", layer, evidence.run(function, rule, layer))]
+        for sizes in _MESH.value:
+            runs.append((f"\nmesh {sizes}", layer, evidence.run(function, rule, layer, evidence.parse_mesh(sizes))))
+    for name, layer, results in runs:
+        diagnosis = diagnose(rule, layer, results, devices=devices, tolerance=_TOLERANCE.value)
+        if name:
+            print(name)
+        print(page(rule, diagnosis))
+        conforms &= diagnosis.conforms
+    if not conforms:
+        sys.exit(1)
+
+
+def run() -> None:
+    """The program."""
+    cli.run(
+        main,
+        required=(),
+        examples=(
+            "python scripts/conform.py --npz=layer.npz --k=2 --renormalise",
+            "python scripts/conform.py --layer=my_layers:moe --k=1 --capacity_factor=1.25 --balance_weight=10",
+        ),
+    )
