@@ -21,6 +21,7 @@ COMMANDS = {
     "analyze": "analyze_routing",
     "ablate": "ablate",
     "conform": "conform",
+    "diff": "diff",
 }
 
 
@@ -40,6 +41,6 @@ def main() -> None:
 
 
 #: Entry points of the installed commands.
-train, evaluate, generate, import_, export, analyze, ablate, conform = (
+train, evaluate, generate, import_, export, analyze, ablate, conform, diff = (
     functools.partial(start, program) for program in COMMANDS.values()
 )

@@ -242,6 +242,7 @@ SHORT_RUNS = {
     "scripts/bench_moe.py": ("--shapes=A --tokens=64 --d_model=32 --modes=gather --repeats=1", "gather"),
     "scripts/mfu.py": (f"{TINY} --steps=3", "MFU"),
     "scripts/conform.py": ("--layer=nowhere:layer", "no module 'nowhere'"),
+    "scripts/diff.py": ("--workdir=nowhere", "nowhere/config.json"),
     "scripts/conformance.py": ("--help", "--layers"),
     "scripts/count_params.py": ("", "mixtral_8x7b"),
     "scripts/kill_runs.py": ("--kills=1 --per_life=1", "1 of 1 kills survived"),
