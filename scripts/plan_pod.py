@@ -151,9 +151,8 @@ def _programs() -> Path | None:
 
 def _remake() -> None:
     """Make the kept plans again; a program that --programs has is not compiled."""
-    from moe.config.resolve import from_config_dict
-
     from moe.config import load_python_file
+    from moe.config.parse import from_config_dict
     from moe.planner import plan, recorded, topology
 
     for kept in recorded.read(_KEPT):
