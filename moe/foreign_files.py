@@ -50,6 +50,19 @@ def read_object(path: str | os.PathLike[str]) -> Json:
     return read_json(path, _OBJECT)
 
 
+def loads(content: bytes | str) -> Any:
+    """The value of JSON. Raises ValueError, for two values of one name too, or RecursionError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> Json:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"two values of {next(name for name in names if names.count(name) > 1)!r}")
+        return found
+
+    return json.loads(content, object_pairs_hook=once)
+
+
 def parse[T](content: bytes | str, schema: pydantic.TypeAdapter[T], where: str) -> T:
     """JSON of a schema.
 
@@ -62,7 +75,7 @@ def parse[T](content: bytes | str, schema: pydantic.TypeAdapter[T], where: str) 
         ConfigError: it is no JSON, or not of the schema.
     """
     try:
-        tree = json.loads(content)
+        tree = loads(content)
     except (ValueError, RecursionError) as error:  # malformed, not UTF-8, numbers without end, nested too deeply
         raise ConfigError(f"{where}: not JSON ({first_sentence(error)})") from error
     return check(tree, schema, where)

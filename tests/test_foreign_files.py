@@ -127,6 +127,26 @@ def test_a_file_that_is_no_plan_is_one_sentence(tmp_path, content):
     assert len(str(caught.value)) < 300
 
 
+def test_a_field_that_is_given_twice_is_refused(tmp_path):
+    config = json.dumps(to_dict(Config()))
+    (tmp_path / "config.json").write_text(config[:-1] + ', "model": {}}')
+    with pytest.raises(ConfigError, match=r"config\.json: two values of 'model'"):
+        workdir.read_config(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW)[:-1] + ', "loss": 2.0}\n' + json.dumps(ROW) + "\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1: .*two values of 'loss'"):
+        read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_a_field_that_no_model_has_is_not_inherited(tmp_path):
+    config = to_dict(Config())
+    config["model"]["moe"]["gate"] = {"name": "mixtral", "k": 2, "kk": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    started = to_config_dict(Config())
+    started.start.checkpoint = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate\.kk: there is no such field"):
+        inherit_model(started)
+
+
 PLAN = json.loads((Path(__file__).parents[1] / "configs" / "plans.json").read_text())[0]
 POINT = {"series": "s", "topology": "v3:8x8", "devices": 128, "experts": 128}
 

@@ -20,7 +20,7 @@ from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.config.parse import from_workdir_dict
 from moe.dispatch.buffers import layer_capacity
 from moe.fields import facts_of
-from moe.foreign_files import Fields, Step, parse
+from moe.foreign_files import Fields, Step, loads, parse
 from moe.metrics_files import METRICS, read_rows
 
 LOCK = ".lock"
@@ -117,7 +117,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     path = epath.Path(workdir) / CONFIG
     content = read_small_file(path)
     try:
-        return from_workdir_dict(json.loads(content.decode()))
+        return from_workdir_dict(loads(content.decode()))
     except (ValueError, RecursionError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: {error}") from error
 

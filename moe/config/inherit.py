@@ -75,9 +75,11 @@ def _inherit_moe(section: typing.Any, theirs: dict[str, typing.Any], assigned: s
 
 def _fill(section: typing.Any, theirs: dict[str, typing.Any], assigned: set[str], path: str) -> None:
     for name, value in theirs.items():
-        if name in section and isinstance(section[name], ml_collections.ConfigDict) and isinstance(value, dict):
+        if name not in section:
+            raise ValueError(f"{path}{name}: there is no such field")
+        if isinstance(section[name], ml_collections.ConfigDict) and isinstance(value, dict):
             _fill(section[name], value, assigned, f"{path}{name}.")
-        elif name in section and path + name not in assigned:
+        elif path + name not in assigned:
             try:
                 section[name] = tuple(value) if isinstance(value, list) else value
             except TypeError as error:

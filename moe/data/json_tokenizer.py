@@ -26,6 +26,8 @@ _MAX_VOCAB = 1 << 24
 _SPACE = "\u2581"
 #: Most characters that normalizer, pre-tokenizer and decoder may make of one.
 _MAX_GROWTH = 1024
+#: Tokens whose text must make ids again.
+_PROBED = 256
 #: Bounds of what single steps make of a character: of NFKC (Unicode's own), a table of T5's kind, bytes as characters.
 _GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Nmt": 1, "Precompiled": 18, "ByteLevel": 2}
 
@@ -59,7 +61,9 @@ class JsonTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
             named = json.loads(settings) if settings else {}
-        except Exception as error:  # the library raises plain Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exceptions, and its panics derive from BaseException
             raise ConfigError(f"{source}: not a {JSON_FILE} with a valid {JSON_CONFIG_FILE}: {error}") from error
         if not isinstance(named, dict):
             raise ConfigError(f"{source}: {JSON_CONFIG_FILE} must be an object")
@@ -74,6 +78,23 @@ class JsonTokenizer(Tokenizer):
         if self._eos < 0:
             raise ConfigError(f"{source}: {JSON_FILE} has no end-of-text token; put eos_token in {JSON_CONFIG_FILE}")
         self._read_text_as_text()
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        """Refuse what makes ids ambiguous, random or empty. Raises ConfigError."""
+        where, parts = f"{self.source}: {JSON_FILE}", json.loads(self.model_bytes)
+        if parts["model"].get("dropout"):
+            raise ConfigError(f"{where} drops merges at random (model.dropout={parts['model']['dropout']}); remove it")
+        ids = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        if len(set(ids)) < self._tokenizer.get_vocab_size(with_added_tokens=False):
+            raise ConfigError(f"{where} has a token twice, or two of one id")
+        for token in parts.get("added_tokens", []):
+            if (found := self._tokenizer.token_to_id(token["content"])) != token["id"]:
+                name = token["content"][:40]
+                raise ConfigError(f"{where} has the added token {name!r} under {token['id']}, and it is {found}")
+        texts = [self.decode([number]) for number in sorted(set(ids) - self.special_ids)[:_PROBED]]
+        if sum(not self.encode(text).size for text in texts) > len(texts) / 2:
+            raise ConfigError(f"{where} makes no ids of most text")
 
     def _read_text_as_text(self) -> None:
         """Make encoding of a document depend on its text alone, and special tokens unreachable from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -73,6 +74,35 @@ def test_a_document_is_neither_cut_nor_padded(make):
     tokenizer = JsonTokenizer(json.dumps(source).encode())
     np.testing.assert_array_equal(tokenizer.encode(text), whole)
     assert tokenizer.decode(whole) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("model", "dropout"), 0.5, r"drops merges at random \(model\.dropout=0\.5\)"),
+        (("model", "vocab", "!"), 70, "has a token twice, or two of one id"),
+        (("added_tokens", 0, "id"), 5, r"has the added token '<\|endoftext\|>' under 5, and it is 0"),
+        (("model", "continuing_subword_prefix"), "##", "not a tokenizer.json"),  # the library panics
+        (
+            ("normalizer",),
+            {"type": "Replace", "pattern": {"Regex": "."}, "content": ""},
+            "makes no ids of most text",
+        ),
+        (
+            ("post_processor",),
+            {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+            "makes no ids of most text",
+        ),
+    ],
+)
+def test_ids_are_one_to_one_and_always_the_same(path, value, says):
+    source = json.loads(byte_level())
+    if value == 70:
+        assert 70 in source["model"]["vocab"].values()
+    *before, last = path
+    functools.reduce(lambda node, key: node[key], before, source)[last] = value
+    with pytest.raises(ConfigError, match=rf"^data\.tokenizer: .*{says}"):
+        JsonTokenizer(json.dumps(source).encode())
 
 
 def unigram() -> bytes:
