@@ -9,6 +9,9 @@ _FLAGS = (
     # Tests compile much and run little: LLVM's optimisations would take half of their time. XLA's own passes, the
     # partitioner among them, are not touched by it.
     "--xla_backend_optimization_level=0",
+    # A device waits 40 s for the others and then aborts the process; eight on two busy cores may need longer.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=60",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
 )
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
