@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 from gcp_storage_emulator import server
@@ -42,12 +42,27 @@ objects_download, objects_insert = objects.download, objects.insert
 
 
 @contextlib.contextmanager
-def object_store() -> Iterator[dict[str, str]]:
-    """Run the store in a thread; gives the environment in which a program's gs:// is this store."""
+def object_store(refuses: Callable[[str], bool] = lambda name: False) -> Iterator[dict[str, str]]:
+    """Run the store in a thread; gives the environment in which a program's gs:// is this store.
+
+    Args:
+        refuses: whether an object's bytes are, at this moment, neither read nor written, but answered with 503.
+    """
+
+    def with_refusals(handler):
+        def handle(request, response, storage, *args, **kwargs):
+            names = [*request.query.get("name", ()), request.params.get("object_id")]
+            if any(name and refuses(name) for name in names):
+                response.status = HTTPStatus.SERVICE_UNAVAILABLE
+                return
+            handler(request, response, storage, *args, **kwargs)
+
+        return handle
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    new = {objects_download: _download, objects_insert: _insert}
-    objects.download = _download  # objects.get calls it by name
+    new = {objects_download: with_refusals(_download), objects_insert: with_refusals(_insert)}
+    objects.download = new[objects_download]  # objects.get calls it by name
     handlers = [
         (path, {method: new.get(handler, handler) for method, handler in methods.items()})
         for path, methods in server.HANDLERS

@@ -24,6 +24,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
+from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import (
     DamagedError,
     checksums,
@@ -37,6 +38,7 @@ from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
 from moe.metrics_files import METRICS, read_rows
 from moe.models.state import TrainState
 from moe.signals import START_AGAIN, Stopped
+from moe.waiting import said_aloud
 
 #: Object that Orbax writes last into a checkpoint in a bucket.
 COMMIT = "commit_success.txt"
@@ -73,8 +75,7 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,  # left by a killed run
                 ),
                 item_handlers={  # pyright: ignore[reportArgumentType]
-                    # zstd saves a tenth of the size for four times the CPU time.
-                    "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                    "state": array_handler(),
                     "data": StreamsHandler(),
                     "memory": ocp.JsonCheckpointHandler(),
                 },
@@ -116,7 +117,8 @@ class Checkpoints:
         self._best.losses[step] = heldout_loss
         state = state.stored
         content = {"loop": memory, "checksums": checksums(state)}
-        with _as_config_error(self._workdir, self._manager):
+        where = f"{self._workdir}: the checkpoint of step {step}, or the one before, to be written"
+        with said_aloud(where), _as_config_error(self._workdir, self._manager):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -134,7 +136,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until started writes are on disk. Raises ConfigError if one failed."""
-        with _as_config_error(self._workdir, self._manager):
+        where = f"{self._workdir}: a checkpoint to be written"
+        with said_aloud(where), _as_config_error(self._workdir, self._manager):
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
@@ -245,7 +248,8 @@ class Checkpoints:
             OSError: an I/O error, which says nothing about the content.
         """
         items = {} if iterator is None else {"data": StreamsRestore(iterator)}
-        with quiet_orbax(), unreadable_as_damaged():
+        where = f"{self._workdir}: the checkpoint of step {step} to be read"
+        with said_aloud(where), quiet_orbax(), unreadable_as_damaged():
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(state=_restore(state), memory=ocp.args.JsonRestore(), **items),
@@ -258,7 +262,8 @@ class Checkpoints:
 
     def restore_state(self, step: int, state: TrainState) -> TrainState:
         """The state alone, without verifying checksums."""
-        return self._manager.restore(step, args=ocp.args.Composite(state=_restore(state)))["state"]
+        with said_aloud(f"{self._workdir}: the checkpoint of step {step} to be read"):
+            return self._manager.restore(step, args=ocp.args.Composite(state=_restore(state)))["state"]
 
     def close(self) -> None:
         """Wait until started writes are on disk, then close. Raises ConfigError if one failed."""

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from moe.atomic_files import from_checked_json
 from moe.checkpoints.adapted import base_step
+from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
 from moe.checkpoints.workdir import CONFIG, read_config
@@ -26,6 +27,7 @@ from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
 from moe.models.state import join
 from moe.parallel.parameters import parameter_shardings
+from moe.waiting import said_aloud
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,14 +219,15 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
         manager = ocp.CheckpointManager(
             orbax_folder(workdir),
             options=ocp.CheckpointManagerOptions(read_only=True),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+            item_handlers={"state": array_handler()},
         )
         step = options.get("step")
         step = manager.latest_step() if step is None else step
         try:
             if step is None or step not in manager.all_steps():
                 raise ConfigError(f"{workdir}: holds no checkpoint{'' if step is None else f' of step {step}'}")
-            with unreadable_as_damaged():
+            where = f"{workdir}: the checkpoint of step {step} to be read"
+            with said_aloud(where), unreadable_as_damaged():
                 return _read_checked(manager, workdir, branch, variables, options | {"step": step})
         except DamagedError as error:
             raise ConfigError(f"{workdir}: the checkpoint of step {step} is damaged: {error}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from etils import epath
 
 from moe.fields import ConfigError, require
+from moe.waiting import first_answer
 
 _LARGEST = 1 << 28  # bytes
 
@@ -49,7 +50,7 @@ def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int =
 
 
 def _read(file: epath.Path, name: str, largest: int) -> bytes:
-    if not file.exists():
+    if not (first_answer(name, file.exists) if "://" in os.fspath(file) else file.exists()):
         raise ConfigError(f"{name}: no such file")
     # epath takes whatever is no folder for a file; reading a FIFO waits for ever, /dev/zero fills the memory.
     if not (file.is_file() if "://" in os.fspath(file) else os.path.isfile(file)):

@@ -29,6 +29,7 @@ from moe.data import columns
 from moe.data.documents import HELDOUT_FRACTION, file_documents, parse_document
 from moe.data.folder_files import HELDOUT, SUFFIXES, UNSPLIT, Source, find_sources
 from moe.foreign_files import Fields, first_sentence
+from moe.waiting import first_answer
 
 INDEX_VERSION = 4  # part of the index's path: raise it when the format of the index changes
 MAX_DOMAINS = 4_096  # each domain is evaluated by itself
@@ -127,7 +128,7 @@ def _find_root(name: str) -> epath.Path:
     try:
         root = epath.Path(name).expanduser()
         root = root if "://" in name else epath.Path(os.path.abspath(root))
-        exists = root.is_dir()
+        exists = first_answer(name, root.is_dir) if "://" in name else root.is_dir()
     except Exception as error:  # a bucket's library may be missing, or raise other types
         raise ConfigError(f"data.dataset={name!r}: cannot be reached ({error})") from error
     if not exists:

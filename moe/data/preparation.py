@@ -23,6 +23,7 @@ from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.sentinels import SENTINELS, check_sentinels
 from moe.data.tokenizer import TRAINER_VERSION, Tokenizer, train_tokenizer
 from moe.data.tokenizer_files import named_tokenizer
+from moe.waiting import first_answer
 
 TOKENIZER_CHARACTERS = 10_000_000  # text that a tokenizer is trained on, an equal share from each domain
 
@@ -108,7 +109,7 @@ def _reach(name: str) -> epath.Path:
     try:
         directory = epath.Path(name).expanduser()
         if "://" in name:
-            directory.exists()
+            first_answer(name, directory.exists)
     except Exception as error:  # a bucket's library may be missing, or raise other types
         raise ConfigError(f"data.directory={name!r}: cannot be reached ({error})") from error
     return directory

@@ -51,6 +51,7 @@ from moe.training.optimizer import averaged_weights
 from moe.training.recovery import Health, Recovery, next_batch
 from moe.training.report import finish, prompts
 from moe.training.step import Program, build, place
+from moe.waiting import first_answer
 
 
 def train(
@@ -174,7 +175,7 @@ def _folder(workdir: str) -> epath.Path:
         raise ConfigError(f"--workdir={workdir}: must be a folder of a file system, or gs://BUCKET/NAME")
     else:
         try:
-            directory.exists()
+            first_answer(workdir, directory.exists)
         except Exception as error:  # gcsfs passes on errors of several libraries
             raise ConfigError(
                 f"--workdir={workdir}: cannot be reached ({first_line(error)}); it needs credentials and "

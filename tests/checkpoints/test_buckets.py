@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fsspec
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from etils.epath import backend
 
-from moe import metrics_files
-from moe.checkpoints import manager
+from moe import metrics_files, waiting
+from moe.checkpoints import arrays, manager
 from moe.checkpoints.workdir import disk_errors
-from moe.config import Config, ConfigError, to_dict
+from moe.config import Config, ConfigError, read_small_file, to_dict
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, MetricsWriter, read_rows
 from moe.training.loop import train
@@ -117,6 +121,64 @@ def test_a_bucket_that_cannot_be_reached_is_refused(directory, monkeypatch):
     backend.fsspec_backend._get_filesystem.cache_clear()
     with pytest.raises(ConfigError, match=r"--workdir=gs://bucket/run: cannot be reached .*pip install gcsfs"):
         train(tiny(directory), "gs://bucket/run", ONE, quiet=True)
+
+
+def test_a_bucket_that_does_not_answer_is_waited_for_aloud_and_not_for_ever(directory, monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "EVERY", 0.1)
+    monkeypatch.setattr(waiting, "LIMIT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and says nothing
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        _forget_connections()
+        with pytest.raises(ConfigError, match=r"gs://bucket/run: cannot be reached .*no answer within 1 s"):
+            train(tiny(directory), "gs://bucket/run", ONE, quiet=True)
+        with pytest.raises(ConfigError, match=r"gs://bucket/a: cannot be reached .*no answer within 1 s"):
+            read_small_file("gs://bucket/a")
+    _forget_connections()
+    assert "waiting for gs://bucket/run, 0 s\n" in capsys.readouterr().err
+
+
+def test_first_answers_are_what_the_call_returns_or_raises():
+    assert waiting.first_answer("it", lambda: 3) == 3
+    with pytest.raises(KeyError):
+        waiting.first_answer("it", lambda: {}["a"])
+
+
+def test_arrays_of_a_checkpoint_are_not_tried_for_ever(monkeypatch):
+    """While the store answers 503 for arrays, a save and a restore end; TensorStore itself would try for 15 minutes."""
+    monkeypatch.setattr(arrays, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "20ms"})
+    refused: list[str] = []
+    tree = {"a": jnp.arange(4.0)}
+    args = ocp.checkpoint_utils.construct_restore_args(tree)
+
+    def manager(name):
+        return ocp.CheckpointManager(
+            epath.Path(f"gs://{BUCKET}/{name}"), item_handlers={"state": arrays.array_handler()}
+        )
+
+    def restored(saved):
+        found = saved.restore(1, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(tree, restore_args=args)))
+        return np.asarray(found["state"]["a"])
+
+    def refuses(name):
+        return any(part in name for part in refused)
+
+    with object_store(refuses) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        _forget_connections()
+        saved = manager("whole")
+        saved.save(1, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)))
+        saved.wait_until_finished()
+        np.testing.assert_array_equal(restored(saved), tree["a"])
+        refused.append("state/ocdbt.process_0/")
+        with pytest.raises(ValueError, match="All 2 retry attempts failed"):  # noqa: PT012
+            broken = manager("broken")
+            broken.save(1, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)))
+            broken.wait_until_finished()
+        refused.append("state/d/")
+        with pytest.raises(ValueError, match="All 2 retry attempts failed"):
+            restored(manager("whole"))
+    _forget_connections()
 
 
 def test_a_dataset_that_the_bucket_does_not_hold_is_refused(directory, store):
