@@ -20,10 +20,12 @@ SCHEMES = ("gs", "s3", "az", "hf")
 
 
 def check_path(field: str, path: str) -> None:
-    """Raise a ConfigError for a path with a scheme that etils.epath does not read, or without a bucket."""
-    scheme, found, rest = path.partition("://")
+    """Raise a ConfigError for a URL whose scheme etils.epath does not read, or that lacks a bucket or a slash."""
+    scheme, found, rest = path.partition(":/")
+    remote = found and (scheme in SCHEMES or rest.startswith("/"))
+    good = scheme in SCHEMES and rest.startswith("/") and rest.strip("/")
     allowed = f"must be a path, or one of {', '.join(SCHEMES)} before :// and a bucket"
-    require(not found or (scheme in SCHEMES and rest.strip("/") != ""), field, path, allowed)
+    require(not remote or bool(good), field, path, allowed)
 
 
 def read_small_file(path: str | os.PathLike[str], name: str = "", largest: int = _LARGEST) -> bytes:

@@ -71,6 +71,24 @@ def is_folder(name: str) -> bool:
     return name.startswith(("/", "~", ".")) or "://" in name
 
 
+def refuse_inside(dataset: str, workdir: str) -> None:
+    """Refuse a workdir inside a folder of text, whose files would be text when the run is resumed.
+
+    Args:
+      dataset: value of data.dataset.
+      workdir: value of --workdir.
+
+    Raises:
+      ConfigError: it is inside one of the folders.
+    """
+    place = Path(os.path.realpath(os.path.expanduser(workdir)))
+    for name in filter(is_folder, dataset.split(",")):
+        if "://" not in name + workdir and place.is_relative_to(os.path.realpath(os.path.expanduser(name))):
+            raise ConfigError(
+                f"--workdir={workdir}: is inside data.dataset={name!r}, whose files are text; use another"
+            )
+
+
 def open_folder(
     name: str, directory: epath.Path, progress: Callable[[str], None], suffixes: Sequence[str] = ()
 ) -> tuple[dict[str, tuple[FolderDocuments, FolderDocuments]], str]:

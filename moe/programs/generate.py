@@ -114,6 +114,8 @@ def main() -> None:
         axes[axis] = int(size)
     mesh = make_mesh(MeshConfig(**axes))
     validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
+    if wrong := [number for number in _STOP.value or [] if not 0 <= number < config.model.vocab_size]:
+        raise ConfigError(f"--stop={wrong[0]}: must be an id from 0 to {config.model.vocab_size - 1}")
     options = sampling.Sampling(
         temperature=_TEMPERATURE.value or 0.0,
         top_k=_TOP_K.value or 0,

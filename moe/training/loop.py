@@ -36,7 +36,7 @@ from moe.checkpoints.workdir import (
     write_run_files,
 )
 from moe.config import Config, ConfigError, read_small_file, sparse_layers, validate_mesh
-from moe.data import pipeline
+from moe.data import folders, pipeline
 from moe.dispatch import modes
 from moe.metric_writers import find_writers
 from moe.metrics_files import METRICS, TIMING, MetricsWriter
@@ -82,6 +82,7 @@ def train(
     shows = jax.process_index() == 0 and not quiet
     say, stage = (progress.say, progress.stage) if shows else (lambda _: None, lambda _: None)
     directory = _folder(workdir)
+    folders.refuse_inside(config.data.dataset, workdir)
     mesh = make_mesh(config.mesh, devices)
     validate_mesh(config, mesh.shape)
     find_writers(config.train.writers)

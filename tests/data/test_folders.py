@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError
-from moe.data import documents, pipeline
+from moe.data import documents, folders, pipeline
 from moe.data.folder_files import find_sources
 from moe.training import report
 from tests.text_fixtures import VOCAB, assert_equal, data, directory, folder  # noqa: F401
@@ -404,3 +405,14 @@ def test_an_edit_of_the_same_size_within_a_second_is_seen(tmp_path, data):
     (folder / "7.txt").write_text((folder / "7.txt").read_text().replace("document", "DOCUMENT"))
     os.utime(folder / "7.txt", ns=(about.st_atime_ns, about.st_mtime_ns + 1000))  # a microsecond later
     assert pipeline.prepare(config, VOCAB, progress=lambda _: None).versions != before
+
+
+@pytest.mark.parametrize("workdir", ["text", "text/run", "other/../text/run", "link/run"])
+def test_a_workdir_inside_text_is_refused(tmp_path, workdir):
+    (tmp_path / "link").symlink_to("text")
+    dataset = f"embedded,{tmp_path / 'text'}"
+    with pytest.raises(ConfigError, match=r"^--workdir=.*: is inside data\.dataset='/.*/text'"):
+        folders.refuse_inside(dataset, str(tmp_path / workdir))
+    for allowed in (tmp_path, tmp_path / "text2"):
+        folders.refuse_inside(dataset, str(allowed))
+    folders.refuse_inside(os.fspath(Path.cwd()), "gs://bucket/text")
