@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe.config import ConfigError, ModelConfig, MoEConfig
+from moe.config import Config, ConfigError, ModelConfig, MoEConfig
 from moe.config.model_section import Activation
 from moe.config.parse import build
 from moe.dispatch.buffers import make_plan
@@ -74,7 +74,8 @@ def single_layer(
         "shared_d_ff": 0 if shared_up is None else np.shape(shared_up)[1],
     }
     moe = build(MoEConfig, {"gate": gate, **sizes, **fields}, "model.moe.")
-    config = ModelConfig(d_model=d_model, activation=activation, moe=moe)
+    # As a layer of a run, which is causal.
+    config = Config(model=ModelConfig(d_model=d_model, activation=activation, moe=moe)).model
     layer = nnx.eval_shape(lambda: create_layer(config, rngs=nnx.Rngs(0)))  # nothing is drawn
     given = {
         "router": (layer.router, "kernel", router),

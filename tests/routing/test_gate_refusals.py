@@ -109,3 +109,5 @@ def test_single_layer_refuses_missing_and_misshapen_arrays():
         single_layer("switch", **arrays)
     with pytest.raises(ConfigError, match="router of shape"):
         single_layer("switch", **(arrays | {"router": np.zeros((2, 4))}), activation="relu")
+    with pytest.raises(ConfigError, match="accept_future_leak=True"):
+        single_layer("switch", **(arrays | {"router": np.zeros((4, 2))}), activation="relu", drop_policy="random")
