@@ -1,15 +1,16 @@
-"""A law of the loss in the number of experts and training tokens, fitted to a suite of both.
+"""A law of the loss in the number of experts and the size of the model, or its training tokens.
 
-L = L∞ + exp(d + a·log D + b·log E + c·log D·log E): the bilinear form of Clark et al. 2022 (equation 2) with tokens D
-in the place of parameters, which are the same for all arms, above an irreducible loss L∞, without which a power law
-does not describe several horizons. c > 0: experts help less the longer the training.
+L = L∞ + exp(d + a·log N + b·log E + c·log N·log E): the bilinear form of Clark et al. 2022 (equation 2), with the
+parameters N of the model of one expert, or with tokens D in their place where all arms have one size. It lies above an
+irreducible loss L∞, without which a power law does not describe several horizons. c > 0: experts help less the larger
+the model, or the longer the training.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ class Law:
 
     Attributes:
         floor: L∞, between 0 and the lowest loss.
-        coefficients: d, a, b, c; without b and c, or without a and c, where the points have one number of experts or of
-            tokens, by :attr:`names`.
+        coefficients: d, a, b, c; without b and c, or without a and c, where the points have one number of experts or
+            one size, by :attr:`names`.
         names: of the coefficients.
         errors: their standard errors at this floor; NaN without a spare point.
-        residuals: (experts, tokens) → observed less fitted loss.
+        residuals: (experts, parameters or tokens) → observed less fitted loss.
         sd: residual standard deviation of the loss; NaN without a spare point.
     """
 
@@ -41,7 +42,7 @@ class Law:
 
 
 def fit(losses: Mapping[tuple[int, int], float]) -> Law | None:
-    """The law of (experts, tokens) → mean loss; None if the points do not determine it.
+    """The law of (experts, parameters or tokens) → mean loss; None if the points do not determine it.
 
     The floor is the one with the smallest sum of squared residuals of the loss, by a bounded search in which the other
     coefficients follow by linear least squares; with as many points as coefficients it is 0.
@@ -70,6 +71,28 @@ def fit(losses: Mapping[tuple[int, int], float]) -> Law | None:
     return Law(floor, tuple(solution), names, tuple(errors), pairs, math.sqrt(variance))
 
 
+def intervals(
+    seeds: Sequence[Mapping[tuple[int, int], float]], *, resamples: int = 200, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Coefficient → 95 % interval over seeds, by the bootstrap of whole seeds; empty for fewer than three.
+
+    Args:
+        seeds: losses of every point, for each seed.
+        resamples: draws of as many seeds, with replacement.
+        seed: of the draws.
+    """
+    if len(seeds) < 3:
+        return {}
+    draws = np.random.default_rng(seed).integers(len(seeds), size=(resamples, len(seeds)))
+    found = []
+    for drawn in draws:
+        fitted = fit({point: float(np.mean([seeds[i][point] for i in drawn])) for point in seeds[0]})
+        if fitted is not None:
+            found.append(dict(zip(fitted.names, fitted.coefficients, strict=True)))
+    ends = {name: np.quantile([values[name] for values in found], (0.025, 0.975)) for name in found[0]} if found else {}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
 def _residuals(design: np.ndarray, observed: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients, observed less fitted loss) at a floor."""
     solution = np.linalg.lstsq(design, np.log(observed - floor))[0]
@@ -78,9 +101,9 @@ def _residuals(design: np.ndarray, observed: np.ndarray, floor: float) -> tuple[
 
 def _design(points: list[tuple[int, int]]) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the coefficients that the points can tell apart, and the columns of their terms."""
-    experts, tokens = np.log(np.asarray(points, float).reshape(-1, 2)).T
-    columns = {"d": np.ones_like(tokens), "a": tokens, "b": experts, "c": tokens * experts}
-    lacking = {"a", "c"} if len(set(tokens.tolist())) < 2 else set[str]()
+    experts, sizes = np.log(np.asarray(points, float).reshape(-1, 2)).T
+    columns = {"d": np.ones_like(sizes), "a": sizes, "b": experts, "c": sizes * experts}
+    lacking = {"a", "c"} if len(set(sizes.tolist())) < 2 else set[str]()
     if len(set(experts.tolist())) < 2:
         lacking |= {"b", "c"}
     names = tuple(name for name in NAMES if name not in lacking)

@@ -123,6 +123,7 @@ class Suite:
         sweep: learning rates to try for every arm first.
         headline: arms that are run on all seeds before the other arms start; empty: all arms.
         experts: arm → number of experts, for a fitted law of loss against experts and tokens (:mod:`moe.lab.law`).
+        sizes: arm → parameters of its model with one expert, which take the place of the tokens in that law.
         warmup_share: learning-rate warm-up as a share of the steps.
         heldout_rows: rows per domain whose losses are stored one by one, for the bootstrap over text; takes the place
             of the base config's ``data.heldout_rows``.
@@ -145,6 +146,7 @@ class Suite:
     sweep: Sweep | None = None
     headline: tuple[str, ...] = ()
     experts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     warmup_share: float = 0.1
     heldout_rows: int = 256
     dropping_differs: str = ""

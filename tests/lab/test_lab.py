@@ -477,3 +477,16 @@ def test_effects_of_the_report_follow_from_results_csv(tmp_path):
     half = 4.30265 * difference.std() / math.sqrt(3)
     low, high = difference.mean() - half, difference.mean() + half
     assert f"{difference.mean():+.4f} nats [{low:+.4f}, {high:+.4f}], n = 3" in (tmp_path / "report.md").read_text()
+
+
+def test_the_law_of_a_suite_of_widths_is_in_parameters():
+    arms = {"a": DENSE, "b": SWITCH, "c": DENSE, "d": SWITCH}
+    experts, sizes = {"a": 1, "b": 4, "c": 1, "d": 4}, {"a": 10**5, "b": 10**5, "c": 10**6, "d": 10**6}
+    suite = suite_of(arms, seeds=(0, 1, 2), experts=experts, sizes=sizes)
+    losses = {"a": 4.0, "b": 3.8, "c": 3.5, "d": 3.4}
+    steps = suite.longest
+    runs = [record(arm, seed, losses[arm] + 0.01 * seed, steps=steps) for arm in arms for seed in range(3)]
+    text = sections.law_section(table(suite, runs))
+    assert "a·log N + b·log E + c·log N·log E" in text
+    assert "95 % over 3 seeds" in text
+    assert "| 4 | 1M | 3.4100 |" in text

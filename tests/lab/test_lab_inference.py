@@ -112,3 +112,16 @@ def test_law_is_recovered_from_its_own_losses():
     assert law.fit({(e, 10**6): loss(e, 10**6) for e in (1, 4, 16, 64)}).names == ("d", "b")
     assert law.fit({(4, t): loss(4, t) for t in (10**5, 10**6, 10**7, 10**8)}).names == ("d", "a")
     assert law.fit({(4, 10**6): 3.0}).names == ("d",)
+
+
+def test_the_interval_of_a_law_is_over_whole_seeds():
+    """A seed that moves all losses by one factor moves d by its logarithm, and no slope."""
+    points = {(e, n): 3.0 * e**-0.1 * n**-0.05 for e in (1, 4, 16) for n in (10**5, 10**6)}
+    seeds = [{point: factor * loss for point, loss in points.items()} for factor in (0.99, 1.0, 1.01)]
+    found = law.intervals(seeds)
+    exact = law.fit(points)
+    for name, value in zip(exact.names, exact.coefficients, strict=True):
+        low, high = found[name]
+        assert low - 1e-6 <= value <= high + 1e-6
+    assert law.intervals([points] * 3)["b"] == pytest.approx((exact.coefficients[2],) * 2)
+    assert law.intervals(seeds[:2]) == {}

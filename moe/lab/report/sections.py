@@ -125,27 +125,35 @@ def _steps_to_loss(found: Table, arm: str, base: str, steps: int) -> str:
 
 def law_section(found: Table) -> str:
     """The fitted law, its residuals, or what it lacks."""
-    losses = {}
+    by_seed: dict[int, dict[tuple[int, int], float]] = {}
     for name, experts in found.suite.experts.items():
         for steps in found.horizons:
-            values = [found.record(name, steps, seed).primary_loss for seed in found.seeds(steps, name)]
-            if values and all(map(math.isfinite, values)):
-                losses[experts, steps * found.suite.tokens_per_step] = float(np.mean(values))
+            point = experts, found.suite.sizes.get(name, steps * found.suite.tokens_per_step)
+            for seed in found.seeds(steps, name):
+                by_seed.setdefault(seed, {})[point] = found.record(name, steps, seed).primary_loss
+    points = {point for losses in by_seed.values() for point in losses}
+    of_point = {point: [losses[point] for losses in by_seed.values() if point in losses] for point in sorted(points)}
+    losses = {point: float(np.mean(values)) for point, values in of_point.items() if all(map(math.isfinite, values))}
     fitted = law.fit(losses) if losses else None
     if fitted is None or len(fitted.names) < 2:
         return "Not fitted: two numbers of experts are needed."
+    whole = [of_seed for of_seed in by_seed.values() if of_seed.keys() == losses.keys()]
+    over_seeds = law.intervals(whole)
+    scale, sign = ("parameters", "N") if found.suite.sizes else ("tokens", "D")
+    terms = {"d": "d", "a": f"a·log {sign}", "b": "b·log E", "c": f"c·log {sign}·log E"}
     triples = zip(fitted.names, fitted.coefficients, fitted.errors, strict=True)
     text = ", ".join(f"{name} = {value:.4g} ± {error:.2g}" for name, value, error in triples)
-    terms = {"d": "d", "a": "a·log D", "b": "b·log E", "c": "c·log D·log E"}
+    ends = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in over_seeds.items())
     rows = [
-        (str(experts), f"{tokens / 1e6:.3g}M", f"{loss:.4f}", f"{loss - fitted.residuals[experts, tokens]:.4f}",
-         f"{fitted.residuals[experts, tokens]:+.4f}")
-        for (experts, tokens), loss in losses.items()
+        (str(experts), f"{size / 1e6:.3g}M", f"{loss:.4f}", f"{loss - fitted.residuals[experts, size]:.4f}",
+         f"{fitted.residuals[experts, size]:+.4f}")
+        for (experts, size), loss in losses.items()
     ]  # fmt: skip
     return (
         f"L = L∞ + exp({' + '.join(terms[name] for name in fitted.names)}), least squares on means over seeds: L∞ = "
-        f"{fitted.floor:.4f}, {text} (standard errors at this L∞); residual standard deviation {fitted.sd:.4f}.\n\n"
-        + markdown_table(("experts E", "tokens D", "loss", "law", "loss − law"), rows)
+        f"{fitted.floor:.4f}, {text} (standard errors at this L∞); residual standard deviation {fitted.sd:.4f}. "
+        + (f"95 % over {len(whole)} seeds, with L∞ fitted each time: {ends}.\n\n" if ends else "\n\n")
+        + markdown_table(("experts E", f"{scale} {sign}", "loss", "law", "loss − law"), rows)
     )
 
 
