@@ -69,6 +69,32 @@ def test_links_between_files_of_the_repository_lead_somewhere():
         assert not anchor or anchor in _anchors(target), f"{page}: {link}"
 
 
+def _messages() -> str:
+    """All text that the code has, a line for each string; values of f-strings are left out."""
+    found = []
+    for path in (ROOT / "moe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(getattr(part, "value", "") for part in node.values if isinstance(part, ast.Constant))
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_entries_of_the_troubleshooting_page_are_messages():
+    """Each piece of a heading between its values (..., N, M, E) and punctuation is in a string of the code."""
+    headings = re.findall(r"\*\*`([^`]+)`", (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert len(headings) > 20
+    messages = re.sub(r"\s+", " ", _messages())
+    for heading in headings:
+        pieces = re.split(r"\.\.\.|\b[NME]\b|[;:,?()=\[\]]|\d+\.\d s", heading)
+        pieces = [piece.strip() for piece in pieces if len(piece.strip()) > 3]
+        assert pieces
+        assert not [piece for piece in pieces if piece not in messages], heading
+
+
 @pytest.mark.slow
 def test_the_code_of_the_api_page_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", API.read_text(), re.DOTALL)
