@@ -269,7 +269,8 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     config = _config((None, tmp_path / "run"), moe=sparse, start=carry)
     mesh, make = _program(config)
     with jax.set_mesh(mesh):
-        state = warm_start.first_state(make())
+        program = make()
+        state = warm_start.first_state(program)
     adam = optax.tree_utils.tree_get(state.optimizer, "mu")["segment_0"]["block_0"]
     old = optax.tree_utils.tree_get(trained.optimizer, "mu")["segment_0"]["block_0"]
     for expert in range(4):
@@ -279,7 +280,6 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     assert int(state.step) == 0
     with jax.set_mesh(mesh):
         # A skipped update advances the schedule with the step and leaves Adam's count alone.
-        program = make()
         broken = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
         skipped, metrics = program.train_step(
             dataclasses.replace(state, parameters=state.parameters | {"final_norm": broken}), _batch(mesh, 32)
