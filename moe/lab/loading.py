@@ -128,8 +128,14 @@ def _check_sweep(suite: Suite, sweep: Sweep) -> None:
 
 def _check_comparison(suite: Suite, name: str, comparison: Comparison, costs: dict[str, dict[str, float]]) -> None:
     where = f"comparison {name!r}"
-    for arm in (comparison.baseline, *comparison.variants):
+    arms = (comparison.baseline, *comparison.variants)
+    for arm in arms:
         _known(suite, arm, where)
+    if len(arms) < 2 or len(set(arms)) < len(arms):
+        raise ConfigError(
+            f"suite {suite.name!r}, {where}, variants={comparison.variants}: at least one, different ones, and not the "
+            f"baseline {comparison.baseline!r}"
+        )
     for quantity in comparison.equal:
         if quantity not in QUANTITIES:
             raise ConfigError(f"suite {suite.name!r}, {where}: {quantity!r} is not one of {QUANTITIES}")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 import pydantic
@@ -17,6 +17,7 @@ import pydantic.dataclasses
 
 from moe.config import Config, ConfigError, to_config_dict
 from moe.config.parse import from_config_dict
+from moe.fields import LARGEST
 from moe.lab import identity
 from moe.lab.identity import Canonical
 from moe.models import flops
@@ -35,6 +36,8 @@ MAX_DROP_DIFFERENCE = 0.02
 LOGGED = 40
 
 
+#: Of a run's data order and initialisation.
+Seed = Annotated[int, pydantic.Field(strict=True, ge=0, le=LARGEST)]
 #: Fields have the types that they say; a file with other ones is refused in a sentence.
 _CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -99,7 +102,7 @@ class Sweep:
     """
 
     learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     horizons: tuple[int, ...] = ()
 
     def at(self, suite: Suite) -> tuple[int, ...]:
@@ -139,7 +142,7 @@ class Suite:
     question: str
     base: ml_collections.ConfigDict
     variants: Mapping[str, Variant]
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     comparisons: Mapping[str, Comparison]
     primary: tuple[str, ...] = ()
     horizons: tuple[int, ...] = ()
@@ -148,7 +151,7 @@ class Suite:
     experts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     warmup_share: float = 0.1
-    heldout_rows: int = 256
+    heldout_rows: Annotated[int, pydantic.Field(strict=True, ge=1)] = 256
     dropping_differs: str = ""
     domain_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unseen: tuple[str, ...] = ()
@@ -240,6 +243,11 @@ class Suite:
         rate = self.learning_rate if learning_rate is None else learning_rate
         schedule = self._schedule(steps) | {"optimizer.learning_rate": chosen.rate_scale * rate}
         own = {"seed": seed + chosen.seed_offset, "start.checkpoint": starts_from, "distill.teacher": teacher}
+        if taken := sorted(chosen.overrides.keys() & (schedule.keys() | own.keys())):
+            raise ConfigError(
+                f"suite {self.name!r}, variant {variant!r}: {taken[0]} is the suite's own, by horizons, warmup_share, "
+                "rate_scale, seed_offset, starts_from and teacher"
+            )
         tree: Any = self.base.copy_and_resolve_references()
         try:
             tree.update_from_flattened_dict({**schedule, **chosen.overrides, **own})

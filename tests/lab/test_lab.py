@@ -77,6 +77,9 @@ def test_every_claim_names_arms_of_its_suite():
         assert claim.min_steps <= suites[claim.suite].longest
 
 
+TWO = {"a": DENSE, "b": DENSE}
+
+
 @pytest.mark.parametrize(
     ("suite", "message"),
     [
@@ -88,7 +91,14 @@ def test_every_claim_names_arms_of_its_suite():
         (suite_of({"a": dataclasses.replace(DENSE, starts_from="b")}), "no variant 'b'"),
         (suite_of({"a": DENSE}, headline=("b",)), "headline: no variant 'b'"),
         (suite_of({"a": DENSE}, {"c": Comparison("a", ("b",), ("steps",))}), "no variant 'b'"),
-        (suite_of({"a": DENSE}, {"c": Comparison("a", ("a",), ("luck",))}), "'luck' is not one of"),
+        (suite_of(TWO, {"c": Comparison("a", ("b",), ("luck",))}), "'luck' is not one of"),
+        (suite_of({"a": DENSE}, {"c": Comparison("a", (), ("steps",))}), r"variants=\(\): at least one"),
+        (suite_of({"a": DENSE}, {"c": Comparison("a", ("a",), ("steps",))}), "not the baseline 'a'"),
+        (suite_of(TWO, {"c": Comparison("a", ("b", "b"), ("steps",))}), "different ones"),
+        *(
+            (suite_of({"a": Variant({name: 1})}), f"variant 'a': {name} is the suite's own")
+            for name in ("seed", "train.num_steps", "optimizer.learning_rate", "start.checkpoint")
+        ),
         (suite_of({"a": DENSE}, sweep=Sweep((1e-3, 2e-3), (9,))), "must contain the base config's 0.003"),
         (suite_of({"a": DENSE}, sweep=Sweep((0.0, 3e-3), (9,))), "must be positive"),
         (suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (1,))), "none of the suite's"),
@@ -125,6 +135,10 @@ FIELDS = 'name="s", question="?", base=base.get_config(), variants={"a": Variant
         (f"Suite({FIELDS}, sweep=0.1)", "sweep"),
         (f"Suite({FIELDS}, sweep=Sweep('fast', (9,)))", "Sweep: 0='fast': must be a tuple"),
         (f"Suite({FIELDS}, heldout_rows=None)", "heldout_rows"),
+        (f"Suite({FIELDS}, heldout_rows=0)", "heldout_rows=0"),
+        (f"Suite({FIELDS.replace('(0, 1)', '(0, -1)')})", r"seeds\.1=-1"),
+        (f"Suite({FIELDS.replace('(0, 1)', '(0, 2**31)')})", r"seeds\.1=2147483648"),
+        (f"Suite({FIELDS.replace('(0, 1)', '(0, True)')})", r"seeds\.1=True"),
         (f"Suite({FIELDS}, unseen=('python',))", "held-out text alone"),
         (f"Suite({FIELDS.replace('Variant({})', 'Variant(3)')})", "Variant: 0=3: must be a JSON object"),
         (f"Suite({FIELDS.replace('Variant({})', '{}')})", "variants"),

@@ -17,7 +17,7 @@ import pydantic
 import pydantic.dataclasses
 
 from moe.config import ConfigError, read_small_file
-from moe.foreign_files import first_sentence
+from moe.foreign_files import Amount, Step, first_sentence
 from moe.lab.expressions import parse
 
 #: below, above: of zero. not_above: below the margin. within: between the margin's two sides. less_variance: the first
@@ -46,7 +46,7 @@ class Part:
     what: str
     rule: Rule
     value: str
-    margin: float = 0.0
+    margin: Amount = 0.0
     published: float | None = None
 
 
@@ -64,12 +64,12 @@ class Claim:
         family: "primary", or empty for an exploratory claim.
     """
 
-    number: int
+    number: Step
     suite: str
     text: str
     source: str
     parts: tuple[Part, ...]
-    min_steps: int = 0
+    min_steps: Step = 0
     requires: str = ""
     family: Literal["", "primary"] = ""
 
@@ -94,8 +94,8 @@ class Primary:
 
     question: str
     claims: tuple[int, ...]
-    smallest: float
-    equivalence: float
+    smallest: Amount
+    equivalence: Amount
     pilot: str
 
 
