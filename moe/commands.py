@@ -22,6 +22,7 @@ COMMANDS = {
     "ablate": "ablate",
     "conform": "conform",
     "diff": "diff",
+    "surgery": "surgery",
 }
 
 
@@ -41,6 +42,6 @@ def main() -> None:
 
 
 #: Entry points of the installed commands.
-train, evaluate, generate, import_, export, analyze, ablate, conform, diff = (
+train, evaluate, generate, import_, export, analyze, ablate, conform, diff, surgery = (
     functools.partial(start, program) for program in COMMANDS.values()
 )

@@ -16,7 +16,7 @@ from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.metrics_files import read_rows
 from moe.training import loop as training
-from moe.training.averaging import _streamed
+from moe.training.averaging import streamed
 from moe.training.loop import train
 from moe.training.step import build
 from tests.tiny_text import build as build_text
@@ -94,7 +94,7 @@ def write_run(folder, config, parameters):
     """A workdir with a config and parameters alone."""
     folder = epath.Path(folder)
     folder.mkdir(exist_ok=True)
-    write_parameters(folder, _streamed(parameters))
+    write_parameters(folder, streamed(parameters))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
 
 

@@ -242,6 +242,7 @@ SHORT_RUNS = {
     "scripts/bench_moe.py": ("--shapes=A --tokens=64 --d_model=32 --modes=gather --repeats=1", "gather"),
     "scripts/mfu.py": (f"{TINY} --steps=3", "MFU"),
     "scripts/conform.py": ("--layer=nowhere:layer", "no module 'nowhere'"),
+    "scripts/surgery.py": ("--workdir=nowhere --out=new --split=2", "nowhere/config.json"),
     "scripts/diff.py": ("--workdir=nowhere", "nowhere/config.json"),
     "scripts/conformance.py": ("--help", "--layers"),
     "scripts/count_params.py": ("", "mixtral_8x7b"),

@@ -25,23 +25,30 @@ from moe.training.step import Batch, Program, forward, place
 QUARTERS = 4
 
 
-def token_losses(
-    program: Program, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
-) -> np.ndarray:
-    """−log p(target) of every real token, [n] float32 in the order of :class:`Records`; NaN without a target."""
+class TokenLosses:
+    """Losses of every token under one model, for any variables; compiled at the first call."""
 
-    @jax.jit
-    def losses(variables: dict[str, Any], batch: Batch) -> jax.Array:
-        model = program.model(variables)
-        return token_cross_entropy(forward(model, batch).hidden, model.output_matrix(), batch["targets"])
+    def __init__(self, program: Program):
+        self._mesh = program.mesh
 
-    found = []
-    for batch in (batch for of_domain in batches.values() for batch in of_domain):
-        with jax.set_mesh(program.mesh):
-            nll = np.asarray(losses(variables, place(dict(batch), program.mesh)))
-        nll = np.where(batch["targets"] >= 0, nll, np.nan)
-        found.append(nll[batch["segment_ids"] > 0])
-    return np.concatenate(found)
+        @jax.jit
+        def losses(variables: dict[str, Any], batch: Batch) -> jax.Array:
+            model = program.model(variables)
+            return token_cross_entropy(forward(model, batch).hidden, model.output_matrix(), batch["targets"])
+
+        self._losses = losses
+
+    def __call__(
+        self, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    ) -> np.ndarray:
+        """−log p(target) of every real token, [n] float32 in the order of :class:`Records`; NaN without a target."""
+        found = []
+        for batch in (batch for of_domain in batches.values() for batch in of_domain):
+            with jax.set_mesh(self._mesh):
+                nll = np.asarray(self._losses(variables, place(dict(batch), self._mesh)))
+            nll = np.where(batch["targets"] >= 0, nll, np.nan)
+            found.append(nll[batch["segment_ids"] > 0])
+        return np.concatenate(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +201,7 @@ def loss_differences(
 
     Args:
         one: records of either model.
-        first: [n] losses of the first model (:func:`token_losses`).
+        first: [n] losses of the first model (:class:`TokenLosses`).
         second: [n] of the other.
         same: [n] number of layers in which the token has the same first expert.
         piece: token id → its text.

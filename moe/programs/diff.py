@@ -84,8 +84,8 @@ def main() -> None:
     same = difference.same_layers(one, other, found[""])
     losses = difference.loss_differences(
         one,
-        difference.token_losses(opened.program, variables, rows),
-        difference.token_losses(against.program, theirs, read),
+        difference.TokenLosses(opened.program)(variables, rows),
+        difference.TokenLosses(against.program)(theirs, read),
         same,
         piece_of(opened.prepared.tokenizer),
     )

@@ -48,7 +48,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     weights = _moving_average(workdir, config, there[-1]) if ema else _mean(workdir, config, chosen)
     biases = stored.read_biases(workdir, config.model)
     target.mkdir(parents=True, exist_ok=True)
-    stored.write_parameters(target, _streamed(weights), _streamed(biases))
+    stored.write_parameters(target, streamed(weights), streamed(biases))
     for name, content in find_tokenizer(workdir).files.items():
         write_atomic(target / name, content)
     merged = dataclasses.replace(config, lora=LoraConfig())
@@ -79,7 +79,9 @@ def _moving_average(workdir: str, config: Config, step: int) -> Any:
     return jax.tree.map(np.asarray, weights)
 
 
-def _streamed(tree: Any) -> Any:
+def streamed(tree: Any) -> Any:
+    """A tree of arrays as :func:`moe.checkpoints.parameters.write_parameters` takes it."""
+
     def parts(leaf: np.ndarray) -> Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]:
         return lambda: iter([((), leaf)])
 

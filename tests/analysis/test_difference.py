@@ -81,7 +81,7 @@ def test_loss_differences_by_hand(rng):
 def test_losses_of_tokens_are_those_of_the_model(rng):
     program, variables = tiny_program()
     batch = random_batch(rng, program.config.model.vocab_size, real=13)
-    found = difference.token_losses(program, variables, {"text": [batch]})
+    found = difference.TokenLosses(program)(variables, {"text": [batch]})
     output = forward(program.model(variables), batch)
     nll, count = cross_entropy(output.logits, batch["targets"])
     assert found.shape == (13,)
@@ -106,7 +106,7 @@ def test_the_page_says_what_was_found(rng, tmp_path):
     program, variables = tiny_program()
     batches = {"a|b": [random_batch(rng, program.config.model.vocab_size) for _ in range(2)]}
     records = Recorder(program)(variables, batches)
-    losses = difference.token_losses(program, variables, batches)
+    losses = difference.TokenLosses(program)(variables, batches)
     found = difference.agreements(records, records, shuffles=9, seed=0)
     assert all(each.first == each.sets == 1 and each.load_distance == 0 for each in found)
     groups = difference.loss_differences(records, losses, losses, np.zeros(len(losses), int), lambda token: " a")

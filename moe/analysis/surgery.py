@@ -1,0 +1,206 @@
+"""Expert surgery on a trained model: fewer experts, finer ones, or finer ones joined again.
+
+Parameters are NumPy trees as :func:`moe.checkpoints.parameters.read_parameters` gives them; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moe.analysis.record import Records
+from moe.config import ConfigError, ModelConfig
+from moe.config.model_section import layer_kinds
+from moe.models.stack import restack_layers, unstack_layers
+
+#: A layer's arrays by path within its block, such as ("moe", "experts", "up").
+Arrays = Mapping[tuple[str, ...], np.ndarray]
+
+#: Hidden units are the last axis of these, and the axis before the last of ``down``.
+_INTO = ("up", "gate", "up_bias", "gate_bias")
+
+
+def frequency(records: Records) -> np.ndarray:
+    """Share of a layer's assignments that each expert has, [L,E]."""
+    return _shares(records, records.chosen.astype(np.float64))
+
+
+def weight(records: Records) -> np.ndarray:
+    """Share of a layer's combine weights that each expert has, [L,E]."""
+    return _shares(records, np.where(records.chosen, records.combine_weights, 0.0))
+
+
+def _shares(records: Records, amounts: np.ndarray) -> np.ndarray:
+    layers, size = len(records.layers), records.num_experts
+    sums = np.zeros((layers, size))
+    for layer in range(layers):
+        np.add.at(sums[layer], records.expert_index[layer], amounts[layer])
+    return sums / sums.sum(1, keepdims=True)
+
+
+def ablation(model: ModelConfig, parameters: dict[str, Any], loss: Callable[[dict[str, Any]], float]) -> np.ndarray:
+    """What the loss rises by where one expert returns zero, [L,E] nats: exact, by L·E evaluations.
+
+    Args:
+        model: of the parameters.
+        parameters: of the whole model.
+        loss: parameters → mean loss on held-out text.
+    """
+    flat, whole, rises = unstack_layers(model, parameters), loss(parameters), []
+    for layer in _moe_layers(model):
+        of_layer = []
+        for expert in range(model.moe.num_experts):
+            changed = dict(flat)
+            for name in ("down", "down_bias"):
+                path = ("moe", "experts", name)
+                if (layer, path) in flat:
+                    array = np.array(flat[layer, path])
+                    array[expert] = 0.0
+                    changed[layer, path] = array
+            of_layer.append(loss(restack_layers(model, parameters, changed)) - whole)
+        rises.append(of_layer)
+    return np.asarray(rises)
+
+
+def most_salient(saliency: np.ndarray, count: int) -> np.ndarray:
+    """The experts to keep, [L,count] in their order: those of the highest saliency [L,E]; of equals, the first."""
+    order = np.argsort(-saliency, axis=1, kind="stable")
+    return np.sort(order[:, :count], axis=1)
+
+
+Model = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
+
+
+def prune(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], kept: np.ndarray) -> Model:
+    """A model of fewer experts: (config, parameters, selection biases).
+
+    Args:
+        model: with a router that scores tokens.
+        parameters: of the whole model.
+        biases: its selection biases; empty without.
+        kept: [L,E'] experts of each MoE layer.
+
+    Raises:
+        ConfigError: too few experts for the gate, or a model that cannot be cut.
+    """
+    check(model)
+    size, null = model.moe.num_experts, model.moe.null_experts
+    smaller = dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=kept.shape[1]))
+    columns = {
+        layer: np.concatenate([experts, size + np.arange(null)])
+        for layer, experts in zip(_moe_layers(model), kept, strict=True)
+    }
+
+    def cut(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+        if path[:2] == ("moe", "router"):
+            return array[..., columns[layer]]
+        return array[columns[layer][: kept.shape[1]]]
+
+    return smaller, _edited(model, parameters, cut), _edited(model, biases, cut)
+
+
+def split(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], parts: int) -> Model:
+    """The same function with ``parts`` times as many experts and experts per token, of as many fewer hidden units.
+
+    The parts of an expert have its router column, and are chosen together. A softmax, or renormalisation, gives each
+    1/parts of the weight, which their down matrices make up for.
+
+    Raises:
+        ConfigError: parts that do not divide the hidden units, or a model that cannot be split.
+    """
+    check(model)
+    _check_parts(model, parts, "model.moe.d_ff", model.moe.d_ff)
+    factor = float(parts) if _shared_weight(model) else 1.0
+
+    def cut(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+        del layer
+        if path[:2] == ("moe", "router"):
+            return np.repeat(array, parts, axis=-1)
+        if path[-1] == "down_bias":
+            return np.repeat(array * np.float32(factor / parts), parts, axis=0)
+        axis = -1 if path[-1] in _INTO else 1
+        pieces = np.stack(np.split(array, parts, axis=axis), axis=1)  # [E,parts,...]
+        pieces = pieces.reshape(-1, *pieces.shape[2:])
+        return pieces if path[-1] in _INTO else pieces * np.float32(factor)
+
+    return _resized(model, parts, 1), _edited(model, parameters, cut), _edited(model, biases, cut)
+
+
+def merge(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], parts: int) -> Model:
+    """Undo :func:`split`: each ``parts`` consecutive experts become one, with the mean of their router columns.
+
+    Of other experts than parts of one, the new expert computes what they would compute together.
+
+    Raises:
+        ConfigError: parts that do not divide E and K, or a model that cannot be merged.
+    """
+    check(model)
+    _check_parts(model, parts, "model.moe.num_experts", model.moe.num_experts)
+    _check_parts(model, parts, "model.moe.gate.k", model.moe.experts_per_token)
+    factor = float(parts) if _shared_weight(model) else 1.0
+
+    def join(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+        del layer
+        if path[:2] == ("moe", "router"):
+            return array.reshape(*array.shape[:-1], -1, parts).mean(-1, dtype=np.float64).astype(array.dtype)
+        groups = array.reshape(-1, parts, *array.shape[1:])
+        if path[-1] == "down_bias":
+            return groups.sum(1) / np.float32(factor)
+        joined = np.concatenate(list(np.moveaxis(groups, 1, 0)), axis=-1 if path[-1] in _INTO else 1)
+        return joined if path[-1] in _INTO else joined / np.float32(factor)
+
+    return _resized(model, 1, parts), _edited(model, parameters, join), _edited(model, biases, join)
+
+
+def check(model: ModelConfig) -> None:
+    """Refuse a model whose experts cannot be taken apart. Raises ConfigError."""
+    gate = model.moe.gate
+    if gate is None or gate.router in ("none", "slots") or model.moe.layer_gates:
+        raise ConfigError(f"model.moe.gate={model.moe.gate_name!r}: surgery needs one gate with a router in all layers")
+    if model.encoder_layers or model.prediction_layers:
+        raise ConfigError("surgery takes decoder-only models without prediction layers")
+
+
+def _check_parts(model: ModelConfig, parts: int, name: str, value: int) -> None:
+    gate: Any = model.moe.gate
+    if parts < 1 or value % parts:
+        raise ConfigError(f"{name}={value}: must be divisible by {parts}")
+    if model.moe.null_experts or getattr(gate, "groups", 1) > 1 or not gate.sets_k or gate.lists_all:
+        raise ConfigError(f"model.moe.gate={gate.name!r}: needs tokens that choose K of all experts, each with an FFN")
+
+
+def _shared_weight(model: ModelConfig) -> bool:
+    """Whether equal columns share the weight that one would have."""
+    gate: Any = model.moe.gate
+    return gate.score == "softmax" or gate.renormalise
+
+
+def _resized(model: ModelConfig, times: int, parts: int) -> ModelConfig:
+    moe, gate = model.moe, model.moe.gate
+    assert gate is not None
+    k = moe.experts_per_token * times // parts
+    sizes = {"num_experts": moe.num_experts * times // parts, "d_ff": moe.d_ff * parts // times}
+    changed: Any = dataclasses.replace(gate, k=k)
+    return dataclasses.replace(model, moe=dataclasses.replace(moe, gate=changed, **sizes))
+
+
+def _moe_layers(model: ModelConfig) -> list[int]:
+    return [layer for layer, kind in enumerate(layer_kinds(model)) if kind.sparse]
+
+
+def _edited(
+    model: ModelConfig, tree: dict[str, Any], edit: Callable[[int, tuple[str, ...], np.ndarray], np.ndarray]
+) -> dict[str, Any]:
+    """A tree with ``edit(layer, path in its block, array)`` in the place of arrays of routers and experts."""
+    if not tree:
+        return {}
+    flat = {
+        (layer, path): edit(layer, path, np.asarray(array))
+        if path[:2] in (("moe", "router"), ("moe", "experts"))
+        else np.asarray(array)
+        for (layer, path), array in unstack_layers(model, tree).items()
+    }
+    return restack_layers(model, tree, flat)

@@ -1,0 +1,9 @@
+"""Prune, split or merge the experts of a trained model: python scripts/surgery.py --workdir=RUN --out=NEW --prune=0.25.
+
+The program is moe/programs/surgery.py, which is the command moe-surgery too.
+"""
+
+from moe.commands import start
+
+if __name__ == "__main__":
+    start("surgery")
