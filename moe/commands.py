@@ -19,6 +19,7 @@ COMMANDS = {
     "import": "import_hf",
     "export": "export_hf",
     "analyze": "analyze_routing",
+    "plan": "plan_pod",
     "ablate": "ablate",
     "conform": "conform",
     "diff": "diff",
@@ -28,7 +29,8 @@ COMMANDS = {
 
 def start(program: str) -> None:
     """Run a module of :mod:`moe.programs`."""
-    process.prepare()  # before JAX is imported; may restart this program
+    # Before JAX is imported; the first may restart this program.
+    process.use_tpu_compiler() if program == COMMANDS["plan"] else process.prepare()
     importlib.import_module(f"moe.programs.{program}").run()
 
 
@@ -42,6 +44,6 @@ def main() -> None:
 
 
 #: Entry points of the installed commands.
-train, evaluate, generate, import_, export, analyze, ablate, conform, diff, surgery = (
+train, evaluate, generate, import_, export, analyze, plan, ablate, conform, diff, surgery = (
     functools.partial(start, program) for program in COMMANDS.values()
 )

@@ -1,0 +1,249 @@
+"""python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 [--config.x.y=value ...]
+
+Compiles the train step of main.py for absent TPUs or GPUs and prints its memory, exchanges and predicted time, and the
+best settings that are known for that slice. --config.model.remat=fit chooses, of the remat policies that fit, the one
+that recomputes least. With --search it tries meshes, remat policies, dispatch modes and rows, and prints a ranked table
+and the command of the best. --page=plan.html writes a page that opens offline; --diff A.json B.json compares two plans
+that --json printed. Needs the compiler of the platform: pip install "jax[tpu]" or "jax[cuda13]". docs/pods.md explains
+all.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from moe import cli
+from moe.atomic_files import write_atomic
+from moe.config import Config, ConfigError
+
+_CONFIG = cli.define_config()
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "TPUs as v5p:4x4x4 or v5p-128; GPUs as h100:8x8 (hosts x devices per host) or a3-megagpu-8g:8 (machines).",
+)
+_SLICES = flags.DEFINE_integer(
+    "num_slices", 1, "TPU slices of that shape, joined by the data-center network.", lower_bound=1
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
+_PAGE = cli.define_path("page", "HTML file to write: of the plan, or of the difference with --diff.")
+_ROOFLINE = cli.define_path("roofline", "PNG file to write: the dearest instructions under the chip's roofline.")
+_CHANGES = flags.DEFINE_integer(
+    "changes", 0, "Changes to try, each compiled; what they bring stands on the page.", lower_bound=0
+)
+_DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
+_RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and in the table of docs/pods.md.")
+_REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again, by today's prices.")
+_PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
+_BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
+_MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")
+_SKEW = flags.DEFINE_float("skew", 1.0, "What if: rows on the busiest device's experts over the mean.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and dispatch modes; run again to continue.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", 12, "Largest number of programs that --search compiles, each chosen with the plans so far.", lower_bound=1
+)
+_FIXED_BATCH = flags.DEFINE_bool("fixed_batch", False, "--search keeps train.batch_size instead of trying other rows.")
+_CACHE = flags.DEFINE_string(
+    "cache", "~/.cache/moe-plans", "Folder of plans that --search and --changes compiled; processes may share it."
+)
+
+_ROOT = Path(__file__).parents[2]
+_KEPT = _ROOT / "configs" / "plans.json"
+
+
+def main() -> None:
+    """Print one plan, the table of a search, or the difference of two plans."""
+    if _DIFF.value:
+        _print_difference()
+        return
+    if _REMAKE.value:
+        _remake()
+        return
+    fields = _CONFIG.value
+    choose_remat = fields.model.remat == "fit"
+    if choose_remat:
+        fields.model.remat = "full"
+    config = cli.load_config(_CONFIG)
+    from moe.planner import page, plan, topology
+    from moe.planner.scenario import Scenario
+
+    scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
+    where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
+    if _SEARCH.value:
+        _search(config, where)
+        return
+    made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
+    if _RECORD.value:
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
+    changes = _try_changes(config, where) if _CHANGES.value else []
+    _write_files(made.to_json(), where.chip, changes)
+    if _JSON.value:
+        print(json.dumps(made.to_json() | {"changes": changes}, indent=2))
+        return
+    print(page.render(made))
+    for change in changes:
+        print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
+    _print_best(where.name if where.num_slices == 1 else f"{where.num_slices} x {where.name}")
+
+
+def _print_difference() -> None:
+    from moe.planner import differences, html
+
+    if len(_DIFF.value) != 2:
+        raise ConfigError(f"--diff={','.join(_DIFF.value)}: must be two files that --json printed")
+    a, b = (differences.read(Path(path)) for path in _DIFF.value)
+    if _PAGE.value:
+        write_atomic(Path(_PAGE.value), html.difference(a, b, (_DIFF.value[0], _DIFF.value[1])))
+    print(differences.render(a, b))
+
+
+def _write_files(figures, chip, changes) -> None:
+    from moe.planner import html, roofline
+
+    if _PAGE.value:
+        write_atomic(Path(_PAGE.value), html.page(figures, changes))
+    if _ROOFLINE.value:
+        roofline.figure(Path(_ROOFLINE.value), figures, chip)
+
+
+def _try_changes(config: Config, where) -> list:
+    """Compile the first changes that may help; plans of earlier calls are read again."""
+    from tqdm import tqdm
+
+    from moe.planner import candidates, plan, search
+
+    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
+    tried = []
+    for label, changed in tqdm(candidates.changes(config, where, _CHANGES.value), unit="program", dynamic_ncols=True):
+        made = search.run(
+            [candidates.Candidate(changed, 1.0)], cache, lambda config: plan.make_plan(config, where).to_json(), limit=1
+        )
+        tried.append({"label": label, "plan": made[0][1]})
+    return tried
+
+
+def _outcome(made, rate: float) -> str:
+    if "error" in made:
+        return made["error"].partition(";")[0]
+    gain = 100 * (made["tokens_per_second_per_chip"] / rate - 1)
+    return f"{gain:+.1f} % tokens/s, {made['memory_total'] / 2**30:.1f} GiB"
+
+
+def _name() -> str:
+    """Name of the config's file, and its argument."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return Path(path).stem + (f":{argument}" if argument else "")
+
+
+def _programs() -> Path | None:
+    return Path(_PROGRAMS.value) if _PROGRAMS.value else None
+
+
+def _remake() -> None:
+    """Make the kept plans again; a program that --programs has is not compiled."""
+    from moe.config import load_python_file
+    from moe.config.parse import from_config_dict
+    from moe.planner import plan, recorded, topology
+
+    for kept in recorded.read(_KEPT):
+        name, _, argument = kept["config"].partition(":")
+        fields = load_python_file(_ROOT / "configs" / f"{name}.py").get_config(*[argument] if argument else [])
+        fields.update_from_flattened_dict(kept["flags"])
+        slices, _, shape = kept["topology"].rpartition(" x ")
+        where = topology.get_topology(shape, int(slices or 1))
+        made = plan.make_plan(from_config_dict(fields), where, programs=_programs())
+        cloud_name = next((each for each in kept["slices"] if each != kept["topology"]), kept["topology"])
+        _record(made, kept["config"], kept["flags"], cloud_name)
+        print(f"{kept['config']} on {kept['topology']}: {kept['step_seconds']:.3g} → {made.step_seconds:.3g} s")
+
+
+def _record(made, config: str, overrides: dict, hardware: str) -> None:
+    from moe.planner import recorded
+
+    path, page = _KEPT, _ROOT / "docs" / "pods.md"
+    recorded.keep(path, recorded.row(made, config, overrides, hardware))
+    before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
+    _, end, after = rest.partition("<!-- end of plans -->")
+    if not start or not end:
+        raise ConfigError(f"{page}: has no marks between which the table of plans stands")
+    write_atomic(page, f"{before}{start}\n{recorded.table(recorded.read(path))}\n\n{end}{after}")
+
+
+def _print_best(topology: str) -> None:
+    """Print the best settings that are known for the slice."""
+    from moe.planner import recorded
+
+    name = _name().partition(":")[0]
+    kept = recorded.best(recorded.read(_KEPT), name, topology)
+    if kept is None:
+        print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
+        return
+    print(f"Best known settings for {topology}: {recorded.sentence(kept)}")
+    print(f"  python main.py --config=configs/{name}.py:{_TOPOLOGY.value} --workdir=DIR, which sets")
+    print(f"  {recorded.words(kept) or 'nothing'}")
+
+
+def _search(config: Config, where) -> None:
+    """Print the table of candidates and the command that runs the first."""
+    from tqdm import tqdm
+
+    from moe.planner import candidates, plan, search
+
+    rows = () if _FIXED_BATCH.value else candidates.ROWS
+    found, pruned = candidates.candidates(config, len(where.devices), where.chip, where.num_slices, rows)
+    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
+    capacity = where.chip.memory / where.chip.devices
+    with tqdm(total=min(_LIMIT.value, len(found)), unit="program", dynamic_ncols=True) as bar:
+        results = search.run(
+            found,
+            cache,
+            lambda tried: plan.make_plan(tried, where).to_json(),
+            _LIMIT.value,
+            capacity,
+            progress=lambda _: bar.update(),
+        )
+    if _JSON.value:
+        rows = [{"flags": search.overrides(candidate.config), **made} for candidate, made in results]
+        print(json.dumps({"results": rows, "pruned": dict(pruned), "skipped": len(found) - len(results)}, indent=2))
+        return
+    print(search.render(results, pruned, len(found) - len(results)))
+    if results and "error" not in results[0][1]:
+        print(f"\nThe first:\npython main.py {_own_flags()} --workdir=DIR {search.overrides(results[0][0].config)}")
+
+
+def _own_flags() -> str:
+    """Config flags of this command without the fields that the search sets."""
+    flag = flags.FLAGS["config"]
+    fields = {
+        name: value
+        for name, value in config_flags.get_override_values(flag).items()
+        if not name.startswith("mesh.") and name not in ("model.remat", "model.moe.dispatch", "train.batch_size")
+    }
+    words = [f"--config={config_flags.get_config_filename(flag)}"]
+    return " ".join(words + [f"--config.{name}={value}" for name, value in fields.items()])
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """``--diff A B`` as ``--diff=A,B``."""
+    if "--diff" not in argv:
+        return argv
+    at = argv.index("--diff")
+    return [*argv[:at], f"--diff={','.join(argv[at + 1 : at + 3])}", *argv[at + 3 :]]
+
+
+def run() -> None:
+    """The program."""
+    sys.argv = _joined(sys.argv)
+    cli.run(
+        main,
+        required=() if any(each.startswith(("--diff=", "--remake")) for each in sys.argv) else ("config", "topology"),
+        examples=(
+            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=v5p-128 --page=plan.html",
+            "python scripts/plan_pod.py --config=configs/mixtral_8x7b.py --topology=h100:8x8 --search --limit=20",
+            "python scripts/plan_pod.py --diff a.json b.json",
+        ),
+    )
