@@ -40,7 +40,7 @@ from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
 MAX_STRETCH_TOKENS = 1 << 24  # tokens read for them, unless more are kept
-MAX_TOKENS = 1 << 26  # held-out tokens of a domain, and tokens in all shuffle buffers: each is about 1 GiB in memory
+MAX_TOKENS = 1 << 26  # in all shuffle buffers: about 1 GiB of memory
 UNIGRAM_TOKENS = 2_000_000  # tokens of each domain's train split that unigram_nll counts
 PACKED_ROWS = 32  # rows that are packed together: an example goes to the first with room for it
 
@@ -59,13 +59,12 @@ def prepare(
     Raises:
       ConfigError: also for rows longer than a held-out split, and for more than MAX_TOKENS in memory.
     """
-    for name in ("heldout_rows", "shuffle_window"):
-        largest = max(MAX_TOKENS // data.sequence_length, 1)
-        if getattr(data, name) > largest:
-            raise ConfigError(
-                f"data.{name}={getattr(data, name)}: must be at most {largest} for data.sequence_length="
-                f"{data.sequence_length}, because the rows are held in memory"
-            )
+    largest = max(MAX_TOKENS // data.sequence_length, 1)
+    if data.shuffle_window > largest:
+        raise ConfigError(
+            f"data.shuffle_window={data.shuffle_window}: must be at most {largest} for data.sequence_length="
+            f"{data.sequence_length}, because the rows are held in memory"
+        )
     objectives.check_lengths(data)
     prepared = open_data(data, vocab_size, tokenizer, progress)
     for domain in prepared.domains:

@@ -297,13 +297,15 @@ def test_no_room_for_sentinels(prepared, data):
 
 
 @pytest.mark.parametrize(("objective", "rows"), [("span_corruption", 500), ("pairs", 400)])
-def test_an_encoder_whose_own_embedding_lacks_rows_is_refused(prepared, data, objective, rows):
+def test_an_encoder_whose_own_embedding_lacks_rows_is_refused(prepared, data, objective, rows, monkeypatch):
     """400 tokens; span corruption adds 100 sentinels, which all indexed the last row of a smaller table."""
-    changes = OBJECTIVES["span_corruption"] if objective == "span_corruption" else {}
-    config = Config(data=dataclasses.replace(data, **changes))
+    changes = OBJECTIVES["span_corruption"] if objective == "span_corruption" else {"objective": objective}
+    data = dataclasses.replace(data, **changes)
+    if objective == "pairs":
+        monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: paired(prepared))
     for size, refused in ((0, False), (rows, False), (rows - 1, True)):
         model = ModelConfig(vocab_size=512, encoder_layers=1, encoder_vocab_size=size)
-        whole = dataclasses.replace(config, model=model)
+        whole = Config(model=model, data=data)
         message = rf"encoder_vocab_size={size}: .* ids up to {rows - 1}; use at least {rows}, or 0"
         with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
             pipeline.prepare_run(whole, tokenizer=prepared.tokenizer, progress=lambda _: None)

@@ -205,6 +205,7 @@ def test_what_the_capacity_of_the_format_cannot_say_is_refused(changes):
     moe = dataclasses.replace(config.model.moe, capacity=Capacity(fixed=3), dispatch="gather")
     whole = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
     assert write_config(whole)["expert_capacity"] == 3
-    other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, moe=dataclasses.replace(moe, **changes)))
+    moe = dataclasses.replace(moe, accept_future_leak=True, **changes)
+    other = dataclasses.replace(whole, model=dataclasses.replace(whole.model, moe=moe))
     with pytest.raises(ConfigError, match=rf"switch_transformers lacks model\.moe\.{next(iter(changes))}"):
         write_config(other)

@@ -99,7 +99,7 @@ def test_exchanges_wait_for_each_other(monkeypatch):
 def _fitting(monkeypatch, fits, memory=95 * 2**30):
     tried = []
 
-    def make_plan(config, topology, scenario=None):
+    def make_plan(config, topology, scenario=None, programs=None):
         tried.append(config.model.remat)
         if config.model.remat not in fits:
             raise ConfigError("does not fit: temporaries alone")
