@@ -94,6 +94,25 @@ def check_fields(node: typing.Any, section: str) -> None:
         check_bounds(f"{section}{field.name}", value, field.metadata)
 
 
+class Section:
+    """Base of the config's dataclasses: fields are checked against their types and bounds where a value is made."""
+
+    #: Prefix of the fields in messages.
+    _path: typing.ClassVar[str] = ""
+
+    def __init_subclass__(cls, path: str | None = None, **further: typing.Any) -> None:
+        super().__init_subclass__(**further)
+        if path is not None:
+            cls._path = path
+
+    def __post_init__(self) -> None:
+        check_fields(self, self._path)
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        """Refuse the value of one field unless the condition holds."""
+        require(holds, f"{self._path}{name}", getattr(self, name), allowed)
+
+
 def facts_of(cls: typing.Any, fact: str, section: str = "") -> dict[str, typing.Any]:
     """Dotted name → the value of this fact, of the fields of a dataclass, and of those inside it, that have it."""
     found: dict[str, typing.Any] = {}

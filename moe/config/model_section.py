@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from moe.config.moe_section import DType, MoEConfig
 from moe.config.registry import with_gate
-from moe.fields import ConfigError, check_fields, require, setting
+from moe.fields import ConfigError, Section, require, setting
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full", "rotated"]
@@ -28,7 +28,7 @@ _MODEL, _MOE, _ROPE = "model.", "model.moe.", "model.rope_scaling."
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScalingConfig:
+class RopeScalingConfig(Section, path=_ROPE):
     """Scaling of rotary positions for contexts longer than those of pre-training."""
 
     kind: RopeScaling = "none"  # of the checkpoint's config; none: frequencies as they are
@@ -49,15 +49,16 @@ class RopeScalingConfig:
     high_freq_factor: float = 4.0  # llama3: rotations above which a pair is not interpolated
 
     def __post_init__(self) -> None:
-        check_fields(self, _ROPE)
-        length, low = self.original_length, self.low_freq_factor
-        require(length >= 2 or self.kind in ("none", "linear"), f"{_ROPE}original_length", length, "must be at least 2")
+        super().__post_init__()
+        long = self.original_length >= 2 or self.kind in ("none", "linear")
+        self._require("original_length", long, "must be at least 2")
+        low = self.low_freq_factor
         allowed = f"must be above low_freq_factor={low}, which must be positive"
-        require(self.high_freq_factor > low, f"{_ROPE}high_freq_factor", self.high_freq_factor, allowed)
+        self._require("high_freq_factor", self.high_freq_factor > low, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, path=_MODEL):
     """Transformer: decoder-only, or encoder and decoder."""
 
     vocab_size: int = setting(4096, least=1, most=2**24, split="tensor")  # V, rows of the embedding
@@ -118,7 +119,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.moe.d_ff == 0:
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, d_ff=self.d_ff))
-        check_fields(self, _MODEL)
+        super().__post_init__()
         self._check_stacks()
         self._check_attention()
         if self.kv_lora_rank:
@@ -135,10 +136,6 @@ class ModelConfig:
     def with_layer_gate(self, name: str) -> ModelConfig:
         """The config of a layer with a gate of its own; see :func:`moe.config.registry.with_gate`."""
         return self if name == self.moe.gate_name else dataclasses.replace(self, moe=with_gate(self.moe, name))
-
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        """Refuse the value of one field unless the condition holds."""
-        require(holds, f"{_MODEL}{name}", getattr(self, name), allowed)
 
     def _require_defaults(self, where: str, **defaults: object) -> None:
         """Refuse other values of fields that ``where`` says to be unused."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from moe.fields import check_fields, require, setting
+from moe.fields import Section, require, setting
 from moe.routing.gates import TopK
 from moe.routing.interface import BalanceCounts, BalanceScope, Gate
 
@@ -18,19 +18,16 @@ _MOE = "model.moe."
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity:
+class Capacity(Section, path=f"{_MOE}capacity."):
     """Largest number of tokens of a group that one expert takes: C = ceil(factor · K·S/E). Unused by dropless."""
 
     train: float = setting(1.25, above=0)  # factor in training; this and the next as in Switch 2021
     eval: float = setting(2.0, above=0)  # factor outside training
     fixed: int = setting(0, least=0)  # C itself, in training and outside; 0: given by the factors
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"{_MOE}capacity.")
-
 
 @dataclasses.dataclass(frozen=True)
-class Losses:
+class Losses(Section, path=f"{_MOE}losses."):
     """Weights of the auxiliary losses, and how the load-balancing loss is taken (moe.routing.balancing)."""
 
     balance: float = setting(0.0, least=0, most=1e6)  # load-balancing loss
@@ -42,12 +39,9 @@ class Losses:
     counts: BalanceCounts = "assignments"  # what its f counts: all, the first choice, or the top K of the scores
     null: float = setting(1.0, least=0)  # tau, weight of zero, copy and constant experts in it; below 1: used more
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"{_MOE}losses.")
-
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Section, path=_MOE):
     """MoE layers: gate, experts, capacity, dispatch and losses.
 
     The defaults are Mixtral's layer; layers of other papers are values in :data:`moe.config.registry.LAYERS`.
@@ -86,7 +80,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         is_gate = self.gate is None or isinstance(self.gate, Gate)
         require(is_gate, f"{_MOE}gate", self.gate, "must be a Gate, such as TopK(k=2), or None")
-        check_fields(self, _MOE)
+        super().__post_init__()
         if self.gate is None:  # a dense model reads none of the other fields
             return
         self._require("shared_gate", self.shared_d_ff > 0 or not self.shared_gate, "needs shared_d_ff above 0")
@@ -109,10 +103,6 @@ class MoEConfig:
     def gate_name(self) -> str:
         """Name of the gate, for messages and records."""
         return "none" if self.gate is None else self.gate.name
-
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        """Refuse the value of one field unless the condition holds."""
-        require(holds, f"{_MOE}{name}", getattr(self, name), allowed)
 
     def _check_router(self, gate: Gate) -> None:
         if gate.router == "none":

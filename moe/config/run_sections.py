@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from moe.config.files import check_path
-from moe.fields import check_fields, require, setting
+from moe.fields import Section, require, setting
 
 OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
@@ -23,7 +23,7 @@ EMBEDDED_DOMAINS = ("literature", "python")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, path="data."):
     """Text datasets, tokenizer, objective, and packed rows."""
 
     #: "embedded", a folder (/..., ./..., gs://...) or a prepared TFDS dataset; or several, a,b
@@ -49,9 +49,9 @@ class DataConfig:
     heldout_rows: int = setting(64, least=1)  # rows of T tokens per domain in each evaluation
 
     def __post_init__(self) -> None:
-        check_fields(self, "data.")
+        super().__post_init__()
         for name in self.dataset.split(","):
-            require(name != "", "data.dataset", self.dataset, "must name a dataset, or several separated by commas")
+            self._require("dataset", name != "", "must name a dataset, or several separated by commas")
             check_path("data.dataset", name)
         self._require("directory", self.directory != "", "must name a folder; '.' is the current one")
         check_path("data.directory", self.directory)
@@ -70,10 +70,6 @@ class DataConfig:
             self._require(name, getattr(self, name) * length <= most, allowed)
         self._require("chat_template", given, "must be empty unless data.objective is chat or preferences")
 
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        """Refuse the value of one field unless the condition holds."""
-        require(holds, f"data.{name}", getattr(self, name), allowed)
-
     @property
     def conversations(self) -> bool:
         """Whether documents are conversations, rendered by a chat template."""
@@ -81,7 +77,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section, path="mesh."):
     """Devices per mesh axis; one size may be -1: all remaining devices."""
 
     data: int = setting(-1, resume="free")  # splits rows
@@ -91,11 +87,10 @@ class MeshConfig:
     context: int = setting(1, resume="free")  # splits the positions of a row
 
     def __post_init__(self) -> None:
-        check_fields(self, "mesh.")
+        super().__post_init__()
         sizes = {axis.name: getattr(self, axis.name) for axis in dataclasses.fields(self)}
         for axis, size in sizes.items():
-            allowed = "must be positive, or -1 to use all remaining devices"
-            require(size == -1 or size >= 1, f"mesh.{axis}", size, allowed)
+            self._require(axis, size == -1 or size >= 1, "must be positive, or -1 to use all remaining devices")
         filled = [axis for axis, size in sizes.items() if size == -1]
         require(len(filled) <= 1, "mesh", filled, "only one axis can be -1")
 
@@ -108,7 +103,7 @@ Part = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section, path="optimizer."):
     """The optimizer, and the learning-rate schedule."""
 
     name: str = "adamw"  # adamw, adafactor, muon, or module:function (see moe.training.optimizer.Factory)
@@ -131,21 +126,20 @@ class OptimizerConfig:
     ema_decay: float = setting(0.0, share=True)
 
     def __post_init__(self) -> None:
-        check_fields(self, "optimizer.")
+        super().__post_init__()
         wsd = self.decay_steps == 0 or self.schedule == "wsd"
-        require(wsd, "optimizer.decay_steps", self.decay_steps, "must be 0 unless optimizer.schedule is 'wsd'")
+        self._require("decay_steps", wsd, "must be 0 unless optimizer.schedule is 'wsd'")
         if self.moment_dtype == "float32":
             return
-        field, value = "optimizer.moment_dtype", self.moment_dtype
         allowed = f"must be float32 with optimizer.name={self.name}; adamw and muon have bfloat16 moments"
-        require(self.name in ("adamw", "muon"), field, value, allowed)
+        self._require("moment_dtype", self.name in ("adamw", "muon"), allowed)
         # A second moment changes by up to a share 1 - b2 of itself; bfloat16 rounds changes below 1/256 away.
         allowed = f"must be float32 with optimizer.b2={self.b2}; bfloat16 keeps second moments up to b2=0.99"
-        require(self.b2 <= 0.99, field, value, allowed)
+        self._require("moment_dtype", self.b2 <= 0.99, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section, path="train."):
     """Training loop."""
 
     num_steps: int = setting(320, least=1, resume="later")  # optimizer steps
@@ -173,16 +167,16 @@ class TrainConfig:
     writers: tuple[str, ...] = setting(("tensorboard",), resume="free")
 
     def __post_init__(self) -> None:
-        check_fields(self, "train.")
+        super().__post_init__()
         check_path("train.compilation_cache", self.compilation_cache)
         allowed = f"must be 0 or a multiple of train.save_every={self.save_every}"
-        require(self.keep_every % self.save_every == 0, "train.keep_every", self.keep_every, allowed)
-        steps, allowed = self.accumulation_steps, f"must divide train.batch_size={self.batch_size}"
-        require(self.batch_size % steps == 0, "train.accumulation_steps", steps, allowed)
+        self._require("keep_every", self.keep_every % self.save_every == 0, allowed)
+        divides = self.batch_size % self.accumulation_steps == 0
+        self._require("accumulation_steps", divides, f"must divide train.batch_size={self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
-class StartConfig:
+class StartConfig(Section, path="start."):
     """Initial parameters (moe.training.warm_start).
 
     With a checkpoint, model fields that the config file or the command line does not set are the checkpoint's, and so
@@ -201,12 +195,12 @@ class StartConfig:
     optimizer: OptimizerState = "reset"  # optimizer state: new, or carried over from the checkpoint
 
     def __post_init__(self) -> None:
-        check_fields(self, "start.")
+        super().__post_init__()
         check_path("start.checkpoint", self.checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Section, path="distill."):
     """Distillation: a teacher's probabilities as targets besides the text (Switch 2021, section 4.2)."""
 
     teacher: str = ""  # workdir of a run or an import; empty: none
@@ -214,22 +208,19 @@ class DistillConfig:
     soft_share: float = setting(0.25, least=0, most=1)
 
     def __post_init__(self) -> None:
-        check_fields(self, "distill.")
+        super().__post_init__()
         check_path("distill.teacher", self.teacher)
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferencesConfig:
+class PreferencesConfig(Section, path="preferences."):
     """Training on preferred answers (data.objective preferences); distill.teacher is the reference model."""
 
     beta: float = setting(0.1, above=0)  # weight of the log-probabilities against the reference's (DPO)
 
-    def __post_init__(self) -> None:
-        check_fields(self, "preferences.")
-
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Section, path="lora."):
     """Low-rank adapters over a fixed checkpoint, start.checkpoint (moe.models.adapters)."""
 
     rank: int = setting(0, least=0)  # columns of A; 0: no adapters, all parameters are trained
@@ -239,5 +230,5 @@ class LoraConfig:
     common_a: bool = False  # all experts of a layer have one A, and a B each
 
     def __post_init__(self) -> None:
-        check_fields(self, "lora.")
-        require(bool(self.parts) or not self.rank, "lora.parts", self.parts, "must name at least one part")
+        super().__post_init__()
+        self._require("parts", bool(self.parts) or not self.rank, "must name at least one part")

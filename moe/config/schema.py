@@ -18,14 +18,14 @@ from moe.config.run_sections import (
     StartConfig,
     TrainConfig,
 )
-from moe.fields import LARGEST, check_fields, facts_of, require, setting
+from moe.fields import LARGEST, Section, facts_of, require, setting
 from moe.routing.interface import Gate
 
 _MOE = "model.moe."
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Section):
     """All settings of a run.
 
     Fields that follow others are filled in: objective and input length of an encoder-decoder.
@@ -47,7 +47,7 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", _filled(self.data, bool(self.model.encoder_layers)))
-        check_fields(self, "")
+        super().__post_init__()
         _check_objective(self.model, self.data)
         _check_steps(self)
         _check_lora(self)
