@@ -15,26 +15,38 @@ EVERY, LIMIT = 10.0, 90.0
 
 
 @contextlib.contextmanager
-def said_aloud(what: str) -> Iterator[None]:
-    """Print every 10 s that this is being waited for, while the block lasts."""
-    done, start = threading.Event(), time.monotonic()
+def repeatedly(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call a function after every so many seconds, in a thread of its own, while the block lasts."""
+    done = threading.Event()
 
-    def speak() -> None:
-        while not done.wait(EVERY):
-            with contextlib.suppress(OSError, ValueError):
-                print(f"waiting for {terminal(what)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    def run() -> None:
+        while not done.wait(seconds):
+            act()
 
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        speaker.join()
+        thread.join()
+
+
+@contextlib.contextmanager
+def said_aloud(what: str) -> Iterator[None]:
+    """Print every 10 s that this is being waited for, while the block lasts."""
+    start = time.monotonic()
+
+    def speak() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"waiting for {terminal(what)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    with repeatedly(EVERY, speak):
+        yield
 
 
 def first_answer[T](what: str, ask: Callable[[], T]) -> T:
-    """What a call returns or raises, within 90 s.
+    """Return or raise as a call does, within 90 s.
 
     Args:
         what: it asks, for the lines of :func:`said_aloud`.

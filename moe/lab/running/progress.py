@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe.lab.records import Key
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
 from moe.training import progress
+from moe.waiting import repeatedly
 
 LOG = "progress.log"
 _SECONDS_BETWEEN_LINES = 60.0
@@ -50,21 +50,16 @@ class Progress:
     @contextlib.contextmanager
     def following(self, key: Key, directory: Path) -> Iterator[None]:
         """Write a line a minute while the run in ``directory`` is trained."""
-        ended = threading.Event()
 
         def follow() -> None:
-            while not ended.wait(_SECONDS_BETWEEN_LINES):
-                trained = [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
-                if trained:
-                    self._follow(key, trained[-1]["step"], trained[-1]["cross_entropy"])
+            trained = [row for row in read_rows(epath.Path(directory) / METRICS) if row["kind"] == "train"]
+            if trained:
+                self._follow(key, trained[-1]["step"], trained[-1]["cross_entropy"])
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
         try:
-            yield
+            with repeatedly(_SECONDS_BETWEEN_LINES, follow):
+                yield
         finally:
-            ended.set()
-            thread.join()
             self._trained += self._flops(key)
 
     def finish(self, key: Key, status: str, row_losses: Sequence[float]) -> None:
