@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ _PRICES = (
 )  # fmt: skip
 
 
+@functools.cache
 def prices() -> str:
     """Hash of the tables and models by which programs are counted."""
     digest = hashlib.sha256()
@@ -106,8 +108,7 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
     lines += ["", f"Inside: {sum(row['inside'] for row in made)} of {len(made)}."]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]
-    current = prices()
-    stale = [row["name"] for row in rows if row.get("prices") != current]
+    stale = [row["name"] for row in rows if row.get("prices") != prices()]
     if stale:
         lines += [
             "",
