@@ -11,12 +11,11 @@ from etils import epath
 
 from configs import base
 from moe.checkpoints import manager
-from moe.checkpoints.parameters import write_parameters
+from moe.checkpoints.parameters import streamed, write_parameters
 from moe.config import to_dict
 from moe.config.parse import from_config_dict
 from moe.metrics_files import read_rows
 from moe.training import loop as training
-from moe.training.averaging import streamed
 from moe.training.loop import train
 from moe.training.step import build
 from tests.tiny_text import build as build_text

@@ -51,6 +51,18 @@ class TokenLosses:
         return np.concatenate(found)
 
 
+def places(batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the domain, and of the row over all domains, of every real token: two [n] in the order of Records."""
+    domains, rows, first = [], [], 0
+    for number, of_domain in enumerate(batches.values()):
+        for batch in of_domain:
+            lengths = (batch["segment_ids"] > 0).sum(axis=1)
+            rows.append(np.repeat(first + np.arange(len(lengths)), lengths))
+            domains.append(np.full(lengths.sum(), number))
+            first += len(lengths)
+    return np.concatenate(domains), np.concatenate(rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """How far two models route the same tokens alike in one layer, on odd rows.

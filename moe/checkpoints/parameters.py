@@ -16,13 +16,14 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe.atomic_files import from_checked_json
+from moe.atomic_files import from_checked_json, write_atomic
 from moe.checkpoints.adapted import base_step
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
 from moe.checkpoints.workdir import CONFIG, read_config
-from moe.config import Config, ConfigError, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig, to_dict
+from moe.data.tokenizer import Tokenizer
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
 from moe.models.state import join
@@ -96,6 +97,39 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
     refuse_unusable_path(workdir)
     with quiet_orbax():
         _write_parameters(workdir, {"parameters": parameters} | ({"biases": biases} if biases else {}))
+
+
+def refuse_files(out: str) -> None:
+    """Refuse a workdir to create that holds files. Raises ConfigError."""
+    folder = epath.Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out={out}: holds files; use a new folder")
+
+
+def write_workdir(
+    out: str, config: Config, parameters: dict[str, Any], biases: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Create a workdir of parameters in memory, with a config and a tokenizer: a model to evaluate or to start from.
+
+    Raises:
+        ConfigError: see :func:`refuse_files` and :func:`write_parameters`.
+    """
+    refuse_files(out)
+    workdir = epath.Path(out)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_parameters(workdir, streamed(parameters), streamed(biases))
+    for name, content in tokenizer.files.items():
+        write_atomic(workdir / name, content)
+    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+
+
+def streamed(tree: Any) -> Any:
+    """A tree of arrays as :func:`write_parameters` takes it, each in one part."""
+
+    def parts(leaf: np.ndarray) -> Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]:
+        return lambda: iter([((), leaf)])
+
+    return jax.tree.map(lambda leaf: Streamed(leaf.shape, leaf.dtype, 0, parts(leaf)), jax.tree.map(np.asarray, tree))
 
 
 def _write_parameters(workdir: epath.Path, state: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ tokens have the same expert in each layer, against chance and exchanged rows, an
 --other the checkpoints of one run are compared: when did its routing settle? docs/diff.md shows the page.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +23,108 @@ _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Exchanges of rows per null di
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the exchanges and of untrained routers.", lower_bound=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """A model, and its records of held-out text.
+
+    Attributes:
+        name: of the run, with its step.
+        workdir: opened.
+        variables: of the checkpoint.
+        rows: domain → batches.
+        records: routing of their tokens.
+    """
+
+    name: str
+    workdir: Any
+    variables: dict[str, Any]
+    rows: Any
+    records: Any
+
+    def losses(self) -> Any:
+        """Loss of every token."""
+        from moe.analysis.difference import TokenLosses
+
+        return TokenLosses(self.workdir.program)(self.variables, self.rows)
+
+
+def _read(path: str, step: int | None, instead: dict[tuple[str, str], Any]) -> _Reading:
+    from moe.analysis.analyse import heldout_rows
+    from moe.analysis.record import Recorder
+    from moe.config import ConfigError
+    from moe.training.open_run import open_workdir
+
+    opened = open_workdir(path, instead)
+    if opened.program.config.model.encoder_layers:
+        raise ConfigError(f"{path}: holds an encoder-decoder; only decoder-only models are compared")
+    recorder = Recorder(opened.program)
+    rows = heldout_rows(recorder, opened.prepared, int(_TOKENS.value or 0))
+    step = max(opened.steps()) if step is None else step
+    variables = opened.variables(step)
+    return _Reading(f"{Path(path).name} at {step}", opened, variables, rows, recorder(variables, rows))
+
+
 def main() -> None:
     """Record, compare, write the page and print it."""
     from etils import epath
 
     from moe.analysis import difference, difference_page
-    from moe.analysis.analyse import heldout_rows
     from moe.analysis.controls import has_router, hash_routing, untrain_routers
     from moe.analysis.record import Recorder
     from moe.analysis.summary import piece_of
-    from moe.config import ConfigError
-    from moe.training.open_run import open_workdir
 
-    opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
-    config = opened.program.config
-    if config.model.encoder_layers:
-        raise ConfigError("--workdir: holds an encoder-decoder; only decoder-only models are compared")
-    recorder = Recorder(opened.program)
-    rows = heldout_rows(recorder, opened.prepared, _TOKENS.value)
-    last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
-    variables = opened.variables(last)
-    one = recorder(variables, rows)
+    one = _read(_WORKDIR.path, _WORKDIR.step, _WORKDIR.instead)
     if not _OTHER.value:
-        earlier = [step for step in opened.steps() if step < last]
-        if not earlier:
-            raise ConfigError("--other: must be given, since the run has no earlier checkpoint to compare with")
-        shares: dict[int, list[float]] = {}
-        for step in earlier:
-            then = recorder(opened.variables(step), rows).first_choice
-            shares[step] = (then == one.first_choice).mean(axis=1).tolist()
-        print(difference_page.settling(one.layers, shares, last))
+        print(_settling(one))
         return
+    config = one.workdir.program.config
     same_text: dict[tuple[str, str], Any] = {
         ("data", "dataset"): config.data.dataset,
-        ("data", "domains"): opened.prepared.domains,
+        ("data", "domains"): one.workdir.prepared.domains,
         ("data", "directory"): config.data.directory,
         ("data", "objective"): config.data.objective,
         ("data", "sequence_length"): config.data.sequence_length,
         ("train", "batch_size"): config.train.batch_size,
     }
-
-    def opened_beside(path: str, step: int | None) -> tuple[Any, Any, Any]:
-        workdir = open_workdir(path, same_text)
-        own = Recorder(workdir.program)
-        values = workdir.variables(step)
-        read = heldout_rows(own, workdir.prepared, _TOKENS.value)
-        records = own(values, read)
-        difference.check_same_tokens(one, records)
-        return workdir, values, (own, read, records)
-
-    against, theirs, (own, read, other) = opened_beside(str(_OTHER.value), _OTHER_STEP.value)
-    controls = {"hash of the token": hash_routing(one)}
-    if has_router(against.program.config.model):
-        untrained = untrain_routers(theirs, against.program.config.model, _SEED.value)
-        controls[f"{Path(str(_OTHER.value)).name}, untrained routers"] = own(untrained, read)
-    for path in _BESIDE.value:
-        controls[Path(path).name] = opened_beside(path, None)[2][2]
-    shuffles, seed = int(_SHUFFLES.value or 0), int(_SEED.value or 0)
-    others = {"": other, **controls}
-    found = {name: difference.agreements(one, of, shuffles=shuffles, seed=seed) for name, of in others.items()}
-    same = difference.same_layers(one, other, found[""])
-    losses = difference.loss_differences(
-        one,
-        difference.TokenLosses(opened.program)(variables, rows),
-        difference.TokenLosses(against.program)(theirs, read),
-        same,
-        piece_of(opened.prepared.tokenizer),
-    )
-    step = _OTHER_STEP.value if _OTHER_STEP.value is not None else max(against.steps())
-    names = f"{Path(opened.path).name} at {last}", f"{Path(against.path).name} at {step}"
-    page = difference_page.Difference(names, one.layers, found, losses, shuffles, seed)
-    folder = epath.Path(_OUTPUT.value or epath.Path(opened.path) / "diff")
+    other = _read(str(_OTHER.value), _OTHER_STEP.value, same_text)
+    compared = {"": other.records, "hash of the token": hash_routing(one.records)}
+    model, seed = other.workdir.program.config.model, int(_SEED.value or 0)
+    if has_router(model):
+        untrained = untrain_routers(other.variables, model, seed)
+        name = f"{Path(str(_OTHER.value)).name}, untrained routers"
+        compared[name] = Recorder(other.workdir.program)(untrained, other.rows)
+    compared |= {Path(path).name: _read(path, None, same_text).records for path in _BESIDE.value}
+    shuffles = int(_SHUFFLES.value or 0)
+    found = {
+        name: difference.agreements(one.records, records, shuffles=shuffles, seed=seed)
+        for name, records in compared.items()
+    }
+    same = difference.same_layers(one.records, other.records, found[""])
+    piece = piece_of(one.workdir.prepared.tokenizer)
+    losses = difference.loss_differences(one.records, one.losses(), other.losses(), same, piece)
+    page = difference_page.Difference((one.name, other.name), one.records.layers, found, losses, shuffles, seed)
+    folder = epath.Path(_OUTPUT.value or epath.Path(_WORKDIR.path) / "diff")
     written = difference_page.write(page, folder)
     print(difference_page.markdown(page))
     print(f"Written to {folder}: {', '.join(written)}")
+
+
+def _settling(one: _Reading) -> str:
+    """The table of the run's earlier checkpoints beside this one."""
+    from moe.analysis import difference_page
+    from moe.analysis.record import Recorder
+    from moe.config import ConfigError
+
+    recorder, opened = Recorder(one.workdir.program), one.workdir
+    last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
+    earlier = [step for step in opened.steps() if step < last]
+    if not earlier:
+        raise ConfigError("--other: must be given, since the run has no earlier checkpoint to compare with")
+    shares = {
+        step: (recorder(opened.variables(step), one.rows).first_choice == one.records.first_choice).mean(1).tolist()
+        for step in earlier
+    }
+    return difference_page.settling(one.records.layers, shares, last)
 
 
 def run() -> None:

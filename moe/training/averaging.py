@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_atomic
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints, complete_steps
-from moe.checkpoints.workdir import CONFIG, read_config
-from moe.config import Config, ConfigError, LoraConfig, MeshConfig, to_dict
+from moe.checkpoints.workdir import read_config
+from moe.config import Config, ConfigError, LoraConfig, MeshConfig
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import merge
 from moe.parallel.mesh import make_mesh
@@ -37,9 +35,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
         ConfigError: a checkpoint is missing, ``out`` holds files, or the run keeps no moving average.
     """
     config, there = read_config(workdir), complete_steps(epath.Path(workdir))
-    target = epath.Path(out)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"--out={out}: holds files; use a new folder")
+    stored.refuse_files(out)
     if ema and not config.optimizer.ema_decay:
         raise ConfigError(f"--ema: {workdir} was trained with optimizer.ema_decay=0 and keeps no moving average")
     if not there:
@@ -47,12 +43,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     chosen = sorted(set(steps)) or there
     weights = _moving_average(workdir, config, there[-1]) if ema else _mean(workdir, config, chosen)
     biases = stored.read_biases(workdir, config.model)
-    target.mkdir(parents=True, exist_ok=True)
-    stored.write_parameters(target, streamed(weights), streamed(biases))
-    for name, content in find_tokenizer(workdir).files.items():
-        write_atomic(target / name, content)
-    merged = dataclasses.replace(config, lora=LoraConfig())
-    write_atomic(target / CONFIG, json.dumps(to_dict(merged), indent=2))
+    stored.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, find_tokenizer(workdir))
     what = f"the moving average at step {there[-1]}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
     return f"{out}: {what} of {workdir}"
 
@@ -77,14 +68,3 @@ def _moving_average(workdir: str, config: Config, step: int) -> Any:
         base, _ = stored.read_base(config, workdir, mesh)
         weights = merge(base, weights, config.lora.alpha / config.lora.rank)
     return jax.tree.map(np.asarray, weights)
-
-
-def streamed(tree: Any) -> Any:
-    """A tree of arrays as :func:`moe.checkpoints.parameters.write_parameters` takes it."""
-
-    def parts(leaf: np.ndarray) -> Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]:
-        return lambda: iter([((), leaf)])
-
-    return jax.tree.map(
-        lambda leaf: stored.Streamed(leaf.shape, leaf.dtype, 0, parts(leaf)), jax.tree.map(np.asarray, tree)
-    )

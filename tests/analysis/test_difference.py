@@ -85,6 +85,10 @@ def test_losses_of_tokens_are_those_of_the_model(rng):
     output = forward(program.model(variables), batch)
     nll, count = cross_entropy(output.logits, batch["targets"])
     assert found.shape == (13,)
+    domain, row = difference.places({"other": [batch], "text": [batch]})
+    records = Recorder(program)(variables, {"other": [batch], "text": [batch]})
+    assert np.array_equal(domain, records.domain)
+    assert np.array_equal(row, records.row)
     assert np.sum(~np.isnan(found)) == count
     np.testing.assert_allclose(np.nansum(found), nll, rtol=1e-5)
 
