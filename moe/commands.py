@@ -29,8 +29,8 @@ COMMANDS = {
 
 def start(program: str) -> None:
     """Run a module of :mod:`moe.programs`."""
-    # Before JAX is imported; the first may restart this program.
-    process.use_tpu_compiler() if program == COMMANDS["plan"] else process.prepare()
+    prepare = process.use_tpu_compiler if program == COMMANDS["plan"] else process.prepare
+    prepare()  # before JAX is imported; may restart this program
     importlib.import_module(f"moe.programs.{program}").run()
 
 

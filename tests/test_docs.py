@@ -56,7 +56,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 def test_links_between_files_of_the_repository_lead_somewhere():
-    """Those of the site are checked by Sphinx too; README and the others beside it are not in the site."""
+    """Links of the site are checked by Sphinx too; README and the others beside it are not in the site."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
     assert len(links) > 200

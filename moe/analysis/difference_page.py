@@ -22,7 +22,7 @@ _FEWEST = 200
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What :func:`write` shows.
+    """Findings of a comparison, as :func:`write` shows them.
 
     Attributes:
         names: of the two runs, with their steps.

@@ -6,7 +6,7 @@ Parameters are NumPy trees as :func:`moe.checkpoints.parameters.read_parameters`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import layer_kinds
 from moe.models.stack import restack_layers, unstack_layers
 
-#: A layer's arrays by path within its block, such as ("moe", "experts", "up").
-Arrays = Mapping[tuple[str, ...], np.ndarray]
-
 #: Hidden units are the last axis of these, and the axis before the last of ``down``.
 _INTO = ("up", "gate", "up_bias", "gate_bias")
+
+#: Config, parameters and selection biases.
+Model = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
 
 def frequency(records: Records) -> np.ndarray:
@@ -42,7 +42,7 @@ def _shares(records: Records, amounts: np.ndarray) -> np.ndarray:
 
 
 def ablation(model: ModelConfig, parameters: dict[str, Any], loss: Callable[[dict[str, Any]], float]) -> np.ndarray:
-    """What the loss rises by where one expert returns zero, [L,E] nats: exact, by L·E evaluations.
+    """Rise of the loss where one expert returns zero, [L,E] nats: exact, by L·E evaluations.
 
     Args:
         model: of the parameters.
@@ -69,9 +69,6 @@ def most_salient(saliency: np.ndarray, count: int) -> np.ndarray:
     """The experts to keep, [L,count] in their order: those of the highest saliency [L,E]; of equals, the first."""
     order = np.argsort(-saliency, axis=1, kind="stable")
     return np.sort(order[:, :count], axis=1)
-
-
-Model = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
 
 def prune(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], kept: np.ndarray) -> Model:

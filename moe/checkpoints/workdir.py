@@ -28,10 +28,11 @@ CONFIG = "config.json"
 CHANGES = "changes.jsonl"
 REPORT = "report.txt"
 
+_RESUME = facts_of(Config, "resume")
 #: Fields that do not change what is learnt: they may differ when a run is resumed.
-FREE_FIELDS = tuple(name for name, fact in facts_of(Config, "resume").items() if fact == "free")
+FREE_FIELDS = tuple(name for name, fact in _RESUME.items() if fact == "free")
 #: Fields that a run may change from its newest checkpoint on; each change is recorded in changes.jsonl.
-CHANGEABLE_FIELDS = tuple(name for name, fact in facts_of(Config, "resume").items() if fact == "later")
+CHANGEABLE_FIELDS = tuple(name for name, fact in _RESUME.items() if fact == "later")
 
 
 class _Change(Fields):

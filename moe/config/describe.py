@@ -115,7 +115,7 @@ def _gates() -> str:
 
 
 def _constants(layer: MoEConfig) -> str:
-    """What a layer's name brings beside its gate and capacity, where it is not the default of its field."""
+    """Constants that a layer's name brings beside its gate and capacity, where they are no defaults of their fields."""
     losses, others = dataclasses.fields(layer.losses), dataclasses.fields(layer)
     found = [(f"losses.{field.name}", getattr(layer.losses, field.name), field.default) for field in losses]
     found += [(field.name, getattr(layer, field.name), field.default) for field in others if field.name in CONSTANTS]

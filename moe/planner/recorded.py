@@ -25,7 +25,7 @@ _FIELDS = (
 
 
 class _Kept(Fields):
-    """What is read of a kept plan."""
+    """Fields of a kept plan that are read."""
 
     config: str
     topology: str

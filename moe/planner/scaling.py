@@ -36,7 +36,7 @@ class Point:
 
 
 class _Row(Fields):
-    """What the table and the figure read of a row; a compiled point has all its figures, a refused one none."""
+    """Fields of a row that table and figure read; a compiled point has all its figures, a refused one none."""
 
     series: str
     topology: str

@@ -1,4 +1,4 @@
-"""What made a plan: versions of JAX and the compilers, and the source of this package."""
+"""Origin of a plan: versions of JAX and the compilers, and the source of this package."""
 
 from __future__ import annotations
 

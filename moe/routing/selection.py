@@ -1,4 +1,4 @@
-"""What gates share: top-k without a gather over tokens, group limits, and the bases of gates that score and select."""
+"""Selection that gates share: top-k without a gather over tokens, limits on groups, and bases of gates that score."""
 
 from __future__ import annotations
 

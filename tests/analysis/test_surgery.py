@@ -79,7 +79,7 @@ def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
 
 
 def test_saliencies_by_hand(rng):
-    """Of tokens 0, 0, 1, 2 with weights 1, 1, 4, 2: shares 2/4, 1/4, 1/4, 0 and 2/8, 4/8, 2/8, 0."""
+    """Tokens 0, 0, 1, 2 with weights 1, 1, 4, 2: shares 2/4, 1/4, 1/4, 0 and 2/8, 4/8, 2/8, 0."""
     records = _records(np.array([0, 0, 1, 2]), row=np.zeros(4, int))
     records = dataclasses.replace(records, combine_weights=np.array([1, 1, 4, 2.0]).reshape(1, 4, 1))
     assert surgery.frequency(records).tolist() == [[0.5, 0.25, 0.25, 0]]

@@ -145,7 +145,7 @@ def test_pages_open_in_a_browser_as_wide_as_a_phone(made, tmp_path):
 
 
 def _shown_in_a_browser(text, folder):
-    """What a page shows in a window of 500 pixels, the least that Chromium opens."""
+    """Contents of a page in a window of 500 pixels, the least that Chromium opens."""
     probe = """<script>document.body.dataset.answer = encodeURIComponent(JSON.stringify({
         headings: [...document.querySelectorAll("h2")].map(each => each.textContent), text: document.body.innerText,
         width: document.documentElement.scrollWidth, window: document.documentElement.clientWidth}))</script>"""
