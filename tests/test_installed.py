@@ -100,7 +100,7 @@ import dataclasses
 import jax
 
 from moe import Gate, GateOutput
-from moe.routing.selection import top_k
+from moe.routing.interface import top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, MoEConfig
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState
-from moe.routing.selection import Scored, top_k
+from moe.routing.interface import Gate, GateInputs, GateOutput, RouterState, Scored, top_k
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import Program, build
 

@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 from moe.config import MoEConfig
+from moe.routing.interface import pick, top_k
 from moe.routing.routing import Routing
-from moe.routing.selection import pick, top_k
 
 
 @jax.tree_util.register_dataclass

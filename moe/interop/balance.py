@@ -14,8 +14,8 @@ from jax import Array
 from moe.config import ModelConfig, sparse_layers, stacks
 from moe.interop.families.family import Family
 from moe.routing.balancing import count_per_expert
+from moe.routing.interface import top_k
 from moe.routing.routing import Routing
-from moe.routing.selection import top_k
 
 
 def weight_here(family: Family, coefficient: float, model: ModelConfig) -> float:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -18,15 +19,103 @@ from moe.config.model_section import check_is_model
 from moe.config.parse import build
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
-from moe.dispatch.ffn import ExpertDropout, ExpertWeights
-from moe.layers.experts import Experts, Latent, NullExperts, RunExperts, SharedExpert
-from moe.layers.router import Router
+from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertDropout, ExpertWeights
+from moe.layers.expert_variants import Latent, NullExperts, RunExperts, SharedExpert
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul
+from moe.parallel.parameters import gather_for_matmul, matrix, parameter, zeros
 from moe.routing import balancing
-from moe.routing.interface import Gate
+from moe.routing.gates import SoftMoE
+from moe.routing.interface import Gate, RouterKind
 from moe.routing.routing import Choices, Routing, route
+
+
+class SelectionBias(nnx.Variable):
+    """[E] float32 without a gradient, which the train step updates: a bias that the scores get for selection only, or
+    another state that ``Gate.state`` names."""
+
+
+#: First value of the strength of ReMoE's penalty (2024, section 3.3).
+FIRST_PENALTY = 1e-8
+
+
+class Router(nnx.Module):
+    """Linear router, x·W_g in float32 whatever the compute dtype ("selective precision", Switch 2021, section 2.4).
+
+    With ``moe.router_dtype="bfloat16"``, x, W_g and the logits are rounded to bfloat16, for ablations. The gate says
+    which further parameters there are (``kind``): W_noise (W_g and W_noise start at zero,
+    Shazeer 2017, section 4 and appendix A), a selection bias (zero at first), or one column per slot. Deviation from
+    Soft MoE (2023, section 2.3): x and W_g are not L2-normalised, because x is the output of an RMSNorm.
+    """
+
+    def __init__(self, config: ModelConfig, *, kind: RouterKind = "linear", rngs: nnx.Rngs):
+        gate = config.moe.gate
+        d = config.d_model
+        e = config.moe.num_experts + config.moe.null_experts
+        update = "none" if gate is None else gate.state.update
+        self.dtype = config.moe.router_dtype
+        first = FIRST_PENALTY if update == "penalty" else 0.0
+        state = jnp.full((e,), first, jnp.float32)
+        self.bias = None if update == "none" else parameter(state, partition_specs.REPLICATED, kind=SelectionBias)
+        self.logit_bias = zeros((e,)) if config.moe.bias != "none" else None
+        self.noise = zeros((d, e)) if kind == "noisy" else None
+        if kind == "noisy":
+            self.kernel = zeros((d, e), inputs=1)
+        else:
+            shape = (d, e, gate.slots) if isinstance(gate, SoftMoE) else (d, e)
+            self.kernel = matrix(rngs, shape, partition_specs.REPLICATED, fan_in=d, scale=config.init_scale)
+
+    def __call__(
+        self, x: Float[Array, "G S D"], *, jitter: float = 0.0, rng: Array | None = None
+    ) -> Float[Array, "G S E"] | Float[Array, "G S E P"]:
+        """Router logits in float32, per slot (P) for a gate with slots.
+
+        Args:
+            x: activations; jitter multiplies a copy that only the router sees.
+            jitter: the factors are uniform in [1 − jitter, 1 + jitter].
+            rng: key of the jitter; None: no jitter.
+        """
+        x = x.astype(jnp.float32)
+        if rng is not None and jitter > 0.0:
+            x = x * jax.random.uniform(rng, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter)
+        logits = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype)).astype(jnp.float32)
+        return logits if self.logit_bias is None else logits + self.logit_bias[...]
+
+    def noise_logits(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"] | None:
+        """x·W_noise in float32; None for a gate without noise."""
+        return None if self.noise is None else _matmul(x.astype(jnp.float32), self.noise[...])
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    # By default TPUs multiply float32 matrices in bfloat16 passes.
+    return jnp.einsum("gsd,d...->gs...", x, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+class Experts(nnx.Module):
+    """E FFNs of one shape, as three stacked matrices."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
+        self.activation = config.activation
+        self.precision = config.low_precision
+        self.up = matrix(rngs, (e, d, f), partition_specs.EXPERTS_IN, fan_in=d, scale=config.init_scale)
+        self.down = matrix(rngs, (e, f, d), partition_specs.EXPERTS_OUT, fan_in=f, scale=config.init_scale)
+        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
+        self.gate = (
+            matrix(rngs, (e, d, f), partition_specs.EXPERTS_IN, fan_in=d, scale=config.init_scale) if gated else None
+        )
+        self.up_bias = zeros((e, f), partition_specs.EXPERT_BIASES) if biased else None
+        self.gate_bias = zeros((e, f), partition_specs.EXPERT_BIASES) if biased and gated else None
+        # The layer adds it: what a device computes is a partial sum.
+        self.down_bias = zeros((e, d), PartitionSpec(None, "fsdp")) if biased else None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters but ``down_bias``, as they are stored."""
+        gate = None if self.gate is None else self.gate[...]
+        gate_bias = None if self.gate_bias is None else self.gate_bias[...]
+        biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
+        return ExpertWeights(self.up[...], gate, self.down[...], biases, precision=self.precision)
 
 
 class Keys(NamedTuple):

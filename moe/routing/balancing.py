@@ -17,9 +17,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from moe.routing.interface import BalanceCounts
+from moe.routing.interface import BalanceCounts, quantile, top_k
 from moe.routing.routing import Routing
-from moe.routing.selection import quantile, top_k
 
 
 @jax.tree_util.register_dataclass

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe.fields import require, setting
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState
-from moe.routing.selection import Scored, Selecting, rank, top_k
+from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState, Scored, Selecting, rank, top_k
 
 
 # --- Top-k of scores --------------------------------------------------------------------------------------------------

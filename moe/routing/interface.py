@@ -1,13 +1,17 @@
-"""Interface of a gate: its base class, inputs and output."""
+"""Interface of a gate: its inputs, output and base classes, and the selection that gates share."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
-from moe.fields import check_fields, require
+from moe.fields import check_fields, require, setting
 
 RouterKind = Literal["linear", "noisy", "slots", "none"]
 BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
@@ -134,3 +138,169 @@ class Gate:
     def generates(self) -> bool:
         """Whether a token's experts can be known, outside training, without later tokens."""
         return not self.looks_ahead or self.state.update == "threshold"
+
+
+def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+    """Select entries of the last axis; the gradient is elementwise instead of a scatter."""
+    # [...,1,E] where [...,K,E] → [...,K]
+    chosen = index[..., None] == jnp.arange(scores.shape[-1])
+    return jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1)
+
+
+def top_k(scores: Float[Array, "*batch E"], k: int) -> tuple[Float[Array, "*batch K"], Int[Array, "*batch K"]]:
+    """Values and indices of the k highest scores, ties to the lower index; ``jax.lax.top_k`` as k rounds of argmax.
+
+    XLA's partitioner cannot split ``lax.top_k`` over tokens: on a mesh every device would gather all logits and route
+    all tokens. It can split reductions over E. The argmax is written as the lowest index that has the maximum because
+    XLA on CPU runs ``jnp.argmax``, a reduction of (value, index) pairs, on one core and ten times slower.
+    """
+    num_experts = scores.shape[-1]
+    experts = jnp.arange(num_experts)
+    remaining, indices = jax.lax.stop_gradient(scores), []
+    for _ in range(k):
+        highest = jnp.max(remaining, axis=-1, keepdims=True)
+        indices.append(jnp.min(jnp.where(remaining == highest, experts, num_experts - 1), axis=-1))
+        remaining = jnp.where(indices[-1][..., None] == experts, -jnp.inf, remaining)
+    index = jnp.stack(indices, axis=-1)
+    return pick(scores, index), index
+
+
+def rank(scores: Float[Array, "*batch N"]) -> Int[Array, "*batch N"]:
+    """Rank of each entry of the last axis: 0 for the highest, ties to the lower index."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1).astype(jnp.int32)
+
+
+def limit_to_groups(
+    scores: Float[Array, "*batch E"], groups: int, kept: int, scores_per_group: int
+) -> Float[Array, "*batch E"]:
+    """Scores with −∞ outside the kept groups; a group is ranked by the sum of its ``scores_per_group`` highest
+    (1: DeepSeek-V2 2024, section 2.2.2; 2: DeepSeek-V3 2024, section 2.1.2)."""
+    if kept == groups:
+        return scores
+    # [...,E] → [...,groups,E/groups]
+    by_group = scores.reshape(*scores.shape[:-1], groups, -1)
+    values, _ = top_k(by_group, min(scores_per_group, by_group.shape[-1]))
+    _, kept_index = top_k(jnp.sum(values, axis=-1), kept)
+    is_kept = jnp.any(kept_index[..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(is_kept[..., None], by_group, -jnp.inf).reshape(scores.shape)
+
+
+def quantile(
+    values: Float[Array, "G S E"], mask: Bool[Array, "G S"], share: Float[Array, ""] | float
+) -> Float[Array, " E"]:
+    """Largest q of each expert such that at most this share of the masked-in tokens has a value below q.
+
+    Found by narrowing an interval to a sixteenth, six times: each time the counts at 15 points are summed over all
+    tokens, so that a mesh exchanges counts and no token. The error is 2⁻²⁴ of the values' range.
+    """
+    inside = mask[..., None]
+    low = jnp.min(jnp.where(inside, values, jnp.inf), axis=(0, 1))
+    high = jnp.max(jnp.where(inside, values, -jnp.inf), axis=(0, 1))
+    low, high = (jnp.where(jnp.isfinite(bound), bound, 0.0) for bound in (low, high))
+    steps = jnp.arange(17) / 16
+    for _ in range(6):
+        points = low[:, None] + (high - low)[:, None] * steps  # [E,17]
+        below = jnp.sum(inside[..., None] & (values[..., None] < points[:, 1:-1]), axis=(0, 1))  # [E,15]
+        last = jnp.sum(below <= share * jnp.sum(mask), axis=-1, keepdims=True)
+        low, high = (jnp.take_along_axis(points, last + i, axis=-1)[:, 0] for i in (0, 1))
+    return low
+
+
+#: Score functions by name. The last one is DeepSeek-V4's; its square root has no finite slope at 0.
+SCORES = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), 1e-30)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored(Gate):
+    """Base of gates that weigh experts by a score of their logits."""
+
+    reweighs: ClassVar[bool] = True
+
+    score: ScoreFunction = "softmax"  # s, of the router logits
+    renormalise: bool = False  # divide the chosen weights by their sum
+    scale: float = setting(1.0, least=-1e6, most=1e6)  # factor of the chosen weights
+
+    def scores(self, router_logits: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        """s of the router logits."""
+        return SCORES[self.score](router_logits)
+
+    def weigh(
+        self, router_logits: Float[Array, "G S E"], inputs: GateInputs, expert_index: Int[Array, "G S K"]
+    ) -> GateOutput:
+        """Weights of experts (or of the recorded ones) by their scores; ``probs`` are the scores over their sum."""
+        expert_index = expert_index if inputs.expert_index is None else inputs.expert_index
+        scores = self.scores(router_logits)
+        probs = None if self.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        weights = pick(scores, expert_index)
+        if self.renormalise:
+            # The epsilon, as in DeepSeek's code, guards against a sum of sigmoids that underflows.
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return GateOutput(expert_index, weights * self.scale, probs=probs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selecting(Scored):
+    """Base of gates that choose K experts by score + selection bias, within the best groups of experts."""
+
+    bias: Literal["none", "sign", "quantile"] = "none"  # added to the scores for selection only, and how it moves
+    bias_rate: float = setting(0.0, least=0, most=1e6)  # step of that bias, per optimizer step
+    groups: int = setting(1, least=1)  # equal groups of consecutive experts; divides num_experts
+    kept_groups: int = setting(1, least=1)  # groups that one token may choose from
+    scores_per_group: int = setting(1, least=1)  # highest scores whose sum ranks a group
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within = f"must be at most groups={self.groups}"
+        require(self.kept_groups <= self.groups, "model.moe.gate.kept_groups", self.kept_groups, within)
+        ranks = self.groups > 1 or self.scores_per_group == 1
+        require(ranks, "model.moe.gate.scores_per_group", self.scores_per_group, "needs groups above 1")
+        moves = self.bias != "none" or self.bias_rate == 0
+        require(moves, "model.moe.gate.bias_rate", self.bias_rate, "needs a bias of sign or quantile")
+        whole = self.bias != "quantile" or self.kept_groups == self.groups
+        require(whole, "model.moe.gate.bias", self.bias, "needs kept_groups equal to groups")
+
+    def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
+        """Check K and the groups."""
+        super().check_experts(num_experts, null_experts)
+        k, where = self.experts_per_token(num_experts), "model.moe.gate."
+        divide = f"must divide num_experts={num_experts}"
+        require(num_experts % self.groups == 0, f"{where}groups", self.groups, divide)
+        available = self.kept_groups * num_experts // self.groups
+        most = f"must be at most the {available} experts of kept_groups={self.kept_groups} of groups={self.groups}"
+        require(k <= available, f"{where}k", k, most)
+        one = "must be 1 with zero, copy or constant experts"
+        require(null_experts == 0 or self.groups == 1, f"{where}groups", self.groups, one)
+        left = self.bias != "quantile" or k < num_experts + null_experts
+        require(left, f"{where}bias", self.bias, "needs k below the number of experts")
+
+    def select(
+        self,
+        router_logits: Float[Array, "G S E"],
+        inputs: GateInputs,
+        preference: Float[Array, "G S E"] | None = None,
+    ) -> GateOutput:
+        """Top-k of scores + selection bias within the kept groups, weighted by the scores alone: every top-k gate.
+
+        ``preference`` ranks the experts instead of the scores.
+        """
+        scores, k = self.scores(router_logits), self.experts_per_token(router_logits.shape[-1])
+        ranked = scores if preference is None else preference
+        if inputs.selection_bias is not None:
+            ranked = ranked + inputs.selection_bias
+        if not (inputs.train and self.bias == "quantile"):
+            ranked = limit_to_groups(ranked, self.groups, self.kept_groups, self.scores_per_group)
+            return self.weigh(router_logits, inputs, top_k(ranked, k)[1])
+        # An expert is chosen if score + bias is above the best ranked expert that is not.
+        values, expert_index = top_k(ranked, k + 1)
+        needed = jax.lax.stop_gradient(values[..., k:] - scores)
+        return self.weigh(router_logits, inputs, expert_index[..., :k])._replace(needed_bias=needed)
+
+    @property
+    def state(self) -> RouterState:
+        """The selection bias."""
+        return RouterState(self.bias, self.bias_rate)

@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from moe.config import Config, ModelConfig
-from moe.layers.moe_layer import replace_gate
-from moe.layers.router import SelectionBias
+from moe.layers.moe_layer import SelectionBias, replace_gate
 from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs

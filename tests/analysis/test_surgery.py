@@ -17,7 +17,7 @@ from tests.analysis_helpers import random_batch, tiny_program
 def _parts(program, variables):
     from flax import nnx
 
-    from moe.layers.router import SelectionBias
+    from moe.layers.moe_layer import SelectionBias
 
     model = program.model(variables)
     return [jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, kind))) for kind in (nnx.Param, SelectionBias)]

@@ -13,7 +13,7 @@ from moe.config import Capacity, MeshConfig
 from moe.config.registry import LAYERS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
-from moe.layers.router import Router
+from moe.layers.moe_layer import Router
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from tests.gate_helpers import routed

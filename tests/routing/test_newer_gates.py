@@ -9,13 +9,12 @@ import pytest
 from flax import nnx
 
 from moe.config import Capacity, MeshConfig, layer_kinds
-from moe.layers.moe_layer import MoELayer
-from moe.layers.router import SelectionBias
+from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.routing.gates import TopK
-from moe.routing.selection import quantile
+from moe.routing.interface import quantile
 from tests.gate_helpers import LOGITS, SOFTPLUS_LOGITS, routed
 from tests.helpers import slow_case, tiny_model
 

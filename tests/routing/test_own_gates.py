@@ -20,9 +20,8 @@ from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.fields import setting
 from moe.parallel.mesh import make_mesh
-from moe.routing.interface import Gate, GateOutput
+from moe.routing.interface import Gate, GateOutput, top_k
 from moe.routing.routing import probe, route
-from moe.routing.selection import top_k
 from moe.training import evaluation, open_run
 from moe.training.loop import train
 from moe.training.step import build as build_program
@@ -36,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from moe import Gate, GateOutput
 from moe.config import Capacity, Losses, MoEConfig
-from moe.routing.selection import top_k
+from moe.routing.interface import top_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Last(Gate):

@@ -8,11 +8,10 @@ from flax import nnx
 
 from moe.config import ConfigError
 from moe.config.registry import LAYERS
-from moe.layers.moe_layer import MoELayer
-from moe.layers.router import Router
+from moe.layers.moe_layer import MoELayer, Router
 from moe.routing.gates import TopK
+from moe.routing.interface import top_k
 from moe.routing.routing import route
-from moe.routing.selection import top_k
 from tests.helpers import FOUR, tiny_model, tiny_routing
 
 # Two tokens with probabilities in 12ths and 16ths: token 0 (6, 3, 1, 2)/12, token 1 (1, 2, 9, 4)/16.

@@ -1,4 +1,4 @@
-"""Experts: E stacked FFNs, the shared expert, experts without an FFN, and experts in a latent space."""
+"""Variants of experts: the shared expert, experts without an FFN, and experts in a latent space."""
 
 from __future__ import annotations
 
@@ -12,36 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe.config import ModelConfig
-from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
 from moe.layers.basic import DenseFFN
-from moe.parallel.parameters import gather_for_matmul, matrix, zeros
-from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, REPLICATED, STORED
+from moe.parallel.parameters import gather_for_matmul, matrix
+from moe.parallel.partition_specs import REPLICATED, STORED
 from moe.routing.routing import Routing
-
-
-class Experts(nnx.Module):
-    """E FFNs of one shape, as three stacked matrices."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
-        self.activation = config.activation
-        self.precision = config.low_precision
-        self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
-        self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
-        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
-        self.gate = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale) if gated else None
-        self.up_bias = zeros((e, f), EXPERT_BIASES) if biased else None
-        self.gate_bias = zeros((e, f), EXPERT_BIASES) if biased and gated else None
-        # The layer adds it: what a device computes is a partial sum.
-        self.down_bias = zeros((e, d), P(None, "fsdp")) if biased else None
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """The parameters but ``down_bias``, as they are stored."""
-        gate = None if self.gate is None else self.gate[...]
-        gate_bias = None if self.gate_bias is None else self.gate_bias[...]
-        biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
-        return ExpertWeights(self.up[...], gate, self.down[...], biases, precision=self.precision)
 
 
 class SharedExpert(nnx.Module):
