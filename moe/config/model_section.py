@@ -17,7 +17,7 @@ Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
-Remat = Literal["none", "hidden", "outputs", "attention", "dots", "full"]
+Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 
 

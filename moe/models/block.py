@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
@@ -113,6 +114,7 @@ class Block(nnx.Module):
             routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
             rng: key of this layer.
         """
+        x = checkpoint_name(x, partition_specs.LAYER_INPUT)
         drop = Dropout(self.dropout, rng if train else None)
         settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
         settings = {name: value for name, value in settings.items() if value is not None}

@@ -51,22 +51,31 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 #: Names of ``jax.ad_checkpoint.checkpoint_name``: queries, keys, values and outputs of attention's heads; the experts'
-#: outputs, on the devices of their tokens; results of the first matmuls of FFNs and experts, the largest of a layer.
+#: outputs, on the devices of their tokens; results of the first matmuls of FFNs and experts, the largest of a layer;
+#: inputs of layers.
 ATTENTION = "attention"
 EXPERT_OUTPUTS = "expert_outputs"
 HIDDEN = "hidden"
+LAYER_INPUT = "layer_input"
 
 _keep_only = jax.checkpoint_policies.save_only_these_names
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
 #: without a batch axis. Of the rest each keeps more than the one below it: "attention" the heads, so that neither they
 #: nor their projections are recomputed; "outputs" also what experts return (their last matmul and exchange); "hidden"
-#: also hidden activations, so that only cheap work is left to recompute.
+#: also hidden activations, so that only cheap work is left to recompute. "offload" keeps what "attention" does, and the
+#: layers' inputs, in the host's memory: least of a device's, for two transfers.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "hidden": _keep_only(ATTENTION, EXPERT_OUTPUTS, HIDDEN),
     "outputs": _keep_only(ATTENTION, EXPERT_OUTPUTS),
     "attention": _keep_only(ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ATTENTION, LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

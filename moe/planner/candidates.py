@@ -22,6 +22,9 @@ from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 
+#: Remat policies to try. The transfers of the one left out are priced by an assumed link to the host.
+SEARCHED_POLICIES = tuple(policy for policy in REMAT_POLICIES if policy != "offload")
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -72,7 +75,9 @@ def candidates(
         if not rows or config.train.batch_size % shards == 0:
             batches.add(config.train.batch_size)
         trains = [dataclasses.replace(config.train, batch_size=batch) for batch in sorted(batches)]
-        for remat, mode in itertools.product(REMAT_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)):
+        for remat, mode in itertools.product(
+            SEARCHED_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)
+        ):
             try:
                 moe = dataclasses.replace(config.model.moe, dispatch=mode)
                 model = dataclasses.replace(config.model, remat=remat, moe=moe)
@@ -151,7 +156,9 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
 
 
 #: Share of the forward pass that a remat policy recomputes, roughly.
-_RECOMPUTED = {"none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "dots": 0.9, "full": 1.0}
+_RECOMPUTED = {
+    "none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "offload": 0.9, "dots": 0.9, "full": 1.0,
+}  # fmt: skip
 
 
 @functools.lru_cache
@@ -176,7 +183,7 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
 
     rows = config.train.batch_size
     add("twice the rows a device", train=dataclasses.replace(config.train, batch_size=2 * rows))
-    for remat in ("hidden", "outputs", "attention", "full"):
+    for remat in ("hidden", "outputs", "attention", "offload", "full"):
         if remat != model.remat:
             add(f"model.remat={remat}", model=dataclasses.replace(model, remat=remat))
     if model.moe.gate is not None:

@@ -28,6 +28,7 @@ class Chip:
         link: ICI bytes/s in one direction of one link; a chip has two links per torus dimension.
         wraps_at: a torus dimension closes to a ring if its size is a multiple of this; otherwise it is a line.
         dcn: bytes/s a chip between slices.
+        host: bytes/s a chip in one direction to its host's memory; no page gives a figure: PCIe 3.0 x16 is assumed.
         devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
         flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
         example: name of a topology.
@@ -46,6 +47,7 @@ class Chip:
     example: str
     source: str
     options: tuple[tuple[str, Any], ...] = ()
+    host: float = 16e9
 
     @property
     def estimate(self) -> str:

@@ -38,6 +38,7 @@ class Memory:
         code: the program.
         peak: the most that is alive at one time in the compiler's heap simulation; below the total, which is allocated.
         capacity: of the device.
+        host: of the host's memory, for arrays that are kept there; not in the total.
     """
 
     parameters: int
@@ -47,6 +48,7 @@ class Memory:
     code: int
     peak: int
     capacity: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -153,4 +155,5 @@ def _memory(statistics: Any, stored: dict[str, int], capacity: int) -> Memory:
         code=statistics.generated_code_size_in_bytes,
         peak=getattr(statistics, "peak_memory_in_bytes", 0),
         capacity=capacity,
+        host=getattr(statistics, "host_temp_size_in_bytes", 0) + getattr(statistics, "host_argument_size_in_bytes", 0),
     )

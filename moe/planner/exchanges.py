@@ -12,7 +12,7 @@ from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.records import Collective, Program
+from moe.planner.records import HOST, Collective, Program
 from moe.training.losses import LOSS_SCOPE
 
 WEIGHTS, UNNAMED, LOADS, ROUTED = "weights", "unnamed", "loads of experts", "tokens to experts, back"
@@ -71,13 +71,17 @@ def skewed(exchange: Exchange, skew: float) -> Exchange:
 def exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> list[float]:
     """Seconds that the device waits for each collective: within a computation, they use the network one after another,
     in the order of their starts, beside the work scheduled between start and done. Those of less than 10 microseconds
-    wait for no other."""
+    wait for no other. Transfers to the host, and those from it, use a link of their own."""
+
+    def link(collective: Collective) -> tuple[str, str]:
+        return collective.computation, collective.kind if collective.axes == (HOST,) else ""
+
     waits, ends = [0.0] * len(collectives), [0.0] * len(collectives)
-    for name in {collective.computation for collective in collectives}:
+    for used in {link(collective) for collective in collectives}:
         events = [
             (place, is_done, i)
             for i, collective in enumerate(collectives)
-            if collective.computation == name
+            if link(collective) == used
             for is_done, place in enumerate(collective.places)
         ]
         waited = free = 0.0
@@ -96,6 +100,8 @@ def exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> li
 def purpose(collective: Collective) -> str:
     """The purpose of a collective, from JAX's name of the operation it came from."""
     source = collective.source
+    if collective.axes == (HOST,):
+        return "state" if source.startswith("state.") else "kept activations"
     first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # "(a:b)": combined collectives
     if WEIGHTS_SCOPE in source or first.startswith("state."):
         gathered = "transpose(" not in source or "rematted_computation" in source or collective.kind == "all-gather"

@@ -112,6 +112,7 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
         "hidden": (projections + heads, dense, experts + outputs),
         "outputs": (projections + heads, 0.0, outputs),
         "attention": (projections + heads, 0.0, 0.0),
+        "offload": (0.0, 0.0, 0.0),
         "dots": (projections, dense, 0.0),
         "full": (0.0, 0.0, 0.0),
     }[model.remat]
@@ -119,7 +120,7 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     for name, kinds in stacks(model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
         for unit, repeats in segments(kinds):
-            kept = float(model.d_model)
+            kept = 0.0 if model.remat == "offload" else float(model.d_model)
             for kind in unit:
                 kept += of_attention * (1 + (kind.role == "cross")) + (of_experts if kind.sparse else of_dense)
             numbers += repeats * kept * length

@@ -26,6 +26,7 @@ class Gpu:
         memory_bandwidth: bytes/s.
         nvlink: bytes/s in one direction between GPUs of an NVLink domain.
         network: bytes/s in one direction of a GPU's share of the network between NVLink domains.
+        host: bytes/s in one direction to the host's memory: PCIe 4.0 or 5.0 x16, or half of a GB200's NVLink-C2C.
         domain: GPUs of a full NVLink domain; a host is a domain if it has fewer in all.
         source: of the figures.
         matmuls: source of XLA's rates of matmuls.
@@ -42,6 +43,7 @@ class Gpu:
     domain: int
     source: str
     matmuls: str
+    host: float = 64e9
     grouped_matmul: bool = True
     devices: int = 1
     clock: float = 1e6
@@ -57,11 +59,13 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "a100": Gpu(85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)"),
+    "a100": Gpu(
+        85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 32e9
+    ),
     "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100"),
     "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100"),
     "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200"),
-    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200"),
+    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200", 225e9),
 }
 
 

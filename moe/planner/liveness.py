@@ -12,7 +12,7 @@ from moe.planner.records import Array
 _NO_BUFFER = ("parameter", "constant", "iota", "after-all", "partition-id", "replica-id", "send", "send-done")
 _ALIAS = ("bitcast", "get-tuple-element", "tuple", "while", "optimization-barrier", "call-update")
 
-_ON_CHIP = re.compile(r"S\([12]\)")  # memory spaces of TPUs other than HBM
+_NOT_HBM = re.compile(r"S\([125]\)")  # memory spaces on TPUs' chips, and the host's
 
 
 def at_peak(module: hlo.Module) -> tuple[Array, ...]:
@@ -33,7 +33,7 @@ def at_peak(module: hlo.Module) -> tuple[Array, ...]:
         best: tuple[int, tuple[Array, ...]] = 0, ()
         total = 0
         for place, instruction in enumerate(instructions):
-            if buffers.get(instruction.name) == {instruction.name} and not _ON_CHIP.search(instruction.type):
+            if buffers.get(instruction.name) == {instruction.name} and not _NOT_HBM.search(instruction.type):
                 array = Array(instruction.name, instruction.op_name, instruction.type, _size(instruction, instructions))
                 alive[array.name] = array
                 total += array.bytes

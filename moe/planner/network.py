@@ -22,6 +22,8 @@ racks of GB200), for a group of g GPUs in h domains, m = g/h in each:
   domain fetch different parts from the network and exchange them by NVLink; all-reduce twice that.
 - all-to-all of b bytes a device: the longer of b·(m−1)/g over v and b·(g−m)/g over w.
 - A permutation: b/w if it leaves a domain, else b/v.
+
+To and from the host's memory: b over the link to the host, for each direction and device apart.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import numpy as np
 
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
-from moe.planner.records import Collective
+from moe.planner.records import HOST, Collective
 
 
 def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> float:
@@ -44,6 +46,8 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
         devices: the flattened mesh.
         chip: of the devices.
     """
+    if collective.axes == (HOST,):
+        return collective.bytes / (chip.host / chip.devices)
     group = [devices[position] for position in collective.group]
     if len(group) < 2:
         return 0.0

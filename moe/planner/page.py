@@ -42,6 +42,7 @@ def _memory(plan: Plan) -> list[str]:
             if 0 < memory.peak < memory.total
             else []
         ),
+        *([f"  in the host's memory {memory.host / GiB:.2f} GiB"] if memory.host else []),
     ]
 
 

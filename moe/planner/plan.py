@@ -214,7 +214,7 @@ class Plan:
 
 
 #: Remat policies that :func:`make_fitting_plan` tries, from the least recomputation to the most.
-LADDER = ("hidden", "outputs", "attention", "full")
+LADDER = ("hidden", "outputs", "attention", "offload", "full")
 
 
 def make_fitting_plan(

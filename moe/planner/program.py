@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from moe.dispatch.exchange import OVERFLOW_SCOPE
 from moe.planner import hlo, liveness, work
 from moe.planner.hlo import Instruction, array_bytes
-from moe.planner.records import KINDS, Collective, GroupedMatmul, Item, Price, Program
+from moe.planner.records import HOST, KINDS, Collective, GroupedMatmul, Item, Price, Program
+
+#: A layout in the host's memory.
+_IN_HOST = "S(5)"
 
 #: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
 _UNKNOWN_CYCLES = 2**63 - 1
@@ -193,7 +196,7 @@ class _Reader:
 
     def _collective_in(self, instruction: Instruction) -> Instruction | None:
         """The collective that an instruction is, or that is inside its fusion or asynchronous computation."""
-        if instruction.opcode.removesuffix("-start") in KINDS:
+        if instruction.opcode.removesuffix("-start") in KINDS or _is_host_transfer(instruction):
             return instruction
         if instruction.opcode not in ("fusion", "async-start", "call-start"):
             return None
@@ -227,6 +230,11 @@ class _Reader:
             self._record(carrier, inner, scope, started, place)
 
     def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, started: float, place: int) -> None:
+        overlap = scope.clock - started if place < scope.place else -1.0
+        where = scope.name, (place, scope.place), started
+        if _is_host_transfer(carrier):
+            self._record_host_transfer(carrier, scope, overlap, where)
+            return
         kind = inner.opcode.removesuffix("-start")
         named, group = hlo.first_group(inner.attributes)
         axes = named if named and set(named) <= set(self._mesh) else hlo.group_axes(group, self._mesh)
@@ -246,9 +254,18 @@ class _Reader:
             # The result of a start is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         source = carrier.op_name or inner.op_name
-        overlap = scope.clock - started if place < scope.place else -1.0
-        where = scope.name, (place, scope.place), started
         self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source, *where))
+
+    def _record_host_transfer(
+        self, carrier: Instruction, scope: _Scope, overlap: float, where: tuple[str, tuple[int, int], float]
+    ) -> None:
+        """Record a copy, or an update or slice of an array in the host's memory, of which only that part moves."""
+        from_host = _IN_HOST in scope.types.get(carrier.operands[0], "")
+        if carrier.opcode == "dynamic-update-slice-start":
+            kind, size = "to", scope.operand_bytes(carrier)[1]
+        else:
+            kind, size = "from" if from_host else "to", array_bytes(carrier.type) - sum(scope.operand_bytes(carrier))
+        self.collectives.append(Collective(kind, (HOST,), (), size, scope.times, overlap, carrier.op_name, *where))
 
     def _record_between_slices(
         self, received: Instruction, scope: _Scope, sent: Instruction, started: float, place: int
@@ -365,6 +382,12 @@ class _Reader:
         price = Price(seconds, seconds, seconds, "the compiler's estimate")
         self._note(instruction, scope, "matmul" if product else "other", price)
         scope.spend(seconds, seconds)
+
+
+def _is_host_transfer(instruction: Instruction) -> bool:
+    """Whether an instruction starts to copy between the device and its host's memory."""
+    moves = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
+    return instruction.opcode in moves and _IN_HOST in instruction.type
 
 
 def _slice_attribute(transfer: Instruction, name: str) -> str:

@@ -15,12 +15,16 @@ KINDS = (
 )
 
 
+#: Axis of a transfer between a device and its host's memory.
+HOST = "host"
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices.
+    """One exchange between devices, or between a device and its host's memory.
 
     Attributes:
-        kind: an entry of :data:`KINDS`.
+        kind: an entry of :data:`KINDS`, or "to" or "from", with the axis :data:`HOST`.
         axes: mesh axes along which a group's members differ; empty if the groups could not be read.
         group: devices of the first group, as positions in the flattened mesh; the other groups are alike.
         bytes: of one device's array, once: the result of an all-gather, the smaller of input and buffer of a ragged

@@ -46,7 +46,7 @@ def changed(**overrides):
         ({"model__activation": "silu"}, "model.activation='silu': must be one of swiglu, swiglu_clamped, geglu,"),
         ({"model__qk_norm": "yes"}, "model.qk_norm='yes': must be one of none, head, full, rotated"),
         ({"model__dtype": "float16"}, "model.dtype='float16': must be one of float32, bfloat16"),
-        ({"model__remat": "some"}, "model.remat='some': must be one of none, hidden, outputs, attention, dots, full"),
+        ({"model__remat": "some"}, "model.remat='some': must be one of none, hidden, outputs, attention, offload"),
         ({"model__norm_eps": 0.0}, "model.norm_eps=0.0: must be positive"),
         ({"model__residual_scale": 0.0}, "model.residual_scale=0.0: must be positive"),
         ({"model__attention_scale": -1.0}, "model.attention_scale=-1.0: must be at least 0"),

@@ -101,7 +101,7 @@ def test_scan_changes_nothing(overrides, rng):
     _assert_trees_close(_value_and_grad(unrolled)(parameters, tokens), _value_and_grad(config)(parameters, tokens))
 
 
-@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "dots"))])
+@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots"))])
 def test_remat_changes_neither_value_nor_gradient(policies, rng):
     config = tiny_model(num_layers=3, first_dense=1)
     tokens = _tokens(rng, config)
@@ -112,6 +112,20 @@ def test_remat_changes_neither_value_nor_gradient(policies, rng):
     }
     for policy in results:
         _assert_trees_close(results[policy], results["none"])
+
+
+def test_offload_keeps_inputs_and_heads_in_the_hosts_memory():
+    config = tiny_model(num_layers=2, remat="offload")
+    graphdef, parameters = _build(config)
+
+    def loss(parameters):
+        return jnp.sum(nnx.merge(graphdef, parameters)(jnp.zeros((B, T), jnp.int32)).logits)
+
+    (forward,) = [e for e in jax.make_jaxpr(jax.grad(loss))(parameters).eqns if e.primitive.name == "scan"][:1]
+    moved = [e for e in forward.params["jaxpr"].eqns if e.primitive.name == "device_put"]
+    # A layer's input, queries, keys, values and heads.
+    assert len(moved) == 5
+    assert {e.outvars[0].aval.memory_space for e in moved} == {jax.memory.Space.Host}
 
 
 def test_policies_recompute_what_they_say():

@@ -120,7 +120,7 @@ def test_fit_takes_the_least_recomputation_that_fits(monkeypatch):
     assert _fitting(monkeypatch, {"hidden", "full"}) == ("hidden", ["hidden"])
     assert _fitting(monkeypatch, {"attention", "full"}) == ("attention", ["hidden", "outputs", "attention"])
     # 40 GiB are less than the hidden activations alone: that policy is not compiled.
-    assert _fitting(monkeypatch, {"full"}, 40 * 2**30) == ("full", ["outputs", "attention", "full"])
+    assert _fitting(monkeypatch, {"full"}, 40 * 2**30) == ("full", ["outputs", "attention", "offload", "full"])
     with pytest.raises(ConfigError, match="does not fit"):
         _fitting(monkeypatch, set())
 
@@ -139,6 +139,8 @@ def test_kept_activations_by_hand():
     row, one_layer = 4096 * 2, 4096 * 2 * 2 * 2 * 14336
     attention = 4096 + (4096 + 2 * 1024) + 4096
     assert kept("attention") == row * 32 * attention + one_layer
+    # All of them are in the host's memory.
+    assert kept("offload") == one_layer
     assert kept("outputs") == row * 32 * (attention + 2 * 4096) + one_layer
     assert kept("hidden") == row * 32 * (attention + 2 * 4096 + 2 * 2 * 14336)
 

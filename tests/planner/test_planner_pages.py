@@ -182,6 +182,7 @@ def test_changes_are_valid_and_single():
     found = candidates.changes(config, topology, 100)
     assert {label for label, _ in found} == {
         "twice the rows a device", "model.remat=hidden", "model.remat=outputs", "model.remat=attention",
+        "model.remat=offload",
         "model.moe.dispatch=dropless",
     }  # fmt: skip
     for _, changed in found:

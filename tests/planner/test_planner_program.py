@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from moe.planner import hlo, kernels, program
+from moe.planner import exchanges, hlo, kernels, program
 from moe.planner.chips import CHIPS
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -130,6 +130,38 @@ def test_reads_exchanges_between_slices():
     mesh = {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
     (sums,) = program.read(SLICES, mesh, clock=1.0).collectives
     assert sums == program.Collective("all-reduce", ("data",), (0, 4), 256 * 8 * 128 * 2, 1, 300, "between slices")
+
+
+# Excerpt of a compiled train step with remat=offload, in which 300 cycles of other work stand beside each transfer.
+OFFLOADED = """HloModule jit_train_step, is_scheduled=true
+ENTRY %main (x: bf16[1,8,128], kept: bf16[4,8,128]) -> bf16[1,8,128] {
+  %x = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %kept = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} parameter(1)
+  %i = s32[] constant(2)
+  %put = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, s32[], s32[], s32[]), bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%kept, %x, %i, %i, %i)
+  %fusion = bf16[8]{0} fusion(%x), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"300"}}
+  %put-done = bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%put)
+  %get = ((bf16[4,8,128]{2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[], s32[]), bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) dynamic-slice-start(%put-done, %i, %i, %i), metadata={op_name="jvp()/rematted_computation"}
+  ROOT %get-done = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice-done(%get)
+}
+"""  # noqa: E501
+
+
+def test_reads_transfers_to_and_from_the_host():
+    read = program.read(OFFLOADED, {"fsdp": 4}, clock=1.0)
+    to, back = read.collectives
+    size = 8 * 128 * 2  # of one layer's slice, not of all four
+    assert (to.kind, to.axes, to.bytes, to.overlap_seconds) == ("to", ("host",), size, 300)
+    assert (back.kind, back.axes, back.overlap_seconds) == ("from", ("host",), 0)
+    assert size <= back.bytes <= size + 8  # and the event of its start
+    assert not any("S(5)" in array.type for array in read.arrays if array.name != "kept")
+    # A link of 2 bytes/s: 1,024 s, of which 300 are beside work on the way out.
+    chip = dataclasses.replace(CHIPS["v5e"], host=2.0)
+    found = exchanges.summarise(read, [None] * 4, chip)
+    assert {(e.kind, e.purpose): round(e.exposed_seconds) for e in found} == {
+        ("to", "kept activations"): 724,
+        ("from", "kept activations"): round(back.bytes / 2),
+    }
 
 
 def test_time_of_a_grouped_matmul_by_hand():
