@@ -1,17 +1,21 @@
-"""The writer of files, and JSON that carries its own checksum."""
+"""The writer of files and of new folders, and JSON that carries its own checksum."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from moe.fields import ConfigError
 
 
 def in_bucket(path: epath.Path | Path) -> bool:
@@ -69,6 +73,50 @@ def append(path: Path, text: str) -> None:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def refuse_files(folder: str | os.PathLike[str]) -> None:
+    """Refuse to write a folder that exists and is not empty: nothing is ever overwritten. Raises ConfigError."""
+    directory = epath.Path(folder)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: must be a folder, existing and empty or new")
+    held = sorted(path.name for path in directory.iterdir())
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise ConfigError(f"{directory}: must be empty or new; it holds {', '.join(held[:3])}{more}")
+
+
+@contextlib.contextmanager
+def new_folder(folder: epath.Path) -> Iterator[None]:
+    """Create a folder that is new or empty; if the block fails, remove it with its content and the parents it needed.
+
+    Raises:
+        ConfigError: it holds files.
+    """
+    refuse_files(folder)
+    parents = () if in_bucket(folder) else folder.parents
+    missing = [path for path in (folder, *parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        (missing[-1] if missing else folder).rmtree()
+        if not missing:
+            folder.mkdir()
+        # safetensors and TensorStore have other types for errors of the disk.
+        if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
+            raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of the root cause of an error, at most 300 characters, without TensorStore's own spec."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip() or "no details").splitlines()[0].split(" [tensorstore_spec=")[0]
+    return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-190:]}'}"
 
 
 def _new(path: str, flags: int) -> int:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         examples: commands for --help.
     """
     if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
-        print(help_text(main.__module__, required, examples))
+        with _closed_output_exits():
+            print(help_text(main.__module__, required, examples), flush=True)
         sys.exit(0)
     process.raise_on_stop_signals()
     _harden_streams()
@@ -173,7 +174,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         for library in ("gcsfs", "google", "asyncio"):  # log tracebacks of the errors that they also raise
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
         try:
-            main()
+            with _closed_output_exits():
+                main()
         except Exception as error:
             sentence = _refusal(error)
             if _TRACEBACK.value or not sentence:
@@ -181,6 +183,17 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
             sys.exit(terminal(f"error: {sentence}"))
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _closed_output_exits() -> Iterator[None]:
+    """Exit without a word where the reader of standard output is gone, as in ``| head``."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered would raise again when Python flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
 
 
 _HELP = ("help", "helpshort", "helpfull", "h", "?")

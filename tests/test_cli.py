@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -82,6 +83,16 @@ def test_help_shows_what_is_needed_first_then_options_examples_and_exit_codes():
     places = [shown.stdout.index(part) for part in parts]
     assert places == sorted(places)
     assert shown.stdout.count("python main.py --") >= 3
+
+
+def test_a_closed_output_ends_a_program_without_a_word():
+    """``main.py --help | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "main.py", "--help"]
+    ended = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import logging as absl_logging
 from jax import Array
 
+from moe.atomic_files import first_line
 from moe.config import ConfigError
 
 
@@ -73,14 +74,6 @@ def _is_finite(arrays: list[Array]) -> Array:
 def is_finite(tree: Any) -> bool:
     """True if no number of a tree of arrays is infinite or NaN."""
     return bool(_is_finite(jax.tree.leaves(tree)))
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of the root cause of an error, at most 300 characters, without TensorStore's own spec."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = (str(error).strip() or "no details").splitlines()[0].split(" [tensorstore_spec=")[0]
-    return f"{type(error).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-190:]}'}"
 
 
 @contextlib.contextmanager

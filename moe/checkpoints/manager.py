@@ -23,13 +23,12 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
+from moe.atomic_files import first_line, from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import (
     DamagedError,
     checksums,
     compare,
-    first_line,
     quiet_orbax,
     unreadable_as_damaged,
 )

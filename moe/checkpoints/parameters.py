@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe.atomic_files import from_checked_json, write_atomic
+from moe.atomic_files import from_checked_json, new_folder, write_atomic
 from moe.checkpoints.adapted import base_step
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
@@ -99,28 +99,20 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
         _write_parameters(workdir, {"parameters": parameters} | ({"biases": biases} if biases else {}))
 
 
-def refuse_files(out: str) -> None:
-    """Refuse a workdir to create that holds files. Raises ConfigError."""
-    folder = epath.Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"--out={out}: holds files; use a new folder")
-
-
 def write_workdir(
     out: str, config: Config, parameters: dict[str, Any], biases: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
     """Create a workdir of parameters in memory, with a config and a tokenizer: a model to evaluate or to start from.
 
     Raises:
-        ConfigError: see :func:`refuse_files` and :func:`write_parameters`.
+        ConfigError: see :func:`moe.atomic_files.new_folder` and :func:`write_parameters`.
     """
-    refuse_files(out)
     workdir = epath.Path(out)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_parameters(workdir, streamed(parameters), streamed(biases))
-    for name, content in tokenizer.files.items():
-        write_atomic(workdir / name, content)
-    write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
+    with new_folder(workdir):
+        write_parameters(workdir, streamed(parameters), streamed(biases))
+        for name, content in tokenizer.files.items():
+            write_atomic(workdir / name, content)
+        write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
 
 
 def streamed(tree: Any) -> Any:

@@ -15,8 +15,9 @@ Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences"]
 
-#: Largest number of tokens in the shuffle buffers, and in one domain's held-out rows; both are kept in memory.
-_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
+#: Largest number of tokens in the shuffle buffers (about 1 GiB), and in one domain's held-out rows; both are kept in
+#: memory.
+_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**26, 2**24
 
 #: Default of data.domains for the embedded corpus.
 EMBEDDED_DOMAINS = ("literature", "python")

@@ -40,7 +40,6 @@ from moe.data.tokenizer import Tokenizer
 
 HELDOUT_STRETCH = 16  # rows read for every held-out row that is kept
 MAX_STRETCH_TOKENS = 1 << 24  # tokens read for them, unless more are kept
-MAX_TOKENS = 1 << 26  # in all shuffle buffers: about 1 GiB of memory
 UNIGRAM_TOKENS = 2_000_000  # tokens of each domain's train split that unigram_nll counts
 PACKED_ROWS = 32  # rows that are packed together: an example goes to the first with room for it
 
@@ -57,14 +56,8 @@ def prepare(
     """Opens documents and tokenizer (:func:`moe.data.preparation.open_data`) and checks the held-out splits.
 
     Raises:
-      ConfigError: also for rows longer than a held-out split, and for more than MAX_TOKENS in memory.
+      ConfigError: also for rows longer than a held-out split.
     """
-    largest = max(MAX_TOKENS // data.sequence_length, 1)
-    if data.shuffle_window > largest:
-        raise ConfigError(
-            f"data.shuffle_window={data.shuffle_window}: must be at most {largest} for data.sequence_length="
-            f"{data.sequence_length}, because the rows are held in memory"
-        )
     objectives.check_lengths(data)
     prepared = open_data(data, vocab_size, tokenizer, progress)
     for domain in prepared.domains:

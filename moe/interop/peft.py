@@ -16,13 +16,12 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import new_folder, write_atomic
 from moe.checkpoints.parameters import read_adapters
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError
 from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, layout
-from moe.interop.save import new_folder
 from moe.interop.workdirs import open_source
 from moe.models.adapters import LORA_A, LORA_B, LORA_COMMON_A
 

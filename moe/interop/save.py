@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from flax import nnx
 
-from moe.atomic_files import in_bucket, write_atomic
-from moe.checkpoints.integrity import first_line
+from moe.atomic_files import refuse_files, write_atomic
 from moe.config import Config, ConfigError, ModelConfig
 from moe.interop.config_json import keep_fields, write_config
 from moe.interop.families import FAMILIES
@@ -111,18 +107,6 @@ def write_folder(
     write_atomic(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
-def refuse_files(directory: Path | epath.Path) -> None:
-    """Raises ConfigError if a folder that is to be written exists and is not empty: nothing is ever overwritten."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: must be a folder, existing and empty or new")
-    held = sorted(path.name for path in directory.iterdir())
-    if held:
-        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
-        raise ConfigError(f"{directory}: must be empty or new; it holds {', '.join(held[:3])}{more}")
-
-
 def _write_group(
     writer: TensorWriter,
     group: list[Parameter],
@@ -144,26 +128,3 @@ def _write_group(
         encode = (encoders or {}).get(name)
         for part, array in ({as_name or name: tensor} if encode is None else encode(tensor)).items():
             writer.add(part, array)
-
-
-@contextlib.contextmanager
-def new_folder(folder: epath.Path) -> Iterator[None]:
-    """Create a folder that is new or empty; if the block fails, remove it with its content and the parents it needed.
-
-    Raises:
-        ConfigError: it holds files.
-    """
-    refuse_files(folder)
-    parents = () if in_bucket(folder) else folder.parents
-    missing = [path for path in (folder, *parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        (missing[-1] if missing else folder).rmtree()
-        if not missing:
-            folder.mkdir()
-        # safetensors and TensorStore have other types for errors of the disk.
-        if isinstance(error, OSError) or re.search("(?i)os.error", str(error)):
-            raise ConfigError(f"{folder}: cannot be written, and nothing was left: {first_line(error)}") from error
-        raise

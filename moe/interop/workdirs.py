@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import write_atomic
+from moe.atomic_files import new_folder, refuse_files, write_atomic
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
@@ -24,7 +24,7 @@ from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype
 from moe.interop.quantization_config import FP8Config, read_quantization
 from moe.interop.quantized import pack_scales, unpack_scales
-from moe.interop.save import Encoders, new_folder, refuse_files, write_folder
+from moe.interop.save import Encoders, write_folder
 from moe.interop.schema import Json
 from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
-            ("temperature", self.temperature >= 0, "must be at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "must be at least 0 and finite"),
             ("top_k", self.top_k >= 0, "must be at least 0"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**31, "must be in [0, 2^31)"),

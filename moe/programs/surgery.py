@@ -32,6 +32,7 @@ def main() -> None:
     from moe.analysis import difference, surgery
     from moe.analysis.analyse import heldout_rows
     from moe.analysis.record import Recorder
+    from moe.atomic_files import refuse_files
     from moe.checkpoints import parameters as stored
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, LoraConfig
@@ -44,7 +45,7 @@ def main() -> None:
     if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE)) != 1:
         raise ConfigError("give one of --prune, --split and --merge")
     out = str(_OUT.value)
-    stored.refuse_files(out)
+    refuse_files(out)
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     config, model = opened.program.config, opened.program.config.model
     surgery.check(model)

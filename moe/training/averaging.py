@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe.atomic_files import refuse_files
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import Checkpoints, complete_steps
 from moe.checkpoints.workdir import read_config
@@ -35,7 +36,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
         ConfigError: a checkpoint is missing, ``out`` holds files, or the run keeps no moving average.
     """
     config, there = read_config(workdir), complete_steps(epath.Path(workdir))
-    stored.refuse_files(out)
+    refuse_files(out)
     if ema and not config.optimizer.ema_decay:
         raise ConfigError(f"--ema: {workdir} was trained with optimizer.ema_decay=0 and keeps no moving average")
     if not there:

@@ -19,9 +19,9 @@ import numpy as np
 from etils import epath
 
 from moe import process
-from moe.atomic_files import in_bucket
+from moe.atomic_files import first_line, in_bucket
 from moe.checkpoints.adapted import TEACHER_FILE, note_step, pin_base
-from moe.checkpoints.integrity import first_line, is_finite
+from moe.checkpoints.integrity import is_finite
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks, refuse_unusable_path
 from moe.checkpoints.workdir import (
     CONFIG,

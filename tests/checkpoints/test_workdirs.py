@@ -7,14 +7,16 @@ import resource
 import shutil
 import signal
 import subprocess
+import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
-from moe import signals
-from moe.checkpoints import integrity, parameters
+from moe import atomic_files, signals
+from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import latest_change, read_config, record_changes
 from moe.config import Config, ConfigError
@@ -192,11 +194,23 @@ def test_a_limit_on_file_sizes_ends_the_run_in_one_sentence(directory, programs,
     train(tiny(directory, **SETTINGS), str(tmp_path / "run"), ONE, make_program=programs, quiet=True)
 
 
+def test_a_workdir_of_parameters_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parameters, "write_atomic", fail)
+    tokenizer = types.SimpleNamespace(files={"tokenizer.json": b"{}"})
+    out = tmp_path / "new" / "out"
+    with pytest.raises(ConfigError, match=r"out: cannot be written, and nothing was left: .*No space left"):
+        parameters.write_workdir(str(out), Config(), {"table": np.ones(3, np.float32)}, {}, tokenizer)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_long_message_of_tensorstore_keeps_its_reason():
     error = ValueError(
         "Error writing " + "x" * 300 + ": File too large [os_error_code='27'] [tensorstore_spec='{" + "y" * 300
     )
-    assert integrity.first_line(error).endswith("File too large [os_error_code='27']")
+    assert atomic_files.first_line(error).endswith("File too large [os_error_code='27']")
 
 
 def test_changes_without_a_final_newline_are_not_glued(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,12 @@ from tests.helpers import moe_config, slow_case
 from tests.interop.test_interop import CASES, _expected
 
 GREEDY = Sampling(temperature=0)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.inf, math.nan])
+def test_an_impossible_temperature_is_refused(temperature):
+    with pytest.raises(ConfigError, match="must be at least 0 and finite"):
+        Sampling(temperature=temperature)
 
 
 def _model(**changes):
