@@ -9,7 +9,15 @@ from moe.config.files import (
     read_small_file,
 )
 from moe.config.inherit import inherit_model
-from moe.config.model_section import LayerKind, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers, stacks
+from moe.config.model_section import (
+    DeltaNetConfig,
+    LayerKind,
+    ModelConfig,
+    RopeScalingConfig,
+    layer_kinds,
+    sparse_layers,
+    stacks,
+)
 from moe.config.moe_section import Capacity, DropPolicy, Losses, MoEConfig
 from moe.config.parse import check_field, from_config_dict, to_config_dict, to_dict, type_name
 from moe.config.references import allow_modules
@@ -36,6 +44,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DeltaNetConfig",
     "DistillConfig",
     "DropPolicy",
     "LayerKind",

@@ -19,12 +19,14 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
+#: What a layer's tokens read of each other by.
+Mixer = Literal["attention", "gated_delta_net"]
 
 
 #: Layers of an encoder see both sides; those of an encoder-decoder's decoder also attend to the encoder's output.
 Role = Literal["decoder", "encoder", "cross"]
 
-_MODEL, _MOE, _ROPE = "model.", "model.moe.", "model.rope_scaling."
+_MODEL, _MOE, _ROPE, _DELTA = "model.", "model.moe.", "model.rope_scaling.", "model.delta_net."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,23 @@ class RopeScalingConfig(Section, path=_ROPE):
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaNetConfig(Section, path=_DELTA):
+    """Gated DeltaNet (Yang et al. 2024): layers with a memory of fixed size in place of attention."""
+
+    layers: tuple[int, ...] = ()  # layers that have it, from 0; empty: none
+    key_heads: int = setting(4, least=1, most=2**16, split="tensor")  # M, heads of queries and of keys
+    value_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, heads of values; key_heads divides them
+    key_dim: int = setting(32, least=1, most=2**16)  # H of queries and keys
+    value_dim: int = setting(32, least=1, most=2**16)  # V, of values
+    conv_width: int = setting(4, least=1, most=64)  # W, tokens of the convolution of queries, keys and values
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides = self.value_heads % self.key_heads == 0
+        self._require("value_heads", divides, f"must be a multiple of key_heads={self.key_heads}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig(Section, path=_MODEL):
     """Transformer: decoder-only, or encoder and decoder."""
 
@@ -74,6 +93,7 @@ class ModelConfig(Section, path=_MODEL):
     d_ff: int = setting(512, least=1, most=2**22, split="tensor")  # F, hidden dim of a dense FFN
     activation: Activation = "swiglu"  # of FFNs and experts; names with glu have a gate matrix
     norm_eps: float = setting(1e-5, above=0)  # epsilon of RMSNorm
+    zero_centred_norms: bool = False  # RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
     norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
     embedding_scale: float = setting(1.0, above=0)  # factor of the embedded tokens (Granite: 12)
     #: factor of what attention and FFN add to the residual stream (Granite: 0.22)
@@ -97,7 +117,9 @@ class ModelConfig(Section, path=_MODEL):
     qk_norm: QKNorm = "none"  # RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
     attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows
     attention_bias: AttentionBias = "none"  # qkv (Qwen2); all: of the output too
+    gated_attention: bool = False  # multiply the heads by sigmoid(x W) (Qwen3-Next)
     attention_sinks: bool = False  # a further key of learnt logit and no value per head (gpt-oss)
+    delta_net: DeltaNetConfig = DeltaNetConfig()
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0)
     tie_embeddings: bool = False  # logits = x E^T
@@ -124,6 +146,7 @@ class ModelConfig(Section, path=_MODEL):
         self._check_attention()
         if self.kv_lora_rank:
             self._check_latent_attention()
+        self._check_delta_net()
         if self.moe.gate is not None:
             self._check_moe_layers()
             self._check_layer_gates()
@@ -190,7 +213,18 @@ class ModelConfig(Section, path=_MODEL):
         allowed = f"must be model.num_heads={self.num_heads} {latent}"
         self._require("num_kv_heads", self.num_kv_heads == self.num_heads, allowed)
         none = {"qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0}
+        none |= {"gated_attention": False, "zero_centred_norms": False}
         self._require_defaults("model.kv_lora_rank", **none, attention_scale=0.0)
+
+    def _check_delta_net(self) -> None:
+        field, layers = f"{_DELTA}layers", self.delta_net.layers
+        _require_layers(field, layers, self.num_layers)
+        if not layers:
+            return
+        decoder = not (self.encoder_layers or self.relative_buckets)
+        require(decoder, field, layers, "must be () with model.encoder_layers or model.relative_buckets")
+        apart = not set(layers) & set(self.sliding_window_layers)
+        self._require("sliding_window_layers", apart, f"must list none of {field}, which have no window")
 
     def _check_moe_layers(self) -> None:
         moe, num_layers = self.moe, self.encoder_layers + self.num_layers
@@ -246,6 +280,7 @@ class LayerKind(NamedTuple):
     window: int  # tokens a query attends to, including its own; 0: all
     role: Role = "decoder"
     gate: str = "none"  # routing rule of an MoE layer
+    mixer: Mixer = "attention"
 
 
 def sparse_layers(config: ModelConfig) -> tuple[bool, ...]:
@@ -279,11 +314,13 @@ def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
             "encoder": tuple(LayerKind(is_sparse, 0, "encoder", gate) for is_sparse, gate in encoder),
             "decoder": tuple(LayerKind(is_sparse, 0, "cross", gate) for is_sparse, gate in decoder),
         }
-    windowed = config.sliding_window_layers or range(config.num_layers)
+    windowed, delta = config.sliding_window_layers or range(config.num_layers), config.delta_net.layers
     windows = [config.sliding_window if layer in windowed else 0 for layer in range(config.num_layers)]
     return {
         "": tuple(
-            LayerKind(is_sparse, window, gate=gate)
-            for is_sparse, window, gate in zip(sparse, windows, gates, strict=True)
+            LayerKind(is_sparse, 0, gate=gate, mixer="gated_delta_net")
+            if layer in delta
+            else LayerKind(is_sparse, window, gate=gate)
+            for layer, (is_sparse, window, gate) in enumerate(zip(sparse, windows, gates, strict=True))
         )
     }

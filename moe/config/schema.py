@@ -21,7 +21,7 @@ from moe.config.run_sections import (
 from moe.fields import LARGEST, Section, facts_of, require, setting
 from moe.routing.interface import Gate
 
-_MOE = "model.moe."
+_MOE, _DELTA = "model.moe.", "model.delta_net."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,8 @@ def _check_objective(model: ModelConfig, data: DataConfig) -> None:
         for name in ("sliding_window", "kv_lora_rank"):
             value = getattr(model, name)
             require(value == 0, f"model.{name}", value, "must be 0 where data.objective is prefix_lm")
+        layers = model.delta_net.layers
+        require(not layers, "model.delta_net.layers", layers, "must be () where data.objective is prefix_lm")
 
 
 def _check_steps(config: Config) -> None:
@@ -160,8 +162,9 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     if sizes.get("context", 1) > 1:
         _check_context(config, sizes)
     moe = config.model.moe
+    unused = (_MOE,) * (moe.gate is None) + (_DELTA,) * (not config.model.delta_net.layers)
     for field, axis in facts_of(Config, "split").items():
-        if moe.gate is not None or not field.startswith(_MOE):
+        if not field.startswith(unused):
             divides((axis,), field, operator.attrgetter(field)(config))
     if moe.gate is None:
         return
@@ -191,6 +194,7 @@ def _check_context(config: Config, sizes: Mapping[str, int]) -> None:
         ("model.encoder_layers", config.model.encoder_layers, 0),
         ("data.objective", config.data.objective, "causal"),
         ("model.relative_buckets", config.model.relative_buckets, 0),
+        ("model.delta_net.layers", config.model.delta_net.layers, ()),
         ("model.dropout", config.model.dropout, 0.0),
         ("train.sample_tokens", train.sample_tokens, 0),
     ):

@@ -33,6 +33,7 @@ _NEUTRAL: Canonical = {
     "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
     "dtype": "float32", "low_precision": "none", "norms": "before", "embedding_scale": 1.0, "residual_scale": 1.0,
     "attention_scale": 0.0, "logit_scale": 1.0, "prediction_layers": 0, "prediction_weight": 0.3,
+    "gated_attention": False, "zero_centred_norms": False, "delta_net": "none",
     # MoE
     "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
     "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0, "route_padding": False, "jitter": 0.0,
@@ -59,7 +60,7 @@ _MODEL = (
     "rope_interleaved", "kv_lora_rank", "q_lora_rank", "value_dim", "sliding_window", "sliding_window_layers",
     "qk_norm", "attention_bias", "attention_sinks", "clip_qkv", "tie_embeddings", "scale_logits", "dropout",
     "init_scale", "dtype", "low_precision", "norms", "embedding_scale", "residual_scale", "attention_scale",
-    "logit_scale", "prediction_layers", "prediction_weight",
+    "logit_scale", "prediction_layers", "prediction_weight", "gated_attention", "zero_centred_norms",
 )  # fmt: skip
 _DATA = (
     "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",
@@ -98,6 +99,8 @@ def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canon
         form |= {name: getattr(section, name) for name in names}
     scaling = config.model.rope_scaling
     form["rope_scaling"] = "none" if scaling.kind == "none" else dataclasses.asdict(scaling)
+    delta_net = config.model.delta_net
+    form["delta_net"] = dataclasses.asdict(delta_net) if delta_net.layers else _NEUTRAL["delta_net"]
     form["optimizer"] = config.optimizer.name
     form["final_rate_fraction"] = config.optimizer.final_learning_rate_fraction
     form["start"] = parents.get("starts_from", config.start.checkpoint)

@@ -21,17 +21,25 @@ from moe.parallel.partition_specs import HIDDEN, IN, OUT, REPLICATED
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + epsilon) · scale over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x²) + epsilon) · scale over the last axis, computed in float32 (Zhang and Sennrich 2019); 1 + scale
+    in place of scale if it is centred at zero."""
 
-    def __init__(self, dim: int, epsilon: float):
-        self.scale = parameter(jnp.ones((dim,), jnp.float32), REPLICATED)
+    def __init__(self, dim: int, epsilon: float, *, zero_centred: bool = False):
+        self.scale = parameter(jnp.full((dim,), 0.0 if zero_centred else 1.0, jnp.float32), REPLICATED)
         self.epsilon = epsilon
+        self.zero_centred = zero_centred
+
+    @classmethod
+    def of(cls, config: ModelConfig, dim: int = 0) -> RMSNorm:
+        """A norm of the model, of ``d_model`` unless another dimension is given."""
+        return cls(dim or config.d_model, config.norm_eps, zero_centred=config.zero_centred_norms)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalise x and return it in its own dtype."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * self.scale[...]).astype(x.dtype)
+        scale = 1.0 + self.scale[...].astype(jnp.float32) if self.zero_centred else self.scale[...]
+        return (x32 * scale).astype(x.dtype)
 
 
 class Site(enum.Enum):

@@ -23,7 +23,7 @@ from moe.models.stack import part_of
 from moe.parallel.parameters import LAYERS, flat_variables, parameter, spec_of
 
 #: Modules whose matrices can have adapters.
-_OWNERS = ("attention", "dense", "experts", "latent")
+_OWNERS = ("attention", "delta_net", "dense", "experts", "latent")
 
 #: Names of a matrix's factors: A, or one A for all experts of a layer, and B.
 LORA_A = "lora_a"

@@ -15,6 +15,7 @@ from moe.config.model_section import LayerKind
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
 from moe.layers.basic import DenseFFN, Dropout, RMSNorm, Site
+from moe.layers.gated_delta_net import GatedDeltaNet
 from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
@@ -62,7 +63,7 @@ class CrossAttention(nnx.Module):
     """Attention from the decoder to the encoder's output, and its norm."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm.of(config)
         self.attention = Attention(config, window=0, causal=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], rows: Rows, drop: Dropout) -> Float[Array, "B T D"]:
@@ -70,8 +71,9 @@ class CrossAttention(nnx.Module):
         assert rows.encoded is not None
         assert rows.encoded_segment_ids is not None
         documents = rows.segment_ids, rows.encoded_segment_ids
-        heads = self.attention.attend_to(self.norm(x), rows.encoded, *documents, drop.at(Site.CROSS_WEIGHTS))
-        return drop.at(Site.CROSS_OUTPUT)(self.attention.join(heads))
+        x = self.norm(x)
+        heads = self.attention.attend_to(x, rows.encoded, *documents, drop.at(Site.CROSS_WEIGHTS))
+        return drop.at(Site.CROSS_OUTPUT)(self.attention.join(heads, x))
 
 
 class Block(nnx.Module):
@@ -79,12 +81,15 @@ class Block(nnx.Module):
     encoder-decoder, x + cross-attention(norm(x)). With ``model.norms="after"``, x + norm(attention(x)) (OLMo 2)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        bidirectional = {"causal": False} if kind.role == "encoder" else {}
-        self.attention = attention_class(config)(config, window=kind.window, **bidirectional, rngs=rngs)
+        self.attention_norm = RMSNorm.of(config)
+        if kind.mixer == "gated_delta_net":
+            self.delta_net = GatedDeltaNet(config, rngs=rngs)
+        else:
+            bidirectional = {"causal": False} if kind.role == "encoder" else {}
+            self.attention = attention_class(config)(config, window=kind.window, **bidirectional, rngs=rngs)
         if kind.role == "cross":
             self.cross = CrossAttention(config, rngs=rngs)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm.of(config)
         self.kind = kind
         self.dropout = config.dropout
         self.route_padding = config.moe.route_padding
@@ -118,17 +123,22 @@ class Block(nnx.Module):
         drop = Dropout(self.dropout, rng if train else None)
         settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
         settings = {name: value for name, value in settings.items() if value is not None}
-        attention: Any = self.attention  # latent attention lacks these settings, which no such model gives
+        mixer: Any = self.mixer  # not every kind has these settings, which only models that use them give
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
             h, weights = self.input_of(self.attention_norm, x), drop.at(Site.ATTENTION_WEIGHTS)
-            heads, _, _ = attention.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)
-            x = self.add(self.attention_norm, x, self.attention.join(heads), drop.at(Site.ATTENTION_OUTPUT))
+            heads = mixer.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)[0]
+            x = self.add(self.attention_norm, x, mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
             return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
+
+    @property
+    def mixer(self) -> Attention | LatentAttention | GatedDeltaNet:
+        """The part by which the tokens read of each other."""
+        return self.delta_net if self.kind.mixer == "gated_delta_net" else self.attention
 
     def input_of(self, norm: RMSNorm, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Input of attention or of the FFN: x, normalised unless norms come after."""

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from flax import nnx
 
-from moe.config import LayerKind, ModelConfig, layer_kinds, stacks
+from moe.config import LayerKind, ModelConfig, stacks
 from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
@@ -52,12 +52,14 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     nothing; an expert's parameters count once for each row it computes (:func:`expert_rows_per_token`). Plus, in each
     layer, 2 matmuls × 2 FLOPs × 3 (forward and twice backward) × N·H for every key a query sees: (T+1)/2 on average
     if causal, or the layer's window; all U in an encoder and from decoder to encoder. Document boundaries inside a row
-    are not subtracted. Soft MoE's mixing of tokens into slots and back is 2 matmuls of D for every slot. What an
-    encoder computes, for U tokens a row, is divided by T.
+    are not subtracted. A gated DeltaNet has 3 products with the H x V memory of each of its N heads instead, whatever
+    the length: to read what is replaced, to write, and to read for the query. Soft MoE's mixing of tokens into slots
+    and back is 2 matmuls of D for every slot. What an encoder computes, for U tokens a row, is divided by T.
     """
     share = {"": 1.0, "decoder": 1.0, "encoder": input_length / sequence_length}
     lengths = {"": sequence_length, "decoder": sequence_length, "encoder": input_length}
-    multiplied = keys = 0.0  # parameters, and keys summed over layers, per token of the decoder
+    # Parameters, keys and numbers of memories, summed over layers, per token of the decoder.
+    multiplied = keys = memories = 0.0
     for path, size in _sizes(config):
         stack = path[0] if path[0] in share else ""
         if "experts" in path:
@@ -69,14 +71,17 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
         multiplied -= config.vocab_size * config.d_model
     multiplied -= config.encoder_vocab_size * config.d_model * share["encoder"]
     slots = config.moe.num_experts * config.moe.gate.slots if isinstance(config.moe.gate, SoftMoE) else 0
-    mixing = 0.0
+    mixing, delta = 0.0, config.delta_net
     for stack, kinds in stacks(config).items():
-        for kind in kinds:
-            keys += _keys_per_query(kind, lengths[stack]) * share[stack] + (input_length if kind.role == "cross" else 0)
-            mixing += 12 * slots * config.expert_dim * kind.sparse * share[stack]
-    keys += config.prediction_layers * _keys_per_query(layer_kinds(config)[-1], sequence_length)
+        mixing += 12 * slots * config.expert_dim * sum(kind.sparse for kind in kinds) * share[stack]
+        for kind in (*kinds, *kinds[-1:] * config.prediction_layers):  # each depth has a layer of the last one's kind
+            if kind.mixer == "gated_delta_net":
+                memories += delta.value_heads * delta.key_dim * delta.value_dim
+            else:
+                cross = input_length if kind.role == "cross" else 0
+                keys += _keys_per_query(kind, lengths[stack]) * share[stack] + cross
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
-    return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys
+    return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys + 18 * memories
 
 
 def _keys_per_query(kind: LayerKind, length: int) -> float:

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, so that each further token costs one position instead of the whole text.
+"""State of earlier tokens, so that each further one costs one position: keys and values, or a layer's own memory.
 
 Prompts of unequal length each begin at column 0. A layer with a sliding window keeps its last W positions in a ring:
 position p lies in slot p mod W. An encoder-decoder also keeps what its decoder reads of the encoder's output.
@@ -18,6 +18,7 @@ from moe.config import ModelConfig, stacks
 from moe.config.model_section import LayerKind
 from moe.layers.attention.scoring import sees
 from moe.layers.basic import KEEP_ALL
+from moe.layers.gated_delta_net import DeltaState, GatedDeltaNet
 from moe.models.block import Block, Rows, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
@@ -56,8 +57,11 @@ class Encoded:
     mask: Array
 
 
+#: State of one layer, of a kind that its mixer reads.
+Cache = LayerCache | DeltaState
+
 #: (block, normalised x, cache) → (heads [B,T,N,H], cache)
-CachedAttention = Callable[[Block, Array, LayerCache], tuple[Array, LayerCache]]
+CachedAttention = Callable[[Block, Array, Any], tuple[Array, Cache]]
 
 
 def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> LayerStates:
@@ -66,7 +70,7 @@ def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> Lay
     ``ahead``: tokens that :func:`extend` takes at once, beyond one.
     """
 
-    def create(kind: LayerKind, repeats: int) -> LayerCache:
+    def create(kind: LayerKind, repeats: int) -> Cache:
         return empty_layers(config, kind, repeats, rows, length, ahead=ahead)
 
     return create_states(list(stacks(config).values())[-1], create)
@@ -74,8 +78,10 @@ def empty(config: ModelConfig, rows: int, length: int, *, ahead: int = 0) -> Lay
 
 def empty_layers(
     config: ModelConfig, kind: LayerKind, repeats: int, rows: int, length: int, *, ahead: int = 0
-) -> LayerCache:
+) -> Cache:
     """The cache of equal layers, stacked over the repeats; ``length`` and ``ahead`` are those of :func:`empty`."""
+    if kind.mixer == "gated_delta_net":
+        return GatedDeltaNet.empty_state(config, repeats, rows)
     slots = min(kind.window + ahead, length) if kind.window else length
 
     def zeros(shape: tuple[int, int] | None) -> Array | None:
@@ -157,7 +163,9 @@ def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows
 def prompt_attention(rows: Rows, lengths: Int[Array, " B"], **settings: Any) -> CachedAttention:
     """Attention of prompts that fills the caches."""
 
-    def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+    def attention(block: Block, x: Array, cache: Any) -> tuple[Array, Cache]:
+        if isinstance(block.mixer, GatedDeltaNet):
+            return block.mixer.prefill(x, rows.segment_ids)
         heads, key, value = block.attention.prefill(x, rows.segment_ids, rows.positions, **settings)
         return heads, _fill(cache, key, value, lengths)
 
@@ -213,7 +221,9 @@ def next_rows(token_ids: Int[Array, "B T"], positions: Int[Array, "B T"], active
 def next_attention(positions: Int[Array, "B T"], relative: Any = None) -> CachedAttention:
     """Attention of further tokens to the cache, into which they go first."""
 
-    def attention(block: Block, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+    def attention(block: Block, x: Array, cache: Any) -> tuple[Array, Cache]:
+        if isinstance(block.mixer, GatedDeltaNet):
+            return block.mixer.step(x, cache)
         query, key, value = block.attention.project_cached(x, positions)
         for i in range(positions.shape[1]):
             one = None if value is None else value[:, i : i + 1]
@@ -269,25 +279,27 @@ def _run(
     if encoded is not None:
         states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
 
-    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, LayerCache]:
+    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, Cache]:
         del layer
         x, cache = attend(block, x, state[0], attention)
         if encoded is not None:
             cross: Any = block.cross.attention
-            query = cross.project_query(block.cross.norm(x), None)
+            normalised = block.cross.norm(x)
+            query = cross.project_query(normalised, None)
             mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
-            x = x + cross.join(cross.attend_cached(query, *state[1], mask))
+            x = x + cross.join(cross.attend_cached(query, *state[1], mask), normalised)
         x, _ = block.feed_forward(x, rows, generating=True)
         return x, cache
 
     return _decoder(model).scan(body, model.embed(rows.token_ids), states)
 
 
-def attend(block: Block, x: Array, cache: LayerCache, attention: CachedAttention) -> tuple[Array, LayerCache]:
+def attend(block: Block, x: Array, cache: Cache, attention: CachedAttention) -> tuple[Array, Cache]:
     """x plus a block's attention, and its cache."""
     norm = block.attention_norm
-    heads, cache = attention(block, block.input_of(norm, x), cache)
-    return block.add(norm, x, block.attention.join(heads), KEEP_ALL), cache
+    h = block.input_of(norm, x)
+    heads, cache = attention(block, h, cache)
+    return block.add(norm, x, block.mixer.join(heads, h), KEEP_ALL), cache
 
 
 def _logits(model: Model, x: Array) -> Array:

@@ -25,11 +25,11 @@ class PredictionLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d = config.d_model
-        self.hidden_norm = RMSNorm(d, config.norm_eps)
-        self.embedding_norm = RMSNorm(d, config.norm_eps)
+        self.hidden_norm = RMSNorm.of(config)
+        self.embedding_norm = RMSNorm.of(config)
         self.project = matrix(rngs, (2 * d, d), IN, fan_in=2 * d, scale=config.init_scale)
         self.block = Block(config, stacks(config)[""][-1], rngs=rngs)
-        self.output_norm = RMSNorm(d, config.norm_eps)
+        self.output_norm = RMSNorm.of(config)
 
     def __call__(
         self,

@@ -23,7 +23,7 @@ from moe.models import kv_cache
 from moe.models.block import Rows
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model
-from moe.models.kv_cache import CachedAttention, LayerCache
+from moe.models.kv_cache import Cache, CachedAttention
 from moe.models.prediction import PredictionLayer, shift
 from moe.models.sampling import check_prompts, pad_prompts, without_drops
 from moe.models.stack import LayerStates
@@ -56,7 +56,7 @@ class _State:
     drafts: Int[Array, " B"]
     positions: Int[Array, " B"]
     caches: LayerStates
-    prediction: LayerCache
+    prediction: Cache
 
 
 def sample(
@@ -80,6 +80,8 @@ def sample(
     """
     if not config.prediction_layers:
         raise ConfigError("model.prediction_layers=0: must be at least 1 to draft tokens; import them, or train them")
+    if config.delta_net.layers:
+        raise ConfigError("model.delta_net.layers: must be () to draft tokens, since their memory keeps rejected ones")
     check_prompts(config, prompts)
     token_ids, lengths = pad_prompts(prompts)
     begin, step = _programs(config, len(lengths), token_ids.shape[1] + num_tokens + AHEAD)
@@ -159,8 +161,8 @@ def _draft(
     hidden: Float[Array, "B T D"],
     token_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    cache: LayerCache,
-) -> tuple[Int[Array, "B T"], LayerCache]:
+    cache: Cache,
+) -> tuple[Int[Array, "B T"], Cache]:
     """The tokens after ``token_ids``, each of which the hidden state at a position predicted."""
     rows = kv_cache.next_rows(token_ids, positions, jnp.ones(len(token_ids), bool))
     x, cache = _predict(model, layer, hidden, rows, cache, kv_cache.next_attention(positions))
@@ -168,8 +170,8 @@ def _draft(
 
 
 def _predict(
-    model: Transformer, layer: PredictionLayer, hidden: Array, rows: Rows, cache: LayerCache, attention: CachedAttention
-) -> tuple[Float[Array, "B T D"], LayerCache]:
+    model: Transformer, layer: PredictionLayer, hidden: Array, rows: Rows, cache: Cache, attention: CachedAttention
+) -> tuple[Float[Array, "B T D"], Cache]:
     x, cache = kv_cache.attend(layer.block, layer.join(hidden, model.embed(rows.token_ids)), cache, attention)
     x, _ = layer.block.feed_forward(x, rows, generating=True)
     return x, cache

@@ -95,7 +95,7 @@ class Stack(nnx.Module):
             setattr(self, f"segment_{i}", stacked(functools.partial(Segment, config, unit), repeats, rngs))
         if config.relative_buckets:
             self.relative_bias = RelativeBias(config, bidirectional=name == "encoder", rngs=rngs)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.final_norm = RMSNorm.of(config)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -194,7 +194,7 @@ def part_of(names: Collection[str]) -> str:
     for part in ("shared", "latent", "null", "router", "experts", "attention", "dense", "embedding", "unembedding"):
         if part in names:
             return part
-    return "attention" if "relative_bias" in names else "norms"
+    return "norms" if {"relative_bias", "delta_net"}.isdisjoint(names) else "attention"
 
 
 def create_states(layers: tuple[LayerKind, ...], create: Callable[[LayerKind, int], Any]) -> LayerStates:

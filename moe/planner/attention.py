@@ -76,7 +76,7 @@ def factor(name: str, model: ModelConfig, tokens: int, where: str) -> tuple[floa
         (factor, width of the interval in the logarithm, basis).
     """
     kind = "backward" if where == "backward" else "forward"
-    windows = [each.window for each in layer_kinds(model)]
+    windows = [each.window for each in layer_kinds(model) if each.mixer == "attention"]
     lengths = [min(tokens, max(2 * window, 1024)) if window else tokens for window in windows]
     dims = model.head_dim + (model.value_dim or model.head_dim)
     found = {length: _factor(name, kind, length, dims) for length in lengths}

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from moe.config import Config, ModelConfig, OptimizerConfig, sparse_layers, stacks
+from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, sparse_layers, stacks
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.models.factory import abstract_parameters
@@ -102,19 +102,17 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     )
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     # Numbers per token on one device: projections of attention and its heads, hidden activations, experts' outputs.
-    projections = _projections(model, sizes["tensor"])
-    heads = model.num_heads * (model.value_dim or model.head_dim) / sizes["tensor"]
     dense = matmuls_into * model.d_ff / sizes["tensor"]
     experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
     outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.expert_dim
-    of_attention, of_dense, of_experts = {
-        "none": (projections, dense, experts),
-        "hidden": (projections + heads, dense, experts + outputs),
-        "outputs": (projections + heads, 0.0, outputs),
-        "attention": (projections + heads, 0.0, 0.0),
-        "offload": (0.0, 0.0, 0.0),
-        "dots": (projections, dense, 0.0),
-        "full": (0.0, 0.0, 0.0),
+    keeps_projections, keeps_heads, of_dense, of_experts = {
+        "none": (1, 0, dense, experts),
+        "hidden": (1, 1, dense, experts + outputs),
+        "outputs": (1, 1, 0.0, outputs),
+        "attention": (1, 1, 0.0, 0.0),
+        "offload": (0, 0, 0.0, 0.0),
+        "dots": (1, 0, dense, 0.0),
+        "full": (0, 0, 0.0, 0.0),
     }[model.remat]
     numbers = 0.0  # kept per row on one device
     for name, kinds in stacks(model).items():
@@ -122,20 +120,28 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
         for unit, repeats in segments(kinds):
             kept = 0.0 if model.remat == "offload" else float(model.d_model)
             for kind in unit:
-                kept += of_attention * (1 + (kind.role == "cross")) + (of_experts if kind.sparse else of_dense)
+                projections, heads = _projections(model, kind, sizes["tensor"])
+                of_mixer = keeps_projections * projections + keeps_heads * heads
+                kept += of_mixer * (1 + (kind.role == "cross")) + (of_experts if kind.sparse else of_dense)
             numbers += repeats * kept * length
     if model.remat not in ("none", "hidden") and any(sparse_layers(model)):
         numbers += experts * config.data.sequence_length
     return int(rows * numbers * jnp.dtype(model.dtype).itemsize)
 
 
-def _projections(model: ModelConfig, tensor: int) -> float:
-    """Numbers per token that the matmuls before the scores put out on one device."""
+def _projections(model: ModelConfig, kind: LayerKind, tensor: int) -> tuple[float, float]:
+    """Numbers per token on one device: what the matmuls before the scores put out, and the heads."""
+    if kind.mixer == "gated_delta_net":
+        d = model.delta_net
+        values = d.value_heads * d.value_dim
+        return 2 * (d.key_heads * d.key_dim + values) / tensor, values / tensor
+    heads = model.num_heads * (model.value_dim or model.head_dim) / tensor
     if not model.kv_lora_rank:
-        return (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / tensor
+        queries = model.num_heads * (1 + model.gated_attention)
+        return (queries + 2 * model.num_kv_heads) * model.head_dim / tensor, heads
     # Queries, and what keys and values are expanded to; the latents are whole on every device.
-    heads = model.head_dim + (model.head_dim - model.rope_dim + model.value_dim)
-    return model.num_heads * heads / tensor + model.q_lora_rank + model.kv_lora_rank + model.rope_dim
+    dims = model.head_dim + (model.head_dim - model.rope_dim + model.value_dim)
+    return model.num_heads * dims / tensor + model.q_lora_rank + model.kv_lora_rank + model.rope_dim, heads
 
 
 def _expert_rows(config: Config, sizes: Mapping[str, int]) -> float:

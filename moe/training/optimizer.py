@@ -202,7 +202,7 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
     """Muon on the matrices of attention, FFNs and experts, each layer and expert for itself; AdamW on the rest.
 
     Updates have an RMS of 0.2, so that AdamW's learning rate and weight decay serve both (Liu et al. 2025, section
-    2.2). The rest is embeddings, routers, norm scales and biases.
+    2.2). The rest is embeddings, routers, norm scales, biases, and the rates and convolutions of a delta net.
     """
 
     def axes(parameters: Any) -> Any:
@@ -292,12 +292,13 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
 def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Input and output axes of a matrix by the last two names of its path; None if it is not one."""
     owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
-    if owner == "attention" and name in ("query", "key", "value", "query_up", "kv_up"):  # [D,N,H]
+    mixer = owner in ("attention", "delta_net")
+    if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
-    if owner == "attention" and name == "out":  # [N,H,D]
+    if mixer and name == "out":  # [N,H,D]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,))
     ffn = owner in ("dense", "experts", "latent") and name in ("gate", "up", "down")
-    if ffn or (owner == "attention" and name in ("query_down", "kv_down")):  # [D,F], [F,D]
+    if ffn or (mixer and name in ("query_down", "kv_down")):  # [D,F], [F,D]
         return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
     return None
 

@@ -70,7 +70,7 @@ def test_against_plain_loops(module, rng):
     x = rng.normal(size=(2, 7, 8)).astype(np.float32)
     segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1] * 7])
     positions = np.array([[0, 1, 2, 0, 1, 2, 3], list(range(7))])
-    got = jax.jit(lambda *rows: module.join(module.prefill(*rows)[0]))(x, segments, positions)
+    got = jax.jit(lambda *rows: module.join(module.prefill(*rows)[0], rows[0]))(x, segments, positions)
     np.testing.assert_allclose(got, _reference(module, x, segments, positions), rtol=1e-4, atol=1e-5)
 
 
@@ -80,10 +80,9 @@ def test_absorbed_projections_compute_the_same(module, rng):
     query, latent, value = module.project_cached(x, positions)
     assert latent.shape == (2, 7, 1, 5 + 2)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 1, 7, 7))
-    got = module.join(module.attend_cached(query, latent, value, causal))
-    np.testing.assert_allclose(
-        got, module.join(module.prefill(x, jnp.ones((2, 7), jnp.int32), positions)[0]), rtol=1e-4, atol=1e-5
-    )
+    got = module.join(module.attend_cached(query, latent, value, causal), x)
+    want = module.join(module.prefill(x, jnp.ones((2, 7), jnp.int32), positions)[0], x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
 
 def _run(module, x, segment_ids=SEGMENTS, positions=POSITIONS):
     def attend(*rows):
-        return module.join(module.prefill(*rows)[0])
+        return module.join(module.prefill(*rows)[0], rows[0])
 
     return np.asarray(jax.jit(attend)(jnp.asarray(x), jnp.asarray(segment_ids), jnp.asarray(positions)))
 

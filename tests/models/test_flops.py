@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe.config import DeltaNetConfig
 from moe.models.flops import count_parameters, expert_rows_per_token, train_flops_per_token
 from moe.parallel.target import PEAK_FLOPS, Target
 from moe.planner.chips import CHIPS
@@ -24,6 +25,20 @@ def test_a_gate_in_which_tokens_choose_counts_k_experts():
     config = tiny_model(num_layers=1, gate="mixtral")
     assert train_flops_per_token(config, 8) == _by_hand(16 * 4, expert_rows=2)
     total, active = count_parameters(config)
+    assert total - active == 2 * EXPERT
+
+
+def test_a_delta_net_counts_its_matrices_and_its_memory():
+    """M 2, N 4 heads of H 3 and V 5: 16·(2·2·3 + 2·4·5 + 2·4) in, 4·5·16 out, 3 taps of 2·2·3 + 4·5 channels, two
+    numbers a head, a norm of 5; 3 products with 4·3·5 numbers, 2 FLOPs each, three times. No score at any length."""
+    delta = DeltaNetConfig(layers=(0,), key_heads=2, value_heads=4, key_dim=3, value_dim=5, conv_width=3)
+    config = tiny_model(num_layers=1, gate="mixtral", delta_net=delta)
+    mixer = 16 * (12 + 40 + 8) + 4 * 5 * 16 + 3 * (12 + 20) + 2 * 4 + 5
+    parameters = mixer + NORMS + 16 * 4 + EXPERT * 2 + 16 + TABLE
+    for length in (8, 800):
+        assert train_flops_per_token(config, length) == 6 * parameters + 3 * 3 * 2 * 4 * 3 * 5
+    total, active = count_parameters(config)
+    assert active == parameters + TABLE
     assert total - active == 2 * EXPERT
 
 

@@ -42,7 +42,11 @@ class Attention(nnx.Module):
         self.value = matrix(rngs, (c.d_model, *kv_heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
         out_fan_in = c.num_heads * c.head_dim
         self.out = matrix(rngs, (*heads, c.d_model), HEADS_OUT, fan_in=out_fan_in, scale=c.init_scale, inputs=2)
+        if c.gated_attention:
+            self.gate = matrix(rngs, (c.d_model, *heads), HEADS_IN, fan_in=c.d_model, scale=c.init_scale)
         if c.attention_bias != "none":
+            if c.gated_attention:
+                self.gate_bias = zeros(heads, P("tensor", None))
             self.query_bias = zeros(heads, P("tensor", None))
             self.key_bias = zeros(kv_heads, P("tensor", None))
             self.value_bias = zeros(kv_heads, P("tensor", None))
@@ -50,11 +54,11 @@ class Attention(nnx.Module):
             self.out_bias = zeros((c.d_model,))
         self.sinks = zeros((c.num_heads,), partition_specs.SINKS) if c.attention_sinks else None
         if c.qk_norm in ("head", "rotated"):
-            self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
-            self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.query_norm = RMSNorm.of(c, c.head_dim)
+            self.key_norm = RMSNorm.of(c, c.head_dim)
         elif c.qk_norm == "full":
-            self.query_norm = RMSNorm(c.num_heads * c.head_dim, c.norm_eps)
-            self.key_norm = RMSNorm(c.num_kv_heads * c.head_dim, c.norm_eps)
+            self.query_norm = RMSNorm.of(c, c.num_heads * c.head_dim)
+            self.key_norm = RMSNorm.of(c, c.num_kv_heads * c.head_dim)
 
     @staticmethod
     def cache_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -168,8 +172,10 @@ class Attention(nnx.Module):
             heads = rotate(heads, positions, c)
         return constrain(heads, partition_specs.HEADS)
 
-    def join(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Output projection of all heads."""
+    def join(self, heads: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Output projection of all heads, gated by the layer's input where ``model.gated_attention`` is set."""
+        if self.config.gated_attention:
+            heads *= jax.nn.sigmoid(self._project("gate", x))
         y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul(self.out, heads.dtype))
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 

@@ -95,8 +95,9 @@ class LatentAttention(nnx.Module):
         value_up = gather_for_matmul(self.kv_up, query.dtype)[..., self.unrotated_dim :]
         return jnp.einsum("btnr,rnh->btnh", heads[..., : self.config.kv_lora_rank], value_up)
 
-    def join(self, heads: Float[Array, "B T N V"]) -> Float[Array, "B T D"]:
-        """Project the heads back to the model dimension."""
+    def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Project the heads back to the model dimension; the layer's input is not used."""
+        del x
         return jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul(self.out, heads.dtype))
 
     def _query(self, x: Array, positions: Array) -> Array:
