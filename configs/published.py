@@ -25,6 +25,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "olmoe_1b_7b": (50304, 2048, 16, 16, 16, 128, 1024),
     "qwen1_5_moe_a2_7b": (151936, 2048, 24, 16, 16, 128, 5632),
     "qwen3_30b_a3b": (151936, 2048, 48, 32, 4, 128, 6144),
+    "qwen3_next_80b_a3b": (151936, 2048, 48, 16, 2, 256, 5120),
 }
 
 #: Latent attention (DeepSeek-V2 2024, section 2.1).
@@ -36,6 +37,11 @@ _GPT_OSS = {
     "sliding_window": 128,
     "attention_bias": "all",
     "attention_sinks": True,
+}
+#: Gated DeltaNet in three of four layers.
+_DELTA_NET = {
+    "layers": tuple(layer for layer in range(48) if (layer + 1) % 4),
+    **{"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128, "conv_width": 4},
 }
 #: What else differs from the defaults of the model.
 MODELS: dict[str, dict[str, Any]] = {
@@ -50,6 +56,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmoe_1b_7b": {"qk_norm": "full"},
     "qwen1_5_moe_a2_7b": {"rope_theta": 1e6, "norm_eps": 1e-6, "attention_bias": "qkv"},
     "qwen3_30b_a3b": {"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": "head"},
+    "qwen3_next_80b_a3b": {
+        **{"rope_theta": 1e7, "rope_dim": 64, "norm_eps": 1e-6, "qk_norm": "head", "delta_net": _DELTA_NET},
+        **{"gated_attention": True, "zero_centred_norms": True},
+    },
 }
 
 _DEEPSEEK_MOE = {
@@ -91,6 +101,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         **{"shared_d_ff": 5632, "shared_gate": True, "losses": {"balance": 0.001 * 4 / 24}},
     },
     "qwen3_30b_a3b": _mixtral(128, 0.001 * 8 / 48, 8, d_ff=768),
+    "qwen3_next_80b_a3b": _mixtral(512, 0.001 * 10 / 48, 10, d_ff=512, shared_d_ff=512, shared_gate=True),
 }
 
 #: Rows of a batch, and devices over which experts are split, where they are not 64 and 8.

@@ -18,27 +18,34 @@ from moe.escaping import markdown_table
 from moe.fields import type_hints
 from moe.routing.interface import Gate
 
-_HEAD = """# {title}
+_HEAD = """# Settings of {title}
 
 Settings with their types, defaults, bounds and meanings, from the schema: `python -m moe.config.describe docs` writes
-this page and [the other]({other}). `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run may be
-continued with another value: `free`, as it does not change what is learnt, or `later`, from its newest checkpoint on
-with `--change`; else it may not.
+this page and those of {others}. `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run
+may be continued with another value: `free`, as it does not change what is learnt, or `later`, from its newest
+checkpoint on with `--change`; else it may not.
 """
+
+#: Page of the sections whose path starts with a prefix, and its title; the last prefix that fits counts.
+_PAGES = {
+    "": ("settings.md", "a run"),
+    "model": ("model_settings.md", "a model"),
+    "model.moe": ("moe_settings.md", "MoE layers"),
+}
 
 
 def pages() -> dict[str, str]:
-    """File name → page: the settings of a run, and those of its model."""
-    run, model = "settings.md", "model_settings.md"
-    parts = {
-        run: [_HEAD.format(title="Settings of a run", other=model)],
-        model: [_HEAD.format(title="Settings of a model", other=run)],
-    }
+    """File name → page."""
+    parts: dict[str, list[str]] = {}
+    for name, title in _PAGES.values():
+        others = [f"[{other}]({file})" for file, other in _PAGES.values() if file != name]
+        parts[name] = [_HEAD.format(title=title, others=" and ".join(others))]
     for section, cls in _sections(Config, ""):
         title = f"`{section}`" if section else "The run"
         summary = f"{inspect.getdoc(cls)}\n".split("\n\n")[0].replace("\n", " ").strip()
-        parts[model if section.startswith("model") else run] += [f"## {title}\n", f"{summary}\n", _table(cls)]
-    parts[model] += ["## Gates\n\nFields of `model.moe.gate` by its name ([gates](gates.md)).\n", _gates()]
+        page = [name for prefix, (name, _) in _PAGES.items() if section.startswith(prefix)][-1]
+        parts[page] += [f"## {title}\n", f"{summary}\n", _table(cls)]
+    parts["moe_settings.md"] += ["## Gates\n\nFields of `model.moe.gate` by its name ([gates](gates.md)).\n", _gates()]
     return {name: "\n".join(page) for name, page in parts.items()}
 
 
