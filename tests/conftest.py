@@ -9,6 +9,8 @@ _FLAGS = (
     # Tests compile much and run little: LLVM's optimisations would take half of their time. XLA's own passes, the
     # partitioner among them, are not touched by it.
     "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
     # A device waits 40 s for the others and then aborts the process; eight on two busy cores may need longer.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=60",
     "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
