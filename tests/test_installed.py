@@ -235,6 +235,7 @@ SHORT_RUNS = {
     ),
     "scripts/analyze_routing.py": ("--workdir=run --tokens=128 --shuffles=5", "experts.html"),
     "scripts/heldout_overlap.py": (TINY, "held-out documents"),
+    "scripts/advise.py": ("--tokens=1e11", "Does a gain of 1 % show?"),
     "scripts/plan_pod.py": ("--config={clone}/configs/tiny.py --topology=v5p:2x2x1", "v5p"),
     "scripts/scaling.py": ("--help", "--modes"),
     "scripts/calibration.py": ("--help", "--only"),

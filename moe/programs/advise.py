@@ -1,0 +1,131 @@
+"""python scripts/advise.py --chip_hours=10000 --topology=v5p-128: what to train for a budget, with a region.
+
+Published scaling laws turn the budget into width, tokens, experts, K, granularity, rate and batch, and say where they
+extrapolate; the kept plans (configs/plans.json) turn chip-hours into FLOPs; the lab's runs say how many seeds show a
+gain. --tokens or --flops are budgets too. docs/advice.md shows a page and what it rests on.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from moe import cli
+
+_HOURS = flags.DEFINE_float("chip_hours", None, "Budget in hours of one chip; needs --topology.", lower_bound=1e-6)
+_TOKENS = flags.DEFINE_float("tokens", None, "Budget in training tokens, taken as compute-optimal.", lower_bound=1e6)
+_FLOPS = flags.DEFINE_float("flops", None, "Budget in FLOPs of the training.", lower_bound=1e12)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, such as v5p-128 or h100:8x8: their speed and memory.")
+_MFU = flags.DEFINE_float("mfu", None, "Share of the peak; default: that of the kept plans of the chip.", lower_bound=0)
+_TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "Rise of the loss that bounds a region.", lower_bound=0.0)
+_GAIN = flags.DEFINE_float("gain", 0.01, "Share of the loss that seeds are to show.", lower_bound=1e-5)
+
+_ROOT = Path(__file__).parents[2]
+_PLANS = _ROOT / "configs" / "plans.json"
+_EARLY = _ROOT / "docs" / "results" / "early"
+#: Width of the runs there.
+_EARLY_WIDTH = 128
+#: Tokens of a step there.
+_EARLY_TOKENS = 2048
+
+
+def main() -> None:
+    """Print the page."""
+    from moe.config import ConfigError
+    from moe.lab import advice, published_laws
+
+    if sum(flag.value is not None for flag in (_HOURS, _TOKENS, _FLOPS)) != 1:
+        raise ConfigError("give one of --chip_hours, --tokens and --flops")
+    where = _chips(str(_TOPOLOGY.value)) if _TOPOLOGY.value else None
+    if _HOURS.value is not None:
+        if where is None:
+            raise ConfigError("--chip_hours: needs --topology")
+        budget = _of_hours(_HOURS.value, *where[:2])
+    elif _TOKENS.value is not None:
+        compute = published_laws.ling_compute(_TOKENS.value)
+        budget = advice.Budget(
+            compute, compute, compute, f"those for which Ling's law takes {_TOKENS.value:.3g} tokens"
+        )
+    else:
+        compute = float(_FLOPS.value or 0)
+        budget = advice.Budget(compute, compute, compute, "as given")
+    memory = None if where is None else float(where[1].memory) * where[2]
+    measured, own = _measured() if (_EARLY / "results.parquet").exists() else ([], {})
+    settings: dict[str, Any] = {"tolerance": float(_TOLERANCE.value or 0), "gain": float(_GAIN.value or 0)}
+    print(advice.render(budget, memory=memory, measured=measured, own=own, **settings))
+
+
+def _chips(name: str) -> tuple[str, Any, int]:
+    """Generation, chip and number of a topology; no compiler is asked."""
+    from moe.config import ConfigError
+    from moe.planner.chips import CHIPS
+    from moe.planner.gpus import GPUS
+    from moe.planner.topology import tpu_name
+
+    kind, _, shape = tpu_name(name).partition(":")
+    chip, sizes = (CHIPS | GPUS).get(kind), shape.split("x")
+    if chip is None or not all(size.isdecimal() and int(size) for size in sizes):
+        known = ", ".join(sorted(CHIPS | GPUS))
+        raise ConfigError(f"--topology={name}: must be chips and a shape, as v5p:4x4x4 or h100:8x8; chips are {known}")
+    return kind, chip, math.prod(map(int, sizes))
+
+
+def _of_hours(hours: float, kind: str, chip: Any) -> Any:
+    """FLOPs of chip-hours, by the MFU of kept plans of the same chip."""
+    from moe.config import ConfigError
+    from moe.lab import advice
+
+    seconds = 3600 * hours * chip.peak
+    if _MFU.value:
+        return advice.Budget(*(seconds * _MFU.value,) * 3, why=f"{hours:,.0f} chip-hours at an MFU of {_MFU.value:g}")
+    plans = [plan for plan in json.loads(_PLANS.read_text()) if plan["topology"].partition(":")[0] == kind]
+    if not plans:
+        raise ConfigError(f"--topology={_TOPOLOGY.value}: no plan is kept for {kind}; give --mfu")
+    shares = [plan["mfu"] for plan in plans]
+    low = min(plan["mfu"] * plan["step_seconds"] / plan["step_interval"][1] for plan in plans)
+    high = max(plan["mfu"] * plan["step_seconds"] / plan["step_interval"][0] for plan in plans)
+    middle = sum(shares) / len(shares)
+    names = ", ".join(plan["config"] for plan in plans)
+    why = (
+        f"{hours:,.0f} chip-hours of {kind} at the MFU of the plans of {names}, {middle:.2f} ({low:.2f} to {high:.2f})"
+    )
+    return advice.Budget(seconds * low, seconds * middle, seconds * high, why)
+
+
+def _measured() -> tuple[list[Any], dict[tuple[int, int], float]]:
+    """Of the early runs: spreads of differences from dense, and mean losses by experts and tokens."""
+    import pandas as pd
+
+    from moe.lab import advice
+
+    keys = ["suite", "variant", "steps", "seed"]
+    wanted = [*keys, "compared", "step", "quantity", "domain", "value"]
+    final = [("quantity", "==", "loss"), ("domain", "==", "primary"), ("compared", "==", True)]
+    frame = pd.read_parquet(_EARLY / "results.parquet", columns=wanted, filters=final)
+    frame = frame[frame.step == frame.steps]
+    runs = pd.read_parquet(_EARLY / "runs.parquet", columns=[*keys, "seconds"]).drop_duplicates(keys)
+    frame = frame.merge(runs, how="left", on=keys)
+    compared = frame[frame.suite == "switch_vs_mixtral"]
+    losses: dict[tuple[str, int], dict[int, tuple[float, float]]] = {}
+    columns: list[Any] = [compared[name].tolist() for name in ("variant", "steps", "seed", "value", "seconds")]
+    for arm, steps, seed, loss, seconds in zip(*columns, strict=True):
+        losses.setdefault((arm, int(steps)), {})[int(seed)] = float(loss), float(seconds) / 3600
+    counted = frame[frame.suite == "num_experts"].groupby(["variant", "steps"]).value.mean()
+    own = {
+        (int(str(arm).removeprefix("experts_")), int(steps) * _EARLY_TOKENS): float(loss)
+        for (arm, steps), loss in counted.items()
+    }
+    return advice.spreads(losses, _EARLY_WIDTH, "dense"), own
+
+
+def run() -> None:
+    """The program."""
+    cli.run(
+        main,
+        examples=(
+            "python scripts/advise.py --chip_hours=10000 --topology=v5p-128",
+            "python scripts/advise.py --tokens=1e11",
+        ),
+    )
