@@ -36,42 +36,13 @@ _LAYERS = flags.DEFINE_list("compile_layers", [], "Numbers of layers whose compi
 _SAVES = flags.DEFINE_integer("saves", 0, "Checkpoints of a real run to compare with the bare step.", lower_bound=0)
 
 
-def random_rows(config: Any) -> dict[str, Any]:
-    """A batch of random tokens, one document per row, as NumPy arrays."""
-    import numpy as np
-
-    shape = (config.train.batch_size, config.data.sequence_length)
-    tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
-
-
-class Stepper:
-    """A train step with its own state; a call runs one step."""
-
-    def __init__(self, program: Any):
-        import jax
-
-        from moe.training.step import place
-
-        self._step = program.train_step
-        self._state, self._batch = program.init(), place(random_rows(program.config), program.mesh)
-        jax.block_until_ready(self._state)
-
-    def __call__(self) -> None:
-        """Runs one step and waits for it."""
-        import jax
-
-        self._state, _ = self._step(self._state, self._batch)
-        jax.block_until_ready(self._state)
-
-
 def utilisation(config: Any, mesh: Any) -> None:
     """Prints MFU, and with --seeds the time of several seeds in one vmapped program."""
     import jax
     import numpy as np
 
     from moe.benchmarks import timing
+    from moe.benchmarks.train_steps import Stepper, random_rows
     from moe.models import flops
     from moe.parallel import target
     from moe.training import profiling
@@ -136,6 +107,7 @@ def with_model(config: Any, **changes: Any) -> Any:
 def remat(config: Any, mesh: Any) -> None:
     """Prints memory and step time of each remat policy."""
     from moe.benchmarks import timing
+    from moe.benchmarks.train_steps import Stepper
     from moe.training.step import build
 
     programs = {policy: build(with_model(config, remat=policy), mesh) for policy in _REMAT.value}
@@ -191,6 +163,7 @@ class Alternating:
 
     def make_program(self, *arguments: Any) -> Any:
         """:func:`moe.training.step.build`."""
+        from moe.benchmarks.train_steps import Stepper
         from moe.training.step import build
 
         program = build(*arguments)

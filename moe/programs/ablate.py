@@ -2,9 +2,10 @@
 
 One record per finished run is written to DIR/records/, the report (report.md, records.parquet, results.csv, PNGs) to
 DIR/NAME/. Suites that share DIR share equal runs. --jobs=2 starts two processes, each pinned to a core; more machines
-that share DIR may run the same command at the same time. --report trains nothing and writes the report again.
---claims --workdir=DIR writes the pages over all suites: claims.md, paper_tables.md and switch_or_mixtral.md.
---output=DIR2 writes reports and pages there. Progress is in DIR/progress.log; TensorBoard on DIR/runs compares them.
+that share DIR may run the same command at the same time. --report trains nothing and writes the report again. --time=20
+times steps of every arm into DIR/NAME/step_seconds.json. --claims --workdir=DIR writes the pages over all suites:
+claims.md, paper_tables.md and switch_or_mixtral.md. --output=DIR2 writes reports and pages there. Progress is in
+DIR/progress.log; TensorBoard on DIR/runs compares them.
 """
 
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 from absl import flags
 
 from moe import cli
+from moe.benchmarks import train_steps
 from moe.config import ConfigError
 from moe.fields import whole_number
+from moe.lab import step_seconds
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, with_seeds
 from moe.lab.records import read_all
@@ -32,6 +35,12 @@ _HORIZONS = flags.DEFINE_list("horizons", [], "Train only runs of these numbers 
 _JOBS = flags.DEFINE_integer("jobs", 0, "Processes, each pinned to one core; 0: this one, on all cores.", lower_bound=0)
 _SWEEP = flags.DEFINE_bool("sweep", True, "Sweep learning rates first, if the suite says so.")
 _REPORT = flags.DEFINE_bool("report", False, "Train and measure nothing; only write the report.")
+_TIME = flags.DEFINE_integer(
+    "time",
+    0,
+    "Train nothing; time so many steps of every arm, in turns, for the page's costs.",
+    lower_bound=0,
+)
 _CLAIMS = flags.DEFINE_bool("claims", False, "Only write the pages over all suites from the records.")
 
 
@@ -50,6 +59,12 @@ def main() -> None:
     suites = Path(_SUITE.value.partition(".py:")[0]).parent
     registered = read_claims(suites / CLAIMS_FILE)
     runner.check_start(suite, registered.claims)
+    if _TIME.value:
+        arms = _ARMS.value or list(suite.variants)
+        runner.only(suite, arms, ())
+        train_steps.of_arms(suite, arms, _TIME.value).write(output / suite.name)
+        print(f"{output / suite.name / step_seconds.FILE}")
+        return
     only = runner.only(suite, _ARMS.value, _HORIZONS.value)
     if not _REPORT.value:
         for name, (given, value) in suite.replaced().items() if not jobs.is_worker() else ():
@@ -99,7 +114,8 @@ def _write_pages(workdir: Path, output: Path) -> None:
     paper_tables.write_page(output / "paper_tables.md", papers, tables)
     if registered.primary:
         (name,) = {claim.suite for claim in registered.claims if claim.family}
-        answer.write_page(output, tables[name], registered)
+        seconds = step_seconds.read(output / name) or step_seconds.read(workdir / name)
+        answer.write_page(output, tables[name], registered, seconds)
     print(f"{output / 'claims.md'}: from {', '.join(name for name in tables if tables[name].records) or 'no suite'}")
 
 

@@ -19,6 +19,7 @@ from scipy import stats
 from moe.lab.claims.registration import Claim, Part, Primary, Registered
 from moe.lab.loading import load_suite
 from moe.lab.report import answer, claims_page, page
+from moe.lab.step_seconds import StepSeconds
 from moe.lab.suite import Comparison, Sweep, Variant
 from tests import recomputation as again
 from tests.lab_helpers import record, suite_of, table
@@ -76,7 +77,8 @@ def drawn(tmp_path_factory):
     found = table(suite, runs)
     page.write(folder / "test", {"test": found}, suite, registered, "COMMAND")
     claims_page.write_page(folder, registered, {"test": found})
-    answer.write_page(folder, found, registered)
+    seconds = StepSeconds({arm: (0.1, 0.12, 0.2) for arm in suite.variants}, 5, "1 x cpu", "abc")
+    answer.write_page(folder, found, registered, seconds)
     claims = {
         claim.number: {"part": [dict(vars(part)) for part in claim.parts], "family": claim.family}
         for claim in registered.claims
@@ -334,7 +336,9 @@ def test_arms_of_the_answer(drawn):
     """Losses by how they are measured."""
     folder, suite, _ = drawn
     runs = read(folder, suite)
-    for arm, _, loss, own, last, dropped in tables((folder.parent / "switch_or_mixtral.md").read_text())[1][1]:
+    for arm, _, loss, own, last, dropped, milliseconds in tables((folder.parent / "switch_or_mixtral.md").read_text())[
+        1
+    ][1]:
         for cell, values in (
             (loss, runs.loss(arm, 80)),
             (own, runs.last(arm, 80, "own_loss", "primary")),
@@ -344,6 +348,7 @@ def test_arms_of_the_answer(drawn):
             check(arm, cell, (values.mean(), ".4f"), (values.std(ddof=1), ".4f"), *further)
         share = runs.rows(arm, 80, "train_fraction_tokens_dropped").value.mean()
         check(arm, dropped, (0.0 if math.isnan(share) else 100 * share, ".1f"))
+        assert milliseconds == "120"
 
 
 def test_learning_rates(report):

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moe.benchmarks import train_steps
 from moe.config import ConfigError
-from moe.lab import records, results
+from moe.lab import records, results, step_seconds
 from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.running import jobs, probes, runner
@@ -176,6 +177,19 @@ def test_what_the_end_needs_is_checked_at_the_start():
     with pytest.raises(ConfigError, match=r"claim 1: suite 'test' has no variant 'b'"):
         runner.check_start(suite_of({"a": DENSE}), [claim_of()])
     runner.check_start(suite_of({"a": DENSE, "b": SWITCH}), [claim_of()])
+
+
+def test_steps_of_arms_are_timed_and_read_back(tmp_path):
+    assert step_seconds.read(tmp_path) is None
+    suite = tiny_suite(tiny_base(tmp_path))
+    train_steps.of_arms(suite, ["dense"], 3).write(tmp_path)
+    found = step_seconds.read(tmp_path)
+    low, middle, high = found.arms["dense"]
+    assert 0 < low <= middle <= high
+    assert (list(found.arms), found.steps) == (["dense"], 3)
+    (tmp_path / step_seconds.FILE).write_text('{"arms": {"dense": [0, 1]}}')
+    with pytest.raises(ConfigError, match=r"step_seconds\.json: .*arms"):
+        step_seconds.read(tmp_path)
 
 
 @pytest.mark.slow

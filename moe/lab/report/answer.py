@@ -16,19 +16,20 @@ from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import rules
 from moe.lab.report.figures import colors, legend_beside, save
 from moe.lab.report.markdown import loss_cell, mean_sd
+from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
 
 NAME = "switch_or_mixtral"
 _LIMITS = """\
 It does not say which layer is better at other sizes: two million parameters in all, half a million active, text of four
-domains. Nothing is said about time: a figure against seconds needs every arm on kernels of its own. The two factors are
-the second expert (with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is
-the router's probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K
-includes that. All arms share one learning rate per kind of layer, as the sweep in the suite's report says."""
+domains. Time is that of a CPU, whose dense and expert FFNs run the same products. The two factors are the second expert
+(with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is the router's
+probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K includes that.
+All arms share one learning rate per kind of layer, as the sweep in the suite's report says."""
 
 
-def write_page(directory: Path, found: Table, registered: Registered) -> None:
-    """Write switch_or_mixtral.md and its two pictures from the suite's records.
+def write_page(directory: Path, found: Table, registered: Registered, seconds: StepSeconds | None = None) -> None:
+    """Write switch_or_mixtral.md and its two pictures from the suite's records, and from measured steps of its arms.
 
     Raises:
         ConfigError: see :func:`moe.lab.claims.registration.read_claims`.
@@ -42,8 +43,9 @@ def write_page(directory: Path, found: Table, registered: Registered) -> None:
         *_picture(_effects(directory / f"{NAME}.png", findings, primary)),
         _contrasts(findings),
         "## Arms",
-        _arms(found),
-        *_picture(_loss_by_flops(directory / f"{NAME}_flops.png", found)),
+        _arms(found, seconds),
+        *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
+        *([_measured(seconds)] if seconds else []),
         "## What this does not say",
         _LIMITS.replace("\n", " "),
         "## Rules",
@@ -82,8 +84,8 @@ def _contrasts(findings: Sequence[Finding]) -> str:
     return markdown_table(header, rows)
 
 
-def _arms(found: Table) -> str:
-    """Losses of every arm by how they are measured."""
+def _arms(found: Table, seconds: StepSeconds | None) -> str:
+    """Losses of every arm by how they are measured, and its cost."""
     steps, rows = found.suite.longest, []
     columns = (("loss", name) for name in found.suite.unseen)
     columns = [("own_loss", PRIMARY), ("last_tenth_loss", ""), *columns]
@@ -92,13 +94,14 @@ def _arms(found: Table) -> str:
         for quantity, domain in columns:
             curves = [found.curve(name, steps, seed, quantity, domain) for seed in found.seeds(steps, name)]
             cells.append(mean_sd([curve[-1][1] for curve in curves if curve]))
-        dropped = f"{found.dropped(name, steps):.1%}"
-        rows.append(
-            (name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells, dropped)
-        )
+        cells += [f"{found.dropped(name, steps):.1%}"]
+        if seconds:
+            cells += [f"{1000 * seconds.arms[name][1]:.0f}" if name in seconds.arms else "–"]
+        rows.append((name, markdown_text(found.suite.variants[name].note), loss_cell(found, name, steps), *cells))
     header = (
         "arm", "", "loss, without drops", "at its own capacity", "last tenth of training",
         *(f"{name}, without drops" for name in found.suite.unseen), "dropped in training",
+        *(["CPU ms a step"] if seconds else []),
     )  # fmt: skip
     return markdown_table(header, rows) if rows else "No run is finished yet."
 
@@ -138,23 +141,39 @@ def _wrapped(text: str) -> str:
     return f"{text[: middle + 1]}\n{text[middle + 1 :].strip()}"
 
 
-def _loss_by_flops(path: Path, found: Table) -> str:
-    """Held-out loss along the longest runs against training FLOPs, means over seeds; empty without curves."""
+def _measured(seconds: StepSeconds) -> str:
+    """How the seconds were measured."""
+    return (
+        f"Seconds: processor time of a train step, median of {seconds.steps}, all arms in turns, on "
+        f"{markdown_text(seconds.hardware)}, commit `{seconds.commit}`."
+    )
+
+
+def _loss_by_cost(path: Path, found: Table, seconds: StepSeconds | None) -> str:
+    """Held-out loss along the longest runs against training FLOPs, and against processor time where it was measured,
+    means over seeds; empty without curves."""
     steps, color = found.suite.longest, colors(found)
-    fig = Figure(figsize=(7.2, 4.2))
-    axis = fig.subplots()
+    fig = Figure(figsize=(11.5 if seconds else 7.2, 4.2))
+    panels = fig.subplots(1, 2 if seconds else 1, squeeze=False)[0]
     for name in found.variants:
         curves = [found.curve(name, steps, seed, "loss", PRIMARY) for seed in found.seeds(steps, name)]
         curves = [dict(curve) for curve in curves if len(curve) > 1]
         shared = sorted(set.intersection(*map(set, curves))) if curves else []
-        if shared:
-            each = found.suite.costs(name, steps)["flops"] / steps
-            means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
+        if not shared:
+            continue
+        means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
+        costs = [found.suite.costs(name, steps)["flops"] / steps]
+        if seconds and name in seconds.arms:
+            costs.append(seconds.arms[name][1] / 60)
+        for axis, each in zip(panels, costs, strict=False):
             label = f"{name} (n = {len(curves)})"
             axis.plot([step * each for step in shared], means, marker=".", color=color[name], label=label)
-    if not axis.lines:
+    if not panels[0].lines:
         return ""
-    axis.set(xlabel="training FLOPs of the model, drops not subtracted", ylabel="held-out loss, nats")
-    axis.grid(alpha=0.3)
-    legend_beside(axis)
+    panels[0].set(xlabel="training FLOPs of the model, drops not subtracted", ylabel="held-out loss, nats")
+    if seconds:
+        panels[1].set(xlabel="processor time of the training steps, minutes")
+    for axis in panels:
+        axis.grid(alpha=0.3)
+    legend_beside(*panels)
     return save(fig, path)

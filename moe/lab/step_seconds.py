@@ -1,0 +1,45 @@
+"""Processor time of a train step of each arm, measured in turns on one machine, in a file beside a suite's records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+
+from moe.atomic_files import write_atomic
+from moe.foreign_files import Positive, read_json
+
+FILE = "step_seconds.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSeconds:
+    """Processor seconds of a train step, of all threads.
+
+    Attributes:
+        arms: name → (tenth, half and nine tenths of the measured steps took at most so long).
+        steps: measured, of each arm.
+        hardware: devices and cores.
+        commit: of the source.
+    """
+
+    arms: Mapping[str, tuple[Positive, Positive, Positive]]
+    steps: int
+    hardware: str
+    commit: str
+
+    def write(self, directory: Path) -> None:
+        """Write to a suite's folder."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / FILE, _SCHEMA.dump_json(self, indent=2) + b"\n")
+
+
+_SCHEMA = pydantic.TypeAdapter(StepSeconds)
+
+
+def read(directory: Path) -> StepSeconds | None:
+    """What was measured for the suite of a folder; None if nothing was. Raises ConfigError for another file there."""
+    path = directory / FILE
+    return read_json(path, _SCHEMA) if path.exists() else None
