@@ -12,7 +12,7 @@ from configs import chat
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the settings of the training; start.checkpoint, distill.teacher and data.dataset must be set."""
+    """Return the settings of the training; start.checkpoint, distill.teacher and data.dataset must be set."""
     config = chat.get_config()
     config.data.objective = "preferences"
     config.optimizer.learning_rate = 1e-6

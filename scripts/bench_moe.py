@@ -54,7 +54,7 @@ _MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mix
 
 
 def check() -> None:
-    """Refuses names and numbers that the flag types accept."""
+    """Refuse names and numbers that the flag types accept."""
     from moe.config import ConfigError
     from moe.config.registry import LAYERS
     from moe.dispatch.modes import CONFIG_MODES
@@ -126,7 +126,7 @@ def cases() -> list[Any]:
 
 
 def bench_layers() -> list[dict[str, Any]]:
-    """Times all cases; those of one shape and number of experts in turns with their reference."""
+    """Time all cases; those of one shape and number of experts in turns with their reference."""
     import jax
 
     from moe.benchmarks import layer_programs, timing
@@ -205,7 +205,7 @@ def bench_layers() -> list[dict[str, Any]]:
 
 
 def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """Compiles all cases for the topology, every device with its own tokens."""
+    """Compile all cases for the topology, every device with its own tokens."""
     from moe.benchmarks import layer_programs
     from moe.config import Config, DataConfig, MeshConfig, TrainConfig, validate_mesh
     from moe.parallel.mesh import make_mesh
@@ -238,7 +238,7 @@ def read_layers(sizes: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def bench_model() -> list[dict[str, Any]]:
-    """Times train steps of the 4-layer model by mode, in turns with its matmuls: those of the experts as batched
+    """Time train steps of the 4-layer model by mode, in turns with its matmuls: those of the experts as batched
     matmuls, all others at the rate of one large matmul."""
     import jax
     import numpy as np
@@ -312,7 +312,7 @@ def bench_model() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints the table, and writes it to --json."""
+    """Print the table, and write it to --json."""
     import jax
 
     from moe.config import MeshConfig
@@ -340,7 +340,7 @@ def main() -> None:
 
 
 def _write(setting: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes all numbers to --json."""
+    """Write all numbers to --json."""
     from moe.atomic_files import write_atomic
 
     if _JSON.value:

@@ -277,7 +277,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Prints rows as they are measured, writes the table, and says by its exit status whether all passed."""
+    """Print rows as they are measured, write the table, and say by its exit status whether all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=Path, default=ROOT.parent / "shared" / "parity" / "layers")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "conformance.md")

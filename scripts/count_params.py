@@ -69,7 +69,7 @@ PUBLISHED = {
 
 
 def main() -> None:
-    """Prints the table; exit code 1 if a count that must be exact is not."""
+    """Print the table; exit code 1 if a count that must be exact is not."""
     print(f"{'config':34} {'total':>19} {'active':>16} {'published':>16}  exact")
     wrong = False
     for name, (total_text, active_text, exact_total, exact_active) in PUBLISHED.items():

@@ -17,7 +17,7 @@ _CONFIG = cli.define_config(Path(__file__).parents[1] / "configs" / "quickstart.
 
 
 def main() -> None:
-    """Prints a line per domain."""
+    """Print a line per domain."""
     from moe.data import pipeline
     from moe.data.overlap import line_overlap
 

@@ -37,7 +37,7 @@ _SAVES = flags.DEFINE_integer("saves", 0, "Checkpoints of a real run to compare 
 
 
 def utilisation(config: Any, mesh: Any) -> None:
-    """Prints MFU, and with --seeds the time of several seeds in one vmapped program."""
+    """Print MFU, and with --seeds the time of several seeds in one vmapped program."""
     import jax
     import numpy as np
 
@@ -105,7 +105,7 @@ def with_model(config: Any, **changes: Any) -> Any:
 
 
 def remat(config: Any, mesh: Any) -> None:
-    """Prints memory and step time of each remat policy."""
+    """Print memory and step time of each remat policy."""
     from moe.benchmarks import timing
     from moe.benchmarks.train_steps import Stepper
     from moe.training.step import build
@@ -125,7 +125,7 @@ def remat(config: Any, mesh: Any) -> None:
 
 
 def compilation(config: Any, mesh: Any) -> None:
-    """Prints seconds to trace, lower and compile, after an unmeasured warm-up of the first number of layers."""
+    """Print seconds to trace, lower and compile, after an unmeasured warm-up of the first number of layers."""
     import jax
 
     from moe.config import ConfigError
@@ -198,7 +198,7 @@ def timed_again(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def whole_run(config: Any) -> None:
-    """Prints a run's speed as a share of the bare step's."""
+    """Print a run's speed as a share of the bare step's."""
     from moe.training.loop import train
 
     every = config.train.save_every
@@ -217,7 +217,7 @@ def whole_run(config: Any) -> None:
 
 
 def main() -> None:
-    """Prints what the flags ask for."""
+    """Print what the flags ask for."""
     config = cli.load_config(_CONFIG)
     import jax
 

@@ -52,12 +52,12 @@ def script(
 
 
 def fifo(name: str) -> Callable[[Path], None]:
-    """Puts a FIFO in the case's folder, from which nothing ever comes."""
+    """Put a FIFO in the case's folder, from which nothing ever comes."""
     return lambda folder: os.mkfifo(folder / name)
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """Puts a file in the case's folder."""
+    """Put a file in the case's folder."""
 
     def put(folder: Path) -> None:
         path = folder / name
@@ -76,7 +76,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def change(name: str, **fields) -> Callable[[Path], None]:
-    """Changes fields of a JSON file; a value of None takes the field out."""
+    """Change fields of a JSON file; a value of None takes the field out."""
 
     def edit(folder: Path) -> None:
         tree = json.loads((folder / name).read_text()) | fields
@@ -86,7 +86,7 @@ def change(name: str, **fields) -> Callable[[Path], None]:
 
 
 def cut(pattern: str, keep: float) -> Callable[[Path], None]:
-    """Truncates the files of a pattern to a share of their size."""
+    """Truncate the files of a pattern to a share of their size."""
 
     def truncate(folder: Path) -> None:
         paths = [path for path in folder.glob(pattern) if path.is_file()]

@@ -36,12 +36,12 @@ from tests.run_helpers import compilation_cache, directory, programs, whole  # n
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker of tests that are skipped without JAX's CUDA plugin."""
+    """Register the marker of tests that are skipped without JAX's CUDA plugin."""
     config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
 
 
 def pytest_collection_finish() -> None:
-    """Leaves modules and collected tests out of every later garbage collection, which would visit them in vain."""
+    """Leave modules and collected tests out of every later garbage collection, which would visit them in vain."""
     gc.freeze()
 
 

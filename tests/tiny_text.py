@@ -34,7 +34,7 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
 
 def published(name: str, version: str, texts: dict[str, int], words: int, path: Path) -> None:
-    """Prepares a dataset under a published name, `texts` documents a split: the directory that the code of that name
+    """Prepare a dataset under a published name, `texts` documents a split: the directory that the code of that name
     would leave. The code itself stays unregistered, so that the directory is read for what it is."""
     base, _, config = name.partition("/")
 

@@ -71,7 +71,7 @@ def analyse(
     characters: int = PASSAGE,
     **options: Unpack[MeasureOptions],
 ) -> Analysis:
-    """Runs the model over held-out text and measures its routing.
+    """Run the model over held-out text and measure its routing.
 
     Args:
         recorder: recorder of the model's program, whose config gives T and B.
@@ -159,7 +159,7 @@ def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...
 def _passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
 ) -> list[passages.Passage]:
-    """Takes the beginning of one held-out document per domain: the one with the most drawable characters."""
+    """Take the beginning of one held-out document per domain: the one with the most drawable characters."""
     if recorder.stack:
         return _row_passages(recorder, variables, prepared, characters)
     config = recorder.program.config
@@ -185,7 +185,7 @@ def _passages(
 def _row_passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
 ) -> list[passages.Passage]:
-    """Takes the beginning of the first held-out rows of each domain, of an encoder-decoder."""
+    """Take the beginning of the first held-out rows of each domain, of an encoder-decoder."""
     config, piece = recorder.program.config, summary.piece_of(prepared.tokenizer)
     size = config.train.batch_size
     rows = {
@@ -212,7 +212,7 @@ def _of_domains(records: Records, pieces: list[list[str]]) -> list[passages.Pass
 
 
 def write(analysis: Analysis, folder: epath.Path, title: str) -> list[str]:
-    """Writes all files; returns their names."""
+    """Write all files; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     found, size = analysis.summary, analysis.summary["num_experts"]
     write_atomic(folder / "analysis.json", json.dumps(found, indent=1, allow_nan=False) + "\n")

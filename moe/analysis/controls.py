@@ -17,12 +17,12 @@ from moe.routing.routing import route
 
 
 def has_router(model: ModelConfig) -> bool:
-    """Tells whether the model's gate uses a learned router."""
+    """Tell whether the model's gate uses a learned router."""
     return model.moe.gate is not None and model.moe.gate.router != "none"
 
 
 def untrain_routers(variables: dict[str, Any], model: ModelConfig, seed: int) -> dict[str, Any]:
-    """Replaces the matrix of every router by a random one, and selection biases by zeros.
+    """Replace the matrix of every router by a random one, and selection biases by zeros.
 
     All other parameters are kept. The activations of deeper layers change all the same, because tokens pass through
     other experts.

@@ -112,7 +112,7 @@ def dependence(
 
 
 def _permuted(y: np.ndarray, rows: np.ndarray, shuffles: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields labels [n] that come from another row, rotated by a random offset; −1 where that row has no token."""
+    """Yield labels [n] that come from another row, rotated by a random offset; −1 where that row has no token."""
     _, row, lengths = np.unique(rows, return_inverse=True, return_counts=True)
     order = np.argsort(row, kind="stable")
     column = np.empty(len(y), np.int64)

@@ -26,7 +26,7 @@ class Document:
 
 
 def read_document(text: str, tokenizer: Tokenizer) -> Document | None:
-    """Tokenises a text and locates its tokens; None if the tokens' bytes do not add up to the text.
+    """Tokenise a text and locate its tokens; None if the tokens' bytes do not add up to the text.
 
     Of a tokenizer that puts a space before every text (Mixtral's), the first token begins at byte 0 too.
     """
@@ -94,7 +94,7 @@ def document_batches(
 
 
 def first_documents(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> list[Document]:
-    """Reads documents until they have `max_tokens` tokens together, at least one; skips those that fail to tokenise.
+    """Read documents until they have `max_tokens` tokens together, at least one; skips those that fail to tokenise.
 
     Args:
         texts: the texts, in order.

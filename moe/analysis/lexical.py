@@ -13,7 +13,7 @@ CLASSES = ("word", "capitalised word", "word part", "number", "punctuation", "br
 
 
 def lexical_classes(tokens: np.ndarray, piece: Callable[[int], str]) -> np.ndarray:
-    """Returns for each token the index of its class in :data:`CLASSES`.
+    """Return for each token the index of its class in :data:`CLASSES`.
 
     Args:
         tokens: [n] token ids.

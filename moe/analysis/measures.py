@@ -79,7 +79,7 @@ class TopToken:
 def top_tokens(
     first_choice: np.ndarray, tokens: np.ndarray, num_experts: int, *, at_least: int, number: int
 ) -> list[list[TopToken]]:
-    """Lists for each expert the ``number`` tokens of highest lift, then highest count.
+    """List for each expert the ``number`` tokens of highest lift, then highest count.
 
     Args:
         first_choice: [n] experts in one layer.

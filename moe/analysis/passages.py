@@ -29,7 +29,7 @@ class Passage:
 
 
 def pieces_of(text: str, spans: np.ndarray) -> list[str]:
-    """Splits text into the characters that begin in each span of bytes.
+    """Split text into the characters that begin in each span of bytes.
 
     A character divided over several tokens belongs to the first of them.
 

@@ -30,7 +30,7 @@ def drawable(text: str) -> float:
 def picture(
     path: epath.Path, passages: Sequence[Passage], shown: Sequence[int], layers: Sequence[int], num_experts: int
 ) -> None:
-    """Draws the first lines of each passage, wrapped and without blank lines.
+    """Draw the first lines of each passage, wrapped and without blank lines.
 
     Args:
         path: file to write.

@@ -15,7 +15,7 @@ from moe.escaping import FIGURE_TEXT
 
 
 def plot_all(summary: dict[str, Any], folder: epath.Path) -> list[str]:
-    """Writes the plots that apply to the summary; returns the file names."""
+    """Write the plots that apply to the summary; return the file names."""
     figures = {"load.png": _load, "depth.png": _depth}
     if summary["experts_per_token"] > 1:
         figures["coactivation.png"] = _coactivation

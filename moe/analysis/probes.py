@@ -156,7 +156,7 @@ def _dropless(config: Config) -> Config:
 
 
 def _without_key(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """Copies a nested dict without the branches of that name."""
+    """Copy a nested dict without the branches of that name."""
     return {
         name: _without_key(branch, key) if isinstance(branch, dict) else branch
         for name, branch in tree.items()

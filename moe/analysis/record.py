@@ -86,7 +86,7 @@ class Recorder:
     """Records the routing of one model for any variables; the forward pass is compiled at the first call."""
 
     def __init__(self, program: Program, stack: str = ""):
-        """Builds the recorder.
+        """Build the recorder.
 
         Args:
             program: of the model.
@@ -111,7 +111,7 @@ class Recorder:
         self._forward = jax.jit(routed)
 
     def __call__(self, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> Records:
-        """Runs the model over all batches.
+        """Run the model over all batches.
 
         Args:
             variables: from :func:`moe.checkpoints.parameters.read_variables` or ``TrainState.variables``.

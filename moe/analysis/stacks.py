@@ -99,7 +99,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any], folder: epath.Path) -> str:
-    """Writes stacks.json, stacks.md and experts.html, which has the pages of both stacks side by side; returns the
+    """Write stacks.json, stacks.md and experts.html, which has the pages of both stacks side by side; return the
     text of stacks.md."""
     frames = "".join(
         f'<iframe src="{stack}/experts.html" title="{stack}" style="width:50%;height:99vh;border:0"></iframe>'

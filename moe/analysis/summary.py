@@ -23,7 +23,7 @@ _TOP_TOKENS = 8  # tokens listed per expert
 def code_batches(
     documents: Sequence[Document], sequence_length: int, batch_size: int, *, keep: int = 0
 ) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Returns batches of the Python documents with the mark ``syntax``, and the number of other documents.
+    """Return batches of the Python documents with the mark ``syntax``, and the number of other documents.
 
     ``keep``: see :func:`moe.analysis.documents.document_batches`.
     """
@@ -44,7 +44,7 @@ def summarise(
     seed: int,
     controls: Mapping[str, tuple[Records, Records | None]] | None = None,
 ) -> dict[str, Any]:
-    """Computes every measure per layer.
+    """Compute every measure per layer.
 
     Args:
         records: records of rows per domain.
@@ -104,7 +104,7 @@ def summarise(
 
 
 def saturation(earlier: Mapping[int, Records], final: Records, untrained: Records | None = None) -> dict[str, Any]:
-    """Computes router saturation of the same tokens over checkpoints.
+    """Compute router saturation of the same tokens over checkpoints.
 
     Args:
         earlier: step → records, in order.
@@ -144,7 +144,7 @@ def load_over_training(by_step: Mapping[int, Records]) -> dict[str, Any]:
 
 
 def piece_of(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Returns token id → its text with leading space; «id» for control tokens and single bytes, sentinels by name."""
+    """Return token id → its text with leading space; «id» for control tokens and single bytes, sentinels by name."""
 
     def piece(token: int) -> str:
         if token >= tokenizer.vocab_size:

@@ -19,7 +19,7 @@ class Seconds:
 
 
 def in_turns(programs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, Seconds]:
-    """Times each program ``repeats`` times, waiting for its results, after one call of each that compiles it. Programs
+    """Time each program ``repeats`` times, waiting for its results, after one call of each that compiles it. Programs
     take turns, so that a busy moment of the machine affects all of them."""
     seconds = {name: Seconds() for name in programs}
     for program in programs.values():

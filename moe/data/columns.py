@@ -26,7 +26,7 @@ class TextTable:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens the file at the first read."""
+        """Open the file at the first read."""
         self._path = os.fspath(path)
 
     def __str__(self) -> str:
@@ -41,13 +41,13 @@ class TextTable:
             return pa.ipc.open_file(pa.memory_map(self._path)).read_all()
 
     def __getitem__(self, row: int) -> str:
-        """Returns the text of a row; OSError or ValueError if the file is damaged."""
+        """Return the text of a row; OSError or ValueError if the file is damaged."""
         table = self._table
         fields = text_fields(table.column_names)
         return make_document(fields, [table[column][row].as_py() for column in fields])
 
     def rows(self, name: str) -> Iterator[tuple[int, str, str | None]]:
-        """Yields (row, text, domain or None) of the rows whose text is not blank.
+        """Yield (row, text, domain or None) of the rows whose text is not blank.
 
         Args:
             name: path of the source, for messages.
@@ -84,7 +84,7 @@ class TextTable:
 
 
 def copy_columns(source: epath.Path, target: Path) -> None:
-    """Copies the columns that :class:`TextTable` reads from a Parquet or Arrow file to an Arrow stream file.
+    """Copy the columns that :class:`TextTable` reads from a Parquet or Arrow file to an Arrow stream file.
 
     Raises:
         ConfigError: the source is damaged, or a column has the wrong type.
@@ -113,7 +113,7 @@ def copy_columns(source: epath.Path, target: Path) -> None:
 
 
 def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
-    """Returns the columns to read."""
+    """Return the columns to read."""
     texts = text_fields(schema.names)
     if not set(texts) <= set(schema.names):
         raise ConfigError(f"{name}: needs columns that are {EXPECTED_FIELDS}; it has {schema.names}")

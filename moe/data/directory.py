@@ -17,7 +17,7 @@ from moe.config import ConfigError
 
 @contextlib.contextmanager
 def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Iterator[None]:
-    """Converts an exception of type `raised`, such as a full disk's, to a ConfigError that names data.directory."""
+    """Convert an exception of type `raised`, such as a full disk's, to a ConfigError that names data.directory."""
     try:
         yield
     except ConfigError:
@@ -33,7 +33,7 @@ def disk_errors(directory: epath.Path, raised: type[Exception] = OSError) -> Ite
 
 @contextlib.contextmanager
 def locked_directory(directory: Path) -> Iterator[None]:
-    """Holds the directory's lock, so that one of several processes prepares the data and the others reuse it.
+    """Hold the directory's lock, so that one of several processes prepares the data and the others reuse it.
 
     Creates the directory if it is missing, and removes it again if an error leaves it empty. A read-only directory is
     not locked, because nothing can be prepared there.
@@ -66,7 +66,7 @@ def locked_directory(directory: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int | None:
-    """Opens or creates the lock file without following links or truncating; None in a read-only directory."""
+    """Open or create the lock file without following links or truncating; None in a read-only directory."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

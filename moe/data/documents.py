@@ -19,7 +19,7 @@ SECTION_TARGET, SECTION_LIMIT, SECTION_TAIL = 10_000, 18_000, 2_000  # character
 
 
 def sections(text: str, target: int, limit: int) -> list[str]:
-    """Cuts text at the first blank line after `target` characters, or at any line end after `limit`.
+    """Cut text at the first blank line after `target` characters, or at any line end after `limit`.
 
     The sections joined give the text. A tail shorter than 2,000 characters stays with the section before it.
     """
@@ -56,7 +56,7 @@ def text_fields(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
-    """Makes one document of the values of text_fields. Raises ValueError for values of another type or form."""
+    """Make one document of the values of text_fields. Raises ValueError for values of another type or form."""
     if fields == ("messages",):
         return CONVERSATION + json.dumps(_messages(values[0]), ensure_ascii=False)
     if fields[-2:] == PREFERENCE:
@@ -90,7 +90,7 @@ def _messages(messages: Any) -> list[Any]:
 
 
 def join_texts(*texts: str) -> str:
-    """Makes one document of a text, or of source and target, blank if either is. Raises ValueError if one has PAIR."""
+    """Make one document of a text, or of source and target, blank if either is. Raises ValueError if one has PAIR."""
     if any(text.startswith(CONVERSATION) for text in texts):
         raise ValueError("begins with the character U+001D, which marks conversations")
     if len(texts) > 1 and any(PAIR in text for text in texts):
@@ -99,7 +99,7 @@ def join_texts(*texts: str) -> str:
 
 
 def check_domain(domain: str, source: str) -> None:
-    """Refuses a domain's name that could not be shown in tables and plots. Raises ConfigError naming `source`."""
+    """Refuse a domain's name that could not be shown in tables and plots. Raises ConfigError naming `source`."""
     try:
         _check_domain(domain)
     except ValueError as error:
@@ -113,7 +113,7 @@ def _check_domain(domain: str) -> None:
 
 
 def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, str, str | None]]:
-    """Yields (first byte, bytes, text, domain or None) of each document of a file of text or of JSON lines.
+    """Yield (first byte, bytes, text, domain or None) of each document of a file of text or of JSON lines.
 
     Args:
       path: the file.
@@ -140,7 +140,7 @@ def file_documents(path: epath.Path, digest: Any) -> Iterator[tuple[int, bytes, 
 
 
 def file_sections(file: Any) -> Iterator[bytes]:
-    """Cuts a binary file by the rule of :func:`sections`, reading it as a stream."""
+    """Cut a binary file by the rule of :func:`sections`, reading it as a stream."""
     before, current, size = b"", [], 0
     while line := _line(file):
         current.append(line)
@@ -156,7 +156,7 @@ def file_sections(file: Any) -> Iterator[bytes]:
 
 
 def _line(file: Any) -> bytes:
-    """Reads a line; of a line longer than SECTION_LIMIT, that many bytes and the rest of their last character."""
+    """Read a line; of a line longer than SECTION_LIMIT, that many bytes and the rest of their last character."""
     line = file.readline(SECTION_LIMIT)
     if not line.endswith(b"\n"):
         for back in range(1, min(4, len(line)) + 1):
@@ -169,7 +169,7 @@ def _line(file: Any) -> bytes:
 
 
 def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
-    """Returns (text, domain or None) of a document's bytes; the suffix of `path` gives the format.
+    """Return (text, domain or None) of a document's bytes; the suffix of `path` gives the format.
 
     Raises:
       ValueError: the bytes are not UTF-8, or not a JSON object with one of TEXT_FIELDS.

@@ -33,7 +33,7 @@ class Source:
 
 
 def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]:
-    """Lists the text files below a folder, sorted by name, without hidden ones; ``suffixes`` are text too.
+    """List the text files below a folder, sorted by name, without hidden ones; ``suffixes`` are text too.
 
     Two layouts of Hugging Face have splits: folders of ``DatasetDict.save_to_disk``, and files of the hub named
     SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation and test are used.
@@ -58,7 +58,7 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
 
 
 def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:
-    """Refuses a dataset some of whose shards, by their names or its state.json, are not there. Raises ConfigError."""
+    """Refuse a dataset some of whose shards, by their names or its state.json, are not there. Raises ConfigError."""
     there = set(names)
     for name in names:
         path = PurePosixPath(name)

@@ -45,7 +45,7 @@ class FolderDocuments(Sequence[str]):
     """Texts by index; each access reads the file."""
 
     def __init__(self, files: list[epath.Path | columns.TextTable], places: np.ndarray, chosen: np.ndarray):
-        """Selects the documents `chosen` (indices) of `places` [n] PLACE."""
+        """Select the documents `chosen` (indices) of `places` [n] PLACE."""
         self._files, self._places, self._chosen = files, places, chosen
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class FolderDocuments(Sequence[str]):
 
 
 def is_folder(name: str) -> bool:
-    """Tells a path in data.dataset from the name of a TFDS dataset."""
+    """Tell a path in data.dataset from the name of a TFDS dataset."""
     return name.startswith(("/", "~", ".")) or "://" in name
 
 
@@ -92,7 +92,7 @@ def refuse_inside(dataset: str, workdir: str) -> None:
 def open_folder(
     name: str, directory: epath.Path, progress: Callable[[str], None], suffixes: Sequence[str] = ()
 ) -> tuple[dict[str, tuple[FolderDocuments, FolderDocuments]], str]:
-    """Returns domain → (train, heldout) of a folder, and a digest of its content.
+    """Return domain → (train, heldout) of a folder, and a digest of its content.
 
     The folder is indexed at the first call, and again, beside the earlier index, whenever its files have changed.
     Documents of a Hugging Face train or held-out split stay in it. Others are held out by a hash of their text, so that
@@ -124,7 +124,7 @@ def open_folder(
 def _find_index(
     root: epath.Path, directory: epath.Path, suffixes: Sequence[str], progress: Callable[[str], None]
 ) -> tuple[epath.Path, _About, np.ndarray]:
-    """Returns the folder, the content and the places of the index that fits the files, which is made if none does."""
+    """Return the folder, the content and the places of the index that fits the files, which is made if none does."""
     kind = [os.fspath(root), *sorted(suffixes)] if suffixes else [os.fspath(root)]
     key = hashlib.sha256(os.fsencode("\0".join(kind))).hexdigest()[:16]
     folder, change, newest = directory / "folders", "", -1
@@ -155,7 +155,7 @@ def _find_root(name: str) -> epath.Path:
 
 
 def _is_heldout(places: np.ndarray) -> np.ndarray:
-    """Selects the held-out ones of a domain's documents."""
+    """Select the held-out ones of a domain's documents."""
     unsplit = places["split"] == UNSPLIT
     held = places["split"] == HELDOUT
     if unsplit.any():
@@ -201,7 +201,7 @@ _ABOUT = pydantic.TypeAdapter(_About)
 
 
 def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray]:
-    """Returns the content of index.json and the places, both checked by their checksums."""
+    """Return the content of index.json and the places, both checked by their checksums."""
     try:
         about = _ABOUT.validate_python(from_checked_json(read_small_file(index / "index.json").decode()))
         content = (index / "places.npy").read_bytes()
@@ -216,7 +216,7 @@ def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray
 
 
 def _write_index(root: epath.Path, index: epath.Path, sources: Sequence[Source]) -> None:
-    """Reads all files, and writes the index folder atomically."""
+    """Read all files, and write the index folder atomically."""
     index.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=index.parent))
     try:
@@ -242,7 +242,7 @@ class _IndexBuilder:
     places: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def add(self, source: Source) -> None:
-        """Reads a file."""
+        """Read a file."""
         path = self.root / source.name
         refuse_special(path)
         try:
@@ -285,7 +285,7 @@ class _IndexBuilder:
         return len(self.files), start, length, number, source.split, hashed
 
     def write(self) -> None:
-        """Writes index.json and places.npy."""
+        """Write index.json and places.npy."""
         places = np.concatenate([np.zeros(0, PLACE), *self.places])
         if not len(places):
             raise ConfigError(
@@ -303,7 +303,7 @@ class _IndexBuilder:
 
 
 def _change(root: epath.Path, sources: Sequence[Source], files: Sequence[_Entry], index: epath.Path) -> str:
-    """Returns what differs between the files and those that were indexed, in words; empty: nothing."""
+    """Return what differs between the files and those that were indexed, in words; empty: nothing."""
     known, names = {entry.name for entry in files}, {source.name for source in sources}
     for change, differing in (("added", names - known), ("removed", known - names)):
         if differing:
@@ -333,7 +333,7 @@ def _time(path: epath.Path) -> int:
 
 
 def refuse_special(path: epath.Path) -> None:
-    """Refuses FIFOs, sockets and devices, whose reading may never end. Raises ConfigError."""
+    """Refuse FIFOs, sockets and devices, whose reading may never end. Raises ConfigError."""
     if "://" in os.fspath(path):
         return
     try:

@@ -46,7 +46,7 @@ class JsonTokenizer(Tokenizer):
         source: str = "data.tokenizer",
         template: bytes | None = None,
     ):
-        """Parses both files.
+        """Parse both files.
 
         Args:
           model_bytes: content of the tokenizer.json.
@@ -204,11 +204,11 @@ class JsonTokenizer(Tokenizer):
         return self._eos
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids [n] int32 of the text, without special tokens."""
+        """Return the ids [n] int32 of the text, without special tokens."""
         return np.asarray(self._encode(self._tokenizer, text).ids, np.int32)
 
     def encode_rendered(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Returns the ids [n] int32 of a text in which special tokens stand, as a chat template writes it, and first
+        """Return the ids [n] int32 of a text in which special tokens stand, as a chat template writes it, and first
         and last (exclusive) character of each."""
         encoded = self._encode(self._with_special, text)
         return np.asarray(encoded.ids, np.int32), encoded.offsets
@@ -232,7 +232,7 @@ class JsonTokenizer(Tokenizer):
             ) from error
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of ids [n]; special tokens are skipped."""
+        """Return the text of ids [n]; special tokens are skipped."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def piece_id(self, piece: str) -> int:

@@ -26,13 +26,13 @@ Example = dict[str, np.ndarray]
 
 # --- Span corruption -------------------------------------------------------------------------------------------------
 def span_counts(length: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """Returns (tokens removed, spans) of a text of `length` tokens, before :func:`noise_mask` avoids extremes."""
+    """Return (tokens removed, spans) of a text of `length` tokens, before :func:`noise_mask` avoids extremes."""
     removed = round(length * rate)
     return removed, round(removed / mean_span)
 
 
 def span_lengths(input_length: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """Returns (tokens of text, tokens of the target) whose inputs fill `input_length`: (568, 114) for T5's 512.
+    """Return (tokens of text, tokens of the target) whose inputs fill `input_length`: (568, 114) for T5's 512.
 
     T5's random_spans_helper: the inputs are the kept tokens, a sentinel per span and eos; the targets are the removed
     tokens, a sentinel per span and eos.
@@ -51,7 +51,7 @@ def span_lengths(input_length: int, rate: float, mean_span: float) -> tuple[int,
 
 
 def noise_mask(length: int, rng: np.random.Generator, rate: float, mean_span: float) -> np.ndarray:
-    """Returns [length] bool, True where a token is removed: spans of random lengths, the first token kept.
+    """Return [length] bool, True where a token is removed: spans of random lengths, the first token kept.
 
     T5's random_spans_noise_mask: the numbers of removed tokens and of spans are fixed by the length, and all masks
     with them are equally likely.
@@ -74,7 +74,7 @@ def noise_mask(length: int, rng: np.random.Generator, rate: float, mean_span: fl
 
 
 def replace_spans(ids: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """Replaces the i-th run of True in the mask by the i-th sentinel."""
+    """Replace the i-th run of True in the mask by the i-th sentinel."""
     first = mask & ~np.concatenate([[False], mask[:-1]])
     return np.where(first, sentinels[np.cumsum(first) - 1], ids)[first | ~mask].astype(np.int32)
 
@@ -121,7 +121,7 @@ _EXAMPLES: dict[str, Callable[[str, np.random.Generator, DataConfig, Tokenizer],
 
 
 def examples(text: str, rng: np.random.Generator, data: DataConfig, tokenizer: Tokenizer) -> list[Example]:
-    """Returns the examples of a document for an encoder-decoder (data.input_length above 0)."""
+    """Return the examples of a document for an encoder-decoder (data.input_length above 0)."""
     ends = np.asarray([tokenizer.eos_id], np.int32)
     lengths = {"encoder": data.input_length, "decoder": data.sequence_length}
     return [
@@ -131,7 +131,7 @@ def examples(text: str, rng: np.random.Generator, data: DataConfig, tokenizer: T
 
 
 def show_example(example: Example, written: np.ndarray, data: DataConfig, tokenizer: Tokenizer) -> str:
-    """Returns an example's input with what a model wrote for it: blanks as [written|removed], or written text last."""
+    """Return an example's input with what a model wrote for it: blanks as [written|removed], or written text last."""
     if data.objective == "span_corruption":
         return show_blanks(tokenizer, example["encoder"], written, example["decoder"])
     shown = f"{tokenizer.decode(example['encoder'])} >>> {tokenizer.decode(written)}"
@@ -139,7 +139,7 @@ def show_example(example: Example, written: np.ndarray, data: DataConfig, tokeni
 
 
 def check_lengths(data: DataConfig) -> None:
-    """Refuses rows that examples of span corruption do not fit. Raises ConfigError."""
+    """Refuse rows that examples of span corruption do not fit. Raises ConfigError."""
     if data.objective != "span_corruption":
         return
     text, targets = span_lengths(data.input_length, data.corruption_rate, data.mean_span)
@@ -157,7 +157,7 @@ def check_lengths(data: DataConfig) -> None:
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 def shift_right(targets: np.ndarray, positions: np.ndarray, start_id: int) -> np.ndarray:
-    """Returns the decoder's tokens [T]: the start token, then the targets but the last, in each segment.
+    """Return the decoder's tokens [T]: the start token, then the targets but the last, in each segment.
 
     The start token is the tokenizer's padding, as in T5.
     """
@@ -165,7 +165,7 @@ def shift_right(targets: np.ndarray, positions: np.ndarray, start_id: int) -> np
 
 
 def encoder_decoder_row(packed: Example, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Makes the arrays of a batch (:mod:`moe.data.pipeline`) from packed examples, padding included."""
+    """Make the arrays of a batch (:mod:`moe.data.pipeline`) from packed examples, padding included."""
     known, filled = packed["decoder_segment_ids"] > 0, packed["encoder_segment_ids"] > 0
     tokens = shift_right(packed["decoder"], packed["decoder_positions"], tokenizer.pad_id)
     row = {
@@ -181,7 +181,7 @@ def encoder_decoder_row(packed: Example, tokenizer: Tokenizer) -> dict[str, np.n
 
 
 def prefix_row(row: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Divides each segment of a decoder's row at random: "prefix" [T] is 1 in the first part, which has no targets.
+    """Divide each segment of a decoder's row at random: "prefix" [T] is 1 in the first part, which has no targets.
 
     The last token of the first part predicts the first one of the second part.
     """

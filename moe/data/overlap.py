@@ -14,7 +14,7 @@ def long_lines(text: str) -> list[str]:
 
 
 def line_overlap(heldout: Sequence[str], train: Iterable[str]) -> list[tuple[int, int]]:
-    """Returns for each held-out document (characters in long lines that some training document has too, in all)."""
+    """Return for each held-out document (characters in long lines that some training document has too, in all)."""
     documents = [long_lines(text) for text in heldout]
     unseen = {line for lines in documents for line in lines}
     seen: set[str] = set()

@@ -53,7 +53,7 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str], None] = print,
 ) -> Prepared:
-    """Opens documents and tokenizer (:func:`moe.data.preparation.open_data`) and checks the held-out splits.
+    """Open documents and tokenizer (:func:`moe.data.preparation.open_data`) and check the held-out splits.
 
     Raises:
       ConfigError: also for rows longer than a held-out split.
@@ -68,7 +68,7 @@ def prepare(
 def prepare_run(
     config: Config, *, tokenizer: Tokenizer | None = None, progress: Callable[[str], None] = print
 ) -> Prepared:
-    """Opens the data of a run (:func:`prepare`), and checks that each embedding has a row for every id of its batches.
+    """Open the data of a run (:func:`prepare`), and checks that each embedding has a row for every id of its batches.
 
     Raises:
       ConfigError: see :func:`prepare`; or the encoder's own embedding has too few rows.
@@ -87,7 +87,7 @@ def prepare_run(
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 def _tokenise(text: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Encodes a document as ``bos text eos``.
+    """Encode a document as ``bos text eos``.
 
     Raises:
       ConfigError: it is a conversation.
@@ -99,7 +99,7 @@ def _tokenise(text: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
 
 
 def _shift(packed: dict[str, np.ndarray], domain_index: int, pad_id: int) -> Batch:
-    """Splits a packed row of T + 1 tokens into tokens and targets of T."""
+    """Split a packed row of T + 1 tokens into tokens and targets of T."""
     row, segments = packed["row"], packed["row_segment_ids"].astype(np.int32)
     same_document = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
     return {
@@ -113,12 +113,12 @@ def _shift(packed: dict[str, np.ndarray], domain_index: int, pad_id: int) -> Bat
 
 class _Flat(grain.experimental.FlatMapTransform):
     def flat_map(self, element: list[objectives.Example]) -> list[objectives.Example]:
-        """Returns the examples of a document."""
+        """Return the examples of a document."""
         return element
 
 
 def _pack(documents: grain.IterDataset, lengths: dict[str, int], data: DataConfig) -> grain.IterDataset:
-    """Packs whole examples, of which each document is a list, into rows of these lengths."""
+    """Pack whole examples, of which each document is a list, into rows of these lengths."""
     return grain.experimental.FirstFitPackIterDataset(
         grain.experimental.FlatMapIterDataset(documents, _Flat()),
         length_struct=lengths,
@@ -131,7 +131,7 @@ def _pack(documents: grain.IterDataset, lengths: dict[str, int], data: DataConfi
 def _rows(
     documents: grain.MapDataset, prepared: Prepared, data: DataConfig, domain: str, seed: int
 ) -> grain.IterDataset:
-    """Packs documents of one domain into rows, in order; the last row of a finite dataset is padded."""
+    """Pack documents of one domain into rows, in order; the last row of a finite dataset is padded."""
     # No threads here: one thread in `streams.run` prefetches for all streams and domains.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     tokenizer, index = prepared.tokenizer, prepared.domains.index(domain)
@@ -158,7 +158,7 @@ def _rows(
 def train_dataset(
     prepared: Prepared, data: DataConfig, *, batch_size: int, seed: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> grain.IterDataset:
-    """Returns the endless dataset of this process's rows of the training batches.
+    """Return the endless dataset of this process's rows of the training batches.
 
     A batch consists of n = data.streams equal parts, one per stream. Each domain's documents are reshuffled every epoch
     and distributed round-robin over the streams. A stream packs its documents, mixes the domains with exactly the
@@ -192,7 +192,7 @@ def train_dataset(
 
 
 def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed: int) -> grain.IterDataset:
-    """Returns the endless rows of stream `number` of `count`."""
+    """Return the endless rows of stream `number` of `count`."""
     rows = {}
     for domain in prepared.domains:
         # crc32, because hash() differs between Python processes.
@@ -210,12 +210,12 @@ def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed:
 
 
 def _seed(*numbers: int) -> int:
-    """Derives a 31-bit seed: Grain adds the epoch to it and accepts 32 bits."""
+    """Derive a 31-bit seed: Grain adds the epoch to it and accepts 32 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def _digest(prepared: Prepared) -> str:
-    """Hashes what a stream position refers to: the tokenizer, and number and version of the documents."""
+    """Hash what a stream position refers to: the tokenizer, and number and version of the documents."""
     parts = [f"{domain} {prepared.versions.get(domain)} {len(prepared.train[domain])}" for domain in prepared.domains]
     tokenizer = b"".join(content for _, content in sorted(prepared.tokenizer.files.items()))
     return hashlib.sha256("\n".join(parts).encode() + tokenizer).hexdigest()[:16]
@@ -224,7 +224,7 @@ def _digest(prepared: Prepared) -> str:
 def train_iterator(
     prepared: Prepared, data: DataConfig, *, batch_size: int, seed: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Returns an iterator over `train_dataset` whose position can be saved and restored at any batch."""
+    """Return an iterator over `train_dataset` whose position can be saved and restored at any batch."""
     return iter(train_dataset(prepared, data, batch_size=batch_size, seed=seed, rows=rows))
 
 
@@ -232,7 +232,7 @@ EPOCH_SAMPLE = 32  # documents whose length estimates that of an epoch
 
 
 def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
-    """Returns domain → share of its training tokens that a step reads, from the mean length of some documents.
+    """Return domain → share of its training tokens that a step reads, from the mean length of some documents.
 
     Empty where rows hold examples and padding: for encoder-decoders and conversations.
     """
@@ -251,7 +251,7 @@ def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
 
 # --- Held-out rows ---------------------------------------------------------------------------------------------------
 def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> list[Batch]:
-    """Returns up to `length` rows from the start of a held-out split; the row in which the split ends is padded."""
+    """Return up to `length` rows from the start of a held-out split; the row in which the split ends is padded."""
     if domain not in prepared.domains:
         raise ConfigError(f"no domain {domain!r}; allowed are {list(prepared.domains)}")
     documents = grain.MapDataset.source(prepared.heldout[domain])
@@ -268,7 +268,7 @@ def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> 
 
 
 def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Batch]:
-    """Returns up to data.heldout_rows rows."""
+    """Return up to data.heldout_rows rows."""
     # Neighbouring rows are of the same few documents, so evenly spaced rows of a longer stretch are taken. The stretch
     # is bounded because reading a whole web corpus would take minutes.
     most = max(MAX_STRETCH_TOKENS // data.sequence_length, data.heldout_rows)
@@ -279,7 +279,7 @@ def _heldout_rows(prepared: Prepared, data: DataConfig, domain: str) -> list[Bat
 
 
 def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_size: int) -> list[Batch]:
-    """Returns up to data.heldout_rows evenly spaced rows of a domain's held-out text, in batches.
+    """Return up to data.heldout_rows evenly spaced rows of a domain's held-out text, in batches.
 
     The rows and their order are fixed. Rows of padding (segment_ids 0, targets -1) fill up the last batch, so that all
     batches have the shape [batch_size, T].
@@ -301,7 +301,7 @@ def heldout_batches(prepared: Prepared, data: DataConfig, *, domain: str, batch_
 
 
 def unigram_nll(prepared: Prepared, data: DataConfig, domain: str | None = None) -> float:
-    """Returns the nats per target token of a unigram model on the rows of `heldout_batches`.
+    """Return the nats per target token of a unigram model on the rows of `heldout_batches`.
 
     The model is p(v) = (count(v) + 1) / (sum of counts + V), with counts over those of the first UNIGRAM_TOKENS tokens
     of the train split that can be targets: all but bos, or the decoder's part of an encoder-decoder's examples.
@@ -316,7 +316,7 @@ def unigram_nll(prepared: Prepared, data: DataConfig, domain: str | None = None)
 
 
 def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.ndarray:
-    """Counts the possible targets of a train split, [V] int64."""
+    """Count the possible targets of a train split, [V] int64."""
     if domain not in prepared._unigram_counts:
         tokenizer, rng = prepared.tokenizer, np.random.default_rng(0)
         size = tokenizer.vocab_size

@@ -41,7 +41,7 @@ class Prepared:
 
 
 def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, ...]:
-    """Returns data.weights, or equal ones; ConfigError unless there is one positive weight per domain."""
+    """Return data.weights, or equal ones; ConfigError unless there is one positive weight per domain."""
     weights = tuple(data.weights) or (1.0,) * len(domains)
     if len(weights) != len(domains):
         raise ConfigError(
@@ -57,7 +57,7 @@ def domain_weights(data: DataConfig, domains: tuple[str, ...]) -> tuple[float, .
 def open_data(
     data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, progress: Callable[[str], None]
 ) -> Prepared:
-    """Opens documents and tokenizer, after downloading, building and training what is missing.
+    """Open documents and tokenizer, after downloading, building and training what is missing.
 
     Args:
       data: a TFDS dataset's domain is its name; for folders see :mod:`moe.data.folders`.
@@ -99,13 +99,13 @@ def open_data(
 
 
 def refuse_unseen(train: Mapping[str, Sequence[str]]) -> None:
-    """Raises ConfigError for a domain without training text, which can only be evaluated."""
+    """Raise ConfigError for a domain without training text, which can only be evaluated."""
     if unseen := [domain for domain, documents in train.items() if not len(documents)]:
         raise ConfigError(f"data.domains: {unseen[0]!r} has held-out text alone; train on other domains")
 
 
 def _reach(name: str) -> epath.Path:
-    """Returns the path of data.directory, after asking a bucket for it."""
+    """Return the path of data.directory, after asking a bucket for it."""
     try:
         directory = epath.Path(name).expanduser()
         if "://" in name:
@@ -118,7 +118,7 @@ def _reach(name: str) -> epath.Path:
 def _open(
     data: DataConfig, directory: epath.Path, progress: Callable[[str], None]
 ) -> dict[str, tuple[Sequence[str], Sequence[str], str]]:
-    """Returns domain → (train, heldout, version) of the datasets in data.dataset."""
+    """Return domain → (train, heldout, version) of the datasets in data.dataset."""
     names = data.dataset.split(",")
     found: dict[str, tuple[Sequence[str], Sequence[str], str]] = {}
     for name in names:
@@ -154,7 +154,7 @@ def _chat_tokenizer(tokenizer: Tokenizer | None, template: str) -> Tokenizer:
 def _cached_tokenizer(
     path: epath.Path, train: dict[str, Sequence[str]], vocab_size: int, progress: Callable[[str], None]
 ) -> Tokenizer:
-    """Reads the tokenizer at `path`, after training it if the file is missing."""
+    """Read the tokenizer at `path`, after training it if the file is missing."""
     if path.exists():
         try:
             return Tokenizer.from_bytes(path.read_bytes())
@@ -168,7 +168,7 @@ def _cached_tokenizer(
 
 
 def _tokenizer_sample(train: dict[str, Sequence[str]]) -> Iterator[str]:
-    """Yields random documents of each domain, up to its share of TOKENIZER_CHARACTERS."""
+    """Yield random documents of each domain, up to its share of TOKENIZER_CHARACTERS."""
     for documents in train.values():
         left = TOKENIZER_CHARACTERS // len(train)
         order = np.random.default_rng(0).permutation(min(len(documents), 1_000_000))

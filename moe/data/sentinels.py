@@ -16,7 +16,7 @@ _NAME = re.compile(r"<extra_id_(\d\d?)>")
 
 
 def sentinel_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the ids [SENTINELS] int32, the first sentinel's first.
+    """Return the ids [SENTINELS] int32, the first sentinel's first.
 
     They are the pieces ``<extra_id_i>`` of the tokenizer, or, where it has none, the ids after its vocabulary, counted
     down from the last (T5: 32,000 pieces, so that sentinel 0 is 32,099).
@@ -28,7 +28,7 @@ def sentinel_ids(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def check_sentinels(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a vocabulary without room for the sentinels. Raises ConfigError."""
+    """Refuse a vocabulary without room for the sentinels. Raises ConfigError."""
     if (needed := int(sentinel_ids(tokenizer).max()) + 1) > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: data.objective='span_corruption' needs {SENTINELS} sentinels after the "
@@ -37,7 +37,7 @@ def check_sentinels(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def encode_blanks(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Returns the ids [n] int32 of a text in which ``<extra_id_i>`` stands for sentinel i; no eos."""
+    """Return the ids [n] int32 of a text in which ``<extra_id_i>`` stands for sentinel i; no eos."""
     sentinels = sentinel_ids(tokenizer)
     parts: list[np.ndarray] = []
     for number, part in enumerate(_NAME.split(text)):  # text, i, text, i, …
@@ -46,7 +46,7 @@ def encode_blanks(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def decode_blanks(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
-    """Returns the text of ids [n], with sentinel i as ``<extra_id_i>``."""
+    """Return the text of ids [n], with sentinel i as ``<extra_id_i>``."""
     numbers = {int(sentinel): i for i, sentinel in enumerate(sentinel_ids(tokenizer))}
     text, part = "", []
     for token in map(int, ids):
@@ -58,7 +58,7 @@ def decode_blanks(tokenizer: Tokenizer, ids: Iterable[int] | np.ndarray) -> str:
 
 
 def fill_blanks(inputs: Iterable[int], outputs: Iterable[int], sentinels: np.ndarray, eos_id: int) -> list[int]:
-    """Puts what follows each sentinel in the outputs in that sentinel's place in the inputs; eos ends both.
+    """Put what follows each sentinel in the outputs in that sentinel's place in the inputs; eos ends both.
 
     A sentinel that the outputs lack leaves nothing.
     """
@@ -69,7 +69,7 @@ def fill_blanks(inputs: Iterable[int], outputs: Iterable[int], sentinels: np.nda
 
 
 def show_blanks(tokenizer: Tokenizer, inputs: Iterable[int], written: Iterable[int], removed: Iterable[int]) -> str:
-    """Returns the text of the inputs with [written|removed] in the place of each sentinel."""
+    """Return the text of the inputs with [written|removed] in the place of each sentinel."""
     sentinels = sentinel_ids(tokenizer)
     mine, theirs = (_spans(ids, sentinels, tokenizer.eos_id) for ids in (written, removed))
     text, part, blanks = "", [], {int(i) for i in sentinels}

@@ -23,7 +23,7 @@ PREFETCH = 2  # batches made ahead of the train step
 
 
 def run(streams: Mapping[int, grain.IterDataset], documents: str) -> grain.IterDataset:
-    """Returns the dataset that concatenates the streams' parts of each batch, in the order of their numbers.
+    """Return the dataset that concatenates the streams' parts of each batch, in the order of their numbers.
 
     Args:
       streams: number → stream of dicts of arrays, one per batch.
@@ -141,12 +141,12 @@ class StreamsHandler(grain.checkpoint.CheckpointHandler):
     """Orbax handler with one file per stream; Grain's has one per process, which fixes the number of processes."""
 
     def save(self, directory: epath.Path, item: Any = None, args: Any = None) -> None:
-        """Writes the iterator's state, one file per stream."""
+        """Write the iterator's state, one file per stream."""
         for number, state in (item or args.item).get_state().items():
             write_atomic(directory / f"stream_{number}.json", to_checked_json(state))
 
     def restore(self, directory: epath.Path, item: Any = None, args: Any = None) -> Any:
-        """Restores the iterator's position, and returns the iterator."""
+        """Restore the iterator's position, and return the iterator."""
         iterator = item or args.item
         files = {number: directory / f"stream_{number}.json" for number in iterator.get_state()}
         iterator.set_state({number: from_checked_json(file.read_text()) for number, file in files.items()})

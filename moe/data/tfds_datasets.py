@@ -29,7 +29,7 @@ class TfdsDocuments(Sequence[str]):
     """Texts of one split of a prepared TFDS dataset; with `indices`, a subset of them."""
 
     def __init__(self, builder: Any, split: str, indices: np.ndarray | None = None):
-        """Opens the split's shards.
+        """Open the split's shards.
 
         Raises:
           ConfigError: a shard is missing or damaged, now or when a document is read; the file is named.
@@ -91,7 +91,7 @@ def quiet() -> Iterator[None]:
 
 
 def open_tfds(name: str, directory: epath.Path) -> tuple[Sequence[str], Sequence[str], str]:
-    """Returns (train, heldout, version) of a TFDS dataset prepared as array_record with a field ``text``.
+    """Return (train, heldout, version) of a TFDS dataset prepared as array_record with a field ``text``.
 
     Searches `directory`, then TFDS's default directory. ``heldout`` is the first existing split of ``heldout``,
     ``validation`` and ``test``. Without one, about HELDOUT_FRACTION of the first HELDOUT_SCAN documents of ``train``
@@ -152,14 +152,14 @@ def open_tfds(name: str, directory: epath.Path) -> tuple[Sequence[str], Sequence
 
 
 def _cut(documents: TfdsDocuments) -> Sequence[str]:
-    """Returns the documents; of fewer than CUT_BELOW, their sections that are not blank."""
+    """Return the documents; of fewer than CUT_BELOW, their sections that are not blank."""
     if len(documents) >= CUT_BELOW:
         return documents
     return [part for text in documents for part in sections(text, SECTION_TARGET, SECTION_LIMIT) if part.strip()]
 
 
 def _find_builder(name: str, directory: epath.Path) -> Any:
-    """Returns the first prepared builder of that name, or None if there is none."""
+    """Return the first prepared builder of that name, or None if there is none."""
     for import_builders in (False, True):
         if import_builders:
             # Importing the builders that ship with TFDS takes seconds. A prepared dataset such as "c4/en" is usually

@@ -31,7 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_bytes: bytes, source: str = "data.tokenizer"):
-        """Parses a serialized model.
+        """Parse a serialized model.
 
         Args:
           model_bytes: the model.
@@ -51,12 +51,12 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
-        """Parses a serialized model."""
+        """Parse a serialized model."""
         return cls(model_bytes)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Reads a model from a local or bucket path; ConfigError if there is no such file."""
+        """Read a model from a local or bucket path; ConfigError if there is no such file."""
         name = f"data.tokenizer={os.fspath(path)!r}"
         return cls(read_small_file(epath.Path(path).expanduser(), name), name)
 
@@ -86,7 +86,7 @@ class Tokenizer:
         return self._processor.eos_id()
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids [n] int32 of the text, without bos and eos."""
+        """Return the ids [n] int32 of the text, without bos and eos."""
         if _SPACE not in text or not self._byte_ids:
             return np.asarray(self._processor.encode(text), np.int32)
         # SentencePiece would read this character as a space, so it is encoded as bytes.
@@ -97,7 +97,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of ids [n]; control tokens, and ids beyond the vocabulary, are skipped."""
+        """Return the text of ids [n]; control tokens, and ids beyond the vocabulary, are skipped."""
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def piece_id(self, piece: str) -> int:
@@ -124,7 +124,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-pair encoding with pad 0, bos 1, eos 2, unknown 3 and the 256 bytes; deterministic.
+    """Train byte-pair encoding with pad 0, bos 1, eos 2, unknown 3 and the 256 bytes; deterministic.
 
     Text is not normalised and no space is added or removed, so decoding returns the text exactly. Runs of spaces may
     merge, so that indentation is one token.

@@ -20,7 +20,7 @@ _MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a SentencePiece model or a ``tokenizer.json``, local or in a bucket.
+    """Read a SentencePiece model or a ``tokenizer.json``, local or in a bucket.
 
     Raises:
       ConfigError: no such file, or it is neither.
@@ -37,7 +37,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> Tokenizer:
-    """Reads the tokenizer of a run or an import from its workdir; for chat the tokenizer.json where there are several.
+    """Read the tokenizer of a run or an import from its workdir; for chat the tokenizer.json where there are several.
 
     Raises:
       ConfigError: the workdir has none.
@@ -52,7 +52,7 @@ def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> To
 
 
 def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:
-    """Opens ``data.tokenizer``: "mixtral" (Mixtral's 32,000 tokens, fetched once) or a file."""
+    """Open ``data.tokenizer``: "mixtral" (Mixtral's 32,000 tokens, fetched once) or a file."""
     if name != "mixtral":
         return read_tokenizer(name)
     wheel = fetch_wheel(MISTRAL_COMMON, Path(directory) / "downloads", progress)

@@ -40,7 +40,7 @@ MISTRAL_COMMON = Wheel("mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70
 
 
 def fetch_wheel(wheel: Wheel, directory: Path, progress: Callable[[str], None]) -> Path:
-    """Returns ``directory/<wheel>``, downloading it with pip unless a file with the right hash is there.
+    """Return ``directory/<wheel>``, downloading it with pip unless a file with the right hash is there.
 
     Raises:
       ConfigError: this interpreter has no pip, or pip cannot get the file.

@@ -52,7 +52,7 @@ def layer_capacity(config: MoEConfig, group_size: int, *, train: bool = True) ->
 def plan_assignments(
     config: MoEConfig, routing: Routing, capacity: int, *, rng: Array | None = None
 ) -> tuple[Routing, Plan]:
-    """Applies a layer's dispatch mode, drop policy and overflow rule to a routing.
+    """Apply a layer's dispatch mode, drop policy and overflow rule to a routing.
 
     Args:
         capacity: C; unused by the mode dropless.

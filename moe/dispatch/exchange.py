@@ -104,7 +104,7 @@ def _exchange(rows: Shaped[Array, "R D"], onto: Shaped[Array, "N D"] | int, rout
 
 
 def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
-    """Runs body(start, carry) for all rounds but the first, on every device as often as the fullest one needs."""
+    """Run body(start, carry) for all rounds but the first, on every device as often as the fullest one needs."""
     num_devices = loads.shape[0]
     most = jnp.max(jnp.sum(loads.reshape(num_devices, num_devices, -1), axis=(0, 2)))
     with jax.named_scope(OVERFLOW_SCOPE):

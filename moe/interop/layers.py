@@ -42,7 +42,7 @@ def single_layer(
     activation: Activation = "swiglu",
     **fields: Any,
 ) -> MoELayer:
-    """Builds a float32 layer with these weights.
+    """Build a float32 layer with these weights.
 
     Args:
         gate: a name in moe.config.registry.LAYERS.
@@ -101,7 +101,7 @@ def single_layer(
 
 
 def _assign(name: str, module: Any, attribute: str, value: Any, asker: str) -> None:
-    """Sets a variable of a layer to a given array, after checking its shape."""
+    """Set a variable of a layer to a given array, after checking its shape."""
     variable = getattr(module, attribute, None)
     shape = None if variable is None else variable.get_value().shape
     if value is None and shape is not None:
@@ -117,7 +117,7 @@ def _assign(name: str, module: Any, attribute: str, value: Any, asker: str) -> N
 
 
 def run_reference(arrays: Arrays, dispatch_mode: str = "gather") -> dict[str, np.ndarray]:
-    """Runs a layer of another library here.
+    """Run a layer of another library here.
 
     Args:
         arrays: x [B,T,D] and, under ``weights/``, Hugging Face's tensors: of a Switch FFN (``router.classifier.weight``

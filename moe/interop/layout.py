@@ -129,7 +129,7 @@ class Parameter:
         return array[(slice(None),) * axis + (slice(part, None, parts),)] if self.tensor.interleaved else array
 
     def write(self, tensor: np.ndarray, piece: Piece, values: np.ndarray) -> None:
-        """Copies one whole piece to its place in a tensor of :attr:`file_shape`."""
+        """Copy one whole piece to its place in a tensor of :attr:`file_shape`."""
         target = tensor if piece.expert is None else tensor[piece.expert]
         axis, part, parts = self._shared_axis, self.tensor.part, self.tensor.parts
         size = target.shape[axis] // parts
@@ -218,7 +218,7 @@ def by_tensor(parameters: list[Parameter]) -> list[list[Parameter]]:
 
 
 def set_leaf(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    """Puts a leaf into a nested dict, making the dicts on its path."""
+    """Put a leaf into a nested dict, making the dicts on its path."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf

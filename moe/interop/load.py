@@ -29,7 +29,7 @@ from moe.parallel.parameters import parameter_shardings
 def load_huggingface(
     directory: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> tuple[Model, Config]:
-    """Builds the model of a folder.
+    """Build the model of a folder.
 
     Args:
         directory: holds ``config.json`` and safetensors files.

@@ -32,7 +32,7 @@ _PREFIX = "base_model.model."
 def export_adapters(
     workdir: str | os.PathLike[str], directory: str | os.PathLike[str], *, model_type: str = ""
 ) -> None:
-    """Writes the adapters of the newest checkpoint of a run; an A that experts have in common is written for each.
+    """Write the adapters of the newest checkpoint of a run; an A that experts have in common is written for each.
 
     Args:
         workdir: of a run with ``lora.rank``.

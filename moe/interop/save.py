@@ -35,7 +35,7 @@ def save_huggingface(
     source: Json | None = None,
     fused: bool = False,
 ) -> None:
-    """Writes ``config.json`` and safetensors, each tensor in its parameter's dtype.
+    """Write ``config.json`` and safetensors, each tensor in its parameter's dtype.
 
     Args:
         model: its parameters may lie on a mesh, if all its devices are this process's.
@@ -68,7 +68,7 @@ def write_folder(
     fused: bool = False,
     encoders: Encoders | None = None,
 ) -> None:
-    """Writes a folder as :func:`save_huggingface` does, taking the parameters one by one.
+    """Write a folder as :func:`save_huggingface` does, taking the parameters one by one.
 
     Args:
         source: content of ``config.json``, without the type of the weights.
@@ -114,7 +114,7 @@ def _write_group(
     as_name: str = "",
     encoders: Encoders | None = None,
 ) -> None:
-    """Writes the tensors that a group of parameters shares, under their own names or this one."""
+    """Write the tensors that a group of parameters shares, under their own names or this one."""
     arrays = [fetch(parameter) for parameter in group]
     pieces: dict[str, list[tuple[int, Any]]] = {}
     for i, parameter in enumerate(group):

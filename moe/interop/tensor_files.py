@@ -90,7 +90,7 @@ class TensorFolder:
     def __init__(
         self, directory: str | os.PathLike[str], quantization: Quantization | None = None, dtype: str = "float32"
     ):
-        """Reads the headers.
+        """Read the headers.
 
         Args:
             directory: holds the files.
@@ -179,7 +179,7 @@ class TensorFolder:
         return found and not np.array_equal(self.read(original), self.read(copy))
 
     def check(self, parameters: Sequence[Parameter], family: Family) -> None:
-        """Checks that tensors and parameters match one to one, in shape, with a float type.
+        """Check that tensors and parameters match one to one, in shape, with a float type.
 
         Raises:
             ConfigError: naming the first few that do not.
@@ -218,7 +218,7 @@ class TensorWriter:
         self._size = self._total = 0
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        """Appends a tensor."""
+        """Append a tensor."""
         if self._shard and self._size + tensor.nbytes > self.max_shard_bytes:
             self._flush()
         self._shard[name] = tensor
@@ -226,7 +226,7 @@ class TensorWriter:
         self.dtypes.add(tensor.dtype)
 
     def finish(self) -> None:
-        """Writes what is left and gives the files their final names."""
+        """Write what is left and give the files their final names."""
         self._flush()
         if len(self._files) == 1:
             self._temporary(1).replace(self.directory / SINGLE_FILE)

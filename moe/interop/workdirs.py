@@ -49,7 +49,7 @@ def import_checkpoint(
     dtype: str = "float32",
     prediction: bool = False,
 ) -> Config:
-    """Makes a workdir of a folder's model, with one tensor in memory at a time.
+    """Make a workdir of a folder's model, with one tensor in memory at a time.
 
     Args:
         source: holds ``config.json`` and safetensors files.
@@ -130,7 +130,7 @@ def export_checkpoint(
     fused: bool = False,
     quantized: bool = False,
 ) -> None:
-    """Writes the newest checkpoint of a workdir as a folder that open-source libraries load, a parameter at a time.
+    """Write the newest checkpoint of a workdir as a folder that open-source libraries load, a parameter at a time.
 
     Args:
         workdir: of a run or an import.

@@ -22,7 +22,7 @@ _CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are
 
 
 def main() -> None:
-    """Runs the analysis, writes its files and prints its tables."""
+    """Run the analysis, write its files and print its tables."""
     from etils import epath
 
     from moe.analysis import analyse, stacks

@@ -25,7 +25,7 @@ _QUANTIZED = flags.DEFINE_bool("quantized", False, "Write FP8 blocks where the i
 
 
 def main() -> None:
-    """Exports the workdir and lists the files written."""
+    """Export the workdir and list the files written."""
     from moe.config import ConfigError
     from moe.interop import export_checkpoint
     from moe.interop.peft import export_adapters

@@ -18,7 +18,7 @@ _PREDICTION = flags.DEFINE_bool("prediction", False, "With the layers of multi-t
 
 
 def main() -> None:
-    """Imports the folder and prints the parameter counts."""
+    """Import the folder and print the parameter counts."""
     from moe.interop import import_checkpoint
     from moe.interop.hub_cache import find_source
     from moe.models.flops import count_parameters

@@ -53,7 +53,7 @@ def write_page(path, tokens):
 
 
 def run(page, tmp_path, script):
-    """Runs a script in the page; returns the object that it gives."""
+    """Run a script in the page; return the object that it gives."""
     probe = (
         "<script>let answer; try { answer = (() => {" + script + "})(); } catch (error) { answer = String(error); }"
         "document.body.dataset.answer = encodeURIComponent(JSON.stringify(answer));</script></body>"

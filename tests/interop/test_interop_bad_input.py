@@ -234,7 +234,7 @@ def test_malformed_files(file, content, editable, tmp_path):
 
 
 def _refused(folder, out):
-    """Checks that an import ends in one sentence of bounded length and writes nothing."""
+    """Check that an import ends in one sentence of bounded length and writes nothing."""
     with pytest.raises(ConfigError) as refusal:
         import_checkpoint(folder, out)
     assert len(str(refusal.value).splitlines()) == 1

@@ -39,7 +39,7 @@ def _model(**changes):
 
 
 def _without_cache(config, variables, prompts, num_tokens):
-    """Runs the whole rows again for every token, padded to one length so that it compiles once."""
+    """Run the whole rows again for every token, padded to one length so that it compiles once."""
     config = sampling.without_drops(config)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     forward = jax.jit(lambda tokens, ids: nnx.merge(graphdef, variables)(tokens, ids).logits)

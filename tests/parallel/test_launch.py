@@ -159,7 +159,7 @@ def test_slurm_options_describe_whole_nodes():
 
 
 def _queued_resource(folder, *words):
-    """Runs the script with a gcloud that notes its arguments and runs commands for workers here, once."""
+    """Run the script with a gcloud that notes its arguments and runs commands for workers here, once."""
     _script(
         folder / "bin/gcloud",
         'printf "%s\\n" "$*" >> asked\n'

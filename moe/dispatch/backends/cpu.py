@@ -256,7 +256,7 @@ def _of_block(dropout: ExpertDropout | None, block: _Block) -> ExpertDropout | N
 
 
 def _accumulate(sums: Any, new: Any, block: _Block) -> Any:
-    """Adds a block's gradient of its expert's weights; the first block of an expert overwrites the buffer."""
+    """Add a block's gradient of its expert's weights; the first block of an expert overwrites the buffer."""
 
     def accumulate(total: Array, new: Array) -> Array:
         new = new.astype(total.dtype)
@@ -268,7 +268,7 @@ def _accumulate(sums: Any, new: Any, block: _Block) -> Any:
 
 
 def _zero_unused(sums: Any, sizes: Array) -> Any:
-    """Writes zeros as the gradients [E,·,·] of experts without rows, which no block has written."""
+    """Write zeros as the gradients [E,·,·] of experts without rows, which no block has written."""
     (unused,) = jnp.nonzero(sizes == 0, size=sizes.shape[0])
 
     def put(i: Array, sums: Any) -> Any:

@@ -83,7 +83,7 @@ def computed_rows(num_rows: int, num_groups: int) -> int:
 def grouped_matmul(
     rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"], interpret: bool = False
 ) -> Float[Array, "R F"]:
-    """Multiplies the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
+    """Multiply the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
     output are undefined.
 
     Args:

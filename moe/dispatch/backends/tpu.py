@@ -70,7 +70,7 @@ def multiply(
 def grouped_matmul(
     rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-    """Multiplies the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
+    """Multiply the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
     output are undefined."""
     with _tiling(_tiles("rows", rows, matrices.shape)):
         return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
@@ -242,5 +242,5 @@ def _parts(size: int) -> list[int]:
 
 
 def _tiling(tiles: tuple[int, int, int] | None) -> contextlib.AbstractContextManager[Any]:
-    """Sets the tiles of the kernels traced in this context, as metadata that :mod:`moe.planner.hlo` reads too."""
+    """Set the tiles of the kernels traced in this context, as metadata that :mod:`moe.planner.hlo` reads too."""
     return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiles))) if tiles else contextlib.nullcontext()
