@@ -212,7 +212,7 @@ def _of_domains(records: Records, pieces: list[list[str]]) -> list[passages.Pass
 
 
 def write(analysis: Analysis, folder: epath.Path, title: str) -> list[str]:
-    """Write all files; returns their names."""
+    """Write all files; return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     found, size = analysis.summary, analysis.summary["num_experts"]
     write_atomic(folder / "analysis.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
