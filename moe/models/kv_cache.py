@@ -22,9 +22,10 @@ from moe.layers.gated_delta_net import DeltaState, GatedDeltaNet
 from moe.models.block import Block, Rows, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
-from moe.models.stack import LayerStates, Stack, create_states
+from moe.models.stack import LayerStates, Stack, create_states, join_moe_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
+from moe.routing.routing import Choices
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +130,14 @@ def prefill(
     Returns:
         logits of the token after each prompt, and the filled caches.
     """
-    x, caches = run_prompt(model, token_ids, lengths, caches, encoded, prefix=prefix)
+    x, caches, _ = run_prompt(model, token_ids, lengths, caches, encoded, prefix=prefix)
+    return prompt_logits(model, x, lengths), caches
+
+
+def prompt_logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B V"]:
+    """Logits of the token after each prompt, from the hidden states of :func:`run_prompt`."""
     # [B,T,D] → [B,1,D]: the last token of each prompt
-    return _logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)), caches
+    return next_logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1))
 
 
 def run_prompt(
@@ -142,8 +148,9 @@ def run_prompt(
     encoded: Encoded | None = None,
     *,
     prefix: bool = False,
-) -> tuple[Float[Array, "B T D"], LayerStates]:
-    """:func:`prefill`, with the hidden states of all tokens before the final norm instead of logits."""
+) -> tuple[Float[Array, "B T D"], LayerStates, Choices | None]:
+    """:func:`prefill`, with the hidden states of all tokens before the final norm instead of logits, and their experts
+    [L,B,T,K] in the MoE layers, if there are any."""
     rows = prompt_rows(token_ids, lengths)
     stack = _decoder(model)
     settings: Any = {"prefix": rows.segment_ids} if prefix else {}
@@ -192,8 +199,8 @@ def decode(
     Returns:
         logits of the token after it, and the caches with it.
     """
-    x, caches = extend(model, token_ids[:, None], positions[:, None], active, caches, encoded)
-    return _logits(model, x), caches
+    x, caches, _ = extend(model, token_ids[:, None], positions[:, None], active, caches, encoded)
+    return next_logits(model, x), caches
 
 
 def extend(
@@ -203,8 +210,8 @@ def extend(
     active: Bool[Array, " B"],
     caches: LayerStates,
     encoded: Encoded | None = None,
-) -> tuple[Float[Array, "B T D"], LayerStates]:
-    """:func:`decode` of several tokens a row, with hidden states before the final norm instead of logits.
+) -> tuple[Float[Array, "B T D"], LayerStates, Choices | None]:
+    """:func:`decode` of several tokens a row, with what :func:`run_prompt` returns.
 
     A token sees those before it alone. One that is taken back is overwritten by the next of its position.
     """
@@ -273,13 +280,13 @@ def _append(cache: LayerCache, key: Array, value: Array | None, positions: Array
 
 def _run(
     model: Model, rows: Rows, caches: LayerStates, attention: CachedAttention, encoded: Encoded | None
-) -> tuple[Array, LayerStates]:
-    """All blocks with this attention: hidden states [B,T,D] before the final norm."""
+) -> tuple[Array, LayerStates, Choices | None]:
+    """All blocks with this attention: hidden states [B,T,D] before the final norm, caches, and experts."""
     states = [[(cache, None) for cache in unit] for unit in caches]
     if encoded is not None:
         states = [list(zip(*units, strict=True)) for units in zip(caches, encoded.layers, strict=True)]
 
-    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, Cache]:
+    def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, tuple[Cache, Choices | None]]:
         del layer
         x, cache = attend(block, x, state[0], attention)
         if encoded is not None:
@@ -288,10 +295,12 @@ def _run(
             query = cross.project_query(normalised, None)
             mask = jnp.broadcast_to(encoded.mask[:, None, None], (len(x), 1, x.shape[1], encoded.mask.shape[1]))
             x = x + cross.join(cross.attend_cached(query, *state[1], mask), normalised)
-        x, _ = block.feed_forward(x, rows, generating=True)
-        return x, cache
+        x, record = block.feed_forward(x, rows, generating=True)
+        return x, (cache, None if record is None else record[1].choices)
 
-    return _decoder(model).scan(body, model.embed(rows.token_ids), states)
+    x, states = _decoder(model).scan(body, model.embed(rows.token_ids), states)
+    caches, choices = ([[state[i] for state in unit] for unit in states] for i in (0, 1))
+    return x, caches, join_moe_layers(choices)
 
 
 def attend(block: Block, x: Array, cache: Cache, attention: CachedAttention) -> tuple[Array, Cache]:
@@ -302,7 +311,7 @@ def attend(block: Block, x: Array, cache: Cache, attention: CachedAttention) -> 
     return block.add(norm, x, block.mixer.join(heads, h), KEEP_ALL), cache
 
 
-def _logits(model: Model, x: Array) -> Array:
-    """[B,1,D] → [B,V] float32."""
+def next_logits(model: Model, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
+    """Logits of the token after the only one, from its hidden state before the final norm."""
     hidden = model.scaled(_decoder(model).final_norm(x))
     return (hidden[:, 0] @ model.output_matrix()).astype(jnp.float32)

@@ -120,7 +120,7 @@ def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[...
     def begin(variables: Any, token_ids: Array, lengths: Array) -> _State:
         model, layer = split(variables)
         caches = kv_cache.empty(config, rows, length, ahead=AHEAD)
-        x, caches = kv_cache.run_prompt(model, token_ids, lengths, caches)
+        x, caches, _ = kv_cache.run_prompt(model, token_ids, lengths, caches)
         hidden = model.final_norm(x)
         last = lengths[:, None] - 1  # [B,1]
         of_last = jnp.take_along_axis(hidden, last[..., None], axis=1)
@@ -138,7 +138,7 @@ def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[...
         model, layer = split(variables)
         token_ids = jnp.stack([state.tokens, state.drafts], axis=1)
         positions = jnp.stack([state.positions, state.positions + 1], axis=1)
-        x, caches = kv_cache.extend(model, token_ids, positions, active, state.caches)
+        x, caches, _ = kv_cache.extend(model, token_ids, positions, active, state.caches)
         hidden = model.final_norm(x)
         answers = _likeliest(model, hidden)
         drafts, cache = _draft(model, layer, hidden, answers, positions, state.prediction)
