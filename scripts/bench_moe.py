@@ -247,7 +247,8 @@ def bench_model() -> list[dict[str, Any]]:
     from moe.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
     from moe.models import flops
     from moe.training import profiling
-    from moe.training.step import build, place
+    from moe.training.batches import place
+    from moe.training.step import build
 
     length, batch_size, layers, f = 512, _TOKENS.value // 512, 4, _D_FF.value or 1792
     mesh = jax.sharding.get_mesh()

@@ -204,8 +204,9 @@ def train_step(sizes: Sizes) -> Iterator[str]:
     from moe.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
     from moe.models import flops
     from moe.parallel.mesh import make_mesh
+    from moe.training.batches import place
     from moe.training.profiling import measured_matmul_rate
-    from moe.training.step import build, place
+    from moe.training.step import build
 
     heads: Any = {"num_heads": sizes.model_dim // 16, "num_kv_heads": sizes.model_dim // 16, "head_dim": 16}
     if sizes is not TINY:

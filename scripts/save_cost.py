@@ -38,7 +38,8 @@ def main() -> None:
     from moe.config import validate_mesh
     from moe.data import pipeline
     from moe.parallel.mesh import make_mesh
-    from moe.training.step import build, place
+    from moe.training.batches import place
+    from moe.training.step import build
 
     mesh = make_mesh(config.mesh)
     validate_mesh(config, mesh.shape)

@@ -17,8 +17,9 @@ from moe.config import Config, ConfigError, DataConfig, StartConfig, TrainConfig
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.training import profiling
+from moe.training.batches import place
 from moe.training.loop import train
-from moe.training.step import Program, build, place
+from moe.training.step import Program, build
 from tests.run_helpers import rows
 
 _PROGRAMS: dict[Any, Program] = {}

@@ -18,8 +18,9 @@ from scipy import optimize, stats
 from moe.analysis import lexical, measures
 from moe.analysis.record import Records
 from moe.config import ConfigError
+from moe.training.batches import Batch, forward, place
 from moe.training.losses import token_cross_entropy
-from moe.training.step import Batch, Program, forward, place
+from moe.training.step import Program
 
 #: Groups of tokens by margin of the router, by position in the row, and by frequency of the token.
 QUARTERS = 4

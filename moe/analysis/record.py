@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from moe.config import ConfigError, stacks
-from moe.training.step import Batch, Program, forward, place
+from moe.training.batches import Batch, forward, place
+from moe.training.step import Program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from moe.lab.running.runner import hardware
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.suite import Suite
 from moe.parallel.mesh import make_mesh
-from moe.training.step import Program, build, place
+from moe.training.batches import place
+from moe.training.step import Program, build
 
 
 def random_rows(config: Config) -> dict[str, np.ndarray]:

@@ -13,7 +13,10 @@ OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
-Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences"]
+Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences", "policy"]
+#: What a policy's loss is a mean over: all tokens of a batch (DAPO), the tokens of each completion and then completions
+#: (GRPO), or completions, of sums over tokens divided by a constant (Dr. GRPO).
+PolicyMean = Literal["tokens", "completions", "constant"]
 
 #: Largest number of tokens in the shuffle buffers (about 1 GiB), and in one domain's held-out rows; both are kept in
 #: memory.
@@ -75,6 +78,11 @@ class DataConfig(Section, path="data."):
     def conversations(self) -> bool:
         """Whether documents are conversations, rendered by a chat template."""
         return self.objective in ("chat", "preferences")
+
+    @property
+    def whole_examples(self) -> bool:
+        """Whether rows hold whole examples and padding instead of texts that are cut at their ends."""
+        return self.input_length > 0 or self.conversations or self.objective == "policy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +226,19 @@ class PreferencesConfig(Section, path="preferences."):
     """Training on preferred answers (data.objective preferences); distill.teacher is the reference model."""
 
     beta: float = setting(0.1, above=0)  # weight of the log-probabilities against the reference's (DPO)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig(Section, path="policy."):
+    """Reinforcement learning from rollouts (data.objective policy): GRPO and its variants (moe.posttraining.grpo)."""
+
+    #: a token's probability ratio gains nothing below 1 - this
+    clip_low: float = setting(0.2, above=0, most=1)
+    clip_high: float = setting(0.2, above=0)  # nor above 1 + this; DAPO: 0.28
+    kl: float = setting(0.0, least=0)  # weight of the divergence from the reference model, distill.teacher
+    mean: PolicyMean = "tokens"  # over tokens (DAPO), completions (GRPO), or a constant (Dr. GRPO)
+    divide_by_deviation: bool = True  # advantages over the deviation of their group's rewards; Dr. GRPO: False
+    replay: bool = True  # of the experts that the rollouts recorded, in the policy and in the reference
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,14 @@ import math
 import operator
 from collections.abc import Mapping
 
-from moe.config.model_section import ModelConfig
+from moe.config.model_section import ModelConfig, layer_kinds
 from moe.config.run_sections import (
     DataConfig,
     DistillConfig,
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
+    PolicyConfig,
     PreferencesConfig,
     StartConfig,
     TrainConfig,
@@ -44,6 +45,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     lora: LoraConfig = LoraConfig()
     preferences: PreferencesConfig = PreferencesConfig()
+    policy: PolicyConfig = PolicyConfig()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", _filled(self.data, bool(self.model.encoder_layers)))
@@ -51,6 +53,9 @@ class Config(Section):
         _check_objective(self.model, self.data)
         _check_steps(self)
         _check_lora(self)
+        _check_reference(self)
+        if self.data.objective == "policy":
+            _check_policy(self)
         if self.model.moe.gate is not None:
             _check_causality(self.model, self.model.moe.gate)
             _check_group_size(self)
@@ -66,8 +71,9 @@ def _filled(data: DataConfig, encoder: bool) -> DataConfig:
 
 def _check_objective(model: ModelConfig, data: DataConfig) -> None:
     encoder = model.encoder_layers
-    without = data.conversations or data.objective in ("causal", "prefix_lm")
-    if data.conversations:
+    decoder_only = data.conversations or data.objective == "policy"
+    without = decoder_only or data.objective in ("causal", "prefix_lm")
+    if decoder_only:
         require(encoder == 0, "data.objective", data.objective, "needs a decoder-only model (model.encoder_layers=0)")
     require(encoder > 0 or without, "data.objective", data.objective, "needs model.encoder_layers above 0")
     require(
@@ -97,8 +103,29 @@ def _check_steps(config: Config) -> None:
     enough = optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps
     allowed = "must be at most train.num_steps - optimizer.warmup_steps"
     require(enough, "optimizer.decay_steps", optimizer.decay_steps, allowed)
-    teacher, needed = config.distill.teacher, data.objective == "preferences"
+
+
+def _check_reference(config: Config) -> None:
+    """Check that an objective which compares with a reference model has one, and that no other pays for it."""
+    teacher, objective, weight = config.distill.teacher, config.data.objective, config.policy.kl
+    needed = objective == "preferences"
     require(bool(teacher) or not needed, "distill.teacher", teacher, "must be the reference model of the preferences")
+    if objective == "policy":
+        allowed = "must name the reference model with policy.kl above 0, and be empty with 0"
+        require(bool(teacher) == (weight > 0), "distill.teacher", teacher, allowed)
+
+
+def _check_policy(config: Config) -> None:
+    """Check that the step can see the policy as it was sampled: without drops, and with the recorded experts."""
+    moe = config.model.moe
+    if moe.gate is None:
+        return
+    allowed = "must be 'dropless' with data.objective='policy': rollouts drop no tokens"
+    require(moe.dispatch == "dropless", f"{_MOE}dispatch", moe.dispatch, allowed)
+    for name in {kind.gate for kind in layer_kinds(config.model) if kind.sparse} if config.policy.replay else ():
+        gate = config.model.with_layer_gate(name).moe.gate
+        allowed = f"must be False with {_MOE}gate={name!r}, which weighs only what it chooses"
+        require(gate is not None and gate.reweighs, "policy.replay", True, allowed)
 
 
 def _check_lora(config: Config) -> None:

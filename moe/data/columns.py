@@ -12,10 +12,13 @@ from typing import Any
 from etils import epath
 
 from moe.config import ConfigError
+from moe.data import rollouts
 from moe.data.documents import EXPECTED_FIELDS, check_domain, make_document, text_fields
 
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1_000  # rows
+#: Columns that may be lists of numbers or structures instead of JSON.
+LIST_COLUMNS = ("messages", *rollouts.FIELDS)
 
 
 class TextTable:
@@ -123,7 +126,7 @@ def _check_columns(pa: Any, schema: Any, name: str) -> list[str]:
             raise ConfigError(f"{name}: has {schema.names.count(column)} columns named {column!r}; keep one")
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if column == "messages" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        if column in LIST_COLUMNS and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             continue
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise ConfigError(f"{name}: column {column!r} must be of strings, not {kind}")

@@ -9,6 +9,8 @@ from typing import Any
 from etils import epath
 
 from moe.config import ConfigError
+from moe.data import rollouts
+from moe.foreign_files import first_sentence
 
 JSON_LINES = ".jsonl"
 CONVERSATION = "\x1d"  # begins a document that is a list of messages, or a chosen and a rejected one, as JSON
@@ -41,11 +43,12 @@ def sections(text: str, target: int, limit: int) -> list[str]:
 #: Fields or columns that hold a document: a text, a conversation, or two texts.
 PREFERENCE = ("chosen", "rejected")
 TEXT_FIELDS = (
-    ("text",), ("messages",), ("prompt", *PREFERENCE), PREFERENCE, ("prompt", "response"), ("source", "target")
+    ("text",), ("messages",), rollouts.FIELDS_WITH_EXPERTS, rollouts.FIELDS,
+    ("prompt", *PREFERENCE), PREFERENCE, ("prompt", "response"), ("source", "target")
 )  # fmt: skip
 EXPECTED_FIELDS = (
     "a string 'text', a list 'messages', or strings 'prompt' and 'response', or 'source' and 'target', or 'prompt', "
-    "'chosen' and 'rejected'"
+    "'chosen' and 'rejected', or lists 'prompt_tokens' and 'completions'"
 )
 
 
@@ -59,6 +62,11 @@ def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
     """Make one document of the values of text_fields. Raises ValueError for values of another type or form."""
     if fields == ("messages",):
         return CONVERSATION + json.dumps(_messages(values[0]), ensure_ascii=False)
+    if fields[:2] == rollouts.FIELDS:
+        try:
+            return rollouts.document(dict(zip(fields, values, strict=True)))
+        except ValueError as error:
+            raise ValueError(first_sentence(error)) from error
     if fields[-2:] == PREFERENCE:
         prompt = _turns(values[0], "user") if len(fields) > 2 else []
         sides = {name: prompt + _turns(value, "assistant") for name, value in zip(PREFERENCE, values[-2:], strict=True)}
@@ -91,8 +99,9 @@ def _messages(messages: Any) -> list[Any]:
 
 def join_texts(*texts: str) -> str:
     """Make one document of a text, or of source and target, blank if either is. Raises ValueError if one has PAIR."""
-    if any(text.startswith(CONVERSATION) for text in texts):
-        raise ValueError("begins with the character U+001D, which marks conversations")
+    for mark, what in ((CONVERSATION, "U+001D, which marks conversations"), (rollouts.ROLLOUTS, "U+001C, of rollouts")):
+        if any(text.startswith(mark) for text in texts):
+            raise ValueError(f"begins with the character {what}")
     if len(texts) > 1 and any(PAIR in text for text in texts):
         raise ValueError("has the character U+001E, which divides source and target, in one of them")
     return PAIR.join(texts) if all(text.strip() for text in texts) else ""

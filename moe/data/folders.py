@@ -65,6 +65,15 @@ class FolderDocuments(Sequence[str]):
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise ConfigError(f"{source}, position {start}: no longer matches the index ({error})") from error
 
+    def where(self, index: int) -> str:
+        """File, and line or row, of a document."""
+        place = self._places[self._chosen[index]]
+        source, start = self._files[place["file"]], int(place["start"])
+        if isinstance(source, columns.TextTable):
+            return f"{source}, row {start}"
+        with source.open("rb") as file:
+            return f"{source}, line {file.read(start).count(10) + 1}"
+
 
 def is_folder(name: str) -> bool:
     """Tell a path in data.dataset from the name of a TFDS dataset."""

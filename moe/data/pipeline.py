@@ -12,7 +12,8 @@ Documents are concatenated and cut into rows of T + 1 tokens; tokens = row[:-1] 
 a cut divides continues in the next row as a new segment with positions from 0.
 
 With data.objective "chat" a row holds whole conversations and padding (:mod:`moe.data.chat`), with targets in answers
-alone; with "preferences" pairs of them (:mod:`moe.data.preferences`).
+alone; with "preferences" pairs of them (:mod:`moe.data.preferences`); with "policy" completions with their
+advantages (:mod:`moe.data.policy`).
 
 With an encoder (data.input_length above 0) a row holds whole examples (:mod:`moe.data.objectives`) and padding:
   encoder_tokens, encoder_segment_ids, encoder_positions  [B,U]; segment i is the input of segment i of the decoder
@@ -20,6 +21,7 @@ With an encoder (data.input_length above 0) a row holds whole examples (:mod:`mo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -32,9 +34,10 @@ import grain
 import numpy as np
 
 from moe.config import Config, ConfigError, DataConfig
-from moe.data import chat, objectives, preferences, streams
+from moe.data import chat, objectives, policy, preferences, streams
 from moe.data.documents import CONVERSATION
 from moe.data.preparation import Prepared, domain_weights, open_data, refuse_unseen
+from moe.data.rollouts import ROLLOUTS
 from moe.data.sentinels import sentinel_ids
 from moe.data.tokenizer import Tokenizer
 
@@ -52,15 +55,22 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str], None] = print,
+    reader: policy.Reader | None = None,
 ) -> Prepared:
     """Open documents and tokenizer (:func:`moe.data.preparation.open_data`) and check the held-out splits.
+
+    Args:
+      reader: of rollouts, for data.objective "policy"; all of them are read once, to refuse what does not fit.
 
     Raises:
       ConfigError: also for rows longer than a held-out split.
     """
     objectives.check_lengths(data)
-    prepared = open_data(data, vocab_size, tokenizer, progress)
+    prepared = dataclasses.replace(open_data(data, vocab_size, tokenizer, progress), reader=reader)
     for domain in prepared.domains:
+        if reader is not None:
+            reader.check(prepared.train[domain])
+            reader.check(prepared.heldout[domain])
         _stretch(prepared, data, domain, 1)
     return prepared
 
@@ -73,7 +83,10 @@ def prepare_run(
     Raises:
       ConfigError: see :func:`prepare`; or the encoder's own embedding has too few rows.
     """
-    prepared = prepare(config.data, config.model.vocab_size, tokenizer=tokenizer, progress=progress)
+    reader = None
+    if config.data.objective == "policy":
+        reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
+    prepared = prepare(config.data, config.model.vocab_size, tokenizer=tokenizer, progress=progress, reader=reader)
     ids = prepared.tokenizer.vocab_size
     if config.data.objective == "span_corruption":
         ids = max(ids, int(sentinel_ids(prepared.tokenizer).max()) + 1)
@@ -90,10 +103,12 @@ def _tokenise(text: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Encode a document as ``bos text eos``.
 
     Raises:
-      ConfigError: it is a conversation.
+      ConfigError: it is a conversation, or rollouts.
     """
     if text.startswith(CONVERSATION):
         raise ConfigError("data.dataset: holds conversations (messages); set data.objective=chat to train on them")
+    if text.startswith(ROLLOUTS):
+        raise ConfigError("data.dataset: holds rollouts (completions); set data.objective=policy to train on them")
     bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     return {"row": np.concatenate([bos, tokenizer.encode(text), [tokenizer.eos_id]]).astype(np.int32)}
 
@@ -149,6 +164,12 @@ def _rows(
         encode = functools.partial(examples, length=length, tokenizer=tokenizer, dataset=data.dataset)
         packed = _pack(documents.map(encode).to_iter_dataset(options), dict.fromkeys(names, length), data)
         return packed.map(functools.partial(row, domain=index, pad_id=tokenizer.pad_id))
+    if prepared.reader is not None:
+        reader = prepared.reader
+        packed = _pack(
+            documents.map(reader.examples).to_iter_dataset(options), dict.fromkeys(reader.keys, reader.length), data
+        )
+        return packed.map(functools.partial(policy.row, domain=index, pad_id=tokenizer.pad_id))
     tokens = documents.map(functools.partial(_tokenise, tokenizer=tokenizer)).to_iter_dataset(options)
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))
@@ -234,10 +255,10 @@ EPOCH_SAMPLE = 32  # documents whose length estimates that of an epoch
 def epochs_per_step(prepared: Prepared, config: Config) -> dict[str, float]:
     """Return domain → share of its training tokens that a step reads, from the mean length of some documents.
 
-    Empty where rows hold examples and padding: for encoder-decoders and conversations.
+    Empty where rows hold examples and padding.
     """
     data, shares = config.data, {}
-    if data.input_length or data.conversations:
+    if data.whole_examples:
         return {}
     weights = np.asarray(domain_weights(data, prepared.domains))
     for domain, weight in zip(prepared.domains, weights / weights.sum(), strict=True):
@@ -257,8 +278,7 @@ def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> 
     documents = grain.MapDataset.source(prepared.heldout[domain])
     rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), length))
     # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
-    examples = data.input_length > 0 or data.conversations
-    if not rows or (rows[0]["segment_ids"][-1] == 0 and not examples):
+    if not rows or (rows[0]["segment_ids"][-1] == 0 and not data.whole_examples):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
         raise ConfigError(
             f"data.sequence_length={data.sequence_length}: the held-out split of {domain!r} has only {tokens} "
@@ -329,6 +349,8 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
             elif data.conversations:
                 answers = chat.examples(text, data.sequence_length, tokenizer, data.dataset)
                 found = [example["targets"][example["targets"] >= 0] for example in answers]
+            elif prepared.reader is not None:
+                found = [example["targets"][example["targets"] >= 0] for example in prepared.reader.examples(text)]
             else:
                 found = [_tokenise(text, tokenizer)["row"]]
             for ids in found:
@@ -336,7 +358,7 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
                 read += len(ids)
             if read >= UNIGRAM_TOKENS:
                 break
-        if not data.input_length and not data.conversations and tokenizer.bos_id >= 0:
+        if not data.whole_examples and tokenizer.bos_id >= 0:
             counts[tokenizer.bos_id] = 0
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]

@@ -16,7 +16,7 @@ from etils import epath
 
 from moe.atomic_files import write_atomic
 from moe.config import EMBEDDED_DOMAINS, ConfigError, DataConfig, read_small_file
-from moe.data import chat, corpora, folders, tfds_datasets
+from moe.data import chat, corpora, folders, policy, tfds_datasets
 from moe.data.directory import disk_errors, locked_directory
 from moe.data.documents import PAIR
 from moe.data.json_tokenizer import JsonTokenizer
@@ -37,6 +37,7 @@ class Prepared:
     train: dict[str, Sequence[str]]
     heldout: dict[str, Sequence[str]]
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # version of each domain's documents
+    reader: policy.Reader | None = None  # of rollouts, with data.objective "policy"
     _unigram_counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 
@@ -82,6 +83,8 @@ def open_data(
             tokenizer = named_tokenizer(data.tokenizer, directory, progress)
         if data.conversations:
             tokenizer = _chat_tokenizer(tokenizer, data.chat_template)
+        if tokenizer is None and data.objective == "policy":
+            raise ConfigError("data.tokenizer='': name that of the rollouts, or start from a checkpoint with it")
         if tokenizer is None:
             refuse_unseen(train)
             text = hashlib.sha256(json.dumps([data.dataset, versions]).encode()).hexdigest()[:12]

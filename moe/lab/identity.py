@@ -51,6 +51,7 @@ _NEUTRAL: Canonical = {
     # start, distillation
     "start": "", "expert_noise": 0.0, "virtual_groups": False, "expert_scale": 1.0, "drop_share": 0.0, "fresh": [],
     "optimizer_state": "reset", "teacher": "", "soft_share": 0.25, "lora": 0, "preference_beta": 0.0,
+    "policy": 0,
 }  # fmt: skip
 
 #: Fields of a config that have the same name in the canonical form.
@@ -108,6 +109,7 @@ def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canon
     form["teacher"] = parents.get("teacher", config.distill.teacher)
     form["lora"] = dataclasses.asdict(config.lora) if config.lora.rank else _NEUTRAL["lora"]
     form["preference_beta"] = config.preferences.beta if config.data.objective == "preferences" else 0.0
+    form["policy"] = dataclasses.asdict(config.policy) if config.data.objective == "policy" else _NEUTRAL["policy"]
     form["soft_share"] = config.distill.soft_share if form["teacher"] else _NEUTRAL["soft_share"]
     if not all(sparse_layers(config.model)):
         form["dense_dim"] = config.model.d_ff

@@ -18,6 +18,8 @@ class PreferenceObjective:
     A program's teacher is the reference model.
     """
 
+    noise = True
+
     def count(self, batch: dict[str, Array]) -> Array:
         """Number of pairs."""
         return jnp.sum(jnp.max(batch["segment_ids"], axis=1) // 2)

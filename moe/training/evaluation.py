@@ -12,7 +12,8 @@ from moe.config import ConfigError
 from moe.data import pipeline
 from moe.parallel.mesh import local_rows
 from moe.routing.balancing import LayerReport
-from moe.training.step import Program, place
+from moe.training.batches import place
+from moe.training.step import Program
 
 ALL = "all"  # the name under which the total over domains is reported
 

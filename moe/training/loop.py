@@ -45,12 +45,13 @@ from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh
 from moe.signals import StopSignals
 from moe.training import profiling, progress, warm_start
+from moe.training.batches import place
 from moe.training.evaluation import Heldout, check_domains, evaluate, load_heldout
 from moe.training.metrics import StepClock, Throughput, mean_row, step_metrics
 from moe.training.optimizer import averaged_weights
 from moe.training.recovery import Health, Recovery, next_batch
 from moe.training.report import finish, prompts
-from moe.training.step import Program, build, place
+from moe.training.step import Program, build
 from moe.waiting import first_answer
 
 

@@ -193,7 +193,13 @@ class Sums:
 
 
 class Objective(Protocol):
-    """A training loss."""
+    """A training loss.
+
+    Attributes:
+        noise: whether the model is run with jitter, dropout and the gate's draws.
+    """
+
+    noise: bool
 
     def count(self, batch: dict[str, Array]) -> Array:
         """Number of units of a batch, such as targets, over which the loss is a mean."""
@@ -214,6 +220,8 @@ class Objective(Protocol):
 class TextObjective:
     """The next token of a text, and a teacher's probabilities of it; with multi-token prediction those after it."""
 
+    noise = True
+
     def count(self, batch: dict[str, Array]) -> Array:
         """Number of targets."""
         return jnp.sum(batch["targets"] >= 0)
@@ -227,8 +235,10 @@ class TextObjective:
         teacher: tuple[Model, Output] | None,
     ) -> Sums:
         """Nats over targets."""
-        if config.data.objective == "preferences":
-            raise ConfigError("data.objective='preferences': build the program by moe.posttraining.make_program")
+        if config.data.objective in ("preferences", "policy"):
+            raise ConfigError(
+                f"data.objective={config.data.objective!r}: build the program by moe.posttraining.make_program"
+            )
         matrix = model.output_matrix()
         nll, _ = linear_cross_entropy(output.hidden, matrix, batch["targets"])
         loss, terms = nll, {}

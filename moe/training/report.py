@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from moe.atomic_files import write_atomic, write_figure
 from moe.config import Config, ConfigError
-from moe.data import chat, objectives, pipeline
+from moe.data import chat, objectives, pipeline, rollouts
 from moe.data.tokenizer import Tokenizer
 from moe.escaping import FIGURE_TEXT, terminal
 from moe.metrics_files import METRICS, read_rows
@@ -86,6 +86,8 @@ def _prompt(config: Config, tokenizer: Tokenizer, text: str) -> list[Any]:
         return objectives.examples(text, np.random.default_rng(0), config.data, tokenizer)[:1]
     if config.data.conversations:
         return [chat.first_prompt(tokenizer, text, config.data.dataset)]
+    if config.data.objective == "policy":
+        return [np.array(rollouts.read(text).prompt_tokens, np.int32)]
     start = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     ids = np.concatenate([start, tokenizer.encode(text[:2000])[:31]]).astype(np.int32)
     return [ids] if len(ids) else []

@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 from moe.config import Config, ModelConfig
 from moe.layers.moe_layer import SelectionBias, replace_gate
 from moe.models.adapters import initial_adapters
-from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
 from moe.models.stack import selection_biases
 from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
@@ -34,16 +33,9 @@ from moe.routing.balancing import (
 )
 from moe.routing.interface import Gate
 from moe.routing.routing import probe
+from moe.training.batches import Batch, batch_shapes, forward
 from moe.training.losses import TEXT, Objective, auxiliary_loss, mean_reports, row_cross_entropy
 from moe.training.optimizer import gradient_norm, learning_rate_schedule, make_optimizer, probe_own
-
-#: int32 arrays by the names of :func:`batch_keys` (see moe.data.pipeline)
-Batch = dict[str, Array]
-
-#: Arrays [B,T] of a batch, and [B,U] for an encoder, under the names of its keyword arguments.
-TOKEN_KEYS = ("tokens", "targets", "segment_ids", "positions")
-ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
-PREFIX_KEY = "prefix"  # [B,T] of a decoder-only prefix LM
 
 #: A teacher's model config and variables.
 Teacher = tuple[ModelConfig, dict[str, Any]]
@@ -200,24 +192,10 @@ def build(
             state_shardings,
         ),
         batch={
-            key: jax.ShapeDtypeStruct((config.train.batch_size, length), jnp.int32, sharding=batch_sharding)
-            for key, length in batch_keys(config).items()
+            key: jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=batch_sharding)
+            for key, (shape, dtype) in batch_shapes(config).items()
         },
     )
-
-
-def batch_keys(config: Config) -> dict[str, int]:
-    """Names of a batch's arrays, and the length of their rows: T, or U for those that an encoder reads."""
-    of_encoder = ENCODER_KEYS if config.model.encoder_layers else ()
-    prefix = config.data.objective == "prefix_lm" and not of_encoder
-    lengths = [(key, config.data.sequence_length) for key in (*TOKEN_KEYS, *((PREFIX_KEY,) if prefix else ()))]
-    return dict(lengths + [(key, config.data.input_length) for key in of_encoder])
-
-
-def forward(model: Model, batch: Batch, **settings: Any) -> Output:
-    """The output of a model for a batch; settings such as ``train`` are those of its call."""
-    inputs = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
-    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **inputs, **settings)
 
 
 def _probe_own_gates(model: ModelConfig) -> None:
@@ -295,8 +273,8 @@ def _gradients(
         (loss, ((nll, terms), layers)), gradients = result
         return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, layers)
 
-    # [B,T] → [B/A,A,T] → [A,B/A,T]: microbatch i takes every A-th row, so that each device keeps its rows.
-    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, x.shape[-1]).swapaxes(0, 1), batch)
+    # [B,T,...] → [B/A,A,T,...] → [A,B/A,T,...]: microbatch i takes every A-th row, so that each device keeps its rows.
+    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
@@ -305,13 +283,19 @@ def _gradients(
     return (loss, (nll, terms), layers if layers is None else mean_reports(layers)), gradients
 
 
+def _noise_key(parts: _Parts, rng: Array) -> Array | None:
+    """The key of routing noise and dropout, None for an objective without them."""
+    return rng if parts.objective.noise else None
+
+
 def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) -> BalanceSums | None:
     """Sums of every layer over all microbatches, by a forward pass of each with the noise of its gradient."""
 
     def measure(_, inputs):
         microbatch, index = inputs
         model = nnx.merge(parts.graphdef, state.variables)
-        layers = forward(model, microbatch, train=True, rng=jax.random.fold_in(rng, index)).layers
+        key = _noise_key(parts, jax.random.fold_in(rng, index))
+        layers = forward(model, microbatch, train=True, rng=key).layers
         return None, None if layers is None else layers.sums
 
     _, sums = jax.lax.scan(measure, None, (split, jnp.arange(parts.config.train.accumulation_steps)))
@@ -334,7 +318,7 @@ def _loss(
     config = parts.config
     variables = dataclasses.replace(state, parameters=parameters, biases=biases).variables
     model = nnx.merge(parts.graphdef, variables)
-    output = forward(model, batch, train=True, rng=rng)
+    output = forward(model, batch, train=True, rng=_noise_key(parts, rng))
     teacher = None
     if teacher_variables is not None:
         taught_by = nnx.merge(parts.teacher_graphdef, teacher_variables)
@@ -382,11 +366,3 @@ def eval_step(
     has_target = batch["targets"] >= 0
     sizes = jnp.where(has_target, jnp.asarray(token_bytes)[jnp.where(has_target, batch["targets"], 0)], 0)
     return EvalMetrics(nll, num_targets, jnp.sum(sizes), output.layers)
-
-
-def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh; drop keys that the step
-    does not use."""
-    sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
-    keys = [*TOKEN_KEYS, *(key for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch)]
-    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

@@ -9,8 +9,8 @@ import pytest
 from moe.analysis import difference, difference_page
 from moe.analysis.record import Recorder, Records
 from moe.config import ConfigError
+from moe.training.batches import forward
 from moe.training.losses import cross_entropy
-from moe.training.step import forward
 from tests.analysis_helpers import random_batch, tiny_program
 
 ROWS, LENGTH, E = 40, 30, 4

@@ -9,7 +9,8 @@ import pytest
 from moe.analysis import surgery
 from moe.config import ConfigError
 from moe.models.state import join
-from moe.training.step import build, forward
+from moe.training.batches import forward
+from moe.training.step import build
 from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program
 

@@ -17,7 +17,8 @@ from moe.config.parse import from_config_dict
 from moe.models import sampling
 from moe.parallel.mesh import make_mesh
 from moe.training import step
-from moe.training.step import build, place
+from moe.training.batches import place
+from moe.training.step import build
 from tests.helpers import slow_case
 
 T = 32

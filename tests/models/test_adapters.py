@@ -17,8 +17,9 @@ from moe.parallel.parameters import parameter
 from moe.training import loop as training
 from moe.training import step
 from moe.training.averaging import write_average
+from moe.training.batches import place
 from moe.training.loop import train
-from moe.training.step import build, place
+from moe.training.step import build
 from tests.helpers import slow_case
 from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, compilation_cache, directory, raise_interrupted, tiny  # noqa: F401
 

@@ -21,8 +21,9 @@ from moe.models.factory import create_model
 from moe.models.prediction import further_targets
 from moe.models.stack import part_of, selection_biases, stacked_layers
 from moe.parallel.mesh import make_mesh
+from moe.training.batches import forward, place
 from moe.training.losses import TextObjective
-from moe.training.step import build, forward, place
+from moe.training.step import build
 from tests.helpers import set_moe
 from tests.run_helpers import ONE, tiny
 

@@ -16,7 +16,8 @@ from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.models.stack import selection_biases
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
-from moe.training.step import build, place
+from moe.training.batches import place
+from moe.training.step import build
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SIGMOIDS, routed
 from tests.helpers import set_moe, slow_case, tiny_model
 

@@ -37,8 +37,9 @@ from moe.interop import import_checkpoint, load_huggingface
 from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
 from moe.training import warm_start
+from moe.training.batches import place
 from moe.training.losses import soft_cross_entropy
-from moe.training.step import build, place
+from moe.training.step import build
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
 T = 8

@@ -11,7 +11,8 @@ from moe.config import Config, to_config_dict
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
 from moe.training import step
-from moe.training.step import build, place
+from moe.training.batches import place
+from moe.training.step import build
 from tests.helpers import set_moe, slow_case
 
 

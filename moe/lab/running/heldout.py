@@ -18,8 +18,9 @@ from moe.checkpoints import parameters
 from moe.config import Config
 from moe.config.registry import find_layer
 from moe.data import pipeline
+from moe.training.batches import Batch, forward, place
 from moe.training.losses import linear_cross_entropy
-from moe.training.step import Batch, Program, forward, place
+from moe.training.step import Program
 
 
 @dataclasses.dataclass(frozen=True)

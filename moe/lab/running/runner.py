@@ -42,8 +42,9 @@ from moe.lab.table import Table
 from moe.metrics_files import METRICS, read_rows
 from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
+from moe.training.batches import Batch
 from moe.training.loop import train
-from moe.training.step import Batch, Program, TrainMetrics, build
+from moe.training.step import Program, TrainMetrics, build
 
 RUNS = "runs"
 LAST_LOSSES = "last_losses.txt"

@@ -1,0 +1,87 @@
+"""Rollouts in files: a prompt with a group of sampled completions, their log-probabilities, rewards and experts.
+
+A line of JSON, or a row of a table, is a prompt and all completions whose rewards are compared with one another::
+
+    {"prompt_tokens": [5, 9], "completions": [{"tokens": [7, 2], "log_probs": [-0.3, -1.2], "reward": 1.0}, ...]}
+
+With ``"engine": "vllm"`` each completion also has ``experts``, the record of that engine (:mod:`moe.data.recorded`) for
+the tokens of prompt and completion but the last one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+
+from moe.data.recorded import Engine
+from moe.foreign_files import Fields
+
+#: Begins a document that is rollouts, as JSON.
+ROLLOUTS = "\x1c"
+#: Fields of a line, or columns of a table.
+FIELDS, FIELDS_WITH_EXPERTS = ("prompt_tokens", "completions"), ("prompt_tokens", "completions", "engine")
+
+_Token = Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
+_Tokens = Annotated[list[_Token], pydantic.Field(min_length=1)]
+#: Rounding may lift a probability of 1 a little.
+_LogProb = Annotated[float, pydantic.Field(le=1e-3, allow_inf_nan=False)]
+
+
+class Completion(Fields):
+    """One sampled completion.
+
+    Attributes:
+        tokens: sampled ids, the stop token included.
+        log_probs: of each of them when it was sampled, in nats, at temperature 1 over the whole vocabulary.
+        reward: of the whole completion.
+        experts: the engine's record, of all tokens of prompt and completion but the last.
+    """
+
+    tokens: _Tokens
+    log_probs: list[_LogProb]
+    reward: Annotated[float, pydantic.Field(allow_inf_nan=False)]
+    experts: Any = None
+
+    @pydantic.field_validator("log_probs")
+    @classmethod
+    def _one_each(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
+        tokens = info.data.get("tokens", value)
+        if len(value) != len(tokens):
+            raise ValueError(f"must be one for each of the {len(tokens)} tokens, and there are {len(value)}")
+        return value
+
+
+class Group(Fields):
+    """A prompt and its completions; ``engine`` names the layout of their experts."""
+
+    prompt_tokens: _Tokens
+    completions: Annotated[list[Completion], pydantic.Field(min_length=2)]
+    engine: Engine | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_experts(self) -> Group:
+        for i, completion in enumerate(self.completions):
+            if (completion.experts is None) != (self.engine is None):
+                what = "has none, and engine is set" if self.engine else "is given, and engine is not"
+                raise ValueError(f"completions.{i}.experts {what}")
+        return self
+
+
+def document(fields: Mapping[str, Any]) -> str:
+    """The document of a line or row; values may be JSON already. Raises ValueError for another form."""
+    tree = {
+        name: json.loads(value) if isinstance(value, str) and name in FIELDS else value
+        for name, value in fields.items()
+    }
+    Group.model_validate(tree)
+    return ROLLOUTS + json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+
+
+def read(text: str) -> Group:
+    """The rollouts of a document. Raises ValueError."""
+    if not text.startswith(ROLLOUTS):
+        raise ValueError("holds no rollouts")
+    return Group.model_validate_json(text.removeprefix(ROLLOUTS))

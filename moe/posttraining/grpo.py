@@ -1,0 +1,128 @@
+"""Group relative policy optimisation from rollouts whose experts are replayed.
+
+A token with probability ratio r = π/π_old and advantage A has the loss ::
+
+    −min(r A, clip(r, 1 − clip_low, 1 + clip_high) A) + kl (ρ − ln ρ − 1),   ρ = π_ref/π
+
+(DeepSeekMath, Shao et al. 2024, arXiv 2402.03300, equations 3 and 4; two bounds as in DAPO, Yu et al. 2025,
+arXiv 2503.14476, equation 8). The loss is a mean over tokens (DAPO), a mean over completions of means over tokens
+(GRPO), or a sum over tokens divided by the completions and a constant (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
+
+The model runs without noise and with the experts that the rollouts recorded (rollout routing replay, Ma et al. 2025,
+arXiv 2510.11370): weights and gradients are its own router's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe.config import Config, PolicyConfig
+from moe.models.decoder import Output
+from moe.models.factory import Model
+from moe.training.losses import Sums, token_cross_entropy
+
+#: Bound of ln r and ln ρ: exp of more is useless in float32 (Tunix has the same).
+_LARGEST_LOG_RATIO = 20.0
+#: A ratio above this, or below its inverse, counts as extreme (Ma et al. 2025).
+EXTREME = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyObjective:
+    """The loss of a batch of rollouts; a program's teacher is the reference model."""
+
+    policy: PolicyConfig
+
+    noise = False
+
+    def count(self, batch: dict[str, Array]) -> Array:
+        """Number of sampled tokens, or of completions."""
+        if self.policy.mean == "tokens":
+            return jnp.sum(batch["targets"] >= 0)
+        return jnp.sum(jnp.max(batch["segment_ids"], axis=1))
+
+    def sums(
+        self,
+        config: Config,
+        model: Model,
+        output: Output,
+        batch: dict[str, Array],
+        teacher: tuple[Model, Output] | None,
+    ) -> Sums:
+        """Losses of tokens, weighted as ``mean`` says, and under ``policy_``:
+
+        ``ratio``: r. ``clipped``: tokens whose loss is clipped. ``extreme``: tokens with r above 2 or below 1/2.
+        ``old_kl``: divergence of π from π_old, estimated as that of the reference is, which is ``kl``, nats.
+        """
+        targets = batch["targets"]
+        log_probs = -token_cross_entropy(output.hidden, model.output_matrix(), targets)
+        reference = None
+        if teacher is not None:
+            reference = -token_cross_entropy(teacher[1].hidden, teacher[0].output_matrix(), targets)
+            reference = jax.lax.stop_gradient(reference)
+        terms = token_terms(self.policy, log_probs, batch["log_probs"], batch["advantages"], reference)
+        weights = token_weights(targets >= 0, batch["segment_ids"], per_completion=self.policy.mean != "tokens")
+        # Numbers to look at are means over tokens even where the loss is divided by a constant.
+        means = {f"policy_{name}": jnp.sum(weights * values) for name, values in terms.items()}
+        loss = means.pop("policy_loss")
+        if self.policy.mean == "constant":
+            loss = jnp.sum(terms["loss"]) / config.data.sequence_length
+        return Sums(loss, loss, means)
+
+
+def token_terms(
+    policy: PolicyConfig,
+    log_probs: Float[Array, "B T"],
+    old: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    reference: Float[Array, "B T"] | None,
+) -> dict[str, Float[Array, "B T"]]:
+    """Loss of each token and the numbers that :meth:`PolicyObjective.sums` logs; log-probabilities are 0, and so is the
+    advantage, where there is no target.
+
+    Args:
+        policy: settings.
+        log_probs: of the policy.
+        old: when the tokens were sampled.
+        advantages: of their completions.
+        reference: of the reference model; None: there is none.
+    """
+    ratio = jnp.exp(jnp.clip(log_probs - old, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+    clipped = jnp.clip(ratio, 1 - policy.clip_low, 1 + policy.clip_high)
+    gain = jnp.minimum(ratio * advantages, clipped * advantages)
+    terms = {
+        "loss": -gain,
+        "ratio": ratio,
+        "clipped": clipped * advantages < ratio * advantages,
+        "extreme": (ratio > EXTREME) | (ratio < 1 / EXTREME),
+        "old_kl": divergence(log_probs, old),
+    }
+    if reference is not None:
+        terms["kl"] = divergence(log_probs, reference)
+        terms["loss"] += policy.kl * terms["kl"]
+    return {name: values.astype(jnp.float32) for name, values in terms.items()}
+
+
+def divergence(log_probs: Float[Array, "B T"], other: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """ρ − ln ρ − 1 with ρ = other/π: an estimate of KL(π ‖ other) by one sample, never negative (Schulman's k3)."""
+    log_ratio = jnp.clip(other - log_probs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    return jnp.exp(log_ratio) - log_ratio - 1
+
+
+def token_weights(
+    has_target: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], *, per_completion: bool
+) -> Float[Array, "B T"]:
+    """1 for each token with a target, or 1 over the number of targets of its completion."""
+    present = has_target.astype(jnp.float32)
+    if not per_completion:
+        return present
+    most = segment_ids.shape[1] + 1
+
+    def of_row(present: Array, segments: Array) -> Array:
+        return present / jnp.maximum(jax.ops.segment_sum(present, segments, most)[segments], 1)
+
+    return jax.vmap(of_row)(present, segment_ids)

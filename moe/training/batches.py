@@ -1,0 +1,67 @@
+"""Batches of a run: names and shapes of their arrays, their way onto the mesh and through a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from moe.config import Config, sparse_layers
+from moe.models.decoder import Output
+from moe.models.factory import Model
+from moe.parallel import partition_specs
+from moe.routing.routing import Choices
+
+#: Arrays by the names of :func:`batch_shapes` (see moe.data.pipeline)
+Batch = dict[str, Array]
+
+#: Arrays [B,T] of a batch, and [B,U] for an encoder, under the names of its keyword arguments.
+TOKEN_KEYS = ("tokens", "targets", "segment_ids", "positions")
+ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
+PREFIX_KEY = "prefix"  # [B,T] of a decoder-only prefix LM
+POLICY_KEYS = ("log_probs", "advantages")  # [B,T] float32 of rollouts
+EXPERTS_KEY = "experts"  # [B,T,L,K] int16 of rollouts whose experts are replayed
+
+
+def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Names of a batch's arrays, with the shape of a row, which begins with T, or U for what an encoder reads, and the
+    type."""
+    length, model, objective = config.data.sequence_length, config.model, config.data.objective
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(TOKEN_KEYS, ((length,), jnp.int32))
+    if model.encoder_layers:
+        shapes |= dict.fromkeys(ENCODER_KEYS, ((config.data.input_length,), jnp.int32))
+    elif objective == "prefix_lm":
+        shapes[PREFIX_KEY] = (length,), jnp.int32
+    elif objective == "policy":
+        shapes |= dict.fromkeys(POLICY_KEYS, ((length,), jnp.float32))
+        if config.policy.replay and any(layers := sparse_layers(model)):
+            shapes[EXPERTS_KEY] = (length, sum(layers), model.moe.experts_per_token), jnp.int16
+    return shapes
+
+
+def forward(model: Model, batch: Batch, **settings: Any) -> Output:
+    """The output of a model for a batch, with the experts that it records; settings such as ``train`` are those of its
+    call."""
+    inputs: dict[str, Any] = {key: batch[key] for key in (*ENCODER_KEYS, PREFIX_KEY) if key in batch}
+    if EXPERTS_KEY in batch:
+        inputs["routing"] = _recorded_choices(batch[EXPERTS_KEY], model.config.moe.group_size)
+    return model(batch["tokens"], batch["segment_ids"], batch["positions"], **inputs, **settings)
+
+
+def _recorded_choices(experts: Array, group_size: int) -> Choices:
+    """[B,T,L,K] → choices [L,G,S,K]."""
+    layers = jnp.moveaxis(experts.astype(jnp.int32), 2, 0)
+    index = layers.reshape(len(layers), -1, group_size or experts.shape[1], experts.shape[3])
+    return Choices(index, jnp.ones(index.shape, bool))
+
+
+def place(batch: dict[str, Any], mesh: Mesh) -> Batch:
+    """Assemble each process's rows of a batch (NumPy) into global arrays [B,T] on the mesh; drop keys that the step
+    does not use."""
+    sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
+    further = (*ENCODER_KEYS, PREFIX_KEY, *POLICY_KEYS, EXPERTS_KEY)
+    keys = [*TOKEN_KEYS, *(key for key in further if key in batch)]
+    return {key: jax.make_array_from_process_local_data(sharding, batch[key]) for key in keys}

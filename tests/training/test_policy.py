@@ -1,0 +1,327 @@
+"""Reinforcement learning from rollouts: advantages, clipped losses and weights by hand, replay, files, a run."""
+
+import base64
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from etils import epath
+from flax import nnx
+
+from moe.config import ConfigError, MeshConfig, PolicyConfig
+from moe.data import folders, pipeline, policy, rollouts
+from moe.data.recorded import Engine
+from moe.data.tokenizer_files import find_tokenizer
+from moe.parallel.mesh import make_mesh
+from moe.posttraining import make_program
+from moe.posttraining.grpo import PolicyObjective, divergence, token_terms, token_weights
+from moe.training.batches import forward, place
+from moe.training.loop import train
+from moe.training.losses import token_cross_entropy
+from moe.training.step import build
+from tests.data.test_chat import EXPECTED, HERE
+from tests.helpers import random_parameters, tiny_model
+from tests.run_helpers import ONE, compile_once, rows, state_of, tiny, write_run
+
+
+def test_advantages_of_four_completions_by_hand():
+    """Rewards 1, 0, 0, 1: mean 1/2, variance 4 · 1/4 / 3 = 1/3, so ±1/2 · √3."""
+    rewards = np.array([1.0, 0.0, 0.0, 1.0])
+    by_hand = np.sqrt(3) / 2 * np.array([1, -1, -1, 1])
+    np.testing.assert_allclose(policy.advantages(rewards, divide=True), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(policy.advantages(rewards, divide=False), [0.5, -0.5, -0.5, 0.5])
+    assert not policy.advantages(np.full(4, 0.3), divide=True).any()
+
+
+def test_losses_and_gradients_of_tokens_by_hand():
+    """Ratios 3/2, 3/2, 1/2, 1/2 with advantages 2, −2, 2, −2, clipped to [0.8, 1.28].
+
+    −min(3, 2.56), −min(−3, −2.56), −min(1, 1.6), −min(−1, −1.6). The first and the last are clipped: no gradient; the
+    gradient of the others is −r A.
+    """
+    settings = PolicyConfig(clip_low=0.2, clip_high=0.28, kl=0.5)
+    log_probs = jnp.log(jnp.array([[0.3, 0.3, 0.1, 0.1]]))
+    old = jnp.full((1, 4), jnp.log(0.2))
+    values = jnp.array([[2.0, -2.0, 2.0, -2.0]])
+    terms = token_terms(settings, log_probs, old, values, None)
+    np.testing.assert_allclose(terms["loss"], [[-2.56, 3.0, -1.0, 1.6]], rtol=1e-5)
+    np.testing.assert_allclose(terms["ratio"], [[1.5, 1.5, 0.5, 0.5]], rtol=1e-5)
+    assert terms["clipped"].tolist() == [[1, 0, 0, 1]]
+    assert not terms["extreme"].any()
+    assert token_terms(settings, log_probs - 0.1, old, values, None)["extreme"].tolist() == [[0, 0, 1, 1]]
+    slope = jax.grad(lambda x: token_terms(settings, x, old, values, None)["loss"].sum())(log_probs)
+    np.testing.assert_allclose(slope, [[0, 3.0, -1.0, 0]], rtol=1e-5)
+    # ρ = π_ref/π = 2 for the third: 2 − ln 2 − 1; the slope of the estimate is 1 − ρ.
+    reference = log_probs.at[0, 2].add(jnp.log(2.0))
+    terms = token_terms(settings, log_probs, old, values, reference)
+    np.testing.assert_allclose(terms["kl"], [[0, 0, 1 - np.log(2), 0]], atol=1e-6)
+    np.testing.assert_allclose(terms["loss"][0, 2], -1 + 0.5 * (1 - np.log(2)), rtol=1e-5)
+    slope = jax.grad(lambda x: divergence(x, reference).sum())(log_probs)
+    np.testing.assert_allclose(slope, [[0, 0, -1, 0]], atol=1e-5)
+
+
+def test_means_over_tokens_completions_and_a_constant():
+    """Completions of 1 and of 3 tokens in a row, and one of 2 in another."""
+    targets = jnp.array([[-1, 5, -1, 5, 5, 5], [5, 5, -1, -1, -1, -1]])
+    segments = jnp.array([[1, 1, 2, 2, 2, 2], [1, 1, 0, 0, 0, 0]])
+    weights = token_weights(targets >= 0, segments, per_completion=True)
+    np.testing.assert_allclose(weights, [[0, 1, 0, 1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(token_weights(targets >= 0, segments, per_completion=False), targets >= 0)
+    batch = {"targets": targets, "segment_ids": segments}
+    for mean, count in (("tokens", 6), ("completions", 3), ("constant", 3)):
+        assert PolicyObjective(PolicyConfig(mean=mean)).count(batch) == count
+
+
+def group(rng, engine: Engine | None = "vllm", size=3, vocab=48, layers=3):
+    """A group of completions of lengths 2, 3, ... with random experts (K = 2 of 5) in MoE layers 1 and 2 of three."""
+    prompt = rng.integers(1, vocab, 3).tolist()
+    completions = []
+    for i in range(size):
+        tokens = rng.integers(1, vocab, 2 + i).tolist()
+        experts = rng.permuted(np.tile(np.arange(5), (4 + i, layers, 1)), axis=-1)[..., :2]
+        completions.append(
+            {"tokens": tokens, "log_probs": [-2.5] * len(tokens), "reward": float(i), "experts": experts}
+        )
+    return {"prompt_tokens": prompt, "completions": [_laid_out(one, engine) for one in completions]} | (
+        {"engine": engine} if engine else {}
+    )
+
+
+def _laid_out(completion, engine):
+    experts = completion.pop("experts")
+    if engine is None:
+        return completion
+    laid_out = {
+        "vllm": lambda: experts.tolist(),
+        "sglang": lambda: base64.b64encode(experts.astype("<i4").tobytes()).decode(),
+        "tensorrt_llm": lambda: experts[:, 1:].tolist(),
+        "tunix": lambda: np.pad(experts.swapaxes(0, 1), ((0, 0), (0, 4), (0, 0)), constant_values=-1).tolist(),
+    }
+    return completion | {"experts": laid_out[engine]()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model of a dense and two MoE layers."""
+    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
+    config = tiny_model(num_layers=3, gate="mixtral", **sizes)
+    return nnx.merge(*random_parameters(config))
+
+
+def examples(model, engine="vllm", **settings):
+    reader = policy.Reader(model.config, PolicyConfig(**settings), 16)
+    return reader.examples(rollouts.document(group(np.random.default_rng(0), engine)))
+
+
+@pytest.mark.parametrize("engine", Engine.__args__)
+def test_an_example_by_hand_in_every_layout(model, engine):
+    """Prompt of three tokens, completion of two: targets from the last token of the prompt on."""
+    one = group(np.random.default_rng(0))
+    first, *_ = examples(model, engine)
+    ids = one["prompt_tokens"] + one["completions"][0]["tokens"]
+    assert first["tokens"].tolist() == ids[:-1]
+    assert first["targets"].tolist() == [-1, -1, *ids[3:]]
+    assert first["log_probs"].tolist() == [0, 0, -2.5, -2.5]
+    np.testing.assert_allclose(first["advantages"], [0, 0, -1, -1], rtol=1e-5)  # rewards 0, 1, 2: deviation 1
+    np.testing.assert_array_equal(first["experts"], np.array(one["completions"][0]["experts"])[:, 1:])
+
+
+def _batch(model, mesh, **settings):
+    return place(policy.batch(examples(model, **settings), 8, pad_id=0), mesh)
+
+
+def test_replay_makes_the_ratio_exactly_one(model):
+    """The rollout took other experts than our router would, as with noise: without replay the ratios differ."""
+    mesh = make_mesh(MeshConfig(), ONE)
+    with jax.set_mesh(mesh):
+        batch = _batch(model, mesh)
+
+        @nnx.jit
+        def score(model, batch):
+            return -token_cross_entropy(forward(model, batch).hidden, model.output_matrix(), batch["targets"])
+
+        old = score(model, batch)
+        present = batch["targets"] >= 0
+        again, plain = score(model, batch), score(model, {k: v for k, v in batch.items() if k != "experts"})
+        ratios = [token_terms(PolicyConfig(), now, old, old, None)["ratio"][present] for now in (again, plain)]
+    np.testing.assert_array_equal(ratios[0], 1)
+    assert np.abs(ratios[1] - 1).max() > 0.01
+
+
+@pytest.mark.parametrize("mean", ["tokens", "completions", "constant"])
+def test_gradients_are_those_of_a_loop_over_tokens(rng, mean):
+    """Completions of 2 and 3 tokens in a row, and of 4 in another; some ratios are clipped."""
+    settings = PolicyConfig(mean=mean, clip_low=0.1, clip_high=0.15, kl=0.3)
+    objective, config = PolicyObjective(settings), SimpleNamespace(data=SimpleNamespace(sequence_length=8))
+    targets = np.array([[-1, 3, 1, -1, 2, 4, 0, -1], [-1, -1, 1, 2, 3, 4, -1, -1]])
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 0, 0]])
+    logits, reference = (jnp.asarray(rng.normal(size=(2, 8, 5)), jnp.float32) for _ in range(2))
+    here = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    values = {(0, 1): 0.7, (0, 2): -1.3, (1, 1): 0.4}  # of each completion, by row and segment
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    old, advantages = np.zeros((2, 8), np.float32), np.zeros((2, 8), np.float32)
+    for number, (b, t) in enumerate(here):
+        old[b, t] = log_probs[b, t, targets[b, t]] + 0.3 * (-1) ** number * (number % 3)
+        advantages[b, t] = values[b, segments[b, t]]
+    batch = {"targets": targets, "segment_ids": segments, "log_probs": old, "advantages": advantages}
+    batch = {key: jnp.asarray(array) for key, array in batch.items()}
+    model = SimpleNamespace(output_matrix=lambda: jnp.eye(5))
+
+    def ours(logits):
+        outputs = (SimpleNamespace(hidden=hidden) for hidden in (logits, reference))
+        output, other = outputs
+        return objective.sums(config, model, output, batch, (model, other)).loss / objective.count(batch)
+
+    def looped(logits):
+        total = 0.0
+        for b, t in here:
+            v, segment = targets[b, t], segments[b, t]
+            of_token, of_reference = (jax.nn.log_softmax(of[b, t])[v] for of in (logits, reference))
+            ratio, a = jnp.exp(of_token - old[b, t]), values[b, segment]
+            loss = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.9, 1.15) * a)
+            loss += 0.3 * (jnp.exp(of_reference - of_token) - (of_reference - of_token) - 1)
+            size = {(0, 1): 2, (0, 2): 3, (1, 1): 4}[b, segment]
+            total += loss / {"tokens": 9, "completions": 3 * size, "constant": 3 * 8}[mean]
+        return total
+
+    with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
+        value, gradient = jax.jit(jax.value_and_grad(ours))(logits)
+    expected, slope = jax.jit(jax.value_and_grad(looped))(logits)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, atol=1e-6)
+    terms = token_terms(settings, *(jnp.asarray(x) for x in (old + 0.5, old, advantages)), None)
+    assert 0 < terms["clipped"].sum() < 9
+
+
+# --- Files and runs --------------------------------------------------------------------------------------------------
+MODEL = {
+    "model.num_layers": 3, "model.moe.gate": "mixtral", "model.moe.num_experts": 5, "model.moe.layers": (1, 2),
+    "model.moe.dispatch": "dropless",
+}  # fmt: skip
+
+
+def write_lines(folder, lines):
+    """Groups as JSON lines of a folder's only domain; the file."""
+    (folder / "sums").mkdir(parents=True)
+    path = folder / "sums" / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def open_all(folder):
+    """The training split and the held-out split of such a folder."""
+    return folders.open_folder(str(folder), epath.Path(folder.parent), lambda _: None)[0]["sums"]
+
+
+def check_all(folder, reader):
+    for split in open_all(folder):
+        reader.check(split)
+
+
+@pytest.fixture(scope="module")
+def place_of_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("policy")
+
+
+@pytest.fixture(scope="module")
+def start(place_of_run):
+    """Settings of a run on 60 groups, from a random model with a tokenizer."""
+    rng = np.random.default_rng(0)
+    write_lines(place_of_run / "text", [group(rng) for _ in range(60)])
+    reference = epath.Path(place_of_run / "start")
+    reference.mkdir()
+    (reference / "tokenizer.json").write_bytes((HERE / "tokenizer.json").read_bytes())
+    (reference / "tokenizer_config.json").write_text(json.dumps(EXPECTED["llama3"]["tokenizer_config"]))
+    settings = MODEL | {
+        "data.dataset": str(place_of_run / "text"), "data.sequence_length": 16, "data.objective": "policy",
+        "policy.kl": 0.1, "distill.teacher": str(reference), "optimizer.learning_rate": 1e-2,
+        "train.num_steps": 4, "train.batch_size": 4, "train.eval_every": 4, "train.log_every": 1,
+        "train.accumulation_steps": 2, "train.sample_tokens": 0,
+    }  # fmt: skip
+    config = tiny(place_of_run / "cache", **settings | {"data.objective": "causal"})
+    with jax.set_mesh(mesh := make_mesh(config.mesh, ONE)):
+        write_run(reference, config, build(config, mesh).init().parameters)
+    return settings | {"start.checkpoint": str(reference)}
+
+
+def test_a_run_from_a_file_learns_and_resumes_to_the_bit(start, place_of_run, tmp_path, capsys):
+    program = compile_once(make_program)
+    config = tiny(place_of_run / "cache", **start)
+    train(config, str(tmp_path / "run"), ONE, make_program=program)
+    said = capsys.readouterr().out
+    assert "objective: policy (GRPO), mean over tokens, ratios clipped to [0.8, 1.2], KL 0.1 against" in said
+    assert "experts of the rollouts" in said
+    first, *_, last = rows(tmp_path / "run", "train")
+    assert first["policy_kl"] == 0  # the policy is the reference, with the same experts
+    assert last["policy_kl"] > 0
+    expected = state_of(program(config, None), tmp_path / "run", 4)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "report.txt").unlink()
+    epath.Path(tmp_path / "run" / "checkpoints" / "4").rmtree()
+    train(config, str(tmp_path / "run"), ONE, make_program=program)
+    jax.tree.map(np.testing.assert_array_equal, state_of(program(config, None), tmp_path / "run", 4), expected)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_tables_hold_the_same_rollouts(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [group(rng) for _ in range(60)]
+    write_lines(tmp_path / "text", lines)
+    (tmp_path / "tables" / "sums").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "tables" / "sums" / "a.parquet")
+    found = []
+    for folder in ("text", "tables"):
+        found.append(sorted(text for split in open_all(tmp_path / folder) for text in split))
+    assert found[0] == found[1]
+    assert [rollouts.read(text).engine for text in found[0]] == ["vllm"] * 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g["completions"].pop() and g["completions"].pop(), "completions=.*: .*at least 2 items"),
+        (lambda g: g["completions"][1].pop("reward"), "has no completions.1.reward"),
+        (lambda g: g["completions"][1].update(reward=float("inf")), r"completions.1.reward=inf: .*finite"),
+        (lambda g: g["completions"][1].update(tokens=[]), r"completions.1.tokens=\[\]: .*at least 1 item"),
+        (
+            lambda g: g["completions"][1]["log_probs"].pop(),
+            "completions.1.log_probs=.*: must be one for each of the 3 tokens, and there are 2",
+        ),
+        (lambda g: g["completions"][2]["log_probs"].__setitem__(0, 0.5), "completions.2.log_probs.0=0.5: .*less"),
+        (lambda g: g["prompt_tokens"].append("a"), "prompt_tokens.3='a': must be an integer"),
+        (lambda g: g.pop("engine"), "completions.0.experts is given, and engine is not"),
+        (lambda g: g.update(engine="vlm"), "engine='vlm': must be 'vllm', 'sglang'"),
+        (lambda g: g["completions"][0].pop("experts"), "completions.0.experts has none, and engine is set"),
+        (lambda g: g["completions"][1]["experts"].pop(), "completions.1.experts: token 4 of 5 has none"),
+        (lambda g: g["completions"][1]["experts"][2].pop(), "completions.1.experts: record 0 has lists of different"),
+        (lambda g: g["completions"][1]["experts"][0][1].__setitem__(0, 7), "completions.1.experts: .*expert 7"),
+        (lambda g: g["prompt_tokens"].extend([1] * 13), "completions.0.tokens: is 18 tokens .*, and .* most 17"),
+        (lambda g: g["prompt_tokens"].append(48), "completions.0.tokens: token 48 must be below model.vocab_size=48"),
+    ],
+)  # fmt: skip
+def test_bad_rollouts_are_refused_by_line_and_field(tmp_path, model, change, message):
+    rng = np.random.default_rng(0)
+    lines = [group(rng) for _ in range(12)]
+    change(lines[6])
+    write_lines(tmp_path / "text", lines)
+    reader = policy.Reader(model.config, PolicyConfig(), 16)
+    with pytest.raises(ConfigError, match=rf"a.jsonl, line 7: .*{message}"):
+        check_all(tmp_path / "text", reader)
+
+
+def test_refusals_of_settings(start, place_of_run):
+    for changes, message in (
+        ({"policy.kl": 0.0}, r"distill\.teacher='.*': must name the reference model with policy\.kl above 0"),
+        ({"model.moe.dispatch": "einsum"}, r"model\.moe\.dispatch='einsum': must be 'dropless' with data\.objective"),
+        ({"model.moe.gate": "soft_moe", "model.moe.accept_future_leak": True}, r"policy\.replay=True|dispatch"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny(place_of_run / "cache", **start | changes)
+    texts = tiny(place_of_run / "cache", **start | {"data.objective": "causal"})
+    with pytest.raises(ConfigError, match="holds rollouts"):
+        pipeline.prepare_run(texts, tokenizer=find_tokenizer(start["start.checkpoint"]), progress=lambda _: None)
