@@ -97,7 +97,7 @@ class Checkpoints:
         self,
         step: int,
         state: TrainState,
-        iterator: grain.DatasetIterator,
+        iterator: grain.DatasetIterator | None,
         memory: dict[str, Any],
         heldout_loss: float | None,
     ) -> None:
@@ -106,7 +106,7 @@ class Checkpoints:
         Args:
             step: steps done.
             state: on the mesh.
-            iterator: positioned at the batch of the next step.
+            iterator: positioned at the batch of the next step; None: no position is saved.
             memory: JSON of the training loop.
             heldout_loss: at this step, if evaluated.
 
@@ -122,8 +122,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
-                    data=StreamsSave(iterator),
                     memory=ocp.args.JsonSave({"sealed": to_checked_json(content)}),
+                    **({} if iterator is None else {"data": StreamsSave(iterator)}),
                 ),
                 force=True,
             )
@@ -150,7 +150,7 @@ class Checkpoints:
             raise
 
     def resume(
-        self, state: TrainState, iterator: grain.DatasetIterator, say: Callable[[str], Any]
+        self, state: TrainState, iterator: grain.DatasetIterator | None, say: Callable[[str], Any]
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """(step, state, the loop's JSON) of the newest good checkpoint; None if there are no checkpoints.
 
@@ -162,7 +162,7 @@ class Checkpoints:
 
         Args:
             state: ShapeDtypeStructs with the target shardings (``Program.state``).
-            iterator: fresh iterator over the same data, moved to the saved position.
+            iterator: fresh iterator over the same data, moved to the saved position; None: it is not read.
             say: receives one line per event.
 
         Raises:

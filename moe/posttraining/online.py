@@ -1,0 +1,168 @@
+"""Reinforcement learning on the model's own samples: sample, score, step, and resume to the bit.
+
+A round samples ``group_size`` completions of each prompt with the parameters of its beginning, scores them, and trains
+``updates`` steps on all of them. All draws of a round follow from the seed and its number, so a run that goes on from a
+checkpoint repeats what it would have done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from etils import epath
+
+from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
+from moe.checkpoints.workdir import CONFIG, write_run_files
+from moe.config import ConfigError, ModelConfig
+from moe.data import policy, rollouts
+from moe.metrics_files import METRICS, MetricsWriter
+from moe.models.rollouts import Rollout, Sampler, make_sampler
+from moe.models.state import TrainState
+from moe.training.batches import place
+from moe.training.metrics import mean_row, step_metrics
+from moe.training.step import Program
+
+
+class Task(Protocol):
+    """Prompts, and rewards that a program can verify."""
+
+    def prompts(self, rng: np.random.Generator, count: int) -> list[np.ndarray]:
+        """Token ids of as many prompts."""
+        ...
+
+    def reward(self, prompt: np.ndarray, completion: np.ndarray) -> float:
+        """Reward of a completion's token ids."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What samples the rollouts: a model that may differ from the trained one, as a serving engine does.
+
+    Attributes:
+        sample: see :func:`moe.models.rollouts.make_sampler`.
+        load: the engine's variables from the trained ones and a key of the round.
+    """
+
+    sample: Sampler
+    load: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda variables, _: variables
+
+
+def own_engine(model: ModelConfig, num_tokens: int, stop_tokens: Sequence[int] = ()) -> Engine:
+    """The trained model itself."""
+    return Engine(make_sampler(model, num_tokens, stop_tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Sizes of a round; ``train.batch_size`` must be the prompts times ``group_size``.
+
+    Attributes:
+        group_size: completions of a prompt.
+        updates: train steps on the rollouts of a round.
+        save_every: rounds between checkpoints.
+    """
+
+    group_size: int = 4
+    updates: int = 1
+    save_every: int = 10
+
+
+def make_groups(
+    prompts: Sequence[np.ndarray], samples: Sequence[Rollout], task: Task, group_size: int
+) -> list[rollouts.Group]:
+    """The rollouts of each prompt, whose samples follow one another, with their rewards."""
+
+    def completion(prompt: np.ndarray, sample: Rollout) -> rollouts.Completion:
+        return rollouts.Completion(
+            tokens=sample.tokens.tolist(),
+            log_probs=np.minimum(sample.log_probs, 0).tolist(),
+            reward=float(task.reward(prompt, sample.tokens)),
+            experts=sample.experts,
+        )
+
+    engine = None if samples[0].experts is None else "tensorrt_llm"
+    return [
+        rollouts.Group(
+            prompt_tokens=prompt.tolist(),
+            completions=[completion(prompt, one) for one in samples[i * group_size : (i + 1) * group_size]],
+            engine=engine,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def train_online(
+    program: Program, workdir: str, task: Task, engine: Engine, rounds: Rounds, *, stop_after: int = 0
+) -> list[dict[str, Any]]:
+    """Train ``train.num_steps`` steps, or go on with the run in the workdir; under ``jax.set_mesh(program.mesh)``.
+
+    Args:
+        program: of :func:`moe.posttraining.make_program` with data.objective "policy", without a teacher or with one.
+        workdir: receives config.json, ``metrics.jsonl`` with a row a round, and checkpoints.
+        task: prompts and rewards.
+        engine: samples the rollouts.
+        rounds: sizes.
+        stop_after: end at a checkpoint after this many rounds of this call, as if interrupted; 0: never.
+
+    Returns:
+        The rows of this call.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+    """
+    config, directory = program.config, epath.Path(workdir)
+    count, batch_size = rounds.group_size, config.train.batch_size
+    if batch_size % count or config.train.num_steps % rounds.updates:
+        raise ConfigError(
+            f"train.batch_size={batch_size} and train.num_steps={config.train.num_steps}: must be divisible by "
+            f"group_size={count} and updates={rounds.updates}"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
+    rows = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_background_tracebacks())
+        checkpoints = Checkpoints(directory, config.train.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.resume(program.state, None, print)
+        step, state = (0, program.init()) if restored is None else restored[:2]
+        write_run_files(config, {}, directory, new=not (directory / CONFIG).exists())
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config)))
+        for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
+            rng = np.random.default_rng((config.seed, number))
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            prompts = task.prompts(rng, batch_size // count)
+            variables = engine.load(state.variables, jax.random.fold_in(key, 1))
+            samples = engine.sample(variables, [prompt for prompt in prompts for _ in range(count)], key)
+            groups = make_groups(prompts, samples, task, count)
+            state, metrics = _updates(program, state, reader, groups, rounds.updates)
+            step = (number + 1) * rounds.updates
+            reward = np.mean([one.reward for group in groups for one in group.completions])
+            rows.append({"reward": float(reward)} | metrics)
+            writer.write(step, "train", rows[-1])
+            last, stops = step == config.train.num_steps, len(rows) == stop_after
+            if (number + 1) % rounds.save_every == 0 or last or stops:
+                writer.sync()
+                checkpoints.save(step, state, None, {"rows": writer.rows[METRICS]}, None)
+            if stops:
+                break
+    return rows
+
+
+def _updates(
+    program: Program, state: TrainState, reader: policy.Reader, groups: Sequence[rollouts.Group], updates: int
+) -> tuple[TrainState, dict[str, Any]]:
+    """Train on all completions of a round as many times; the row of the first step, whose parameters sampled them."""
+    examples = [example for group in groups for example in reader.of_group(group)]
+    batch = place(policy.batch(examples, reader.length, pad_id=0), program.mesh)
+    found = []
+    for _ in range(updates):
+        state, metrics = program.train_step(state, batch)
+        found.append(metrics)
+    return state, mean_row([step_metrics(found[0])])

@@ -1,0 +1,93 @@
+"""Rollouts of the model's own sampler, with what they record, and a run on them that restarts to the bit."""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from moe.config.run_sections import OptimizerConfig
+from moe.models.rollouts import make_sampler
+from moe.parallel.mesh import make_mesh
+from moe.posttraining import make_program
+from moe.posttraining.online import Rounds, make_groups, own_engine, train_online
+from tests.helpers import random_parameters, tiny_model
+from tests.run_helpers import ONE, state_of
+
+CONFIG = Config(
+    model=tiny_model(vocab_size=13, gate="mixtral", num_experts=5, experts_per_token=2, dispatch="dropless"),
+    data=DataConfig(objective="policy", sequence_length=9),
+    optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"),
+    train=TrainConfig(num_steps=6, batch_size=8),
+)
+
+
+class Evens:
+    """Even ids are good."""
+
+    def prompts(self, rng, count):
+        return [rng.integers(1, 13, 2 + i % 2) for i in range(count)]
+
+    def reward(self, prompt, completion):
+        return float(np.mean(completion % 2 == 0))
+
+
+def test_the_sampler_records_what_the_model_does_on_the_whole_text():
+    graphdef, variables = random_parameters(CONFIG.model)
+    prompts = [np.array([3, 1, 4]), np.array([1]), np.array([5, 9])]
+    sample = make_sampler(CONFIG.model, 6, stop_tokens=(2, 7))
+    found = sample(variables, prompts, jax.random.key(1))
+    again = sample(variables, prompts, jax.random.key(1))
+    assert [one.tokens.tolist() for one in found] == [one.tokens.tolist() for one in again]
+    assert any(len(one.tokens) < 6 for one in found)  # a stop token ends a row, and is part of it
+    for one in found:
+        assert not np.isin(one.tokens[:-1], (2, 7)).any()
+        assert len(one.tokens) == 6 or one.tokens[-1] in (2, 7)
+    texts = np.zeros((3, 9), np.int64)
+    for row, prompt, one in zip(texts, prompts, found, strict=True):
+        ids = np.concatenate([prompt, one.tokens])
+        row[: len(ids)] = ids
+
+    @jax.jit
+    def run(variables, texts):
+        from flax import nnx
+
+        output = nnx.merge(graphdef, variables)(texts, return_routing=True)
+        return jax.nn.log_softmax(output.logits), output.routing.expert_index
+
+    log_probs, experts = jax.tree.map(np.asarray, run(variables, texts))
+    for row, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
+        places = len(prompt) - 1 + np.arange(len(one.tokens))
+        np.testing.assert_allclose(one.log_probs, log_probs[row, places, one.tokens], atol=1e-5)
+        np.testing.assert_array_equal(one.experts, experts[:, row, : len(prompt) + len(one.tokens) - 1].swapaxes(0, 1))
+    (group,) = make_groups([prompts[0]], [found[0], found[0]], Evens(), 2)
+    assert group.completions[1].reward == np.mean(found[0].tokens % 2 == 0)
+
+
+def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
+    mesh = make_mesh(MeshConfig(), ONE)
+    with jax.set_mesh(mesh):
+        program, engine = make_program(CONFIG, mesh), own_engine(CONFIG.model, 6, (2,))
+        rounds = Rounds(group_size=4, updates=2, save_every=1)
+        whole = train_online(program, str(tmp_path / "whole"), Evens(), engine, rounds)
+        first = train_online(program, str(tmp_path / "parts"), Evens(), engine, rounds, stop_after=1)
+        rest = train_online(program, str(tmp_path / "parts"), Evens(), engine, rounds)
+        states = [state_of(program, epath.Path(tmp_path / name), 6) for name in ("whole", "parts")]
+    assert [len(rows) for rows in (whole, first, rest)] == [3, 1, 2]
+    assert first + rest == whole
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    # The first step of a round sees the parameters and the experts that sampled: only the order of sums differs.
+    assert all(row["policy_ratio"] == pytest.approx(1, abs=1e-5) for row in whole)
+    assert all(row["policy_extreme"] == 0 for row in whole)
+    assert len({row["reward"] for row in whole}) > 1
+
+
+def test_sizes_that_do_not_divide_are_refused(tmp_path):
+    mesh = make_mesh(MeshConfig(), ONE)
+    with jax.set_mesh(mesh):
+        program = make_program(CONFIG, mesh)
+        for rounds in (Rounds(group_size=3), Rounds(updates=4)):
+            with pytest.raises(ConfigError, match="must be divisible by"):
+                train_online(program, str(tmp_path), Evens(), own_engine(CONFIG.model, 4), rounds)
+    assert not list(tmp_path.iterdir())
