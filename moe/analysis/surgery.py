@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from moe.analysis.record import Records
 from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import layer_kinds
 from moe.models.stack import restack_layers, unstack_layers
@@ -23,55 +22,9 @@ _INTO = ("up", "gate", "up_bias", "gate_bias")
 Model = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
 
-def frequency(records: Records) -> np.ndarray:
-    """Share of a layer's assignments that each expert has, [L,E]."""
-    return _shares(records, records.chosen.astype(np.float64))
-
-
-def weight(records: Records) -> np.ndarray:
-    """Share of a layer's combine weights that each expert has, [L,E]."""
-    return _shares(records, np.where(records.chosen, records.combine_weights, 0.0))
-
-
-def _shares(records: Records, amounts: np.ndarray) -> np.ndarray:
-    layers, size = len(records.layers), records.num_experts
-    sums = np.zeros((layers, size))
-    for layer in range(layers):
-        np.add.at(sums[layer], records.expert_index[layer], amounts[layer])
-    return sums / sums.sum(1, keepdims=True)
-
-
-def ablation(model: ModelConfig, parameters: dict[str, Any], loss: Callable[[dict[str, Any]], float]) -> np.ndarray:
-    """Rise of the loss where one expert returns zero, [L,E] nats: exact, by L·E evaluations.
-
-    Args:
-        model: of the parameters.
-        parameters: of the whole model.
-        loss: parameters → mean loss on held-out text.
-    """
-    flat, whole, rises = unstack_layers(model, parameters), loss(parameters), []
-    for layer in _moe_layers(model):
-        of_layer = []
-        for expert in range(model.moe.num_experts):
-            changed = dict(flat)
-            for name in ("down", "down_bias"):
-                path = ("moe", "experts", name)
-                if (layer, path) in flat:
-                    array = np.array(flat[layer, path])
-                    array[expert] = 0.0
-                    changed[layer, path] = array
-            of_layer.append(loss(restack_layers(model, parameters, changed)) - whole)
-        rises.append(of_layer)
-    return np.asarray(rises)
-
-
-def most_salient(saliency: np.ndarray, count: int) -> np.ndarray:
-    """The experts to keep, [L,count] in their order: those of the highest saliency [L,E]; of equals, the first."""
-    order = np.argsort(-saliency, axis=1, kind="stable")
-    return np.sort(order[:, :count], axis=1)
-
-
-def prune(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], kept: np.ndarray) -> Model:
+def prune(
+    model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], kept: np.ndarray, *, null: bool = False
+) -> Model:
     """A model of fewer experts: (config, parameters, selection biases).
 
     Args:
@@ -79,22 +32,25 @@ def prune(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
         parameters: of the whole model.
         biases: its selection biases; empty without.
         kept: [L,E'] experts of each MoE layer.
+        null: the others become zero experts, which are chosen as before and return 0; False: their router columns go,
+            and their tokens choose again.
 
     Raises:
         ConfigError: too few experts for the gate, or a model that cannot be cut.
     """
     check(model)
-    size, null = model.moe.num_experts, model.moe.null_experts
-    smaller = dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=kept.shape[1]))
-    columns = {
-        layer: np.concatenate([experts, size + np.arange(null)])
-        for layer, experts in zip(_moe_layers(model), kept, strict=True)
-    }
+    moe, size, count = model.moe, model.moe.num_experts, kept.shape[1]
+    zeros = moe.zero_experts + (size - count if null else 0)
+    smaller = dataclasses.replace(model, moe=dataclasses.replace(moe, num_experts=count, zero_experts=zeros))
+    columns = {}
+    for layer, experts in zip(moe_layers(model), kept, strict=True):
+        others = np.setdiff1d(np.arange(size), experts) if null else np.array([], int)
+        columns[layer] = np.concatenate([experts, others, size + np.arange(moe.null_experts)])
 
     def cut(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         if path[:2] == ("moe", "router"):
             return array[..., columns[layer]]
-        return array[columns[layer][: kept.shape[1]]]
+        return array[columns[layer][:count]]
 
     return smaller, _edited(model, parameters, cut), _edited(model, biases, cut)
 
@@ -184,7 +140,8 @@ def _resized(model: ModelConfig, times: int, parts: int) -> ModelConfig:
     return dataclasses.replace(model, moe=dataclasses.replace(moe, gate=changed, **sizes))
 
 
-def _moe_layers(model: ModelConfig) -> list[int]:
+def moe_layers(model: ModelConfig) -> list[int]:
+    """Numbers of the MoE layers."""
     return [layer for layer, kind in enumerate(layer_kinds(model)) if kind.sparse]
 
 

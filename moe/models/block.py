@@ -14,7 +14,7 @@ from moe.config import ModelConfig
 from moe.config.model_section import LayerKind
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.mla import LatentAttention
-from moe.layers.basic import DenseFFN, Dropout, RMSNorm, Site
+from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Site
 from moe.layers.gated_delta_net import GatedDeltaNet
 from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
@@ -121,19 +121,25 @@ class Block(nnx.Module):
         """
         x = checkpoint_name(x, partition_specs.LAYER_INPUT)
         drop = Dropout(self.dropout, rng if train else None)
-        settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        mixer: Any = self.mixer  # not every kind has these settings, which only models that use them give
         # The scopes name the parts of a layer in profiles and in plans.
         with jax.named_scope("attention"):
-            h, weights = self.input_of(self.attention_norm, x), drop.at(Site.ATTENTION_WEIGHTS)
-            heads = mixer.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)[0]
-            x = self.add(self.attention_norm, x, mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
+            x = self.mix(x, rows, bias, drop)
         if self.kind.role == "cross":
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
             return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
+
+    def mix(
+        self, x: Float[Array, "B T D"], rows: Rows, bias: Float[Array, "N P"] | None = None, drop: Dropout = KEEP_ALL
+    ) -> Float[Array, "B T D"]:
+        """The first part: x + mixer(norm(x))."""
+        settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        mixer: Any = self.mixer  # not every kind has these settings, which only models that use them give
+        h, weights = self.input_of(self.attention_norm, x), drop.at(Site.ATTENTION_WEIGHTS)
+        heads = mixer.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)[0]
+        return self.add(self.attention_norm, x, mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
 
     @property
     def mixer(self) -> Attention | LatentAttention | GatedDeltaNet:

@@ -1,13 +1,18 @@
 """python scripts/surgery.py --workdir=RUN --out=NEW --prune=0.25: change the experts of a trained model, untrained.
 
 --prune=SHARE leaves out that share of each layer's experts, those of the lowest saliency (--by): assignments
-(frequency), combine weights (weight), or what the loss rises by where an expert returns zero (ablation: an evaluation
-of every expert). --split=N makes N finer experts of each, which compute the same; --merge=N joins each N. NEW is a
-workdir to evaluate, fine-tune (start.checkpoint) or export; the table has the held-out loss before and after.
-docs/surgery.md shows one.
+(frequency), combine weights (weight), combine weight times norm of the output (reap), or what the loss rises by where
+an expert returns zero (ablation: an evaluation of every expert). Their tokens choose again, unless --others=zero keeps
+them as experts that return 0; --others=merge averages each into the expert that is most like it. --split=N makes N
+finer experts of each, which compute the same; --merge=N joins each N. NEW is a workdir to evaluate, fine-tune
+(start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory and the
+step that the planner predicts for both. docs/surgery.md shows one.
 """
 
 import dataclasses
+import json
+import subprocess
+import sys
 from typing import Any
 
 from absl import flags
@@ -17,10 +22,12 @@ from moe import cli
 _WORKDIR = cli.WorkdirFlags()
 _OUT = cli.define_path("out", "Workdir to create.")
 _PRUNE = flags.DEFINE_float("prune", None, "Share of the experts to leave out.", lower_bound=0.0, upper_bound=1.0)
-_BY = flags.DEFINE_enum("by", "weight", ["frequency", "weight", "ablation"], "Saliency of an expert.")
+_BY = flags.DEFINE_enum("by", "weight", ["frequency", "weight", "reap", "ablation"], "Saliency of an expert.")
+_OTHERS = flags.DEFINE_enum("others", "drop", ["drop", "zero", "merge"], "What becomes of the experts left out.")
 _SPLIT = flags.DEFINE_integer("split", None, "Finer experts to make of each.", lower_bound=2)
 _MERGE = flags.DEFINE_integer("merge", None, "Consecutive experts to join into one.", lower_bound=2)
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain of the table.", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips for which the planner compares both, such as v5e:2x2.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 4_096, "Tokens per domain that saliencies are of.", lower_bound=1)
 
 
@@ -54,17 +61,8 @@ def main() -> None:
     biases = stored.read_biases(opened.path, model, step=step)
     recorder, losses = Recorder(opened.program), difference.TokenLosses(opened.program)
     if _PRUNE.value is not None:
-        size = model.moe.num_experts
         rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
-        if _BY.value == "ablation":
-            saliency = surgery.ablation(model, before, lambda tree: float(np.nanmean(losses(join(tree, biases), rows))))
-        else:
-            measure = {"frequency": surgery.frequency, "weight": surgery.weight}[str(_BY.value)]
-            saliency = measure(recorder(join(before, biases), rows))[:, :size]
-        kept = surgery.most_salient(saliency, size - round(_PRUNE.value * size))
-        for layer, experts in enumerate(kept):
-            print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
-        changed, after, state = surgery.prune(model, before, biases, kept)
+        changed, after, state = _pruned(opened.program, (model, before, biases), recorder, losses, rows)
     elif _SPLIT.value is not None:
         changed, after, state = surgery.split(model, before, biases, int(_SPLIT.value))
     else:
@@ -80,6 +78,58 @@ def main() -> None:
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
     stored.write_workdir(out, written, after, state, find_tokenizer(opened.path))
     print(f"Written to {out}")
+    if _TOPOLOGY.value:
+        print(_plans((opened.path, out)))
+
+
+def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> Any:
+    """The model without its least salient experts: config, parameters, selection biases."""
+    import numpy as np
+
+    from moe.analysis import merging, saliency, surgery
+    from moe.models.state import join
+
+    model, before, biases = whole
+    size, variables = model.moe.num_experts, join(before, biases)
+    if _BY.value == "ablation":
+        found = saliency.ablation(model, before, lambda tree: float(np.nanmean(losses(join(tree, biases), rows))))
+    elif _BY.value == "reap":
+        found = saliency.Reap(program)(variables, rows)
+    else:
+        measure = {"frequency": saliency.frequency, "weight": saliency.weight}[str(_BY.value)]
+        found = measure(recorder(variables, rows))[:, :size]
+    kept = saliency.most_salient(found, size - round(float(_PRUNE.value or 0) * size))
+    for layer, experts in enumerate(kept):
+        print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
+    if _OTHERS.value == "merge":
+        usage = saliency.frequency(recorder(variables, rows))[:, :size]
+        return merging.absorb(model, before, biases, kept, usage)
+    return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero")
+
+
+def _plans(folders: tuple[str, str]) -> str:
+    """The planner's memory and step of both workdirs; each is compiled in a process of its own, for its chips."""
+    from moe.config import ConfigError
+    from moe.escaping import markdown_table
+
+    table = []
+    for name, folder in zip(("before", "after"), folders, strict=True):
+        command = [
+            sys.executable,
+            "-m",
+            "moe",
+            "plan",
+            f"--config={folder}/config.json",
+            f"--topology={_TOPOLOGY.value}",
+        ]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"--topology={_TOPOLOGY.value}: {done.stderr.strip().splitlines()[-1]}")
+        made = json.loads(done.stdout)
+        low, high = (1e3 * seconds for seconds in made["step_interval"])
+        step = f"{1e3 * made['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
+        table.append((name, f"{made['memory_total'] / 2**30:.2f}", step))
+    return markdown_table((str(_TOPOLOGY.value), "memory per chip, GiB", "train step, ms"), table)
 
 
 def _table(first: Any, second: Any, rows: Any) -> str:

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe.analysis import surgery
+from moe.analysis import merging, saliency, surgery
 from moe.config import ConfigError
+from moe.interop import export_checkpoint
 from moe.models.state import join
 from moe.training.batches import forward
 from moe.training.step import build
 from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program
+from tests.run_helpers import write_run
 
 
 def _parts(program, variables):
@@ -68,7 +70,7 @@ def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
     )
     batch = random_batch(rng, config.model.vocab_size)
     before = _logits(config, mesh, batch, parameters, biases)
-    layers = len(surgery._moe_layers(config.model))
+    layers = len(surgery.moe_layers(config.model))
     kept = np.tile([0, 2, 3], (layers, 1))
     fewer, pruned, left = surgery.prune(config.model, parameters, biases, kept)
     assert fewer.moe.num_experts == 3
@@ -79,13 +81,95 @@ def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
     assert whole[0] == config.model
 
 
+def test_experts_replaced_by_zero_return_nothing(rng):
+    """Tokens still choose them, with the same weights: the model whose down matrices are zero there."""
+    program, variables = tiny_program(gate="deepseek_v4", num_experts=4, experts_per_token=2, dispatch="dropless")
+    config, mesh = program.config, program.mesh
+    parameters, biases = _parts(program, variables)
+    batch = random_batch(rng, config.model.vocab_size)
+    kept = np.array([[0, 3], [1, 2]])
+    fewer, changed, left = surgery.prune(config.model, parameters, biases, kept, null=True)
+    assert (fewer.moe.num_experts, fewer.moe.zero_experts) == (2, 2)
+    flat = surgery.unstack_layers(config.model, parameters)
+    for layer, experts in enumerate(kept):
+        path = layer, ("moe", "experts", "down")
+        flat[path] = np.where(np.isin(np.arange(4), experts)[:, None, None], flat[path], 0)
+    silent = surgery.restack_layers(config.model, parameters, flat)
+    expected = _logits(config, mesh, batch, silent, biases)
+    after = _logits(dataclasses.replace(config, model=fewer), mesh, batch, changed, left)
+    np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(after - _logits(config, mesh, batch, parameters, biases)).max() > 0.01
+
+
+def test_an_expert_merged_with_its_permuted_copy_is_itself(rng):
+    """Expert 2 is expert 0 with its hidden units in another order: merged into it, 0 stays what it was."""
+    program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", bias="all")
+    model = program.config.model
+    parameters, biases = _parts(program, variables)
+    flat = surgery.unstack_layers(model, parameters)
+    order = rng.permutation(model.moe.d_ff)
+    for layer in surgery.moe_layers(model):
+        for name, axis in {"up": 1, "gate": 1, "up_bias": 0, "gate_bias": 0, "down": 0, "down_bias": None}.items():
+            array = np.array(flat[layer, ("moe", "experts", name)])
+            array[2] = array[0] if axis is None else np.take(array[0], order, axis=axis)
+            flat[layer, ("moe", "experts", name)] = array
+        router = np.array(flat[layer, ("moe", "router", "kernel")])
+        router[:, 2] = 1.5 * router[:, 0]
+        flat[layer, ("moe", "router", "kernel")] = router
+    doubled = surgery.restack_layers(model, parameters, flat)
+    kept = np.tile([0, 1], (2, 1))
+    fewer, merged, _ = merging.absorb(model, doubled, biases, kept, np.array([[5.0, 1, 2], [1, 1, 9]]))
+    pruned = surgery.prune(model, doubled, biases, kept)
+    assert fewer == pruned[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), merged, pruned[1])
+    arrays = {name: flat[0, ("moe", "experts", name)] for name in ("up", "gate", "down")}
+    assert merging.match_units(arrays, 0, 2).tolist() == np.argsort(order).tolist()
+
+
+def test_merged_weights_are_averages_by_usage():
+    """One hidden unit: expert 1 (usage 1) joins expert 0 (usage 3): 3/4 of 4 and 1/4 of 8 is 5."""
+    arrays = {"up": np.array([[[4.0]], [[8.0]]]), "down": np.array([[[1.0]], [[1.0]]])}
+    merged = merging._average(arrays, 0, [0, 1], np.array([0.75, 0.25]))
+    assert (merged["up"].item(), merged["down"].item()) == (5.0, 1.0)
+
+
+def test_reap_by_hand(rng):
+    """Without attention, a layer's input is known: NumPy computes weights and outputs of its experts again."""
+    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless", activation="relu")
+    model = program.config.model
+    parameters, biases = _parts(program, variables)
+    flat = surgery.unstack_layers(model, parameters)
+    for layer in surgery.moe_layers(model):
+        flat[layer, ("attention", "out")] = np.zeros_like(flat[layer, ("attention", "out")])
+    parameters = surgery.restack_layers(model, parameters, flat)
+    batch = random_batch(rng, model.vocab_size, real=13)
+    found = saliency.Reap(program)(join(parameters, biases), {"text": [batch]})
+
+    x = flat[-1, ("embedding", "table")][batch["tokens"][batch["segment_ids"] > 0]]
+    for layer in surgery.moe_layers(model):
+        h = x / np.sqrt((x**2).mean(1, keepdims=True) + model.norm_eps) * flat[layer, ("ffn_norm", "scale")]
+        logits = h @ flat[layer, ("moe", "router", "kernel")]
+        order = np.argsort(-logits, axis=1)[:, :2]
+        chosen = np.exp(np.take_along_axis(logits, order, axis=1))
+        weights = chosen / chosen.sum(1, keepdims=True)
+        up, down = (flat[layer, ("moe", "experts", name)] for name in ("up", "down"))
+        outputs = np.stack([np.maximum(h @ up[e], 0) @ down[e] for e in range(4)], axis=1)  # [n,E,D]
+        for expert in range(4):
+            terms = [
+                weights[token, place] * np.linalg.norm(outputs[token, expert])
+                for token, place in np.argwhere(order == expert)
+            ]
+            np.testing.assert_allclose(found[layer, expert], np.mean(terms) if terms else 0, rtol=1e-4)
+        x = x + np.einsum("nk,nkd->nd", weights, np.take_along_axis(outputs, order[..., None], axis=1))
+
+
 def test_saliencies_by_hand(rng):
     """Tokens 0, 0, 1, 2 with weights 1, 1, 4, 2: shares 2/4, 1/4, 1/4, 0 and 2/8, 4/8, 2/8, 0."""
     records = _records(np.array([0, 0, 1, 2]), row=np.zeros(4, int))
     records = dataclasses.replace(records, combine_weights=np.array([1, 1, 4, 2.0]).reshape(1, 4, 1))
-    assert surgery.frequency(records).tolist() == [[0.5, 0.25, 0.25, 0]]
-    assert surgery.weight(records).tolist() == [[0.25, 0.5, 0.25, 0]]
-    assert surgery.most_salient(surgery.weight(records), 2).tolist() == [[0, 1]]
+    assert saliency.frequency(records).tolist() == [[0.5, 0.25, 0.25, 0]]
+    assert saliency.weight(records).tolist() == [[0.25, 0.5, 0.25, 0]]
+    assert saliency.most_salient(saliency.weight(records), 2).tolist() == [[0, 1]]
     program, variables = tiny_program(gate="switch", num_experts=4)
     parameters, _ = _parts(program, variables)
 
@@ -93,7 +177,7 @@ def test_saliencies_by_hand(rng):
         flat = surgery.unstack_layers(program.config.model, tree)
         return -float(sum(np.abs(array).sum() for (_, path), array in flat.items() if path[-1] == "down"))
 
-    rises = surgery.ablation(program.config.model, parameters, norm)
+    rises = saliency.ablation(program.config.model, parameters, norm)
     down = [
         np.abs(array).sum((1, 2))
         for (_, path), array in surgery.unstack_layers(program.config.model, parameters).items()
@@ -116,3 +200,34 @@ def test_what_cannot_be_split_is_refused(overrides, parts, message):
     parameters, biases = _parts(program, variables)
     with pytest.raises(ConfigError, match=message):
         surgery.split(program.config.model, parameters, biases, parts)
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_pruned_export_loads_elsewhere_with_equal_logits(tmp_path, rng, merged):
+    """As a Mixtral of three experts. Needs torch and transformers 5: python -m pytest -m transformers."""
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless")
+    parameters, biases = _parts(program, variables)
+    kept = np.array([[0, 1, 3], [1, 2, 3]])
+    model = program.config.model
+    if merged:
+        fewer, pruned, _ = merging.absorb(model, parameters, biases, kept, np.ones((2, 4)))
+    else:
+        fewer, pruned, _ = surgery.prune(model, parameters, biases, kept)
+    config = dataclasses.replace(program.config, model=fewer)
+    write_run(tmp_path / "run", config, pruned)
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    elsewhere, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    assert elsewhere.config.num_local_experts == 3
+    token_ids = rng.integers(0, model.vocab_size, (2, 8)).astype(np.int32)
+    shape = np.ones_like(token_ids), np.broadcast_to(np.arange(8, dtype=np.int32), token_ids.shape)
+    batch = dict(zip(("tokens", "segment_ids", "positions"), (token_ids, *shape), strict=True))
+    ours = _logits(config, program.mesh, batch, pruned, {})
+    with torch.no_grad():
+        theirs = elsewhere(torch.tensor(token_ids.astype(np.int64))).logits.numpy()
+    assert np.abs(ours).max() > 1
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
