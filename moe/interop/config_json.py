@@ -180,7 +180,7 @@ _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
     *("attention_sinks", "norms", "embedding_scale", "residual_scale", "attention_scale", "logit_scale"),
-    *("kv_lora_rank", "q_lora_rank", "value_dim"),
+    *("gated_attention", "zero_centred_norms", "kv_lora_rank", "q_lora_rank", "value_dim"),
     *(
         "encoder_layers",
         "encoder_vocab_size",
@@ -211,6 +211,7 @@ def _facts(model: ModelConfig) -> Json:
     sparse, moe = sparse_layers(model), model.moe
     facts = {f"model.{name}": getattr(model, name) for name in _MODEL_FACTS}
     facts["model.rope_dim"] = model.rope_dim or model.head_dim
+    facts["model.delta_net"] = model.delta_net if model.delta_net.layers else None
     facts |= {"model.moe.layers": sparse, "model.sliding_window": tuple(kind.window for kind in layer_kinds(model))}
     if not all(sparse):
         facts["model.d_ff"] = model.d_ff

@@ -34,7 +34,7 @@ class Piece:
     Attributes:
         name: of the tensor in the file.
         slot: index in the leading axes of the parameter: (), (layer,) or (layer, expert).
-        expert: index in the tensor's leading axis, of experts or of one row, if it has such an axis.
+        expert: index in the tensor's leading axis, if that is of experts.
     """
 
     name: str
@@ -71,15 +71,17 @@ class Parameter:
     def file_shape(self) -> tuple[int, ...]:
         """Shape of one tensor in the file."""
         sizes = [int(np.prod([self.slot_shape[axis] for axis in axes])) for axes in self._file_axes]
-        sizes[self._shared_axis] *= self.tensor.parts
-        if self.tensor.one_row:
-            return 1, *sizes
+        _, size, period = self._turn
+        sizes[self._shared_axis] *= period
+        sizes[self._shared_axis] //= size
         experts = () if self.pieces[0].expert is None else (self.shape[1],)
         return *experts, *sizes
 
     @property
     def _file_axes(self) -> list[tuple[int, ...]]:
         """For each axis of the tensor, the axes of the piece that are flattened into it."""
+        if self.tensor.axes:
+            return list(self.tensor.axes)
         axes = tuple(range(len(self.slot_shape)))
         if self.inputs:
             matrix = [axes[self.inputs :], axes[: self.inputs]]
@@ -91,6 +93,14 @@ class Parameter:
         """Axis of the tensor, experts apart, that the parts share: the outputs."""
         last = len(self.slot_shape) - 1
         return next(i for i, axes in enumerate(self._file_axes) if last in axes)
+
+    @property
+    def _turn(self) -> tuple[int, int, int]:
+        """Where this parameter's outputs lie on the shared axis: the first, how many of them come together, and after
+        how many the next come."""
+        outputs = int(np.prod([self.slot_shape[axis] for axis in self._file_axes[self._shared_axis]]))
+        sizes = self.tensor.turns or (outputs,) * self.tensor.parts
+        return sum(sizes[: self.tensor.part]), sizes[self.tensor.part], sum(sizes)
 
     def read(self, folder: Reader, piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
         """Copy of a slice of one piece, in the file's dtype.
@@ -104,6 +114,9 @@ class Parameter:
         cuts: list[slice] = []
         sizes: list[int] = []
         for axes in self._file_axes:
+            if not axes:
+                reads.append(slice(0, 1))
+                continue
             dims = [self.slot_shape[axis] for axis in axes]
             # Of several flattened axes the outermost is sliced in the file, the others after reading.
             start, stop, _ = index[axes[0]].indices(dims[0])
@@ -117,24 +130,28 @@ class Parameter:
 
     def _read_part(self, folder: Reader, piece: Piece, reads: list[slice]) -> np.ndarray:
         """The same slices, counted within this parameter's part of the tensor."""
-        part, parts, axis = self.tensor.part, self.tensor.parts, self._shared_axis
+        axis, (first, size, period) = self._shared_axis, self._turn
         start, stop = reads[axis].start, reads[axis].stop
-        if self.tensor.interleaved:
-            reads[axis] = slice(start * parts, stop * parts)
-        else:
-            size = self.file_shape[axis - len(reads)] // parts
-            reads[axis] = slice(start + part * size, stop + part * size)
+        begin, end = start // size, max(-(-stop // size), start // size + 1)  # turns
+        inside = slice(start - begin * size, stop - begin * size)
+        one = end - begin == 1
+        low = begin * period + first + inside.start
+        reads[axis] = slice(low, low + stop - start) if one else slice(begin * period, end * period)
         expert = () if piece.expert is None else (piece.expert,)
         array = folder.read(piece.name, (*expert, *reads))
-        return array[(slice(None),) * axis + (slice(part, None, parts),)] if self.tensor.interleaved else array
+        if one:
+            return array
+        turns = array.reshape(*array.shape[:axis], end - begin, period, *array.shape[axis + 1 :])
+        before = (slice(None),) * axis
+        own = turns[(*before, slice(None), slice(first, first + size))]
+        return own.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])[(*before, inside)]
 
     def write(self, tensor: np.ndarray, piece: Piece, values: np.ndarray) -> None:
         """Copy one whole piece to its place in a tensor of :attr:`file_shape`."""
         target = tensor if piece.expert is None else tensor[piece.expert]
-        axis, part, parts = self._shared_axis, self.tensor.part, self.tensor.parts
-        size = target.shape[axis] // parts
-        share = slice(part, None, parts) if self.tensor.interleaved else slice(part * size, (part + 1) * size)
-        target = target[(slice(None),) * axis + (share,)]
+        axis, (first, size, period) = self._shared_axis, self._turn
+        target = target.reshape(*target.shape[:axis], -1, period, *target.shape[axis + 1 :])  # a view: it is contiguous
+        target = target[(slice(None),) * (axis + 1) + (slice(first, first + size),)]
         order = [axis for axes in self._file_axes for axis in axes]
         target[...] = values.transpose(order).reshape(target.shape)
 
@@ -205,7 +222,7 @@ def _pieces(tensor: Tensor, block: str, layers: range, num_experts: int) -> tupl
                 for expert in range(num_experts)
             ]
         else:
-            pieces.append(Piece(name, (i,), 0 if tensor.one_row else None))
+            pieces.append(Piece(name, (i,)))
     return tuple(pieces)
 
 

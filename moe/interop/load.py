@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moe.config import Config, ConfigError, ModelConfig, validate_mesh
-from moe.foreign_files import read_object
+from moe.foreign_files import Json, read_object
 from moe.interop.config_json import family_of, read_config
 from moe.interop.families.family import PREDICTION_COPIES, Family
 from moe.interop.layout import Parameter, get_leaf, is_fused, layout, set_leaf
@@ -24,6 +24,9 @@ from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 from moe.models import sampling
 from moe.models.factory import Model, abstract_model
 from moe.parallel.parameters import parameter_shardings
+
+#: Models of images and text whose model of text is read, by ``model_type``, which the field ``text_config`` holds.
+_WITH_TEXT = ("qwen3_5_moe",)
 
 
 def load_huggingface(
@@ -50,6 +53,20 @@ def load_huggingface(
     return _module(config.model, arrays), config
 
 
+def read_source(directory: str | os.PathLike[str]) -> Json:
+    """The ``config.json`` of a folder; of a model of images and text, that of its model of text.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    source = read_object(Path(directory) / CONFIG_FILE)
+    text = source.get("text_config")
+    if source.get("model_type") not in _WITH_TEXT or not isinstance(text, dict):
+        return source
+    of_both = ("tie_word_embeddings", "quantization_config")
+    return text | {name: source[name] for name in of_both if name in source}
+
+
 def open_folder(
     directory: str | os.PathLike[str], *, dtype: str = "float32", prediction: bool = False
 ) -> tuple[Config, TensorFolder, list[Parameter]]:
@@ -57,10 +74,16 @@ def open_folder(
 
     ``prediction``: with the layers of multi-token prediction, which are skipped otherwise.
     """
-    source = read_object(Path(directory) / CONFIG_FILE)
+    source = read_source(directory)
     config = read_config(source)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    folder, family = TensorFolder(directory, read_quantization(source), dtype), family_of(source)
+    family = family_of(source)
+
+    def rename(name: str) -> str:
+        inside = family.inside and name.startswith(family.inside)
+        return f"model.{name.removeprefix(family.inside)}" if inside else name
+
+    folder = TensorFolder(directory, read_quantization(source), dtype, rename)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
     if prediction:
@@ -72,6 +95,7 @@ def open_folder(
             folder.drop_copies({block + copy: original for copy, original in PREDICTION_COPIES.items()})
     else:
         folder.skip_layers(range(last, last + extra))
+    folder.skip_parts(family.skipped)
     parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     folder.check(parameters, family)
     return config, folder, parameters

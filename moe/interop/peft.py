@@ -65,7 +65,7 @@ def export_adapters(
 
 def _factors(parameter: Parameter, node: dict[str, Any]) -> dict[str, np.ndarray]:
     """A and B of every piece of a parameter, by PEFT's names."""
-    if parameter.tensor.parts > 1 or parameter.pieces[0].expert is not None:
+    if parameter.tensor.shared or parameter.pieces[0].expert is not None:
         raise ConfigError(
             f"{parameter.pieces[0].name}: holds several adapted matrices, which PEFT cannot tell apart; export "
             "the merged model, or leave their part out of lora.parts"

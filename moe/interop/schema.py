@@ -7,7 +7,7 @@ Both generations of the file are read: ``rope_theta`` and ``torch_dtype`` at the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -36,7 +36,7 @@ Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Off = Annotated[bool, pydantic.AfterValidator(_refuse_true)]
 LayerNumbers = list[Annotated[int, pydantic.Field(ge=0, lt=1024)]]
 Factors = Annotated[list[Positive], pydantic.Field(max_length=1 << 15)]
-LayerTypes = list[Literal["sliding_attention", "full_attention"]]
+LayerTypes = list[Literal["sliding_attention", "full_attention", "linear_attention"]]
 TokenIds = int | list[int] | None
 
 #: Names of activations there → model.activation.
@@ -77,6 +77,8 @@ class RopeParameters(Fields):
     rope_theta: Positive | None = None
     partial_rotary_factor: Positive = 1.0
     alpha: Positive | None = None
+    mrope_section: list[int] | None = None  # of images and video; all tokens of a text have one position
+    mrope_interleaved: bool | None = None
     factor: Annotated[float, pydantic.Field(ge=1, le=1e6)] | None = None
     original_max_position_embeddings: Context | None = None
     beta_fast: Positive = 32.0
@@ -101,6 +103,9 @@ class RopeParameters(Fields):
 
 class OpenConfig(Fields):
     """Fields that every decoder family has; a family adds its own (:mod:`moe.interop.families`)."""
+
+    #: Kinds of layers that the family computes.
+    kinds: ClassVar[tuple[str, ...]] = ("sliding_attention", "full_attention")
 
     model_type: str
     vocab_size: Size
@@ -135,6 +140,8 @@ class OpenConfig(Fields):
     def _check_layer_types(self) -> OpenConfig:
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries, must be {self.num_hidden_layers}")
+        if other := set(self.layer_types or ()) - set(self.kinds):
+            raise ValueError(f"layer_types has {min(other)!r}, must be of {', '.join(self.kinds)}")
         return self
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,24 @@ _BYTES = {
 
 
 class StoredTensors:
-    """Tensors as they lie in files, by name."""
+    """Tensors as they lie in files, by name; ``rename`` gives the name of one from that in its file."""
 
-    def __init__(self) -> None:
+    def __init__(self, rename: Callable[[str], str] = lambda name: name) -> None:
+        self.rename = rename
         self.headers: dict[str, tuple[tuple[int, ...], str]] = {}  # name → (shape, type)
         self.files: dict[str, Path] = {}
+        self._names: dict[str, str] = {}  # name → that in its file
         self._starts: dict[Path, dict[str, int]] = {}  # of files with 8-bit floats: byte at which each tensor starts
 
     def add_file(self, path: Path) -> None:
         """Read the header of a file. Raises ConfigError for a damaged one, or a name that another file has too."""
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
+            for stored in file.keys():  # noqa: SIM118
+                name = self.rename(stored)
                 if name in self.files:
                     raise ConfigError(f"{path}: {name} is in {self.files[name].name} too")
-                tensor = file.get_slice(name)
-                self.files[name] = path
+                tensor = file.get_slice(stored)
+                self.files[name], self._names[name] = path, stored
                 self.headers[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
 
     def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
@@ -64,6 +67,7 @@ class StoredTensors:
         The file is mapped for this read only: pages of a mapping count as this process's memory while it lasts.
         """
         path, (shape, kind) = self.files[name], self.headers[name]
+        name = self._names[name]
         if kind in _BYTES:
             array = np.memmap(path, np.uint8, "r", self._start(path, name), shape)
             return np.array(array[index]).view(_BYTES[kind])
@@ -88,7 +92,11 @@ class TensorFolder:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], quantization: Quantization | None = None, dtype: str = "float32"
+        self,
+        directory: str | os.PathLike[str],
+        quantization: Quantization | None = None,
+        dtype: str = "float32",
+        rename: Callable[[str], str] = lambda name: name,
     ):
         """Read the headers.
 
@@ -96,16 +104,17 @@ class TensorFolder:
             directory: holds the files.
             quantization: of the weights.
             dtype: of the floats that quantised weights are read as.
+            rename: name of a tensor, from that in its file.
 
         Raises:
             ConfigError: no safetensors there, a damaged file, an index that disagrees with its files, or codes and
                 scales that do not belong together.
         """
         self.directory = Path(directory)
-        self._stored = stored = StoredTensors()
+        self._stored = stored = StoredTensors(rename)
         index = self.directory / INDEX_FILE
         if index.exists():
-            weight_map = parse_index(read_object(index), index)
+            weight_map = {rename(name): file for name, file in parse_index(read_object(index), index).items()}
             files = sorted(set(weight_map.values()))
         elif (self.directory / SINGLE_FILE).exists():
             weight_map, files = {}, [SINGLE_FILE]
@@ -155,12 +164,19 @@ class TensorFolder:
 
     def skip_layers(self, after: range) -> None:
         """Ignore layers of these numbers: multi-token prediction (DeepSeek-V3) that is not asked for."""
-        skipped = [name for name in self._headers if _layer_number(name) in after]
-        for name in skipped:
+        self._skip([name for name in self._headers if _layer_number(name) in after], "multi-token prediction")
+
+    def skip_parts(self, parts: Mapping[str, str]) -> None:
+        """Ignore parts that no model here has: prefix of their tensors → what they are."""
+        for prefix, what in parts.items():
+            self._skip([name for name in self._headers if name.startswith(prefix)], what)
+
+    def _skip(self, names: Sequence[str], what: str) -> None:
+        for name in names:
             del self._headers[name]
             self.forms.pop(name, None)
-        if skipped:
-            logging.warning("%s: %d tensors of multi-token prediction are skipped", self.directory, len(skipped))
+        if names:
+            logging.warning("%s: %d tensors of %s are skipped", self.directory, len(names), what)
 
     def drop_copies(self, originals: dict[str, str]) -> None:
         """Ignore tensors, by name, that equal another one of this folder.

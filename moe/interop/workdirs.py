@@ -21,7 +21,7 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.foreign_files import read_object
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
-from moe.interop.load import open_folder, parameter_dtype
+from moe.interop.load import open_folder, parameter_dtype, read_source
 from moe.interop.quantization_config import FP8Config, read_quantization
 from moe.interop.quantized import pack_scales, unpack_scales
 from moe.interop.save import Encoders, write_folder
@@ -65,7 +65,7 @@ def import_checkpoint(
     refuse_files(workdir)
     refuse_unusable_path(workdir)
     config, folder, parameters = open_folder(source, dtype=dtype, prediction=prediction)
-    written = read_object(Path(source) / CONFIG_FILE)
+    written = read_source(source)
     starts = ("decoder_start_token_id",) if config.model.encoder_layers else ()
     known = {name: written.get(name) for name in (*TOKEN_IDS, *starts)}
     files = {GENERATION_FILE: (json.dumps(known) + "\n").encode()}

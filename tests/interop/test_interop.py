@@ -46,6 +46,7 @@ _OURS = (
     *("glm4_moe", "gpt_oss", "llama_dynamic", "llama_longrope"),
     *("qwen2", "qwen3", "kimi_k2", "dots1", "glm4_moe_lite", "minimax_m2", "ernie4_5_moe"),
     *("flex_olmo", "hunyuan_v1_moe", "granitemoe", "granitemoeshared"),
+    *("qwen3_next", "qwen3_5_moe_text"),
 )
 OURS = [HERE / name for name in _OURS]
 _DENSE = ("mistral", "llama", "llama_dynamic", "llama_longrope", "qwen2", "qwen3")
@@ -162,7 +163,8 @@ def test_round_trip_is_bit_identical(path, max_shard_bytes, tmp_path):
     _expected(path)
     model, config = load_huggingface(path)
     fused = path.name.endswith("_fused")
-    save_huggingface(model, config, tmp_path, max_shard_bytes=max_shard_bytes, fused=fused)
+    kind = path.name if path.name == "qwen3_5_moe_text" else ""  # it is a Qwen3-Next in another layout
+    save_huggingface(model, config, tmp_path, model_type=kind, max_shard_bytes=max_shard_bytes, fused=fused)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_bytes == 8000)
     assert _tensors(tmp_path) == _tensors(path)
     again, config_again = load_huggingface(tmp_path)
@@ -353,4 +355,5 @@ def test_an_export_loads_in_that_library_without_a_warning(path, tmp_path):
     tokens = torch.tensor(_expected(path)["input_ids"])
     assert _relative(model(tokens).logits.detach().numpy(), _expected(path)["logits"]) < 2e-5
     assert model.generate(tokens[:, :6], max_new_tokens=3, do_sample=False).shape[1] > 6
-    assert set(told.getvalue().splitlines()) == of_source
+    kernels = "falling back to its reference"  # those of gated DeltaNet are packages of their own
+    assert {line for line in told.getvalue().splitlines() if kernels not in line} == of_source

@@ -124,7 +124,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq': must be one of fp8, mxfp4, compressed"),
         ({"quantization_config": 8}, "quant_method=8: must be one of fp8"),
         ({"model_type": "phimoe"}, "model_type='phimoe': needs LayerNorm with biases, .* which no model here computes"),
-        ({"model_type": "qwen3_5_moe_text"}, "model_type='qwen3_5_moe_text': needs gated DeltaNet layers"),
+        ({"model_type": "gemma4_text"}, "model_type='gemma4_text': needs norms before and after each half"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "alpha": 4}}, "alpha=4.0 of rotary positions"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16': must be an integer"),

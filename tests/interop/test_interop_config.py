@@ -20,6 +20,7 @@ from configs import (
     olmoe_1b_7b,
     qwen1_5_moe_a2_7b,
     qwen3_30b_a3b,
+    qwen3_next_80b_a3b,
 )
 from moe.config import Config, ConfigError, ModelConfig, layer_kinds
 from moe.config.parse import from_config_dict
@@ -111,6 +112,27 @@ def test_published_counts_of_deepseek():
     published = {deepseek_v2_lite: 15_706_484_224, deepseek_v2: 235_741_434_880, deepseek_v3: 671_026_419_200}
     for config, count in published.items():
         assert count_parameters(from_config_dict(config.get_config()).model)[0] == count
+
+
+def test_published_config_of_qwen3_next():
+    """48 layers, every fourth of attention; 79.67B without multi-token prediction."""
+    source = {
+        **{"model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48},
+        **{"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 5120},
+        **{"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "norm_topk_prob": True},
+        **{"shared_expert_intermediate_size": 512, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        **{"full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128},
+        **{"linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32},
+        **{"partial_rotary_factor": 0.25, "rope_theta": 10_000_000, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    }
+    model, ours = read_open_config(source).model, from_config_dict(qwen3_next_80b_a3b.get_config()).model
+    same = {name: getattr(ours, name) for name in ("dtype", "attention", "remat")}
+    moe = dataclasses.replace(model.moe, dispatch=ours.moe.dispatch, losses=ours.moe.losses)
+    moe = dataclasses.replace(moe, jitter=ours.moe.jitter)
+    assert dataclasses.replace(model, moe=moe, **same) == ours
+    assert count_parameters(ours)[0] == 79_674_391_296
+    older = {name: value for name, value in source.items() if not name.startswith("linear_")}
+    assert read_open_config(older).model == model
 
 
 def test_scope_of_the_balance_loss_of_deepseek():

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from configs import deepseek_v2, mixtral_8x7b
+from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
 from moe.planner import fit, memory_errors
@@ -67,6 +67,23 @@ def test_kept_projections_of_latent_attention_by_hand(tensor):
     attention = 60 * (128 * (192 + 128 + 128) / tensor + 1536 + 512 + 64)
     dense = 2 * 12288 / tensor  # of the first layer
     assert bytes_kept[0].activations - bytes_kept[1].activations == tokens * 2 * (attention + dense)
+
+
+def test_kept_projections_of_a_delta_net_by_hand():
+    """36 layers with 16 heads of queries and keys of 128, 32 of values and gates of 128; 12 of attention with 16 heads
+    of queries and gates of 256, 2 of keys and values; all split over two devices."""
+    sizes = {"data": 1, "fsdp": 4, "expert": 8, "tensor": 2}
+    config = from_config_dict(qwen3_next_80b_a3b.get_config())
+    kept = {
+        remat: fit.lower_bound(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)), sizes
+        ).activations
+        for remat in ("dots", "full", "attention")
+    }
+    tokens = config.train.batch_size * config.data.sequence_length // 32
+    projections = 36 * (2 * 16 + 2 * 32) * 128 / 2 + 12 * (2 * 16 + 2 * 2) * 256 / 2
+    assert kept["dots"] - kept["full"] == tokens * 2 * projections
+    assert kept["attention"] - kept["dots"] == tokens * 2 * (36 * 32 * 128 + 12 * 16 * 256) / 2
 
 
 def test_lower_bound_by_hand():

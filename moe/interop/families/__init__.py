@@ -22,7 +22,9 @@ from moe.interop.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
     qwen3_moe,
+    qwen3_next,
     switch_transformers,
     t5,
 )
@@ -31,7 +33,7 @@ from moe.interop.families import (
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
     for module in (
-        *(mistral, llama, qwen2, qwen3, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe),
+        *(mistral, llama, qwen2, qwen3, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, qwen3_next, qwen3_5_moe_text),
         *(deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, glm4_moe, dots1, minimax_m2, ernie4_5_moe, gpt_oss),
         *(flex_olmo, hunyuan_v1_moe, granitemoe, granitemoeshared, t5, switch_transformers),
     )
@@ -51,8 +53,6 @@ MISSING = {
     "minimax": "lightning attention layers",
     "nemotron_h": "Mamba layers",
     "phimoe": "LayerNorm with biases, a bias of the logits, SparseMixer's routing",
-    "qwen3_5_moe": "gated DeltaNet layers, gated attention, zero-centred norms",
-    "qwen3_next": "gated DeltaNet layers, gated attention, zero-centred norms",
 }
 
 __all__ = ["FAMILIES", "MISSING"]

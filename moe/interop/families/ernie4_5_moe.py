@@ -60,7 +60,7 @@ def write(model: ModelConfig) -> Json:
     }
 
 
-BIAS = {"moe.router.bias": Tensor("mlp.moe_statics.e_score_correction_bias", one_row=True)}
+BIAS = {"moe.router.bias": Tensor("mlp.moe_statics.e_score_correction_bias", axes=((), (0,)))}
 FAMILY = Family(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",

@@ -22,19 +22,25 @@ class Tensor:
     Attributes:
         name: what follows ``model.layers.N.``. ``{expert}`` stands for the number of an expert; without it, the
             parameters of all experts are one tensor with a leading axis E.
-        part: which of the ``parts`` equal shares of the tensor's outputs the parameter is.
-        parts: number of parameters that share the tensor.
-        interleaved: the outputs of the parts alternate, instead of one part following the other.
+        part: which of the shares of the tensor's outputs the parameter is.
+        parts: number of equal shares, one after the other.
+        turns: in place of ``parts``, the number of outputs of each share in turn; the turns repeat.
         inputs_first: matrices are [inputs, outputs] instead of [outputs, inputs].
-        one_row: a vector is stored as a matrix of one row.
+        axes: axes of the parameter that each axis of the tensor is made of; empty: [outputs, inputs] of a matrix, one
+            axis of a bias, else its own.
     """
 
     name: str
     part: int = 0
     parts: int = 1
-    interleaved: bool = False
+    turns: tuple[int, ...] = ()
     inputs_first: bool = False
-    one_row: bool = False
+    axes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether several parameters share the tensor."""
+        return self.parts > 1 or len(self.turns) > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Family:
         fused: tensors of the experts where all of a layer lie together, if they may lie in three for each expert.
         copies: tensors that a file may hold beside the one that they must equal.
         unread: tensors to ignore.
+        skipped: prefixes of tensors to ignore with a warning, and what they are.
+        inside: prefix of the tensors of a model of text that is part of another; they are read as ``model.``.
         aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
         ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
     """
@@ -77,6 +85,8 @@ class Family:
         default_factory=lambda: {OUTSIDE["unembedding.kernel"]: OUTSIDE["embedding.table"]}
     )
     unread: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inside: str = ""
     aliases: tuple[tuple[str, ...], ...] = ()
     ties_by_file: bool = False
 

@@ -55,11 +55,11 @@ def write(model: ModelConfig) -> Json:
 EXPERTS = {
     "moe.router.kernel": "mlp.router.weight",
     "moe.router.logit_bias": "mlp.router.bias",
-    "moe.experts.gate": Tensor("mlp.experts.gate_up_proj", 0, 2, interleaved=True, inputs_first=True),
-    "moe.experts.up": Tensor("mlp.experts.gate_up_proj", 1, 2, interleaved=True, inputs_first=True),
+    "moe.experts.gate": Tensor("mlp.experts.gate_up_proj", 0, turns=(1, 1), inputs_first=True),
+    "moe.experts.up": Tensor("mlp.experts.gate_up_proj", 1, turns=(1, 1), inputs_first=True),
     "moe.experts.down": Tensor("mlp.experts.down_proj", inputs_first=True),
-    "moe.experts.gate_bias": Tensor("mlp.experts.gate_up_proj_bias", 0, 2, interleaved=True),
-    "moe.experts.up_bias": Tensor("mlp.experts.gate_up_proj_bias", 1, 2, interleaved=True),
+    "moe.experts.gate_bias": Tensor("mlp.experts.gate_up_proj_bias", 0, turns=(1, 1)),
+    "moe.experts.up_bias": Tensor("mlp.experts.gate_up_proj_bias", 1, turns=(1, 1)),
     "moe.experts.down_bias": "mlp.experts.down_proj_bias",
 }
 TENSORS = ATTENTION | {"attention.sinks": "self_attn.sinks"} | EXPERTS

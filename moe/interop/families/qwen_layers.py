@@ -38,11 +38,13 @@ class QwenConfig(OpenConfig):
 
 def read_experts(source: QwenConfig) -> Json:
     """Changes of MoEConfig; a layer is MoE at every ``decoder_sparse_step`` unless ``mlp_only_layers`` lists it."""
+    if not source.num_experts:
+        return {"gate": "none"}
     num_layers, step = source.num_hidden_layers, source.decoder_sparse_step
     dense = source.mlp_only_layers or ()
     chosen = [n for n in range(num_layers) if n not in dense and (n + 1) % step == 0]
     moe = {"gate": read_gate(source), "num_experts": source.num_experts, "d_ff": source.moe_intermediate_size}
-    return moe | read_sparse_layers(chosen if source.num_experts else [], num_layers)
+    return moe | read_sparse_layers(chosen, num_layers)
 
 
 def write_experts(model: ModelConfig) -> Json:

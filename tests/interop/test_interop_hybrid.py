@@ -1,0 +1,104 @@
+"""Qwen3-Next and Qwen3.5-MoE: shares of tensors, multi-token prediction, a model of text inside one of images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moe.config import ConfigError, MeshConfig
+from moe.interop import export_checkpoint, import_checkpoint, load_huggingface
+from moe.interop.config_json import read_config
+from moe.parallel.mesh import make_mesh
+from tests.interop.test_interop import HERE, _tensors
+
+NEXT, TEXT = HERE / "qwen3_next", HERE / "qwen3_5_moe_text"
+
+
+def _equal(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_shares_of_a_tensor_by_hand():
+    """2 heads of keys of 4, and 2 heads of values of 6 for each: rows 4+4+12+12 of the first, then of the second."""
+    tensors = load_file(NEXT / "model.safetensors")
+    model, _ = load_huggingface(NEXT)
+    layer = model.segment_0.block_0.delta_net
+    rows = tensors["model.layers.0.linear_attn.in_proj_qkvz.weight"]
+    assert rows.shape == (64, 16)
+    np.testing.assert_array_equal(layer.query[0, :, 1].T, rows[32:36])
+    np.testing.assert_array_equal(layer.key[0, :, 0].T, rows[4:8])
+    np.testing.assert_array_equal(layer.value[0, :, 3].T, rows[32 + 8 + 6 : 32 + 8 + 12])
+    np.testing.assert_array_equal(layer.gate[0, :, 2].T, rows[32 + 20 : 32 + 26])
+    rates = tensors["model.layers.0.linear_attn.in_proj_ba.weight"]
+    np.testing.assert_array_equal(layer.beta[0].T, rates[[0, 1, 4, 5]])
+    np.testing.assert_array_equal(layer.decay[0].T, rates[[2, 3, 6, 7]])
+    taps = tensors["model.layers.0.linear_attn.conv1d.weight"]
+    assert taps.shape == (2 * 8 + 24, 1, 3)
+    np.testing.assert_array_equal(layer.key_conv[0, :, 1], taps[12:16, 0].T)
+    np.testing.assert_array_equal(layer.value_conv[0, :, 3], taps[16 + 18 :, 0].T)
+
+
+@pytest.mark.parametrize("path", [NEXT, TEXT], ids=lambda path: path.name)
+def test_each_device_reads_its_share(path):
+    """Heads over tensor, D over fsdp: turns of a tensor that a device reads in part."""
+    whole, _ = load_huggingface(path)
+    split, _ = load_huggingface(path, mesh=make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+    _equal(split, whole)
+    query = next(leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(split) if "value_conv" in str(keys))
+    assert query.sharding.shard_shape(query.shape)[2] == 2
+
+
+def test_multi_token_prediction_is_skipped(tmp_path, caplog):
+    tensors = load_file(NEXT / "model.safetensors") | {"mtp.fc.weight": np.zeros((16, 32), np.float32)}
+    shutil.copy(NEXT / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with caplog.at_level("WARNING"):
+        model, _ = load_huggingface(tmp_path)
+    assert "1 tensors of multi-token prediction are skipped" in caplog.text
+    _equal(model, load_huggingface(NEXT)[0])
+
+
+def test_the_model_of_text_inside_one_of_images(tmp_path, caplog):
+    """As published: names with a prefix, a vision model, and the fields under text_config. Exported as text alone."""
+    tensors = load_file(TEXT / "model.safetensors")
+    inside = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
+    source = json.loads((TEXT / "config.json").read_text())
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_file(inside | {"model.visual.patch.weight": np.zeros((2, 3), np.float32)}, folder / "model.safetensors")
+    content = {"model_type": "qwen3_5_moe", "tie_word_embeddings": True, "text_config": source, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(content))
+    with caplog.at_level("WARNING"):
+        model, config = load_huggingface(folder)
+    assert "1 tensors of the vision model are skipped" in caplog.text
+    _equal(model, load_huggingface(TEXT)[0])
+    assert config == load_huggingface(TEXT)[1]
+    import_checkpoint(folder, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert _tensors(tmp_path / "out") == _tensors(TEXT)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act.*must be silu"),
+        ({"layer_types": ["linear_attention"] * 2 + ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"linear_num_value_heads": 3}, "model.delta_net.value_heads=3: must be a multiple of key_heads=2"),
+        ({"head_dim": 6}, "model.rope_dim=3: must be even"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    source = json.loads((NEXT / "config.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        read_config(source | changes)
+
+
+def test_no_experts_make_a_dense_model():
+    source = json.loads((NEXT / "config.json").read_text())
+    assert read_config(source | {"num_experts": 0}).model.moe.gate is None
