@@ -83,7 +83,7 @@ def interval(values: list[float]) -> str:
     import scipy.stats
 
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.4f} ± {half:.4f}"
+    return f"{np.mean(values):.3g} ± {half:.2g}"
 
 
 def main() -> None:
