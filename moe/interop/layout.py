@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
-from moe.interop.families.family import PREDICTION_TENSORS, Family, Tensor
+from moe.interop.families.family import Family, Tensor
 from moe.models.factory import abstract_model
 from moe.models.stack import PREDICTION, stacked_layers
 from moe.parallel.parameters import flat_variables
@@ -188,12 +188,14 @@ def layout(model: ModelConfig, family: Family, *, fused: bool = False, names: Co
         own = family.tensors(model, stack) if callable(family.tensors) else family.tensors
         per_expert = "{expert}" in str(own.get("moe.experts.up"))
         tensors = {**own, **(family.fused if fused and per_expert else {})}
-        tensors |= PREDICTION_TENSORS if path[0] == PREDICTION else {}
+        tensors |= family.prediction if path[0] == PREDICTION else {}
         if name not in tensors:
             raise ConfigError(f"{family.architecture}: has no tensor for {name}")
         found = tensors[name]
         tensor = Tensor(found) if isinstance(found, str) else found
         block = family.block.replace("{stack}", stack)
+        if path[0] == PREDICTION and family.prediction_prefixes:
+            block = family.prediction_prefixes[name not in family.prediction]
         tensor = _as_named(tensor, block.format(layer=layers[0]), family.aliases, names)
         pieces = _pieces(tensor, block, layers, shape[1] if name.startswith("moe.experts.") else 0)
         parameters.append(Parameter(path, shape, pieces, tensor, inputs, name == "moe.router.bias"))

@@ -86,8 +86,11 @@ def open_folder(
     folder = TensorFolder(directory, read_quantization(source), dtype, rename)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
+    prefix = (family.prediction_prefixes or (family.block.format(layer=last),))[0]
+    found = f"{prefix}{family.prediction['prediction.project']}" in folder.names()
+    extra = int(found) if family.prediction_prefixes else extra
     if prediction:
-        if not extra or f"{family.block.format(layer=last)}eh_proj.weight" not in folder.names():
+        if not extra or not found:
             raise ConfigError(f"{directory}: holds no layer of multi-token prediction; import it without them")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, prediction_layers=extra))
         for layer in range(last, last + extra):
@@ -95,7 +98,7 @@ def open_folder(
             folder.drop_copies({block + copy: original for copy, original in PREDICTION_COPIES.items()})
     else:
         folder.skip_layers(range(last, last + extra))
-    folder.skip_parts(family.skipped)
+    folder.skip_parts({part: what for part, what in family.skipped.items() if not (prediction and part == prefix)})
     parameters = layout(config.model, family, fused=is_fused(folder.names()), names=folder.names())
     folder.check(parameters, family)
     return config, folder, parameters

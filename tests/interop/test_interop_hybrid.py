@@ -53,14 +53,28 @@ def test_each_device_reads_its_share(path):
     assert query.sharding.shard_shape(query.shape)[2] == 2
 
 
-def test_multi_token_prediction_is_skipped(tmp_path, caplog):
-    tensors = load_file(NEXT / "model.safetensors") | {"mtp.fc.weight": np.zeros((16, 32), np.float32)}
-    shutil.copy(NEXT / "config.json", tmp_path)
-    save_file(tensors, tmp_path / "model.safetensors")
+def test_multi_token_prediction_is_skipped_or_comes_in_and_goes_out(tmp_path, caplog):
+    """A layer of attention after two of gated DeltaNet and one of attention, in the names of Qwen's files."""
+    tensors = load_file(TEXT / "model.safetensors")
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.2.")}
+    extra = {name.replace("model.layers.2.", "mtp.layers.0."): tensor + 1 for name, tensor in last.items()}
+    draws = {"fc": (16, 32), "pre_fc_norm_hidden": (16,), "pre_fc_norm_embedding": (16,), "norm": (16,)}
+    extra |= {f"mtp.{name}.weight": np.full(shape, len(name), np.float32) for name, shape in draws.items()}
+    folder = tmp_path / "published"
+    folder.mkdir()
+    shutil.copy(TEXT / "config.json", folder)
+    save_file(tensors | extra, folder / "model.safetensors")
     with caplog.at_level("WARNING"):
-        model, _ = load_huggingface(tmp_path)
-    assert "1 tensors of multi-token prediction are skipped" in caplog.text
-    _equal(model, load_huggingface(NEXT)[0])
+        model, _ = load_huggingface(folder)
+    assert f"{len(extra)} tensors of multi-token prediction are skipped" in caplog.text
+    _equal(model, load_huggingface(TEXT)[0])
+    config = import_checkpoint(folder, tmp_path / "run", prediction=True)
+    assert config.model.prediction_layers == 1
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert _tensors(tmp_path / "out") == _tensors(folder)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    with pytest.raises(ConfigError, match="holds no layer of multi-token prediction"):
+        import_checkpoint(NEXT, tmp_path / "none", prediction=True)
 
 
 def test_the_model_of_text_inside_one_of_images(tmp_path, caplog):

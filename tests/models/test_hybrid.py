@@ -24,6 +24,7 @@ from moe.config import (
 )
 from moe.models import sampling, speculation
 from moe.models.adapters import initial_adapters
+from moe.models.factory import abstract_model
 from moe.models.stack import part_of, segments
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
@@ -151,6 +152,15 @@ def test_meshes_that_cannot_split_it():
         validate_mesh(wide, sizes)
     unused = dataclasses.replace(wide.model, delta_net=DeltaNetConfig(key_heads=1))
     validate_mesh(dataclasses.replace(config, model=unused), sizes)
+
+
+def test_a_layer_of_multi_token_prediction_has_the_mixer_of_the_last():
+    config = _hybrid(num_layers=3, prediction_layers=1)
+    graphdef, state = nnx.split(abstract_model(config))
+    variables, tokens = nnx.to_pure_dict(state), jax.ShapeDtypeStruct((2, 6), jnp.int32)
+    assert "delta_net" in variables["prediction"]["block"]
+    output = jax.eval_shape(lambda v, tokens: nnx.merge(graphdef, v)(tokens, train=True), variables, tokens)
+    assert [hidden.shape for hidden in output.further] == [(2, 6, 16)]
 
 
 def test_drafts_are_refused():

@@ -43,6 +43,15 @@ class Tensor:
         return self.parts > 1 or len(self.turns) > 1
 
 
+#: Multi-token prediction, under the numbers after the last layer's.
+PREDICTION_TENSORS = {
+    "prediction.hidden_norm.scale": "hnorm.weight",
+    "prediction.embedding_norm.scale": "enorm.weight",
+    "prediction.project": "eh_proj.weight",
+    "prediction.output_norm.scale": "shared_head.norm.weight",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture of open checkpoints.
@@ -64,6 +73,9 @@ class Family:
         copies: tensors that a file may hold beside the one that they must equal.
         unread: tensors to ignore.
         skipped: prefixes of tensors to ignore with a warning, and what they are.
+        prediction: parameter of multi-token prediction outside its block → its tensor, under the prefix of the block.
+        prediction_prefixes: of these tensors and of the block's, of the one layer that a file has, where it is not a
+            layer with a number.
         inside: prefix of the tensors of a model of text that is part of another; they are read as ``model.``.
         aliases: groups of prefixes of a block's tensors that mean the same; a file may have any of a group.
         ties_by_file: embeddings are tied where the file has no other output matrix, whatever ``config.json`` says.
@@ -86,6 +98,8 @@ class Family:
     )
     unread: tuple[str, ...] = ()
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prediction: Mapping[str, str] = dataclasses.field(default_factory=lambda: PREDICTION_TENSORS)
+    prediction_prefixes: tuple[str, ...] = ()
     inside: str = ""
     aliases: tuple[tuple[str, ...], ...] = ()
     ties_by_file: bool = False
@@ -125,14 +139,7 @@ FUSED_EXPERTS = {
     "moe.experts.up": Tensor("mlp.experts.gate_up_proj", part=1, parts=2),
     "moe.experts.down": Tensor("mlp.experts.down_proj"),
 }
-#: Multi-token prediction, under the numbers after the last layer's.
-PREDICTION_TENSORS = {
-    "prediction.hidden_norm.scale": "hnorm.weight",
-    "prediction.embedding_norm.scale": "enorm.weight",
-    "prediction.project": "eh_proj.weight",
-    "prediction.output_norm.scale": "shared_head.norm.weight",
-}
-#: Tensors beside them that published files hold, and what they are copies of.
+#: Tensors of multi-token prediction that published files hold too, and what they are copies of.
 PREDICTION_COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",

@@ -4,8 +4,16 @@ from moe.config import ModelConfig
 from moe.interop.families import qwen3_next
 from moe.interop.families.family import ATTENTION, EXPERTS, Family, Tensor
 from moe.interop.families.qwen2_moe import SHARED
-from moe.interop.families.qwen3_next_layers import DELTA_NET, Qwen3NextConfig, channels, convolutions, gated_queries
-from moe.interop.schema import Count, Json, Size
+from moe.interop.families.qwen3_next_layers import (
+    DELTA_NET,
+    PREDICTION,
+    PREDICTION_PREFIXES,
+    Qwen3NextConfig,
+    channels,
+    convolutions,
+    gated_queries,
+)
+from moe.interop.schema import Count, Json, OptionalCount, Size
 
 
 class Qwen35Config(Qwen3NextConfig):
@@ -13,6 +21,7 @@ class Qwen35Config(Qwen3NextConfig):
 
     intermediate_size: Size = 512  # not in these files: every layer is MoE
     num_experts_per_tok: Count = 8
+    num_nextn_predict_layers: OptionalCount = 0
 
 
 def read(source: Qwen35Config) -> tuple[Json, Json]:
@@ -49,5 +58,7 @@ FAMILY = Family(
     tensors,
     field_names={"intermediate_size": None},
     skipped={"mtp.": "multi-token prediction", "model.visual.": "the vision model"},
+    prediction=PREDICTION,
+    prediction_prefixes=PREDICTION_PREFIXES,
     inside="model.language_model.",
 )

@@ -1,14 +1,14 @@
 """Qwen3-Next: gated DeltaNet in most layers, gated attention in the others, zero-centred norms, shared expert."""
 
 from moe.config import DeltaNetConfig, ModelConfig, layer_kinds
+from moe.interop.families import qwen3_next_layers as parts
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, read_bias
 from moe.interop.families.qwen2_moe import SHARED
-from moe.interop.families.qwen3_next_layers import DELTA_NET, Qwen3NextConfig, convolutions, gated_queries
 from moe.interop.families.qwen_layers import read_experts, write_experts
 from moe.interop.schema import Json
 
 
-def read(source: Qwen3NextConfig) -> tuple[Json, Json]:
+def read(source: parts.Qwen3NextConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     head_dim = source.head_dim or source.hidden_size // source.num_attention_heads
     numbers, interval = range(source.num_hidden_layers), source.full_attention_interval
@@ -55,8 +55,8 @@ def tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]:
     d = model.delta_net
     shared = d.value_heads // d.key_heads
     wide, narrow = (d.key_dim, d.key_dim, *(shared * d.value_dim,) * 2), (shared, shared)
-    result: dict[str, str | Tensor] = {**ATTENTION, **DENSE, **EXPERTS, **SHARED, **DELTA_NET, **convolutions(model)}
-    result |= gated_queries(model)
+    result: dict[str, str | Tensor] = {**ATTENTION, **DENSE, **EXPERTS, **SHARED, **parts.DELTA_NET}
+    result |= parts.convolutions(model) | parts.gated_queries(model)
     for part, name in enumerate(("query", "key", "value", "gate")):
         result[f"delta_net.{name}"] = Tensor("linear_attn.in_proj_qkvz.weight", part, turns=wide)
     for part, name in enumerate(("beta", "decay")):
@@ -67,9 +67,11 @@ def tensors(model: ModelConfig, stack: str) -> dict[str, str | Tensor]:
 FAMILY = Family(
     "qwen3_next",
     "Qwen3NextForCausalLM",
-    Qwen3NextConfig,
+    parts.Qwen3NextConfig,
     read,
     write,
     tensors,
     skipped={"mtp.": "multi-token prediction"},
+    prediction=parts.PREDICTION,
+    prediction_prefixes=parts.PREDICTION_PREFIXES,
 )

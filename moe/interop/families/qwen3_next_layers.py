@@ -7,7 +7,7 @@ import pydantic
 from moe.config import ModelConfig
 from moe.interop.families.family import Tensor
 from moe.interop.families.qwen_layers import QwenConfig
-from moe.interop.schema import Context, Count, HiddenAct, Positive, Size
+from moe.interop.schema import Context, Count, HiddenAct, OptionalCount, Positive, Size
 
 
 def _is_silu(name: HiddenAct) -> HiddenAct:
@@ -37,8 +37,16 @@ class Qwen3NextConfig(QwenConfig):
     linear_key_head_dim: Count = 128
     linear_value_head_dim: Count = 128
     linear_conv_kernel_dim: Count = 4
+    num_nextn_predict_layers: OptionalCount = 0
 
 
+PREDICTION = {
+    "prediction.hidden_norm.scale": "pre_fc_norm_hidden.weight",
+    "prediction.embedding_norm.scale": "pre_fc_norm_embedding.weight",
+    "prediction.project": "fc.weight",
+    "prediction.output_norm.scale": "norm.weight",
+}
+PREDICTION_PREFIXES = ("mtp.", "mtp.layers.0.")
 DELTA_NET = {
     "delta_net.decay_bias": "linear_attn.dt_bias",
     "delta_net.log_decay_scale": "linear_attn.A_log",
