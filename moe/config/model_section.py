@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Literal, NamedTuple
 
 from moe.config.moe_section import DType, MoEConfig
@@ -95,11 +96,14 @@ class ModelConfig(Section, path=_MODEL):
     norm_eps: float = setting(1e-5, above=0)  # epsilon of RMSNorm
     zero_centred_norms: bool = False  # RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
     norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
-    embedding_scale: float = setting(1.0, above=0)  # factor of the embedded tokens (Granite: 12)
+    #: factor of the embedded tokens (Granite: 12)
+    embedding_scale: float = setting(1.0, above=0, follows="model.base_d_model")
     #: factor of what attention and FFN add to the residual stream (Granite: 0.22)
-    residual_scale: float = setting(1.0, above=0)
-    attention_scale: float = setting(0.0, least=0)  # factor of query·key (Granite: 1/H); 0: 1/sqrt(H)
-    logit_scale: float = setting(1.0, above=0)  # factor of the logits (Granite: 1/6)
+    residual_scale: float = setting(1.0, above=0, follows="model.base_num_layers")
+    #: factor of query·key (Granite: 1/H); 0: 1/sqrt(H)
+    attention_scale: float = setting(0.0, least=0, follows="model.base_head_dim")
+    #: factor of the logits (Granite: 1/6)
+    logit_scale: float = setting(1.0, above=0, follows="model.base_d_model")
     #: T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
     relative_buckets: int = setting(0, least=0)
     relative_max_distance: int = 128  # tokens, distance from which the last bucket holds
@@ -131,6 +135,12 @@ class ModelConfig(Section, path=_MODEL):
     dropout: float = setting(0.0, share=True)
     #: s; matrices are truncated normal, sigma = sqrt(s / fan_in) (Switch, section 2.4: 0.1)
     init_scale: float = setting(1.0, above=0, most=1e4)
+    #: D of a smaller model whose learning rate, weight decay and initial values serve this one (muP,
+    #: moe.training.rates); 0: no transfer from another width
+    base_d_model: int = setting(0, least=0, most=2**20)
+    base_num_layers: int = setting(0, least=0, most=10_000)  # its L (CompleteP); 0: no transfer from another depth
+    base_head_dim: int = setting(0, least=0, most=2**16)  # its H; 0: this model's, with more heads
+    base_expert_d_ff: int = setting(0, least=0, most=2**22)  # F of its experts; 0: in proportion to D
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     low_precision: LowPrecision = "none"  # of factors in experts and dense FFNs (moe.dispatch.quantized)
     scan_layers: bool = setting(True, resume="free")  # compile one block for all equal layers
@@ -142,6 +152,7 @@ class ModelConfig(Section, path=_MODEL):
         if self.moe.d_ff == 0:
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, d_ff=self.d_ff))
         super().__post_init__()
+        self._follow_base()
         self._check_stacks()
         self._check_attention()
         if self.kv_lora_rank:
@@ -150,6 +161,46 @@ class ModelConfig(Section, path=_MODEL):
         if self.moe.gate is not None:
             self._check_moe_layers()
             self._check_layer_gates()
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the sizes of a base model are set."""
+        return any((self.base_d_model, self.base_num_layers, self.base_head_dim, self.base_expert_d_ff))
+
+    @property
+    def width_growth(self) -> float:
+        """D over the base model's."""
+        return self.d_model / self.base_d_model if self.base_d_model else 1.0
+
+    @property
+    def depth_growth(self) -> float:
+        """L over the base model's."""
+        return self.num_layers / self.base_num_layers if self.base_num_layers else 1.0
+
+    @property
+    def expert_growth(self) -> float:
+        """F of an expert over that of the base model's; finer experts have a smaller one."""
+        return self.moe.d_ff / self.base_expert_d_ff if self.base_expert_d_ff else self.width_growth
+
+    def _follow_base(self) -> None:
+        """Fill in the factors that the sizes of the base model decide; see :mod:`moe.training.rates`."""
+        if not self.has_base:
+            return
+        none = {"encoder_layers": 0, "relative_buckets": 0, "scale_logits": False}
+        self._require_defaults("model.base_d_model, base_num_layers or base_head_dim", **none)
+        root, factors = self.width_growth**0.5, {}
+        if self.base_d_model:
+            factors |= {"embedding_scale": root, "logit_scale": 1 / root}
+        if self.base_num_layers:
+            factors["residual_scale"] = 1 / self.depth_growth
+        if self.base_head_dim:
+            factors["attention_scale"] = self.base_head_dim**0.5 / self.head_dim
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in factors.items():
+            given, default = getattr(self, name), defaults[name]
+            allowed = f"must be {value:g}, or {default:g} to be filled in, with the base sizes that are set"
+            self._require(name, given == default or math.isclose(given, value), allowed)
+            object.__setattr__(self, name, value)
 
     @property
     def expert_dim(self) -> int:

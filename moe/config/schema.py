@@ -53,6 +53,7 @@ class Config(Section):
         _check_objective(self.model, self.data)
         _check_steps(self)
         _check_lora(self)
+        _check_transfer(self)
         _check_reference(self)
         if self.data.objective == "policy":
             _check_policy(self)
@@ -126,6 +127,12 @@ def _check_policy(config: Config) -> None:
         gate = config.model.with_layer_gate(name).moe.gate
         allowed = f"must be False with {_MOE}gate={name!r}, which weighs only what it chooses"
         require(gate is not None and gate.reweighs, "policy.replay", True, allowed)
+
+
+def _check_transfer(config: Config) -> None:
+    """Check that the optimizer has rates for a model with the sizes of a base model."""
+    name, allowed = config.optimizer.name, "must be adamw or muon with model.base_d_model or model.base_num_layers"
+    require(name in ("adamw", "muon") or not config.model.has_base, "optimizer.name", name, allowed)
 
 
 def _check_lora(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from moe.config import ConfigError, OptimizerConfig
+from moe.config import ConfigError, ModelConfig, OptimizerConfig
 from moe.config.references import import_object
 from moe.fields import raised_as_errors
 from moe.models.stack import part_of
+from moe.training.rates import gains, is_matrix, matrix_axes, rates
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -75,13 +78,24 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
 Factory = Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, model: ModelConfig | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`.
+
+    Args:
+        config: settings.
+        num_steps: of the run.
+        model: whose parameters have rates of their own where it has the sizes of a base model; None: they have not.
 
     Raises:
         ConfigError: no such optimizer, or a function of the user's that makes none.
     """
-    optimizer = _named(config, learning_rate_schedule(config, num_steps))
+    schedule = learning_rate_schedule(config, num_steps)
+    if model is not None and model.has_base:
+        optimizer = _transferred(config, schedule, model)
+    else:
+        optimizer = _named(config, schedule)
     if config.moment_dtype != "float32":
         optimizer = _stored_in(jnp.dtype(config.moment_dtype), optimizer)
     if config.gradient_clip > 0:
@@ -108,6 +122,28 @@ def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> opt
         return updates, cast(state, jnp.float32, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def _transferred(config: OptimizerConfig, schedule: optax.Schedule, model: ModelConfig) -> optax.GradientTransformation:
+    """The optimizer with a factor on each parameter's update, and on its gradient, which divides epsilon.
+
+    Weight decay has no factor: muP multiplies it by what it divides the rate by (:mod:`moe.training.rates`).
+    """
+    optimizer = _named(dataclasses.replace(config, weight_decay=0.0), schedule)
+    decay = optax.chain(
+        optax.add_decayed_weights(config.weight_decay, decay_mask), optax.scale_by_learning_rate(schedule)
+    )
+
+    def times(tree: Any, factors: Any) -> Any:
+        return jax.tree.map(operator.mul, tree, factors)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moved, first = optimizer.update(times(updates, gains(model, updates)), state[0], params)
+        shrunk, second = decay.update(jax.tree.map(jnp.zeros_like, updates), state[1], params)
+        moved = times(moved, rates(model, config.name, updates))
+        return jax.tree.map(jnp.add, moved, shrunk), (first, second)
+
+    return optax.GradientTransformation(lambda params: (optimizer.init(params), decay.init(params)), update)
 
 
 class WeightAverage(NamedTuple):
@@ -206,11 +242,11 @@ def muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
     """
 
     def axes(parameters: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: _matrix_axes(path), parameters)
+        return jax.tree_util.tree_map_with_path(lambda path, _: matrix_axes(path), parameters)
 
     def labels(parameters: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "adamw" if _matrix_axes(path) is None else "muon", parameters
+            lambda path, _: "adamw" if matrix_axes(path) is None else "muon", parameters
         )
 
     matrices = optax.contrib.muon(
@@ -226,10 +262,7 @@ OPTIMIZERS: dict[str, Factory] = {"adamw": adamw, "adafactor": adafactor, "muon"
 def decay_mask(parameters: Any) -> Any:
     """True for matrices, False for norm scales, biases, the table of relative biases, and sinks."""
 
-    def decays(path: Any, _: Any) -> bool:
-        return not any(key.key.endswith(("scale", "bias", "sinks")) for key in path[-2:])
-
-    return jax.tree_util.tree_map_with_path(decays, parameters)
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), parameters)
 
 
 #: Types of arrays that a checkpoint keeps with their checksums.
@@ -287,20 +320,6 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
             kinds = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in (new, old)]
             if kinds[0] != kinds[1]:
                 raise ConfigError(f"{where}: the {name} that its update returns are {kinds[0]}, not {kinds[1]}")
-
-
-def _matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    """Input and output axes of a matrix by the last two names of its path; None if it is not one."""
-    owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
-    mixer = owner in ("attention", "delta_net")
-    if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
-    if mixer and name == "out":  # [N,H,D]
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,))
-    ffn = owner in ("dense", "experts", "latent") and name in ("gate", "up", "down")
-    if ffn or (mixer and name in ("query_down", "kv_down")):  # [D,F], [F,D]
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
-    return None
 
 
 def _is_frozen(config: OptimizerConfig, path: Any) -> bool:

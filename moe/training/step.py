@@ -150,7 +150,7 @@ def build(
         config,
         _graphdef(config.model, gate),
         _graphdef(teacher_model),
-        make_optimizer(config.optimizer, config.train.num_steps),
+        make_optimizer(config.optimizer, config.train.num_steps, None if config.lora.rank else config.model),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
         objective,
     )

@@ -1,0 +1,115 @@
+"""Factors of each parameter's learning rate and gradient in a model that takes over a smaller one's settings.
+
+With m the factor by which a matrix's fan-in has grown (D: width, F of an expert: its own), M that of D, L that of the
+depth, and σ = 1/sqrt(fan-in) as everywhere:
+
+======================================  =====================  =================  ==============================
+parameter                               rate, Adam             gradient           rate, Muon
+======================================  =====================  =================  ==============================
+matrices of attention, FFN, experts     1/m                    M L                f/f₀, f² = out/(in·max(in, out))
+router                                  1/m                    L                  Adam's
+embedding, unembedding                  1/sqrt(M)              sqrt(M)            Adam's
+norm scales, biases                     1                      M L                Adam's
+======================================  =====================  =================  ==============================
+
+Sources: muP (Yang et al. 2022, arXiv 2203.03466, table 8) and CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1,
+α = 1). A gradient times c is an ε divided by c. Weight decay is muP's λ·m times the rate η/m, so it has no factor.
+Where muP keeps σ while the width grows, in embedding and unembedding, their rates and two factors in the forward pass
+make the same model of it (Yang et al. 2022, lemma J.1): embeddings times sqrt(M), logits times 1/sqrt(M) instead of
+1/M. CompleteP multiplies what attention and FFN add by 1/L (:class:`moe.config.ModelConfig` fills these in).
+
+Experts are hidden matrices and E is a number of outputs, like V, as in muP for MoE (Małaśnicki et al. 2025, arXiv
+2508.09752): neither E nor K has a factor.
+
+An update of Muon here has an RMS of 0.2 whatever the shape, so its spectral norm is 0.2·sqrt(max(in, out)); features
+need sqrt(out/in) (Yang et al. 2023, arXiv 2310.17813, condition 1): hence f, relative to the base's shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from moe.config import ModelConfig
+from moe.models.stack import PREDICTION, part_of
+
+
+def rates(model: ModelConfig, optimizer: str, parameters: Any) -> Any:
+    """Factor of each parameter's learning rate.
+
+    Args:
+        model: with the sizes of its base model.
+        optimizer: ``adamw`` or ``muon``.
+        parameters: nested dict of arrays or shapes.
+    """
+
+    def rate(path: Any, leaf: Any) -> float:
+        names = [key.key for key in path]
+        if part_of(names) in ("embedding", "unembedding"):
+            return model.width_growth**-0.5
+        if not is_matrix(path) or names[-1] == "vectors" or names[-1].endswith("conv"):
+            return 1.0  # vectors of constant experts and convolutions over time: no input that grows
+        grown_in, grown_out = _growth(model, names)
+        axes = matrix_axes(path) if optimizer == "muon" else None
+        if axes is None:
+            return 1 / grown_in
+        size_in, size_out = (_size(leaf, own) for own in (axes.reduction_axis, axes.output_axis))
+        return _spectral(size_in, size_out) / _spectral(size_in / grown_in, size_out / grown_out)
+
+    return jax.tree_util.tree_map_with_path(rate, parameters)
+
+
+def gains(model: ModelConfig, parameters: Any) -> Any:
+    """Factor of each parameter's gradient."""
+    width, depth = model.width_growth, model.depth_growth
+
+    def gain(path: Any, _: Any) -> float:
+        names = [key.key for key in path]
+        part = part_of(names)
+        if part in ("embedding", "unembedding"):
+            return width**0.5
+        in_layers = names[0].startswith("segment_") or names[0] == PREDICTION
+        return (1.0 if part == "router" else width) * (depth if in_layers else 1.0)
+
+    return jax.tree_util.tree_map_with_path(gain, parameters)
+
+
+def _growth(model: ModelConfig, names: list[str]) -> tuple[float, float]:
+    """Input and output dimension of a matrix over those of the base model."""
+    width, part = model.width_growth, part_of(names)
+    if part == "experts":
+        grown = model.expert_growth
+        return (grown, width) if names[-1] == "down" else (width, grown)
+    few = part in ("router", "null") or names[-2:] == ["shared", "gate"]  # columns that do not grow
+    return width, 1.0 if few else width
+
+
+def _size(leaf: Any, axes: Any) -> float:
+    return float(np.prod([leaf.shape[axis] for axis in axes]))
+
+
+def _spectral(size_in: float, size_out: float) -> float:
+    """Spectral norm that features need over that of an update of RMS 1, up to a constant."""
+    return (size_out / (size_in * max(size_in, size_out))) ** 0.5
+
+
+def is_matrix(path: Any) -> bool:
+    """Whether a parameter is a matrix: no norm scale, bias, table of relative biases, or sink."""
+    return not any(key.key.endswith(("scale", "bias", "sinks")) for key in path[-2:])
+
+
+def matrix_axes(path: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Input and output axes of a matrix by the last two names of its path; None if Muon does not move it."""
+    owner, name = path[-2].key if len(path) > 1 else "", path[-1].key
+    mixer = owner in ("attention", "delta_net")
+    if mixer and name in ("query", "key", "value", "gate", "query_up", "kv_up"):  # [D,N,H]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3,), output_axis=(-2, -1))
+    if mixer and name == "out":  # [N,H,D]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,))
+    ffn = owner in ("dense", "experts", "latent") and name in ("gate", "up", "down")
+    if ffn or (mixer and name in ("query_down", "kv_down")):  # [D,F], [F,D]
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
+    return None
