@@ -51,12 +51,11 @@ def _inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     rows, columns = np.arange(size)[:, None], np.arange(size)
     identity = jnp.eye(size, dtype=lower.dtype)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    fixed = jax.lax.stop_gradient(lower)
-    inverse, side = jnp.broadcast_to(identity, lower.shape), 1
-    while side < size:
+    inverse = identity
+    for side in (2**power for power in range(size.bit_length() - 1)):
         joins = (rows // side == columns // side + 1) & (rows // side % 2 == 1)
-        inverse -= product(product(inverse, jnp.where(joins, fixed, 0)), inverse)
-        side *= 2
+        below = jnp.where(joins, jax.lax.stop_gradient(lower), 0)  # B of every block
+        inverse -= below if side == 1 else product(product(inverse, below), inverse)
     return inverse + product(inverse, identity - product(identity + lower, inverse))
 
 

@@ -165,6 +165,17 @@ def test_state_goes_on_from_prompts_of_unequal_length(layer, rng):
         np.testing.assert_allclose(heads[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_bfloat16_keeps_the_memory_in_float32(layer):
+    x, segment_ids = jax.ShapeDtypeStruct((2, 5, 12), jnp.bfloat16), jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    heads, state = jax.eval_shape(layer.prefill, x, segment_ids)
+    one = jax.ShapeDtypeStruct((2, 1, 12), jnp.bfloat16)
+    after, again = jax.eval_shape(layer.step, one, state)
+    assert heads.dtype == after.dtype == jax.eval_shape(layer.join, heads, x).dtype == jnp.bfloat16
+    assert {inputs.dtype for inputs in (*state.inputs, *again.inputs)} == {jnp.dtype(jnp.bfloat16)}
+    assert state.memory.dtype == again.memory.dtype == jnp.float32
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, state)
+
+
 def test_decay_starts_between_its_bounds(layer):
     steps = jax.nn.softplus(layer.decay_bias[...])
     assert np.all((steps > 0.99e-3) & (steps < 0.101))
