@@ -7,6 +7,9 @@ import pathlib
 
 from sphinx.application import Sphinx
 
+from moe.playground.packed import read
+from moe.playground.page import render
+
 DOCS = pathlib.Path(__file__).parent
 REPOSITORY = DOCS.parent
 
@@ -63,6 +66,14 @@ def escape_bars(app: object, what: str, name: str, item: object, options: object
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def write_playground(app: Sphinx, error: Exception | None) -> None:
+    """Make the page of docs/playground.npz beside the site's own."""
+    if error is None and app.builder.format == "html":
+        page = render(read(DOCS / "playground.npz"))
+        pathlib.Path(app.outdir, "play.html").write_text(page)
+
+
 def setup(app: Sphinx) -> None:
-    """Register the hook on docstrings."""
+    """Register the hooks."""
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("build-finished", write_playground)

@@ -114,6 +114,11 @@ class WorkdirFlags:
         return str(self._workdir.value)
 
     @property
+    def is_given(self) -> bool:
+        """Whether there is a workdir at all, for programs that need none."""
+        return self._workdir.value is not None
+
+    @property
     def step(self) -> int | None:
         """Step of the checkpoint; None: the newest."""
         return self._step.value

@@ -24,6 +24,7 @@ COMMANDS = {
     "conform": "conform",
     "diff": "diff",
     "surgery": "surgery",
+    "playground": "playground",
 }
 
 
@@ -44,6 +45,6 @@ def main() -> None:
 
 
 #: Entry points of the installed commands.
-train, evaluate, generate, import_, export, analyze, plan, ablate, conform, diff, surgery = (
+train, evaluate, generate, import_, export, analyze, plan, ablate, conform, diff, surgery, playground = (
     functools.partial(start, program) for program in COMMANDS.values()
 )

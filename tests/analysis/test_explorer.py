@@ -1,37 +1,18 @@
 """The routing explorer in a headless browser: layers, experts, tooltips, and speed with long texts."""
 
-import json
-import re
-import shutil
-import subprocess
-from urllib.parse import unquote
-
 import numpy as np
 import pytest
 
 from moe.analysis.explorer import explorer_page
 from moe.analysis.passages import Passage
+from tests.browser import needs_browser, run
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,900",
-    "--virtual-time-budget=20000",
-    "--dump-dom",
-]
 LAYERS, EXPERTS, STEPS = [1, 3, 5], 4, [50, 100]
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
-def write_page(path, tokens):
+def make_page(tokens):
     """A page of two passages: token i of the first one goes to the experts i mod 4 and i + 1 mod 4 in layer 1."""
     pieces = [[" the", "<b>", " fox", "\n"][i % 4] for i in range(tokens)]
     first = (np.arange(tokens) + np.arange(len(LAYERS))[:, None]) % EXPERTS
@@ -48,29 +29,11 @@ def write_page(path, tokens):
         "top_tokens": [[top, [], [], []] for _ in LAYERS],
         "load_over_training": {"steps": STEPS, "load": np.full((2, 3, EXPERTS), 0.25).tolist()},
     }
-    path.write_text(explorer_page(passages, summary, [0, 2], "Routing of <run>"))
-    return path
-
-
-def run(page, tmp_path, script):
-    """Run a script in the page; return the object that it gives."""
-    probe = (
-        "<script>let answer; try { answer = (() => {" + script + "})(); } catch (error) { answer = String(error); }"
-        "document.body.dataset.answer = encodeURIComponent(JSON.stringify(answer));</script></body>"
-    )
-    tested = tmp_path / "tested.html"
-    tested.write_text(page.read_text().replace("</body>", probe))
-    profile = tmp_path / "profile"
-    shutil.rmtree(profile, ignore_errors=True)
-    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", tested.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    answer = re.search(r'data-answer="([^"]*)"', done.stdout)
-    assert answer, done.stderr[-2000:]
-    return json.loads(unquote(answer[1]))
+    return explorer_page(passages, summary, [0, 2], "Routing of <run>")
 
 
 def test_layers_experts_and_tooltips(tmp_path):
-    page = write_page(tmp_path / "page.html", 100)
+    page = make_page(100)
     found = run(
         page,
         tmp_path,
@@ -132,7 +95,7 @@ def test_layers_experts_and_tooltips(tmp_path):
 
 def test_long_texts_stay_quick(tmp_path):
     """200,000 tokens: little more than what is in view gets elements, whatever is chosen."""
-    page = write_page(tmp_path / "page.html", 200_000)
+    page = make_page(200_000)
     found = run(
         page,
         tmp_path,

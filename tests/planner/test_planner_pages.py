@@ -5,11 +5,8 @@ import functools
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 import types
 from pathlib import Path
-from urllib.parse import unquote
 
 import jax
 import pytest
@@ -23,6 +20,7 @@ from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
+from tests.browser import needs_browser, run
 from tests.helpers import set_moe
 from tests.planner.test_planner_details import PROGRAM
 
@@ -124,7 +122,7 @@ def test_a_page_is_self_contained_and_holds_the_numbers(made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: apt-get install chromium")
+@needs_browser
 def test_pages_open_in_a_browser_as_wide_as_a_phone(made, tmp_path):
     plain, dearest = json.loads(json.dumps(made.to_json())), [row["seconds"] for row in made.items]
     other = json.loads(json.dumps(_plan(capacity_factor=2.0).to_json()))
@@ -146,13 +144,10 @@ def test_pages_open_in_a_browser_as_wide_as_a_phone(made, tmp_path):
 
 def _shown_in_a_browser(text, folder):
     """Contents of a page in a window of 500 pixels, the least that Chromium opens."""
-    probe = """<script>document.body.dataset.answer = encodeURIComponent(JSON.stringify({
+    script = """return {
         headings: [...document.querySelectorAll("h2")].map(each => each.textContent), text: document.body.innerText,
-        width: document.documentElement.scrollWidth, window: document.documentElement.clientWidth}))</script>"""
-    (folder / "page.html").write_text(text.replace("</body>", probe + "</body>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800", "--dump-dom"]
-    run = subprocess.run([*command, f"file://{folder}/page.html"], capture_output=True, text=True, check=True)
-    return json.loads(unquote(re.search(r'data-answer="([^"]*)"', run.stdout)[1]))
+        width: document.documentElement.scrollWidth, window: document.documentElement.clientWidth}"""
+    return run(text, folder, script, width=500)
 
 
 def test_differences_name_settings_and_add_up(made, tmp_path):

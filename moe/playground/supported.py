@@ -1,0 +1,67 @@
+"""What the page's JavaScript computes: models beyond it are refused, with the field that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe.config import ConfigError, ModelConfig
+from moe.routing.interface import Gate, Selecting
+
+#: Activations of model.js.
+_ACTIVATIONS = ("swiglu", "geglu", "reglu", "gelu", "relu")
+#: Fields of ModelConfig and the one value that model.js computes.
+_MODEL: dict[str, Any] = {
+    "encoder_layers": 0, "kv_lora_rank": 0, "relative_buckets": 0, "rope_dim": 0, "rope_interleaved": False,
+    "sliding_window": 0, "qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0,
+    "norms": "before", "zero_centred_norms": False, "gated_attention": False,
+    "prediction_layers": 0, "low_precision": "none",
+}  # fmt: skip
+#: The same, of MoEConfig.
+_MOE: dict[str, Any] = {
+    "layer_gates": (), "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
+    "shared_gate": False, "router_dtype": "float32", "drop_policy": "position", "overflow_to_next": False,
+}  # fmt: skip
+
+
+def check(model: ModelConfig) -> Selecting:
+    """The gate of a model that the page can run.
+
+    Raises:
+        ConfigError: model.js does not compute the model; the message names the first field.
+    """
+    gate: Gate | None = model.moe.gate
+    if not isinstance(gate, Selecting) or gate.kept_groups != gate.groups:
+        raise ConfigError(
+            f"model.moe.gate={model.moe.gate_name!r}: the page needs a gate that chooses the top k of all experts' "
+            "scores, such as mixtral"
+        )
+    for where, section, wanted in (
+        ("model.", model, _MODEL),
+        ("model.moe.", model.moe, _MOE),
+        ("model.rope_scaling.", model.rope_scaling, {"kind": "none"}),
+        ("model.delta_net.", model.delta_net, {"layers": ()}),
+    ):
+        for name, value in wanted.items():
+            if getattr(section, name) != value:
+                raise ConfigError(f"{where}{name}={getattr(section, name)!r}: the page computes {value!r} alone")
+    if model.activation not in _ACTIVATIONS:
+        allowed = ", ".join(_ACTIVATIONS)
+        raise ConfigError(f"model.activation={model.activation!r}: the page computes one of {allowed}")
+    return gate
+
+
+def rules(gate: Selecting) -> list[dict[str, Any]]:
+    """Routing rules of the page: the model's own, then those that its logits permit (:mod:`moe.routing.gates`)."""
+
+    def top_k(score: str, renormalise: bool, scale: float = 1.0, **more: Any) -> dict[str, Any]:
+        return {"kind": "topk", "score": score, "renormalise": renormalise, "scale": scale, **more}
+
+    return [
+        {"name": f"as trained: {gate.name}", **top_k(gate.score, gate.renormalise, gate.scale, own=True)},
+        {"name": "Mixtral: top-k, softmax of the k logits", **top_k("softmax", True)},
+        {"name": "Switch: top-k, softmax of all logits", **top_k("softmax", False)},
+        {"name": "DeepSeek-V3: top-k, sigmoids divided by their sum", **top_k("sigmoid", True)},
+        {"name": "expert choice: each expert takes its C best tokens", "kind": "choice"},
+        {"name": "dense mixture: every expert, by the softmax", "kind": "all"},
+        {"name": "hash of the token: no router", "kind": "hash"},
+    ]

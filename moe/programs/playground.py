@@ -1,0 +1,56 @@
+"""python scripts/playground.py --workdir=RUN --output=page.html: a page that runs a small MoE in the browser.
+
+The page needs no network and no server: its weights (int8) and its JavaScript are inside. --weights keeps what it is
+made of, about a third smaller; --packed makes the page of such a file instead of a run. Models that the JavaScript does
+not compute are refused. docs/playground.md shows the page.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from moe import cli
+
+_WORKDIR = cli.WorkdirFlags()
+_OUTPUT = cli.define_path("output", "HTML file to write.")
+_WEIGHTS = cli.define_path("weights", "An npz file to write too, from which the page can be made again.")
+_PACKED = cli.define_path("packed", "A file of --weights instead of a workdir.")
+_TITLE = flags.DEFINE_string("title", "A Mixture-of-Experts to play with", "Title of the page.")
+_TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain of the losses it states.", lower_bound=1)
+
+
+def main() -> None:
+    """Make the page."""
+    from moe.atomic_files import write_atomic
+    from moe.config import ConfigError
+    from moe.playground import packed as weights
+    from moe.playground.making import make
+    from moe.playground.page import render
+    from moe.training.open_run import open_workdir
+
+    if _WORKDIR.is_given == (_PACKED.value is not None):
+        raise ConfigError("give one of --workdir and --packed")
+    if _PACKED.value:
+        packed = weights.read(Path(_PACKED.value))
+    else:
+        opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
+        step = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
+        packed = make(opened, step, title=str(_TITLE.value), tokens=int(_TOKENS.value or 0))
+    page = render(packed)
+    if _WEIGHTS.value:
+        weights.write(Path(_WEIGHTS.value), packed)
+    write_atomic(Path(str(_OUTPUT.value)), page)
+    print(packed.header["about"])
+    print(f"{_OUTPUT.value}: {len(page.encode()) / 1e6:.1f} MB")
+
+
+def run() -> None:
+    """The program."""
+    cli.run(
+        main,
+        required=("output",),
+        examples=(
+            "python scripts/playground.py --workdir=/tmp/playground --output=playground.html",
+            "python scripts/playground.py --packed=docs/playground.npz --output=playground.html",
+        ),
+    )

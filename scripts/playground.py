@@ -1,0 +1,9 @@
+"""A page that runs a small MoE in the browser: python scripts/playground.py --workdir=RUN --output=page.html.
+
+The program is moe/programs/playground.py, which is the command moe-playground too.
+"""
+
+from moe.commands import start
+
+if __name__ == "__main__":
+    start("playground")
