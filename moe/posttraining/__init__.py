@@ -1,4 +1,7 @@
-"""Losses on answers instead of texts: preferences (DPO). The trainer takes them as the objective of a program."""
+"""Losses on answers instead of texts: preferences (DPO), and rewards of sampled answers (GRPO).
+
+The trainer takes them as the objective of a program.
+"""
 
 from moe.posttraining.programs import make_program
 

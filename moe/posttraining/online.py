@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
-from moe.checkpoints.workdir import CONFIG, write_run_files
-from moe.config import ConfigError, ModelConfig
+from moe.checkpoints.workdir import CONFIG, refuse_other_run, write_run_files
+from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
 from moe.metrics_files import METRICS, MetricsWriter
 from moe.models.rollouts import Rollout, Sampler, make_sampler
@@ -97,9 +97,7 @@ def make_groups(
     ]
 
 
-def train_online(
-    program: Program, workdir: str, task: Task, engine: Engine, rounds: Rounds, *, stop_after: int = 0
-) -> list[dict[str, Any]]:
+def train_online(program: Program, workdir: str, task: Task, engine: Engine, rounds: Rounds) -> list[dict[str, Any]]:
     """Train ``train.num_steps`` steps, or go on with the run in the workdir; under ``jax.set_mesh(program.mesh)``.
 
     Args:
@@ -108,13 +106,12 @@ def train_online(
         task: prompts and rewards.
         engine: samples the rollouts.
         rounds: sizes.
-        stop_after: end at a checkpoint after this many rounds of this call, as if interrupted; 0: never.
 
     Returns:
         The rows of this call.
 
     Raises:
-        ConfigError: sizes that do not divide.
+        ConfigError: sizes that do not divide, or a workdir of another config.
     """
     config, directory = program.config, epath.Path(workdir)
     count, batch_size = rounds.group_size, config.train.batch_size
@@ -123,6 +120,9 @@ def train_online(
             f"train.batch_size={batch_size} and train.num_steps={config.train.num_steps}: must be divisible by "
             f"group_size={count} and updates={rounds.updates}"
         )
+    new = not (directory / CONFIG).exists()
+    if not new:
+        refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
     directory.mkdir(parents=True, exist_ok=True)
     reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
     rows = []
@@ -132,7 +132,7 @@ def train_online(
         stack.callback(checkpoints.close)
         restored = checkpoints.resume(program.state, None, print)
         step, state = (0, program.init()) if restored is None else restored[:2]
-        write_run_files(config, {}, directory, new=not (directory / CONFIG).exists())
+        write_run_files(config, {}, directory, new=new)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config)))
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
             rng = np.random.default_rng((config.seed, number))
@@ -146,12 +146,9 @@ def train_online(
             reward = np.mean([one.reward for group in groups for one in group.completions])
             rows.append({"reward": float(reward)} | metrics)
             writer.write(step, "train", rows[-1])
-            last, stops = step == config.train.num_steps, len(rows) == stop_after
-            if (number + 1) % rounds.save_every == 0 or last or stops:
+            if (number + 1) % rounds.save_every == 0 or step == config.train.num_steps:
                 writer.sync()
                 checkpoints.save(step, state, None, {"rows": writer.rows[METRICS]}, None)
-            if stops:
-                break
     return rows
 
 
