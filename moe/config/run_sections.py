@@ -94,6 +94,7 @@ class MeshConfig(Section, path="mesh."):
     expert: int = setting(1, resume="free")  # splits rows, and experts over E
     tensor: int = setting(1, resume="free")  # splits heads and F
     context: int = setting(1, resume="free")  # splits the positions of a row
+    pipeline: int = setting(1, resume="free")  # splits layers into stages, through which microbatches pass
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +155,8 @@ class TrainConfig(Section, path="train."):
     num_steps: int = setting(320, least=1, resume="later")  # optimizer steps
     batch_size: int = setting(8, least=1, most=2**24)  # B, rows of T tokens per optimizer step, over all devices
     accumulation_steps: int = setting(1, least=1)  # microbatches per optimizer step; divides batch_size
+    #: times that a microbatch passes all stages of mesh.pipeline, each of which holds as many groups of layers
+    pipeline_rounds: int = setting(1, least=1, resume="free")
     log_every: int = setting(10, least=1, resume="free")  # steps between rows of metrics
     #: steps between evaluations on held-out text; the last step always evaluates
     eval_every: int = setting(80, least=1, resume="free")

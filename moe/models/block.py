@@ -26,6 +26,7 @@ from moe.routing.routing import Choices, Routing
 Record = tuple[LayerReport, Routing] | None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Inputs that all blocks of a stack share.

@@ -118,11 +118,24 @@ class Transformer(LanguageModel, Stack):
         x, layers, recorded = self.run(
             self.embed(rows.token_ids), rows, train=train, rng=rng, routing=routing, return_routing=return_routing
         )
+        return self.output(x, layers, rows, train=train, rng=rng, routing=recorded)
+
+    def output(
+        self,
+        x: Float[Array, "B T D"],
+        layers: LayerReport | None,
+        rows: Rows,
+        *,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+        routing: Routing | None = None,
+    ) -> Output:
+        """The result of a call whose layers gave this; arguments are those of :meth:`run` and what it returns."""
         hidden, further = self.scaled(x), ()
         if train and self.config.prediction_layers:
             further, more = predict(self.prediction, self.config, self.embed, x, rows, train=train, rng=rng)
             layers = join_reports(layers, more)
-        return Output(self.logits(hidden), hidden, layers, recorded, further=tuple(map(self.scaled, further)))
+        return Output(self.logits(hidden), hidden, layers, routing, further=tuple(map(self.scaled, further)))
 
 
 def join_reports(first: LayerReport | None, second: LayerReport | None) -> LayerReport | None:

@@ -23,7 +23,8 @@ from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.positions import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
 from moe.models.block import Block, Rows
-from moe.parallel.parameters import stacked
+from moe.parallel.mesh import axis_size
+from moe.parallel.parameters import stacked, take_layer
 from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
@@ -125,25 +126,48 @@ class Stack(nnx.Module):
         Returns:
             Final hidden states, and the reports and routing of the MoE layers, stacked.
         """
-        c = self.config
-        first = c.encoder_layers if self.name == "decoder" else 0  # layers of both stacks are numbered through
-        drop = Dropout(c.dropout, None)
-        if train and rng is not None:
-            drop = Dropout(c.dropout, jax.random.fold_in(rng, c.encoder_layers + c.num_layers + first))
-        bias = self.relative_bias.by_distance(x.shape[1]) if c.relative_buckets else None
-
-        def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
-            key = None if rng is None else jax.random.fold_in(rng, first + layer)
-            x, record = block(x, rows, bias, routing=replayed, train=train, rng=key)
-            return x, record if record is None or return_routing else (record[0], None)
-
+        c, drop = self.config, self.outer_dropout(train=train, rng=rng)
+        body = self.body(rows, train=train, rng=rng, return_routing=return_routing)
         states = split_moe_layers(self.kinds, routing)
         x, records = self.scan(body, drop.at(StackSite.EMBEDDING)(x), states, remat=c.remat, unroll=not c.scan_layers)
         layers, recorded = join_moe_layers(records) or (None, None)
         return drop.at(StackSite.OUTPUT)(self.final_norm(x)), layers, recorded
 
+    @property
+    def _first(self) -> int:
+        """Number of the first layer: those of an encoder and its decoder are numbered through."""
+        return self.config.encoder_layers if self.name == "decoder" else 0
+
+    def outer_dropout(self, *, train: bool, rng: PRNGKeyArray | None) -> Dropout:
+        """Dropout before the first and after the last layer."""
+        c, key = self.config, None
+        if train and rng is not None:
+            key = jax.random.fold_in(rng, c.encoder_layers + c.num_layers + self._first)
+        return Dropout(c.dropout, key)
+
+    def body(
+        self, rows: Rows, *, train: bool = False, rng: PRNGKeyArray | None = None, return_routing: bool = False
+    ) -> Body:
+        """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's state is its routing to replay,
+        then what it reports."""
+        bias = self.relative_bias.by_distance(rows.token_ids.shape[1]) if self.config.relative_buckets else None
+
+        def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
+            key = None if rng is None else jax.random.fold_in(rng, self._first + layer)
+            x, record = block(x, rows, bias, routing=replayed, train=train, rng=key)
+            return x, record if record is None or return_routing else (record[0], None)
+
+        return body
+
     def scan(
-        self, body: Body, x: Any, states: LayerStates | None = None, *, remat: str = "none", unroll: bool = False
+        self,
+        body: Body,
+        x: Any,
+        states: LayerStates | None = None,
+        *,
+        of: range | None = None,
+        remat: str = "none",
+        unroll: bool = False,
     ) -> tuple[Any, LayerStates]:
         """Run ``x, state = body(block, x, state, layer)`` over the layers, in order.
 
@@ -151,6 +175,7 @@ class Stack(nnx.Module):
             body: one layer; ``block`` holds that layer's parameters, ``layer`` is its number, traced.
             x: carried from layer to layer.
             states: an input for every layer, such as a cache; None: None for each.
+            of: the segments to run; None: all.
             remat: what the backward pass recomputes, a key of :data:`REMAT_POLICIES`.
             unroll: write the repeats out instead of looping over them.
 
@@ -159,27 +184,55 @@ class Stack(nnx.Module):
         """
         outputs, first = [], 0
         for i, (unit, repeats) in enumerate(segments(self.kinds)):
-            before = [None] * len(unit) if states is None else states[i]
-            graphdef, stacked = nnx.split(getattr(self, f"segment_{i}"))
-
-            def repeat(x: Any, inputs: tuple[Any, Array, Any], graphdef: Any = graphdef, first: int = first) -> Any:
-                variables, index, before = inputs
-                after = []
-                blocks = nnx.merge(graphdef, variables).blocks()
-                for j, (block, state) in enumerate(zip(blocks, before, strict=True)):
-                    x, state = body(block, x, state, first + index * len(blocks) + j)
-                    after.append(state)
-                return x, after
-
-            if remat != "none":
-                # Within a loop XLA cannot merge the recomputation with the forward pass; written out it would, and
-                # nothing would be saved.
-                repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-            inputs = (stacked, jnp.arange(repeats), before)
-            x, after = jax.lax.scan(repeat, x, inputs, unroll=repeats if unroll else 1)
-            outputs.append(after)
+            if of is None or i in of:
+                before = [None] * len(unit) if states is None else states[i]
+                segment = getattr(self, f"segment_{i}")
+                x, after = scan_segment(segment, body, x, before, first, remat=remat, unroll=unroll)
+                outputs.append(after)
             first += len(unit) * repeats
         return x, outputs
+
+
+def scan_segment(
+    segment: Segment,
+    body: Body,
+    x: Any,
+    states: list[Any],
+    first: Any,
+    *,
+    repeats: int | None = None,
+    take: Callable[[Any, Array], Any] | None = None,
+    remat: str,
+    unroll: bool,
+) -> tuple[Any, list[Any]]:
+    """:meth:`Stack.scan` over the repeats of one segment, whose first layer has this number.
+
+    Args:
+        repeats: number to run; None: all.
+        take: (all variables, repeat) → the repeat's variables, again in the backward pass; None: they are sliced.
+    """
+    graphdef, stacked = nnx.split(segment)
+    stored, stages = len(jax.tree.leaves(stacked)[0]), axis_size("pipeline")
+    repeats = repeats or stored
+    if take is None and stages > 1 and stored % stages == 0:
+        take = take_layer
+
+    def repeat(x: Any, inputs: tuple[Any, Array, Any]) -> Any:
+        variables, index, before = inputs
+        variables = variables if take is None else take(stacked, index)
+        after = []
+        blocks = nnx.merge(graphdef, variables).blocks()
+        for j, (block, state) in enumerate(zip(blocks, before, strict=True)):
+            x, state = body(block, x, state, first + index * len(blocks) + j)
+            after.append(state)
+        return x, after
+
+    if remat != "none":
+        # Within a loop XLA cannot merge the recomputation with the forward pass; written out it would, and nothing
+        # would be saved.
+        repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+    inputs = (stacked if take is None else None, jnp.arange(repeats), states)
+    return jax.lax.scan(repeat, x, inputs, unroll=repeats if unroll else 1)
 
 
 def part_of(names: Collection[str]) -> str:

@@ -1,8 +1,11 @@
 """Device mesh: axes by their roles, processes, and sharding constraints on the mesh in context.
 
-PartitionSpecs name five roles: data, fsdp, expert, tensor and context. In our meshes axes have these names. In another
-mesh, roles that no axis has are not split, axes that have no role are ignored, and :func:`mesh_roles` says which axis
-has which role where the names differ.
+PartitionSpecs name six roles: pipeline, data, fsdp, expert, tensor and context. In our meshes axes have these names.
+In another mesh, roles that no axis has are not split, axes that have no role are ignored, and :func:`mesh_roles` says
+which axis has which role where the names differ.
+
+Within a pipeline (moe.models.pipeline) the axis ``pipeline`` is Manual, and programs are traced as if the mesh did not
+have it: each stage is a mesh of its own. Elsewhere it shards rows.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from jax.sharding import PartitionSpec as P
 from moe.config import ConfigError, MeshConfig
 
 #: Roles of mesh axes. ROW_AXES shard rows; TOKEN_AXES shard tokens.
-AXES = ("data", "fsdp", "expert", "tensor", "context")
-ROW_AXES = ("data", "fsdp", "expert")
+AXES = ("pipeline", "data", "fsdp", "expert", "tensor", "context")
+ROW_AXES = ("pipeline", "data", "fsdp", "expert")
 TOKEN_AXES = (*ROW_AXES, "context")
+_ONLY_WHERE_SPLIT = ("pipeline", "context")  # axes that our meshes lack at size 1
 
 _NO_NAMES: Mapping[str, str] = types.MappingProxyType({})
 _names: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("mesh roles", default=_NO_NAMES)
@@ -55,10 +59,17 @@ def axis_of(role: str) -> str:
     return _names.get().get(role, role)
 
 
+def _sizes_in_context() -> dict[str, int]:
+    """Size of each axis of the mesh in context, without the axis of the pipeline that is being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    hidden = {axis_of("pipeline")} & {*mesh.manual_axes}
+    return {axis: size for axis, size in mesh.shape.items() if axis not in hidden}
+
+
 def axis_size(*roles: str) -> int:
     """Number of shards that the axes with these roles make in the mesh in context; 1 without such axes."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis_of(role), 1) for role in roles)
+    sizes = _sizes_in_context()
+    return math.prod(sizes.get(axis_of(role), 1) for role in roles)
 
 
 def on_mesh(spec: P, axis_names: tuple[str, ...] | None = None) -> P:
@@ -68,7 +79,7 @@ def on_mesh(spec: P, axis_names: tuple[str, ...] | None = None) -> P:
         spec: in roles.
         axis_names: of the mesh; None: of the mesh in context.
     """
-    present = jax.sharding.get_abstract_mesh().axis_names if axis_names is None else axis_names
+    present = _sizes_in_context() if axis_names is None else axis_names
 
     def entry(roles: Any) -> Any:
         if roles is None:
@@ -87,7 +98,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    axes = AXES if config.context != 1 else AXES[:-1]
+    axes = tuple(axis for axis in AXES if axis not in _ONLY_WHERE_SPLIT or getattr(config, axis) != 1)
     sizes = [getattr(config, axis) for axis in axes]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
@@ -97,15 +108,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{settings}: the sizes must multiply to the number of devices, {len(devices)}; "
             "set one of them to -1 to use all remaining devices"
         )
-    return Mesh(_arrange(sizes, devices), axes, axis_types=(AxisType.Auto,) * len(axes))
+    return Mesh(_arrange(axes, sizes, devices), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
-def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+def _arrange(axes: Sequence[str], sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Arrange devices so that neighbours on a mesh axis are neighbours on the network.
 
     Two mesh axes may share a torus axis, which 8 x 8 on a 4x4x4 torus needs. Between TPU slices there is only the
-    data-center network, so only ``data`` spans slices. GPUs are numbered host by host: the last axes stay inside a host
-    (where a GPU has a slice index, each host counts as a slice, and any axis may span them).
+    data-center network, so only the first axis, ``data`` or ``pipeline``, spans slices. GPUs are numbered host by host:
+    the last axes stay inside a host (where a GPU has a slice index, each host counts as a slice, and any axis may span
+    them).
     """
     if devices[0].platform == "gpu":
         return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
@@ -113,7 +125,7 @@ def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
-        raise ConfigError(f"mesh.data={sizes[0]}: must be a multiple of the number of TPU slices, {slices}")
+        raise ConfigError(f"mesh.{axes[0]}={sizes[0]}: must be a multiple of the number of TPU slices, {slices}")
     return mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(sizes) - 1)), devices, allow_split_physical_axes=True
     )

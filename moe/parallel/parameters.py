@@ -27,7 +27,7 @@ from moe.parallel import target
 from moe.parallel.mesh import AXES, axis_of, axis_size, constrain
 from moe.parallel.partition_specs import REPLICATED, STORED, shardings
 
-#: The leading axis of parameters of stacked layers, which is not split.
+#: The leading axis of parameters of stacked layers, split over ``pipeline`` if that divides their number.
 LAYERS = "layers"
 
 #: Prefix of the named scopes in which weights are gathered, by which the planner finds their exchanges in compiled
@@ -46,7 +46,7 @@ def parameter[V: nnx.Variable[Any]](value: Array, spec: P, *, kind: type[V] = nn
     """
     if spec and len(spec) != value.ndim:
         raise ValueError(f"{spec}: must have an entry for each axis of a parameter of shape {value.shape}")
-    return kind(value, spec=tuple(spec), inputs=inputs)
+    return kind(value, spec=tuple(spec) or (None,) * value.ndim, inputs=inputs)
 
 
 def matrix(
@@ -128,10 +128,11 @@ def parameter_specs(variables: nnx.State) -> dict[str, Any]:
         ValueError: a variable was made without one.
     """
 
-    specs = {}
+    specs, stages = {}, axis_size("pipeline")
     for path, variable in nnx.to_flat_state(variables):
         spec = fit(spec_of(variable, ".".join(map(str, path))), variable.shape)
-        specs[path] = P(*(None if axes == LAYERS else axes for axes in spec))
+        splits = stages > 1 and variable.ndim > 0 and variable.shape[0] % stages == 0
+        specs[path] = P(*(("pipeline" if splits else None) if axes == LAYERS else axes for axes in spec))
     return traverse_util.unflatten_dict(specs)
 
 
@@ -174,6 +175,23 @@ def parameter_shardings(mesh: Mesh | None, variables: nnx.State) -> dict[str, An
         return jax.tree.map(lambda _: device, nnx.to_pure_dict(variables))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return shardings(mesh, parameter_specs(variables))
+
+
+def take_layer(stacked: Any, index: Array) -> Any:
+    """One of the layers that arrays stack, from the devices of ``pipeline`` that store it; the layers are split over
+    this axis, and XLA would gather all of them."""
+    axis = axis_of("pipeline")
+
+    def take(stacked: Any, index: Array) -> Any:
+        def one(layers: Array) -> Array:
+            layer = lax.dynamic_index_in_dim(layers, index % len(layers), keepdims=False)
+            return lax.psum(jnp.where(lax.axis_index(axis) == index // len(layers), layer, 0), axis)
+
+        return jax.tree.map(one, stacked)
+
+    with jax.named_scope(f"{WEIGHTS_SCOPE}layer"):
+        spread = jax.shard_map(take, in_specs=(P(axis), P()), out_specs=P(), axis_names={axis}, check_vma=False)
+        return spread(stacked, index)
 
 
 def gather_for_matmul(weights: nnx.Variable[Array], dtype: Any) -> Array:

@@ -17,6 +17,7 @@ from moe.parallel.mesh import on_mesh
 BATCH = P(ROW_AXES, "context")  # [B,T,...]
 GROUPS = P(TOKEN_AXES)  # [G,...]
 MICROBATCHES = P(None, ROW_AXES, "context")  # [A,B/A,T]
+PIPELINED = P(None, "pipeline", ("data", "fsdp", "expert"), "context")  # [A/S,S,B/A,T]
 HEADS = P(ROW_AXES, "context", "tensor")  # [B,T,N,H]
 CACHE = P(None, ROW_AXES, None, "tensor")  # [R,B,W,M,H]
 SINKS = P("tensor")  # [N]
@@ -26,7 +27,7 @@ LOGITS = P(ROW_AXES, "context", "tensor")  # [B,T,V]
 CHUNK_LOGITS = P(TOKEN_AXES, None, "tensor")  # [G,P,V]
 PARTIAL_LOGITS_MATRIX = P(TOKEN_AXES, None, "tensor")  # [X,D,V], gradient summed over each of X shards of the tokens
 GROUPED_SLOTS = P(None, TOKEN_AXES)  # [E,G,C,D] before dispatch, sharded as tokens
-EXPERT_SLOTS = P("expert", ("data", "fsdp", "context"))  # [E,G,C,D] after dispatch, sharded as experts
+EXPERT_SLOTS = P("expert", ("pipeline", "data", "fsdp", "context"))  # [E,G,C,D] after dispatch, sharded as experts
 
 # Parameters; those of one module alone stand where it makes them.
 REPLICATED = P()

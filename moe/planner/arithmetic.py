@@ -63,7 +63,7 @@ def matmul_flops(jaxpr: Any) -> Flops:
         else:
             times = params["length"] if name == "scan" else 1
             if name == "shard_map":  # its shapes are one device's
-                times = math.prod(params["mesh"].shape.values())
+                times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             total += sum((matmul_flops(inner) for inner in _inner_jaxprs(params)), Flops()).times(times)
     return total
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     """
     model, moe, mesh = config.model, config.model.moe, config.mesh
     length = config.data.sequence_length
-    devices = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
+    devices = math.prod(dataclasses.asdict(mesh).values())
     inputs = config.data.input_length if model.encoder_layers else length
     tokens = config.train.batch_size * (length + inputs) / 2  # of a layer, on average over both stacks
     tokens_here = tokens / (devices / mesh.tensor)  # of one device
@@ -132,6 +133,7 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
     per_token *= 1 + _RECOMPUTED[model.remat] / 3
     arithmetic = per_token * tokens / (devices * chip.peak / chip.devices)
+    arithmetic *= 1 + (mesh.pipeline - 1) / (config.train.accumulation_steps * config.train.pipeline_rounds)
 
     def share(parts: int) -> float:
         return (parts - 1) / parts
@@ -192,8 +194,9 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
                 moe = dataclasses.replace(model.moe, dispatch=mode)
                 add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
         for expert in (1, 8, model.moe.num_experts):
-            if devices % (expert * mesh.data * mesh.tensor) == 0:
-                fsdp = devices // (expert * mesh.data * mesh.tensor)
+            others = expert * (devices // (mesh.fsdp * mesh.expert))
+            if devices % others == 0:
+                fsdp = devices // others
                 changed = dataclasses.replace(mesh, fsdp=fsdp, expert=expert)
                 add(f"mesh.fsdp={fsdp}, mesh.expert={expert}", mesh=changed)
 

@@ -16,6 +16,7 @@ from moe.planner.records import HOST, Collective, Program
 from moe.training.losses import LOSS_SCOPE
 
 WEIGHTS, UNNAMED, LOADS, ROUTED = "weights", "unnamed", "loads of experts", "tokens to experts, back"
+PASSED_ON = "microbatches to next stage"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,8 @@ def purpose(collective: Collective) -> str:
         return "gradients of weights"
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return ROUTED
+    if collective.kind == "collective-permute" and collective.axes == ("pipeline",):
+        return PASSED_ON
     if f"{LOAD_SCOPE}/" in source:
         return LOADS
     if f"({LOSS_SCOPE})" in source:

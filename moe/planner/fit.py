@@ -97,9 +97,10 @@ def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
     """Bytes of kept activations: those of every repeat, and one layer's experts in any case, while their gradients are
     computed."""
     model, moe = config.model, config.model.moe
-    rows = (
-        config.train.batch_size // config.train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-    )
+    train, stages = config.train, sizes.get("pipeline", 1)
+    rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    if stages > 1:  # every stage keeps its layers' activations of all microbatches
+        rows *= train.accumulation_steps // stages
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     # Numbers per token on one device: projections of attention and its heads, hidden activations, experts' outputs.
     dense = matmuls_into * model.d_ff / sizes["tensor"]

@@ -103,6 +103,10 @@ def _time(plan: Plan) -> list[str]:
         f"  the interval holds 80 %; it rests on {plan.interval_basis}",
         "  left out: stragglers, the host's work between steps, checkpoints, restarts",
     ]
+    if plan.bubble:
+        stages, idle = plan.mesh["pipeline"], plan.mesh["pipeline"] - 1
+        turns = f"of the {stages} stages has no microbatch in {idle} of its {round(idle / plan.bubble)} turns"
+        lines.append(f"  bubble        {100 * plan.bubble:9.1f} %   counted above: each {turns}")
     if plan.unknown_loops:
         lines.append(f"  {plan.unknown_loops} loops whose trip count could not be read count once: an underestimate")
     return lines

@@ -132,6 +132,12 @@ class Plan:
         )
 
     @property
+    def bubble(self) -> float:
+        """Share of its turns in which a stage of the pipeline has no microbatch (:mod:`moe.models.pipeline`)."""
+        idle, train = self.mesh.get("pipeline", 1) - 1, self.config["train"]
+        return idle / (train["accumulation_steps"] * train.get("pipeline_rounds", 1) + idle)
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs over the peak FLOPs of all chips in the predicted time."""
         return self.model_flops / (self.step_seconds * self.peak_flops)
@@ -201,6 +207,7 @@ class Plan:
             "step_interval",
             "counted_seconds",
             "exposed_seconds",
+            "bubble",
             "mfu",
             "bound",
             "tokens_per_second_per_chip",

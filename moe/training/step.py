@@ -17,12 +17,14 @@ from jax.typing import ArrayLike
 
 from moe.config import Config, ModelConfig
 from moe.layers.moe_layer import SelectionBias, replace_gate
+from moe.models import pipeline
 from moe.models.adapters import initial_adapters
+from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
 from moe.models.stack import selection_biases
 from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import constrain
+from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import (
     BalanceSums,
     LayerReport,
@@ -145,6 +147,7 @@ def build(
         objective: the training loss.
     """
     _probe_own_gates(config.model)
+    pipeline.check(config, mesh.shape)
     teacher_model, teacher_variables = teacher or (config.model, None)
     parts = _Parts(
         config,
@@ -259,22 +262,35 @@ def _gradients(
     """(loss, cross-entropy and terms, reports) and gradients of a batch, in ``accumulation_steps`` microbatches."""
     microbatches = parts.config.train.accumulation_steps
     count = parts.objective.count(batch)
-    value_and_grad = jax.value_and_grad(functools.partial(_loss, parts, state), has_aux=True)
+
+    def loss_of(parameters, microbatch, key, totals=None):
+        model = nnx.merge(parts.graphdef, dataclasses.replace(state, parameters=parameters).variables)
+        output = forward(model, microbatch, train=True, rng=_noise_key(parts, key))
+        teacher = None
+        if teacher_variables is not None:
+            taught_by = nnx.merge(parts.teacher_graphdef, teacher_variables)
+            teacher = taught_by, forward(taught_by, microbatch)
+        return _loss(parts, model, output, microbatch, count, teacher, totals)
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if microbatches == 1:
-        (loss, (shown, layers)), gradients = value_and_grad(
-            state.parameters, state.biases, batch, rng, count, teacher_variables, None
-        )
+        (loss, (shown, layers)), gradients = value_and_grad(state.parameters, batch, rng)
         return (loss, shown, layers), gradients
 
     def accumulate(sums, inputs):
         microbatch, index = inputs
-        key = jax.random.fold_in(rng, index)
-        result = value_and_grad(state.parameters, state.biases, microbatch, key, count, teacher_variables, totals)
+        result = value_and_grad(state.parameters, microbatch, jax.random.fold_in(rng, index), totals)
         (loss, ((nll, terms), layers)), gradients = result
         return jax.tree.map(jnp.add, sums, (loss, nll, gradients)), (terms, layers)
 
     # [B,T,...] → [B/A,A,T,...] → [A,B/A,T,...]: microbatch i takes every A-th row, so that each device keeps its rows.
     split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    if axis_size("pipeline") > 1:
+        loss = functools.partial(_loss, parts)
+        (loss, shown, layers), gradients = pipeline.gradients(
+            parts.config, parts.graphdef, loss, state, split, rng, count
+        )
+        return (loss, shown, layers if layers is None else mean_reports(layers)), gradients
     split = jax.tree.map(lambda x: constrain(x, partition_specs.MICROBATCHES), split)
     totals = _balance_totals(parts, state, split, rng) if parts.config.model.moe.losses.scope == "step" else None
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
@@ -304,25 +320,16 @@ def _balance_totals(parts: _Parts, state: TrainState, split: Batch, rng: Array) 
 
 def _loss(
     parts: _Parts,
-    state: TrainState,
-    parameters: dict[str, Any],
-    biases: dict[str, Any],
+    model: Model,
+    output: Output,
     batch: Batch,
-    rng: Array,
     count: Array,
-    teacher_variables: dict[str, Any] | None,
-    totals: BalanceSums | None,
+    teacher: tuple[Model, Output] | None = None,
+    totals: BalanceSums | None = None,
 ) -> tuple[Array, tuple[tuple[Array, dict[str, Array]], LayerReport | None]]:
     """A microbatch's share of the batch's loss, and (its shares of cross-entropy and terms, layer reports); with the
     totals of the step, its load-balancing loss is over the step."""
     config = parts.config
-    variables = dataclasses.replace(state, parameters=parameters, biases=biases).variables
-    model = nnx.merge(parts.graphdef, variables)
-    output = forward(model, batch, train=True, rng=_noise_key(parts, rng))
-    teacher = None
-    if teacher_variables is not None:
-        taught_by = nnx.merge(parts.teacher_graphdef, teacher_variables)
-        teacher = taught_by, forward(taught_by, batch)
     sums = parts.objective.sums(config, model, output, batch, teacher)
     loss, *shown = jax.tree.map(lambda x: x / jnp.maximum(count, 1), (sums.loss, sums.cross_entropy, sums.terms))
     layers, microbatches = output.layers, config.train.accumulation_steps

@@ -79,6 +79,15 @@ def test_every_time_has_an_interval(made):
     assert sum(made.basis.values()) == pytest.approx(made.compute_seconds)
 
 
+def test_a_plan_names_the_bubble_of_a_pipeline(made):
+    """4 stages, 8 microbatches in 2 rounds: 3 of 8·2 + 3 turns."""
+    train = made.config["train"] | {"accumulation_steps": 8, "pipeline_rounds": 2}
+    split = dataclasses.replace(made, mesh=made.mesh | {"pipeline": 4}, config=made.config | {"train": train})
+    assert (made.bubble, split.bubble) == (0, pytest.approx(3 / 19))
+    assert "15.8 %   counted above: each of the 4 stages has no microbatch in 3 of its 19 turns" in page.render(split)
+    assert "bubble" not in page.render(made)
+
+
 def test_scenarios_change_what_they_name(made):
     skewed = _plan(Scenario(skew=2.0))
     assert skewed.kernel_seconds > made.kernel_seconds

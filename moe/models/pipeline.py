@@ -1,0 +1,321 @@
+"""Pipeline parallelism: layers split into stages over the mesh axis ``pipeline``, through which microbatches pass.
+
+The equal layers that most of a model consists of (its longest segment) are pipelined. What comes before and after them
+belongs to no stage: there the devices of the axis share the microbatches. All of it is one ``shard_map`` that is manual
+over this axis alone. The layers inside are traced as on a mesh without the axis, with their kernels, exchanges and
+gathers as they are; under ``vmap`` over a stacked axis of stages (GSPMD 2021, section 3.3, praxis, MaxText) each of
+them would need a batched form.
+
+Microbatch m has its home on device m mod S of the axis. Blocks of S microbatches enter one after the other and pass the
+ring of S stages C times before the next block enters (MaxText's circular schedule): a step takes C·A + S - 1 turns for
+A microbatches, and a stage is idle in S - 1 of them, the bubble.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from moe.config import Config, ModelConfig
+from moe.config.model_section import layer_kinds
+from moe.fields import require
+from moe.layers.basic import StackSite
+from moe.models.block import Rows
+from moe.models.decoder import Output, Transformer
+from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
+from moe.models.state import TrainState
+from moe.parallel import partition_specs
+from moe.parallel.mesh import axis_of, axis_size, constrain
+from moe.routing.balancing import LayerReport
+
+#: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, layer reports))
+Loss = Callable[[Any, Output, dict[str, Array], Array], tuple[Array, tuple[Any, LayerReport | None]]]
+
+
+def pipelined_segment(config: ModelConfig) -> int:
+    """Index of the segment that is pipelined: the one with most layers."""
+    runs = segments(layer_kinds(config))
+    return max(range(len(runs)), key=lambda i: len(runs[i][0]) * runs[i][1])
+
+
+def check(config: Config, sizes: Mapping[str, int]) -> None:
+    """Check that a run can be split into stages.
+
+    Args:
+        config: of the run.
+        sizes: devices per axis (``mesh.shape``).
+
+    Raises:
+        ConfigError: it cannot; the message says what to change.
+    """
+    stages = sizes.get("pipeline", 1)
+    if stages == 1:
+        return
+    train, field = config.train, f"with mesh.pipeline={stages}"
+    unit, repeats = segments(layer_kinds(config.model))[pipelined_segment(config.model)]
+    groups = stages * train.pipeline_rounds
+    equal = f"{repeats} equal layers" if len(unit) == 1 else f"{repeats} equal groups of {len(unit)} layers"
+    allowed = f"its {equal} must be a multiple of mesh.pipeline x train.pipeline_rounds = {groups}"
+    require(repeats % groups == 0, "model.num_layers", config.model.num_layers, allowed)
+    divides = train.accumulation_steps % stages == 0
+    allowed = f"must be a multiple of mesh.pipeline={stages}, through whose stages microbatches pass"
+    require(divides, "train.accumulation_steps", train.accumulation_steps, allowed)
+    # XLA of JAX 0.12 fails to partition a lookup in an array whose rows are split, within a Manual axis.
+    for name, value, only in (
+        ("mesh.tensor", sizes.get("tensor", 1), 1),
+        ("model.encoder_layers", config.model.encoder_layers, 0),
+        ("distill.teacher", config.distill.teacher, ""),
+        ("lora.rank", config.lora.rank, 0),
+    ):
+        require(value == only, name, value, f"must be {only!r} {field}")
+    for name, value, refused in (
+        ("data.objective", config.data.objective, "policy"),
+        ("model.moe.losses.scope", config.model.moe.losses.scope, "step"),
+    ):
+        require(value != refused, name, value, f"must not be {refused!r} {field}")
+
+
+def _shift(tree: Any, by: int) -> Any:
+    """Send arrays from each device of the axis to the one ``by`` places further on the ring."""
+    size = lax.axis_size(axis_of("pipeline"))
+    pairs = [(i, (i + by) % size) for i in range(size)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis_of("pipeline"), pairs), tree)
+
+
+def _own_layers(segment: Segment, rounds: int) -> Segment:
+    """The segment with the layers that this stage runs, C groups one after the other.
+
+    Layers are stored in order, device p holding groups p·C ... p·C + C - 1; stage s runs groups s, s + S, s + 2·S ...
+    """
+    if rounds == 1:
+        return segment
+    stages = lax.axis_size(axis_of("pipeline"))
+
+    def regroup(x: Array) -> Array:
+        x, moved = x.reshape(rounds, -1, *x.shape[1:]), []
+        for to in range(rounds):
+            groups = [to * stages + stage for stage in range(stages)]
+            sent = [
+                lax.ppermute(x[i], axis_of("pipeline"), [(g // rounds, g % stages) for g in groups if g % rounds == i])
+                for i in range(rounds)
+            ]
+            moved.append(sum(sent[1:], sent[0]))  # a device that nothing is sent to has zeros
+        return jnp.concatenate(moved)
+
+    graphdef, variables = nnx.split(segment)
+    return nnx.merge(graphdef, jax.tree.map(regroup, variables))
+
+
+class Pipeline:
+    """A model's layers, within ``shard_map`` over the axis; K·S microbatches, of which each device holds K."""
+
+    def __init__(self, model: Transformer, rounds: int, rng: Array):
+        """Set up.
+
+        Args:
+            model: this device's parameters: of the pipelined segment its shard, of everything else the whole.
+            rounds: C, times that a microbatch passes all stages.
+            rng: key of the step.
+        """
+        self.model, self.rounds, self.rng = model, rounds, rng
+        self.index = pipelined_segment(model.config)
+        self.settings: dict[str, Any] = {"remat": model.config.remat, "unroll": not model.config.scan_layers}
+
+    def run(self, x: Array, rows: Rows, numbers: Array) -> tuple[Array, LayerStates]:
+        """All layers up to the last pipelined one.
+
+        Args:
+            x: embedded tokens of this device's microbatches, [K,b,T,D].
+            rows: of these microbatches, [K,b,T].
+            numbers: of these microbatches.
+
+        Returns:
+            Activations [K,b,T,D], and what the layers report, each leading with K.
+        """
+
+        def begin(_: None, inputs: tuple[Array, Rows, Array]) -> tuple[None, Any]:
+            x, rows, number = inputs
+            key = jax.random.fold_in(self.rng, number)
+            x = self.model.outer_dropout(train=True, rng=key).at(StackSite.EMBEDDING)(x)
+            body = self.model.body(rows, train=True, rng=key)
+            return None, self.model.scan(body, x, of=range(self.index), **self.settings)
+
+        _, (x, before) = lax.scan(begin, None, (x, rows, numbers))
+        x, pipelined = self._stages(x, rows)
+        return x, [*before, pipelined]
+
+    def finish(self, x: Array, states: LayerStates, rows: Rows, number: Array) -> Output:
+        """The remaining layers and the result of one microbatch; arguments are those that :meth:`run` takes and
+        returns, without their leading axis."""
+        model, key = self.model, jax.random.fold_in(self.rng, number)
+        body = model.body(rows, train=True, rng=key)
+        after = range(self.index + 1, len(segments(model.kinds)))
+        x, further = model.scan(body, x, of=after, **self.settings)
+        layers, _ = join_moe_layers([*states, *further]) or (None, None)
+        x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(x))
+        return model.output(x, layers, rows, train=True, rng=key)
+
+    def _stages(self, x: Array, rows: Rows) -> tuple[Array, list[Any]]:
+        """The pipelined segment: [K,b,T,D] → [K,b,T,D], and the reports of its layers."""
+        stages, rounds, blocks = lax.axis_size(axis_of("pipeline")), self.rounds, len(x)
+        stage = lax.axis_index(axis_of("pipeline"))
+        segment = _own_layers(getattr(self.model, f"segment_{self.index}"), rounds)
+        repeats = len(jax.tree.leaves(nnx.state(segment))[0]) // rounds  # of one group
+        first = sum(len(unit) * repeats for unit, repeats in segments(self.model.kinds)[: self.index])
+        turns = rounds * blocks * stages
+
+        def layers(current: tuple[Array, Rows], turn: Array) -> tuple[tuple[Array, Rows], list[Any]]:
+            """This stage's work of a turn, on the microbatch that has arrived; before its first and after its last
+            turn it computes what nobody reads."""
+            x, rows = current
+            work = jnp.clip(turn - stage, 0, turns - 1)
+            group = work // stages % rounds
+            key = jax.random.fold_in(self.rng, work // (rounds * stages) * stages + work % stages)
+
+            # Where a turn's weights depend on the turn, slices of them would be kept for the backward pass.
+            def take(variables: Any, repeat: Array) -> Any:
+                place = group * repeats + repeat
+                return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False), variables)
+
+            body = self.model.body(rows, train=True, rng=key)
+            number = first + (group * stages + stage) * repeats * segment.size
+            own = {"repeats": repeats, "take": None if rounds == 1 else take, **self.settings}
+            x, reports = scan_segment(segment, body, x, [None] * segment.size, number, **own)
+            return (x, rows), reports
+
+        def exchange(current: Any, waiting: Any, turn: Array | int) -> tuple[Any, Any]:
+            """Swap, on the first stage, a microbatch that has passed all layers for one that has not.
+
+            Turning the waiting ones on by a place each turn brings each to the first stage when its turn is, and those
+            that are done home.
+            """
+            block = turn // (rounds * stages)
+            swaps = (stage == 0) & (turn % (rounds * stages) < stages)
+            slot = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False), waiting)
+            current, slot = (
+                jax.tree.map(functools.partial(jnp.where, swaps), a, b) for a, b in ((slot, current), (current, slot))
+            )
+            slot = _shift(slot, -1)
+            return current, jax.tree.map(
+                lambda x, new: lax.dynamic_update_index_in_dim(x, new, block, 0), waiting, slot
+            )
+
+        def turn(carry: Any, number: Array) -> tuple[Any, list[Any]]:
+            current, waiting = exchange(carry[0], carry[1], number)
+            current, reports = layers(current, number)
+            return (_shift(current, 1), waiting), reports
+
+        # One more block, in which the last microbatches come home.
+        waiting = jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), (x, rows))
+        empty = jax.tree.map(lambda x: jnp.zeros_like(x[0]), (x, rows))
+        carry, reports = lax.scan(turn, (empty, waiting), jnp.arange(turns + stages - 1))
+        _, (x, _) = exchange(carry[0], carry[1], turns + stages - 1)
+        return x[1:], jax.tree.map(functools.partial(self._home, stage, blocks), reports)
+
+    def _home(self, stage: Array, blocks: int, report: Array) -> Array:
+        """[turns,n,...] of this stage's layers → [K,R,...] of all R repeats, of this device's microbatches."""
+        stages = lax.axis_size(axis_of("pipeline"))
+        report = lax.dynamic_slice_in_dim(report, stage, self.rounds * blocks * stages)
+        report = report.reshape(blocks, self.rounds, stages, *report.shape[1:])  # [K,C,S,n,...]
+        # Microbatches are exchanged for stages: [K,C,S,n,...]
+        report = lax.all_to_all(report, axis_of("pipeline"), 2, 2, tiled=True)
+        return report.reshape(blocks, -1, *report.shape[4:])
+
+
+def gradients(
+    config: Config,
+    graphdef: nnx.GraphDef[Any],
+    loss: Loss,
+    state: TrainState,
+    batch: dict[str, Array],
+    rng: Array,
+    count: Array,
+) -> tuple[tuple[Array, Any, LayerReport | None], Any]:
+    """(loss, numbers, layer reports [A,L]) and gradients of microbatches [A,b,T], as without a pipeline.
+
+    Args:
+        config: of the run.
+        graphdef: of its model.
+        loss: see :data:`Loss`.
+        state: of the run.
+        batch: its microbatches.
+        rng: key of the step; microbatch m has ``fold_in(rng, m)``.
+        count: number of targets in all microbatches.
+    """
+    axis, stages = axis_of("pipeline"), axis_size("pipeline")
+    segment = f"segment_{pipelined_segment(config.model)}"
+    state = dataclasses.replace(state, optimizer=None)
+
+    def embed(table: Any) -> Array:
+        """[K,S,b,T] → [S,b,K,T] → [S·b·K,T], in which rows are split as outside of pipelines, and back."""
+        variables = dataclasses.replace(state, parameters=state.parameters | {"embedding": table}).variables
+        token_ids = jnp.moveaxis(batch["tokens"], 0, 2)
+        x = nnx.merge(graphdef, variables).embed(token_ids.reshape(-1, token_ids.shape[-1]))
+        x = jnp.moveaxis(x.reshape(*token_ids.shape, -1), 2, 0)
+        return constrain(x, partition_specs.PIPELINED)
+
+    def local(state: TrainState, x: Array, batch: dict[str, Array], rng: Array, count: Array) -> Any:
+        """One device of the axis: the loss, its layers' gradients, and those of the embedded tokens x."""
+        x, batch = jax.tree.map(lambda values: jnp.squeeze(values, 1), (x, batch))  # [K,1,b,T]
+        numbers = jnp.arange(len(batch["tokens"])) * stages + lax.axis_index(axis)
+        rows = Rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get("prefix"))
+        inside = {segment: state.parameters[segment]}
+        outside = {name: tree for name, tree in state.parameters.items() if name != segment}
+
+        def pipeline(outside: Any, inside: Any) -> Pipeline:
+            variables = dataclasses.replace(state, parameters=outside | inside).variables
+            return Pipeline(nnx.merge(graphdef, variables), config.train.pipeline_rounds, rng)
+
+        def finish(outside: Any, x: Array, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
+            rows, microbatch, number = inputs
+            end = pipeline(outside, inside)
+            return loss(end.model, end.finish(x, reports, rows, number), microbatch, count)
+
+        def accumulate(sums: Any, inputs: tuple[Any, ...]) -> Any:
+            x, reports, *others = inputs
+            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(outside, x, reports, tuple(others))
+            (share, (numbers, layers)), (gradient, *cotangents) = of_microbatch
+            return jax.tree.map(jnp.add, sums, (share, gradient)), (numbers, layers, cotangents)
+
+        def run(outside: Any, inside: Any, x: Array) -> tuple[Array, LayerStates]:
+            return pipeline(outside, inside).run(x, rows, numbers)
+
+        (x, reports), back = jax.vjp(run, outside, inside, x)
+        # What follows the last stage is differentiated microbatch by microbatch, so that none of it is kept.
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, outside)
+        inputs = x, reports, rows, batch, numbers
+        (share, gradient), (shown, layers, cotangents) = lax.scan(accumulate, zeros, inputs)
+        before, of_layers, of_x = back(tuple(cotangents))
+        shown = jax.tree.map(lambda values: jnp.sum(values, axis=0), shown)
+        sums = lax.psum((share, shown, jax.tree.map(jnp.add, gradient, before)), axis)
+        return *sums, of_layers, *jax.tree.map(lambda values: values[:, None], (of_x, layers))
+
+    def spec(path: tuple[Any, ...], _: Any) -> P:
+        return P(axis) if jax.tree_util.DictKey(segment) in path else P()
+
+    # [A,b,T] → [K,S,b,T]
+    batch = {name: values.reshape(-1, stages, *values.shape[1:]) for name, values in batch.items()}
+    batch = {name: constrain(values, partition_specs.PIPELINED) for name, values in batch.items()}
+    blocks = P(None, axis)
+    spread = jax.shard_map(
+        local,
+        in_specs=(jax.tree_util.tree_map_with_path(spec, state), blocks, blocks, P(), P()),
+        out_specs=(P(), P(), P(), P(axis), blocks, blocks),
+        axis_names={axis},
+        check_vma=False,
+    )
+    # The table is looked up outside: within, XLA would send the gradient of every token to every device of a stage.
+    x, back = jax.vjp(embed, state.parameters["embedding"])
+    share, shown, outside, inside, of_x, layers = spread(state, x, batch, rng, count)
+    outside["embedding"] = jax.tree.map(jnp.add, outside["embedding"], *back(of_x))
+    # [K,S,L,...] → [A,L,...]
+    layers = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), layers)
+    return (share, shown, layers), outside | inside
