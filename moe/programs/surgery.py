@@ -124,7 +124,7 @@ def _plans(folders: tuple[str, str]) -> str:
         ]
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ConfigError(f"--topology={_TOPOLOGY.value}: {done.stderr.strip().splitlines()[-1]}")
+            raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
         made = json.loads(done.stdout)
         low, high = (1e3 * seconds for seconds in made["step_interval"])
         step = f"{1e3 * made['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
