@@ -13,7 +13,15 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from moe.config import ConfigError, MeshConfig, PolicyConfig
+from moe.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    TrainConfig,
+)
 from moe.data import folders, pipeline, policy, rollouts
 from moe.data.recorded import Engine
 from moe.data.tokenizer_files import find_tokenizer
@@ -196,6 +204,32 @@ def test_gradients_are_those_of_a_loop_over_tokens(rng, mean):
     np.testing.assert_allclose(gradient, slope, atol=1e-6)
     terms = token_terms(settings, *(jnp.asarray(x) for x in (old + 0.5, old, advantages)), None)
     assert 0 < terms["clipped"].sum() < 9
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_replays_as_one_device():
+    """Two steps in two microbatches, rows and parameters over fsdp and experts over expert."""
+    sizes = {"num_experts": 6, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
+    found = []
+    for sizes_of_mesh, devices in ((MeshConfig(), ONE), (MeshConfig(data=1, fsdp=4, expert=2), jax.devices())):
+        config = Config(
+            model=tiny_model(num_layers=3, gate="mixtral", **sizes),
+            data=DataConfig(sequence_length=16, objective="policy"),
+            train=TrainConfig(batch_size=16, num_steps=9, accumulation_steps=2),
+            mesh=sizes_of_mesh,
+            optimizer=OptimizerConfig(warmup_steps=1),
+            policy=PolicyConfig(mean="completions"),
+        )
+        mesh, rng = make_mesh(config.mesh, devices), np.random.default_rng(0)
+        reader = policy.Reader(config.model, config.policy, 16)
+        parts = [one for _ in range(6) for one in reader.examples(rollouts.document(group(rng)))][:16]
+        with jax.set_mesh(mesh):
+            program = make_program(config, mesh)
+            state, batch = program.init(), place(policy.batch(parts, 16, pad_id=0), mesh)
+            for _ in range(2):
+                state, metrics = program.train_step(state, batch)
+                found.append((metrics.loss, metrics.gradient_norm, *metrics.terms.values()))
+    np.testing.assert_allclose(found[:2], found[2:], rtol=1e-5)
 
 
 # --- Files and runs --------------------------------------------------------------------------------------------------
