@@ -128,8 +128,8 @@ def _plans(folders: tuple[str, str]) -> str:
         made = json.loads(done.stdout)
         low, high = (1e3 * seconds for seconds in made["step_interval"])
         step = f"{1e3 * made['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
-        table.append((name, f"{made['memory_total'] / 2**30:.2f}", step))
-    return markdown_table((str(_TOPOLOGY.value), "memory per chip, GiB", "train step, ms"), table)
+        table.append((name, f"{made['memory_total'] / 2**20:,.1f}", step))
+    return markdown_table((str(_TOPOLOGY.value), "memory per chip, MiB", "train step, ms"), table)
 
 
 def _table(first: Any, second: Any, rows: Any) -> str:
