@@ -18,9 +18,9 @@ Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "
 #: (GRPO), or completions, of sums over tokens divided by a constant (Dr. GRPO).
 PolicyMean = Literal["tokens", "completions", "constant"]
 
-#: Largest number of tokens in the shuffle buffers (about 1 GiB), and in one domain's held-out rows; both are kept in
+#: Largest number of tokens in the shuffle buffers (about 4 GiB), and in one domain's held-out rows; both are kept in
 #: memory.
-_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**26, 2**24
+_MAX_BUFFERED_TOKENS, _MAX_HELDOUT_TOKENS = 2**28, 2**24
 
 #: Default of data.domains for the embedded corpus.
 EMBEDDED_DOMAINS = ("literature", "python")

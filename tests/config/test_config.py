@@ -92,7 +92,7 @@ def changed(**overrides):
         ({"model__moe__shared_d_ff": 2**31 - 1}, "model.moe.shared_d_ff=2147483647: must be at most"),
         ({"train__batch_size": 2**23}, "train.batch_size * data.sequence_length=2147483648: must be at most"),
         ({"train__sample_tokens": 10**6}, "train.sample_tokens=1000000: must be at most 10000"),
-        ({"data__shuffle_window": 2**31 - 1}, "data.shuffle_window=2147483647: must be at most 262144"),
+        ({"data__shuffle_window": 2**31 - 1}, "data.shuffle_window=2147483647: must be at most 1048576"),
         ({"data__heldout_rows": 10**6}, "data.heldout_rows=1000000: must be at most 65536"),
         ({"data__domains": tuple(str(n) for n in range(70_000))}, "data.domains: has 70000 entries; must have at most"),
         ({"data__domains": ("\ud800",)}, "must be valid UTF-8 without the character NUL"),
