@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from moe.analysis import surgery
-from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from moe.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from moe.data.tokenizer import train_tokenizer
 from moe.dispatch.buffers import layer_capacity, make_plan
 from moe.layers.moe_layer import SelectionBias
@@ -351,3 +351,22 @@ def test_a_page_of_too_many_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(page, "LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"the page would have 0\.\d MB; 0 MB is the most"):
         page.render(pack(tiny_model(dispatch="dropless")))
+
+
+#: Fields that the page reads under another name, that a checked field switches off, or that no forward pass reads.
+READ_OTHERWISE = {
+    "num_layers", "d_ff", "rope_scaling", "delta_net", "tie_embeddings", "scale_logits", "logit_scale", "moe",
+    "encoder_vocab_size", "relative_max_distance", "q_lora_rank", "value_dim", "sliding_window_layers", "attention",
+    "prediction_weight", "dropout", "init_scale", "dtype", "scan_layers", "remat",
+}  # fmt: skip
+MOE_READ_OTHERWISE = {
+    "gate", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size", "dispatch",
+    "capacity", "losses", "route_padding", "jitter", "expert_dropout", "accept_future_leak",
+}  # fmt: skip
+
+
+def test_every_setting_of_a_model_is_computed_or_refused():
+    """A new field must be computed by model.js, refused by supported.py, or listed here."""
+    fields = {field.name for field in dataclasses.fields(ModelConfig) if not field.name.startswith("base_")}
+    assert fields == {*supported._MODEL, *page._FIELDS, *READ_OTHERWISE}
+    assert {field.name for field in dataclasses.fields(MoEConfig)} == {*supported._MOE, *MOE_READ_OTHERWISE}
