@@ -61,9 +61,13 @@ def axis_of(role: str) -> str:
 
 def _sizes_in_context() -> dict[str, int]:
     """Size of each axis of the mesh in context, without the axis of the pipeline that is being traced."""
-    mesh = jax.sharding.get_abstract_mesh()
-    hidden = {axis_of("pipeline")} & {*mesh.manual_axes}
-    return {axis: size for axis, size in mesh.shape.items() if axis not in hidden}
+    hidden = axis_of("pipeline") if in_pipeline() else None
+    return {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if axis != hidden}
+
+
+def in_pipeline() -> bool:
+    """Whether the program that is traced is a stage of a pipeline."""
+    return axis_of("pipeline") in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def axis_size(*roles: str) -> int:

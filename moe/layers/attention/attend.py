@@ -25,7 +25,7 @@ from moe.layers.attention.scoring import ADDED, Scoring, append_sink, sees
 from moe.layers.attention.tpu import runs_splash, splash_attention
 from moe.layers.basic import Dropout
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_of, axis_size, on_mesh
+from moe.parallel.mesh import axis_of, axis_size, in_pipeline, on_mesh
 from moe.parallel.partition_specs import ATTENTION
 
 
@@ -217,6 +217,8 @@ def attend(
         if scoring.bias is not None or scoring.prefix is not None or scoring.drop.active:
             raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
         heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
+    elif kind == "blocked" and scoring.is_plain and in_pipeline():  # XLA cannot partition cuDNN's kernel there
+        heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
     elif kind == "full" and scoring.is_plain and target.is_cpu():
         factor = scoring.factor(query.shape[-1])
         heads = causal_attention(query, key, value, segment_ids, scoring.sinks, scoring.window, factor)
@@ -229,14 +231,17 @@ def attend(
 def _attend_split(
     query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, scoring: Scoring
 ) -> Float[Array, "B T N V"]:
-    """Attention of rows split over ``context``: each device gathers keys and values of the row for its queries."""
-    axis = axis_of("context")
+    """Attention by each device for its own rows and heads; of rows split over ``context``, it gathers keys and values
+    for its queries."""
+    axis, split = axis_of("context"), axis_size("context") > 1
 
     def local(query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, sinks: Array | None):
-        key, value, key_segment_ids = (
-            jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
-        )
-        first = jax.lax.axis_index(axis) * query.shape[1]
+        first = 0
+        if split:
+            key, value, key_segment_ids = (
+                jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
+            )
+            first = jax.lax.axis_index(axis) * query.shape[1]
         local_scoring = dataclasses.replace(scoring, sinks=sinks)
         return blocked_attention(query, key, value, segment_ids, key_segment_ids, local_scoring, first=first)
 
