@@ -86,7 +86,9 @@ def open_folder(
     folder = TensorFolder(directory, read_quantization(source), dtype, rename)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
-    prefix = (family.prediction_prefixes or (family.block.format(layer=last),))[0]
+    # The blocks of an encoder-decoder have no such layer after them, and a name for each stack.
+    after = "" if config.model.encoder_layers else family.block.format(layer=last)
+    prefix = (family.prediction_prefixes or (after,))[0]
     found = f"{prefix}{family.prediction['prediction.project']}" in folder.names()
     extra = int(found) if family.prediction_prefixes else extra
     if prediction:
