@@ -54,7 +54,7 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
     assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
     moe = config.moe
     capacity = expert_capacity(moe.capacity.train, moe.experts_per_token, T, moe.num_experts)
-    token_shards = math.prod(mesh.shape[axis] for axis in partition_specs.ROW_AXES)
+    token_shards = math.prod(mesh.shape.get(axis, 1) for axis in partition_specs.ROW_AXES)
     slots = moe.num_experts * (B // token_shards) * capacity * config.d_model
     for exchange in exchanges:
         assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
@@ -271,7 +271,7 @@ def test_make_mesh_fills_in_what_is_left(sizes, shape):
 def test_any_axis_may_span_hosts_with_gpus():
     # Each host is a slice of its own there, and the devices come in no order.
     gpus = [types.SimpleNamespace(platform="gpu", id=i, slice_index=i // 4) for i in reversed(range(8))]
-    arranged = mesh_module._arrange((1, 2, 4, 1), gpus)
+    arranged = mesh_module._arrange(("data", "fsdp", "expert", "tensor"), (1, 2, 4, 1), gpus)
     assert [[device.id for device in host] for host in arranged[0, :, :, 0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
