@@ -164,5 +164,8 @@ def test_wrong_inputs_get_a_sentence(settings, x, pattern):
 
 
 def test_unknown_roles_are_refused():
-    with pytest.raises(ConfigError, match="roles are pipeline, data, fsdp, expert, tensor"), moe.mesh_roles({"experts": "ep"}):
+    with (
+        pytest.raises(ConfigError, match="roles are pipeline, data, fsdp, expert, tensor"),
+        moe.mesh_roles({"experts": "ep"}),
+    ):
         pass

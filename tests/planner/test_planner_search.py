@@ -99,7 +99,9 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
     assert "360 combinations" in page
     assert len(search.run(chosen, cache, counting, 3)) == 3
     flags = search.overrides(results[0][0].config)
-    assert f"--config.mesh.expert={best} --config.mesh.tensor=1 --config.mesh.context=1 --config.mesh.pipeline=1 --config.model.remat=" in flags
+    mesh = {"expert": best, "tensor": 1, "context": 1, "pipeline": 1}
+    named = " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())
+    assert f"{named} --config.model.remat=" in flags
 
     # Plans are not shared with another topology, another JAX or another source.
     config = chosen[0].config
