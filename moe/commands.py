@@ -25,6 +25,7 @@ COMMANDS = {
     "diff": "diff",
     "surgery": "surgery",
     "playground": "playground",
+    "advise": "advise",
 }
 
 
@@ -45,6 +46,6 @@ def main() -> None:
 
 
 #: Entry points of the installed commands.
-train, evaluate, generate, import_, export, analyze, plan, ablate, conform, diff, surgery, playground = (
+train, evaluate, generate, import_, export, analyze, plan, ablate, conform, diff, surgery, playground, advise = (
     functools.partial(start, program) for program in COMMANDS.values()
 )

@@ -39,6 +39,7 @@ from moe.config.registry import LAYERS, find_gate  # noqa: E402
 from moe.conformance.oracle import (  # noqa: E402
     CASES,
     LEAK,
+    NOVICES,
     against_oracle,
     device_counts,
     edges,
@@ -237,7 +238,7 @@ def run(layers: Path) -> Iterator[Row]:
     yield from reference_layers(layers)
     yield from router_gradient()
     yield from bad_input()
-    for seed, case in enumerate((*CASES, *edges())):
+    for seed, case in enumerate((*CASES, *edges(), NOVICES)):
         yield from against_oracle(case, seed)
     for gate, latent in (*((gate, 0) for gate in LAYERS), ("mixtral", 4)):
         yield from device_counts(gate, latent)

@@ -1,4 +1,4 @@
-"""Saliency of experts: how much a trained model loses without each, estimated or measured."""
+"""Saliency of experts: how much a trained model loses without each, estimated or measured; and their mean outputs."""
 
 from __future__ import annotations
 
@@ -40,28 +40,53 @@ def _shares(records: Records, amounts: np.ndarray) -> np.ndarray:
     return sums / sums.sum(1, keepdims=True)
 
 
-class Reap:
-    """Mean, over the tokens that chose an expert, of its combine weight times the norm of its output, [L,E] (REAP:
-    Lasby et al. 2025, arXiv 2510.13999, equation 9); 0 for an expert that no token chose."""
+#: (layer, its input [n,D], combine weights [n,E] and choices [n,E] of the tokens) → sum over tokens for each expert.
+_Sum = Callable[[MoELayer, Array, Array, Array], Array]
+
+
+class _TokenMean:
+    """Mean of something over the tokens that chose an expert, [L,E,...]; 0 for an expert that no token chose."""
+
+    _sum: _Sum
 
     def __init__(self, program: Program):
         """Prepare the model's program; compiled at the first call."""
         self._mesh = program.mesh
-        self._layers = jax.jit(lambda variables, batch: _by_layer(program.model(variables), batch))
+        self._layers = jax.jit(lambda variables, batch: _by_layer(program.model(variables), batch, self._sum))
 
     def __call__(
         self, variables: dict[str, Any], batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
     ) -> np.ndarray:
-        """The saliency on held-out batches of each domain."""
+        """The mean on held-out batches of each domain."""
         sums: Any = 0.0
+        tokens: Any = 0.0
         for batch in (batch for of_domain in batches.values() for batch in of_domain):
             with jax.set_mesh(self._mesh):
-                sums = sums + np.asarray(self._layers(variables, place(dict(batch), self._mesh)), np.float64)
-        return sums[:, 0] / np.maximum(sums[:, 1], 1)
+                more, seen = self._layers(variables, place(dict(batch), self._mesh))
+            sums, tokens = sums + np.asarray(more, np.float64), tokens + np.asarray(seen, np.float64)
+        return sums / np.maximum(tokens, 1).reshape(*tokens.shape, *[1] * (sums.ndim - tokens.ndim))
 
 
-def _by_layer(model: Any, batch: Batch) -> Float[Array, "L 2 E"]:
-    """Sum of weight × norm, and number of tokens, of each expert."""
+class Reap(_TokenMean):
+    """Combine weight times norm of the output, [L,E] (REAP, Lasby et al. 2025, arXiv 2510.13999, equation 9)."""
+
+    @staticmethod
+    def _sum(layer: MoELayer, x: Array, weights: Array, mine: Array) -> Array:
+        del mine  # weights are 0 of other tokens
+        return for_each_expert(layer, x, lambda y, e: jnp.sum(weights[:, e] * jnp.linalg.norm(y, axis=-1)))
+
+
+class MeanOutput(_TokenMean):
+    """The output, [L,E,D]: the vector of MoNE's novice (2025, arXiv 2507.00390)."""
+
+    @staticmethod
+    def _sum(layer: MoELayer, x: Array, weights: Array, mine: Array) -> Array:
+        del weights
+        return for_each_expert(layer, x, lambda y, e: mine[:, e].astype(y.dtype) @ y)
+
+
+def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E ..."], Float[Array, "L E"]]:
+    """The sum, and the number of tokens, of each expert."""
     rows = make_rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get(PREFIX_KEY))
     buckets = model.config.relative_buckets
     bias = model.relative_bias.by_distance(rows.token_ids.shape[1]) if buckets else None
@@ -73,33 +98,35 @@ def _by_layer(model: Any, batch: Batch) -> Float[Array, "L 2 E"]:
         x, record = block.feed_forward(x, rows)
         if record is None:
             return x, None
-        routing, norms = record[1], output_norms(block.moe, h.reshape(-1, h.shape[-1]))  # [E,n]
-        index, amounts = (
-            array.reshape(norms.shape[1], -1) for array in (routing.expert_index, routing.combine_weights)
+        routing, h = record[1], h.reshape(-1, h.shape[-1])  # [n,D]
+        index, amounts, chosen = (
+            array.reshape(len(h), -1) for array in (routing.expert_index, routing.combine_weights, routing.chosen)
         )
-        chosen = routing.chosen.reshape(index.shape)
-        mine = (index[..., None] == jnp.arange(len(norms))) & chosen[..., None]  # [n,K,E]
+        mine = (index[..., None] == jnp.arange(block.moe.config.num_experts)) & chosen[..., None]  # [n,K,E]
         weights = jnp.sum(jnp.where(mine, amounts[..., None], 0.0), axis=1)
-        return x, jnp.stack([jnp.sum(weights * norms.T, axis=0), jnp.sum(mine, axis=(0, 1))])
+        return x, (sum_of(block.moe, h, weights, jnp.any(mine, axis=1)), jnp.sum(mine, axis=(0, 1)))
 
     _, states = model.scan(body, model.embed(rows.token_ids))
     return join_moe_layers(states)
 
 
-def output_norms(layer: MoELayer, x: Float[Array, "n D"]) -> Float[Array, "E n"]:
-    """Euclidean norm of what each expert of a layer makes of each token, chosen or not."""
+def for_each_expert(layer: MoELayer, x: Float[Array, "n D"], measure: Callable[[Array, Array], Array]) -> Array:
+    """``measure(y, e)`` of what each expert e of a layer makes of all tokens, chosen or not: y [n,D] in float32.
+
+    Experts are taken one after the other, so that memory holds the outputs of one.
+    """
     rows = x if layer.latent is None else layer.latent.project_down(x)
     biases = layer.experts.down_bias
 
-    def norm(expert: tuple[Any, Array]) -> Array:
+    def one(expert: tuple[Any, Array]) -> Array:
         weights, number = expert
         y = ffn(rows, weights, layer.experts.activation, None, jnp.matmul)
         y = y if biases is None else y + biases[...][number]
         y = y if layer.latent is None else layer.latent.project_up(y, x.dtype)
-        return jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
+        return measure(y.astype(jnp.float32), number)
 
     weights = layer.experts.weights.astype(x.dtype)
-    return jax.lax.map(norm, (weights, jnp.arange(weights.up.shape[0])))
+    return jax.lax.map(one, (weights, jnp.arange(weights.up.shape[0])))
 
 
 def ablation(model: ModelConfig, parameters: dict[str, Any], loss: Callable[[dict[str, Any]], float]) -> np.ndarray:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import layer_kinds
+from moe.models.factory import abstract_parameters
 from moe.models.stack import restack_layers, unstack_layers
 
 #: Hidden units are the last axis of these, and the axis before the last of ``down``.
@@ -23,7 +25,13 @@ Model = tuple[ModelConfig, dict[str, Any], dict[str, Any]]
 
 
 def prune(
-    model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], kept: np.ndarray, *, null: bool = False
+    model: ModelConfig,
+    parameters: dict[str, Any],
+    biases: dict[str, Any],
+    kept: np.ndarray,
+    *,
+    null: bool = False,
+    novices: np.ndarray | None = None,
 ) -> Model:
     """A model of fewer experts: (config, parameters, selection biases).
 
@@ -34,25 +42,41 @@ def prune(
         kept: [L,E'] experts of each MoE layer.
         null: the others become zero experts, which are chosen as before and return 0; False: their router columns go,
             and their tokens choose again.
+        novices: [L,E,D]; the others become novices instead, which are chosen as before and return their vector (MoNE
+            2025, arXiv 2507.00390).
 
     Raises:
         ConfigError: too few experts for the gate, or a model that cannot be cut.
     """
     check(model)
     moe, size, count = model.moe, model.moe.num_experts, kept.shape[1]
-    zeros = moe.zero_experts + (size - count if null else 0)
-    smaller = dataclasses.replace(model, moe=dataclasses.replace(moe, num_experts=count, zero_experts=zeros))
+    zero, novice = (size - count if of_kind else 0 for of_kind in (null and novices is None, novices is not None))
+    nulls = {"zero_experts": moe.zero_experts + zero, "novice_experts": moe.novice_experts + novice}
+    smaller = dataclasses.replace(model, moe=dataclasses.replace(moe, num_experts=count, **nulls))
     columns = {}
     for layer, experts in zip(moe_layers(model), kept, strict=True):
-        others = np.setdiff1d(np.arange(size), experts) if null else np.array([], int)
-        columns[layer] = np.concatenate([experts, others, size + np.arange(moe.null_experts)])
+        others = np.setdiff1d(np.arange(size), experts)
+        # Among the columns of experts without an FFN, zero experts are first and novices last.
+        columns[layer] = np.concatenate([experts, others[:zero], size + np.arange(moe.null_experts), others[:novice]])
 
     def cut(layer: int, path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         if path[:2] == ("moe", "router"):
             return array[..., columns[layer]]
         return array[columns[layer][:count]]
 
-    return smaller, _edited(model, parameters, cut), _edited(model, biases, cut)
+    edited = _edited(model, parameters, cut)
+    if novices is not None:
+        added = {layer: novices[number, columns[layer][-novice:]] for number, layer in enumerate(columns)}
+        edited = _with_novices(smaller, edited, added if novice else {})
+    return smaller, edited, _edited(model, biases, cut)
+
+
+def _with_novices(model: ModelConfig, parameters: dict[str, Any], added: dict[int, np.ndarray]) -> dict[str, Any]:
+    """Parameters of a model with these vectors [n,D] after the novices that each layer has."""
+    flat, path = unstack_layers(model, parameters), ("moe", "null", "novices")
+    for layer, vectors in added.items():
+        flat[layer, path] = np.concatenate([flat.get((layer, path), vectors[:0]), vectors]).astype(np.float32)
+    return restack_layers(model, nnx.to_pure_dict(abstract_parameters(model)), flat)
 
 
 def split(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], parts: int) -> Model:

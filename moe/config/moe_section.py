@@ -37,7 +37,7 @@ class Losses(Section, path=f"{_MOE}losses."):
     device: float = setting(0.0, least=0, most=1e6)  # balance over the gate's groups of experts
     scope: BalanceScope = "batch"  # tokens over which one load-balancing loss is taken
     counts: BalanceCounts = "assignments"  # what its f counts: all, the first choice, or the top K of the scores
-    null: float = setting(1.0, least=0)  # tau, weight of zero, copy and constant experts in it; below 1: used more
+    null: float = setting(1.0, least=0)  # tau, weight of experts without an FFN in it; below 1: they are used more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class MoEConfig(Section, path=_MOE):
     zero_experts: int = setting(0, least=0)  # experts that return 0 (MoE++), beside the E FFNs
     copy_experts: int = setting(0, least=0)  # experts that return the token
     constant_experts: int = setting(0, least=0)  # experts that mix the token and a learned vector
+    novice_experts: int = setting(0, least=0)  # experts that return a learned vector (MoNE)
     shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x w) (Qwen2-MoE)
     every: int = setting(1, least=1)  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
@@ -91,8 +92,8 @@ class MoEConfig(Section, path=_MOE):
 
     @property
     def null_experts(self) -> int:
-        """Number of zero, copy and constant experts, whose columns follow those of the E FFNs in the router."""
-        return self.zero_experts + self.copy_experts + self.constant_experts
+        """Number of experts without an FFN, whose columns follow those of the E FFNs in the router."""
+        return self.zero_experts + self.copy_experts + self.constant_experts + self.novice_experts
 
     @property
     def experts_per_token(self) -> int:
@@ -136,7 +137,7 @@ class MoEConfig(Section, path=_MOE):
         allowed = "needs a gate without bias and kept_groups equal to groups: only the noise may decide who is chosen"
         require(only_noise, f"{where}load", losses.load, allowed)
         read = self.null_experts > 0 or losses.null == 1
-        require(read, f"{where}null", losses.null, "needs zero_experts, copy_experts or constant_experts")
+        require(read, f"{where}null", losses.null, "needs zero, copy, constant or novice experts")
 
     def _check_drops(self, gate: Gate) -> None:
         dropless, by_position = self.dispatch == "dropless", self.drop_policy == "position"
@@ -154,5 +155,5 @@ class MoEConfig(Section, path=_MOE):
             "needs num_experts at least twice the gate's k, a dispatch with a capacity (gather or einsum), and a gate "
             "in which tokens choose their experts",
         )
-        one_kind = "needs experts of one kind: set zero_experts, copy_experts and constant_experts to 0"
+        one_kind = "needs experts of one kind: set zero_, copy_, constant_ and novice_experts to 0"
         self._require("overflow_to_next", self.null_experts == 0, one_kind)

@@ -67,7 +67,7 @@ class Case:
 GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
 ONE_GROUP = {"expert_groups": 1, "kept_expert_groups": 1}
 OVERFLOW = LEAK | {"overflow_to_next": True}
-NULL = reference.Rule(null=(1, 1, 2))
+NULL = reference.Rule(null=(1, 1, 2, 0))
 BY_PROBABILITY = reference.Rule(policy="probability")
 #: Every gate, E no power of two, S not divisible by E; then every rule that is not a gate's own.
 CASES = (
@@ -87,7 +87,7 @@ CASES = (
     Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True, scale=1.5)),
     Case("quantile_balancing", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True)),
     Case("moe_plus_plus", 2, 7, 3, 3, 2, 0.2, rule=NULL, full=False),
-    Case("moe_plus_plus", 2, 7, 3, 2, 2, 0.2, {"constant_experts": 0}, reference.Rule(null=(1, 1, 0)), full=False),
+    Case("moe_plus_plus", 2, 7, 3, 2, 2, 0.2, {"constant_experts": 0}, reference.Rule(null=(1, 1, 0, 0)), full=False),
     Case("remoe", 2, 7, 5, 2, 3, 0.2),
     Case("expert_choice", 2, 7, 3, 2, 5, 0.3, LEAK),
     Case("expert_threshold", 2, 7, 3, 2, 3, 0.3, LEAK),
@@ -102,6 +102,12 @@ CASES = (
     Case("mixtral", 2, 6, 5, 2, 2, 0.2, OVERFLOW, reference.Rule(overflow=True)),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "random"}, reference.Rule(policy="random"), draws=True),
+)
+
+
+#: Beside experts without an FFN of all other kinds.
+NOVICES = Case(
+    "moe_plus_plus", 2, 7, 3, 3, 2, 0.2, {"novice_experts": 2}, reference.Rule(null=(1, 1, 2, 2)), full=False
 )
 
 
@@ -138,11 +144,12 @@ def refused(case: Case, mode: str) -> bool:
 
 
 def weights_of(
-    d: int, f: int, e: int, seed: int, slots: int = 0, null: tuple[int, int, int] = (0, 0, 0), latent: int = 0
+    d: int, f: int, e: int, seed: int, slots: int = 0, null: tuple[int, ...] = (0, 0, 0, 0), latent: int = 0
 ) -> dict[str, np.ndarray]:
     """Random matrices, large enough that nothing is nearly uniform or nearly linear."""
     rng = np.random.default_rng(seed)
-    inner, columns, constant = latent or d, e + sum(null), null[2]
+    inner, columns = latent or d, e + sum(null)
+    _, _, constant, novice = null
 
     def draw(*shape: int, scale: float) -> np.ndarray:
         return (rng.normal(size=shape) * scale).astype(np.float32)
@@ -158,14 +165,16 @@ def weights_of(
         weights |= {"latent_down": draw(d, latent, scale=2 / d**0.5), "latent_up": draw(latent, d, scale=1.0)}
     if constant:
         weights |= {"null_vectors": draw(constant, d, scale=1.0), "null_mix": draw(constant, d, 2, scale=2 / d**0.5)}
+    if novice:
+        weights["novices"] = draw(novice, d, scale=1.0)
     return weights
 
 
-def null_of(gate: str, fields: dict[str, Any]) -> tuple[int, int, int]:
-    """Numbers of zero, copy and constant experts of a layer."""
-    names = ("zero_experts", "copy_experts", "constant_experts")
-    zero, copy, constant = (fields.get(name, getattr(LAYERS[gate], name)) for name in names)
-    return zero, copy, constant
+def null_of(gate: str, fields: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Numbers of zero, copy, constant and novice experts of a layer."""
+    names = ("zero_experts", "copy_experts", "constant_experts", "novice_experts")
+    zero, copy, constant, novice = (fields.get(name, getattr(LAYERS[gate], name)) for name in names)
+    return zero, copy, constant, novice
 
 
 def read_by(gate: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -186,6 +195,7 @@ GRADIENTS = {
     "latent_up": ("latent", "up"),
     "null_vectors": ("null", "vectors"),
     "null_mix": ("null", "mix"),
+    "novices": ("null", "novices"),
 }
 
 
@@ -249,10 +259,9 @@ def oracle(case: Case, rule: reference.Rule, weights: Any, mask: np.ndarray, dec
             y = reference.soft_output(*arrays, mask)
         else:
             given: dict[str, Any] = {"noise": weights["noise"]} if noise else {}
-            for part, names in (("latent", ("latent_down", "latent_up")), ("null", ("null_vectors", "null_mix"))):
-                if names[0] in weights:
-                    given[part] = tuple(weights[name] for name in names)
-            y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, **given)
+            if "latent_down" in weights:
+                given["latent"] = weights["latent_down"], weights["latent_up"]
+            y = reference.moe_output(*arrays, gate=case.gate, decisions=decisions, rule=rule, null=weights, **given)
         return jnp.sum(y * cotangent), y
 
     differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)

@@ -7,6 +7,7 @@ Independent of ``moe``. Decisions (which expert, which buffer position, dropped 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ class Rule:
         draws: the gate's random numbers, uniform: [G,S] of gshard, [G,S,K] of st_moe, [G,S,E] of random; standard
             normal: [G,S,E] of noisy_topk; standard Gumbel: [G,S,E] of switch_sampled. None: none are drawn.
         priorities: [G,S], of the policy random.
-        null: numbers of zero, copy and constant experts, the last ones in the router; they have no capacity.
+        null: numbers of zero, copy, constant and novice experts, the last ones in the router; they have no capacity.
     """
 
     groups: int = 1
@@ -68,7 +69,7 @@ class Rule:
     token_ids: np.ndarray | None = None
     draws: np.ndarray | None = None
     priorities: np.ndarray | None = None
-    null: tuple[int, int, int] = (0, 0, 0)
+    null: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 PLAIN = Rule()
@@ -254,11 +255,15 @@ def ffn(x: jax.Array, up: jax.Array, gate: jax.Array | None, down: jax.Array, ac
 
 
 def null_expert(x: jax.Array, number: int, rule: Rule, arrays: Any) -> jax.Array:
-    """Zero, copy or constant expert of one vector (MoE++ 2024, section 3.1), by its number after the FFNs."""
-    zero, copy, _ = rule.null
+    """Zero, copy or constant expert of one vector (MoE++ 2024, section 3.1), or a novice (MoNE 2025), by its number
+    after the FFNs."""
+    zero, copy, constant, _ = rule.null
     if number < zero + copy:
         return x * float(number >= zero)
-    vectors, mix = (array[number - zero - copy] for array in arrays)
+    number -= zero + copy
+    if number >= constant:
+        return arrays["novices"][number - constant]
+    vectors, mix = arrays["null_vectors"][number], arrays["null_mix"][number]
     alpha = softmax(mix.T @ x)
     return alpha[0] * x + alpha[1] * vectors
 
@@ -275,7 +280,7 @@ def moe_output(
     activation: str = "swiglu",
     rule: Rule = PLAIN,
     noise: jax.Array | None = None,
-    null: tuple[jax.Array, jax.Array] | None = None,
+    null: Mapping[str, jax.Array] | None = None,
     latent: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """y_t = sum of weight·expert(x_t) over the kept choices of t; differentiable in every array.
@@ -289,7 +294,7 @@ def moe_output(
         activation: of the experts.
         rule: of the gate.
         noise: [D,E], W_noise of noisy_topk where the rule has its draws.
-        null: vectors [n,D] and W [n,D,2] of the constant experts.
+        null: null_vectors [n,D] and null_mix W [n,D,2] of the constant experts; novices [n,D].
         latent: [D,P] and [P,D], around the FFNs.
     """
     rows = []

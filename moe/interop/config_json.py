@@ -192,7 +192,7 @@ _MODEL_FACTS = (
 )
 _MOE_FACTS = (
     *("num_experts", "experts_per_token", "d_ff", "bias", "shared_d_ff", "shared_gate", "layer_gates", "latent_dim"),
-    *("zero_experts", "copy_experts", "constant_experts"),
+    *("zero_experts", "copy_experts", "constant_experts", "novice_experts"),
 )
 #: Fields of gates that change nothing in evaluation.
 _NO_GATE_FACTS = {"name", "bias_rate", "penalty_rate", "threshold_rate"}

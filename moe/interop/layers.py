@@ -39,6 +39,7 @@ def single_layer(
     latent_up: Any = None,
     null_vectors: Any = None,
     null_mix: Any = None,
+    novices: Any = None,
     activation: Activation = "swiglu",
     **fields: Any,
 ) -> MoELayer:
@@ -59,6 +60,7 @@ def single_layer(
         latent_up: [P,D] after them.
         null_vectors: [n,D] of constant experts.
         null_mix: [n,D,2] of constant experts.
+        novices: [n,D].
         activation: swiglu, geglu, gelu or relu.
         **fields: of ``model.moe``, in the flat form too (:mod:`moe.config.flat`); the gate's defaults for the others.
 
@@ -88,6 +90,7 @@ def single_layer(
         "latent_up": (layer.latent, "up", latent_up),
         "null_vectors": (layer.null, "vectors", null_vectors),
         "null_mix": (layer.null, "mix", null_mix),
+        "novices": (layer.null, "novices", novices),
     }
     if layer.shared is not None:
         given |= {

@@ -37,8 +37,8 @@ _NEUTRAL: Canonical = {
     "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0, "base_expert_d_ff": 0,
     # MoE
     "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
-    "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0, "route_padding": False, "jitter": 0.0,
-    "balance_weight": 0.0, "router_dtype": "float32", "z_loss_weight": 0.0, "importance_weight": 0.0,
+    "novice_experts": 0, "null_balance": 1.0, "shared_gate": False, "expert_capacity": 0, "route_padding": False,
+    "jitter": 0.0, "balance_weight": 0.0, "router_dtype": "float32", "z_loss_weight": 0.0, "importance_weight": 0.0,
     "load_weight": 0.0, "device_balance_weight": 0.0, "balance_scope": "batch", "score": "softmax",
     "bias_update": "none", "bias_update_rate": 0.0, "expert_groups": 1, "kept_expert_groups": 1,
     "scores_per_group": 1, "renormalise": False, "routing_scale": 1.0, "slots_per_expert": 1,
@@ -133,8 +133,8 @@ def _moe(config: Config) -> Canonical:
         "shared_dim": moe.shared_d_ff,
     }
     same = (
-        "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "shared_gate", "route_padding",
-        "jitter", "router_dtype", "expert_dropout",
+        "bias", "latent_dim", "zero_experts", "copy_experts", "constant_experts", "novice_experts", "shared_gate",
+        "route_padding", "jitter", "router_dtype", "expert_dropout",
     )  # fmt: skip
     form |= {name: getattr(moe, name) for name in same}
     form |= {name: getattr(moe.losses, field) for field, name in _LOSSES.items()}

@@ -27,7 +27,8 @@ class FittedTo:
             if value > high or value < low:
                 bound = high if value > high else low
                 factor, side = (value / high, "above") if value > high else (low / value, "below")
-                found.append(f"{name} {value:.2g} is {factor:.2g}x {side} {bound:.2g}")
+                times = f"{factor:.2g}" if factor < 99 else f"{factor:,.0f}"
+                found.append(f"{name} {value:.2g} is {times} times {side} {bound:.2g}")
         return "; ".join(found)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -40,22 +41,25 @@ RunExperts = Callable[[Array, Routing], tuple[Array, Array]]
 class NullExperts(nnx.Module):
     """Experts without an FFN, where their tokens are: no dispatch and no capacity (MoE++ 2024, section 3.1).
 
-    Their columns follow those of the E FFNs: zero experts return 0, copy experts x, and constant experts
-    α_1·x + α_2·v with α = softmax(W·x). Deviations from MoE++: the router does not see the previous layer's logits, and
-    these experts drop nothing.
+    Their columns follow those of the E FFNs: zero experts return 0, copy experts x, constant experts
+    α_1·x + α_2·v with α = softmax(W·x), and novices v alone (MoNE 2025, section 3.3). Deviations from MoE++: the
+    router does not see the previous layer's logits, and these experts drop nothing.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe = config.moe
         d = config.d_model
-        constant = config.moe.constant_experts
+        constant, novice = moe.constant_experts, moe.novice_experts
         self.first = moe.num_experts
         self.zero = moe.zero_experts
         self.copy = moe.copy_experts
         self.constant = constant
+        self.novice = novice
         if constant:
             self.vectors = matrix(rngs, (constant, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
             self.mix = matrix(rngs, (constant, d, 2), REPLICATED, fan_in=d, scale=config.init_scale, inputs=0)
+        if novice:
+            self.novices = matrix(rngs, (novice, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
 
     def without(self, routing: Routing) -> Routing:
         """The assignments to FFNs, for dispatch."""
@@ -82,17 +86,21 @@ class NullExperts(nnx.Module):
     def __call__(self, x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "G S D"]:
         """Weighted sum of the experts without an FFN, in float32."""
         x = x.astype(jnp.float32)
-        columns = jnp.arange(self.first + self.zero, self.first + self.zero + self.copy + self.constant)
-        # [G,S,K,1] against [copy + constant] → [G,S,copy + constant]
+        kinds = self.copy, self.constant, self.novice
+        columns = self.first + self.zero + jnp.arange(sum(kinds))
+        # [G,S,K,1] against [copy + constant + novice] → [G,S,copy + constant + novice]
         named = routing.expert_index[..., None] == columns
         weights = jnp.sum(jnp.where(named, routing.combine_weights[..., None], 0.0), axis=-2)
-        of_x = jnp.sum(weights[..., : self.copy], axis=-1)
-        if not self.constant:
-            return of_x[..., None] * x
-        alpha = jax.nn.softmax(jnp.einsum("gsd,nda->gsna", x, self.mix[...]), axis=-1)
-        weights = weights[..., self.copy :, None] * alpha
-        of_x = of_x + jnp.sum(weights[..., 0], axis=-1)
-        return of_x[..., None] * x + jnp.einsum("gsn,nd->gsd", weights[..., 1], self.vectors[...])
+        copy, constant, novice = jnp.split(weights, np.cumsum(kinds)[:2], axis=-1)
+        of_x, vectors = jnp.sum(copy, axis=-1), jnp.zeros(())
+        if self.constant:
+            alpha = jax.nn.softmax(jnp.einsum("gsd,nda->gsna", x, self.mix[...]), axis=-1)
+            constant = constant[..., None] * alpha
+            of_x = of_x + jnp.sum(constant[..., 0], axis=-1)
+            vectors = vectors + jnp.einsum("gsn,nd->gsd", constant[..., 1], self.vectors[...])
+        if self.novice:
+            vectors = vectors + jnp.einsum("gsn,nd->gsd", novice, self.novices[...])
+        return of_x[..., None] * x + vectors
 
 
 class Latent(nnx.Module):

@@ -19,7 +19,8 @@ _MODEL: dict[str, Any] = {
 #: The same, of MoEConfig.
 _MOE: dict[str, Any] = {
     "layer_gates": (), "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
-    "shared_gate": False, "router_dtype": "float32", "drop_policy": "position", "overflow_to_next": False,
+    "novice_experts": 0, "shared_gate": False, "router_dtype": "float32", "drop_policy": "position",
+    "overflow_to_next": False,
 }  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def _of_hours(hours: float, kind: str, chip: Any) -> Any:
     seconds = 3600 * hours * chip.peak
     if _MFU.value:
         return advice.Budget(*(seconds * _MFU.value,) * 3, why=f"{hours:,.0f} chip-hours at an MFU of {_MFU.value:g}")
-    plans = [plan for plan in json.loads(_PLANS.read_text()) if plan["topology"].partition(":")[0] == kind]
+    kept = json.loads(_PLANS.read_text()) if _PLANS.exists() else []  # of a clone; a wheel has none
+    plans = [plan for plan in kept if plan["topology"].partition(":")[0] == kind]
     if not plans:
         raise ConfigError(f"--topology={_TOPOLOGY.value}: no plan is kept for {kind}; give --mfu")
     shares = [plan["mfu"] for plan in plans]

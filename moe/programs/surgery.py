@@ -3,7 +3,8 @@
 --prune=SHARE leaves out that share of each layer's experts, those of the lowest saliency (--by): assignments
 (frequency), combine weights (weight), combine weight times norm of the output (reap), or what the loss rises by where
 an expert returns zero (ablation: an evaluation of every expert). Their tokens choose again, unless --others=zero keeps
-them as experts that return 0; --others=merge averages each into the expert that is most like it. --split=N makes N
+them as experts that return 0, or --others=novice as experts that return one vector, the mean of their outputs;
+--others=merge averages each into the expert that is most like it. --split=N makes N
 finer experts of each, which compute the same; --merge=N joins each N. NEW is a workdir to evaluate, fine-tune
 (start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory and the
 step that the planner predicts for both. docs/surgery.md shows one.
@@ -23,7 +24,9 @@ _WORKDIR = cli.WorkdirFlags()
 _OUT = cli.define_path("out", "Workdir to create.")
 _PRUNE = flags.DEFINE_float("prune", None, "Share of the experts to leave out.", lower_bound=0.0, upper_bound=1.0)
 _BY = flags.DEFINE_enum("by", "weight", ["frequency", "weight", "reap", "ablation"], "Saliency of an expert.")
-_OTHERS = flags.DEFINE_enum("others", "drop", ["drop", "zero", "merge"], "What becomes of the experts left out.")
+_OTHERS = flags.DEFINE_enum(
+    "others", "drop", ["drop", "zero", "novice", "merge"], "What becomes of the experts left out."
+)
 _SPLIT = flags.DEFINE_integer("split", None, "Finer experts to make of each.", lower_bound=2)
 _MERGE = flags.DEFINE_integer("merge", None, "Consecutive experts to join into one.", lower_bound=2)
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain of the table.", lower_bound=1)
@@ -73,6 +76,8 @@ def main() -> None:
     first = losses(join(before, biases), rows)
     second = difference.TokenLosses(program)(join(after, state), rows)
     print(_table(first, second, rows))
+    seen = recorder(join(before, biases), rows), Recorder(program)(join(after, state), rows)
+    print(_routing(seen, (model.moe.num_experts, changed.moe.num_experts)))
     sizes = [count_parameters(each) for each in (model, changed)]
     print(f"parameters {sizes[0][0]:,} → {sizes[1][0]:,}, active {sizes[0][1]:,} → {sizes[1][1]:,}")
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
@@ -104,7 +109,8 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     if _OTHERS.value == "merge":
         usage = saliency.frequency(recorder(variables, rows))[:, :size]
         return merging.absorb(model, before, biases, kept, usage)
-    return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero")
+    novices = saliency.MeanOutput(program)(variables, rows) if _OTHERS.value == "novice" else None
+    return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero", novices=novices)
 
 
 def _plans(folders: tuple[str, str]) -> str:
@@ -149,6 +155,27 @@ def _table(first: Any, second: Any, rows: Any) -> str:
             change = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
             table.append((name, *means, change, f"{found.tokens:,}"))
     return markdown_table(("domain", "before, nats per token", "after", "change [95 %]", "tokens"), table)
+
+
+def _routing(records: tuple[Any, Any], ffns: tuple[int, int]) -> str:
+    """How the assignments of each layer are spread, before and after; without an FFN: zero experts, novices and the
+    like."""
+    import numpy as np
+
+    from moe.analysis import saliency
+    from moe.escaping import markdown_table
+
+    table = []
+    shares = [saliency.frequency(record) for record in records]  # [L,E and experts without an FFN]
+    for layer, pair in enumerate(zip(*shares, strict=True)):
+        cells = []
+        for share, count in zip(pair, ffns, strict=True):
+            own = share[:count]
+            largest = own.max() / max(own.mean(), 1e-12)
+            cells.append((f"{largest:.2f}", f"{np.sum(own == 0)}", f"{100 * share[count:].sum():.1f}"))
+        table.append((str(layer), *(f"{before} → {after}" for before, after in zip(*cells, strict=True))))
+    header = ("MoE layer", "largest load / mean", "experts unused", "assignments without an FFN, %")
+    return markdown_table(header, table)
 
 
 def run() -> None:

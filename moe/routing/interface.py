@@ -127,7 +127,12 @@ class Gate:
         k = self.experts_per_token(num_experts)
         require(1 <= k <= num_experts, "model.moe.gate.k", k, f"must be at most num_experts={num_experts}")
         only = "must be 0 unless each token chooses K experts"
-        require(not (null_experts and self.lists_all), "model.moe zero, copy and constant experts", null_experts, only)
+        require(
+            not (null_experts and self.lists_all),
+            "model.moe zero, copy, constant and novice experts",
+            null_experts,
+            only,
+        )
 
     @property
     def state(self) -> RouterState:

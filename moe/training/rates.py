@@ -50,7 +50,7 @@ def rates(model: ModelConfig, optimizer: str, parameters: Any) -> Any:
         names = [key.key for key in path]
         if part_of(names) in ("embedding", "unembedding"):
             return model.width_growth**-0.5
-        if not is_matrix(path) or names[-1] == "vectors" or names[-1].endswith("conv"):
+        if not is_matrix(path) or names[-1] in ("vectors", "novices") or names[-1].endswith("conv"):
             return 1.0  # vectors of constant experts and convolutions over time: no input that grows
         grown_in, grown_out = _growth(model, names)
         axes = matrix_axes(path) if optimizer == "muon" else None

@@ -101,6 +101,58 @@ def test_experts_replaced_by_zero_return_nothing(rng):
     assert np.abs(after - _logits(config, mesh, batch, parameters, biases)).max() > 0.01
 
 
+def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng):
+    """MoNE: the model whose pruned experts are replaced by their down biases alone, which are the means of before."""
+    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless", bias="all")
+    config, mesh, model = program.config, program.mesh, program.config.model
+    parameters, biases = _parts(program, variables)
+    parameters = jax.tree.map(lambda array: array + 0.1 * rng.normal(size=array.shape).astype(np.float32), parameters)
+    batch, kept = random_batch(rng, model.vocab_size, real=13), np.array([[0, 3], [1, 2]])
+    means = saliency.MeanOutput(program)(join(parameters, biases), {"text": [batch]})
+    fewer, changed, left = surgery.prune(model, parameters, biases, kept, novices=means)
+    assert (fewer.moe.num_experts, fewer.moe.zero_experts, fewer.moe.novice_experts) == (2, 0, 2)
+    flat = surgery.unstack_layers(model, parameters)
+    for layer, experts in enumerate(kept):
+        gone = ~np.isin(np.arange(4), experts)
+        for name, constant in (("down", np.zeros(())), ("down_bias", means[layer])):
+            path = layer, ("moe", "experts", name)
+            flat[path] = np.where(gone.reshape(-1, *[1] * (flat[path].ndim - 1)), constant, flat[path])
+    expected = _logits(config, mesh, batch, surgery.restack_layers(model, parameters, flat), biases)
+    after = _logits(dataclasses.replace(config, model=fewer), mesh, batch, changed, left)
+    np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
+    # A second cut puts its novice after that of the first, in the columns and in the vectors.
+    first = surgery.prune(model, parameters, biases, np.tile([0, 1, 3], (2, 1)), novices=means)
+    second, twice, _ = surgery.prune(*first, np.tile([0, 2], (2, 1)), novices=0 * means[:, :3] + 3)
+    flat = surgery.unstack_layers(second, twice)
+    vectors, columns = (flat[0, ("moe", *path)] for path in (("null", "novices"), ("router", "kernel")))
+    np.testing.assert_allclose(vectors, [means[0, 2], 0 * means[0, 0] + 3], rtol=1e-6)
+    whole = surgery.unstack_layers(model, parameters)[0, ("moe", "router", "kernel")]
+    np.testing.assert_array_equal(columns, whole[:, [0, 3, 2, 1]])
+    nothing = surgery.prune(model, parameters, biases, np.tile(np.arange(4), (2, 1)), novices=means)
+    assert nothing[0] == model
+    jax.tree.map(np.testing.assert_array_equal, nothing[1], parameters)
+
+
+def test_mean_output_by_hand(rng):
+    """Of the first layer, whose input is the embedding where attention returns 0; padding counts nowhere."""
+    program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", activation="relu")
+    model = program.config.model
+    parameters, biases = _parts(program, variables)
+    flat = surgery.unstack_layers(model, parameters)
+    flat[0, ("attention", "out")] = np.zeros_like(flat[0, ("attention", "out")])
+    parameters = surgery.restack_layers(model, parameters, flat)
+    batch = random_batch(rng, model.vocab_size, real=13)
+    found = saliency.MeanOutput(program)(join(parameters, biases), {"text": [batch]})
+    x = flat[-1, ("embedding", "table")][batch["tokens"][batch["segment_ids"] > 0]]
+    h = x / np.sqrt((x**2).mean(1, keepdims=True) + model.norm_eps) * flat[0, ("ffn_norm", "scale")]
+    chosen = np.argmax(h @ flat[0, ("moe", "router", "kernel")], axis=1)
+    up, down = (flat[0, ("moe", "experts", name)] for name in ("up", "down"))
+    for expert in range(3):
+        own = h[chosen == expert]
+        expected = (np.maximum(own @ up[expert], 0) @ down[expert]).mean(0) if len(own) else np.zeros(model.d_model)
+        np.testing.assert_allclose(found[0, expert], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_an_expert_merged_with_its_permuted_copy_is_itself(rng):
     """Expert 2 is expert 0 with its hidden units in another order: merged into it, 0 stays what it was."""
     program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", bias="all")

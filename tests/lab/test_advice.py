@@ -41,8 +41,9 @@ def test_clark_by_hand():
 
 def test_what_lies_beyond_the_runs_is_named():
     assert laws.KRAJEWSKI_RANGE.beyond(parameters=1e9, tokens=2e10) == ""
-    assert laws.KRAJEWSKI_RANGE.beyond(tokens=1.3e12) == "tokens 1.3e+12 is 10x above 1.3e+11"
-    assert laws.KRAJEWSKI_RANGE.beyond(tokens=8e9) == "tokens 8e+09 is 2x below 1.6e+10"
+    assert laws.KRAJEWSKI_RANGE.beyond(tokens=1.3e12) == "tokens 1.3e+12 is 10 times above 1.3e+11"
+    assert laws.KRAJEWSKI_RANGE.beyond(tokens=8e9) == "tokens 8e+09 is 2 times below 1.6e+10"
+    assert laws.KRAJEWSKI_RANGE.beyond(parameters=3.9e11) == "parameters 3.9e+11 is 105 times above 3.7e+09"
 
 
 def test_a_region_holds_the_best_and_grows():

@@ -25,7 +25,7 @@ REFUSED = [
     ({"gate": "mixtral", "bias_update": "quantile", "experts_per_token": 8}, "needs k below the number of experts"),
     ({"gate": "switch", "score_function": "tanh"}, "must be one of softmax, sigmoid, sqrt_softplus"),
     ({"gate": "noisy_topk", "bias_update": "sign"}, "only the noise may decide who is chosen"),
-    ({"gate": "switch", "null_balance": 0.5}, "needs zero_experts, copy_experts or constant_experts"),
+    ({"gate": "switch", "null_balance": 0.5}, "needs zero, copy, constant or novice experts"),
     ({"gate": "remoe", "zero_experts": 1}, "unless each token chooses K experts"),
     (
         {"gate": "mixtral", "copy_experts": 1, "expert_groups": 2},

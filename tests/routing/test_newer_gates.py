@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 
 from moe.config import Capacity, MeshConfig, layer_kinds
+from moe.conformance import oracle
+from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.models.decoder import Transformer
+from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.routing import balancing
 from moe.routing.gates import TopK
@@ -147,6 +150,53 @@ def test_zero_copy_and_constant_experts_by_hand(mode):
     assert float(report.fraction_tokens_dropped) == 0
     # f = 1/5 each; E·Σ η f P = 5·1/5·(3/16 + 0.75·13/16), with τ = 0.75.
     np.testing.assert_allclose(report.load_balancing_loss, 3 / 16 + 0.75 * 13 / 16, rtol=1e-5)
+
+
+def test_novices_by_hand():
+    """Of two FFNs and two novices with vectors (8, 0) and (0, 16), x = (1, 1) chooses the last of each: 3/4 of FFN 1,
+    which trebles x, and 1/4 of novice 1 are (9/4, 9/4) + (0, 4). The other novice has no gradient."""
+    config = tiny_model(gate="mixtral", num_experts=2, d_model=2, zero_experts=1, novice_experts=2, dispatch="dropless")
+    config = dataclasses.replace(config, activation="relu", moe=dataclasses.replace(config.moe, d_ff=2))
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    layer.experts.up[...] = jnp.broadcast_to(jnp.eye(2), (2, 2, 2))
+    layer.experts.down[...] = jnp.stack([2 * jnp.eye(2), 3 * jnp.eye(2)])
+    layer.router.kernel[...] = jnp.stack([jnp.log(jnp.asarray([1e-9, 3e-2, 1e-9, 1e-9, 1e-2])), jnp.zeros(5)])
+    layer.null.novices[...] = jnp.asarray([[8.0, 0.0], [0.0, 16.0]])
+    graphdef, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+    def first(parameters):
+        y, _, routing = nnx.merge(graphdef, parameters, rest)(jnp.ones((1, 1, 2)))
+        return y[0, 0, 1], (y, routing)
+
+    (_, (y, routing)), gradient = jax.jit(jax.value_and_grad(first, has_aux=True))(parameters)
+    assert sorted(np.asarray(routing.expert_index)[0, 0]) == [1, 4]
+    np.testing.assert_allclose(y[0, 0], [9 / 4, 9 / 4 + 4], rtol=1e-5)
+    np.testing.assert_allclose(gradient["null"]["novices"][...], [[0, 0], [0, 1 / 4]], atol=1e-6)
+
+
+def test_novices_equal_the_oracle_in_every_mode():
+    """Values and gradients, beside zero, copy and constant experts."""
+    rows = list(oracle.against_oracle(oracle.NOVICES, seed=1))
+    assert [row for row in rows if not row.passes] == []
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize("mode", ["gather", slow_case("einsum"), "dropless"])
+def test_novices_are_equal_on_eight_devices(mode, rng):
+    """y and all gradients in training, on data 2 x fsdp 2 x expert 2 as on one device."""
+    weights = oracle.weights_of(8, 8, 4, 11, null=(0, 0, 0, 2))
+    layer = single_layer(
+        "mixtral", **oracle.read_by("mixtral", weights), novice_experts=2, dispatch=mode, capacity_factor=1.0
+    )
+    x, mask = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32), rng.random((8, 6)) >= 0.2
+    run = oracle.program(layer, train=True)
+    alone = run(x, mask, np.ones(x.shape, np.float32))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2), jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, partition_specs.shardings(mesh, partition_specs.BATCH))
+        spread = run(placed, mask, np.ones(x.shape, np.float32))
+    assert float(jnp.abs(alone[1]["novices"]).min()) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, alone)
 
 
 @pytest.mark.parametrize("mode", ["gather", slow_case("einsum"), slow_case("dropless")])
