@@ -88,8 +88,7 @@ class MeanOutput(_TokenMean):
 def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E ..."], Float[Array, "L E"]]:
     """The sum, and the number of tokens, of each expert."""
     rows = make_rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get(PREFIX_KEY))
-    buckets = model.config.relative_buckets
-    bias = model.relative_bias.by_distance(rows.token_ids.shape[1]) if buckets else None
+    bias = model.position_bias(rows.token_ids.shape[1])
 
     def body(block: Block, x: Array, state: Any, layer: Array) -> tuple[Array, Any]:
         del state, layer

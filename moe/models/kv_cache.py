@@ -154,8 +154,8 @@ def run_prompt(
     rows = prompt_rows(token_ids, lengths)
     stack = _decoder(model)
     settings: Any = {"prefix": rows.segment_ids} if prefix else {}
-    if model.config.relative_buckets:
-        settings["bias"] = stack.relative_bias.by_distance(token_ids.shape[1])
+    if (bias := stack.position_bias(token_ids.shape[1])) is not None:
+        settings["bias"] = bias
     return _run(model, rows, caches, prompt_attention(rows, lengths, **settings), encoded)
 
 

@@ -138,6 +138,10 @@ class Stack(nnx.Module):
         """Number of the first layer: those of an encoder and its decoder are numbered through."""
         return self.config.encoder_layers if self.name == "decoder" else 0
 
+    def position_bias(self, length: int) -> Float[Array, "N P"] | None:
+        """Biases of T5's attention by distance, in rows of this length; None for a model without them."""
+        return self.relative_bias.by_distance(length) if self.config.relative_buckets else None
+
     def outer_dropout(self, *, train: bool, rng: PRNGKeyArray | None) -> Dropout:
         """Dropout before the first and after the last layer."""
         c, key = self.config, None
@@ -150,7 +154,7 @@ class Stack(nnx.Module):
     ) -> Body:
         """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's state is its routing to replay,
         then what it reports."""
-        bias = self.relative_bias.by_distance(rows.token_ids.shape[1]) if self.config.relative_buckets else None
+        bias = self.position_bias(rows.token_ids.shape[1])
 
         def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
             key = None if rng is None else jax.random.fold_in(rng, self._first + layer)

@@ -28,18 +28,25 @@ class _Reading:
     """A model, and its records of held-out text.
 
     Attributes:
-        name: of the run, with its step.
         workdir: opened.
+        step: of the checkpoint.
         variables: of the checkpoint.
         rows: domain → batches.
-        records: routing of their tokens.
+        recorder: of the routing of tokens, compiled once.
+        records: of the rows.
     """
 
-    name: str
     workdir: Any
+    step: int
     variables: dict[str, Any]
     rows: Any
+    recorder: Any
     records: Any
+
+    @property
+    def name(self) -> str:
+        """The run's, with the step."""
+        return f"{Path(self.workdir.path).name} at {self.step}"
 
     def losses(self) -> Any:
         """Loss of every token."""
@@ -61,7 +68,7 @@ def _read(path: str, step: int | None, instead: dict[tuple[str, str], Any]) -> _
     rows = heldout_rows(recorder, opened.prepared, int(_TOKENS.value or 0))
     step = max(opened.steps()) if step is None else step
     variables = opened.variables(step)
-    return _Reading(f"{Path(path).name} at {step}", opened, variables, rows, recorder(variables, rows))
+    return _Reading(opened, step, variables, rows, recorder, recorder(variables, rows))
 
 
 def main() -> None:
@@ -70,7 +77,6 @@ def main() -> None:
 
     from moe.analysis import difference, difference_page
     from moe.analysis.controls import has_router, hash_routing, untrain_routers
-    from moe.analysis.record import Recorder
     from moe.analysis.summary import piece_of
 
     one = _read(_WORKDIR.path, _WORKDIR.step, _WORKDIR.instead)
@@ -92,7 +98,7 @@ def main() -> None:
     if has_router(model):
         untrained = untrain_routers(other.variables, model, seed)
         name = f"{Path(str(_OTHER.value)).name}, untrained routers"
-        compared[name] = Recorder(other.workdir.program)(untrained, other.rows)
+        compared[name] = other.recorder(untrained, other.rows)
     compared |= {Path(path).name: _read(path, None, same_text).records for path in _BESIDE.value}
     shuffles = int(_SHUFFLES.value or 0)
     found = {
@@ -112,19 +118,17 @@ def main() -> None:
 def _settling(one: _Reading) -> str:
     """The table of the run's earlier checkpoints beside this one."""
     from moe.analysis import difference_page
-    from moe.analysis.record import Recorder
     from moe.config import ConfigError
 
-    recorder, opened = Recorder(one.workdir.program), one.workdir
-    last = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
-    earlier = [step for step in opened.steps() if step < last]
+    opened = one.workdir
+    earlier = [step for step in opened.steps() if step < one.step]
     if not earlier:
         raise ConfigError("--other: must be given, since the run has no earlier checkpoint to compare with")
     shares = {
-        step: (recorder(opened.variables(step), one.rows).first_choice == one.records.first_choice).mean(1).tolist()
+        step: (one.recorder(opened.variables(step), one.rows).first_choice == one.records.first_choice).mean(1).tolist()
         for step in earlier
     }
-    return difference_page.settling(one.records.layers, shares, last)
+    return difference_page.settling(one.records.layers, shares, one.step)
 
 
 def run() -> None:

@@ -96,18 +96,19 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
 
     model, before, biases = whole
     size, variables = model.moe.num_experts, join(before, biases)
+    merges, measures = _OTHERS.value == "merge", {"frequency": saliency.frequency, "weight": saliency.weight}
+    records: Any = recorder(variables, rows) if merges or _BY.value in measures else None
     if _BY.value == "ablation":
         found = saliency.ablation(model, before, lambda tree: float(np.nanmean(losses(join(tree, biases), rows))))
     elif _BY.value == "reap":
         found = saliency.Reap(program)(variables, rows)
     else:
-        measure = {"frequency": saliency.frequency, "weight": saliency.weight}[str(_BY.value)]
-        found = measure(recorder(variables, rows))[:, :size]
+        found = measures[str(_BY.value)](records)[:, :size]
     kept = saliency.most_salient(found, size - round(float(_PRUNE.value or 0) * size))
     for layer, experts in enumerate(kept):
         print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
-    if _OTHERS.value == "merge":
-        usage = saliency.frequency(recorder(variables, rows))[:, :size]
+    if merges:
+        usage = saliency.frequency(records)[:, :size]
         return merging.absorb(model, before, biases, kept, usage)
     novices = saliency.MeanOutput(program)(variables, rows) if _OTHERS.value == "novice" else None
     return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero", novices=novices)
