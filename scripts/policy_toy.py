@@ -79,11 +79,10 @@ def perturbed(variables: dict[str, Any], key: Any, *, noise: float) -> dict[str,
 
 def interval(values: list[float]) -> str:
     """Mean and half width of the 95 % interval of the mean."""
-    import numpy as np
-    import scipy.stats
+    from moe.lab.inference import effect
 
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3g} ± {half:.2g}"
+    found = effect(values)
+    return f"{found.mean:.3g} ± {(found.high - found.low) / 2:.2g}"
 
 
 def main() -> None:

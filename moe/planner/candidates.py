@@ -185,7 +185,7 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
 
     rows = config.train.batch_size
     add("twice the rows a device", train=dataclasses.replace(config.train, batch_size=2 * rows))
-    for remat in ("hidden", "outputs", "attention", "offload", "full"):
+    for remat in fit.LADDER:
         if remat != model.remat:
             add(f"model.remat={remat}", model=dataclasses.replace(model, remat=remat))
     if model.moe.gate is not None:

@@ -21,6 +21,9 @@ from moe.models.stack import segments
 from moe.parallel.parameters import optimizer_specs, parameter_specs
 from moe.training.optimizer import make_optimizer
 
+#: Remat policies to try until a program fits, from the least recomputation to the most.
+LADDER = ("hidden", "outputs", "attention", "offload", "full")
+
 
 @dataclasses.dataclass(frozen=True)
 class Bound:

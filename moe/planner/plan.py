@@ -220,10 +220,6 @@ class Plan:
         )
 
 
-#: Remat policies that :func:`make_fitting_plan` tries, from the least recomputation to the most.
-LADDER = ("hidden", "outputs", "attention", "offload", "full")
-
-
 def make_fitting_plan(
     config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
 ) -> Plan:
@@ -235,14 +231,14 @@ def make_fitting_plan(
     """
     mesh, capacity = make_mesh(config.mesh, topology.devices), topology.capacity
     validate_mesh(config, mesh.shape)
-    for policy in LADDER:
+    for policy in fit.LADDER:
         tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
-        if policy != LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
+        if policy != fit.LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
             continue
         try:
             return make_plan(tried, topology, scenario, programs)
         except ConfigError as error:
-            if policy == LADDER[-1] or not str(error).startswith("does not fit"):
+            if policy == fit.LADDER[-1] or not str(error).startswith("does not fit"):
                 raise
     raise AssertionError
 

@@ -21,7 +21,7 @@ class Qwen35Config(Qwen3NextConfig):
 
     intermediate_size: Size = 512  # not in these files: every layer is MoE
     num_experts_per_tok: Count = 8
-    num_nextn_predict_layers: OptionalCount = 0
+    num_nextn_predict_layers: OptionalCount = 0  # a family writes the field if its own schema names it
 
 
 def read(source: Qwen35Config) -> tuple[Json, Json]:
