@@ -1,4 +1,4 @@
-"""What to train for a budget: python scripts/advise.py --chip_hours=10000 --topology=v5p-128.
+"""Advice on what to train for a budget: python scripts/advise.py --chip_hours=10000 --topology=v5p-128.
 
 The program is moe/programs/advise.py.
 """

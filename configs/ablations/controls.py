@@ -1,4 +1,4 @@
-"""What a learnt router and more parameters are worth: hash and random routing, and a dense model eight times as wide.
+"""Worth of a learnt router and of more parameters: hash and random routing, and a dense model eight times as wide.
 
 python scripts/ablate.py --suite=configs/ablations/controls.py --workdir=/tmp/lab --jobs=2
 

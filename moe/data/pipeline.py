@@ -78,7 +78,7 @@ def prepare(
 def prepare_run(
     config: Config, *, tokenizer: Tokenizer | None = None, progress: Callable[[str], None] = print
 ) -> Prepared:
-    """Open the data of a run (:func:`prepare`), and checks that each embedding has a row for every id of its batches.
+    """Open the data of a run (:func:`prepare`), and check that each embedding has a row for every id of its batches.
 
     Raises:
       ConfigError: see :func:`prepare`; or the encoder's own embedding has too few rows.

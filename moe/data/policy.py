@@ -33,7 +33,7 @@ class Reader:
     """Rollouts as examples for a model.
 
     Attributes:
-        model: resolved; its ids, layers and experts are those of the rollouts.
+        model: its ids, layers and experts are those of the rollouts.
         policy: settings.
         length: T, tokens of a row.
     """

@@ -38,7 +38,7 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
     Args:
         engine: a name of :data:`Engine`.
         records: one for each sequence, in order, as the engine gives it; for ``tunix`` the array of all.
-        model: resolved; its layers, experts and K must be those of the model that was served.
+        model: its layers, experts and K must be those of the model that was served.
         length: T; sequences start at position 0.
 
     Raises:

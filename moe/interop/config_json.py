@@ -90,7 +90,7 @@ def write_config(config: Config, model_type: str = "") -> Json:
     """A ``config.json`` from which Hugging Face transformers builds the same model.
 
     Args:
-        config: resolved.
+        config: of the model.
         model_type: a key of :data:`FAMILIES`; empty: the first family that can express the model.
 
     Raises:

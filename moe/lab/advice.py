@@ -109,7 +109,7 @@ def _width(flops: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """What an activation ratio brings and costs.
+    """Gain and cost of an activation ratio.
 
     Attributes:
         activation: K/E.
@@ -194,7 +194,7 @@ def spreads(
 
 
 def lab_law(losses: Mapping[tuple[int, int], float], tokens: float) -> str:
-    """What the lab's own law says, in a sentence, and how far the budget lies beyond its runs.
+    """Sentence on the lab's own law, and on how far the budget lies beyond its runs.
 
     Args:
         losses: (experts, tokens) → mean loss.

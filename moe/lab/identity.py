@@ -90,7 +90,7 @@ def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canon
     """The settings that decide a run's result, by name, without those that are neutral.
 
     Args:
-        config: resolved.
+        config: of a run.
         parents: "starts_from" and "teacher" → hash of that run; takes the place of the folders in the config.
     """
     parents = parents or {}

@@ -20,7 +20,7 @@ class FittedTo:
     ranges: Mapping[str, tuple[float, float]]
 
     def beyond(self, **values: float) -> str:
-        """What lies outside, and by which factor; empty where the law interpolates."""
+        """Values that lie outside, and by which factor; empty where the law interpolates."""
         found = []
         for name, value in values.items():
             low, high = self.ranges.get(name, (0.0, math.inf))

@@ -40,6 +40,6 @@ _SCHEMA = pydantic.TypeAdapter(StepSeconds)
 
 
 def read(directory: Path) -> StepSeconds | None:
-    """What was measured for the suite of a folder; None if nothing was. Raises ConfigError for another file there."""
+    """Measurement of the suite of a folder; None without one. Raises ConfigError for another file there."""
     path = directory / FILE
     return read_json(path, _SCHEMA) if path.exists() else None

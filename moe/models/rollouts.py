@@ -42,7 +42,7 @@ def make_sampler(config: ModelConfig, num_tokens: int, stop_tokens: Sequence[int
     """A sampler at temperature 1; it compiles once for each number of prompts and length of the longest.
 
     Args:
-        config: resolved, of a decoder-only model.
+        config: of a decoder-only model.
         num_tokens: the most tokens to add to a prompt.
         stop_tokens: ids that end a completion.
 

@@ -86,7 +86,7 @@ class Stack(nnx.Module):
         """Draw the parameters.
 
         Args:
-            config: resolved, of the whole model.
+            config: of the whole model.
             name: of the stack (:func:`moe.config.model_section.stacks`).
             rngs: keys of the parameters.
         """

@@ -73,7 +73,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     """Compile the MoE layer of a config, router and losses included, with float32 parameters.
 
     Args:
-        config: resolved; its model and mesh are used.
+        config: its model and mesh are used.
         topology: to compile for, all its devices.
         tokens: in a row of the batch; every device that has tokens has one row.
         backward: forward and backward, gradients of parameters and tokens, instead of forward.

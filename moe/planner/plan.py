@@ -181,7 +181,7 @@ class Plan:
 
     @property
     def interval_basis(self) -> str:
-        """What the interval rests on, as a phrase."""
+        """Basis of the interval, as a phrase."""
         shares = {name: seconds / self.compute_seconds for name, seconds in self.basis.items()}
         words = [f"{name} for {100 * share:.0f} % of the work" for name, share in shares.items() if share >= 0.005]
         steps = f"the spread of {self.steps} published steps"

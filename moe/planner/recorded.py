@@ -90,7 +90,7 @@ def words(kept: _Row) -> str:
 
 
 def sentence(kept: _Row) -> str:
-    """What is known of a kept plan, in a line."""
+    """A kept plan in a line."""
     low, high = kept["step_interval"]
     step, mfu = kept["step_seconds"], 100 * kept["mfu"]
     return (

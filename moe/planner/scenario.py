@@ -38,7 +38,7 @@ class Scenario:
         return dataclasses.replace(chip, **{name: getattr(chip, name) * self.bandwidth for name in names})
 
     def words(self) -> str:
-        """What is assumed; "" if nothing is changed."""
+        """Assumptions in words; "" if nothing is changed."""
         changed = [
             (self.bandwidth != 1, f"{self.bandwidth:g} x the network's bandwidths"),
             (self.matmul_share, f"matmuls at {self.matmul_share:g} of the peak"),

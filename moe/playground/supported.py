@@ -1,4 +1,4 @@
-"""What the page's JavaScript computes: models beyond it are refused, with the field that is."""
+"""Models that the page's JavaScript computes; others are refused by the field that it lacks."""
 
 from __future__ import annotations
 

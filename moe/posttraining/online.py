@@ -42,7 +42,7 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What samples the rollouts: a model that may differ from the trained one, as a serving engine does.
+    """Sampler of rollouts: a model that may differ from the trained one, as a serving engine does.
 
     Attributes:
         sample: see :func:`moe.models.rollouts.make_sampler`.

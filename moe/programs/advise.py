@@ -95,7 +95,7 @@ def _of_hours(hours: float, kind: str, chip: Any) -> Any:
 
 
 def _measured() -> tuple[list[Any], dict[tuple[int, int], float]]:
-    """Of the early runs: spreads of differences from dense, and mean losses by experts and tokens."""
+    """Spreads of differences from dense, and mean losses by experts and tokens, of the early runs."""
     import pandas as pd
 
     from moe.lab import advice

@@ -22,7 +22,7 @@ ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 @dataclasses.dataclass(frozen=True)
 class GateInputs:
-    """What a call of the layer gives a gate besides the router logits.
+    """Inputs of a gate in a call of the layer, besides the router logits.
 
     Attributes:
         mask: [G,S] bool, tokens to route: neither padding nor broken.

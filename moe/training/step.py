@@ -140,7 +140,7 @@ def build(
     """Build the programs of a run; nothing is compiled yet.
 
     Args:
-        config: resolved and validated, against the mesh too (:func:`moe.config.validate_mesh`).
+        config: validated against the mesh (:func:`moe.config.validate_mesh`).
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.

@@ -257,7 +257,7 @@ def test_what_cannot_be_split_is_refused(overrides, parts, message):
 @pytest.mark.transformers
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_pruned_export_loads_elsewhere_with_equal_logits(tmp_path, rng, merged):
-    """As a Mixtral of three experts. Needs torch and transformers 5: python -m pytest -m transformers."""
+    """The export is a Mixtral of three experts. Needs torch and transformers 5: python -m pytest -m transformers."""
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless")
     parameters, biases = _parts(program, variables)

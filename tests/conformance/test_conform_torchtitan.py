@@ -89,7 +89,7 @@ def test_the_layer_conforms(rule, monkeypatch):
 
 
 def test_scores_on_the_experts_inputs_are_named(monkeypatch):
-    """As torchtitan had it with ``score_before_experts``."""
+    """Mutant that torchtitan had with ``score_before_experts``."""
     import torch
 
     rule = Rule(k=2, renormalise=True)

@@ -78,7 +78,7 @@ def test_multi_token_prediction_is_skipped_or_comes_in_and_goes_out(tmp_path, ca
 
 
 def test_the_model_of_text_inside_one_of_images(tmp_path, caplog):
-    """As published: names with a prefix, a vision model, and the fields under text_config. Exported as text alone."""
+    """The published form: names with a prefix, a vision model, fields under text_config. The export is text alone."""
     tensors = load_file(TEXT / "model.safetensors")
     inside = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in tensors.items()}
     source = json.loads((TEXT / "config.json").read_text())
