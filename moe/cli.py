@@ -5,9 +5,7 @@ Importing this module imports JAX, so entry points call :mod:`moe.process` befor
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import itertools
 import logging as standard_logging
 import os
@@ -15,7 +13,7 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +151,11 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         examples: commands for --help.
     """
     if any(argument.lstrip("-").partition("=")[0] in _HELP for argument in sys.argv[1:] if argument.startswith("-")):
-        with _closed_output_exits():
+        with process.closed_output_exits():
             print(help_text(main.__module__, required, examples), flush=True)
         sys.exit(0)
     process.raise_on_stop_signals()
-    _harden_streams()
+    process.harden_streams()
     _extend_import_path(sys.argv)
     flags.mark_flags_as_required(list(required))
     for name in required:
@@ -179,7 +177,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
         for library in ("gcsfs", "google", "asyncio"):  # log tracebacks of the errors that they also raise
             standard_logging.getLogger(library).setLevel(standard_logging.CRITICAL)
         try:
-            with _closed_output_exits():
+            with process.closed_output_exits():
                 main()
         except Exception as error:
             sentence = _refusal(error)
@@ -188,17 +186,6 @@ def run(main: Callable[[], None], required: tuple[str, ...] = (), examples: tupl
             sys.exit(terminal(f"error: {sentence}"))
 
     app.run(guarded, flags_parser=parse)
-
-
-@contextlib.contextmanager
-def _closed_output_exits() -> Iterator[None]:
-    """Exit without a word where the reader of standard output is gone, as in ``| head``."""
-    try:
-        yield
-    except BrokenPipeError:
-        # What is still buffered would raise again when Python flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
 
 
 _HELP = ("help", "helpshort", "helpfull", "h", "?")
@@ -264,46 +251,6 @@ def _refusal(error: Exception) -> str:
 def _from_jax_backends(error: Exception) -> bool:
     """True for an error of JAX's search for devices, which raises bare assertions too."""
     return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
-
-
-class _TolerantStream:
-    """Stream whose write errors are ignored: a full disk or a closed pipe behind stderr must not end a run."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError):
-            return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-class _PlainStream(_TolerantStream):
-    """Stream that spells out the controls in what documents, and models that learnt them, say."""
-
-    def write(self, text: str) -> int:
-        self._stream.write(terminal(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def _harden_streams() -> None:
-    """Escape controls, and characters that the terminal's encoding lacks; ignore write errors of stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout = _PlainStream(sys.stdout)
-    sys.stderr = _TolerantStream(sys.stderr)  # a progress bar's controls are its own
 
 
 def _missing(error: Exception, required: Sequence[str], examples: Sequence[str]) -> str:

@@ -1,18 +1,22 @@
-"""Process settings that must be made before JAX is imported: streams, stop signals, environment, memory allocator."""
+"""Settings of a process: streams, stop signals, environment, memory allocator; most before JAX is imported."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from moe.escaping import terminal
 
 _TUNABLE = "glibc.malloc.hugetlb=1"
 _JEMALLOC = "libjemalloc.so.2"
@@ -43,6 +47,57 @@ def _open_standard_streams() -> None:
                 os.dup2(null, descriptor)
                 os.close(null)
             setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+
+
+class _TolerantStream:
+    """Stream whose write errors are ignored: a full disk or a closed pipe behind stderr must not end a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _PlainStream(_TolerantStream):
+    """Stream that spells out the controls in what documents, and models that learnt them, say."""
+
+    def write(self, text: str) -> int:
+        self._stream.write(terminal(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def harden_streams() -> None:
+    """Escape controls, and characters that the terminal's encoding lacks; ignore write errors of stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout = _PlainStream(sys.stdout)
+    sys.stderr = _TolerantStream(sys.stderr)  # a progress bar's controls are its own
+
+
+@contextlib.contextmanager
+def closed_output_exits() -> Iterator[None]:
+    """Exit without a word where the reader of standard output is gone, as in ``| head``."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered would raise again when Python flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
 
 
 def _exit_on_stop_signals() -> None:

@@ -246,7 +246,7 @@ _LABELS = {"token": "token", "lexical_matched": "lexical class", "domain_matched
 
 
 def specialisation(path: Path, table: Table, variant: str) -> str:
-    """Share of the first expert that is explained, by layer: trained routers with intervals, beside untrained ones and a hash."""
+    """Share of the first expert that is explained, by layer: of trained routers, of untrained ones and of a hash."""
     steps = table.longest(variant)
     layers = table.layers(variant, "specialisation/explained_token")
     fig = Figure(figsize=(6.4, 4.0))
