@@ -19,7 +19,7 @@ from moe.fields import whole_number
 from moe.lab import step_seconds
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, with_seeds
-from moe.lab.records import read_all
+from moe.lab.records import commit, read_all
 from moe.lab.report import answer, claims_page, page, paper_tables
 from moe.lab.running import jobs, runner
 from moe.lab.table import Table
@@ -62,7 +62,9 @@ def main() -> None:
     if _TIME.value:
         arms = _ARMS.value or list(suite.variants)
         runner.only(suite, arms, ())
-        train_steps.of_arms(suite, arms, _TIME.value).write(output / suite.name)
+        seconds = train_steps.processor_seconds({arm: suite.config(arm) for arm in arms}, _TIME.value)
+        measured = step_seconds.StepSeconds(seconds, _TIME.value, runner.hardware(), commit())
+        measured.write(output / suite.name)
         print(f"{output / suite.name / step_seconds.FILE}")
         return
     only = runner.only(suite, _ARMS.value, _HORIZONS.value)

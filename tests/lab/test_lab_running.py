@@ -182,7 +182,8 @@ def test_what_the_end_needs_is_checked_at_the_start():
 def test_steps_of_arms_are_timed_and_read_back(tmp_path):
     assert step_seconds.read(tmp_path) is None
     suite = tiny_suite(tiny_base(tmp_path))
-    train_steps.of_arms(suite, ["dense"], 3).write(tmp_path)
+    seconds = train_steps.processor_seconds({"dense": suite.config("dense")}, 3)
+    step_seconds.StepSeconds(seconds, 3, "1 x cpu", "abc").write(tmp_path)
     found = step_seconds.read(tmp_path)
     low, middle, high = found.arms["dense"]
     assert 0 < low <= middle <= high
