@@ -93,7 +93,7 @@ def main() -> None:
     import numpy as np
 
     from moe.escaping import markdown_table
-    from moe.models.rollouts import make_sampler
+    from moe.models.sampling import make_sampler
     from moe.parallel.mesh import make_mesh
     from moe.posttraining import make_program
     from moe.posttraining.online import Engine, Rounds, train_online

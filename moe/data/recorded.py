@@ -27,7 +27,7 @@ import numpy as np
 
 from moe.config import ConfigError, ModelConfig, sparse_layers
 
-Engine = Literal["vllm", "sglang", "tensorrt_llm", "tunix"]
+EngineName = Literal["vllm", "sglang", "tensorrt_llm", "tunix"]
 #: Entry of a token or layer without recorded experts.
 ABSENT = -1
 
@@ -36,7 +36,7 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
     """Recorded experts of some sequences, [B,T,L,K] int32 over the MoE layers, :data:`ABSENT` where there are none.
 
     Args:
-        engine: a name of :data:`Engine`.
+        engine: a name of :data:`EngineName`.
         records: one for each sequence, in order, as the engine gives it; for ``tunix`` the array of all.
         model: its layers, experts and K must be those of the model that was served.
         length: T; sequences start at position 0.
@@ -44,8 +44,8 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
     Raises:
         ConfigError: an unknown engine, a record of another shape, or an expert that the model does not have.
     """
-    if engine not in get_args(Engine):
-        raise ConfigError(f"engine={engine!r}: must be one of {', '.join(get_args(Engine))}")
+    if engine not in get_args(EngineName):
+        raise ConfigError(f"engine={engine!r}: must be one of {', '.join(get_args(EngineName))}")
     k, sparse = model.moe.experts_per_token, sparse_layers(model)
     if engine == "tunix":
         rows = _as_integers(records, "the record")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from moe.data.recorded import Engine
+from moe.data.recorded import EngineName
 from moe.foreign_files import Fields
 
 #: Begins a document that is rollouts, as JSON.
@@ -59,7 +59,7 @@ class Group(Fields):
 
     prompt_tokens: _Tokens
     completions: Annotated[list[Completion], pydantic.Field(min_length=2)]
-    engine: Engine | None = None
+    engine: EngineName | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_experts(self) -> Group:

@@ -13,13 +13,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from moe.config import ConfigError, ModelConfig
-from moe.data.recorded import ABSENT, Engine, read_experts
+from moe.data.recorded import ABSENT, EngineName, read_experts
 from moe.escaping import markdown_table
 from moe.models.decoder import Transformer
 from moe.routing.routing import Choices, Routing
 from moe.training.losses import cross_entropy
 
-__all__ = ["Engine", "Mismatch", "ReplayEffect", "mismatch", "read_choices", "replay_effect"]
+__all__ = ["EngineName", "Mismatch", "ReplayEffect", "mismatch", "read_choices", "replay_effect"]
 
 
 def read_choices(engine: str, records: Any, model: ModelConfig, length: int) -> Choices:

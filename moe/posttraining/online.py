@@ -21,7 +21,7 @@ from moe.checkpoints.workdir import CONFIG, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
 from moe.metrics_files import METRICS, MetricsWriter
-from moe.models.rollouts import Rollout, Sampler, make_sampler
+from moe.models.sampling import Rollout, Sampler, make_sampler
 from moe.models.state import TrainState
 from moe.training.batches import place
 from moe.training.metrics import mean_row, step_metrics
@@ -45,7 +45,7 @@ class Engine:
     """Sampler of rollouts: a model that may differ from the trained one, as a serving engine does.
 
     Attributes:
-        sample: see :func:`moe.models.rollouts.make_sampler`.
+        sample: see :func:`moe.models.sampling.make_sampler`.
         load: the engine's variables from the trained ones and a key of the round.
     """
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from moe.config import ConfigError
-from moe.interop.recorded import Engine, mismatch, read_choices, replay_effect
+from moe.interop.recorded import EngineName, mismatch, read_choices, replay_effect
 from moe.models.decoder import Transformer
 from moe.routing.routing import Choices, Routing
 from tests.helpers import tiny_model
@@ -43,7 +43,7 @@ def _records(engine: str, index: np.ndarray) -> object:
     return padded
 
 
-@pytest.mark.parametrize("engine", Engine.__args__)
+@pytest.mark.parametrize("engine", EngineName.__args__)
 def test_every_layout_replays_exactly(engine, recorded):
     model, tokens, output, run = recorded
     index = np.asarray(output.routing.expert_index)

@@ -23,7 +23,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.data import folders, pipeline, policy, rollouts
-from moe.data.recorded import Engine
+from moe.data.recorded import EngineName
 from moe.data.tokenizer_files import find_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
@@ -85,7 +85,7 @@ def test_means_over_tokens_completions_and_a_constant():
         assert PolicyObjective(PolicyConfig(mean=mean)).count(batch) == count
 
 
-def group(rng, engine: Engine | None = "vllm", size=3, vocab=48, layers=3):
+def group(rng, engine: EngineName | None = "vllm", size=3, vocab=48, layers=3):
     """A group of completions of lengths 2, 3, ... with random experts (K = 2 of 5) in MoE layers 1 and 2 of three."""
     prompt = rng.integers(1, vocab, 3).tolist()
     completions = []
@@ -126,7 +126,7 @@ def examples(model, engine="vllm", **settings):
     return reader.examples(rollouts.document(group(np.random.default_rng(0), engine)))
 
 
-@pytest.mark.parametrize("engine", Engine.__args__)
+@pytest.mark.parametrize("engine", EngineName.__args__)
 def test_an_example_by_hand_in_every_layout(model, engine):
     """Prompt of three tokens, completion of two: targets from the last token of the prompt on."""
     one = group(np.random.default_rng(0))

@@ -10,7 +10,7 @@ from etils import epath
 
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
-from moe.models.rollouts import make_sampler
+from moe.models.sampling import make_sampler
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.online import Rounds, make_groups, own_engine, train_online
