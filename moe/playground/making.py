@@ -17,7 +17,6 @@ from moe.models.flops import count_parameters
 from moe.models.state import join
 from moe.playground import supported
 from moe.playground.packed import Packed, pack, unpack
-from moe.playground.vocabulary import vocabulary
 from moe.training.open_run import Workdir
 
 #: Characters of an example, and the longest row in tokens, since the page computes all scores of attention.
@@ -38,7 +37,7 @@ def make(opened: Workdir, step: int, *, title: str, tokens: int) -> Packed:
     """
     config = opened.program.config
     supported.check(config.model)
-    words = vocabulary(opened.prepared.tokenizer)
+    words = supported.vocabulary(opened.prepared.tokenizer)
     if len(words["pieces"]) > config.model.vocab_size:
         raise ConfigError(f"tokenizer.model: has more than model.vocab_size={config.model.vocab_size} pieces")
     parameters = stored.read_parameters(opened.path, config.model, step=step, dtype=np.float32)

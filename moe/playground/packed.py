@@ -7,15 +7,17 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import pydantic
 from flax import nnx
 
 from moe.atomic_files import write_arrays
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.config.parse import from_config_dict
+from moe.foreign_files import Fields, kept_whole, parse
 from moe.models.factory import abstract_parameters, abstract_selection_biases
 from moe.models.stack import restack_layers, unstack_layers
 
@@ -40,6 +42,21 @@ _NAMES: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {
 _WHOLE = ("final_norm", "attention_norm", "ffn_norm", "router", "bias")
 _SCALES = ".scales"
 _LARGEST = 127  # of int8, symmetric
+
+
+class _Header(Fields):
+    """Fields of a header that the page needs."""
+
+    title: str
+    length: Annotated[int, pydantic.Field(ge=1)]
+    vocabulary: dict[str, Any]
+    examples: list[dict[str, str]]
+    model: dict[str, Any]
+    sizes: str
+    about: str
+
+
+_HEADER = kept_whole(_Header)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +145,7 @@ def read(path: Path) -> Packed:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        return Packed(json.loads(arrays.pop("header").tobytes()), arrays)
+        header = arrays.pop("header").tobytes()
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: not the weights of a page ({error})") from error
+    return Packed(parse(header, _HEADER, f"{path}: not the weights of a page"), arrays)

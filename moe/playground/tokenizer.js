@@ -4,7 +4,7 @@
 const SPACE = "\u2581";  // SentencePiece's symbol for a space
 
 class Tokenizer {
-  // vocabulary: { pieces: [...], kinds: a letter per id } (moe/playground/vocabulary.py).
+  // vocabulary: { pieces: [...], kinds: a letter per id } (moe/playground/supported.py).
   constructor(vocabulary) {
     this.pieces = vocabulary.pieces;
     this.kinds = vocabulary.kinds;

@@ -21,7 +21,7 @@ from moe.models.state import join
 from moe.parallel.mesh import make_mesh
 from moe.playground import packed as weights
 from moe.playground import page, supported
-from moe.playground.vocabulary import vocabulary
+from moe.playground.supported import vocabulary
 from moe.routing.gates import DenseMixture, ExpertChoice, Hash, TopK
 from moe.training.batches import forward
 from moe.training.losses import token_cross_entropy
@@ -207,6 +207,10 @@ def test_rounding_and_back(tmp_path):
     assert rounded["embedding"][1, :2].tolist() == [127, -64]
     assert rounded["embedding.scales"][1] == 1
     assert not rounded["embedding"][0].any()
+    without = {name: value for name, value in packed.header.items() if name != "title"}
+    weights.write(tmp_path / "untitled.npz", weights.Packed(without, packed.arrays))
+    with pytest.raises(ConfigError, match=r"untitled.npz: not the weights of a page: has no title"):
+        weights.read(tmp_path / "untitled.npz")
     (tmp_path / "other.npz").write_bytes(b"PK")
     with pytest.raises(ConfigError, match=r"other.npz: not the weights of a page"):
         weights.read(tmp_path / "other.npz")
