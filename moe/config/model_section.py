@@ -9,8 +9,8 @@ import math
 from typing import Literal, NamedTuple
 
 from moe.config.moe_section import DType, MoEConfig
-from moe.config.registry import with_gate
 from moe.fields import ConfigError, Section, require, setting
+from moe.routing.interface import Gate
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "geglu_exact", "reglu", "gelu", "relu"]
 QKNorm = Literal["none", "head", "full", "rotated"]
@@ -160,7 +160,9 @@ class ModelConfig(Section, path=_MODEL):
         self._check_delta_net()
         if self.moe.gate is not None:
             self._check_moe_layers()
-            self._check_layer_gates()
+            count = sum(sparse_layers(self))
+            allowed = f"must be at most the {count} MoE layers"
+            require(len(self.moe.layer_gates) <= count, f"{_MOE}layer_gates", self.moe.layer_gates, allowed)
 
     @property
     def has_base(self) -> bool:
@@ -207,9 +209,9 @@ class ModelConfig(Section, path=_MODEL):
         """Dimension of the rows that experts read and write."""
         return self.moe.latent_dim or self.d_model
 
-    def with_layer_gate(self, name: str) -> ModelConfig:
-        """The config of a layer with a gate of its own; see :func:`moe.config.registry.with_gate`."""
-        return self if name == self.moe.gate_name else dataclasses.replace(self, moe=with_gate(self.moe, name))
+    def with_gate(self, gate: Gate) -> ModelConfig:
+        """The config of a layer with this gate; see :meth:`moe.config.moe_section.MoEConfig.with_gate`."""
+        return self if gate == self.moe.gate else dataclasses.replace(self, moe=self.moe.with_gate(gate))
 
     def _require_defaults(self, where: str, **defaults: object) -> None:
         """Refuse other values of fields that ``where`` says to be unused."""
@@ -293,23 +295,6 @@ class ModelConfig(Section, path=_MODEL):
             f"leave no MoE layer among {num_layers}; use {_MOE}gate=none for a dense model",
         )
 
-    def _check_layer_gates(self) -> None:
-        moe, field = self.moe, f"{_MOE}layer_gates"
-        if not moe.layer_gates or moe.gate is None:
-            return
-        count, k = sum(sparse_layers(self)), moe.experts_per_token
-        require(len(moe.layer_gates) <= count, field, moe.layer_gates, f"must be at most the {count} MoE layers")
-        for name in {*moe.layer_gates, moe.gate_name}:
-            try:
-                gate = moe.gate if name == moe.gate_name else with_gate(moe, name).gate
-            except ConfigError as error:
-                raise ConfigError(f"{field}={name!r}: {str(error).replace('model.moe.gate.', '')}") from error
-            assert gate is not None
-            found = not gate.lists_all and gate.experts_per_token(moe.num_experts) == k
-            require(found, field, name, f"must choose {k} experts")
-            update, updates = gate.state.update, ("none", moe.gate.state.update)
-            require(update in updates, field, name, f"needs a bias of {update} in all layers")
-
 
 def check_is_model(config: object) -> None:
     """Raise a ConfigError for something else than the config of a model."""
@@ -330,7 +315,7 @@ class LayerKind(NamedTuple):
     sparse: bool  # MoE
     window: int  # tokens a query attends to, including its own; 0: all
     role: Role = "decoder"
-    gate: str = "none"  # routing rule of an MoE layer
+    gate: Gate | None = None  # of an MoE layer
     mixer: Mixer = "attention"
 
 
@@ -356,8 +341,8 @@ def stacks(config: ModelConfig) -> dict[str, tuple[LayerKind, ...]]:
     """Kinds of the layers of each stack, by its name in the tree of parameters; "" for the one of a decoder-only
     model."""
     sparse = sparse_layers(config)
-    own = iter((*config.moe.layer_gates, *(config.moe.gate_name,) * len(sparse)))
-    gates = [next(own) if is_sparse else "none" for is_sparse in sparse]
+    own = iter((*config.moe.layer_gates, *(config.moe.gate,) * len(sparse)))
+    gates = [next(own) if is_sparse else None for is_sparse in sparse]
     if config.encoder_layers:
         kinds = list(zip(sparse, gates, strict=True))
         encoder, decoder = kinds[: config.encoder_layers], kinds[config.encoder_layers :]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from moe.fields import Section, require, setting
+from moe.fields import ConfigError, Section, require, setting
 from moe.routing.gates import TopK
 from moe.routing.interface import BalanceCounts, BalanceScope, Gate
 
@@ -48,7 +50,7 @@ class MoEConfig(Section, path=_MOE):
     """
 
     gate: Gate | None = TopK(k=2, renormalise=True, name="mixtral")  # routing rule; None ("none"): all FFNs are dense
-    layer_gates: tuple[str, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
+    layer_gates: tuple[Gate, ...] = ()  # gates of the first MoE layers, if not `gate` (DeepSeek-V4: hash); may be all
     num_experts: int = setting(8, least=1, most=2**17, split="expert")  # E, without shared experts
     #: F, hidden dim of one expert; 0: model.d_ff
     d_ff: int = setting(0, least=0, most=2**22, split="tensor", follows="model.d_ff")
@@ -89,6 +91,10 @@ class MoEConfig(Section, path=_MOE):
         self._check_router(self.gate)
         self._check_losses(self.gate)
         self._check_drops(self.gate)
+        if self.layer_gates:
+            object.__setattr__(self, "layer_gates", tuple(map(self._layer_gate, self.layer_gates)))
+            for gate in (*self.layer_gates, self.gate):
+                self._check_layer_gate(gate)
 
     @property
     def null_experts(self) -> int:
@@ -104,6 +110,33 @@ class MoEConfig(Section, path=_MOE):
     def gate_name(self) -> str:
         """Name of the gate, for messages and records."""
         return "none" if self.gate is None else self.gate.name
+
+    def with_gate(self, gate: Gate) -> MoEConfig:
+        """The settings of a layer with this gate, one of ``layer_gates``: all but what a gate without a router lacks,
+        and the weights of losses, which the model applies."""
+        if gate == self.gate:
+            return self
+        losses = Losses(scope=self.losses.scope, counts=self.losses.counts, null=self.losses.null)
+        changed: dict[str, Any] = {"gate": gate, "layer_gates": (), "losses": losses}
+        if gate.router == "none":
+            bias = "none" if self.bias == "router" else self.bias
+            changed |= {"jitter": 0.0, "router_dtype": "float32", "bias": bias}
+        return dataclasses.replace(self, **changed)
+
+    def _layer_gate(self, gate: Gate) -> Gate:
+        """The gate with the K of the model."""
+        with _named_in_errors(gate):
+            return dataclasses.replace(gate, k=self.experts_per_token) if gate.sets_k else gate
+
+    def _check_layer_gate(self, gate: Gate) -> None:
+        assert self.gate is not None
+        with _named_in_errors(gate):
+            self.with_gate(gate)
+        field, k = f"{_MOE}layer_gates", self.experts_per_token
+        found = not gate.lists_all and gate.experts_per_token(self.num_experts) == k
+        require(found, field, gate.name, f"must choose {k} experts")
+        update, updates = gate.state.update, ("none", self.gate.state.update)
+        require(update in updates, field, gate.name, f"needs a bias of {update} in all layers")
 
     def _check_router(self, gate: Gate) -> None:
         if gate.router == "none":
@@ -157,3 +190,13 @@ class MoEConfig(Section, path=_MOE):
         )
         one_kind = "needs experts of one kind: set zero_, copy_, constant_ and novice_experts to 0"
         self._require("overflow_to_next", self.null_experts == 0, one_kind)
+
+
+@contextlib.contextmanager
+def _named_in_errors(gate: Gate) -> Iterator[None]:
+    """Within it, errors of the settings of a layer with its own gate name that gate."""
+    try:
+        yield
+    except ConfigError as error:
+        reason = str(error).replace(f"{_MOE}gate.", "")
+        raise ConfigError(f"{_MOE}layer_gates={gate.name!r}: {reason}") from error

@@ -272,7 +272,19 @@ def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typi
     """The section of MoE layers without its gate, and the gate with what it sets: the constants of its paper."""
     tree = flat.nested(tree) if flat.is_flat(tree) else dict(tree)
     gate = tree.pop("gate", MoEConfig().gate_name)
-    return tree, {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
+    values = {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
+    gates = tree.get("layer_gates", ())
+    if isinstance(gates, (list, tuple)):
+        tree["layer_gates"] = tuple(_layer_gate(own, values["gate"], f"{path}layer_gates") for own in gates)
+    return tree, values
+
+
+def _layer_gate(own: typing.Any, gate: Gate | None, path: str) -> typing.Any:
+    """The gate of a name, or of a section with a name; the model's where the name is its; other values as they are, to
+    be refused."""
+    if gate is not None and own == gate.name:
+        return gate
+    return _named_layer(own, path)["gate"] if isinstance(own, (str, dict, ml_collections.ConfigDict)) else own
 
 
 def _named_layer(gate: typing.Any, path: str) -> dict[str, typing.Any]:

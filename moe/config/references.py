@@ -84,13 +84,18 @@ def import_object(field: str, name: str) -> typing.Any:
 
 def code_fields(tree: object) -> dict[str, object]:
     """Fields of a config, as a tree of nested dicts, that may name a module, with their values; None where absent."""
-    gate = _at(tree, "model", "moe", "gate")
+    gates = _at(tree, "model", "moe", "layer_gates")
     return {
-        "model.moe.gate": gate if isinstance(gate, str) else _at(gate, "name"),
-        "model.moe.layer_gates": _at(tree, "model", "moe", "layer_gates"),
+        "model.moe.gate": _name(_at(tree, "model", "moe", "gate")),
+        "model.moe.layer_gates": [_name(gate) for gate in gates] if isinstance(gates, (list, tuple)) else gates,
         "optimizer.name": _at(tree, "optimizer", "name"),
         "train.writers": _at(tree, "train", "writers"),
     }
+
+
+def _name(gate: object) -> object:
+    """Name of a gate, itself or in its section."""
+    return gate if isinstance(gate, str) else _at(gate, "name")
 
 
 def _at(node: object, *names: str) -> object:

@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.references import import_object
@@ -47,13 +47,10 @@ def find_gate(name: str) -> Gate:
     Raises:
         ConfigError: there is none.
     """
-    return _gate_of(find_layer(name), name)
-
-
-def _gate_of(layer: MoEConfig, name: str) -> Gate:
-    if layer.gate is None:
+    gate = find_layer(name).gate
+    if gate is None:
         raise ConfigError(f"model.moe.gate={name!r}: must name a gate")
-    return layer.gate
+    return gate
 
 
 def _import_layer(name: str) -> MoEConfig:
@@ -96,20 +93,6 @@ def _check_facts(where: str, gate: Gate) -> None:
 def _named(name: str, layer: MoEConfig) -> MoEConfig:
     assert layer.gate is not None
     return dataclasses.replace(layer, gate=dataclasses.replace(layer.gate, name=name))
-
-
-def with_gate(moe: MoEConfig, name: str) -> MoEConfig:
-    """The config of a layer with a gate of its own (``layer_gates``): the gate's scores, selection, jitter and noise;
-    sizes, K, capacity and dispatch stay the model's, and so do the weights of losses, which a layer does not read."""
-    layer = find_layer(name)
-    gate = _gate_of(layer, name)
-    if gate.sets_k:
-        gate = dataclasses.replace(gate, k=moe.experts_per_token)
-    losses = Losses(scope=moe.losses.scope, counts=layer.losses.counts, null=moe.losses.null)
-    own: dict[str, Any] = {"gate": gate, "jitter": layer.jitter, "losses": losses, "layer_gates": ()}
-    if gate.router == "none":
-        own |= {"router_dtype": "float32", "bias": "none" if moe.bias == "router" else moe.bias}
-    return dataclasses.replace(moe, **own)
 
 
 _V3 = {"renormalise": True, "bias": "sign", "bias_rate": 1e-3}  # DeepSeek-V3's gate, except K and the groups

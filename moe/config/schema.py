@@ -123,10 +123,10 @@ def _check_policy(config: Config) -> None:
         return
     allowed = "must be 'dropless' with data.objective='policy': rollouts drop no tokens"
     require(moe.dispatch == "dropless", f"{_MOE}dispatch", moe.dispatch, allowed)
-    for name in {kind.gate for kind in layer_kinds(config.model) if kind.sparse} if config.policy.replay else ():
-        gate = config.model.with_layer_gate(name).moe.gate
-        allowed = f"must be False with {_MOE}gate={name!r}, which weighs only what it chooses"
-        require(gate is not None and gate.reweighs, "policy.replay", True, allowed)
+    for gate in {kind.gate for kind in layer_kinds(config.model)} - {None} if config.policy.replay else ():
+        assert gate is not None
+        allowed = f"must be False with {_MOE}gate={gate.name!r}, which weighs only what it chooses"
+        require(gate.reweighs, "policy.replay", True, allowed)
 
 
 def _check_transfer(config: Config) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe.config import Config, DataConfig, MoEConfig, layer_kinds, sparse_layers
-from moe.config.registry import find_layer
+from moe.config.registry import find_gate, find_layer
 from moe.data.corpora import EmbeddedCorpus
+from moe.routing.interface import Gate
 
 #: Of the canonical form. A new version needs a conversion of the records of the older one.
 VERSION = 1
@@ -124,9 +125,9 @@ def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canon
 def _moe(config: Config) -> Canonical:
     """The settings of the MoE layers."""
     model, moe = config.model, config.model.moe
-    gates = [kind.gate for kind in layer_kinds(model)]
+    gates = [_layer_gate(kind.gate, moe) for kind in layer_kinds(model)]
     form: Canonical = {
-        "gates": gates if len(set(gates)) > 1 else gates[0],
+        "gates": gates if any(gate != gates[0] for gate in gates) else gates[0],
         "experts": moe.num_experts,
         "k": moe.experts_per_token,
         "expert_dim": moe.d_ff,
@@ -150,6 +151,15 @@ def _moe(config: Config) -> Canonical:
     if form["drops"] or moe.losses.scope == "group":
         form["group_tokens"] = moe.group_size or config.data.sequence_length
     return form
+
+
+def _layer_gate(gate: Gate | None, moe: MoEConfig) -> Any:
+    """The name of a layer's gate, with its fields where they are not those of that name."""
+    if gate is None or gate == moe.gate:
+        return "none" if gate is None else gate.name
+    named = find_gate(gate.name)
+    named = dataclasses.replace(named, k=moe.experts_per_token) if named.sets_k else named
+    return gate.name if gate == named else dataclasses.asdict(gate)
 
 
 def _gate(moe: MoEConfig) -> Canonical:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import check_is_model
 from moe.config.parse import build
+from moe.config.registry import find_gate
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertDropout, ExpertWeights
@@ -161,7 +162,7 @@ class MoELayer(nnx.Module):
 
         Args:
             config: of a whole model, whose ``moe`` section describes the layer; None: ``settings`` do.
-            gate: the gate, its name, or ``module:object``; with a config, instead of the config's.
+            gate: the gate, its name, or ``module:object``; with a config, instead of the config's, as a layer gate.
             rngs: keys of the parameters.
             **settings: ``d_model``, ``activation`` and ``init_scale`` of :class:`moe.config.ModelConfig`, and fields of
                 :class:`moe.config.MoEConfig` such as ``d_ff``, ``num_experts`` and ``dispatch``.
@@ -175,14 +176,14 @@ class MoELayer(nnx.Module):
             check_is_model(config)
             if settings:
                 raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
-        if isinstance(gate, str):
-            config = config.with_layer_gate(gate)
+            if gate is not None:
+                config = config.with_gate(find_gate(gate) if isinstance(gate, str) else gate)
         moe = config.moe
         self.config = moe
         self.d_model = config.d_model
         if moe.gate is None:
             raise ConfigError("MoELayer: a dense model (model.moe.gate=none) has no MoE layer")
-        self.gate = gate if isinstance(gate, Gate) else moe.gate
+        self.gate = moe.gate
         if (self.gate.router == "slots") != self.has_slots:
             other = "moe.MoELayer" if self.has_slots else "moe.SoftMoE"
             raise ConfigError(f"gate={self.gate.name!r}: is not the gate of a {type(self).__name__}, but of a {other}")

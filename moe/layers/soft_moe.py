@@ -67,8 +67,8 @@ def create_layer(config: Any = None, *, gate: str | Gate | None = None, rngs: nn
     """The layer of a gate, with the arguments of :class:`moe.layers.moe_layer.MoELayer`, which checks them."""
     if isinstance(gate, Gate):
         rule = gate
-    elif isinstance(config, ModelConfig):
-        rule = (config if gate is None else config.with_layer_gate(gate)).moe.gate
+    elif gate is None and isinstance(config, ModelConfig):
+        rule = config.moe.gate
     else:
         rule = find_gate(gate or MoELayer.default_gate)
     return (SoftMoE if rule is not None and rule.router == "slots" else MoELayer)(

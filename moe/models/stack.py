@@ -298,19 +298,18 @@ def selection_biases(config: ModelConfig, layers: Float[Array, "L E"]) -> dict[s
         parts = zip(split_moe_layers(kinds, layers[start:stop]), segments(kinds), strict=True)
         for i, (blocks, (unit, _)) in enumerate(parts):
             for j, (values, kind) in enumerate(zip(blocks, unit, strict=True)):
-                if values is not None and _has_bias(config, kind):
+                if values is not None and _has_bias(kind):
                     of_stack.setdefault(f"segment_{i}", {})[f"block_{j}"] = {"moe": {"router": {"bias": values}}}
         biases |= {name: of_stack} if name and of_stack else of_stack
         start = stop
     last = layer_kinds(config)[-1]
-    if config.prediction_layers and _has_bias(config, last):
+    if config.prediction_layers and _has_bias(last):
         biases[PREDICTION] = {"block": {"moe": {"router": {"bias": layers[start:]}}}}
     return biases
 
 
-def _has_bias(config: ModelConfig, kind: LayerKind) -> bool:
-    gate = config.with_layer_gate(kind.gate).moe.gate if kind.sparse else None
-    return gate is not None and gate.state.update != "none"
+def _has_bias(kind: LayerKind) -> bool:
+    return kind.gate is not None and kind.gate.state.update != "none"
 
 
 def stacked_layers(config: ModelConfig, path: Sequence[str]) -> tuple[range, tuple[str, ...]] | None:

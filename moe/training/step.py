@@ -204,11 +204,9 @@ def build(
 def _probe_own_gates(model: ModelConfig) -> None:
     """Refuse a gate of a user's module that cannot route; see :func:`moe.routing.routing.probe`."""
     if model.moe.gate is not None:
-        for name in {model.moe.gate_name, *model.moe.layer_gates}:
-            if ":" in name:
-                moe = model.with_layer_gate(name).moe
-                assert moe.gate is not None
-                probe(moe.gate, moe.num_experts, null_experts=moe.null_experts)
+        for gate in {model.moe.gate, *model.moe.layer_gates}:
+            if ":" in gate.name:
+                probe(gate, model.moe.num_experts, null_experts=model.moe.null_experts)
 
 
 def _graphdef(model: ModelConfig, gate: Gate | None = None) -> nnx.GraphDef[Model]:

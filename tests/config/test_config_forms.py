@@ -23,8 +23,9 @@ from moe.config import (
     to_config_dict,
     to_dict,
 )
-from moe.config.parse import from_config_dict, from_workdir_dict
-from moe.config.registry import CONSTANTS, LAYERS
+from moe.config.parse import build, from_config_dict, from_workdir_dict
+from moe.config.registry import CONSTANTS, LAYERS, find_gate
+from moe.lab import identity
 from moe.models.decoder import Transformer
 from moe.routing.gates import SoftMoE, TopK
 
@@ -63,7 +64,7 @@ def test_a_layer_is_a_value_that_is_valid_once_it_exists():
         Transformer(ModelConfig(moe=MoEConfig(num_experts=8, gate=TopK(k=9))), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match=r"model\.num_kv_heads=3: must divide model\.num_heads=8"):
         Transformer(ModelConfig(num_kv_heads=3), rngs=nnx.Rngs(0))
-    for build, message in (
+    for make, message in (
         (lambda: Capacity(train=0.0), "model.moe.capacity.train=0.0: must be positive"),
         (lambda: Losses(balance=-1.0), "model.moe.losses.balance=-1.0: must be at least 0"),
         (lambda: MoEConfig(jitter=1.0), "model.moe.jitter=1.0: must be in"),
@@ -72,7 +73,7 @@ def test_a_layer_is_a_value_that_is_valid_once_it_exists():
         (lambda: MoEConfig(gate=SoftMoE(), losses=Losses()), "model.moe.capacity.train=1.25: must be 1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            build()
+            make()
 
 
 @pytest.mark.parametrize("gate_first", [True, False])
@@ -138,6 +139,29 @@ def test_the_command_line_names_a_gate_and_sets_its_fields_in_any_order(parse, f
     assert moe.losses == Losses()
     assert parse(GIVEN, "--config.model.moe.gate", "none").model.moe.gate is None
     assert parse(GIVEN, "--config.model.moe.gate.k=3").model.moe.gate.k == 3
+
+
+def test_gates_of_layers_are_values_of_names_or_sections(parse, monkeypatch):
+    """With the K of the model; a name that is the model's gate is that gate, with its fields."""
+    monkeypatch.chdir(ROOT)
+    words = ["--config.model.moe.gate=deepseek_v4", "--config.model.moe.gate.k=2", "--config.model.moe.gate.scale=3.0"]
+    config = parse(GIVEN, *words, "--config.model.moe.layer_gates=('deepseek_v4_hash', 'deepseek_v4')")
+    moe = config.model.moe
+    assert moe.layer_gates == (dataclasses.replace(find_gate("deepseek_v4_hash"), k=2), moe.gate)
+    assert moe.gate.scale == 3
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert from_config_dict(to_config_dict(config)) == config
+    assert dataclasses.replace(moe, gate=dataclasses.replace(moe.gate, k=3)).layer_gates[0].k == 3
+
+    def key(gate):
+        model = dataclasses.replace(config.model, moe=dataclasses.replace(moe, layer_gates=(gate,)))
+        return identity.canonical(dataclasses.replace(config, model=model))["gates"]
+
+    assert key(moe.gate) == "deepseek_v4"
+    assert key(find_gate("deepseek_v4_hash"))[:2] == ["deepseek_v4_hash", "deepseek_v4"]
+    assert key(dataclasses.replace(moe.gate, scale=2.0))[0]["scale"] == 2.0
+    with pytest.raises(ConfigError, match=r"layer_gates\.slots: no such field"):
+        build(MoEConfig, {"layer_gates": [{"name": "hash", "slots": 2}]}, "model.moe.")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 
 from moe.checkpoints import parameters
 from moe.config import Config
-from moe.config.registry import find_layer
 from moe.data import pipeline
 from moe.training.batches import Batch, forward, place
 from moe.training.losses import linear_cross_entropy
@@ -88,8 +87,7 @@ def dropless(config: Config) -> Config | None:
     moe = config.model.moe
     if moe.gate is None:
         return config
-    gates = [find_layer(name).gate for name in (moe.gate_name, *moe.layer_gates)]
-    if any(gate is not None and (gate.experts_choose or gate.router == "slots") for gate in gates):
+    if any(gate.experts_choose or gate.router == "slots" for gate in (moe.gate, *moe.layer_gates)):
         return None
     changed = dataclasses.replace(moe, dispatch="dropless", overflow_to_next=False)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=changed))
