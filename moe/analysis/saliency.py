@@ -76,13 +76,28 @@ class Reap(_TokenMean):
         return for_each_expert(layer, x, lambda y, e: jnp.sum(weights[:, e] * jnp.linalg.norm(y, axis=-1)))
 
 
-class MeanOutput(_TokenMean):
-    """The output, [L,E,D]: the vector of MoNE's novice (2025, arXiv 2507.00390)."""
+class OutputMoments(_TokenMean):
+    """The output and, as one more entry, its squared norm, [L,E,D+1]."""
 
     @staticmethod
     def _sum(layer: MoELayer, x: Array, weights: Array, mine: Array) -> Array:
         del weights
-        return for_each_expert(layer, x, lambda y, e: mine[:, e].astype(y.dtype) @ y)
+
+        def one(y: Array, e: Array) -> Array:
+            squares = jnp.sum(y**2, axis=-1, keepdims=True)
+            return mine[:, e].astype(y.dtype) @ jnp.concatenate([y, squares], axis=-1)
+
+        return for_each_expert(layer, x, one)
+
+
+def mean_output(moments: np.ndarray) -> np.ndarray:
+    """Mean output of each expert, [L,E,D]: the vector of its novice (MoNE 2025, arXiv 2507.00390)."""
+    return moments[..., :-1]
+
+
+def deviation(moments: np.ndarray) -> np.ndarray:
+    """Root of the mean squared distance of an expert's output from its mean, [L,E]."""
+    return np.sqrt(np.maximum(moments[..., -1] - (mean_output(moments) ** 2).sum(-1), 0.0))
 
 
 def _by_layer(model: Any, batch: Batch, sum_of: _Sum) -> tuple[Float[Array, "L E ..."], Float[Array, "L E"]]:

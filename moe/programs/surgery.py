@@ -1,8 +1,9 @@
 """python scripts/surgery.py --workdir=RUN --out=NEW --prune=0.25: change the experts of a trained model, untrained.
 
 --prune=SHARE leaves out that share of each layer's experts, those of the lowest saliency (--by): assignments
-(frequency), combine weights (weight), combine weight times norm of the output (reap), or what the loss rises by where
-an expert returns zero (ablation: an evaluation of every expert). Their tokens choose again, unless --others=zero keeps
+(frequency), combine weights (weight), combine weight times norm of the output (reap), assignments times the output's
+standard deviation (variance), or what the loss rises by where an expert returns zero (ablation: an evaluation of every
+expert). Their tokens choose again, unless --others=zero keeps
 them as experts that return 0, or --others=novice as experts that return one vector, the mean of their outputs;
 --others=merge averages each into the expert that is most like it. --split=N makes N
 finer experts of each, which compute the same; --merge=N joins each N. NEW is a workdir to evaluate, fine-tune
@@ -23,7 +24,9 @@ from moe import cli
 _WORKDIR = cli.WorkdirFlags()
 _OUT = cli.define_path("out", "Workdir to create.")
 _PRUNE = flags.DEFINE_float("prune", None, "Share of the experts to leave out.", lower_bound=0.0, upper_bound=1.0)
-_BY = flags.DEFINE_enum("by", "weight", ["frequency", "weight", "reap", "ablation"], "Saliency of an expert.")
+_BY = flags.DEFINE_enum(
+    "by", "weight", ["frequency", "weight", "reap", "variance", "ablation"], "Saliency of an expert."
+)
 _OTHERS = flags.DEFINE_enum(
     "others", "drop", ["drop", "zero", "novice", "merge"], "What becomes of the experts left out."
 )
@@ -47,6 +50,7 @@ def main() -> None:
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, LoraConfig
     from moe.data.tokenizer_files import find_tokenizer
+    from moe.escaping import markdown_table
     from moe.models.flops import count_parameters
     from moe.models.state import join
     from moe.training.open_run import open_workdir
@@ -60,6 +64,7 @@ def main() -> None:
     config, model = opened.program.config, opened.program.config.model
     surgery.check(model)
     step = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
+    plans = [_plan(opened.path)] if _TOPOLOGY.value else []  # first: chips without a compiler end the start here
     before = stored.read_parameters(opened.path, model, step=step, dtype=np.float32)
     biases = stored.read_biases(opened.path, model, step=step)
     recorder, losses = Recorder(opened.program), difference.TokenLosses(opened.program)
@@ -77,14 +82,16 @@ def main() -> None:
     second = difference.TokenLosses(program)(join(after, state), rows)
     print(_table(first, second, rows))
     seen = recorder(join(before, biases), rows), Recorder(program)(join(after, state), rows)
-    print(_routing(seen, (model.moe.num_experts, changed.moe.num_experts)))
+    print(f"\n{_routing(seen, (model.moe.num_experts, changed.moe.num_experts))}\n")
     sizes = [count_parameters(each) for each in (model, changed)]
     print(f"parameters {sizes[0][0]:,} → {sizes[1][0]:,}, active {sizes[0][1]:,} → {sizes[1][1]:,}")
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
     stored.write_workdir(out, written, after, state, find_tokenizer(opened.path))
     print(f"Written to {out}")
     if _TOPOLOGY.value:
-        print(_plans((opened.path, out)))
+        header = str(_TOPOLOGY.value), "memory per chip, MiB", "train step, ms"
+        named = zip(("before", "after"), (*plans, _plan(out)), strict=True)
+        print(f"\n{markdown_table(header, [(name, *plan) for name, plan in named])}")
 
 
 def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> Any:
@@ -96,47 +103,40 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
 
     model, before, biases = whole
     size, variables = model.moe.num_experts, join(before, biases)
-    merges, measures = _OTHERS.value == "merge", {"frequency": saliency.frequency, "weight": saliency.weight}
-    records: Any = recorder(variables, rows) if merges or _BY.value in measures else None
-    if _BY.value == "ablation":
+    merges, by = _OTHERS.value == "merge", str(_BY.value)
+    records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
+    needed = by == "variance" or _OTHERS.value == "novice"
+    moments: Any = saliency.OutputMoments(program)(variables, rows) if needed else None
+    if by == "ablation":
         found = saliency.ablation(model, before, lambda tree: float(np.nanmean(losses(join(tree, biases), rows))))
-    elif _BY.value == "reap":
+    elif by == "reap":
         found = saliency.Reap(program)(variables, rows)
     else:
-        found = measures[str(_BY.value)](records)[:, :size]
+        found = (saliency.weight if by == "weight" else saliency.frequency)(records)[:, :size]
+        found = found * saliency.deviation(moments) if by == "variance" else found
     kept = saliency.most_salient(found, size - round(float(_PRUNE.value or 0) * size))
     for layer, experts in enumerate(kept):
         print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
     if merges:
         usage = saliency.frequency(records)[:, :size]
         return merging.absorb(model, before, biases, kept, usage)
-    novices = saliency.MeanOutput(program)(variables, rows) if _OTHERS.value == "novice" else None
+    novices = saliency.mean_output(moments) if _OTHERS.value == "novice" else None
     return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero", novices=novices)
 
 
-def _plans(folders: tuple[str, str]) -> str:
-    """The planner's memory and step of both workdirs; each is compiled in a process of its own, for its chips."""
+def _plan(folder: str) -> tuple[str, str]:
+    """The planner's memory and step of a workdir, compiled for the chips in a process of its own."""
     from moe.config import ConfigError
-    from moe.escaping import markdown_table
 
-    table = []
-    for name, folder in zip(("before", "after"), folders, strict=True):
-        command = [
-            sys.executable,
-            "-m",
-            "moe",
-            "plan",
-            f"--config={folder}/config.json",
-            f"--topology={_TOPOLOGY.value}",
-        ]
-        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-        made = json.loads(done.stdout)
-        low, high = (1e3 * seconds for seconds in made["step_interval"])
-        step = f"{1e3 * made['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
-        table.append((name, f"{made['memory_total'] / 2**20:,.1f}", step))
-    return markdown_table((str(_TOPOLOGY.value), "memory per chip, MiB", "train step, ms"), table)
+    command = ["plan", f"--config={folder}/config.json", f"--topology={_TOPOLOGY.value}", "--json"]
+    command.append(f"--allow_module={','.join(flags.FLAGS.allow_module)}")
+    done = subprocess.run([sys.executable, "-m", "moe", *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    made = json.loads(done.stdout)
+    low, high = (1e3 * seconds for seconds in made["step_interval"])
+    step = f"{1e3 * made['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
+    return f"{made['memory_total'] / 2**20:,.1f}", step
 
 
 def _table(first: Any, second: Any, rows: Any) -> str:

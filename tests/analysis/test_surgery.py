@@ -108,7 +108,7 @@ def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng)
     parameters, biases = _parts(program, variables)
     parameters = jax.tree.map(lambda array: array + 0.1 * rng.normal(size=array.shape).astype(np.float32), parameters)
     batch, kept = random_batch(rng, model.vocab_size, real=13), np.array([[0, 3], [1, 2]])
-    means = saliency.MeanOutput(program)(join(parameters, biases), {"text": [batch]})
+    means = saliency.mean_output(saliency.OutputMoments(program)(join(parameters, biases), {"text": [batch]}))
     fewer, changed, left = surgery.prune(model, parameters, biases, kept, novices=means)
     assert (fewer.moe.num_experts, fewer.moe.zero_experts, fewer.moe.novice_experts) == (2, 0, 2)
     flat = surgery.unstack_layers(model, parameters)
@@ -133,7 +133,7 @@ def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng)
     jax.tree.map(np.testing.assert_array_equal, nothing[1], parameters)
 
 
-def test_mean_output_by_hand(rng):
+def test_mean_and_deviation_of_outputs_by_hand(rng):
     """Of the first layer, whose input is the embedding where attention returns 0; padding counts nowhere."""
     program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", activation="relu")
     model = program.config.model
@@ -142,15 +142,17 @@ def test_mean_output_by_hand(rng):
     flat[0, ("attention", "out")] = np.zeros_like(flat[0, ("attention", "out")])
     parameters = surgery.restack_layers(model, parameters, flat)
     batch = random_batch(rng, model.vocab_size, real=13)
-    found = saliency.MeanOutput(program)(join(parameters, biases), {"text": [batch]})
+    moments = saliency.OutputMoments(program)(join(parameters, biases), {"text": [batch]})
     x = flat[-1, ("embedding", "table")][batch["tokens"][batch["segment_ids"] > 0]]
     h = x / np.sqrt((x**2).mean(1, keepdims=True) + model.norm_eps) * flat[0, ("ffn_norm", "scale")]
     chosen = np.argmax(h @ flat[0, ("moe", "router", "kernel")], axis=1)
     up, down = (flat[0, ("moe", "experts", name)] for name in ("up", "down"))
     for expert in range(3):
-        own = h[chosen == expert]
-        expected = (np.maximum(own @ up[expert], 0) @ down[expert]).mean(0) if len(own) else np.zeros(model.d_model)
-        np.testing.assert_allclose(found[0, expert], expected, rtol=1e-4, atol=1e-6)
+        outputs = np.maximum(h[chosen == expert] @ up[expert], 0) @ down[expert]
+        mean = outputs.mean(0) if len(outputs) else np.zeros(model.d_model)
+        np.testing.assert_allclose(saliency.mean_output(moments)[0, expert], mean, rtol=1e-4, atol=1e-6)
+        variance = ((outputs - mean) ** 2).sum(1).mean() if len(outputs) else 0.0
+        np.testing.assert_allclose(saliency.deviation(moments)[0, expert], variance**0.5, rtol=1e-3, atol=1e-5)
 
 
 def test_an_expert_merged_with_its_permuted_copy_is_itself(rng):
