@@ -110,20 +110,22 @@ class ReplayEffect:
     gradient_cosine: float
 
 
+@nnx.jit
+@nnx.value_and_grad
+def _loss_and_gradient(model: Transformer, tokens: Int[Array, "B T"], choices: Choices | None) -> Array:
+    targets = jnp.concatenate([tokens[:, 1:], jnp.full((len(tokens), 1), -1)], axis=1)
+    nll, count = cross_entropy(model(tokens, routing=choices).logits, targets)
+    return nll / count
+
+
 def replay_effect(model: Transformer, tokens: Int[ArrayLike, "B T"], recorded: Choices) -> ReplayEffect:
     """Losses of the next tokens and the gradients' cosine, with our experts and with the recorded ones.
 
     Tokens without a record have no experts when replayed: the last position of each row, whose target is not there.
     """
     tokens = jnp.asarray(tokens)
-    targets = jnp.concatenate([tokens[:, 1:], jnp.full((len(tokens), 1), -1)], axis=1)
-
-    def loss(model: Transformer, choices: Choices | None) -> Array:
-        nll, count = cross_entropy(model(tokens, routing=choices).logits, targets)
-        return nll / count
-
-    step = nnx.jit(nnx.value_and_grad(loss))
-    (plain, gradient), (replayed, other) = step(model, None), step(model, recorded)
+    plain, gradient = _loss_and_gradient(model, tokens, None)
+    replayed, other = _loss_and_gradient(model, tokens, recorded)
     pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True))
     product, left, right = (float(sum(jnp.vdot(a[i], a[j]) for a in pairs)) for i, j in ((0, 1), (0, 0), (1, 1)))
     return ReplayEffect(float(plain), float(replayed), product / max((left * right) ** 0.5, 1e-30))
