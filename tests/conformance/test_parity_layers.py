@@ -10,6 +10,7 @@ from moe.conformance import reference
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import run_reference
 from scripts import conformance
+from tests.helpers import slow_case
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "parity" / "layers"
 
@@ -41,7 +42,7 @@ def _expected(arrays, gate, mask, k, capacity, rule, matrices, activation):
 
 @pytest.mark.parametrize(
     ("experts", "groups", "kept", "k", "normalise", "scale", "shared"),
-    [(6, 3, 1, 2, False, 1.0, False), (9, 3, 2, 4, True, 1.7, True)],
+    [slow_case(6, 3, 1, 2, False, 1.0, False), (9, 3, 2, 4, True, 1.7, True)],
 )
 def test_deepseek_v3_of_other_shapes(experts, groups, kept, k, normalise, scale, shared, rng):
     d, f, x = 5, 4, rng.normal(size=(2, 4, 5)).astype(np.float32)
@@ -80,7 +81,7 @@ def test_deepseek_v3_of_other_shapes(experts, groups, kept, k, normalise, scale,
         assert conformance.error(ours["y"], y + y_shared) < 1e-5
 
 
-@pytest.mark.parametrize(("experts", "tokens", "capacity"), [(3, 7, 1), (5, 6, 2), (2, 5, 9)])
+@pytest.mark.parametrize(("experts", "tokens", "capacity"), [slow_case(3, 7, 1), (5, 6, 2), slow_case(2, 5, 9)])
 def test_switch_of_other_shapes(experts, tokens, capacity, rng):
     d, f, x = 4, 6, rng.normal(size=(2, tokens, 4)).astype(np.float32)
     router, up, down = (rng.normal(size=s) for s in ((d, experts), (experts, d, f), (experts, f, d)))

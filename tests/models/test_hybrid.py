@@ -83,6 +83,7 @@ def test_greedy_text_with_state_is_that_without():
     np.testing.assert_array_equal(texts, _without_cache(config, parameters, PROMPTS, 6))
 
 
+@pytest.mark.slow
 def test_eight_devices_have_the_values_and_gradients_of_one(rng):
     """Rows over fsdp, heads over tensor, remat. Short queries and keys are made unit vectors, by which rounding grows;
     the layer by itself is within 1e-5 (tests/layers/test_gated_delta_net.py)."""

@@ -138,6 +138,7 @@ def test_values_and_gradients_are_those_without_a_pipeline(sizes, rounds, model)
     _check_equal(_gradients(config, ALONE)[0], _gradients(config, MeshConfig(**{"data": 1, **sizes}))[0])
 
 
+@pytest.mark.slow
 def test_activations_pass_from_stage_to_stage_and_no_weights_do():
     """Two rounds of two stages, experts over two devices, experts and D over two; also without stages, to evaluate."""
     sizes = MeshConfig(data=1, fsdp=2, expert=2, pipeline=2)

@@ -24,7 +24,7 @@ from moe.parallel.mesh import make_mesh
 from moe.training.batches import forward, place
 from moe.training.losses import TextObjective
 from moe.training.step import build
-from tests.helpers import set_moe
+from tests.helpers import set_moe, slow_case
 from tests.run_helpers import ONE, tiny
 
 BIASED = {
@@ -128,6 +128,7 @@ def test_parts_and_places_of_the_layers(tmp_path):
         tiny(tmp_path, **{"model.prediction_layers": 1, "model.encoder_layers": 1, "data.input_length": 16})
 
 
+@pytest.mark.slow
 def test_a_step_trains_the_layers_on_eight_devices(tmp_path):
     """Every parameter of them moves, and logged terms are nats per target."""
     config = config_of(tmp_path, BIASED, **{"mesh.data": 2, "mesh.expert": 2, "mesh.tensor": 2})
@@ -182,7 +183,7 @@ def test_published_layers_come_in_and_go_out(tmp_path):
         import_checkpoint(V3, tmp_path / "none", prediction=True)
 
 
-@pytest.mark.parametrize("changes", [{}, {"model.sliding_window": 5}], ids=["full", "window"])
+@pytest.mark.parametrize("changes", [{}, slow_case({"model.sliding_window": 5})], ids=["full", "window"])
 def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     """With an untrained model drafts are rejected; one whose next token depends on the last alone confirms them."""
     config = config_of(tmp_path, **{"model.prediction_layers": 1} | changes).model

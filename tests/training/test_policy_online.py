@@ -67,6 +67,7 @@ def test_the_sampler_records_what_the_model_does_on_the_whole_text():
     assert group.completions[1].reward == np.mean(found[0].tokens % 2 == 0)
 
 
+@pytest.mark.slow
 def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
     mesh = make_mesh(MeshConfig(), ONE)
     with jax.set_mesh(mesh):

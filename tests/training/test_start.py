@@ -40,6 +40,7 @@ from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.losses import soft_cross_entropy
 from moe.training.step import build
+from tests.helpers import slow_case
 
 HERE = Path(__file__).parents[1] / "data" / "checkpoints"
 T = 8
@@ -302,7 +303,7 @@ def _trained(folder, optimizer, **changes):
     return trained, dataclasses.replace(config, start=StartConfig(**start))
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", ["adafactor", slow_case("muon")])
 def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer):
     trained, config = _trained(tmp_path, optimizer)
     mesh, make = _program(config)
