@@ -94,23 +94,25 @@ def write_config(config: Config, model_type: str = "") -> Json:
         model_type: a key of :data:`FAMILIES`; empty: the first family that can express the model.
 
     Raises:
-        ConfigError: no family can; the message names what each one lacks.
+        ConfigError: no family can; the message names what the nearest ones lack.
     """
     if model_type and model_type not in FAMILIES:
         raise ConfigError(f"model_type={model_type!r}: must be one of {', '.join(FAMILIES)}")
-    reasons = []
+    reasons: list[tuple[int, str]] = []
     for name in [model_type] if model_type else FAMILIES:
         result = _write_as(config, FAMILIES[name])
         try:
             lost = _differences(config.model, _read_back(result))
         except ConfigError as error:
-            reasons.append(f"{name} cannot ({error})")
+            reasons.append((1000, f"{name} cannot ({error})"))
             continue
         if not lost:
             return result
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
-        reasons.append(f"{name} lacks {', '.join(lost[:4])}{more}")
-    raise ConfigError(f"no open architecture computes this model: {'; '.join(reasons)}")
+        reasons.append((len(lost), f"{name} lacks {', '.join(lost[:4])}{more}"))
+    nearest = [reason for _, reason in sorted(reasons, key=lambda each: each[0])]
+    further = f"; {len(nearest) - 4} others are further away" if len(nearest) > 4 else ""
+    raise ConfigError(f"no open architecture computes this model: {'; '.join(nearest[:4])}{further}")
 
 
 def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:

@@ -201,11 +201,12 @@ def test_a_model_that_no_family_expresses_is_refused(tmp_path):
 
     refused(r"mixtral lacks model\.sliding_window", sliding_window=8, sliding_window_layers=(1,))
     refused(
-        r"mixtral lacks model\.qk_norm.*qwen3_moe lacks model\.moe\.shared_d_ff", qk_norm="head", moe={"shared_d_ff": 8}
+        r"qwen3_moe lacks model\.moe\.shared_d_ff; .* others are further away$", qk_norm="head", moe={"shared_d_ff": 8}
     )
-    refused(r"olmoe lacks model\.activation", activation="relu")
+    refused(r"mixtral lacks model\.activation", activation="relu")
+    refused(r": mixtral lacks model\.moe\.novice_experts; ", moe={"novice_experts": 1})
     refused(r"mixtral lacks model\.moe\.gate", moe={"gate": "dense_mixture"})
-    refused(r"olmoe lacks .*model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
+    refused(r": glm4_moe lacks model\.moe\.gate", moe={"gate": "deepseek_moe", "routing_scale": 2.0})
     with pytest.raises(ConfigError, match=r"model_type='gpt'"):
         write_config(Config(), "gpt")
 
