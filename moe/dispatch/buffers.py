@@ -206,8 +206,13 @@ def take_rows(rows: Shaped[Array, "R ..."], index: Int[Array, "*N"]) -> Shaped[A
 def fill_rows(
     x: Float[Array, "S D"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
 ) -> Float[Array, "R D"]:
-    """Each row's token; zero for an empty row."""
-    return take_rows(x, assignment_of_row // row_of_assignment.shape[-1])
+    """Each row's token; an empty row has some token's, which costs no pass over the rows to set to zero and which
+    neither outputs nor gradients read."""
+    return _tokens_of_rows(x, assignment_of_row, row_of_assignment.shape[-1])
+
+
+def _tokens_of_rows(x: Float[Array, "S D"], assignment_of_row: Int[Array, " R"], choices: int) -> Float[Array, "R D"]:
+    return x.at[assignment_of_row // choices].get(mode="clip")
 
 
 def _fill_rows_fwd(x, assignment_of_row, row_of_assignment):
@@ -238,7 +243,8 @@ def _combine_rows_fwd(rows, weights, assignment_of_row, row_of_assignment):
 def _combine_rows_bwd(residuals, gradient):
     rows, weights, assignment_of_row, row_of_assignment = residuals
     scale = weights.reshape(-1).at[assignment_of_row].get(mode="fill", fill_value=0)
-    d_rows = (take_rows(gradient, assignment_of_row // weights.shape[-1]) * scale[:, None]).astype(rows.dtype)
+    d_rows = _tokens_of_rows(gradient, assignment_of_row, weights.shape[-1]) * scale[:, None]  # 0 for empty rows
+    d_rows = d_rows.astype(rows.dtype)
     columns = [jnp.sum(gradient * take_rows(rows, index), axis=-1) for index in row_of_assignment.T]
     return d_rows, jnp.stack(columns, axis=-1), no_gradient(assignment_of_row), no_gradient(row_of_assignment)
 
