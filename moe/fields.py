@@ -61,11 +61,11 @@ def setting(default: typing.Any, **facts: typing.Any) -> typing.Any:
 
     Args:
         default: its default.
-        **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones;
-            ``share``: in [0, 1). ``resume``: a run may be continued with another value, since it does not change what
-            is learnt ("free"), or from its newest checkpoint on ("later"); else it may not. ``split``: the mesh axis
-            over which this dimension is split, whose size must divide it. ``follows``: the field that decides the
-            value where it is the default.
+        **facts: ``least`` and ``most``, inclusive bounds; ``above`` and ``below``, exclusive ones; ``share``: in [0,
+            1). ``resume``: a run may be continued with another value, since it does not change what is learnt ("free"),
+            or from its newest checkpoint on ("later"); else it may not. ``split``: the mesh axis over which this
+            dimension is split, whose size must divide it. ``unit``: what is counted. ``follows``: the field that
+            decides the value where it is the default.
     """
     return dataclasses.field(default=default, metadata=facts)
 

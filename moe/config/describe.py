@@ -68,6 +68,7 @@ def _table(cls: type) -> str:
             default, hint = typing.cast(Gate, default).name, "a name, or a section"
         else:
             hint = _type(hints[field.name])
+        hint += f", {field.metadata['unit']}" if "unit" in field.metadata else ""
         cells = [f"`{field.name}`", hint, f"`{default}`" if default != "" else "empty", _bounds(field.metadata)]
         cells += [field.metadata.get("resume", ""), meanings.get(field.name, "")]
         lines.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")

@@ -36,7 +36,7 @@ class RopeScalingConfig(Section, path=_ROPE):
 
     kind: RopeScaling = "none"  # of the checkpoint's config; none: frequencies as they are
     factor: float = setting(1.0, least=1)  # longest context over original_length
-    original_length: int = setting(0, least=0)  # tokens, context of pre-training; all but linear
+    original_length: int = setting(0, least=0, unit="tokens")  # context of pre-training; all but linear
     #: yarn: rotations in the original context above which a pair is not interpolated
     beta_fast: float = setting(32.0, above=0)
     beta_slow: float = setting(1.0, above=0)  # yarn: rotations below which it is interpolated fully
@@ -69,7 +69,7 @@ class DeltaNetConfig(Section, path=_DELTA):
     value_heads: int = setting(8, least=1, most=2**16, split="tensor")  # N, heads of values; key_heads divides them
     key_dim: int = setting(32, least=1, most=2**16)  # H of queries and keys
     value_dim: int = setting(32, least=1, most=2**16)  # V, of values
-    conv_width: int = setting(4, least=1, most=64)  # W, tokens of the convolution of queries, keys and values
+    conv_width: int = setting(4, least=1, most=64, unit="tokens")  # W, of the convolution of queries, keys and values
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +106,7 @@ class ModelConfig(Section, path=_MODEL):
     logit_scale: float = setting(1.0, above=0, follows="model.base_d_model")
     #: T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
     relative_buckets: int = setting(0, least=0)
-    relative_max_distance: int = 128  # tokens, distance from which the last bucket holds
+    relative_max_distance: int = setting(128, unit="tokens")  # distance from which the last bucket holds
     rope_theta: float = setting(10_000.0, above=0)  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     rope_dim: int = 0  # rotated dimensions of a head, even; 0: all
@@ -116,7 +116,7 @@ class ModelConfig(Section, path=_MODEL):
     #: latent attention: dimension of the latent of queries; 0: none
     q_lora_rank: int = setting(0, least=0, most=2**16, split="fsdp")
     value_dim: int = setting(0, least=0, most=2**16)  # latent attention: H of the values
-    sliding_window: int = setting(0, least=0)  # tokens a query attends to, including its own; 0: all
+    sliding_window: int = setting(0, least=0, unit="tokens")  # a query attends to, including its own; 0: all
     sliding_window_layers: tuple[int, ...] = ()  # layers with the window, from 0; empty: all
     qk_norm: QKNorm = "none"  # RMSNorm of queries, keys: head (over H, Qwen3), full (N*H, OLMoE), rotated (H; Hunyuan)
     attention: Attention = "full"  # full: all scores at once; blocked: without a T x T array, for TPUs and long rows

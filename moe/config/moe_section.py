@@ -67,8 +67,8 @@ class MoEConfig(Section, path=_MOE):
     every: int = setting(1, least=1)  # every n-th layer is MoE: layers n, 2n, ... of either stack, counted from 1
     layers: tuple[int, ...] = ()  # MoE layers, from 0, an encoder's before the decoder's; empty: every, first_dense
     first_dense: int = setting(0, least=0)  # number of leading layers that stay dense, of either stack
-    #: S, tokens that share one capacity; 0: data.sequence_length. Independent of the mesh
-    group_size: int = setting(0, least=0, most=2**26)
+    #: S, of a group, which share one capacity; 0: data.sequence_length. Independent of the mesh
+    group_size: int = setting(0, least=0, most=2**26, unit="tokens")
     dispatch: Dispatch = "gather"  # how assignments reach their experts
     capacity: Capacity = Capacity()
     losses: Losses = Losses(balance=0.02)

@@ -41,16 +41,16 @@ class DataConfig(Section, path="data."):
     chat_template: str = ""  # objective chat: a file with a Jinja template; empty: that of the tokenizer
     #: what is predicted (moe.data.objectives); with an encoder span_corruption instead
     objective: Objective = setting("causal", follows="model.encoder_layers")
-    sequence_length: int = setting(256, least=2, most=2**24)  # T, tokens
-    #: U, tokens of an encoder's row; 0: sequence_length where there is an encoder
-    input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length")
+    sequence_length: int = setting(256, least=2, most=2**24, unit="tokens")  # T
+    #: U, of an encoder's row; 0: sequence_length where there is an encoder
+    input_length: int = setting(0, least=0, most=2**24, follows="data.sequence_length", unit="tokens")
     pack: bool = True  # rows of an encoder-decoder hold several examples; False: one, and padding
     corruption_rate: float = setting(0.15, above=0, below=1)  # span_corruption: share of the tokens that is removed
-    mean_span: float = setting(3.0, least=1)  # span_corruption: tokens removed at once, on average
+    mean_span: float = setting(3.0, least=1, unit="tokens")  # span_corruption: removed at once, on average
     #: independent document streams per batch, a multiple of processes; 0: gcd(8, batch_size)
     streams: int = setting(0, least=0, most=2**16)
-    shuffle_window: int = setting(512, least=1)  # rows in the shuffle buffers of all streams
-    heldout_rows: int = setting(64, least=1)  # rows of T tokens per domain in each evaluation
+    shuffle_window: int = setting(512, least=1, unit="rows")  # in the shuffle buffers of all streams
+    heldout_rows: int = setting(64, least=1, unit="rows")  # of T tokens, per domain, in each evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +123,8 @@ class OptimizerConfig(Section, path="optimizer."):
     schedule: Schedule = setting("cosine", resume="later")
     #: of the peak, at the last step; cosine and wsd
     final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
-    warmup_steps: int = setting(30, least=0, resume="later")  # steps
-    decay_steps: int = setting(0, least=0, resume="later")  # steps of the decay of wsd; 0: a tenth of train.num_steps
+    warmup_steps: int = setting(30, least=0, resume="later", unit="steps")  # of the rise from 0
+    decay_steps: int = setting(0, least=0, resume="later", unit="steps")  # of wsd's decay; 0: a tenth of num_steps
     b1: float = setting(0.9, share=True, resume="later")  # adamw: decay of the first moment
     b2: float = setting(0.95, share=True, resume="later")  # adamw: decay of the second moment
     eps: float = setting(1e-8, above=0, resume="later")  # adamw: added to the root of the second moment
@@ -152,19 +152,21 @@ class OptimizerConfig(Section, path="optimizer."):
 class TrainConfig(Section, path="train."):
     """Training loop."""
 
-    num_steps: int = setting(320, least=1, resume="later")  # optimizer steps
-    batch_size: int = setting(8, least=1, most=2**24)  # B, rows of T tokens per optimizer step, over all devices
-    accumulation_steps: int = setting(1, least=1)  # microbatches per optimizer step; divides batch_size
+    num_steps: int = setting(320, least=1, resume="later", unit="steps")  # of the optimizer
+    #: B, of T tokens, per optimizer step, over all devices
+    batch_size: int = setting(8, least=1, most=2**24, unit="rows")
+    accumulation_steps: int = setting(1, least=1, unit="microbatches")  # per optimizer step; divides batch_size
     #: times that a microbatch passes all stages of mesh.pipeline, each of which holds as many groups of layers
     pipeline_rounds: int = setting(1, least=1, resume="free")
-    log_every: int = setting(10, least=1, resume="free")  # steps between rows of metrics
-    #: steps between evaluations on held-out text; the last step always evaluates
-    eval_every: int = setting(80, least=1, resume="free")
-    save_every: int = setting(80, least=1, resume="free")  # steps between checkpoints; the last step always saves
+    log_every: int = setting(10, least=1, resume="free", unit="steps")  # between rows of metrics
+    #: between evaluations on held-out text; the last step always evaluates
+    eval_every: int = setting(80, least=1, resume="free", unit="steps")
+    #: between checkpoints; the last step always saves
+    save_every: int = setting(80, least=1, resume="free", unit="steps")
     #: newest checkpoints to keep, besides the best
     keep_checkpoints: int = setting(2, least=1, most=10_000, resume="free")
-    #: steps; checkpoints at its multiples are never deleted; 0: none
-    keep_every: int = setting(0, least=0, resume="free")
+    #: checkpoints at its multiples are never deleted; 0: none
+    keep_every: int = setting(0, least=0, resume="free", unit="steps")
     #: consecutive skipped updates (loss or gradients not finite) tolerated
     max_skipped_steps: int = setting(8, least=1, resume="free")
     #: after more of them: return to the last good checkpoint, or stop
