@@ -14,7 +14,7 @@ from moe.config import ConfigError
 from moe.lab import records, results, step_seconds
 from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
-from moe.lab.running import jobs, probes, runner
+from moe.lab.running import jobs, probes, progress, runner
 from moe.lab.running.heldout import dropless
 from moe.lab.schedule import Plan
 from moe.lab.suite import Variant
@@ -259,3 +259,12 @@ def test_capacity_arms_are_evaluated_without_drops_too():
     assert dropless(dropping).model.moe.dispatch == "dropless"
     assert dropless(suite.config("dense")) == suite.config("dense")
     assert dropless(suite.config("choice")) is None
+
+
+def test_the_time_left_is_of_whole_minutes(tmp_path, monkeypatch):
+    """Half of the work took 179.6 minutes: 3 hours are left, not 2 hours and 60 minutes."""
+    clock = iter((0.0, 179.6 * 60))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    shown = progress.Progress(suite_of({"a": SWITCH}), tmp_path)
+    shown._left = 2.0
+    assert shown._time_left(1.0, running=True).startswith("3 h 0 min left")

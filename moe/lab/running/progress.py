@@ -77,5 +77,5 @@ class Progress:
     def _time_left(self, current: float, *, running: bool = False) -> str:
         """Time left for all planned runs at this process's pace so far; ``current``: FLOPs done of the run in hand."""
         trained = self._trained + current * running
-        minutes = (self._left - current) * (time.monotonic() - self._start) / trained / 60
-        return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min left at the pace of this process"
+        minutes = round((self._left - current) * (time.monotonic() - self._start) / trained / 60)
+        return f"{minutes // 60} h {minutes % 60} min left at the pace of this process"
