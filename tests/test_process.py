@@ -229,16 +229,7 @@ def _report_three_times() -> None:
     shown.close()
 
 
-@pytest.mark.parametrize(
-    ("columns", "values"),
-    [
-        (41, "loss 1.000"),
-        (80, HELDOUT),
-        (110, f"{HELDOUT} tokens/s 1,000 dropped 15.0 %"),
-        (200, f"{HELDOUT} tokens/s 1,000 dropped 15.0 % lr 0.0003 epoch 0.60 MFU 50 %"),
-    ],
-)
-def test_a_terminal_shows_one_line_that_rewrites_itself(monkeypatch, columns, values):
+def _written_to_a_terminal(monkeypatch, columns: int) -> list[str]:
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, columns))
     with os.fdopen(writer, "w") as stream:
@@ -249,7 +240,20 @@ def test_a_terminal_shows_one_line_that_rewrites_itself(monkeypatch, columns, va
         while block := os.read(reader, 4096):
             written += block
     os.close(reader)
-    above, bar, rest = written.decode().replace("\r\n", "\n").split("\n")
+    return written.decode().replace("\r\n", "\n").split("\n")
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        (41, "loss 1.000"),
+        (80, HELDOUT),
+        (110, f"{HELDOUT} tokens/s 1,000 dropped 15.0 %"),
+        (200, f"{HELDOUT} tokens/s 1,000 dropped 15.0 % lr 0.0003 epoch 0.60 MFU 50 %"),
+    ],
+)
+def test_a_terminal_shows_one_line_that_rewrites_itself(monkeypatch, columns, values):
+    above, bar, rest = _written_to_a_terminal(monkeypatch, columns)
     assert above.split("\r")[-1] == WARNING
     assert rest == ""
     rewritten = bar.split("\r")
@@ -269,6 +273,12 @@ def test_a_file_gets_a_line_for_each_report(capsys):
         "step 40/60",
         "step 60/60",
     ]
+
+
+def test_a_terminal_of_unknown_width_gets_lines(monkeypatch):
+    """As in a container or under a console of CI, whose terminal has no columns."""
+    lines = _written_to_a_terminal(monkeypatch, 0)
+    assert [line.partition(" ")[2].partition(" ")[0] for line in lines] == ["20/60", "no", "40/60", "60/60", ""]
 
 
 def test_an_ascii_terminal_gets_escapes():

@@ -150,7 +150,8 @@ class Progress:
 
 
 def _is_terminal() -> bool:
+    """Whether standard error is a terminal that tells its width: in one of no columns a bar would be invisible."""
     try:
-        return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # closed
+        return sys.stderr is not None and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal, or closed
         return False
