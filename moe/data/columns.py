@@ -18,7 +18,7 @@ from moe.data.documents import EXPECTED_FIELDS, check_domain, make_document, tex
 SUFFIXES = (".parquet", ".arrow")
 _BATCH = 1_000  # rows
 #: Columns that may be lists of numbers or structures instead of JSON.
-LIST_COLUMNS = ("messages", *rollouts.FIELDS)
+LIST_COLUMNS = ("messages", *rollouts.FIELDS, *rollouts.ROW_FIELDS)
 
 
 class TextTable:

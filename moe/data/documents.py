@@ -43,7 +43,7 @@ def sections(text: str, target: int, limit: int) -> list[str]:
 #: Fields or columns that hold a document: a text, a conversation, or two texts.
 PREFERENCE = ("chosen", "rejected")
 TEXT_FIELDS = (
-    ("text",), ("messages",), rollouts.FIELDS_WITH_EXPERTS, rollouts.FIELDS,
+    ("text",), ("messages",), rollouts.FIELDS_WITH_EXPERTS, rollouts.FIELDS, rollouts.ROW_FIELDS,
     ("prompt", *PREFERENCE), PREFERENCE, ("prompt", "response"), ("source", "target")
 )  # fmt: skip
 EXPECTED_FIELDS = (
@@ -67,6 +67,8 @@ def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
             return rollouts.document(dict(zip(fields, values, strict=True)))
         except ValueError as error:
             raise ValueError(first_sentence(error)) from error
+    if fields == rollouts.ROW_FIELDS:
+        raise ValueError(rollouts.ONE_COMPLETION)
     if fields[-2:] == PREFERENCE:
         prompt = _turns(values[0], "user") if len(fields) > 2 else []
         sides = {name: prompt + _turns(value, "assistant") for name, value in zip(PREFERENCE, values[-2:], strict=True)}

@@ -23,6 +23,12 @@ from moe.foreign_files import Fields
 ROLLOUTS = "\x1c"
 #: Fields of a line, or columns of a table.
 FIELDS, FIELDS_WITH_EXPERTS = ("prompt_tokens", "completions"), ("prompt_tokens", "completions", "engine")
+#: Columns of a table with a completion a row, whose group is named by an id; it is refused.
+ROW_FIELDS = ("prompt_tokens", "tokens")
+ONE_COMPLETION = (
+    "holds one completion; a record must hold a prompt and all its completions: join the rows of each group id into "
+    "'prompt_tokens' and a list 'completions'"
+)
 
 _Token = Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
 _Tokens = Annotated[list[_Token], pydantic.Field(min_length=1)]

@@ -348,6 +348,22 @@ def test_bad_rollouts_are_refused_by_line_and_field(tmp_path, model, change, mes
         check_all(tmp_path / "text", reader)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_completion_a_row_is_refused(tmp_path, model, suffix):
+    rows = [{"group": i, "prompt_tokens": [5, 9], **completion} for i in range(4) for completion in _flat(i)]
+    write_lines(tmp_path / "text", rows)
+    if suffix == "parquet":
+        (tmp_path / "text" / "sums" / "a.jsonl").unlink()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "text" / "sums" / "a.parquet")
+    reader = policy.Reader(model.config, PolicyConfig(), 16)
+    with pytest.raises(ConfigError, match=rf"a.{suffix}, .* holds one completion; .* rows of each group id"):
+        check_all(tmp_path / "text", reader)
+
+
+def _flat(number):
+    return [{"tokens": [number + 1, 2], "log_probs": [-0.5, -0.1], "reward": float(reward)} for reward in (0, 1)]
+
+
 def test_refusals_of_settings(start, place_of_run):
     for changes, message in (
         ({"policy.kl": 0.0}, r"distill\.teacher='.*': must name the reference model with policy\.kl above 0"),
