@@ -47,15 +47,20 @@ def _inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     [[A',0],[-C'BA',C']]. A power series of L would be shorter and cancel badly where keys repeat. The last line is a
     Newton step: it has the gradient of the inverse, so that the loop needs none, and corrects its rounding.
     """
-    size = lower.shape[-1]
+    size, constant = lower.shape[-1], jax.lax.stop_gradient(lower)
     rows, columns = np.arange(size)[:, None], np.arange(size)
     identity = jnp.eye(size, dtype=lower.dtype)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    inverse = identity
-    for side in (2**power for power in range(size.bit_length() - 1)):
-        joins = (rows // side == columns // side + 1) & (rows // side % 2 == 1)
-        below = jnp.where(joins, jax.lax.stop_gradient(lower), 0)  # B of every block
-        inverse -= below if side == 1 else product(product(inverse, below), inverse)
+
+    def below(power: Array | int) -> Array:
+        """B of every block of 2^(power + 1)."""
+        row, column = (jax.lax.shift_right_logical(index, power) for index in (rows, columns))
+        return jnp.where((row == column + 1) & (row % 2 == 1), constant, 0)
+
+    # A loop, since compiling the products of every size for TPUs takes a minute.
+    inverse = jax.lax.fori_loop(
+        1, size.bit_length() - 1, lambda i, x: x - product(product(x, below(i)), x), identity - below(0)
+    )
     return inverse + product(inverse, identity - product(identity + lower, inverse))
 
 
