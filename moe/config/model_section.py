@@ -93,7 +93,8 @@ class ModelConfig(Section, path=_MODEL):
     head_dim: int = setting(32, most=2**16)  # H, even for rotary positions
     d_ff: int = setting(512, least=1, most=2**22, split="tensor")  # F, hidden dim of a dense FFN
     activation: Activation = "swiglu"  # of FFNs and experts; names with glu have a gate matrix
-    norm_eps: float = setting(1e-5, above=0)  # epsilon of RMSNorm
+    norm_eps: float = setting(1e-5, above=0)  # epsilon of the norms
+    layer_norm: bool = False  # LayerNorm with biases in place of RMSNorm (Phi-3.5-MoE)
     zero_centred_norms: bool = False  # RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
     norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
     #: factor of the embedded tokens (Granite: 12)
@@ -127,6 +128,7 @@ class ModelConfig(Section, path=_MODEL):
     #: clip queries, keys and values to [-c, c] before the rotation (OLMoE); 0: no clipping
     clip_qkv: float = setting(0.0, least=0)
     tie_embeddings: bool = False  # logits = x E^T
+    logit_bias: bool = False  # a bias of the logits (Phi-3.5-MoE); needs an output matrix of its own
     scale_logits: bool = False  # divide the logits by sqrt(D) (T5 1.0); the embedding's sigma is then sqrt(s)
     #: layers after the last, each predicting one token further (DeepSeek-V3: 1)
     prediction_layers: int = setting(0, least=0, most=64)
@@ -153,6 +155,7 @@ class ModelConfig(Section, path=_MODEL):
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, d_ff=self.d_ff))
         super().__post_init__()
         self._follow_base()
+        self._require("logit_bias", not (self.logit_bias and self.tie_embeddings), "needs model.tie_embeddings=False")
         self._check_stacks()
         self._check_attention()
         if self.kv_lora_rank:
@@ -188,7 +191,7 @@ class ModelConfig(Section, path=_MODEL):
         """Fill in the factors that the sizes of the base model decide; see :mod:`moe.training.rates`."""
         if not self.has_base:
             return
-        none = {"encoder_layers": 0, "relative_buckets": 0, "scale_logits": False}
+        none = {"encoder_layers": 0, "relative_buckets": 0, "scale_logits": False, "logit_bias": False}
         self._require_defaults("model.base_d_model, base_num_layers or base_head_dim", **none)
         root, factors = self.width_growth**0.5, {}
         if self.base_d_model:

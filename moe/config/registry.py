@@ -160,6 +160,8 @@ _LAYERS = {
     # baselines: uniform draws, round-robin
     "random": MoEConfig(gate=gates.Random(), losses=Losses()),
     "balanced": MoEConfig(gate=gates.Balanced(), capacity=_WHOLE, losses=Losses()),
+    # GRIN 2024 (SparseMixer-v2) and Phi-3.5-MoE's released code, without drops; its balance loss is Mixtral's
+    "sparse_mixer": MoEConfig(gate=gates.SparseMixer(), num_experts=16, losses=Losses(balance=1e-3)),
 }
 
 #: Layers of the papers, by the name that ``model.moe.gate`` takes.

@@ -81,6 +81,7 @@ CASES = (
     Case("st_moe", 2, 7, 3, 2, 2, 0.3),
     Case("st_moe", 2, 7, 5, 3, 3, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY, draws=True),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2),
+    Case("sparse_mixer", 2, 7, 5, 2, 2, 0.2),
     Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"routing_scale": 1.5, **GROUPED}, reference.Rule(3, 2, scale=1.5)),
     Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
     Case("deepseek_v4", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 1.5)),
@@ -123,12 +124,13 @@ def edges() -> Iterator[Case]:
         every = not hasattr(own, "k")  # K = E is the rule
         quantile = own.state.update == "quantile"
         draws = gate == "random"
-        e = 2 if gate == "gshard" else 3
+        pairs = gate in ("gshard", "sparse_mixer")  # K is 2
+        e = 2 if pairs else 3
         # Quantile balancing needs an expert that is not chosen.
         yield Case(gate, 1, 5, e, e - quantile, 1, 0.2, fields, rule, draws, full=False)
         e, s = int(rng.integers(3, 10)), int(rng.integers(2, 9))
         # From 2 on: a softmax over one choice has no gradient to compare.
-        k = e if every else 2 if gate == "gshard" else int(rng.integers(2, min(e, 5) + 1))
+        k = e if every else 2 if pairs else int(rng.integers(2, min(e, 5) + 1))
         k = min(k, e - quantile)
         g, c = int(rng.integers(1, 4)), int(rng.integers(1, s + 1))
         yield Case(gate, g, s, e, k, c, round(float(rng.uniform(0, 0.5)), 1), fields, rule, draws, full=False)

@@ -135,6 +135,8 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
     """
     if gate == "remoe":
         return [logits[expert] * (logits[expert] > 0) for expert in experts]
+    if gate == "sparse_mixer":
+        return sparse_mixer(logits, experts)
     if gate in ("hash", "random"):
         return [1 / len(experts)] * len(experts)
     if gate in ("mixtral", "noisy_topk", "balanced"):
@@ -146,6 +148,19 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
     if gate in ("gshard", "st_moe") or rule.renormalise:
         chosen = [score / sum(chosen) for score in chosen]
     return [rule.scale * score for score in chosen]
+
+
+def sparse_mixer(logits: Any, experts: list[int], tolerance: float = 0.01) -> list[Any]:
+    """Weights of the experts of one token, chosen one after the other (Phi-3.5-MoE's released code, in evaluation)."""
+    xp = jnp if isinstance(logits, jax.Array) else np
+    left, result = list(range(len(logits))), []
+    for expert in experts:
+        best = max(logits[e] for e in left)
+        near = [e for e in left if not (best - logits[e]) / max(abs(logits[e]), best) > 2 * tolerance]
+        powers = {e: xp.exp(logits[e] - best) for e in near}
+        result.append(powers[expert] / sum(powers.values()))
+        left.remove(expert)
+    return result
 
 
 def noisy(logits: Any, noise_logits: Any, draws: Any) -> Any:

@@ -50,6 +50,7 @@ def read_config(source: Json) -> Config:
     if fields.rope.alpha is not None and "rope_theta" not in changes:
         raise ConfigError(f"config.json: alpha={fields.rope.alpha} of rotary positions: {family.model_type} has none")
     settings: Json = {"jitter": 0.0, "z_loss_weight": 0.0, "dispatch": "dropless", **moe_changes}
+    own_fields = settings.pop("gate_fields", {})
     if settings.get("gate") != "none":
         settings["experts_per_token"] = fields.num_experts_per_tok
     model = dataclasses.replace(_model(fields), **changes)
@@ -61,7 +62,8 @@ def read_config(source: Json) -> Config:
     if moe.gate is not None:
         weight = balance.weight_here(family, getattr(fields, family.balance_field), model)
         losses = dataclasses.replace(moe.losses, balance=weight)
-        model = dataclasses.replace(model, moe=dataclasses.replace(moe, losses=losses))
+        gate = dataclasses.replace(moe.gate, **own_fields)
+        model = dataclasses.replace(model, moe=dataclasses.replace(moe, gate=gate, losses=losses))
     data = DataConfig(sequence_length=fields.max_position_embeddings)
     if model.encoder_layers:
         data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
@@ -182,7 +184,7 @@ _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),
     *("attention_sinks", "norms", "embedding_scale", "residual_scale", "attention_scale", "logit_scale"),
-    *("gated_attention", "zero_centred_norms", "kv_lora_rank", "q_lora_rank", "value_dim"),
+    *("gated_attention", "zero_centred_norms", "layer_norm", "logit_bias", "kv_lora_rank", "q_lora_rank", "value_dim"),
     *(
         "encoder_layers",
         "encoder_vocab_size",

@@ -16,6 +16,8 @@ def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
         ConfigError: the kind of scaling needs a field that is missing.
     """
     rope = fields.rope
+    if rope.short_mscale is not None or rope.long_mscale is not None:
+        raise ConfigError(f"config.json: short_mscale or long_mscale of rotary positions: {fields.model_type} has none")
     if rope.rope_type == "default":
         return RopeScalingConfig()
     # The order of the library: beside the scaling, in it, and the longest context where neither says.

@@ -89,6 +89,8 @@ class RopeParameters(Fields):
     mscale_all_dim: Coefficient | None = None
     short_factor: Factors | None = None
     long_factor: Factors | None = None
+    short_mscale: Positive | None = None  # of Phi-3.5-MoE alone, as the next
+    long_mscale: Positive | None = None
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
 

@@ -35,6 +35,7 @@ _NEUTRAL: Canonical = {
     "dtype": "float32", "low_precision": "none", "norms": "before", "embedding_scale": 1.0, "residual_scale": 1.0,
     "attention_scale": 0.0, "logit_scale": 1.0, "prediction_layers": 0, "prediction_weight": 0.3,
     "gated_attention": False, "zero_centred_norms": False, "delta_net": "none",
+    "layer_norm": False, "logit_bias": False,
     "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0, "base_expert_d_ff": 0,
     # MoE
     "shared_dim": 0, "bias": "none", "latent_dim": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0,
@@ -64,7 +65,7 @@ _MODEL = (
     "qk_norm", "attention_bias", "attention_sinks", "clip_qkv", "tie_embeddings", "scale_logits", "dropout",
     "init_scale", "dtype", "low_precision", "norms", "embedding_scale", "residual_scale", "attention_scale",
     "logit_scale", "prediction_layers", "prediction_weight", "gated_attention", "zero_centred_norms",
-    "base_d_model", "base_num_layers", "base_head_dim", "base_expert_d_ff",
+    "layer_norm", "logit_bias", "base_d_model", "base_num_layers", "base_head_dim", "base_expert_d_ff",
 )  # fmt: skip
 _DATA = (
     "dataset", "domains", "weights", "text_suffixes", "tokenizer", "chat_template",

@@ -1,4 +1,4 @@
-"""RMSNorm, dropout, the dense FFN, and the token embedding."""
+"""Norms, dropout, the dense FFN, and the token embedding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe.dispatch import quantized
 from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matmul, matrix, parameter
+from moe.parallel.parameters import gather_for_matmul, matmul, matrix, parameter, zeros
 from moe.parallel.partition_specs import HIDDEN, IN, OUT, REPLICATED
 
 
@@ -32,7 +32,8 @@ class RMSNorm(nnx.Module):
     @classmethod
     def of(cls, config: ModelConfig, dim: int = 0) -> RMSNorm:
         """A norm of the model, of ``d_model`` unless another dimension is given."""
-        return cls(dim or config.d_model, config.norm_eps, zero_centred=config.zero_centred_norms)
+        kind = LayerNorm if config.layer_norm else cls
+        return kind(dim or config.d_model, config.norm_eps, zero_centred=config.zero_centred_norms)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalise x and return it in its own dtype."""
@@ -40,6 +41,20 @@ class RMSNorm(nnx.Module):
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         scale = 1.0 + self.scale[...].astype(jnp.float32) if self.zero_centred else self.scale[...]
         return (x32 * scale).astype(x.dtype)
+
+
+class LayerNorm(RMSNorm):
+    """RMSNorm of x − mean(x), plus a bias (Ba et al. 2016)."""
+
+    def __init__(self, dim: int, epsilon: float, *, zero_centred: bool = False):
+        super().__init__(dim, epsilon, zero_centred=zero_centred)
+        self.bias = zeros((dim,))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalise x and return it in its own dtype."""
+        x32 = x.astype(jnp.float32)
+        normalised = super().__call__(x32 - jnp.mean(x32, axis=-1, keepdims=True))
+        return (normalised + self.bias[...]).astype(x.dtype)
 
 
 class Site(enum.Enum):
@@ -144,13 +159,20 @@ class Embedding(nnx.Module):
 
 
 class Unembedding(nnx.Module):
-    """Output matrix: hidden states to logits."""
+    """Output matrix: hidden states to logits. A bias of the logits is its last row, which :func:`with_one` meets."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, scale = config.d_model, config.init_scale
         self.kernel = matrix(rngs, (d, config.vocab_size), partition_specs.IN, fan_in=d, scale=scale)
+        self.bias = zeros((config.vocab_size,)) if config.logit_bias else None
 
-    def matrix(self, dtype: jnp.dtype) -> Float[Array, "D V"]:
-        """The matrix in this dtype."""
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "rows V"]:
+        """The matrix in this dtype: [D,V], or [D+1,V] with a bias."""
         with jax.named_scope("embedding"):
-            return gather_for_matmul(self.kernel, dtype)
+            kernel = gather_for_matmul(self.kernel, dtype)
+            return kernel if self.bias is None else jnp.concatenate([kernel, self.bias[...].astype(dtype)[None]])
+
+
+def with_one(x: Float[Array, "*batch D"]) -> Float[Array, "*batch inputs"]:
+    """Hidden states with a 1 after them, for the bias in the last row of the output matrix."""
+    return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import check_is_model
-from moe.layers.basic import Embedding, Unembedding
+from moe.layers.basic import Embedding, Unembedding, with_one
 from moe.models.block import Rows
 from moe.models.prediction import PredictionLayer, predict
 from moe.models.stack import Stack
@@ -42,11 +42,11 @@ class Output:
     """
 
     logits: Float[Array, "B T V"]
-    hidden: Float[Array, "B T D"]
+    hidden: Float[Array, "B T inputs"]
     layers: LayerReport | None
     routing: Routing | tuple[Routing | None, Routing | None] | None
     encoder_hidden: Float[Array, "B U D"] | None = None
-    further: tuple[Float[Array, "B T D"], ...] = ()
+    further: tuple[Float[Array, "B T inputs"], ...] = ()
 
 
 class LanguageModel(nnx.Module):
@@ -61,16 +61,18 @@ class LanguageModel(nnx.Module):
         vectors = (embedding or self.embedding)(token_ids, jnp.dtype(self.config.dtype))
         return vectors * self.config.embedding_scale
 
-    def output_matrix(self) -> Float[Array, "D V"]:
+    def output_matrix(self) -> Float[Array, "inputs V"]:
         """The matrix from hidden states to logits, in the compute dtype."""
         dtype = jnp.dtype(self.config.dtype)
         return self.embedding.matrix(dtype).T if self.unembedding is None else self.unembedding.matrix(dtype)
 
-    def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Final hidden states: a stack's output, with the factor of the logits, such as T5's 1/sqrt(D)."""
-        return x * (self.config.logit_scale * (self.config.d_model**-0.5 if self.config.scale_logits else 1.0))
+    def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T inputs"]:
+        """Final hidden states: a stack's output, with the factor of the logits, such as T5's 1/sqrt(D), and with a 1
+        for the bias of the logits where there is one."""
+        x = x * (self.config.logit_scale * (self.config.d_model**-0.5 if self.config.scale_logits else 1.0))
+        return with_one(x) if self.config.logit_bias else x
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, hidden: Float[Array, "B T inputs"]) -> Float[Array, "B T V"]:
         """Logits of final hidden states; under jit a caller that reads only the latter, as the train step does, never
         pays for these."""
         return constrain(hidden @ self.output_matrix(), partition_specs.LOGITS)

@@ -19,6 +19,7 @@ _MODEL: dict[str, Any] = {
     "encoder_layers": 0, "kv_lora_rank": 0, "relative_buckets": 0, "rope_dim": 0, "rope_interleaved": False,
     "sliding_window": 0, "qk_norm": "none", "attention_bias": "none", "attention_sinks": False, "clip_qkv": 0.0,
     "norms": "before", "zero_centred_norms": False, "gated_attention": False,
+    "layer_norm": False, "logit_bias": False,
     "prediction_layers": 0, "low_precision": "none",
 }  # fmt: skip
 #: The same, of MoEConfig.

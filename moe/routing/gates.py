@@ -7,10 +7,21 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe.fields import require, setting
-from moe.routing.interface import Gate, GateInputs, GateOutput, RouterKind, RouterState, Scored, Selecting, rank, top_k
+from moe.routing.interface import (
+    Gate,
+    GateInputs,
+    GateOutput,
+    RouterKind,
+    RouterState,
+    Scored,
+    Selecting,
+    pick,
+    rank,
+    top_k,
+)
 
 
 # --- Top-k of scores --------------------------------------------------------------------------------------------------
@@ -114,6 +125,40 @@ class STMoE(TopK):
 
 def _shares(weights: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseMixer(Gate):
+    """Two experts, one after the other, each weighted by the softmax over those near the best one that is left
+    (SparseMixer-v2: GRIN 2024, section 2.2 and Phi-3.5-MoE's released code)."""
+
+    k: ClassVar[int] = 2
+    reweighs: ClassVar[bool] = True
+
+    #: r; an expert is near if its logit is at most 2r·max(|logit|, best logit) below the best
+    tolerance: float = setting(0.01, least=0, most=1e6)
+
+    def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
+        """Sample among the near ones; without a key take the best."""
+        left, index, weights = router_logits, [], []
+        keys = (None, None) if inputs.rng is None else jax.random.split(inputs.rng)
+        for i, key in enumerate(keys):
+            near = jnp.where(self._is_far(router_logits, left), -jnp.inf, left)
+            probs, draws = jax.nn.softmax(near, axis=-1), None if key is None else jax.random.split(key)
+            noise = 0.0 if draws is None else jax.random.gumbel(draws[0], near.shape)
+            expert = top_k(near + noise, 1)[1] if inputs.expert_index is None else inputs.expert_index[..., i : i + 1]
+            weight = pick(probs, expert)
+            if draws is not None:
+                whole = (expert == top_k(near, 1)[1]) | (jax.random.uniform(draws[1], weight.shape) > 0.75)
+                # Heun's third-order method: the gradient is that of the probability, its value a third at times.
+                weight = weight + jax.lax.stop_gradient(jnp.where(whole, 0.0, -2 / 3) * weight)
+            left = jnp.where(expert == jnp.arange(near.shape[-1]), -jnp.inf, left)
+            index, weights = [*index, expert], [*weights, weight]
+        return GateOutput(jnp.concatenate(index, axis=-1), jnp.concatenate(weights, axis=-1))
+
+    def _is_far(self, router_logits: Float[Array, "G S E"], left: Float[Array, "G S E"]) -> Bool[Array, "G S E"]:
+        logits, best = jax.lax.stop_gradient((router_logits, jnp.max(left, axis=-1, keepdims=True)))
+        return (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * self.tolerance
 
 
 # --- Every expert -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe.config import ConfigError
 from moe.interop import import_checkpoint, load_huggingface, save_huggingface
+from moe.interop.config_json import read_config
 from tests.interop.test_interop import HERE
 
 
@@ -123,9 +124,13 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq': must be one of fp8, mxfp4, compressed"),
         ({"quantization_config": 8}, "quant_method=8: must be one of fp8"),
-        ({"model_type": "phimoe"}, "model_type='phimoe': needs LayerNorm with biases, .* which no model here computes"),
+        (
+            {"model_type": "llama4"},
+            "model_type='llama4': needs attention within chunks, .* which no model here computes",
+        ),
         ({"model_type": "gemma4_text"}, "model_type='gemma4_text': needs norms before and after each half"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "alpha": 4}}, "alpha=4.0 of rotary positions"),
+        ({"rope_parameters": {"rope_type": "default", "short_mscale": 2}}, "short_mscale or long_mscale .* has none"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "16"}, "hidden_size='16': must be an integer"),
         ({"num_key_value_heads": 3}, r"model\.num_kv_heads=3: must divide"),
@@ -137,6 +142,21 @@ def test_settings_that_are_refused(editable, fields, pattern):
     configure(**fields)
     with pytest.raises(ConfigError, match=pattern):
         load_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"long_mscale": 1.1}, "longrope, short_mscale=1.2, long_mscale=1.1: must be longrope with two equal scales"),
+        ({"rope_type": "yarn"}, "yarn, short_mscale=1.2, long_mscale=1.2: must be longrope"),
+    ],
+)
+def test_scales_of_phi_that_are_refused(fields, pattern):
+    source = json.loads((HERE / "phimoe" / "config.json").read_text())
+    with pytest.raises(ConfigError, match=pattern):
+        read_config(source | {"rope_parameters": source["rope_parameters"] | fields})
+    with pytest.raises(ConfigError, match="num_experts_per_tok=1: must be greater than or equal to 2"):
+        read_config(source | {"num_experts_per_tok": 1})
 
 
 #: (family, field of config.json, values that are refused)

@@ -14,7 +14,7 @@ from moe.conformance import reference
 from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.positions import rotate
-from moe.layers.basic import DenseFFN, Embedding, RMSNorm
+from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul, matrix
 from tests import reference_attention
@@ -38,6 +38,14 @@ def test_rms_norm(rng):
 def test_rms_norm_by_hand():
     # mean of squares (9 + 16 + 0 + 0)/4 = 6.25, root 2.5.
     np.testing.assert_allclose(RMSNorm(4, 0.0)(jnp.asarray([3.0, 4.0, 0.0, 0.0])), [1.2, 1.6, 0, 0], rtol=1e-6)
+
+
+def test_layer_norm_by_hand():
+    # Less the mean of 5: (-3, -1, 1, 3), mean square 5, with epsilon 4 a root of 3.
+    norm = LayerNorm(4, 4.0)
+    norm.scale[...], norm.bias[...] = jnp.asarray([1.0, 2.0, 3.0, 0.0]), jnp.asarray([0.0, 0.0, 1.0, 7.0])
+    np.testing.assert_allclose(norm(jnp.asarray([2.0, 4.0, 6.0, 8.0])), [-1, -2 / 3, 2, 7], rtol=1e-6)
+    assert type(RMSNorm.of(ModelConfig(layer_norm=True))) is LayerNorm
 
 
 def test_rms_norm_in_bfloat16_is_that_of_float32_rounded_once(rng):

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import layer_kinds, sparse_layers
+from moe.config import MeshConfig, layer_kinds, sparse_layers
 from moe.models.block import Block, Rows
 from moe.models.decoder import Transformer
+from moe.models.factory import abstract_model
 from moe.models.stack import restack_layers, segments, unstack_layers
+from moe.parallel.mesh import make_mesh
+from moe.parallel.parameters import parameter_shardings
+from moe.training.losses import linear_cross_entropy
 from tests.helpers import random_parameters, slow_case, tiny_model
 
 B, T = 2, 9
@@ -359,3 +363,30 @@ def test_unstacked_layers_restack_to_the_same_tree(overrides):
     assert sparse == {layer for layer, is_sparse in enumerate(sparse_layers(config)) if is_sparse}
     restacked = restack_layers(config, parameters, flat)
     jax.tree.map(np.testing.assert_array_equal, restacked, parameters)
+
+
+def test_biases_of_norms_and_logits_on_a_mesh(rng):
+    """The loss and the gradient of the biases against the formula on one device, with SparseMixer's routing."""
+    config = tiny_model(layer_norm=True, logit_bias=True, gate="sparse_mixer", num_experts=4, dispatch="dropless")
+    graphdef, parameters = random_parameters(config)
+    tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))
+
+    def plain(parameters):
+        hidden = nnx.merge(graphdef, parameters)(tokens[:, :-1]).hidden
+        logits = hidden[..., :-1] @ parameters["unembedding"]["kernel"] + parameters["unembedding"]["bias"]
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1))
+
+    def ours(parameters):
+        model = nnx.merge(graphdef, parameters)
+        return linear_cross_entropy(model(tokens[:, :-1]).hidden, model.output_matrix(), tokens[:, 1:])[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(plain))(parameters)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    state = nnx.state(abstract_model(config))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(parameters, parameter_shardings(mesh, state))
+        found, sharded = jax.jit(jax.value_and_grad(ours))(placed)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    for part in ("unembedding", "final_norm"):
+        np.testing.assert_allclose(sharded[part]["bias"], gradient[part]["bias"], rtol=1e-3, atol=1e-5)
+        assert np.abs(gradient[part]["bias"]).max() > 0.1

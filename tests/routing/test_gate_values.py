@@ -85,6 +85,16 @@ HAND_COMPUTED = [
     ("deepseek_v4", SOFTPLUS_LOGITS, RAW | {"groups": 2, "kept_groups": 1}, [[3, 2]], [[4.0, 3.0]]),
     ("quantile_balancing", SIGMOID_LOGITS, {}, [[0, 2], [3, 2]], [[8 / 14, 6 / 14], [9 / 13, 4 / 13]]),
     ("moe_plus_plus", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 12, 3 / 12], [9 / 16, 4 / 16]]),
+    # Near: logits at most 2·0.01·max(|logit|, best) below the best that is left, of each round by itself. Token 0: 10
+    # and 9.9 (within 0.2), not 9.7; then 9.9 alone, since 9.7 is not within 0.198. Token 1: −1 and −1.02 (within
+    # 0.0204), not −1.04; then −1.02 and −1.04 (within 0.0208).
+    (
+        "sparse_mixer",
+        np.array([[[9.9, 10.0, 9.7, 1.0], [-1.02, -1.04, -3.0, -1.0]]]),
+        {},
+        [[1, 0], [3, 0]],
+        [[1 / (1 + np.exp(-0.1)), 1.0], [1 / (1 + np.exp(-0.02)), 1 / (1 + np.exp(-0.02))]],
+    ),
     # Round-robin, weights the softmax over the chosen.
     ("balanced", LOGITS, {}, [[0, 1], [2, 3]], [[6 / 9, 3 / 9], [9 / 13, 4 / 13]]),
 ]
@@ -144,6 +154,27 @@ def test_broken_noise_breaks_its_token_and_underflowing_noise_does_not(rng):
     assert not routing.chosen[0, 1].any()
     assert np.isfinite(routing.smooth_load).all()
     assert np.isfinite(gradient).all()
+
+
+def test_sparse_mixer_samples_and_has_the_gradient_of_the_probability():
+    logits = np.broadcast_to([9.9, 10.0, 9.7, 1.0], (1, 4000, 4))  # near: 9.9 and 10
+    best = 1 / (1 + np.exp(-0.1))  # 0.525
+
+    def weights(logits):
+        routing = routed("sparse_mixer", logits, rng=jax.random.key(0))
+        return routing.combine_weights[..., 0].sum(), routing
+
+    gradient, routing = jax.grad(weights, has_aux=True)(jnp.asarray(logits, jnp.float32))
+    first, weight = routing.expert_index[0, :, 0], routing.combine_weights[0, :, 0]
+    assert set(np.unique(first)) == {0, 1}
+    assert abs((first == 1).mean() - best) < 4 * 0.5 / np.sqrt(4000)
+    np.testing.assert_allclose(weight[first == 1], best, rtol=1e-5)
+    other = weight[first == 0] / (1 - best)  # a third in three of four draws
+    np.testing.assert_allclose(np.unique(np.round(other, 4)), [0.3333, 1.0])
+    assert abs((other > 0.5).mean() - 0.25) < 4 * 0.5 / np.sqrt(1900)
+    slope = best * (1 - best)  # of either probability, by its own logit
+    sign = np.where(np.asarray(first == 1)[:, None], [-1, 1, 0, 0], [1, -1, 0, 0])
+    np.testing.assert_allclose(gradient[0], slope * sign, rtol=1e-4, atol=1e-7)
 
 
 def test_expert_choice_by_hand():

@@ -19,6 +19,7 @@ from moe.interop.families import (
     mistral,
     mixtral,
     olmoe,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -35,7 +36,7 @@ FAMILIES = {
     for module in (
         *(mistral, llama, qwen2, qwen3, mixtral, olmoe, qwen2_moe, deepseek, qwen3_moe, qwen3_next, qwen3_5_moe_text),
         *(deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, glm4_moe, dots1, minimax_m2, ernie4_5_moe, gpt_oss),
-        *(flex_olmo, hunyuan_v1_moe, granitemoe, granitemoeshared, t5, switch_transformers),
+        *(flex_olmo, hunyuan_v1_moe, phimoe, granitemoe, granitemoeshared, t5, switch_transformers),
     )
 }
 
@@ -43,16 +44,17 @@ FAMILIES = {
 MISSING = {
     "deepseek_v32": "attention to tokens that an indexer chooses",
     "deepseek_v4": "compressed attention and hyper-connections",
-    "gemma4": "norms before and after each half, dense FFN and experts side by side, per-layer embeddings",
+    "gemma4": "norms before and after each half, dense FFN and experts side by side, a router with a norm and a scale "
+    "of each expert, heads of another size in some layers, per-layer embeddings",
     "glm_moe_dsa": "attention to tokens that an indexer chooses",
     "granitemoehybrid": "Mamba layers",
     "jamba": "Mamba layers",
     "kimi_linear": "delta attention layers",
-    "llama4": "chunked attention, layers without positions, routing weights on the experts' inputs",
-    "longcat_flash": "two attentions in a layer and experts beside the second, routing beside them",
+    "llama4": "attention within chunks, layers without positions, whose scores grow with the position, norms of "
+    "queries and keys without a scale, routing weights on the experts' inputs",
+    "longcat_flash": "two attentions and dense FFNs in a layer with experts beside the second, factors of the latents",
     "minimax": "lightning attention layers",
     "nemotron_h": "Mamba layers",
-    "phimoe": "LayerNorm with biases, a bias of the logits, SparseMixer's routing",
 }
 
 __all__ = ["FAMILIES", "MISSING"]

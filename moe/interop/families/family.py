@@ -60,7 +60,7 @@ class Family:
         model_type: value of that field in ``config.json``.
         architecture: class name in Hugging Face transformers, for ``architectures``.
         schema: fields of ``config.json`` that are read.
-        read: fields → (changes of ModelConfig, changes of MoEConfig).
+        read: fields → (changes of ModelConfig, changes of MoEConfig; ``gate_fields``: of its gate).
         write: the reverse of ``read``.
         tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else; or a function
             that returns this for a model and the name of a stack.
