@@ -1,7 +1,8 @@
 """Conversations: the chat template of a tokenizer, and token ids with the loss on the answers alone.
 
-A template is a Jinja program that comes with a checkpoint. It is data: it runs in Jinja's immutable sandbox, sees only
-the messages and the names of special tokens, and has the helpers that the transformers library gives it.
+A template is a Jinja program that comes with a checkpoint. It is data: it runs in Jinja's immutable sandbox, in a
+process of bounded time and memory (:mod:`moe.data.chat_rendering`), sees only the messages and the names of special
+tokens, and has the helpers that the transformers library gives it.
 
 As there, the rendered text is tokenised as a whole, special tokens included: ``</s>`` typed in a message becomes the
 same id as one that the template wrote.
@@ -10,116 +11,34 @@ same id as one that the template wrote.
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import datetime
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
-import jinja2.utils
 import numpy as np
 
 from moe.config import ConfigError
+from moe.data import chat_rendering
+from moe.data.chat_rendering import Span
 from moe.data.documents import CONVERSATION, PAIR
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.data.tokenizer import Tokenizer
 
 #: Messages as dicts with "role", "content" and whatever else a template reads.
 Messages = Sequence[dict[str, Any]]
-#: First and last (exclusive) character of an answer.
-Span = tuple[int, int]
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first
 
 
 # --- Templates -------------------------------------------------------------------------------------------------------
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``, which marks what a model writes."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012  # as the base class has it
-
-    def __init__(self, environment: jinja2.Environment):
-        super().__init__(environment)
-        environment.extend(record_spans=self.record)
-        self._recorded = contextvars.ContextVar[tuple[list[str], list[Span]] | None]("recorded", default=None)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: jinja2.runtime.Macro) -> str:
-        text = caller()
-        if (recorded := self._recorded.get()) is not None:
-            blocks, spans = recorded
-            start = sum(map(len, blocks))
-            spans.append((start, start + len(text)))
-        return text
-
-    @contextlib.contextmanager
-    def record(self, blocks: list[str], spans: list[Span]) -> Iterator[None]:
-        """Record the spans of a rendering whose blocks so far are in ``blocks``."""
-        token = self._recorded.set((blocks, spans))
-        try:
-            yield
-        finally:
-            self._recorded.reset(token)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, without names that begin with an underscore."""
-
-    def __init__(*args: Any, **values: Any):  # pyright: ignore[reportSelfClsParameterName]
-        self, *rest = args
-        names = dict(*rest, **values)
-        for name in names:
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(self, names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a template cannot set {name!r}")
-
-
-class _Dict:
-    """``dict`` as a template sees it: a call, and fromkeys."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Jinja's own filter escapes the characters of HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
 class ChatTemplate:
-    """A compiled chat template with the special tokens that it can name."""
+    """A compiled chat template with the special tokens that it can name, in a process of its own."""
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str):
         """
@@ -131,46 +50,77 @@ class ChatTemplate:
         Raises:
             ConfigError: it cannot be compiled.
         """
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-            "dict": _Dict(),
-            "namespace": _Namespace,
-        }
-        self._name, self._special_tokens, self._environment = name, special_tokens, environment
+        self._source, self._special_tokens, self._name = source, special_tokens, name
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
         #: Whether the template says itself what a model writes.
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.exceptions.TemplateError as error:
-            raise ConfigError(f"{name}: the chat template cannot be compiled ({error})") from error
+        with self._lock:
+            self._start()
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans that the template marks as written by the model.
 
         Raises:
-            ConfigError: the template refuses the messages, or does what the sandbox forbids.
+            ConfigError: the template refuses the messages, does what the sandbox forbids, or takes too much time or
+                memory (:mod:`moe.data.chat_rendering`).
         """
-        blocks: list[str] = []
-        spans: list[Span] = []
         values = {
             "messages": [_plain_message(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
+        with self._lock:
+            if self._process is None:
+                self._start()
+            reply = self._ask(values | self._special_tokens)
+        if "error" in reply:
+            raise ConfigError(f"{self._name}: the chat template refuses a conversation ({reply['error']})")
+        return reply["text"], [(start, end) for start, end in reply["spans"]]
+
+    def _start(self) -> None:
+        limits = str(chat_rendering.SECONDS), str(chat_rendering.MEMORY)
+        command = [sys.executable, "-I", chat_rendering.__file__, *limits]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, **pipes, encoding="ascii")
+        self._end = weakref.finalize(self, _end, self._process)
+        reply = self._ask({"source": self._source})
+        if "error" in reply:
+            self._stop()
+            raise ConfigError(f"{self._name}: the chat template cannot be compiled ({reply['error']})")
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of the process, in which one line follows another."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            with self._environment.record_spans(blocks, spans):  # pyright: ignore[reportAttributeAccessIssue]
-                for block in self._template.generate(**values, **self._special_tokens):
-                    blocks.append(block)  # spans count from the end of the blocks so far
-        except Exception as error:  # a template is a program and may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ConfigError(f"{self._name}: the chat template refuses a conversation ({reason})") from error
-        return "".join(blocks), spans
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        except BaseException:  # an answer that comes later would be taken for that of the next request
+            process.kill()
+            self._stop()
+            raise
+        if line.endswith("\n"):
+            return json.loads(line)
+        self._stop()
+        if process.returncode == -signal.SIGPROF:
+            return {"error": f"it takes more than {chat_rendering.SECONDS:g} s of processor time"}
+        return {"error": f"it needs more than {chat_rendering.MEMORY >> 20} MiB"}
+
+    def _stop(self) -> None:
+        self._process = None
+        self._end()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        process.communicate()
 
 
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from moe.config import ConfigError, DataConfig
-from moe.data import chat, documents, pipeline
+from moe.data import chat, chat_rendering, documents, pipeline
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.parallel.mesh import make_mesh
 from moe.training.step import build
@@ -106,11 +106,28 @@ def test_an_answer_that_is_rendered_otherwise_once_turns_follow_is_learnt_from_a
         ("{{ messages[0].content + 1 }}", "refuses a conversation .*TypeError"),
         ("{% if %}", "cannot be compiled"),
         ("{% include '/etc/passwd' %}", "refuses a conversation"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 0.5 s"),
+        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "Memory|more"),
+        ("{{ '%9999999999d' % messages|length }}", "refuses a conversation .MemoryError"),
+        ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "more than"),
+        ("{{ " + "(" * 9999 + "1", "cannot be compiled"),
     ],
 )
-def test_a_template_is_data(template, message):
+def test_a_template_is_data(monkeypatch, template, message):
+    monkeypatch.setattr(chat_rendering, "SECONDS", 0.5)
     with pytest.raises(ConfigError, match=message):
         chat.ChatTemplate(template, {}, "t").render(conversation("x"))
+
+
+def test_a_template_goes_on_after_a_conversation_that_was_too_much(monkeypatch):
+    monkeypatch.setattr(chat_rendering, "SECONDS", 0.5)
+    loops = "{% for i in range(messages[0].content|int) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = chat.ChatTemplate(loops + "\u00e9{{ messages[0].content }}", {}, "t")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"refuses a conversation \(it takes more than"):
+            template.render(conversation("99999"))
+        assert template.render(conversation("0\ud800"))[0] == "\u00e90\ud800"
 
 
 def test_helpers_of_templates():
@@ -126,6 +143,8 @@ def test_helpers_of_templates():
     [
         ({"messages": []}, "not a list of objects"),
         ({"messages": "[1"}, "messages that are not JSON"),
+        ({"messages": "[" * 9**5}, "messages that are not JSON"),
+        ({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}, "two values of 'content'"),
         ({"messages": [{"content": "x"}]}, "an object with a string 'role'"),
         ({"messages": [{"role": "user", "content": 3}]}, "content is not a string"),
         ({"prompt": "x"}, "needs an object with .* 'prompt' and 'response'"),
