@@ -10,7 +10,7 @@ from etils import epath
 
 from moe.config import ConfigError
 from moe.data import rollouts
-from moe.foreign_files import first_sentence
+from moe.foreign_files import first_sentence, loads
 
 JSON_LINES = ".jsonl"
 CONVERSATION = "\x1d"  # begins a document that is a list of messages, or a chosen and a rejected one, as JSON
@@ -86,9 +86,9 @@ def _turns(value: Any, role: str) -> list[Any]:
 def _messages(messages: Any) -> list[Any]:
     """A conversation, which may be JSON already. Raises ValueError for another form."""
     try:
-        messages = json.loads(messages) if isinstance(messages, str) else messages
-    except ValueError as error:
-        raise ValueError("has messages that are not JSON") from error
+        messages = loads(messages) if isinstance(messages, str) else messages
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"has messages that are not JSON ({error})") from error
     if not isinstance(messages, list) or not messages:
         raise ValueError("has messages that are not a list of objects with role and content")
     for message in messages:
@@ -188,7 +188,7 @@ def parse_document(blob: bytes, path: epath.Path) -> tuple[str, str | None]:
     if path.suffix != JSON_LINES:
         return join_texts(blob.decode("utf-8")), None
     try:
-        record = json.loads(blob.decode("utf-8"))
+        record = loads(blob.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} in column {error.colno})") from error
     except RecursionError as error:

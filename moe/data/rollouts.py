@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import pydantic
 
 from moe.data.recorded import EngineName
-from moe.foreign_files import Fields
+from moe.foreign_files import Fields, first_sentence, loads
 
 #: Begins a document that is rollouts, as JSON.
 ROLLOUTS = "\x1c"
@@ -32,8 +32,12 @@ ONE_COMPLETION = (
 
 _Token = Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
 _Tokens = Annotated[list[_Token], pydantic.Field(min_length=1)]
+#: Bound of rewards and log-probabilities: their differences are finite in float32.
+_LARGEST = 1e30
 #: Rounding may lift a probability of 1 a little.
-_LogProb = Annotated[float, pydantic.Field(le=1e-3, allow_inf_nan=False)]
+_LogProb = Annotated[float, pydantic.Field(ge=-_LARGEST, le=1e-3, allow_inf_nan=False)]
+#: Of one sequence, where the engine gives arrays.
+_LISTS = pydantic.TypeAdapter(list[list[list[int]]], config=pydantic.ConfigDict(strict=True))
 
 
 class Completion(Fields):
@@ -48,8 +52,16 @@ class Completion(Fields):
 
     tokens: _Tokens
     log_probs: list[_LogProb]
-    reward: Annotated[float, pydantic.Field(allow_inf_nan=False)]
+    reward: Annotated[float, pydantic.Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
     experts: Any = None
+
+    @pydantic.field_validator("experts")
+    @classmethod
+    def _whole_numbers(cls, value: Any) -> Any:
+        try:
+            return _LISTS.validate_python(value) if isinstance(value, list) else value
+        except pydantic.ValidationError as error:
+            raise ValueError(f"experts {first_sentence(error)}") from error
 
     @pydantic.field_validator("log_probs")
     @classmethod
@@ -78,12 +90,16 @@ class Group(Fields):
 
 def document(fields: Mapping[str, Any]) -> str:
     """The document of a line or row; values may be JSON already. Raises ValueError for another form."""
-    tree = {
-        name: json.loads(value) if isinstance(value, str) and name in FIELDS else value
-        for name, value in fields.items()
-    }
+    tree = {name: _parsed(name, value) if name in FIELDS else value for name, value in fields.items()}
     Group.model_validate(tree)
     return ROLLOUTS + json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+
+
+def _parsed(name: str, value: Any) -> Any:
+    try:
+        return loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: is text that is not JSON ({error})") from error
 
 
 def read(text: str) -> Group:

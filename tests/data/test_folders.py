@@ -94,6 +94,7 @@ def test_lines_without_an_end_are_cut_between_characters(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', r"a\.jsonl, line 2: is not JSON \(Expecting ',' delimiter"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}\n', r"a\.jsonl, line 1: two values of 'text'"),
         ("a.jsonl", b'{"text": "x"}\n\n{"txt": "y"}\n', r"a\.jsonl, line 3: needs an object with a string 'text'"),
         ("a.jsonl", b'{"source": "x"}\n', r"a\.jsonl, line 1: needs an object .* or 'source' and 'target'"),
         ("a.jsonl", b'{"source": "x", "target": "\\u001e"}\n', r"a\.jsonl, line 1: has the character U\+001E"),
