@@ -160,8 +160,8 @@ class JsonTokenizer(Tokenizer):
         """
         found = self._template if self._template is not None else self._named.get("chat_template")
         if isinstance(found, list):
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-            found = named.get("default")
+            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = named[0].get("template") if len(named) == 1 else None
         try:
             found = found.decode() if isinstance(found, bytes) else found
         except UnicodeDecodeError as error:

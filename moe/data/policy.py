@@ -66,6 +66,8 @@ class Reader:
 
     def of_group(self, group: rollouts.Group) -> list[Arrays]:
         """An example for each completion of a group. Raises ConfigError; see :meth:`examples`."""
+        if group.engine and self.policy.replay and not self.replays:
+            raise ConfigError(f"engine={group.engine!r}: is of a model with MoE layers; set policy.replay=False")
         rewards = np.array([completion.reward for completion in group.completions])
         values = advantages(rewards, divide=self.policy.divide_by_deviation)
         parts = zip(group.completions, values, strict=True)

@@ -13,14 +13,15 @@ engine                one sequence                                              
 ``tunix``             one array for all sequences, int [batch, layers, length, K]                 -1
 ====================  ==========================================================================  ==================
 
-Layers are all of the model or its MoE layers alone; which one is seen by their number.
+Layers are all of the model or its MoE layers alone; which one is seen by their number. Those of base64, which has no
+shape, are all.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -46,6 +47,8 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
     """
     if engine not in get_args(EngineName):
         raise ConfigError(f"engine={engine!r}: must be one of {', '.join(get_args(EngineName))}")
+    if length < 1 or not isinstance(records, Iterable):
+        raise ConfigError(f"length={length}: must be positive, and records one for each sequence")
     k, sparse = model.moe.experts_per_token, sparse_layers(model)
     if engine == "tunix":
         rows = _as_integers(records, "the record")
@@ -53,7 +56,7 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
             raise ConfigError(f"the record has shape {list(rows.shape)}, must be [batch, layers, length, {k}]")
         sequences = [row.swapaxes(0, 1) for row in rows]
     elif engine == "sglang":
-        sequences = [_decoded(record, i, len(sparse), sum(sparse), k) for i, record in enumerate(records)]
+        sequences = [_decoded(record, i, len(sparse), k) for i, record in enumerate(records)]
     else:
         sequences = [_as_integers(record, f"record {i}") for i, record in enumerate(records)]
     index = np.full((len(sequences), length, sum(sparse), k), ABSENT, np.int32)
@@ -71,21 +74,23 @@ def _as_integers(record: Any, name: str) -> np.ndarray:
         raise ConfigError(f"{name} has lists of different lengths") from error
     if array.dtype.kind not in "iu":
         raise ConfigError(f"{name} is of type {array.dtype}, must be integers")
-    return array
+    narrow = array.astype(np.int32)
+    if (narrow != array).any():
+        raise ConfigError(f"{name} has the expert {array[narrow != array][0]}, beyond 32 bits")
+    return narrow
 
 
-def _decoded(record: Any, number: int, layers: int, moe_layers: int, k: int) -> np.ndarray:
-    """An SGLang record, base64 of a flat array, as [tokens, layers, K]; arrays are taken as they are."""
+def _decoded(record: Any, number: int, layers: int, k: int) -> np.ndarray:
+    """An SGLang record, base64 of a flat array of all layers, as [tokens, layers, K]; arrays are taken as they are."""
     if not isinstance(record, str | bytes):
         return _as_integers(record, f"record {number}")
     try:
         flat = np.frombuffer(base64.b64decode(record, validate=True), "<i4")
     except (binascii.Error, ValueError) as error:
         raise ConfigError(f"record {number}: is no base64 of int32: {error}") from error
-    for count in (layers, moe_layers):
-        if count and flat.size % (count * k) == 0:
-            return flat.reshape(-1, count, k)
-    raise ConfigError(f"record {number}: {flat.size} experts are no multiple of {layers} or {moe_layers} layers of {k}")
+    if flat.size % max(layers * k, 1):
+        raise ConfigError(f"record {number}: {flat.size} experts are no multiple of {layers} layers of {k}")
+    return flat.reshape(-1, layers, k)
 
 
 def _moe_layers(sequence: np.ndarray, number: int, sparse: Sequence[bool], k: int) -> np.ndarray:

@@ -107,4 +107,11 @@ def test_refusals(recorded):
     refused("record 0: one expert twice at token 0, MoE layer 0", [good * 0])
     refused("record 0: is no base64 of int32", ["%%"], "sglang")
     refused("record 0: 5 experts are no multiple", [base64.b64encode(np.zeros(5, "<i4").tobytes())], "sglang")
+    # Six tokens of two MoE layers are as many numbers as four tokens of three layers; base64 has no shape.
+    two = base64.b64encode(np.tile(np.array([0, 1], "<i4"), (4, 2, 1)).tobytes())
+    refused("record 0: 16 experts are no multiple of 3 layers of 2", [two], "sglang")
+    for wrapped in (good + 2**32, good.astype(np.uint64) + 2**63):
+        refused(f"record 0 has the expert {wrapped.min()}, beyond 32 bits", [wrapped])
+    refused("length=0: must be positive, and records one for each sequence", [good], length=0)
+    refused("length=4: must be positive, and records one for each sequence", None)
     refused(r"the record has shape \[4, 3, 2\], must be \[batch, layers, length, 2\]", good, "tunix")

@@ -1,6 +1,7 @@
 """Reinforcement learning from rollouts: advantages, clipped losses and weights by hand, replay, files, a run."""
 
 import base64
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -335,6 +336,12 @@ def test_tables_hold_the_same_rollouts(tmp_path):
         (lambda g: g["completions"][1]["experts"][2].pop(), "completions.1.experts: record 0 has lists of different"),
         (lambda g: g["completions"][1]["experts"][0][1].__setitem__(0, 7), "completions.1.experts: .*expert 7"),
         (lambda g: g["prompt_tokens"].extend([1] * 13), "completions.0.tokens: is 18 tokens .*, and .* most 17"),
+        (lambda g: g["completions"][1]["experts"][0][1].__setitem__(0, 2**32 + 1), r"expert 4294967297, beyond"),
+        (lambda g: g["completions"][1]["experts"][0][1].__setitem__(0, True), r"experts 0.1.0=True: must be an int"),
+        (lambda g: g["completions"][1].update(reward=1e300), r"completions.1.reward=1e\+300: must be less than"),
+        (lambda g: g["completions"][1]["log_probs"].__setitem__(0, -1e39), r"log_probs.0=-1e\+39: must be gr"),
+        (lambda g: g.update(completions="[" * 9**5), "completions: is text that is not JSON"),
+        (lambda g: g.update(completions='[{"reward": 1, "reward": 2}]'), "completions: .*two values of 'reward'"),
         (lambda g: g["prompt_tokens"].append(48), "completions.0.tokens: token 48 must be below model.vocab_size=48"),
     ],
 )  # fmt: skip
@@ -362,6 +369,14 @@ def test_a_completion_a_row_is_refused(tmp_path, model, suffix):
 
 def _flat(number):
     return [{"tokens": [number + 1, 2], "log_probs": [-0.5, -0.1], "reward": float(reward)} for reward in (0, 1)]
+
+
+def test_experts_without_a_layer_that_replays_them_are_refused():
+    dense = policy.Reader(tiny_model(vocab_size=48, gate="none"), PolicyConfig(), 16)
+    text = rollouts.document(group(np.random.default_rng(0)))
+    with pytest.raises(ConfigError, match=r"engine='vllm': is of a model with MoE layers; set policy.replay=False"):
+        dense.examples(text)
+    assert len(dataclasses.replace(dense, policy=PolicyConfig(replay=False)).examples(text)) == 3
 
 
 def test_refusals_of_settings(start, place_of_run):
