@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -12,11 +14,13 @@ from moe.checkpoints import adapted, workdir
 from moe.config import Config, ConfigError, inherit_model, to_dict
 from moe.config.parse import to_config_dict
 from moe.fields import whole_number
+from moe.foreign_files import read_arrays
 from moe.lab.loading import load_suite
 from moe.metrics_files import read_rows
-from moe.planner import differences, recorded, scaling
+from moe.planner import calibration, differences, recorded, scaling
 from moe.planner.arithmetic import Flops
 from moe.planner.compiled import CompiledStep, Memory
+from tests.fuzz_helpers import is_one_sentence
 
 ROW = {"step": 1, "kind": "heldout/all", "loss": 2.5, "expert_load": [[0.5, 0.5]], "fraction_tokens_dropped": [0.1]}
 
@@ -41,6 +45,57 @@ def test_a_wrong_row_of_metrics_is_named(tmp_path, fields, says):
     assert says in str(caught.value)
     path.write_text(f"{json.dumps(ROW | {'loss': float('nan'), 'mine': 'x'})}\n{json.dumps(ROW)[:20]}")
     assert [row["mine"] for row in read_rows(path)] == ["x"]  # as it is; the unfinished line is dropped
+
+
+def _bomb(path):
+    """A gigabyte of zeros in a megabyte."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (1 << 30,)})
+        for _ in range(64):
+            file.write(bytes(1 << 24))
+
+
+def _one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+
+
+def _twice(path):
+    np.savez(path, x=np.ones(1))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("x.npy", archive.read("x.npy"))
+
+
+def _larger_than_it_is(path):
+    with zipfile.ZipFile(path, "w") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (1 << 50,)})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "no such file"),
+        (os.mkfifo, "is not a regular file"),
+        (os.mkdir, "is not a regular file"),
+        (lambda path: path.symlink_to(path), "is not a regular file"),
+        (lambda path: path.write_bytes(b""), "not a readable npz file"),
+        (lambda path: path.write_bytes(b"PK\x03\x04"), "not a readable npz file"),
+        (_one_array, "not a readable npz file"),
+        (lambda path: np.savez(path, x=np.array([{}])), "not a readable npz file.*allow_pickle"),
+        (lambda path: zipfile.ZipFile(path, "w").writestr("x", "text"), "x is of type bytes, must be real numbers"),
+        (_bomb, "would unpack to 1,073,741,"),
+        (_twice, "two arrays have one name"),
+        (_larger_than_it_is, "does not fit into memory|not a readable npz file"),
+        (lambda path: np.savez(path, x=np.array(["1"])), "x is of type <U1, must be real numbers"),
+        (lambda path: np.savez(path, x=np.ones(1) * 1j), "x is of type complex128"),
+    ],
+)
+def test_what_is_no_file_of_arrays_is_refused(tmp_path, make, says):
+    path = tmp_path / "x.npz"
+    make(path)
+    with pytest.raises(ConfigError, match=says) as caught:
+        read_arrays(path)
+    is_one_sentence(caught.value)
 
 
 def test_metrics_that_are_no_file_are_refused(tmp_path):
@@ -159,6 +214,7 @@ POINT = {"series": "s", "topology": "v3:8x8", "devices": 128, "experts": 128}
         ({"step_interval": [1.0]}, "step_interval=[1.0]: List should have at least 2"),
         ({"mfu": "high"}, "mfu='high': must be a number"),
         ({"step_seconds": 0}, "step_seconds=0"),
+        ({"step_interval": [3.0, 1.0]}, "step_interval=[3.0, 1.0]: must be the lower end, then the upper"),
     ],
 )
 def test_a_wrong_kept_plan_is_named(tmp_path, edit, says):
@@ -167,9 +223,37 @@ def test_a_wrong_kept_plan_is_named(tmp_path, edit, says):
     if says is None:
         assert recorded.read(path) == [PLAN, PLAN]
         return
-    with pytest.raises(ConfigError, match=r"plans\.json, plan 2: ") as caught:
+    with pytest.raises(ConfigError, match=r"plans\.json, entry 2: ") as caught:
         recorded.read(path)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({}, None),
+        ({"residual": float("nan")}, "calibration.json, entry 1: residual=nan"),
+        ({"counted": 0}, "calibration.json, entry 1: counted=0"),
+        ({"platform": "abacus"}, "calibration.json, entry 1: platform='abacus'"),
+    ],
+)
+def test_a_wrong_published_step_is_named(tmp_path, monkeypatch, edit, says):
+    rows = json.loads(calibration.PATH.read_text())
+    monkeypatch.setattr(calibration, "PATH", tmp_path / "calibration.json")
+    calibration.PATH.write_text(json.dumps([rows[0] | edit, *rows[1:]]))
+    if says is None:
+        assert calibration.rows() == rows
+        return
+    with pytest.raises(ConfigError) as caught:
+        calibration.rows()
+    assert says in str(caught.value)
+
+
+def test_names_of_kept_plans_are_text_of_their_cells():
+    table = recorded.table([PLAN | {"config": "<b>a|b\n# x", "flags": {"x": "`|`"}}])
+    row = table.splitlines()[2]
+    assert row.startswith(r"| &lt;b&gt;a\|b # x | ")
+    assert r"`x='\|'`" in row
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[3]", "[" * 100_000, "[{}]"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from moe.config import ConfigError
 from moe.conformance import equations
 from moe.conformance.deviations import Deviation, deviations, factors
 from moe.conformance.equations import Layer, Rule, Variant
@@ -77,9 +78,10 @@ def diagnose(
         tolerance: relative error within which values are equal.
 
     Raises:
-        ConfigError: E experts cannot follow the rule.
+        ConfigError: E experts cannot follow the rule, or recorded choices are none of them.
     """
     equations.check(rule, layer.num_experts)
+    results = _checked(results, layer)
     if not any(name.startswith("grad_") for name in results):
         layer = dataclasses.replace(layer, cotangent=None)  # the oracle then need not differentiate
     named = factors(rule, layer, devices)
@@ -99,6 +101,19 @@ def diagnose(
         explanations.append([deviation for deviation, _, _ in fitting])
         _, (rule, variant), left = fitting[0]
     return Diagnosis(checks, explanations, [check for check in left if not check.passes])
+
+
+def _checked(results: Mapping[str, np.ndarray], layer: Layer) -> dict[str, np.ndarray]:
+    """Results whose experts can be looked up; those of padding are 0."""
+    if "expert_index" not in results:
+        return dict(results)
+    index, tokens = np.asarray(results["expert_index"], np.float64), layer.mask.shape
+    if index.ndim != 3 or index.shape[:2] != tokens:
+        raise ConfigError(f"expert_index has the shape {index.shape}, for {tokens[0]} x {tokens[1]} tokens")
+    index = np.where(layer.mask[..., None], index, 0)
+    if not ((index == np.floor(index)) & (index >= 0) & (index < layer.num_experts)).all():
+        raise ConfigError(f"expert_index must be whole numbers from 0 to {layer.num_experts - 1}")
+    return {**results, "expert_index": index.astype(int)}
 
 
 def _badness(checks: list[Check]) -> float:
@@ -122,6 +137,12 @@ def _compare(
         ours, theirs = expected[quantity], np.asarray(results[quantity], np.float64)
         if quantity == "expert_index":
             checks.append(_choices(ours, theirs, layer))
+            continue
+        if (
+            quantity == "combine_weights"
+            and theirs.shape != results.get("expert_index", expected["expert_index"]).shape
+        ):
+            checks.append(Check(quantity, np.inf, False, text=f"shape {theirs.shape}"))
             continue
         if quantity == "combine_weights":  # by expert, since another order of the choices is no difference
             ours, theirs = _by_expert(expected, results, layer)

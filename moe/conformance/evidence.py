@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from moe.config import ConfigError, MeshConfig
 from moe.conformance.diagnosis import QUANTITIES
 from moe.conformance.equations import Layer, Rule
 from moe.fields import whole_number
+from moe.foreign_files import read_arrays
 from moe.parallel.mesh import make_mesh
 
 INPUTS = ("x", "mask", "router", "router_logits", "up", "gate", "gate_up", "down", "bias", "cotangent")
@@ -39,19 +39,17 @@ def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
     Raises:
         ConfigError: no such file, an array that is missing, unknown, or of a wrong shape.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"--npz={path}: not a readable npz file of arrays ({error})") from error
+    arrays = read_arrays(path, f"--npz={path}")
     for name in arrays:
         if name not in (*INPUTS, *QUANTITIES):
             near = difflib.get_close_matches(name, (*INPUTS, *QUANTITIES), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{path}: unknown array {name!r}; known are {', '.join((*INPUTS, *QUANTITIES))}{hint}")
     if "gate_up" in arrays:
-        gate, up = np.split(arrays.pop("gate_up"), 2, axis=-1)
-        arrays |= {"gate": gate, "up": up}
+        both = arrays.pop("gate_up")
+        if both.ndim != 3 or both.shape[-1] % 2 or {"gate", "up"} & arrays.keys():
+            raise ConfigError(f"{path}: gate_up has the shape {both.shape}, not [E,D,2F], or stands beside gate or up")
+        arrays["gate"], arrays["up"] = np.split(both, 2, axis=-1)
     layer = _layer(path, {name: arrays[name] for name in arrays if name in INPUTS})
     results = {name: array for name, array in arrays.items() if name in QUANTITIES}
     if not results:
@@ -60,9 +58,16 @@ def read(path: str) -> tuple[Layer, dict[str, np.ndarray]]:
     if gradients and layer.cotangent is None:
         raise ConfigError(f"{path}: {', '.join(gradients)} need the array 'cotangent', the gradient of the loss by y")
     for name in ("y", "expert_index", "combine_weights", "grad_x"):
-        if name in results and results[name].ndim == 2:
-            results[name] = results[name].reshape(*layer.mask.shape, -1)
+        if name in results:
+            results[name] = _by_token(path, name, results[name], layer.mask.shape)
     return layer, results
+
+
+def _by_token(path: str, name: str, array: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
+    """[G,S,n] of an array [G,S,n], or [G·S,n]. Raises ConfigError for another shape."""
+    if array.shape[:-1] not in (tokens, (math.prod(tokens),)):
+        raise ConfigError(f"{path}: {name} has the shape {array.shape}, for {tokens[0]} x {tokens[1]} tokens")
+    return array.reshape(*tokens, -1)
 
 
 def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
@@ -71,10 +76,18 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
             raise ConfigError(f"{path}: the array {name!r} is missing")
     if "router" not in arrays and "router_logits" not in arrays:
         raise ConfigError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
-    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items() if name != "mask"}
-    x = wide["x"].reshape(-1, *wide["x"].shape[-2:])
+    wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    for name, array in wide.items():
+        if not np.isfinite(array).all():
+            raise ConfigError(f"{path}: {name} holds values that are not finite")
+    x, up = wide["x"], wide["up"]
+    for name, axes in (("x", (2, 3)), ("up", (3,))):
+        if wide[name].ndim not in axes or not wide[name].size:
+            expected = "[G,S,D] or [S,D]" if name == "x" else "[E,D,F]"
+            raise ConfigError(f"{path}: {name} has the shape {wide[name].shape}, not {expected}")
+    x = x.reshape(-1, *x.shape[-2:])
     groups, tokens, d = x.shape
-    num_experts, _, f = wide["up"].shape if wide["up"].ndim == 3 else (0, 0, 0)
+    num_experts, _, f = up.shape
     shapes = {
         "router": (d, num_experts),
         "up": (num_experts, d, f),
@@ -87,19 +100,22 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
             raise ConfigError(
                 f"{path}: {name} has the shape {wide[name].shape}, not {shape}: D {d}, E {num_experts}, F {f}"
             )
-    sizes = {"router_logits": num_experts, "cotangent": d, "mask": 1}
-    for name, width in sizes.items():
-        if name in arrays and arrays[name].size != groups * tokens * width:
-            raise ConfigError(f"{path}: {name} has the shape {arrays[name].shape}, for {groups} x {tokens} tokens")
-    logits, cotangent = (
-        wide[name].reshape(groups, tokens, -1) if name in wide else None for name in ("router_logits", "cotangent")
-    )
-    mask = arrays["mask"].astype(bool).reshape(groups, tokens) if "mask" in arrays else np.ones((groups, tokens), bool)
+    mask = wide.pop("mask", np.ones((groups, tokens)))
+    mask = _by_token(path, "mask", mask[..., None], (groups, tokens))[..., 0]
+    if not np.isin(mask, (0, 1)).all() or not mask.any():
+        raise ConfigError(
+            f"{path}: mask must be 1 or True for real tokens, of which there must be one, and 0 for others"
+        )
+    by_token: dict[str, np.ndarray | None] = {"router_logits": None, "cotangent": None}
+    for name, width in (("router_logits", num_experts), ("cotangent", d)):
+        if name in wide:
+            by_token[name] = array = _by_token(path, name, wide[name], (groups, tokens))
+            if array.shape[-1] != width:
+                raise ConfigError(f"{path}: {name} has the shape {wide[name].shape}, not [...,{width}]")
     # Where both are there, the logits are what the layer chose by; the router is needed for its gradient.
-    logits = None if "router" in wide else logits
-    return Layer(
-        x, mask, wide.get("router"), logits, wide["up"], wide.get("gate"), wide["down"], wide.get("bias"), cotangent
-    )
+    logits = None if "router" in wide else by_token["router_logits"]
+    of_experts = wide["up"], wide.get("gate"), wide["down"], wide.get("bias")
+    return Layer(x, mask.astype(bool), wide.get("router"), logits, *of_experts, by_token["cotangent"])
 
 
 def random_layer(

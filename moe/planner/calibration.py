@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from moe.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
 PATH = Path(__file__).with_name("calibration.json")
 
 
+class _Row(Fields):
+    """Fields of a published step that are read."""
+
+    name: str
+    platform: Literal["tpu", "gpu"]
+    topology: str
+    counted: Positive
+    low: Positive
+    high: Positive
+    published: Positive
+    residual: Annotated[float, pydantic.Field(allow_inf_nan=False)]
+    memory_gib: Amount
+    versions: list[str]
+    prices: str = ""
+
+
+_ROW = kept_whole(_Row)
+
+
 def rows() -> list[dict[str, Any]]:
-    """Published steps: name, platform, topology, counted and published seconds, and the logarithm of their ratio."""
-    return json.loads(PATH.read_text()) if PATH.exists() else []
+    """Published steps: name, platform, topology, counted and published seconds, and the logarithm of their ratio.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    return read_rows(PATH, _ROW) if PATH.exists() else []
 
 
 #: What a counted time depends on beside the program.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 
-from moe.foreign_files import Amount, Fields, Positive, check, read_object
+from moe.foreign_files import Amount, Fields, Interval, Positive, check, read_object
 
 _Json = dict[str, Any]
 
@@ -33,7 +33,7 @@ class _Plan(Fields):
     exposed_seconds: Amount
     step_seconds: Positive
     counted_seconds: Amount
-    step_interval: Annotated[list[Positive], pydantic.Field(min_length=2, max_length=2)]
+    step_interval: Interval
     tokens_per_second_per_chip: Positive
     mfu: Amount
     memory: _Memory

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import pydantic
+from typing import Any
 
 from moe.atomic_files import write_atomic
-from moe.foreign_files import Amount, Fields, Positive, check, kept_whole, read_json
+from moe.escaping import markdown_table, markdown_text
+from moe.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 from moe.planner.calibration import prices
 from moe.planner.plan import Plan
 from moe.planner.topology import tpu_name
@@ -33,7 +32,7 @@ class _Kept(Fields):
     slices: list[str]
     commit: str
     step_seconds: Positive
-    step_interval: Annotated[list[Positive], pydantic.Field(min_length=2, max_length=2)]
+    step_interval: Interval
     mfu: Amount
     tokens_per_second_per_chip: Positive
     memory_total: Positive
@@ -42,7 +41,7 @@ class _Kept(Fields):
     prices: str = ""
 
 
-_LIST, _KEPT = pydantic.TypeAdapter(list[Any]), kept_whole(_Kept)
+_KEPT = kept_whole(_Kept)
 
 
 def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _Row:
@@ -65,8 +64,7 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
 
 def read(path: Path) -> list[_Row]:
     """All kept plans; none without the file. Raises ConfigError for a file of something else."""
-    rows = read_json(path, _LIST) if path.exists() else []
-    return [check(kept, _KEPT, f"{path}, plan {number}") for number, kept in enumerate(rows, 1)]
+    return read_rows(path, _KEPT) if path.exists() else []
 
 
 def keep(path: Path, new: _Row) -> None:
@@ -102,21 +100,21 @@ def sentence(kept: _Row) -> str:
 
 def table(rows: Sequence[_Row]) -> str:
     """All kept plans as a Markdown table."""
-    lines = [
-        "| config | devices | settings | memory, GiB | step, s | MFU | tokens/s a chip | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ("config", "devices", "settings", "memory, GiB", "step, s", "MFU", "tokens/s a chip", "commit")
+    cells = []
     for kept in rows:
         (low, high), step, mfu = kept["step_interval"], kept["step_seconds"], 100 * kept["mfu"]
-        flags = ", ".join(f"`{name}={value}`" for name, value in kept["flags"].items()) or "as it is"
-        lines.append(
-            f"| {kept['config']} | {kept['topology']} | {flags} | {kept['memory_total'] / 2**30:.1f} of "
-            f"{kept['capacity'] / 2**30:.0f} | {step:.3g} ({low:.3g} to {high:.3g}) | {mfu:.1f} % ("
-            f"{mfu * step / high:.1f} to {mfu * step / low:.1f}) | {kept['tokens_per_second_per_chip']:,.0f} | "
-            f"{kept['commit']} |"
-        )
+        config, topology, commit = (markdown_text(kept[name]) for name in ("config", "topology", "commit"))
+        flags = [f"{name}={value}".replace("`", "'") for name, value in kept["flags"].items()]
+        cells.append((
+            config, topology, ", ".join(f"`{flag}`" for flag in flags) or "as it is",
+            f"{kept['memory_total'] / 2**30:.1f} of {kept['capacity'] / 2**30:.0f}",
+            f"{step:.3g} ({low:.3g} to {high:.3g})", f"{mfu:.1f} % ({mfu * step / high:.1f} to {mfu * step / low:.1f})",
+            f"{kept['tokens_per_second_per_chip']:,.0f}", commit,
+        ))  # fmt: skip
+    lines = [markdown_table(head, cells)]
     versions = sorted({", ".join(kept["versions"]) for kept in rows})
-    lines += ["", f"Versions: {'; '.join(versions)}."]
+    lines += ["", f"Versions: {markdown_text('; '.join(versions))}."]
     if stale := [f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != prices()]:
         lines += ["", f"Counted by earlier prices: {'; '.join(stale)}."]
     return "\n".join(lines)

@@ -170,6 +170,18 @@ def test_npz_round_trip(tmp_path):
         ({"down": np.ones((4, 6, 7))}, "down has the shape"),
         ({"cotangent": None}, "need the array 'cotangent'"),
         ({"y": None, "grad_router": None}, "nothing to compare"),
+        ({"x": np.ones(3)}, r"x has the shape \(3,\), not \[G,S,D\] or \[S,D\]"),
+        ({"x": LAYER.x * np.nan}, "x holds values that are not finite"),
+        ({"x": LAYER.x * 1j}, "x is of type complex128, must be real numbers"),
+        ({"up": np.full(LAYER.up.shape, "1")}, "up is of type <U1, must be real numbers"),
+        ({"up": np.array([None])}, "not a readable npz file of arrays"),
+        ({"up": np.ones((0, 6, 5))}, r"up has the shape \(0, 6, 5\)"),
+        ({"gate_up": np.ones((4, 6, 10))}, "gate_up .* stands beside gate or up"),
+        ({"gate_up": np.ones((4, 6, 9)), "up": None, "gate": None}, r"gate_up has the shape \(4, 6, 9\), not"),
+        ({"cotangent": LAYER.cotangent.T}, "cotangent has the shape"),
+        ({"mask": LAYER.mask * 2}, "mask must be 1 or True for real tokens"),
+        ({"mask": LAYER.mask & False}, "mask must be 1 or True for real tokens"),
+        ({"y": np.ones(3)}, r"y has the shape \(3,\), for"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, change, words):
@@ -177,6 +189,13 @@ def test_bad_files_are_refused(tmp_path, change, words):
     np.savez(tmp_path / "bad.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(ConfigError, match=words):
         evidence.read(str(tmp_path / "bad.npz"))
+
+
+@pytest.mark.parametrize("experts", [99, -1, 0.5, np.nan])
+def test_choices_of_no_expert_are_refused(experts):
+    index = np.full((*LAYER.mask.shape, 2), experts)
+    with pytest.raises(ConfigError, match="expert_index must be whole numbers from 0 to"):
+        diagnose(RULE, LAYER, {"expert_index": index, "combine_weights": np.ones(index.shape)})
 
 
 def test_impossible_rules_are_refused():
