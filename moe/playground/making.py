@@ -16,11 +16,11 @@ from moe.data.pipeline import Prepared
 from moe.models.flops import count_parameters
 from moe.models.state import join
 from moe.playground import supported
-from moe.playground.packed import Packed, pack, unpack
+from moe.playground.packed import LONGEST, Packed, pack, unpack
 from moe.training.open_run import Workdir
 
-#: Characters of an example, and the longest row in tokens, since the page computes all scores of attention.
-_EXAMPLE, _LONGEST = 160, 512
+#: Characters of an example.
+_EXAMPLE = 160
 
 
 def make(opened: Workdir, step: int, *, title: str, tokens: int) -> Packed:
@@ -44,7 +44,7 @@ def make(opened: Workdir, step: int, *, title: str, tokens: int) -> Packed:
     biases = stored.read_biases(opened.path, config.model, step=step)
     header: dict[str, Any] = {
         "title": title,
-        "length": min(config.data.sequence_length, _LONGEST),
+        "length": min(config.data.sequence_length, LONGEST),
         "vocabulary": words,
         "examples": _examples(opened.prepared),
     }

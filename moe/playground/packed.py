@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +14,11 @@ from flax import nnx
 
 from moe.atomic_files import write_arrays
 from moe.config import Config, ConfigError, ModelConfig, to_dict
-from moe.config.parse import from_config_dict
-from moe.foreign_files import Fields, kept_whole, parse
+from moe.config.parse import from_workdir_dict
+from moe.foreign_files import Amount, Fields, kept_whole, parse, read_arrays
 from moe.models.factory import abstract_parameters, abstract_selection_biases
 from moe.models.stack import restack_layers, unstack_layers
+from moe.playground import supported
 
 #: Path of a parameter in its block, or outside the blocks → its name in the page, and the axes of a row's values.
 _NAMES: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {
@@ -42,16 +41,39 @@ _NAMES: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {
 _WHOLE = ("final_norm", "attention_norm", "ffn_norm", "router", "bias")
 _SCALES = ".scales"
 _LARGEST = 127  # of int8, symmetric
+#: Most tokens of a text, since the page computes all scores of attention.
+LONGEST = 512
+
+
+_Id = Annotated[int, pydantic.Field(ge=0, lt=1 << 24)]
+
+
+class _Vocabulary(Fields):
+    pieces: Annotated[list[str], pydantic.Field(min_length=1)]
+    kinds: Annotated[str, pydantic.Field(pattern="^[ncub]*$")]
+    bos: _Id
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> _Vocabulary:
+        if len(self.kinds) != len(self.pieces) or self.bos >= len(self.pieces):
+            raise ValueError("vocabulary must have a kind for each piece, and bos among them")
+        return self
+
+
+class _Example(Fields):
+    name: str
+    text: str
 
 
 class _Header(Fields):
-    """Fields of a header that the page needs."""
+    """What the page shows and reads, beside the arrays."""
 
-    title: str
-    length: Annotated[int, pydantic.Field(ge=1)]
-    vocabulary: dict[str, Any]
-    examples: list[dict[str, str]]
     model: dict[str, Any]
+    title: str
+    length: Annotated[int, pydantic.Field(ge=2, le=LONGEST)]
+    vocabulary: _Vocabulary
+    examples: list[_Example]
+    losses: dict[str, dict[str, Amount]]
     sizes: str
     about: str
 
@@ -74,7 +96,7 @@ class Packed:
     @property
     def model(self) -> ModelConfig:
         """The model's config."""
-        return from_config_dict(to_dict(Config()) | {"model": self.header["model"]}).model
+        return from_workdir_dict(to_dict(Config()) | {"model": self.header["model"]}).model
 
 
 def pack(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any], header: dict[str, Any]) -> Packed:
@@ -89,11 +111,9 @@ def pack(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any],
     arrays: dict[str, np.ndarray] = {}
     flat = unstack_layers(model, parameters) | (unstack_layers(model, biases) if biases else {})
     for (layer, path), array in flat.items():
-        name, inputs = _NAMES[path]
-        full = name if layer < 0 else f"{layer}.{name}"
-        rows = np.moveaxis(np.asarray(array, np.float32), inputs, range(-len(inputs), 0))
-        rows = rows.reshape(-1, int(np.prod(rows.shape[-len(inputs) :])))
-        if name in _WHOLE:
+        full, inputs, shape = _place(layer, path, np.shape(array))
+        rows = np.moveaxis(np.asarray(array, np.float32), inputs, range(-len(inputs), 0)).reshape(shape)
+        if _NAMES[path][0] in _WHOLE:
             arrays[full] = rows
             continue
         scales = np.maximum(np.abs(rows).max(axis=1), 1e-30) / _LARGEST
@@ -109,8 +129,7 @@ def unpack(packed: Packed) -> tuple[dict[str, Any], dict[str, Any]]:
     def restored(like: dict[str, Any]) -> dict[str, Any]:
         flat = {}
         for (layer, path), shape in unstack_layers(model, _shapes(like)).items():
-            name, inputs = _NAMES[path]
-            full = name if layer < 0 else f"{layer}.{name}"
+            full, inputs, _ = _place(layer, path, shape.shape)
             rows = packed.arrays[full].astype(np.float32)
             if full + _SCALES in packed.arrays:
                 rows = rows * packed.arrays[full + _SCALES][:, None]
@@ -120,9 +139,20 @@ def unpack(packed: Packed) -> tuple[dict[str, Any], dict[str, Any]]:
             flat[layer, path] = np.moveaxis(array, range(-len(inputs), 0), inputs)
         return restack_layers(model, like, flat)
 
-    parameters = nnx.to_pure_dict(abstract_parameters(model))
-    biases = nnx.to_pure_dict(abstract_selection_biases(model))
+    parameters, biases = _abstract(model)
     return restored(parameters), restored(biases) if biases else {}
+
+
+def _abstract(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes of the parameters and selection biases."""
+    return nnx.to_pure_dict(abstract_parameters(model)), nnx.to_pure_dict(abstract_selection_biases(model))
+
+
+def _place(layer: int, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Name in the page of a parameter, the axes of a row's values, and the shape [R,C] there."""
+    name, inputs = _NAMES[path]
+    columns = int(np.prod([shape[axis] for axis in inputs]))
+    return name if layer < 0 else f"{layer}.{name}", inputs, (int(np.prod(shape)) // columns, columns)
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, Any]:
@@ -140,12 +170,35 @@ def read(path: Path) -> Packed:
     """Read a file of :func:`write`.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it holds something else, or not the arrays of its model.
     """
+    arrays = read_arrays(path)
+    if "header" not in arrays:
+        raise ConfigError(f"{path}: not the weights of a page: it has no header")
+    where = f"{path}: header"
+    packed = Packed(parse(arrays.pop("header").tobytes(), _HEADER, where), arrays)
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = arrays.pop("header").tobytes()
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: not the weights of a page ({error})") from error
-    return Packed(parse(header, _HEADER, f"{path}: not the weights of a page"), arrays)
+        model = packed.model
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if len(packed.header["vocabulary"]["pieces"]) > model.vocab_size:
+        raise ConfigError(f"{where}: vocabulary has more than model.vocab_size={model.vocab_size} pieces")
+    supported.check(model)
+    _check_arrays(path, packed, model)
+    return packed
+
+
+def _check_arrays(path: Path, packed: Packed, model: ModelConfig) -> None:
+    """Check names, shapes and numbers of the arrays. Raises ConfigError for the first that is not the model's."""
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {}
+    for like in _abstract(model):
+        for (layer, place), shape in unstack_layers(model, _shapes(like)).items() if like else ():
+            full, _, rows = _place(layer, place, shape.shape)
+            whole = _NAMES[place][0] in _WHOLE
+            wanted[full] = rows, "float32" if whole else "int8"
+            wanted |= {} if whole else {full + _SCALES: (rows[:1], "float32")}
+    for name in sorted(wanted.keys() ^ packed.arrays.keys()):
+        raise ConfigError(f"{path}: {name} is {'missing' if name in wanted else 'no array of its model'}")
+    for name, array in packed.arrays.items():
+        if (array.shape, str(array.dtype)) != wanted[name] or not np.isfinite(array).all():
+            raise ConfigError(f"{path}: {name} must be finite {wanted[name][1]} of shape {list(wanted[name][0])}")

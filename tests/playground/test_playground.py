@@ -46,7 +46,8 @@ def pack(model, **header):
     built = nnx.merge(graphdef, variables)
     parts = [nnx.to_pure_dict(nnx.state(built, kind)) for kind in (nnx.Param, SelectionBias)]
     words = {"pieces": ["<unk>", "<s>", "\n", *"abc"], "kinds": "ccunnn", "bos": 1}
-    base = {"title": "A <model>", "length": 64, "sizes": "", "about": "", "examples": [{"name": "abc", "text": "abc"}]}
+    base = {"title": "A <model>", "length": 64, "sizes": "", "about": "", "losses": {}}
+    base |= {"examples": [{"name": "abc", "text": "abc"}]}
     arrays = [jax.tree.map(np.asarray, part) for part in parts]
     return weights.pack(model, *arrays, {**base, "vocabulary": words, **header})
 
@@ -207,13 +208,48 @@ def test_rounding_and_back(tmp_path):
     assert rounded["embedding"][1, :2].tolist() == [127, -64]
     assert rounded["embedding.scales"][1] == 1
     assert not rounded["embedding"][0].any()
-    without = {name: value for name, value in packed.header.items() if name != "title"}
-    weights.write(tmp_path / "untitled.npz", weights.Packed(without, packed.arrays))
-    with pytest.raises(ConfigError, match=r"untitled.npz: not the weights of a page: has no title"):
-        weights.read(tmp_path / "untitled.npz")
-    (tmp_path / "other.npz").write_bytes(b"PK")
-    with pytest.raises(ConfigError, match=r"other.npz: not the weights of a page"):
-        weights.read(tmp_path / "other.npz")
+
+
+def _header(**fields):
+    return lambda packed: packed.header.update(fields)
+
+
+def _array(name, edit):
+    return lambda packed: packed.arrays.update({name: edit(packed.arrays[name])})
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda packed: packed.header.pop("title"), "header: has no title"),
+        (_header(title=3), "header: title=3: must be a string"),
+        (_header(length=10**9), "header: length=1000000000: must be less"),
+        (_header(about=None), "header: about=None"),
+        (_header(examples=[{"name": "x"}]), "header: has no examples.0.text"),
+        (_header(losses={"int8": {"all": float("nan")}}), "header: losses.int8.all=nan"),
+        (_header(vocabulary={"pieces": ["a"], "kinds": "nn", "bos": 0}), "header: vocabulary=.*a kind for each piece"),
+        (
+            _header(vocabulary={"pieces": ["a"] * 49, "kinds": "n" * 49, "bos": 0}),
+            "more than model.vocab_size=48 pieces",
+        ),
+        (lambda packed: packed.header["model"].update(d_model=17), "embedding must be finite int8 of shape"),
+        (lambda packed: packed.header["model"].update(evil=1), "header: model.evil: no such field"),
+        (lambda packed: packed.header["model"]["moe"].update(gate="this:x"), "header: .*'this:x' is code of a module"),
+        (lambda packed: packed.arrays.pop("embedding"), "npz: embedding is missing"),
+        (_header(model={}), "header: model|page computes|is no array of its model|is missing"),
+        (lambda packed: packed.arrays.update(evil=np.ones(2)), "npz: evil is no array of its model"),
+        (_array("embedding", lambda array: array.astype(np.float32)), "embedding must be finite int8 of shape"),
+        (_array("embedding.scales", lambda array: array * np.nan), "embedding.scales must be finite float32"),
+        (_array("final_norm", lambda array: array[0]), r"final_norm must be finite float32 of shape \[1, 16\]"),
+    ],
+)
+def test_files_of_something_else_are_refused(tmp_path, edit, says):
+    packed = pack(tiny_model(dispatch="dropless"))
+    packed = weights.Packed(json.loads(json.dumps(packed.header)), dict(packed.arrays))
+    edit(packed)
+    weights.write(tmp_path / "page.npz", packed)
+    with pytest.raises(ConfigError, match=says):
+        weights.read(tmp_path / "page.npz")
 
 
 # --- Text ---
