@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import logging as standard_logging
+import math
 import os
 import shutil
 import sys
@@ -89,6 +90,22 @@ def define_path(name: str, explanation: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(), name, None, explanation, serializer=flags.ArgumentSerializer())
 
 
+def only_with(holds: bool, reason: str, *unused: flags.FlagHolder) -> None:
+    """Refuse flags that were given though nothing reads them, unless the condition holds.
+
+    Args:
+        holds: whether they are read.
+        reason: of the message, as "is read with --prune alone".
+        unused: the flags.
+
+    Raises:
+        ConfigError: the first one that was given.
+    """
+    for flag in unused if not holds else ():
+        if flag.present:
+            raise ConfigError(f"--{flag.name}: {reason}")
+
+
 class WorkdirFlags:
     """Flags of scripts that open a workdir: its path, the checkpoint's step, and settings to override."""
 
@@ -120,6 +137,11 @@ class WorkdirFlags:
     def step(self) -> int | None:
         """Step of the checkpoint; None: the newest."""
         return self._step.value
+
+    @property
+    def others(self) -> tuple[flags.FlagHolder, ...]:
+        """All flags but the workdir itself."""
+        return self._step, *self._instead.values()
 
     @property
     def instead(self) -> dict[tuple[str, str], Any]:
@@ -289,6 +311,10 @@ def _parse(argv: list[str], required: Sequence[str]) -> list[str]:
             check_field(name.removeprefix("config."))
     _command_line[:] = _with_gate(_with_config_file(argv, required))
     rest = flags.FLAGS(list(_command_line))
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name}={value}: must be a finite number")
     if len(rest) > 1:
         raise flags.Error(f"unexpected arguments {rest[1:]}; options start with --")
     return rest

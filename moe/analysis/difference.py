@@ -145,7 +145,8 @@ def _agreement(one: Records, other: Records, layer: int, shuffles: int, seed: in
     theirs = measures.membership(other.expert_index[layer][~even], other.chosen[layer][~even], size)
     shared = (mine & theirs).sum(-1) / np.maximum(mine.sum(-1), 1)
     ordered = np.sort(one.router_probs[layer][~even], axis=-1)
-    by_margin = np.array_split(same[np.argsort(ordered[:, -1] - ordered[:, -2], kind="stable")], QUARTERS)
+    margin = ordered[:, -1] - (ordered[:, -2] if size > 1 else 0)
+    by_margin = np.array_split(same[np.argsort(margin, kind="stable")], QUARTERS)
     return Agreement(
         first=float(same.mean()),
         sets=float(shared.mean()),
@@ -154,7 +155,7 @@ def _agreement(one: Records, other: Records, layer: int, shuffles: int, seed: in
         null_std=float(null.std(ddof=1)) if shuffles > 1 else 0.0,
         p_value=float((1 + np.sum(null >= same.mean())) / (1 + shuffles)),
         load_distance=float(np.abs(loads[0] - loads[1]).sum() / 2),
-        by_margin=[float(part.mean()) for part in by_margin],
+        by_margin=[float(part.mean()) for part in by_margin if len(part)],
         permutation=permutation.tolist(),
     )
 

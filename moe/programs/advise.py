@@ -13,13 +13,13 @@ from absl import flags
 
 from moe import cli
 
-_HOURS = flags.DEFINE_float("chip_hours", None, "Budget in hours of one chip; needs --topology.", lower_bound=1e-6)
-_TOKENS = flags.DEFINE_float("tokens", None, "Budget in training tokens, taken as compute-optimal.", lower_bound=1e6)
-_FLOPS = flags.DEFINE_float("flops", None, "Budget in FLOPs of the training.", lower_bound=1e12)
+_HOURS = flags.DEFINE_float("chip_hours", None, "Budget in hours of one chip; needs --topology.", 1e-3, 1e12)
+_TOKENS = flags.DEFINE_float("tokens", None, "Budget in training tokens, taken as compute-optimal.", 1e6, 1e18)
+_FLOPS = flags.DEFINE_float("flops", None, "Budget in FLOPs of the training.", 1e12, 1e36)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, such as v5p-128 or h100:8x8: their speed and memory.")
-_MFU = flags.DEFINE_float("mfu", None, "Share of the peak; default: that of the kept plans of the chip.", lower_bound=0)
-_TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "Rise of the loss that bounds a region.", lower_bound=0.0)
-_GAIN = flags.DEFINE_float("gain", 0.01, "Share of the loss that seeds are to show.", lower_bound=1e-5)
+_MFU = flags.DEFINE_float("mfu", None, "Share of the peak; default: that of the kept plans.", 1e-3, 1.0)
+_TOLERANCE = flags.DEFINE_float("tolerance", 0.01, "Rise of the loss that bounds a region.", 0.0, 1.0)
+_GAIN = flags.DEFINE_float("gain", 0.01, "Share of the loss that seeds are to show.", 1e-5, 1.0)
 
 _ROOT = Path(__file__).parents[2]
 _PLANS = _ROOT / "configs" / "plans.json"
@@ -37,6 +37,7 @@ def main() -> None:
 
     if sum(flag.value is not None for flag in (_HOURS, _TOKENS, _FLOPS)) != 1:
         raise ConfigError("give one of --chip_hours, --tokens and --flops")
+    cli.only_with(_HOURS.value is not None, "is read with --chip_hours alone", _MFU)
     where = _chips(str(_TOPOLOGY.value)) if _TOPOLOGY.value else None
     if _HOURS.value is not None:
         if where is None:
@@ -59,13 +60,14 @@ def main() -> None:
 def _chips(name: str) -> tuple[str, Any, int]:
     """Generation, chip and number of a topology; no compiler is asked."""
     from moe.config import ConfigError
+    from moe.fields import whole_number
     from moe.planner.chips import CHIPS
     from moe.planner.gpus import GPUS
     from moe.planner.topology import tpu_name
 
     kind, _, shape = tpu_name(name).partition(":")
     chip, sizes = (CHIPS | GPUS).get(kind), shape.split("x")
-    if chip is None or not all(size.isdecimal() and int(size) for size in sizes):
+    if chip is None or not all(whole_number(size) for size in sizes):
         known = ", ".join(sorted(CHIPS | GPUS))
         raise ConfigError(f"--topology={name}: must be chips and a shape, as v5p:4x4x4 or h100:8x8; chips are {known}")
     return kind, chip, math.prod(map(int, sizes))

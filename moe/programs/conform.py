@@ -58,6 +58,8 @@ def main() -> None:
     devices = tuple(int(count) for count in _DEVICES.value)
     if (_NPZ.value is None) == (_LAYER.value is None):
         raise ConfigError("give one of --npz=FILE and --layer=package.module:function")
+    cli.only_with(_LAYER.value is not None, "is read with --layer alone", _EXPERTS, _MESH)
+    cli.only_with(_GROUPS.value > 1, "is read with --groups above 1 alone", _KEPT, _SCORES)
     conforms = True
     if _NPZ.value is not None:
         runs = [("", *evidence.read(str(_NPZ.value)))]

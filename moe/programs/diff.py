@@ -79,6 +79,8 @@ def main() -> None:
     from moe.analysis.controls import has_router, hash_routing, untrain_routers
     from moe.analysis.summary import piece_of
 
+    unread = _OTHER_STEP, _BESIDE, _SHUFFLES, _SEED
+    cli.only_with(_OTHER.value is not None, "is read with --other alone", *unread)
     one = _read(_WORKDIR.path, _WORKDIR.step, _WORKDIR.instead)
     if not _OTHER.value:
         print(_settling(one))
@@ -99,7 +101,7 @@ def main() -> None:
         untrained = untrain_routers(other.variables, model, seed)
         name = f"{Path(str(_OTHER.value)).name}, untrained routers"
         compared[name] = other.recorder(untrained, other.rows)
-    compared |= {Path(path).name: _read(path, None, same_text).records for path in _BESIDE.value}
+    compared |= {path: _read(path, None, same_text).records for path in _BESIDE.value}
     shuffles = int(_SHUFFLES.value or 0)
     found = {
         name: difference.agreements(one.records, records, shuffles=shuffles, seed=seed)

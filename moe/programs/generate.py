@@ -135,7 +135,9 @@ def main() -> None:
     def written(row: list[int], text: list[int]) -> str:
         return decode(text) if reads else decode(row + text).removeprefix(decode(row))
 
-    if _SPECULATE.value and not _CHAT.value and options.temperature:
+    cli.only_with(bool(_CHAT.value), "is read with --chat alone", _SYSTEM)
+    cli.only_with(not _CHAT.value, "is not read with --chat", _SPECULATE)
+    if _SPECULATE.value and options.temperature:
         raise ConfigError(f"--temperature={options.temperature}: must be 0 with --speculate")
     limit = int(_TOKENS.value or 0)
     with jax.set_mesh(mesh):

@@ -56,7 +56,16 @@ _KEPT = _ROOT / "configs" / "plans.json"
 
 def main() -> None:
     """Print one plan, the table of a search, or the difference of two plans."""
-    if _DIFF.value:
+    compiles = not (_DIFF.present or _REMAKE.value)
+    searches, tries = compiles and _SEARCH.value, compiles and (_SEARCH.value or _CHANGES.value)
+    if searches:
+        unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, _BANDWIDTH, _MATMUL_SHARE, _SKEW
+        cli.only_with(False, "is not read with --search", *unread)
+    cli.only_with(bool(searches), "is read with --search alone", _LIMIT, _FIXED_BATCH)
+    cli.only_with(bool(tries), "is read with --search or --changes alone", _CACHE)
+    unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _BANDWIDTH, _MATMUL_SHARE, _SKEW, _SLICES, _TOPOLOGY
+    cli.only_with(compiles, "is not read with --diff or --remake", *unread)
+    if _DIFF.present:
         _print_difference()
         return
     if _REMAKE.value:

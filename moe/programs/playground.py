@@ -30,6 +30,10 @@ def main() -> None:
 
     if _WORKDIR.is_given == (_PACKED.value is not None):
         raise ConfigError("give one of --workdir and --packed")
+    unread = _TITLE, _TOKENS, *_WORKDIR.others
+    cli.only_with(_PACKED.value is None, "is not read with --packed, which has its own", *unread)
+    if _WEIGHTS.value == _OUTPUT.value:
+        raise ConfigError(f"--weights={_WEIGHTS.value}: must be another file than --output")
     if _PACKED.value:
         packed = weights.read(Path(_PACKED.value))
     else:

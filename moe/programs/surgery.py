@@ -58,6 +58,7 @@ def main() -> None:
 
     if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE)) != 1:
         raise ConfigError("give one of --prune, --split and --merge")
+    cli.only_with(_PRUNE.value is not None, "is read with --prune alone", _BY, _OTHERS, _CALIBRATION)
     out = str(_OUT.value)
     refuse_files(out)
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
@@ -99,10 +100,15 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     import numpy as np
 
     from moe.analysis import merging, saliency, surgery
+    from moe.config import ConfigError
     from moe.models.state import join
 
     model, before, biases = whole
     size, variables = model.moe.num_experts, join(before, biases)
+    count = round(float(_PRUNE.value or 0) * size)
+    if not 0 < count < size:
+        allowed = f"must leave out 1 to {size - 1} of {size} experts, not {count}"
+        raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     merges, by = _OTHERS.value == "merge", str(_BY.value)
     records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
     needed = by == "variance" or _OTHERS.value == "novice"
@@ -114,7 +120,7 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     else:
         found = (saliency.weight if by == "weight" else saliency.frequency)(records)[:, :size]
         found = found * saliency.deviation(moments) if by == "variance" else found
-    kept = saliency.most_salient(found, size - round(float(_PRUNE.value or 0) * size))
+    kept = saliency.most_salient(found, size - count)
     for layer, experts in enumerate(kept):
         print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
     if merges:
@@ -132,7 +138,8 @@ def _plan(folder: str) -> tuple[str, str]:
     command.append(f"--allow_module={','.join(flags.FLAGS.allow_module)}")
     done = subprocess.run([sys.executable, "-m", "moe", *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        lines = done.stderr.strip().splitlines() or [f"the planner ended with {done.returncode}"]
+        raise ConfigError(lines[-1].removeprefix("error: "))
     made = json.loads(done.stdout)
     low, high = (1e3 * seconds for seconds in made["step_interval"])
     step = f"{1e3 * made['step_seconds']:.3g} ({low:.3g} to {high:.3g})"
