@@ -25,6 +25,8 @@ from moe.models import sampling
 from moe.models.factory import Model, abstract_model
 from moe.parallel.parameters import parameter_shardings
 
+#: Of PEFT, beside the adapters or beside the model that they belong to.
+ADAPTER_FILE = "adapter_config.json"
 #: Models of images and text whose model of text is read, by ``model_type``, which the field ``text_config`` holds.
 _WITH_TEXT = ("qwen3_5_moe",)
 
@@ -57,8 +59,13 @@ def read_source(directory: str | os.PathLike[str]) -> Json:
     """The ``config.json`` of a folder; of a model of images and text, that of its model of text.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or the folder holds adapters, with which it is another model.
     """
+    if (Path(directory) / ADAPTER_FILE).exists():
+        raise ConfigError(
+            f"{directory}: holds adapters ({ADAPTER_FILE}), which are not read: merge them into the model with PEFT's "
+            "merge_and_unload() and save that"
+        )
     source = read_object(Path(directory) / CONFIG_FILE)
     text = source.get("text_config")
     if source.get("model_type") not in _WITH_TEXT or not isinstance(text, dict):

@@ -22,10 +22,11 @@ from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError
 from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, layout
+from moe.interop.load import ADAPTER_FILE
 from moe.interop.workdirs import open_source
 from moe.models.adapters import LORA_A, LORA_B, LORA_COMMON_A
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -60,7 +61,7 @@ def export_adapters(
     with new_folder(epath.Path(directory)):
         write_atomic(Path(directory) / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "pt"}))
         content = _config(config, tensors, (source or {}).get("_name_or_path"))
-        write_atomic(Path(directory) / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+        write_atomic(Path(directory) / ADAPTER_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _factors(parameter: Parameter, node: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -86,6 +86,7 @@ class _Int4(Fields):
     symmetric: Literal[True] = True
     strategy: Literal["group"]
     group_size: Count
+    actorder: Literal["weight", "static", False] | None = None  # "group" has columns in another order
 
 
 class _Float8(Fields):
@@ -102,6 +103,16 @@ class _Float8(Fields):
         return FP8Blocks(name, f"{name}_scale", shape, (rows, columns), ".experts." not in name)
 
 
+#: What changes weights beyond codes and scales.
+_Nothing = Annotated[dict[str, Any], pydantic.Field(max_length=0)] | None
+
+
+class _Compressed(Fields):
+    quant_method: Literal["compressed-tensors"]
+    transform_config: _Nothing = None
+    sparsity_config: _Nothing = None
+
+
 class _IntGroup(Fields):
     weights: _Int4
 
@@ -110,10 +121,9 @@ class _FloatGroup(Fields):
     weights: _Float8
 
 
-class FloatConfig(Fields):
+class FloatConfig(_Compressed):
     """``quantization_config`` of compressed-tensors for FP8 with a scale for each output, tensor or block (GLM-4.5)."""
 
-    quant_method: Literal["compressed-tensors"]
     format: Literal["float-quantized"]
     config_groups: Annotated[dict[str, _FloatGroup], pydantic.Field(min_length=1, max_length=1)]
 
@@ -123,10 +133,9 @@ class FloatConfig(Fields):
         return _fp8_forms(headers, weights.form, "_scale")
 
 
-class PackedConfig(Fields):
+class PackedConfig(_Compressed):
     """``quantization_config`` of compressed-tensors for INT4 in groups (Kimi-K2-Thinking)."""
 
-    quant_method: Literal["compressed-tensors"]
     format: Literal["pack-quantized"]
     config_groups: Annotated[dict[str, _IntGroup], pydantic.Field(min_length=1)]
 
@@ -200,7 +209,7 @@ def read_quantization(source: Json) -> Quantization | None:
     schema = _METHODS[method]
     if schema is PackedConfig:
         kinds = {"pack-quantized": PackedConfig, "float-quantized": FloatConfig}
-        if fields.get("format") not in kinds:
+        if not isinstance(fields.get("format"), str) or fields["format"] not in kinds:
             raise ConfigError(
                 f"config.json: quantization_config: format={fields.get('format')!r}: must be one of {', '.join(kinds)}"
             )

@@ -1,6 +1,8 @@
 """Adapters written in PEFT's layout, added by hand to an exported base."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from flax import nnx
 
 from moe.checkpoints.adapted import pin_base
 from moe.config import ConfigError
-from moe.interop import export_checkpoint
+from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.peft import export_adapters
 from moe.models.factory import abstract_parameters, abstract_trained
 from tests.run_helpers import tiny, write_run
@@ -83,6 +85,17 @@ def test_peft_reads_them(tmp_path, changes):
         adapted = peft.PeftModel.from_pretrained(models[0], tmp_path / "out_adapters")(token_ids).logits.numpy()
     assert np.abs(without - merged).max() > 1
     np.testing.assert_allclose(adapted, merged, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_adapters_are_not_left_out_by_an_import(tmp_path, with_model):
+    source = tmp_path / "source"
+    shutil.copytree(Path(__file__).parents[1] / "data" / "checkpoints" / "mixtral", source)
+    if not with_model:
+        (source / "config.json").unlink()
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"source: holds adapters \(adapter_config.json\), which are not read: merge"):
+        import_checkpoint(source, tmp_path / "out")
 
 
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
