@@ -213,6 +213,7 @@ def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray
     """Return the content of index.json and the places, both checked by their checksums."""
     try:
         about = _ABOUT.validate_python(from_checked_json(read_small_file(index / "index.json").decode()))
+        refuse_special(index / "places.npy")
         content = (index / "places.npy").read_bytes()
         if hashlib.sha256(content).hexdigest() != about.places_sha256:
             raise ValueError("the checksum of places.npy does not match")

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+import pydantic
 from etils import epath
 
+from moe.atomic_files import write_atomic
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
-from moe.checkpoints.workdir import CONFIG, refuse_other_run, write_run_files
+from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
 from moe.data import policy, rollouts
+from moe.fields import check_fields, raised_as_errors, require, setting
+from moe.foreign_files import read_object, refuse
 from moe.metrics_files import METRICS, MetricsWriter
 from moe.models.sampling import Rollout, Sampler, make_sampler
 from moe.models.state import TrainState
 from moe.training.batches import place
 from moe.training.metrics import mean_row, step_metrics
 from moe.training.step import Program
+
+#: Sizes of the rounds of a run, in its workdir.
+ROUNDS = "rounds.json"
 
 
 class Task(Protocol):
@@ -68,33 +76,43 @@ class Rounds:
         save_every: rounds between checkpoints.
     """
 
-    group_size: int = 4
-    updates: int = 1
-    save_every: int = 10
+    group_size: int = setting(4, least=2)
+    updates: int = setting(1, least=1)
+    save_every: int = setting(10, least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rounds.")
 
 
 def make_groups(
     prompts: Sequence[np.ndarray], samples: Sequence[Rollout], task: Task, group_size: int
 ) -> list[rollouts.Group]:
-    """The rollouts of each prompt, whose samples follow one another, with their rewards."""
+    """The rollouts of each prompt, whose samples follow one another, with their rewards.
+
+    Raises:
+        ConfigError: a reward, or something else of them, is not as it must be.
+    """
 
     def completion(prompt: np.ndarray, sample: Rollout) -> rollouts.Completion:
+        with raised_as_errors("the task's reward"):
+            reward = float(task.reward(prompt, sample.tokens))
+        log_probs = np.minimum(sample.log_probs, 0).tolist()
         return rollouts.Completion(
-            tokens=sample.tokens.tolist(),
-            log_probs=np.minimum(sample.log_probs, 0).tolist(),
-            reward=float(task.reward(prompt, sample.tokens)),
-            experts=sample.experts,
+            tokens=sample.tokens.tolist(), log_probs=log_probs, reward=reward, experts=sample.experts
         )
 
     engine = None if samples[0].experts is None else "tensorrt_llm"
-    return [
-        rollouts.Group(
-            prompt_tokens=prompt.tolist(),
-            completions=[completion(prompt, one) for one in samples[i * group_size : (i + 1) * group_size]],
-            engine=engine,
-        )
-        for i, prompt in enumerate(prompts)
-    ]
+    try:
+        return [
+            rollouts.Group(
+                prompt_tokens=np.asarray(prompt).tolist(),
+                completions=[completion(prompt, one) for one in samples[i * group_size : (i + 1) * group_size]],
+                engine=engine,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+    except pydantic.ValidationError as error:
+        refuse("the rollouts of a round", error)
 
 
 def train_online(program: Program, workdir: str, task: Task, engine: Engine, rounds: Rounds) -> list[dict[str, Any]]:
@@ -102,7 +120,7 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
 
     Args:
         program: of :func:`moe.posttraining.make_program` with data.objective "policy", without a teacher or with one.
-        workdir: receives config.json, ``metrics.jsonl`` with a row a round, and checkpoints.
+        workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, and checkpoints.
         task: prompts and rewards.
         engine: samples the rollouts.
         rounds: sizes.
@@ -111,7 +129,8 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
         The rows of this call.
 
     Raises:
-        ConfigError: sizes that do not divide, or a workdir of another config.
+        ConfigError: sizes that do not divide, a workdir of another config or other sizes, or a task or an engine that
+            does not give what it must.
     """
     config, directory = program.config, epath.Path(workdir)
     count, batch_size = rounds.group_size, config.train.batch_size
@@ -121,12 +140,14 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             f"group_size={count} and updates={rounds.updates}"
         )
     new = not (directory / CONFIG).exists()
-    if not new:
-        refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
     directory.mkdir(parents=True, exist_ok=True)
     reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
     rows = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_workdir(directory))
+        if not new:
+            refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
+        _pin_sizes(rounds, directory, new=new)
         stack.enter_context(no_background_tracebacks())
         checkpoints = Checkpoints(directory, config.train.keep_checkpoints)
         stack.callback(checkpoints.close)
@@ -137,9 +158,17 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
             rng = np.random.default_rng((config.seed, number))
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            prompts = task.prompts(rng, batch_size // count)
+            with raised_as_errors("the task's prompts"):
+                prompts = [np.asarray(prompt) for prompt in task.prompts(rng, batch_size // count)]
+            require(
+                len(prompts) == batch_size // count,
+                "the task's prompts",
+                len(prompts),
+                f"must be {batch_size // count}",
+            )
             variables = engine.load(state.variables, jax.random.fold_in(key, 1))
             samples = engine.sample(variables, [prompt for prompt in prompts for _ in range(count)], key)
+            require(len(samples) == batch_size, "the engine's samples", len(samples), f"must be {batch_size}")
             groups = make_groups(prompts, samples, task, count)
             state, metrics = _updates(program, state, reader, groups, rounds.updates)
             step = (number + 1) * rounds.updates
@@ -150,6 +179,15 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
                 writer.sync()
                 checkpoints.save(step, state, None, {"rows": writer.rows[METRICS]}, None)
     return rows
+
+
+def _pin_sizes(rounds: Rounds, directory: epath.Path, *, new: bool) -> None:
+    """Note the sizes that decide what a round draws. Raises ConfigError where the run had others."""
+    sizes = {"group_size": rounds.group_size, "updates": rounds.updates}
+    if new:
+        write_atomic(directory / ROUNDS, json.dumps(sizes))
+    elif (noted := read_object(directory / ROUNDS)) != sizes:
+        raise ConfigError(f"{directory / ROUNDS}: the run has {noted}, not {sizes}; continue it with its own")
 
 
 def _updates(

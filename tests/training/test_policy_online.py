@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,10 +12,10 @@ from etils import epath
 
 from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
-from moe.models.sampling import make_sampler
+from moe.models.sampling import Rollout, check_prompts, make_sampler
 from moe.parallel.mesh import make_mesh
-from moe.posttraining import make_program
-from moe.posttraining.online import Rounds, make_groups, own_engine, train_online
+from moe.posttraining import make_program, online
+from moe.posttraining.online import Engine, Rounds, make_groups, own_engine, train_online
 from tests.helpers import random_parameters, tiny_model
 from tests.run_helpers import ONE, state_of
 
@@ -81,6 +83,9 @@ def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
         other = dataclasses.replace(program, config=dataclasses.replace(CONFIG, seed=1))
         with pytest.raises(ConfigError, match="seed"):
             train_online(other, str(tmp_path / "parts"), Evens(), engine, rounds)
+        for sizes in (Rounds(group_size=2, updates=2), Rounds(updates=1)):  # other draws, and other rounds' numbers
+            with pytest.raises(ConfigError, match=r"rounds.json: the run has .'group_size': 4, 'updates': 2.*, not"):
+                train_online(program, str(tmp_path / "parts"), Evens(), engine, sizes)
         states = [state_of(program, epath.Path(tmp_path / name), 6) for name in ("whole", "parts")]
     assert len(whole) == 3
     assert rest == whole[1:]
@@ -92,6 +97,41 @@ def test_a_run_on_its_own_samples_restarts_to_the_bit(tmp_path):
     assert len({row["reward"] for row in whole}) > 1
 
 
+class Odd(Evens):
+    """A task with a method of its own."""
+
+    def __init__(self, **methods):
+        vars(self).update(methods)
+
+
+def _fails(*_):
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        (Odd(prompts=lambda rng, count: [[1]]), "the task's prompts=1: must be 2"),
+        (Odd(prompts=lambda rng, count: [[99]] * count), "tokens must be from 0 to 12"),
+        (Odd(prompts=lambda rng, count: [[]] * count), "each of at least one token"),
+        (Odd(prompts=_fails), "the task's prompts raises KeyError"),
+        (Odd(reward=_fails), "the task's reward raises KeyError"),
+        (Odd(reward=lambda *_: None), "the task's reward raises TypeError"),
+        (Odd(reward=lambda *_: float("nan")), "the rollouts of a round: reward=nan: must be a finite number"),
+    ],
+)
+def test_a_wrong_task_is_one_sentence(tmp_path, monkeypatch, task, says):
+    rollout = Rollout(np.array([3, 2]), np.array([-1.0, -2.0], np.float32), None)
+    sampled = Engine(lambda variables, prompts, key: check_prompts(CONFIG.model, prompts) or [rollout] * len(prompts))
+    program = SimpleNamespace(
+        config=CONFIG, state=None, init=lambda: SimpleNamespace(variables={}), train_step=None, mesh=None
+    )
+    checkpoints = mock.MagicMock(resume=mock.Mock(return_value=None))
+    monkeypatch.setattr(online, "Checkpoints", lambda *_: checkpoints)
+    with pytest.raises(ConfigError, match=says):
+        train_online(program, str(tmp_path), task, sampled, Rounds())
+
+
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
     mesh = make_mesh(MeshConfig(), ONE)
     with jax.set_mesh(mesh):
@@ -99,4 +139,7 @@ def test_sizes_that_do_not_divide_are_refused(tmp_path):
         for rounds in (Rounds(group_size=3), Rounds(updates=4)):
             with pytest.raises(ConfigError, match="must be divisible by"):
                 train_online(program, str(tmp_path), Evens(), own_engine(CONFIG.model, 4), rounds)
+        for sizes in ({"group_size": 1}, {"updates": 0}, {"save_every": 0}, {"updates": 1.5}):
+            with pytest.raises(ConfigError, match=f"rounds.{next(iter(sizes))}"):
+                Rounds(**sizes)
     assert not list(tmp_path.iterdir())
