@@ -259,7 +259,7 @@ def test_names_of_kept_plans_are_text_of_their_cells():
 @pytest.mark.parametrize("content", ["", "{}", "[3]", "[" * 100_000, "[{}]"])
 def test_plans_that_are_none_are_one_sentence(tmp_path, content):
     (tmp_path / "plans.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"plans\.json(: (not|must)|, plan 1: (must|has no))"):
+    with pytest.raises(ConfigError, match=r"plans\.json(: (not|must)|, entry 1: (must|has no))"):
         recorded.read(tmp_path / "plans.json")
 
 
