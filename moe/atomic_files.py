@@ -77,6 +77,9 @@ def append(path: Path, text: str) -> None:
 
 def refuse_files(folder: str | os.PathLike[str]) -> None:
     """Refuse to write a folder that exists and is not empty: nothing is ever overwritten. Raises ConfigError."""
+    scheme, bucket, _ = os.fspath(folder).partition("://")
+    if bucket and scheme != "gs":
+        raise ConfigError(f"{folder}: must be a folder of a file system, or gs://BUCKET/NAME")
     directory = epath.Path(folder)
     if not directory.exists():
         return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from tests.bad_input_helpers import (
     Case,
     change,
@@ -15,6 +18,14 @@ from tests.bad_input_helpers import (
     value,
     write,
 )
+
+
+def _fifo_within(folder: Path) -> None:
+    """A FIFO in the place of a checkpoint's first metadata."""
+    path = min((folder / "run" / "checkpoints").rglob("_METADATA"))
+    path.unlink()
+    os.mkfifo(path)
+
 
 CASES = [
     # Flags
@@ -283,6 +294,31 @@ CASES = [
     ),
     script("import_hf", "--source={open}", "--out={new}/out", says="weight", break_it=rename_tensor),
     script("import_hf", "--source={open}", "--out={new}/out", says="lm_head", break_it=turn_tensor),
+    script(
+        "import_hf", "--source={open}", "--out=s3://b/x", says="s3://b/x: must be a folder of a file system, or gs://"
+    ),
+    script(
+        "average", "--workdir={run}", "--out=s3://b/x", says="s3://b/x: must be a folder of a file system, or gs://"
+    ),
+    script(
+        "average",
+        "--workdir={run}",
+        "--out={new}/o",
+        "--ema",
+        says="holds no optimizer state, as an import does not",
+        break_it=change("run/config.json", optimizer={"ema_decay": 0.9}),
+    ),
+    script(
+        "average",
+        "--workdir={run}",
+        "--out={new}/o",
+        "--ema",
+        says="optimizer.name='this:x' is code of a module that this command does not name",
+        break_it=change("run/config.json", optimizer={"ema_decay": 0.9, "name": "this:x"}),
+    ),
+    script(
+        "average", "--workdir={run}", "--out={new}/o", says="_METADATA: is not a regular file", break_it=_fifo_within
+    ),
     script("export_hf", "--workdir=/nowhere", "--out={new}/out", says="/nowhere/config.json: no such file"),
     script("export_hf", "--workdir={run}", "--out={new}/out", "--model_type=t5", says="t5"),
     script("export_hf", "--workdir={run}", "--out={new}/out", "--dtype=int8", says="dtype"),

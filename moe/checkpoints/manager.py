@@ -59,6 +59,8 @@ class Checkpoints:
             read_only: create and delete nothing.
         """
         refuse_unusable_path(workdir)
+        if latest := complete_steps(workdir)[-1:]:
+            refuse_special_files(workdir / "checkpoints" / str(latest[0]))
         self._workdir = workdir
         self._best = _LowestLoss(workdir)
         policies = [preservation_policy.LatestN(keep), self._best]
@@ -366,6 +368,17 @@ def refuse_unusable_path(workdir: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"--workdir={path!a}: checkpoints cannot be kept under a path with {' '.join(unreadable)}; use another name"
         )
+
+
+def refuse_special_files(folder: epath.Path) -> None:
+    """Raise ConfigError for a FIFO, socket or device in a folder of a file system, whose reading may never end."""
+    if in_bucket(folder):
+        return
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ConfigError(f"{path}: is not a regular file")
 
 
 def orbax_folder(workdir: epath.Path) -> epath.Path:

@@ -20,7 +20,7 @@ from moe.atomic_files import from_checked_json, new_folder, write_atomic
 from moe.checkpoints.adapted import base_step
 from moe.checkpoints.arrays import array_handler
 from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
-from moe.checkpoints.manager import orbax_folder, refuse_unusable_path
+from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig, to_dict
 from moe.data.tokenizer import Tokenizer
@@ -241,6 +241,8 @@ def _read(workdir: epath.Path, branch: str, variables: nnx.State, **options: Unp
     refuse_unusable_path(workdir)
     if not (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir}: holds no checkpoints")
+    chosen = options.get("step") if options.get("step") is not None else max(complete_steps(workdir), default=None)
+    refuse_special_files(workdir / "checkpoints" / str(chosen))
     with quiet_orbax():
         manager = ocp.CheckpointManager(
             orbax_folder(workdir),

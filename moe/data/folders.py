@@ -218,6 +218,8 @@ def _read_index(root: epath.Path, index: epath.Path) -> tuple[_About, np.ndarray
         if hashlib.sha256(content).hexdigest() != about.places_sha256:
             raise ValueError("the checksum of places.npy does not match")
         places = np.load(io.BytesIO(content), allow_pickle=False)
+        if places.dtype != PLACE or places.ndim != 1:
+            raise ValueError("places.npy holds something else")
         if not (places["domain"] < len(about.domains)).all() or not (places["file"] < len(about.files)).all():
             raise ValueError("places.npy names a file or a domain that index.json lacks")
         return about, places

@@ -12,14 +12,14 @@ from etils import epath
 
 from moe.atomic_files import refuse_files
 from moe.checkpoints import parameters as stored
-from moe.checkpoints.manager import Checkpoints, complete_steps
+from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, LoraConfig, MeshConfig
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import merge
 from moe.parallel.mesh import make_mesh
 from moe.training.optimizer import averaged_weights
-from moe.training.step import build
+from moe.training.warm_start import optimizer_state
 
 
 def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) -> str:
@@ -42,7 +42,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     if not there:
         raise ConfigError(f"{workdir}: holds no checkpoints")
     chosen = sorted(set(steps)) or there
-    weights = _moving_average(workdir, config, there[-1]) if ema else _mean(workdir, config, chosen)
+    weights = _moving_average(workdir, config) if ema else _mean(workdir, config, chosen)
     biases = stored.read_biases(workdir, config.model)
     stored.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, find_tokenizer(workdir))
     what = f"the moving average at step {there[-1]}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
@@ -59,13 +59,10 @@ def _mean(workdir: str, config: Config, steps: Sequence[int]) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(np.float32), total)
 
 
-def _moving_average(workdir: str, config: Config, step: int) -> Any:
-    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    with jax.set_mesh(mesh):
-        program = build(dataclasses.replace(config, mesh=MeshConfig(data=1)), mesh)
-        state, _ = Checkpoints(epath.Path(workdir), 1, read_only=True).restore(step, program.state)
-        weights = averaged_weights(config.optimizer, state.optimizer)
+def _moving_average(workdir: str, config: Config) -> Any:
+    weights = averaged_weights(config.optimizer, optimizer_state(config, workdir, "--ema"))
     if config.lora.rank:
+        mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         base, _ = stored.read_base(config, workdir, mesh)
         weights = merge(base, weights, config.lora.alpha / config.lora.rank)
     return jax.tree.map(np.asarray, weights)

@@ -238,7 +238,7 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
 def _carry(program: Program, source: Config, fresh: Any) -> Any:
     """The source's optimizer state in the place of the fresh one; of AdamW also where the models differ."""
     start = program.config.start
-    carried = _host(_optimizer_state(source, start.checkpoint))
+    carried = _host(optimizer_state(source, start.checkpoint, "start.optimizer='carry'"))
     names = {config.optimizer.name for config in (source, program.config)}
     same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
     shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
@@ -266,8 +266,17 @@ def _host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-def _optimizer_state(source: Config, workdir: str) -> Any:
-    """Optimizer state of the newest checkpoint of a run, on one device, checked by its checksums."""
+def optimizer_state(source: Config, workdir: str, field: str) -> Any:
+    """Optimizer state of the newest checkpoint of a run, on one device, checked by its checksums.
+
+    Args:
+        source: config of the run.
+        workdir: of the run.
+        field: that asks for it, for messages.
+
+    Raises:
+        ConfigError: an import, which has none, a damaged checkpoint, or an optimizer of a module that was not allowed.
+    """
     refuse_modules({"optimizer.name": source.optimizer.name}, f"{workdir}: ")
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
@@ -275,11 +284,11 @@ def _optimizer_state(source: Config, workdir: str) -> Any:
     checkpoints = Checkpoints(epath.Path(workdir), 1, read_only=True)
     step = checkpoints.latest() or 0
     if not (epath.Path(workdir) / "checkpoints" / str(step) / "memory").exists():  # an import
-        raise ConfigError(f"start.optimizer='carry': {workdir} holds no optimizer state; use 'reset'")
+        raise ConfigError(f"{field}: {workdir} holds no optimizer state, as an import does not")
     try:
         return checkpoints.restore(step, program.state)[0].optimizer
     except DamagedError as error:
-        raise ConfigError(f"start.optimizer='carry': the checkpoint of step {step} in {workdir}: {error}") from error
+        raise ConfigError(f"{field}: the checkpoint of step {step} in {workdir}: {error}") from error
 
 
 def _refuse_other_depth(config: Config, source: ModelConfig) -> None:
