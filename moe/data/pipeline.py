@@ -156,13 +156,12 @@ def _rows(
         packed = _pack(found, {"encoder": data.input_length, "decoder": data.sequence_length}, data)
         rows = packed.map(functools.partial(objectives.encoder_decoder_row, tokenizer=tokenizer))
         return rows.map(lambda row: {**row, "domain": np.int32(index)})
-    if data.objective in ("chat", "preferences"):
-        names, examples, row = ["tokens", "targets"], chat.examples, chat.chat_row
+    if data.conversations:
+        names, row = ["tokens", "targets"], chat.chat_row
         if data.objective == "preferences":
-            names, examples, row = [*names, "rejected"], preferences.example, preferences.row
-        length = data.sequence_length
-        encode = functools.partial(examples, length=length, tokenizer=tokenizer, dataset=data.dataset)
-        packed = _pack(documents.map(encode).to_iter_dataset(options), dict.fromkeys(names, length), data)
+            names, row = [*names, "rejected"], preferences.row
+        found = documents.map(_conversation_encoder(prepared, data)).to_iter_dataset(options)
+        packed = _pack(found, dict.fromkeys(names, data.sequence_length), data)
         return packed.map(functools.partial(row, domain=index, pad_id=tokenizer.pad_id))
     if prepared.reader is not None:
         reader = prepared.reader
@@ -174,6 +173,32 @@ def _rows(
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"row": data.sequence_length + 1})
     rows = streams.ExactState(packed).map(functools.partial(_shift, domain_index=index, pad_id=tokenizer.pad_id))
     return rows.random_map(objectives.prefix_row, seed=seed) if data.objective == "prefix_lm" else rows
+
+
+def _conversation_encoder(prepared: Prepared, data: DataConfig) -> Callable[[str], list[Batch]]:
+    """Function from a document to its examples."""
+    examples = preferences.example if data.objective == "preferences" else chat.examples
+    return functools.partial(examples, length=data.sequence_length, tokenizer=prepared.tokenizer, dataset=data.dataset)
+
+
+def _refuse_no_examples(prepared: Prepared, data: DataConfig) -> None:
+    """Refuse a domain without an example, of whose documents a row would be packed for ever. Raises ConfigError."""
+    rng = np.random.default_rng(0)
+    for domain in prepared.domains if data.input_length or data.conversations else ():
+        if data.input_length:
+            found = (objectives.examples(text, rng, data, prepared.tokenizer) for text in prepared.train[domain])
+        else:
+            found = map(_conversation_encoder(prepared, data), prepared.train[domain])
+        if not any(found):
+            raise ConfigError(_no_example(data, domain, "training"))
+
+
+def _no_example(data: DataConfig, domain: str, split: str) -> str:
+    answer = " with an answer of the role assistant" if data.conversations else ""
+    return (
+        f"data.sequence_length={data.sequence_length}: no document of the {split} split of {domain!r} has an example "
+        f"that fits{answer}"
+    )
 
 
 def train_dataset(
@@ -197,6 +222,7 @@ def train_dataset(
       ConfigError: `rows` are not the rows of whole streams, or a domain has no training text.
     """
     refuse_unseen(prepared.train)
+    _refuse_no_examples(prepared, data)
     count = data.streams or math.gcd(8, batch_size)
     per_stream = batch_size // count
     if batch_size % count:
@@ -278,6 +304,8 @@ def _stretch(prepared: Prepared, data: DataConfig, domain: str, length: int) -> 
     documents = grain.MapDataset.source(prepared.heldout[domain])
     rows = list(itertools.islice(_rows(documents, prepared, data, domain, seed=0), length))
     # If the first row ends in padding, the split has no more tokens than this row. Examples may be shorter than a row.
+    if not rows and data.whole_examples:
+        raise ConfigError(_no_example(data, domain, "held-out"))
     if not rows or (rows[0]["segment_ids"][-1] == 0 and not data.whole_examples):
         tokens = int((rows[0]["segment_ids"] > 0).sum()) if rows else 0
         raise ConfigError(

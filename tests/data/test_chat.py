@@ -204,6 +204,15 @@ def test_conversations_of_a_folder_are_packed_whole_and_resumed_exactly(config):
     assert all(len(chat.first_prompt(prepared.tokenizer, text, "")) for text in texts)
 
 
+def test_a_domain_without_an_example_is_refused_instead_of_read_for_ever(config):
+    prepared = pipeline.prepare(config, 400, progress=lambda _: None)
+    short = dataclasses.replace(config, sequence_length=8)  # no answer begins within the first eight tokens
+    with pytest.raises(ConfigError, match=r"=8: no document of the training split of 'lines' has an example that fits"):
+        pipeline.train_iterator(prepared, short, batch_size=4, seed=0)
+    with pytest.raises(ConfigError, match=r"=8: no document of the held-out split of 'table' has an example that fits"):
+        pipeline.heldout_batches(prepared, short, domain="table", batch_size=4)
+
+
 def test_what_conversations_need_is_said(config, tmp_path):
     def refuses(message, **changes):
         with pytest.raises(ConfigError, match=message):
