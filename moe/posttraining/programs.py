@@ -6,7 +6,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from moe.config import Config, ConfigError, ModelConfig, sparse_layers
+from moe.config import Config, ConfigError, ModelConfig, PolicyConfig, PreferencesConfig, sparse_layers
 from moe.posttraining.dpo import PreferenceObjective
 from moe.posttraining.grpo import PolicyObjective
 from moe.training.losses import describe_auxiliary
@@ -14,7 +14,11 @@ from moe.training.step import Program, Teacher, build
 
 
 def make_program(config: Config, mesh: Mesh, teacher: Teacher | None = None) -> Program:
-    """See :func:`moe.training.step.build`."""
+    """See :func:`moe.training.step.build`. Raises ConfigError for settings of another objective, too."""
+    for name, default in (("preferences", PreferencesConfig()), ("policy", PolicyConfig())):
+        section = getattr(config, name)
+        if section != default and config.data.objective != name:
+            raise ConfigError(f"{section}: is read with data.objective={name!r} alone, not {config.data.objective!r}")
     if config.data.objective == "preferences":
         program = build(config, mesh, teacher, objective=PreferenceObjective())
         about = f"preferences (DPO), beta {config.preferences.beta:g}, against {config.distill.teacher}"
