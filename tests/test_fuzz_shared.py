@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moe.config import ConfigError, PolicyConfig
 from moe.conformance import equations, evidence
 from moe.data import chat, chat_rendering, documents, policy
-from moe.data.recorded import Engine, read_experts
+from moe.data.recorded import EngineName, read_experts
 from moe.planner import differences, html
 from moe.playground import packed as weights
 from moe.playground import page
@@ -56,7 +56,7 @@ CHOICES = st.sampled_from([0, 1, 2, 3, 4, 5, -1, -2, 2**31, 2**32 + 1, 2**63])
 
 
 @fuzzed(FOLDERS)
-@given(st.sampled_from(Engine.__args__), KINDS, st.lists(st.integers(0, 4), max_size=4), st.data())
+@given(st.sampled_from(EngineName.__args__), KINDS, st.lists(st.integers(0, 4), max_size=4), st.data())
 def test_records_of_engines(engine, kind, shape, data):
     shape = data.draw(st.sampled_from([shape, [4, 3, 2], [4, 2, 2], [1, 3, 4, 2]]))
     count = int(np.prod(shape))
