@@ -123,6 +123,14 @@ def test_what_counts_as_diverged():
     assert (status, reason) == (DIVERGED, "held-out loss 7.00, more than a nat above that of a uniform guess")
 
 
+@pytest.mark.parametrize(("code", "error"), [(75, SystemExit), (1, ConfigError)])
+def test_jobs_that_were_stopped_did_not_fail(monkeypatch, code, error):
+    """Exit code 75 is that of a program that SIGTERM stopped: the same command continues."""
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: code))
+    with pytest.raises(error, match=r"75|a process failed"):
+        jobs.start(1)
+
+
 def test_jobs_are_pinned_to_a_core_each(monkeypatch):
     started = []
 

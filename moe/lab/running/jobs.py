@@ -18,6 +18,7 @@ def start(count: int) -> None:
 
     Raises:
         ConfigError: fewer cores than processes, or a process failed.
+        SystemExit: processes were stopped by SIGTERM; with their exit code.
     """
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
@@ -31,11 +32,13 @@ def start(count: int) -> None:
             os.sched_setaffinity(0, {core})  # inherited by the process started next
             jobs.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | {WORKER: "1"}))
         os.sched_setaffinity(0, cores)
-        failed = any([job.wait() for job in jobs])
+        codes = {job.wait() for job in jobs} - {0}
     finally:
         os.sched_setaffinity(0, cores)
         signal.signal(signal.SIGTERM, previous)
-    if failed:
+    if codes == {os.EX_TEMPFAIL}:
+        raise SystemExit(os.EX_TEMPFAIL)
+    if codes:
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
 
 
