@@ -14,7 +14,7 @@ import io
 import json
 import math
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,3 +245,21 @@ def _rounded(record: Record) -> dict[str, Any]:
 
     names = ("seconds", "costs", "rows", "row_losses", "last_losses", "probes")
     return {name: rounded(getattr(record, name)) for name in names}
+
+
+def refuse_other_text(versions: Mapping[str, str], records: Iterable[Record]) -> None:
+    """Refuse a folder of text that has changed since these records: their runs would be compared with later ones.
+
+    Of text whose version is a part of the run's identity, other versions are other runs.
+
+    Raises:
+        ConfigError: a domain has another version than in a record.
+    """
+    for record in records:
+        for domain, version in versions.items():
+            before = record.data.get(domain, version)
+            if before != version and domain not in record.form.get("text", {}):
+                raise ConfigError(
+                    f"the text of {domain!r} has changed since the run {record.variant}, {record.steps:,} steps, seed "
+                    f"{record.seed} (version {before}, now {version}); use another --workdir, or put the text back"
+                )

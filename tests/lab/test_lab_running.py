@@ -1,5 +1,6 @@
 """Runs of the ablation lab: which are trained, by which process, and what is recorded."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -276,3 +277,16 @@ def test_the_time_left_is_of_whole_minutes(tmp_path, monkeypatch):
     shown = progress.Progress(suite_of({"a": SWITCH}), tmp_path)
     shown._left = 2.0
     assert shown._time_left(1.0, running=True).startswith("3 h 0 min left")
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_runs_on_a_folder_that_changed_are_not_compared(tmp_path, monkeypatch, version):
+    """The version of a folder is known once it is opened, and no part of what a run is found by."""
+    suite = suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,))
+    (run,) = keyed(suite, [record("a", 0, 5.0)])
+    dataclasses.replace(run, data={"own": "1", "literature": "0"}).write(tmp_path)
+    prepared = SimpleNamespace(versions={"own": version, "literature": "1.2.0"})
+    monkeypatch.setattr(runner.pipeline, "prepare_run", lambda *_, **__: prepared)
+    changed = pytest.raises(ConfigError, match=r"text of 'own' has changed since .* \(version 1, now 2\)")
+    with contextlib.nullcontext() if version == "1" else changed:
+        runner.Worker(suite, tmp_path, [])._open_text()

@@ -30,7 +30,7 @@ from moe.atomic_files import append
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
-from moe.lab import results, schedule
+from moe.lab import records, results, schedule
 from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim
 from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, commit, read_all, run_name
@@ -184,11 +184,13 @@ class Worker:
         """Open text that all arms share, so that what is wrong with it ends the suite instead of every run by itself.
 
         Raises:
-            ConfigError: see :func:`moe.data.pipeline.prepare_run`.
+            ConfigError: see :func:`moe.data.pipeline.prepare_run` and :func:`moe.lab.records.refuse_other_text`.
         """
         configs = [self._suite.config(name) for name in self._suite.variants]
         if len({config.data for config in configs}) == 1:
-            pipeline.prepare_run(configs[0], progress=self._progress.say)
+            versions = pipeline.prepare_run(configs[0], progress=self._progress.say).versions
+            found = schedule.Plan(self._suite, read_all(self._workdir))
+            records.refuse_other_text(versions, filter(None, map(found.record, found.runs(sweep=self._sweep))))
 
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
