@@ -50,17 +50,20 @@ def _inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     size, constant = lower.shape[-1], jax.lax.stop_gradient(lower)
     rows, columns = np.arange(size)[:, None], np.arange(size)
     identity = jnp.eye(size, dtype=lower.dtype)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def below(power: Array | int) -> Array:
         """B of every block of 2^(power + 1)."""
         row, column = (jax.lax.shift_right_logical(index, power) for index in (rows, columns))
         return jnp.where((row == column + 1) & (row % 2 == 1), constant, 0)
 
-    # A loop, since compiling the products of every size for TPUs takes a minute.
-    inverse = jax.lax.fori_loop(
-        1, size.bit_length() - 1, lambda i, x: x - product(product(x, below(i)), x), identity - below(0)
-    )
+    def join(power: Array, inverse: Array) -> Array:
+        # Three bfloat16 passes are exact enough, as the Newton step squares their error: 9e-8 after it, 8e-8 with six.
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
+        return inverse - product(product(inverse, below(power)), inverse)
+
+    # A loop of cheap products, since a product in six passes takes XLA for TPUs seconds to compile.
+    inverse = jax.lax.fori_loop(1, size.bit_length() - 1, join, identity - below(0))
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     return inverse + product(inverse, identity - product(identity + lower, inverse))
 
 
