@@ -20,7 +20,7 @@ from moe.data.tokenizer import Tokenizer
 def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[dict[str, np.ndarray]]:
     """``tokens``, ``targets`` and ``rejected`` (0 or 1) [n], n ≤ length, of a document; no example without answers.
 
-    Each conversation is cut at half of the length.
+    Each conversation is cut at half of the length; no example is made of two that are the same then.
 
     Raises:
         ConfigError: the document is no pair, or see :func:`moe.data.chat.rendered_answers`.
@@ -37,6 +37,8 @@ def example(text: str, length: int, tokenizer: Tokenizer, dataset: str) -> list[
         encoded = chat.encoded_answers(found[name], tokenizer)[-1:]
         parts += [{key: values[: length // 2] for key, values in one.items()} for one in encoded]
     if len(parts) < len(PREFERENCE) or not all((part["targets"] >= 0).any() for part in parts):
+        return []
+    if all(np.array_equal(*(part[key] for part in parts)) for key in ("tokens", "targets")):
         return []
     rejected = [np.full(len(part["tokens"]), number, np.int32) for number, part in enumerate(parts)]
     joined = {key: np.concatenate([part[key] for part in parts]) for key in ("tokens", "targets")}

@@ -58,6 +58,8 @@ def test_a_pair_is_two_segments_with_targets_in_the_answers():
     ]
     assert [answer.strip() for answer in answers] == ["ab ab", "b"]
     assert (preferences.without_rejected(row)["targets"][row["segment_ids"] % 2 == 0] == -1).all()
+    assert not preferences.example(pair(rejected="ab ab"), 64, tokens, "")
+    assert not preferences.example(pair(chosen="ab " * 40 + "a", rejected="ab " * 40 + "b"), 64, tokens, "")
     with pytest.raises(ConfigError, match="needs documents with prompt, chosen and rejected"):
         preferences.example(documents.join_texts("a", "b"), 64, tokens, "text")
 
