@@ -14,6 +14,7 @@ import numpy as np
 from moe.analysis.passages import colours
 from moe.config import ConfigError
 from moe.config.model_section import layer_kinds
+from moe.escaping import terminal
 from moe.playground import supported
 from moe.playground.packed import Packed
 
@@ -49,7 +50,7 @@ def render(packed: Packed) -> str:
     data = {name: value for name, value in packed.header.items() if name != "model"}
     data |= {"config": config, "tensors": places, "rules": supported.rules(gate), "colours": colours(moe.num_experts)}
     parts = {
-        "TITLE": html.escape(packed.header["title"]),
+        "TITLE": html.escape(terminal(packed.header["title"])),
         "STYLE": (_HERE / "page.css").read_text(),
         "DATA": json.dumps(data).replace("<", "\\u003c"),  # in a script element only "<" could end the data
         "WEIGHTS": base64.b64encode(weights).decode(),

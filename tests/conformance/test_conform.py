@@ -157,9 +157,14 @@ def test_hand_computed_layer():
 def test_npz_round_trip(tmp_path):
     exact = equations.compute(RULE, Variant(), LAYER)
     results = {name: exact[name] for name in ("y", "expert_index", "grad_router")}
+    results["combine_weights"] = np.take_along_axis(exact["combine"], exact["expert_index"], -1)
     evidence.write(tmp_path / "layer.npz", LAYER, results)
     layer, read = evidence.read(str(tmp_path / "layer.npz"))
     assert diagnose(RULE, layer, read).conforms
+    for wrong, says in ((2 * read["combine_weights"], "2 times"), (read["combine_weights"][..., :1], "shape")):
+        (check,) = diagnose(RULE, layer, {"combine_weights": wrong}).checks
+        assert not check.passes
+        assert says in check.text
 
 
 @pytest.mark.parametrize(

@@ -387,6 +387,10 @@ def test_models_beyond_the_page_are_refused(overrides, message):
         supported.check(tiny_model(**overrides))
 
 
+def test_half_characters_of_a_title_are_spelled_out():
+    assert "<title>\\ud800" in page.render(pack(tiny_model(dispatch="dropless"), title="\ud800"))
+
+
 def test_a_page_of_too_many_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(page, "LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"the page would have 0\.\d MB; 0 MB is the most"):
