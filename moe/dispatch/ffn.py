@@ -194,9 +194,26 @@ def ffn(rows: Array, weights: ExpertWeights, activation: str, dropout: ExpertDro
     """Both halves."""
     hidden = into_hidden(rows, weights.into, matmul)
     if weights.is_joined:
-        up, gate = jnp.split(hidden[0], 2, axis=-1)
-        hidden = up, gate
+        hidden = halves(hidden[0])
     return out_of_hidden(hidden, weights.down, activation, dropout, matmul)
+
+
+@jax.custom_vjp
+def halves(joined: Float[Array, "R J"]) -> tuple[Float[Array, "R F"], Float[Array, "R F"]]:
+    """Columns of up and of gate. Both gradients are written where they belong: XLA would write them twice, alone and
+    then beside each other."""
+    up, gate = jnp.split(joined, 2, axis=-1)
+    return up, gate
+
+
+def _halves_bwd(_: None, gradients: tuple[Array, Array]) -> tuple[Array]:
+    up, gate = gradients
+    joined = jax.lax.empty((*up.shape[:-1], 2 * up.shape[-1]), up.dtype)
+    joined = jax.lax.dynamic_update_slice_in_dim(joined, up, 0, axis=-1)
+    return (jax.lax.dynamic_update_slice_in_dim(joined, gate, up.shape[-1], axis=-1),)
+
+
+halves.defvjp(lambda joined: (halves(joined), None), _halves_bwd)
 
 
 def batched_ffn(

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig
+from moe.dispatch import ffn
 from moe.dispatch.backends import cpu, grouped_ffn, tpu, whole_tiles
 from moe.dispatch.buffers import make_plan
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
@@ -173,6 +174,13 @@ def test_biases_by_group(rng):
     np.testing.assert_array_equal(y, np.concatenate([biases[[0, 0, 2, 2, 2]], np.zeros((2, 4))]))
     expected = np.stack([gradient[:2].sum(0), np.zeros(4), gradient[2:5].sum(0)])
     np.testing.assert_allclose(backward(jnp.asarray(gradient))[0], expected, rtol=1e-6)
+
+
+def test_gradients_of_up_and_gate_stand_beside_each_other(rng):
+    joined, up, gate = (rng.normal(size=(5, size)).astype(np.float32) for size in (6, 3, 3))
+    halves, backward = jax.vjp(ffn.halves, jnp.asarray(joined))
+    np.testing.assert_array_equal(np.concatenate(halves, -1), joined)
+    np.testing.assert_array_equal(backward((jnp.asarray(up), jnp.asarray(gate)))[0], np.concatenate([up, gate], -1))
 
 
 def test_work_of_a_kernels_grid_by_hand():
