@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,12 +38,18 @@ def write_atomic(path: epath.Path | Path, content: bytes | str) -> None:
     Args:
         path: of the file.
         content: bytes, or text that becomes UTF-8; half characters are spelled out.
+
+    Raises:
+        ConfigError: the path is a device, such as /dev/null, whose place the file would take.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     if in_bucket(path):
         path.write_bytes(content)
         return
+    mode = os.stat(path).st_mode if os.path.exists(path) else 0
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise ConfigError(f"{path}: is a device, and must be a file")
     temporary = Path(path).with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # left by a kill, or a planted link
     try:

@@ -357,6 +357,13 @@ def test_lines_are_not_appended_to_what_is_no_file(tmp_path):
     assert (tmp_path / "new").read_bytes() == "1 é\n2\n".encode()
 
 
+def test_a_file_does_not_take_the_place_of_a_device(tmp_path):
+    (tmp_path / "null").symlink_to("/dev/null")  # as --output=/dev/null is for root
+    with pytest.raises(ConfigError, match="null: is a device, and must be a file"):
+        write_atomic(tmp_path / "null", "ours")
+    assert [path.readlink() for path in tmp_path.iterdir()] == [Path("/dev/null")]
+
+
 def test_a_full_disk_leaves_the_good_file(tmp_path):
     path = tmp_path / "analysis.json"
     write_atomic(path, "good")
