@@ -17,7 +17,7 @@ from moe.fields import whole_number
 from moe.foreign_files import read_arrays
 from moe.lab.loading import load_suite
 from moe.metrics_files import read_rows
-from moe.planner import calibration, differences, recorded, scaling
+from moe.planner import calibration, differences, kept_plans, scaling
 from moe.planner.arithmetic import Flops
 from moe.planner.compiled import CompiledStep, Memory
 from tests.fuzz_helpers import is_one_sentence
@@ -221,10 +221,10 @@ def test_a_wrong_kept_plan_is_named(tmp_path, edit, says):
     path = tmp_path / "plans.json"
     path.write_text(json.dumps([PLAN, PLAN | edit]))
     if says is None:
-        assert recorded.read(path) == [PLAN, PLAN]
+        assert kept_plans.read(path) == [PLAN, PLAN]
         return
     with pytest.raises(ConfigError, match=r"plans\.json, entry 2: ") as caught:
-        recorded.read(path)
+        kept_plans.read(path)
     assert says in str(caught.value)
 
 
@@ -250,7 +250,7 @@ def test_a_wrong_published_step_is_named(tmp_path, monkeypatch, edit, says):
 
 
 def test_names_of_kept_plans_are_text_of_their_cells():
-    table = recorded.table([PLAN | {"config": "<b>a|b\n# x", "flags": {"x": "`|`"}}])
+    table = kept_plans.table([PLAN | {"config": "<b>a|b\n# x", "flags": {"x": "`|`"}}])
     row = table.splitlines()[2]
     assert row.startswith(r"| &lt;b&gt;a\|b # x | ")
     assert r"`x='\|'`" in row
@@ -260,7 +260,7 @@ def test_names_of_kept_plans_are_text_of_their_cells():
 def test_plans_that_are_none_are_one_sentence(tmp_path, content):
     (tmp_path / "plans.json").write_text(content)
     with pytest.raises(ConfigError, match=r"plans\.json(: (not|must)|, entry 1: (must|has no))"):
-        recorded.read(tmp_path / "plans.json")
+        kept_plans.read(tmp_path / "plans.json")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from moe.config import ConfigError, PolicyConfig
 from moe.conformance import equations, evidence
 from moe.data import chat, chat_rendering, documents, policy
-from moe.data.recorded import EngineName, read_experts
+from moe.data.engines import EngineName, read_experts
 from moe.planner import differences, html
 from moe.playground import packed as weights
 from moe.playground import page

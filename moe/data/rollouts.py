@@ -4,7 +4,7 @@ A line of JSON, or a row of a table, is a prompt and all completions whose rewar
 
     {"prompt_tokens": [5, 9], "completions": [{"tokens": [7, 2], "log_probs": [-0.3, -1.2], "reward": 1.0}, ...]}
 
-With ``"engine": "vllm"`` each completion also has ``experts``, the record of that engine (:mod:`moe.data.recorded`) for
+With ``"engine": "vllm"`` each completion also has ``experts``, the record of that engine (:mod:`moe.data.engines`) for
 the tokens of prompt and completion but the last one.
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from moe.data.recorded import EngineName
+from moe.data.engines import EngineName
 from moe.foreign_files import Fields, first_sentence, loads
 
 #: Begins a document that is rollouts, as JSON.

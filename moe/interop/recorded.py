@@ -1,4 +1,4 @@
-"""Experts that a serving engine recorded (:mod:`moe.data.recorded`) as choices to replay, and how far ours differ."""
+"""Experts that a serving engine recorded (:mod:`moe.data.engines`) as choices to replay, and how far ours differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from moe.config import ConfigError, ModelConfig
-from moe.data.recorded import ABSENT, EngineName, read_experts
+from moe.data.engines import ABSENT, EngineName, read_experts
 from moe.escaping import markdown_table
 from moe.models.decoder import Transformer
 from moe.routing.routing import Choices, Routing
@@ -25,7 +25,7 @@ __all__ = ["EngineName", "Mismatch", "ReplayEffect", "mismatch", "read_choices",
 def read_choices(engine: str, records: Any, model: ModelConfig, length: int) -> Choices:
     """Recorded experts of some sequences as choices for ``model(tokens, routing=choices)``, the tokens [B,T].
 
-    Positions without a record have no experts; a token's group is its row. See :func:`moe.data.recorded.read_experts`.
+    Positions without a record have no experts; a token's group is its row. See :func:`moe.data.engines.read_experts`.
 
     Returns:
         Arrays [L,B,T,K] over the MoE layers.

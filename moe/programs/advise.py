@@ -77,12 +77,12 @@ def _of_hours(hours: float, kind: str, chip: Any) -> Any:
     """FLOPs of chip-hours, by the MFU of kept plans of the same chip."""
     from moe.config import ConfigError
     from moe.lab import advice
-    from moe.planner import recorded
+    from moe.planner import kept_plans
 
     seconds = 3600 * hours * chip.peak
     if _MFU.value:
         return advice.Budget(*(seconds * _MFU.value,) * 3, why=f"{hours:,.0f} chip-hours at an MFU of {_MFU.value:g}")
-    plans = [plan for plan in recorded.read(_PLANS) if plan["topology"].partition(":")[0] == kind]
+    plans = [plan for plan in kept_plans.read(_PLANS) if plan["topology"].partition(":")[0] == kind]
     if not plans:
         raise ConfigError(f"--topology={_TOPOLOGY.value}: no plan is kept for {kind}; give --mfu")
     shares = [plan["mfu"] for plan in plans]

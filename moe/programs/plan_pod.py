@@ -156,9 +156,9 @@ def _remake() -> None:
     """Make the kept plans again; a program that --programs has is not compiled."""
     from moe.config import load_python_file
     from moe.config.parse import from_config_dict
-    from moe.planner import plan, recorded, topology
+    from moe.planner import kept_plans, plan, topology
 
-    for kept in recorded.read(_KEPT):
+    for kept in kept_plans.read(_KEPT):
         name, _, argument = kept["config"].partition(":")
         fields = load_python_file(_ROOT / "configs" / f"{name}.py").get_config(*[argument] if argument else [])
         fields.update_from_flattened_dict(kept["flags"])
@@ -171,29 +171,29 @@ def _remake() -> None:
 
 
 def _record(made, config: str, overrides: dict, hardware: str) -> None:
-    from moe.planner import recorded
+    from moe.planner import kept_plans
 
     path, page = _KEPT, _ROOT / "docs" / "pods.md"
-    recorded.keep(path, recorded.row(made, config, overrides, hardware))
+    kept_plans.keep(path, kept_plans.row(made, config, overrides, hardware))
     before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
     _, end, after = rest.partition("<!-- end of plans -->")
     if not start or not end:
         raise ConfigError(f"{page}: has no marks between which the table of plans stands")
-    write_atomic(page, f"{before}{start}\n{recorded.table(recorded.read(path))}\n\n{end}{after}")
+    write_atomic(page, f"{before}{start}\n{kept_plans.table(kept_plans.read(path))}\n\n{end}{after}")
 
 
 def _print_best(topology: str) -> None:
     """Print the best settings that are known for the slice."""
-    from moe.planner import recorded
+    from moe.planner import kept_plans
 
     name = _name().partition(":")[0]
-    kept = recorded.best(recorded.read(_KEPT), name, topology)
+    kept = kept_plans.best(kept_plans.read(_KEPT), name, topology)
     if kept is None:
         print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
         return
-    print(f"Best known settings for {topology}: {recorded.sentence(kept)}")
+    print(f"Best known settings for {topology}: {kept_plans.sentence(kept)}")
     print(f"  python main.py --config=configs/{name}.py:{_TOPOLOGY.value} --workdir=DIR, which sets")
-    print(f"  {recorded.words(kept) or 'nothing'}")
+    print(f"  {kept_plans.words(kept) or 'nothing'}")
 
 
 def _search(config: Config, where) -> None:

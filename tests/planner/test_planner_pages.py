@@ -15,7 +15,7 @@ from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, candidates, compiled, differences, page, plan, recorded, roofline
+from moe.planner import arithmetic, candidates, compiled, differences, kept_plans, page, plan, roofline
 from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
@@ -197,23 +197,23 @@ def test_changes_are_valid_and_single():
 
 def test_kept_plans_replace_those_of_the_same_settings(made, tmp_path):
     path = tmp_path / "plans.json"
-    slow = recorded.row(made, "mixtral_8x7b", {"mesh.fsdp": 1}) | {"tokens_per_second_per_chip": 1.0}
-    fast = recorded.row(made, "mixtral_8x7b", {"mesh.fsdp": 2}) | {"tokens_per_second_per_chip": 2.0}
+    slow = kept_plans.row(made, "mixtral_8x7b", {"mesh.fsdp": 1}) | {"tokens_per_second_per_chip": 1.0}
+    fast = kept_plans.row(made, "mixtral_8x7b", {"mesh.fsdp": 2}) | {"tokens_per_second_per_chip": 2.0}
     for row in (slow, fast, slow):
-        recorded.keep(path, row)
-    rows = recorded.read(path)
+        kept_plans.keep(path, row)
+    rows = kept_plans.read(path)
     assert [row["flags"] for row in rows] == [{"mesh.fsdp": 2}, {"mesh.fsdp": 1}]
-    assert recorded.best(rows, "mixtral_8x7b", "h100:1x1") == rows[0]
-    assert recorded.best(rows, "mixtral_8x7b", "v5p-128") is None
-    assert recorded.words(rows[0]) == "--config.mesh.fsdp=2"
+    assert kept_plans.best(rows, "mixtral_8x7b", "h100:1x1") == rows[0]
+    assert kept_plans.best(rows, "mixtral_8x7b", "v5p-128") is None
+    assert kept_plans.words(rows[0]) == "--config.mesh.fsdp=2"
 
 
 def test_the_best_kept_plan_is_a_named_setting():
-    rows = recorded.read(ROOT / "configs" / "plans.json")
+    rows = kept_plans.read(ROOT / "configs" / "plans.json")
     for name in sorted({row["config"] for row in rows}):
         module = load_python_file(ROOT / "configs" / f"{name}.py")
         for hardware in sorted({each for row in rows if row["config"] == name for each in row["slices"]}):
-            best = recorded.best(rows, name, hardware)
+            best = kept_plans.best(rows, name, hardware)
             config = module.get_config(hardware)
             for field, value in best["flags"].items():
                 assert functools.reduce(lambda tree, part: tree[part], field.split("."), config) == value
@@ -223,6 +223,6 @@ def test_the_best_kept_plan_is_a_named_setting():
 
 
 def test_the_table_of_plans_is_that_of_the_kept_plans():
-    rows = recorded.read(ROOT / "configs" / "plans.json")
-    kept, _, _ = recorded.table(rows).partition("\n\nCounted by earlier prices")  # prices may have changed since
+    rows = kept_plans.read(ROOT / "configs" / "plans.json")
+    kept, _, _ = kept_plans.table(rows).partition("\n\nCounted by earlier prices")  # prices may have changed since
     assert kept in (ROOT / "docs" / "pods.md").read_text()

@@ -24,7 +24,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.data import folders, pipeline, policy, rollouts
-from moe.data.recorded import EngineName
+from moe.data.engines import EngineName
 from moe.data.tokenizer_files import find_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
