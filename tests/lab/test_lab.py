@@ -505,3 +505,11 @@ def test_the_law_of_a_suite_of_widths_is_in_parameters():
     assert "a·log N + b·log E + c·log N·log E" in text
     assert "95 % over 3 seeds" in text
     assert "| 4 | 1M | 3.4100 |" in text
+
+
+def test_a_report_needs_no_run_of_another_arm_than_the_baseline(tmp_path):
+    """Interrupted early: the page says what is missing."""
+    arms = {"dense": DENSE, "switch": SWITCH}
+    suite = suite_of(arms, {"all": Comparison("dense", ("switch",), ("steps",))}, seeds=(0, 1), horizons=(20,))
+    write_page(tmp_path, suite, [record("dense", 0, 5.0)])
+    assert "are not tuned** at 20 steps" in (tmp_path / "report.md").read_text()

@@ -106,7 +106,7 @@ def _headline(found: Table) -> list[str]:
         return ["**No run is finished yet.**"]
     compared = list(suite.comparisons.values())[:1]
     pairs = [(arm, comparison.baseline) for comparison in compared for arm in comparison.variants]
-    reached = max((found.longest(*pair) for pair in pairs), default=found.horizons[-1])
+    reached = max((found.longest(*pair) for pair in pairs), default=0) or found.horizons[-1]
     for comparison in compared:
         for arm in _arms(found, comparison):
             lines.append(f"- {_sentence(found, arm, comparison.baseline, reached)}")
