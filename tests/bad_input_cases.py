@@ -29,6 +29,12 @@ def _fifo_within(folder: Path) -> None:
 
 CASES = [
     # Flags
+    Case("scripts/ablate.py", ("--claims", "--workdir={new}"), says=("--workdir", "no run of a suite")),
+    Case(
+        "scripts/ablate.py",
+        ("--claims", "--suite=configs/ablations/controls.py", "--workdir={new}"),
+        says=("ablations/claims.toml", "no run of a suite"),
+    ),
     main("--workdir=", says=("--workdir", "must not be empty")),
     main("--config=configs/absent.py", says=("--config", "absent.py")),
     main("--config=", says="--config"),

@@ -107,9 +107,13 @@ def _tables(suites: Path, registered: Registered, workdir: Path) -> dict[str, Ta
 
 def _write_pages(workdir: Path, output: Path) -> None:
     """Write the pages over all suites."""
-    suites = Path(_SUITE.value or "configs/ablations")
+    suites = Path(_SUITE.value.partition(".py:")[0] or "configs/ablations")
+    suites = suites if suites.is_dir() else suites.parent
     registered = read_claims(suites / CLAIMS_FILE)
     tables = _tables(suites, registered, workdir)
+    found = [name for name, table in tables.items() if table.records]
+    if not found:
+        raise ConfigError(f"--workdir={workdir}: no run of a suite that {suites / CLAIMS_FILE} names is finished")
     output.mkdir(parents=True, exist_ok=True)
     claims_page.write_page(output, registered, tables)
     papers = paper_tables.read_tables(suites / paper_tables.TABLES_FILE)
@@ -118,7 +122,7 @@ def _write_pages(workdir: Path, output: Path) -> None:
         (name,) = {claim.suite for claim in registered.claims if claim.family}
         seconds = step_seconds.read(output / name) or step_seconds.read(workdir / name)
         answer.write_page(output, tables[name], registered, seconds)
-    print(f"{output / 'claims.md'}: from {', '.join(name for name in tables if tables[name].records) or 'no suite'}")
+    print(f"{output / 'claims.md'}: from {', '.join(found)}")
 
 
 def _seed(text: str) -> int:
