@@ -6,7 +6,8 @@ standard deviation (variance), or what the loss rises by where an expert returns
 expert). Their tokens choose again, unless --others=zero keeps
 them as experts that return 0, or --others=novice as experts that return one vector, the mean of their outputs;
 --others=merge averages each into the expert that is most like it. --split=N makes N
-finer experts of each, which compute the same; --merge=N joins each N. NEW is a workdir to evaluate, fine-tune
+finer experts of each, which compute the same; --merge=N joins each N; --regroup=N sorts them so that a token's experts
+stand in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate, fine-tune
 (start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory and the
 step that the planner predicts for both. docs/surgery.md shows one.
 """
@@ -32,6 +33,7 @@ _OTHERS = flags.DEFINE_enum(
 )
 _SPLIT = flags.DEFINE_integer("split", None, "Finer experts to make of each.", lower_bound=2)
 _MERGE = flags.DEFINE_integer("merge", None, "Consecutive experts to join into one.", lower_bound=2)
+_REGROUP = flags.DEFINE_integer("regroup", None, "Groups in which to sort experts chosen together.", lower_bound=2)
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain of the table.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips for which the planner compares both, such as v5e:2x2.")
 _CALIBRATION = flags.DEFINE_integer("calibration", 4_096, "Tokens per domain that saliencies are of.", lower_bound=1)
@@ -42,7 +44,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe.analysis import difference, surgery
+    from moe.analysis import difference, regroup, surgery
     from moe.analysis.analyse import heldout_rows
     from moe.analysis.record import Recorder
     from moe.atomic_files import refuse_files
@@ -56,14 +58,18 @@ def main() -> None:
     from moe.training.open_run import open_workdir
     from moe.training.step import build
 
-    if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE)) != 1:
-        raise ConfigError("give one of --prune, --split and --merge")
-    cli.only_with(_PRUNE.value is not None, "is read with --prune alone", _BY, _OTHERS, _CALIBRATION)
+    if sum(flag.value is not None for flag in (_PRUNE, _SPLIT, _MERGE, _REGROUP)) != 1:
+        raise ConfigError("give one of --prune, --split, --merge and --regroup")
+    cli.only_with(_PRUNE.value is not None, "is read with --prune alone", _BY, _OTHERS)
+    calibrated = _PRUNE.value is not None or _REGROUP.value is not None
+    cli.only_with(calibrated, "is read with --prune and --regroup alone", _CALIBRATION)
     out = str(_OUT.value)
     refuse_files(out)
     opened = open_workdir(_WORKDIR.path, _WORKDIR.instead)
     config, model = opened.program.config, opened.program.config.model
     surgery.check(model)
+    if _REGROUP.value is not None:
+        regroup.check(model, int(_REGROUP.value))
     step = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
     plans = [_plan(opened.path)] if _TOPOLOGY.value else []  # first: chips without a compiler end the start here
     before = stored.read_parameters(opened.path, model, step=step, dtype=np.float32)
@@ -72,6 +78,9 @@ def main() -> None:
     if _PRUNE.value is not None:
         rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
         changed, after, state = _pruned(opened.program, (model, before, biases), recorder, losses, rows)
+    elif _REGROUP.value is not None:
+        rows = heldout_rows(recorder, opened.prepared, int(_CALIBRATION.value or 0))
+        changed, after, state = _regrouped((model, before, biases), recorder(join(before, biases), rows))
     elif _SPLIT.value is not None:
         changed, after, state = surgery.split(model, before, biases, int(_SPLIT.value))
     else:
@@ -128,6 +137,23 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
         return merging.absorb(model, before, biases, kept, usage)
     novices = saliency.mean_output(moments) if _OTHERS.value == "novice" else None
     return surgery.prune(model, before, biases, kept, null=_OTHERS.value == "zero", novices=novices)
+
+
+def _regrouped(whole: Any, records: Any) -> Any:
+    """The same function with its experts in another order: config, parameters, selection biases."""
+    import numpy as np
+
+    from moe.analysis import regroup, surgery
+
+    model, before, biases = whole
+    groups, size = int(_REGROUP.value or 1), model.moe.num_experts
+    counts = regroup.chosen_together(records.expert_index, records.chosen, size)
+    orders = np.stack([regroup.order(each, groups) for each in counts])
+    for layer, own in enumerate(orders):
+        index, chosen = records.expert_index[layer], records.chosen[layer]
+        first, last = (regroup.groups_of_tokens(index, chosen, each, groups) for each in (np.arange(size), own))
+        print(f"MoE layer {layer}: a token has experts in {first:.2f} → {last:.2f} of {groups} groups")
+    return surgery.prune(model, before, biases, orders)
 
 
 def _plan(folder: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe.analysis import merging, saliency, surgery
+from moe.analysis import merging, regroup, saliency, surgery
 from moe.config import ConfigError
 from moe.interop import export_checkpoint
 from moe.models.state import join
@@ -56,6 +56,29 @@ def test_split_and_merged_again_no_logit_changes(rng, overrides):
     assert again == config.model
     same = _logits(config, mesh, batch, merged, merged_biases)
     np.testing.assert_allclose(same, before, rtol=1e-6, atol=1e-6)
+
+
+def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
+    """Two tokens choose experts 0 and 2, one 1 and 3, one 0 alone: two groups, {0, 2} and {1, 3}. As they stood, each
+    of the first three had experts in both groups: (2 + 2 + 2 + 1)/4 against 1."""
+    index = np.array([[0, 2], [2, 0], [1, 3], [0, 1]])
+    chosen = np.array([[True, True], [True, True], [True, True], [True, False]])
+    counts = regroup.chosen_together(index[None], chosen[None], 4)[0]
+    np.testing.assert_array_equal(counts, [[3, 0, 2, 0], [0, 1, 0, 1], [2, 0, 2, 0], [0, 1, 0, 1]])
+    assert regroup.order(counts, 2).tolist() == [0, 2, 1, 3]
+    assert regroup.groups_of_tokens(index, chosen, np.arange(4), 2) == 7 / 4
+    assert regroup.groups_of_tokens(index, chosen, np.array([0, 2, 1, 3]), 2) == 1
+    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless")
+    config, mesh = program.config, program.mesh
+    parameters, biases = _parts(program, variables)
+    batch = random_batch(rng, config.model.vocab_size)
+    orders = np.stack([rng.permutation(4) for _ in surgery.moe_layers(config.model)])
+    same, moved, moved_biases = surgery.prune(config.model, parameters, biases, orders)
+    assert same == config.model
+    before = _logits(config, mesh, batch, parameters, biases)
+    np.testing.assert_allclose(_logits(config, mesh, batch, moved, moved_biases), before, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ConfigError, match="--regroup=3: must divide"):
+        regroup.check(config.model, 3)
 
 
 def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
