@@ -23,6 +23,8 @@ _GAIN = flags.DEFINE_float("gain", 0.01, "Share of the loss that seeds are to sh
 
 _ROOT = Path(__file__).parents[2]
 _PLANS = _ROOT / "configs" / "plans.json"
+#: Runs of which the spread is taken, beside the early ones.
+_NOW = _ROOT / "docs" / "results" / "switch_vs_mixtral"
 _EARLY = _ROOT / "docs" / "results" / "early"
 #: Width of the runs there.
 _EARLY_WIDTH = 128
@@ -53,6 +55,7 @@ def main() -> None:
         budget = advice.Budget(compute, compute, compute, "as given")
     memory = None if where is None else float(where[1].memory) * where[2]
     measured, own = _measured() if (_EARLY / "results.parquet").exists() else ([], {})
+    measured = _measured_now() + measured
     settings: dict[str, Any] = {"tolerance": float(_TOLERANCE.value or 0), "gain": float(_GAIN.value or 0)}
     print(advice.render(budget, memory=memory, measured=measured, own=own, **settings))
 
@@ -120,6 +123,19 @@ def _measured() -> tuple[list[Any], dict[tuple[int, int], float]]:
         for (arm, steps), loss in counted.items()
     }
     return advice.spreads(losses, _EARLY_WIDTH, "dense"), own
+
+
+def _measured_now() -> list[Any]:
+    """Spreads of differences from dense of the suite that compares Switch and Mixtral."""
+    from moe.lab import advice
+    from moe.lab.records import DIVERGED, read_all
+
+    losses: dict[int, dict[tuple[str, int], dict[int, tuple[float, float]]]] = {}
+    for record in read_all(_NOW):
+        if record.status != DIVERGED:
+            of_arm = losses.setdefault(record.form["d_model"], {}).setdefault((record.variant, record.steps), {})
+            of_arm[record.seed] = record.primary_loss, record.seconds / 3600
+    return [spread for width, runs in sorted(losses.items()) for spread in advice.spreads(runs, width, "dense")]
 
 
 def run() -> None:
