@@ -132,6 +132,48 @@ def merge(model: ModelConfig, parameters: dict[str, Any], biases: dict[str, Any]
     return _resized(model, 1, parts), _edited(model, parameters, join), _edited(model, biases, join)
 
 
+def order_together(counts: np.ndarray, groups: int) -> np.ndarray:
+    """[E] experts, those of a group behind each other: each group begins with the most used expert that is left, and
+    takes the one that was most often chosen with those in it until it has E/groups.
+
+    Args:
+        counts: [E,E] of a layer (:func:`moe.analysis.measures.coactivation`).
+        groups: number of them, which divides E.
+    """
+    size = len(counts)
+    left, result = set(range(size)), []
+    for _ in range(groups):
+        group = [max(left, key=lambda expert: (counts[expert, expert], -expert))]
+        left.remove(group[0])
+        while len(group) < size // groups:
+            group.append(max(left, key=lambda expert: (counts[group, expert].sum(), -expert)))
+            left.remove(group[-1])
+        result += sorted(group)
+    return np.array(result)
+
+
+def groups_of_tokens(member: np.ndarray, order: np.ndarray, groups: int) -> float:
+    """Mean number of groups, of consecutive experts in an order, in which a token has experts: devices to send it to.
+
+    Args:
+        member: [N,E] bool, experts of tokens (:func:`moe.analysis.measures.membership`).
+        order: [E].
+        groups: number of them.
+    """
+    return float(member[:, order].reshape(len(member), groups, -1).any(-1).sum(1).mean())
+
+
+def check_groups(model: ModelConfig, groups: int) -> None:
+    """Refuse groups that experts cannot be sorted into. Raises ConfigError."""
+    size, own = model.moe.num_experts, getattr(model.moe.gate, "groups", 1)
+    if not 2 <= groups < size or size % groups:
+        raise ConfigError(
+            f"--regroup={groups}: must divide model.moe.num_experts={size}, and be at least 2 and below it"
+        )
+    if own > 1:
+        raise ConfigError(f"model.moe.gate.groups={own}: the gate chooses among groups of its own order")
+
+
 def check(model: ModelConfig) -> None:
     """Refuse a model whose experts cannot be taken apart. Raises ConfigError."""
     gate = model.moe.gate

@@ -3,13 +3,12 @@
 --prune=SHARE leaves out that share of each layer's experts, those of the lowest saliency (--by): assignments
 (frequency), combine weights (weight), combine weight times norm of the output (reap), assignments times the output's
 standard deviation (variance), or what the loss rises by where an expert returns zero (ablation: an evaluation of every
-expert). Their tokens choose again, unless --others=zero keeps
-them as experts that return 0, or --others=novice as experts that return one vector, the mean of their outputs;
---others=merge averages each into the expert that is most like it. --split=N makes N
-finer experts of each, which compute the same; --merge=N joins each N; --regroup=N sorts them so that a token's experts
-stand in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate, fine-tune
-(start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory and the
-step that the planner predicts for both. docs/surgery.md shows one.
+expert). Their tokens choose again, unless --others=zero keeps them as experts that return 0, or --others=novice as
+experts that return one vector, the mean of their outputs; --others=merge averages each into the expert that is most
+like it. --split=N makes N finer experts of each, which compute the same; --merge=N joins each N; --regroup=N sorts them
+so that a token's experts stand in few of N groups, such as the devices of an expert axis. NEW is a workdir to evaluate,
+fine-tune (start.checkpoint) or export; the table has the held-out loss before and after, and with --topology the memory
+and the step that the planner predicts for both. docs/surgery.md shows one.
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe.analysis import difference, regroup, surgery
+    from moe.analysis import difference, surgery
     from moe.analysis.analyse import heldout_rows
     from moe.analysis.record import Recorder
     from moe.atomic_files import refuse_files
@@ -69,7 +68,7 @@ def main() -> None:
     config, model = opened.program.config, opened.program.config.model
     surgery.check(model)
     if _REGROUP.value is not None:
-        regroup.check(model, int(_REGROUP.value))
+        surgery.check_groups(model, int(_REGROUP.value))
     step = max(opened.steps()) if _WORKDIR.step is None else _WORKDIR.step
     plans = [_plan(opened.path)] if _TOPOLOGY.value else []  # first: chips without a compiler end the start here
     before = stored.read_parameters(opened.path, model, step=step, dtype=np.float32)
@@ -143,15 +142,15 @@ def _regrouped(whole: Any, records: Any) -> Any:
     """The same function with its experts in another order: config, parameters, selection biases."""
     import numpy as np
 
-    from moe.analysis import regroup, surgery
+    from moe.analysis import measures, surgery
 
     model, before, biases = whole
     groups, size = int(_REGROUP.value or 1), model.moe.num_experts
-    counts = regroup.chosen_together(records.expert_index, records.chosen, size)
-    orders = np.stack([regroup.order(each, groups) for each in counts])
-    for layer, own in enumerate(orders):
-        index, chosen = records.expert_index[layer], records.chosen[layer]
-        first, last = (regroup.groups_of_tokens(index, chosen, each, groups) for each in (np.arange(size), own))
+    chosen = records.expert_index, records.chosen, records.num_experts  # those without an FFN are last
+    counts = measures.coactivation(*chosen)[:, :size, :size]
+    orders = np.stack([surgery.order_together(each, groups) for each in counts])
+    for layer, (own, member) in enumerate(zip(orders, measures.membership(*chosen), strict=True)):
+        first, last = (surgery.groups_of_tokens(member, each, groups) for each in (np.arange(size), own))
         print(f"MoE layer {layer}: a token has experts in {first:.2f} → {last:.2f} of {groups} groups")
     return surgery.prune(model, before, biases, orders)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe.analysis import merging, regroup, saliency, surgery
+from moe.analysis import measures, merging, saliency, surgery
 from moe.config import ConfigError
 from moe.interop import export_checkpoint
 from moe.models.state import join
@@ -63,11 +63,12 @@ def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
     of the first three had experts in both groups: (2 + 2 + 2 + 1)/4 against 1."""
     index = np.array([[0, 2], [2, 0], [1, 3], [0, 1]])
     chosen = np.array([[True, True], [True, True], [True, True], [True, False]])
-    counts = regroup.chosen_together(index[None], chosen[None], 4)[0]
+    counts = measures.coactivation(index[None], chosen[None], 4)[0]
     np.testing.assert_array_equal(counts, [[3, 0, 2, 0], [0, 1, 0, 1], [2, 0, 2, 0], [0, 1, 0, 1]])
-    assert regroup.order(counts, 2).tolist() == [0, 2, 1, 3]
-    assert regroup.groups_of_tokens(index, chosen, np.arange(4), 2) == 7 / 4
-    assert regroup.groups_of_tokens(index, chosen, np.array([0, 2, 1, 3]), 2) == 1
+    assert surgery.order_together(counts, 2).tolist() == [0, 2, 1, 3]
+    member = measures.membership(index, chosen, 4)
+    assert surgery.groups_of_tokens(member, np.arange(4), 2) == 7 / 4
+    assert surgery.groups_of_tokens(member, np.array([0, 2, 1, 3]), 2) == 1
     program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless")
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
@@ -78,7 +79,7 @@ def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
     before = _logits(config, mesh, batch, parameters, biases)
     np.testing.assert_allclose(_logits(config, mesh, batch, moved, moved_biases), before, rtol=1e-6, atol=1e-6)
     with pytest.raises(ConfigError, match="--regroup=3: must divide"):
-        regroup.check(config.model, 3)
+        surgery.check_groups(config.model, 3)
 
 
 def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
@@ -157,7 +158,7 @@ def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng)
 
 
 def test_mean_and_deviation_of_outputs_by_hand(rng):
-    """Of the first layer, whose input is the embedding where attention returns 0; padding counts nowhere."""
+    """Means of the first layer, whose input is the embedding where attention returns 0; padding counts nowhere."""
     program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", activation="relu")
     model = program.config.model
     parameters, biases = _parts(program, variables)
