@@ -126,7 +126,7 @@ class MoEConfig(Section, path=_MOE):
     def _layer_gate(self, gate: Gate) -> Gate:
         """The gate with the K of the model."""
         with _named_in_errors(gate):
-            return dataclasses.replace(gate, k=self.experts_per_token) if gate.sets_k else gate
+            return gate.with_k(self.experts_per_token)
 
     def _check_layer_gate(self, gate: Gate) -> None:
         assert self.gate is not None

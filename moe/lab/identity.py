@@ -158,8 +158,7 @@ def _layer_gate(gate: Gate | None, moe: MoEConfig) -> Any:
     """The name of a layer's gate, with its fields where they are not those of that name."""
     if gate is None or gate == moe.gate:
         return "none" if gate is None else gate.name
-    named = find_gate(gate.name)
-    named = dataclasses.replace(named, k=moe.experts_per_token) if named.sets_k else named
+    named = find_gate(gate.name).with_k(moe.experts_per_token)
     return gate.name if gate == named else dataclasses.asdict(gate)
 
 

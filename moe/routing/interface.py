@@ -122,6 +122,10 @@ class Gate:
         """Whether the number of experts per token is a setting; GShard's is fixed."""
         return "k" in {field.name for field in dataclasses.fields(self)}
 
+    def with_k(self, k: int) -> Gate:
+        """The gate with this K, where K is a setting. Raises ConfigError for a K that its other fields exclude."""
+        return dataclasses.replace(self, **{"k": k}) if self.sets_k else self
+
     def check_experts(self, num_experts: int, null_experts: int = 0) -> None:
         """Raise a ConfigError where the rule cannot choose among so many FFN experts and experts without an FFN."""
         k = self.experts_per_token(num_experts)
