@@ -56,7 +56,7 @@ def main() -> None:
     suite = load_suite(_SUITE.value, _SIZE.value)
     if _SEEDS.value:
         suite = with_seeds(suite, [_seed(seed) for seed in _SEEDS.value])
-    suites = Path(_SUITE.value.partition(".py:")[0]).parent
+    suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
     runner.check_start(suite, registered.claims)
     if _TIME.value:
@@ -86,6 +86,12 @@ def main() -> None:
     print(f"{output / suite.name / 'report.md'}")
 
 
+def _suites() -> Path:
+    """The folder of suites and claims: that of --suite, which may be the folder itself."""
+    given = Path(_SUITE.value.partition(".py:")[0] or "configs/ablations")
+    return given if given.is_dir() else given.parent
+
+
 def _command() -> str:
     """The command that the report names, without the name of the folder and what does not change the numbers."""
     flags_given = {"size": _SIZE.value, "seeds": ",".join(_SEEDS.value), "sweep": _SWEEP.value}
@@ -107,8 +113,7 @@ def _tables(suites: Path, registered: Registered, workdir: Path) -> dict[str, Ta
 
 def _write_pages(workdir: Path, output: Path) -> None:
     """Write the pages over all suites."""
-    suites = Path(_SUITE.value.partition(".py:")[0] or "configs/ablations")
-    suites = suites if suites.is_dir() else suites.parent
+    suites = _suites()
     registered = read_claims(suites / CLAIMS_FILE)
     tables = _tables(suites, registered, workdir)
     found = [name for name, table in tables.items() if table.records]
