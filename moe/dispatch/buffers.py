@@ -245,8 +245,7 @@ def _combine_rows_bwd(residuals, gradient):
     scale = weights.reshape(-1).at[assignment_of_row].get(mode="fill", fill_value=0)
     # In the type of the rows before it is spread over them: half of the bytes. The scale of empty rows is 0.
     of_rows = _tokens_of_rows(gradient.astype(rows.dtype), assignment_of_row, weights.shape[-1])
-    d_rows = of_rows * scale[:, None]
-    d_rows = d_rows.astype(rows.dtype)
+    d_rows = (of_rows * scale[:, None]).astype(rows.dtype)
     columns = [jnp.sum(gradient * take_rows(rows, index), axis=-1) for index in row_of_assignment.T]
     return d_rows, jnp.stack(columns, axis=-1), no_gradient(assignment_of_row), no_gradient(row_of_assignment)
 
