@@ -276,7 +276,7 @@ def test_a_file_gets_a_line_for_each_report(capsys):
 
 
 def test_a_terminal_of_unknown_width_gets_lines(monkeypatch):
-    """As in a container or under a console of CI, whose terminal has no columns."""
+    """A terminal without columns, as in a container or under a console of CI."""
     lines = _written_to_a_terminal(monkeypatch, 0)
     assert [line.partition(" ")[2].partition(" ")[0] for line in lines] == ["20/60", "no", "40/60", "60/60", ""]
 

@@ -112,7 +112,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 def make_environment() -> jinja2.sandbox.SandboxedEnvironment:
-    """What a template can use."""
+    """Sandbox with the filters and globals that a template can use."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )

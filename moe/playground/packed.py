@@ -66,7 +66,7 @@ class _Example(Fields):
 
 
 class _Header(Fields):
-    """What the page shows and reads, beside the arrays."""
+    """Content of the page beside the arrays."""
 
     model: dict[str, Any]
     title: str

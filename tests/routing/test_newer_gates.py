@@ -153,8 +153,10 @@ def test_zero_copy_and_constant_experts_by_hand(mode):
 
 
 def test_novices_by_hand():
-    """Of two FFNs and two novices with vectors (8, 0) and (0, 16), x = (1, 1) chooses the last of each: 3/4 of FFN 1,
-    which trebles x, and 1/4 of novice 1 are (9/4, 9/4) + (0, 4). The other novice has no gradient."""
+    """Choices among two FFNs and two novices with vectors (8, 0) and (0, 16): x = (1, 1) chooses the last of each.
+
+    3/4 of FFN 1, which trebles x, and 1/4 of novice 1 are (9/4, 9/4) + (0, 4). The other novice has no gradient.
+    """
     config = tiny_model(gate="mixtral", num_experts=2, d_model=2, zero_experts=1, novice_experts=2, dispatch="dropless")
     config = dataclasses.replace(config, activation="relu", moe=dataclasses.replace(config.moe, d_ff=2))
     layer = MoELayer(config, rngs=nnx.Rngs(0))
