@@ -127,6 +127,7 @@ def _effects(path: Path, findings: Sequence[Finding], primary: Primary) -> str:
     labels = [f"{_wrapped(f.claim.parts[0].what)}\n(n = {e.n})" for f, e in tested]
     axis.set_yticks([-y for y in range(len(tested))], labels, fontsize=8)
     axis.set(xlabel="nats per token; filled: decided", ylim=(0.6 - len(tested), 0.6))
+    axis.locator_params(axis="x", nbins=6)  # labels beside labels of contrasts have little room
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return save(fig, path)
