@@ -148,11 +148,14 @@ def _regrouped(whole: Any, records: Any) -> Any:
     groups, size = int(_REGROUP.value or 1), model.moe.num_experts
     chosen = records.expert_index, records.chosen, records.num_experts  # those without an FFN are last
     counts = measures.coactivation(*chosen)[:, :size, :size]
-    orders = np.stack([surgery.order_together(each, groups) for each in counts])
-    for layer, (own, member) in enumerate(zip(orders, measures.membership(*chosen), strict=True)):
-        first, last = (surgery.groups_of_tokens(member, each, groups) for each in (np.arange(size), own))
-        print(f"MoE layer {layer}: a token has experts in {first:.2f} → {last:.2f} of {groups} groups")
-    return surgery.prune(model, before, biases, orders)
+    orders = []
+    for layer, (together, member) in enumerate(zip(counts, measures.membership(*chosen), strict=True)):
+        tried = np.arange(size), surgery.order_together(together, groups)  # which is greedy, and may be no better
+        spread = [surgery.groups_of_tokens(member, each, groups) for each in tried]
+        best = int(np.argmin(spread))
+        print(f"MoE layer {layer}: a token has experts in {spread[0]:.2f} → {spread[best]:.2f} of {groups} groups")
+        orders.append(tried[best])
+    return surgery.prune(model, before, biases, np.stack(orders))
 
 
 def _plan(folder: str) -> tuple[str, str]:
