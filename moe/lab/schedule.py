@@ -108,6 +108,21 @@ class Plan:
                     keys += [self.key(arm, steps, seed) for arm in needed]
         return list(dict.fromkeys(keys))
 
+    def unnamed(self) -> list[Key]:
+        """Runs that :meth:`runs` will name once the sweep says more, at the least and at rates that may be others."""
+        suite = self.suite
+        if suite.sweep is None:
+            return []
+        named, keys = set(self.runs()), list[Key]()
+        for name, steps in itertools.product(suite.variants, suite.steps):
+            rates = {key.learning_rate for key in named if (key.variant, key.steps) == (name, steps)}
+            if not suite.variants[name].rate_from and not self._settled(name, steps):
+                # The best rate and its neighbours on both sides.
+                missing = [rate for rate in suite.sweep.learning_rates if rate not in rates][: max(3 - len(rates), 0)]
+                keys += [Key(name, steps, rate, seed) for rate in missing for seed in suite.sweep.seeds]
+            keys += [self.key(name, steps, seed) for seed in suite.seeds]
+        return [key for key in dict.fromkeys(keys) if key not in named]
+
     def _settled(self, variant: str, steps: int) -> bool:
         """True if no sweep, or nothing more of one, decides the arm's rate at this horizon."""
         sweep = self.suite.sweep

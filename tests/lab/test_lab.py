@@ -257,6 +257,8 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
         return Plan(suite, keyed(suite, runs))
 
     assert after().runs() == [Key("a", 10, 3e-3, 7), Key("a", 20, 3e-3, 7)]
+    # At each of two horizons: two neighbours of the rate, and two seeds of each of two arms.
+    assert len(after().unnamed()) == 2 * (2 + 2 * 2)
     first = record("a", 7, 4.9, 10)
     assert [key for key in after(first).runs() if key.steps == 10] == [Key("a", 10, r, 7) for r in (3e-3, 1e-3, 9e-3)]
     # The higher neighbour is the best so far: the one beyond it is next, and no run of the comparisons is named yet.
@@ -271,6 +273,7 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     choice = found.choices["a", 10]
     assert (choice.rate, choice.tuned, choice.at_edge) == (9e-3, True, False)
     assert not found.choices["a", 20].tuned
+    assert len(found.unnamed()) == 2 + 2 * 2
     assert {key for key in found.runs() if key.seed == 0} == {Key(arm, 10, 9e-3, 0) for arm in arms}
     # Without the sweep every arm takes the best rate tried.
     assert {key.learning_rate for key in found.runs(sweep=False) if key.steps == 20} == {3e-3}

@@ -39,12 +39,13 @@ class Progress:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         append(self._path, line + "\n")
 
-    def start(self, key: Key, planned: Sequence[Key], done: Iterable[Key]) -> None:
-        """Note the run that starts, and what is left from it on."""
+    def start(self, key: Key, planned: Sequence[Key], done: Iterable[Key], unnamed: Sequence[Key] = ()) -> None:
+        """Note the run that starts, and what is left from it on; ``unnamed``: runs that a sweep has still to name."""
         done = set(done)
         left = [run for run in planned if run not in done]
-        self._left = sum(self._flops(run) for run in left)
-        self._title = f"run {len(planned) - len(left) + 1} of {len(planned)}, {key}"
+        self._left = sum(self._flops(run) for run in (*left, *unnamed))
+        total = f"about {len(planned) + len(unnamed)}" if unnamed else f"{len(planned)}"
+        self._title = f"run {len(planned) - len(left) + 1} of {total}, {key}"
         self.say(f"{self._title}: start")
 
     @contextlib.contextmanager

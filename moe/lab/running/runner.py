@@ -207,7 +207,8 @@ class Worker:
                 continue
             with held:
                 if schedule.Plan(self._suite, read_all(self._workdir)).record(key) is None:
-                    self._progress.start(key, planned, done)
+                    unnamed = filter(self._only, found.unnamed() if self._sweep else ())
+                    self._progress.start(key, planned, done, list(unnamed))
                     yield key
                     return
         yield None
