@@ -14,14 +14,14 @@ from jax.sharding import AxisType
 
 import moe
 from moe import ConfigError, MoELayer, SoftMoE
-from moe.layers.soft_moe import create_layer
 from tests.helpers import slow_case
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
 
 
 def _layer(**settings):
-    return create_layer(**{**SIZES, **settings}, rngs=nnx.Rngs(0))
+    layer = SoftMoE if settings.get("gate") == "soft_moe" else MoELayer
+    return layer(**{**SIZES, **settings}, rngs=nnx.Rngs(0))
 
 
 def _x(*shape):

@@ -15,7 +15,8 @@ from flax import nnx
 from moe.config import ModelConfig, MoEConfig
 from moe.config.parse import build
 from moe.dispatch.backends import grouped_ffn
-from moe.layers.moe_layer import Experts, MoELayer
+from moe.layers.basic import Experts
+from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import parameter_specs

@@ -212,10 +212,6 @@ class ModelConfig(Section, path=_MODEL):
         """Dimension of the rows that experts read and write."""
         return self.moe.latent_dim or self.d_model
 
-    def with_gate(self, gate: Gate) -> ModelConfig:
-        """The config of a layer with this gate; see :meth:`moe.config.moe_section.MoEConfig.with_gate`."""
-        return self if gate == self.moe.gate else dataclasses.replace(self, moe=self.moe.with_gate(gate))
-
     def _require_defaults(self, where: str, **defaults: object) -> None:
         """Refuse other values of fields that ``where`` says to be unused."""
         for name, default in defaults.items():
@@ -299,10 +295,11 @@ class ModelConfig(Section, path=_MODEL):
         )
 
 
-def check_is_model(config: object) -> None:
-    """Raise a ConfigError for something else than the config of a model."""
+def check_is_model(config: object) -> ModelConfig:
+    """The config of a model. Raises a ConfigError for something else."""
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"config must be a moe.ModelConfig, such as Config().model, not {type(config).__name__}")
+    return config
 
 
 def _require_layers(field: str, layers: tuple[int, ...], num_layers: int) -> None:

@@ -1,4 +1,4 @@
-"""Conversion between ConfigDict trees and the typed Config, with checks of names and types."""
+"""Conversion of ConfigDict trees and of keyword arguments to typed configs and back, with checks of names and types."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import difflib
 import functools
 import operator
 import typing
+from collections.abc import Mapping
 
 import ml_collections
 
 from moe.config import flat
+from moe.config.model_section import ModelConfig, check_is_model
 from moe.config.moe_section import MoEConfig
 from moe.config.references import code_fields, refuse_modules
-from moe.config.registry import CONSTANTS, LAYERS, find_layer
+from moe.config.registry import CONSTANTS, LAYERS, find_gate, find_layer
 from moe.config.run_sections import EMBEDDED_DOMAINS
 from moe.config.schema import Config
 from moe.fields import ConfigError, check_type, facts_of, item_name, type_hints
@@ -239,6 +241,41 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
             section = typing.cast(type, hints[name])
             values[name] = build(section, _items(value, f"{path}{name}"), f"{path}{name}.", values.get(name))
     return cls(**values)
+
+
+#: Settings of an MoE layer that belong to the model, not to its MoE section.
+_LAYER_SETTINGS = ("d_model", "activation", "init_scale")
+
+
+def layer_config(
+    config: object, gate: str | Gate | None, settings: Mapping[str, object], defaults: Mapping[str, object]
+) -> ModelConfig:
+    """The config of one MoE layer: a model's, with the layer's own gate, or that of a layer on its own.
+
+    Args:
+        config: a :class:`ModelConfig`, or None.
+        gate: the gate, its name, or ``module:object``; None: the config's, or the default.
+        settings: without a config, fields of ``model.moe`` and the model's that a layer reads.
+        defaults: settings that are not given.
+
+    Raises:
+        ConfigError: an unknown setting, or an impossible value or combination.
+    """
+    if gate is not None and not isinstance(gate, (str, Gate)):
+        raise ConfigError(f"gate={gate!r}: must be a name, 'module:object', or a Gate")
+    if config is not None:
+        model = check_is_model(config)
+        if settings:
+            raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
+        gate = find_gate(gate) if isinstance(gate, str) else gate
+        return model if gate is None else dataclasses.replace(model, moe=model.moe.with_gate(gate))
+    missing = [name for name in ("d_model", "d_ff") if name not in settings]
+    if missing:
+        raise ConfigError(f"MoELayer: needs {' and '.join(missing)}, or the config of a model")
+    # A layer on its own need not be causal.
+    moe = {"accept_future_leak": True, **defaults, **settings, **({} if gate is None else {"gate": gate})}
+    of_model = {name: moe.pop(name) for name in _LAYER_SETTINGS if name in moe}
+    return build(ModelConfig, {**of_model, "moe": moe}, "")
 
 
 def from_config_dict(tree: object) -> Config:

@@ -1,23 +1,56 @@
-"""Norms, dropout, the dense FFN, and the token embedding."""
+"""Parts of layers: their parameters, norms, dropout, FFNs, dense and of experts, and the token embedding."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.dispatch import quantized
-from moe.dispatch.ffn import GATED_ACTIVATIONS, activate
+from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matmul, matrix, parameter, zeros
-from moe.parallel.partition_specs import HIDDEN, IN, OUT, REPLICATED
+from moe.parallel.parameters import gather_for_matmul, matmul
+from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, HIDDEN, IN, OUT, REPLICATED, STORED
+from moe.routing.routing import Routing
+
+
+def parameter[V: nnx.Variable[Any]](value: Array, spec: P, *, kind: type[V] = nnx.Param, inputs: int = 0) -> V:
+    """A variable of a model that carries its storage.
+
+    Args:
+        value: first value.
+        spec: in roles, an entry for each axis; :data:`REPLICATED`: every device holds all of it.
+        kind: class of the variable.
+        inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.
+    """
+    if spec and len(spec) != value.ndim:
+        raise ValueError(f"{spec}: must have an entry for each axis of a parameter of shape {value.shape}")
+    return kind(value, spec=tuple(spec) or (None,) * value.ndim, inputs=inputs)
+
+
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, *, fan_in: int, scale: float, inputs: int = 1
+) -> nnx.Param[Array]:
+    """Float32 parameter from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma (Switch 2021,
+    section 2.4)."""
+    draw = jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)
+    return parameter(draw(rngs.params(), shape, jnp.float32), spec, inputs=inputs)
+
+
+def zeros(shape: tuple[int, ...], spec: P = REPLICATED, *, inputs: int = 0) -> nnx.Param[Array]:
+    """Float32 parameter of zeros."""
+    return parameter(jnp.zeros(shape, jnp.float32), spec, inputs=inputs)
 
 
 class RMSNorm(nnx.Module):
@@ -135,6 +168,142 @@ class DenseFFN(nnx.Module):
     def _matmul(self, x: Array, weight: nnx.Param[Array]) -> Array:
         gathered = gather_for_matmul(weight, x.dtype)
         return matmul(x, gathered) if self.precision == "none" else quantized.matmul(x, gathered, self.precision)
+
+
+class Experts(nnx.Module):
+    """E FFNs of one shape, as three stacked matrices."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
+        self.activation = config.activation
+        self.precision = config.low_precision
+        self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
+        self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
+        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
+        self.gate = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale) if gated else None
+        self.up_bias = zeros((e, f), EXPERT_BIASES) if biased else None
+        self.gate_bias = zeros((e, f), EXPERT_BIASES) if biased and gated else None
+        # The layer adds it: what a device computes is a partial sum.
+        self.down_bias = zeros((e, d), P(None, "fsdp")) if biased else None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters but ``down_bias``, as they are stored."""
+        gate = None if self.gate is None else self.gate[...]
+        gate_bias = None if self.gate_bias is None else self.gate_bias[...]
+        biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
+        return ExpertWeights(self.up[...], gate, self.down[...], biases, precision=self.precision)
+
+
+class SharedExpert(nnx.Module):
+    """FFN applied to every token beside its K experts (DeepSeekMoE 2024, equation 9), optionally weighted by
+    sigmoid(x·w) (Qwen2-MoE)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dense = DenseFFN(config, config.moe.shared_d_ff, rngs=rngs)
+        d, scale = config.d_model, config.init_scale
+        self.gate = matrix(rngs, (d, 1), REPLICATED, fan_in=d, scale=scale) if config.moe.shared_gate else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply the FFN and its weight."""
+        y = self.dense(x)
+        return y if self.gate is None else y * jax.nn.sigmoid(x @ self.gate[...].astype(x.dtype))
+
+
+#: (rows [G,S,D], routing) → (weighted sum of the experts' outputs, assignments [G,S,K] that were not dropped).
+RunExperts = Callable[[Array, Routing], tuple[Array, Array]]
+
+
+class NullExperts(nnx.Module):
+    """Experts without an FFN, where their tokens are: no dispatch and no capacity (MoE++ 2024, section 3.1).
+
+    Their columns follow those of the E FFNs: zero experts return 0, copy experts x, constant experts
+    α_1·x + α_2·v with α = softmax(W·x), and novices v alone (MoNE 2025, section 3.3). Deviations from MoE++: the
+    router does not see the previous layer's logits, and these experts drop nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        moe = config.moe
+        d = config.d_model
+        constant, novice = moe.constant_experts, moe.novice_experts
+        self.first = moe.num_experts
+        self.zero = moe.zero_experts
+        self.copy = moe.copy_experts
+        self.constant = constant
+        self.novice = novice
+        if constant:
+            self.vectors = matrix(rngs, (constant, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
+            self.mix = matrix(rngs, (constant, d, 2), REPLICATED, fan_in=d, scale=config.init_scale, inputs=0)
+        if novice:
+            self.novices = matrix(rngs, (novice, d), REPLICATED, fan_in=1, scale=1.0, inputs=0)
+
+    def without(self, routing: Routing) -> Routing:
+        """The assignments to FFNs, for dispatch."""
+        real = routing.expert_index < self.first
+        return dataclasses.replace(
+            routing,
+            expert_index=jnp.where(real, routing.expert_index, 0),
+            combine_weights=jnp.where(real, routing.combine_weights, 0.0),
+            chosen=routing.chosen & real,
+            router_logits=routing.router_logits[..., : self.first],
+            router_probs=routing.router_probs[..., : self.first],
+        )
+
+    def around(self, experts: RunExperts) -> RunExperts:
+        """The FFN experts with these beside them; assignments to these are never dropped."""
+
+        def run(x: Array, routing: Routing) -> tuple[Array, Array]:
+            sent = self.without(routing)
+            y, kept = experts(x, sent)
+            return y + self(x, routing), kept | (routing.chosen & ~sent.chosen)
+
+        return run
+
+    def __call__(self, x: Float[Array, "G S D"], routing: Routing) -> Float[Array, "G S D"]:
+        """Weighted sum of the experts without an FFN, in float32."""
+        x = x.astype(jnp.float32)
+        kinds = self.copy, self.constant, self.novice
+        columns = self.first + self.zero + jnp.arange(sum(kinds))
+        # [G,S,K,1] against [copy + constant + novice] → [G,S,copy + constant + novice]
+        named = routing.expert_index[..., None] == columns
+        weights = jnp.sum(jnp.where(named, routing.combine_weights[..., None], 0.0), axis=-2)
+        copy, constant, novice = jnp.split(weights, np.cumsum(kinds)[:2], axis=-1)
+        of_x, vectors = jnp.sum(copy, axis=-1), jnp.zeros(())
+        if self.constant:
+            alpha = jax.nn.softmax(jnp.einsum("gsd,nda->gsna", x, self.mix[...]), axis=-1)
+            constant = constant[..., None] * alpha
+            of_x = of_x + jnp.sum(constant[..., 0], axis=-1)
+            vectors = vectors + jnp.einsum("gsn,nd->gsd", constant[..., 1], self.vectors[...])
+        if self.novice:
+            vectors = vectors + jnp.einsum("gsn,nd->gsd", novice, self.novices[...])
+        return of_x[..., None] * x + vectors
+
+
+class Latent(nnx.Module):
+    """Projections of tokens to ``moe.latent_dim`` before they are dispatched and back after they are combined, so that
+    exchanges and experts are smaller; router and shared expert see D (LatentMoE: Nemotron 3 2025, section 2.2)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, latent = config.d_model, config.moe.latent_dim
+        self.down = matrix(rngs, (d, latent), P(STORED, None), fan_in=d, scale=config.init_scale)
+        self.up = matrix(rngs, (latent, d), P(None, STORED), fan_in=latent, scale=config.init_scale)
+
+    def around(self, experts: RunExperts) -> RunExperts:
+        """The experts between both projections."""
+
+        def run(x: Array, routing: Routing) -> tuple[Array, Array]:
+            y, kept = experts(self.project_down(x), routing)
+            return self.project_up(y, x.dtype), kept
+
+        return run
+
+    def project_down(self, x: Float[Array, "G S D"]) -> Float[Array, "G S P"]:
+        """D → P, the latent dimension."""
+        return x @ gather_for_matmul(self.down, x.dtype)
+
+    def project_up(self, x: Float[Array, "G S P"], dtype: jnp.dtype) -> Float[Array, "G S D"]:
+        """P → D, in the compute dtype."""
+        return x.astype(dtype) @ gather_for_matmul(self.up, dtype)
 
 
 class Embedding(nnx.Module):

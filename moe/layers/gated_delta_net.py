@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm
+from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, matrix, parameter
 from moe.layers.delta_rule import delta_rule, delta_step, short_convolution
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matrix, parameter
+from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import ATTENTION, HEADS_IN, HEADS_OUT, IN
 
 #: Steps of the decay at the start of training, between which its bias is drawn (as in Mamba 2 and the paper's code).

@@ -10,21 +10,18 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
-from moe.config.model_section import check_is_model
-from moe.config.parse import build
-from moe.config.registry import find_gate
+from moe.config.parse import layer_config
 from moe.dispatch import modes
 from moe.dispatch.buffers import layer_capacity, plan_assignments
-from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertDropout, ExpertWeights
-from moe.layers.expert_variants import Latent, NullExperts, RunExperts, SharedExpert
+from moe.dispatch.ffn import ExpertDropout, ExpertWeights
+from moe.layers.basic import Experts, Latent, NullExperts, RunExperts, SharedExpert, matrix, parameter, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matrix, parameter, zeros
+from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.gates import SoftMoE
 from moe.routing.interface import Gate, RouterKind
@@ -92,33 +89,6 @@ def _matmul(x: Array, kernel: Array) -> Array:
     return jnp.einsum("gsd,d...->gs...", x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
-class Experts(nnx.Module):
-    """E FFNs of one shape, as three stacked matrices."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
-        self.activation = config.activation
-        self.precision = config.low_precision
-        self.up = matrix(rngs, (e, d, f), partition_specs.EXPERTS_IN, fan_in=d, scale=config.init_scale)
-        self.down = matrix(rngs, (e, f, d), partition_specs.EXPERTS_OUT, fan_in=f, scale=config.init_scale)
-        gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
-        self.gate = (
-            matrix(rngs, (e, d, f), partition_specs.EXPERTS_IN, fan_in=d, scale=config.init_scale) if gated else None
-        )
-        self.up_bias = zeros((e, f), partition_specs.EXPERT_BIASES) if biased else None
-        self.gate_bias = zeros((e, f), partition_specs.EXPERT_BIASES) if biased and gated else None
-        # The layer adds it: what a device computes is a partial sum.
-        self.down_bias = zeros((e, d), PartitionSpec(None, "fsdp")) if biased else None
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """The parameters but ``down_bias``, as they are stored."""
-        gate = None if self.gate is None else self.gate[...]
-        gate_bias = None if self.gate_bias is None else self.gate_bias[...]
-        biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
-        return ExpertWeights(self.up[...], gate, self.down[...], biases, precision=self.precision)
-
-
 class Keys(NamedTuple):
     """A key for each kind of noise; None: deterministic."""
 
@@ -152,8 +122,8 @@ class MoELayer(nnx.Module):
     """
 
     has_slots: ClassVar[bool] = False  # router logits are per slot, as in Soft MoE
-    default_gate: ClassVar[str] = "mixtral"
-    default_settings: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
+    #: Settings of a layer on its own that are not given.
+    defaults: ClassVar[Mapping[str, Any]] = types.MappingProxyType({"gate": "mixtral"})
 
     def __init__(
         self, config: ModelConfig | None = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any
@@ -170,14 +140,7 @@ class MoELayer(nnx.Module):
         Raises:
             ConfigError: an unknown setting, or an impossible value or combination.
         """
-        if config is None:
-            config = _layer_config(gate or self.default_gate, {**self.default_settings, **settings})
-        else:
-            check_is_model(config)
-            if settings:
-                raise ConfigError(f"MoELayer: give a config or {', '.join(settings)}, not both")
-            if gate is not None:
-                config = config.with_gate(find_gate(gate) if isinstance(gate, str) else gate)
+        config = layer_config(config, gate, settings, self.defaults)
         moe = config.moe
         self.config = moe
         self.d_model = config.d_model
@@ -340,24 +303,6 @@ class MoELayer(nnx.Module):
         # Without a router the losses are constants, which a model with other gates in other layers must not count.
         sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)
         return dataclasses.replace(report, sums=sums, **dict.fromkeys(balancing.AUXILIARY, jnp.zeros(())))
-
-
-#: Settings of a layer that belong to the model, not to its MoE section.
-_MODEL_SETTINGS = ("d_model", "activation", "init_scale")
-
-
-def _layer_config(gate: str | Gate, settings: dict[str, Any]) -> ModelConfig:
-    """The config of a layer on its own."""
-    if not isinstance(gate, (str, Gate)):
-        raise ConfigError(f"gate={gate!r}: must be a name, 'module:object', or a Gate")
-    missing = [name for name in ("d_model", "d_ff") if name not in settings]
-    if missing:
-        raise ConfigError(f"MoELayer: needs {' and '.join(missing)}, or the config of a model")
-    model = {name: value for name, value in settings.items() if name in _MODEL_SETTINGS}
-    moe = {name: value for name, value in settings.items() if name not in _MODEL_SETTINGS}
-    # A layer on its own need not be causal.
-    moe = {"accept_future_leak": True, **moe, "gate": gate}
-    return build(ModelConfig, {**model, "moe": moe}, "")
 
 
 def replace_gate(model: nnx.Module, gate: Gate) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
-from moe.config.registry import find_gate
 from moe.dispatch.modes import mix
 from moe.layers.moe_layer import Keys, MoELayer
 from moe.routing import balancing
@@ -29,8 +27,7 @@ class SoftMoE(MoELayer):
     """
 
     has_slots = True
-    default_gate = "soft_moe"
-    default_settings = types.MappingProxyType({"dispatch": "einsum"})
+    defaults = types.MappingProxyType({"gate": "soft_moe", "dispatch": "einsum"})
 
     def __call__(
         self,
@@ -63,17 +60,11 @@ class SoftMoE(MoELayer):
         return self._finish(x, tokens, routing, experts)
 
 
-def create_layer(config: Any = None, *, gate: str | Gate | None = None, rngs: nnx.Rngs, **settings: Any) -> MoELayer:
-    """The layer of a gate, with the arguments of :class:`moe.layers.moe_layer.MoELayer`, which checks them."""
-    if isinstance(gate, Gate):
-        rule = gate
-    elif gate is None and isinstance(config, ModelConfig):
-        rule = config.moe.gate
-    else:
-        rule = find_gate(gate or MoELayer.default_gate)
-    return (SoftMoE if rule is not None and rule.router == "slots" else MoELayer)(
-        config, gate=gate, rngs=rngs, **settings
-    )
+def create_layer(config: ModelConfig, *, gate: Gate | None = None, rngs: nnx.Rngs) -> MoELayer:
+    """The layer of a model's gate, or of a layer's own."""
+    rule = config.moe.gate if gate is None else gate
+    has_slots = rule is not None and rule.router == "slots"
+    return (SoftMoE if has_slots else MoELayer)(config, gate=gate, rngs=rngs)
 
 
 def expert_logits(slot_logits: Float[Array, "G S E C"]) -> Float[Array, "G S E"]:

@@ -19,8 +19,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from moe.config import LoraConfig
+from moe.layers.basic import parameter
 from moe.models.stack import part_of
-from moe.parallel.parameters import LAYERS, flat_variables, parameter, spec_of
+from moe.parallel.parameters import LAYERS, flat_variables, spec_of
 
 #: Modules whose matrices can have adapters.
 _OWNERS = ("attention", "delta_net", "dense", "experts", "latent")

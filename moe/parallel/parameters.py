@@ -1,4 +1,4 @@
-"""Parameters: how they are made, where they are stored, gathering them for a matmul, and that matmul.
+"""Parameters: where they are stored, gathering them for a matmul, and that matmul.
 
 A parameter carries its PartitionSpec from where it is made, as metadata: ``spec``, in roles (Flax's ``out_sharding`` is
 in axes of the mesh); a stack of layers adds the leading axis :data:`LAYERS`. A matrix also carries the number of axes
@@ -33,34 +33,6 @@ LAYERS = "layers"
 #: Prefix of the named scopes in which weights are gathered, by which the planner finds their exchanges in compiled
 #: programs.
 WEIGHTS_SCOPE = "weights."
-
-
-def parameter[V: nnx.Variable[Any]](value: Array, spec: P, *, kind: type[V] = nnx.Param, inputs: int = 0) -> V:
-    """A variable of a model that carries its storage.
-
-    Args:
-        value: first value.
-        spec: in roles, an entry for each axis; :data:`REPLICATED`: every device holds all of it.
-        kind: class of the variable.
-        inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.
-    """
-    if spec and len(spec) != value.ndim:
-        raise ValueError(f"{spec}: must have an entry for each axis of a parameter of shape {value.shape}")
-    return kind(value, spec=tuple(spec) or (None,) * value.ndim, inputs=inputs)
-
-
-def matrix(
-    rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, *, fan_in: int, scale: float, inputs: int = 1
-) -> nnx.Param[Array]:
-    """Float32 parameter from a truncated normal, sigma = sqrt(scale / fan_in), cut at two sigma (Switch 2021,
-    section 2.4)."""
-    draw = jax.nn.initializers.truncated_normal((scale / fan_in) ** 0.5)
-    return parameter(draw(rngs.params(), shape, jnp.float32), spec, inputs=inputs)
-
-
-def zeros(shape: tuple[int, ...], spec: P = REPLICATED, *, inputs: int = 0) -> nnx.Param[Array]:
-    """Float32 parameter of zeros."""
-    return parameter(jnp.zeros(shape, jnp.float32), spec, inputs=inputs)
 
 
 def stacked[M: nnx.Module](create: Callable[..., M], repeats: int, rngs: nnx.Rngs) -> M:
@@ -110,7 +82,7 @@ def spec_of(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
     """
     entries = variable.get_metadata("spec", None)
     if entries is None:
-        raise ValueError(f"{name}: made without a PartitionSpec; use moe.parallel.parameters.parameter")
+        raise ValueError(f"{name}: made without a PartitionSpec; use moe.layers.basic.parameter")
     rank = variable.ndim
     return P(*(None,) * (rank - len(entries)), *entries[max(0, len(entries) - rank) :])
 

@@ -14,7 +14,8 @@ from moe.conformance import reference
 from moe.dispatch.buffers import Plan, expert_capacity, make_plan
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
-from moe.layers.moe_layer import Experts, MoELayer, Router
+from moe.layers.basic import Experts
+from moe.layers.moe_layer import MoELayer, Router
 from moe.parallel import target
 from moe.routing.routing import Routing, route
 from tests.helpers import slow_case, tiny_model, tiny_routing

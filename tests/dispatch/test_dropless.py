@@ -18,7 +18,7 @@ from moe.dispatch.backends import cpu, grouped_ffn, tpu, whole_tiles
 from moe.dispatch.buffers import make_plan
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
-from moe.layers.moe_layer import Experts
+from moe.layers.basic import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs

@@ -25,7 +25,7 @@ from moe.dispatch.buffers import make_plan
 from moe.dispatch.modes import dispatch
 from moe.layers.attention.attend import attend, checked_for_target
 from moe.layers.attention.scoring import Scoring
-from moe.layers.moe_layer import Experts
+from moe.layers.basic import Experts
 from moe.parallel.mesh import make_mesh
 from tests.helpers import slow_case, tiny_model, tiny_routing
 

@@ -14,9 +14,9 @@ from moe.conformance import reference
 from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.positions import rotate
-from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm
+from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm, matrix
 from moe.models.decoder import Transformer
-from moe.parallel.parameters import matmul, matrix
+from moe.parallel.parameters import matmul
 from tests import reference_attention
 from tests.helpers import random_parameters, tiny_model
 

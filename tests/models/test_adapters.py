@@ -10,10 +10,10 @@ from flax import nnx
 
 from moe.checkpoints.parameters import read_parameters, read_variables
 from moe.config import ConfigError, LoraConfig, MeshConfig, StartConfig, validate_mesh
+from moe.layers.basic import parameter
 from moe.metrics_files import read_rows
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
-from moe.parallel.parameters import parameter
 from moe.training import loop as training
 from moe.training import step
 from moe.training.averaging import write_average

@@ -18,6 +18,7 @@ from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch.buffers import expert_capacity
+from moe.layers.basic import zeros
 from moe.layers.moe_layer import MoELayer
 from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module
@@ -329,7 +330,7 @@ def test_a_variable_without_a_spec_is_refused():
     with pytest.raises(ValueError, match=r"scale: made without a PartitionSpec; use .*\.parameter"):
         weights.parameter_specs(nnx.state(model))
     with pytest.raises(ValueError, match="an entry for each axis of a parameter of shape \\(3, 5\\)"):
-        weights.zeros((3, 5), P("tensor"))
+        zeros((3, 5), P("tensor"))
 
 
 def test_specs_of_optimizer_state():

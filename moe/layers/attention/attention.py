@@ -15,10 +15,10 @@ from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.positions import rotate
 from moe.layers.attention.scoring import Scoring, append_sink
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm
+from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, matrix, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matrix, zeros
+from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import HEADS_IN, HEADS_OUT
 
 

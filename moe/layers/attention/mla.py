@@ -12,10 +12,10 @@ from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.positions import rotate, yarn_mscale
 from moe.layers.attention.scoring import Scoring
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm
+from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, matrix
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, matrix
+from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import HEADS_IN, HEADS_OUT, STORED
 
 #: Epsilon of the norms of the compressed vectors, in the published code independent of ``model.norm_eps``.

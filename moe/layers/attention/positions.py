@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
 from moe.config.model_section import RopeScalingConfig
-from moe.parallel.parameters import matrix
+from moe.layers.basic import matrix
 from moe.parallel.partition_specs import REPLICATED
 
 
