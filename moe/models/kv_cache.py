@@ -108,7 +108,7 @@ def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Arr
     return Encoded(model.decoder.scan(body, hidden)[1], mask)
 
 
-def prefill(
+def run_prompt(
     model: Model,
     token_ids: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -116,7 +116,7 @@ def prefill(
     encoded: Encoded | None = None,
     *,
     prefix: bool = False,
-) -> tuple[Float[Array, "B V"], LayerStates]:
+) -> tuple[Float[Array, "B T D"], LayerStates, Choices | None]:
     """Run the prompts.
 
     Args:
@@ -128,35 +128,21 @@ def prefill(
         prefix: the prompts are seen in both directions (prefix LM).
 
     Returns:
-        logits of the token after each prompt, and the filled caches.
+        hidden states of all tokens before the final norm, the filled caches, and the tokens' experts [L,B,T,K] in the
+        MoE layers, if there are any.
     """
-    x, caches, _ = run_prompt(model, token_ids, lengths, caches, encoded, prefix=prefix)
-    return prompt_logits(model, x, lengths), caches
-
-
-def prompt_logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B V"]:
-    """Logits of the token after each prompt, from the hidden states of :func:`run_prompt`."""
-    # [B,T,D] → [B,1,D]: the last token of each prompt
-    return next_logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1))
-
-
-def run_prompt(
-    model: Model,
-    token_ids: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    caches: LayerStates,
-    encoded: Encoded | None = None,
-    *,
-    prefix: bool = False,
-) -> tuple[Float[Array, "B T D"], LayerStates, Choices | None]:
-    """:func:`prefill`, with the hidden states of all tokens before the final norm instead of logits, and their experts
-    [L,B,T,K] in the MoE layers, if there are any."""
     rows = prompt_rows(token_ids, lengths)
     stack = _decoder(model)
     settings: Any = {"prefix": rows.segment_ids} if prefix else {}
     if (bias := stack.position_bias(token_ids.shape[1])) is not None:
         settings["bias"] = bias
     return _run(model, rows, caches, prompt_attention(rows, lengths, **settings), encoded)
+
+
+def prompt_logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B V"]:
+    """Logits of the token after each prompt, from the hidden states of :func:`run_prompt`."""
+    # [B,T,D] → [B,1,D]: the last token of each prompt
+    return next_logits(model, jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1))
 
 
 def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows:
@@ -179,30 +165,6 @@ def prompt_attention(rows: Rows, lengths: Int[Array, " B"], **settings: Any) -> 
     return attention
 
 
-def decode(
-    model: Model,
-    token_ids: Int[Array, " B"],
-    positions: Int[Array, " B"],
-    active: Bool[Array, " B"],
-    caches: LayerStates,
-    encoded: Encoded | None = None,
-) -> tuple[Float[Array, "B V"], LayerStates]:
-    """Run one more token a row.
-
-    Args:
-        model: the model.
-        token_ids: the tokens.
-        positions: their positions.
-        active: rows that are done go through no expert.
-        caches: of all tokens before.
-
-    Returns:
-        logits of the token after it, and the caches with it.
-    """
-    x, caches, _ = extend(model, token_ids[:, None], positions[:, None], active, caches, encoded)
-    return next_logits(model, x), caches
-
-
 def extend(
     model: Model,
     token_ids: Int[Array, "B T"],
@@ -211,9 +173,16 @@ def extend(
     caches: LayerStates,
     encoded: Encoded | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerStates, Choices | None]:
-    """:func:`decode` of several tokens a row, with what :func:`run_prompt` returns.
+    """Run further tokens of each row, usually one; the result is like that of :func:`run_prompt`.
 
     A token sees those before it alone. One that is taken back is overwritten by the next of its position.
+
+    Args:
+        model: the model.
+        token_ids: the tokens.
+        positions: their positions.
+        active: rows that are done go through no expert.
+        caches: of all tokens before.
     """
     rows = next_rows(token_ids, positions, active)
     relative = _decoder(model).relative_bias if model.config.relative_buckets else None

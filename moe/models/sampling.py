@@ -197,15 +197,15 @@ def _programs(
             encoded = kv_cache.encode(nnx.merge(encoder, variables), token_ids, lengths)
             token_ids, lengths = jnp.full((rows, 1), sampling.start_token, jnp.int32), jnp.ones(rows, jnp.int32)
         model = nnx.merge(graphdef, variables)
-        logits, caches = kv_cache.prefill(model, token_ids, lengths, caches, encoded, prefix=sampling.prefix)
-        return pick(logits, lengths), lengths, caches, encoded
+        x, caches, _ = kv_cache.run_prompt(model, token_ids, lengths, caches, encoded, prefix=sampling.prefix)
+        return pick(kv_cache.prompt_logits(model, x, lengths), lengths), lengths, caches, encoded
 
     @functools.partial(jax.jit, donate_argnames="caches")
     def step(variables: Any, token_ids: Array, positions: Array, active: Array, caches: Any, encoded: Any) -> Any:
         active &= ~jnp.isin(token_ids, stops)
         model = nnx.merge(graphdef, variables)
-        logits, caches = kv_cache.decode(model, token_ids, positions, active, caches, encoded)
-        return pick(logits, positions + 1), positions + 1, active, caches
+        x, caches, _ = kv_cache.extend(model, token_ids[:, None], positions[:, None], active, caches, encoded)
+        return pick(kv_cache.next_logits(model, x), positions + 1), positions + 1, active, caches
 
     return begin, step
 

@@ -16,7 +16,7 @@ from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
 from moe.layers.attention.positions import attention_factor, inverse_frequencies
 from moe.models.decoder import Transformer
-from moe.models.kv_cache import empty, prefill
+from moe.models.kv_cache import empty, prompt_logits, run_prompt
 from moe.parallel.mesh import make_mesh
 from tests.helpers import moe_config
 
@@ -176,7 +176,13 @@ def test_a_row_has_its_own_length(rng):
     config = ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate=None))
     model = Transformer(dataclasses.replace(config, rope_scaling=scaling), rngs=nnx.Rngs(0))
     tokens = jnp.asarray(rng.integers(1, 16, (2, 12)))
-    both, _ = jax.jit(lambda tokens: prefill(model, tokens, jnp.array([5, 12]), empty(model.config, 2, 12)))(tokens)
+    lengths = jnp.array([5, 12])
+
+    def logits(tokens):
+        x, _, _ = run_prompt(model, tokens, lengths, empty(model.config, 2, 12))
+        return prompt_logits(model, x, lengths)
+
+    both = jax.jit(logits)(tokens)
     run = jax.jit(model.__call__)
     for row, length in ((0, 5), (1, 12)):
         alone = run(tokens[row : row + 1, :length]).logits[0, -1]

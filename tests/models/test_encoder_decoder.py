@@ -357,9 +357,8 @@ def test_a_cache_generates_what_recomputation_does(changes):
     lengths = mask.sum(1).astype(np.int32)
     encoded = kv_cache.encode(model, jnp.asarray(padded), jnp.asarray(lengths))
     caches = kv_cache.empty(config, 2, 6)
-    logits, caches = kv_cache.prefill(model, jnp.asarray(texts[:, :2]), jnp.asarray([2, 2]), caches, encoded)
-    np.testing.assert_allclose(logits, run(texts)[:, 1], rtol=1e-4, atol=1e-5)
-    logits, _ = kv_cache.decode(
-        model, jnp.asarray(texts[:, 2]), jnp.asarray([2, 2]), jnp.ones(2, bool), caches, encoded
-    )
-    np.testing.assert_allclose(logits, run(texts)[:, 2], rtol=1e-4, atol=1e-5)
+    two = jnp.asarray([2, 2])
+    x, caches, _ = kv_cache.run_prompt(model, jnp.asarray(texts[:, :2]), two, caches, encoded)
+    np.testing.assert_allclose(kv_cache.prompt_logits(model, x, two), run(texts)[:, 1], rtol=1e-4, atol=1e-5)
+    x, _, _ = kv_cache.extend(model, jnp.asarray(texts[:, 2:3]), two[:, None], jnp.ones(2, bool), caches, encoded)
+    np.testing.assert_allclose(kv_cache.next_logits(model, x), run(texts)[:, 2], rtol=1e-4, atol=1e-5)

@@ -177,10 +177,12 @@ def test_the_cache_has_the_sinks_too():
     model, tokens = _model(), jnp.arange(2 * 9).reshape(2, 9) % 48
     want = model(tokens).logits
     caches = kv_cache.empty(model.config, 2, 9)
-    logits, caches = kv_cache.prefill(model, tokens[:, :5], jnp.array([5, 5]), caches)
+    x, caches, _ = kv_cache.run_prompt(model, tokens[:, :5], jnp.array([5, 5]), caches)
+    logits = kv_cache.prompt_logits(model, x, jnp.array([5, 5]))
     for t in range(5, 9):
         np.testing.assert_allclose(logits, want[:, t - 1], rtol=1e-4, atol=1e-4)
-        logits, caches = kv_cache.decode(model, tokens[:, t], jnp.array([t, t]), jnp.array([True, True]), caches)
+        x, caches, _ = kv_cache.extend(model, tokens[:, t : t + 1], jnp.full((2, 1), t), jnp.ones(2, bool), caches)
+        logits = kv_cache.next_logits(model, x)
 
 
 def test_refusals():
