@@ -140,7 +140,7 @@ def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
 
     def forward(parameters, rows, sizes):
         experts = nnx.merge(graphdef, parameters)
-        return grouped_ffn(rows, sizes, experts.weights.gathered(rows.dtype), experts.activation)
+        return grouped_ffn(rows, sizes, experts.weights.gathered(rows.dtype))
 
     def loss(parameters, rows, sizes):
         return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)

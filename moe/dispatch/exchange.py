@@ -41,11 +41,7 @@ Route = tuple[Array, Array, Array, Array]
 
 
 def exchange_rows(
-    rows: Float[Array, "R D"],
-    sizes: Int[Array, " E"],
-    weights: ExpertWeights,
-    activation: str,
-    dropout: ExpertDropout | None = None,
+    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights, dropout: ExpertDropout | None = None
 ) -> Float[Array, "R D"]:
     """Apply the experts to this device's rows, each on the device that has the expert.
 
@@ -55,11 +51,11 @@ def exchange_rows(
         dropout: of the experts, with the assignments of the rows.
     """
     if target.is_cpu():
-        return _exchange_in_slots(rows, sizes, weights, activation, dropout)
+        return _exchange_in_slots(rows, sizes, weights, dropout)
     with jax.named_scope(LOAD_SCOPE):
         loads = jax.lax.all_gather(sizes, axis_of("expert"))
     round_size = whole_tiles(math.ceil(rows.shape[0] * ROUND_SIZE))
-    return _run_in_rounds(activation, round_size, rows, weights, loads, dropout)
+    return _run_in_rounds(round_size, rows, weights, loads, dropout)
 
 
 # --- Ragged, in rounds -----------------------------------------------------------------------------------------------
@@ -112,37 +108,37 @@ def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body:
         return jax.lax.fori_loop(1, rounds, lambda i, carry: body(i * round_size, carry), carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run_in_rounds(activation, round_size, rows, weights, loads, dropout):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_in_rounds(round_size, rows, weights, loads, dropout):
     """The experts' outputs of this device's rows [R,D], each from its expert's device."""
-    return _run_in_rounds_fwd(activation, round_size, rows, weights, loads, dropout)[0]
+    return _run_in_rounds_fwd(round_size, rows, weights, loads, dropout)[0]
 
 
 def _arrived(
-    activation: str, round_size: int, route: Route, sizes: Array, dropout: ExpertDropout | None
+    round_size: int, route: Route, sizes: Array, dropout: ExpertDropout | None
 ) -> Callable[[ExpertWeights, Array], Array]:
     """The FFN of the rows that arrive over a route, as a function of weights and rows."""
     if dropout is not None:
         assert dropout.rows is not None
         dropout = dropout.at(_exchange(dropout.rows[:, None], round_size, route)[:, 0])
-    return lambda weights, rows: grouped_ffn(rows, sizes, weights, activation, dropout)
+    return lambda weights, rows: grouped_ffn(rows, sizes, weights, dropout)
 
 
-def _run_in_rounds_fwd(activation, round_size, rows, weights, loads, dropout):
+def _run_in_rounds_fwd(round_size, rows, weights, loads, dropout):
     there, back, sizes = _round(loads, 0, round_size)
-    ffn = _arrived(activation, round_size, there, sizes, dropout)
+    ffn = _arrived(round_size, there, sizes, dropout)
     outputs, backward = jax.vjp(ffn, weights, _exchange(rows, round_size, there))
     outputs = _exchange(outputs, rows.shape[0], back)
 
     def body(start, outputs):
         there, back, sizes = _round(loads, start, round_size)
-        ffn = _arrived(activation, round_size, there, sizes, dropout)
+        ffn = _arrived(round_size, there, sizes, dropout)
         return _exchange(ffn(weights, _exchange(rows, round_size, there)), outputs, back)
 
     return _further_rounds(loads, round_size, outputs, body), (rows, weights, loads, dropout, backward)
 
 
-def _run_in_rounds_bwd(activation, round_size, residuals, gradient):
+def _run_in_rounds_bwd(round_size, residuals, gradient):
     rows, weights, loads, dropout, backward = residuals
     # The transpose of an exchange is the exchange in the other direction.
     there, back, _ = _round(loads, 0, round_size)
@@ -152,7 +148,7 @@ def _run_in_rounds_bwd(activation, round_size, residuals, gradient):
     def body(start, carry):
         d_rows, d_weights = carry
         there, back, sizes = _round(loads, start, round_size)
-        ffn = _arrived(activation, round_size, there, sizes, dropout)
+        ffn = _arrived(round_size, there, sizes, dropout)
         _, backward = jax.vjp(ffn, weights, _exchange(rows, round_size, there))
         of_round, new = backward(_exchange(gradient, round_size, there))
         return _exchange(new, d_rows, back), jax.tree.map(jnp.add, d_weights, of_round)
@@ -168,11 +164,7 @@ _run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)
 
 
 def _exchange_in_slots(
-    rows: Float[Array, "R D"],
-    sizes: Int[Array, " E"],
-    weights: ExpertWeights,
-    activation: str,
-    dropout: ExpertDropout | None,
+    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights, dropout: ExpertDropout | None
 ) -> Float[Array, "R D"]:
     sent = sizes.reshape(jax.lax.axis_size(axis_of("expert")), -1)  # [X,E/X]
     received = jax.lax.all_to_all(sent, axis_of("expert"), 0, 0, tiled=True)  # [X,E/X], by sender
@@ -188,7 +180,7 @@ def _exchange_in_slots(
         dropout = dropout.at(take_rows(numbers, slot_of_sorted))
     # A device receives as many rows as it sends, on average.
     arrived = fill_rows(arrived, *sorted_tables)
-    outputs = cpu.grouped_ffn(arrived, group_sizes, weights, activation, dropout, expected_rows=rows.shape[0])
+    outputs = cpu.grouped_ffn(arrived, group_sizes, weights, dropout, expected_rows=rows.shape[0])
     # Back to slots, and to rows: the same tables with their parts exchanged.
     outputs = _to_others(fill_rows(outputs, sorted_of_slot[:, 0], slot_of_sorted[:, None]))
     return fill_rows(outputs, slot_of_row[:, 0], row_of_slot[:, None])

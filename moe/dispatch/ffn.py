@@ -61,6 +61,7 @@ class ExpertWeights:
         gate: [E,D,F]; None for a plain activation.
         down: [E,F,D].
         biases: [E,F] of up and of gate; None: without biases.
+        activation: a value of ``model.activation``, static.
         is_joined: ``up`` and its bias hold those of gate too, [E,D,2F] and [E,2F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
     """
@@ -69,6 +70,7 @@ class ExpertWeights:
     gate: Array | None
     down: Array
     biases: tuple[Array, Array | None] | None = None
+    activation: str = dataclasses.field(kw_only=True, metadata={"static": True})
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
 
@@ -179,23 +181,19 @@ def into_hidden(rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Arr
 
 
 def out_of_hidden(
-    hidden: tuple[Array, Array | None],
-    down: Array,
-    activation: str,
-    dropout: ExpertDropout | None,
-    matmul: Matmul,
+    hidden: tuple[Array, Array | None], down: Array, activation: str, dropout: ExpertDropout | None, matmul: Matmul
 ) -> Array:
     """Second half of an FFN: the nonlinearity, dropout and down."""
     activations = activate(activation, *hidden)
     return matmul(activations if dropout is None else dropout(activations), down)
 
 
-def ffn(rows: Array, weights: ExpertWeights, activation: str, dropout: ExpertDropout | None, matmul: Matmul) -> Array:
+def ffn(rows: Array, weights: ExpertWeights, dropout: ExpertDropout | None, matmul: Matmul) -> Array:
     """Both halves."""
     hidden = into_hidden(rows, weights.into, matmul)
     if weights.is_joined:
         hidden = halves(hidden[0])
-    return out_of_hidden(hidden, weights.down, activation, dropout, matmul)
+    return out_of_hidden(hidden, weights.down, weights.activation, dropout, matmul)
 
 
 @jax.custom_vjp
@@ -217,7 +215,7 @@ halves.defvjp(lambda joined: (halves(joined), None), _halves_bwd)
 
 
 def batched_ffn(
-    rows: Float[Array, "E R D"], weights: ExpertWeights, activation: str, dropout: ExpertDropout | None = None
+    rows: Float[Array, "E R D"], weights: ExpertWeights, dropout: ExpertDropout | None = None
 ) -> Float[Array, "E R D"]:
     """Apply expert e to its R rows."""
 
@@ -226,4 +224,4 @@ def batched_ffn(
             return quantized.matmul(rows, matrices, weights.precision)
         return jnp.einsum("eri,eij->erj", rows, matrices)
 
-    return ffn(rows, weights, activation, dropout, matmul)
+    return ffn(rows, weights, dropout, matmul)

@@ -28,9 +28,9 @@ from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
 from moe.parallel.partition_specs import EXPERT_OUTPUTS
 from moe.routing.routing import Routing
 
-#: (x [G,S,D], routing, plan, weights, activation, dropout) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a
+#: (x [G,S,D], routing, plan, weights, dropout) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a
 #: dropped token.
-Implementation = Callable[[Array, Routing, Plan, ExpertWeights, str, ExpertDropout | None], Array]
+Implementation = Callable[[Array, Routing, Plan, ExpertWeights, ExpertDropout | None], Array]
 
 
 class Dispatch(NamedTuple):
@@ -78,10 +78,7 @@ def describe(dispatch: str) -> str:
 
 
 def apply_in_buffers(
-    expert_inputs: Float[Array, "E G C D"],
-    weights: ExpertWeights,
-    activation: str,
-    dropout: ExpertDropout | None,
+    expert_inputs: Float[Array, "E G C D"], weights: ExpertWeights, dropout: ExpertDropout | None
 ) -> Float[Array, "E G C D"]:
     """Move slots from the devices of their tokens to those of their experts, apply the experts, move them back."""
     expert_inputs = constrain(expert_inputs, partition_specs.GROUPED_SLOTS)
@@ -93,7 +90,6 @@ def apply_in_buffers(
     outputs = batched_ffn(
         expert_inputs.reshape(num_experts, groups * capacity, model_dim),
         weights.gathered(expert_inputs.dtype),
-        activation,
         dropout,
     )
     outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
@@ -110,12 +106,7 @@ def _numbers(routing: Routing) -> Int[Array, "G S K"]:
 
 
 def by_index(
-    x: Float[Array, "G S D"],
-    routing: Routing,
-    plan: Plan,
-    weights: ExpertWeights,
-    activation: str,
-    dropout: ExpertDropout | None = None,
+    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None = None
 ) -> Float[Array, "G S D"]:
     """Move rows by index: no arithmetic on tokens but the weighted sum at the end, in float32.
 
@@ -146,7 +137,7 @@ def by_index(
     # [G,S,·] → [X,G/X·S,·]
     x = x.reshape(num_devices, -1, model_dim)
     combine_weights = routing.combine_weights.reshape(num_devices, x.shape[1], -1)
-    outputs = apply_in_buffers(buffers(jax.vmap(fill_rows)(x, *tables)), weights, activation, dropout)
+    outputs = apply_in_buffers(buffers(jax.vmap(fill_rows)(x, *tables)), weights, dropout)
     # [E,X,R,D] → [X,E,R,D] → [X,E·R,D]
     outputs = outputs.swapaxes(0, 1).reshape(num_devices, plan.num_experts * num_rows, model_dim)
     return jax.vmap(combine_rows)(outputs, combine_weights, *tables).reshape(groups, tokens, model_dim)
@@ -156,12 +147,7 @@ def by_index(
 
 
 def by_one_hot(
-    x: Float[Array, "G S D"],
-    routing: Routing,
-    plan: Plan,
-    weights: ExpertWeights,
-    activation: str,
-    dropout: ExpertDropout | None = None,
+    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None = None
 ) -> Float[Array, "G S D"]:
     """Move rows by one-hot matmuls over [G,S,E,C] (GShard 2020, algorithm 2); returns float32."""
     expert = jax.nn.one_hot(routing.expert_index, plan.num_experts, dtype=jnp.float32)  # [G,S,K,E]
@@ -171,7 +157,7 @@ def by_one_hot(
     if dropout is not None:
         places = (expert.astype(jnp.int32), slot.astype(jnp.int32))
         dropout = dropout.at(jnp.einsum("gske,gskc,gsk->egc", *places, _numbers(routing)))
-    return mix(x, dispatch_mask, combine_weights, weights, activation, dropout)
+    return mix(x, dispatch_mask, combine_weights, weights, dropout)
 
 
 def mix(
@@ -179,7 +165,6 @@ def mix(
     dispatch_weights: Float[Array, "G S E C"],
     combine_weights: Float[Array, "G S E C"],
     weights: ExpertWeights,
-    activation: str,
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "G S D"]:
     """Fill slots with weighted sums of tokens, and tokens with weighted sums of the experts' outputs, in float32.
@@ -196,7 +181,7 @@ def mix(
         slots = jnp.arange(num_experts * groups * capacity, dtype=jnp.int32)
         dropout = dropout.at(slots.reshape(num_experts, groups, capacity))
     expert_inputs = jnp.einsum("gsec,gsd->egcd", dispatch_weights.astype(x.dtype), x)
-    outputs = apply_in_buffers(expert_inputs, weights, activation, dropout)
+    outputs = apply_in_buffers(expert_inputs, weights, dropout)
     return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
 
 
@@ -204,12 +189,7 @@ def mix(
 
 
 def by_sorting(
-    x: Float[Array, "G S D"],
-    routing: Routing,
-    plan: Plan,
-    weights: ExpertWeights,
-    activation: str,
-    dropout: ExpertDropout | None = None,
+    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None = None
 ) -> Float[Array, "G S D"]:
     """Sort all kept assignments by expert, by counting, and give each expert exactly its rows; returns float32.
 
@@ -219,10 +199,10 @@ def by_sorting(
     if dropout is not None:
         dropout = dropout.at(_numbers(routing))
     if axis_size(*partition_specs.AXES) == 1:
-        return _sort_and_apply(activation, x, routing, plan, weights.gathered(x.dtype), dropout)
+        return _sort_and_apply(x, routing, plan, weights.gathered(x.dtype), dropout)
 
     def local(x: Array, routing: Routing, plan: Plan, shards: ExpertWeights, dropout: ExpertDropout | None) -> Array:
-        return _sort_and_apply(activation, x, routing, plan, shards.gathered_shards(), dropout)
+        return _sort_and_apply(x, routing, plan, shards.gathered_shards(), dropout)
 
     groups = on_mesh(partition_specs.GROUPS)
     stored = jax.tree.map(on_mesh, weights.specs(), is_leaf=lambda leaf: isinstance(leaf, P))
@@ -232,12 +212,7 @@ def by_sorting(
 
 
 def _sort_and_apply(
-    activation: str,
-    x: Float[Array, "G S D"],
-    routing: Routing,
-    plan: Plan,
-    weights: ExpertWeights,
-    dropout: ExpertDropout | None,
+    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None
 ) -> Float[Array, "G S D"]:
     """One device's part of the experts, applied to its kept assignments."""
     groups, tokens, model_dim = x.shape
@@ -251,9 +226,9 @@ def _sort_and_apply(
         assert dropout.rows is not None
         dropout = dropout.at(take_rows(dropout.rows.reshape(-1), tables[0]))
     if num_devices == 1:
-        outputs = grouped_ffn(rows, sizes, weights, activation, dropout)
+        outputs = grouped_ffn(rows, sizes, weights, dropout)
     else:
-        outputs = exchange_rows(rows, sizes, weights, activation, dropout)
+        outputs = exchange_rows(rows, sizes, weights, dropout)
     outputs = checkpoint_name(outputs, EXPERT_OUTPUTS)
     combine_weights = routing.combine_weights.reshape(groups * tokens, -1)
     y = combine_rows(outputs, combine_weights, *tables).reshape(x.shape)
@@ -270,7 +245,6 @@ def dispatch(
     routing: Routing,
     plan: Plan,
     weights: ExpertWeights,
-    activation: str,
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "G S D"]:
     """Apply the experts by the implementation that ``model.moe.dispatch=mode`` means on this target.
@@ -285,4 +259,4 @@ def dispatch(
     Returns:
         Σ_k weight·expert output in float32, 0 for a token whose assignments were all dropped.
     """
-    return IMPLEMENTATIONS[implementation(mode)](x, routing, plan, weights, activation, dropout)
+    return IMPLEMENTATIONS[implementation(mode)](x, routing, plan, weights, dropout)

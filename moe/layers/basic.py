@@ -192,7 +192,9 @@ class Experts(nnx.Module):
         gate = None if self.gate is None else self.gate[...]
         gate_bias = None if self.gate_bias is None else self.gate_bias[...]
         biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
-        return ExpertWeights(self.up[...], gate, self.down[...], biases, precision=self.precision)
+        return ExpertWeights(
+            self.up[...], gate, self.down[...], biases, activation=self.activation, precision=self.precision
+        )
 
 
 class SharedExpert(nnx.Module):

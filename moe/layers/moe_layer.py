@@ -232,12 +232,12 @@ class MoELayer(nnx.Module):
             **settings,
         )
 
-    def _experts(self, keys: Keys, *, train: bool) -> tuple[ExpertWeights, str, ExpertDropout | None]:
-        """Weights, activation and dropout of the FFN experts."""
+    def _experts(self, keys: Keys, *, train: bool) -> tuple[ExpertWeights, ExpertDropout | None]:
+        """Weights and dropout of the FFN experts."""
         rate, dropout = self.config.expert_dropout, None
         if train and keys.dropout is not None and rate > 0:
             dropout = ExpertDropout(keys.dropout, rate)
-        return self.experts.weights, self.experts.activation, dropout
+        return self.experts.weights, dropout
 
     def _finish(
         self, x: Float[Array, "B T D"], tokens: Tokens, routing: Routing, experts: RunExperts

@@ -97,8 +97,8 @@ def test_outputs_by_hand(mode, on_cpu, monkeypatch):
     x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
     routing = _routing([[[0], [1], [0]]], 3, weights=[[[0.5], [1.0], [1.0]]])
     up = jnp.eye(2) * jnp.asarray([1.0, 2.0, 3.0])[:, None, None]
-    weights = ExpertWeights(up, None, jnp.broadcast_to(jnp.eye(2), (3, 2, 2)))
-    y = dispatch(mode, x, routing, make_plan(routing, 1), weights, "relu")
+    weights = ExpertWeights(up, None, jnp.broadcast_to(jnp.eye(2), (3, 2, 2)), activation="relu")
+    y = dispatch(mode, x, routing, make_plan(routing, 1), weights)
     np.testing.assert_array_equal(y, [[[0.5, 5.0], [4.0, 40.0], [0.0, 0.0]]])
 
 
@@ -121,7 +121,7 @@ def _system(config, capacity, mode, key):
         logits = router(x)
         routing = route(config.moe.gate, logits, mask, rng=key)
         plan = make_plan(routing, capacity)
-        y = dispatch(mode, x, routing, plan, experts.weights, experts.activation)
+        y = dispatch(mode, x, routing, plan, experts.weights)
         return jnp.sum(y * cotangent), (y, plan, routing)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))

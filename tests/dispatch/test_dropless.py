@@ -50,7 +50,7 @@ def _program(mode, config, variant):
         sent = dataclasses.replace(routing, combine_weights=weights)
         plan = make_plan(sent, weights.shape[1] * weights.shape[2])
         experts = nnx.merge(graphdef, parameters)
-        y = dispatch(mode, x, sent, plan, experts.weights, experts.activation, _DROPOUT[variant.startswith("dropout")])
+        y = dispatch(mode, x, sent, plan, experts.weights, _DROPOUT[variant.startswith("dropout")])
         return jnp.sum(jnp.sin(y)), y
 
     return parameters, jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -120,7 +120,7 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
     biases = tuple(jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(2))
 
     def ours(rows, weights):
-        return grouped_ffn(rows, jnp.asarray(sizes, jnp.int32), weights, "swiglu")[:total]
+        return grouped_ffn(rows, jnp.asarray(sizes, jnp.int32), weights)[:total]
 
     def plain(rows, weights):
         parts = []
@@ -131,7 +131,7 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
 
     def values_and_gradients(f):
         loss = jax.value_and_grad(lambda *a: (jnp.sum(jnp.sin(y := f(*a))), y), (0, 1), has_aux=True)
-        (_, y), (d_rows, d_weights) = jax.jit(loss)(rows, ExpertWeights(up, gate, down, biases))
+        (_, y), (d_rows, d_weights) = jax.jit(loss)(rows, ExpertWeights(up, gate, down, biases, activation="swiglu"))
         return [y, d_rows[:total], *jax.tree.leaves(d_weights)]
 
     _assert_close(values_and_gradients(ours), values_and_gradients(plain), 1e-5)
@@ -231,7 +231,7 @@ def test_within_vmap_scan_and_remat(rng):
 
     def layer(x, routing, parameters):
         experts = nnx.merge(graphdef, parameters)
-        return dispatch("dropless", x, routing, make_plan(routing, 40), experts.weights, experts.activation)
+        return dispatch("dropless", x, routing, make_plan(routing, 40), experts.weights)
 
     def plain(x, parameters):
         return jnp.stack([layer(x[i], jax.tree.map(lambda a, i=i: a[i], routings), parameters) for i in range(3)])
@@ -280,7 +280,7 @@ def test_tokens_move_by_gathers_alone(mode, rng):
     def loss(x, parameters, weights):
         sent = dataclasses.replace(routing, combine_weights=weights)
         experts = nnx.merge(graphdef, parameters)
-        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, 24), experts.weights, experts.activation))
+        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, 24), experts.weights))
 
     x = jnp.zeros((2, 12, config.d_model), jnp.float32)
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, parameters, routing.combine_weights))

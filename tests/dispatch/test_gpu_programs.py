@@ -168,7 +168,7 @@ def _compile_layer(mode: str, capacity: int, name: str, *, e: int, d: int, f: in
     def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
         experts = nnx.merge(graphdef, parameters)
-        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, capacity), experts.weights, experts.activation))
+        return jnp.sum(dispatch(mode, x, sent, make_plan(sent, capacity), experts.weights))
 
     x = jax.ShapeDtypeStruct((1, tokens, d), jnp.bfloat16)
     gradients = jax.value_and_grad(loss, (0, 1, 2))

@@ -83,13 +83,13 @@ def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
     """With biases, whose product with 1 is exact."""
     up, gate, down = (jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for s in ((16, 24), (16, 24), (24, 16)))
     biases = tuple(jnp.asarray(rng.normal(size=(4, 24)), jnp.float32) for _ in range(2))
-    weights = ExpertWeights(up, gate, down, biases, precision="int8")
+    weights = ExpertWeights(up, gate, down, biases, activation="swiglu", precision="int8")
     rows = jnp.asarray(rng.normal(size=(4, 6, 16)), jnp.float32)
     sizes = jnp.full(4, 6, jnp.int32)
-    batched = batched_ffn(rows, weights, "swiglu")
-    grouped = grouped_ffn(rows.reshape(24, 16), sizes, weights, "swiglu").reshape(4, 6, 16)
+    batched = batched_ffn(rows, weights)
+    grouped = grouped_ffn(rows.reshape(24, 16), sizes, weights).reshape(4, 6, 16)
     np.testing.assert_allclose(grouped, batched, rtol=1e-5, atol=1e-4)
-    plain = batched_ffn(rows, dataclasses.replace(weights, precision="none"), "swiglu")
+    plain = batched_ffn(rows, dataclasses.replace(weights, precision="none"))
     error = np.sqrt(np.mean((batched - plain) ** 2) / np.mean(plain**2))
     assert 1e-3 < error < 0.03
 
@@ -196,9 +196,10 @@ mesh = jax.sharding.Mesh(get_topology(sys.argv[1]).devices[:1], ("data",))
 place = NamedSharding(mesh, PartitionSpec())
 def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-weights = ExpertWeights(array(4, 256, 256), array(4, 256, 256), array(4, 256, 256), precision=sys.argv[2])
+matrix = array(4, 256, 256)
+weights = ExpertWeights(matrix, matrix, matrix, activation="swiglu", precision=sys.argv[2])
 def gradients(rows, sizes, weights):
-    return jax.grad(lambda *a: jnp.sum(grouped_ffn(a[0], sizes, a[1], "swiglu") ** 2), (0, 1))(rows, weights)
+    return jax.grad(lambda *a: jnp.sum(grouped_ffn(a[0], sizes, a[1]) ** 2), (0, 1))(rows, weights)
 with jax.set_mesh(mesh):
     print(jax.jit(gradients).lower(array(1024, 256), array(4, dtype=jnp.int32), weights).compile().as_text())
 """

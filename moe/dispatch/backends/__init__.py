@@ -24,7 +24,6 @@ def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
     weights: ExpertWeights,
-    activation: str,
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "R D"]:
     """Apply expert 0 to the first group_sizes[0] rows, expert 1 to the next group_sizes[1], and so on.
@@ -33,10 +32,9 @@ def grouped_ffn(
         rows: sorted by expert; R comes from :func:`whole_tiles`.
         group_sizes: rows of each expert. The output of further rows is undefined.
         weights: of the experts, gathered.
-        activation: key of an activation in :mod:`moe.dispatch.ffn`.
         dropout: of the hidden activations, with the assignments of the rows.
     """
-    return backend().grouped_ffn(rows, group_sizes, weights, activation, dropout)
+    return backend().grouped_ffn(rows, group_sizes, weights, dropout)
 
 
 def whole_tiles(num_rows: int) -> int:

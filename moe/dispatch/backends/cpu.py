@@ -69,7 +69,6 @@ def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
     weights: ExpertWeights,
-    activation: str,
     dropout: ExpertDropout | None = None,
     *,
     expected_rows: int | None = None,
@@ -81,9 +80,9 @@ def grouped_ffn(
         expected_rows: sum of the groups' sizes for which blocks are chosen; None: R.
     """
     if weights.precision != "none":  # XLA's dense matmuls: right, and slow
-        return tpu.grouped_ffn(rows, group_sizes, weights, activation, dropout)
+        return tpu.grouped_ffn(rows, group_sizes, weights, dropout)
     row_blocks = choose_row_blocks(expected_rows or rows.shape[0], group_sizes.shape[0])
-    return _grouped_ffn(activation, row_blocks, rows, weights, group_sizes, dropout)
+    return _grouped_ffn(row_blocks, rows, weights, group_sizes, dropout)
 
 
 # No index is negative; saying so saves the arithmetic that would wrap it, in hundreds of small programs to compile.
@@ -188,13 +187,13 @@ def _for_each_block(
     return lax.fori_loop(0, ends[-1], run_further, carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_ffn(activation, row_blocks, rows, weights, sizes, dropout):
-    return _grouped_ffn_fwd(activation, row_blocks, rows, weights, sizes, dropout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_ffn(row_blocks, rows, weights, sizes, dropout):
+    return _grouped_ffn_fwd(row_blocks, rows, weights, sizes, dropout)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _grouped_ffn_fwd(activation, row_blocks, rows, weights, sizes, dropout):
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+def _grouped_ffn_fwd(row_blocks, rows, weights, sizes, dropout):
     slots = row_blocks.total_rows(rows.shape[0], sizes.shape[0])
     hidden = jax.tree.map(
         lambda matrix: jax.ShapeDtypeStruct((slots, matrix.shape[-1]), rows.dtype), (weights.up, weights.gate)
@@ -204,7 +203,7 @@ def _grouped_ffn_fwd(activation, row_blocks, rows, weights, sizes, dropout):
         hidden, outputs = carry
         new = into_hidden(block.read(rows), _at(weights.into, block.expert), jnp.matmul)
         down, drop = _at(weights.down, block.expert), _of_block(dropout, block)
-        outputs = block.write(outputs, out_of_hidden(new, down, activation, drop, jnp.matmul))
+        outputs = block.write(outputs, out_of_hidden(new, down, weights.activation, drop, jnp.matmul))
         return jax.tree.map(lambda array, part: _update_slice(array, part, block.slot), hidden, new), outputs
 
     carry = _unwritten((hidden, rows), sizes)
@@ -212,7 +211,7 @@ def _grouped_ffn_fwd(activation, row_blocks, rows, weights, sizes, dropout):
     return outputs, (rows, hidden, weights, sizes, dropout)
 
 
-def _grouped_ffn_bwd(activation, row_blocks, residuals, gradient):
+def _grouped_ffn_bwd(row_blocks, residuals, gradient):
     """Gradients of both halves in one pass, so that a block's hidden gradients stay in the cache."""
     rows, hidden, weights, sizes, dropout = residuals
 
@@ -221,7 +220,7 @@ def _grouped_ffn_bwd(activation, row_blocks, residuals, gradient):
         d_rows, d_into, d_down = carry
         drop = _of_block(dropout, block)
         _, backward = jax.vjp(
-            lambda hidden, down: out_of_hidden(hidden, down, activation, drop, matmul),
+            lambda hidden, down: out_of_hidden(hidden, down, weights.activation, drop, matmul),
             jax.tree.map(lambda array: _slice(array, block.slot, block.size), hidden),
             _at(weights.down, block.expert),
         )
@@ -246,7 +245,8 @@ def _grouped_ffn_bwd(activation, row_blocks, residuals, gradient):
         (weights.into, weights.down),
     )
     d_up, d_gate = d_matrices
-    return d_rows, ExpertWeights(d_up, d_gate, d_down, d_biases), None, None
+    d_weights = dataclasses.replace(weights, up=d_up, gate=d_gate, down=d_down, biases=d_biases)
+    return d_rows, d_weights, None, None
 
 
 def _of_block(dropout: ExpertDropout | None, block: _Block) -> ExpertDropout | None:

@@ -43,7 +43,6 @@ def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
     weights: ExpertWeights,
-    activation: str,
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not
@@ -56,7 +55,7 @@ def grouped_ffn(
         multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights.joined(), activation, dropout, matmul)
+    return ffn(rows, weights.joined(), dropout, matmul)
 
 
 def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:

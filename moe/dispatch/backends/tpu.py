@@ -46,7 +46,6 @@ def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
     weights: ExpertWeights,
-    activation: str,
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
@@ -56,7 +55,7 @@ def grouped_ffn(
             return quantized_matmul(rows, matrices, group_sizes, weights.precision)
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights.joined(), activation, dropout, matmul)
+    return ffn(rows, weights.joined(), dropout, matmul)
 
 
 def multiply(
