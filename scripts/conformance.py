@@ -55,6 +55,7 @@ from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402
 from moe.routing.gates import Random, TopK  # noqa: E402
+from moe.routing.interface import GateInputs  # noqa: E402
 from moe.routing.routing import Routing, route  # noqa: E402
 
 
@@ -63,7 +64,7 @@ def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Arra
     mask = jnp.ones(logits.shape[:2], bool)
     rule = find_gate(gate)
     rule = dataclasses.replace(rule, k=k) if isinstance(rule, TopK) else rule
-    return route(rule, jnp.asarray(logits, jnp.float32), mask), mask
+    return route(rule, jnp.asarray(logits, jnp.float32), GateInputs(mask)), mask
 
 
 def check_values() -> Iterator[Row]:
@@ -114,7 +115,7 @@ def dropped_share() -> Iterator[Row]:
         shape = (groups, tokens, 8)
         rng = jax.random.key(tokens + int(100 * factor))
         mask = jnp.ones(shape[:2], bool)
-        routing = route(Random(), jnp.zeros(shape), mask, rng=rng)
+        routing = route(Random(), jnp.zeros(shape), GateInputs(mask, rng=rng))
         kept = plan(routing, capacity=expert_capacity(factor, 1, tokens, 8)).kept
         # Of one group's share: the error of the mean is its deviation over sqrt(groups); five of them, and the print's.
         shares = 100 * (1 - np.asarray(kept, np.float64).mean(axis=(1, 2)))

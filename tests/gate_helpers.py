@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.config.registry import LAYERS
+from moe.routing.interface import GateInputs
 from moe.routing.routing import route
 from tests.helpers import gate_named
 
@@ -18,11 +19,11 @@ SIGMOID_LOGITS = np.log(SIGMOIDS / (1 - SIGMOIDS))
 SOFTPLUS_LOGITS = np.log(np.expm1([[[4.0, 1.0, 9.0, 16.0]]]))
 
 
-def routed(gate, logits, k=None, mask=None, **given):
+def routed(gate, logits, k=None, mask=None, replay=None, **given):
     """route() on logits [G,S,E], all real unless said otherwise; ``given``: fields of the gate, inputs of the call."""
     logits = jnp.asarray(logits, jnp.float32)
     mask = jnp.ones(logits.shape[:2], bool) if mask is None else jnp.asarray(mask)
     own = {field.name for field in dataclasses.fields(LAYERS[gate].gate)}
     fields = {name: value for name, value in given.items() if name in own}
     inputs = {name: value for name, value in given.items() if name not in own}
-    return route(gate_named(gate, k, **fields), logits, mask, **inputs)
+    return route(gate_named(gate, k, **fields), logits, GateInputs(mask, **inputs), replay=replay)

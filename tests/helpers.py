@@ -22,7 +22,7 @@ from moe.config.parse import build
 from moe.config.registry import LAYERS
 from moe.models.factory import abstract_model
 from moe.routing.gates import TopK
-from moe.routing.interface import Gate
+from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Routing, route
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"} | flat.PLACES.keys()
@@ -100,14 +100,14 @@ def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:
     return dataclasses.replace(gate, **fields)
 
 
-_route = jax.jit(route, static_argnames="gate")
+_route = jax.jit(lambda gate, logits, mask, rng: route(gate, logits, GateInputs(mask, rng=rng)), static_argnames="gate")
 
 
 def tiny_routing(gate: str, logits: Any, mask: Any = None, k: int | None = None, rng: Any = None) -> Routing:
     """route() on logits [G,S,E], all tokens real unless said otherwise, K the gate's unless said otherwise."""
     logits = jnp.asarray(logits, jnp.float32)
     mask = np.ones(logits.shape[:2], bool) if mask is None else mask
-    return _route(gate_named(gate, k), logits, mask, rng=rng)
+    return _route(gate_named(gate, k), logits, mask, rng)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from moe.dispatch.buffers import expert_capacity, make_plan
 from moe.routing import balancing
+from moe.routing.interface import GateInputs
 from moe.routing.routing import route
 from tests.helpers import gate_named
 
@@ -18,7 +19,7 @@ EXPERTS = [0, 1, 0, 0, 2, 1, 0, 3]
 def _weights(gate, k):
     """Combine weights [E] of one token with the logits 2, 1, 0, -1."""
     logits = jnp.asarray([[[2.0, 1.0, 0.0, -1.0]]])
-    routing = route(gate_named(gate, k), logits, jnp.ones((1, 1), bool))
+    routing = route(gate_named(gate, k), logits, GateInputs(jnp.ones((1, 1), bool)))
     return np.asarray(jnp.zeros(4).at[routing.expert_index[0, 0]].set(routing.combine_weights[0, 0]))
 
 
@@ -39,7 +40,7 @@ def test_eight_tokens():
     probs = np.full((1, 8, 4), 0.1, np.float32)
     probs[0, np.arange(8), EXPERTS] = 0.7
     mask = jnp.ones((1, 8), bool)
-    routing = route(gate_named("switch"), jnp.log(probs), mask)
+    routing = route(gate_named("switch"), jnp.log(probs), GateInputs(mask))
     assert (expert_capacity(1.0, 1, 8, 4), expert_capacity(2.0, 1, 8, 4)) == (2, 4)
     plan = make_plan(routing, 2)
     assert plan.position_in_expert[0, :, 0].tolist() == [0, 0, 1, 2, 0, 1, 3, 0]

@@ -165,7 +165,7 @@ def test_gates(case, outcomes):
         logits = jax.random.normal(jax.random.key(3), (1, 4, E))
         noise = logits if moe.gate.router == "noisy" else None
         bias = jnp.zeros(E) if moe.gate.state.update != "none" else None
-        routing = route(moe.gate, logits, jnp.ones((1, 4), bool), noise_logits=noise, selection_bias=bias)
+        routing = route(moe.gate, logits, GateInputs(jnp.ones((1, 4), bool), noise_logits=noise, selection_bias=bias))
         k = E if moe.gate.lists_all else moe.experts_per_token
         assert routing.expert_index.shape == routing.combine_weights.shape == (1, 4, k)
         for row in np.asarray(routing.expert_index).reshape(-1, k):

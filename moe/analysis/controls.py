@@ -13,6 +13,7 @@ import numpy as np
 from moe.analysis.record import Records
 from moe.config import ModelConfig
 from moe.routing.gates import Hash
+from moe.routing.interface import GateInputs
 from moe.routing.routing import route
 
 
@@ -55,8 +56,7 @@ def hash_routing(records: Records) -> Records:
     routing = route(
         Hash(k=k),
         jnp.zeros((1, count, records.num_experts)),
-        jnp.ones((1, count), bool),
-        token_ids=jnp.asarray(records.tokens)[None],
+        GateInputs(jnp.ones((1, count), bool), token_ids=jnp.asarray(records.tokens)[None]),
     )
 
     def repeated(x: Any) -> np.ndarray:

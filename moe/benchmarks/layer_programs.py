@@ -21,6 +21,7 @@ from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import parameter_specs
 from moe.routing.gates import TopK
+from moe.routing.interface import GateInputs
 from moe.routing.routing import Routing, route
 
 
@@ -106,7 +107,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
         draws = jax.random.gumbel(jax.random.key(2), (*x.shape[:2], case.experts))
         logits = draws.at[..., 0].add(np.log(case.skew)).reshape(-1, config.moe.group_size, case.experts)
         masks = mask.reshape(logits.shape[:2])
-        replayed = route(TopK(k=case.k, renormalise=case.k > 1), logits, masks)
+        replayed = route(TopK(k=case.k, renormalise=case.k > 1), logits, GateInputs(masks))
     if not jax.sharding.get_abstract_mesh().empty:
         mesh = jax.sharding.get_mesh()
         x, mask = jax.device_put((x, mask), partition_specs.shardings(mesh, partition_specs.BATCH))

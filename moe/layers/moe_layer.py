@@ -24,7 +24,7 @@ from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul
 from moe.routing import balancing
 from moe.routing.gates import SoftMoE
-from moe.routing.interface import Gate, RouterKind
+from moe.routing.interface import Gate, GateInputs, RouterKind
 from moe.routing.routing import Choices, Routing, route
 
 
@@ -186,8 +186,8 @@ class MoELayer(nnx.Module):
         capacity = layer_capacity(self.config, tokens.mask.shape[1], train=train)
         self._check_replay(routing, tokens)
         if not isinstance(routing, Routing):
-            logits = self._logits(tokens, keys)
-            routing = self._choose(logits, tokens, keys, replay=routing, train=train, expert_capacity=capacity)
+            inputs = self._inputs(tokens, keys, train=train, expert_capacity=capacity)
+            routing = route(self.gate, self._logits(tokens, keys), inputs, replay=routing)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
             routing, plan = plan_assignments(self.config, routing, capacity, rng=keys.drop)
@@ -217,19 +217,18 @@ class MoELayer(nnx.Module):
             return jnp.zeros((*tokens.mask.shape, columns), jnp.float32)
         return self.router(tokens.x, jitter=self.config.jitter, rng=keys.jitter)
 
-    def _choose(self, logits: Float[Array, "G S E"], tokens: Tokens, keys: Keys, **settings: Any) -> Routing:
-        """The gate's routing; settings are those of :func:`moe.routing.routing.route`."""
+    def _inputs(self, tokens: Tokens, keys: Keys, *, train: bool, expert_capacity: int = 0) -> GateInputs:
+        """What the gate reads beside the logits."""
         router = self.router
-        return route(
-            self.gate,
-            logits,
+        return GateInputs(
             tokens.mask,
             rng=keys.gate,
+            train=train,
+            expert_capacity=expert_capacity,
             noise_logits=None if router is None or keys.gate is None else router.noise_logits(tokens.x),
             selection_bias=None if router is None or router.bias is None else router.bias[...],
             token_ids=tokens.token_ids,
             positions=tokens.positions,
-            **settings,
         )
 
     def _experts(self, keys: Keys, *, train: bool) -> tuple[ExpertWeights, ExpertDropout | None]:

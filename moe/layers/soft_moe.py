@@ -15,7 +15,7 @@ from moe.dispatch.modes import mix
 from moe.layers.moe_layer import Keys, MoELayer
 from moe.routing import balancing
 from moe.routing.interface import Gate
-from moe.routing.routing import Choices, Routing
+from moe.routing.routing import Choices, Routing, route
 
 
 class SoftMoE(MoELayer):
@@ -51,7 +51,7 @@ class SoftMoE(MoELayer):
             raise ValueError("a routing cannot be replayed by Soft MoE: its slots are not in it")
         tokens, keys = self._group(x, mask, token_ids, positions), Keys.split(rng)
         slot_logits = self._logits(tokens, keys)
-        routing = self._choose(expert_logits(slot_logits), tokens, keys, train=train)
+        routing = route(self.gate, expert_logits(slot_logits), self._inputs(tokens, keys, train=train))
         weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Float
 
 from moe.atomic_files import write_arrays
 from moe.fields import ConfigError, raised_as_errors
@@ -90,36 +90,22 @@ def load_routing(path: str) -> Routing | Choices:
 def route(
     gate: Gate,
     router_logits: Float[Array, "G S E"],
-    mask: Bool[Array | np.ndarray, "G S"],
+    inputs: GateInputs,
     *,
     replay: Choices | None = None,
-    rng: PRNGKeyArray | None = None,
-    train: bool = False,
-    expert_capacity: int = 0,
-    noise_logits: Float[Array, "G S E"] | None = None,
-    selection_bias: Float[Array, " E"] | None = None,
-    token_ids: Int[Array, "G S"] | None = None,
-    positions: Int[Array, "G S"] | None = None,
 ) -> Routing:
     """Apply a gate, and mask out padding and tokens with non-finite logits.
 
     Args:
         gate: the routing rule.
         router_logits: cast to float32.
-        mask: True for real tokens; padding is never chosen and has zero weights.
+        inputs: with the mask of the real tokens; padding is never chosen and has zero weights.
         replay: recorded experts to weigh anew instead of choosing.
-        rng: see :class:`moe.routing.interface.GateInputs`, as all that follow.
-        train: see there.
-        expert_capacity: see there.
-        noise_logits: see there.
-        selection_bias: see there.
-        token_ids: see there.
-        positions: see there.
 
     Raises:
         ConfigError: the gate returns something else than assignments of these tokens to these experts.
     """
-    router_logits, mask = router_logits.astype(jnp.float32), jnp.asarray(mask)
+    router_logits, mask, noise_logits = router_logits.astype(jnp.float32), inputs.mask, inputs.noise_logits
     finite = jnp.all(jnp.isfinite(router_logits), axis=-1)
     if noise_logits is not None:
         finite &= jnp.all(jnp.isfinite(noise_logits), axis=-1)
@@ -127,9 +113,7 @@ def route(
     router_logits = jnp.where(finite[..., None], router_logits, 0.0)
     valid = mask & finite
     recorded = None if replay is None else replay.expert_index
-    inputs = GateInputs(
-        valid, rng, train, expert_capacity, noise_logits, selection_bias, token_ids, positions, expert_index=recorded
-    )
+    inputs = dataclasses.replace(inputs, mask=valid, noise_logits=noise_logits, expert_index=recorded)
     output = gate.route(router_logits, inputs)
     _check_output(gate, output, router_logits)
     chosen = jnp.broadcast_to(valid[..., None], output.expert_index.shape)
@@ -186,9 +170,7 @@ def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
         state = None if gate.state.update == "none" else jnp.zeros((columns,), jnp.float32)
         noise = logits if rng is not None and gate.router == "noisy" else None
         with raised_as_errors(f"{name}: route"):
-            routing = route(
-                gate,
-                logits,
+            inputs = GateInputs(
                 jnp.ones((2, 8), bool),
                 rng=rng,
                 train=rng is not None,
@@ -196,6 +178,7 @@ def probe(gate: Gate, num_experts: int, *, null_experts: int = 0) -> None:
                 selection_bias=state,
                 token_ids=ids,
             )
+            routing = route(gate, logits, inputs)
         index, weights = np.asarray(routing.expert_index), np.asarray(routing.combine_weights)
         k = columns if gate.lists_all else gate.experts_per_token(num_experts)
         if index.shape[-1] != k:

@@ -10,6 +10,7 @@ import pytest
 from moe.analysis import controls, probes
 from moe.analysis.record import Recorder
 from moe.config import Capacity, ConfigError
+from moe.routing.interface import GateInputs
 from moe.routing.routing import route
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import build
@@ -127,7 +128,7 @@ def test_masking_takes_the_most_probable_experts_of_each_token(rng):
 
     def masked_route(name, experts, **options):
         gate = probes.Masked(gate=gate_named(name, 2), experts=experts)
-        return jax.jit(lambda x: route(gate, x, mask, **options))(logits)
+        return jax.jit(lambda x: route(gate, x, GateInputs(mask, **options)))(logits)
 
     masked = masked_route("mixtral", 3)
     np.testing.assert_array_equal(masked.expert_index, order[..., 3:5])

@@ -17,6 +17,7 @@ from moe.dispatch.modes import dispatch
 from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer, Router
 from moe.parallel import target
+from moe.routing.interface import GateInputs
 from moe.routing.routing import Routing, route
 from tests.helpers import slow_case, tiny_model, tiny_routing
 
@@ -119,7 +120,7 @@ def _system(config, capacity, mode, key):
         router = nnx.merge(router_def, parameters["router"])
         experts = nnx.merge(experts_def, parameters["experts"])
         logits = router(x)
-        routing = route(config.moe.gate, logits, mask, rng=key)
+        routing = route(config.moe.gate, logits, GateInputs(mask, rng=key))
         plan = make_plan(routing, capacity)
         y = dispatch(mode, x, routing, plan, experts.weights)
         return jnp.sum(y * cotangent), (y, plan, routing)

@@ -20,7 +20,7 @@ from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.fields import setting
 from moe.parallel.mesh import make_mesh
-from moe.routing.interface import Gate, GateOutput, top_k
+from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
 from moe.training import evaluation, open_run
 from moe.training.loop import train
@@ -113,7 +113,7 @@ def test_a_gate_and_a_layer_resolve(module):
     assert dataclasses.replace(find_layer("my_gates:Last").gate, name="my_gates:layer") == layer.gate
     moe = from_config_dict(tree_with("my_gates:Last", experts_per_token=2)).model.moe
     assert (moe.experts_per_token, moe.capacity.train, moe.losses.balance) == (2, 1.25, 0.01)
-    routing = route(moe.gate, jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), jnp.ones((1, 1), bool))
+    routing = route(moe.gate, jnp.log(jnp.asarray([[[0.5, 0.2, 0.3]]])), GateInputs(jnp.ones((1, 1), bool)))
     np.testing.assert_array_equal(routing.expert_index, [[[0, 2]]])
 
 
@@ -191,7 +191,7 @@ def test_the_recipe_of_the_guide_for_contributors():
     assert layer.losses.balance == 0.01
     probe(layer.gate, 4)
     # Logits ln 3 and ln 1 at a temperature of 1/2: weights 9/10 and 1/10.
-    routing = route(layer.gate, jnp.log(jnp.asarray([[[1.0, 3.0, 0.5]]])), jnp.ones((1, 1), bool))
+    routing = route(layer.gate, jnp.log(jnp.asarray([[[1.0, 3.0, 0.5]]])), GateInputs(jnp.ones((1, 1), bool)))
     np.testing.assert_array_equal(routing.expert_index, [[[1, 0]]])
     np.testing.assert_allclose(routing.combine_weights, [[[0.9, 0.1]]], rtol=1e-5)
     with pytest.raises(ConfigError, match="temperature=0: must be positive"):

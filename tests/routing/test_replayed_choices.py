@@ -11,7 +11,7 @@ from flax import nnx
 from moe.config import ConfigError
 from moe.config.registry import LAYERS
 from moe.models.decoder import Transformer
-from moe.routing.interface import Gate
+from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Choices, Routing, load_routing, route, save_routing
 from tests.gate_helpers import LOGITS, routed
 from tests.helpers import tiny_model
@@ -112,6 +112,6 @@ def test_a_gate_that_weighs_only_what_it_chooses_refuses_choices():
 def test_padding_stays_out_of_replayed_choices():
     choices = Choices(jnp.zeros((1, 2, 1), jnp.int32), jnp.ones((1, 2, 1), bool))
     mask = jnp.asarray([[True, False]])
-    routing = route(LAYERS["switch"].gate, jnp.asarray(LOGITS, jnp.float32), mask, replay=choices)
+    routing = route(LAYERS["switch"].gate, jnp.asarray(LOGITS, jnp.float32), GateInputs(mask), replay=choices)
     np.testing.assert_array_equal(routing.chosen[0, :, 0], [True, False])
     assert dataclasses.fields(Choices)[0].name == "expert_index"

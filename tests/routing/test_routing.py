@@ -10,7 +10,7 @@ from moe.config import ConfigError
 from moe.config.registry import LAYERS
 from moe.layers.moe_layer import MoELayer, Router
 from moe.routing.gates import TopK
-from moe.routing.interface import top_k
+from moe.routing.interface import GateInputs, top_k
 from moe.routing.routing import route
 from tests.helpers import FOUR, tiny_model, tiny_routing
 
@@ -87,7 +87,7 @@ def test_other_gates_draw_nothing(gate, rng):
 
 def test_router_computes_in_float32(rng):
     logits = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.bfloat16)
-    routing = route(LAYERS["switch"].gate, logits, jnp.ones((1, 3), bool))
+    routing = route(LAYERS["switch"].gate, logits, GateInputs(jnp.ones((1, 3), bool)))
     assert routing.combine_weights.dtype == routing.router_probs.dtype == routing.router_logits.dtype == jnp.float32
 
 
