@@ -221,7 +221,6 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
     """Build a dataclass from a nested dict, checking names and types.
 
     Args:
-        cls: the dataclass.
         tree: its fields, or some of them; ``model.moe`` may have the flat form (:mod:`moe.config.flat`).
         path: prefix of the fields in messages.
         base: the other fields; None: the defaults.

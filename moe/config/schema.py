@@ -178,7 +178,6 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
     """Check that everything split over mesh axes divides by their sizes.
 
     Args:
-        config: of the run.
         sizes: devices per axis, without -1 (``mesh.shape``).
 
     Raises:

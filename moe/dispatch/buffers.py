@@ -177,7 +177,6 @@ def index_tables(
     """Rows of assignments, when expert e's rows begin at starts[e] and follow group by group.
 
     Args:
-        routing: to dispatch.
         load: kept assignments of each group and expert.
         starts: first row of each expert.
         num_rows: R.

@@ -170,10 +170,8 @@ def mix(
     """Fill slots with weighted sums of tokens, and tokens with weighted sums of the experts' outputs, in float32.
 
     Args:
-        x: tokens.
         dispatch_weights: of tokens in slots.
         combine_weights: of slots in outputs.
-        weights: of the experts, as stored.
         dropout: of the experts; each slot draws for itself unless it has rows [E,G,C].
     """
     if dropout is not None and dropout.rows is None:
@@ -248,13 +246,6 @@ def dispatch(
     dropout: ExpertDropout | None = None,
 ) -> Float[Array, "G S D"]:
     """Apply the experts by the implementation that ``model.moe.dispatch=mode`` means on this target.
-
-    Args:
-        mode: a value of ``model.moe.dispatch``.
-        x: tokens.
-        routing: their experts and weights.
-        weights: of the experts, as stored.
-        dropout: of the experts; None: none.
 
     Returns:
         Σ_k weight·expert output in float32, 0 for a token whose assignments were all dropped.

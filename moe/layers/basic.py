@@ -29,7 +29,6 @@ def parameter[V: nnx.Variable[Any]](value: Array, spec: P, *, kind: type[V] = nn
     """A variable of a model that carries its storage.
 
     Args:
-        value: first value.
         spec: in roles, an entry for each axis; :data:`REPLICATED`: every device holds all of it.
         kind: class of the variable.
         inputs: number of axes of a matrix that its input has; 0 for anything but a matrix.

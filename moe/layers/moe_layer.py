@@ -133,7 +133,6 @@ class MoELayer(nnx.Module):
         Args:
             config: of a whole model, whose ``moe`` section describes the layer; None: ``settings`` do.
             gate: the gate, its name, or ``module:object``; with a config, instead of the config's, as a layer gate.
-            rngs: keys of the parameters.
             **settings: ``d_model``, ``activation`` and ``init_scale`` of :class:`moe.config.ModelConfig`, and fields of
                 :class:`moe.config.MoEConfig` such as ``d_ff``, ``num_experts`` and ``dispatch``.
 

@@ -37,7 +37,6 @@ def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.Sta
     whole as they are.
 
     Args:
-        base: parameters of the model.
         config: rank, and what is adapted.
     """
     adapters: dict[tuple[Any, ...], Any] = {}

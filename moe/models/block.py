@@ -114,8 +114,6 @@ class Block(nnx.Module):
         """Apply all parts.
 
         Args:
-            x: activations.
-            rows: what all blocks share.
             bias: relative position biases by distance.
             routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
             rng: key of this layer.

@@ -105,7 +105,6 @@ class Transformer(LanguageModel, Stack):
         """Compute the logits of the next token at every position.
 
         Args:
-            token_ids: the input.
             segment_ids: the document of each token, 0 for padding; None: one document a row.
             positions: positions within the documents; None: 0…T−1.
             train: use training capacity factors and dropout.

@@ -120,7 +120,6 @@ def run_prompt(
     """Run the prompts.
 
     Args:
-        model: the model.
         token_ids: row b's prompt is its first lengths[b] tokens.
         lengths: at least 1.
         caches: from :func:`empty`.
@@ -178,9 +177,6 @@ def extend(
     A token sees those before it alone. One that is taken back is overwritten by the next of its position.
 
     Args:
-        model: the model.
-        token_ids: the tokens.
-        positions: their positions.
         active: rows that are done go through no expert.
         caches: of all tokens before.
     """

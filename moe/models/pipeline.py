@@ -50,7 +50,6 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
     """Check that a run can be split into stages.
 
     Args:
-        config: of the run.
         sizes: devices per axis (``mesh.shape``).
 
     Raises:
@@ -242,11 +241,7 @@ def gradients(
     """(loss, numbers, layer reports [A,L]) and gradients of microbatches [A,b,T], as without a pipeline.
 
     Args:
-        config: of the run.
-        graphdef: of its model.
         loss: see :data:`Loss`.
-        state: of the run.
-        batch: its microbatches.
         rng: key of the step; microbatch m has ``fold_in(rng, m)``.
         count: number of targets in all microbatches.
     """

@@ -85,10 +85,8 @@ def predict(
 
     Args:
         layers: stacked.
-        config: of the model.
         embed: token ids → vectors.
         x: final hidden states of the model.
-        rows: of the model.
         train: see :meth:`moe.models.stack.Stack.run`.
         rng: key of the run's noise.
     """

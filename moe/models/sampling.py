@@ -115,7 +115,6 @@ def stream(
         variables: nested dict of all its variables, on the mesh in context if there is one.
         prompts: B token sequences of any lengths from 1; of an encoder-decoder, inputs of the encoder.
         num_tokens: the most tokens to add to a row.
-        sampling: how they are chosen.
 
     Yields:
         [B] int32, the next token of each row, -1 after a row's stop token; ends when all rows have ended.

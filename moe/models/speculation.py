@@ -70,7 +70,6 @@ def sample(
 
     Args:
         config: of a model with ``prediction_layers``, whose first one drafts.
-        variables: nested dict of all its variables.
         prompts: B token sequences of any lengths from 1.
         num_tokens: the most tokens to add to a row.
         stop_tokens: ids that end a row.

@@ -86,9 +86,7 @@ class Stack(nnx.Module):
         """Draw the parameters.
 
         Args:
-            config: of the whole model.
             name: of the stack (:func:`moe.config.model_section.stacks`).
-            rngs: keys of the parameters.
         """
         self.config = config
         self.name = name
@@ -116,7 +114,6 @@ class Stack(nnx.Module):
         """All layers and the final norm.
 
         Args:
-            x: embedded tokens.
             rows: the tokens' documents and positions, and the encoder's output.
             train: use training capacity factors and dropout.
             rng: key of routing noise and dropout; None: deterministic.

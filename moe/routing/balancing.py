@@ -159,8 +159,6 @@ def load_balancing_loss(
     device-level loss (equations 15-17) is this over n groups of experts: n·Σ_i (Σ_{e in i} f_e)(Σ_{e in i} P_e).
 
     Args:
-        routing: assignments of one layer.
-        mask: real tokens.
         counts: what f counts: all assignments, first choices only (GShard), or the top-K of the router probabilities
             without selection bias and group limits (DeepSeek-V3 2024, equation 18).
         parts: number of equal consecutive parts of the tokens; the loss is the mean over parts: 1 for the whole batch,
@@ -240,8 +238,6 @@ def report(
     """All losses and metrics of one layer.
 
     Args:
-        routing: assignments of the layer.
-        mask: real tokens.
         kept: chosen assignments within the capacity.
         counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.

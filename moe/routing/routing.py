@@ -97,7 +97,6 @@ def route(
     """Apply a gate, and mask out padding and tokens with non-finite logits.
 
     Args:
-        gate: the routing rule.
         router_logits: cast to float32.
         inputs: with the mask of the real tokens; padding is never chosen and has zero weights.
         replay: recorded experts to weigh anew instead of choosing.

@@ -28,7 +28,6 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     Selection biases are those of the newest checkpoint.
 
     Args:
-        out: workdir to create; must be new or empty.
         steps: of the checkpoints to average; empty: all that are there.
         ema: take the moving average of the newest checkpoint instead.
 

@@ -233,7 +233,6 @@ class _Loop:
         Args:
             iterator: positioned at the batch of the next step.
             heldout: batches of every evaluation.
-            directory: the workdir.
             signals: asked at the end of every step.
             start: steps done.
             saved: JSON that :meth:`_save` left in the checkpoint of that step.

@@ -268,7 +268,6 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
 
     Args:
         layers: reports with a leading axis [L], or None in a dense model.
-        config: of the MoE layers.
     """
     if layers is None:
         return jnp.zeros((), jnp.float32)

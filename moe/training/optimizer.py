@@ -84,8 +84,6 @@ def make_optimizer(
     """The optimizer that ``config.name`` names; its ``update`` takes ``norm=``, the result of :func:`gradient_norm`.
 
     Args:
-        config: settings.
-        num_steps: of the run.
         model: whose parameters have rates of their own where it has the sizes of a base model; None: they have not.
 
     Raises:
@@ -298,7 +296,6 @@ def probe_own(config: OptimizerConfig, optimizer: optax.GradientTransformation, 
     """Refuse an optimizer of a user's module that cannot update a model; nothing is computed.
 
     Args:
-        config: with its name.
         optimizer: of :func:`make_optimizer`.
         parameters: ShapeDtypeStructs of what is trained.
         state: ShapeDtypeStructs of its state.

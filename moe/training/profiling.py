@@ -109,10 +109,6 @@ class Steps:
 def parse(text: str, num_steps: int) -> Steps:
     """Parse STEP:COUNT.
 
-    Args:
-        text: value of the flag.
-        num_steps: length of the run.
-
     Raises:
         ConfigError: malformed text, or steps beyond the run.
     """
@@ -137,7 +133,6 @@ def profiled(
 
     Args:
         steps: steps to trace; None: none.
-        make: what makes the program.
     """
     if steps is None:
         yield make

@@ -120,9 +120,7 @@ class Recovery:
         the next rollback goes one checkpoint further back.
 
         Args:
-            step: the logged step.
             skipped: consecutive skipped updates, up to this step.
-            state: after this step.
 
         Raises:
             ConfigError: train.on_skipped_steps is "stop", or no good checkpoint is left.

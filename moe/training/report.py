@@ -171,8 +171,6 @@ def figure(path: epath.Path, rows: list[dict[str, Any]], unigram: dict[str, floa
     """Write a PNG: loss over steps, and the load of every expert at the last evaluation.
 
     Args:
-        path: output file.
-        rows: rows of metrics.jsonl.
         unigram: "all" → baseline, drawn as a line.
     """
     train = [row for row in rows if row["kind"] == "train"]

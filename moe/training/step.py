@@ -144,7 +144,6 @@ def build(
         mesh: from :func:`moe.parallel.mesh.make_mesh`.
         teacher: model whose probabilities serve as soft targets (``config.distill``).
         gate: replaces the gate that ``config.model.moe.gate`` names in every MoE layer.
-        objective: the training loss.
     """
     _probe_own_gates(config.model)
     pipeline.check(config, mesh.shape)

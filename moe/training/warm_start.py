@@ -270,8 +270,6 @@ def optimizer_state(source: Config, workdir: str, field: str) -> Any:
     """Optimizer state of the newest checkpoint of a run, on one device, checked by its checksums.
 
     Args:
-        source: config of the run.
-        workdir: of the run.
         field: that asks for it, for messages.
 
     Raises:

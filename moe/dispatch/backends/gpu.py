@@ -86,8 +86,6 @@ def grouped_matmul(
     output are undefined.
 
     Args:
-        rows: sorted by group.
-        sizes: rows of each group.
         interpret: run the Triton kernels on the CPU, for tests.
     """
     return _multiply(rows, matrices, sizes, transposed=False, interpret=interpret)
