@@ -1,7 +1,7 @@
 """Dispatch: moves tokens to the experts that a plan gives them, applies the experts, and combines their outputs.
 
-A user chooses with ``model.moe.dispatch`` whether experts have a capacity; :data:`DISPATCHES` says how that is computed
-on each target. All implementations are one function.
+A user chooses with ``model.moe.dispatch`` whether experts have a capacity. All implementations are one function; which
+one runs depends on the target too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,50 +31,6 @@ from moe.routing.routing import Routing
 #: (x [G,S,D], routing, plan, weights, dropout) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a
 #: dropped token.
 Implementation = Callable[[Array, Routing, Plan, ExpertWeights, ExpertDropout | None], Array]
-
-
-class Dispatch(NamedTuple):
-    """Meaning of a value of ``model.moe.dispatch``.
-
-    Attributes:
-        has_capacity: an expert takes at most C tokens of a group.
-        spread: name of the implementation on a mesh and on accelerators.
-        alone: the same on a single CPU, which exchanges nothing.
-    """
-
-    has_capacity: bool
-    spread: str
-    alone: str
-
-
-DISPATCHES = {
-    # Without an exchange, sorting moves as much as filling buffers, and no empty row is computed.
-    "gather": Dispatch(True, "index", alone="sorted"),
-    "einsum": Dispatch(True, "one-hot", alone="one-hot"),
-    "dropless": Dispatch(False, "sorted", alone="sorted"),
-}
-
-#: Values of ``model.moe.dispatch``.
-CONFIG_MODES: tuple[str, ...] = tuple(DISPATCHES)
-
-
-def implementation(dispatch: str) -> str:
-    """Key of :data:`IMPLEMENTATIONS` for the program being traced."""
-    alone = target.is_cpu() and axis_size(*partition_specs.AXES) == 1
-    return DISPATCHES[dispatch].alone if alone else DISPATCHES[dispatch].spread
-
-
-def describe(dispatch: str) -> str:
-    """How the program being traced computes a dispatch, for people."""
-    name = implementation(dispatch)
-    moved = {
-        "index": "rows gathered by index into buffers",
-        "one-hot": "one-hot matmuls into buffers",
-        "sorted": "rows sorted by expert",
-    }[name]
-    kernel = f"grouped FFN of {backend().__name__.rpartition('.')[2]}" if name == "sorted" else "batched FFN"
-    limit = "with" if DISPATCHES[dispatch].has_capacity else "without"
-    return f"{dispatch}: {limit} a capacity, {moved}, {kernel}"
 
 
 def apply_in_buffers(
@@ -234,7 +190,32 @@ def _sort_and_apply(
     return jax.lax.psum(y, axis_of("tensor")) if axis_size("tensor") > 1 else y
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"index": by_index, "one-hot": by_one_hot, "sorted": by_sorting}
+#: Implementations on a mesh and on accelerators, by the value of ``model.moe.dispatch``.
+_IMPLEMENTATIONS: dict[str, Implementation] = {"gather": by_index, "einsum": by_one_hot, "dropless": by_sorting}
+
+#: Values of ``model.moe.dispatch``.
+CONFIG_MODES: tuple[str, ...] = tuple(_IMPLEMENTATIONS)
+
+_DESCRIPTIONS: dict[Implementation, str] = {
+    by_index: "rows gathered by index into buffers",
+    by_one_hot: "one-hot matmuls into buffers",
+    by_sorting: "rows sorted by expert",
+}
+
+
+def _implementation(mode: str) -> Implementation:
+    """What computes a dispatch in the program being traced."""
+    if mode == "gather" and target.is_cpu() and axis_size(*partition_specs.AXES) == 1:
+        return by_sorting  # without an exchange it moves as much as filling buffers, and computes no empty row
+    return _IMPLEMENTATIONS[mode]
+
+
+def describe(mode: str) -> str:
+    """How the program being traced computes a dispatch, for people."""
+    chosen = _implementation(mode)
+    kernel = f"grouped FFN of {backend().__name__.rpartition('.')[2]}" if chosen is by_sorting else "batched FFN"
+    limit = "without" if mode == "dropless" else "with"
+    return f"{mode}: {limit} a capacity, {_DESCRIPTIONS[chosen]}, {kernel}"
 
 
 def dispatch(
@@ -250,4 +231,4 @@ def dispatch(
     Returns:
         Σ_k weight·expert output in float32, 0 for a token whose assignments were all dropped.
     """
-    return IMPLEMENTATIONS[implementation(mode)](x, routing, plan, weights, dropout)
+    return _implementation(mode)(x, routing, plan, weights, dropout)

@@ -21,7 +21,7 @@ from moe.config.model_section import Activation, Remat
 from moe.config.moe_section import Dispatch
 from moe.config.parse import from_config_dict
 from moe.dispatch.ffn import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
-from moe.dispatch.modes import DISPATCHES
+from moe.dispatch.modes import CONFIG_MODES
 from moe.parallel.partition_specs import REMAT_POLICIES
 
 LAYERS = ("dense", "switch", "gshard", "mixtral", "quickstart")
@@ -200,7 +200,7 @@ def test_layers_differ_by_overrides_alone():
     ("choices", "implemented"),
     [
         (Activation, {*GATED_ACTIVATIONS, *PLAIN_ACTIVATIONS}),
-        (Dispatch, set(DISPATCHES)),
+        (Dispatch, set(CONFIG_MODES)),
         (Remat, set(REMAT_POLICIES)),
     ],
 )
