@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jaxtyping import Float, Int
 
 from moe.config import Config, ConfigError, MoEConfig
 from moe.models.decoder import Output
@@ -23,12 +24,13 @@ from moe.routing.balancing import AUXILIARY, LayerReport
 LOSS_SCOPE = "loss"
 
 
-def cross_entropy(logits: Array, targets: Array, axis: int | None = None) -> tuple[Array, Array]:
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], axis: int | None = None
+) -> tuple[Float[Array, "*rows"], Int[Array, "*rows"]]:
     """Sum over positions of −log p(target), in nats and float32, and the number of positions with a target.
 
     Args:
-        logits: [B,T,V].
-        targets: [B,T] int32; negative where there is nothing to predict.
+        targets: negative where there is nothing to predict, here and below.
         axis: 1 for sums per row; None for one over all rows.
     """
     return jnp.sum(_token_losses(logits, targets), axis=axis), jnp.sum(targets >= 0, axis=axis)
@@ -47,16 +49,13 @@ _CHUNK = 1024
 
 
 @jax.custom_vjp
-def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, Array]:
+def linear_cross_entropy(
+    hidden: Float[Array, "B T D"], matrix: Float[Array, "D V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """:func:`cross_entropy` of ``hidden @ matrix`` in chunks of positions, without [B,T,V] in memory.
 
     The gradient is computed in the forward pass, chunk by chunk, up to the incoming factor, so that logits are
     computed once (as in Liger-Kernel, Hsu et al. 2024).
-
-    Args:
-        hidden: [B,T,D].
-        matrix: [D,V].
-        targets: [B,T] int32; negative where there is nothing to predict.
     """
     with jax.named_scope(LOSS_SCOPE):
         chunks = _chunks(hidden, targets)
@@ -64,8 +63,10 @@ def linear_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[
     return jnp.sum(nll), jnp.sum(known)
 
 
-def row_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, Array]:
-    """:func:`linear_cross_entropy` of each row: nats [B] and number of targets [B]; for evaluation."""
+def row_cross_entropy(
+    hidden: Float[Array, "B T D"], matrix: Float[Array, "D V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """:func:`linear_cross_entropy` of each row: nats and number of targets; for evaluation."""
     with jax.named_scope(LOSS_SCOPE):
         chunks = _chunks(hidden, targets)
         sums = jax.lax.map(lambda chunk: cross_entropy(_logits(chunk[0], matrix), chunk[1], axis=1), chunks)
@@ -146,14 +147,10 @@ def _scaled(residuals, cotangents):
 linear_cross_entropy.defvjp(_with_gradient, _scaled)
 
 
-def token_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> Array:
-    """−log p(target) [B,T] of ``hidden @ matrix``, 0 without a target; logits are computed again for the gradient.
-
-    Args:
-        hidden: [B,T,D].
-        matrix: [D,V].
-        targets: [B,T] int32; negative where there is nothing to predict.
-    """
+def token_cross_entropy(
+    hidden: Float[Array, "B T D"], matrix: Float[Array, "D V"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """−log p(target) of ``hidden @ matrix``, 0 without a target; logits are computed again for the gradient."""
 
     @jax.checkpoint
     def chunk(inputs: tuple[Array, Array]) -> Array:
@@ -164,14 +161,11 @@ def token_cross_entropy(hidden: Array, matrix: Array, targets: Array) -> Array:
     return _joined(nll, targets.shape)
 
 
-def soft_cross_entropy(logits: Array, teacher_logits: Array, targets: Array) -> Array:
-    """Sum over positions with a target of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, temperature 1).
-
-    Args:
-        logits: [B,T,V].
-        teacher_logits: [B,T,V]; receives no gradient.
-        targets: [B,T] int32; negative where there is nothing to predict.
-    """
+def soft_cross_entropy(
+    logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, ""]:
+    """Sum over positions with a target of −Σ_v p_teacher(v) log p(v), nats (Hinton et al. 2015, temperature 1); the
+    teacher's logits receive no gradient."""
     probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32), axis=-1)
     losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), probs)
     return jnp.sum(jnp.where(targets >= 0, losses, 0.0))
