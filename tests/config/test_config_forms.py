@@ -18,7 +18,6 @@ from moe.config import (
     Losses,
     ModelConfig,
     MoEConfig,
-    describe,
     load_python_file,
     to_config_dict,
     to_dict,
@@ -28,6 +27,7 @@ from moe.config.registry import CONSTANTS, LAYERS, find_gate
 from moe.lab import identity
 from moe.models.decoder import Transformer
 from moe.routing.gates import SoftMoE, TopK
+from scripts import settings_pages
 
 DATA = Path(__file__).parents[1] / "data"
 ROOT = Path(__file__).parents[2]
@@ -197,8 +197,8 @@ def test_no_run_of_the_suites_has_another_key_than_before():
 
 
 def test_the_pages_of_settings_are_current():
-    """``python -m moe.config.describe docs`` writes them."""
-    for name, page in describe.pages().items():
+    """``python scripts/settings_pages.py docs`` writes them."""
+    for name, page in settings_pages.pages().items():
         assert (ROOT / "docs" / name).read_text() == page
 
 

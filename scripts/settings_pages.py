@@ -1,4 +1,4 @@
-"""The pages of all settings, from the schema itself: ``python -m moe.config.describe docs`` writes them."""
+"""The pages of all settings, from the schema itself: ``python scripts/settings_pages.py docs`` writes them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moe.routing.interface import Gate
 
 _HEAD = """# Settings of {title}
 
-Settings with their types, defaults, bounds and meanings, from the schema: `python -m moe.config.describe docs` writes
-this page and those of {others}. `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run
+Settings with their types, defaults, bounds and meanings, from the schema: `python scripts/settings_pages.py docs`
+writes this page and those of {others}. `--config.SECTION.FIELD=VALUE` sets one. *Resume*: a run
 may be continued with another value: `free`, as it does not change what is learnt, or `later`, from its newest
 checkpoint on with `--change`; else it may not.
 """
