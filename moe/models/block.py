@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import LayerKind
-from moe.layers.attention.attention import Attention
-from moe.layers.attention.mla import LatentAttention
+from moe.layers.attention.attention import Attention, LatentAttention
 from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Site
 from moe.layers.gated_delta_net import GatedDeltaNet
 from moe.layers.soft_moe import create_layer

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import LayerKind, layer_kinds, stacks
-from moe.layers.attention.positions import RelativeBias
+from moe.layers.attention.scoring import RelativeBias
 from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
 from moe.models.block import Block, Rows
 from moe.parallel.mesh import axis_size

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DeltaNetConfig, MeshConfig, ModelConfig
-from moe.layers.delta_rule import CHUNK, delta_rule, delta_step, short_convolution
-from moe.layers.gated_delta_net import GatedDeltaNet
+from moe.layers.gated_delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step, short_convolution
 from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import BATCH, HEADS, shardings
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from moe.interop import load_huggingface, save_huggingface
-from moe.layers.attention.mla import LATENT_NORM_EPS, LatentAttention
-from moe.layers.attention.positions import attention_factor, inverse_frequencies
+from moe.layers.attention.attention import LATENT_NORM_EPS, LatentAttention
+from moe.layers.attention.scoring import attention_factor, inverse_frequencies
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prompt_logits, run_prompt
 from moe.parallel.mesh import make_mesh

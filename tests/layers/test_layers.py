@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 from moe.conformance import reference
 from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
-from moe.layers.attention.positions import rotate
+from moe.layers.attention.scoring import rotate
 from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm, matrix
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds
-from moe.layers.attention.positions import bias_of_rows, relative_bucket
+from moe.layers.attention.scoring import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
 from moe.models.factory import abstract_model
 from moe.models.stack import unstack_layers

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int
 
 from moe.config import ConfigError
 from moe.layers.attention.cpu import causal_attention
-from moe.layers.attention.positions import bias_of_rows
-from moe.layers.attention.scoring import ADDED, Scoring, append_sink, sees
+from moe.layers.attention.scoring import ADDED, Scoring, append_sink, bias_of_rows, sees
 from moe.layers.attention.tpu import runs_splash, splash_attention
 from moe.layers.basic import Dropout
 from moe.parallel import partition_specs, target

@@ -1,14 +1,20 @@
-"""Settings of attention beside its arrays, as every implementation takes them, and attention sinks."""
+"""What attention's scores depend on beside query·key: rotary and relative positions, which keys are seen, sinks."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Bool, Float, Int
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
-from moe.layers.basic import KEEP_ALL, Dropout
+from moe.config import ModelConfig
+from moe.config.model_section import RopeScalingConfig
+from moe.layers.basic import KEEP_ALL, Dropout, matrix
+from moe.parallel.partition_specs import REPLICATED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +24,11 @@ class Scoring:
     Attributes:
         window: positions a query sees, its own included; 0: all.
         causal: a query sees earlier positions and its own; else all.
-        bias: of the distances 1 − T … T − 1 (:meth:`moe.layers.attention.positions.RelativeBias.by_distance`).
+        bias: of the distances 1 − T … T − 1 (:meth:`RelativeBias.by_distance`).
         prefix: 1 for keys that all queries of their document see, whatever ``causal``.
         scale: of the products; None: 1/sqrt(H).
         drop: dropout of the weights.
-        sinks: logit of a further key without a value (:mod:`moe.layers.attention.scoring`); None: none.
+        sinks: logit of a further key without a value (:func:`append_sink`); None: none.
     """
 
     window: int = 0
@@ -80,3 +86,172 @@ def append_sink(
     mask = jnp.pad(mask, columns).at[..., -ADDED].set(True)
     bias = None if bias is None else jnp.pad(bias, [(0, 0)] * 3 + [(0, ADDED)])
     return query, key, jnp.pad(value, further), mask, bias
+
+
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig, *, from_end: bool = False
+) -> Float[Array, "B T N H"]:
+    """Rotate ``model.rope_dim`` dimensions of each head by angles proportional to the position.
+
+    Args:
+        x: queries or keys.
+        positions: within the documents.
+        config: base, scaling and pairing: halves (i, i + H/2) as in most open checkpoints, or neighbours
+            (2i, 2i + 1) as in RoFormer and DeepSeek.
+        from_end: rotate the last dimensions of a head instead of the first.
+    """
+    size = config.rope_dim or x.shape[-1]
+    if size >= x.shape[-1]:
+        return _rotate_all(x, positions, config)
+    if from_end:
+        rest, rotated = jnp.split(x, [x.shape[-1] - size], axis=-1)
+        return jnp.concatenate([rest, _rotate_all(rotated, positions, config)], axis=-1)
+    rotated, rest = jnp.split(x, [size], axis=-1)
+    return jnp.concatenate([_rotate_all(rotated, positions, config), rest], axis=-1)
+
+
+def _rotate_all(x: Array, positions: Array, config: ModelConfig) -> Array:
+    length = jnp.max(positions, axis=1)[:, None, None] + 1
+    frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling, length)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
+    factor = attention_factor(config.rope_scaling)
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    x32 = x.astype(jnp.float32)
+    if config.rope_interleaved:
+        pairs = x32.reshape(*x.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x32, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def inverse_frequencies(
+    dim: int, theta: float, scaling: RopeScalingConfig, length: Int[Array, "*row"] | int = 0
+) -> Float[Array, "*rows pairs"]:
+    """Angle per position of each pair: theta^(-2i/dim), scaled.
+
+    Args:
+        dim: rotated dimensions of a head.
+        theta: base.
+        scaling: its kind and constants.
+        length: positions of each row, on which "dynamic" and "longrope" depend beyond the original context. Keys that
+            were cached when a row was shorter keep the angles of then, as in other libraries.
+    """
+    half = dim // 2
+    exponents = -jnp.arange(half, dtype=jnp.float32) / half
+    plain = theta**exponents
+    if scaling.kind == "dynamic":
+        longer = scaling.factor * jnp.maximum(jnp.asarray(length) / scaling.original_length, 1) - (scaling.factor - 1)
+        return (theta * longer[..., None] ** (dim / (dim - 2))) ** exponents
+    if scaling.kind == "longrope":
+        is_long = jnp.asarray(length)[..., None] > scaling.original_length
+        return plain / jnp.where(is_long, jnp.asarray(scaling.long_factors), jnp.asarray(scaling.short_factors))
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    if scaling.kind == "yarn":
+        share = _yarn_share(dim, theta, scaling)
+        return plain / scaling.factor * share + plain * (1.0 - share)
+    if scaling.kind == "llama3":
+        return plain * _llama3_factor(np.asarray(theta ** (-np.arange(half) / half)), scaling)
+    return plain
+
+
+def attention_factor(scaling: RopeScalingConfig) -> float:
+    """Factor of the rotated queries and keys (YaRN 2023, equation 22; with DeepSeek's two constants their quotient;
+    LongRoPE 2024, section 3.3)."""
+    if scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor:
+        return scaling.attention_factor
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1·mscale·ln(factor) + 1, and 1 for a factor of at most 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_share(dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """Share of each pair that is interpolated: 0 above beta_fast rotations in the original context, 1 below beta_slow
+    (YaRN 2023, equations 17-19)."""
+
+    def pair(rotations: float) -> float:
+        return dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    return np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def _llama3_factor(frequencies: np.ndarray, scaling: RopeScalingConfig) -> np.ndarray:
+    """Factor of each frequency (Llama 3.1): 1/factor for long wavelengths, 1 for short ones, linear between."""
+    rotations = scaling.original_length * frequencies / (2 * math.pi)
+    smooth = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)
+    return ((1 - smooth) / scaling.factor + smooth).astype(np.float32)
+
+
+class RelativeBias(nnx.Module):
+    """A number per head and bucket of distances, added to attention scores. One table serves all layers of a stack."""
+
+    def __init__(self, config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs):
+        self.bidirectional = bidirectional
+        self.max_distance = config.relative_max_distance
+        shape = config.relative_buckets, config.num_heads
+        self.table = matrix(rngs, shape, REPLICATED, fan_in=config.d_model, scale=config.init_scale, inputs=0)
+
+    def __call__(self, distance: Int[Array | np.ndarray, "*batch"]) -> Float[Array, "*batch N"]:
+        """Biases of scores whose key lies so many tokens after the query."""
+        num_buckets = self.table.shape[0]
+        return self.table[...][relative_bucket(distance, num_buckets, self.max_distance, self.bidirectional)]
+
+    def by_distance(self, length: int) -> Float[Array, "N D"]:
+        """Biases of the distances 1 − T … T − 1, all that occur in rows of T tokens."""
+        return self(np.arange(1 - length, length)).T
+
+
+def relative_bucket(
+    distance: Int[Array | np.ndarray, "*batch"], num_buckets: int, max_distance: int, bidirectional: bool
+) -> Int[Array | np.ndarray, "*batch"]:
+    """Bucket of a distance, key position less query position.
+
+    Half of the buckets hold one distance each, the others logarithmic ranges up to max_distance, and the last one all
+    beyond. Bidirectional: half of all buckets are for keys after the query; else these share bucket 0.
+    """
+    if bidirectional:
+        num_buckets //= 2
+    buckets = jnp.asarray(_buckets(num_buckets, max_distance))
+    before, after = jnp.clip(-distance, 0, max_distance), jnp.clip(distance, 0, max_distance)
+    if not bidirectional:
+        return buckets[before]
+    return jnp.where(jnp.asarray(distance) > 0, num_buckets + buckets[after], buckets[before])
+
+
+@functools.lru_cache
+def _buckets(num_buckets: int, max_distance: int) -> np.ndarray:
+    """Buckets of the distances 0 … max_distance, in the float32 arithmetic of the published code."""
+    exact = num_buckets // 2
+    distance = np.arange(max_distance + 1, dtype=np.float32)
+    octaves = np.log(np.maximum(distance, 1) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
+    ranges = exact + (octaves * np.float32(num_buckets - exact)).astype(np.int32)
+    return np.where(distance < exact, distance, np.minimum(ranges, num_buckets - 1)).astype(np.int32)
+
+
+def bias_of_rows(by_distance: Float[Array, "N D"], queries: int) -> Float[Array, "N Q U"]:
+    """Spread biases [N,Q+U−1] of distances into those of Q queries and U keys: [n,q,u] is by_distance[n,u−q+Q−1].
+
+    By copying and reshaping, since the gradient of an indexed read is a slow scatter.
+    """
+    heads, count = by_distance.shape
+    repeated = jnp.tile(jnp.pad(by_distance, ((0, 0), (0, 1))), (1, queries))
+    # Rows one shorter than the period: each begins one element earlier in it. [N,Q·(Q+U)] → [N,Q,Q+U−1]
+    return repeated[:, : queries * count].reshape(heads, queries, count)[:, :, queries - 1 :]
