@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 #: A suite of ablations is a program of the user's own, named on the command line, as a config file is.
-PROGRAMS = {"moe/config/files.py"}
+PROGRAMS = {"moe/config/references.py"}
 
 #: Calls that write a file in place, through a link of that name, and leave half of it on a full disk.
 WRITES = {"write_text", "write_bytes", "savefig", "savez", "savez_compressed"}

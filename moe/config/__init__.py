@@ -1,13 +1,6 @@
 """Typed settings of a run: schema, parsing and checks."""
 
 from moe.config import chosen_gate, run_config
-from moe.config.files import (
-    SCHEMES,
-    check_path,
-    extend_import_path,
-    load_python_file,
-    read_small_file,
-)
 from moe.config.inherit import inherit_model
 from moe.config.model_section import (
     DeltaNetConfig,
@@ -18,9 +11,15 @@ from moe.config.model_section import (
     sparse_layers,
     stacks,
 )
-from moe.config.moe_section import Capacity, DropPolicy, Losses, MoEConfig
+from moe.config.moe_section import Capacity, Losses, MoEConfig
 from moe.config.parse import check_field, from_config_dict, to_config_dict, to_dict, type_name
-from moe.config.references import allow_modules
+from moe.config.references import (
+    allow_modules,
+    check_path,
+    extend_import_path,
+    load_python_file,
+    read_small_file,
+)
 from moe.config.run_sections import (
     EMBEDDED_DOMAINS,
     DataConfig,
@@ -34,20 +33,17 @@ from moe.config.run_sections import (
     TrainConfig,
 )
 from moe.config.schema import Config, validate_mesh
-from moe.fields import LARGEST, LARGEST_FLOAT, ConfigError
+from moe.fields import LARGEST, ConfigError
 
 __all__ = [
     "EMBEDDED_DOMAINS",
     "LARGEST",
-    "LARGEST_FLOAT",
-    "SCHEMES",
     "Capacity",
     "Config",
     "ConfigError",
     "DataConfig",
     "DeltaNetConfig",
     "DistillConfig",
-    "DropPolicy",
     "LayerKind",
     "LoraConfig",
     "Losses",

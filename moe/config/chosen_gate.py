@@ -9,8 +9,8 @@ import json
 
 import ml_collections
 
-from moe.config.files import load_python_file
 from moe.config.parse import check_gate_field
+from moe.config.references import load_python_file
 
 
 def request(path: str, gate: str | None, fields: list[str]) -> str:

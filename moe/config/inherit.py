@@ -9,9 +9,8 @@ import ml_collections
 from etils import epath
 
 from moe.config import flat
-from moe.config.files import check_path, read_small_file
 from moe.config.parse import assigned_fields, choose_gate
-from moe.config.references import code_fields, refuse_modules
+from moe.config.references import check_path, code_fields, read_small_file, refuse_modules
 from moe.fields import ConfigError
 
 

@@ -6,9 +6,8 @@ import json
 
 import ml_collections
 
-from moe.config.files import read_small_file
 from moe.config.parse import build, to_config_dict
-from moe.config.references import code_fields, refuse_modules
+from moe.config.references import code_fields, read_small_file, refuse_modules
 from moe.config.schema import Config
 from moe.fields import ConfigError
 

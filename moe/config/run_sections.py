@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from moe.config.files import check_path
+from moe.config.references import check_path
 from moe.fields import Section, require, setting
 
 OnSkippedSteps = Literal["rollback", "stop"]
