@@ -1,4 +1,4 @@
-"""Parts of layers: their parameters, norms, dropout, FFNs, dense and of experts, and the token embedding."""
+"""Parts of layers: parameters, inputs, norms, dropout, FFNs, dense and of experts, and the token embedding."""
 
 from __future__ import annotations
 
@@ -50,6 +50,40 @@ def matrix(
 def zeros(shape: tuple[int, ...], spec: P = REPLICATED, *, inputs: int = 0) -> nnx.Param[Array]:
     """Float32 parameter of zeros."""
     return parameter(jnp.zeros(shape, jnp.float32), spec, inputs=inputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Inputs that all blocks of a stack share.
+
+    Attributes:
+        token_ids: [B,T].
+        segment_ids: [B,T] the document of each token; 0 is padding.
+        positions: [B,T] within the documents.
+        key_segment_ids: [B,T] of the tokens as keys; None: segment_ids. 0 hides a token that itself sees others.
+        prefix: [B,T] 1 for tokens that all of their document see, in a prefix LM; None: attention is causal.
+        encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
+        encoded_segment_ids: [B,U], of the encoder's tokens.
+    """
+
+    token_ids: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    key_segment_ids: Int[Array, "B T"] | None = None
+    prefix: Int[Array, "B T"] | None = None
+    encoded: Float[Array, "B U D"] | None = None
+    encoded_segment_ids: Int[Array, "B U"] | None = None
+
+    @property
+    def as_keys(self) -> Int[Array, "B T"]:
+        """The document of each token as a key; 0 is padding."""
+        return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+
+    def require_plain(self, bias: Array | None) -> None:
+        """Raise a ValueError for what only grouped-query attention reads."""
+        if not (self.prefix is self.key_segment_ids is bias is None):
+            raise ValueError("a prefix, position biases and documents of keys are for grouped-query attention alone")
 
 
 class RMSNorm(nnx.Module):

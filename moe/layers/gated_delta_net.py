@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe.config import ModelConfig
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, matrix, parameter
+from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, parameter
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul
@@ -229,25 +229,16 @@ class GatedDeltaNet(nnx.Module):
         return DeltaState((zeros(keys), zeros(keys), zeros(values)), memory)
 
     def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        *,
-        drop: Dropout = KEEP_ALL,
+        self, x: Float[Array, "B T D"], rows: Rows, bias: Array | None = None, drop: Dropout = KEEP_ALL
     ) -> tuple[Float[Array, "B T N V"], DeltaState]:
-        """Run whole rows, each document for itself.
-
-        Args:
-            x: normalised activations.
-            segment_ids: the document of each token; 0 is padding.
-            positions: not used: the decay stands for them.
-            drop: not used: there are no attention weights.
+        """Run whole rows, each document for itself; there are no attention weights to drop.
 
         Returns:
             The heads, and the state after the last token of each row that is no padding.
         """
-        del positions, drop
+        del drop
+        rows.require_plain(bias)
+        segment_ids = rows.segment_ids
         raw = self._inputs(x)
         query, key, value = (
             checkpoint_name(short_convolution(heads, weight, segment_ids), ATTENTION)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import LayerKind
 from moe.layers.attention.attention import Attention, LatentAttention
-from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Site
+from moe.layers.basic import KEEP_ALL, DenseFFN, Dropout, RMSNorm, Rows, Site
 from moe.layers.gated_delta_net import GatedDeltaNet
 from moe.layers.soft_moe import create_layer
 from moe.parallel import partition_specs
@@ -23,35 +20,6 @@ from moe.routing.routing import Choices, Routing
 
 #: An MoE layer's report and routing; None of a dense layer.
 Record = tuple[LayerReport, Routing] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Inputs that all blocks of a stack share.
-
-    Attributes:
-        token_ids: [B,T].
-        segment_ids: [B,T] the document of each token; 0 is padding.
-        positions: [B,T] within the documents.
-        key_segment_ids: [B,T] of the tokens as keys; None: segment_ids. 0 hides a token that itself sees others.
-        prefix: [B,T] 1 for tokens that all of their document see, in a prefix LM; None: attention is causal.
-        encoded: [B,U,D] output of the encoder; None in a decoder-only model and in the encoder.
-        encoded_segment_ids: [B,U], of the encoder's tokens.
-    """
-
-    token_ids: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    key_segment_ids: Int[Array, "B T"] | None = None
-    prefix: Int[Array, "B T"] | None = None
-    encoded: Float[Array, "B U D"] | None = None
-    encoded_segment_ids: Int[Array, "B U"] | None = None
-
-    @property
-    def as_keys(self) -> Int[Array, "B T"]:
-        """The document of each token as a key; 0 is padding."""
-        return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
 
 
 def attention_class(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
@@ -132,12 +100,9 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], rows: Rows, bias: Float[Array, "N P"] | None = None, drop: Dropout = KEEP_ALL
     ) -> Float[Array, "B T D"]:
         """The first part: x + mixer(norm(x))."""
-        settings = {"bias": bias, "key_segment_ids": rows.key_segment_ids, "prefix": rows.prefix}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        mixer: Any = self.mixer  # not every kind has these settings, which only models that use them give
-        h, weights = self.input_of(self.attention_norm, x), drop.at(Site.ATTENTION_WEIGHTS)
-        heads = mixer.prefill(h, rows.segment_ids, rows.positions, drop=weights, **settings)[0]
-        return self.add(self.attention_norm, x, mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
+        h = self.input_of(self.attention_norm, x)
+        heads = self.mixer.prefill(h, rows, bias, drop.at(Site.ATTENTION_WEIGHTS))[0]
+        return self.add(self.attention_norm, x, self.mixer.join(heads, h), drop.at(Site.ATTENTION_OUTPUT))
 
     @property
     def mixer(self) -> Attention | LatentAttention | GatedDeltaNet:

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import check_is_model
-from moe.layers.basic import Embedding, Unembedding, with_one
-from moe.models.block import Rows
+from moe.layers.basic import Embedding, Rows, Unembedding, with_one
 from moe.models.prediction import PredictionLayer, predict
 from moe.models.stack import Stack
 from moe.parallel import partition_specs

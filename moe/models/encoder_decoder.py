@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ConfigError, ModelConfig
 from moe.config.model_section import check_is_model
-from moe.layers.basic import Embedding, Unembedding
-from moe.models.block import Rows
+from moe.layers.basic import Embedding, Rows, Unembedding
 from moe.models.decoder import LanguageModel, Output, join_reports, make_rows
 from moe.models.stack import Stack
 from moe.routing.balancing import LayerReport

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig, stacks
 from moe.config.model_section import LayerKind
 from moe.layers.attention.scoring import sees
-from moe.layers.basic import KEEP_ALL
+from moe.layers.basic import KEEP_ALL, Rows
 from moe.layers.gated_delta_net import DeltaState, GatedDeltaNet
-from moe.models.block import Block, Rows, attention_class
+from moe.models.block import Block, attention_class
 from moe.models.encoder_decoder import EncoderDecoder, encoder_rows
 from moe.models.factory import Model
 from moe.models.stack import LayerStates, Stack, create_states, join_moe_layers
@@ -131,11 +131,9 @@ def run_prompt(
         MoE layers, if there are any.
     """
     rows = prompt_rows(token_ids, lengths)
-    stack = _decoder(model)
-    settings: Any = {"prefix": rows.segment_ids} if prefix else {}
-    if (bias := stack.position_bias(token_ids.shape[1])) is not None:
-        settings["bias"] = bias
-    return _run(model, rows, caches, prompt_attention(rows, lengths, **settings), encoded)
+    rows = dataclasses.replace(rows, prefix=rows.segment_ids) if prefix else rows
+    bias = _decoder(model).position_bias(token_ids.shape[1])
+    return _run(model, rows, caches, prompt_attention(rows, lengths, bias), encoded)
 
 
 def prompt_logits(model: Model, x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -152,13 +150,13 @@ def prompt_rows(token_ids: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rows
     return Rows(token_ids, segment_ids, positions)
 
 
-def prompt_attention(rows: Rows, lengths: Int[Array, " B"], **settings: Any) -> CachedAttention:
+def prompt_attention(rows: Rows, lengths: Int[Array, " B"], bias: Float[Array, "N P"] | None = None) -> CachedAttention:
     """Attention of prompts that fills the caches."""
 
     def attention(block: Block, x: Array, cache: Any) -> tuple[Array, Cache]:
         if isinstance(block.mixer, GatedDeltaNet):
-            return block.mixer.prefill(x, rows.segment_ids)
-        heads, key, value = block.attention.prefill(x, rows.segment_ids, rows.positions, **settings)
+            return block.mixer.prefill(x, rows, bias)
+        heads, key, value = block.attention.prefill(x, rows, bias)
         return heads, _fill(cache, key, value, lengths)
 
     return attention

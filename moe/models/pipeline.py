@@ -27,8 +27,7 @@ from jax.sharding import PartitionSpec as P
 from moe.config import Config, ModelConfig
 from moe.config.model_section import layer_kinds
 from moe.fields import require
-from moe.layers.basic import StackSite
-from moe.models.block import Rows
+from moe.layers.basic import Rows, StackSite
 from moe.models.decoder import Output, Transformer
 from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
 from moe.models.state import TrainState

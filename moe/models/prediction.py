@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moe.config import ModelConfig
 from moe.config.model_section import stacks
-from moe.layers.basic import RMSNorm, matrix
-from moe.models.block import Block, Record, Rows
+from moe.layers.basic import RMSNorm, Rows, matrix
+from moe.models.block import Block, Record
 from moe.parallel.parameters import gather_for_matmul
 from moe.parallel.partition_specs import IN, REMAT_POLICIES
 from moe.routing.balancing import LayerReport

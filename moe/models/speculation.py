@@ -19,8 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ConfigError, ModelConfig, layer_kinds
+from moe.layers.basic import Rows
 from moe.models import kv_cache
-from moe.models.block import Rows
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model
 from moe.models.kv_cache import Cache, CachedAttention

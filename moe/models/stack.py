@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from moe.config import ModelConfig
 from moe.config.model_section import LayerKind, layer_kinds, stacks
 from moe.layers.attention.scoring import RelativeBias
-from moe.layers.basic import Dropout, Embedding, RMSNorm, StackSite
-from moe.models.block import Block, Rows
+from moe.layers.basic import Dropout, Embedding, RMSNorm, Rows, StackSite
+from moe.models.block import Block
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import stacked, take_layer
 from moe.parallel.partition_specs import REMAT_POLICIES

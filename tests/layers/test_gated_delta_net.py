@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moe.config import Config, ConfigError, DeltaNetConfig, MeshConfig, ModelConfig
+from moe.layers.basic import Rows
 from moe.layers.gated_delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step, short_convolution
 from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import BATCH, HEADS, shardings
@@ -138,9 +139,13 @@ def layer():
     return GatedDeltaNet(CONFIG, rngs=nnx.Rngs(0))
 
 
+def _rows(segment_ids):
+    return Rows(segment_ids, segment_ids, segment_ids)  # a delta net reads the documents alone
+
+
 def test_packed_documents_run_by_themselves(layer, rng):
     x = jnp.asarray(rng.normal(size=(1, 11, 12)), jnp.float32)
-    run = jax.jit(lambda x, segment_ids: layer.prefill(x, segment_ids)[0])
+    run = jax.jit(lambda x, segment_ids: layer.prefill(x, _rows(segment_ids))[0])
     packed = run(x, jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]]))
     for start, stop in ((0, 4), (4, 9)):
         alone = run(x[:, start:stop], jnp.ones((1, stop - start), jnp.int32))
@@ -152,11 +157,11 @@ def test_state_goes_on_from_prompts_of_unequal_length(layer, rng):
     """Prompts of 6 and 2 tokens, the latter padded on the right and on the left, and then three tokens one by one: as
     the whole rows at once."""
     x = jnp.asarray(rng.normal(size=(2, 9, 12)), jnp.float32)
-    want = jax.jit(lambda x: layer.prefill(x, jnp.ones(x.shape[:2], jnp.int32))[0])(x)
+    want = jax.jit(lambda x: layer.prefill(x, _rows(jnp.ones(x.shape[:2], jnp.int32)))[0])(x)
     padding = jnp.full((4, 12), 7.0)
     prompts = [x[0, :6], jnp.concatenate([x[1, :2], padding]), jnp.concatenate([padding, x[1, :2]])]
     real = jnp.asarray([[1] * 6, [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]])
-    _, state = jax.jit(layer.prefill)(jnp.stack(prompts), real)
+    _, state = jax.jit(layer.prefill)(jnp.stack(prompts), _rows(real))
     step = jax.jit(layer.step)
     for i in range(3):
         heads, state = step(jnp.stack([x[0, 6 + i], x[1, 2 + i], x[1, 2 + i]])[:, None], state)
@@ -166,7 +171,7 @@ def test_state_goes_on_from_prompts_of_unequal_length(layer, rng):
 
 def test_bfloat16_keeps_the_memory_in_float32(layer):
     x, segment_ids = jax.ShapeDtypeStruct((2, 5, 12), jnp.bfloat16), jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    heads, state = jax.eval_shape(layer.prefill, x, segment_ids)
+    heads, state = jax.eval_shape(layer.prefill, x, _rows(segment_ids))
     one = jax.ShapeDtypeStruct((2, 1, 12), jnp.bfloat16)
     after, again = jax.eval_shape(layer.step, one, state)
     assert heads.dtype == after.dtype == jax.eval_shape(layer.join, heads, x).dtype == jnp.bfloat16

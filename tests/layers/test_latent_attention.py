@@ -15,6 +15,7 @@ from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, 
 from moe.interop import load_huggingface, save_huggingface
 from moe.layers.attention.attention import LATENT_NORM_EPS, LatentAttention
 from moe.layers.attention.scoring import attention_factor, inverse_frequencies
+from moe.layers.basic import Rows
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prompt_logits, run_prompt
 from moe.parallel.mesh import make_mesh
@@ -70,7 +71,7 @@ def test_against_plain_loops(module, rng):
     x = rng.normal(size=(2, 7, 8)).astype(np.float32)
     segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1] * 7])
     positions = np.array([[0, 1, 2, 0, 1, 2, 3], list(range(7))])
-    got = jax.jit(lambda *rows: module.join(module.prefill(*rows)[0], rows[0]))(x, segments, positions)
+    got = jax.jit(lambda x, rows: module.join(module.prefill(x, rows)[0], x))(x, Rows(segments, segments, positions))
     np.testing.assert_allclose(got, _reference(module, x, segments, positions), rtol=1e-4, atol=1e-5)
 
 
@@ -81,7 +82,10 @@ def test_absorbed_projections_compute_the_same(module, rng):
     assert latent.shape == (2, 7, 1, 5 + 2)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 1, 7, 7))
     got = module.join(module.attend_cached(query, latent, value, causal), x)
-    want = module.join(module.prefill(x, jnp.ones((2, 7), jnp.int32), positions)[0], x)
+    ones = jnp.ones((2, 7), jnp.int32)
+    want = module.join(module.prefill(x, Rows(ones, ones, positions))[0], x)
+    with pytest.raises(ValueError, match="for grouped-query attention alone"):
+        module.prefill(x, Rows(ones, ones, positions, prefix=ones))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

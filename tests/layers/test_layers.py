@@ -14,7 +14,7 @@ from moe.conformance import reference
 from moe.dispatch.ffn import activate
 from moe.layers.attention.attention import Attention
 from moe.layers.attention.scoring import rotate
-from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm, matrix
+from moe.layers.basic import DenseFFN, Embedding, LayerNorm, RMSNorm, Rows, matrix
 from moe.models.decoder import Transformer
 from moe.parallel.parameters import matmul
 from tests import reference_attention
@@ -105,10 +105,11 @@ POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
 
 
 def _run(module, x, segment_ids=SEGMENTS, positions=POSITIONS):
-    def attend(*rows):
-        return module.join(module.prefill(*rows)[0], rows[0])
+    def attend(x, rows):
+        return module.join(module.prefill(x, rows)[0], x)
 
-    return np.asarray(jax.jit(attend)(jnp.asarray(x), jnp.asarray(segment_ids), jnp.asarray(positions)))
+    segment_ids = jnp.asarray(segment_ids)
+    return np.asarray(jax.jit(attend)(jnp.asarray(x), Rows(segment_ids, segment_ids, jnp.asarray(positions))))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds, sparse_layers
-from moe.models.block import Block, Rows
+from moe.layers.basic import Rows
+from moe.models.block import Block
 from moe.models.decoder import Transformer
 from moe.models.factory import abstract_model
 from moe.models.stack import restack_layers, segments, unstack_layers

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe.config import ModelConfig
 from moe.layers.attention.attend import attend
 from moe.layers.attention.scoring import Scoring, append_sink, rotate, yarn_mscale
-from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, matrix, zeros
+from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul
@@ -66,33 +66,15 @@ class Attention(nnx.Module):
         return (config.num_kv_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
 
     def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        *,
-        key_segment_ids: Int[Array, "B T"] | None = None,
-        bias: Float[Array, "N P"] | None = None,
-        prefix: Int[Array, "B T"] | None = None,
-        drop: Dropout = KEEP_ALL,
+        self, x: Float[Array, "B T D"], rows: Rows, bias: Float[Array, "N P"] | None = None, drop: Dropout = KEEP_ALL
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T M H"], Float[Array, "B T M H"]]:
-        """Attend over whole rows, within each document.
+        """Attend over whole rows, within each document; return the heads, and the keys and values to cache.
 
-        Args:
-            x: normalised activations.
-            segment_ids: the document of each token; 0 is padding.
-            positions: position within the document.
-            key_segment_ids: of the tokens as keys, where they differ.
-            bias: relative position biases by distance.
-            prefix: 1 for tokens that all of their document see.
-            drop: dropout of the weights.
-
-        Returns:
-            The heads, and the keys and values to cache.
+        ``bias``: relative position biases by distance.
         """
-        query, key, value = self.project_cached(x, positions)
-        scoring = Scoring(self.window, self.causal, bias, prefix, drop=drop)
-        return self._attend(query, key, value, segment_ids, key_segment_ids, scoring=scoring), key, value
+        query, key, value = self.project_cached(x, rows.positions)
+        scoring = Scoring(self.window, self.causal, bias, rows.prefix, drop=drop)
+        return self._attend(query, key, value, rows.segment_ids, rows.key_segment_ids, scoring=scoring), key, value
 
     def attend_to(
         self,
@@ -228,16 +210,12 @@ class LatentAttention(nnx.Module):
         return (1, config.kv_lora_rank + config.rope_dim), None
 
     def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        *,
-        drop: Dropout = KEEP_ALL,
+        self, x: Float[Array, "B T D"], rows: Rows, bias: Array | None = None, drop: Dropout = KEEP_ALL
     ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T 1 R"], None]:
         """Attend over expanded keys and values; return the heads and what is cached."""
+        rows.require_plain(bias)
         c = self.config
-        query, latent = self._query(x, positions), self._latent(x, positions)
+        query, latent = self._query(x, rows.positions), self._latent(x, rows.positions)
         compressed, rotated = jnp.split(latent, [c.kv_lora_rank], axis=-1)
         expanded = jnp.einsum("buor,rnh->bunh", compressed, gather_for_matmul(self.kv_up, x.dtype))
         key, value = jnp.split(expanded, [self.unrotated_dim], axis=-1)
@@ -245,7 +223,7 @@ class LatentAttention(nnx.Module):
         key = jnp.concatenate([key, rotated], axis=-1)
         query, key, value = (constrain(heads, partition_specs.HEADS) for heads in (query, key, value))
         scoring = Scoring(window=self.window, drop=drop, scale=self._score_scale())
-        return attend(query, key, value, segment_ids, kind=c.attention, scoring=scoring), latent, None
+        return attend(query, key, value, rows.segment_ids, kind=c.attention, scoring=scoring), latent, None
 
     def project_cached(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
