@@ -1,8 +1,14 @@
 """Which candidate of a search to compile next: predictions of rate and memory, corrected by the plans made so far.
 
-The logarithm of seconds a row over the rough guess (:func:`moe.planner.candidates.guess_seconds`) is a Bayesian linear
-regression on the remat policy, the dispatch mode, the logarithms of the mesh's axes and of the rows a device. The next
-candidate has the lowest prediction less 1.5 standard deviations, of those whose memory is predicted to fit.
+Two Bayesian linear regressions:
+
+- the logarithm of seconds a row over the rough guess (:func:`moe.planner.candidates.guess_seconds`), on the remat
+  policy, the dispatch mode, the logarithms of the mesh's axes and of the rows a device;
+- memory over its bound (:mod:`moe.planner.fit`): a factor for parameters, optimizer and gradients together, and one for
+  activations by policy and mode.
+
+The next candidate has the lowest prediction of time less 1.5 standard deviations, of those whose memory is predicted to
+fit.
 """
 
 from __future__ import annotations
@@ -17,16 +23,44 @@ from moe.dispatch.modes import CONFIG_MODES
 from moe.parallel.partition_specs import REMAT_POLICIES
 from moe.planner.candidates import Candidate
 
-#: Deviations, in the logarithm: of all guesses together, of a policy or mode, of a doubling of an axis or of the rows;
-#: and of what the regression cannot say.
+#: Deviations of time, in the logarithm: of all guesses together, of a policy or mode, of a doubling of an axis or of
+#: the rows; and of what the regression cannot say.
 _COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.25, 0.15, 0.03
+
+#: The factor on the bound's activations that is expected before a program was compiled.
+_EXPECTED = 1.3
+
+#: Deviations of memory's factors: of parameters, optimizer and gradients, of all activations, of those of a policy or
+#: mode; and of what the regression cannot say, in units of the bound.
+_FIXED_FACTOR, _COMMON_FACTOR, _CHOSEN_FACTOR, _NOISE_OF_MEMORY = 0.3, 0.7, 0.2, 0.02
 
 #: Deviations below the prediction at which candidates are compared, so that what is unknown is tried.
 _BOLDNESS = 1.5
 
-#: Bytes in use over the bound of activations, before a program was compiled; and by how much more than the memory that
-#: there was a program that did not fit is taken to need.
-_SPILL, _OVER = 1.3, 1.15
+#: By how much more than the memory that there was a program is taken to need, where the compiler does not say.
+_OVER = 1.15
+
+
+class _Regression:
+    """Bayesian linear regression with a normal prior of deviation 1 for every weight."""
+
+    def __init__(self, features: np.ndarray, noise: float):
+        self._features, self._noise, self._known = features, noise, dict[int, float]()
+
+    def learn(self, index: int, value: float) -> None:
+        """Take the value of a row into account."""
+        self._known[index] = value
+
+    def predict(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of every row."""
+        known = list(self._known)
+        every, seen = self._features, self._features[known]
+        prior = np.sum(every**2, axis=1)
+        if not known:
+            return np.zeros(len(every)), np.sqrt(prior)
+        solved = np.linalg.solve(seen @ seen.T + self._noise**2 * np.eye(len(known)), seen @ every.T).T
+        means = solved @ np.array([self._known[index] for index in known])
+        return means, np.sqrt(np.maximum(prior - np.sum(solved * (every @ seen.T), axis=1), 0.0))
 
 
 class Guide:
@@ -38,51 +72,37 @@ class Guide:
             found: candidates.
             capacity: bytes of a device's memory.
         """
-        self._found, self._capacity = found, capacity
-        self._features = np.array([_features(candidate) for candidate in found])
-        self._known: dict[int, float] = {}
-        self._left = set(range(len(found)))
-        self._spill: dict[tuple[str, str], float] = {}
+        self._found, self._left = found, set(range(len(found)))
+        self._times = _Regression(np.array([_features(candidate) for candidate in found]), _NOISE)
+        self._guesses = np.log([_guess(candidate) for candidate in found])
+        self._bounds = np.array([max(candidate.fixed + candidate.activations, 1) for candidate in found])
+        shares = np.array([candidate.activations for candidate in found]) / self._bounds
+        chosen = np.array([_chosen(candidate) for candidate in found])
+        of_activations = np.column_stack([np.full(len(found), _COMMON_FACTOR), _CHOSEN_FACTOR * chosen])
+        features = np.column_stack([_FIXED_FACTOR * (1 - shares), shares[:, None] * of_activations])
+        self._memory = _Regression(features, _NOISE_OF_MEMORY)
+        self._expected, self._capacity = 1 + (_EXPECTED - 1) * shares, capacity
 
     def learn(self, index: int, plan: dict[str, Any]) -> None:
         """Take a plan, or its error, into account."""
         self._left.discard(index)
-        candidate, kind = self._found[index], _kind(self._found[index])
-        of_activations = max(candidate.activations, 1)
         if "error" not in plan:
-            self._known[index] = math.log(_seconds_a_row(candidate, plan["step_seconds"]) / _guess(candidate))
-            if "memory_total" in plan:
-                self._spill[kind] = max((plan["memory_total"] - candidate.fixed) / of_activations, 0.0)
+            seconds = math.log(_seconds_a_row(self._found[index], plan["step_seconds"]))
+            self._times.learn(index, seconds - self._guesses[index])
+            memory = plan.get("memory_total")
         elif plan["error"].startswith("does not fit"):
-            least = _OVER * (self._capacity - candidate.fixed) / of_activations
-            self._spill[kind] = max(self._spill.get(kind, _SPILL), least)
+            memory = max(plan.get("memory_least") or _OVER * self._capacity, self._capacity)
+        else:
+            memory = None
+        if memory and math.isfinite(memory):
+            self._memory.learn(index, memory / self._bounds[index] - self._expected[index])
 
     def order(self) -> list[int]:
         """Candidates that are left, the most promising first; those that should not fit come last."""
-        means, deviations = self._predict()
-        bounds = means - _BOLDNESS * deviations + np.log([_guess(candidate) for candidate in self._found])
-        return sorted(self._left, key=lambda index: (not self._fits(index), bounds[index], index))
-
-    def _fits(self, index: int) -> bool:
-        candidate = self._found[index]
-        others = sum(self._spill.values()) / len(self._spill) if self._spill else _SPILL
-        spill = self._spill.get(_kind(candidate), others)
-        return candidate.fixed + spill * candidate.activations <= self._capacity
-
-    def _predict(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of each candidate's logarithm of seconds over the guess."""
-        known = list(self._known)
-        every, seen = self._features, self._features[known]
-        prior = np.sum(every**2, axis=1)
-        if not known:
-            return np.zeros(len(every)), np.sqrt(prior)
-        solved = np.linalg.solve(seen @ seen.T + _NOISE**2 * np.eye(len(known)), seen @ every.T).T
-        means = solved @ np.array([self._known[index] for index in known])
-        return means, np.sqrt(np.maximum(prior - np.sum(solved * (every @ seen.T), axis=1), 0.0))
-
-
-def _kind(candidate: Candidate) -> tuple[str, str]:
-    return candidate.config.model.remat, candidate.config.model.moe.dispatch
+        means, deviations = self._times.predict()
+        best = means - _BOLDNESS * deviations + self._guesses
+        fits = np.maximum(self._memory.predict()[0] + self._expected, 1.0) * self._bounds <= self._capacity
+        return sorted(self._left, key=lambda index: (not fits[index], best[index], index))
 
 
 def _seconds_a_row(candidate: Candidate, seconds: float) -> float:
@@ -93,11 +113,17 @@ def _guess(candidate: Candidate) -> float:
     return _seconds_a_row(candidate, candidate.seconds)
 
 
+def _chosen(candidate: Candidate) -> list[bool]:
+    """Which policy and mode it is."""
+    model = candidate.config.model
+    policies = [model.remat == policy for policy in REMAT_POLICIES]
+    return policies + [model.moe.dispatch == mode for mode in CONFIG_MODES]
+
+
 def _features(candidate: Candidate) -> list[float]:
     """Features times the prior deviations of their weights."""
-    model, mesh = candidate.config.model, candidate.config.mesh
-    chosen = [_CHOICE * (model.remat == policy) for policy in REMAT_POLICIES]
-    chosen += [_CHOICE * (model.moe.dispatch == mode) for mode in CONFIG_MODES]
+    mesh = candidate.config.mesh
     rows = candidate.config.train.batch_size / (mesh.data * mesh.fsdp * mesh.expert)
     sizes = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor, rows)
-    return [_COMMON, *chosen, *(_DOUBLING * math.log2(size) for size in sizes)]
+    choices = [_CHOICE * chosen for chosen in _chosen(candidate)]
+    return [_COMMON, *choices, *(_DOUBLING * math.log2(size) for size in sizes)]

@@ -8,6 +8,18 @@ from moe.config import Config, ConfigError
 from moe.planner.chips import GiB
 
 
+class DoesNotFitError(ConfigError):
+    """A program that needs more memory than a device has.
+
+    Attributes:
+        least: bytes of a device that it needs at the least; 0: not known.
+    """
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
+
+
 def refuse_state_that_does_not_fit(config: Config, state: int, capacity: int) -> None:
     """Check before minutes of compiling that parameters and optimizer fit.
 
@@ -17,14 +29,15 @@ def refuse_state_that_does_not_fit(config: Config, state: int, capacity: int) ->
         capacity: bytes of the device.
 
     Raises:
-        ConfigError: they do not fit; the message says by how much.
+        DoesNotFitError: they do not fit; the message says by how much.
     """
     if state > capacity:
-        raise ConfigError(
+        raise DoesNotFitError(
             f"does not fit: parameters and optimizer alone take {state / GiB:.1f} GiB a device, "
             f"{(state - capacity) / GiB:.1f} GiB more than its {capacity / GiB:.0f} GiB; use more chips, or split "
             f"them further (mesh.fsdp={config.mesh.fsdp}, mesh.expert={config.mesh.expert}, "
-            f"mesh.tensor={config.mesh.tensor})"
+            f"mesh.tensor={config.mesh.tensor})",
+            state,
         )
 
 
@@ -37,19 +50,22 @@ def refuse_program_that_does_not_fit(config: Config, total: int, capacity: int) 
         capacity: bytes of the device.
 
     Raises:
-        ConfigError: it does not fit; the message says by how much and which settings help.
+        DoesNotFitError: it does not fit; the message says by how much and which settings help.
     """
     if total > capacity:
         figures = f"{total / GiB:.2f} GiB a device of {capacity / GiB:.2f}, {(total - capacity) / GiB:.2f} GiB too much"
-        raise ConfigError(f"does not fit: the program: {figures}; what helps, most first: {'; '.join(_levers(config))}")
+        helps = "; ".join(_levers(config))
+        raise DoesNotFitError(f"does not fit: the program: {figures}; what helps, most first: {helps}", total)
 
 
 #: A number with B, K, M, G or T (powers of 1024).
 _SIZE = r"([\d.]+[BKMGT]?)"
 
+_TEMPORARIES = "temporaries alone"
+
 #: Messages of libtpu versions about memory; the groups are the sizes needed, then the size available.
 _MESSAGES = (
-    (rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", "temporaries alone"),
+    (rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", _TEMPORARIES),
     (rf"memory space hbm\.?\s+Used {_SIZE} of {_SIZE} hbm", "the program"),
     (
         rf"TensorCore Hbm usage: {_SIZE}, SparseCore Hbm usage:? {_SIZE}, exceeding available bytes: {_SIZE}",
@@ -59,13 +75,19 @@ _MESSAGES = (
 )
 
 
-def explained(config: Config, error: Exception) -> Exception:
-    """Turn the compiler's error about device memory into a :class:`ConfigError`; return any other error as it is."""
+def explained(config: Config, error: Exception, state: int = 0) -> Exception:
+    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`; return any other error as it is.
+
+    Args:
+        config: of the run.
+        error: the compiler's.
+        state: bytes of parameters and optimizer on a device, which temporaries come on top of.
+    """
     text = str(error)
     # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run helps.
     if "RESOURCE_EXHAUSTED" not in text or re.search(r"memory space (?!hbm)\w+", text):
         return error
-    figures = "the compiled program exceeds a device's memory"
+    figures, least = "the compiled program exceeds a device's memory", 0.0
     for pattern, what in _MESSAGES:
         found = re.search(pattern, text)
         if found:
@@ -73,8 +95,9 @@ def explained(config: Config, error: Exception) -> Exception:
             over = sum(needed) - available
             amount = f"{over:.2f} GiB" if over >= 0.01 else f"{over * 1024:.1f} MiB"
             figures = f"{what}: {sum(needed):.2f} GiB a device of {available:.2f}, {amount} too much"
+            least = sum(needed) * GiB + state * (what == _TEMPORARIES)
             break
-    return ConfigError(f"does not fit: {figures}; what helps, most first: {'; '.join(_levers(config))}")
+    return DoesNotFitError(f"does not fit: {figures}; what helps, most first: {'; '.join(_levers(config))}", least)
 
 
 def _gib(size: str) -> float:

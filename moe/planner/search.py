@@ -24,9 +24,11 @@ from moe.config import Config, ConfigError, to_dict
 from moe.foreign_files import read_object
 from moe.planner.candidates import Candidate
 from moe.planner.guide import Guide
+from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.versions import source_hash, versions
 
-Plan = dict[str, Any]  # moe.planner.plan.Plan.to_json(), or {"error": message}
+#: moe.planner.plan.Plan.to_json(), or {"error": message} and for too little memory "memory_least": bytes.
+Plan = dict[str, Any]
 
 
 class Cache:
@@ -120,7 +122,8 @@ def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan
             try:
                 known = compile_plan(config)
             except (ConfigError, jax.errors.JaxRuntimeError) as error:
-                known = {"error": " ".join(str(error).split())[:500]}
+                least = {"memory_least": error.least} if isinstance(error, DoesNotFitError) else {}
+                known = {"error": " ".join(str(error).split())[:500], **least}
             cache.put(config, known)
         return known
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from configs import mixtral_8x7b
-from moe.config import Capacity, ConfigError, MoEConfig
+from moe.config import Capacity, ConfigError, MeshConfig, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.planner import candidates, search
-from moe.planner.chips import CHIPS
+from moe.planner.chips import CHIPS, GiB
+from moe.planner.guide import Guide
+from moe.planner.memory_errors import DoesNotFitError
 
 
 def tiny_config(**model):
@@ -161,7 +163,7 @@ def test_twelve_programs_find_a_plan_within_three_percent_of_the_best(of_mixtral
 
         def compile_plan(config, plans=plans):
             if plans[config]["memory_total"] > capacity:
-                raise ConfigError("does not fit: by 1 GiB")
+                raise DoesNotFitError("does not fit: by 1 GiB", plans[config]["memory_total"])
             return plans[config]
 
         results = search.run(found, search.Cache(tmp_path / str(seed), "v5p:4x4x4", 1), compile_plan, 12, capacity)
@@ -178,3 +180,33 @@ def test_a_mode_that_a_fixed_capacity_rules_out_is_left_out():
     found, pruned = candidates.candidates(fixed, 8, CHIPS["v5p"])
     assert {candidate.config.model.moe.dispatch for candidate in found} == {"gather", "einsum"}
     assert any("capacity.fixed=8: needs a dispatch with a capacity" in reason for reason in pruned)
+
+
+def test_a_program_that_does_not_fit_says_what_its_mesh_and_its_policy_need():
+    """Mixtral-8x7B on 64 v5p chips, in GiB: bounds of state and of activations, and what the compiler needed.
+
+    State that only experts split takes 2.2 times its bound of 76, so that keeping less of the forward pass does not
+    help. Split over 64 chips it is little, and activations take 2.3 times their bound: 126 GiB for 32 rows and 100 for
+    24 do not fit, 74 for 16 do.
+    """
+
+    def candidate(mesh, remat, rows, fixed, activations):
+        config = tiny_config()
+        config = dataclasses.replace(
+            config,
+            mesh=MeshConfig(*mesh),
+            model=dataclasses.replace(config.model, remat=remat),
+            train=dataclasses.replace(config.train, batch_size=rows * math.prod(mesh[:3])),
+        )
+        seconds = rows / mesh[0]  # of a guess that takes the first mesh for eight times as fast
+        return candidates.Candidate(config, seconds, round(fixed * GiB), round(activations * GiB))
+
+    whole = [((8, 1, 8, 1), remat, 1, 76.1, kept) for remat, kept in (("outputs", 6.0), ("dots", 3.0), ("full", 1.5))]
+    split = [((1, 64, 1, 1), "full", rows, 9.5, 1.44 * rows) for rows in (32, 24, 16)]
+    found = [candidate(*fields) for fields in (*whole, *split)]
+    guide = Guide(found, 95 * GiB)
+    assert guide.order()[0] == 0
+    guide.learn(0, {"error": "does not fit", "memory_least": 171 * GiB})
+    assert set(guide.order()[:2]) == {4, 5}
+    guide.learn(3, {"error": "does not fit", "memory_least": 126 * GiB})
+    assert guide.order()[0] == 5
