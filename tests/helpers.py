@@ -20,10 +20,12 @@ from flax import nnx
 from moe.config import ModelConfig, MoEConfig, flat
 from moe.config.parse import build
 from moe.config.registry import LAYERS
-from moe.models.factory import abstract_model
+from moe.models.factory import Model, abstract_model
+from moe.models.state import TrainState
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Routing, route
+from moe.training.step import Program
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"} | flat.PLACES.keys()
 
@@ -85,6 +87,24 @@ def random_parameters(config: ModelConfig) -> tuple[Any, Any]:
         return jnp.asarray((1.0 if scale else 0.0) + 0.25 * generator.normal(size=leaf.shape), leaf.dtype)
 
     return graphdef, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(state))
+
+
+def random_state(program: Program) -> TrainState:
+    """A program's state at step 0 with parameters drawn by NumPy and zeros elsewhere, instead of compiling its own."""
+    generator = np.random.default_rng(0)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = np.zeros(leaf.shape)
+        if path[0].name in ("parameters", "base"):
+            values = 0.25 * generator.normal(size=leaf.shape) + (path[-1].key == "scale")
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(draw, program.state)
+
+
+def random_model(config: ModelConfig) -> Model:
+    """A model with the parameters of :func:`random_parameters`."""
+    return nnx.merge(*random_parameters(config))
 
 
 def gate_named(name: str, k: int | None = None, **fields: Any) -> Gate:

@@ -1,6 +1,7 @@
 """Surgery on experts: identities change no logit, saliencies by hand, and a pruned model is that of fewer experts."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -16,6 +17,9 @@ from tests.analysis.test_difference import _records
 from tests.analysis_helpers import random_batch, tiny_program
 from tests.run_helpers import write_run
 
+#: Room for every token by the dispatch that compiles fastest.
+ROOM = {"dispatch": "einsum", "eval_capacity_factor": 8.0}
+
 
 def _parts(program, variables):
     from flax import nnx
@@ -26,18 +30,23 @@ def _parts(program, variables):
     return [jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, kind))) for kind in (nnx.Param, SelectionBias)]
 
 
-def _logits(config, mesh, batch, parameters, biases):
+@functools.cache
+def _compiled(config, mesh):
     program = build(config, mesh)
+    return jax.jit(lambda variables, batch: forward(program.model(variables), batch).logits)
+
+
+def _logits(config, mesh, batch, parameters, biases):
     with jax.set_mesh(mesh):
-        return np.asarray(forward(program.model(join(parameters, biases)), batch).logits)
+        return np.asarray(_compiled(config, mesh)(join(parameters, biases), batch))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"gate": "mixtral", "num_experts": 4, "dispatch": "dropless"},
-        {"gate": "switch", "num_experts": 4, "dispatch": "dropless", "bias": "all"},
-        {"gate": "deepseek_v4", "num_experts": 8, "experts_per_token": 2, "dispatch": "dropless"},
+        {"gate": "mixtral", "num_experts": 4, **ROOM},
+        {"gate": "switch", "num_experts": 4, **ROOM, "bias": "all"},
+        {"gate": "deepseek_v4", "num_experts": 8, "experts_per_token": 2, **ROOM},
     ],
     ids=lambda overrides: overrides["gate"],
 )
@@ -69,7 +78,7 @@ def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
     member = measures.membership(index, chosen, 4)
     assert surgery.groups_of_tokens(member, np.arange(4), 2) == 7 / 4
     assert surgery.groups_of_tokens(member, np.array([0, 2, 1, 3]), 2) == 1
-    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless")
+    program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM)
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
     batch = random_batch(rng, config.model.vocab_size)
@@ -84,7 +93,7 @@ def test_experts_chosen_together_stand_together_and_no_logit_changes(rng):
 
 def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
     """Where the router never chooses expert 1, leaving it out changes no renormalised weight."""
-    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless", bias="router")
+    program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, bias="router")
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
     names = [path for _, path in surgery.unstack_layers(config.model, parameters)]
@@ -107,7 +116,7 @@ def test_a_pruned_model_routes_among_the_experts_that_are_left(rng):
 
 def test_experts_replaced_by_zero_return_nothing(rng):
     """Tokens still choose them, with the same weights: the model whose down matrices are zero there."""
-    program, variables = tiny_program(gate="deepseek_v4", num_experts=4, experts_per_token=2, dispatch="dropless")
+    program, variables = tiny_program(gate="deepseek_v4", num_experts=4, experts_per_token=2, **ROOM)
     config, mesh = program.config, program.mesh
     parameters, biases = _parts(program, variables)
     batch = random_batch(rng, config.model.vocab_size)
@@ -127,7 +136,7 @@ def test_experts_replaced_by_zero_return_nothing(rng):
 
 def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng):
     """MoNE: the model whose pruned experts are replaced by their down biases alone, which are the means of before."""
-    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless", bias="all")
+    program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, bias="all")
     config, mesh, model = program.config, program.mesh, program.config.model
     parameters, biases = _parts(program, variables)
     parameters = jax.tree.map(lambda array: array + 0.1 * rng.normal(size=array.shape).astype(np.float32), parameters)
@@ -159,7 +168,7 @@ def test_novices_return_the_mean_output_of_the_tokens_that_chose_the_expert(rng)
 
 def test_mean_and_deviation_of_outputs_by_hand(rng):
     """Means of the first layer, whose input is the embedding where attention returns 0; padding counts nowhere."""
-    program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", activation="relu")
+    program, variables = tiny_program(gate="switch", num_experts=3, **ROOM, activation="relu")
     model = program.config.model
     parameters, biases = _parts(program, variables)
     flat = surgery.unstack_layers(model, parameters)
@@ -181,7 +190,7 @@ def test_mean_and_deviation_of_outputs_by_hand(rng):
 
 def test_an_expert_merged_with_its_permuted_copy_is_itself(rng):
     """Expert 2 is expert 0 with its hidden units in another order: merged into it, 0 stays what it was."""
-    program, variables = tiny_program(gate="switch", num_experts=3, dispatch="dropless", bias="all")
+    program, variables = tiny_program(gate="switch", num_experts=3, **ROOM, bias="all")
     model = program.config.model
     parameters, biases = _parts(program, variables)
     flat = surgery.unstack_layers(model, parameters)
@@ -213,7 +222,7 @@ def test_merged_weights_are_averages_by_usage():
 
 def test_reap_by_hand(rng):
     """Without attention, a layer's input is known: NumPy computes weights and outputs of its experts again."""
-    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless", activation="relu")
+    program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM, activation="relu")
     model = program.config.model
     parameters, biases = _parts(program, variables)
     flat = surgery.unstack_layers(model, parameters)
@@ -285,7 +294,7 @@ def test_what_cannot_be_split_is_refused(overrides, parts, message):
 def test_a_pruned_export_loads_elsewhere_with_equal_logits(tmp_path, rng, merged):
     """The export is a Mixtral of three experts. Needs torch and transformers 5: python -m pytest -m transformers."""
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
-    program, variables = tiny_program(gate="mixtral", num_experts=4, dispatch="dropless")
+    program, variables = tiny_program(gate="mixtral", num_experts=4, **ROOM)
     parameters, biases = _parts(program, variables)
     kept = np.array([[0, 1, 3], [1, 2, 3]])
     model = program.config.model

@@ -18,6 +18,7 @@ from moe.config import ConfigError
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
 from moe.training.loop import train
+from tests.helpers import slow_case
 from tests.run_helpers import ONE, SETTINGS, rows, state_of, steps, tiny
 
 # Most runs of a file are the same program.
@@ -62,7 +63,18 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+#: The others run with the slow tests.
+OFTEN = (
+    "an array's bit flipped",
+    "the index lost",
+    "a number of the loop changed",
+    "the data's place changed",
+    "a file that is a folder",
+    "another step's under its name",
+)
+
+
+@pytest.mark.parametrize("damage", [name if name in OFTEN else slow_case(name) for name in DAMAGES])
 def test_a_damaged_checkpoint_is_set_aside(directory, whole, programs, tmp_path, capsys, damage):
     """The run goes on from the one before, writes the same again, and deletes nothing."""
     workdir = tmp_path / "run"

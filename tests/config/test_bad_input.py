@@ -127,7 +127,7 @@ def test_refused(case, data, imported, tmp_path, monkeypatch):
     [
         (value("model.moe.num_experts", "0", "at least 1"), False),
         (value("model.moe.num_experts", "0", "at least 1"), True),
-        (value("data.dataset", "/nowhere/at/all", "no such folder"), False),
+        slow_case(value("data.dataset", "/nowhere/at/all", "no such folder"), False),
     ],
 )
 def test_in_a_process_of_its_own(case, data, imported, tmp_path, traceback):

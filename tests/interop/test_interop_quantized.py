@@ -23,6 +23,7 @@ from moe.interop import export_checkpoint, import_checkpoint, load_huggingface
 from moe.interop.quantization_config import read_quantization
 from moe.interop.quantized import MXFP4, FP8Blocks, PackedInt4, pack_scales, unpack_scales
 from moe.interop.tensor_files import StoredTensors
+from tests.helpers import slow_case
 from tests.interop.test_interop import HERE, check_parity
 
 FP8, BF16, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu
@@ -177,7 +178,7 @@ def _bytes(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[str, bytes]]:
     return {name: (f"{tensor.dtype}{tensor.shape}", tensor.tobytes()) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow_case("bfloat16")])
 def test_fp8_comes_back_bit_for_bit(dtype, tmp_path):
     source = PATHS[0]
     import_checkpoint(source, tmp_path / "run", dtype=dtype)

@@ -9,9 +9,8 @@ from flax import nnx
 
 from moe.config import ConfigError
 from moe.interop.recorded import EngineName, mismatch, read_choices, replay_effect
-from moe.models.decoder import Transformer
 from moe.routing.routing import Choices, Routing
-from tests.helpers import tiny_model
+from tests.helpers import random_model, tiny_model
 
 LENGTHS = (8, 5)  # of the inputs of two sequences: all their tokens but the last, which no engine records
 
@@ -20,7 +19,7 @@ LENGTHS = (8, 5)  # of the inputs of two sequences: all their tokens but the las
 def recorded():
     """A model of a dense and two MoE layers, tokens, and the routing of their rows."""
     sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "dropless", "layers": (1, 2)}
-    model = Transformer(tiny_model(num_layers=3, gate="mixtral", **sizes), rngs=nnx.Rngs(0))
+    model = random_model(tiny_model(num_layers=3, gate="mixtral", **sizes))
     tokens = np.random.default_rng(0).integers(1, 48, (2, 8))
     tokens[1, LENGTHS[1] :] = 0
     run = nnx.jit(lambda model, tokens, choices: model(tokens, routing=choices, return_routing=True))
@@ -59,7 +58,11 @@ def test_every_layout_replays_exactly(engine, recorded):
 
 
 def test_replay_of_other_experts(recorded):
-    model, tokens, output, _ = recorded
+    """With one layer, and room for all tokens."""
+    _, tokens, _, run = recorded
+    sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "einsum", "eval_capacity_factor": 5.0}
+    model = random_model(tiny_model(num_layers=1, gate="mixtral", **sizes))
+    output = run(model, tokens, None)
     same = replay_effect(model, tokens, output.routing.choices)
     assert same.loss == pytest.approx(same.replayed_loss, rel=1e-6)
     assert same.gradient_cosine == pytest.approx(1, abs=1e-5)

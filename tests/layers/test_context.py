@@ -19,7 +19,7 @@ from moe.parallel.mesh import make_mesh
 from moe.training import step
 from moe.training.batches import place
 from moe.training.step import build
-from tests.helpers import slow_case
+from tests.helpers import random_state, slow_case
 
 T = 32
 SPLIT = (MeshConfig(4, 1, 1, 1, 2), MeshConfig(1, 1, 2, 1, 4), MeshConfig(1, 2, 1, 2, 2))  # data, fsdp, expert, ...
@@ -65,7 +65,7 @@ def _gradients(config: Config, mesh: MeshConfig) -> list[np.ndarray]:
     with jax.set_mesh(where):
         program = build(config, where)
         parts = step._Parts(config, program.graphdef, program.graphdef, None, None)
-        state, batch = program.init(), place(_batch(config.train.batch_size), where)
+        state, batch = random_state(program), place(_batch(config.train.batch_size), where)
         found = jax.jit(lambda state, batch: step._gradients(parts, state, batch, jax.random.key(1), None))(
             state, batch
         )

@@ -19,7 +19,7 @@ from moe.layers.basic import Rows
 from moe.models.decoder import Transformer
 from moe.models.kv_cache import empty, prompt_logits, run_prompt
 from moe.parallel.mesh import make_mesh
-from tests.helpers import moe_config
+from tests.helpers import moe_config, random_model
 
 CONFIG = ModelConfig(
     **{"d_model": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "rope_dim": 2, "rope_interleaved": True},
@@ -78,12 +78,17 @@ def test_against_plain_loops(module, rng):
 def test_absorbed_projections_compute_the_same(module, rng):
     x = jnp.asarray(rng.normal(size=(2, 7, 8)), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    query, latent, value = module.project_cached(x, positions)
-    assert latent.shape == (2, 7, 1, 5 + 2)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 1, 7, 7))
-    got = module.join(module.attend_cached(query, latent, value, causal), x)
     ones = jnp.ones((2, 7), jnp.int32)
-    want = module.join(module.prefill(x, Rows(ones, ones, positions))[0], x)
+
+    @jax.jit
+    def run(x, positions):
+        query, latent, value = module.project_cached(x, positions)
+        assert latent.shape == (2, 7, 1, 5 + 2)
+        got = module.join(module.attend_cached(query, latent, value, causal), x)
+        return got, module.join(module.prefill(x, Rows(ones, ones, positions))[0], x)
+
+    got, want = run(x, positions)
     with pytest.raises(ValueError, match="for grouped-query attention alone"):
         module.prefill(x, Rows(ones, ones, positions, prefix=ones))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -178,7 +183,7 @@ def test_a_row_has_its_own_length(rng):
     """A row of 5 beside one of 12, and padded to 12, is what it is alone, though the other is beyond the context."""
     scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_length=6)
     config = ModelConfig(vocab_size=16, num_layers=1, d_ff=8, moe=MoEConfig(gate=None))
-    model = Transformer(dataclasses.replace(config, rope_scaling=scaling), rngs=nnx.Rngs(0))
+    model = random_model(dataclasses.replace(config, rope_scaling=scaling))
     tokens = jnp.asarray(rng.integers(1, 16, (2, 12)))
     lengths = jnp.array([5, 12])
 
@@ -191,7 +196,7 @@ def test_a_row_has_its_own_length(rng):
     for row, length in ((0, 5), (1, 12)):
         alone = run(tokens[row : row + 1, :length]).logits[0, -1]
         np.testing.assert_allclose(both[row], alone, rtol=1e-4, atol=1e-4)
-    plain = Transformer(config, rngs=nnx.Rngs(0))
+    plain = random_model(config)
     assert float(jnp.abs(jax.jit(plain.__call__)(tokens[1:]).logits[0, -1] - both[1]).max()) > 1e-3
 
 

@@ -19,9 +19,8 @@ from moe.planner import arithmetic
 from moe.training import losses
 from tests.helpers import collectives, slow_case
 
-#: No window, one of less than a block and one of several; the other combinations are slow tests.
+#: One window of less than a block, one of several, and none; the other combinations are slow tests.
 FORMS = [
-    (0, 4, "float32"),
     (7, 1, "float32"),  # less than a block
     (40, 4, "float32"),  # more than two
     (0, 1, "bfloat16"),

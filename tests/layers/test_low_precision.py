@@ -60,23 +60,31 @@ def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
         d_matrices,
     )
 
-    rows_, matrices_ = jnp.asarray(rows), jnp.asarray(matrices)
+    each = {e: np.flatnonzero(groups == e) for e in (0, 2, 3)}
 
-    def results(product, *arguments):
-        y, backward = jax.vjp(product, *arguments)
-        return (y, *backward(jnp.asarray(gradient).reshape(y.shape)))
+    @jax.jit
+    def run(rows, matrices, gradient):
+        """Results of all rows, and of the dense product of one expert's rows."""
 
-    grouped = results(lambda *a: tpu.quantized_matmul(*a, jnp.asarray(SIZES), precision), rows_, matrices_)
+        def results(product, rows, matrices, gradient):
+            y, backward = jax.vjp(product, rows, matrices)
+            return (y, *backward(gradient))
+
+        def grouped(*arguments):
+            return tpu.quantized_matmul(*arguments, jnp.asarray(SIZES), precision)
+
+        def dense(rows, matrix):
+            return quantized.matmul(rows[None], matrix, precision)[0]
+
+        one = {e: results(dense, rows[index], matrices[e], gradient[index]) for e, index in each.items()}
+        return results(grouped, rows, matrices, gradient), one
+
+    grouped, dense = run(*map(jnp.asarray, (rows, matrices, gradient)))
     for ours, reference in zip(grouped, expected, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5 * np.abs(reference).max())
-    each = [np.flatnonzero(groups == e) for e in (0, 2, 3)]
-    for e, index in zip((0, 2, 3), each, strict=True):  # the dense product of one expert's rows
-        y, d_rows = (expected[i][index] for i in (0, 1))
-        ours, backward = jax.vjp(lambda *a: quantized.matmul(*a, precision), rows_[None, index], matrices_[e])
-        np.testing.assert_allclose(ours[0], y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
-        found = backward(jnp.asarray(gradient[None, index]))
-        np.testing.assert_allclose(found[0][0], d_rows, rtol=1e-5, atol=1e-5 * np.abs(d_rows).max())
-        np.testing.assert_allclose(found[1], d_matrices[e], rtol=1e-5, atol=1e-5 * np.abs(d_matrices[e]).max())
+    for e, index in each.items():
+        for ours, reference in zip(dense[e], (expected[0][index], expected[1][index], d_matrices[e]), strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5 * np.abs(reference).max())
 
 
 def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):

@@ -20,7 +20,7 @@ from moe.training.averaging import write_average
 from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.step import build
-from tests.helpers import slow_case
+from tests.helpers import random_state, slow_case
 from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, compilation_cache, directory, raise_interrupted, tiny  # noqa: F401
 
 EVERYTHING = ("attention", "experts")
@@ -125,15 +125,12 @@ def test_values_and_gradients_are_those_of_the_merged_model(tmp_path, dispatch, 
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, common_a=common_a))
     mesh_of_one = make_mesh(MeshConfig(data=1), ONE)
     with jax.set_mesh(mesh_of_one):
-        state = build(config, mesh_of_one).init()
-    rng = np.random.default_rng(1)
-    moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), state.parameters)
-    state = dataclasses.replace(state, parameters=moved)
+        state = random_state(build(config, mesh_of_one))
     placed = dataclasses.replace(config, mesh=MeshConfig(**mesh))
     loss, gradients, state = _gradients(placed, state)
     plain = dataclasses.replace(config, lora=LoraConfig(), start=StartConfig(), mesh=MeshConfig(data=1))
     with jax.set_mesh(mesh_of_one):
-        fresh = build(plain, mesh_of_one).init()
+        fresh = random_state(build(plain, mesh_of_one))
     whole = dataclasses.replace(fresh, parameters=state.variables, biases={})
     expected_loss, full, _ = _gradients(plain, whole)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)

@@ -19,7 +19,7 @@ from moe.models.sampling import Sampling
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
-from tests.helpers import moe_config, slow_case
+from tests.helpers import moe_config, random_parameters, slow_case
 from tests.interop.test_interop import CASES, _expected
 
 GREEDY = Sampling(temperature=0)
@@ -34,8 +34,9 @@ def test_an_impossible_temperature_is_refused(temperature):
 def _model(**changes):
     moe = moe_config(**{"num_experts": 4, "d_ff": 12, "dispatch": "dropless", **changes.pop("moe", {})})
     sizes = {"vocab_size": 48, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "d_ff": 20}
-    config = ModelConfig(**{**sizes, "num_layers": 2, "init_scale": 4.0, **changes}, moe=moe)
-    return config, nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
+    config = ModelConfig(**{**sizes, "num_layers": 2, **changes}, moe=moe)
+    _, variables = random_parameters(config)
+    return config, jax.tree.map(lambda leaf: 2 * leaf, variables)
 
 
 def _without_cache(config, variables, prompts, num_tokens):

@@ -21,7 +21,7 @@ from moe.models.decoder import Transformer
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
-from tests.helpers import moe_config, slow_case
+from tests.helpers import moe_config, random_model, slow_case
 
 MODEL = ModelConfig(
     **{"vocab_size": 48, "d_model": 16, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 4},
@@ -33,12 +33,7 @@ MODEL = ModelConfig(
 
 def _model(**changes) -> Transformer:
     """A model whose biases and sinks are not zero."""
-    model = Transformer(dataclasses.replace(MODEL, **changes), rngs=nnx.Rngs(0))
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    parameters = nnx.state(model)
-    drawn = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), parameters)
-    nnx.update(model, drawn)
-    return model
+    return random_model(dataclasses.replace(MODEL, **changes))
 
 
 def test_clamped_swiglu_by_hand():
@@ -57,7 +52,7 @@ def test_a_sink_by_hand(kind):
     np.testing.assert_allclose(got[0, :, 0, 0], [1 / 3, 3 / 4, 6 / 5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("window", [slow_case(0), 7])
 def test_forms_of_attention_with_sinks(window, monkeypatch):
     """All forms against a softmax over the scores and the sink, in values and gradients, the sinks' too."""
     monkeypatch.setattr(attend, "_block_size", lambda length, largest: 8)

@@ -14,10 +14,9 @@ from moe.config.registry import LAYERS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import Router
-from moe.models.decoder import Transformer
 from moe.parallel.mesh import make_mesh
 from tests.gate_helpers import routed
-from tests.helpers import tiny_model
+from tests.helpers import random_model, tiny_model
 
 
 def test_the_router_rounds_only_when_asked(rng):
@@ -58,14 +57,12 @@ def test_routing_is_recorded_and_replayed_under_another_mode_and_mesh(rng):
     config = tiny_model(
         gate="gshard", num_layers=3, first_dense=1, num_experts=8, d_model=16, num_kv_heads=4, eval_capacity_factor=0.5
     )
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = random_model(config)
     tokens = jnp.asarray(rng.integers(0, 48, (8, 6)))
     recorded = jax.jit(lambda tokens: model(tokens, return_routing=True))(tokens)
     assert recorded.routing.expert_index.shape == (2, 8, 6, 2)
     assert 0 < float(recorded.layers.fraction_tokens_dropped.mean()) < 1
-    other = Transformer(
-        dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="einsum")), rngs=nnx.Rngs(0)
-    )
+    other = random_model(dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="einsum")))
     # Asked, this router would choose the two worst of eight experts instead of the two best.
     router = other.segment_1.block_0.moe.router
     router.kernel[...] = -router.kernel[...]

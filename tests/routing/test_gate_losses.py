@@ -19,7 +19,7 @@ from moe.routing import balancing
 from moe.training.batches import place
 from moe.training.step import build
 from tests.gate_helpers import LOGITS, SIGMOID_LOGITS, SIGMOIDS, routed
-from tests.helpers import set_moe, slow_case, tiny_model
+from tests.helpers import random_state, set_moe, slow_case, tiny_model
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ def test_train_step_moves_the_bias_by_the_load_and_nothing_else_does(dispatch, t
         dispatch=dispatch,
     )
     with jax.set_mesh(program.mesh):
-        state = program.init()
+        state = random_state(program)
         assert not any("bias" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.optimizer))
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.biases))
         state, metrics = program.train_step(state, _batch(program))
@@ -197,7 +197,9 @@ def test_train_step_moves_the_bias_by_the_load_and_nothing_else_does(dispatch, t
             restored = checkpointer.restore(tmp_path / "state", program.state)
         jax.tree.map(np.testing.assert_array_equal, restored.biases, state.biases)
         # The model reads it: the same step from the same parameters with this bias sends tokens elsewhere.
-        _, moved = program.train_step(dataclasses.replace(program.init(), biases=restored.biases), _batch(program))
+        _, moved = program.train_step(
+            dataclasses.replace(random_state(program), biases=restored.biases), _batch(program)
+        )
         assert np.abs(np.asarray(moved.layers.expert_load) - load).max() > 0.01
 
 

@@ -26,6 +26,7 @@ from moe.training import evaluation, open_run
 from moe.training.loop import train
 from moe.training.step import build as build_program
 from tests.helpers import set_moe
+from tests.run_helpers import compile_once
 from tests.tiny_text import build
 
 MODULE = """
@@ -198,16 +199,7 @@ def test_the_recipe_of_the_guide_for_contributors():
         names["Nearest"](temperature=0)
 
 
-@pytest.fixture
-def compilation_cache(tmp_path):
-    """The train step is compiled once for both runs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
-def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
+def test_it_trains_resumes_and_evaluates(module, tmp_path):
     directory = build(tmp_path / "data")
     tree = tree_with("my_gates:layer", dispatch="einsum")
     tree.model.update(
@@ -229,15 +221,15 @@ def test_it_trains_resumes_and_evaluates(module, compilation_cache, tmp_path):
     )
     tree.optimizer.warmup_steps = 1
     workdir = tmp_path / "run"
-    config = from_config_dict(tree)
-    train(config, str(workdir), jax.devices()[:1])
+    config, programs = from_config_dict(tree), compile_once()
+    train(config, str(workdir), jax.devices()[:1], make_program=programs)
     assert json.loads((workdir / "config.json").read_text())["model"]["moe"]["gate"] == {
         "name": "my_gates:layer",
         "k": 3,
     }
     rows = (workdir / "metrics.jsonl").read_bytes()
     shutil.rmtree(workdir / "checkpoints" / "2")
-    train(config, str(workdir), jax.devices()[:1])  # from step 1
+    train(config, str(workdir), jax.devices()[:1], make_program=programs)  # from step 1
     assert (workdir / "metrics.jsonl").read_bytes() == rows
     opened = open_run.open_workdir(str(workdir), {})
     with jax.set_mesh(opened.program.mesh):

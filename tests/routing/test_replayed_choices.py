@@ -10,11 +10,10 @@ from flax import nnx
 
 from moe.config import ConfigError
 from moe.config.registry import LAYERS
-from moe.models.decoder import Transformer
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Choices, Routing, load_routing, route, save_routing
 from tests.gate_helpers import LOGITS, routed
-from tests.helpers import tiny_model
+from tests.helpers import random_model, tiny_model
 
 
 def test_weights_of_recorded_experts_by_hand():
@@ -46,8 +45,8 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
     """
     sizes = {"num_experts": 8, "experts_per_token": 2, "eval_capacity_factor": 4.0, "dispatch": "einsum"}
     config = tiny_model(gate="deepseek_v4", **sizes)
-    create = nnx.jit(lambda key: Transformer(config, rngs=nnx.Rngs(key)))
-    theirs, ours = (create(jax.random.key(seed)) for seed in (0, 1))
+    theirs, ours = random_model(config), random_model(config)
+    ours.segment_0.block_0.moe.router.kernel[...] *= -1.0  # chooses others
     tokens = jnp.asarray(rng.integers(1, 48, (2, 6)))
     recorded = nnx.jit(lambda model: model(tokens, return_routing=True).routing)(theirs)
     save_routing(str(tmp_path / "choices.npz"), recorded.choices)
@@ -103,7 +102,7 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
 def test_a_gate_that_weighs_only_what_it_chooses_refuses_choices():
     assert not Gate.reweighs
     config = tiny_model(gate="soft_moe", dispatch="einsum", accept_future_leak=True)
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = random_model(config)
     choices = Choices(jnp.zeros((2, 1, 6, 4), jnp.int32), jnp.ones((2, 1, 6, 4), bool))
     with pytest.raises(ValueError, match="a routing cannot be replayed by Soft MoE"):
         model(jnp.ones((1, 6), jnp.int32), routing=choices)

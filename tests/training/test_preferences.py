@@ -17,6 +17,7 @@ from moe.posttraining.dpo import PreferenceObjective, margins
 from moe.training.loop import train
 from moe.training.step import build
 from tests.data.test_chat import EXPECTED, HERE, tokenizer
+from tests.helpers import random_state
 from tests.run_helpers import ONE, compile_once, rows, state_of, steps, tiny, write_run
 
 PROMPT = [{"role": "user", "content": "ab"}]
@@ -79,13 +80,13 @@ def test_loss_and_gradient_by_hand():
         output, reference = (SimpleNamespace(hidden=hidden) for hidden in (logits, jnp.zeros((2, 6, 2))))
         return PreferenceObjective().sums(config, model, output, batch, (model, reference))
 
+    run = jax.jit(jax.value_and_grad(lambda logits: ((found := sums(logits)).loss, found.terms), has_aux=True))
     with jax.set_mesh(make_mesh(MeshConfig(), ONE)):
-        found = sums(logits)
-        gradient = jax.grad(lambda logits: sums(logits).loss)(logits)
+        (loss, terms), gradient = run(logits)
     assert PreferenceObjective().count(batch) == 1
-    assert float(found.loss) == pytest.approx(np.log(1 + 3**-0.5), rel=1e-6)
-    assert float(found.terms["preference_margin"]) == pytest.approx(log3, rel=1e-6)
-    assert float(found.terms["preference_accuracy"]) == 1
+    assert float(loss) == pytest.approx(np.log(1 + 3**-0.5), rel=1e-6)
+    assert float(terms["preference_margin"]) == pytest.approx(log3, rel=1e-6)
+    assert float(terms["preference_accuracy"]) == 1
     # dloss/dlog p(chosen) = −beta σ(−beta margin) = −1/2 / (1 + √3); dlog p/dlogit = 1 − 3/4.
     assert float(gradient[0, 0, 0]) == pytest.approx(-0.5 / (1 + 3**0.5) / 4, rel=1e-5)
     assert float(gradient[0, 2, 0]) == pytest.approx(0.5 / (1 + 3**0.5) * 3 / 4, rel=1e-5)
@@ -117,7 +118,7 @@ def start(tmp_path):
     config = tiny(tmp_path / "cache", **settings | {"data.objective": "chat", "distill.teacher": ""})
     mesh = make_mesh(config.mesh, ONE)
     with jax.set_mesh(mesh):
-        write_run(folder, config, build(config, mesh).init().parameters)
+        write_run(folder, config, random_state(build(config, mesh)).parameters)
     return folder, settings | {"start.checkpoint": str(folder)}
 
 

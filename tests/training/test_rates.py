@@ -147,16 +147,16 @@ def initial(model):
     return jax.tree_util.tree_map_with_path(scale, drawn)
 
 
-@pytest.mark.parametrize("name", ["adamw", slow_case("muon")])
-def test_changes_do_not_grow_with_the_width(name):
-    """Coordinate check (Yang et al. 2022, appendix D.1): eight times as wide."""
-    base, plain, transferred = (
-        moved(16, name, transfer=True),
-        moved(128, name, transfer=False),
-        moved(128, name, transfer=True),
-    )
-    assert 1 / 3 < transferred / base < 1.5, (base, plain, transferred)
-    assert plain / base > 2.5, (base, plain, transferred)
+@pytest.mark.parametrize(
+    ("name", "untransferred"), [("adamw", False), slow_case("adamw", True), slow_case("muon", True)]
+)
+def test_changes_do_not_grow_with_the_width(name, untransferred):
+    """Coordinate check (Yang et al. 2022, appendix D.1): eight times as wide; without the transfer they do grow."""
+    base, transferred = (moved(width, name, transfer=True) for width in (16, 128))
+    assert 1 / 3 < transferred / base < 1.5, (base, transferred)
+    if untransferred:
+        plain = moved(128, name, transfer=False)
+        assert plain / base > 2.5, (base, plain)
 
 
 def test_refusals_and_forms():

@@ -21,7 +21,7 @@ from tests.helpers import tiny_model
 def programs():
     """(Program, its compiled train step, its text): 4 rows of 24 tokens, vocabulary of 48, 8 positions a chunk."""
     config = Config(
-        model=tiny_model(dispatch="einsum"),
+        model=tiny_model(gate="none", num_layers=1),
         data=DataConfig(sequence_length=24),
         train=TrainConfig(batch_size=4, num_steps=100),
     )
@@ -62,7 +62,7 @@ def test_logits_are_held_a_chunk_at_a_time(programs):
 
 
 @pytest.mark.parametrize("frozen", [(), ("attention",)])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_clipping_multiplies_by_what_exceeds_the_norm(frozen, size):
     """Gradients (3s, 4s) have the norm 5s, or without the frozen part 3s, and a norm of 2 is allowed."""
     config = OptimizerConfig(gradient_clip=2.0, frozen=frozen)
