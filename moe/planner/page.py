@@ -64,6 +64,7 @@ def _exchanges(plan: Plan) -> list[str]:
     if plan.token_exchanges:
         names = ", ".join(exchange.purpose for exchange in plan.token_exchanges)
         lines.append(f"  FLAW: arrays that are no weights are gathered on every {_device(plan)}: {names}")
+        lines.append("  another mesh or model.moe.dispatch does without: --search compiles and ranks them")
     elif plan.unnamed_gathers:
         lines.append("  the program does not name its exchanges; plan one slice to see whether tokens are gathered")
     else:
