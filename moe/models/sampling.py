@@ -176,17 +176,18 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
     return token_ids, lengths
 
 
+@functools.lru_cache(maxsize=8)
 def _programs(
     config: ModelConfig, rows: int, length: int, sampling: Sampling
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The compiled prefill and decoding step for that many rows and positions."""
+    """The prefill and the decoding step for that many rows and positions, compiled once for all such texts."""
     graphdef = nnx.graphdef(abstract_model(without_drops(config)))
     encoder = nnx.graphdef(abstract_model(one_group_a_row(config))) if config.encoder_layers else None
     stops = np.asarray(sampling.stop_tokens, np.int32)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(sampling.seed), row))(jnp.arange(rows))
 
     def pick(logits: Array, positions: Array) -> Array:
         """Choose the token at each row's position."""
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(sampling.seed), row))(jnp.arange(rows))
         return choose(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
 
     @jax.jit

@@ -105,8 +105,9 @@ def sample(
     return Speculated(found, steps, accepted / max(drafted, 1))
 
 
+@functools.lru_cache(maxsize=8)
 def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[..., _State], Callable[..., Any]]:
-    """The compiled prefill and step for that many rows and positions."""
+    """The prefill and the step for that many rows and positions, compiled once for all such texts."""
     graphdef = nnx.graphdef(abstract_model(without_drops(config)))
     kind = layer_kinds(config)[-1]
 

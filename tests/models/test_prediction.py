@@ -17,14 +17,13 @@ from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.load import load_huggingface
 from moe.models import sampling, speculation
 from moe.models.decoder import make_rows
-from moe.models.factory import create_model
 from moe.models.prediction import further_targets
 from moe.models.stack import part_of, selection_biases, stacked_layers
 from moe.parallel.mesh import make_mesh
 from moe.training.batches import forward, place
 from moe.training.losses import TextObjective
 from moe.training.step import build
-from tests.helpers import set_moe, slow_case
+from tests.helpers import random_model, random_parameters, set_moe, slow_case
 from tests.run_helpers import ONE, tiny
 
 BIASED = {
@@ -96,7 +95,7 @@ def loop(model, config, batch):
 
 def test_losses_are_those_of_a_loop(tmp_path):
     config = config_of(tmp_path)
-    model = create_model(config.model, rngs=nnx.Rngs(0))
+    model = random_model(config.model)
     batch = batch_of(np.random.default_rng(0), rows=2)
     expected = loop(model, config, batch)
     mesh = make_mesh(config.mesh, ONE)
@@ -187,10 +186,11 @@ def test_published_layers_come_in_and_go_out(tmp_path):
 def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     """With an untrained model drafts are rejected; one whose next token depends on the last alone confirms them."""
     config = config_of(tmp_path, **{"model.prediction_layers": 1} | changes).model
-    variables = nnx.to_pure_dict(nnx.state(create_model(config, rngs=nnx.Rngs(0))))
+    _, variables = random_parameters(config)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 40, length) for length in (1, 4, 7)]
     greedy = sampling.sample(config, variables, prompts, 12, sampling.Sampling(temperature=0))
+    compiled = speculation._programs.cache_info().misses
     found = speculation.sample(config, variables, prompts, 12)
     for ours, theirs in zip(found.texts, greedy, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -203,6 +203,9 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     ):
         np.testing.assert_array_equal(ours, theirs)
     # Without what attention and experts add, model and layer see the last token alone; the layer copies its embedding.
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "scale" else leaf, variables
+    )
     for path in (("segment_0", "block_0"), ("prediction", "block")):
         block = variables[path[0]][path[1]]
         block["attention"]["out"] *= 0
@@ -215,5 +218,6 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
         certain.texts, sampling.sample(config, variables, prompts, 12, sampling.Sampling(temperature=0)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+    assert speculation._programs.cache_info().misses == compiled + 1  # all texts are of the same sizes
     with pytest.raises(ConfigError, match=r"model\.prediction_layers=0: must be at least 1"):
         speculation.sample(config_of(tmp_path, **{"model.prediction_layers": 0}).model, variables, prompts, 2)
