@@ -318,7 +318,7 @@ def test_equal_on_meshes(mesh, load, rng):
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 10, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
-    alone = _value_and_gradients("dropless", config, routing, x)
+    alone = _value_and_gradients("einsum", config, routing, x)  # which drops nothing here and compiles fastest
     _assert_close(_on_mesh(mesh, config, routing, x), alone, 1e-5)
 
 
@@ -348,7 +348,7 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
-    alone = _value_and_gradients("dropless", config, routing, x)
+    alone = _value_and_gradients("einsum", config, routing, x)
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # uninitialised memory
@@ -359,7 +359,7 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
 
 
 def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
-    """The same numbers are dropped by every dispatch mode, on a mesh, and with the exchange of accelerators."""
+    """The same numbers are dropped by every dispatch mode and on a mesh."""
     config = tiny_model(num_experts=8)
     routing = _case(rng, 8, 10, 8, 2)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
@@ -371,6 +371,15 @@ def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
     _assert_close(_on_mesh(mesh, config, routing, x, "dropout on a mesh"), expected, 1e-5)
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     _assert_close(_value_and_gradients("gather", config, routing, x, "dropout by index"), expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_expert_dropout_with_the_exchange_of_accelerators(rng, monkeypatch):
+    config = tiny_model(num_experts=8)
+    routing = _case(rng, 8, 10, 8, 2)
+    x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
+    expected = _value_and_gradients("einsum", config, routing, x, "dropout")
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
-    _assert_close(_on_mesh(mesh, config, routing, x, "dropout, ragged exchange"), expected, 1e-5)
+    _assert_close(_on_mesh(MESHES[2], config, routing, x, "dropout, ragged exchange"), expected, 1e-5)

@@ -95,7 +95,7 @@ def test_layer_patterns(overrides, sparse, runs):
     [
         slow_case({}, id="all"),
         slow_case({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2, gather"),
-        pytest.param({"num_layers": 5, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}, id="every 2"),
+        pytest.param({"num_layers": 4, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}, id="every 2"),
     ],
 )
 def test_scan_changes_nothing(overrides, rng):
@@ -108,7 +108,7 @@ def test_scan_changes_nothing(overrides, rng):
 
 @pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots"))])
 def test_remat_changes_neither_value_nor_gradient(policies, rng):
-    config = tiny_model(num_layers=3, first_dense=1)
+    config = tiny_model(num_layers=3, first_dense=1, dispatch="einsum")
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     results = {
@@ -139,6 +139,7 @@ def test_policies_recompute_what_they_say():
     _, parameters = _build(config)
     tokens = jnp.zeros((B, T), jnp.int32)
 
+    @functools.cache
     def dots(policy):
         graphdef, _ = _build(dataclasses.replace(config, remat=policy))
 
@@ -248,7 +249,7 @@ def test_routing_is_returned_only_when_asked_for(rng):
     "overrides",
     [
         {"gate": "none"},
-        {"gate": "switch", "eval_capacity_factor": 1.0},
+        {"gate": "switch", "eval_capacity_factor": 1.0, "dispatch": "einsum"},
         slow_case({"gate": "mixtral", "eval_capacity_factor": 2.0}),
         slow_case({"gate": "dense_mixture"}),
     ],
@@ -368,7 +369,7 @@ def test_unstacked_layers_restack_to_the_same_tree(overrides):
 
 def test_biases_of_norms_and_logits_on_a_mesh(rng):
     """The loss and the gradient of the biases against the formula on one device, with SparseMixer's routing."""
-    config = tiny_model(layer_norm=True, logit_bias=True, gate="sparse_mixer", num_experts=4, dispatch="dropless")
+    config = tiny_model(layer_norm=True, logit_bias=True, gate="sparse_mixer", dispatch="einsum")
     graphdef, parameters = random_parameters(config)
     tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))
 
