@@ -134,7 +134,7 @@ def for_each_expert(layer: MoELayer, x: Float[Array, "n D"], measure: Callable[[
 
     def one(expert: tuple[Any, Array]) -> Array:
         weights, number = expert
-        y = ffn(rows, weights, None, jnp.matmul)
+        y = ffn(rows, weights, jnp.matmul)
         y = y if biases is None else y + biases[...][number]
         y = y if layer.latent is None else layer.latent.project_up(y, x.dtype)
         return measure(y.astype(jnp.float32), number)

@@ -11,6 +11,7 @@ receives [X·R,D], the rows of device s from slot s·R on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -40,22 +41,20 @@ LOAD_SCOPE = "expert_load"
 Route = tuple[Array, Array, Array, Array]
 
 
-def exchange_rows(
-    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights, dropout: ExpertDropout | None = None
-) -> Float[Array, "R D"]:
+def exchange_rows(rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights) -> Float[Array, "R D"]:
     """Apply the experts to this device's rows, each on the device that has the expert.
 
     Args:
         rows: of this device, sorted by expert.
         sizes: rows for each expert.
-        dropout: of the experts, with the assignments of the rows.
+        weights: of the experts, with the dropout of these rows.
     """
     if target.is_cpu():
-        return _exchange_in_slots(rows, sizes, weights, dropout)
+        return _exchange_in_slots(rows, sizes, weights)
     with jax.named_scope(LOAD_SCOPE):
         loads = jax.lax.all_gather(sizes, axis_of("expert"))
     round_size = whole_tiles(math.ceil(rows.shape[0] * ROUND_SIZE))
-    return _run_in_rounds(round_size, rows, weights, loads, dropout)
+    return _run_in_rounds(round_size, rows, dataclasses.replace(weights, dropout=None), loads, weights.dropout)
 
 
 # --- Ragged, in rounds -----------------------------------------------------------------------------------------------
@@ -119,9 +118,9 @@ def _arrived(
 ) -> Callable[[ExpertWeights, Array], Array]:
     """The FFN of the rows that arrive over a route, as a function of weights and rows."""
     if dropout is not None:
-        assert dropout.rows is not None
-        dropout = dropout.at(_exchange(dropout.rows[:, None], round_size, route)[:, 0])
-    return lambda weights, rows: grouped_ffn(rows, sizes, weights, dropout)
+        numbers = _exchange(dropout.assignments[:, None], round_size, route)
+        dropout = dataclasses.replace(dropout, rows=numbers[:, 0])
+    return lambda weights, rows: grouped_ffn(rows, sizes, dataclasses.replace(weights, dropout=dropout))
 
 
 def _run_in_rounds_fwd(round_size, rows, weights, loads, dropout):
@@ -164,7 +163,7 @@ _run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)
 
 
 def _exchange_in_slots(
-    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights, dropout: ExpertDropout | None
+    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     sent = sizes.reshape(jax.lax.axis_size(axis_of("expert")), -1)  # [X,E/X]
     received = jax.lax.all_to_all(sent, axis_of("expert"), 0, 0, tiled=True)  # [X,E/X], by sender
@@ -174,13 +173,12 @@ def _exchange_in_slots(
     group_sizes = jnp.sum(received, axis=0)
     sorted_tables = _sorted_tables(received, rows.shape[0], arrived.shape[0])
     slot_of_sorted, sorted_of_slot = sorted_tables
-    if dropout is not None:
-        assert dropout.rows is not None
-        numbers = _to_others(take_rows(dropout.rows, row_of_slot))
-        dropout = dropout.at(take_rows(numbers, slot_of_sorted))
+    if weights.dropout is not None:
+        numbers = _to_others(take_rows(weights.dropout.assignments, row_of_slot))
+        weights = weights.at(take_rows(numbers, slot_of_sorted))
     # A device receives as many rows as it sends, on average.
     arrived = fill_rows(arrived, *sorted_tables)
-    outputs = cpu.grouped_ffn(arrived, group_sizes, weights, dropout, expected_rows=rows.shape[0])
+    outputs = cpu.grouped_ffn(arrived, group_sizes, weights, expected_rows=rows.shape[0])
     # Back to slots, and to rows: the same tables with their parts exchanged.
     outputs = _to_others(fill_rows(outputs, sorted_of_slot[:, 0], slot_of_sorted[:, None]))
     return fill_rows(outputs, slot_of_row[:, 0], row_of_slot[:, None])

@@ -16,7 +16,7 @@ from moe.dispatch import quantized
 from moe.parallel import target
 from moe.parallel.mesh import axis_of
 from moe.parallel.parameters import gather_array, gather_shard
-from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, HIDDEN
+from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, GROUPS, HIDDEN, REPLICATED
 
 #: Slope of the sigmoid, and bound of both inputs, in gpt-oss.
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
@@ -51,8 +51,47 @@ def activate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ExpertDropout:
+    """Dropout of the experts' hidden activations (Switch 2021, section 4.2, "expert dropout").
+
+    What is dropped depends on the key and on the number of a row's assignment in the batch alone: not on the mesh, nor
+    on how assignments reach their experts.
+
+    Attributes:
+        key: of the layer.
+        rate: share of numbers set to 0, static; the others are divided by 1 − rate.
+        rows: number of each row's assignment; None before rows are made.
+    """
+
+    key: PRNGKeyArray
+    rate: float = dataclasses.field(metadata={"static": True})
+    rows: Int[Array, " ..."] | None = None
+
+    @property
+    def assignments(self) -> Int[Array, " ..."]:
+        """Number of each row's assignment, once rows are made."""
+        assert self.rows is not None
+        return self.rows
+
+    def __call__(self, hidden: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
+        """Drop hidden activations."""
+        width, tensor = hidden.shape[-1], axis_of("tensor")
+        # Within shard_map a device that has a part of F draws for all of F: only its part is computed.
+        is_split = tensor in jax.sharding.get_abstract_mesh().manual_axes
+        parts, first = (jax.lax.axis_size(tensor), jax.lax.axis_index(tensor)) if is_split else (1, 0)
+
+        def draw(row: Array) -> Array:
+            kept = jax.random.bernoulli(jax.random.fold_in(self.key, row), 1.0 - self.rate, (parts * width,))
+            return jax.lax.dynamic_slice_in_dim(kept, first * width, width) if is_split else kept
+
+        kept = jax.vmap(draw)(self.assignments.reshape(-1)).reshape(hidden.shape)
+        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ExpertWeights:
-    """Weights of E FFNs of one shape.
+    """E FFNs of one shape: their weights, and how they are applied.
 
     The bias of ``down`` is not among them: what a device computes may be a partial sum, so the layer adds it.
 
@@ -61,6 +100,7 @@ class ExpertWeights:
         gate: [E,D,F]; None for a plain activation.
         down: [E,F,D].
         biases: [E,F] of up and of gate; None: without biases.
+        dropout: of the hidden activations; None: none.
         activation: a value of ``model.activation``, static.
         is_joined: ``up`` and its bias hold those of gate too, [E,D,2F] and [E,2F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
@@ -70,6 +110,7 @@ class ExpertWeights:
     gate: Array | None
     down: Array
     biases: tuple[Array, Array | None] | None = None
+    dropout: ExpertDropout | None = None
     activation: str = dataclasses.field(kw_only=True, metadata={"static": True})
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
@@ -83,9 +124,15 @@ class ExpertWeights:
         """Whether the product with these matrices has quantised factors; a bias, a matrix of one row, has none."""
         return self.precision != "none" and matrices.shape[1] > 1
 
+    def at(self, rows: Int[Array, "*rows"]) -> ExpertWeights:
+        """The same, with dropout, for rows that hold these assignments."""
+        assert self.dropout is not None
+        return dataclasses.replace(self, dropout=dataclasses.replace(self.dropout, rows=rows))
+
     def astype(self, dtype: Any) -> ExpertWeights:
         """All weights cast, split over devices as stored."""
-        return jax.tree.map(lambda array: array.astype(dtype), self)
+        cast = jax.tree.map(lambda array: array.astype(dtype), dataclasses.replace(self, dropout=None))
+        return dataclasses.replace(cast, dropout=self.dropout)
 
     def gathered(self, dtype: Any) -> ExpertWeights:
         """All weights cast, and gathered over ``fsdp`` for matmuls."""
@@ -99,10 +146,12 @@ class ExpertWeights:
         )
 
     def specs(self) -> Any:
-        """PartitionSpecs of the stored weights, in their places."""
+        """PartitionSpecs of the stored weights, in their places, and of the numbers of assignments in groups."""
         gate = None if self.gate is None else EXPERTS_IN
         biases = jax.tree.map(lambda _: EXPERT_BIASES, self.biases)
         specs: dict[str, Any] = {"up": EXPERTS_IN, "gate": gate, "down": EXPERTS_OUT, "biases": biases}
+        if self.dropout is not None:
+            specs["dropout"] = dataclasses.replace(self.dropout, key=REPLICATED, rows=GROUPS)
         return dataclasses.replace(self, **specs)
 
     def gathered_shards(self) -> ExpertWeights:
@@ -125,44 +174,6 @@ class ExpertWeights:
             biases = jnp.concatenate([up_bias, gate_bias], axis=-1), None
         up = jnp.concatenate([self.up, self.gate], axis=-1)
         return dataclasses.replace(self, up=up, gate=None, biases=biases, is_joined=True)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExpertDropout:
-    """Dropout of the experts' hidden activations (Switch 2021, section 4.2, "expert dropout").
-
-    What is dropped depends on the key and on the number of a row's assignment in the batch alone: not on the mesh, nor
-    on how assignments reach their experts.
-
-    Attributes:
-        key: of the layer.
-        rate: share of numbers set to 0, static; the others are divided by 1 − rate.
-        rows: number of each row's assignment; None before rows are made.
-    """
-
-    key: PRNGKeyArray
-    rate: float = dataclasses.field(metadata={"static": True})
-    rows: Int[Array, " ..."] | None = None
-
-    def at(self, rows: Int[Array, "*rows"]) -> ExpertDropout:
-        """The same dropout for rows that hold these assignments."""
-        return dataclasses.replace(self, rows=rows)
-
-    def __call__(self, hidden: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
-        """Drop hidden activations."""
-        assert self.rows is not None
-        width, tensor = hidden.shape[-1], axis_of("tensor")
-        # Within shard_map a device that has a part of F draws for all of F: only its part is computed.
-        is_split = tensor in jax.sharding.get_abstract_mesh().manual_axes
-        parts, first = (jax.lax.axis_size(tensor), jax.lax.axis_index(tensor)) if is_split else (1, 0)
-
-        def draw(row: Array) -> Array:
-            kept = jax.random.bernoulli(jax.random.fold_in(self.key, row), 1.0 - self.rate, (parts * width,))
-            return jax.lax.dynamic_slice_in_dim(kept, first * width, width) if is_split else kept
-
-        kept = jax.vmap(draw)(self.rows.reshape(-1)).reshape(hidden.shape)
-        return jnp.where(kept, hidden / (1.0 - self.rate), 0).astype(hidden.dtype)
 
 
 #: Rows times the matrices of their experts.
@@ -188,12 +199,12 @@ def out_of_hidden(
     return matmul(activations if dropout is None else dropout(activations), down)
 
 
-def ffn(rows: Array, weights: ExpertWeights, dropout: ExpertDropout | None, matmul: Matmul) -> Array:
+def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul) -> Array:
     """Both halves."""
     hidden = into_hidden(rows, weights.into, matmul)
     if weights.is_joined:
         hidden = halves(hidden[0])
-    return out_of_hidden(hidden, weights.down, weights.activation, dropout, matmul)
+    return out_of_hidden(hidden, weights.down, weights.activation, weights.dropout, matmul)
 
 
 @jax.custom_vjp
@@ -214,9 +225,7 @@ def _halves_bwd(_: None, gradients: tuple[Array, Array]) -> tuple[Array]:
 halves.defvjp(lambda joined: (halves(joined), None), _halves_bwd)
 
 
-def batched_ffn(
-    rows: Float[Array, "E R D"], weights: ExpertWeights, dropout: ExpertDropout | None = None
-) -> Float[Array, "E R D"]:
+def batched_ffn(rows: Float[Array, "E R D"], weights: ExpertWeights) -> Float[Array, "E R D"]:
     """Apply expert e to its R rows."""
 
     def matmul(rows: Array, matrices: Array) -> Array:
@@ -224,4 +233,4 @@ def batched_ffn(
             return quantized.matmul(rows, matrices, weights.precision)
         return jnp.einsum("eri,eij->erj", rows, matrices)
 
-    return ffn(rows, weights, dropout, matmul)
+    return ffn(rows, weights, matmul)

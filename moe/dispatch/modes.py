@@ -6,11 +6,9 @@ one runs depends on the target too.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,33 +20,26 @@ from jaxtyping import Float, Int
 from moe.dispatch.backends import backend, grouped_ffn, whole_tiles
 from moe.dispatch.buffers import Plan, combine_rows, fill_rows, index_tables, load_per_group, take_rows
 from moe.dispatch.exchange import exchange_rows
-from moe.dispatch.ffn import ExpertDropout, ExpertWeights, batched_ffn
+from moe.dispatch.ffn import ExpertWeights, batched_ffn
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
 from moe.parallel.partition_specs import EXPERT_OUTPUTS
 from moe.routing.routing import Routing
 
-#: (x [G,S,D], routing, plan, weights, dropout) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a
-#: dropped token.
-Implementation = Callable[[Array, Routing, Plan, ExpertWeights, ExpertDropout | None], Array]
+#: (x [G,S,D], routing, plan, weights) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a dropped token.
+Implementation = Callable[[Array, Routing, Plan, ExpertWeights], Array]
 
 
-def apply_in_buffers(
-    expert_inputs: Float[Array, "E G C D"], weights: ExpertWeights, dropout: ExpertDropout | None
-) -> Float[Array, "E G C D"]:
+def apply_in_buffers(expert_inputs: Float[Array, "E G C D"], weights: ExpertWeights) -> Float[Array, "E G C D"]:
     """Move slots from the devices of their tokens to those of their experts, apply the experts, move them back."""
     expert_inputs = constrain(expert_inputs, partition_specs.GROUPED_SLOTS)
     expert_inputs = constrain(expert_inputs, partition_specs.EXPERT_SLOTS)
     num_experts, groups, capacity, model_dim = expert_inputs.shape
-    if dropout is not None and dropout.rows is not None:
-        dropout = dropout.at(dropout.rows.reshape(num_experts, -1))
+    if weights.dropout is not None:
+        weights = weights.at(weights.dropout.assignments.reshape(num_experts, -1))
     # [E,G,C,D] → [E,G·C,D] and back
-    outputs = batched_ffn(
-        expert_inputs.reshape(num_experts, groups * capacity, model_dim),
-        weights.gathered(expert_inputs.dtype),
-        dropout,
-    )
-    outputs = outputs.reshape(num_experts, groups, capacity, model_dim)
+    rows = expert_inputs.reshape(num_experts, groups * capacity, model_dim)
+    outputs = batched_ffn(rows, weights.gathered(rows.dtype)).reshape(num_experts, groups, capacity, model_dim)
     outputs = constrain(outputs, partition_specs.EXPERT_SLOTS)
     return checkpoint_name(constrain(outputs, partition_specs.GROUPED_SLOTS), EXPERT_OUTPUTS)
 
@@ -61,9 +52,7 @@ def _numbers(routing: Routing) -> Int[Array, "G S K"]:
 # --- By index into buffers -------------------------------------------------------------------------------------------
 
 
-def by_index(
-    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None = None
-) -> Float[Array, "G S D"]:
+def by_index(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
     """Move rows by index: no arithmetic on tokens but the weighted sum at the end, in float32.
 
     The groups of one device share a buffer for each expert, filled from its start: [E,X,R,D], X devices with tokens
@@ -87,13 +76,13 @@ def by_index(
         jax.tree.map,
         lambda rows: rows.reshape(num_devices, plan.num_experts, num_rows, *rows.shape[2:]).swapaxes(0, 1),
     )
-    if dropout is not None:
+    if weights.dropout is not None:
         numbers = _numbers(routing).reshape(num_devices, -1)
-        dropout = dropout.at(buffers(jax.vmap(take_rows)(numbers, tables[0])))
+        weights = weights.at(buffers(jax.vmap(take_rows)(numbers, tables[0])))
     # [G,S,·] → [X,G/X·S,·]
     x = x.reshape(num_devices, -1, model_dim)
     combine_weights = routing.combine_weights.reshape(num_devices, x.shape[1], -1)
-    outputs = apply_in_buffers(buffers(jax.vmap(fill_rows)(x, *tables)), weights, dropout)
+    outputs = apply_in_buffers(buffers(jax.vmap(fill_rows)(x, *tables)), weights)
     # [E,X,R,D] → [X,E,R,D] → [X,E·R,D]
     outputs = outputs.swapaxes(0, 1).reshape(num_devices, plan.num_experts * num_rows, model_dim)
     return jax.vmap(combine_rows)(outputs, combine_weights, *tables).reshape(groups, tokens, model_dim)
@@ -102,18 +91,16 @@ def by_index(
 # --- By one-hot matmuls, and by weighted sums ------------------------------------------------------------------------
 
 
-def by_one_hot(
-    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None = None
-) -> Float[Array, "G S D"]:
+def by_one_hot(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
     """Move rows by one-hot matmuls over [G,S,E,C] (GShard 2020, algorithm 2); returns float32."""
     expert = jax.nn.one_hot(routing.expert_index, plan.num_experts, dtype=jnp.float32)  # [G,S,K,E]
     slot = jax.nn.one_hot(jnp.where(plan.kept, plan.position_in_expert, -1), plan.capacity, dtype=jnp.float32)
     dispatch_mask = jnp.einsum("gske,gskc->gsec", expert, slot)
     combine_weights = jnp.einsum("gske,gskc,gsk->gsec", expert, slot, routing.combine_weights)
-    if dropout is not None:
+    if weights.dropout is not None:
         places = (expert.astype(jnp.int32), slot.astype(jnp.int32))
-        dropout = dropout.at(jnp.einsum("gske,gskc,gsk->egc", *places, _numbers(routing)))
-    return mix(x, dispatch_mask, combine_weights, weights, dropout)
+        weights = weights.at(jnp.einsum("gske,gskc,gsk->egc", *places, _numbers(routing)))
+    return mix(x, dispatch_mask, combine_weights, weights)
 
 
 def mix(
@@ -121,52 +108,48 @@ def mix(
     dispatch_weights: Float[Array, "G S E C"],
     combine_weights: Float[Array, "G S E C"],
     weights: ExpertWeights,
-    dropout: ExpertDropout | None = None,
 ) -> Float[Array, "G S D"]:
     """Fill slots with weighted sums of tokens, and tokens with weighted sums of the experts' outputs, in float32.
 
     Args:
         dispatch_weights: of tokens in slots.
         combine_weights: of slots in outputs.
-        dropout: of the experts; each slot draws for itself unless it has rows [E,G,C].
+        weights: of the experts, as stored; each slot draws its dropout unless that has rows [E,G,C].
     """
-    if dropout is not None and dropout.rows is None:
+    if weights.dropout is not None and weights.dropout.rows is None:
         groups, _, num_experts, capacity = dispatch_weights.shape
         slots = jnp.arange(num_experts * groups * capacity, dtype=jnp.int32)
-        dropout = dropout.at(slots.reshape(num_experts, groups, capacity))
+        weights = weights.at(slots.reshape(num_experts, groups, capacity))
     expert_inputs = jnp.einsum("gsec,gsd->egcd", dispatch_weights.astype(x.dtype), x)
-    outputs = apply_in_buffers(expert_inputs, weights, dropout)
+    outputs = apply_in_buffers(expert_inputs, weights)
     return jnp.einsum("gsec,egcd->gsd", combine_weights, outputs, preferred_element_type=jnp.float32)
 
 
 # --- Sorted by expert ------------------------------------------------------------------------------------------------
 
 
-def by_sorting(
-    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None = None
-) -> Float[Array, "G S D"]:
+def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights) -> Float[Array, "G S D"]:
     """Sort all kept assignments by expert, by counting, and give each expert exactly its rows; returns float32.
 
     The cost of a row does not depend on the load of its expert, and assignments that are not kept have no row. On a
     mesh every device sorts its own tokens and, where experts are split, sends each device the rows of its experts.
     """
-    if dropout is not None:
-        dropout = dropout.at(_numbers(routing))
+    if weights.dropout is not None:
+        weights = weights.at(_numbers(routing))
     if axis_size(*partition_specs.AXES) == 1:
-        return _sort_and_apply(x, routing, plan, weights.gathered(x.dtype), dropout)
+        return _sort_and_apply(x, routing, plan, weights.gathered(x.dtype))
 
-    def local(x: Array, routing: Routing, plan: Plan, shards: ExpertWeights, dropout: ExpertDropout | None) -> Array:
-        return _sort_and_apply(x, routing, plan, shards.gathered_shards(), dropout)
+    def local(x: Array, routing: Routing, plan: Plan, shards: ExpertWeights) -> Array:
+        return _sort_and_apply(x, routing, plan, shards.gathered_shards())
 
     groups = on_mesh(partition_specs.GROUPS)
     stored = jax.tree.map(on_mesh, weights.specs(), is_leaf=lambda leaf: isinstance(leaf, P))
-    draws: Any = None if dropout is None else dataclasses.replace(dropout, key=P(), rows=groups)
-    spread = jax.shard_map(local, in_specs=(groups, groups, groups, stored, draws), out_specs=groups, check_vma=False)
-    return spread(x, routing, plan, weights.astype(x.dtype), dropout)
+    spread = jax.shard_map(local, in_specs=(groups, groups, groups, stored), out_specs=groups, check_vma=False)
+    return spread(x, routing, plan, weights.astype(x.dtype))
 
 
 def _sort_and_apply(
-    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights, dropout: ExpertDropout | None
+    x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
     """One device's part of the experts, applied to its kept assignments."""
     groups, tokens, model_dim = x.shape
@@ -176,13 +159,9 @@ def _sort_and_apply(
     tables = index_tables(routing, plan, load, jnp.cumsum(sizes) - sizes, num_rows)
     # [G,S,D] → [G·S,D] → rows [R,D], sorted by expert
     rows = fill_rows(x.reshape(groups * tokens, model_dim), *tables)
-    if dropout is not None:
-        assert dropout.rows is not None
-        dropout = dropout.at(take_rows(dropout.rows.reshape(-1), tables[0]))
-    if num_devices == 1:
-        outputs = grouped_ffn(rows, sizes, weights, dropout)
-    else:
-        outputs = exchange_rows(rows, sizes, weights, dropout)
+    if weights.dropout is not None:
+        weights = weights.at(take_rows(weights.dropout.assignments.reshape(-1), tables[0]))
+    outputs = (grouped_ffn if num_devices == 1 else exchange_rows)(rows, sizes, weights)
     outputs = checkpoint_name(outputs, EXPERT_OUTPUTS)
     combine_weights = routing.combine_weights.reshape(groups * tokens, -1)
     y = combine_rows(outputs, combine_weights, *tables).reshape(x.shape)
@@ -219,16 +198,11 @@ def describe(mode: str) -> str:
 
 
 def dispatch(
-    mode: str,
-    x: Float[Array, "G S D"],
-    routing: Routing,
-    plan: Plan,
-    weights: ExpertWeights,
-    dropout: ExpertDropout | None = None,
+    mode: str, x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
     """Apply the experts by the implementation that ``model.moe.dispatch=mode`` means on this target.
 
     Returns:
         Σ_k weight·expert output in float32, 0 for a token whose assignments were all dropped.
     """
-    return _implementation(mode)(x, routing, plan, weights, dropout)
+    return _implementation(mode)(x, routing, plan, weights)

@@ -190,7 +190,7 @@ class MoELayer(nnx.Module):
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
             routing, plan = plan_assignments(self.config, routing, capacity, rng=keys.drop)
-            y = modes.dispatch(self.config.dispatch, rows, routing, plan, *self._experts(keys, train=train))
+            y = modes.dispatch(self.config.dispatch, rows, routing, plan, self._experts(keys, train=train))
             return self._add_output_biases(y, routing, plan.kept, rows.dtype), plan.kept
 
         return self._finish(x, tokens, routing, experts)
@@ -230,12 +230,12 @@ class MoELayer(nnx.Module):
             positions=tokens.positions,
         )
 
-    def _experts(self, keys: Keys, *, train: bool) -> tuple[ExpertWeights, ExpertDropout | None]:
-        """Weights and dropout of the FFN experts."""
-        rate, dropout = self.config.expert_dropout, None
-        if train and keys.dropout is not None and rate > 0:
-            dropout = ExpertDropout(keys.dropout, rate)
-        return self.experts.weights, dropout
+    def _experts(self, keys: Keys, *, train: bool) -> ExpertWeights:
+        """The FFN experts, with dropout in training."""
+        weights, rate = self.experts.weights, self.config.expert_dropout
+        if not train or keys.dropout is None or rate == 0:
+            return weights
+        return dataclasses.replace(weights, dropout=ExpertDropout(keys.dropout, rate))
 
     def _finish(
         self, x: Float[Array, "B T D"], tokens: Tokens, routing: Routing, experts: RunExperts

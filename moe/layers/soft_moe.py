@@ -55,7 +55,7 @@ class SoftMoE(MoELayer):
         weights = slot_weights(slot_logits, tokens.mask & ~routing.broken)
 
         def experts(rows: Array, routing: Routing) -> tuple[Array, Array]:
-            return mix(rows, *weights, *self._experts(keys, train=train)), routing.chosen
+            return mix(rows, *weights, self._experts(keys, train=train)), routing.chosen
 
         return self._finish(x, tokens, routing, experts)
 

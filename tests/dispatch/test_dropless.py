@@ -50,7 +50,8 @@ def _program(mode, config, variant):
         sent = dataclasses.replace(routing, combine_weights=weights)
         plan = make_plan(sent, weights.shape[1] * weights.shape[2])
         experts = nnx.merge(graphdef, parameters)
-        y = dispatch(mode, x, sent, plan, experts.weights, _DROPOUT[variant.startswith("dropout")])
+        weights = dataclasses.replace(experts.weights, dropout=_DROPOUT[variant.startswith("dropout")])
+        y = dispatch(mode, x, sent, plan, weights)
         return jnp.sum(jnp.sin(y)), y
 
     return parameters, jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe.dispatch.backends import cpu, gpu, tpu
-from moe.dispatch.ffn import ExpertDropout, ExpertWeights
+from moe.dispatch.ffn import ExpertWeights
 from moe.parallel import target
 
 
@@ -21,20 +21,16 @@ def backend() -> types.ModuleType:
 
 
 def grouped_ffn(
-    rows: Float[Array, "R D"],
-    group_sizes: Int[Array, " E"],
-    weights: ExpertWeights,
-    dropout: ExpertDropout | None = None,
+    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     """Apply expert 0 to the first group_sizes[0] rows, expert 1 to the next group_sizes[1], and so on.
 
     Args:
         rows: sorted by expert; R comes from :func:`whole_tiles`.
         group_sizes: rows of each expert. The output of further rows is undefined.
-        weights: of the experts, gathered.
-        dropout: of the hidden activations, with the assignments of the rows.
+        weights: of the experts, gathered, with the dropout of these rows.
     """
-    return backend().grouped_ffn(rows, group_sizes, weights, dropout)
+    return backend().grouped_ffn(rows, group_sizes, weights)
 
 
 def whole_tiles(num_rows: int) -> int:

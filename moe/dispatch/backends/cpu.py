@@ -69,7 +69,6 @@ def grouped_ffn(
     rows: Float[Array, "R D"],
     group_sizes: Int[Array, " E"],
     weights: ExpertWeights,
-    dropout: ExpertDropout | None = None,
     *,
     expected_rows: int | None = None,
 ) -> Float[Array, "R D"]:
@@ -80,9 +79,9 @@ def grouped_ffn(
         expected_rows: sum of the groups' sizes for which blocks are chosen; None: R.
     """
     if weights.precision != "none":  # XLA's dense matmuls: right, and slow
-        return tpu.grouped_ffn(rows, group_sizes, weights, dropout)
+        return tpu.grouped_ffn(rows, group_sizes, weights)
     row_blocks = choose_row_blocks(expected_rows or rows.shape[0], group_sizes.shape[0])
-    return _grouped_ffn(row_blocks, rows, weights, group_sizes, dropout)
+    return _grouped_ffn(row_blocks, rows, dataclasses.replace(weights, dropout=None), group_sizes, weights.dropout)
 
 
 # No index is negative; saying so saves the arithmetic that would wrap it, in hundreds of small programs to compile.
@@ -252,7 +251,7 @@ def _grouped_ffn_bwd(row_blocks, residuals, gradient):
 def _of_block(dropout: ExpertDropout | None, block: _Block) -> ExpertDropout | None:
     if dropout is None or dropout.rows is None:
         return None
-    return dropout.at(_slice(dropout.rows, block.row, block.size))
+    return dataclasses.replace(dropout, rows=_slice(dropout.rows, block.row, block.size))
 
 
 def _accumulate(sums: Any, new: Any, block: _Block) -> Any:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
 from moe.dispatch.backends import tpu
-from moe.dispatch.ffn import ExpertDropout, ExpertWeights, ffn
+from moe.dispatch.ffn import ExpertWeights, ffn
 from moe.parallel import target
 
 #: Share of rows that tiles shared by two groups may add.
@@ -40,10 +40,7 @@ _HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
 
 
 def grouped_ffn(
-    rows: Float[Array, "R D"],
-    group_sizes: Int[Array, " E"],
-    weights: ExpertWeights,
-    dropout: ExpertDropout | None = None,
+    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not
     take the shapes."""
@@ -55,7 +52,7 @@ def grouped_ffn(
         multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights.joined(), dropout, matmul)
+    return ffn(rows, weights.joined(), matmul)
 
 
 def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:

@@ -17,7 +17,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
-from moe.dispatch.ffn import ExpertDropout, ExpertWeights, ffn
+from moe.dispatch.ffn import ExpertWeights, ffn
 from moe.parallel import target
 
 #: Rows in the smallest tile of accelerators' kernels. With R not a multiple of it, TPUs' ``lax.ragged_dot`` uses tiles
@@ -43,10 +43,7 @@ _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
 
 
 def grouped_ffn(
-    rows: Float[Array, "R D"],
-    group_sizes: Int[Array, " E"],
-    weights: ExpertWeights,
-    dropout: ExpertDropout | None = None,
+    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
 
@@ -55,7 +52,7 @@ def grouped_ffn(
             return quantized_matmul(rows, matrices, group_sizes, weights.precision)
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights.joined(), dropout, matmul)
+    return ffn(rows, weights.joined(), matmul)
 
 
 def multiply(
