@@ -13,6 +13,7 @@ from moe.layers.basic import Rows
 from moe.layers.gated_delta_net import CHUNK, GatedDeltaNet, delta_rule, delta_step, short_convolution
 from moe.parallel.mesh import make_mesh
 from moe.parallel.partition_specs import BATCH, HEADS, shardings
+from tests.helpers import slow_case
 
 CONFIG = ModelConfig(d_model=12, delta_net=DeltaNetConfig((0,), 2, 6, 4, 5, 3))
 
@@ -96,7 +97,7 @@ def _assert_close(got, want):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(np.max(np.abs(theirs)))))
 
 
-@pytest.mark.parametrize(("length", "steps"), [(1, 1.0), (5, 1.0), (2 * CHUNK + 7, 25.0)])
+@pytest.mark.parametrize(("length", "steps"), [slow_case(1, 1.0), (5, 1.0), (2 * CHUNK + 7, 25.0)])
 def test_chunks_have_the_values_and_gradients_of_the_recurrence(rng, length, steps):
     arrays = (*_arrays(rng, length, steps=steps), _segments(rng, 2, length))
     weights = rng.normal(size=arrays[2].shape), rng.normal(size=(2, 2, 3, 4, 5))

@@ -43,6 +43,7 @@ def _forward(config, train=False):
     return jax.jit(run)
 
 
+@functools.cache
 def _value_and_grad(config):
     """Jitted (parameters, tokens) → (value, gradients) of a loss in which logits and balance take part."""
     graphdef, _ = _build(config)
@@ -90,12 +91,16 @@ def test_layer_patterns(overrides, sparse, runs):
     assert found == runs
 
 
+#: Pairs of a dense and an MoE layer.
+EVERY_2 = {"num_layers": 4, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         slow_case({}, id="all"),
         slow_case({"num_layers": 5, "every": 2, "tie_embeddings": True}, id="every 2, gather"),
-        pytest.param({"num_layers": 4, "every": 2, "tie_embeddings": True, "dispatch": "einsum"}, id="every 2"),
+        pytest.param(EVERY_2, id="every 2"),
     ],
 )
 def test_scan_changes_nothing(overrides, rng):
@@ -108,7 +113,7 @@ def test_scan_changes_nothing(overrides, rng):
 
 @pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots"))])
 def test_remat_changes_neither_value_nor_gradient(policies, rng):
-    config = tiny_model(num_layers=3, first_dense=1, dispatch="einsum")
+    config = tiny_model(**EVERY_2)
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     results = {
@@ -367,9 +372,14 @@ def test_unstacked_layers_restack_to_the_same_tree(overrides):
     jax.tree.map(np.testing.assert_array_equal, restacked, parameters)
 
 
-def test_biases_of_norms_and_logits_on_a_mesh(rng):
-    """The loss and the gradient of the biases against the formula on one device, with SparseMixer's routing."""
-    config = tiny_model(layer_norm=True, logit_bias=True, gate="sparse_mixer", dispatch="einsum")
+@pytest.mark.parametrize(
+    "changes",
+    [{"gate": "none", "num_layers": 1}, slow_case({"gate": "sparse_mixer", "num_experts": 4, "dispatch": "dropless"})],
+    ids=["dense", "sparse mixer"],
+)
+def test_biases_of_norms_and_logits_on_a_mesh(rng, changes):
+    """The loss and the gradient of the biases against the formula on one device."""
+    config = tiny_model(layer_norm=True, logit_bias=True, **changes)
     graphdef, parameters = random_parameters(config)
     tokens = jnp.asarray(rng.integers(1, 48, (8, 6)))
 
