@@ -79,6 +79,7 @@ def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
 def _adapted(tmp_path, dispatch):
     """Config of adapters of a tiny Mixtral; the tests give it a random base."""
     changes = {"start.checkpoint": "base", "lora.rank": 2, "lora.alpha": 6.0, "lora.parts": EVERYTHING}
+    changes["model.num_layers"] = 1
     return tiny(tmp_path, **changes | {"model.moe.dispatch": dispatch, "lora.trained": ("router",)})
 
 

@@ -18,7 +18,7 @@ from moe.models.stack import unstack_layers
 from moe.parallel import partition_specs
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
-from tests.helpers import random_parameters, tiny_encoder_decoder
+from tests.helpers import random_parameters, slow_case, tiny_encoder_decoder
 
 B, T, U = 8, 6, 10
 
@@ -192,8 +192,13 @@ def _oracle(config, parameters, batch):
     return -jnp.mean(log_probs[rows, columns, batch["targets"][rows, columns]]) + auxiliary
 
 
-def test_values_and_gradients_equal_the_oracle():
-    config = tiny_encoder_decoder(encoder_layers=2)
+@pytest.mark.parametrize(
+    "changes",
+    [{"encoder_layers": 1, "num_layers": 1, "every": 1}, slow_case({})],
+    ids=["an MoE layer each", "dense and MoE layers"],
+)
+def test_values_and_gradients_equal_the_oracle(changes):
+    config = tiny_encoder_decoder(**changes)
     _, parameters = _build(config)
     expected, gradients = jax.jit(jax.value_and_grad(lambda p: _oracle(config, p, _batch())))(parameters)
     (loss, (_, _, layers)), ours = _run(config)

@@ -169,7 +169,7 @@ def test_choosing_by_hand():
 
 def test_the_ring_holds_the_window_by_hand():
     """W = 3. Five positions leave 3, 4, 2 in slots 0, 1, 2; two leave 0, 1 and one slot empty. Then 5 into slot 2."""
-    config, variables = _model(sliding_window=3, num_layers=1)
+    config, variables = _model(sliding_window=3, num_layers=1, moe={"gate": "none"})
     model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))), variables)
     tokens = jnp.asarray([[1, 2, 3, 4, 5], [1, 2, 0, 0, 0]])
     _, filled, _ = kv_cache.run_prompt(model, tokens, jnp.asarray([5, 2]), kv_cache.empty(config, 2, 9))

@@ -94,7 +94,7 @@ def loop(model, config, batch):
 
 
 def test_losses_are_those_of_a_loop(tmp_path):
-    config = config_of(tmp_path)
+    config = config_of(tmp_path, **{"model.num_layers": 1})
     model = random_model(config.model)
     batch = batch_of(np.random.default_rng(0), rows=2)
     expected = loop(model, config, batch)
@@ -185,7 +185,7 @@ def test_published_layers_come_in_and_go_out(tmp_path):
 @pytest.mark.parametrize("changes", [{}, slow_case({"model.sliding_window": 5})], ids=["full", "window"])
 def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     """With an untrained model drafts are rejected; one whose next token depends on the last alone confirms them."""
-    config = config_of(tmp_path, **{"model.prediction_layers": 1} | changes).model
+    config = config_of(tmp_path, **{"model.num_layers": 1, "model.prediction_layers": 1} | changes).model
     _, variables = random_parameters(config)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 40, length) for length in (1, 4, 7)]

@@ -175,6 +175,7 @@ def test_novices_by_hand():
     np.testing.assert_allclose(gradient["null"]["novices"][...], [[0, 0], [0, 1 / 4]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_novices_equal_the_oracle_in_every_mode():
     """Values and gradients, beside zero, copy and constant experts."""
     rows = list(oracle.against_oracle(oracle.NOVICES, seed=1))

@@ -16,10 +16,10 @@ from moe.training.step import build
 from tests.helpers import random_state, set_moe, slow_case
 
 
-def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, **moe):
+def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, **moe):
     """A tiny model whose objective is the load-balancing loss above all."""
     tree = to_config_dict(Config())
-    tree.model.update(vocab_size=48, d_model=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
+    tree.model.update(vocab_size=48, d_model=16, num_layers=layers, num_heads=4, num_kv_heads=4, head_dim=4, d_ff=16)
     fields = {"gate": "switch", "num_experts": 4, "d_ff": 16, "jitter": 0.0, "load_balancing_weight": weight}
     set_moe(tree, **(fields | {"capacity_factor": 4.0} | moe))
     tree.model.remat = remat
@@ -79,7 +79,7 @@ def gradients(program, state=None):
 )
 def test_microbatches_are_one_batch_in_value_and_gradient(mesh, remat, moe):
     devices = int(np.prod(list(mesh.values())))
-    given = {"mesh": mesh, "devices": devices} | moe
+    given = {"mesh": mesh, "devices": devices, "layers": 1} | moe
     # One program with the whole batch, and microbatches with f of the step.
     count = 4 // max(devices // 2, 1)
     once = program(**given, balance_scope="batch")
