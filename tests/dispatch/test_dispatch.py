@@ -154,8 +154,8 @@ def _oracle(config, parameters, x, mask, cotangent, capacity, uniform):
         )
         return jnp.sum(y * cotangent), y
 
-    # Compiled as one program, its Python loops unrolled.
-    gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
+    # Operation by operation: compiling its unrolled loops takes longer.
+    gradients, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
     return y, gradients, decisions
 
 

@@ -80,7 +80,8 @@ def _assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize(
     ("groups", "tokens", "num_experts", "k", "load", "dtype"),
     [
-        (2, 90, 5, 2, "random", "float32"),  # several sizes of row blocks, an expert count that is no power of two
+        (2, 40, 5, 2, "random", "float32"),  # several sizes of row blocks, an expert count that is no power of two
+        slow_case(2, 90, 5, 2, "random", "float32"),  # many sizes
         slow_case(1, 150, 4, 1, "one", "float32"),  # many row blocks of one expert, three experts empty
         slow_case(3, 7, 3, 3, "random", "float32"),  # K = E
         slow_case(1, 20, 4, 2, "padding", "float32"),
@@ -99,8 +100,8 @@ def test_equals_einsum_without_drops(groups, tokens, num_experts, k, load, dtype
 def test_gather_on_cpu_computes_filled_rows_only(rng):
     # Two groups that share a buffer, and a capacity far above the load.
     config = tiny_model(num_experts=3)
-    routing = _case(rng, 2, 40, 3, 2)
-    x = jnp.asarray(rng.normal(size=(2, 40, config.d_model)), jnp.float32)
+    routing = _case(rng, 2, 16, 3, 2)
+    x = jnp.asarray(rng.normal(size=(2, 16, config.d_model)), jnp.float32)
     results = [_value_and_gradients(mode, config, routing, x) for mode in ("einsum", "gather")]
     _assert_close(results[1], results[0], TOLERANCE["float32"])
 

@@ -44,10 +44,10 @@ def config_of(tmp_path, moe=None, **changes):
 
 
 def batch_of(rng, rows=8):
-    """Two documents a row, of 9 and 5 tokens, and 2 of padding."""
+    """Two documents of 7 tokens a row, and 2 of padding."""
     tokens = rng.integers(3, 40, (rows, 16)).astype(np.int32)
-    segments = np.repeat([1, 2, 0], [9, 5, 2])[None].repeat(rows, 0).astype(np.int32)
-    positions = np.concatenate([np.arange(9), np.arange(5), [0, 0]])[None].repeat(rows, 0).astype(np.int32)
+    segments = np.repeat([1, 2, 0], [7, 7, 2])[None].repeat(rows, 0).astype(np.int32)
+    positions = np.concatenate([np.arange(7), np.arange(7), [0, 0]])[None].repeat(rows, 0).astype(np.int32)
     same = np.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1))) & (segments > 0)
     targets = np.where(same, np.roll(tokens, -1, 1), -1).astype(np.int32)
     return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions}

@@ -44,7 +44,7 @@ def test_the_router_keeps_its_gradient_and_files_hold_everything(rng, tmp_path):
     A full routing replayed gives the router no gradient at all.
     """
     sizes = {"num_experts": 8, "experts_per_token": 2, "eval_capacity_factor": 4.0, "dispatch": "einsum"}
-    config = tiny_model(gate="deepseek_v4", **sizes)
+    config = tiny_model(gate="deepseek_v4", num_layers=1, **sizes)
     theirs, ours = random_model(config), random_model(config)
     ours.segment_0.block_0.moe.router.kernel[...] *= -1.0  # chooses others
     tokens = jnp.asarray(rng.integers(1, 48, (2, 6)))
