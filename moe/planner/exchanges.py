@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -45,8 +46,7 @@ class Exchange:
 def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tuple[Exchange, ...]:
     """Add up the collectives of each kind, axes and purpose; the slowest first."""
     groups: dict[tuple[Any, ...], list[float]] = {}
-    durations = [network.seconds(collective, devices, chip) for collective in program.collectives]
-    waits = exposed(program.collectives, durations)
+    durations, waits = timed(program.collectives, devices, chip)
     for collective, duration, waited in zip(program.collectives, durations, waits, strict=True):
         sums = groups.setdefault((collective.kind, collective.axes, purpose(collective)), [0, 0, 0, 0.0, 0.0])
         apart = int(collective.overlap_seconds >= 0)
@@ -69,29 +69,31 @@ def skewed(exchange: Exchange, skew: float) -> Exchange:
     )
 
 
-def exposed(collectives: Sequence[Collective], durations: Sequence[float]) -> list[float]:
-    """Seconds that the device waits for each collective: within a computation, they use the network one after another,
-    in the order of their starts, beside the work scheduled between start and done. Those of less than 10 microseconds
-    wait for no other. Transfers to the host, and those from it, use a link of their own."""
+def timed(
+    collectives: Sequence[Collective], devices: Sequence[Any], chip: Chip | Gpu
+) -> tuple[list[float], list[float]]:
+    """Seconds of each collective, and those that the device waits for it."""
+    durations = [network.seconds(collective, devices, chip) for collective in collectives]
+    links = [network.link(collective, devices, chip) for collective in collectives]
+    return durations, exposed(collectives, durations, links)
 
-    def link(collective: Collective) -> tuple[str, str]:
-        return collective.computation, collective.kind if collective.axes == (HOST,) else ""
 
+def exposed(collectives: Sequence[Collective], durations: Sequence[float], links: Sequence[str]) -> list[float]:
+    """Seconds that the device waits for each collective: within a computation, those on one link use it one after
+    another, in the order of their starts, beside the work scheduled between start and done. Those of less than 10
+    microseconds wait for no other. While the device waits for one, those on other links go on."""
     waits, ends = [0.0] * len(collectives), [0.0] * len(collectives)
-    for used in {link(collective) for collective in collectives}:
-        events = [
-            (place, is_done, i)
-            for i, collective in enumerate(collectives)
-            if link(collective) == used
-            for is_done, place in enumerate(collective.places)
-        ]
-        waited = free = 0.0
-        for _, is_done, i in sorted(events):
+    events: dict[str, list[tuple[int, int, int]]] = collections.defaultdict(list)
+    for i, collective in enumerate(collectives):
+        events[collective.computation] += [(place, is_done, i) for is_done, place in enumerate(collective.places)]
+    for happening in events.values():
+        waited, free = 0.0, dict.fromkeys(links, 0.0)
+        for _, is_done, i in sorted(happening):
             now = collectives[i].started + waited
             if not is_done and durations[i] < 1e-5:
                 ends[i] = now + durations[i]
             elif not is_done:
-                ends[i] = free = max(now, free) + durations[i]
+                ends[i] = free[links[i]] = max(now, free[links[i]]) + durations[i]
             else:
                 waits[i] = max(0.0, ends[i] - now - max(collectives[i].overlap_seconds, 0.0))
                 waited += waits[i]

@@ -54,7 +54,7 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
     if isinstance(chip, Gpu):
         return _seconds_of_gpus(collective, group, chip)
     passes = 2.0 if collective.kind == "all-reduce" else 1.0
-    slices = len({getattr(device, "slice_index", 0) for device in group})
+    slices = _slices(group)
     if slices > 1:
         return passes * collective.bytes * (slices - 1) / slices / (chip.dcn / chip.devices)
     coordinates = np.array([device.coords for device in group])
@@ -79,9 +79,31 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
     return passes * collective.bytes * (len(group) - 1) / len(group) / bandwidth
 
 
+def link(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> str:
+    """What a collective's bytes pass through; collectives on different links do not wait for one another.
+
+    Each direction to the host's memory, NVLink inside a domain, the network between domains, a slice's torus, and the
+    network between slices. A collective over GPUs of several domains counts for the network alone.
+    """
+    if collective.axes == (HOST,):
+        return collective.kind
+    group = [devices[position] for position in collective.group]
+    if isinstance(chip, Gpu):
+        return "network" if _domains(group, chip) > 1 else "NVLink"
+    return "network" if _slices(group) > 1 else "torus"
+
+
+def _domains(group: Sequence[Any], chip: Gpu) -> int:
+    return len({device.id // chip.domain for device in group})
+
+
+def _slices(group: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in group})
+
+
 def _seconds_of_gpus(collective: Collective, group: Sequence[Any], chip: Gpu) -> float:
     size, members = collective.bytes, len(group)
-    domains = len({device.id // chip.domain for device in group})
+    domains = _domains(group, chip)
     each = members / domains
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
         return max(size * (each - 1) / members / chip.nvlink, size * (members - each) / members / chip.network)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe.parallel.parameters import WEIGHTS_SCOPE
-from moe.planner import exchanges, network
+from moe.planner import exchanges
 from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.records import Collective, Item, Program
@@ -99,8 +99,7 @@ def lanes(program: Program, devices: Sequence[Any], chip: Chip | Gpu, limit: int
         For each: name, runs a step, seconds of a run, and lists of [start, seconds, kind, label] of its work and of
         [start, seconds, wait, label] of its exchanges; the device waits that long at the end of an exchange.
     """
-    durations = [network.seconds(collective, devices, chip) for collective in program.collectives]
-    waits = exchanges.exposed(program.collectives, durations)
+    durations, waits = exchanges.timed(program.collectives, devices, chip)
     lanes = {name: _Lane(name) for name in {item.computation for item in program.items} | {program.entry}}
     for item in program.items:
         lanes[item.computation].runs = item.count

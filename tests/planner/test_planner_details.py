@@ -132,7 +132,7 @@ def test_a_timeline_shows_waits(monkeypatch):
     exchange = Collective("all-gather", (), (0, 1), 8, 3, -1.0, "state.x", "body", (1, 1), 1.0)
     items = item(0.0, "body", 3), item(1.0, "body", 3), item(6.0, "main", 1)
     read = program.Program((exchange,), 7.0, {}, 0, 0, 0, items=items, loops=(("main", "body", 3, 0.0),), entry="main")
-    monkeypatch.setattr(timeline.network, "seconds", lambda *_: 2.0)
+    monkeypatch.setattr(timeline.exchanges, "timed", lambda *_: ([2.0], [2.0]))
     main, body = timeline.lanes(read, (), GPUS["h100"])
     assert [entry[:3] for entry in body["work"]] == [[0.0, 1.0, "matmul"], [3.0, 1.0, "matmul"]]
     assert body["exchanges"] == [[1.0, 2.0, 2.0, "all-gather, weights"]]

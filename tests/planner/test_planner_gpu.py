@@ -136,6 +136,12 @@ def test_network_of_gpus_by_hand():
     # a rack of GB200 is one NVLink domain
     assert seconds("all-to-all", everyone, GPUS["gb200"]) == pytest.approx(8e8 * 63 / 64 / 900e9)
 
+    def link(group, chip=h100):
+        return network.link(Collective("all-gather", (), tuple(group), 1, 1, -1, ""), devices, chip)
+
+    assert [link(group) for group in (host, across, everyone)] == ["NVLink", "network", "network"]
+    assert link(everyone, GPUS["gb200"]) == "NVLink"
+
 
 def test_the_guess_uses_nvlink_where_an_axis_stays_in_a_host():
     h100 = GPUS["h100"]

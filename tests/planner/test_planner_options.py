@@ -9,7 +9,7 @@ import pytest
 from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.config.parse import from_config_dict
-from moe.planner import calibration, candidates, exchanges, fit, network, plan, program
+from moe.planner import calibration, candidates, exchanges, fit, plan, program
 from moe.planner.chips import CHIPS
 from moe.planner.records import Collective, Price
 
@@ -78,22 +78,29 @@ def test_attention_is_work_beside_exchanges():
     assert read.unpriced == 0
 
 
-def test_exchanges_wait_for_each_other(monkeypatch):
+def test_exchanges_wait_for_each_other():
     """By hand: gathers of 3 s that start at 0 s and are awaited at 2 s and 4 s of work; then one that is waited for."""
 
     def collective(started, overlap, places, seconds=3.0):
         return Collective("all-gather", (), (0, 1), 0, 1, overlap, str(seconds), "body", places, started)
 
-    monkeypatch.setattr(network, "seconds", lambda collective, *_: float(collective.source))
+    def exposed(collectives, links="nnnnn"):
+        return exchanges.exposed(collectives, [float(c.source) for c in collectives], links[: len(collectives)])
+
     work = [
         collective(0.0, 2.0, (0, 3)),  # 0 to 3 s: awaited at 2 s, 1 s exposed
         collective(0.0, 4.0, (1, 6)),  # 3 to 6 s: awaited at 4 s of work + 1 s, 1 s exposed
         collective(1.0, 1.0, (2, 4), 1e-6),  # small: does not wait for the others
         collective(5.0, -1.0, (7, 7)),  # starts at 5 + 2 s: 3 s exposed
     ]
-    assert exchanges.exposed(work, [float(c.source) for c in work]) == pytest.approx([1.0, 1.0, 0.0, 3.0])
+    assert exposed(work) == pytest.approx([1.0, 1.0, 0.0, 3.0])
     other = [dataclasses.replace(c, computation="another") for c in work[:1]]
-    assert exchanges.exposed(work[:1] + other, [3.0, 3.0]) == [1.0, 1.0]
+    assert exposed(work[:1] + other) == [1.0, 1.0]
+    # On a link of its own the second is over at 3 s, before it is awaited.
+    assert exposed(work, "nvnn") == pytest.approx([1.0, 0.0, 0.0, 3.0])
+    # The first is awaited at 2 s, for 1 s; that second also passes for the fifth, of 5 s, awaited at 4 s of work.
+    fifth = collective(0.0, 4.0, (1, 6), 5.0)
+    assert exposed([*work[:1], fifth], "nv") == pytest.approx([1.0, 0.0])
 
 
 def _fitting(monkeypatch, fits, memory=95 * 2**30):
