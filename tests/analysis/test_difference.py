@@ -79,15 +79,22 @@ def test_loss_differences_by_hand(rng):
         assert all(value.mean == pytest.approx(0.5) for value in values.values())
 
 
-def test_losses_of_tokens_are_those_of_the_model(rng):
-    program, variables = tiny_program()
+@pytest.fixture(scope="module")
+def tiny():
+    """(program, variables, its recorder, its losses of tokens)."""
+    program, variables = tiny_program(dispatch="einsum")
+    return program, variables, Recorder(program), difference.TokenLosses(program)
+
+
+def test_losses_of_tokens_are_those_of_the_model(rng, tiny):
+    program, variables, recorder, losses = tiny
     batch = random_batch(rng, program.config.model.vocab_size, real=13)
-    found = difference.TokenLosses(program)(variables, {"text": [batch]})
+    found = losses(variables, {"text": [batch]})
     total = jax.jit(lambda batch: cross_entropy(forward(program.model(variables), batch).logits, batch["targets"]))
     nll, count = total(batch)
     assert found.shape == (13,)
     domain, row = difference.places({"other": [batch], "text": [batch]})
-    records = Recorder(program)(variables, {"other": [batch], "text": [batch]})
+    records = recorder(variables, {"other": [batch], "text": [batch]})
     assert np.array_equal(domain, records.domain)
     assert np.array_equal(row, records.row)
     assert np.sum(~np.isnan(found)) == count
@@ -107,11 +114,10 @@ def test_what_cannot_be_compared_is_refused(rng):
         difference.agreements(*[dataclasses.replace(one, row=0 * one.row)] * 2, shuffles=1, seed=0)
 
 
-def test_the_page_says_what_was_found(rng, tmp_path):
-    program, variables = tiny_program()
+def test_the_page_says_what_was_found(rng, tiny, tmp_path):
+    program, variables, recorder, losses_of = tiny
     batches = {"a|b": [random_batch(rng, program.config.model.vocab_size) for _ in range(2)]}
-    records = Recorder(program)(variables, batches)
-    losses = difference.TokenLosses(program)(variables, batches)
+    records, losses = recorder(variables, batches), losses_of(variables, batches)
     found = difference.agreements(records, records, shuffles=9, seed=0)
     assert all(each.first == each.sets == 1 and each.load_distance == 0 for each in found)
     groups = difference.loss_differences(records, losses, losses, np.zeros(len(losses), int), lambda token: " a")

@@ -62,13 +62,16 @@ PROMPTS = [[5, 9, 2, 30, 11, 7, 8], [3], [40, 41, 2, 1]]
     "changes",
     [
         slow_case({"sliding_window": 3, "sliding_window_layers": (1,), "moe": {"layers": (0,)}}),
-        {"moe": {"dispatch": "gather", "shared_d_ff": 8, "gate": "switch"}, "num_kv_heads": 1, "qk_norm": "head"},
+        slow_case(
+            {"moe": {"dispatch": "gather", "shared_d_ff": 8, "gate": "switch"}, "num_kv_heads": 1, "qk_norm": "head"}
+        ),
         slow_case({"sliding_window": 4}),
         slow_case({"tie_embeddings": True, "moe": {"gate": "none"}}),
     ],
     ids=["a window in one layer", "gather", "ring", "dense"],
 )
 def test_greedy_with_cache_is_greedy_without(changes):
+    """Often: test_hybrid.py, and references of other forms of attention below."""
     config, variables = _model(**changes)
     texts = sampling.sample(config, variables, PROMPTS, 10, GREEDY)
     np.testing.assert_array_equal(texts, _without_cache(config, variables, PROMPTS, 10))
