@@ -25,7 +25,7 @@ K, E = RULE.k, LAYER.num_experts
 
 def ours(weights, x, mask, *, gate="mixtral", counted=None, **settings):
     """This package's layer with these weights; ``counted``: the mask that it is told instead of the true one."""
-    fields = {"experts_per_token": K, "eval_capacity_factor": RULE.capacity_factor, **settings}
+    fields = {"experts_per_token": K, "eval_capacity_factor": RULE.capacity_factor, "dispatch": "einsum", **settings}
     layer = MoELayer(d_model=8, d_ff=6, num_experts=E, gate=gate, rngs=nnx.Rngs(0), **fields)
     layer.router.kernel[...] = weights["router"]
     for name in ("up", "gate", "down"):
