@@ -118,10 +118,14 @@ _SPARSE_CORE_EXCHANGES = {
 
 
 #: The latency-hiding scheduler, off by default, starts exchanges early; without it nearly all are waited for in place.
-_NVIDIA_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+#: By default it has one exchange under way at a time, although NVLink and the network between hosts are apart.
+_NVIDIA_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+}
 
 
-def compiler_options(device_kind: str) -> dict[str, str | bool]:
+def compiler_options(device_kind: str) -> dict[str, str | bool | int]:
     """XLA options for a kind of device, by JAX's name of it; none except for TPUs and NVIDIA GPUs.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
@@ -132,7 +136,7 @@ def compiler_options(device_kind: str) -> dict[str, str | bool]:
         return dict(_NVIDIA_OPTIONS)
     if not device_kind.startswith("TPU"):
         return {}
-    options: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
+    options: dict[str, str | bool | int] = {"xla_tpu_enable_async_all_to_all": "true"}
     options |= dict.fromkeys(_SPARSE_CORE_EXCHANGES.get(device_kind, ()), "true")
     for prefix, kibibytes in _SCOPED_VMEM_KIB.items():
         if device_kind.startswith(prefix):
