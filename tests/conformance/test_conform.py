@@ -101,7 +101,6 @@ MUTANTS = {
     "balance loss a mean over devices": (sharded_balance, "a mean over 2 shards"),
     "z-loss detached": (with_losses(z_loss=jax.lax.stop_gradient), "the z-loss has no gradient"),
 }
-QUICK = ("expert gradients over TP",)
 
 
 def test_this_layer_conforms():
@@ -110,9 +109,8 @@ def test_this_layer_conforms():
     assert {check.quantity for check in result.checks} >= {"y", "balance_loss", "z_loss", "grad_router", "grad_x"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTANTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_named(name):
     layer, words = MUTANTS[name]
     result = diagnosis(layer)

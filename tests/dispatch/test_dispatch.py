@@ -251,7 +251,8 @@ def test_all_padding_gives_zeros_and_no_gradient(mode, rng):
         assert not np.asarray(gradient).any()
 
 
-@pytest.mark.parametrize("capacity", [15, slow_case(50)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", [15, 50])
 def test_modes_agree_beyond_oracle_sizes(capacity, rng):
     """A few hundred tokens, where the oracle would be slow: gather and einsum, dropping and not."""
     config = tiny_model(num_experts=6, experts_per_token=3, gate="switch", d_model=8, moe_d_ff=6)

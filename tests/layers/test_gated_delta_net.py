@@ -144,6 +144,7 @@ def _rows(segment_ids):
     return Rows(segment_ids, segment_ids, segment_ids)  # a delta net reads the documents alone
 
 
+@pytest.mark.slow  # tests/models/test_hybrid.py has the same of a model
 def test_packed_documents_run_by_themselves(layer, rng):
     x = jnp.asarray(rng.normal(size=(1, 11, 12)), jnp.float32)
     run = jax.jit(lambda x, segment_ids: layer.prefill(x, _rows(segment_ids))[0])
