@@ -194,7 +194,7 @@ def _oracle(config, parameters, batch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"encoder_layers": 1, "num_layers": 1, "every": 1}, slow_case({})],
+    [{"encoder_layers": 1, "num_layers": 1, "every": 1, "dispatch": "einsum"}, slow_case({})],
     ids=["an MoE layer each", "dense and MoE layers"],
 )
 def test_values_and_gradients_equal_the_oracle(changes):
