@@ -3,7 +3,8 @@
     python scripts/conformance.py [--layers=FOLDER] [--out=docs/results/conformance.md]
 
 Takes some minutes on two CPU cores. Exits with 1 if a row fails. ``--layers`` names a folder of npz files, each one
-layer of another library with its weights, input and output (see :func:`moe.interop.layers.run_reference`).
+layer of another library with its weights, input and output (see :func:`moe.interop.layers.run_reference`); without it,
+and without such a folder beside the repository, these rows are left out, and the program says so.
 """
 
 from __future__ import annotations
@@ -232,11 +233,12 @@ def bad_input() -> Iterator[Row]:
         yield Row(section, what, f"1 counted; y as if it were padding, to {FLOAT32:.2g}", f"{worst:.2g}", passes)
 
 
-def run(layers: Path) -> Iterator[Row]:
-    """All rows, in the order of the table."""
+def run(layers: Path | None) -> Iterator[Row]:
+    """All rows, in the order of the table; ``layers``: folder of layers of other libraries."""
     yield from check_values()
     yield from dropped_share()
-    yield from reference_layers(layers)
+    if layers:
+        yield from reference_layers(layers)
     yield from router_gradient()
     yield from bad_input()
     for seed, case in enumerate((*CASES, *edges(), NOVICES)):
@@ -281,10 +283,13 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     """Print rows as they are measured, write the table, and say by its exit status whether all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=Path, default=ROOT.parent / "shared" / "parity" / "layers")
+    beside = ROOT.parent / "shared" / "parity" / "layers"
+    parser.add_argument("--layers", type=Path, default=beside if beside.exists() else None)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "conformance.md")
     arguments = parser.parse_args()
     rows = []
+    if not arguments.layers:
+        print("no layers of other libraries: --layers=FOLDER names npz files of them")
     for row in run(arguments.layers):
         rows.append(row)
         print(f"{'ok   ' if row.passes else 'FAILS'} {row.what}: {row.measured}, expected {row.expected}", flush=True)

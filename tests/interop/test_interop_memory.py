@@ -70,7 +70,8 @@ def _peak(folder: Path, parameters: str, *flags: str) -> int:
     command = [sys.executable, str(script), f"--source={folder / 'source'}", f"--out={folder / 'out'}", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    output = process.stdout.read()
+    with process.stdout as lines:
+        output = lines.read()
     _, status, usage = os.wait4(process.pid, 0)  # of this child alone
     assert status == 0
     assert parameters in output
