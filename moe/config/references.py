@@ -1,4 +1,4 @@
-"""What a user's config names: small files, Python files, and objects of modules as ``module:object``.
+"""Small files, Python files, and objects of modules as ``module:object``, that a user's config names.
 
 A config that a user wrote may name any module. One that is read from a workdir is data, maybe someone else's: it may
 name only modules that the user named too, in a config of this process or on the command line.

@@ -183,7 +183,7 @@ _DESCRIPTIONS: dict[Implementation, str] = {
 
 
 def _implementation(mode: str) -> Implementation:
-    """What computes a dispatch in the program being traced."""
+    """Implementation of a dispatch in the program being traced."""
     if mode == "gather" and target.is_cpu() and axis_size(*partition_specs.AXES) == 1:
         return by_sorting  # without an exchange it moves as much as filling buffers, and computes no empty row
     return _IMPLEMENTATIONS[mode]

@@ -217,7 +217,7 @@ class MoELayer(nnx.Module):
         return self.router(tokens.x, jitter=self.config.jitter, rng=keys.jitter)
 
     def _inputs(self, tokens: Tokens, keys: Keys, *, train: bool, expert_capacity: int = 0) -> GateInputs:
-        """What the gate reads beside the logits."""
+        """Inputs of the gate beside the logits."""
         router = self.router
         return GateInputs(
             tokens.mask,

@@ -80,7 +80,7 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
 
 
 def link(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) -> str:
-    """What a collective's bytes pass through; collectives on different links do not wait for one another.
+    """The link that a collective's bytes pass through; those on different links do not wait for one another.
 
     Each direction to the host's memory, NVLink inside a domain, the network between domains, a slice's torus, and the
     network between slices. A collective over GPUs of several domains counts for the network alone.

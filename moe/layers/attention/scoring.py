@@ -1,4 +1,4 @@
-"""What attention's scores depend on beside query·key: rotary and relative positions, which keys are seen, sinks."""
+"""Inputs of attention's scores beside query·key: rotary and relative positions, which keys are seen, sinks."""
 
 from __future__ import annotations
 
