@@ -90,8 +90,8 @@ class Guide:
             seconds = math.log(_seconds_a_row(self._found[index], plan["step_seconds"]))
             self._times.learn(index, seconds - self._guesses[index])
             memory = plan.get("memory_total")
-        elif plan["error"].startswith("does not fit"):
-            memory = max(plan.get("memory_least") or _OVER * self._capacity, self._capacity)
+        elif "memory_least" in plan:
+            memory = max(plan["memory_least"] or _OVER * self._capacity, self._capacity)
         else:
             memory = None
         if memory and math.isfinite(memory):

@@ -26,6 +26,7 @@ from moe.planner import (
 )
 from moe.planner.compiled import CompiledStep, Memory, read_or_compile
 from moe.planner.exchanges import Exchange
+from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.records import Array, GroupedMatmul, Price
 from moe.planner.scenario import Scenario
 from moe.planner.topology import Topology
@@ -237,8 +238,8 @@ def make_fitting_plan(
             continue
         try:
             return make_plan(tried, topology, scenario, programs)
-        except ConfigError as error:
-            if policy == fit.LADDER[-1] or not str(error).startswith("does not fit"):
+        except DoesNotFitError:
+            if policy == fit.LADDER[-1]:
                 raise
     raise AssertionError
 

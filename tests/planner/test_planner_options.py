@@ -11,6 +11,7 @@ from moe.config import ConfigError, MeshConfig
 from moe.config.parse import from_config_dict
 from moe.planner import calibration, candidates, exchanges, fit, plan, program
 from moe.planner.chips import CHIPS
+from moe.planner.memory_errors import DoesNotFitError
 from moe.planner.records import Collective, Price
 
 MESH = {"data": 1, "fsdp": 64, "expert": 1, "tensor": 1}
@@ -109,7 +110,7 @@ def _fitting(monkeypatch, fits, memory=95 * 2**30):
     def make_plan(config, topology, scenario=None, programs=None):
         tried.append(config.model.remat)
         if config.model.remat not in fits:
-            raise ConfigError("does not fit: temporaries alone")
+            raise DoesNotFitError("does not fit: temporaries alone", 0)
         return config.model.remat
 
     chip = dataclasses.replace(CHIPS["v5p"], memory=memory)
