@@ -58,7 +58,7 @@ def _sections(cls: type, path: str) -> Iterator[tuple[str, type]]:
 
 
 def _table(cls: type) -> str:
-    lines = ["| field | type | default | bounds | resume | meaning |", "|---|---|---|---|---|---|"]
+    rows = []
     meanings, hints = _comments(cls), type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -70,9 +70,8 @@ def _table(cls: type) -> str:
             hint = _type(hints[field.name])
         hint += f", {field.metadata['unit']}" if "unit" in field.metadata else ""
         cells = [f"`{field.name}`", hint, f"`{default}`" if default != "" else "empty", _bounds(field.metadata)]
-        cells += [field.metadata.get("resume", ""), meanings.get(field.name, "")]
-        lines.append(f"| {' | '.join(cell.replace('|', '\\|') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, field.metadata.get("resume", ""), meanings.get(field.name, "")])
+    return markdown_table(("field", "type", "default", "bounds", "resume", "meaning"), rows) + "\n"
 
 
 def _comments(cls: type) -> dict[str, str]:
