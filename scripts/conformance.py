@@ -10,7 +10,6 @@ and without such a folder beside the repository, these rows are left out, and th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ from moe.dispatch.modes import CONFIG_MODES  # noqa: E402
 from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
 from moe.interop.layers import run_reference, single_layer  # noqa: E402
 from moe.routing import balancing  # noqa: E402
-from moe.routing.gates import Random, TopK  # noqa: E402
+from moe.routing.gates import Random  # noqa: E402
 from moe.routing.interface import GateInputs  # noqa: E402
 from moe.routing.routing import Routing, route  # noqa: E402
 
@@ -63,9 +62,7 @@ from moe.routing.routing import Routing, route  # noqa: E402
 def routing_of(gate: str, logits: np.ndarray, k: int) -> tuple[Routing, jax.Array]:
     """The routing of logits [G,S,E], all tokens real, and their mask."""
     mask = jnp.ones(logits.shape[:2], bool)
-    rule = find_gate(gate)
-    rule = dataclasses.replace(rule, k=k) if isinstance(rule, TopK) else rule
-    return route(rule, jnp.asarray(logits, jnp.float32), GateInputs(mask)), mask
+    return route(find_gate(gate).with_k(k), jnp.asarray(logits, jnp.float32), GateInputs(mask)), mask
 
 
 def check_values() -> Iterator[Row]:
