@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from moe.escaping import markdown_table
 from moe.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
 PATH = Path(__file__).with_name("calibration.json")
@@ -103,6 +104,18 @@ def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+_HEAD = ("model", "slice", "counted, s", "predicted, s", "interval", "published, s", "inside", "ratio", "GiB a chip")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["interval"]
+    return (
+        row["name"], row["topology"], f"{row['counted']:.3g}", f"{row['predicted']:.3g}", f"{low:.3g} to {high:.3g}",
+        f"{row['published']:.3g}", "yes" if row["inside"] else "no", f"{row['predicted'] / row['published']:.2f}",
+        f"{row['memory_gib']:.1f}",
+    )  # fmt: skip
+
+
 def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> str:
     """The table of predicted and published steps as Markdown.
 
@@ -121,16 +134,8 @@ def page(rows: list[dict[str, Any]], missing: list[str], sources: list[str]) -> 
         "(those of the same platform), with the interval that should hold 80 %; *inside*",
         "says whether it does. An error is the estimate's and the difference between two programs.",
         "",
-        "| model | slice | counted, s | predicted, s | interval | published, s | inside | ratio | GiB a chip |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        markdown_table(_HEAD, map(_cells, made)),
     ]
-    for row in made:
-        low, high = row["interval"]
-        lines.append(
-            f"| {row['name']} | {row['topology']} | {row['counted']:.3g} | {row['predicted']:.3g} | {low:.3g} to "
-            f"{high:.3g} | {row['published']:.3g} | {'yes' if row['inside'] else 'no'} | "
-            f"{row['predicted'] / row['published']:.2f} | {row['memory_gib']:.1f} |"
-        )
     lines += ["", f"Inside: {sum(row['inside'] for row in made)} of {len(made)}."]
     if missing:
         lines += ["", f"Not compiled yet: {'; '.join(missing)}. Run the command again to continue."]

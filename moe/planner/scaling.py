@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from moe.atomic_files import write_figure
 from moe.config import Config, ConfigError, MeshConfig, read_small_file
+from moe.escaping import markdown_table
 from moe.foreign_files import Amount, Fields, kept_whole, parse
 from moe.planner import plan
 from moe.planner.topology import get_topology
@@ -152,8 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         value = row[name] / 1e9 if name == "parameters" else row[name]
         return f"{value:.1f}" if isinstance(value, float) else str(value)
 
-    lines = ["| " + " | ".join(heads.values()) + " |", "|" + " --- |" * len(heads)]
-    lines += ["| " + " | ".join(shown(row, name) for name in heads) + " |" for row in rows]
+    lines = [markdown_table(tuple(heads.values()), [[shown(row, name) for name in heads] for row in rows])]
     refused = [row for row in rows if "refused" in row]
     if refused:
         lines += ["", "Refused:", ""]
@@ -167,7 +167,7 @@ def figure(path: Any, rows: list[dict[str, Any]]) -> None:
         "memory_gib": "memory a device (GiB)",
         "compile_seconds": "compile time (s)",
         "all_to_all_ms": "all-to-all a step (ms, network model)",
-        "step_ms": "step (ms, estimate)",
+        "step_ms": "step (ms, estimate, 80 %)",
     }
     drawing = Figure(figsize=(10, 7), layout="constrained")
     axes = drawing.subplots(2, 2)
@@ -177,6 +177,10 @@ def figure(path: Any, rows: list[dict[str, Any]]) -> None:
             mine = [row for row in compiled if row["series"] == series]
             style = ("o-", "s--", "^:")[i % 3]  # overlapping lines stay visible
             axis.plot([row["devices"] for row in mine], [row[name] for row in mine], style, label=series)
+            known = [row for row in mine if name == "step_ms" and row.get("step_interval_ms")]
+            if known:
+                low, high = zip(*(row["step_interval_ms"] for row in known), strict=True)
+                axis.vlines([row["devices"] for row in known], low, high, f"C{i}", alpha=0.5)
         axis.set(xscale="log", xlabel="devices", ylabel=label, ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
