@@ -242,13 +242,10 @@ def train_step(
     learning_rate = jnp.asarray(parts.schedule(state.step))
     metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers, terms)
     biases = _next_biases(parts.config, state.biases, layers)
-    # Only one branch is executed. Selecting leaf by leaf reads and copies more; optax.apply_if_finite keeps counters
-    # in the optimizer state and eventually applies updates that are not finite.
-    parameters, optimizer_state, biases = jax.lax.cond(
-        finite,
-        lambda: (*_update(parts, gradients, norm, state), biases),
-        lambda: (state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases),
-    )
+    # A select joins the loop that writes the update; a branch would keep old and new state side by side.
+    updated = (*_update(parts, gradients, norm, state), biases)
+    kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases
+    parameters, optimizer_state, biases = jax.tree.map(functools.partial(jnp.where, finite), updated, kept)
     following = TrainState(state.step + 1, parameters, biases, optimizer_state, state.rng)
     return state.restored(following), metrics
 

@@ -47,6 +47,7 @@ def test_every_buffer_of_the_state_is_reused(programs):
     )
     nbytes = sum(paths[i][1].size * paths[i][1].dtype.itemsize for i in outputs)
     assert compiled.memory_analysis().alias_size_in_bytes == nbytes
+    assert "conditional(" not in text  # a branch for skipped updates would hold the old and the new state
 
 
 def test_logits_are_held_a_chunk_at_a_time(programs):
