@@ -112,8 +112,9 @@ class ReplayEffect:
 
 @nnx.jit
 @nnx.value_and_grad
-def _loss_and_gradient(model: Transformer, tokens: Int[Array, "B T"], choices: Choices | None) -> Array:
-    targets = jnp.concatenate([tokens[:, 1:], jnp.full((len(tokens), 1), -1)], axis=1)
+def _loss_and_gradient(
+    model: Transformer, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], choices: Choices | None
+) -> Array:
     nll, count = cross_entropy(model(tokens, routing=choices).logits, targets)
     return nll / count
 
@@ -121,11 +122,17 @@ def _loss_and_gradient(model: Transformer, tokens: Int[Array, "B T"], choices: C
 def replay_effect(model: Transformer, tokens: Int[ArrayLike, "B T"], recorded: Choices) -> ReplayEffect:
     """Losses of the next tokens and the gradients' cosine, with our experts and with the recorded ones.
 
-    Tokens without a record have no experts when replayed: the last position of each row, whose target is not there.
+    A position counts where it and the next have a record: what follows a sequence in its row is padding.
+
+    Raises:
+        ConfigError: no two neighbours have a record.
     """
-    tokens = jnp.asarray(tokens)
-    plain, gradient = _loss_and_gradient(model, tokens, None)
-    replayed, other = _loss_and_gradient(model, tokens, recorded)
+    tokens, seen = jnp.asarray(tokens), recorded.chosen.any((0, -1))
+    targets = jnp.pad(jnp.where(seen[:, :-1] & seen[:, 1:], tokens[:, 1:], -1), ((0, 0), (0, 1)), constant_values=-1)
+    if not (targets >= 0).any():
+        raise ConfigError("the records hold no two tokens that follow each other")
+    plain, gradient = _loss_and_gradient(model, tokens, targets, None)
+    replayed, other = _loss_and_gradient(model, tokens, targets, recorded)
     pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True))
     product, left, right = (float(sum(jnp.vdot(a[i], a[j]) for a in pairs)) for i, j in ((0, 1), (0, 0), (1, 1)))
     return ReplayEffect(float(plain), float(replayed), product / max((left * right) ** 0.5, 1e-30))

@@ -2,6 +2,7 @@
 
 import base64
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,13 +64,21 @@ def test_replay_of_other_experts(recorded):
     sizes = {"num_experts": 5, "experts_per_token": 2, "dispatch": "einsum", "eval_capacity_factor": 5.0}
     model = random_model(tiny_model(num_layers=1, gate="mixtral", **sizes))
     output = run(model, tokens, None)
-    same = replay_effect(model, tokens, output.routing.choices)
+    present = np.arange(8) < np.array(LENGTHS)[:, None]
+    own = Choices(output.routing.expert_index, output.routing.chosen & present[None, :, :, None])
+    same = replay_effect(model, tokens, own)
+    log_probs = np.asarray(jax.nn.log_softmax(output.logits, axis=-1))
+    losses = [-log_probs[i, t, tokens[i, t + 1]] for i, length in enumerate(LENGTHS) for t in range(length - 1)]
+    assert same.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert same.loss == pytest.approx(same.replayed_loss, rel=1e-6)
     assert same.gradient_cosine == pytest.approx(1, abs=1e-5)
     other = Choices((output.routing.expert_index + 1) % 5, output.routing.chosen)
     effect = replay_effect(model, tokens, other)
     assert effect.replayed_loss != pytest.approx(effect.loss, rel=1e-4)
     assert effect.gradient_cosine < 0.999
+    lonely = Choices(own.expert_index, own.chosen & (np.arange(8) % 2 == 0)[None, None, :, None])
+    with pytest.raises(ConfigError, match="the records hold no two tokens that follow each other"):
+        replay_effect(model, tokens, lonely)
 
 
 def test_mismatch_by_hand():
