@@ -34,7 +34,7 @@ class Candidate:
     Attributes:
         config: valid, also for its mesh.
         seconds: a rough guess of its step, used only to choose what to compile first.
-        fixed, activations: least bytes of a device that do not and that do depend on the rows.
+        fixed, activations: estimated bytes of a device that do not and that do depend on the rows.
     """
 
     config: Config
@@ -90,27 +90,27 @@ def candidates(
             if not sparse and mesh.expert > 1:
                 pruned["a dense model has no use for mesh.expert"] += 1
                 continue
-            bound, capacity = fit.lower_bound(tried, sizes), chip.memory // chip.devices
-            fixed, least = bound.total - bound.activations, bound.activations / trains[0].batch_size
+            memory = fit.estimate(tried, sizes, "gpu" if isinstance(chip, Gpu) else "tpu")
+            capacity = chip.memory // chip.devices
             for train in trains:
-                activations = round(least * train.batch_size)
-                if bound.parameters + bound.optimizer > capacity:
+                activations = round(memory.activations / trains[0].batch_size * train.batch_size)
+                if memory.parameters + memory.optimizer > capacity:
                     pruned["parameters and optimizer alone do not fit"] += 1
-                elif fixed + activations > capacity:
-                    pruned["with gradients and the least of activations it does not fit"] += 1
+                elif memory.fixed + activations > fit.MARGIN * capacity:
+                    pruned["by the estimate of its memory it does not fit"] += 1
                 else:
                     sized = dataclasses.replace(tried, train=train)
-                    found.append(Candidate(sized, guess_seconds(sized, chip), fixed, activations))
+                    found.append(Candidate(sized, guess_seconds(sized, chip), memory.fixed, activations))
     return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
 
 
 def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
-    """Guess a step: its arithmetic at peak plus its exchange over one ring per mesh axis, without overlap.
+    """Guess a step: its arithmetic at :data:`_MATMUL_SHARE` of the peak plus its exchange, without overlap.
 
     Arithmetic: the model's FLOPs, up to a third more with recomputation, empty expert slots, one-hot matmuls, and every
-    expert's matmul over every row where ``lax.ragged_dot`` has no kernel. Exchange: over fsdp, weights gathered
-    forward, backward and in recomputation and their gradients scattered; expert rows out and back, three times;
-    partial sums over tensor; gradients summed over data.
+    expert's matmul over every row where ``lax.ragged_dot`` has no kernel. Exchange: over fsdp, in every microbatch,
+    weights gathered forward and backward and their gradients scattered; expert rows out and back, three times; partial
+    sums over tensor, of experts on their rows; gradients summed over data.
     """
     model, moe, mesh = config.model, config.model.moe, config.mesh
     length = config.data.sequence_length
@@ -132,30 +132,35 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     if moe_layers and moe.dispatch == "dropless" and not chip.grouped_matmul:
         per_token += 6 * expert_parameters * rows * (moe.num_experts - 1)
     per_token *= 1 + _RECOMPUTED[model.remat] / 3
-    arithmetic = per_token * tokens / (devices * chip.peak / chip.devices)
+    arithmetic = per_token * tokens / (devices * _MATMUL_SHARE * chip.peak / chip.devices)
     arithmetic *= 1 + (mesh.pipeline - 1) / (config.train.accumulation_steps * config.train.pipeline_rounds)
 
     def share(parts: int) -> float:
         return (parts - 1) / parts
 
     experts = expert_parameters * moe.num_experts
-    passes = 3 if model.remat == "none" else 4
+    passes = 3 if model.remat == "none" else 4  # of a layer: forward, recomputed, backward twice
+    gathers = (2 if model.remat == "none" else 3) * config.train.accumulation_steps
     weights = experts / (mesh.expert * mesh.tensor) * share(mesh.fsdp)
     weights += (total - experts) / mesh.tensor * share(mesh.fsdp * mesh.expert)
     routed = 6 * moe_layers * tokens_here * rows * model.expert_dim * size * share(mesh.expert) * mesh.expert / 4
-    partial_sums = 2 * passes * 2 * layers * tokens_here * model.d_model * size * share(mesh.tensor)
+    summed = 2 * layers + moe_layers * (rows - 1)  # rows a token: of attention, of a dense FFN or of experts
+    partial_sums = 2 * passes * summed * tokens_here * model.d_model * size * share(mesh.tensor)
     gradients = 2 * 4 * total / (mesh.fsdp * mesh.expert * mesh.tensor) * share(mesh.data)
     exchange, stride = 0.0, 1
     for sent, axis in (
         (partial_sums, "tensor"),
         (routed, "expert"),
-        (passes * weights * size, "fsdp"),
+        (gathers * weights * size, "fsdp"),
         (gradients, "data"),
     ):
         exchange += sent / chip.axis_bandwidth(stride, getattr(mesh, axis))
         stride *= getattr(mesh, axis)
     return arithmetic + exchange
 
+
+#: Of the peak, that the arithmetic of compiled programs of Mixtral-8x7B took, with all work on the chip.
+_MATMUL_SHARE = 0.8
 
 #: Share of the forward pass that a remat policy recomputes, roughly.
 _RECOMPUTED = {

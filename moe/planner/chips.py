@@ -10,6 +10,7 @@ Domain Specific Supercomputer for Training Deep Neural Networks" (v2); [v7] the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from moe.parallel.target import PEAK_FLOPS
@@ -60,8 +61,10 @@ class Chip:
         return self.example.startswith("v5p")
 
     def axis_bandwidth(self, stride: int, size: int) -> float:
-        """Bytes/s of a device along a mesh axis, taken as a ring of neighbours whatever its stride and size."""
-        return 2 * self.link / self.devices
+        """Bytes/s of a device along a mesh axis of neighbours, whatever its stride: 2 are joined by a link, 4 by a
+        ring, which has two, 16 by two rings, and so on as the torus has dimensions."""
+        links = min(math.log2(max(size, 2)), 2 * len(self.example.split("x")))
+        return links * self.link / self.devices
 
     @property
     def clock(self) -> float:

@@ -142,7 +142,7 @@ def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, d
         try:
             compiled = traced.lower().compile(compiler_options=dict(topology.compiler_options) or None)
         except jax.errors.JaxRuntimeError as error:
-            raise memory_errors.explained(config, error, sum(stored.values())) from error
+            raise memory_errors.explained(config, error) from error
         return compiled, traced, stored, time.perf_counter() - start
 
 

@@ -1,11 +1,17 @@
-"""Lower bound of a device's memory, from a config and the sizes of a mesh; nothing is compiled."""
+"""Estimate of a device's memory, from a config and the sizes of a mesh; nothing is compiled.
+
+What is counted of a backward pass, when it computes the gradients of a layer: parameters, optimizer and gradients; the
+matrices in the compute dtype, and one layer's gathered; what the remat policy keeps of every layer's forward pass; the
+arrays of the one layer. The last are counted in arrays of the size of a layer's hidden activations and of its inputs
+(:data:`_ARRAYS`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +19,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, sparse_layers, stacks
+from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, stacks
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.models.factory import abstract_parameters
@@ -24,27 +30,73 @@ from moe.training.optimizer import make_optimizer
 #: Remat policies to try until a program fits, from the least recomputation to the most.
 LADDER = ("hidden", "outputs", "attention", "offload", "full")
 
+#: An estimate above the memory by this factor rules a program out; estimates of compiled programs were at most 1.09
+#: times what they needed.
+MARGIN = 1.2
+
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
-    """Bytes that a device holds at least at the end of a backward pass.
+class _Arrays:
+    """How many arrays of a kind are in memory while a layer's gradients are computed.
+
+    Attributes:
+        hidden: [rows,F] of experts or a dense FFN: up, gate, their product, and the gradients of the three.
+        rows: [rows,D] of experts on the device of their tokens, or of a dense FFN.
+        exchanged: [rows,D] of experts on other devices.
+        tokens: [tokens,D], and queries, keys, values and heads of attention.
+        gathered: a layer's matrices in the compute dtype, gathered.
+        cast: the matrices of all layers in the compute dtype, as they are stored.
+        lanes: the last dimension of an array is a multiple of it.
+    """
+
+    hidden: float
+    rows: float
+    exchanged: float
+    tokens: float
+    gathered: float
+    cast: float
+    lanes: int
+
+
+#: By platform, fitted to compiled programs (docs/log/2026-11.md). What is alive at the peak on TPUs is that of GPUs;
+#: what the compiler for TPUs allocates is more, as if the arrays of a layer's forward pass had memory of their own.
+_ARRAYS = {"gpu": _Arrays(6, 3, 3, 2, 1, 1, 1), "tpu": _Arrays(9, 7, 20, 2, 3, 2, 128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of a device.
 
     Attributes:
         parameters: as stored.
         optimizer: Optax state.
-        gradients: of all parameters, because their norm is needed before any is used; in the compute dtype.
-        activations: arrays that the remat policy certainly keeps of the forward pass.
+        gradients: of all parameters, because their norm is needed before any is used; with accumulation also their sum.
+        weights: matrices in the compute dtype: of all layers as they are stored, of one gathered.
+        kept: arrays that the remat policy keeps of the forward pass.
+        layer: arrays of one layer while its gradients are computed.
     """
 
     parameters: int
     optimizer: int
     gradients: int
-    activations: int
+    weights: int
+    kept: int
+    layer: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the rows."""
+        return self.parameters + self.optimizer + self.gradients + self.weights
+
+    @property
+    def activations(self) -> int:
+        """What is proportional to the rows."""
+        return self.kept + self.layer
 
     @property
     def total(self) -> int:
         """Sum of all kinds."""
-        return self.parameters + self.optimizer + self.gradients + self.activations
+        return self.fixed + self.activations
 
 
 def shard_bytes(tree: Any) -> int:
@@ -54,12 +106,13 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def lower_bound(config: Config, sizes: Mapping[str, int]) -> Bound:
-    """Compute the bound; tiling, gathered weights and the compiler's own temporaries come on top.
+def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimate:
+    """Estimate the memory of a train step.
 
     Args:
         config: valid for the mesh (:func:`moe.config.validate_mesh`).
         sizes: devices per axis.
+        platform: "tpu" or "gpu".
     """
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     parameters, optimizer = _shapes(same_parameters(config.model), config.optimizer)
@@ -67,12 +120,21 @@ def lower_bound(config: Config, sizes: Mapping[str, int]) -> Bound:
         specs = parameter_specs(parameters)
         shapes = nnx.to_pure_dict(parameters)
         stored = shard_bytes(_placed(mesh, shapes, specs))
-        return Bound(
-            stored,
-            shard_bytes(_placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer))),
-            stored * jnp.dtype(config.model.dtype).itemsize // 4,
-            _kept_activations(config, sizes),
-        )
+        state = shard_bytes(_placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer)))
+    train, stages, size = config.train, sizes.get("pipeline", 1), jnp.dtype(config.model.dtype).itemsize
+    rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    # Every pipeline stage keeps its layers' activations of all microbatches.
+    kept_rows = rows * train.accumulation_steps // stages if stages > 1 else rows
+    layers = _layers(config, sizes, _ARRAYS[platform])
+    cast = _ARRAYS[platform].cast * stored * size // 4 if size < 4 else 0
+    return Estimate(
+        stored,
+        state,
+        stored * (2 if train.accumulation_steps > 1 and stages == 1 else 1),
+        int(cast + size * layers.matrices),
+        int(kept_rows * size * layers.kept),
+        int(rows * size * layers.alive),
+    )
 
 
 def same_parameters(model: ModelConfig) -> ModelConfig:
@@ -96,55 +158,86 @@ def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:
     )
 
 
-def _kept_activations(config: Config, sizes: Mapping[str, int]) -> int:
-    """Bytes of kept activations: those of every repeat, and one layer's experts in any case, while their gradients are
-    computed."""
-    model, moe = config.model, config.model.moe
-    train, stages = config.train, sizes.get("pipeline", 1)
-    rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-    if stages > 1:  # every stage keeps its layers' activations of all microbatches
-        rows *= train.accumulation_steps // stages
-    matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
-    # Numbers per token on one device: projections of attention and its heads, hidden activations, experts' outputs.
-    dense = matmuls_into * model.d_ff / sizes["tensor"]
-    experts = _expert_rows(config, sizes) * matmuls_into * moe.d_ff / sizes["tensor"]
-    outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.expert_dim
-    keeps_projections, keeps_heads, of_dense, of_experts = {
-        "none": (1, 0, dense, experts),
-        "hidden": (1, 1, dense, experts + outputs),
-        "outputs": (1, 1, 0.0, outputs),
-        "attention": (1, 1, 0.0, 0.0),
-        "offload": (0, 0, 0.0, 0.0),
-        "dots": (1, 0, dense, 0.0),
-        "full": (0, 0, 0.0, 0.0),
-    }[model.remat]
-    numbers = 0.0  # kept per row on one device
-    for name, kinds in stacks(model).items():
+class _Numbers(NamedTuple):
+    """Numbers on one device.
+
+    Attributes:
+        matrices: with the dimension that fsdp splits whole.
+        kept: of the forward pass.
+        alive: while gradients are computed.
+    """
+
+    matrices: float
+    kept: float
+    alive: float
+
+
+def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays) -> _Numbers:
+    """Of all layers, the activations per row: gathered matrices and arrays alive are those of the largest repeat."""
+    remat, gathered, kept, alive, kept_matrices = config.model.remat, 0.0, 0.0, 0.0, 0.0
+    for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
         for unit, repeats in segments(kinds):
-            kept = 0.0 if model.remat == "offload" else float(model.d_model)
-            for kind in unit:
-                projections, heads = _projections(model, kind, sizes["tensor"])
-                of_mixer = keeps_projections * projections + keeps_heads * heads
-                kept += of_mixer * (1 + (kind.role == "cross")) + (of_experts if kind.sparse else of_dense)
-            numbers += repeats * kept * length
-    if model.remat not in ("none", "hidden") and any(sparse_layers(model)):
-        numbers += experts * config.data.sequence_length
-    return int(rows * numbers * jnp.dtype(model.dtype).itemsize)
+            layers = [_layer(config, sizes, arrays, kind) for kind in unit]
+            inputs = 0.0 if remat == "offload" else float(config.model.d_model)
+            kept += repeats * length * (inputs + sum(layer.kept for layer in layers))
+            alive = max(alive, length * sum(layer.alive for layer in layers))
+            if sizes["fsdp"] > 1:
+                matrices = sum(layer.matrices for layer in layers)
+                gathered = max(gathered, arrays.gathered * matrices)
+                kept_matrices += repeats * matrices * (remat == "none")
+    return _Numbers(gathered + kept_matrices, kept, alive)
 
 
-def _projections(model: ModelConfig, kind: LayerKind, tensor: int) -> tuple[float, float]:
+def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: LayerKind) -> _Numbers:
+    """Of one layer, the activations per token and without the layer's input."""
+    model, moe, tensor = config.model, config.model.moe, sizes["tensor"]
+    matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
+    projections, heads = _projections(model, kind, tensor, arrays.lanes)
+    mixers = 1 + (kind.role == "cross")
+    attention = mixers * (projections + heads)
+    matrices = model.d_model * attention
+    if kind.sparse:
+        rows = _expert_rows(config, sizes)
+        hidden = (rows * moe.d_ff + moe.shared_d_ff) / tensor
+        rows_in = rows * model.expert_dim
+        outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.expert_dim
+        experts = moe.num_experts / sizes["expert"] * model.expert_dim * moe.d_ff
+        matrices += (matmuls_into + 1) * (experts + model.d_model * moe.shared_d_ff) / tensor
+    else:
+        hidden, rows_in, outputs = model.d_ff / tensor, float(model.d_model), 0.0
+        matrices += (matmuls_into + 1) * model.d_model * hidden
+    kept = {
+        # Every array of the layer: those of experts, and norms, sums and products in float32.
+        "none": attention + 3 * matmuls_into * hidden + 3 * rows_in + 16 * model.d_model,
+        "hidden": attention + matmuls_into * hidden + outputs,
+        "outputs": attention + outputs,
+        "attention": attention,
+        "offload": 0.0,
+        "dots": mixers * (projections + model.d_model) + (0.0 if kind.sparse else matmuls_into * hidden),
+        "full": 0.0,
+    }[model.remat]
+    exchanged = kind.sparse and sizes["expert"] > 1
+    alive = arrays.hidden * hidden * (matmuls_into + 1) / 3 + arrays.tokens * (attention + model.d_model)
+    return _Numbers(matrices, kept, alive + (arrays.exchanged if exchanged else arrays.rows) * rows_in)
+
+
+def _projections(model: ModelConfig, kind: LayerKind, tensor: int, lanes: int) -> tuple[float, float]:
     """Numbers per token on one device: what the matmuls before the scores put out, and the heads."""
     if kind.mixer == "gated_delta_net":
         d = model.delta_net
         values = d.value_heads * d.value_dim
         return 2 * (d.key_heads * d.key_dim + values) / tensor, values / tensor
-    heads = model.num_heads * (model.value_dim or model.head_dim) / tensor
+
+    def padded(dim: int) -> int:
+        return -(-dim // lanes) * lanes
+
+    heads = model.num_heads * padded(model.value_dim or model.head_dim) / tensor
     if not model.kv_lora_rank:
         queries = model.num_heads * (1 + model.gated_attention)
-        return (queries + 2 * model.num_kv_heads) * model.head_dim / tensor, heads
+        return (queries + 2 * model.num_kv_heads) * padded(model.head_dim) / tensor, heads
     # Queries, and what keys and values are expanded to; the latents are whole on every device.
-    dims = model.head_dim + (model.head_dim - model.rope_dim + model.value_dim)
+    dims = padded(model.head_dim) + padded(model.head_dim - model.rope_dim) + padded(model.value_dim)
     return model.num_heads * dims / tensor + model.q_lora_rank + model.kv_lora_rank + model.rope_dim, heads
 
 

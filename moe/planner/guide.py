@@ -4,16 +4,18 @@ Two Bayesian linear regressions:
 
 - the logarithm of seconds a row over the rough guess (:func:`moe.planner.candidates.guess_seconds`), on the remat
   policy, the dispatch mode, the logarithms of the mesh's axes and of the rows a device;
-- memory over its bound (:mod:`moe.planner.fit`): a factor for parameters, optimizer and gradients together, and one for
-  activations by policy and mode.
+- memory over its estimate (:mod:`moe.planner.fit`): a factor for what does not depend on the rows, and one for
+  activations by policy, mode and whether experts exchange rows.
 
-The next candidate has the lowest prediction of time less 1.5 standard deviations, of those whose memory is predicted to
-fit.
+The next candidate has the largest expected improvement: that of its time over the best so far (Jones et al. 1998,
+"Efficient Global Optimization of Expensive Black-Box Functions", equation 15), times the probability that it fits.
+Until a program fits, it has the largest rate times that probability.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,18 +29,16 @@ from moe.planner.candidates import Candidate
 #: the rows; and of what the regression cannot say.
 _COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.25, 0.15, 0.03
 
-#: The factor on the bound's activations that is expected before a program was compiled.
-_EXPECTED = 1.3
-
-#: Deviations of memory's factors: of parameters, optimizer and gradients, of all activations, of those of a policy or
-#: mode; and of what the regression cannot say, in units of the bound.
-_FIXED_FACTOR, _COMMON_FACTOR, _CHOSEN_FACTOR, _NOISE_OF_MEMORY = 0.3, 0.7, 0.2, 0.02
-
-#: Deviations below the prediction at which candidates are compared, so that what is unknown is tried.
-_BOLDNESS = 1.5
+#: Deviations of memory's factors: of what does not depend on the rows, of all activations, of those of a policy or mode
+#: or with an exchange; and of what the regression cannot say, in units of the estimate.
+_FIXED_FACTOR, _COMMON_FACTOR, _CHOSEN_FACTOR, _NOISE_OF_MEMORY = 0.1, 0.1, 0.05, 0.02
 
 #: By how much more than the memory that there was a program is taken to need, where the compiler does not say.
 _OVER = 1.15
+
+
+#: Share of a normal distribution below each value.
+_cumulative = np.vectorize(statistics.NormalDist().cdf, otypes=[float])
 
 
 class _Regression:
@@ -72,16 +72,15 @@ class Guide:
             found: candidates.
             capacity: bytes of a device's memory.
         """
-        self._found, self._left = found, set(range(len(found)))
+        self._found, self._left, self._best = found, set(range(len(found))), math.inf
         self._times = _Regression(np.array([_features(candidate) for candidate in found]), _NOISE)
         self._guesses = np.log([_guess(candidate) for candidate in found])
-        self._bounds = np.array([max(candidate.fixed + candidate.activations, 1) for candidate in found])
-        shares = np.array([candidate.activations for candidate in found]) / self._bounds
-        chosen = np.array([_chosen(candidate) for candidate in found])
+        self._estimates = np.array([max(candidate.fixed + candidate.activations, 1) for candidate in found])
+        shares = np.array([candidate.activations for candidate in found]) / self._estimates
+        chosen = np.array([[*_chosen(candidate), candidate.config.mesh.expert > 1] for candidate in found])
         of_activations = np.column_stack([np.full(len(found), _COMMON_FACTOR), _CHOSEN_FACTOR * chosen])
         features = np.column_stack([_FIXED_FACTOR * (1 - shares), shares[:, None] * of_activations])
-        self._memory = _Regression(features, _NOISE_OF_MEMORY)
-        self._expected, self._capacity = 1 + (_EXPECTED - 1) * shares, capacity
+        self._memory, self._capacity = _Regression(features, _NOISE_OF_MEMORY), capacity
 
     def learn(self, index: int, plan: dict[str, Any]) -> None:
         """Take a plan, or its error, into account."""
@@ -89,20 +88,28 @@ class Guide:
         if "error" not in plan:
             seconds = math.log(_seconds_a_row(self._found[index], plan["step_seconds"]))
             self._times.learn(index, seconds - self._guesses[index])
-            memory = plan.get("memory_total")
-        elif "memory_least" in plan:
-            memory = max(plan["memory_least"] or _OVER * self._capacity, self._capacity)
-        else:
-            memory = None
-        if memory and math.isfinite(memory):
-            self._memory.learn(index, memory / self._bounds[index] - self._expected[index])
+            self._best = min(self._best, seconds)
+            if "memory_total" in plan:
+                self._memory.learn(index, plan["memory_total"] / self._estimates[index] - 1)
+        elif "memory_least" in plan and math.isfinite(self._capacity):
+            least = max(plan["memory_least"] or _OVER * self._capacity, self._capacity) / self._estimates[index] - 1
+            if least > self._memory.predict()[0][index]:  # otherwise it says nothing new
+                self._memory.learn(index, least)
 
     def order(self) -> list[int]:
-        """Candidates that are left, the most promising first; those that should not fit come last."""
+        """Candidates that are left, the most promising first."""
+        means, deviations = self._memory.predict()
+        spare = self._capacity / self._estimates - 1 - means
+        fits = _cumulative(spare / np.hypot(deviations, _NOISE_OF_MEMORY))
         means, deviations = self._times.predict()
-        best = means - _BOLDNESS * deviations + self._guesses
-        fits = np.maximum(self._memory.predict()[0] + self._expected, 1.0) * self._bounds <= self._capacity
-        return sorted(self._left, key=lambda index: (not fits[index], best[index], index))
+        seconds, deviations = means + self._guesses, np.hypot(deviations, _NOISE)
+        if math.isfinite(self._best):
+            ratios = (self._best - seconds) / deviations
+            density = np.exp(-(ratios**2) / 2) / math.sqrt(2 * math.pi)
+            gains = fits * deviations * (ratios * _cumulative(ratios) + density)
+        else:
+            gains = fits / np.exp(seconds)
+        return sorted(self._left, key=lambda index: (-gains[index], index))
 
 
 def _seconds_a_row(candidate: Candidate, seconds: float) -> float:

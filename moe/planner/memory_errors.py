@@ -61,11 +61,10 @@ def refuse_program_that_does_not_fit(config: Config, total: int, capacity: int) 
 #: A number with B, K, M, G or T (powers of 1024).
 _SIZE = r"([\d.]+[BKMGT]?)"
 
-_TEMPORARIES = "temporaries alone"
-
-#: Messages of libtpu versions about memory; the groups are the sizes needed, then the size available.
+#: Messages of libtpu versions about memory; the groups are the sizes needed, then the size available. What the first
+#: calls temporaries includes the arguments: it is what is alive at the peak, which is below what is allocated.
 _MESSAGES = (
-    (rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", _TEMPORARIES),
+    (rf"total memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", "at its peak"),
     (rf"memory space hbm\.?\s+Used {_SIZE} of {_SIZE} hbm", "the program"),
     (
         rf"TensorCore Hbm usage: {_SIZE}, SparseCore Hbm usage:? {_SIZE}, exceeding available bytes: {_SIZE}",
@@ -75,14 +74,8 @@ _MESSAGES = (
 )
 
 
-def explained(config: Config, error: Exception, state: int = 0) -> Exception:
-    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`; return any other error as it is.
-
-    Args:
-        config: of the run.
-        error: the compiler's.
-        state: bytes of parameters and optimizer on a device, which temporaries come on top of.
-    """
+def explained(config: Config, error: Exception) -> Exception:
+    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`; return any other as it is."""
     text = str(error)
     # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run helps.
     if "RESOURCE_EXHAUSTED" not in text or re.search(r"memory space (?!hbm)\w+", text):
@@ -95,7 +88,7 @@ def explained(config: Config, error: Exception, state: int = 0) -> Exception:
             over = sum(needed) - available
             amount = f"{over:.2f} GiB" if over >= 0.01 else f"{over * 1024:.1f} MiB"
             figures = f"{what}: {sum(needed):.2f} GiB a device of {available:.2f}, {amount} too much"
-            least = sum(needed) * GiB + state * (what == _TEMPORARIES)
+            least = sum(needed) * GiB
             break
     return DoesNotFitError(f"does not fit: {figures}; what helps, most first: {'; '.join(_levers(config))}", least)
 

@@ -224,8 +224,8 @@ class Plan:
 def make_fitting_plan(
     config: Config, topology: Topology, scenario: Scenario | None = None, programs: Path | None = None
 ) -> Plan:
-    """Plan the remat policy that recomputes least of those that fit; policies whose least memory does not fit are not
-    compiled.
+    """Plan the remat policy that recomputes least of those that fit; policies far above the memory by their estimate
+    (:data:`moe.planner.fit.MARGIN`) are not compiled.
 
     Raises:
         ConfigError: none fits, or the config does not fit the mesh.
@@ -234,7 +234,8 @@ def make_fitting_plan(
     validate_mesh(config, mesh.shape)
     for policy in fit.LADDER:
         tried = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=policy))
-        if policy != fit.LADDER[-1] and fit.lower_bound(tried, mesh.shape).total > capacity:
+        estimated = fit.estimate(tried, mesh.shape, topology.platform).total
+        if policy != fit.LADDER[-1] and estimated > fit.MARGIN * capacity:
             continue
         try:
             return make_plan(tried, topology, scenario, programs)

@@ -1,6 +1,9 @@
-"""The lower bound of memory, and errors about memory."""
+"""The estimate of memory, and errors about memory."""
 
 import dataclasses
+import importlib
+import math
+import re
 
 import jax
 import pytest
@@ -9,6 +12,7 @@ from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
 from moe.planner import fit, memory_errors
+from moe.planner.chips import GiB
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
 
@@ -18,7 +22,7 @@ OUT_OF_MEMORY = [
     (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (24.15G) exceeds available HBM (15.75G). HLO module: jit_train_step.",
-        "temporaries alone: 24.15 GiB a device of 15.75, 8.40 GiB too much",
+        "at its peak: 24.15 GiB a device of 15.75, 8.40 GiB too much",
     ),
     (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of "
@@ -42,6 +46,8 @@ def test_memory_errors_name_the_excess_and_the_settings_that_help(message, words
     assert words in str(told)
     assert "model.remat=full (now dots)" in str(told)
     assert "dispatch=gather" in str(told)
+    needed = re.search(r"([\d.]+) GiB a device", words)
+    assert told.least == pytest.approx(float(needed[1]) * GiB if needed else 0)
 
 
 def test_other_compiler_errors_are_unchanged():
@@ -59,14 +65,12 @@ def test_kept_projections_of_latent_attention_by_hand(tensor):
     """128 heads of queries of 192 and of keys and values of 128 each, split; latents of 1536, 512 and 64, whole."""
     sizes = {"data": 1, "fsdp": 4, "expert": 8, "tensor": tensor}
     config = from_config_dict(deepseek_v2.get_config())
-    bytes_kept = [
-        fit.lower_bound(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)), sizes)
-        for remat in ("dots", "full")
-    ]
+    models = [dataclasses.replace(config.model, remat=remat) for remat in ("dots", "full")]
+    bytes_kept = [fit.estimate(dataclasses.replace(config, model=model), sizes, "gpu").kept for model in models]
     tokens = config.train.batch_size * config.data.sequence_length // 32
-    attention = 60 * (128 * (192 + 128 + 128) / tensor + 1536 + 512 + 64)
+    attention = 60 * (128 * (192 + 128 + 128) / tensor + 1536 + 512 + 64 + 5120)  # and the last projection
     dense = 2 * 12288 / tensor  # of the first layer
-    assert bytes_kept[0].activations - bytes_kept[1].activations == tokens * 2 * (attention + dense)
+    assert bytes_kept[0] - bytes_kept[1] == tokens * 2 * (attention + dense)
 
 
 def test_kept_projections_of_a_delta_net_by_hand():
@@ -75,30 +79,72 @@ def test_kept_projections_of_a_delta_net_by_hand():
     sizes = {"data": 1, "fsdp": 4, "expert": 8, "tensor": 2}
     config = from_config_dict(qwen3_next_80b_a3b.get_config())
     kept = {
-        remat: fit.lower_bound(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)), sizes
-        ).activations
+        remat: fit.estimate(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)), sizes, "gpu"
+        ).kept
         for remat in ("dots", "full", "attention")
     }
     tokens = config.train.batch_size * config.data.sequence_length // 32
     projections = 36 * (2 * 16 + 2 * 32) * 128 / 2 + 12 * (2 * 16 + 2 * 2) * 256 / 2
-    assert kept["dots"] - kept["full"] == tokens * 2 * projections
-    assert kept["attention"] - kept["dots"] == tokens * 2 * (36 * 32 * 128 + 12 * 16 * 256) / 2
+    assert kept["dots"] - kept["full"] == tokens * 2 * (projections + 48 * 2048)  # and the last ones
+    assert kept["attention"] - kept["full"] == tokens * 2 * (projections + (36 * 32 * 128 + 12 * 16 * 256) / 2)
 
 
-def test_lower_bound_by_hand():
+def test_estimate_by_hand():
+    """A row of 4096 tokens a device; arrays of a layer are 5120 rows (1.25 x 2 experts a token)."""
     config = from_config_dict(mixtral_8x7b.get_config())
-    bound = fit.lower_bound(config, MESH)
+    found = fit.estimate(config, MESH, "gpu")
     experts, router, norms = 32 * 8 * 3 * 4096 * 14336, 32 * 4096 * 8, 65 * 4096
     others = 46_702_792_704 - experts - router - norms
     # experts are split over fsdp and expert, and so is D of every other matrix; routers and norms are everywhere
-    assert bound.parameters == 4 * ((experts + others) // 64 + router + norms)
-    assert bound.optimizer == pytest.approx(2 * bound.parameters, rel=1e-6)  # and two counters
-    assert bound.gradients == bound.parameters // 2  # bfloat16
-    # a row of 4096 tokens a device: 32 inputs of layers; one layer's buffers of 1.25 x 2 rows a token, up and gate
-    assert bound.activations == 4096 * 2 * (32 * 4096 + 2.5 * 2 * 14336)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    assert fit.lower_bound(config, MESH).activations == 4096 * 2 * 32 * (4096 + (32 + 2 * 8) * 128 + 2.5 * 2 * 14336)
+    assert found.parameters == 4 * ((experts + others) // 64 + router + norms)
+    assert found.optimizer == pytest.approx(2 * found.parameters, rel=1e-6)  # and two counters
+    assert found.gradients == found.parameters
+    # bfloat16: all weights as they are stored, and one layer's with its expert gathered
+    gathered = 3 * 4096 * 14336 + 4096 * 128 * (2 * 32 + 2 * 8)
+    assert found.weights == pytest.approx(found.parameters / 2 + 2 * gathered, rel=0.01)
+    assert found.kept == 4096 * 2 * 32 * 4096
+    attention = (32 + 2 * 8 + 32) * 128
+    assert found.layer == 4096 * 2 * (6 * 2.5 * 14336 + 3 * 2.5 * 4096 + 2 * (attention + 4096))
+    on_tpu = fit.estimate(config, MESH, "tpu")
+    assert on_tpu.layer == 4096 * 2 * (9 * 2.5 * 14336 + 20 * 2.5 * 4096 + 2 * (attention + 4096))
+    assert on_tpu.weights == pytest.approx(found.parameters + 3 * 2 * gathered, rel=0.01)
+    twice = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=128, accumulation_steps=2))
+    assert fit.estimate(twice, MESH, "gpu").gradients == 2 * found.gradients
+    assert fit.estimate(twice, MESH, "gpu").activations == found.activations
+    keeps_all = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    assert fit.estimate(keeps_all, MESH, "gpu").weights == pytest.approx(found.weights + 32 * 2 * gathered, rel=0.01)
+
+
+# Configs, meshes (data, fsdp, expert, tensor), rows a device, policies, and GiB that the compilers needed
+# (docs/log/2026-11.md).
+COMPILED = [
+    ("mixtral_8x7b", "tpu", (1, 64, 1, 1), 8, "outputs", 87.9),
+    ("mixtral_8x7b", "tpu", (1, 64, 1, 1), 16, "full", 80.3),
+    ("mixtral_8x7b", "tpu", (1, 64, 1, 1), 24, "full", 108.2),
+    ("mixtral_8x7b", "tpu", (1, 64, 1, 1), 3, "hidden", 85.8),
+    ("mixtral_8x7b", "tpu", (1, 4, 8, 2), 1, "none", 72.6),
+    ("mixtral_8x7b", "tpu", (1, 4, 8, 2), 24, "full", 110.6),
+    ("mixtral_8x7b", "tpu", (1, 8, 8, 1), 16, "full", 96.7),
+    ("mixtral_8x7b", "tpu", (4, 2, 8, 1), 2, "outputs", 82.2),
+    ("olmoe_1b_7b", "tpu", (1, 64, 1, 1), 12, "hidden", 87.2),
+    ("gpt_oss_20b", "tpu", (1, 64, 1, 1), 6, "hidden", 91.7),
+    ("deepseek_v2_lite", "tpu", (1, 64, 1, 1), 6, "hidden", 77.2),
+    ("qwen3_30b_a3b", "tpu", (1, 64, 1, 1), 4, "hidden", 75.6),
+    ("mixtral_8x7b", "gpu", (1, 8, 8, 1), 2, "hidden", 62.4),
+    ("mixtral_8x7b", "gpu", (1, 8, 8, 1), 7, "outputs", 63.7),
+    ("gpt_oss_20b", "gpu", (1, 8, 8, 1), 8, "outputs", 58.3),
+    ("deepseek_v2_lite", "gpu", (1, 8, 8, 1), 10, "outputs", 64.9),
+]
+
+
+@pytest.mark.parametrize(("name", "platform", "mesh", "rows", "remat", "needed"), COMPILED)
+def test_estimates_are_within_a_tenth_of_what_compiled_programs_needed(name, platform, mesh, rows, remat, needed):
+    sizes = dict(zip(("data", "fsdp", "expert", "tensor"), mesh, strict=True))
+    fields = importlib.import_module(f"configs.{name}").get_config()
+    fields.model.moe.dispatch, fields.model.remat = "dropless", remat
+    fields.train.batch_size = rows * math.prod(mesh[:3])
+    assert fit.estimate(from_config_dict(fields), sizes, platform).total == pytest.approx(needed * GiB, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,7 @@ def test_candidates_cover_every_mesh_and_count_the_others_by_reason():
     found, pruned = candidates.candidates(tiny_config(), 8, small)
     assert not found
     assert (
-        pruned["parameters and optimizer alone do not fit"]
-        + pruned["with gradients and the least of activations it does not fit"]
+        pruned["parameters and optimizer alone do not fit"] + pruned["by the estimate of its memory it does not fit"]
         == 15 * 18
     )
 
@@ -129,7 +128,7 @@ def _truth(found, seed):
     generator = np.random.default_rng(seed)
     factors = collections.defaultdict(lambda: math.exp(0.25 * generator.normal()))
     slopes = 0.08 * generator.normal(size=5)
-    spill = 1.2 + 0.6 * generator.random()
+    spill = 0.9 + 0.5 * generator.random()
     plans = {}
     for candidate in found:
         config, mesh = candidate.config, candidate.config.mesh
@@ -153,10 +152,10 @@ def of_mixtral():
 
 
 def test_twelve_programs_find_a_plan_within_three_percent_of_the_best(of_mixtral, tmp_path):
-    """Of thousands of candidates, a part of which does not fit, with factors that the guess does not know, in eight
+    """Of 1,176 candidates, a part of which does not fit, with factors that the guess does not know, in eight
     worlds."""
     found, capacity = of_mixtral, CHIPS["v5p"].memory
-    assert len(found) > 2000
+    assert len(found) > 1000
     shares = []
     for seed in range(8):
         plans = _truth(found, seed)
@@ -182,31 +181,20 @@ def test_a_mode_that_a_fixed_capacity_rules_out_is_left_out():
     assert any("capacity.fixed=8: needs a dispatch with a capacity" in reason for reason in pruned)
 
 
-def test_a_program_that_does_not_fit_says_what_its_mesh_and_its_policy_need():
-    """Mixtral-8x7B on 64 v5p chips, in GiB: bounds of state and of activations, and what the compiler needed.
+def test_a_program_that_does_not_fit_says_what_others_need():
+    """Rows of 3 GiB each on top of 20, of 95, where more rows save 0.2 % each: 24 rows should just fit. They need a
+    fifth more than that: then 20 rows do not fit either, and 16 do."""
 
-    State that only experts split takes 2.2 times its bound of 76, so that keeping less of the forward pass does not
-    help. Split over 64 chips it is little, and activations take 2.3 times their bound: 126 GiB for 32 rows and 100 for
-    24 do not fit, 74 for 16 do.
-    """
+    def candidate(remat, rows):
+        config = dataclasses.replace(tiny_config(remat=remat), mesh=MeshConfig(1, 8, 1, 1))
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8 * rows))
+        return candidates.Candidate(config, rows * (1 - 0.002 * rows), 20 * GiB, 3 * rows * GiB)
 
-    def candidate(mesh, remat, rows, fixed, activations):
-        config = tiny_config()
-        config = dataclasses.replace(
-            config,
-            mesh=MeshConfig(*mesh),
-            model=dataclasses.replace(config.model, remat=remat),
-            train=dataclasses.replace(config.train, batch_size=rows * math.prod(mesh[:3])),
-        )
-        seconds = rows / mesh[0]  # of a guess that takes the first mesh for eight times as fast
-        return candidates.Candidate(config, seconds, round(fixed * GiB), round(activations * GiB))
-
-    whole = [((8, 1, 8, 1), remat, 1, 76.1, kept) for remat, kept in (("outputs", 6.0), ("dots", 3.0), ("full", 1.5))]
-    split = [((1, 64, 1, 1), "full", rows, 9.5, 1.44 * rows) for rows in (32, 24, 16)]
-    found = [candidate(*fields) for fields in (*whole, *split)]
-    guide = Guide(found, 95 * GiB)
-    assert guide.order()[0] == 0
-    guide.learn(0, {"error": "does not fit", "memory_least": 171 * GiB})
-    assert set(guide.order()[:2]) == {4, 5}
-    guide.learn(3, {"error": "does not fit", "memory_least": 126 * GiB})
-    assert guide.order()[0] == 5
+    rows = (("full", 24), ("full", 20), ("full", 16), ("dots", 4), ("full", 26))
+    guide = Guide([candidate(*each) for each in rows], 95 * GiB)
+    assert guide.order() == [2, 1, 3, 0, 4]
+    # Less than was predicted at the least, which may be much less than it needs, teaches nothing.
+    guide.learn(4, {"error": "does not fit", "memory_least": 96 * GiB})
+    assert guide.order() == [2, 1, 3, 0]
+    guide.learn(0, {"error": "does not fit", "memory_least": 110 * GiB})
+    assert guide.order() == [2, 3, 1]
