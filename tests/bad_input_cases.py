@@ -97,6 +97,7 @@ CASES = [
     value("optimizer.learning_rate", "0.0", "must be positive"),
     value("optimizer.b2", "1.0", "in [0, 1)"),
     value("optimizer.moment_dtype", "float16", "float32, bfloat16"),
+    value("optimizer.memory", "disk", "device, host"),
     value("optimizer.weight_decay", "-0.1", "at least 0"),
     value("optimizer.warmup_steps", "160", "below train.num_steps"),
     value("optimizer.frozen", "('gate',)", "embedding, unembedding"),

@@ -152,6 +152,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "optimizer.decay_steps": (0, 1),
     "optimizer.gradient_clip": (0.0, 1.0),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
+    "optimizer.memory": ("device", "host"),
     "optimizer.frozen": ((), ("router",), ("experts", "attention"), ("embedding", "unembedding", "dense", "shared")),
     "train.num_steps": (2, 3),
     "train.batch_size": (1, 4, 8),

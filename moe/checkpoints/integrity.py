@@ -30,6 +30,7 @@ def _checksum(array: Array) -> Array:
     a single word; distinct factors detect swapped words.
     """
     array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
+    array = jax.device_put(array, jax.memory.Space.Device)  # the optimizer's may be in the host's
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
     number, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(array.ndim)):

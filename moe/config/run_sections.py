@@ -13,6 +13,7 @@ OnSkippedSteps = Literal["rollback", "stop"]
 OptimizerState = Literal["reset", "carry"]
 Schedule = Literal["cosine", "constant", "wsd", "rsqrt"]
 MomentDType = Literal["float32", "bfloat16"]
+StateMemory = Literal["device", "host"]
 Objective = Literal["causal", "prefix_lm", "span_corruption", "pairs", "chat", "preferences", "policy"]
 #: What a policy's loss is a mean over: all tokens of a batch (DAPO), the tokens of each completion and then completions
 #: (GRPO), or completions, of sums over tokens divided by a constant (Dr. GRPO).
@@ -131,6 +132,8 @@ class OptimizerConfig(Section, path="optimizer."):
     weight_decay: float = setting(0.1, least=0, most=1e3, resume="later")  # of matrices only
     gradient_clip: float = setting(1.0, least=0)  # largest global norm; 0: no clipping
     moment_dtype: MomentDType = "float32"  # in which moments are stored; adamw and muon also in bfloat16
+    #: where the optimizer's arrays stay between updates
+    memory: StateMemory = setting("device", resume="free")
     frozen: tuple[Part, ...] = ()  # parts that are not trained
     #: per step, of an average of the weights that is evaluated beside them; 0: none
     ema_decay: float = setting(0.0, share=True)
@@ -138,6 +141,8 @@ class OptimizerConfig(Section, path="optimizer."):
     def __post_init__(self) -> None:
         super().__post_init__()
         wsd = self.decay_steps == 0 or self.schedule == "wsd"
+        averages = self.memory == "device" or not self.ema_decay
+        self._require("memory", averages, "must be device with optimizer.ema_decay, whose average is evaluated")
         self._require("decay_steps", wsd, "must be 0 unless optimizer.schedule is 'wsd'")
         if self.moment_dtype == "float32":
             return

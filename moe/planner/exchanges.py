@@ -104,7 +104,7 @@ def purpose(collective: Collective) -> str:
     """The purpose of a collective, from JAX's name of the operation it came from."""
     source = collective.source
     if collective.axes == (HOST,):
-        return "state" if source.startswith("state.") else "kept activations"
+        return "arrays that are kept there"
     first = source.strip("()").partition(":")[0] if source.startswith("(") else source  # "(a:b)": combined collectives
     if WEIGHTS_SCOPE in source or first.startswith("state."):
         gathered = "transpose(" not in source or "rematted_computation" in source or collective.kind == "all-gather"

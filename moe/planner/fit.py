@@ -100,9 +100,11 @@ class Estimate:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings."""
+    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings, without those in a host's memory."""
     return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if leaf.sharding.memory_kind != "pinned_host"
     )
 
 
@@ -120,7 +122,8 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
         specs = parameter_specs(parameters)
         shapes = nnx.to_pure_dict(parameters)
         stored = shard_bytes(_placed(mesh, shapes, specs))
-        state = shard_bytes(_placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer)))
+        placed = _placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer))
+        state = 0 if config.optimizer.memory == "host" else shard_bytes(placed)
     train, stages, size = config.train, sizes.get("pipeline", 1), jnp.dtype(config.model.dtype).itemsize
     rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     # Every pipeline stage keeps its layers' activations of all microbatches.

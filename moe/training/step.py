@@ -160,6 +160,9 @@ def build(
     shapes = jax.eval_shape(init, 0)
     probe_own(config.optimizer, parts.optimizer, shapes.parameters, shapes.optimizer)
     state_shardings = partition_specs.shardings(mesh, state_specs(config, shapes))
+    if config.optimizer.memory == "host":
+        stored = jax.tree.map(_in_host_memory, shapes.optimizer, state_shardings.optimizer)
+        state_shardings = dataclasses.replace(state_shardings, optimizer=stored)
     variable_shardings = partition_specs.shardings(mesh, variable_specs(config.model))
     batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
@@ -198,6 +201,11 @@ def build(
             for key, (shape, dtype) in batch_shapes(config).items()
         },
     )
+
+
+def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+    """Where an array of the optimizer is stored; counters stay on the device."""
+    return sharding.with_memory_kind("pinned_host") if shape.ndim else sharding
 
 
 def _probe_own_gates(model: ModelConfig) -> None:
@@ -242,6 +250,10 @@ def train_step(
     learning_rate = jnp.asarray(parts.schedule(state.step))
     metrics = TrainMetrics(loss, cross_entropy, norm, learning_rate, 1.0 - finite.astype(jnp.float32), layers, terms)
     biases = _next_biases(parts.config, state.biases, layers)
+    if parts.config.optimizer.memory == "host":
+        # After the gradients: fetched earlier, it would lie beside the activations.
+        stored, norm = jax.lax.optimization_barrier((state.optimizer, norm))
+        state = dataclasses.replace(state, optimizer=jax.device_put(stored, jax.memory.Space.Device))
     # A select joins the loop that writes the update; a branch would keep old and new state side by side.
     updated = (*_update(parts, gradients, norm, state), biases)
     kept = state.parameters, set_schedule_step(state.optimizer, state.step + 1), state.biases

@@ -50,6 +50,13 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whol
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+def test_moments_may_move_between_device_and_host(directory, whole, tmp_path):
+    with interrupted(3), pytest.raises(Interrupted):
+        train(tiny(directory, **SETTINGS | {"optimizer.memory": "host"}), str(tmp_path), ONE, quiet=True)
+    train(tiny(directory, **SETTINGS), str(tmp_path), ONE, quiet=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
 def test_the_dispatch_may_change_only_where_nothing_can_be_dropped(directory, tmp_path):
     """Capacity 1.25 drops; 4 = E / K does not, since C is then S."""
     for factor, refused in ((1.25, True), (4.0, False)):

@@ -159,8 +159,8 @@ def test_reads_transfers_to_and_from_the_host():
     chip = dataclasses.replace(CHIPS["v5e"], host=2.0)
     found = exchanges.summarise(read, [None] * 4, chip)
     assert {(e.kind, e.purpose): round(e.exposed_seconds) for e in found} == {
-        ("to", "kept activations"): 724,
-        ("from", "kept activations"): round(back.bytes / 2),
+        ("to", "arrays that are kept there"): 724,
+        ("from", "arrays that are kept there"): round(back.bytes / 2),
     }
 
 
