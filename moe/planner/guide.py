@@ -27,7 +27,7 @@ from moe.planner.candidates import Candidate
 
 #: Deviations of time, in the logarithm: of all guesses together, of a policy or mode, of a doubling of an axis or of
 #: the rows; and of what the regression cannot say.
-_COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.25, 0.15, 0.03
+_COMMON, _CHOICE, _DOUBLING, _NOISE = 1.0, 0.2, 0.1, 0.03
 
 #: Deviations of memory's factors: of what does not depend on the rows, of all activations, of those of a policy or mode
 #: or with an exchange; and of what the regression cannot say, in units of the estimate.
