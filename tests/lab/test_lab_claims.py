@@ -153,9 +153,12 @@ def test_the_page_says_what_would_decide_a_claim():
     suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
     other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")
     pair = {"test": table_of((4.9, 5.12, 4.95)), "other": Table(suite, [])}
-    text = claims_page.claims_section([claim_of(), other], pair, None)
+    longer = dataclasses.replace(other, number=3, min_steps=40)  # of whose spread nothing is known
+    text = claims_page.claims_section([claim_of(min_steps=20), other, longer], pair, None)
     tokens = 20 * suite.tokens_per_step / 1e6
     assert f"no runs of b, a; needs 5 seeds of each arm for 20 steps ({tokens:.1f}M tokens), which find" in text
+    assert "for 40 steps" in text
+    assert text.count("which find") == 1
 
 
 def test_all_claims_on_one_page(tmp_path):

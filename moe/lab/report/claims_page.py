@@ -55,13 +55,13 @@ def claims_section(
         suite: show the claims of this suite alone; empty: all.
     """
     findings = [f for f in assess(claims, tables, primary) if suite in ("", f.claim.suite)]
-    spread = _spread(findings)
+    spreads = _spreads(findings)
     verdicts = [
         (
             str(f.claim.number),
             markdown_text(f.claim.text) + (" (primary)" if f.claim.family else ""),
             f"**{f.verdict}**" if f.claim.family else f.verdict,
-            _standing(f, tables.get(f.claim.suite), spread),
+            _standing(f, tables.get(f.claim.suite), spreads),
         )
         for f in findings
     ]
@@ -102,7 +102,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
     write_atomic(directory / "claims.md", markdown_page("\n\n".join(filter(None, text)) + "\n"))
 
 
-def _standing(finding: Finding, found: Table | None, spread: float) -> str:
+def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float]) -> str:
     """Remarks on the verdict, and what would decide the claim."""
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
     parts += [markdown_text(finding.note)] if finding.note else []
@@ -111,7 +111,7 @@ def _standing(finding: Finding, found: Table | None, spread: float) -> str:
     if finding.verdict in (UNDECIDED, OPEN) and seeds:
         parts.append(f"{_count(max(seeds))} seeds would find effects as large as those seen")
     elif finding.verdict in (NOT_TESTED, TOO_SHORT) and found is not None:
-        parts.append(_to_test(finding.claim, found, spread))
+        parts.append(_to_test(finding.claim, found, spreads.get(finding.claim.min_steps, 0.0)))
     return "; ".join(parts) or "–"
 
 
@@ -120,10 +120,13 @@ def _open(outcome: Outcome) -> bool:
     return outcome.side == UNDECIDED and outcome.effect.sd > 0 and outcome.effect.mean != 0
 
 
-def _spread(findings: Sequence[Finding]) -> float:
-    """Median over the tested loss differences of their standard deviation over seeds; NaN without one."""
-    seen = [o.effect.sd for f in findings for o in f.outcomes if "loss[" in o.part.value and o.effect.sd > 0]
-    return float(np.median(seen)) if seen else math.nan
+def _spreads(findings: Sequence[Finding]) -> dict[int, float]:
+    """Steps of claims → median of the standard deviation over seeds of their tested loss differences."""
+    seen: dict[int, list[float]] = {}
+    for finding in findings:
+        known = [o.effect.sd for o in finding.outcomes if "loss[" in o.part.value and o.effect.sd > 0]
+        seen.setdefault(finding.claim.min_steps, []).extend(known)
+    return {steps: float(np.median(known)) for steps, known in seen.items() if known}
 
 
 def _to_test(claim: Claim, found: Table, spread: float) -> str:
@@ -131,7 +134,7 @@ def _to_test(claim: Claim, found: Table, spread: float) -> str:
     seeds = len(found.suite.seeds) if claim.family else SEEDS
     tokens = claim.min_steps * found.suite.tokens_per_step / 1e6
     text = f"needs {seeds} seeds of each arm for {claim.min_steps:,} steps ({tokens:.1f}M tokens)"
-    if math.isfinite(spread) and any("loss[" in part.value for part in claim.parts):
+    if spread and any("loss[" in part.value for part in claim.parts):
         text += f", which find {inference.smallest_detectable(spread, seeds):.3f} nats"
     return text
 
