@@ -217,8 +217,9 @@ class LatentAttention(nnx.Module):
         c = self.config
         query, latent = self._query(x, rows.positions), self._latent(x, rows.positions)
         compressed, rotated = jnp.split(latent, [c.kv_lora_rank], axis=-1)
-        expanded = jnp.einsum("buor,rnh->bunh", compressed, gather_for_matmul(self.kv_up, x.dtype))
-        key, value = jnp.split(expanded, [self.unrotated_dim], axis=-1)
+        # The matrix is split, not its product, of which each part would be copied.
+        ups = jnp.split(gather_for_matmul(self.kv_up, x.dtype), [self.unrotated_dim], axis=-1)
+        key, value = (jnp.einsum("buor,rnh->bunh", compressed, up) for up in ups)
         rotated = jnp.broadcast_to(rotated, (*key.shape[:-1], c.rope_dim))
         key = jnp.concatenate([key, rotated], axis=-1)
         query, key, value = (constrain(heads, partition_specs.HEADS) for heads in (query, key, value))
