@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import types
 
 import jax
@@ -100,6 +101,19 @@ def test_splash_attention_equals_plain(head_dim, value_dim, window, packed):
     kernel = results(functools.partial(tpu.splash_attention, interpret=True))
     plain = results(functools.partial(attend.attend, kind="full"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), kernel, plain)
+
+
+def test_partial_gradients_of_queries_are_added():
+    """Gradients of 3 blocks of keys: additions, in no sum over an axis of a five-dimensional array."""
+    query, key, value = (jnp.ones((1, 384, heads, 64)) for heads in (2, 1, 1))
+
+    def loss(query):
+        heads = tpu.splash_attention(query, key, value, jnp.ones((1, 384), jnp.int32), Scoring(), interpret=True)
+        return jnp.sum(heads)
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(query))
+    assert re.search(r"name=_add_partials\b", text)
+    assert not re.search(r":f32\[1,2,384,64\] = reduce_sum\[", text)
 
 
 def test_blocks_of_scores_cost_least():
