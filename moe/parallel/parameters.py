@@ -203,17 +203,29 @@ def gather_shard(shard: Array, dim: int) -> Array:
         dim: that is split.
     """
     with jax.named_scope(f"{WEIGHTS_SCOPE}shards"):
-        for groups in _hops(axis_size("fsdp")):
+        for groups in _hops(axis_size("fsdp"), shard.shape[dim]):
             shard = jax.lax.all_gather(shard, axis_of("fsdp"), axis=dim, tiled=True, axis_index_groups=groups)
     return shard
 
 
-def _hops(size: int) -> list[list[list[int]] | None]:
+#: Rows of a tile of bfloat16 numbers in a TPU's memory.
+_TILE_ROWS = 16
+
+
+def _hops(size: int, rows: int = _TILE_ROWS) -> list[list[list[int]] | None]:
     """Groups of the gathers that follow each other: one gather of all, or two where the axis spans a 3D torus.
 
     XLA for TPUs has no all-gather over three torus dimensions: it adds up arrays padded with zeros, at twice the bytes
     and a write of each array. So the last dimension is gathered first, then the plane of the other two. In slices of
     the default shapes (4x4x4, 4x4x8, ... 8x16x16) the last dimension is the cube root of the chips, rounded up.
+
+    If that leaves rows that fill no whole tiles (2880 / 64 of each of 4 chips), the second hop would write whole
+    matrices that must be copied: then the plane of the last two dimensions comes first, and the first dimension after
+    it, which takes longer on the network.
+
+    Args:
+        size: chips of the axis.
+        rows: of a chip, in the dimension that is gathered.
     """
     if size < 2:
         return []
@@ -222,6 +234,8 @@ def _hops(size: int) -> list[list[list[int]] | None]:
     side = 2 ** math.ceil(math.log2(size) / 3)
     if size % side:
         return [None]
+    if rows * side % _TILE_ROWS:
+        side = size // 2 ** math.floor(math.log2(size) / 3)
     places = np.arange(size).reshape(-1, side)
     return [places.tolist(), places.T.tolist()]
 

@@ -375,6 +375,9 @@ def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeyp
     first, second = weights._hops(64)  # 4x4x4: 16 rings of the last dimension, then 4 planes
     assert first[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert second[:2] == [list(range(0, 64, 4)), list(range(1, 64, 4))]
+    first, second = weights._hops(64, 45)  # 4 rings have 180 rows, no whole tiles: 4 planes, then 16 rings
+    assert first == np.arange(64).reshape(4, 16).tolist()
+    assert second[:2] == [[0, 16, 32, 48], [1, 17, 33, 49]]
     assert weights._hops(8) == [None]
     assert weights._hops(1) == []
     monkeypatch.setattr(
@@ -399,7 +402,7 @@ def test_a_gather_in_two_hops_equals_one(rng, monkeypatch):
 
     with jax.set_mesh(mesh):
         one = jax.jit(jax.value_and_grad(loss))(matrix, x)
-        monkeypatch.setattr(weights, "_hops", lambda size: [places.tolist(), places.T.tolist()])
+        monkeypatch.setattr(weights, "_hops", lambda size, rows: [places.tolist(), places.T.tolist()])
         two = jax.jit(jax.value_and_grad(lambda *a: loss(*a)))(matrix, x)
     plain = jax.value_and_grad(lambda m, x: jnp.sum(jnp.sin(jnp.einsum("bd,edf->bef", x, m))))(matrix, x)
     for ours in (one, two):
