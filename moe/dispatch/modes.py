@@ -23,7 +23,7 @@ from moe.dispatch.exchange import exchange_rows
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
-from moe.parallel.partition_specs import EXPERT_OUTPUTS
+from moe.parallel.partition_specs import EXPERT_OUTPUTS, ROUTES
 from moe.routing.routing import Routing
 
 #: (x [G,S,D], routing, plan, weights) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a dropped token.
@@ -157,6 +157,7 @@ def _sort_and_apply(
     sizes, num_devices = jnp.sum(load, axis=0), axis_size("expert")
     num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
     tables = index_tables(routing, plan, load, jnp.cumsum(sizes) - sizes, num_rows)
+    sizes, tables = checkpoint_name((sizes, tables), ROUTES)
     # [G,S,D] → [G·S,D] → rows [R,D], sorted by expert
     rows = fill_rows(x.reshape(groups * tokens, model_dim), *tables)
     if weights.dropout is not None:

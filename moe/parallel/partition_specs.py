@@ -12,6 +12,7 @@ from moe.parallel.mesh import AXES as AXES
 from moe.parallel.mesh import ROW_AXES as ROW_AXES
 from moe.parallel.mesh import TOKEN_AXES as TOKEN_AXES
 from moe.parallel.mesh import on_mesh
+from moe.routing.interface import ROUTES as ROUTES
 
 # Activations.
 BATCH = P(ROW_AXES, "context")  # [B,T,...]
@@ -51,9 +52,9 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     )
 
 
-#: Names of ``jax.ad_checkpoint.checkpoint_name``: queries, keys, values and outputs of attention's heads; the experts'
-#: outputs, on the devices of their tokens; results of the first matmuls of FFNs and experts, the largest of a layer;
-#: inputs of layers.
+#: Names of ``jax.ad_checkpoint.checkpoint_name``, as ``ROUTES``: queries, keys, values and outputs of
+#: attention's heads; the experts' outputs where the backward pass reads them, on the devices of their tokens; results
+#: of the first matmuls of FFNs and experts, the largest of a layer; inputs of layers.
 ATTENTION = "attention"
 EXPERT_OUTPUTS = "expert_outputs"
 HIDDEN = "hidden"
@@ -62,17 +63,17 @@ LAYER_INPUT = "layer_input"
 _keep_only = jax.checkpoint_policies.save_only_these_names
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
-#: without a batch axis. Of the rest each keeps more than the one below it: "attention" the heads, so that neither they
-#: nor their projections are recomputed; "outputs" also what experts return (their last matmul and exchange); "hidden"
-#: also hidden activations, so that only cheap work is left to recompute. "offload" keeps what "attention" does, and the
-#: layers' inputs, in the host's memory: least of a device's, for two transfers.
+#: without a batch axis. Of the rest each keeps more than the one below it: "attention" routes, and the heads, so that
+#: neither they nor their projections are recomputed; "outputs" also what experts return, where it is read (their last
+#: matmul and exchange); "hidden" also hidden activations, so that only cheap work is left to recompute. "offload" keeps
+#: what "attention" does, and the layers' inputs, in the host's memory: least of a device's, for two transfers.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "hidden": _keep_only(ATTENTION, EXPERT_OUTPUTS, HIDDEN),
-    "outputs": _keep_only(ATTENTION, EXPERT_OUTPUTS),
-    "attention": _keep_only(ATTENTION),
+    "hidden": _keep_only(ROUTES, ATTENTION, EXPERT_OUTPUTS, HIDDEN),
+    "outputs": _keep_only(ROUTES, ATTENTION, EXPERT_OUTPUTS),
+    "attention": _keep_only(ROUTES, ATTENTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[ROUTES],
         names_which_can_be_offloaded=[ATTENTION, LAYER_INPUT],
         offload_src="device",
         offload_dst="pinned_host",

@@ -9,9 +9,13 @@ from typing import ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from moe.fields import check_fields, require, setting
+
+#: Name of ``jax.ad_checkpoint.checkpoint_name``: the experts of tokens and their rows, a few bytes an assignment.
+ROUTES = "routes"
 
 RouterKind = Literal["linear", "noisy", "slots", "none"]
 BiasUpdate = Literal["none", "sign", "quantile", "threshold", "penalty"]
@@ -170,7 +174,7 @@ def top_k(scores: Float[Array, "*batch E"], k: int) -> tuple[Float[Array, "*batc
         highest = jnp.max(remaining, axis=-1, keepdims=True)
         indices.append(jnp.min(jnp.where(remaining == highest, experts, num_experts - 1), axis=-1))
         remaining = jnp.where(indices[-1][..., None] == experts, -jnp.inf, remaining)
-    index = jnp.stack(indices, axis=-1)
+    index = checkpoint_name(jnp.stack(indices, axis=-1), ROUTES)
     return pick(scores, index), index
 
 
