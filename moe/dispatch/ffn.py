@@ -183,12 +183,12 @@ Matmul = Callable[[Array, Array], Array]
 def into_hidden(rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Array, Array | None]:
     """First half of an FFN: what goes into the nonlinearity, of up and of gate."""
     matrices, biases = into
-    hidden = jax.tree.map(lambda matrix: checkpoint_name(matmul(rows, matrix), HIDDEN), matrices)
-    if biases is None:
-        return hidden
-    # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch.
-    ones = jnp.ones_like(rows[..., :1])
-    return jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
+    hidden = jax.tree.map(lambda matrix: matmul(rows, matrix), matrices)
+    if biases is not None:
+        # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch.
+        ones = jnp.ones_like(rows[..., :1])
+        hidden = jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
+    return checkpoint_name(hidden, HIDDEN)
 
 
 def out_of_hidden(
