@@ -223,6 +223,44 @@ def _fill_rows_bwd(tables, gradient):
 
 
 @jax.custom_vjp
+def sum_rows(
+    rows: Float[Array, "R D"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
+) -> Float[Array, "S D"]:
+    """Each token's sum of its rows, in float32; assignments that are not kept add nothing. The backward pass does not
+    read the rows; the gradient of an empty row is some token's, as in :func:`fill_rows`."""
+    del assignment_of_row
+    return _sum_choices(rows, row_of_assignment, None)
+
+
+def _sum_rows_fwd(rows, assignment_of_row, row_of_assignment):
+    return sum_rows(rows, assignment_of_row, row_of_assignment), (rows[:0], assignment_of_row, row_of_assignment)
+
+
+def _sum_rows_bwd(residuals, gradient):
+    no_rows, *tables = residuals
+    # In the type of the rows before it is spread over them: half of the bytes.
+    d_rows = _tokens_of_rows(gradient.astype(no_rows.dtype), tables[0], tables[1].shape[-1])
+    return d_rows, *map(no_gradient, tables)
+
+
+@jax.custom_vjp
+def weights_of_rows(
+    weights: Float[Array, "S K"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
+) -> Float[Array, " R"]:
+    """Each row's combine weight; 0 for an empty row."""
+    del row_of_assignment
+    return take_rows(weights.reshape(-1), assignment_of_row)
+
+
+def _weights_of_rows_fwd(weights, *tables):
+    return weights_of_rows(weights, *tables), tables
+
+
+def _weights_of_rows_bwd(tables, gradient):
+    return take_rows(gradient, tables[1]), *map(no_gradient, tables)
+
+
+@jax.custom_vjp
 def combine_rows(
     rows: Float[Array, "R D"],
     weights: Float[Array, "S K"],
@@ -269,4 +307,6 @@ def no_gradient(index: Array) -> np.ndarray:
 
 
 fill_rows.defvjp(_fill_rows_fwd, _fill_rows_bwd)
+sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+weights_of_rows.defvjp(_weights_of_rows_fwd, _weights_of_rows_bwd)
 combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)

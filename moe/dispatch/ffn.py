@@ -192,19 +192,28 @@ def into_hidden(rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Arr
 
 
 def out_of_hidden(
-    hidden: tuple[Array, Array | None], down: Array, activation: str, dropout: ExpertDropout | None, matmul: Matmul
+    hidden: tuple[Array, Array | None],
+    down: Array,
+    activation: str,
+    dropout: ExpertDropout | None,
+    matmul: Matmul,
+    scale: Array | None = None,
 ) -> Array:
-    """Second half of an FFN: the nonlinearity, dropout and down."""
+    """Second half of an FFN: the nonlinearity, dropout and down; ``scale``: factors of the rows."""
     activations = activate(activation, *hidden)
-    return matmul(activations if dropout is None else dropout(activations), down)
+    if dropout is not None:
+        activations = dropout(activations)
+    if scale is not None:
+        activations = (activations * scale[:, None]).astype(activations.dtype)
+    return matmul(activations, down)
 
 
-def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul) -> Array:
-    """Both halves."""
+def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul, scale: Array | None = None) -> Array:
+    """Both halves; ``scale``: factors of the rows' outputs."""
     hidden = into_hidden(rows, weights.into, matmul)
     if weights.is_joined:
         hidden = halves(hidden[0])
-    return out_of_hidden(hidden, weights.down, weights.activation, weights.dropout, matmul)
+    return out_of_hidden(hidden, weights.down, weights.activation, weights.dropout, matmul, scale)
 
 
 @jax.custom_vjp

@@ -18,7 +18,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from moe.dispatch.backends import backend, grouped_ffn, whole_tiles
-from moe.dispatch.buffers import Plan, combine_rows, fill_rows, index_tables, load_per_group, take_rows
+from moe.dispatch.buffers import (
+    Plan,
+    combine_rows,
+    fill_rows,
+    index_tables,
+    load_per_group,
+    sum_rows,
+    take_rows,
+    weights_of_rows,
+)
 from moe.dispatch.exchange import exchange_rows
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
 from moe.parallel import partition_specs, target
@@ -162,10 +171,16 @@ def _sort_and_apply(
     rows = fill_rows(x.reshape(groups * tokens, model_dim), *tables)
     if weights.dropout is not None:
         weights = weights.at(take_rows(weights.dropout.assignments.reshape(-1), tables[0]))
-    outputs = (grouped_ffn if num_devices == 1 else exchange_rows)(rows, sizes, weights)
-    outputs = checkpoint_name(outputs, EXPERT_OUTPUTS)
     combine_weights = routing.combine_weights.reshape(groups * tokens, -1)
-    y = combine_rows(outputs, combine_weights, *tables).reshape(x.shape)
+    if num_devices > 1 or target.is_cpu():
+        outputs = (grouped_ffn if num_devices == 1 else exchange_rows)(rows, sizes, weights)
+        y = combine_rows(checkpoint_name(outputs, EXPERT_OUTPUTS), combine_weights, *tables)
+    else:
+        # Weights applied before the last matmul: the backward pass then needs no output, which would be kept, fetched
+        # and gathered for the gradient of its weight.
+        scale = weights_of_rows(combine_weights, *tables)
+        y = sum_rows(backend().grouped_ffn(rows, sizes, weights, scale), *tables)
+    y = y.reshape(x.shape)
     # The hidden dim is split over ``tensor``: every device of that axis has a partial sum of each output.
     return jax.lax.psum(y, axis_of("tensor")) if axis_size("tensor") > 1 else y
 

@@ -205,6 +205,8 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
         hidden = (rows * moe.d_ff + moe.shared_d_ff) / tensor
         rows_in = rows * model.expert_dim
         outputs = _expert_rows(config, {**sizes, "expert": 1}) * model.expert_dim
+        if moe.dispatch == "dropless" and sizes["expert"] == 1:
+            outputs = 0.0  # the backward pass does not read them
         experts = moe.num_experts / sizes["expert"] * model.expert_dim * moe.d_ff
         matrices += (matmuls_into + 1) * (experts + model.d_model * moe.shared_d_ff) / tensor
     else:

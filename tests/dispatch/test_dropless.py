@@ -360,6 +360,21 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
     _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)
 
 
+@pytest.mark.parametrize("load", ["random", slow_case("one"), slow_case("padding")])
+@pytest.mark.parametrize("variant", ["", slow_case("dropout")])
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=1, fsdp=4, tensor=2)], ids=["alone", "fsdp"])
+def test_weights_before_the_last_matmul_on_accelerators(mesh, variant, load, rng, monkeypatch):
+    """Combine weights scale hidden activations there, and their gradients are those of weighted outputs."""
+    config = tiny_model(num_experts=8)
+    routing = _case(rng, 8, 10, 8, 2, load)
+    x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
+    expected = _value_and_gradients("einsum", config, routing, x, variant)
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    run = _value_and_gradients if mesh is None else functools.partial(_on_mesh, mesh)
+    modes = ("dropless",) if mesh is None else ()
+    _assert_close(run(*modes, config, routing, x, f"{variant} on accelerators"), expected, 1e-5)
+
+
 def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
     """The same numbers are dropped by every dispatch mode and on a mesh."""
     config = tiny_model(num_experts=8)

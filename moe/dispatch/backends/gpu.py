@@ -40,7 +40,10 @@ _HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
 
 
 def grouped_ffn(
-    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not
     take the shapes."""
@@ -52,7 +55,7 @@ def grouped_ffn(
         multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights.joined(), matmul)
+    return ffn(rows, weights.joined(), matmul, scale)
 
 
 def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:

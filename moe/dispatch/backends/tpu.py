@@ -43,7 +43,10 @@ _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
 
 
 def grouped_ffn(
-    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
 
@@ -52,7 +55,7 @@ def grouped_ffn(
             return quantized_matmul(rows, matrices, group_sizes, weights.precision)
         return multiply(rows, matrices, group_sizes)
 
-    return ffn(rows, weights.joined(), matmul)
+    return ffn(rows, weights.joined(), matmul, scale)
 
 
 def multiply(
