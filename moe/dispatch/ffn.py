@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,7 @@ class ExpertWeights:
         dropout: of the hidden activations; None: none.
         activation: a value of ``model.activation``, static.
         is_joined: ``up`` and its bias hold those of gate too, [E,D,2F] and [E,2F], static.
+        is_turned: ``down`` is [E,D,F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
     """
 
@@ -113,6 +115,7 @@ class ExpertWeights:
     dropout: ExpertDropout | None = None
     activation: str = dataclasses.field(kw_only=True, metadata={"static": True})
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
 
     @property
@@ -156,12 +159,14 @@ class ExpertWeights:
 
     def gathered_shards(self) -> ExpertWeights:
         """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards; on accelerators up and
-        gate are joined before, as shards, so that no whole matrix is copied."""
-        weights = self if target.is_cpu() else self.joined()
-        gate = None if weights.gate is None else gather_shard(weights.gate, 1)
-        return dataclasses.replace(
-            weights, up=gather_shard(weights.up, 1), gate=gate, down=gather_shard(weights.down, 2)
-        )
+        gate are joined before, and down is transposed, as shards, so that no whole matrix is copied: gradients that are
+        scattered over the last dimension would be."""
+        if target.is_cpu():
+            gate = None if self.gate is None else gather_shard(self.gate, 1)
+            return dataclasses.replace(self, up=gather_shard(self.up, 1), gate=gate, down=gather_shard(self.down, 2))
+        weights = self.joined()
+        down = gather_shard(weights.down.swapaxes(1, 2), 1)
+        return dataclasses.replace(weights, up=gather_shard(weights.up, 1), down=down, is_turned=True)
 
     def joined(self) -> ExpertWeights:
         """Up and gate as one matrix: rows are read once, and their gradient is one product instead of a sum of two."""
@@ -176,8 +181,8 @@ class ExpertWeights:
         return dataclasses.replace(self, up=up, gate=None, biases=biases, is_joined=True)
 
 
-#: Rows times the matrices of their experts.
-Matmul = Callable[[Array, Array], Array]
+#: Rows times the matrices of their experts; with ``transposed=True`` times these transposed, if weights can be turned.
+Matmul = Callable[..., Array]
 
 
 def into_hidden(rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Array, Array | None]:
@@ -213,6 +218,8 @@ def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul, scale: Array | None
     hidden = into_hidden(rows, weights.into, matmul)
     if weights.is_joined:
         hidden = halves(hidden[0])
+    if weights.is_turned:
+        matmul = functools.partial(matmul, transposed=True)
     return out_of_hidden(hidden, weights.down, weights.activation, weights.dropout, matmul, scale)
 
 

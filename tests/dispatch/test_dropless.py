@@ -139,8 +139,10 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
     _assert_close(values_and_gradients(ours), values_and_gradients(plain), 1e-5)
 
 
-def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
-    """Gradients with megablox, interpreted on CPU, against one matmul per group; the last rows belong to no group."""
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_groups_by_the_kernels_of_tpus(transposed, rng, monkeypatch):
+    """Products and gradients with megablox, interpreted on CPU, against one matmul per group; the last rows belong to
+    no group."""
     monkeypatch.setattr(tpu, "megablox_gmm", functools.partial(tpu.megablox_gmm, interpret=True))
     monkeypatch.setattr(tpu, "_tiles", lambda *_: (256, 128, 128))
     sizes = np.array([700, 1200], np.int32)
@@ -148,7 +150,11 @@ def test_large_groups_by_the_kernels_of_tpus(rng, monkeypatch):
     matrices = jnp.asarray(rng.normal(size=(2, 128, 256)), jnp.bfloat16)
 
     def ours(rows, matrices, gradient):
-        y, backward = jax.vjp(lambda *a: tpu.grouped_matmul(*a, jnp.asarray(sizes)), rows, matrices)
+        def multiply(rows, matrices):
+            stored = matrices.swapaxes(1, 2) if transposed else matrices
+            return tpu.grouped_matmul(rows, stored, jnp.asarray(sizes), transposed)
+
+        y, backward = jax.vjp(multiply, rows, matrices)
         d_rows, d_matrices = backward(gradient)
         return y[:1900], d_rows[:1900], d_matrices
 

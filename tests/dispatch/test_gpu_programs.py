@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import re
@@ -33,20 +32,23 @@ TARGETS = Path(__file__).parents[2] / "moe" / "planner" / "targets"
 
 
 @pytest.mark.parametrize(
-    ("sizes", "num_rows", "dtype", "tolerance"),
+    ("sizes", "num_rows", "dtype", "tolerance", "transposed"),
     [
-        ([0, 37, 3, 90], 160, "float32", 1e-5),  # an empty group, shared tiles, rows of no group
-        ([40, 0, 200, 16], 256, "bfloat16", 1e-2),  # groups over several tiles, no row to spare
-        ([0, 0, 0], 16, "float32", 1e-5),
+        ([0, 37, 3, 90], 160, "float32", 1e-5, False),  # an empty group, shared tiles, rows of no group
+        ([40, 0, 200, 16], 256, "bfloat16", 1e-2, True),  # groups over several tiles, no row to spare
+        ([0, 0, 0], 16, "float32", 1e-5, False),
     ],
 )
-def test_kernels_equal_one_matmul_per_group(sizes, num_rows, dtype, tolerance, rng):
+def test_kernels_equal_one_matmul_per_group(sizes, num_rows, dtype, tolerance, transposed, rng):
     """Values and both gradients; rows of no group hold NaN."""
     x, gradient = (np.full((num_rows, d), np.nan) for d in (32, 48))
     x[: sum(sizes)], gradient[: sum(sizes)] = rng.normal(size=(sum(sizes), 32)), rng.normal(size=(sum(sizes), 48))
     x, gradient = jnp.asarray(x, dtype), jnp.asarray(gradient, dtype)
     matrices = jnp.asarray(rng.normal(size=(len(sizes), 32, 48)), dtype)
-    multiply = functools.partial(gpu.grouped_matmul, interpret=True)
+
+    def multiply(x, matrices, sizes):
+        stored = matrices.swapaxes(1, 2) if transposed else matrices
+        return gpu.grouped_matmul(x, stored, sizes, True, transposed)
 
     @jax.jit
     def ours(x, matrices, gradient, sizes):

@@ -51,9 +51,10 @@ def grouped_ffn(
     if weights.precision != "none":
         quantized.check_target(weights.precision)
 
-    def matmul(rows: Array, matrices: Array) -> Array:
-        multiply = grouped_matmul if supports(rows, matrices) else tpu.multiply
-        return multiply(rows, matrices, group_sizes)
+    def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
+        if supports(rows, matrices):
+            return grouped_matmul(rows, matrices, group_sizes, False, transposed)
+        return tpu.multiply(rows, matrices, group_sizes, transposed=transposed)
 
     return ffn(rows, weights.joined(), matmul, scale)
 
@@ -78,27 +79,28 @@ def computed_rows(num_rows: int, num_groups: int) -> int:
     return num_rows + tile_rows(num_rows, num_groups) * (num_groups - 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_matmul(
-    rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"], interpret: bool = False
-) -> Float[Array, "R F"]:
-    """Multiply the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
-    output are undefined.
+    rows: Array, matrices: Array, sizes: Int[Array, " E"], interpret: bool = False, transposed: bool = False
+) -> Array:
+    """:func:`moe.dispatch.backends.tpu.grouped_matmul` by these kernels.
 
     Args:
+        rows, matrices, sizes, transposed: as there.
         interpret: run the Triton kernels on the CPU, for tests.
     """
-    return _multiply(rows, matrices, sizes, transposed=False, interpret=interpret)
+    return _multiply(rows, matrices, sizes, transposed=transposed, interpret=interpret)
 
 
-def _grouped_matmul_fwd(rows, matrices, sizes, interpret):
-    return grouped_matmul(rows, matrices, sizes, interpret), (rows, matrices, sizes)
+def _grouped_matmul_fwd(rows, matrices, sizes, interpret, transposed):
+    return grouped_matmul(rows, matrices, sizes, interpret, transposed), (rows, matrices, sizes)
 
 
-def _grouped_matmul_bwd(interpret, residuals, gradient):
+def _grouped_matmul_bwd(interpret, transposed, residuals, gradient):
     rows, matrices, sizes = residuals
-    d_rows = _multiply(gradient, matrices, sizes, transposed=True, interpret=interpret)
-    d_matrices = _outer_products(rows, gradient, sizes, interpret=interpret).astype(matrices.dtype)
+    d_rows = _multiply(gradient, matrices, sizes, transposed=not transposed, interpret=interpret)
+    left, right = (gradient, rows) if transposed else (rows, gradient)
+    d_matrices = _outer_products(left, right, sizes, interpret=interpret).astype(matrices.dtype)
     return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
 
 

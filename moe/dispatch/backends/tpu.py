@@ -50,28 +50,47 @@ def grouped_ffn(
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
 
-    def matmul(rows: Array, matrices: Array) -> Array:
+    def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
         if weights.quantizes(matrices):
+            matrices = matrices.swapaxes(1, 2) if transposed else matrices
             return quantized_matmul(rows, matrices, group_sizes, weights.precision)
-        return multiply(rows, matrices, group_sizes)
+        return multiply(rows, matrices, group_sizes, transposed=transposed)
 
     return ffn(rows, weights.joined(), matmul, scale)
 
 
-def multiply(
-    rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
-) -> Float[Array, "R F"]:
-    """Multiply the rows of each group by its matrix."""
-    return (multiply_columns if matrices.shape[1] == 1 else grouped_matmul)(rows, matrices, sizes)
+def multiply(rows: Array, matrices: Array, sizes: Int[Array, " E"], *, transposed: bool = False) -> Array:
+    """Multiply the rows of each group by its matrix, as :func:`grouped_matmul` does."""
+    if matrices.shape[1] == 1 and not transposed:
+        return multiply_columns(rows, matrices, sizes)
+    return grouped_matmul(rows, matrices, sizes, transposed)
 
 
-@jax.custom_vjp
-def grouped_matmul(
-    rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
-) -> Float[Array, "R F"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(rows: Array, matrices: Array, sizes: Int[Array, " E"], transposed: bool = False) -> Array:
     """Multiply the first sizes[0] rows by matrix 0, the next sizes[1] by matrix 1, and so on; further rows of the
-    output are undefined."""
-    with _tiling(_tiles("rows", rows, matrices.shape)):
+    output are undefined.
+
+    Args:
+        rows: [R,D].
+        matrices: [E,D,F].
+        sizes: rows of each group.
+        transposed: the matrices are [E,F,D], of which each is transposed.
+
+    Returns:
+        [R,F].
+    """
+    return _multiply(rows, matrices, sizes, transposed=transposed)
+
+
+def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) -> Array:
+    num_groups, left, right = matrices.shape
+    tiles = _tiles("rows", rows, (num_groups, right, left) if transposed else matrices.shape)
+    with _tiling(tiles):
+        # ragged_dot's kernel needs the matrices transposed in memory; megablox's reads them in either order.
+        if transposed and tiles:
+            return megablox_gmm(rows, matrices, sizes, rows.dtype, tiles, transpose_rhs=True)
+        matrices = matrices.swapaxes(1, 2) if transposed else matrices
         return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
 
 
@@ -104,21 +123,15 @@ def multiply_columns(
     return jnp.where(index < ends[-1], product, 0)
 
 
-def _grouped_matmul_fwd(rows, matrices, sizes):
-    return grouped_matmul(rows, matrices, sizes), (rows, matrices, sizes)
+def _grouped_matmul_fwd(rows, matrices, sizes, transposed):
+    return grouped_matmul(rows, matrices, sizes, transposed), (rows, matrices, sizes)
 
 
-def _grouped_matmul_bwd(residuals, gradient):
+def _grouped_matmul_bwd(transposed, residuals, gradient):
     rows, matrices, sizes = residuals
-    num_groups, contracted, columns = matrices.shape
-    d_matrices = _outer_products(rows, gradient, sizes, matrices)
-    tiles = _tiles("rows", gradient, (num_groups, columns, contracted))
-    with _tiling(tiles):
-        # ragged_dot's kernel needs the matrices transposed in memory; megablox's reads them in either order.
-        if tiles:
-            d_rows = megablox_gmm(gradient, matrices, sizes, rows.dtype, tiles, transpose_rhs=True)
-        else:
-            d_rows = lax.ragged_dot(gradient, matrices.swapaxes(1, 2), sizes, preferred_element_type=rows.dtype)
+    left, right = (gradient, rows) if transposed else (rows, gradient)
+    d_matrices = _outer_products(left, right, sizes, matrices)
+    d_rows = _multiply(gradient, matrices, sizes, transposed=not transposed)
     return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
