@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
@@ -25,7 +26,7 @@ from moe.layers.basic import Dropout, Embedding, RMSNorm, Rows, StackSite
 from moe.models.block import Block
 from moe.parallel.mesh import axis_size
 from moe.parallel.parameters import stacked, take_layer
-from moe.parallel.partition_specs import REMAT_POLICIES
+from moe.parallel.partition_specs import INNER_INPUT, REMAT_POLICIES
 from moe.routing.balancing import LayerReport
 from moe.routing.routing import Choices, Routing
 
@@ -224,6 +225,7 @@ def scan_segment(
         after = []
         blocks = nnx.merge(graphdef, variables).blocks()
         for j, (block, state) in enumerate(zip(blocks, before, strict=True)):
+            x = checkpoint_name(x, INNER_INPUT) if j else x
             x, state = body(block, x, state, first + index * len(blocks) + j)
             after.append(state)
         return x, after

@@ -60,6 +60,10 @@ EXPERT_OUTPUTS = "expert_outputs"
 HIDDEN = "hidden"
 LAYER_INPUT = "layer_input"
 
+#: Name of the inputs of all layers of a repeat but the first, which is kept anyway; without them the backward pass
+#: would compute the layers before them as a whole.
+INNER_INPUT = "inner_input"
+
 _keep_only = jax.checkpoint_policies.save_only_these_names
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
@@ -69,9 +73,9 @@ _keep_only = jax.checkpoint_policies.save_only_these_names
 #: what "attention" does, and the layers' inputs, in the host's memory: least of a device's, for two transfers.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "hidden": _keep_only(ROUTES, ATTENTION, EXPERT_OUTPUTS, HIDDEN),
-    "outputs": _keep_only(ROUTES, ATTENTION, EXPERT_OUTPUTS),
-    "attention": _keep_only(ROUTES, ATTENTION),
+    "hidden": _keep_only(ROUTES, INNER_INPUT, ATTENTION, EXPERT_OUTPUTS, HIDDEN),
+    "outputs": _keep_only(ROUTES, INNER_INPUT, ATTENTION, EXPERT_OUTPUTS),
+    "attention": _keep_only(ROUTES, INNER_INPUT, ATTENTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[ROUTES],
         names_which_can_be_offloaded=[ATTENTION, LAYER_INPUT],

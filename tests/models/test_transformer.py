@@ -141,12 +141,11 @@ def test_offload_keeps_inputs_and_heads_in_the_hosts_memory():
 def test_policies_recompute_what_they_say():
     """Matmuls of one training step's program: einsum dispatch, whose experts are plain matmuls on CPUs too."""
     config = tiny_model(num_layers=1, dispatch="einsum")
-    _, parameters = _build(config)
     tokens = jnp.zeros((B, T), jnp.int32)
 
     @functools.cache
-    def dots(policy):
-        graphdef, _ = _build(dataclasses.replace(config, remat=policy))
+    def dots(policy, config=config):
+        graphdef, parameters = _build(dataclasses.replace(config, remat=policy))
 
         def loss(parameters):
             return jnp.sum(nnx.merge(graphdef, parameters)(tokens).logits)
@@ -160,6 +159,10 @@ def test_policies_recompute_what_they_say():
     assert attention - outputs == 1
     assert outputs - hidden == 2
     assert none <= hidden
+    # Of a repeat of two layers, attention's parts of both and the last matmul of the first, which ends in the second's
+    # input.
+    two = tiny_model(**EVERY_2)
+    assert dots("full", two) - dots("attention", two) == 2 * (full - attention) + 1
 
 
 @pytest.mark.parametrize("scan", [True, slow_case(False)])
