@@ -182,7 +182,8 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays) -> _Numbe
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
         for unit, repeats in segments(kinds):
             layers = [_layer(config, sizes, arrays, kind) for kind in unit]
-            inputs = 0.0 if remat == "offload" else float(config.model.d_model)
+            kept_inputs = {"offload": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))
+            inputs = float(kept_inputs * config.model.d_model)
             kept += repeats * length * (inputs + sum(layer.kept for layer in layers))
             alive = max(alive, length * sum(layer.alive for layer in layers))
             if sizes["fsdp"] > 1:
