@@ -87,7 +87,9 @@ def test_kept_projections_of_a_delta_net_by_hand():
     tokens = config.train.batch_size * config.data.sequence_length // 32
     projections = 36 * (2 * 16 + 2 * 32) * 128 / 2 + 12 * (2 * 16 + 2 * 2) * 256 / 2
     assert kept["dots"] - kept["full"] == tokens * 2 * (projections + 48 * 2048)  # and the last ones
-    assert kept["attention"] - kept["full"] == tokens * 2 * (projections + (36 * 32 * 128 + 12 * 16 * 256) / 2)
+    inner = 36 * 2048  # inputs of three of the four layers of a repeat
+    heads = (36 * 32 * 128 + 12 * 16 * 256) / 2
+    assert kept["attention"] - kept["full"] == tokens * 2 * (projections + heads + inner)
 
 
 def test_estimate_by_hand():
