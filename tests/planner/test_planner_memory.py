@@ -128,6 +128,8 @@ COMPILED = [
     ("mixtral_8x7b", "tpu", (1, 8, 8, 1), 16, "full", 96.7),
     ("mixtral_8x7b", "tpu", (4, 2, 8, 1), 2, "outputs", 82.2),
     ("qwen3_30b_a3b", "tpu", (1, 64, 1, 1), 7, "hidden", 83.0),
+    ("qwen3_30b_a3b", "tpu", (1, 64, 1, 1), 12, "outputs", 79.0),
+    ("deepseek_v2_lite", "tpu", (1, 64, 1, 1), 10, "outputs", 56.3),
     ("mixtral_8x7b", "gpu", (1, 8, 8, 1), 2, "hidden", 62.4),
     ("mixtral_8x7b", "gpu", (1, 8, 8, 1), 7, "outputs", 63.7),
     ("gpt_oss_20b", "gpu", (1, 8, 8, 1), 8, "outputs", 58.3),
