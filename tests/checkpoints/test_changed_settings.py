@@ -50,6 +50,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whol
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_moments_may_move_between_device_and_host(directory, whole, tmp_path):
     with interrupted(3), pytest.raises(Interrupted):
         train(tiny(directory, **SETTINGS | {"optimizer.memory": "host"}), str(tmp_path), ONE, quiet=True)
