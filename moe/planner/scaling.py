@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from moe.atomic_files import write_figure
 from moe.config import Config, ConfigError, MeshConfig, read_small_file
 from moe.escaping import markdown_table
-from moe.foreign_files import Amount, Fields, kept_whole, parse
+from moe.foreign_files import Amount, Fields, Interval, kept_whole, parse
 from moe.planner import plan
 from moe.planner.topology import get_topology
 
@@ -51,7 +51,7 @@ class _Row(Fields):
     all_to_all_mib: Amount = 0
     all_to_all_ms: Amount = 0
     step_ms: Amount = 0
-    step_interval_ms: tuple[Amount, Amount] | None = None  # absent from rows of earlier prices
+    step_interval_ms: Interval | None = None  # absent from rows of earlier prices
 
     @pydantic.model_validator(mode="after")
     def _check_figures(self) -> _Row:

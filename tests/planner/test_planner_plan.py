@@ -150,6 +150,8 @@ def test_scaling_lists_refused_points_and_intervals():
     (*_, line) = scaling.table([_SCALED | {"step_interval_ms": [80.4, 130.0]}]).splitlines()
     assert line.endswith("| 2 | 3.0 | 4.0 | 100 (80 to 130) |")
     assert scaling.table([_SCALED]).endswith("| 100.0 |")
+    kept = Path(__file__).parents[2] / "docs" / "results" / "scaling.jsonl"
+    assert all(row["step_interval_ms"][0] < row["step_ms"] < row["step_interval_ms"][1] for row in scaling.read(kept))
 
 
 def test_published_sizes():
