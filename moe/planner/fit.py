@@ -85,12 +85,12 @@ class Estimate:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the rows."""
+        """Bytes that do not depend on the rows."""
         return self.parameters + self.optimizer + self.gradients + self.weights
 
     @property
     def activations(self) -> int:
-        """What is proportional to the rows."""
+        """Bytes in proportion to the rows."""
         return self.kept + self.layer
 
     @property
@@ -176,7 +176,7 @@ class _Numbers(NamedTuple):
 
 
 def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays) -> _Numbers:
-    """Of all layers, the activations per row: gathered matrices and arrays alive are those of the largest repeat."""
+    """Numbers of all layers, activations per row; gathered matrices and arrays alive are of the largest repeat."""
     remat, gathered, kept, alive, kept_matrices = config.model.remat, 0.0, 0.0, 0.0, 0.0
     for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
@@ -194,7 +194,7 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays) -> _Numbe
 
 
 def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: LayerKind) -> _Numbers:
-    """Of one layer, the activations per token and without the layer's input."""
+    """Numbers of one layer, activations per token and without the layer's input."""
     model, moe, tensor = config.model, config.model.moe, sizes["tensor"]
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     projections, heads = _projections(model, kind, tensor, arrays.lanes)

@@ -152,8 +152,8 @@ def of_mixtral():
 
 
 def test_twelve_programs_find_a_plan_within_three_percent_of_the_best(of_mixtral, tmp_path):
-    """Of 1,176 candidates, a part of which does not fit, with factors that the guess does not know, in eight
-    worlds."""
+    """Searches of 1,176 candidates, some of which do not fit, in eight worlds with factors that the guess does not
+    know."""
     found, capacity = of_mixtral, CHIPS["v5p"].memory
     assert len(found) > 1000
     shares = []
