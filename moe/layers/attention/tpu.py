@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.extend.core import jaxpr_as_fun
@@ -76,8 +77,10 @@ def splash_attention(
         query = query * scoring.factor(query.shape[-1])
         # [B,T,N,H] → [B,N,T,H]
         by_head = [checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value)]
+        by_head = [x if x.shape[-1] >= _LANES else _relaid(x, True) for x in by_head]
         spread_over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
         result = _attend(spread_over_rows, *by_head, kernels.SegmentIds(segment_ids, segment_ids), sinks)
+        result = result if result.shape[-1] >= _LANES else _relaid(result, False)
         return result.swapaxes(1, 2).astype(query.dtype)
 
     if jax.sharding.get_abstract_mesh().empty:
@@ -91,6 +94,28 @@ def splash_attention(
         check_vma=False,
     )
     return spread(local)(query, key, value, segment_ids, sinks)
+
+
+_TOKENS_IN_LANES, _HEADS_IN_LANES = (Layout(major_to_minor=order) for order in ((0, 1, 3, 2), (0, 1, 2, 3)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _relaid(heads: Float[Array, "B N T H"], into_kernel: bool) -> Float[Array, "B N T H"]:
+    """The same heads, copied from lanes of tokens into lanes of a head, which the kernels need, or back.
+
+    XLA would give the kernels' layout to all that is around them: of heads of 64, half the lanes are empty, and
+    projections, rotations and their gradients take twice as long.
+    """
+    layouts = (_TOKENS_IN_LANES, _HEADS_IN_LANES) if into_kernel else (_HEADS_IN_LANES, _TOKENS_IN_LANES)
+    for layout in layouts:  # the barriers keep XLA from fusing the copy with what is before or after it
+        heads = jax.lax.optimization_barrier(with_layout_constraint(heads, layout))
+    return heads
+
+
+_relaid.defvjp(
+    lambda heads, into_kernel: (_relaid(heads, into_kernel), None),
+    lambda into_kernel, _, gradient: (_relaid(gradient, not into_kernel),),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
