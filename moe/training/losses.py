@@ -16,7 +16,7 @@ from moe.config import Config, ConfigError, MoEConfig
 from moe.models.decoder import Output
 from moe.models.factory import Model
 from moe.models.prediction import further_targets
-from moe.parallel import partition_specs
+from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size, constrain
 from moe.routing.balancing import AUXILIARY, LayerReport
 
@@ -40,7 +40,12 @@ def _token_losses(logits: Array, targets: Array) -> Array:
     """−log p(target) [B,T] in float32, 0 without a target."""
     has_target = targets >= 0
     logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(has_target, targets, 0))
+    if target.current().platform == "gpu":
+        # The gradient of a look-up is a scatter, which on GPUs takes passes of its own over all logits.
+        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(has_target, targets, 0))
     return jnp.where(has_target, losses, 0.0)
 
 
