@@ -109,22 +109,41 @@ def array_shape(type_text: str) -> tuple[int, ...]:
 
 
 def trip_count(loop: Instruction, module: Module) -> int | None:
-    """Trips of a while loop that counts from 0 by 1, from the bound in its condition; None if unreadable."""
+    """Trips of a while loop that counts by 1, from its start and the bound in its condition; None if unreadable."""
     known = re.search(r'known_trip_count\\?"?:?\{\\?"?n\\?"?:\\?"?(\d+)', loop.attributes)
     if known:
         return int(known.group(1))
     condition = module.called(loop, "condition")
-    by_name = {instruction.name: instruction for instruction in condition}
     root = next((instruction for instruction in condition if instruction.root), None)
     if root is None:
         return None
-    # The comparison may be wrapped in a fusion, whose operands are then the two sides.
-    if root.opcode != "fusion" and not (root.opcode == "compare" and "direction=LT" in root.attributes):
+    by_name = {instruction.name: instruction for instruction in condition}
+    sides = [by_name[name] for name in root.operands if name in by_name]
+    counters = [side for side in sides if side.opcode == "get-tuple-element"]
+    bounds = [side for side in sides if side.opcode == "constant"]
+    # The comparison may be wrapped in a fusion, whose operands are then the two sides, or hold the bound itself.
+    if root.opcode == "fusion" and not bounds:
+        bounds = [instruction for instruction in module.called(root) if instruction.opcode == "constant"]
+    elif root.opcode != "fusion" and not (root.opcode == "compare" and "direction=LT" in root.attributes):
         return None
-    bounds = [
-        by_name[name].operands[0] for name in root.operands if name in by_name and by_name[name].opcode == "constant"
-    ]
-    return int(bounds[0]) if len(bounds) == 1 and bounds[0].lstrip("-").isdigit() else None
+    if len(bounds) != 1 or not bounds[0].operands[0].lstrip("-").isdigit():
+        return None
+    return int(bounds[0].operands[0]) - (_start(loop, counters[0], module) if counters else 0)
+
+
+def _start(loop: Instruction, counter: Instruction, module: Module) -> int:
+    """What a loop counts from: 0, but for the rest of a loop whose first trips are written out before it."""
+    around = next(each for each in module.computations.values() if any(instruction is loop for instruction in each))
+    by_name = {instruction.name: instruction for instruction in around}
+    place = by_name.get(loop.operands[0])
+    index = re.search(r"index=(\d+)", counter.attributes)
+    if place is None or place.opcode != "tuple" or index is None:
+        return 0
+    value = by_name.get(place.operands[int(index.group(1))])
+    while value is not None and value.opcode in ("copy", "bitcast"):
+        value = by_name.get(value.operands[0])
+    is_number = value is not None and value.opcode == "constant" and value.operands[0].isdigit()
+    return int(value.operands[0]) if value is not None and is_number else 0
 
 
 def first_group(attributes: str) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:

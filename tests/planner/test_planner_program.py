@@ -179,5 +179,35 @@ def test_time_of_a_grouped_matmul_by_hand():
     assert kernels.formula(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
 
 
+_REST_OF_A_LOOP = """HloModule jit_train_step
+%compare (i: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %bound = s32[] constant(63)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+%condition (p: (f32[], s32[])) -> pred[] {
+  %p = (f32[], s32[]) parameter(0)
+  %counter = s32[] get-tuple-element(%p), index=1
+  ROOT %fusion = pred[] fusion(%counter), kind=kLoop, calls=%compare
+}
+ENTRY %main (x: f32[]) -> (f32[], s32[]) {
+  %x = f32[] parameter(0)
+  %one = s32[] constant(1)
+  %copy = s32[] copy(%one)
+  %tuple = (f32[], s32[]) tuple(%x, %copy)
+  ROOT %while = (f32[], s32[]) while(%tuple), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "trips"),
+    [("constant(1)", 62), ("constant(0)", 63), ("parameter(1)", 63)],  # 1 to 62: of 64, the first and last apart
+)
+def test_trips_of_the_rest_of_a_loop(start, trips):
+    module = hlo.parse(_REST_OF_A_LOOP.replace("constant(1)", start))
+    assert hlo.trip_count(module.computations["main"][-1], module) == trips
+
+
 def test_bytes_of_types():
     assert hlo.array_bytes("(bf16[4,128]{1,0:T(8,128)(2,1)}, s32[], pred[3])") == 4 * 128 * 2 + 4 + 3
