@@ -186,6 +186,23 @@ def test_cudnn_gets_blocks_of_queries_with_their_mask(monkeypatch):
         assert not runs(query, 16, 16)
 
 
+@pytest.mark.parametrize(("window", "sizes"), [(0, [1024] * 4), (128, [512])])  # a part of the row each; a loop's body
+def test_blocks_of_cudnn_are_parts_of_a_row_but_for_windows(window, sizes, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    blocks = []
+
+    def cudnn(query, key, value, bias, mask, *, scale, implementation):
+        blocks.append(query.shape[1])
+        return query
+
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    heads = jax.ShapeDtypeStruct((1, 4096, 2, 64), jnp.bfloat16)
+    segment_ids = jnp.ones((1, 4096), jnp.int32)
+    jax.eval_shape(lambda x: attend.attend(x, x, x, segment_ids, kind="blocked", scoring=Scoring(window)), heads)
+    assert blocks == sizes
+
+
 @pytest.mark.parametrize(("window", "keys"), [(0, 4096 * 10 / 16), (128, 640), (2048, 2560), (4096, 4096 * 10 / 16)])
 def test_keys_that_no_query_of_a_block_sees_are_left_out(window, keys):
     """Of 4096: on average 10/16 in quarters of a causal row; a window and the block's own 512 queries."""
@@ -227,6 +244,20 @@ def test_chunked_loss_equals_plain(dtype, monkeypatch):
     by_row = jax.jit(losses.row_cross_entropy)(hidden, matrix, targets)
     single = [losses.cross_entropy(h[None] @ matrix, t[None]) for h, t in zip(hidden, targets, strict=True)]
     np.testing.assert_allclose(by_row, np.transpose(single), rtol=1e-5)
+
+
+def test_the_loss_of_gpus_is_the_same_without_a_scatter(monkeypatch):
+    hidden, matrix, targets = _loss_inputs()
+    logits = 40 * hidden @ matrix  # some probabilities are 0 in float32
+
+    def results(device_kind):
+        monkeypatch.setattr(target, "current", lambda: target.Target(device_kind.split()[0], device_kind))
+        loss = jax.value_and_grad(lambda logits: losses.cross_entropy(logits, targets)[0])
+        return loss(logits), "scatter" in str(jax.make_jaxpr(loss)(logits))
+
+    of_cpu, of_gpu = results("cpu"), results("gpu H100")
+    assert (of_cpu[1], of_gpu[1]) == (True, False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), of_cpu[0], of_gpu[0])
 
 
 def test_chunked_loss_on_a_mesh(monkeypatch):
