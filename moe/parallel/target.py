@@ -118,10 +118,15 @@ _SPARSE_CORE_EXCHANGES = {
 
 
 #: The latency-hiding scheduler, off by default, starts exchanges early; without it nearly all are waited for in place.
-#: By default it has one exchange under way at a time, although NVLink and the network between hosts are apart.
+#: By default it has one exchange under way at a time, although NVLink and the network between hosts are apart. Level O1
+#: gathers a layer's weights beside the work of the layer before. By default the scheduler may plan for 0.95 of 0.8 of a
+#: device's memory, of which its own estimate is larger than what programs then need; short of it, it starts exchanges
+#: late and computes again.
 _NVIDIA_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    "optimization_level": "O1",
+    "xla_gpu_memory_limit_slop_factor": 200,
 }
 
 

@@ -223,7 +223,9 @@ def test_every_gpu_has_a_target_and_agrees_with_it():
 def test_exchanges_on_gpus_are_scheduled_early():
     for name in GPUS:
         kind = re.search(r'device_description_str: "([^"]+)"', gpus.target_config(name))[1]
-        assert target.compiler_options(kind)["xla_gpu_enable_latency_hiding_scheduler"] is True
+        options = target.compiler_options(kind)
+        assert options["xla_gpu_enable_latency_hiding_scheduler"] is True
+        assert options["optimization_level"] == "O1"
     assert target.compiler_options("cpu") == target.compiler_options("AMD Instinct MI300X") == {}
 
 
