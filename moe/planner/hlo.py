@@ -132,18 +132,16 @@ def trip_count(loop: Instruction, module: Module) -> int | None:
 
 
 def _start(loop: Instruction, counter: Instruction, module: Module) -> int:
-    """What a loop counts from: 0, but for the rest of a loop whose first trips are written out before it."""
+    """First value of a loop's counter: 0, but for the rest of a loop whose first trips are written out before it."""
     around = next(each for each in module.computations.values() if any(instruction is loop for instruction in each))
     by_name = {instruction.name: instruction for instruction in around}
-    place = by_name.get(loop.operands[0])
-    index = re.search(r"index=(\d+)", counter.attributes)
-    if place is None or place.opcode != "tuple" or index is None:
+    initial = by_name.get(loop.operands[0])
+    if initial is None or initial.opcode != "tuple":
         return 0
-    value = by_name.get(place.operands[int(index.group(1))])
+    value = by_name.get(initial.operands[int(counter.attribute("index"))])
     while value is not None and value.opcode in ("copy", "bitcast"):
         value = by_name.get(value.operands[0])
-    is_number = value is not None and value.opcode == "constant" and value.operands[0].isdigit()
-    return int(value.operands[0]) if value is not None and is_number else 0
+    return int(value.operands[0]) if value is not None and value.opcode == "constant" else 0
 
 
 def first_group(attributes: str) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:

@@ -58,10 +58,11 @@ def checked_for_target() -> Iterator[None]:
         fused_attention_stablehlo.check_compute_capability = check
 
 
-#: Queries of a block: whose scores are held, or with a window.
+#: The most queries of a block under a window, or where the block's scores are held in memory.
 _LARGEST_BLOCK = 512
 
-#: Queries of a block whose scores cuDNN does not hold: every block's gradients of keys and values are added up.
+#: The most queries of another block, whose scores cuDNN does not hold. Larger blocks are fewer gradients of keys and
+#: values to add up.
 _CUDNN_BLOCK = 1024
 
 #: Parts of a causal row whose queries are given no later keys: 4 of them compute 10/16 of the scores.
@@ -92,14 +93,13 @@ def blocked_attention(
     factor = scoring.factor(head_dim)
     # JAX's function takes heads of one dimension: the shorter ones are padded with zeros.
     query, key, value = (_widen(x, max(head_dim, value_dim)) for x in (query, key, value))
-    largest = _LARGEST_BLOCK if scoring.window else _CUDNN_BLOCK
-    size = length if one_block else _block_size(length, largest)
+    size = _block_size(length, _LARGEST_BLOCK if scoring.window else _CUDNN_BLOCK)
     # Documents are given as a mask [size,U]: cuDNN's own form of them, offsets, fixes their number in the shapes.
     plain = bias is None and key.shape[1] % 2 == 0 and not one_block
     width = query.shape[-1] + (0 if scoring.sinks is None else ADDED)
     implementation = "cudnn" if plain and runs_cudnn(query, size, width) else None
-    if implementation is None and not one_block:
-        size = _block_size(length, _LARGEST_BLOCK)
+    if implementation is None:
+        size = length if one_block else _block_size(length, _LARGEST_BLOCK)
 
     def block(inputs: tuple[Array, Array, Array], seen: tuple[Array, Array, Array], low: Array | int) -> Array:
         """Attention of a block of queries to these keys, the first of which is at position ``low``."""
