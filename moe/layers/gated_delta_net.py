@@ -25,7 +25,7 @@ from moe.config import ModelConfig
 from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, parameter
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul
+from moe.parallel.parameters import gather_for_matmul, project
 from moe.parallel.partition_specs import ATTENTION, HEADS_IN, HEADS_OUT, IN
 
 #: Tokens whose updates are computed at once.
@@ -265,14 +265,14 @@ class GatedDeltaNet(nnx.Module):
 
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Output projection of all heads, normalised and gated by the layer's input."""
-        gate = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul(self.gate, x.dtype))
+        gate = project(x, self.gate)
         heads = (self.norm(heads) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
-        return jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul(self.out, heads.dtype))
+        return project(heads, self.out)
 
     def _inputs(self, x: Array) -> tuple[Array, ...]:
         """Queries, keys and values before their convolutions."""
-        weights = (gather_for_matmul(weight, x.dtype) for weight in (self.query, self.key, self.value))
-        return tuple(constrain(jnp.einsum("btd,dnh->btnh", x, w), partition_specs.HEADS) for w in weights)
+        weights = self.query, self.key, self.value
+        return tuple(constrain(project(x, weight), partition_specs.HEADS) for weight in weights)
 
     def _kernels(self) -> tuple[Array, Array, Array]:
         return self.query_conv[...], self.key_conv[...], self.value_conv[...]

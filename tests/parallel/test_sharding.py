@@ -7,6 +7,7 @@ one. Parameters are gathered over the axes they are stored split over; tokens ar
 import collections
 import functools
 import math
+import re
 import types
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch.buffers import expert_capacity
-from moe.layers.basic import zeros
+from moe.layers.basic import parameter, zeros
 from moe.layers.moe_layer import MoELayer
 from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module
@@ -363,6 +364,30 @@ def test_a_device_holds_its_share_of_the_experts():
 def test_constrain_without_a_mesh_does_nothing():
     x = jnp.ones((3, 5))
     assert constrain(x, partition_specs.BATCH) is x
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_projection_joins_the_axes_of_heads(inputs, rng):
+    """[D,N,H] and [N,H,D] against an einsum, on a mesh that splits D and N; in no product do N and H stand apart."""
+    shape, spec = [((8, 2, 3), partition_specs.HEADS_IN), ((2, 3, 8), partition_specs.HEADS_OUT)][inputs - 1]
+    subscripts = ["btd,dnh->btnh", "btnh,nhd->btd"][inputs - 1]
+    weight = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(4, 5, *shape[:inputs])), jnp.float32)
+
+    def ours(x, weight):
+        return jnp.sum(jnp.sin(weights.project(x, parameter(weight, spec, inputs=inputs))))
+
+    def plain(x, weight):
+        return jnp.sum(jnp.sin(jnp.einsum(subscripts, x, weight)))
+
+    gradients = jax.grad(ours, (0, 1))
+    with jax.set_mesh(_mesh((1, 2, 2, 2))):
+        actual = jax.jit(gradients)(x, weight)
+        products = re.findall(r"dot_general.* -> tensor<([0-9x]+)xf32>", jax.jit(gradients).lower(x, weight).as_text())
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, jax.grad(plain, (0, 1))(x, weight)
+    )
+    assert sorted(products) == sorted(["4x5x6", "4x5x8", ["8x6", "6x8"][inputs - 1]])
 
 
 def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeypatch):

@@ -18,7 +18,7 @@ from moe.layers.attention.scoring import Scoring, append_sink, rotate, yarn_msca
 from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul
+from moe.parallel.parameters import gather_for_matmul, project
 from moe.parallel.partition_specs import HEADS_IN, HEADS_OUT, STORED
 
 
@@ -140,7 +140,7 @@ class Attention(nnx.Module):
 
     def _project(self, name: str, x: Array) -> Array:
         """[B,T,D] → heads by the matrix and the bias of this name."""
-        heads = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul(getattr(self, name), x.dtype))
+        heads = project(x, getattr(self, name))
         if self.config.attention_bias == "none":
             return heads
         return heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)
@@ -158,7 +158,7 @@ class Attention(nnx.Module):
         """Output projection of all heads, gated by the layer's input where ``model.gated_attention`` is set."""
         if self.config.gated_attention:
             heads *= jax.nn.sigmoid(self._project("gate", x))
-        y = jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul(self.out, heads.dtype))
+        y = project(heads, self.out)
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
@@ -247,15 +247,15 @@ class LatentAttention(nnx.Module):
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Project the heads back to the model dimension; the layer's input is not used."""
         del x
-        return jnp.einsum("btnh,nhd->btd", heads, gather_for_matmul(self.out, heads.dtype))
+        return project(heads, self.out)
 
     def _query(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → rotated queries [B,T,N,H]."""
         if self.config.q_lora_rank:
             latent = self.query_latent_norm(x @ gather_for_matmul(self.query_down, x.dtype))
-            query = jnp.einsum("btr,rnh->btnh", latent, gather_for_matmul(self.query_up, x.dtype))
+            query = project(latent, self.query_up)
         else:
-            query = jnp.einsum("btd,dnh->btnh", x, gather_for_matmul(self.query, x.dtype))
+            query = project(x, self.query)
         return constrain(rotate(query, positions, self.config, from_end=True), partition_specs.HEADS)
 
     def _latent(self, x: Array, positions: Array) -> Array:
