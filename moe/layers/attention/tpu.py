@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,16 +70,13 @@ def splash_attention(
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
-            residual_checkpoint_name=ATTENTION,
+            save_residuals=True,
             interpret=interpret,
         )
         query = query * scoring.factor(query.shape[-1])
         # [B,T,N,H] → [B,N,T,H]
-        by_head = [checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value)]
-        by_head = [x if x.shape[-1] >= _LANES else _relaid(x, True) for x in by_head]
-        spread_over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-        result = _attend(spread_over_rows, *by_head, kernels.SegmentIds(segment_ids, segment_ids), sinks)
-        result = result if result.shape[-1] >= _LANES else _relaid(result, False)
+        by_head = (checkpoint_name(x.swapaxes(1, 2), ATTENTION) for x in (query, key, value))
+        result = _attend(kernel, *by_head, kernels.SegmentIds(segment_ids, segment_ids), sinks)
         return result.swapaxes(1, 2).astype(query.dtype)
 
     if jax.sharding.get_abstract_mesh().empty:
@@ -96,56 +92,76 @@ def splash_attention(
     return spread(local)(query, key, value, segment_ids, sinks)
 
 
+@jax.custom_vjp
+def _attend(kernel: kernels.SplashAttentionKernel, query: Array, key: Array, value: Array, segments: Any, sinks: Any):
+    """Heads [B,N,T,V] of queries [B,N,T,H]. What the backward pass keeps has the layout of what is around the kernels,
+    not theirs: see :func:`_relaid`."""
+    return _attend_fwd(kernel, query, key, value, segments, sinks)[0]
+
+
+def _attend_fwd(kernel, query, key, value, segments, sinks):
+    by_row = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    result, (logsumexp,) = by_row(*(_relaid(x, True) for x in (query, key, value)), segments, sinks)
+    result, logsumexp = (checkpoint_name(x, ATTENTION) for x in (_relaid(result, False), logsumexp))
+    return result, (kernel, query, key, value, segments, sinks, result, logsumexp)
+
+
+def _attend_bwd(residuals, gradient):
+    """As the kernels' own backward pass, of which JAX offers no part alone, but for two things: gradients and results
+    are multiplied before they are copied, and the partial gradients of the queries are added one by one. XLA's sum over
+    an axis takes five times as long (compiled for v5p, [4,4,32,4096,128])."""
+    kernel, *inputs, segments, sinks, result, logsumexp = residuals
+    query, key, value, d_result = (_relaid(x, True) for x in (*inputs, gradient))
+    products = jnp.sum(result.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+    d_sinks = None
+    if sinks is not None:
+        of_sinks = jnp.exp(sinks.astype(jnp.float32)[:, None] - logsumexp)
+        d_sinks = -jnp.sum(of_sinks * products, axis=(0, 2)).astype(sinks.dtype)
+    arrays = (query, key, value, segments, sinks, logsumexp, d_result, products)
+    by_row = jax.vmap(functools.partial(_gradients, kernel), in_axes=(0, 0, 0, 0, None, 0, 0, 0))
+    gradients = jaxpr_as_fun(_with_added_partials(jax.make_jaxpr(by_row)(*arrays)))(*jax.tree.leaves(arrays))
+    return None, *(_relaid(x, False) for x in gradients), None, d_sinks
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _gradients(kernel: kernels.SplashAttentionKernel, *arrays: Any) -> tuple[Array, Array, Array]:
+    """Gradients of one row's queries, keys and values."""
+    sizes = kernel.kwargs["block_sizes"]
+    shared = "is_mqa", "mask_value", "attn_logits_soft_cap", "mask_function", "interpret"
+    options: dict[str, Any] = {name: kernel.kwargs[name] for name in shared}
+    options |= {f"{name}_layout": getattr(sizes, f"{name}_layout") for name in "qkv"}
+    for_keys = {"mask_info": kernel.dkv_mask_info, "use_fused_bwd_kernel": sizes.use_fused_bwd_kernel}
+    blocks = {"bq": sizes.block_q_dkv, "bkv": sizes.block_kv_dkv, "bkv_compute": sizes.block_kv_dkv_compute}
+    d_query, d_key, d_value = kernels._splash_attention_bwd_dkv(*arrays, **blocks, **for_keys, **options)
+    if d_query is None:
+        for_queries = {"mask_info": kernel.dq_mask_info, "bq": sizes.block_q_dq, "bkv": sizes.block_kv_dq}
+        d_query = kernels._splash_attention_bwd_dq(*arrays, **for_queries, **options)
+    return d_query, d_key, d_value
+
+
 _TOKENS_IN_LANES, _HEADS_IN_LANES = (Layout(major_to_minor=order) for order in ((0, 1, 3, 2), (0, 1, 2, 3)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _relaid(heads: Float[Array, "B N T H"], into_kernel: bool) -> Float[Array, "B N T H"]:
-    """The same heads, copied from lanes of tokens into lanes of a head, which the kernels need, or back.
+    """The same heads, copied from lanes of tokens into lanes of a head, which the kernels need, or back, where heads
+    fill no lanes.
 
-    XLA would give the kernels' layout to all that is around them: of heads of 64, half the lanes are empty, and
-    projections, rotations and their gradients take twice as long.
+    XLA would give the kernels' layout to all that is around them: of heads of 64, half the lanes are empty, what is
+    kept takes twice the memory, and projections, rotations and their gradients twice as long.
     """
+    if heads.shape[-1] >= _LANES:
+        return heads
     layouts = (_TOKENS_IN_LANES, _HEADS_IN_LANES) if into_kernel else (_HEADS_IN_LANES, _TOKENS_IN_LANES)
     for layout in layouts:  # the barriers keep XLA from fusing the copy with what is before or after it
         heads = jax.lax.optimization_barrier(with_layout_constraint(heads, layout))
     return heads
 
 
-_relaid.defvjp(
-    lambda heads, into_kernel: (_relaid(heads, into_kernel), None),
-    lambda into_kernel, _, gradient: (_relaid(gradient, not into_kernel),),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(kernel: Callable[..., Any], query: Array, key: Array, value: Array, segments: Any, sinks: Any) -> Array:
-    """Splash attention whose partial gradients of the queries are added one by one: XLA's sum over an axis takes five
-    times as long (compiled for v5p, [4,4,32,4096,128])."""
-    return kernel(query, key, value, segments, sinks)
-
-
-def _attend_fwd(kernel, query, key, value, segments, sinks):
-    def attend(query, key, value, sinks):
-        return kernel(query, key, value, segments, sinks)
-
-    return jax.vjp(attend, query, key, value, sinks)
-
-
-def _attend_bwd(kernel, backward, gradient):
-    del kernel
-    jaxpr, shapes = jax.make_jaxpr(lambda backward, gradient: backward(gradient), return_shape=True)(backward, gradient)
-    leaves = jaxpr_as_fun(_with_added_partials(jaxpr))(*jax.tree.leaves((backward, gradient)))
-    d_query, d_key, d_value, d_sinks = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    return d_query, d_key, d_value, None, d_sinks
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
 def _with_added_partials(closed: Any) -> Any:
-    """The closed jaxpr of the backward pass, of which JAX offers no part alone, with additions for sums over blocks of
-    keys, [B,blocks,N,T,H] → [B,N,T,H]."""
+    """The closed jaxpr of :func:`_gradients` with additions for its sum over blocks of keys, [B,blocks,N,T,H] →
+    [B,N,T,H]."""
     equations, converted = [], {}
     for equation in closed.jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -157,8 +173,6 @@ def _with_added_partials(closed: Any) -> Any:
             add = jax.jit(functools.partial(_add_partials, dtype=equation.invars[0].aval.dtype))
             (added,) = jax.make_jaxpr(add)(partials.aval).eqns
             equation = added.replace(invars=[partials], outvars=equation.outvars)
-        elif name == "jit":
-            equation = equation.replace(params=params | {"jaxpr": _with_added_partials(params["jaxpr"])})
         equations.append(equation)
     return closed.replace(jaxpr=closed.jaxpr.replace(eqns=equations))
 
