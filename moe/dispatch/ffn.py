@@ -103,7 +103,7 @@ class ExpertWeights:
         biases: [E,F] of up and of gate; None: without biases.
         dropout: of the hidden activations; None: none.
         activation: a value of ``model.activation``, static.
-        is_joined: ``up`` and its bias hold those of gate too, [E,D,2F] and [E,2F], static.
+        is_joined: ``up`` holds gate too, [E,D,2F], static.
         is_turned: ``down`` is [E,D,F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
     """
@@ -172,27 +172,28 @@ class ExpertWeights:
         """Up and gate as one matrix: rows are read once, and their gradient is one product instead of a sum of two."""
         if self.gate is None:
             return self
-        biases = None
-        if self.biases is not None:
-            up_bias, gate_bias = self.biases
-            assert gate_bias is not None
-            biases = jnp.concatenate([up_bias, gate_bias], axis=-1), None
         up = jnp.concatenate([self.up, self.gate], axis=-1)
-        return dataclasses.replace(self, up=up, gate=None, biases=biases, is_joined=True)
+        return dataclasses.replace(self, up=up, gate=None, is_joined=True)
 
 
 #: Rows times the matrices of their experts; with ``transposed=True`` times these transposed, if weights can be turned.
 Matmul = Callable[..., Array]
 
 
-def into_hidden(rows: Array, into: tuple[Any, Any], matmul: Matmul) -> tuple[Array, Array | None]:
-    """First half of an FFN: what goes into the nonlinearity, of up and of gate."""
+def into_hidden(
+    rows: Array, into: tuple[Any, Any], matmul: Matmul, *, is_joined: bool = False
+) -> tuple[Array, Array | None]:
+    """First half of an FFN: what goes into the nonlinearity, of up and of gate; ``is_joined``: of joined matrices."""
     matrices, biases = into
     hidden = jax.tree.map(lambda matrix: matmul(rows, matrix), matrices)
-    if biases is not None:
-        # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch.
-        ones = jnp.ones_like(rows[..., :1])
-        hidden = jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
+    if biases is None:
+        hidden = checkpoint_name(hidden, HIDDEN)
+        return halves(hidden[0]) if is_joined else hidden
+    # A bias is a matrix whose input is 1, so that each row gets its own expert's in every form of dispatch. Those of up
+    # and of gate are added apart: XLA for TPUs then adds one of them beside the nonlinearity.
+    ones = jnp.ones_like(rows[..., :1])
+    hidden = halves(hidden[0]) if is_joined else hidden
+    hidden = jax.tree.map(lambda x, bias: x + matmul(ones, jnp.expand_dims(bias, -2)), hidden, biases)
     return checkpoint_name(hidden, HIDDEN)
 
 
@@ -215,9 +216,7 @@ def out_of_hidden(
 
 def ffn(rows: Array, weights: ExpertWeights, matmul: Matmul, scale: Array | None = None) -> Array:
     """Both halves; ``scale``: factors of the rows' outputs."""
-    hidden = into_hidden(rows, weights.into, matmul)
-    if weights.is_joined:
-        hidden = halves(hidden[0])
+    hidden = into_hidden(rows, weights.into, matmul, is_joined=weights.is_joined)
     if weights.is_turned:
         matmul = functools.partial(matmul, transposed=True)
     return out_of_hidden(hidden, weights.down, weights.activation, weights.dropout, matmul, scale)
