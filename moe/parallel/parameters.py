@@ -172,18 +172,40 @@ def gather_for_matmul(weights: nnx.Variable[Array], dtype: Any) -> Array:
 
 
 def project(x: Float[Array, "*batch inputs"], weights: nnx.Variable[Array]) -> Float[Array, "*batch outputs"]:
-    """Multiply by a gathered matrix whose input or output has two axes, such as heads: [B,T,D] by [D,N,H] → [B,T,N,H],
-    [B,T,N,H] by [N,H,D] → [B,T,D].
-
-    Both are joined for the product: with heads of 64, which fill half the lanes, XLA for TPUs takes twice as long for
-    the gradient of [D,N,H] as for that of [D,N·H] (compiled for v5p).
-    """
+    """Multiply by a gathered matrix onto heads or from them: [B,T,D] by [D,N,H] → [B,T,N,H], [B,T,N,H] by [N,H,D] →
+    [B,T,D]."""
     shape, spec, inputs = weights.shape, spec_of(weights), weights.get_metadata("inputs")
-    # Of the axes of an input or output, the first alone is split over devices.
+    if not target.is_cpu() and shape[1 if inputs == 2 else 2] >= target.LANES:
+        return jnp.tensordot(x, gather_for_matmul(weights, x.dtype), inputs)
+    batch, outputs = x.shape[: x.ndim - inputs], shape[inputs:]
+    # Of N and H, N alone is split over devices.
     joined = P(spec[0], spec[inputs])
     matrix = gather_array(weights[...].reshape(math.prod(shape[:inputs]), -1), joined, x.dtype)
-    batch = x.shape[: x.ndim - inputs]
-    return matmul(x.reshape(*batch, -1), matrix).reshape(*batch, *shape[inputs:])
+    x = x.reshape(*batch, -1)
+    return matmul(x, matrix).reshape(*batch, *outputs) if target.is_cpu() else _onto(x, matrix, outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _onto(
+    x: Float[Array, "*batch D"], matrix: Float[Array, "D F"], outputs: tuple[int, ...]
+) -> Float[Array, "*batch outputs"]:
+    """Matmul whose result has these axes, joined in the gradients alone.
+
+    With heads of 64, which fill half the lanes, XLA for TPUs takes twice as long for the gradient of [D,N,H] as for
+    that of [D,N·H] (compiled for v5p). After a joined result it would not fuse the product with what follows it. Of
+    heads of 128 nothing is joined: Mixtral-8x7B's planned step took a hundredth longer.
+    """
+    return jnp.tensordot(x, matrix.reshape(-1, *outputs), 1)
+
+
+def _onto_bwd(outputs, residuals, gradient):
+    x, matrix = residuals
+    rows = tuple(range(x.ndim - 1))
+    gradient = gradient.reshape(*x.shape[:-1], -1)
+    return gradient @ matrix.T, jnp.tensordot(x, gradient, (rows, rows))
+
+
+_onto.defvjp(lambda x, matrix, outputs: (_onto(x, matrix, outputs), (x, matrix)), _onto_bwd)
 
 
 def gather_array(weights: Array, spec: P, dtype: Any) -> Array:

@@ -58,6 +58,9 @@ class Target:
         return next(kibibytes, _DEFAULT_VMEM_KIB) * 1024
 
 
+#: Vector lanes of a TPU, which the last dimension of an array fills, or leaves in part empty.
+LANES = 128
+
 #: Datasheet FLOP/s of one JAX device in bfloat16, without sparsity, by a substring of the device kind; the first match
 #: counts. Half a chip for TPU v2, v3 and 7x, whose two cores are devices of their own. Sources: the Cloud TPU
 #: documentation's page of each generation, and NVIDIA's datasheets (A100 and H100, SXM unless named PCIe; H200; B200).

@@ -34,7 +34,6 @@ _OTHER_MEMORY, _LARGEST_TILES = 4 * 2**20, 28 * 2**20
 
 #: Sides of tiles of rows; K and N are split into equal parts of whole lanes.
 _TILE_ROWS = (128, 256, 512, 1024)
-_LANES = 128
 _LONGEST_SIDE = 4096
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
@@ -249,7 +248,8 @@ def _memory(kind: Kind, tiles: _Tiles, items: tuple[int, int]) -> int:
 
 def _parts(size: int) -> list[int]:
     """Lengths of the equal parts, in whole lanes, that a dimension can be split into."""
-    lengths = {math.ceil(size / parts / _LANES) * _LANES for parts in range(1, math.ceil(size / _LANES) + 1)}
+    lanes = target.LANES
+    lengths = {math.ceil(size / parts / lanes) * lanes for parts in range(1, math.ceil(size / lanes) + 1)}
     return sorted(length for length in lengths if length <= _LONGEST_SIDE)
 
 

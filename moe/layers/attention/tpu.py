@@ -22,9 +22,6 @@ from moe.parallel import partition_specs, target
 from moe.parallel.mesh import on_mesh
 from moe.parallel.partition_specs import ATTENTION
 
-#: Vector lanes of a TPU: splash attention takes T in multiples of them.
-_LANES = 128
-
 #: Heads of queries and of values that were compiled for every generation: multiples of 16 up to 256, each its own.
 _HEAD_STEP, _LARGEST_HEAD = 16, 256
 
@@ -39,7 +36,9 @@ def runs_splash(query: Float[Array, "B T N H"], value: Float[Array, "B U M V"]) 
     if device.platform != "tpu" or device.device_kind in ("TPU v2", "TPU v3"):
         return False
     heads = query.shape[-1], value.shape[-1]
-    return query.shape[1] % _LANES == 0 and all(size % _HEAD_STEP == 0 and size <= _LARGEST_HEAD for size in heads)
+    return query.shape[1] % target.LANES == 0 and all(
+        size % _HEAD_STEP == 0 and size <= _LARGEST_HEAD for size in heads
+    )
 
 
 def splash_attention(
@@ -151,7 +150,7 @@ def _relaid(heads: Float[Array, "B N T H"], into_kernel: bool) -> Float[Array, "
     XLA would give the kernels' layout to all that is around them: of heads of 64, half the lanes are empty, what is
     kept takes twice the memory, and projections, rotations and their gradients twice as long.
     """
-    if heads.shape[-1] >= _LANES:
+    if heads.shape[-1] >= target.LANES:
         return heads
     layouts = (_TOKENS_IN_LANES, _HEADS_IN_LANES) if into_kernel else (_HEADS_IN_LANES, _TOKENS_IN_LANES)
     for layout in layouts:  # the barriers keep XLA from fusing the copy with what is before or after it
