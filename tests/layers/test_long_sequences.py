@@ -116,6 +116,18 @@ def test_partial_gradients_of_queries_are_added():
     assert not re.search(r":f32\[1,2,384,64\] = reduce_sum\[", text)
 
 
+@pytest.mark.parametrize(("policy", "forward_kernels"), [("attention", 1), ("full", 2)])
+def test_kept_attention_runs_no_kernel_again(policy, forward_kernels):
+    query, key, value = (jnp.ones((1, 384, heads, 64)) for heads in (2, 1, 1))
+
+    def loss(query):
+        heads = tpu.splash_attention(query, key, value, jnp.ones((1, 384), jnp.int32), Scoring(), interpret=True)
+        return jnp.sum(jnp.sin(heads))
+
+    text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=partition_specs.REMAT_POLICIES[policy])))(query))
+    assert len(re.findall(r"name=splash_mha_fwd", text)) == forward_kernels
+
+
 def test_blocks_of_scores_cost_least():
     """(1 + ceil((window - 1) / side)) · (side + 256² / side) a query; without a window half of the blocks.
 
