@@ -104,7 +104,7 @@ def _random_parameters(config):
 
 def _gathered_parameters(mesh, parameters):
     """(dims, groups of devices) of each parameter of one layer after each step of its gathering: over ``expert``, where
-    it is no expert's, then over ``fsdp``."""
+    it is no expert's, then over ``fsdp``. Heads and their dimension may be one axis."""
     found = set()
     for names, leaf, spec in _leaves(parameters):
         whole = set()
@@ -116,6 +116,10 @@ def _gathered_parameters(mesh, parameters):
             sizes = [size // shards for size, shards in zip(leaf.shape, kept, strict=False)]
             layer = sizes[1:] if names[0].startswith("segment_") else sizes
             found.add((_dims(layer), axis_groups(mesh, over)))
+            if names[-2] == "attention" and len(layer) == 3:
+                inputs = 2 if names[-1] == "out" else 1
+                joined = math.prod(layer[:inputs]), math.prod(layer[inputs:])
+                found.add((_dims(joined), axis_groups(mesh, over)))
     return found
 
 
