@@ -55,9 +55,9 @@ def imported(tmp_path_factory, data):
 
 
 def tree_of(*folders: Path) -> dict[str, bytes | None]:
-    return {
-        str(path): path.read_bytes() if path.is_file() else None for folder in folders for path in folder.rglob("*")
-    }
+    """All folders and files in these, but for the bytecode that Python keeps beside a user's module."""
+    paths = (path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
