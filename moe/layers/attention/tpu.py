@@ -106,9 +106,11 @@ def _attend_fwd(kernel, query, key, value, segments, sinks):
 
 
 def _attend_bwd(residuals, gradient):
-    """As the kernels' own backward pass, of which JAX offers no part alone, but for two things: gradients and results
-    are multiplied before they are copied, and the partial gradients of the queries are added one by one. XLA's sum over
-    an axis takes five times as long (compiled for v5p, [4,4,32,4096,128])."""
+    """Gradients, as the kernels' own backward pass has them but for two things; JAX offers no part of it alone.
+
+    Results are multiplied by their gradients before these are copied, and the partial gradients of the queries are
+    added one by one: XLA's sum over an axis takes five times as long (compiled for v5p, [4,4,32,4096,128]).
+    """
     kernel, *inputs, segments, sinks, result, logsumexp = residuals
     query, key, value, d_result = (_relaid(x, True) for x in (*inputs, gradient))
     products = jnp.sum(result.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
