@@ -190,7 +190,7 @@ def compare(name: str, folder: Path | None) -> dict[str, Any]:
     row = PUBLISHED[name]
     where = topology.get_topology(row.topology)
     config = config_of(row, len(where.devices))
-    made = plan.read_step(config, where, compiled.read_or_compile(config, where, folder))
+    made = plan.read_step(config, where, compiled.read_or_compile(config, where, folder, apart=True))
     published = published_seconds(row, config, made.chips)
     return {
         "name": name,

@@ -20,10 +20,12 @@ class Target:
     Attributes:
         platform: "cpu", "tpu" or "gpu".
         device_kind: JAX's name of it, such as "TPU v5" or "NVIDIA H100 80GB HBM3".
+        num_cores: streaming multiprocessors of a GPU; 0 where JAX does not tell.
     """
 
     platform: str
     device_kind: str
+    num_cores: int = 0
 
     @property
     def compute_capability(self) -> int:
@@ -92,8 +94,11 @@ _CAPABILITIES = {"A100": 8, "A30": 8, "A10": 8, "L40": 8, "L4": 8, "H100": 9, "H
 
 def current() -> Target:
     """Return the target of the program being traced."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
-    return Target(device.platform, device.device_kind)
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return Target(device.platform, device.device_kind, device.num_cores or 0)
+    device = jax.devices()[0]
+    return Target(device.platform, device.device_kind, getattr(device, "core_count", 0))
 
 
 def is_cpu() -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import gzip
 import hashlib
 import json
+import multiprocessing
 import time
 import zlib
 from pathlib import Path
@@ -16,12 +18,13 @@ import pydantic
 
 from moe.atomic_files import write_atomic
 from moe.config import Config, ConfigError, to_dict, validate_mesh
+from moe.config.parse import from_config_dict
 from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, memory_errors
-from moe.planner.topology import Topology
+from moe.planner.topology import Topology, get_topology
 from moe.planner.versions import commit, versions
 from moe.training import step as train_step_module
 
@@ -91,7 +94,9 @@ class CompiledStep:
 _STEP = pydantic.TypeAdapter(CompiledStep)
 
 
-def read_or_compile(config: Config, topology: Topology, folder: Path | None = None) -> CompiledStep:
+def read_or_compile(
+    config: Config, topology: Topology, folder: Path | None = None, *, apart: bool = False
+) -> CompiledStep:
     """The compiled train step, kept in a folder.
 
     A kept program is one of the same config, topology, XLA options and versions; it may be of other source, which
@@ -101,19 +106,22 @@ def read_or_compile(config: Config, topology: Topology, folder: Path | None = No
         config: of the run.
         topology: to compile for.
         folder: of programs; None: none is read or kept.
+        apart: compile in a process of its own. A program that compiles for several topologies needs it: the Mosaic
+            kernels of a process are compiled for one GPU architecture (JAX 0.12).
 
     Raises:
         ConfigError: see :func:`compile_step` and :meth:`CompiledStep.load`.
     """
+    make = _compile_apart if apart else compile_step
     if folder is None:
-        return compile_step(config, topology)
+        return make(config, topology)
     options = target.compiler_options(topology.devices[0].device_kind) | dict(topology.compiler_options)
     made_of = [to_dict(config), topology.name, topology.num_slices, options, versions()]
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{name}.json.gz"
     if path.exists():
         return CompiledStep.load(path)
-    step = compile_step(config, topology)
+    step = make(config, topology)
     folder.mkdir(parents=True, exist_ok=True)
     step.save(path)
     return step
@@ -127,6 +135,16 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     memory = _memory(compiled.memory_analysis(), stored, topology.capacity)
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, topology.capacity)
     return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds, commit())
+
+
+def _compile_apart(config: Config, topology: Topology) -> CompiledStep:
+    """:func:`compile_step` in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_compile_named, to_dict(config), topology.name, topology.num_slices).result()
+
+
+def _compile_named(fields: dict[str, Any], name: str, num_slices: int) -> CompiledStep:
+    return compile_step(from_config_dict(fields), get_topology(name, num_slices))
 
 
 def _compile(config: Config, mesh: Any, topology: Topology) -> tuple[Any, Any, dict[str, int], float]:

@@ -19,6 +19,9 @@ class DoesNotFitError(ConfigError):
         super().__init__(message)
         self.least = least
 
+    def __reduce__(self) -> tuple[type[DoesNotFitError], tuple[str, float]]:
+        return type(self), (str(self), self.least)
+
 
 def refuse_state_that_does_not_fit(config: Config, state: int, capacity: int) -> None:
     """Check before minutes of compiling that parameters and optimizer fit.

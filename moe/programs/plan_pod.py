@@ -156,7 +156,7 @@ def _remake() -> None:
     """Make the kept plans again; a program that --programs has is not compiled."""
     from moe.config import load_python_file
     from moe.config.parse import from_config_dict
-    from moe.planner import kept_plans, plan, topology
+    from moe.planner import compiled, kept_plans, plan, topology
 
     for kept in kept_plans.read(_KEPT):
         name, _, argument = kept["config"].partition(":")
@@ -164,7 +164,8 @@ def _remake() -> None:
         fields.update_from_flattened_dict(kept["flags"])
         slices, _, shape = kept["topology"].rpartition(" x ")
         where = topology.get_topology(shape, int(slices or 1))
-        made = plan.make_plan(from_config_dict(fields), where, programs=_programs())
+        config = from_config_dict(fields)
+        made = plan.read_step(config, where, compiled.read_or_compile(config, where, _programs(), apart=True))
         cloud_name = next((each for each in kept["slices"] if each != kept["topology"]), kept["topology"])
         _record(made, kept["config"], kept["flags"], cloud_name)
         print(f"{kept['config']} on {kept['topology']}: {kept['step_seconds']:.3g} → {made.step_seconds:.3g} s")

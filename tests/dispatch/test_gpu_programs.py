@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu
 
 from moe.config import MeshConfig
-from moe.dispatch.backends import gpu
+from moe.dispatch.backends import gpu, tiles
 from moe.dispatch.buffers import make_plan
 from moe.dispatch.modes import dispatch
 from moe.layers.attention.attend import attend, checked_for_target
@@ -87,14 +87,48 @@ def test_hoppers_kernel_equals_one_matmul_per_group(transposed, rng, monkeypatch
         np.testing.assert_allclose(y[rows], expected, atol=0.01 * np.abs(expected).max())
 
 
+#: Sixteen groups of 384 rows: empty ones, tiles that several groups share, groups over several tiles, rows of no group.
+_SIXTEEN = [50, 0, 1, 2, 97, 0, 0, 3, 5, 7, 11, 64, 32, 63, 0, 33]
+
+
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX cannot interpret the kernel")
+@pytest.mark.parametrize(
+    ("terms", "columns", "transposed", "cores"),
+    [
+        (320, 64, False, 2),  # more loads than buffers, tiles in turns on two cores
+        (64, 384, True, 1),  # all tiles on one core
+        slow_case(192, 576, True, 5),
+        slow_case(128, 512, False, 3),
+    ],
+)
+def test_blackwells_kernel_equals_one_matmul_per_group(terms, columns, transposed, cores, rng, monkeypatch):
+    """The kernel as it is called for Blackwell, with the interpreter's detection of races; other rows are NaN."""
+    ends = np.cumsum(_SIXTEEN)
+    x = np.full((384, terms), np.nan)
+    x[: ends[-1]] = rng.normal(size=(ends[-1], terms))
+    x = jnp.asarray(x, jnp.bfloat16)
+    shape = (16, columns, terms) if transposed else (16, terms, columns)
+    matrices = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    blackwell = types.SimpleNamespace(compute_capability=10, num_cores=cores)
+    monkeypatch.setattr(gpu.target, "current", lambda: blackwell)
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams(detect_races=True)):
+        sizes = jnp.asarray(_SIXTEEN, jnp.int32)
+        y = np.asarray(gpu._multiply(x, matrices, sizes, transposed=transposed, interpret=False), np.float32)
+    x, matrices = (np.asarray(a, np.float32) for a in (x, matrices))
+    for matrix, size, end in zip(matrices, _SIXTEEN, ends, strict=True):
+        rows = slice(end - size, end)
+        expected = x[rows] @ (matrix.T if transposed else matrix)
+        np.testing.assert_allclose(y[rows], expected, atol=0.01 * np.abs(expected).max(initial=1e-6))
+
+
 @pytest.mark.parametrize("draws", [6, slow_case(20)])
 def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
-    schedule = jax.jit(gpu._schedule, static_argnums=(1, 2))
+    schedule = jax.jit(tiles.schedule, static_argnums=(1, 2))
     for _ in range(draws):
         num_groups = int(rng.integers(1, 9))
         num_rows = 128 * int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, num_rows + 1), rng.dirichlet(np.full(num_groups, 0.5)))
-        block = gpu.tile_rows(num_rows, num_groups)
+        block = tiles.tile_rows(num_rows, num_groups)
         steps = num_rows // block + num_groups - 1
         group, tile, start, end = (np.asarray(a) for a in schedule(np.asarray(sizes, np.int32), block, steps))
         used = end > start
@@ -105,14 +139,14 @@ def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
             for t in range(first // block, math.ceil(last / block) if last > first else first // block)
         ]
         assert list(zip(group[used].tolist(), tile[used].tolist(), strict=True)) == expected
-        assert used.sum() * block <= gpu.computed_rows(num_rows, num_groups)
+        assert used.sum() * block <= tiles.computed_rows(num_rows, num_groups)
 
 
 def test_shared_tiles_add_at_most_a_tenth():
     # 8 experts: 10240 rows in tiles of 128 (7 shared tiles are 896 rows, 8.75 %), 8192 in tiles of 64 (448, 5.5 %).
-    assert gpu.tile_rows(10240, 8) == 128
-    assert gpu.tile_rows(8192, 8) == 64
-    assert gpu.computed_rows(8192, 8) / 8192 == 1 + 448 / 8192
+    assert tiles.tile_rows(10240, 8) == 128
+    assert tiles.tile_rows(8192, 8) == 64
+    assert tiles.computed_rows(8192, 8) / 8192 == 1 + 448 / 8192
 
 
 # --- Compiled for absent GPUs ----------------------------------------------------------------------------------------
@@ -186,10 +220,18 @@ def test_dropless_costs_its_active_flops(name):
     # Up and gate as one matrix, and down: product, gradient of rows, gradient of the matrix.
     assert len(kernels) == 6, kernels
     active = 9 * 2 * 8192 * d * f
-    of_kernels = active * gpu.computed_rows(8192, e) / 8192
+    of_kernels = active * tiles.computed_rows(8192, e) / 8192
     assert (of_kernels + _matmul_flops(text)) / active <= 1.1
     widest = max(math.prod(_dims(array)) for array in re.findall(r"\w+\[8192,[\d,]*\]", text))
     assert widest == 8192 * 2 * f
+
+
+@pytest.mark.parametrize("name", [pytest.param("b200", marks=needs_plugin)])
+def test_many_experts_on_blackwell_take_its_own_kernel(name):
+    """32 experts: both products of rows and both gradients of rows are Mosaic's, those of the matrices Triton's."""
+    text = _compile_layer("dropless", 8192, name, e=32, d=256, f=512, tokens=4096)
+    kernels = re.findall(r'custom_call_target="(mosaic_gpu_v2|__gpu\$xla.gpu.triton)"', text)
+    assert sorted(kernels) == [r"__gpu$xla.gpu.triton"] * 2 + ["mosaic_gpu_v2"] * 4
 
 
 @pytest.mark.parametrize("name", [pytest.param("h100", marks=needs_plugin)])
