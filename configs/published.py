@@ -17,6 +17,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "deepseek_v2_lite": (102400, 2048, 27, 16, 16, 192, 10944),
     "deepseek_v2": (102400, 5120, 60, 128, 128, 192, 12288),
     "deepseek_v3": (129280, 7168, 61, 128, 128, 192, 18432),
+    "kimi_k2": (163840, 7168, 61, 64, 64, 192, 18432),
     "gpt_oss_20b": (201088, 2880, 24, 64, 8, 64, 0),
     "gpt_oss_120b": (201088, 2880, 36, 64, 8, 64, 0),
     "mistral_7b": (32000, 4096, 32, 32, 8, 128, 14336),
@@ -48,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v2_lite": _LATENT,
     "deepseek_v2": _LATENT | {"q_lora_rank": 1536},
     "deepseek_v3": _LATENT | {"q_lora_rank": 1536},
+    "kimi_k2": _LATENT | {"q_lora_rank": 1536, "rope_theta": 5e4},
     "gpt_oss_20b": _GPT_OSS | {"sliding_window_layers": tuple(range(0, 24, 2))},
     "gpt_oss_120b": _GPT_OSS | {"sliding_window_layers": tuple(range(0, 36, 2))},
     "mistral_7b": {"sliding_window": 4096},
@@ -87,6 +89,20 @@ LAYERS: dict[str, dict[str, Any]] = {
         **{"gate": _V3_GATE, "num_experts": 256, "d_ff": 2048, "shared_d_ff": 2048, "first_dense": 3},
         **{"losses": {"balance": 1e-4, "scope": "sequence"}},
     },
+    "kimi_k2": {
+        **{
+            "gate": {
+                "name": "deepseek_v3",
+                "k": 8,
+                "groups": 1,
+                "kept_groups": 1,
+                "scores_per_group": 1,
+                "scale": 2.827,
+            }
+        },
+        **{"num_experts": 384, "d_ff": 2048, "shared_d_ff": 2048, "first_dense": 1},
+        **{"losses": {"balance": 1e-4, "scope": "sequence"}},  # DeepSeek-V3's: the paper states none
+    },
     "gpt_oss_20b": _mixtral(32, 0.001 * 4 / 24, 4, d_ff=2880, bias="all"),
     "gpt_oss_120b": _mixtral(128, 0.001 * 4 / 36, 4, d_ff=2880, bias="all"),
     "mistral_7b": {"gate": "none"},
@@ -105,7 +121,13 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 #: Rows of a batch, and devices over which experts are split, where they are not 64 and 8.
-RUNS = {"deepseek_v3": (512, 64), "gpt_oss_120b": (128, 8), "mistral_7b": (64, 1), "qwen1_5_moe_a2_7b": (64, 4)}
+RUNS = {
+    "deepseek_v3": (512, 64),
+    "kimi_k2": (1024, 8),
+    "gpt_oss_120b": (128, 8),
+    "mistral_7b": (64, 1),
+    "qwen1_5_moe_a2_7b": (64, 4),
+}
 
 
 def config_of(name: str) -> Callable[..., ml_collections.ConfigDict]:

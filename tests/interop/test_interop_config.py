@@ -15,6 +15,7 @@ from configs import (
     deepseek_v3,
     gpt_oss_20b,
     gpt_oss_120b,
+    kimi_k2,
     mixtral_8x7b,
     mixtral_8x22b,
     olmoe_1b_7b,
@@ -112,6 +113,17 @@ def test_published_counts_of_deepseek():
     published = {deepseek_v2_lite: 15_706_484_224, deepseek_v2: 235_741_434_880, deepseek_v3: 671_026_419_200}
     for config, count in published.items():
         assert count_parameters(from_config_dict(config.get_config()).model)[0] == count
+
+
+def test_count_of_kimi_k2_by_hand():
+    """1.026 trillion parameters from the sizes of its config.json; the paper has 1.04, and 32.6 billion active."""
+    attention = 7168 * 1536 + 1536 + 1536 * 64 * 192 + 7168 * 576 + 512 + 512 * 64 * 256 + 64 * 128 * 7168
+    norms, expert = 2 * 7168, 3 * 7168 * 2048
+    shared_by_all = 2 * 163840 * 7168 + 7168 + 61 * (attention + norms) + 3 * 7168 * 18432
+    router = 7168 * 384 + 384  # and the bias of the selection
+    total, active = count_parameters(from_config_dict(kimi_k2.get_config()).model)
+    assert total == shared_by_all + 60 * (router + 385 * expert)
+    assert active == shared_by_all + 60 * (router + 9 * expert)
 
 
 def test_published_config_of_qwen3_next():
