@@ -1,9 +1,9 @@
 """python scripts/gpu_report.py [--name=h100]: everything that compiling for absent GPUs cannot tell, on one real GPU.
 
-Parity with the per-token oracle, Mixtral's layer against the measured matmul rate and PyTorch's grouped matmul (if
-PyTorch is installed), a 4-layer model's train step, cuDNN's attention, and a profile, in under eight minutes. Writes
-docs/results/gpu/NAME.md. `--dry` runs the same functions on tiny shapes on any machine, to see that the script works;
-it prints a page without numbers and writes nothing.
+Parity with the per-token oracle, the kernels of grouped matmuls against plain matmuls, Mixtral's layer against the
+measured matmul rate and PyTorch's grouped matmul (if PyTorch is installed), a 4-layer model's train step, cuDNN's
+attention, and a profile, in under eight minutes. Writes docs/results/gpu/NAME.md. `--dry` runs the same functions on
+tiny shapes on any machine, to see that the script works; it prints a page without numbers and writes nothing.
 """
 
 import os
@@ -116,6 +116,57 @@ def layer(sizes: Sizes) -> Iterator[str]:
                 f"| {mode} | {which} | {1e3 * median:.2f} ({1e3 * min(seconds.clock):.2f}) | "
                 f"{flops / median / 1e12:.0f} | {share:.2f}{verdict} |"
             )
+
+
+def grouped_matmuls(sizes: Sizes) -> Iterator[str]:
+    """The kernels chosen for few and for many groups of uneven size."""
+    yield "| groups | rows, K, N | largest difference, of the largest value | ms | TFLOP/s |"
+    yield "|---|---|---|---|---|"
+    for groups in (sizes.experts, 16 * sizes.experts):
+        yield _grouped_matmul(groups, 8 * sizes.tokens, sizes.d_model // 2, sizes.d_ff // 8, sizes.dtype)
+
+
+def _grouped_matmul(groups: int, num_rows: int, terms: int, columns: int, dtype: str) -> str:
+    """A product and its two gradients: sampled rows and one matrix against plain matmuls in float32, and the rate."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from moe.benchmarks import timing
+    from moe.dispatch.backends import gpu, tpu
+
+    rng = np.random.default_rng(groups)
+    counts = rng.multinomial(num_rows, rng.dirichlet(np.full(groups, 2.0)))
+    keys = jax.random.split(jax.random.key(groups), 3)
+    shapes = ((num_rows, terms), (groups, terms, columns), (num_rows, columns))
+    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    multiply = gpu.grouped_matmul if gpu.supports(*arrays[:2]) else tpu.grouped_matmul
+
+    @jax.jit
+    def all_three(rows: Any, matrices: Any, gradient: Any, counts: Any) -> Any:
+        y, pull = jax.vjp(lambda rows, matrices: multiply(rows, matrices, counts), rows, matrices)
+        return y, *pull(gradient)
+
+    sizes = jnp.asarray(counts, jnp.int32)
+    y, d_rows, d_matrices = all_three(*arrays, sizes)
+    sample = rng.choice(num_rows, 64, replace=False)
+    group, largest = np.repeat(np.arange(groups), counts)[sample], int(counts.argmax())
+    end = int(counts[: largest + 1].sum())
+    part = slice(end - int(counts[largest]), end)
+    with jax.default_matmul_precision("highest"):
+        rows, matrices, gradient = (array.astype(jnp.float32) for array in arrays)
+        pairs = (
+            (y[sample], jnp.einsum("rk,rkn->rn", rows[sample], matrices[group])),
+            (d_rows[sample], jnp.einsum("rn,rkn->rk", gradient[sample], matrices[group])),
+            (d_matrices[largest], rows[part].T @ gradient[part]),
+        )
+    worst = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+    if not worst < 0.02:
+        raise AssertionError(f"with {groups} groups a product differs from plain matmuls by {worst:.1e}")
+    times = timing.in_turns({"all": lambda: all_three(*arrays, sizes)}, _CALLS.value)["all"].clock
+    seconds = statistics.median(times)
+    rate = 6 * num_rows * terms * columns / seconds / 1e12
+    return f"| {groups} | {num_rows}, {terms}, {columns} | {worst:.1e} | {1e3 * seconds:.3f} | {rate:.0f} |"
 
 
 def pytorch(sizes: Sizes) -> Iterator[str]:
@@ -274,6 +325,7 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[str]]] = {
     "Device": device,
     "Parity with the oracle": parity,
     "Mixtral's layer": layer,
+    "Grouped matmuls": grouped_matmuls,
     "Grouped matmul beside PyTorch's": pytorch,
     "Attention": attention,
     "Train step and profile": train_step,
