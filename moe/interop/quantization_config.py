@@ -155,6 +155,9 @@ class PackedConfig(_Compressed):
             if name == packed:
                 continue
             scales, sizes = f"{name}_scale", f"{name}_shape"
+            for suffix in ("_zero_point", "_g_idx"):
+                if f"{name}{suffix}" in headers:
+                    raise ConfigError(f"{name}{suffix}: is not read; the quantization_config says symmetric, in order")
             if len(shape) != 2 or scales not in headers or len(headers[scales][0]) != 2:
                 raise ConfigError(f"{packed}: needs {scales}, and both of two axes")
             rows, groups = headers[scales][0]

@@ -246,6 +246,10 @@ def _dropped(name: str) -> Any:
     return lambda tensors, config: tensors.pop(name)
 
 
+def _added(name: str) -> Any:
+    return lambda tensors, config: tensors.update({name: np.zeros((4, 2), np.int32)})
+
+
 def _configured(**fields: Any) -> Any:
     return lambda tensors, config: config["quantization_config"].update(fields)
 
@@ -276,6 +280,7 @@ REFUSED = [
     (1, _replaced(_SCALES, lambda a: _with(a, 255)), r"holds scales that are not numbers"),
     (1, _replaced(_BLOCKS, lambda a: a.astype(np.int32)), rf"{_BLOCKS}: is I32, must be U8"),
     (1, _replaced(_BLOCKS, lambda a: a[..., :8]), r"must be \[experts, outputs, inputs / 32, 16\]"),
+    (2, _added(f"{_UP}_zero_point"), rf"{_UP}_zero_point: is not read; the quantization_config says symmetric"),
     (2, _dropped(f"{_UP}_scale"), rf"{_UP}_packed: needs {_UP}_scale"),
     (2, _dropped(f"{_UP}_shape"), rf"{_UP}_shape: is missing, which belongs to {_UP}_packed"),
     (
