@@ -84,6 +84,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.first_dense": (0, 1),
     "model.moe.group_size": (0, 8, 32, 128),
     "model.moe.dispatch": ("gather", "einsum", "dropless"),
+    "model.moe.exchange_chunks": (1, 2, 3),
     "model.moe.capacity.train": (0.01, 0.5, 1.0, 100.0),
     "model.moe.capacity.eval": (0.01, 2.0, 1e6),
     "model.moe.jitter": (0.0, 0.9),

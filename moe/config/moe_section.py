@@ -70,6 +70,8 @@ class MoEConfig(Section, path=_MOE):
     #: S, of a group, which share one capacity; 0: data.sequence_length. Independent of the mesh
     group_size: int = setting(0, least=0, most=2**26, unit="tokens")
     dispatch: Dispatch = "gather"  # how assignments reach their experts
+    #: parts of a group's tokens whose exchange goes on beside the experts of another part; dropless on mesh.expert only
+    exchange_chunks: int = setting(1, least=1, most=64, resume="free")
     capacity: Capacity = Capacity()
     losses: Losses = Losses(balance=0.02)
     route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
@@ -176,6 +178,8 @@ class MoEConfig(Section, path=_MOE):
         dropless, by_position = self.dispatch == "dropless", self.drop_policy == "position"
         allowed = f"must be position: the gate {gate.name!r} drops no assignment"
         self._require("drop_policy", by_position or not gate.looks_ahead, allowed)
+        allowed = "must be 1 unless dispatch is dropless"
+        self._require("exchange_chunks", dropless or self.exchange_chunks == 1, allowed)
         fixed, slots = self.capacity.fixed, gate.router == "slots"
         allowed = "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe"
         require(fixed == 0 or not (slots or dropless), f"{_MOE}capacity.fixed", fixed, allowed)

@@ -172,6 +172,8 @@ def _check_group_size(config: Config) -> None:
         holds = tokens % size == 0 and (size % length == 0 or length % size == 0)
         allowed = f"must divide or be a multiple of data.{name}={length}, and divide a microbatch's {tokens} tokens"
         require(holds, f"{_MOE}group_size", given, allowed)
+        chunks = config.model.moe.exchange_chunks
+        require(size % chunks == 0, f"{_MOE}exchange_chunks", chunks, f"must divide the {size} tokens of a group")
 
 
 def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 from moe.config import MoEConfig
+from moe.parallel.mesh import axis_size
 from moe.routing.interface import pick, top_k
 from moe.routing.routing import Routing
 
@@ -26,12 +27,15 @@ class Plan:
         kept: [G,S,K] bool, chosen assignments whose position is below the capacity.
         capacity: C, static.
         num_experts: E, static.
+        chunks: parts of each group's tokens that are dispatched one after the other; positions count within a part.
+            Static.
     """
 
     position_in_expert: Array
     kept: Array
     capacity: int = dataclasses.field(metadata={"static": True})
     num_experts: int = dataclasses.field(metadata={"static": True})
+    chunks: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: int, num_experts: int) -> int:
@@ -65,6 +69,9 @@ def plan_assignments(
     _, tokens, choices = routing.chosen.shape
     if config.dispatch == "dropless":
         capacity = tokens * choices
+        chunks = math.gcd(config.exchange_chunks, tokens)  # a row of generation has fewer tokens than one of training
+        if chunks > 1 and axis_size("expert") > 1:
+            return routing, plan_in_chunks(routing, capacity, chunks)
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"
     plan = make_plan(routing, capacity, drop_policy=drop_policy, rng=rng)
@@ -91,6 +98,15 @@ def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position",
     if order is not None:
         position = jnp.take_along_axis(position, jnp.argsort(order, axis=1)[..., None], axis=1)
     return Plan(position, routing.chosen & (position < capacity), capacity, num_experts)
+
+
+def plan_in_chunks(routing: Routing, capacity: int, chunks: int) -> Plan:
+    """Plan each of the parts of a group's tokens as a group of its own."""
+    # [G,S,·] → [G·n,S/n,·]
+    parts = jax.tree.map(lambda array: array.reshape(array.shape[0] * chunks, -1, *array.shape[2:]), routing)
+    plan = make_plan(parts, capacity)
+    whole = jax.tree.map(lambda array: array.reshape(routing.chosen.shape), plan)
+    return dataclasses.replace(whole, chunks=chunks)
 
 
 def _token_order(routing: Routing, drop_policy: str, rng: Array | None) -> Int[Array, "G S"] | None:

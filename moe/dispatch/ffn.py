@@ -132,6 +132,10 @@ class ExpertWeights:
         assert self.dropout is not None
         return dataclasses.replace(self, dropout=dataclasses.replace(self.dropout, rows=rows))
 
+    def part(self, tokens: slice) -> ExpertWeights:
+        """The same, with dropout, if any, for a part of the tokens of assignments [G,S,K]."""
+        return self if self.dropout is None else self.at(self.dropout.assignments[:, tokens])
+
     def astype(self, dtype: Any) -> ExpertWeights:
         """All weights cast, split over devices as stored."""
         cast = jax.tree.map(lambda array: array.astype(dtype), dataclasses.replace(self, dropout=None))

@@ -343,7 +343,8 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
 
 
 def _assignments(config: Config, mesh: Any) -> int:
-    """(token, expert) choices of a device in one pass of a layer."""
+    """(token, expert) choices of a device that one pass of a layer's kernels computes."""
     rows = config.train.batch_size // config.train.accumulation_steps
     devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    return rows * config.data.sequence_length // devices * config.model.moe.experts_per_token
+    moe, chunks = config.model.moe, config.model.moe.exchange_chunks if mesh.shape["expert"] > 1 else 1
+    return rows * config.data.sequence_length // devices * moe.experts_per_token // chunks

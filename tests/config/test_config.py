@@ -59,6 +59,11 @@ def changed(**overrides):
         ({"model__moe__dispatch": "scatter"}, "model.moe.dispatch='scatter': must be one of gather, einsum"),
         ({"model__moe__first_dense": 4}, "use model.moe.gate=none for a dense model"),
         ({"model__moe__group_size": 100}, "model.moe.group_size=100: must divide or be a multiple of"),
+        ({"model__moe__exchange_chunks": 2}, "model.moe.exchange_chunks=2: must be 1 unless dispatch is dropless"),
+        (
+            {"model__moe__exchange_chunks": 3, "model__moe__dispatch": "dropless"},
+            "model.moe.exchange_chunks=3: must divide the 256 tokens of a group",
+        ),
         ({"model__moe__losses__balance": -0.5}, "model.moe.losses.balance=-0.5: must be at least 0"),
         ({"data__domains": ("a", "a")}, "data.domains=('a', 'a'): must name each domain once"),
         ({"data__streams": 3}, "data.streams=3: must divide train.batch_size=8, or be 0"),

@@ -15,7 +15,7 @@ from flax import nnx
 from moe.config import MeshConfig
 from moe.dispatch import ffn
 from moe.dispatch.backends import cpu, grouped_ffn, tpu, whole_tiles
-from moe.dispatch.buffers import make_plan
+from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.layers.basic import Experts
@@ -48,7 +48,8 @@ def _program(mode, config, variant):
 
     def loss(x, parameters, weights, routing):
         sent = dataclasses.replace(routing, combine_weights=weights)
-        plan = make_plan(sent, weights.shape[1] * weights.shape[2])
+        capacity = weights.shape[1] * weights.shape[2]
+        plan = plan_in_chunks(sent, capacity, 5) if "chunks" in variant else make_plan(sent, capacity)
         experts = nnx.merge(graphdef, parameters)
         weights = dataclasses.replace(experts.weights, dropout=_DROPOUT[variant.startswith("dropout")])
         y = dispatch(mode, x, sent, plan, weights)
@@ -364,6 +365,22 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
         assert heaviest > whole_tiles(120 * 5 // 4)
     _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)
+
+
+@pytest.mark.parametrize("load", ["random", slow_case("one")])
+@pytest.mark.parametrize("variant", ["chunks", slow_case("dropout in chunks")])
+@pytest.mark.parametrize("ragged", [slow_case(False), True], ids=["slots", "ragged"])
+def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkeypatch):
+    """Five parts of 12 tokens, 24 rows a device: under the load "one" a device receives several rounds of each."""
+    config = tiny_model(num_experts=8)
+    routing = _case(rng, 8, 60, 8, 2, load)
+    x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
+    alone = _value_and_gradients("einsum", config, routing, x, variant.removesuffix("chunks"))
+    if ragged:
+        monkeypatch.setattr(target, "is_cpu", lambda: False)
+        monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
+        monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
+    _assert_close(_on_mesh(MESHES[2], config, routing, x, f"{variant}, ragged: {ragged}"), alone, 1e-5)
 
 
 @pytest.mark.parametrize("load", ["random", slow_case("one"), slow_case("padding")])

@@ -164,6 +164,25 @@ def test_contract_of_a_layer(sizes, gate, mode, gradient):
     _check_contract(compiled, mesh, parameters, config, all_to_alls=4 if gradient else 2)
 
 
+def test_each_chunk_of_tokens_has_its_exchanges():
+    """Sizes and rows to the experts, and outputs back: three all-to-alls on CPUs; the values are those of one part."""
+    mesh, results = _mesh((1, 1, 8, 1)), []
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 12, 16)), jnp.float32)
+    for chunks in (1, 3):
+        layer = MoELayer(
+            d_model=16, d_ff=8, num_experts=E, dispatch="dropless", exchange_chunks=chunks, rngs=nnx.Rngs(0)
+        )
+        graphdef, parameters = nnx.split(layer)
+        with jax.set_mesh(mesh):
+            arguments = _place(mesh, parameters), _place(mesh, x, partition_specs.BATCH)
+            program = jax.jit(lambda parameters, x, graphdef=graphdef: nnx.merge(graphdef, parameters)(x)[0])
+            compiled = program.lower(*arguments).compile()
+            results.append(np.asarray(compiled(*arguments)))
+        found = [each.kind for each in collectives(compiled.as_text(), mesh.size)]
+        assert found.count("all-to-all") == 3 * chunks
+    np.testing.assert_allclose(results[1], results[0], atol=1e-6 * np.abs(results[0]).max())
+
+
 def test_contract_of_the_forward_pass():
     mesh = _mesh((1, 2, 2, 2))
     config = tiny_model(num_experts=E, num_layers=4, every=2, eval_capacity_factor=1.25)
