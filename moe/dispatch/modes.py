@@ -154,8 +154,8 @@ def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: 
 
         def chunk(start: int) -> Array:
             tokens = slice(start, start + size)
-            part = jax.tree.map(lambda array: array[:, tokens], (x, routing, plan))
-            return _sort_and_apply(*part, weights.part(tokens))
+            part = functools.partial(jax.tree.map, lambda array: array[:, tokens])
+            return _sort_and_apply(part(x), part(routing), part(plan), weights.part(tokens))
 
         return jnp.concatenate([chunk(start) for start in range(0, x.shape[1], size)], axis=1)
 

@@ -142,7 +142,8 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
 
 def same_parameters(model: ModelConfig) -> ModelConfig:
     """Map models that differ only in how they are computed to one, as a cache key."""
-    return dataclasses.replace(model, remat="none", moe=dataclasses.replace(model.moe, dispatch="gather"))
+    moe = dataclasses.replace(model.moe, dispatch="gather", exchange_chunks=1)
+    return dataclasses.replace(model, remat="none", moe=moe)
 
 
 @functools.lru_cache

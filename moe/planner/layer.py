@@ -84,11 +84,12 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
     active = tokens * moe.experts_per_token
+    at_once = active // (moe.exchange_chunks if mesh.shape["expert"] > 1 else 1)
     text = program.read(
         compiled.as_text() or "",
         dict(mesh.shape),
         chip.clock,
-        lambda matmul: kernels.price(matmul, active if moe.dispatch == "dropless" else matmul.sizes[0], chip),
+        lambda matmul: kernels.price(matmul, at_once if moe.dispatch == "dropless" else matmul.sizes[0], chip),
     )
     memory = compiled.memory_analysis()
     matmuls = 3 if config.model.activation in GATED_ACTIVATIONS else 2

@@ -134,6 +134,8 @@ def overrides(config: Config) -> str:
     named["model.remat"] = config.model.remat
     if config.model.moe.gate is not None:
         named["model.moe.dispatch"] = config.model.moe.dispatch
+        if config.model.moe.exchange_chunks > 1:
+            named["model.moe.exchange_chunks"] = config.model.moe.exchange_chunks
     named["train.batch_size"] = config.train.batch_size
     return " ".join(f"--config.{name}={value}" for name, value in named.items())
 

@@ -228,10 +228,11 @@ def _search(config: Config, where) -> None:
 def _own_flags() -> str:
     """Config flags of this command without the fields that the search sets."""
     flag = flags.FLAGS["config"]
+    searched = "model.remat", "model.moe.dispatch", "model.moe.exchange_chunks", "train.batch_size"
     fields = {
         name: value
         for name, value in config_flags.get_override_values(flag).items()
-        if not name.startswith("mesh.") and name not in ("model.remat", "model.moe.dispatch", "train.batch_size")
+        if not name.startswith("mesh.") and name not in searched
     }
     words = [f"--config={config_flags.get_config_filename(flag)}"]
     return " ".join(words + [f"--config.{name}={value}" for name, value in fields.items()])

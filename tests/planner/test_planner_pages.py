@@ -195,6 +195,17 @@ def test_changes_are_valid_and_single():
         assert len([name for name in before if before[name] != after[name]]) == 1
 
 
+def test_an_exchange_in_more_parts_is_a_change_where_there_is_one():
+    topology = types.SimpleNamespace(devices=tuple(jax.devices()[:2]), chip=GPUS["h100"])
+    config = mixtral_8x7b.get_config()
+    config.mesh.update(data=1, fsdp=1, expert=2)
+    labels = []
+    for mode in ("gather", "dropless"):
+        config.model.moe.dispatch = mode
+        labels.append({label for label, _ in candidates.changes(from_config_dict(config), topology, 100)})
+    assert "model.moe.exchange_chunks=2" in labels[1] - labels[0]
+
+
 def test_kept_plans_replace_those_of_the_same_settings(made, tmp_path):
     path = tmp_path / "plans.json"
     slow = kept_plans.row(made, "mixtral_8x7b", {"mesh.fsdp": 1}) | {"tokens_per_second_per_chip": 1.0}
