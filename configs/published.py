@@ -70,6 +70,7 @@ _DEEPSEEK_MOE = {
 }
 _SEQUENCE = {"losses": {"balance": 1e-3, "scope": "sequence"}}
 _V3_GATE = {"name": "deepseek_v3", "k": 8, "groups": 8, "kept_groups": 4, "scale": 2.5}
+_K2_GATE = _V3_GATE | {"groups": 1, "kept_groups": 1, "scores_per_group": 1, "scale": 2.827}
 
 
 def _mixtral(num_experts: int, balance: float, k: int = 2, **fields: Any) -> dict[str, Any]:
@@ -90,17 +91,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         **{"losses": {"balance": 1e-4, "scope": "sequence"}},
     },
     "kimi_k2": {
-        **{
-            "gate": {
-                "name": "deepseek_v3",
-                "k": 8,
-                "groups": 1,
-                "kept_groups": 1,
-                "scores_per_group": 1,
-                "scale": 2.827,
-            }
-        },
-        **{"num_experts": 384, "d_ff": 2048, "shared_d_ff": 2048, "first_dense": 1},
+        **{"gate": _K2_GATE, "num_experts": 384, "d_ff": 2048, "shared_d_ff": 2048, "first_dense": 1},
         **{"losses": {"balance": 1e-4, "scope": "sequence"}},  # DeepSeek-V3's: the paper states none
     },
     "gpt_oss_20b": _mixtral(32, 0.001 * 4 / 24, 4, d_ff=2880, bias="all"),

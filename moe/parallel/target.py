@@ -20,7 +20,7 @@ class Target:
     Attributes:
         platform: "cpu", "tpu" or "gpu".
         device_kind: JAX's name of it, such as "TPU v5" or "NVIDIA H100 80GB HBM3".
-        num_cores: streaming multiprocessors of a GPU; 0 where JAX does not tell.
+        num_cores: of a GPU, its streaming multiprocessors; 0 where JAX does not tell.
     """
 
     platform: str
