@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import pickle
 import re
 
 import jax
@@ -158,3 +159,8 @@ def test_rows_of_expert_buffers(dispatch, expert, rows):
     config = mixtral_8x7b.get_config()
     config.model.moe.dispatch = dispatch
     assert fit._expert_rows(from_config_dict(config), {**MESH, "expert": expert}) == rows
+
+
+def test_an_error_of_memory_comes_whole_from_another_process():
+    error = pickle.loads(pickle.dumps(memory_errors.DoesNotFitError("does not fit: by 3 GiB", 7.0)))
+    assert (str(error), error.least) == ("does not fit: by 3 GiB", 7.0)
