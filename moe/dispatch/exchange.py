@@ -94,7 +94,10 @@ def _round(loads: Int[Array, "X E"], start: Array | int, round_size: int) -> tup
 def _exchange(rows: Shaped[Array, "R D"], onto: Shaped[Array, "N D"] | int, route: Route) -> Shaped[Array, "N D"]:
     """Send rows over a route onto a buffer, or onto a new one of N rows that is undefined where nothing arrives."""
     if isinstance(onto, int):
-        onto = jax.lax.empty((onto, rows.shape[1]), rows.dtype)
+        new = functools.partial(jax.lax.empty, (onto, rows.shape[1]), rows.dtype)
+        # JAX computes what depends on nothing before a loop over layers, and XLA then copies it in every layer: on TPUs
+        # slowly. A GPU would wait for the host at a branch.
+        onto = jax.lax.cond(route[1][0] >= 0, new, new) if target.current().platform == "tpu" else new()
     return jax.lax.ragged_all_to_all(rows, onto, *route, axis_name=axis_of("expert"))
 
 
