@@ -22,6 +22,7 @@ from moe.layers.basic import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
+from moe.planner import arithmetic
 from tests.helpers import slow_case, tiny_model, tiny_routing
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -423,3 +424,35 @@ def test_expert_dropout_with_the_exchange_of_accelerators(rng, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
     _assert_close(_on_mesh(MESHES[2], config, routing, x, "dropout, ragged exchange"), expected, 1e-5)
+
+
+def _outside_of_loops(jaxpr, name):
+    """How often a primitive stands in a jaxpr outside of its scans."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == name
+        if equation.primitive.name != "scan":
+            count += sum(_outside_of_loops(inner, name) for inner in arithmetic._inner_jaxprs(equation.params))
+    return count
+
+
+@pytest.mark.parametrize(("platform", "outside"), [("tpu", False), ("gpu", True)])
+def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, outside, rng, monkeypatch):
+    """Allocated before it, they would be copied in every layer."""
+    config = tiny_model(num_experts=8)
+    routing, x = _case(rng, 8, 10, 8, 2), jnp.ones((8, 10, config.d_model))
+    graphdef, parameters = nnx.split(Experts(config, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr(target, "current", lambda: target.Target(platform, platform))
+
+    def loss(x):
+        def layer(x, _):
+            expert_index = jnp.where(x[..., :1] > 0, routing.expert_index, 7 - routing.expert_index)
+            sent = dataclasses.replace(routing, expert_index=expert_index)
+            experts = nnx.merge(graphdef, parameters)
+            return x + dispatch("dropless", x, sent, make_plan(sent, 20), experts.weights), None
+
+        return jnp.sum(jax.lax.scan(layer, x, length=2)[0])
+
+    with jax.set_mesh(make_mesh(MESHES[2])):
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(x)
+    assert (_outside_of_loops(jaxpr.jaxpr, "empty") > 0) == outside

@@ -51,8 +51,8 @@ def grouped_ffn(
     return ffn(rows, weights.joined(), matmul, scale)
 
 
-def supports(rows: Float[Array, "R D"], matrices: Float[Array, "E D F"]) -> bool:
-    """Whether the kernels take these shapes: an NVIDIA GPU from Ampere on, R, D and F in multiples of 16."""
+def supports(rows: Float[Array, "R K"], matrices: Float[Array, "E A B"]) -> bool:
+    """Whether the kernels take these shapes: an NVIDIA GPU from Ampere on, R, K and N in multiples of 16."""
     sizes = (rows.shape[0], *matrices.shape[1:])
     return target.current().compute_capability >= 8 and all(size % 16 == 0 for size in sizes)
 
