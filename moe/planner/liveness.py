@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 
 from moe.planner import hlo
@@ -37,7 +38,7 @@ def at_peak(module: hlo.Module) -> tuple[Array, ...]:
                 array = Array(instruction.name, instruction.op_name, instruction.type, _size(instruction, instructions))
                 alive[array.name] = array
                 total += array.bytes
-            inner = max((peak(each) for each in _called(instruction)), default=(0, ()))
+            inner = max((peak(each) for each in _called(instruction)), key=operator.itemgetter(0), default=(0, ()))
             if total + inner[0] > best[0]:
                 best = total + inner[0], (*alive.values(), *inner[1])
             for buffer in [each for each in alive if last.get(each, first[each]) <= place]:

@@ -198,6 +198,16 @@ def test_arrays_at_the_peak():
     ]  # fmt: skip
 
 
+def test_branches_that_need_the_same_memory():
+    branch = "%b{0} (p{0}: s32[]) -> f32[256] {{\n  ROOT %e{0} = f32[256]{{0}} custom-call()\n}}\n\n"
+    text = (
+        "HloModule jit_step, is_scheduled=true\n\n" + branch.format(0) + branch.format(1) + "ENTRY %main (i: s32[]) "
+        "-> f32[256] {\n  %i = s32[] parameter(0)\n  ROOT %c = f32[256]{0} conditional(%i, %i, %i), "
+        "branch_computations={%b0, %b1}\n}\n"
+    )
+    assert "e0" in [array.name for array in liveness.at_peak(hlo.parse(text))]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
