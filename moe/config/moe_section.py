@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -124,6 +125,16 @@ class MoEConfig(Section, path=_MOE):
             bias = "none" if self.bias == "router" else self.bias
             changed |= {"jitter": 0.0, "router_dtype": "float32", "bias": bias}
         return dataclasses.replace(self, **changed)
+
+    def with_dispatch(self, dispatch: str) -> MoEConfig:
+        """The settings with another dispatch mode; tokens are exchanged in parts by dropless alone."""
+        chunks = self.exchange_chunks if dispatch == "dropless" else 1
+        return dataclasses.replace(self, dispatch=dispatch, exchange_chunks=chunks)
+
+    def chunks(self, tokens: int, expert_devices: int) -> int:
+        """Parts in which a group of so many tokens is exchanged: those that divide it, one where experts are not split
+        over devices. A row of generation has fewer tokens than one of training."""
+        return math.gcd(self.exchange_chunks, tokens) if expert_devices > 1 else 1
 
     def _layer_gate(self, gate: Gate) -> Gate:
         """The gate with the K of the model."""

@@ -69,8 +69,8 @@ def plan_assignments(
     _, tokens, choices = routing.chosen.shape
     if config.dispatch == "dropless":
         capacity = tokens * choices
-        chunks = math.gcd(config.exchange_chunks, tokens)  # a row of generation has fewer tokens than one of training
-        if chunks > 1 and axis_size("expert") > 1:
+        chunks = config.chunks(tokens, axis_size("expert"))
+        if chunks > 1:
             return routing, plan_in_chunks(routing, capacity, chunks)
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"

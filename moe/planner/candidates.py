@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, sparse_layers, validate_mesh
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, sparse_layers, validate_mesh
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.dispatch.modes import CONFIG_MODES
 from moe.models import flops
@@ -80,7 +80,7 @@ def candidates(
             SEARCHED_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)
         ):
             try:
-                moe = _dispatched(config.model.moe, mode)
+                moe = config.model.moe.with_dispatch(mode)
                 model = dataclasses.replace(config.model, remat=remat, moe=moe)
                 tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
                 validate_mesh(tried, sizes)
@@ -174,12 +174,6 @@ def _of_model(model: ModelConfig, length: int, inputs: int) -> tuple[float, int]
     return flops.train_flops_per_token(model, length, inputs), flops.count_parameters(model)[0]
 
 
-def _dispatched(moe: MoEConfig, mode: Any) -> MoEConfig:
-    """The layers with another dispatch mode; tokens are exchanged in parts by dropless alone."""
-    chunks = moe.exchange_chunks if mode == "dropless" else 1
-    return dataclasses.replace(moe, dispatch=mode, exchange_chunks=chunks)
-
-
 def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, Config]]:
     """Single changes of a run that may help, each valid, with their labels: rows a device, recomputation, dispatch,
     parts of an exchange, mesh."""
@@ -203,7 +197,7 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
     if model.moe.gate is not None:
         for mode in ("dropless", "gather"):
             with contextlib.suppress(ConfigError):  # a fixed capacity, which dropless has not
-                moe = _dispatched(model.moe, mode)
+                moe = model.moe.with_dispatch(mode)
                 add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
         if model.moe.dispatch == "dropless" and mesh.expert > 1:
             moe = dataclasses.replace(model.moe, exchange_chunks=2 * model.moe.exchange_chunks)

@@ -142,8 +142,7 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
 
 def same_parameters(model: ModelConfig) -> ModelConfig:
     """Map models that differ only in how they are computed to one, as a cache key."""
-    moe = dataclasses.replace(model.moe, dispatch="gather", exchange_chunks=1)
-    return dataclasses.replace(model, remat="none", moe=moe)
+    return dataclasses.replace(model, remat="none", moe=model.moe.with_dispatch("gather"))
 
 
 @functools.lru_cache

@@ -84,7 +84,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
     active = tokens * moe.experts_per_token
-    at_once = active // (moe.exchange_chunks if mesh.shape["expert"] > 1 else 1)
+    at_once = active // moe.chunks(moe.group_size or tokens, mesh.shape["expert"])
     text = program.read(
         compiled.as_text() or "",
         dict(mesh.shape),

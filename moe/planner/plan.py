@@ -346,5 +346,6 @@ def _assignments(config: Config, mesh: Any) -> int:
     """(token, expert) choices of a device that one pass of a layer's kernels computes."""
     rows = config.train.batch_size // config.train.accumulation_steps
     devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    moe, chunks = config.model.moe, config.model.moe.exchange_chunks if mesh.shape["expert"] > 1 else 1
-    return rows * config.data.sequence_length // devices * moe.experts_per_token // chunks
+    moe, length = config.model.moe, config.data.sequence_length
+    chunks = moe.chunks(moe.group_size or length, mesh.shape["expert"])
+    return rows * length // devices * moe.experts_per_token // chunks

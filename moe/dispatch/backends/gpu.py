@@ -87,7 +87,9 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, interpret: bool) -> Array:
     """Rows [R,K] of each group by its matrix, [E,K,N], or [E,N,K] if transposed → [R,N]."""
-    if not interpret and _for_hopper(rows, matrices, transposed=transposed):
+    device = target.current()
+    capability = 0 if interpret else device.compute_capability
+    if capability == 9 and _fits_hopper(rows, matrices, transposed=transposed):
         # Optional: not in every supported release of JAX, and it imports JAX's test utilities.
         from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu  # noqa: PLC0415
 
@@ -102,8 +104,7 @@ def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, i
             grid_block_n=_HOPPER_GRID,
             transpose_rhs=transposed,
         )
-    device = target.current()
-    if not interpret and device.compute_capability == 10 and matrices.shape[0] >= _BLACKWELL_GROUPS:
+    if capability == 10 and matrices.shape[0] >= _BLACKWELL_GROUPS:
         # Imported where it is needed: Mosaic takes a quarter of a second.
         from moe.dispatch.backends import blackwell  # noqa: PLC0415
 
@@ -112,8 +113,8 @@ def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, i
     return triton.multiply(rows, matrices, sizes, transposed=transposed, interpret=interpret)
 
 
-def _for_hopper(rows: Array, matrices: Array, *, transposed: bool) -> bool:
+def _fits_hopper(rows: Array, matrices: Array, *, transposed: bool) -> bool:
     """Whether JAX's Hopper kernel takes these factors."""
     (num_rows, contracted), columns = rows.shape, matrices.shape[1 if transposed else 2]
     whole = contracted % _HOPPER_CONTRACTED == columns % _HOPPER_COLUMNS == num_rows % 64 == 0
-    return target.current().compute_capability == 9 and whole and rows.dtype in (jnp.bfloat16, jnp.float16)
+    return whole and rows.dtype in (jnp.bfloat16, jnp.float16)
