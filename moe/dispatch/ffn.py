@@ -106,6 +106,7 @@ class ExpertWeights:
         is_joined: ``up`` holds gate too, [E,D,2F], static.
         is_turned: ``down`` is [E,D,F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
+        keeps_hidden: for the backward pass; else row blocks compute hidden activations again in it, static.
     """
 
     up: Array
@@ -117,6 +118,7 @@ class ExpertWeights:
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
     is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
+    keeps_hidden: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def into(self) -> tuple[Any, Any]:

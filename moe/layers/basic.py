@@ -21,7 +21,17 @@ from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
 from moe.parallel.parameters import gather_for_matmul, matmul
-from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, HIDDEN, IN, OUT, REPLICATED, STORED
+from moe.parallel.partition_specs import (
+    EXPERT_BIASES,
+    EXPERTS_IN,
+    EXPERTS_OUT,
+    HIDDEN,
+    IN,
+    KEEP_HIDDEN,
+    OUT,
+    REPLICATED,
+    STORED,
+)
 from moe.routing.routing import Routing
 
 
@@ -210,6 +220,7 @@ class Experts(nnx.Module):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
         self.activation = config.activation
         self.precision = config.low_precision
+        self.keeps_hidden = config.remat in KEEP_HIDDEN
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -225,9 +236,8 @@ class Experts(nnx.Module):
         gate = None if self.gate is None else self.gate[...]
         gate_bias = None if self.gate_bias is None else self.gate_bias[...]
         biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
-        return ExpertWeights(
-            self.up[...], gate, self.down[...], biases, activation=self.activation, precision=self.precision
-        )
+        settings = {name: getattr(self, name) for name in ("activation", "precision", "keeps_hidden")}
+        return ExpertWeights(self.up[...], gate, self.down[...], biases, **settings)
 
 
 class SharedExpert(nnx.Module):

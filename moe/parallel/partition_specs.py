@@ -85,3 +85,6 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+#: Policies that keep hidden activations.
+KEEP_HIDDEN = "none", "hidden"

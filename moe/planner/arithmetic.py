@@ -11,7 +11,9 @@ import math
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
+from moe.dispatch.backends.row_blocks import balanced_trips
 from moe.dispatch.exchange import OVERFLOW_SCOPE
 
 
@@ -43,13 +45,14 @@ class Flops:
 
 
 def matmul_flops(jaxpr: Any) -> Flops:
-    """FLOPs of all matrix products; a scan counts its length times, a conditional its most expensive branch.
+    """FLOPs of all matrix products that results need; a scan counts its length times, a conditional its dearest branch.
 
     A Pallas kernel counts its body once for every point of its grid, including blocks skipped at run time (the upper
-    triangle in causal attention); a grouped matmul's kernel counts all rows of its buffer.
+    triangle in causal attention); a grouped matmul's kernel, and a loop over row blocks, count all rows of a buffer.
     """
     total = Flops()
-    for equation in jaxpr.eqns:
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    for equation in live.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "while" and OVERFLOW_SCOPE in str(equation.source_info.name_stack):
             continue  # further exchange rounds, which a balanced router never needs
@@ -62,6 +65,9 @@ def matmul_flops(jaxpr: Any) -> Flops:
             total += Flops(matmuls=_product_flops(equation))
         else:
             times = params["length"] if name == "scan" else 1
+            if name == "while":
+                trips = balanced_trips(str(equation.source_info.name_stack))
+                times = 1 if trips is None else trips
             if name == "shard_map":  # its shapes are one device's
                 times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             total += sum((matmul_flops(inner) for inner in _inner_jaxprs(params)), Flops()).times(times)

@@ -33,6 +33,8 @@ class Gpu:
         grouped_matmul: a grouped matmul costs the FLOPs of its rows, not of all rows for each expert.
         devices: JAX devices of a GPU.
         clock: Hz of the compiler's estimates, which are in microseconds.
+        condition: seconds that a loop's condition takes if it depends on the data: the host waits for its copy and then
+            launches the next kernel (assumed).
     """
 
     memory: int
@@ -47,6 +49,7 @@ class Gpu:
     grouped_matmul: bool = True
     devices: int = 1
     clock: float = 1e6
+    condition: float = 20e-6
 
     @property
     def estimate(self) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import Config, ConfigError, to_dict, validate_mesh
+from moe.dispatch.backends import row_blocks
 from moe.models import flops
 from moe.parallel.mesh import make_mesh
 from moe.planner import (
@@ -278,7 +279,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         seconds = price.flops / (scenario.matmul_share * peak)
         return Price(seconds, seconds, seconds, "--matmul_share", price.flops)
 
-    rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, scenario.matmul_share * peak)
+    rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, scenario.matmul_share * peak, chip.condition)
     attention_prices = functools.partial(
         attention.prices,
         flops=step.products.kernels / len(devices),
@@ -287,7 +288,8 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
             attention.factor, topology.name.partition(":")[0], config.model, config.data.sequence_length
         ),
     )
-    text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices)
+    trips = functools.partial(row_blocks.balanced_trips, rows=rows)
+    text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices, trips)
     items = text.items
     found = exchanges.summarise(text, devices, chip)
     if scenario.skew > 1:

@@ -33,17 +33,22 @@ class Rates:
         memory_bandwidth: bytes/s.
         peak: FLOP/s.
         matmuls: FLOP/s of matmuls, instead of the compiler's estimates; 0: those.
+        condition: seconds that the device waits for the host at a loop's condition, if that depends on the data.
     """
 
     memory_bandwidth: float = math.inf
     peak: float = math.inf
     matmuls: float = 0.0
+    condition: float = 0.0
 
 
 _NO_PRICE = Price(0.0, 0.0, 0.0, "")
 
 _KernelPrice = Callable[[GroupedMatmul], Price]
 _AttentionPrices = Callable[[Sequence[Item]], Mapping[str, Price]]
+
+#: Trips of a loop whose count depends on the data, by JAX's name of it; None: unknown.
+_Trips = Callable[[str], int | None]
 
 
 def read(
@@ -53,6 +58,7 @@ def read(
     kernel_price: _KernelPrice = lambda matmul: _NO_PRICE,
     rates: Rates | None = None,
     attention_prices: _AttentionPrices = lambda kernels: {},
+    trips: _Trips = lambda name: None,
 ) -> Program:
     """Read a scheduled module.
 
@@ -64,12 +70,13 @@ def read(
         rates: of the device, for work without an estimate; None: such work takes no time.
         attention_prices: all attention kernels of the program → prices by name, which count as kernel_price does. A
             kernel's price depends on the others, whose FLOPs the text does not state.
+        trips: of loops that the text does not state.
     """
     module, rates = hlo.parse(text), rates or Rates()
-    reader = _Reader(module, mesh, clock, kernel_price, rates, {})
+    reader = _Reader(module, mesh, clock, kernel_price, rates, {}, trips)
     seconds, _ = reader.walk(module.entry, 1)
     if prices := attention_prices([item for item in reader.items if item.kind == "attention"]):
-        reader = _Reader(module, mesh, clock, kernel_price, rates, prices)
+        reader = _Reader(module, mesh, clock, kernel_price, rates, prices, trips)
         reader.walk(module.entry, 1)
     return Program(
         tuple(reader.collectives),
@@ -135,9 +142,10 @@ class _Reader:
         kernel_price: _KernelPrice,
         rates: Rates,
         attention_prices: Mapping[str, Price],
+        trips: _Trips,
     ):
         self.module, self._mesh, self._clock, self._kernel_price = module, mesh, clock, kernel_price
-        self._rates, self._attention_prices = rates, attention_prices
+        self._rates, self._attention_prices, self._balanced_trips = rates, attention_prices, trips
         self.items: list[Item] = []
         self.loops: list[tuple[str, str, int, float]] = []
         self.collectives: list[Collective] = []
@@ -160,7 +168,7 @@ class _Reader:
     def _visit(self, instruction: Instruction, scope: _Scope) -> None:
         opcode = instruction.opcode
         if opcode == "while":
-            trips = self._trips(instruction)
+            trips = self._trips(instruction, scope)
             self.loops.append((scope.name, instruction.attribute("body"), trips, scope.clock))
             seconds, clock = self.walk(instruction.attribute("body"), scope.times * trips)
             scope.spend(trips * seconds, trips * clock)
@@ -185,13 +193,19 @@ class _Reader:
         else:
             self._visit_work(instruction, scope)
 
-    def _trips(self, loop: Instruction) -> int:
+    def _trips(self, loop: Instruction, scope: _Scope) -> int:
         trips = hlo.trip_count(loop, self.module)
-        if trips is None and f"{OVERFLOW_SCOPE}/" in loop.op_name:
-            return 0  # further exchange rounds, which a balanced router never needs
+        if trips is not None:
+            return trips
+        # Further exchange rounds are never needed by a balanced router.
+        trips = 0 if f"{OVERFLOW_SCOPE}/" in loop.op_name else self._balanced_trips(loop.op_name)
         if trips is None:
             self.unknown_loops += 1
-            return 1
+            trips = 1
+        if self._rates.condition:
+            seconds = (trips + 1) * self._rates.condition
+            self._note(loop, scope, "other", Price(seconds, seconds, seconds, "assumed"), 0.0, moved=0)
+            scope.spend(seconds, seconds)
         return trips
 
     def _collective_in(self, instruction: Instruction) -> Instruction | None:
@@ -310,10 +324,17 @@ class _Reader:
             self._spend(instruction, estimate, scope)
 
     def _note(
-        self, instruction: Instruction, scope: _Scope, kind: str, price: Price, flops: float | None = None
+        self,
+        instruction: Instruction,
+        scope: _Scope,
+        kind: str,
+        price: Price,
+        flops: float | None = None,
+        moved: int | None = None,
     ) -> None:
         """Keep an instruction's time, work and place."""
-        moved = work.traffic(instruction, self.module, scope.types)
+        if moved is None:
+            moved = work.traffic(instruction, self.module, scope.types)
         if flops is None:
             flops = self._products.flops(instruction, scope.types)
         where = work.pass_of(instruction.op_name) or self._pass

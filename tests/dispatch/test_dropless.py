@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe.config import MeshConfig
 from moe.dispatch import ffn
-from moe.dispatch.backends import cpu, grouped_ffn, tpu, whole_tiles
+from moe.dispatch.backends import cpu, grouped_ffn, row_blocks, tpu, whole_tiles
 from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
@@ -22,7 +22,7 @@ from moe.layers.basic import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_specs
-from moe.planner import arithmetic
+from moe.planner import arithmetic, program
 from tests.helpers import slow_case, tiny_model, tiny_routing
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -117,7 +117,7 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
     """
     monkeypatch.setattr(target, "is_cpu", lambda: kernel == "row_blocks")
     garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
-    monkeypatch.setattr(cpu, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
+    monkeypatch.setattr(row_blocks, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
     total, ends = sum(sizes), np.cumsum(sizes)
     rows = jnp.asarray(rng.normal(size=(130, 6)), jnp.float32)
     up, gate, down = (jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for s in ((6, 8), (6, 8), (8, 6)))
@@ -139,6 +139,75 @@ def test_kernels_are_one_function(kernel, sizes, rng, monkeypatch):
         return [y, d_rows[:total], *jax.tree.leaves(d_weights)]
 
     _assert_close(values_and_gradients(ours), values_and_gradients(plain), 1e-5)
+
+
+def _in_row_blocks(rng, sizes, num_experts, keeps_hidden):
+    """(function of rows [R,6], groups and weights; weights of E experts, joined and turned, as on accelerators)."""
+    up, gate, down = (jnp.asarray(rng.normal(size=(num_experts, *s)), jnp.float32) for s in ((6, 8), (6, 8), (8, 6)))
+    biases = tuple(jnp.asarray(rng.normal(size=(num_experts, 8)), jnp.float32) for _ in range(2))
+    weights = ExpertWeights(up, gate, down, biases, activation="swiglu", keeps_hidden=keeps_hidden).joined()
+    weights = dataclasses.replace(weights, down=down.swapaxes(1, 2), is_turned=True)
+    return functools.partial(row_blocks.grouped_ffn, row_blocks.RowBlocks(sizes)), weights
+
+
+@pytest.mark.parametrize("keeps_hidden", [True, False])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
+    """Values and gradients of large groups on GPUs, against plain matmuls; rows of no group, and buffers that nothing
+    has written, hold NaN."""
+    monkeypatch.setattr(target, "is_cpu", lambda: on_cpu)
+    garbage = functools.partial(jax.tree.map, lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype))
+    monkeypatch.setattr(row_blocks, "_unwritten", lambda tree, sizes, dtype=None: garbage(tree))
+
+    def plain(rows, sizes, weights):
+        parts = []
+        for e, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+            hidden = jnp.split(rows[end - size : end] @ weights.up[e], 2, axis=-1)
+            up, gate = (h + b[e] for h, b in zip(hidden, weights.biases, strict=True))
+            parts.append((jax.nn.silu(gate) * up) @ weights.down[e].T)
+        return jnp.concatenate([*parts, jnp.zeros((130 - sum(sizes), 6))])
+
+    def run(function, rows, sizes, weights, unused):
+        y, backward = jax.vjp(lambda rows, weights: function(rows, sizes, weights), rows, weights)
+        inside = jnp.arange(130)[:, None] < np.sum(sizes)
+        d_rows, d_weights = backward(jnp.where(inside, jnp.sin(y), unused))
+        return [
+            np.asarray(a) for a in (jnp.where(inside, y, 0), jnp.where(inside, d_rows, 0), *jax.tree.leaves(d_weights))
+        ]
+
+    # No rows, a masked block, a whole one, whole ones behind a masked one, all of the buffer; several experts.
+    for sizes in ([0], [1], [37], [64], [65], [130], [50, 0, 77]):
+        ours, weights = _in_row_blocks(rng, (16, 32, 64), len(sizes), keeps_hidden)
+        inside = jnp.arange(130)[:, None] < sum(sizes)
+        rows = jnp.where(inside, jnp.asarray(rng.normal(size=(130, 6)), jnp.float32), 0)
+        actual = run(ours, jnp.where(inside, rows, jnp.nan), jnp.asarray(sizes, jnp.int32), weights, jnp.nan)
+        _assert_close(actual, run(plain, rows, sizes, weights, 0.0), 1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+@pytest.mark.parametrize("keeps_hidden", [True, False])
+def test_trips_of_row_blocks_are_known(keeps_hidden, num_experts, rng):
+    """What the planner counts by the names of loops, where each expert has 19 of 80 rows, and so 20 on the fullest
+    device: one block of 16 rows, and one of 4."""
+    ours, weights = _in_row_blocks(rng, (4, 8, 16), num_experts, keeps_hidden)
+    num_rows = 80 * num_experts
+    loss = jax.grad(lambda rows, sizes, weights: jnp.sum(jnp.sin(ours(rows, sizes, weights))), (0, 2))
+    arguments = jnp.ones((num_rows, 6)), jnp.full(num_experts, 20), weights
+    # Of up, gate and down: three products forward and six backward, and two again if they were not kept. Of both
+    # biases, matrices of one row: one forward, their gradient, and one again.
+    products, biases = (9, 4) if keeps_hidden else (11, 6)
+    per_row = 2 * 8 * (products * 6 + biases)
+    assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(*arguments).jaxpr).total == num_rows * per_row
+    text = jax.jit(loss).lower(*arguments).compile().as_text()
+    balanced = functools.partial(row_blocks.balanced_trips, rows=19 * num_experts)
+    read = program.read(text, {}, 1.0, trips=balanced)
+    assert read.unknown_loops == 0
+    assert program.read(text, {}, 1.0).unknown_loops == len(read.loops) == 9
+    # Forward and backward: first blocks of 4, 8 and 16 rows, and further ones; experts without rows.
+    assert sorted(trips for *_, trips, _ in read.loops) == [0] * 5 + [num_experts] * 4
+    rates = program.Rates(condition=1.0)
+    waits = [item.seconds for item in program.read(text, {}, 1.0, rates=rates, trips=balanced).items]
+    assert sum(waits) == 5 + 4 * (num_experts + 1)  # once more than the trips
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -270,15 +339,15 @@ def test_row_blocks_hold_all_rows_with_little_padding(draws, rng):
     for _ in range(draws):
         num_groups = int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, 9000), rng.dirichlet(np.full(num_groups, rng.choice([0.1, 1, 100]))))
-        row_blocks = cpu.choose_row_blocks(max(int(sizes.sum()), 1), num_groups)
-        padded = np.asarray(jax.jit(row_blocks.padded_sizes)(np.asarray(sizes, np.int32)))
-        first = np.asarray(jax.jit(row_blocks.first_block)(padded))
+        blocks = cpu.choose_row_blocks(max(int(sizes.sum()), 1), num_groups)
+        padded = np.asarray(jax.jit(blocks.padded_sizes)(np.asarray(sizes, np.int32)))
+        first = np.asarray(jax.jit(blocks.first_block)(padded))
         assert np.all(padded >= sizes)
-        assert np.all(padded - sizes < np.diff([0, *row_blocks.sizes]).max())
+        assert np.all(padded - sizes < np.diff([0, *blocks.sizes]).max())
         # Every padded group is one block of a known size and blocks of the largest.
-        assert set(first) <= {0, *row_blocks.sizes}
-        assert np.all((padded - first) % row_blocks.sizes[-1] == 0)
-        assert padded.sum() <= row_blocks.total_rows(int(sizes.sum()), num_groups)
+        assert set(first) <= {0, *blocks.sizes}
+        assert np.all((padded - first) % blocks.sizes[-1] == 0)
+        assert padded.sum() <= blocks.total_rows(int(sizes.sum()), num_groups)
 
 
 @pytest.mark.parametrize("mode", ["gather", "dropless"])

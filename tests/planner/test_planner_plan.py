@@ -111,8 +111,8 @@ def test_flops_of_grouped_matmuls_do_not_depend_on_the_number_of_groups():
         return jnp.sum(jax.lax.ragged_dot(x, w, sizes))
 
     assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr).total == product
-    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, 1))(x, w).jaxpr).total == 2 * product
-    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr).total == 3 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.value_and_grad(loss, 1))(x, w).jaxpr).total == 2 * product
+    assert arithmetic.matmul_flops(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(x, w).jaxpr).total == 3 * product
 
 
 def test_flops_of_grouped_kernels_for_gpus_are_those_of_their_rows():
@@ -123,7 +123,7 @@ def test_flops_of_grouped_kernels_for_gpus_are_those_of_their_rows():
         return jnp.sum(gpu.grouped_matmul(x, w, sizes, True))
 
     assert arithmetic.matmul_flops(jax.make_jaxpr(loss)(x, w).jaxpr).grouped == product
-    both = arithmetic.matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w).jaxpr)
+    both = arithmetic.matmul_flops(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(x, w).jaxpr)
     assert both == arithmetic.Flops(grouped=3 * product)
 
 

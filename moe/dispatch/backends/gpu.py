@@ -1,13 +1,14 @@
-"""Grouped FFN for NVIDIA GPUs, by Pallas kernels that compute only the tiles that groups have.
+"""Grouped FFN for NVIDIA GPUs, where XLA turns ``lax.ragged_dot`` into a dense matmul with E times the work.
 
-XLA turns ``lax.ragged_dot`` into a dense matmul with E times the work there. Rows are multiplied by JAX's own Mosaic
-kernel on Hopper, and by :mod:`moe.dispatch.backends.blackwell` on Blackwell where there are enough groups. All else is
-in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell.
+Large groups are multiplied by plain matmuls, in row blocks. For others Pallas kernels compute only the tiles that
+groups have: rows by JAX's own Mosaic kernel on Hopper, and by :mod:`moe.dispatch.backends.blackwell` on Blackwell where
+there are enough groups; all else in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
-from moe.dispatch.backends import tpu, triton
+from moe.dispatch.backends import row_blocks, tpu, triton
+from moe.dispatch.backends.row_blocks import RowBlocks
 from moe.dispatch.backends.tiles import tile_rows
 from moe.dispatch.ffn import ExpertWeights, ffn
 from moe.parallel import target
@@ -30,6 +32,13 @@ _HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
 #: them, by the planner's fit, it is ahead from 16 on.
 _BLACKWELL_GROUPS = 16
 
+#: Sizes of row blocks, in shares of a group's part of the buffer: four of the largest hold a mean load.
+_BLOCKS = 1 / 40, 1 / 20, 1 / 10, 3 / 20, 1 / 5
+
+#: Fewest FLOPs of an FFN's rows in a largest block. Each trip of a loop costs some 30 µs of launches and of waiting for
+#: the host: a tenth of such a block's time on an H100.
+_BLOCK_FLOPS = 2e11
+
 
 def grouped_ffn(
     rows: Float[Array, "R D"],
@@ -37,11 +46,22 @@ def grouped_ffn(
     weights: ExpertWeights,
     scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
-    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not
-    take the shapes."""
-
+    """:func:`moe.dispatch.backends.grouped_ffn`, large groups by plain matmuls in row blocks, all others by
+    kernels."""
     if weights.precision != "none":
         quantized.check_target(weights.precision)
+    elif scale is None and (blocks := large_blocks(rows, weights)):
+        return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights.joined())
+    return by_kernels(rows, group_sizes, weights, scale)
+
+
+def by_kernels(
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    scale: Float[Array, " R"] | None = None,
+) -> Float[Array, "R D"]:
+    """:func:`grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not take the shapes."""
 
     def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
         if supports(rows, matrices):
@@ -49,6 +69,20 @@ def grouped_ffn(
         return tpu.multiply(rows, matrices, group_sizes, transposed=transposed)
 
     return ffn(rows, weights.joined(), matmul, scale)
+
+
+def large_blocks(rows: Float[Array, "R D"], weights: ExpertWeights) -> RowBlocks | None:
+    """Blocks of rows for plain matmuls; None where the groups are too small for them, and where hidden activations are
+    kept: loops would write those to a buffer once more, and XLA's scheduler does not know how long loops take, which
+    matters most where few rows hide the exchanges."""
+    num_rows, num_groups = rows.shape[0], weights.up.shape[0]
+    share = num_rows / num_groups
+    sizes = {math.ceil(share * part / tpu.TILE) * tpu.TILE for part in _BLOCKS}
+    matrices = [matrix for matrix in (weights.up, weights.gate, weights.down) if matrix is not None]
+    flops = 2.0 * max(sizes) * sum(matrix.size for matrix in matrices) / num_groups
+    if weights.keeps_hidden or flops < _BLOCK_FLOPS:
+        return None
+    return RowBlocks(tuple(sorted({min(size, num_rows) for size in sizes})))
 
 
 def supports(rows: Float[Array, "R K"], matrices: Float[Array, "E A B"]) -> bool:
