@@ -16,7 +16,6 @@ if __name__ == "__main__":
     process.prepare()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
 
-import dataclasses
 import re
 import statistics
 import tempfile
@@ -27,6 +26,8 @@ from typing import Any
 from absl import flags
 
 from moe import cli
+from moe.benchmarks import gpu_kernels
+from moe.benchmarks.gpu_kernels import Sizes
 
 _NAME = flags.DEFINE_string("name", "", "Name of the page; empty: from the GPU's name.")
 _DRY = flags.DEFINE_bool("dry", False, "Tiny shapes on any machine; print a page without numbers, write nothing.")
@@ -36,25 +37,6 @@ FOLDER = Path(__file__).parents[1] / "docs" / "results" / "gpu"
 
 #: Mixtral-8x7B's layer has to reach this share of the measured matmul rate.
 BAR = 0.6
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Shapes of all measurements: T tokens, D, F, E, N heads of H, and those of the train step's model."""
-
-    tokens: int = 4096
-    d_model: int = 4096
-    d_ff: int = 14336
-    experts: int = 8
-    heads: int = 32
-    head_dim: int = 128
-    rows: int = 4  # of the attention and the train step
-    model_dim: int = 1024
-    model_ff: int = 3584
-    vocab_size: int = 32000
-    dtype: str = "bfloat16"
-    side: int = 8192  # of the square matmul whose rate is the measure of the others
-
 
 TINY = Sizes(128, 32, 64, 4, 2, 16, 2, 32, 64, 256, "float32", 64)
 
@@ -116,97 +98,6 @@ def layer(sizes: Sizes) -> Iterator[str]:
                 f"| {mode} | {which} | {1e3 * median:.2f} ({1e3 * min(seconds.clock):.2f}) | "
                 f"{flops / median / 1e12:.0f} | {share:.2f}{verdict} |"
             )
-
-
-def grouped_matmuls(sizes: Sizes) -> Iterator[str]:
-    """The kernels chosen for few and for many groups of uneven size."""
-    yield "| groups | rows, K, N | largest difference, of the largest value | ms | TFLOP/s |"
-    yield "|---|---|---|---|---|"
-    for groups in (sizes.experts, 16 * sizes.experts):
-        yield _grouped_matmul(groups, 8 * sizes.tokens, sizes.d_model // 2, sizes.d_ff // 8, sizes.dtype)
-
-
-def _grouped_matmul(groups: int, num_rows: int, terms: int, columns: int, dtype: str) -> str:
-    """A product and its two gradients: sampled rows and one matrix against plain matmuls in float32, and the rate."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from moe.benchmarks import timing
-    from moe.dispatch.backends import gpu, tpu
-
-    rng = np.random.default_rng(groups)
-    counts = rng.multinomial(num_rows, rng.dirichlet(np.full(groups, 2.0)))
-    keys = jax.random.split(jax.random.key(groups), 3)
-    shapes = ((num_rows, terms), (groups, terms, columns), (num_rows, columns))
-    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
-    multiply = gpu.grouped_matmul if gpu.supports(*arrays[:2]) else tpu.grouped_matmul
-
-    @jax.jit
-    def all_three(rows: Any, matrices: Any, gradient: Any, counts: Any) -> Any:
-        y, pull = jax.vjp(lambda rows, matrices: multiply(rows, matrices, counts), rows, matrices)
-        return y, *pull(gradient)
-
-    sizes = jnp.asarray(counts, jnp.int32)
-    y, d_rows, d_matrices = all_three(*arrays, sizes)
-    sample = rng.choice(num_rows, 64, replace=False)
-    group, largest = np.repeat(np.arange(groups), counts)[sample], int(counts.argmax())
-    end = int(counts[: largest + 1].sum())
-    part = slice(end - int(counts[largest]), end)
-    with jax.default_matmul_precision("highest"):
-        rows, matrices, gradient = (array.astype(jnp.float32) for array in arrays)
-        pairs = (
-            (y[sample], jnp.einsum("rk,rkn->rn", rows[sample], matrices[group])),
-            (d_rows[sample], jnp.einsum("rn,rkn->rk", gradient[sample], matrices[group])),
-            (d_matrices[largest], rows[part].T @ gradient[part]),
-        )
-    worst = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
-    if not worst < 0.02:
-        raise AssertionError(f"with {groups} groups a product differs from plain matmuls by {worst:.1e}")
-    times = timing.in_turns({"all": lambda: all_three(*arrays, sizes)}, _CALLS.value)["all"].clock
-    seconds = statistics.median(times)
-    rate = 6 * num_rows * terms * columns / seconds / 1e12
-    return f"| {groups} | {num_rows}, {terms}, {columns} | {worst:.1e} | {1e3 * seconds:.3f} | {rate:.0f} |"
-
-
-def pytorch(sizes: Sizes) -> Iterator[str]:
-    """Grouped matmuls of PyTorch and of this project: one product of [R,D] rows with [E,D,F] matrices."""
-    import jax
-    import jax.numpy as jnp
-
-    from moe.benchmarks import timing
-    from moe.dispatch.backends import gpu, tpu
-
-    num_rows, experts = 2 * sizes.tokens, sizes.experts
-    rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)
-    matrices = jnp.ones((experts, sizes.d_model, sizes.d_ff), sizes.dtype)
-    counts = jnp.full((experts,), num_rows // experts, jnp.int32)
-    ours = jax.jit(gpu.grouped_matmul if gpu.supports(rows, matrices) else tpu.grouped_matmul)
-    flops = 2 * num_rows * sizes.d_model * sizes.d_ff
-    seconds = statistics.median(
-        timing.in_turns({"ours": lambda: ours(rows, matrices, counts)}, _CALLS.value)["ours"].clock
-    )
-    yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        yield "- PyTorch is not installed: not compared"
-        return
-    if not (torch.cuda.is_available() and hasattr(torch, "_grouped_mm")):
-        yield f"- PyTorch {torch.__version__} has no grouped matmul on this device: not compared"
-        return
-    a = torch.ones(num_rows, sizes.d_model, device="cuda", dtype=torch.bfloat16)
-    b = torch.ones(experts, sizes.d_model, sizes.d_ff, device="cuda", dtype=torch.bfloat16)
-    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (num_rows // experts)
-    times = []
-    for _ in range(_CALLS.value + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch._grouped_mm(a, b, offs=ends)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    yield f"- PyTorch {torch.__version__}: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
 
 
 def attention(sizes: Sizes) -> Iterator[str]:
@@ -325,8 +216,9 @@ SECTIONS: dict[str, Callable[[Sizes], Iterator[str]]] = {
     "Device": device,
     "Parity with the oracle": parity,
     "Mixtral's layer": layer,
-    "Grouped matmuls": grouped_matmuls,
-    "Grouped matmul beside PyTorch's": pytorch,
+    "Grouped matmuls": lambda sizes: gpu_kernels.grouped_matmuls(sizes, _CALLS.value),
+    "Large groups": lambda sizes: gpu_kernels.large_groups(sizes, _CALLS.value),
+    "Grouped matmul beside PyTorch's": lambda sizes: gpu_kernels.pytorch(sizes, _CALLS.value),
     "Attention": attention,
     "Train step and profile": train_step,
 }

@@ -1,0 +1,154 @@
+"""Grouped matmuls on a real GPU: parity, and times, of kernels, row blocks and PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe.benchmarks import timing
+from moe.dispatch.backends import gpu, row_blocks, tpu
+from moe.dispatch.ffn import ExpertWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Shapes of all measurements: T tokens, D, F, E, N heads of H, and those of the train step's model."""
+
+    tokens: int = 4096
+    d_model: int = 4096
+    d_ff: int = 14336
+    experts: int = 8
+    heads: int = 32
+    head_dim: int = 128
+    rows: int = 4  # of the attention and the train step
+    model_dim: int = 1024
+    model_ff: int = 3584
+    vocab_size: int = 32000
+    dtype: str = "bfloat16"
+    side: int = 8192  # of the square matmul whose rate is the measure of the others
+
+
+def grouped_matmuls(sizes: Sizes, calls: int) -> Iterator[str]:
+    """The kernels chosen for few and for many groups of uneven size."""
+    yield "| groups | rows, K, N | largest difference, of the largest value | ms | TFLOP/s |"
+    yield "|---|---|---|---|---|"
+    for groups in (sizes.experts, 16 * sizes.experts):
+        yield _grouped_matmul(groups, 8 * sizes.tokens, sizes.d_model // 2, sizes.d_ff // 8, sizes.dtype, calls)
+
+
+def large_groups(sizes: Sizes, calls: int) -> Iterator[str]:
+    """Large groups of uneven size: an FFN and its gradients by plain matmuls in row blocks, and by the kernels."""
+    num_rows, d, f = 8 * sizes.tokens, sizes.d_model, sizes.d_ff
+    yield "| experts | rows | form | largest difference, of the largest value | ms | TFLOP/s |"
+    yield "|---|---|---|---|---|---|"
+    for experts in (1, sizes.experts // 2):
+        rng = np.random.default_rng(experts)
+        counts = jnp.asarray(rng.multinomial(num_rows * 4 // 5, rng.dirichlet(np.full(experts, 20.0))), jnp.int32)
+        keys = jax.random.split(jax.random.key(experts), 5)
+        shapes = ((num_rows, d), (num_rows, d), (experts, d, f), (experts, d, f), (experts, f, d))
+        arrays = [jax.random.normal(key, shape, sizes.dtype) for key, shape in zip(keys, shapes, strict=True)]
+        rows, gradient, up, gate, down = (array / math.sqrt(array.shape[-2]) for array in arrays)
+        weights = ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=False)
+        chosen = gpu.large_blocks(rows, weights) or row_blocks.RowBlocks((num_rows,))
+
+        def both(rows: Any, weights: Any, gradient: Any, counts: Any, in_blocks: bool, chosen: Any = chosen) -> Any:
+            def apply(rows: Any, weights: Any) -> Any:
+                if in_blocks:
+                    return row_blocks.grouped_ffn(chosen, rows, counts, weights.joined())
+                return gpu.by_kernels(rows, counts, weights)
+
+            y, pull = jax.vjp(apply, rows, weights)
+            inside = jnp.arange(num_rows)[:, None] < jnp.sum(counts)
+            d_rows, d_weights = pull(jnp.where(inside, gradient, 0))
+            return [jnp.where(inside, y, 0), jnp.where(inside, d_rows, 0), *jax.tree.leaves(d_weights)]
+
+        run = jax.jit(both, static_argnums=4)
+        pairs = zip(*(run(rows, weights, gradient, counts, way) for way in (True, False)), strict=True)
+        worst = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+        if not worst < 0.03:
+            raise AssertionError(f"with {experts} experts row blocks differ from the kernels by {worst:.1e}")
+        forms = {
+            "row blocks": functools.partial(run, rows, weights, gradient, counts, True),
+            "kernels": functools.partial(run, rows, weights, gradient, counts, False),
+        }
+        for name, seconds in timing.in_turns(forms, calls).items():
+            median = statistics.median(seconds.clock)
+            rate = 3 * 6 * int(counts.sum()) * d * f / median / 1e12
+            yield f"| {experts} | {int(counts.sum())} | {name} | {worst:.1e} | {1e3 * median:.2f} | {rate:.0f} |"
+
+
+def _grouped_matmul(groups: int, num_rows: int, terms: int, columns: int, dtype: str, calls: int) -> str:
+    """A product and its two gradients: sampled rows and one matrix against plain matmuls in float32, and the rate."""
+    rng = np.random.default_rng(groups)
+    counts = rng.multinomial(num_rows, rng.dirichlet(np.full(groups, 2.0)))
+    keys = jax.random.split(jax.random.key(groups), 3)
+    shapes = ((num_rows, terms), (groups, terms, columns), (num_rows, columns))
+    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    multiply = gpu.grouped_matmul if gpu.supports(*arrays[:2]) else tpu.grouped_matmul
+
+    @jax.jit
+    def all_three(rows: Any, matrices: Any, gradient: Any, counts: Any) -> Any:
+        y, pull = jax.vjp(lambda rows, matrices: multiply(rows, matrices, counts), rows, matrices)
+        return y, *pull(gradient)
+
+    sizes = jnp.asarray(counts, jnp.int32)
+    y, d_rows, d_matrices = all_three(*arrays, sizes)
+    sample = rng.choice(num_rows, 64, replace=False)
+    group, largest = np.repeat(np.arange(groups), counts)[sample], int(counts.argmax())
+    end = int(counts[: largest + 1].sum())
+    part = slice(end - int(counts[largest]), end)
+    with jax.default_matmul_precision("highest"):
+        rows, matrices, gradient = (array.astype(jnp.float32) for array in arrays)
+        pairs = (
+            (y[sample], jnp.einsum("rk,rkn->rn", rows[sample], matrices[group])),
+            (d_rows[sample], jnp.einsum("rn,rkn->rk", gradient[sample], matrices[group])),
+            (d_matrices[largest], rows[part].T @ gradient[part]),
+        )
+    worst = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+    if not worst < 0.02:
+        raise AssertionError(f"with {groups} groups a product differs from plain matmuls by {worst:.1e}")
+    times = timing.in_turns({"all": lambda: all_three(*arrays, sizes)}, calls)["all"].clock
+    seconds = statistics.median(times)
+    rate = 6 * num_rows * terms * columns / seconds / 1e12
+    return f"| {groups} | {num_rows}, {terms}, {columns} | {worst:.1e} | {1e3 * seconds:.3f} | {rate:.0f} |"
+
+
+def pytorch(sizes: Sizes, calls: int) -> Iterator[str]:
+    """Grouped matmuls of PyTorch and of this project: one product of [R,D] rows with [E,D,F] matrices."""
+    num_rows, experts = 2 * sizes.tokens, sizes.experts
+    rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)
+    matrices = jnp.ones((experts, sizes.d_model, sizes.d_ff), sizes.dtype)
+    counts = jnp.full((experts,), num_rows // experts, jnp.int32)
+    ours = jax.jit(gpu.grouped_matmul if gpu.supports(rows, matrices) else tpu.grouped_matmul)
+    flops = 2 * num_rows * sizes.d_model * sizes.d_ff
+    seconds = statistics.median(timing.in_turns({"ours": lambda: ours(rows, matrices, counts)}, calls)["ours"].clock)
+    yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
+    try:
+        import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]  # optional
+    except ImportError:
+        yield "- PyTorch is not installed: not compared"
+        return
+    if not (torch.cuda.is_available() and hasattr(torch, "_grouped_mm")):
+        yield f"- PyTorch {torch.__version__} has no grouped matmul on this device: not compared"
+        return
+    a = torch.ones(num_rows, sizes.d_model, device="cuda", dtype=torch.bfloat16)
+    b = torch.ones(experts, sizes.d_model, sizes.d_ff, device="cuda", dtype=torch.bfloat16)
+    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (num_rows // experts)
+    times = []
+    for _ in range(calls + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch._grouped_mm(a, b, offs=ends)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])
+    yield f"- PyTorch {torch.__version__}: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
