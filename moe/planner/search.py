@@ -128,8 +128,12 @@ def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan
         return known
 
 
+#: Fields that a search sets beside those of the mesh.
+SEARCHED = "model.remat", "model.moe.dispatch", "model.moe.exchange_chunks", "train.batch_size"
+
+
 def overrides(config: Config) -> str:
-    """Flags of main.py and plan_pod.py that select a candidate."""
+    """Flags of main.py and plan_pod.py that select a candidate: the mesh and :data:`SEARCHED`."""
     named: dict[str, Any] = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
     named["model.remat"] = config.model.remat
     if config.model.moe.gate is not None:

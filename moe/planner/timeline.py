@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from moe.dispatch.backends.row_blocks import SCOPE as BLOCKS_SCOPE
 from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import exchanges
 from moe.planner.chips import Chip
@@ -21,6 +22,7 @@ _PARTS = (
     (r"embedding", "embedding"),
     (r"\bcross_attention\b", "cross-attention"),
     (r"btd,dnh->btnh|btnh,nhd->btd|\battention\b(?!\.)|dot_product_attention|splash", "attention"),
+    (rf"\b{BLOCKS_SCOPE}_", "experts"),
     (r"shard_map|\bmoe\b|expert_load|gsd,|gse", "MoE"),
     (r"\bffn\b", "dense FFN"),
 )

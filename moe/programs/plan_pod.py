@@ -222,13 +222,13 @@ def _search(config: Config, where) -> None:
         return
     print(search.render(results, pruned, len(found) - len(results)))
     if results and "error" not in results[0][1]:
-        print(f"\nThe first:\npython main.py {_own_flags()} --workdir=DIR {search.overrides(results[0][0].config)}")
+        own, best = _own_flags(search.SEARCHED), search.overrides(results[0][0].config)
+        print(f"\nThe first:\npython main.py {own} --workdir=DIR {best}")
 
 
-def _own_flags() -> str:
-    """Config flags of this command without the fields that the search sets."""
+def _own_flags(searched: tuple[str, ...]) -> str:
+    """Config flags of this command without the mesh and the fields that the search sets."""
     flag = flags.FLAGS["config"]
-    searched = "model.remat", "model.moe.dispatch", "model.moe.exchange_chunks", "train.batch_size"
     fields = {
         name: value
         for name, value in config_flags.get_override_values(flag).items()

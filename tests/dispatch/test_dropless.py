@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig
-from moe.dispatch import ffn
-from moe.dispatch.backends import cpu, grouped_ffn, row_blocks, tpu, whole_tiles
+from moe.dispatch import backends, ffn
+from moe.dispatch.backends import cpu, gpu, grouped_ffn, row_blocks, tpu, whole_tiles
 from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
@@ -435,6 +435,22 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
         assert heaviest > whole_tiles(120 * 5 // 4)
     _assert_close(_on_mesh(mesh, config, routing, x, "ragged exchange"), alone, 1e-5)
+
+
+@pytest.mark.parametrize("load", ["random", slow_case("one")])
+@pytest.mark.parametrize("remat", ["full", slow_case("none")])
+def test_row_blocks_behind_the_exchange_of_accelerators(remat, load, rng, monkeypatch):
+    """Two experts a device, in blocks as on GPUs; under the load "one" a device receives more than one round."""
+    config = tiny_model(num_experts=8, remat=remat)
+    routing = _case(rng, 8, 60, 8, 2, load)
+    x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
+    alone = _value_and_gradients("einsum", config, routing, x)
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # uninitialised memory
+    monkeypatch.setattr(gpu, "large_blocks", lambda *_: row_blocks.RowBlocks((16, 32, 48)))
+    monkeypatch.setattr(backends, "backend", lambda: gpu)
+    _assert_close(_on_mesh(MESHES[1], config, routing, x, f"row blocks, {remat}"), alone, 1e-5)
 
 
 @pytest.mark.parametrize("load", ["random", slow_case("one")])

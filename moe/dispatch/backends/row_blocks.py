@@ -26,6 +26,9 @@ from moe.parallel import target
 from moe.parallel.parameters import matmul
 from moe.parallel.partition_specs import HIDDEN
 
+#: First word of the loops' names in programs.
+SCOPE = "blocks"
+
 
 @dataclasses.dataclass(frozen=True)
 class RowBlocks:
@@ -173,7 +176,7 @@ def _for_each_block(
 
 def _scope(kind: str, *numbers: int) -> contextlib.AbstractContextManager[Any]:
     """A name for a loop over blocks, which :func:`balanced_trips` reads."""
-    return jax.named_scope("_".join(["blocks", kind, *map(str, numbers)]))
+    return jax.named_scope("_".join([SCOPE, kind, *map(str, numbers)]))
 
 
 def balanced_trips(name: str, rows: int | None = None) -> int | None:
@@ -186,7 +189,7 @@ def balanced_trips(name: str, rows: int | None = None) -> int | None:
     Returns:
         None for any other loop.
     """
-    found = re.search(r"blocks_(\w+)\)*(?:/while)?$", name)
+    found = re.search(rf"{SCOPE}_(\w+)\)*(?:/while)?$", name)
     if found is None:
         return None
     kind, *numbers = found.group(1).split("_")
