@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu
 from moe.config import MeshConfig
 from moe.dispatch.backends import gpu, tiles
 from moe.dispatch.buffers import make_plan
+from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.modes import dispatch
 from moe.layers.attention.attend import attend, checked_for_target
 from moe.layers.attention.scoring import Scoring
@@ -226,6 +227,26 @@ def test_dropless_costs_its_active_flops(name):
     assert (of_kernels + _matmul_flops(text)) / active <= 1.1
     widest = max(math.prod(_dims(array)) for array in re.findall(r"\w+\[8192,[\d,]*\]", text))
     assert widest == 8192 * 2 * f
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_plugin) for name in ("a100", "h100", "b200")])
+def test_large_groups_are_plain_matmuls(name):
+    """No kernel of ours, and no array of all rows' hidden activations, where these are computed again; the kernels
+    where they are kept."""
+    num_rows, d, f = 65536, 1024, 4096
+    kernels = {}
+    for keeps_hidden in (False, True):
+
+        def loss(rows, up, gate, down, keeps_hidden=keeps_hidden):
+            weights = ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=keeps_hidden)
+            return jnp.sum(gpu.grouped_ffn(rows, jnp.full(1, 50_000), weights).astype(jnp.float32))
+
+        shapes = (num_rows, d), (1, d, f), (1, d, f), (1, f, d)
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        text = _compile(jax.value_and_grad(loss, (0, 1, 2, 3)), _mesh(name), *arrays)
+        kernels[keeps_hidden] = re.findall(r'custom_call_target="(mosaic_gpu_v2|__gpu\$xla.gpu.triton)"', text)
+        assert bool(re.search(rf"\[{num_rows},({f}|{2 * f})\]", text)) == keeps_hidden
+    assert (len(kernels[False]), len(kernels[True])) == (0, 6)
 
 
 @pytest.mark.parametrize("name", [pytest.param("b200", marks=needs_plugin)])
