@@ -1,4 +1,4 @@
-"""Grouped matmuls on a real GPU: parity, and times, of kernels, row blocks and PyTorch."""
+"""Grouped matmuls on a real GPU: parity, and times, of kernels and of row blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,35 +119,3 @@ def _grouped_matmul(groups: int, num_rows: int, terms: int, columns: int, dtype:
     seconds = statistics.median(times)
     rate = 6 * num_rows * terms * columns / seconds / 1e12
     return f"| {groups} | {num_rows}, {terms}, {columns} | {worst:.1e} | {1e3 * seconds:.3f} | {rate:.0f} |"
-
-
-def pytorch(sizes: Sizes, calls: int) -> Iterator[str]:
-    """Grouped matmuls of PyTorch and of this project: one product of [R,D] rows with [E,D,F] matrices."""
-    num_rows, experts = 2 * sizes.tokens, sizes.experts
-    rows = jnp.ones((num_rows, sizes.d_model), sizes.dtype)
-    matrices = jnp.ones((experts, sizes.d_model, sizes.d_ff), sizes.dtype)
-    counts = jnp.full((experts,), num_rows // experts, jnp.int32)
-    ours = jax.jit(gpu.grouped_matmul if gpu.supports(rows, matrices) else tpu.grouped_matmul)
-    flops = 2 * num_rows * sizes.d_model * sizes.d_ff
-    seconds = statistics.median(timing.in_turns({"ours": lambda: ours(rows, matrices, counts)}, calls)["ours"].clock)
-    yield f"- this project: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
-    try:
-        import torch  # noqa: PLC0415 # pyright: ignore[reportMissingImports]  # optional
-    except ImportError:
-        yield "- PyTorch is not installed: not compared"
-        return
-    if not (torch.cuda.is_available() and hasattr(torch, "_grouped_mm")):
-        yield f"- PyTorch {torch.__version__} has no grouped matmul on this device: not compared"
-        return
-    a = torch.ones(num_rows, sizes.d_model, device="cuda", dtype=torch.bfloat16)
-    b = torch.ones(experts, sizes.d_model, sizes.d_ff, device="cuda", dtype=torch.bfloat16)
-    ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (num_rows // experts)
-    times = []
-    for _ in range(calls + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch._grouped_mm(a, b, offs=ends)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    yield f"- PyTorch {torch.__version__}: {1e3 * seconds:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s"
