@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -59,30 +59,36 @@ def large_groups(sizes: Sizes, calls: int) -> Iterator[str]:
         weights = ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=False)
         chosen = gpu.large_blocks(rows, weights) or row_blocks.RowBlocks((num_rows,))
 
-        def both(rows: Any, weights: Any, gradient: Any, counts: Any, in_blocks: bool, chosen: Any = chosen) -> Any:
-            def apply(rows: Any, weights: Any) -> Any:
-                if in_blocks:
-                    return row_blocks.grouped_ffn(chosen, rows, counts, weights.joined())
-                return gpu.by_kernels(rows, counts, weights)
-
-            y, pull = jax.vjp(apply, rows, weights)
-            inside = jnp.arange(num_rows)[:, None] < jnp.sum(counts)
-            d_rows, d_weights = pull(jnp.where(inside, gradient, 0))
-            return [jnp.where(inside, y, 0), jnp.where(inside, d_rows, 0), *jax.tree.leaves(d_weights)]
-
-        run = jax.jit(both, static_argnums=4)
-        pairs = zip(*(run(rows, weights, gradient, counts, way) for way in (True, False)), strict=True)
+        arguments = rows, weights, counts, gradient
+        forms = {
+            "row blocks": functools.partial(_in_blocks, chosen),
+            "kernels": lambda rows, weights, counts: gpu.by_kernels(rows, counts, weights),
+        }
+        runs = {name: functools.partial(_with_gradients(form), *arguments) for name, form in forms.items()}
+        pairs = zip(*(run() for run in runs.values()), strict=True)
         worst = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
         if not worst < 0.03:
             raise AssertionError(f"with {experts} experts row blocks differ from the kernels by {worst:.1e}")
-        forms = {
-            "row blocks": functools.partial(run, rows, weights, gradient, counts, True),
-            "kernels": functools.partial(run, rows, weights, gradient, counts, False),
-        }
-        for name, seconds in timing.in_turns(forms, calls).items():
+        for name, seconds in timing.in_turns(runs, calls).items():
             median = statistics.median(seconds.clock)
             rate = 3 * 6 * int(counts.sum()) * d * f / median / 1e12
             yield f"| {experts} | {int(counts.sum())} | {name} | {worst:.1e} | {1e3 * median:.2f} | {rate:.0f} |"
+
+
+def _in_blocks(blocks: row_blocks.RowBlocks, rows: jax.Array, weights: ExpertWeights, counts: jax.Array) -> jax.Array:
+    return row_blocks.grouped_ffn(blocks, rows, counts, weights.joined())
+
+
+def _with_gradients(ffn: Callable[[jax.Array, ExpertWeights, jax.Array], jax.Array]) -> Callable[..., list[jax.Array]]:
+    """Outputs and gradients of an FFN of grouped rows, 0 for rows of no group."""
+
+    def both(rows: jax.Array, weights: ExpertWeights, counts: jax.Array, gradient: jax.Array) -> list[jax.Array]:
+        y, pull = jax.vjp(lambda rows, weights: ffn(rows, weights, counts), rows, weights)
+        inside = jnp.arange(len(rows))[:, None] < jnp.sum(counts)
+        d_rows, d_weights = pull(jnp.where(inside, gradient, 0))
+        return [jnp.where(inside, y, 0), jnp.where(inside, d_rows, 0), *jax.tree.leaves(d_weights)]
+
+    return jax.jit(both)
 
 
 def _grouped_matmul(groups: int, num_rows: int, terms: int, columns: int, dtype: str, calls: int) -> str:

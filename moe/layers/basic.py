@@ -236,8 +236,15 @@ class Experts(nnx.Module):
         gate = None if self.gate is None else self.gate[...]
         gate_bias = None if self.gate_bias is None else self.gate_bias[...]
         biases = None if self.up_bias is None else (self.up_bias[...], gate_bias)
-        settings = {name: getattr(self, name) for name in ("activation", "precision", "keeps_hidden")}
-        return ExpertWeights(self.up[...], gate, self.down[...], biases, **settings)
+        return ExpertWeights(
+            self.up[...],
+            gate,
+            self.down[...],
+            biases,
+            activation=self.activation,
+            precision=self.precision,
+            keeps_hidden=self.keeps_hidden,
+        )
 
 
 class SharedExpert(nnx.Module):

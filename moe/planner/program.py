@@ -18,9 +18,6 @@ from moe.planner import hlo, liveness, work
 from moe.planner.hlo import Instruction, array_bytes
 from moe.planner.records import HOST, KINDS, Collective, GroupedMatmul, Item, Price, Program
 
-#: A layout in the host's memory.
-_IN_HOST = "S(5)"
-
 #: ``estimated_cycles`` of a TPU fusion that the compiler has no model for, such as those on the SparseCore.
 _UNKNOWN_CYCLES = 2**63 - 1
 
@@ -187,7 +184,7 @@ class _Reader:
         elif opcode.endswith("-done"):
             self._visit_done(instruction, scope)
         elif opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
-            scope.sent[_slice_attribute(instruction, "rendezvous")] = instruction, scope.clock, scope.place
+            scope.sent[work.slice_attribute(instruction, "rendezvous")] = instruction, scope.clock, scope.place
         elif opcode == "recv":
             scope.received[instruction.name] = instruction
         else:
@@ -204,13 +201,13 @@ class _Reader:
             trips = 1
         if self._rates.condition:
             seconds = (trips + 1) * self._rates.condition
-            self._note(loop, scope, "other", Price(seconds, seconds, seconds, "assumed"), 0.0, moved=0)
+            self._note(loop, scope, "other", Price(seconds, seconds, seconds, "assumed"))
             scope.spend(seconds, seconds)
         return trips
 
     def _collective_in(self, instruction: Instruction) -> Instruction | None:
         """The collective that an instruction is, or that is inside its fusion or asynchronous computation."""
-        if instruction.opcode.removesuffix("-start") in KINDS or _is_host_transfer(instruction):
+        if instruction.opcode.removesuffix("-start") in KINDS or work.is_host_transfer(instruction):
             return instruction
         if instruction.opcode not in ("fusion", "async-start", "call-start"):
             return None
@@ -236,7 +233,7 @@ class _Reader:
         first = instruction.operands[0] if instruction.operands else ""
         if first in scope.received:
             received = scope.received.pop(first)
-            started = scope.sent.pop(_slice_attribute(received, "rendezvous"), None)
+            started = scope.sent.pop(work.slice_attribute(received, "rendezvous"), None)
             if started:
                 self._record_between_slices(received, scope, *started)
         elif first in scope.started:
@@ -246,7 +243,7 @@ class _Reader:
     def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, started: float, place: int) -> None:
         overlap = scope.clock - started if place < scope.place else -1.0
         where = scope.name, (place, scope.place), started
-        if _is_host_transfer(carrier):
+        if work.is_host_transfer(carrier):
             self._record_host_transfer(carrier, scope, overlap, where)
             return
         kind = inner.opcode.removesuffix("-start")
@@ -274,7 +271,7 @@ class _Reader:
         self, carrier: Instruction, scope: _Scope, overlap: float, where: tuple[str, tuple[int, int], float]
     ) -> None:
         """Record a copy, or an update or slice of an array in the host's memory, of which only that part moves."""
-        from_host = _IN_HOST in scope.types.get(carrier.operands[0], "")
+        from_host = work.IN_HOST in scope.types.get(carrier.operands[0], "")
         if carrier.opcode == "dynamic-update-slice-start":
             kind, size = "to", scope.operand_bytes(carrier)[1]
         else:
@@ -285,7 +282,7 @@ class _Reader:
         self, received: Instruction, scope: _Scope, sent: Instruction, started: float, place: int
     ) -> None:
         """Record an exchange between TPU slices: a send and a receive through the hosts, without JAX's names."""
-        kind = _slice_attribute(sent, "transfer_type").lower().replace("_", "-")
+        kind = work.slice_attribute(sent, "transfer_type").lower().replace("_", "-")
         # The type of a receive is (array, ...).
         carried = received.type[1:].partition("{")[0] if kind == "all-gather" else scope.types.get(sent.operands[0], "")
         # Only the first axis of the mesh spans slices (moe.parallel.mesh).
@@ -324,17 +321,10 @@ class _Reader:
             self._spend(instruction, estimate, scope)
 
     def _note(
-        self,
-        instruction: Instruction,
-        scope: _Scope,
-        kind: str,
-        price: Price,
-        flops: float | None = None,
-        moved: int | None = None,
+        self, instruction: Instruction, scope: _Scope, kind: str, price: Price, flops: float | None = None
     ) -> None:
         """Keep an instruction's time, work and place."""
-        if moved is None:
-            moved = work.traffic(instruction, self.module, scope.types)
+        moved = work.traffic(instruction, self.module, scope.types)
         if flops is None:
             flops = self._products.flops(instruction, scope.types)
         where = work.pass_of(instruction.op_name) or self._pass
@@ -403,15 +393,3 @@ class _Reader:
         price = Price(seconds, seconds, seconds, "the compiler's estimate")
         self._note(instruction, scope, "matmul" if product else "other", price)
         scope.spend(seconds, seconds)
-
-
-def _is_host_transfer(instruction: Instruction) -> bool:
-    """Whether an instruction starts to copy between the device and its host's memory."""
-    moves = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
-    return instruction.opcode in moves and _IN_HOST in instruction.type
-
-
-def _slice_attribute(transfer: Instruction, name: str) -> str:
-    """A frontend attribute of a send or receive between TPU slices."""
-    found = re.search(rf'_xla_(?:megascale|host_transfer)_{name}="([^"]*)"', transfer.attributes)
-    return found.group(1) if found else ""

@@ -12,6 +12,9 @@ from moe.planner.records import GroupedMatmul
 
 PRODUCTS = ("convolution", "dot")
 
+#: A layout in the host's memory.
+IN_HOST = "S(5)"
+
 
 class Products:
     """Matrix products inside the computations of a module, which fusions call."""
@@ -44,7 +47,9 @@ class Products:
 
 def traffic(instruction: Instruction, module: hlo.Module, types: Mapping[str, str]) -> int:
     """Bytes that an instruction reads and writes at least: of an operand that a fusion only slices, the slices; of a
-    result that it updates in place, the update."""
+    result that it updates in place, the update. A loop's traffic is that of its body."""
+    if instruction.opcode == "while":
+        return 0
     inner = module.called(instruction) if instruction.opcode in ("fusion", "fusion-start") else ()
     if not inner:
         return array_bytes(instruction.type) + sum(array_bytes(types.get(name, "")) for name in instruction.operands)
@@ -132,3 +137,15 @@ def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatm
     tiling = (int(tiles[1]), int(tiles[2]), int(tiles[3])) if tiles else (0, 0, 0)
     name = "tpu" if gpu is None else "mosaic" if "mosaic" in gpu.group(1) else "triton"
     return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, 1, name, kernel.op_name)
+
+
+def is_host_transfer(instruction: Instruction) -> bool:
+    """Whether an instruction starts to copy between the device and its host's memory."""
+    moves = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
+    return instruction.opcode in moves and IN_HOST in instruction.type
+
+
+def slice_attribute(transfer: Instruction, name: str) -> str:
+    """A frontend attribute of a send or receive between TPU slices."""
+    found = re.search(rf'_xla_(?:megascale|host_transfer)_{name}="([^"]*)"', transfer.attributes)
+    return found.group(1) if found else ""

@@ -187,7 +187,7 @@ def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
 @pytest.mark.parametrize("num_experts", [1, 2])
 @pytest.mark.parametrize("keeps_hidden", [True, False])
 def test_trips_of_row_blocks_are_known(keeps_hidden, num_experts, rng):
-    """What the planner counts by the names of loops, where each expert has 19 of 80 rows, and so 20 on the fullest
+    """Count of trips and products by the names of loops, where each expert has 19 of 80 rows, and so 20 on the fullest
     device: one block of 16 rows, and one of 4."""
     ours, weights = _in_row_blocks(rng, (4, 8, 16), num_experts, keeps_hidden)
     num_rows = 80 * num_experts
@@ -416,6 +416,13 @@ def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_s
     return output
 
 
+def _exchange_as_accelerators_do(monkeypatch):
+    """Trace for accelerators, with the ragged exchange emulated and uninitialised memory full of thousands."""
+    monkeypatch.setattr(target, "is_cpu", lambda: False)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
+
+
 @pytest.mark.parametrize("load", ["random", "one", "padding"])
 @pytest.mark.parametrize(
     "mesh",
@@ -428,9 +435,7 @@ def test_the_exchange_of_accelerators_equals_one_device(mesh, load, rng, monkeyp
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
     alone = _value_and_gradients("einsum", config, routing, x)
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
-    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # uninitialised memory
+    _exchange_as_accelerators_do(monkeypatch)
     if load == "one":
         heaviest = int(np.sum((np.asarray(routing.expert_index) == 1) & np.asarray(routing.chosen)))
         assert heaviest > whole_tiles(120 * 5 // 4)
@@ -445,9 +450,7 @@ def test_row_blocks_behind_the_exchange_of_accelerators(remat, load, rng, monkey
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
     alone = _value_and_gradients("einsum", config, routing, x)
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
-    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1e3, dtype))  # uninitialised memory
+    _exchange_as_accelerators_do(monkeypatch)
     monkeypatch.setattr(gpu, "large_blocks", lambda *_: row_blocks.RowBlocks((16, 32, 48)))
     monkeypatch.setattr(backends, "backend", lambda: gpu)
     _assert_close(_on_mesh(MESHES[1], config, routing, x, f"row blocks, {remat}"), alone, 1e-5)
@@ -463,9 +466,7 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
     alone = _value_and_gradients("einsum", config, routing, x, variant.removesuffix("chunks"))
     if ragged:
-        monkeypatch.setattr(target, "is_cpu", lambda: False)
-        monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
-        monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
+        _exchange_as_accelerators_do(monkeypatch)
     _assert_close(_on_mesh(MESHES[2], config, routing, x, f"{variant}, ragged: {ragged}"), alone, 1e-5)
 
 
@@ -505,9 +506,7 @@ def test_expert_dropout_with_the_exchange_of_accelerators(rng, monkeypatch):
     routing = _case(rng, 8, 10, 8, 2)
     x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
     expected = _value_and_gradients("einsum", config, routing, x, "dropout")
-    monkeypatch.setattr(target, "is_cpu", lambda: False)
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _emulated)
-    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 1000, dtype))
+    _exchange_as_accelerators_do(monkeypatch)
     _assert_close(_on_mesh(MESHES[2], config, routing, x, "dropout, ragged exchange"), expected, 1e-5)
 
 
