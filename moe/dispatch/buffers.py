@@ -16,6 +16,9 @@ from moe.parallel.mesh import axis_size
 from moe.routing.interface import pick, top_k
 from moe.routing.routing import Routing
 
+#: assignment_of_row [R] (S·K for an empty row) and row_of_assignment [S,K] (R for one that is not kept).
+Tables = tuple[Array, Array]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +72,7 @@ def plan_assignments(
     _, tokens, choices = routing.chosen.shape
     if config.dispatch == "dropless":
         capacity = tokens * choices
-        chunks = config.chunks(tokens, axis_size("expert"))
-        if chunks > 1:
-            return routing, plan_in_chunks(routing, capacity, chunks)
+        return routing, plan_in_chunks(routing, capacity, config.chunks(tokens, axis_size("expert")))
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"
     plan = make_plan(routing, capacity, drop_policy=drop_policy, rng=rng)
@@ -189,7 +190,7 @@ def load_per_group(routing: Routing, plan: Plan) -> Int[Array, "G E"]:
 
 def index_tables(
     routing: Routing, plan: Plan, load: Int[Array, "G E"], starts: Int[Array, " E"], num_rows: int
-) -> tuple[Int[Array, " R"], Int[Array, "GS K"]]:
+) -> Tables:
     """Rows of assignments, when expert e's rows begin at starts[e] and follow group by group.
 
     Args:
@@ -198,13 +199,17 @@ def index_tables(
         num_rows: R.
 
     Returns:
-        assignment_of_row (G·S·K for an empty row) and row_of_assignment (R for one that is not kept).
+        Tables of the G·S tokens.
     """
     groups, tokens, choices = plan.kept.shape
     first = starts + jnp.cumsum(load, axis=0) - load  # [G,E]
     row = jnp.take_along_axis(first[:, None], routing.expert_index, axis=-1) + plan.position_in_expert
     # [G,S,K] → [G·S,K]
-    row_of_assignment = jnp.where(plan.kept, row, num_rows).reshape(groups * tokens, choices)
+    return with_inverse(jnp.where(plan.kept, row, num_rows).reshape(groups * tokens, choices), num_rows)
+
+
+def with_inverse(row_of_assignment: Int[Array, "S K"], num_rows: int) -> Tables:
+    """Both tables of so many rows; numbers from R on are of no row."""
     size = row_of_assignment.size
     empty = jnp.full((num_rows,), size, jnp.int32)
     assignments = jnp.arange(size, dtype=jnp.int32)

@@ -1,5 +1,5 @@
-"""Exchange of rows between the devices of the expert axis, within ``shard_map``: every row goes to the device that has
-its expert, and the expert's output comes back.
+"""Exchange of rows between peers on the expert axis, within ``shard_map``: every row goes to the device that has its
+expert, and the expert's output comes back.
 
 Accelerators send slices of unequal size by ragged all-to-all, in rounds. Each round exchanges 1.25x the local rows. A
 while loop handles overflow and keeps nothing for the backward pass; with balanced routing it runs zero times. No buffer
@@ -20,13 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, Shaped
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
 from moe.dispatch.backends import cpu, grouped_ffn, whole_tiles
-from moe.dispatch.buffers import fill_rows, take_rows
+from moe.dispatch.buffers import Tables, combine_rows, fill_rows, sum_rows, take_rows, weights_of_rows
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
+from moe.dispatch.peers import Peers, Route
 from moe.parallel import target
-from moe.parallel.mesh import axis_of
+from moe.parallel.partition_specs import EXPERT_OUTPUTS
 
 #: Rows of an exchange round, as a multiple of a device's own.
 ROUND_SIZE = 5 / 4
@@ -37,30 +39,62 @@ OVERFLOW_SCOPE = "overflow"
 #: Scope of the all-gather of the devices' loads, which is not an all-gather of tokens.
 LOAD_SCOPE = "expert_load"
 
-#: Offsets and sizes of ``jax.lax.ragged_all_to_all``: [E] int32 each, slices for one device following each other.
-Route = tuple[Array, Array, Array, Array]
 
-
-def exchange_rows(rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights) -> Float[Array, "R D"]:
-    """Apply the experts to this device's rows, each on the device that has the expert.
+def weighted_outputs(
+    x: Float[Array, "S D"],
+    combine_weights: Float[Array, "S K"],
+    tables: Tables,
+    sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    peers: Peers,
+) -> Float[Array, "S D"]:
+    """Each token's weighted sum of its experts' outputs, in float32.
 
     Args:
-        rows: of this device, sorted by expert.
-        sizes: rows for each expert.
-        weights: of the experts, with the dropout of these rows.
+        x: this device's tokens.
+        combine_weights: of their assignments.
+        tables: of rows sorted by expert (:func:`moe.dispatch.buffers.index_tables`).
+        sizes: rows for each expert of the peers.
+        weights: of this device's experts; dropout, if any, has the numbers of assignments in their order.
+        peers: that exchange rows, X of them.
     """
+    rows = fill_rows(x, *tables)
+    if weights.dropout is not None:
+        weights = weights.at(take_rows(weights.dropout.assignments.reshape(-1), tables[0]))
+    if target.is_cpu() or (peers.size > 1 and weights.keeps_outputs):
+        outputs = _exchanged(rows, None, sizes, weights, peers)
+        return combine_rows(checkpoint_name(outputs, EXPERT_OUTPUTS), combine_weights, *tables)
+    # Weights applied before the last matmul: the backward pass then reads no output, which would be computed and
+    # exchanged again for the gradient of its weight. Where outputs are kept, that gradient is a smaller sum.
+    scale = weights_of_rows(combine_weights, *tables)
+    return sum_rows(_exchanged(rows, scale, sizes, weights, peers), *tables)
+
+
+def _exchanged(
+    rows: Float[Array, "R D"],
+    scale: Float[Array, " R"] | None,
+    sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    peers: Peers,
+) -> Float[Array, "R D"]:
+    """The experts' outputs of rows, times their factors if there are any."""
+    if peers.size == 1:
+        return grouped_ffn(rows, sizes, weights, scale)
     if target.is_cpu():
-        return _exchange_in_slots(rows, sizes, weights)
+        return _exchange_in_slots(rows, sizes, weights, peers)
     with jax.named_scope(LOAD_SCOPE):
-        loads = jax.lax.all_gather(sizes, axis_of("expert"))
+        loads = peers.gather(sizes)
     round_size = whole_tiles(math.ceil(rows.shape[0] * ROUND_SIZE))
-    return _run_in_rounds(round_size, rows, dataclasses.replace(weights, dropout=None), loads, weights.dropout)
+    plain = dataclasses.replace(weights, dropout=None)
+    return _run_in_rounds(round_size, peers, rows, scale, plain, loads, weights.dropout)
 
 
 # --- Ragged, in rounds -----------------------------------------------------------------------------------------------
 
 
-def _round(loads: Int[Array, "X E"], start: Array | int, round_size: int) -> tuple[Route, Route, Int[Array, " e"]]:
+def _round(
+    loads: Int[Array, "X E"], me: Array, start: Array | int, round_size: int
+) -> tuple[Route, Route, Int[Array, " e"]]:
     """Routes of one round's rows to their experts and back, and the rows each of this device's experts receives.
 
     A device's rows for an expert are placed right behind those of earlier devices: they arrive sorted by expert,
@@ -68,10 +102,11 @@ def _round(loads: Int[Array, "X E"], start: Array | int, round_size: int) -> tup
 
     Args:
         loads: rows of each device for each expert.
+        me: number of this device.
         start: first arrival position of the round.
         round_size: rows of a round.
     """
-    me, num_devices = jax.lax.axis_index(axis_of("expert")), loads.shape[0]
+    num_devices = loads.shape[0]
     total = jnp.sum(loads, axis=0).reshape(num_devices, -1)  # [X,E/X]
     first = (jnp.cumsum(total, axis=1) - total).reshape(-1)  # [E], of each expert's rows on its device
     arrival = first + jnp.cumsum(loads, axis=0) - loads  # [X,E]
@@ -91,16 +126,6 @@ def _round(loads: Int[Array, "X E"], start: Array | int, round_size: int) -> tup
     return there, back, jnp.sum(mine(sizes).reshape(num_devices, -1), axis=0)
 
 
-def _exchange(rows: Shaped[Array, "R D"], onto: Shaped[Array, "N D"] | int, route: Route) -> Shaped[Array, "N D"]:
-    """Send rows over a route onto a buffer, or onto a new one of N rows that is undefined where nothing arrives."""
-    if isinstance(onto, int):
-        new = functools.partial(jax.lax.empty, (onto, rows.shape[1]), rows.dtype)
-        # JAX computes what depends on nothing before a loop over layers, and XLA then copies it in every layer: on TPUs
-        # slowly. A GPU would wait for the host at a branch.
-        onto = jax.lax.cond(route[1][0] >= 0, new, new) if target.current().platform == "tpu" else new()
-    return jax.lax.ragged_all_to_all(rows, onto, *route, axis_name=axis_of("expert"))
-
-
 def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
     """Run body(start, carry) for all rounds but the first, on every device as often as the fullest one needs."""
     num_devices = loads.shape[0]
@@ -110,53 +135,75 @@ def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body:
         return jax.lax.fori_loop(1, rounds, lambda i, carry: body(i * round_size, carry), carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_in_rounds(round_size, rows, weights, loads, dropout):
-    """The experts' outputs of this device's rows [R,D], each from its expert's device."""
-    return _run_in_rounds_fwd(round_size, rows, weights, loads, dropout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run_in_rounds(round_size, peers, rows, scale, weights, loads, dropout):
+    """The experts' outputs of this device's rows [R,D], times their factors [R] if any, each from its expert's
+    device."""
+    return _run_in_rounds_fwd(round_size, peers, rows, scale, weights, loads, dropout)[0]
 
 
-def _arrived(
-    round_size: int, route: Route, sizes: Array, dropout: ExpertDropout | None
-) -> Callable[[ExpertWeights, Array], Array]:
-    """The FFN of the rows that arrive over a route, as a function of weights and rows."""
+def _arrive(
+    round_size: int,
+    peers: Peers,
+    route: Route,
+    sizes: Array,
+    dropout: ExpertDropout | None,
+    rows: Array,
+    scale: Array | None,
+) -> tuple[Callable[..., Array], Array, Array | None]:
+    """The FFN of the rows that arrive over a route, as a function of weights, rows and factors; these rows and
+    factors."""
     if dropout is not None:
-        numbers = _exchange(dropout.assignments[:, None], round_size, route)
+        numbers = peers.send(dropout.assignments[:, None], round_size, route)
         dropout = dataclasses.replace(dropout, rows=numbers[:, 0])
-    return lambda weights, rows: grouped_ffn(rows, sizes, dataclasses.replace(weights, dropout=dropout))
+
+    def ffn(weights: ExpertWeights, rows: Array, scale: Array | None) -> Array:
+        return grouped_ffn(rows, sizes, dataclasses.replace(weights, dropout=dropout), scale)
+
+    return ffn, peers.send(rows, round_size, route), _send_numbers(peers, scale, round_size, route)
 
 
-def _run_in_rounds_fwd(round_size, rows, weights, loads, dropout):
-    there, back, sizes = _round(loads, 0, round_size)
-    ffn = _arrived(round_size, there, sizes, dropout)
-    outputs, backward = jax.vjp(ffn, weights, _exchange(rows, round_size, there))
-    outputs = _exchange(outputs, rows.shape[0], back)
+def _send_numbers(peers: Peers, numbers: Array | None, onto: Array | int | None, route: Route) -> Array | None:
+    """Send one number a row, [R], if there are any."""
+    if numbers is None or onto is None:
+        return None
+    onto = onto if isinstance(onto, int) else onto[:, None]
+    return peers.send(numbers[:, None], onto, route)[:, 0]
+
+
+def _run_in_rounds_fwd(round_size, peers, rows, scale, weights, loads, dropout):
+    there, back, sizes = _round(loads, peers.me, 0, round_size)
+    ffn, *arrived = _arrive(round_size, peers, there, sizes, dropout, rows, scale)
+    outputs, backward = jax.vjp(ffn, weights, *arrived)
+    outputs = peers.send(outputs, rows.shape[0], back)
 
     def body(start, outputs):
-        there, back, sizes = _round(loads, start, round_size)
-        ffn = _arrived(round_size, there, sizes, dropout)
-        return _exchange(ffn(weights, _exchange(rows, round_size, there)), outputs, back)
+        there, back, sizes = _round(loads, peers.me, start, round_size)
+        ffn, *arrived = _arrive(round_size, peers, there, sizes, dropout, rows, scale)
+        return peers.send(ffn(weights, *arrived), outputs, back)
 
-    return _further_rounds(loads, round_size, outputs, body), (rows, weights, loads, dropout, backward)
+    outputs = _further_rounds(loads, round_size, outputs, body)
+    return outputs, (rows, scale, weights, loads, dropout, backward)
 
 
-def _run_in_rounds_bwd(round_size, residuals, gradient):
-    rows, weights, loads, dropout, backward = residuals
+def _run_in_rounds_bwd(round_size, peers, residuals, gradient):
+    rows, scale, weights, loads, dropout, backward = residuals
     # The transpose of an exchange is the exchange in the other direction.
-    there, back, _ = _round(loads, 0, round_size)
-    d_weights, d_rows = backward(_exchange(gradient, round_size, there))
-    d_rows = _exchange(d_rows, rows.shape[0], back)
+    there, back, _ = _round(loads, peers.me, 0, round_size)
+    d_weights, *new = backward(peers.send(gradient, round_size, there))
+    d_rows = peers.send(new[0], rows.shape[0], back)
+    d_scale = _send_numbers(peers, new[1], rows.shape[0], back)
 
     def body(start, carry):
-        d_rows, d_weights = carry
-        there, back, sizes = _round(loads, start, round_size)
-        ffn = _arrived(round_size, there, sizes, dropout)
-        _, backward = jax.vjp(ffn, weights, _exchange(rows, round_size, there))
-        of_round, new = backward(_exchange(gradient, round_size, there))
-        return _exchange(new, d_rows, back), jax.tree.map(jnp.add, d_weights, of_round)
+        d_rows, d_scale, d_weights = carry
+        there, back, sizes = _round(loads, peers.me, start, round_size)
+        ffn, *arrived = _arrive(round_size, peers, there, sizes, dropout, rows, scale)
+        _, backward = jax.vjp(ffn, weights, *arrived)
+        of_round, *new = backward(peers.send(gradient, round_size, there))
+        d_rows, d_scale = peers.send(new[0], d_rows, back), _send_numbers(peers, new[1], d_scale, back)
+        return d_rows, d_scale, jax.tree.map(jnp.add, d_weights, of_round)
 
-    d_rows, d_weights = _further_rounds(loads, round_size, (d_rows, d_weights), body)
-    return d_rows, d_weights, None, None
+    return *_further_rounds(loads, round_size, (d_rows, d_scale, d_weights), body), None, None
 
 
 _run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)
@@ -166,30 +213,25 @@ _run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)
 
 
 def _exchange_in_slots(
-    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights
+    rows: Float[Array, "R D"], sizes: Int[Array, " E"], weights: ExpertWeights, peers: Peers
 ) -> Float[Array, "R D"]:
-    sent = sizes.reshape(jax.lax.axis_size(axis_of("expert")), -1)  # [X,E/X]
-    received = jax.lax.all_to_all(sent, axis_of("expert"), 0, 0, tiled=True)  # [X,E/X], by sender
+    sent = sizes.reshape(peers.size, -1)  # [X,E/X]
+    received = peers.swap(sent)  # [X,E/X], by sender
     slot_tables = _slot_tables(jnp.sum(sent, axis=1), rows.shape[0])
     row_of_slot, slot_of_row = slot_tables
-    arrived = _to_others(fill_rows(rows, *slot_tables))
+    arrived = peers.swap(fill_rows(rows, *slot_tables))
     group_sizes = jnp.sum(received, axis=0)
     sorted_tables = _sorted_tables(received, rows.shape[0], arrived.shape[0])
     slot_of_sorted, sorted_of_slot = sorted_tables
     if weights.dropout is not None:
-        numbers = _to_others(take_rows(weights.dropout.assignments, row_of_slot))
+        numbers = peers.swap(take_rows(weights.dropout.assignments, row_of_slot))
         weights = weights.at(take_rows(numbers, slot_of_sorted))
     # A device receives as many rows as it sends, on average.
     arrived = fill_rows(arrived, *sorted_tables)
     outputs = cpu.grouped_ffn(arrived, group_sizes, weights, expected_rows=rows.shape[0])
     # Back to slots, and to rows: the same tables with their parts exchanged.
-    outputs = _to_others(fill_rows(outputs, sorted_of_slot[:, 0], slot_of_sorted[:, None]))
+    outputs = peers.swap(fill_rows(outputs, sorted_of_slot[:, 0], slot_of_sorted[:, None]))
     return fill_rows(outputs, slot_of_row[:, 0], row_of_slot[:, None])
-
-
-def _to_others(slots: Array) -> Array:
-    """Send the d-th part of the slots [X·R,...] to device d; those of sender s arrive from slot s·R on."""
-    return jax.lax.all_to_all(slots, axis_of("expert"), 0, 0, tiled=True)
 
 
 def _sorted_tables(

@@ -107,6 +107,7 @@ class ExpertWeights:
         is_turned: ``down`` is [E,D,F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
         keeps_hidden: for the backward pass; else row blocks compute hidden activations again in it, static.
+        keeps_outputs: of experts on other devices, likewise; else none is read in it, static.
     """
 
     up: Array
@@ -119,6 +120,7 @@ class ExpertWeights:
     is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
     keeps_hidden: bool = dataclasses.field(default=True, metadata={"static": True})
+    keeps_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def into(self) -> tuple[Any, Any]:

@@ -17,19 +17,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends import backend, grouped_ffn, whole_tiles
+from moe.dispatch.backends import backend, whole_tiles
 from moe.dispatch.buffers import (
     Plan,
     combine_rows,
     fill_rows,
     index_tables,
     load_per_group,
-    sum_rows,
     take_rows,
-    weights_of_rows,
 )
-from moe.dispatch.exchange import exchange_rows
+from moe.dispatch.exchange import weighted_outputs
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
+from moe.dispatch.peers import EVERYONE
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
 from moe.parallel.partition_specs import EXPERT_OUTPUTS, ROUTES
@@ -169,27 +168,20 @@ def _sort_and_apply(
     x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
     """One device's part of the experts, applied to its kept assignments."""
-    groups, tokens, model_dim = x.shape
+    groups, tokens, _ = x.shape
     load = load_per_group(routing, plan)
-    sizes, num_devices = jnp.sum(load, axis=0), axis_size("expert")
+    sizes = jnp.sum(load, axis=0)
     num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
     tables = index_tables(routing, plan, load, jnp.cumsum(sizes) - sizes, num_rows)
     sizes, tables = checkpoint_name((sizes, tables), ROUTES)
-    # [G,S,D] → [G·S,D] → rows [R,D], sorted by expert
-    rows = fill_rows(x.reshape(groups * tokens, model_dim), *tables)
-    if weights.dropout is not None:
-        weights = weights.at(take_rows(weights.dropout.assignments.reshape(-1), tables[0]))
-    combine_weights = routing.combine_weights.reshape(groups * tokens, -1)
-    if num_devices > 1 or target.is_cpu():
-        outputs = (grouped_ffn if num_devices == 1 else exchange_rows)(rows, sizes, weights)
-        y = combine_rows(checkpoint_name(outputs, EXPERT_OUTPUTS), combine_weights, *tables)
-    else:
-        # Weights applied before the last matmul: the backward pass then needs no output, which would be kept, fetched
-        # and gathered for the gradient of its weight.
-        scale = weights_of_rows(combine_weights, *tables)
-        y = sum_rows(backend().grouped_ffn(rows, sizes, weights, scale), *tables)
-    y = y.reshape(x.shape)
-    # The hidden dim is split over ``tensor``: every device of that axis has a partial sum of each output.
+    # [G,S,·] → [G·S,·]
+    flat, combine_weights = (array.reshape(groups * tokens, -1) for array in (x, routing.combine_weights))
+    y = weighted_outputs(flat, combine_weights, tables, sizes, weights, EVERYONE)
+    return _summed(y.reshape(x.shape))
+
+
+def _summed(y: Float[Array, "G S D"]) -> Float[Array, "G S D"]:
+    """Outputs of the whole hidden dim, which is split over ``tensor``: each device of that axis has a partial sum."""
     return jax.lax.psum(y, axis_of("tensor")) if axis_size("tensor") > 1 else y
 
 

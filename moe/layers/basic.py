@@ -28,6 +28,7 @@ from moe.parallel.partition_specs import (
     HIDDEN,
     IN,
     KEEP_HIDDEN,
+    KEEP_OUTPUTS,
     OUT,
     REPLICATED,
     STORED,
@@ -220,7 +221,7 @@ class Experts(nnx.Module):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
         self.activation = config.activation
         self.precision = config.low_precision
-        self.keeps_hidden = config.remat in KEEP_HIDDEN
+        self.keeps_hidden, self.keeps_outputs = (config.remat in policies for policies in (KEEP_HIDDEN, KEEP_OUTPUTS))
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -244,6 +245,7 @@ class Experts(nnx.Module):
             activation=self.activation,
             precision=self.precision,
             keeps_hidden=self.keeps_hidden,
+            keeps_outputs=self.keeps_outputs,
         )
 
 

@@ -86,5 +86,6 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-#: Policies that keep hidden activations.
+#: Policies that keep hidden activations, and those that keep outputs of experts on other devices.
 KEEP_HIDDEN = "none", "hidden"
+KEEP_OUTPUTS = *KEEP_HIDDEN, "outputs"

@@ -21,7 +21,10 @@ def backend() -> types.ModuleType:
 
 
 def grouped_ffn(
-    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """Apply expert 0 to the first group_sizes[0] rows, expert 1 to the next group_sizes[1], and so on.
 
@@ -29,8 +32,10 @@ def grouped_ffn(
         rows: sorted by expert; R comes from :func:`whole_tiles`.
         group_sizes: rows of each expert. The output of further rows is undefined.
         weights: of the experts, gathered, with the dropout of these rows.
+        scale: factors of the outputs; not on CPUs.
     """
-    return backend().grouped_ffn(rows, group_sizes, weights)
+    factors = () if scale is None else (scale,)
+    return backend().grouped_ffn(rows, group_sizes, weights, *factors)
 
 
 def whole_tiles(num_rows: int) -> int:

@@ -50,8 +50,8 @@ def grouped_ffn(
     kernels."""
     if weights.precision != "none":
         quantized.check_target(weights.precision)
-    elif scale is None and (blocks := large_blocks(rows, weights)):
-        return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights.joined())
+    elif blocks := large_blocks(rows, weights):
+        return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights.joined(), scale)
     return by_kernels(rows, group_sizes, weights, scale)
 
 

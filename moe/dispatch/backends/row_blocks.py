@@ -62,10 +62,16 @@ class RowBlocks:
 
 
 def grouped_ffn(
-    row_blocks: RowBlocks, rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
+    row_blocks: RowBlocks,
+    rows: Float[Array, "R D"],
+    group_sizes: Int[Array, " E"],
+    weights: ExpertWeights,
+    scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn` in these blocks, both halves of a block at once."""
-    return _grouped_ffn(row_blocks, rows, dataclasses.replace(weights, dropout=None), group_sizes, weights.dropout)
+    column = None if scale is None else scale[:, None]
+    plain = dataclasses.replace(weights, dropout=None)
+    return _grouped_ffn(row_blocks, rows, column, plain, group_sizes, weights.dropout)
 
 
 # No index is negative; saying so saves the arithmetic that would wrap it, in hundreds of small programs to compile.
@@ -121,6 +127,10 @@ class _Block:
         """Its rows of an array, zero outside the group."""
         part = _slice(rows, self.row, self.size)
         return part if self.inside is None else jnp.where(self.inside[:, None], part, 0)
+
+    def read_column(self, column: Array | None) -> Array | None:
+        """Its rows of an array, if there is one."""
+        return None if column is None else self.read(column)
 
     def write(self, rows: Array, part: Array) -> Array:
         """Replace its rows of an array, but for those outside the group."""
@@ -201,19 +211,20 @@ def balanced_trips(name: str, rows: int | None = None) -> int | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_ffn(row_blocks, rows, weights, sizes, dropout):
-    return _grouped_ffn_fwd(row_blocks, rows, weights, sizes, dropout)[0]
+def _grouped_ffn(row_blocks, rows, scale, weights, sizes, dropout):
+    return _grouped_ffn_fwd(row_blocks, rows, scale, weights, sizes, dropout)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0,), inline=True)
-def _grouped_ffn_fwd(row_blocks, rows, weights, sizes, dropout):
+def _grouped_ffn_fwd(row_blocks, rows, scale, weights, sizes, dropout):
     slots = row_blocks.total_rows(rows.shape[0], sizes.shape[0])
     first, second = _halves(weights)
 
     def body(carry, block):
         hidden, outputs = carry
         new = first(block.read(rows), _at(weights.into, block.expert))
-        outputs = block.write(outputs, second(new, _at(weights.down, block.expert), _of_block(dropout, block)))
+        down, drop = _at(weights.down, block.expert), _of_block(dropout, block)
+        outputs = block.write(outputs, second(new, down, block.read_column(scale), drop))
         if weights.keeps_hidden:
             hidden = jax.tree.map(lambda array, part: _update_slice(array, part, block.slot), hidden, new)
         return hidden, outputs
@@ -223,45 +234,48 @@ def _grouped_ffn_fwd(row_blocks, rows, weights, sizes, dropout):
     hidden = hidden if weights.keeps_hidden else None
     carry = _unwritten((hidden, rows), sizes)
     hidden, outputs = _for_each_block(row_blocks, sizes, rows.shape[0], carry, body)
-    return outputs, (rows, checkpoint_name(hidden, HIDDEN), weights, sizes, dropout)
+    return outputs, (rows, scale, checkpoint_name(hidden, HIDDEN), weights, sizes, dropout)
 
 
 def _halves(weights: ExpertWeights) -> tuple[Callable[..., Any], Callable[..., Array]]:
-    """Both halves of an expert's FFN: (rows, weights of the hidden layer) → hidden; (hidden, down, dropout) → rows."""
+    """Both halves of an expert's FFN: (rows, weights of the hidden layer) → hidden; (hidden, down, factors, dropout) →
+    rows."""
 
     def down_matmul(hidden: Array, down: Array) -> Array:
         return matmul(hidden, down.T if weights.is_turned else down)
 
-    def second(hidden: Any, down: Array, dropout: ExpertDropout | None) -> Array:
-        return out_of_hidden(hidden, down, weights.activation, dropout, down_matmul)
+    def second(hidden: Any, down: Array, scale: Array | None, dropout: ExpertDropout | None) -> Array:
+        factors = None if scale is None else scale[:, 0]
+        return out_of_hidden(hidden, down, weights.activation, dropout, down_matmul, factors)
 
     return functools.partial(into_hidden, matmul=matmul, is_joined=weights.is_joined), second
 
 
 def _grouped_ffn_bwd(row_blocks, residuals, gradient):
     """Gradients of both halves in one pass, so that a block's hidden gradients stay in the cache."""
-    rows, hidden, weights, sizes, dropout = residuals
+    rows, scale, hidden, weights, sizes, dropout = residuals
     first, second = _halves(weights)
 
     def body(carry, block):
         # The gradient of a block's outputs is read once; that of its rows, of the same shape, overwrites it.
-        d_rows, d_into, d_down = carry
+        d_rows, d_scale, d_into, d_down = carry
         drop = _of_block(dropout, block)
         of_block, first_backward = jax.vjp(first, block.read(rows), _at(weights.into, block.expert))
         if weights.keeps_hidden:
             of_block = jax.tree.map(lambda array: _slice(array, block.slot, block.size), hidden)
-        down = _at(weights.down, block.expert)
-        _, second_backward = jax.vjp(lambda hidden, down: second(hidden, down, drop), of_block, down)
-        d_hidden, new_down = second_backward(block.read(d_rows))
+        operands = of_block, _at(weights.down, block.expert), block.read_column(scale)
+        _, second_backward = jax.vjp(functools.partial(second, dropout=drop), *operands)
+        d_hidden, new_down, new_scale = second_backward(block.read(d_rows))
         new_rows, new_into = first_backward(d_hidden)
         return (
             block.write(d_rows, new_rows),
+            None if scale is None else block.write(d_scale, new_scale),
             _accumulate(d_into, new_into, block),
             _accumulate(d_down, new_down, block),
         )
 
-    carry = (gradient, *_unwritten((weights.into, weights.down), sizes, jnp.float32))
-    d_rows, d_into, d_down = _for_each_block(row_blocks, sizes, rows.shape[0], carry, body)
+    carry = (gradient, *_unwritten((scale, weights.into, weights.down), sizes, jnp.float32))
+    d_rows, d_scale, d_into, d_down = _for_each_block(row_blocks, sizes, rows.shape[0], carry, body)
     (d_matrices, d_biases), d_down = jax.tree.map(
         lambda new, old: new.astype(old.dtype),
         _zero_unused((d_into, d_down), sizes),
@@ -269,7 +283,7 @@ def _grouped_ffn_bwd(row_blocks, residuals, gradient):
     )
     d_up, d_gate = d_matrices
     d_weights = dataclasses.replace(weights, up=d_up, gate=d_gate, down=d_down, biases=d_biases)
-    return d_rows, d_weights, None, None
+    return d_rows, d_scale, d_weights, None, None
 
 
 def _of_block(dropout: ExpertDropout | None, block: _Block) -> ExpertDropout | None:
