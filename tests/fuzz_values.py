@@ -85,6 +85,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.group_size": (0, 8, 32, 128),
     "model.moe.dispatch": ("gather", "einsum", "dropless"),
     "model.moe.exchange_chunks": (1, 2, 3),
+    "model.moe.exchange_hosts": (1, 2),
     "model.moe.capacity.train": (0.01, 0.5, 1.0, 100.0),
     "model.moe.capacity.eval": (0.01, 2.0, 1e6),
     "model.moe.jitter": (0.0, 0.9),

@@ -73,6 +73,8 @@ class MoEConfig(Section, path=_MOE):
     dispatch: Dispatch = "gather"  # how assignments reach their experts
     #: parts of a group's tokens whose exchange goes on beside the experts of another part; dropless on mesh.expert only
     exchange_chunks: int = setting(1, least=1, most=64, resume="free")
+    #: hosts that mesh.expert spans; above 1 a token goes once to each host that has experts of it; dropless only
+    exchange_hosts: int = setting(1, least=1, most=2**10, resume="free")
     capacity: Capacity = Capacity()
     losses: Losses = Losses(balance=0.02)
     route_padding: bool = False  # padding is routed, takes capacity and counts in the losses (Hugging Face's Switch)
@@ -127,14 +129,19 @@ class MoEConfig(Section, path=_MOE):
         return dataclasses.replace(self, **changed)
 
     def with_dispatch(self, dispatch: str) -> MoEConfig:
-        """The settings with another dispatch mode; tokens are exchanged in parts by dropless alone."""
-        chunks = self.exchange_chunks if dispatch == "dropless" else 1
-        return dataclasses.replace(self, dispatch=dispatch, exchange_chunks=chunks)
+        """The settings with another dispatch mode; tokens are exchanged in parts and by host by dropless alone."""
+        exchange = {} if dispatch == "dropless" else {"exchange_chunks": 1, "exchange_hosts": 1}
+        return dataclasses.replace(self, dispatch=dispatch, **exchange)
 
     def chunks(self, tokens: int, expert_devices: int) -> int:
         """Parts in which a group of so many tokens is exchanged: those that divide it, one where experts are not split
         over devices. A row of generation has fewer tokens than one of training."""
         return math.gcd(self.exchange_chunks, tokens) if expert_devices > 1 else 1
+
+    def hosts(self, expert_devices: int) -> int:
+        """Hosts to which a token is sent once: as many as divide the devices that experts are split over, which are
+        fewer where a run is evaluated on another mesh."""
+        return math.gcd(self.exchange_hosts, expert_devices)
 
     def _layer_gate(self, gate: Gate) -> Gate:
         """The gate with the K of the model."""
@@ -190,7 +197,8 @@ class MoEConfig(Section, path=_MOE):
         allowed = f"must be position: the gate {gate.name!r} drops no assignment"
         self._require("drop_policy", by_position or not gate.looks_ahead, allowed)
         allowed = "must be 1 unless dispatch is dropless"
-        self._require("exchange_chunks", dropless or self.exchange_chunks == 1, allowed)
+        for name in ("exchange_chunks", "exchange_hosts"):
+            self._require(name, dropless or getattr(self, name) == 1, allowed)
         fixed, slots = self.capacity.fixed, gate.router == "slots"
         allowed = "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe"
         require(fixed == 0 or not (slots or dropless), f"{_MOE}capacity.fixed", fixed, allowed)

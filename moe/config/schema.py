@@ -203,6 +203,9 @@ def validate_mesh(config: Config, sizes: Mapping[str, int]) -> None:
             divides((axis,), field, operator.attrgetter(field)(config))
     if moe.gate is None:
         return
+    hosts, experts = moe.exchange_hosts, sizes["expert"]
+    same = experts == 1 or experts % hosts == 0
+    require(same, f"{_MOE}exchange_hosts", hosts, f"must divide mesh.expert = {experts}")
     for length in {config.data.sequence_length, config.data.input_length or config.data.sequence_length}:
         groups = rows * length // (moe.group_size or length)
         divides(batch_axes, f"{_MOE}group_size={moe.group_size}: number of groups", groups)

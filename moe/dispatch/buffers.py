@@ -32,6 +32,7 @@ class Plan:
         num_experts: E, static.
         chunks: parts of each group's tokens that are dispatched one after the other; positions count within a part.
             Static.
+        hosts: that the expert axis spans; above 1, a token is sent once to each. Static.
     """
 
     position_in_expert: Array
@@ -39,6 +40,7 @@ class Plan:
     capacity: int = dataclasses.field(metadata={"static": True})
     num_experts: int = dataclasses.field(metadata={"static": True})
     chunks: int = dataclasses.field(default=1, metadata={"static": True})
+    hosts: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: int, num_experts: int) -> int:
@@ -72,7 +74,9 @@ def plan_assignments(
     _, tokens, choices = routing.chosen.shape
     if config.dispatch == "dropless":
         capacity = tokens * choices
-        return routing, plan_in_chunks(routing, capacity, config.chunks(tokens, axis_size("expert")))
+        devices = axis_size("expert")
+        plan = plan_in_chunks(routing, capacity, config.chunks(tokens, devices))
+        return routing, dataclasses.replace(plan, hosts=config.hosts(devices))
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"
     plan = make_plan(routing, capacity, drop_policy=drop_policy, rng=rng)
@@ -95,7 +99,7 @@ def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position",
             jnp.take_along_axis(array, order[..., None], axis=1) for array in (expert_index, chosen)
         )
     num_experts = routing.router_logits.shape[-1]
-    position, _ = _positions(expert_index, chosen, num_experts)
+    position, _ = positions(expert_index, chosen, num_experts)
     if order is not None:
         position = jnp.take_along_axis(position, jnp.argsort(order, axis=1)[..., None], axis=1)
     return Plan(position, routing.chosen & (position < capacity), capacity, num_experts)
@@ -127,7 +131,7 @@ def _token_order(routing: Routing, drop_policy: str, rng: Array | None) -> Int[A
 _BLOCK = 64
 
 
-def _positions(
+def positions(
     expert_index: Int[Array, "G S K"], chosen: Bool[Array, "G S K"], num_experts: int
 ) -> tuple[Int[Array, "G S K"], Int[Array, "G E"]]:
     """How many earlier chosen assignments go to the same expert (0 where not chosen), and each expert's total.
@@ -165,8 +169,8 @@ def overflow_to_next(routing: Routing, plan: Plan) -> tuple[Routing, Plan]:
     _, further = top_k(jnp.where(tried, -jnp.inf, routing.router_probs), choices)
     nth = jnp.cumsum(overflows, axis=-1) - overflows  # [G,S,K], earlier choices of the token that overflowed
     next_index = jnp.take_along_axis(further, nth, axis=-1)
-    position, _ = _positions(next_index, overflows, num_experts)
-    _, demand = _positions(routing.expert_index, routing.chosen, num_experts)
+    position, _ = positions(next_index, overflows, num_experts)
+    _, demand = positions(routing.expert_index, routing.chosen, num_experts)
     taken = jnp.minimum(demand, plan.capacity)  # [G,E]
     position = position + jnp.take_along_axis(taken[:, None], next_index, axis=-1)
     old, new = (pick(routing.router_probs, index) for index in (routing.expert_index, next_index))

@@ -81,6 +81,8 @@ def candidates(
         ):
             try:
                 moe = config.model.moe.with_dispatch(mode)
+                if mode == "dropless" and mesh.expert > 1:
+                    moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(mesh, chip))
                 model = dataclasses.replace(config.model, remat=remat, moe=moe)
                 tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
                 validate_mesh(tried, sizes)
@@ -102,6 +104,12 @@ def candidates(
                     sized = dataclasses.replace(tried, train=train)
                     found.append(Candidate(sized, guess_seconds(sized, chip), memory.fixed, activations))
     return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
+
+
+def _hosts_of_experts(mesh: MeshConfig, chip: Chip | Gpu) -> int:
+    """NVLink domains that the expert axis spans, if each has as many of its devices; else 1."""
+    of_domain = chip.domain // (mesh.tensor * mesh.context) if isinstance(chip, Gpu) else 0
+    return mesh.expert // of_domain if of_domain and mesh.expert % of_domain == 0 else 1
 
 
 def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
@@ -176,7 +184,7 @@ def _of_model(model: ModelConfig, length: int, inputs: int) -> tuple[float, int]
 
 def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, Config]]:
     """Single changes of a run that may help, each valid, with their labels: rows a device, recomputation, dispatch,
-    parts of an exchange, mesh."""
+    how tokens are exchanged, mesh."""
     model, mesh, devices = config.model, config.mesh, len(topology.devices)
     sizes = {axis: make_mesh(mesh, topology.devices).shape.get(axis, 1) for axis in dataclasses.asdict(mesh)}
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
@@ -200,9 +208,10 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
                 moe = model.moe.with_dispatch(mode)
                 add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
         if model.moe.dispatch == "dropless" and mesh.expert > 1:
-            moe = dataclasses.replace(model.moe, exchange_chunks=2 * model.moe.exchange_chunks)
-            label = f"model.moe.exchange_chunks={moe.exchange_chunks}"
-            add(label, model=dataclasses.replace(model, moe=moe))
+            hosts = _hosts_of_experts(mesh, topology.chip)
+            for name, value in (("exchange_chunks", 2 * model.moe.exchange_chunks), ("exchange_hosts", hosts)):
+                moe = dataclasses.replace(model.moe, **{name: value})
+                add(f"model.moe.{name}={value}", model=dataclasses.replace(model, moe=moe))
         for expert in (1, 8, model.moe.num_experts):
             others = expert * (devices // (mesh.fsdp * mesh.expert))
             if devices % others == 0:

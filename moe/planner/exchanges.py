@@ -5,10 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe.dispatch.exchange import LOAD_SCOPE
+import numpy as np
+
+from moe.config import MoEConfig
+from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE
+from moe.dispatch.hosts import balanced_visits
 from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import network
 from moe.planner.chips import Chip
@@ -57,6 +61,25 @@ def summarise(program: Program, devices: Sequence[Any], chip: Chip | Gpu) -> tup
         for (kind, axes, name), (count, apart, size, duration, waited) in groups.items()
     ]
     return tuple(sorted(found, key=lambda exchange: -exchange.seconds))
+
+
+def balanced(collectives: Sequence[Collective], moe: MoEConfig, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
+    """The collectives with the bytes of balanced rows where tokens are exchanged by host and buffers hold more."""
+    devices, choices = mesh["expert"], moe.experts_per_token
+    hosts = moe.hosts(devices)
+    if hosts == 1:
+        return tuple(collectives)
+    visits = balanced_visits(hosts, choices, getattr(moe.gate, "groups", 1), getattr(moe.gate, "kept_groups", 1))
+
+    def with_rows(collective: Collective) -> Collective:
+        if collective.kind != "ragged-all-to-all":
+            return collective
+        first, second = np.unravel_index(collective.group[:2], tuple(mesh.values()))[list(mesh).index("expert")]
+        between = second - first == devices // hosts
+        share = visits / min(hosts, choices) if between else 1 / ROUND_SIZE
+        return dataclasses.replace(collective, bytes=round(collective.bytes * share))
+
+    return tuple(map(with_rows, collectives))
 
 
 def skewed(exchange: Exchange, skew: float) -> Exchange:

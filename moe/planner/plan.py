@@ -290,6 +290,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
     )
     trips = functools.partial(row_blocks.balanced_trips, rows=rows)
     text = program.read(step.text, dict(mesh.shape), chip.clock, kernel_price, rates, attention_prices, trips)
+    text = dataclasses.replace(text, collectives=exchanges.balanced(text.collectives, config.model.moe, mesh.shape))
     items = text.items
     found = exchanges.summarise(text, devices, chip)
     if scenario.skew > 1:

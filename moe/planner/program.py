@@ -195,7 +195,7 @@ class _Reader:
         if trips is not None:
             return trips
         # Further exchange rounds are never needed by a balanced router.
-        trips = 0 if f"{OVERFLOW_SCOPE}/" in loop.op_name else self._balanced_trips(loop.op_name)
+        trips = 0 if re.search(rf"\b{OVERFLOW_SCOPE}\)*/", loop.op_name) else self._balanced_trips(loop.op_name)
         if trips is None:
             self.unknown_loops += 1
             trips = 1

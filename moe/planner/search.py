@@ -129,7 +129,9 @@ def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan
 
 
 #: Fields that a search sets beside those of the mesh.
-SEARCHED = "model.remat", "model.moe.dispatch", "model.moe.exchange_chunks", "train.batch_size"
+SEARCHED = (
+    "model.remat", "model.moe.dispatch", "model.moe.exchange_chunks", "model.moe.exchange_hosts", "train.batch_size",
+)  # fmt: skip
 
 
 def overrides(config: Config) -> str:
@@ -138,8 +140,9 @@ def overrides(config: Config) -> str:
     named["model.remat"] = config.model.remat
     if config.model.moe.gate is not None:
         named["model.moe.dispatch"] = config.model.moe.dispatch
-        if config.model.moe.exchange_chunks > 1:
-            named["model.moe.exchange_chunks"] = config.model.moe.exchange_chunks
+        for name in ("exchange_chunks", "exchange_hosts"):
+            if (value := getattr(config.model.moe, name)) > 1:
+                named[f"model.moe.{name}"] = value
     named["train.batch_size"] = config.train.batch_size
     return " ".join(f"--config.{name}={value}" for name, value in named.items())
 

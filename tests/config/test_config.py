@@ -64,6 +64,7 @@ def changed(**overrides):
             {"model__moe__exchange_chunks": 3, "model__moe__dispatch": "dropless"},
             "model.moe.exchange_chunks=3: must divide the 256 tokens of a group",
         ),
+        ({"model__moe__exchange_hosts": 2}, "model.moe.exchange_hosts=2: must be 1 unless dispatch is dropless"),
         ({"model__moe__losses__balance": -0.5}, "model.moe.losses.balance=-0.5: must be at least 0"),
         ({"data__domains": ("a", "a")}, "data.domains=('a', 'a'): must name each domain once"),
         ({"data__streams": 3}, "data.streams=3: must divide train.batch_size=8, or be 0"),
@@ -181,6 +182,11 @@ def test_gate_constants_are_defaults_and_yield_to_overrides():
             {"data": 8},
             {"model__moe__group_size": 512},
             "model.moe.group_size=512: number of groups=4: must be",
+        ),
+        (
+            {"expert": 4},
+            {"model__moe__dispatch": "dropless", "model__moe__exchange_hosts": 3},
+            "model.moe.exchange_hosts=3: must divide mesh.expert = 4",
         ),
     ],
 )

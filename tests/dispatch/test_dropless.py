@@ -51,6 +51,8 @@ def _program(mode, config, variant):
         sent = dataclasses.replace(routing, combine_weights=weights)
         capacity = weights.shape[1] * weights.shape[2]
         plan = plan_in_chunks(sent, capacity, 5) if "chunks" in variant else make_plan(sent, capacity)
+        if "hosts" in variant:
+            plan = dataclasses.replace(plan, hosts=int(variant[-1]))
         experts = nnx.merge(graphdef, parameters)
         weights = dataclasses.replace(experts.weights, dropout=_DROPOUT["dropout" in variant])
         y = dispatch(mode, x, sent, plan, weights)
@@ -476,6 +478,25 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
     if ragged:
         _exchange_as_accelerators_do(monkeypatch)
     _assert_close(_on_mesh(MESHES[2], config, routing, x, f"{variant}, ragged: {ragged}"), alone, 1e-5)
+
+
+@pytest.mark.parametrize("load", ["random", "one", slow_case("padding")])
+@pytest.mark.parametrize(
+    ("mesh", "variant"),
+    [(MESHES[0], "hosts 2"), (MESHES[0], "dropout, hosts 4"), (MESHES[0], "hosts 8"), (MESHES[2], "chunks, hosts 2")],
+    ids=str,
+)
+@pytest.mark.parametrize("ragged", [False, True], ids=["slots", "ragged"])
+def test_exchange_by_host_equals_one_device(ragged, mesh, variant, load, rng, monkeypatch):
+    """A token goes once to each host that the expert axis spans; under the load "one" the first choices of all tokens
+    are of one host, which needs further windows, and of one device, which needs further rounds."""
+    config = tiny_model(num_experts=8, remat="none" if "dropout" in variant else "full")  # outputs kept, or weighted
+    routing = _case(rng, 8, 60, 8, 2, load)
+    x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)
+    alone = _value_and_gradients("einsum", config, routing, x, "dropout" if "dropout" in variant else "")
+    if ragged:
+        _exchange_as_accelerators_do(monkeypatch)
+    _assert_close(_on_mesh(mesh, config, routing, x, f"ragged {ragged}, {variant}"), alone, 1e-5)
 
 
 @pytest.mark.parametrize("load", ["random", slow_case("one"), slow_case("padding")])

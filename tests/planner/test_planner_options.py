@@ -9,6 +9,7 @@ import pytest
 from configs import mixtral_8x7b
 from moe.config import ConfigError, MeshConfig
 from moe.config.parse import from_config_dict
+from moe.dispatch import hosts
 from moe.planner import calibration, candidates, exchanges, fit, plan, program
 from moe.planner.chips import CHIPS
 from moe.planner.memory_errors import DoesNotFitError
@@ -166,6 +167,28 @@ def test_kept_activations_by_hand():
 )
 def test_purposes_of_gathers_that_xla_combined(source, purpose):
     assert exchanges.purpose(Collective("all-gather", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
+
+
+def test_rows_of_an_exchange_by_host_by_hand():
+    """Four devices of the expert axis on two hosts, beside a tensor axis of two: members of a group between hosts are
+    two experts' places apart, those of one host one."""
+    assert hosts.balanced_visits(2, 8) == pytest.approx(2 * (1 - 1 / 2**8))
+    # DeepSeek-V3: of 8 groups 4 are kept, each on a host of its own, or on two of sixteen; of 4 hosts with two groups
+    # each, all but C(6,4)/C(8,4) have a kept one.
+    assert hosts.balanced_visits(8, 8, 8, 4) == pytest.approx(4 * (1 - (3 / 4) ** 8))
+    assert hosts.balanced_visits(16, 8, 8, 4) == pytest.approx(8 * (1 - (7 / 8) ** 8))
+    visited = 4 * (1 - 15 / 70)
+    assert hosts.balanced_visits(4, 8, 8, 4) == pytest.approx(visited * (1 - (1 - 1 / visited) ** 8))
+    moe = from_config_dict(mixtral_8x7b.get_config()).model.moe.with_dispatch("dropless")
+    moe = dataclasses.replace(moe, exchange_hosts=2)
+    between, within, other = (
+        Collective(kind, ("expert",), group, 1000, 1, -1, "")
+        for kind, group in (
+            ("ragged-all-to-all", (0, 4)), ("ragged-all-to-all", (0, 2)), ("all-gather", (0, 2, 4, 6)),
+        )
+    )  # fmt: skip
+    found = exchanges.balanced((between, within, other), moe, {"fsdp": 1, "expert": 4, "tensor": 2})
+    assert [each.bytes for each in found] == [750, 800, 1000]  # two hosts of a token's two experts: 2·(1 − 1/4) of 2
 
 
 def test_latent_experts_by_hand():

@@ -204,6 +204,18 @@ def test_an_exchange_in_more_parts_is_a_change_where_there_is_one():
         config.model.moe.dispatch = mode
         labels.append({label for label, _ in candidates.changes(from_config_dict(config), topology, 100)})
     assert "model.moe.exchange_chunks=2" in labels[1] - labels[0]
+    assert not [label for label in labels[1] if "exchange_hosts" in label]  # both devices are of one host
+
+
+def test_an_exchange_by_host_is_a_change_where_experts_span_hosts():
+    """Eight GPUs in hosts of four, the expert axis over all of them or, beside tensor 2, over two hosts of two."""
+    topology = types.SimpleNamespace(devices=tuple(jax.devices()), chip=dataclasses.replace(GPUS["h100"], domain=4))
+    config = mixtral_8x7b.get_config()
+    config.model.moe.dispatch = "dropless"
+    for sizes, hosts in (((1, 8, 1), 2), ((1, 4, 2), 2), ((2, 4, 1), 1)):
+        config.mesh.update(data=1, **dict(zip(("fsdp", "expert", "tensor"), sizes, strict=True)))
+        labels = [label for label, _ in candidates.changes(from_config_dict(config), topology, 100)]
+        assert ("model.moe.exchange_hosts=2" in labels) == (hosts == 2)
 
 
 def test_kept_plans_replace_those_of_the_same_settings(made, tmp_path):

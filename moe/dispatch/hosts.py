@@ -1,0 +1,234 @@
+"""Exchange in two steps, where the expert axis spans several hosts: a token goes over the network once to each host
+that has experts of it, to the device in the same place there, and from it to its experts over the host's own links; its
+outputs are added up there and return as one row (DeepSeek-V3 2024, section 3.2.2; DeepEP; HybridEP).
+
+A device receives tokens in slots: those of the device in its place on host s from slot s·S on, in their order. The
+assignments of received tokens are sorted and exchanged as a device's own are, in windows of 1.25x a device's own number
+of them. As in :mod:`moe.dispatch.exchange`, a while loop handles the rest and keeps nothing for the backward pass; with
+balanced routing it runs zero times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from moe.dispatch.backends import whole_tiles
+from moe.dispatch.buffers import Tables, fill_rows, no_gradient, positions, sum_rows, take_rows, with_inverse
+from moe.dispatch.exchange import LOAD_SCOPE, OVERFLOW_SCOPE, ROUND_SIZE, weighted_outputs
+from moe.dispatch.ffn import ExpertWeights
+from moe.dispatch.peers import Peers, Route
+from moe.parallel import target
+from moe.parallel.mesh import axis_of
+from moe.parallel.partition_specs import ROUTES
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Assignments:
+    """Choices of tokens.
+
+    Attributes:
+        expert: [S,K] int32; E where an assignment is not kept.
+        weight: [S,K] float32.
+        number: [S,K] int32, in the batch; None where no dropout reads it.
+    """
+
+    expert: Array
+    weight: Array
+    number: Array | None
+
+
+def apply_by_host(
+    x: Float[Array, "S D"], chosen: Assignments, num_experts: int, hosts: int, weights: ExpertWeights
+) -> Float[Array, "S D"]:
+    """Each token's weighted sum of its experts' outputs, in float32.
+
+    Args:
+        x: this device's tokens.
+        chosen: by them.
+        num_experts: E.
+        hosts: H, that the expert axis spans.
+        weights: of this device's experts; dropout, if any, has no rows.
+    """
+    peers = Peers(hosts, across=True)
+    with jax.named_scope(LOAD_SCOPE):
+        received = peers.gather(chosen)  # [H,S,K], of the devices whose tokens may come here
+    num_local = num_experts // hosts
+    there, back, rows_of_visits, slots_of_tokens = _routes(received.expert // num_local, peers)
+    rows_of_visits, slots_of_tokens = checkpoint_name((rows_of_visits, slots_of_tokens), ROUTES)
+    num_rows, num_slots = rows_of_visits[0].shape[0], slots_of_tokens[0].shape[0]
+    rows = fill_rows(x, *rows_of_visits)
+    slots = _send(num_slots, peers, rows, there, back)
+    local = _in_slots(received, slots_of_tokens, num_local, peers)
+    y = _apply_in_windows(slots, local, num_local, weights, Peers(hosts)).astype(x.dtype)
+    returned = _send(num_rows, peers, y, back, there)
+    return sum_rows(returned, *rows_of_visits)
+
+
+def balanced_visits(hosts: int, choices: int, groups: int = 1, kept_groups: int = 1) -> float:
+    """Mean number of hosts to which a token goes, if its K experts are any: c·(1 − (1 − 1/c)^K) of the c hosts that
+    have experts of the groups of experts that it keeps, likewise in the mean.
+
+    Args:
+        hosts: that the expert axis spans.
+        choices: K.
+        groups: of experts, one after another.
+        kept_groups: of a token.
+    """
+    if hosts <= groups:
+        # A host has groups/hosts groups, of which none may be kept.
+        others = groups - groups // hosts
+        candidates = hosts * (1 - math.comb(others, kept_groups) / math.comb(groups, kept_groups))
+    else:
+        candidates = kept_groups * hosts / groups
+    return candidates * (1 - (1 - 1 / candidates) ** choices)
+
+
+# --- Between hosts ---------------------------------------------------------------------------------------------------
+
+
+def _routes(host: Int[Array, "H S K"], peers: Peers) -> tuple[Route, Route, Tables, Tables]:
+    """Routes of this device's rows to the slots of its peers and back, its rows by host, and its slots by token.
+
+    A row is a token's visit to a host. On accelerators rows follow one another; on CPUs those for host h begin at h·S.
+
+    Args:
+        host: of each peer's assignments; H where they are not kept.
+        peers: in the same place of every host.
+    """
+    hosts, tokens, choices = host.shape
+    visits = jnp.any(host[..., None] == jnp.arange(hosts), axis=2)  # [H,S,H]
+    counts = jnp.sum(visits, axis=1, dtype=jnp.int32)  # [H,H], rows of each device for each host
+    place = jnp.cumsum(visits, axis=1, dtype=jnp.int32) - visits  # [H,S,H]
+    slots = jnp.arange(hosts, dtype=jnp.int32) * tokens
+    if target.is_cpu():
+        num_rows, starts = hosts * tokens, jnp.broadcast_to(slots, counts.shape)
+    else:
+        num_rows, starts = min(hosts, choices) * tokens, jnp.cumsum(counts, axis=1) - counts
+    me = peers.me
+    mine, to_me = functools.partial(jnp.take, indices=me, axis=0), functools.partial(jnp.take, indices=me, axis=-1)
+    row = jnp.where(mine(visits), mine(starts) + mine(place), num_rows)  # [S,H]
+    slot = jnp.where(to_me(visits), slots[:, None] + to_me(place), hosts * tokens)  # [H,S]
+    there = mine(starts), mine(counts), jnp.broadcast_to(me * tokens, (hosts,)), to_me(counts)
+    back = slots, to_me(counts), to_me(starts), mine(counts)
+    return there, back, with_inverse(row, num_rows), with_inverse(slot.reshape(-1, 1), hosts * tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(num_rows: int, peers: Peers, rows: Array, there: Route, back: Route) -> Array:
+    """Rows that arrive over a route, [N,D], undefined where nothing does; gradients return over the other."""
+    del back
+    return peers.swap(rows) if target.is_cpu() else peers.send(rows, num_rows, there)
+
+
+def _send_fwd(num_rows, peers, rows, there, back):
+    return _send(num_rows, peers, rows, there, back), (rows[:, :0], there, back)
+
+
+def _send_bwd(num_rows, peers, residuals, gradient):
+    rows, there, back = residuals
+    nothing = [no_gradient(index) for index in there]
+    return _send(rows.shape[0], peers, gradient, back, there), tuple(nothing), tuple(nothing)
+
+
+_send.defvjp(_send_fwd, _send_bwd)
+
+
+def _in_slots(received: Assignments, tables: Tables, num_local: int, peers: Peers) -> Assignments:
+    """Assignments of the tokens in this device's slots, to the experts of its host alone, numbered from its first."""
+    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), received)  # [H,S,K] → [H·S,K]
+    expert = flat.expert - peers.me * num_local
+    expert = jnp.where((expert >= 0) & (expert < num_local), expert, num_local)
+    token_of_slot = tables[0]
+    return Assignments(
+        expert.at[token_of_slot].get(mode="fill", fill_value=num_local),
+        fill_rows(flat.weight, *tables),
+        None if flat.number is None else take_rows(flat.number, token_of_slot),
+    )
+
+
+# --- Within a host ---------------------------------------------------------------------------------------------------
+
+
+def _apply_in_windows(
+    slots: Float[Array, "N D"], chosen: Assignments, num_local: int, weights: ExpertWeights, peers: Peers
+) -> Float[Array, "N D"]:
+    """Weighted sums of the outputs of a host's experts for the tokens in this device's slots, in float32.
+
+    Args:
+        slots: tokens; undefined where nothing arrived.
+        chosen: by them, of the host's experts.
+        num_local: experts of the host.
+        weights: of this device's experts; dropout, if any, has no rows.
+        peers: devices of the host.
+    """
+    kept = chosen.expert < num_local
+    place, totals = positions(chosen.expert[None], kept[None], num_local)
+    ends = jnp.cumsum(totals[0])
+    first = jnp.take(ends - totals[0], chosen.expert, mode="clip")
+    tables = with_inverse(jnp.where(kept, first + place[0], kept.size), kept.size)
+    ends, tables = checkpoint_name((ends, tables), ROUTES)
+    with jax.named_scope(LOAD_SCOPE):
+        most = jax.lax.pmax(ends[-1], axis_of("expert"))
+    size = whole_tiles(min(kept.size, math.ceil(kept.size / peers.hosts * ROUND_SIZE)))
+    operands = slots, chosen.weight, dataclasses.replace(weights, dropout=None)
+    index = tables, ends, weights.dropout, chosen.number
+    return _sum_windows(functools.partial(_window, size, peers), size, operands, index, most)
+
+
+def _window(size: int, peers: Peers, start: Array | int, operands: Any, index: Any) -> Float[Array, "N D"]:
+    """What the sorted assignments from ``start`` on, at most so many, add to the sums."""
+    slots, scale, weights = operands
+    (assignment_of_row, row_of_assignment), ends, dropout, numbers = index
+    padded = jnp.pad(assignment_of_row, (0, size), constant_values=row_of_assignment.size)
+    assignment_of_row = jax.lax.dynamic_slice_in_dim(padded, start, size)
+    kept = row_of_assignment < row_of_assignment.size
+    inside = kept & (row_of_assignment >= start) & (row_of_assignment < start + size)
+    tables = assignment_of_row, jnp.where(inside, row_of_assignment - start, size)
+    sizes = jnp.diff(jnp.clip(ends, start, start + size), prepend=start)
+    if dropout is not None:
+        weights = dataclasses.replace(weights, dropout=dataclasses.replace(dropout, rows=numbers))
+    return weighted_outputs(slots, scale, tables, sizes, weights, peers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_windows(
+    window: Callable[[Array | int, Any, Any], Array], size: int, operands: Any, index: Any, most: Array
+) -> Array:
+    """Sum of window(start, operands, index) over the windows that the fullest device needs."""
+    return _sum_windows_fwd(window, size, operands, index, most)[0]
+
+
+def _further(size: int, most: Array, carry: Any, body: Callable[[Array], Any]) -> Any:
+    """Add body(start) of all windows but the first."""
+    with jax.named_scope(OVERFLOW_SCOPE):
+        windows = (most + size - 1) // size
+        return jax.lax.fori_loop(1, windows, lambda i, sums: jax.tree.map(jnp.add, sums, body(i * size)), carry)
+
+
+def _sum_windows_fwd(window, size, operands, index, most):
+    first, backward = jax.vjp(lambda operands: window(0, operands, index), operands)
+    total = _further(size, most, first, lambda start: window(start, operands, index))
+    return total, (operands, index, most, backward)
+
+
+def _sum_windows_bwd(window, size, residuals, gradient):
+    operands, index, most, backward = residuals
+
+    def gradients(start):
+        return jax.vjp(lambda operands: window(start, operands, index), operands)[1](gradient)
+
+    return *_further(size, most, backward(gradient), gradients), None, None
+
+
+_sum_windows.defvjp(_sum_windows_fwd, _sum_windows_bwd)
