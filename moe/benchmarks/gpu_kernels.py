@@ -57,7 +57,7 @@ def large_groups(sizes: Sizes, calls: int) -> Iterator[str]:
         arrays = [jax.random.normal(key, shape, sizes.dtype) for key, shape in zip(keys, shapes, strict=True)]
         rows, gradient, up, gate, down = (array / math.sqrt(array.shape[-2]) for array in arrays)
         weights = ExpertWeights(up, gate, down, activation="swiglu", keeps_hidden=False)
-        chosen = gpu.large_blocks(rows, weights) or row_blocks.RowBlocks((num_rows,))
+        chosen = gpu.large_blocks(rows.shape[0], weights) or row_blocks.RowBlocks((num_rows,))
 
         arguments = rows, weights, counts, gradient
         forms = {

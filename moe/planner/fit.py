@@ -20,11 +20,13 @@ from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, stacks
+from moe.dispatch.backends import gpu
 from moe.dispatch.exchange import ROUND_SIZE
-from moe.dispatch.ffn import GATED_ACTIVATIONS
+from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
 from moe.models.factory import abstract_parameters
 from moe.models.stack import segments
 from moe.parallel.parameters import optimizer_specs, parameter_specs
+from moe.parallel.partition_specs import KEEP_HIDDEN
 from moe.training.optimizer import make_optimizer
 
 #: Remat policies to try until a program fits, from the least recomputation to the most.
@@ -41,6 +43,7 @@ class _Arrays:
 
     Attributes:
         hidden: [rows,F] of experts or a dense FFN: up, gate, their product, and the gradients of the three.
+        in_blocks: as many bytes as that of experts in row blocks, whose hidden activations are never whole.
         rows: [rows,D] of experts on the device of their tokens, or of a dense FFN.
         exchanged: [rows,D] of experts on other devices.
         tokens: [tokens,D], and queries, keys, values and heads of attention.
@@ -50,6 +53,7 @@ class _Arrays:
     """
 
     hidden: float
+    in_blocks: float
     rows: float
     exchanged: float
     tokens: float
@@ -60,7 +64,7 @@ class _Arrays:
 
 #: By platform, fitted to compiled programs (docs/log/2026-11.md). What is alive at the peak on TPUs is that of GPUs;
 #: what the compiler for TPUs allocates is more, as if the arrays of a layer's forward pass had memory of their own.
-_ARRAYS = {"gpu": _Arrays(6, 3, 3, 2, 1, 1, 1), "tpu": _Arrays(9, 7, 20, 2, 3, 2, 128)}
+_ARRAYS = {"gpu": _Arrays(6, 2, 3, 3, 2, 1, 1, 1), "tpu": _Arrays(9, 9, 7, 20, 2, 3, 2, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
     rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     # Every pipeline stage keeps its layers' activations of all microbatches.
     kept_rows = rows * train.accumulation_steps // stages if stages > 1 else rows
-    layers = _layers(config, sizes, _ARRAYS[platform])
+    layers = _layers(config, sizes, _ARRAYS[platform], rows)
     cast = _ARRAYS[platform].cast * stored * size // 4 if size < 4 else 0
     return Estimate(
         stored,
@@ -175,13 +179,14 @@ class _Numbers(NamedTuple):
     alive: float
 
 
-def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays) -> _Numbers:
-    """Numbers of all layers, activations per row; gathered matrices and arrays alive are of the largest repeat."""
+def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int) -> _Numbers:
+    """Numbers of all layers, activations per row of so many; gathered matrices and arrays alive are of the largest
+    repeat."""
     remat, gathered, kept, alive, kept_matrices = config.model.remat, 0.0, 0.0, 0.0, 0.0
     for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
         for unit, repeats in segments(kinds):
-            layers = [_layer(config, sizes, arrays, kind) for kind in unit]
+            layers = [_layer(config, sizes, arrays, kind, rows * length) for kind in unit]
             kept_inputs = {"offload": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))
             inputs = float(kept_inputs * config.model.d_model)
             kept += repeats * length * (inputs + sum(layer.kept for layer in layers))
@@ -193,8 +198,8 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays) -> _Numbe
     return _Numbers(gathered + kept_matrices, kept, alive)
 
 
-def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: LayerKind) -> _Numbers:
-    """Numbers of one layer, activations per token and without the layer's input."""
+def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: LayerKind, tokens: int) -> _Numbers:
+    """Numbers of one layer, activations per token of so many and without the layer's input."""
     model, moe, tensor = config.model, config.model.moe, sizes["tensor"]
     matmuls_into = 2 if model.activation in GATED_ACTIVATIONS else 1
     projections, heads = _projections(model, kind, tensor, arrays.lanes)
@@ -224,8 +229,26 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
         "full": 0.0,
     }[model.remat]
     exchanged = kind.sparse and sizes["expert"] > 1
-    alive = arrays.hidden * hidden * (matmuls_into + 1) / 3 + arrays.tokens * (attention + model.d_model)
+    in_blocks = kind.sparse and _in_row_blocks(config, sizes, arrays, tokens)
+    hidden *= arrays.in_blocks if in_blocks else arrays.hidden
+    alive = hidden * (matmuls_into + 1) / 3 + arrays.tokens * (attention + model.d_model)
+    if exchanged and (hosts := moe.hosts(sizes["expert"])) > 1:
+        rows_in += (hosts + min(hosts, moe.experts_per_token)) * model.expert_dim  # received, and sent
     return _Numbers(matrices, kept, alive + (arrays.exchanged if exchanged else arrays.rows) * rows_in)
+
+
+def _in_row_blocks(config: Config, sizes: Mapping[str, int], arrays: _Arrays, tokens: int) -> bool:
+    """Whether the experts' hidden activations are only there a block at a time."""
+    model, moe = config.model, config.model.moe
+    if arrays is not _ARRAYS["gpu"] or moe.dispatch != "dropless" or model.low_precision != "none":
+        return False
+    struct: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    experts, hidden = moe.num_experts // sizes["expert"], moe.d_ff // sizes["tensor"]
+    up, down = struct((experts, model.expert_dim, hidden)), struct((experts, hidden, model.expert_dim))
+    gate = up if model.activation in GATED_ACTIVATIONS else None
+    keeps_hidden = model.remat in KEEP_HIDDEN
+    weights = ExpertWeights(up, gate, down, activation=model.activation, keeps_hidden=keeps_hidden)
+    return gpu.large_blocks(int(tokens * _expert_rows(config, sizes)), weights) is not None
 
 
 def _projections(model: ModelConfig, kind: LayerKind, tensor: int, lanes: int) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def grouped_ffn(
     kernels."""
     if weights.precision != "none":
         quantized.check_target(weights.precision)
-    elif blocks := large_blocks(rows, weights):
+    elif blocks := large_blocks(rows.shape[0], weights):
         return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights.joined(), scale)
     return by_kernels(rows, group_sizes, weights, scale)
 
@@ -71,11 +71,11 @@ def by_kernels(
     return ffn(rows, weights.joined(), matmul, scale)
 
 
-def large_blocks(rows: Float[Array, "R D"], weights: ExpertWeights) -> RowBlocks | None:
+def large_blocks(num_rows: int, weights: ExpertWeights) -> RowBlocks | None:
     """Blocks of rows for plain matmuls; None where the groups are too small for them, and where hidden activations are
     kept: loops would write those to a buffer once more, and XLA's scheduler does not know how long loops take, which
     matters most where few rows hide the exchanges."""
-    num_rows, num_groups = rows.shape[0], weights.up.shape[0]
+    num_groups = weights.up.shape[0]
     share = num_rows / num_groups
     sizes = {math.ceil(share * part / tpu.TILE) * tpu.TILE for part in _BLOCKS}
     matrices = [matrix for matrix in (weights.up, weights.gate, weights.down) if matrix is not None]
