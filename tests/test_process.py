@@ -110,18 +110,21 @@ cli.run(main)
 
 
 def start(*redirections: str, **variables: str) -> subprocess.Popen[str]:
-    """PROGRAM in a process of its own, restored to the default handlers."""
+    """PROGRAM in a process of its own, which inherits no ignored SIGINT from tests that run in the background."""
     command = f'exec "$0" -c "$1" {" ".join(redirections)}'
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.Popen(
-        ["sh", "-c", command, sys.executable, PROGRAM],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
-    )
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            ["sh", "-c", command, sys.executable, PROGRAM],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 @pytest.mark.parametrize(
