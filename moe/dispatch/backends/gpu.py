@@ -39,6 +39,10 @@ _BLOCKS = 1 / 40, 1 / 20, 1 / 10, 3 / 20, 1 / 5
 #: the host: a tenth of such a block's time on an H100.
 _BLOCK_FLOPS = 2e11
 
+#: Fewest rows of a largest block. Each adds float32 gradients of its expert's matrices to those of the blocks before
+#: it, 10 bytes a number: a tenth of the block's time on an H100.
+_BLOCK_ROWS = 4096
+
 
 def grouped_ffn(
     rows: Float[Array, "R D"],
@@ -80,7 +84,7 @@ def large_blocks(num_rows: int, weights: ExpertWeights) -> RowBlocks | None:
     sizes = {math.ceil(share * part / tpu.TILE) * tpu.TILE for part in _BLOCKS}
     matrices = [matrix for matrix in (weights.up, weights.gate, weights.down) if matrix is not None]
     flops = 2.0 * max(sizes) * sum(matrix.size for matrix in matrices) / num_groups
-    if weights.keeps_hidden or flops < _BLOCK_FLOPS:
+    if weights.keeps_hidden or flops < _BLOCK_FLOPS or max(sizes) < _BLOCK_ROWS:
         return None
     return RowBlocks(tuple(sorted({min(size, num_rows) for size in sizes})))
 
