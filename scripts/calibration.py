@@ -105,8 +105,8 @@ PUBLISHED = {
     ),
     "Qwen3-30B-A3B, 16 H100, by host": Published(
         "qwen3_30b_a3b", "h100:2x8", 64, 4096,
-        f"{_BRIDGE}, skills on performance: 24.71 s by HybridEP, which sends a token to a host once for all its experts "
-        "there, not overlapped",
+        f"{_BRIDGE}, skills on performance: 24.71 s by HybridEP, which sends a token to a host once for all its "
+        "experts there, not overlapped",
         "exchange_hosts=2, 64 microbatches of one row, recomputation of all but attention",
         {"remat": "attention"}, {"dispatch": "dropless", "exchange_hosts": 2}, {"fsdp": 1, "expert": 16}, 64,
         step=24.71,
