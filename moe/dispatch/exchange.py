@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from moe.dispatch.backends import cpu, grouped_ffn, whole_tiles
-from moe.dispatch.buffers import Tables, combine_rows, fill_rows, sum_rows, take_rows, weights_of_rows
+from moe.dispatch.buffers import Tables, combine_rows, fill_rows, sum_rows, take_rows, weights_of_rows, with_inverse
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.peers import Peers, Route
 from moe.parallel import target
@@ -126,13 +126,22 @@ def _round(
     return there, back, jnp.sum(mine(sizes).reshape(num_devices, -1), axis=0)
 
 
-def _further_rounds(loads: Int[Array, "X E"], round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
-    """Run body(start, carry) for all rounds but the first, on every device as often as the fullest one needs."""
-    num_devices = loads.shape[0]
-    most = jnp.max(jnp.sum(loads.reshape(num_devices, num_devices, -1), axis=(0, 2)))
+def further_rounds(most: Array, round_size: int, carry: Any, body: Callable[[Array, Any], Any]) -> Any:
+    """Run body(start, carry) for all rounds but the first, on every device as often as the fullest one needs.
+
+    Args:
+        most: rows of the fullest device.
+        round_size: rows of a round.
+    """
     with jax.named_scope(OVERFLOW_SCOPE):
         rounds = (most + round_size - 1) // round_size
         return jax.lax.fori_loop(1, rounds, lambda i, carry: body(i * round_size, carry), carry)
+
+
+def _most(loads: Int[Array, "X E"]) -> Int[Array, ""]:
+    """Rows that the fullest device receives."""
+    num_devices = loads.shape[0]
+    return jnp.max(jnp.sum(loads.reshape(num_devices, num_devices, -1), axis=(0, 2)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -182,7 +191,7 @@ def _run_in_rounds_fwd(round_size, peers, rows, scale, weights, loads, dropout):
         ffn, *arrived = _arrive(round_size, peers, there, sizes, dropout, rows, scale)
         return peers.send(ffn(weights, *arrived), outputs, back)
 
-    outputs = _further_rounds(loads, round_size, outputs, body)
+    outputs = further_rounds(_most(loads), round_size, outputs, body)
     return outputs, (rows, scale, weights, loads, dropout, backward)
 
 
@@ -203,7 +212,7 @@ def _run_in_rounds_bwd(round_size, peers, residuals, gradient):
         d_rows, d_scale = peers.send(new[0], d_rows, back), _send_numbers(peers, new[1], d_scale, back)
         return d_rows, d_scale, jax.tree.map(jnp.add, d_weights, of_round)
 
-    return *_further_rounds(loads, round_size, (d_rows, d_scale, d_weights), body), None, None
+    return *further_rounds(_most(loads), round_size, (d_rows, d_scale, d_weights), body), None, None
 
 
 _run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)
@@ -246,9 +255,7 @@ def _sorted_tables(
     row = jnp.take_along_axis(shift, jnp.minimum(expert, shift.shape[1] - 1), axis=1) + index[:, 0].T
     # [X,R] → [X·R,1]: a slot holds one assignment
     row_of_slot = jnp.where(expert < shift.shape[1], row, total_rows).reshape(-1, 1)
-    slot_of_row = jnp.full((total_rows,), row_of_slot.size, jnp.int32)
-    slots = jnp.arange(row_of_slot.size, dtype=jnp.int32)
-    return slot_of_row.at[row_of_slot[:, 0]].set(slots, mode="drop", unique_indices=True), row_of_slot
+    return with_inverse(row_of_slot, total_rows)
 
 
 def _slot_tables(sent: Int[Array, " X"], num_rows: int) -> tuple[Int[Array, " XR"], Int[Array, "R 1"]]:

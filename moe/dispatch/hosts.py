@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from moe.dispatch.backends import whole_tiles
 from moe.dispatch.buffers import Tables, fill_rows, no_gradient, positions, sum_rows, take_rows, with_inverse
-from moe.dispatch.exchange import LOAD_SCOPE, OVERFLOW_SCOPE, ROUND_SIZE, weighted_outputs
+from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, further_rounds, weighted_outputs
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.peers import Peers, Route
 from moe.parallel import target
@@ -58,7 +58,7 @@ def apply_by_host(
         chosen: by them.
         num_experts: E.
         hosts: H, that the expert axis spans.
-        weights: of this device's experts; dropout, if any, has no rows.
+        weights: of this device's experts; which rows its dropout has is not read.
     """
     peers = Peers(hosts, across=True)
     with jax.named_scope(LOAD_SCOPE):
@@ -169,7 +169,7 @@ def _apply_in_windows(
         slots: tokens; undefined where nothing arrived.
         chosen: by them, of the host's experts.
         num_local: experts of the host.
-        weights: of this device's experts; dropout, if any, has no rows.
+        weights: of this device's experts; which rows its dropout has is not read.
         peers: devices of the host.
     """
     kept = chosen.expert < num_local
@@ -182,22 +182,22 @@ def _apply_in_windows(
         most = jax.lax.pmax(ends[-1], axis_of("expert"))
     size = whole_tiles(min(kept.size, math.ceil(kept.size / peers.hosts * ROUND_SIZE)))
     operands = slots, chosen.weight, dataclasses.replace(weights, dropout=None)
-    index = tables, ends, weights.dropout, chosen.number
+    dropout = None if chosen.number is None else weights.at(chosen.number).dropout
+    index = tables, ends, dropout
     return _sum_windows(functools.partial(_window, size, peers), size, operands, index, most)
 
 
 def _window(size: int, peers: Peers, start: Array | int, operands: Any, index: Any) -> Float[Array, "N D"]:
-    """What the sorted assignments from ``start`` on, at most so many, add to the sums."""
+    """Part of the sums: of the sorted assignments from ``start`` on, at most so many."""
     slots, scale, weights = operands
-    (assignment_of_row, row_of_assignment), ends, dropout, numbers = index
+    (assignment_of_row, row_of_assignment), ends, dropout = index
     padded = jnp.pad(assignment_of_row, (0, size), constant_values=row_of_assignment.size)
     assignment_of_row = jax.lax.dynamic_slice_in_dim(padded, start, size)
     kept = row_of_assignment < row_of_assignment.size
     inside = kept & (row_of_assignment >= start) & (row_of_assignment < start + size)
     tables = assignment_of_row, jnp.where(inside, row_of_assignment - start, size)
     sizes = jnp.diff(jnp.clip(ends, start, start + size), prepend=start)
-    if dropout is not None:
-        weights = dataclasses.replace(weights, dropout=dataclasses.replace(dropout, rows=numbers))
+    weights = dataclasses.replace(weights, dropout=dropout)
     return weighted_outputs(slots, scale, tables, sizes, weights, peers)
 
 
@@ -209,26 +209,20 @@ def _sum_windows(
     return _sum_windows_fwd(window, size, operands, index, most)[0]
 
 
-def _further(size: int, most: Array, carry: Any, body: Callable[[Array], Any]) -> Any:
-    """Add body(start) of all windows but the first."""
-    with jax.named_scope(OVERFLOW_SCOPE):
-        windows = (most + size - 1) // size
-        return jax.lax.fori_loop(1, windows, lambda i, sums: jax.tree.map(jnp.add, sums, body(i * size)), carry)
-
-
 def _sum_windows_fwd(window, size, operands, index, most):
     first, backward = jax.vjp(lambda operands: window(0, operands, index), operands)
-    total = _further(size, most, first, lambda start: window(start, operands, index))
+    total = further_rounds(most, size, first, lambda start, total: total + window(start, operands, index))
     return total, (operands, index, most, backward)
 
 
 def _sum_windows_bwd(window, size, residuals, gradient):
     operands, index, most, backward = residuals
 
-    def gradients(start):
-        return jax.vjp(lambda operands: window(start, operands, index), operands)[1](gradient)
+    def add(start, sums):
+        _, backward = jax.vjp(lambda operands: window(start, operands, index), operands)
+        return jax.tree.map(jnp.add, sums, backward(gradient))
 
-    return *_further(size, most, backward(gradient), gradients), None, None
+    return *further_rounds(most, size, backward(gradient), add), None, None
 
 
 _sum_windows.defvjp(_sum_windows_fwd, _sum_windows_bwd)
