@@ -219,9 +219,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
-        self.activation = config.activation
-        self.precision = config.low_precision
-        self.keeps_hidden, self.keeps_outputs = (config.remat in policies for policies in (KEEP_HIDDEN, KEEP_OUTPUTS))
+        self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -244,8 +242,8 @@ class Experts(nnx.Module):
             biases,
             activation=self.activation,
             precision=self.precision,
-            keeps_hidden=self.keeps_hidden,
-            keeps_outputs=self.keeps_outputs,
+            keeps_hidden=self.remat in KEEP_HIDDEN,
+            keeps_outputs=self.remat in KEEP_OUTPUTS,
         )
 
 
