@@ -293,17 +293,17 @@ class _Reader:
         self.collectives.append(Collective(kind, (axis,), group, array_bytes(carried), scope.times, overlap, *where))
 
     def _visit_work(self, instruction: Instruction, scope: _Scope) -> None:
-        if instruction.opcode == "custom-call" and (matmul := work.grouped_matmul(instruction, scope.types)):
-            matmul = dataclasses.replace(matmul, count=scope.times)
-            self.grouped.append(matmul)
-            price = self._kernel_price(matmul)
+        kernel, types = work.kernel_of(instruction, self.module, scope.types)
+        matmul = None if kernel is None else work.grouped_matmul(kernel, types)
+        if matmul is not None:
+            self.grouped.append(dataclasses.replace(matmul, count=scope.times))
+            price = self._kernel_price(self.grouped[-1])
             self._note(instruction, scope, "grouped matmul", price, price.flops)
             scope.clock += price.seconds
             return
-        if instruction.opcode == "custom-call" and re.search(r"__cudnn\$fmha|tpu_custom_call", instruction.attributes):
-            cudnn = "__cudnn$fmha" in instruction.attributes
+        if kernel is not None and re.search(r"__cudnn\$fmha|tpu_custom_call", kernel.attributes):
             price = self._attention_prices.get(instruction.name, _NO_PRICE)
-            flops = work.attention_flops(instruction, scope.types) if cudnn else price.flops
+            flops = work.attention_flops(kernel, types) if "__cudnn$fmha" in kernel.attributes else price.flops
             self._note(instruction, scope, "attention", price, flops)
             scope.clock += price.seconds
             return

@@ -119,6 +119,18 @@ def attention_flops(kernel: Instruction, types: Mapping[str, str]) -> float:
     return (5 if "Backward" in kernel.attributes else 2) * 2.0 * math.prod(q) * k[1]
 
 
+def kernel_of(
+    instruction: Instruction, module: hlo.Module, types: Mapping[str, str]
+) -> tuple[Instruction | None, Mapping[str, str]]:
+    """The kernel that an instruction is, or that its fusion has with slices of its operands; the operands' types."""
+    if instruction.opcode != "fusion":
+        return (instruction if instruction.opcode == "custom-call" else None), types
+    inner = module.called(instruction)
+    return next((each for each in inner if each.opcode == "custom-call"), None), {
+        each.name: each.type for each in inner
+    }
+
+
 def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatmul | None:
     """The grouped matmul of a kernel; its two factors are the only operands that are no vectors."""
     tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)

@@ -68,6 +68,37 @@ def test_reads_kernels_and_writes_in_place_of_gpus():
     assert [timeline.part(item) for item in read.items] == ["experts", "experts", "layers, the rest", "attention"]
 
 
+SLICED = """HloModule sliced, is_scheduled=true, num_partitions=1
+%sliced (all: bf16[4,8,512,256], rows: bf16[1024,512], groups: s32[8], layer: s32[]) -> bf16[1024,256] {
+  %all = bf16[4,8,512,256]{3,2,1,0} parameter(0)
+  %rows = bf16[1024,512]{1,0} parameter(1)
+  %groups = s32[8]{0} parameter(2)
+  %layer = s32[] parameter(3)
+  %slice = bf16[1,8,512,256]{3,2,1,0} dynamic-slice(%all, %layer), dynamic_slice_sizes={1,8,512,256}
+  %cast = bf16[8,512,256]{2,1,0} bitcast(%slice)
+  ROOT %call = bf16[1024,256]{1,0} custom-call(%groups, %rows, %cast), custom_call_target="mosaic_gpu_v2"
+}
+ENTRY %main (all: bf16[4,8,512,256], x: bf16[1024,512], s: s32[8], n: s32[]) -> bf16[1024,256] {
+  %w = bf16[4,8,512,256]{3,2,1,0} parameter(0)
+  %x = bf16[1024,512]{1,0} parameter(1)
+  %s = s32[8]{0} parameter(2)
+  %n = s32[] parameter(3)
+  ROOT %y = bf16[1024,256]{1,0} fusion(%w, %x, %s, %n), kind=kCustom, calls=%sliced, metadata={op_name="jit(train_step)/jvp()/moe/shard_map/mpmd_map"}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_that_slices_its_matrices_costs_what_it_does_alone():
+    def price(matmul):
+        return kernels.price(matmul, 1024, GPUS["h100"])
+
+    read = program.read(SLICED, MESH, GPUS["h100"].clock, price)
+    alone = GroupedMatmul("rows", (1024, 512, 256, 8), (0, 0, 0), 2, 1, "mosaic")
+    (item,) = read.items
+    assert read.grouped == (alone,)
+    assert (item.kind, item.where, item.seconds) == ("grouped matmul", "forward", price(alone).seconds)
+
+
 def test_matmuls_at_a_share_of_the_peak():
     assert _read(program.Rates(1e9, 1e12, 0.5e12)).seconds == pytest.approx(2 * 1024 * 512 * 256 / 0.5e12)
 
