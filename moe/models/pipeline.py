@@ -1,10 +1,10 @@
 """Pipeline parallelism: layers split into stages over the mesh axis ``pipeline``, through which microbatches pass.
 
-The equal layers that most of a model consists of (its longest segment) are pipelined. What comes before and after them
-belongs to no stage: there the devices of the axis share the microbatches. All of it is one ``shard_map`` that is manual
-over this axis alone. The layers inside are traced as on a mesh without the axis, with their kernels, exchanges and
-gathers as they are; under ``vmap`` over a stacked axis of stages (GSPMD 2021, section 3.3, praxis, MaxText) each of
-them would need a batched form.
+The equal layers that most of a model consists of (its longest segment) are pipelined, but for the last few where stages
+do not divide them. What comes before and after belongs to no stage: there the devices of the axis share the
+microbatches. All of it is one ``shard_map`` that is manual over this axis alone. The layers inside are traced as on a
+mesh without the axis, with their kernels, exchanges and gathers as they are; under ``vmap`` over a stacked axis of
+stages (GSPMD 2021, section 3.3, praxis, MaxText) each of them would need a batched form.
 
 Microbatch m has its home on device m mod S of the axis. Blocks of S microbatches enter one after the other and pass the
 ring of S stages C times before the next block enters (MaxText's circular schedule): a step takes C·A + S - 1 turns for
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,25 +25,21 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from moe.config import Config, ModelConfig
+from moe.config import Config
 from moe.config.model_section import layer_kinds
 from moe.fields import require
 from moe.layers.basic import Rows, StackSite
 from moe.models.decoder import Output, Transformer
+from moe.models.factory import variable_specs
 from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
+from moe.models.stages import Schedule, pipelined_segment, read_as
 from moe.models.state import TrainState
 from moe.parallel import partition_specs
-from moe.parallel.mesh import axis_of, axis_size, constrain
+from moe.parallel.mesh import axis_of, constrain
 from moe.routing.balancing import LayerReport
 
 #: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, layer reports))
 Loss = Callable[[Any, Output, dict[str, Array], Array], tuple[Array, tuple[Any, LayerReport | None]]]
-
-
-def pipelined_segment(config: ModelConfig) -> int:
-    """Index of the segment that is pipelined: the one with most layers."""
-    runs = segments(layer_kinds(config))
-    return max(range(len(runs)), key=lambda i: len(runs[i][0]) * runs[i][1])
 
 
 def check(config: Config, sizes: Mapping[str, int]) -> None:
@@ -61,8 +58,12 @@ def check(config: Config, sizes: Mapping[str, int]) -> None:
     unit, repeats = segments(layer_kinds(config.model))[pipelined_segment(config.model)]
     groups = stages * train.pipeline_rounds
     equal = f"{repeats} equal layers" if len(unit) == 1 else f"{repeats} equal groups of {len(unit)} layers"
-    allowed = f"its {equal} must be a multiple of mesh.pipeline x train.pipeline_rounds = {groups}"
-    require(repeats % groups == 0, "model.num_layers", config.model.num_layers, allowed)
+    product = f"mesh.pipeline x train.pipeline_rounds = {groups}"
+    if repeats % stages:
+        fits, allowed = repeats >= groups, f"its {equal} must be at least {product}"
+    else:
+        fits, allowed = repeats % groups == 0, f"its {equal}, a multiple of {stages} stages, must be one of {product}"
+    require(fits, "model.num_layers", config.model.num_layers, allowed)
     divides = train.accumulation_steps % stages == 0
     allowed = f"must be a multiple of mesh.pipeline={stages}, through whose stages microbatches pass"
     require(divides, "train.accumulation_steps", train.accumulation_steps, allowed)
@@ -88,43 +89,25 @@ def _shift(tree: Any, by: int) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, axis_of("pipeline"), pairs), tree)
 
 
-def _own_layers(segment: Segment, rounds: int) -> Segment:
-    """The segment with the layers that this stage runs, C groups one after the other.
-
-    Layers are stored in order, device p holding groups p·C ... p·C + C - 1; stage s runs groups s, s + S, s + 2·S ...
-    """
-    if rounds == 1:
-        return segment
-    stages = lax.axis_size(axis_of("pipeline"))
-
-    def regroup(x: Array) -> Array:
-        x, moved = x.reshape(rounds, -1, *x.shape[1:]), []
-        for to in range(rounds):
-            groups = [to * stages + stage for stage in range(stages)]
-            sent = [
-                lax.ppermute(x[i], axis_of("pipeline"), [(g // rounds, g % stages) for g in groups if g % rounds == i])
-                for i in range(rounds)
-            ]
-            moved.append(sum(sent[1:], sent[0]))  # a device that nothing is sent to has zeros
-        return jnp.concatenate(moved)
-
-    graphdef, variables = nnx.split(segment)
-    return nnx.merge(graphdef, jax.tree.map(regroup, variables))
-
-
 class Pipeline:
     """A model's layers, within ``shard_map`` over the axis; K·S microbatches, of which each device holds K."""
 
-    def __init__(self, model: Transformer, rounds: int, rng: Array):
+    def __init__(self, model: Transformer, casts: Transformer, schedule: Schedule, rng: Array):
         """Set up.
 
         Args:
-            model: this device's parameters: of the pipelined segment its shard, of everything else the whole.
-            rounds: C, times that a microbatch passes all stages.
+            model: this device's parameters: of the pipelined segment the stage's layers for :meth:`run`, those of no
+                stage for :meth:`finish`; of everything else the whole.
+            casts: parameters that :meth:`run` reads, in place of the model's, for the pipelined segment.
+            schedule: of the pipelined segment.
             rng: key of the step.
         """
-        self.model, self.rounds, self.rng = model, rounds, rng
+        self.model, self.schedule, self.rng = model, schedule, rng
         self.index = pipelined_segment(model.config)
+        self.segment: Segment = getattr(model, f"segment_{self.index}")
+        self.casts = nnx.state(getattr(casts, f"segment_{self.index}"))
+        #: Number of the segment's first layer.
+        self.first = sum(len(unit) * repeats for unit, repeats in segments(model.kinds)[: self.index])
         self.settings: dict[str, Any] = {"remat": model.config.remat, "unroll": not model.config.scan_layers}
 
     def run(self, x: Array, rows: Rows, numbers: Array) -> tuple[Array, LayerStates]:
@@ -155,19 +138,22 @@ class Pipeline:
         returns, without their leading axis."""
         model, key = self.model, jax.random.fold_in(self.rng, number)
         body = model.body(rows, train=True, rng=key)
+        rest, further = self.segment, []
+        if len(jax.tree.leaves(nnx.state(rest))[0]):
+            first = self.first + self.schedule.pipelined * rest.size
+            x, reports = scan_segment(rest, body, x, [None] * rest.size, first, **self.settings)
+            further = [reports]
         after = range(self.index + 1, len(segments(model.kinds)))
-        x, further = model.scan(body, x, of=after, **self.settings)
+        x, others = model.scan(body, x, of=after, **self.settings)
+        further += others
         layers, _ = join_moe_layers([*states, *further]) or (None, None)
         x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(x))
         return model.output(x, layers, rows, train=True, rng=key)
 
     def _stages(self, x: Array, rows: Rows) -> tuple[Array, list[Any]]:
         """The pipelined segment: [K,b,T,D] → [K,b,T,D], and the reports of its layers."""
-        stages, rounds, blocks = lax.axis_size(axis_of("pipeline")), self.rounds, len(x)
-        stage = lax.axis_index(axis_of("pipeline"))
-        segment = _own_layers(getattr(self.model, f"segment_{self.index}"), rounds)
-        repeats = len(jax.tree.leaves(nnx.state(segment))[0]) // rounds  # of one group
-        first = sum(len(unit) * repeats for unit, repeats in segments(self.model.kinds)[: self.index])
+        stages, rounds, blocks = self.schedule.stages, self.schedule.rounds, len(x)
+        stage, repeats, segment = lax.axis_index(axis_of("pipeline")), self.schedule.repeats, self.segment
         turns = rounds * blocks * stages
 
         def layers(current: tuple[Array, Rows], turn: Array) -> tuple[tuple[Array, Rows], list[Any]]:
@@ -178,14 +164,16 @@ class Pipeline:
             group = work // stages % rounds
             key = jax.random.fold_in(self.rng, work // (rounds * stages) * stages + work % stages)
 
-            # Where a turn's weights depend on the turn, slices of them would be kept for the backward pass.
+            # As inputs of a scan the slices of a turn's weights would be kept for the backward pass, and the gradients
+            # of all of them be stacked in every turn.
             def take(variables: Any, repeat: Array) -> Any:
                 place = group * repeats + repeat
-                return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False), variables)
+                take_one = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
+                return jax.tree.map(lambda x, cast: read_as(take_one(x), take_one(cast)), variables, self.casts)
 
             body = self.model.body(rows, train=True, rng=key)
-            number = first + (group * stages + stage) * repeats * segment.size
-            own = {"repeats": repeats, "take": None if rounds == 1 else take, **self.settings}
+            number = self.first + (group * stages + stage) * repeats * segment.size
+            own = {"repeats": repeats, "take": take, **self.settings}
             x, reports = scan_segment(segment, body, x, [None] * segment.size, number, **own)
             return (x, rows), reports
 
@@ -195,8 +183,7 @@ class Pipeline:
             Turning the waiting ones on by a place each turn brings each to the first stage when its turn is, and those
             that are done home.
             """
-            block = turn // (rounds * stages)
-            swaps = (stage == 0) & (turn % (rounds * stages) < stages)
+            block, swaps = turn // (rounds * stages), stage == 0
             slot = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False), waiting)
             current, slot = (
                 jax.tree.map(functools.partial(jnp.where, swaps), a, b) for a, b in ((slot, current), (current, slot))
@@ -207,7 +194,12 @@ class Pipeline:
             )
 
         def turn(carry: Any, number: Array) -> tuple[Any, list[Any]]:
-            current, waiting = exchange(carry[0], carry[1], number)
+            current, waiting = carry
+            if rounds == 1:
+                current, waiting = exchange(current, waiting, number)
+            else:
+                enters = number % (rounds * stages) < stages
+                current, waiting = lax.cond(enters, exchange, lambda *both: both[:2], current, waiting, number)
             current, reports = layers(current, number)
             return (_shift(current, 1), waiting), reports
 
@@ -220,9 +212,9 @@ class Pipeline:
 
     def _home(self, stage: Array, blocks: int, report: Array) -> Array:
         """[turns,n,...] of this stage's layers → [K,R,...] of all R repeats, of this device's microbatches."""
-        stages = lax.axis_size(axis_of("pipeline"))
-        report = lax.dynamic_slice_in_dim(report, stage, self.rounds * blocks * stages)
-        report = report.reshape(blocks, self.rounds, stages, *report.shape[1:])  # [K,C,S,n,...]
+        stages, rounds = self.schedule.stages, self.schedule.rounds
+        report = lax.dynamic_slice_in_dim(report, stage, rounds * blocks * stages)
+        report = report.reshape(blocks, rounds, stages, *report.shape[1:])  # [K,C,S,n,...]
         # Microbatches are exchanged for stages: [K,C,S,n,...]
         report = lax.all_to_all(report, axis_of("pipeline"), 2, 2, tiled=True)
         return report.reshape(blocks, -1, *report.shape[4:])
@@ -244,9 +236,30 @@ def gradients(
         rng: key of the step; microbatch m has ``fold_in(rng, m)``.
         count: number of targets in all microbatches.
     """
-    axis, stages = axis_of("pipeline"), axis_size("pipeline")
-    segment = f"segment_{pipelined_segment(config.model)}"
+    axis, schedule = axis_of("pipeline"), Schedule.of(config)
+    stages, segment = schedule.stages, f"segment_{pipelined_segment(config.model)}"
+    specs = {segment: variable_specs(config.model)[segment]}
     state = dataclasses.replace(state, optimizer=None)
+
+    def spec(path: tuple[Any, ...]) -> P:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return functools.reduce(operator.getitem, names, specs) if segment in names else P()
+
+    def assign(layers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        pairs = jax.tree_util.tree_map_with_path(lambda path, x: schedule.assign(x, spec(path)), layers)
+        own, rest = (
+            jax.tree.map(operator.itemgetter(i), pairs, is_leaf=lambda node: isinstance(node, tuple)) for i in range(2)
+        )
+        return own, rest
+
+    def cast(path: tuple[Any, ...], x: Array, own: Array) -> Array:
+        """A stage's matrices of experts, which are sent in the dtype in which they are read; others as they are."""
+        moves = schedule.rounds > 1 or "pipeline" not in spec(path)[:1]
+        names = {getattr(key, "key", None) for key in path}
+        dtype = jnp.dtype(config.model.dtype)
+        if not (moves and "experts" in names and x.ndim > 3 and dtype.itemsize < x.dtype.itemsize):
+            return own
+        return schedule.assign(x.astype(dtype), spec(path))[0]
 
     def embed(table: Any) -> Array:
         """[K,S,b,T] → [S,b,K,T] → [S·b·K,T], in which rows are split as outside of pipelines, and back."""
@@ -261,48 +274,62 @@ def gradients(
         x, batch = jax.tree.map(lambda values: jnp.squeeze(values, 1), (x, batch))  # [K,1,b,T]
         numbers = jnp.arange(len(batch["tokens"])) * stages + lax.axis_index(axis)
         rows = Rows(batch["tokens"], batch["segment_ids"], batch["positions"], prefix=batch.get("prefix"))
-        inside = {segment: state.parameters[segment]}
         outside = {name: tree for name, tree in state.parameters.items() if name != segment}
+        (own, rest), back = jax.vjp(assign, {segment: state.parameters[segment]})
+        own_biases, rest_biases = assign({name: tree for name, tree in state.biases.items() if name == segment})
+        casts = jax.tree_util.tree_map_with_path(cast, {segment: state.parameters[segment]}, own)
 
-        def pipeline(outside: Any, inside: Any) -> Pipeline:
-            variables = dataclasses.replace(state, parameters=outside | inside).variables
-            return Pipeline(nnx.merge(graphdef, variables), config.train.pipeline_rounds, rng)
+        def model(parameters: Any, biases: Any) -> Transformer:
+            of_stage = dataclasses.replace(state, parameters=parameters, biases=state.biases | biases)
+            return nnx.merge(graphdef, of_stage.variables)
+
+        def run(outside: Any, own: Any, x: Array) -> tuple[Array, LayerStates]:
+            read = model(state.parameters | casts, own_biases)
+            stage = Pipeline(model(outside | own, own_biases), read, schedule, rng)
+            return stage.run(x, rows, numbers)
 
         def finish(outside: Any, x: Array, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
             rows, microbatch, number = inputs
-            end = pipeline(outside, inside)
+            read = model(outside, rest_biases)
+            end = Pipeline(read, read, schedule, rng)
             return loss(end.model, end.finish(x, reports, rows, number), microbatch, count)
 
         def accumulate(sums: Any, inputs: tuple[Any, ...]) -> Any:
             x, reports, *others = inputs
-            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(outside, x, reports, tuple(others))
+            of_microbatch = jax.value_and_grad(finish, (0, 1, 2), has_aux=True)(after, x, reports, tuple(others))
             (share, (numbers, layers)), (gradient, *cotangents) = of_microbatch
             return jax.tree.map(jnp.add, sums, (share, gradient)), (numbers, layers, cotangents)
 
-        def run(outside: Any, inside: Any, x: Array) -> tuple[Array, LayerStates]:
-            return pipeline(outside, inside).run(x, rows, numbers)
-
-        (x, reports), back = jax.vjp(run, outside, inside, x)
+        (x, reports), back_through_stages = jax.vjp(run, outside, own, x)
         # What follows the last stage is differentiated microbatch by microbatch, so that none of it is kept.
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, outside)
+        after = outside | rest
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, after)
         inputs = x, reports, rows, batch, numbers
         (share, gradient), (shown, layers, cotangents) = lax.scan(accumulate, zeros, inputs)
-        before, of_layers, of_x = back(tuple(cotangents))
+        before, of_own, of_x = back_through_stages(tuple(cotangents))
+        (of_layers,) = back((of_own, {segment: gradient.pop(segment)}))
+        # Of arrays that no device stores in part each has the gradient of its own layers.
+        of_layers = jax.tree_util.tree_map_with_path(
+            lambda path, x: x if "pipeline" in spec(path) else lax.psum(x, axis), of_layers
+        )
         shown = jax.tree.map(lambda values: jnp.sum(values, axis=0), shown)
         sums = lax.psum((share, shown, jax.tree.map(jnp.add, gradient, before)), axis)
         return *sums, of_layers, *jax.tree.map(lambda values: values[:, None], (of_x, layers))
 
-    def spec(path: tuple[Any, ...], _: Any) -> P:
-        return P(axis) if jax.tree_util.DictKey(segment) in path else P()
+    def stored(path: tuple[Any, ...], _: Any) -> P:
+        return P(*(axis if axes == "pipeline" else None for axes in spec(path)))
 
     # [A,b,T] → [K,S,b,T]
     batch = {name: values.reshape(-1, stages, *values.shape[1:]) for name, values in batch.items()}
     batch = {name: constrain(values, partition_specs.PIPELINED) for name, values in batch.items()}
-    blocks = P(None, axis)
+    blocks, layers_stored = (
+        P(None, axis),
+        jax.tree_util.tree_map_with_path(stored, {segment: state.parameters[segment]}),
+    )
     spread = jax.shard_map(
         local,
-        in_specs=(jax.tree_util.tree_map_with_path(spec, state), blocks, blocks, P(), P()),
-        out_specs=(P(), P(), P(), P(axis), blocks, blocks),
+        in_specs=(jax.tree_util.tree_map_with_path(stored, state), blocks, blocks, P(), P()),
+        out_specs=(P(), P(), P(), layers_stored, blocks, blocks),
         axis_names={axis},
         check_vma=False,
     )

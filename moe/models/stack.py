@@ -214,9 +214,8 @@ def scan_segment(
         take: (all variables, repeat) → the repeat's variables, again in the backward pass; None: they are sliced.
     """
     graphdef, stacked = nnx.split(segment)
-    stored, stages = len(jax.tree.leaves(stacked)[0]), axis_size("pipeline")
-    repeats = repeats or stored
-    if take is None and stages > 1 and stored % stages == 0:
+    repeats = repeats or len(jax.tree.leaves(stacked)[0])
+    if take is None and axis_size("pipeline") > 1:
         take = take_layer
 
     def repeat(x: Any, inputs: tuple[Any, Array, Any]) -> Any:

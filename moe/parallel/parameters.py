@@ -27,7 +27,7 @@ from moe.parallel import target
 from moe.parallel.mesh import AXES, axis_of, axis_size, constrain
 from moe.parallel.partition_specs import REPLICATED, STORED, shardings
 
-#: The leading axis of parameters of stacked layers, split over ``pipeline`` if that divides their number.
+#: The leading axis of parameters of stacked layers.
 LAYERS = "layers"
 
 #: Prefix of the named scopes in which weights are gathered, by which the planner finds their exchanges in compiled
@@ -100,12 +100,23 @@ def parameter_specs(variables: nnx.State) -> dict[str, Any]:
         ValueError: a variable was made without one.
     """
 
-    specs, stages = {}, axis_size("pipeline")
+    specs = {}
     for path, variable in nnx.to_flat_state(variables):
-        spec = fit(spec_of(variable, ".".join(map(str, path))), variable.shape)
-        splits = stages > 1 and variable.ndim > 0 and variable.shape[0] % stages == 0
-        specs[path] = P(*(("pipeline" if splits else None) if axes == LAYERS else axes for axes in spec))
+        specs[path] = _in_stages(fit(spec_of(variable, ".".join(map(str, path))), variable.shape), variable.shape)
     return traverse_util.unflatten_dict(specs)
+
+
+def _in_stages(spec: P, shape: Sequence[int]) -> P:
+    """Storage of stacked layers over ``pipeline``: a stage stores its layers where the stages divide their number, and
+    otherwise a part of each, of the first dimension that no other axis splits and the stages divide, or else all."""
+    entries, stages = [None if axes == LAYERS else axes for axes in spec], axis_size("pipeline")
+    if stages == 1 or LAYERS not in spec:
+        return P(*entries)
+    for i, dim in enumerate(shape):
+        if dim % stages == 0 and axis_size(*axis_names(entries[i])) == 1:
+            entries[i] = "pipeline"
+            break
+    return P(*entries)
 
 
 def optimizer_specs(parameters: Any, specs: Any, optimizer: Any) -> Any:
@@ -149,12 +160,17 @@ def parameter_shardings(mesh: Mesh | None, variables: nnx.State) -> dict[str, An
         return shardings(mesh, parameter_specs(variables))
 
 
-def take_layer(stacked: Any, index: Array) -> Any:
-    """One of the layers that arrays stack, from the devices of ``pipeline`` that store it; the layers are split over
-    this axis, and XLA would gather all of them."""
+def take_layer(stacked: nnx.State, index: Array) -> nnx.State:
+    """One of the layers that variables stack, as the devices of ``pipeline`` store it: from those that have it, or in
+    parts, which are gathered where it is used. XLA would gather all layers."""
     axis = axis_of("pipeline")
 
-    def take(stacked: Any, index: Array) -> Any:
+    def part(variable: nnx.Variable[Array]) -> nnx.Variable[Array]:
+        spec = _in_stages(fit(spec_of(variable), variable.shape), variable.shape)
+        layer = lax.dynamic_index_in_dim(variable[...], index, keepdims=False)
+        return variable.replace(constrain(layer, P(*spec[1:])))
+
+    def take(stacked: nnx.State, index: Array) -> nnx.State:
         def one(layers: Array) -> Array:
             layer = lax.dynamic_index_in_dim(layers, index % len(layers), keepdims=False)
             return lax.psum(jnp.where(lax.axis_index(axis) == index // len(layers), layer, 0), axis)
@@ -162,6 +178,8 @@ def take_layer(stacked: Any, index: Array) -> Any:
         return jax.tree.map(one, stacked)
 
     with jax.named_scope(f"{WEIGHTS_SCOPE}layer"):
+        if len(jax.tree.leaves(stacked)[0]) % axis_size("pipeline"):
+            return jax.tree.map(part, stacked, is_leaf=lambda node: isinstance(node, nnx.Variable))
         spread = jax.shard_map(take, in_specs=(P(axis), P()), out_specs=P(), axis_names={axis}, check_vma=False)
         return spread(stacked, index)
 

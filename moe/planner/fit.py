@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, stacks
 from moe.dispatch.backends import gpu
@@ -25,6 +26,7 @@ from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
 from moe.models.factory import abstract_parameters
 from moe.models.stack import segments
+from moe.models.stages import Schedule, pipelined_segment
 from moe.parallel.parameters import optimizer_specs, parameter_specs
 from moe.parallel.partition_specs import KEEP_HIDDEN
 from moe.training.optimizer import make_optimizer
@@ -75,6 +77,7 @@ class Estimate:
         parameters: as stored.
         optimizer: Optax state.
         gradients: of all parameters, because their norm is needed before any is used; with accumulation also their sum.
+            Also layers of no stage of a pipeline, whole.
         weights: matrices in the compute dtype: of all layers as they are stored, of one gathered.
         kept: arrays that the remat policy keeps of the forward pass.
         layer: arrays of one layer while its gradients are computed.
@@ -126,6 +129,7 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
         specs = parameter_specs(parameters)
         shapes = nnx.to_pure_dict(parameters)
         stored = shard_bytes(_placed(mesh, shapes, specs))
+        of_no_stage = _of_no_stage(config, mesh, shapes, specs)
         placed = _placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer))
         state = 0 if config.optimizer.memory == "host" else shard_bytes(placed)
     train, stages, size = config.train, sizes.get("pipeline", 1), jnp.dtype(config.model.dtype).itemsize
@@ -137,11 +141,25 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
     return Estimate(
         stored,
         state,
-        stored * (2 if train.accumulation_steps > 1 and stages == 1 else 1),
+        stored * (2 if train.accumulation_steps > 1 and stages == 1 else 1) + 2 * of_no_stage,
         int(cast + size * layers.matrices),
         int(kept_rows * size * layers.kept),
         int(rows * size * layers.alive),
     )
+
+
+def _of_no_stage(config: Config, mesh: AbstractMesh, shapes: Any, specs: Any) -> int:
+    """Bytes of stacked layers that belong to no stage of a pipeline, which stores them in parts and gathers them."""
+    stages = mesh.shape.get("pipeline", 1)
+    if stages == 1:
+        return 0
+    segment, pipelined, size = f"segment_{pipelined_segment(config.model)}", Schedule.of(config).pipelined, 0.0
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda leaf: isinstance(leaf, P)):
+        if "pipeline" in spec[1:]:
+            leaf = functools.reduce(lambda tree, key: tree[key.key], path, shapes)
+            share = 1 - pipelined / leaf.shape[0] if path[0].key == segment else 1.0
+            size += stages * share * shard_bytes(_placed(mesh, leaf, spec))
+    return int(size)
 
 
 def same_parameters(model: ModelConfig) -> ModelConfig:

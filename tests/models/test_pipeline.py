@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -117,6 +118,16 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
         ),
         slow_case({"expert": 2, "pipeline": 4}, 1, {"gate": "noisy_topk", "dispatch": "dropless"}),
         slow_case({"fsdp": 2, "pipeline": 2}, 2, {"gate": "switch", "dispatch": "gather", "jitter": 0.1}),
+        # Stages that do not divide the layers: one, or two, belong to none.
+        ({"pipeline": 2}, 2, {"gate": "none", "num_layers": 5}),
+        slow_case({"expert": 2, "pipeline": 2}, 1, DEEPSEEK | {"num_layers": 5, "dropout": 0.1}),
+        slow_case(
+            {"expert": 2, "pipeline": 4},
+            1,
+            DEEPSEEK | {"num_layers": 7, "first_dense": 1, "dispatch": "dropless", "remat": "full"},
+        ),
+        slow_case({"fsdp": 2, "pipeline": 4}, 2, {"gate": "switch", "dispatch": "gather", "num_layers": 10}),
+        slow_case({"pipeline": 4}, 3, {"gate": "none", "num_layers": 12}),
         slow_case(
             {"expert": 4, "pipeline": 2}, 1, {"gate": "expert_choice", "accept_future_leak": True, "dispatch": "gather"}
         ),
@@ -137,6 +148,21 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 def test_values_and_gradients_are_those_without_a_pipeline(sizes, rounds, model):
     config = _config(rounds, **model)
     _check_equal(_gradients(config, ALONE)[0], _gradients(config, MeshConfig(**{"data": 1, **sizes}))[0])
+
+
+def test_gradients_of_matrices_that_are_sent_in_bfloat16_are_summed_in_float32():
+    """Three rounds of two stages, every token to every expert, as rounding would change choices.
+
+    The two programs round differently. A sum in bfloat16 would hold nothing but its numbers; of one in float32 a fourth
+    are.
+    """
+    config = _config(3, gate="mixtral", experts_per_token=4, dispatch="dropless", num_layers=7, dtype="bfloat16")
+    one, _ = _gradients(config, ALONE)
+    split, _ = _gradients(config, MeshConfig(data=1, pipeline=2))
+    for matrix in ("gate", "up", "down"):
+        name = f"[1]['segment_0']['block_0']['moe']['experts']['{matrix}']"
+        assert np.linalg.norm(split[name] - one[name]) <= 0.1 * np.linalg.norm(one[name]), name
+        assert np.mean(split[name] == split[name].astype(jnp.bfloat16)) < 0.5
 
 
 @pytest.mark.slow
@@ -164,9 +190,10 @@ def test_activations_pass_from_stage_to_stage_and_no_weights_do():
     assert not [dims for dims in re.findall(r"f32\[9,([\d,]+)\]", text) if hidden in dims.split(",")]
 
 
-def test_a_checkpoint_moves_between_meshes_with_and_without_a_pipeline(tmp_path):
-    """Written by two stages, read by one device, and the reverse."""
-    config = _config(**DEEPSEEK, first_dense=2)
+@pytest.mark.parametrize(("layers", "stored"), [(4, (1, 4, 16, 20)), (5, (3, 2, 16, 20))])
+def test_a_checkpoint_moves_between_meshes_with_and_without_a_pipeline(layers, stored, tmp_path):
+    """Written by two stages, read by one device, and the reverse; of three MoE layers each stores half of each."""
+    config = _config(**DEEPSEEK, num_layers=layers, first_dense=2)
     states = {}
     for name, sizes in (("split", MeshConfig(data=1, pipeline=2)), ("whole", ALONE)):
         mesh = make_mesh(sizes, _devices(sizes))
@@ -174,7 +201,7 @@ def test_a_checkpoint_moves_between_meshes_with_and_without_a_pipeline(tmp_path)
             program = build(dataclasses.replace(config, mesh=sizes), mesh)
             states[name] = _drawn(program.state), program.state
     of_layers = states["split"][0].parameters["segment_1"]["block_0"]["moe"]["experts"]["up"]
-    assert of_layers.sharding.shard_shape(of_layers.shape) == (1, *of_layers.shape[1:])
+    assert of_layers.sharding.shard_shape(of_layers.shape) == stored
     for writer, reader in (("split", "whole"), ("whole", "split")):
         checkpointer = ocp.Checkpointer(array_handler())
         checkpointer.save(tmp_path / writer, args=ocp.args.PyTreeSave(states[writer][0].stored))
@@ -182,6 +209,17 @@ def test_a_checkpoint_moves_between_meshes_with_and_without_a_pipeline(tmp_path)
         found = checkpointer.restore(tmp_path / writer, args=manager._restore(shapes))
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, state)
         assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, shapes)
+
+
+@pytest.mark.slow
+def test_layers_of_no_stage_are_evaluated_as_without_a_pipeline():
+    """Five layers, of which two stages store half of each: no device ever holds more than one whole."""
+    sizes = MeshConfig(data=1, fsdp=2, expert=2, pipeline=2)
+    config = _config(gate="mixtral", dispatch="gather", num_layers=5)
+    evaluated, text = _evaluate(config, sizes)
+    _check_equal(_evaluate(config, ALONE)[0], evaluated)
+    gathered = [shape for one in collectives(text, 8) if one.kind == "all-gather" for shape in one.shapes]
+    assert not [shape for shape in gathered if len(shape) > 2 and shape[0] == 5 and config.model.moe.d_ff in shape]
 
 
 @pytest.mark.slow
@@ -204,14 +242,18 @@ def test_a_run_goes_on_with_and_without_a_pipeline(directory, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sizes", "message"),
     [
-        ({"model": tiny_model(num_layers=5)}, {}, r"num_layers=5: its 5 equal layers must be a multiple of .* = 2"),
+        ({"model": tiny_model(num_layers=1)}, {}, r"num_layers=1: its 1 equal layers must be at least .* = 2"),
         (
             {"train": TrainConfig(accumulation_steps=3, batch_size=24)},
             {},
             r"accumulation_steps=3: must be a multiple of mesh",
         ),
         ({"distill": DistillConfig(teacher="run")}, {}, r"distill.teacher='run': must be '' with mesh.pipeline=2"),
-        ({"train": TrainConfig(accumulation_steps=8, pipeline_rounds=4)}, {}, r"must be a multiple of .* = 8"),
+        (
+            {"train": TrainConfig(accumulation_steps=8, pipeline_rounds=4)},
+            {},
+            r"a multiple of 2 stages, must be one of .* = 8",
+        ),
         ({}, {"tensor": 2}, r"mesh.tensor=2: must be 1 with mesh.pipeline=2"),
     ],
 )

@@ -74,6 +74,18 @@ def test_kept_projections_of_latent_attention_by_hand(tensor):
     assert bytes_kept[0] - bytes_kept[1] == tokens * 2 * (attention + dense)
 
 
+def test_layers_of_no_stage_by_hand():
+    """Of 34 layers four stages have 32. Of the other two each device gathers its share of the other axes, and has its
+    gradients: queries and outputs [4096,4096], keys and values [4096,1024], 8 experts, over 64 devices, and on every
+    one the router and two norms."""
+    config = from_config_dict(mixtral_8x7b.get_config())
+    train = dataclasses.replace(config.train, accumulation_steps=4)
+    config = dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, num_layers=34))
+    made = fit.estimate(config, {"pipeline": 4, **MESH}, "gpu")
+    matrices = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * 3 * 4096 * 14336
+    assert made.gradients - made.parameters == 2 * 2 * 4 * (matrices / 64 + 4096 * 8 + 2 * 4096)
+
+
 def test_kept_projections_of_a_delta_net_by_hand():
     """36 layers with 16 heads of queries and keys of 128, 32 of values and gates of 128; 12 of attention with 16 heads
     of queries and gates of 256, 2 of keys and values; all split over two devices."""
