@@ -35,7 +35,7 @@ from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment
 from moe.models.stages import Schedule, pipelined_segment, read_as
 from moe.models.state import TrainState
 from moe.parallel import partition_specs
-from moe.parallel.mesh import axis_of, constrain
+from moe.parallel.mesh import axis_of, axis_size, constrain
 from moe.routing.balancing import LayerReport
 
 #: (model, output, microbatch, number of targets) → (share of the loss, (numbers to sum, layer reports))
@@ -236,7 +236,7 @@ def gradients(
         rng: key of the step; microbatch m has ``fold_in(rng, m)``.
         count: number of targets in all microbatches.
     """
-    axis, schedule = axis_of("pipeline"), Schedule.of(config)
+    axis, schedule = axis_of("pipeline"), Schedule.of(config, axis_size("pipeline"))
     stages, segment = schedule.stages, f"segment_{pipelined_segment(config.model)}"
     specs = {segment: variable_specs(config.model)[segment]}
     state = dataclasses.replace(state, optimizer=None)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moe.config import Config, ModelConfig
 from moe.config.model_section import layer_kinds
 from moe.models.stack import segments
-from moe.parallel.mesh import axis_of, axis_size, on_mesh
+from moe.parallel.mesh import axis_of, on_mesh
 from moe.parallel.parameters import WEIGHTS_SCOPE
 
 
@@ -39,9 +39,9 @@ class Schedule:
     repeats: int
 
     @classmethod
-    def of(cls, config: Config) -> Schedule:
-        """The schedule of a run, on the mesh in context."""
-        stages, rounds = axis_size("pipeline"), config.train.pipeline_rounds
+    def of(cls, config: Config, stages: int) -> Schedule:
+        """The schedule of a run with so many stages."""
+        rounds = config.train.pipeline_rounds
         _, repeats = segments(layer_kinds(config.model))[pipelined_segment(config.model)]
         return cls(stages, rounds, repeats // (stages * rounds))
 

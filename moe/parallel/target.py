@@ -138,15 +138,23 @@ _NVIDIA_OPTIONS = {
 }
 
 
-def compiler_options(device_kind: str) -> dict[str, str | bool | int]:
+#: XLA of JAX 0.12 writes two trips of a loop as one, and aborts ("call graph must have been flattened") where that loop
+#: over layers is inside a pipeline's loop over turns.
+_NVIDIA_PIPELINE = {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_NO_UNROLL"}
+
+
+def compiler_options(device_kind: str, *, nested: bool = False) -> dict[str, str | bool | int]:
     """XLA options for a kind of device, by JAX's name of it; none except for TPUs and NVIDIA GPUs.
+
+    Args:
+        nested: the loop over layers is inside a pipeline's loop over turns.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
     inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/accelerator_code.md
     has the estimated gains.
     """
     if device_kind.startswith("NVIDIA"):
-        return dict(_NVIDIA_OPTIONS)
+        return _NVIDIA_OPTIONS | (_NVIDIA_PIPELINE if nested else {})
     if not device_kind.startswith("TPU"):
         return {}
     options: dict[str, str | bool | int] = {"xla_tpu_enable_async_all_to_all": "true"}

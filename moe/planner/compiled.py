@@ -21,7 +21,6 @@ from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.foreign_files import parse
 from moe.layers.attention.attend import checked_for_target
-from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, memory_errors
 from moe.planner.topology import Topology, get_topology
@@ -115,7 +114,8 @@ def read_or_compile(
     make = _compile_apart if apart else compile_step
     if folder is None:
         return make(config, topology)
-    options = target.compiler_options(topology.devices[0].device_kind) | dict(topology.compiler_options)
+    options = train_step_module.compiler_options(config, make_mesh(config.mesh, topology.devices))
+    options |= dict(topology.compiler_options)
     made_of = [to_dict(config), topology.name, topology.num_slices, options, versions()]
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{name}.json.gz"

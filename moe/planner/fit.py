@@ -153,7 +153,7 @@ def _of_no_stage(config: Config, mesh: AbstractMesh, shapes: Any, specs: Any) ->
     stages = mesh.shape.get("pipeline", 1)
     if stages == 1:
         return 0
-    segment, pipelined, size = f"segment_{pipelined_segment(config.model)}", Schedule.of(config).pipelined, 0.0
+    segment, pipelined, size = f"segment_{pipelined_segment(config.model)}", Schedule.of(config, stages).pipelined, 0.0
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda leaf: isinstance(leaf, P)):
         if "pipeline" in spec[1:]:
             leaf = functools.reduce(lambda tree, key: tree[key.key], path, shapes)

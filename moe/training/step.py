@@ -22,6 +22,7 @@ from moe.models.adapters import initial_adapters
 from moe.models.decoder import Output
 from moe.models.factory import Model, abstract_model, create_model, variable_specs
 from moe.models.stack import selection_biases
+from moe.models.stages import Schedule
 from moe.models.state import AdaptedState, TrainState, set_schedule_step, state_specs
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_size, constrain
@@ -129,6 +130,13 @@ class _Parts:
     objective: Objective = TEXT
 
 
+def compiler_options(config: Config, mesh: Mesh) -> dict[str, str | bool | int]:
+    """XLA options of a run's programs on these devices."""
+    stages = mesh.shape.get("pipeline", 1)
+    nested = stages > 1 and config.model.scan_layers and Schedule.of(config, stages).repeats > 1
+    return target.compiler_options(mesh.devices.flat[0].device_kind, nested=nested)
+
+
 def build(
     config: Config,
     mesh: Mesh,
@@ -166,7 +174,7 @@ def build(
     variable_shardings = partition_specs.shardings(mesh, variable_specs(config.model))
     batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
     replicated = NamedSharding(mesh, partition_specs.REPLICATED)
-    options = target.compiler_options(mesh.devices.flat[0].device_kind) or None
+    options = compiler_options(config, mesh) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
         step_shardings += (partition_specs.shardings(mesh, variable_specs(teacher_model)),)

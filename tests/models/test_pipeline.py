@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import types
 from typing import Any
 
 import jax
@@ -237,6 +238,16 @@ def test_a_run_goes_on_with_and_without_a_pipeline(directory, tmp_path):
         still, moved = (rows(tmp_path / name, prefix) for name in ("still", "moved"))
         assert [row["step"] for row in moved] == [row["step"] for row in still]
         np.testing.assert_allclose([row["loss"] for row in moved], [row["loss"] for row in still], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "rounds", "unrolled"), [(2, 1, True), (4, 2, True), (5, 2, True), (4, 1, False)])
+def test_loops_over_several_layers_of_a_turn_are_not_unrolled_on_nvidia(layers, rounds, unrolled):
+    """Two stages: with one layer in a turn there is no loop."""
+    config = _config(rounds, num_layers=layers)
+    device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+    for shape, expected in (({"pipeline": 2}, unrolled), ({"data": 2}, True)):
+        mesh: Any = types.SimpleNamespace(shape=shape, devices=np.array([device, device]))
+        assert ("xla_gpu_enable_while_loop_unrolling" not in step.compiler_options(config, mesh)) == expected
 
 
 @pytest.mark.parametrize(
