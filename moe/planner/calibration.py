@@ -47,7 +47,7 @@ def rows() -> list[dict[str, Any]]:
 #: What a counted time depends on beside the program.
 _PRICES = (
     "attention.csv", "attention.py", "chips.py", "exchanges.py", "gpus.py", "grouped_matmuls.csv", "kernels.py",
-    "measured.py", "network.py", "program.py", "timeline.py",
+    "measured.py", "network.py", "program.py", "timeline.py", "work.py",
 )  # fmt: skip
 
 
