@@ -322,10 +322,8 @@ def gradients(
     # [A,b,T] → [K,S,b,T]
     batch = {name: values.reshape(-1, stages, *values.shape[1:]) for name, values in batch.items()}
     batch = {name: constrain(values, partition_specs.PIPELINED) for name, values in batch.items()}
-    blocks, layers_stored = (
-        P(None, axis),
-        jax.tree_util.tree_map_with_path(stored, {segment: state.parameters[segment]}),
-    )
+    blocks = P(None, axis)
+    layers_stored = jax.tree_util.tree_map_with_path(stored, {segment: state.parameters[segment]})
     spread = jax.shard_map(
         local,
         in_specs=(jax.tree_util.tree_map_with_path(stored, state), blocks, blocks, P(), P()),

@@ -151,6 +151,7 @@ def test_values_and_gradients_are_those_without_a_pipeline(sizes, rounds, model)
     _check_equal(_gradients(config, ALONE)[0], _gradients(config, MeshConfig(**{"data": 1, **sizes}))[0])
 
 
+@pytest.mark.slow
 def test_gradients_of_matrices_that_are_sent_in_bfloat16_are_summed_in_float32():
     """Three rounds of two stages, every token to every expert, as rounding would change choices.
 
