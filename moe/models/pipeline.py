@@ -92,31 +92,30 @@ def _shift(tree: Any, by: int) -> Any:
 class Pipeline:
     """A model's layers, within ``shard_map`` over the axis; K·S microbatches, of which each device holds K."""
 
-    def __init__(self, model: Transformer, casts: Transformer, schedule: Schedule, rng: Array):
+    def __init__(self, model: Transformer, schedule: Schedule, rng: Array):
         """Set up.
 
         Args:
             model: this device's parameters: of the pipelined segment the stage's layers for :meth:`run`, those of no
                 stage for :meth:`finish`; of everything else the whole.
-            casts: parameters that :meth:`run` reads, in place of the model's, for the pipelined segment.
             schedule: of the pipelined segment.
             rng: key of the step.
         """
         self.model, self.schedule, self.rng = model, schedule, rng
         self.index = pipelined_segment(model.config)
         self.segment: Segment = getattr(model, f"segment_{self.index}")
-        self.casts = nnx.state(getattr(casts, f"segment_{self.index}"))
         #: Number of the segment's first layer.
         self.first = sum(len(unit) * repeats for unit, repeats in segments(model.kinds)[: self.index])
         self.settings: dict[str, Any] = {"remat": model.config.remat, "unroll": not model.config.scan_layers}
 
-    def run(self, x: Array, rows: Rows, numbers: Array) -> tuple[Array, LayerStates]:
+    def run(self, x: Array, rows: Rows, numbers: Array, casts: Transformer) -> tuple[Array, LayerStates]:
         """All layers up to the last pipelined one.
 
         Args:
             x: embedded tokens of this device's microbatches, [K,b,T,D].
             rows: of these microbatches, [K,b,T].
             numbers: of these microbatches.
+            casts: model whose parameters of the stage's layers are read; this one's get the gradients.
 
         Returns:
             Activations [K,b,T,D], and what the layers report, each leading with K.
@@ -130,7 +129,7 @@ class Pipeline:
             return None, self.model.scan(body, x, of=range(self.index), **self.settings)
 
         _, (x, before) = lax.scan(begin, None, (x, rows, numbers))
-        x, pipelined = self._stages(x, rows)
+        x, pipelined = self._stages(x, rows, nnx.state(getattr(casts, f"segment_{self.index}")))
         return x, [*before, pipelined]
 
     def finish(self, x: Array, states: LayerStates, rows: Rows, number: Array) -> Output:
@@ -150,7 +149,7 @@ class Pipeline:
         x = model.outer_dropout(train=True, rng=key).at(StackSite.OUTPUT)(model.final_norm(x))
         return model.output(x, layers, rows, train=True, rng=key)
 
-    def _stages(self, x: Array, rows: Rows) -> tuple[Array, list[Any]]:
+    def _stages(self, x: Array, rows: Rows, casts: nnx.State) -> tuple[Array, list[Any]]:
         """The pipelined segment: [K,b,T,D] → [K,b,T,D], and the reports of its layers."""
         stages, rounds, blocks = self.schedule.stages, self.schedule.rounds, len(x)
         stage, repeats, segment = lax.axis_index(axis_of("pipeline")), self.schedule.repeats, self.segment
@@ -169,7 +168,7 @@ class Pipeline:
             def take(variables: Any, repeat: Array) -> Any:
                 place = group * repeats + repeat
                 take_one = functools.partial(lax.dynamic_index_in_dim, index=place, keepdims=False)
-                return jax.tree.map(lambda x, cast: read_as(take_one(x), take_one(cast)), variables, self.casts)
+                return jax.tree.map(lambda x, cast: read_as(take_one(x), take_one(cast)), variables, casts)
 
             body = self.model.body(rows, train=True, rng=key)
             number = self.first + (group * stages + stage) * repeats * segment.size
@@ -284,14 +283,12 @@ def gradients(
             return nnx.merge(graphdef, of_stage.variables)
 
         def run(outside: Any, own: Any, x: Array) -> tuple[Array, LayerStates]:
-            read = model(state.parameters | casts, own_biases)
-            stage = Pipeline(model(outside | own, own_biases), read, schedule, rng)
-            return stage.run(x, rows, numbers)
+            stage = Pipeline(model(outside | own, own_biases), schedule, rng)
+            return stage.run(x, rows, numbers, model(outside | casts, own_biases))
 
         def finish(outside: Any, x: Array, reports: LayerStates, inputs: tuple[Any, ...]) -> Any:
             rows, microbatch, number = inputs
-            read = model(outside, rest_biases)
-            end = Pipeline(read, read, schedule, rng)
+            end = Pipeline(model(outside, rest_biases), schedule, rng)
             return loss(end.model, end.finish(x, reports, rows, number), microbatch, count)
 
         def accumulate(sums: Any, inputs: tuple[Any, ...]) -> Any:

@@ -100,15 +100,16 @@ def parameter_specs(variables: nnx.State) -> dict[str, Any]:
         ValueError: a variable was made without one.
     """
 
-    specs = {}
-    for path, variable in nnx.to_flat_state(variables):
-        specs[path] = _in_stages(fit(spec_of(variable, ".".join(map(str, path))), variable.shape), variable.shape)
-    return traverse_util.unflatten_dict(specs)
+    flat = nnx.to_flat_state(variables)
+    return traverse_util.unflatten_dict({path: _storage(each, ".".join(map(str, path))) for path, each in flat})
 
 
-def _in_stages(spec: P, shape: Sequence[int]) -> P:
-    """Storage of stacked layers over ``pipeline``: a stage stores its layers where the stages divide their number, and
-    otherwise a part of each, of the first dimension that no other axis splits and the stages divide, or else all."""
+def _storage(variable: nnx.Variable[Any], name: str = "a parameter") -> P:
+    """Storage of a variable on the mesh in context. Over ``pipeline`` a stage stores its layers where the stages divide
+    their number, and otherwise a part of each, of the first dimension that no other axis splits and the stages divide,
+    or else all."""
+    shape = variable.shape
+    spec = fit(spec_of(variable, name), shape)
     entries, stages = [None if axes == LAYERS else axes for axes in spec], axis_size("pipeline")
     if stages == 1 or LAYERS not in spec:
         return P(*entries)
@@ -166,9 +167,8 @@ def take_layer(stacked: nnx.State, index: Array) -> nnx.State:
     axis = axis_of("pipeline")
 
     def part(variable: nnx.Variable[Array]) -> nnx.Variable[Array]:
-        spec = _in_stages(fit(spec_of(variable), variable.shape), variable.shape)
         layer = lax.dynamic_index_in_dim(variable[...], index, keepdims=False)
-        return variable.replace(constrain(layer, P(*spec[1:])))
+        return variable.replace(constrain(layer, P(*_storage(variable)[1:])))
 
     def take(stacked: nnx.State, index: Array) -> nnx.State:
         def one(layers: Array) -> Array:

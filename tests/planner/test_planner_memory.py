@@ -75,7 +75,7 @@ def test_kept_projections_of_latent_attention_by_hand(tensor):
 
 
 def test_layers_of_no_stage_by_hand():
-    """Of 34 layers four stages have 32. Of the other two each device gathers its share of the other axes, and has its
+    """Two of 34 layers, of which four stages have 32. A device gathers its share of the other axes, and has its
     gradients: queries and outputs [4096,4096], keys and values [4096,1024], 8 experts, over 64 devices, and on every
     one the router and two norms."""
     config = from_config_dict(mixtral_8x7b.get_config())
