@@ -27,6 +27,9 @@ TYPES: dict[str, tuple[Any, Any]] = {
 #: others to float32 first.
 _NATIVE = {"TPU v5": "int8", "TPU v6": "int8", "TPU7": "float8"}
 
+#: Compute capabilities of GPUs with kernels for float8 (:mod:`moe.dispatch.backends.gpu`).
+_FLOAT8_GPUS = 9, 10
+
 
 def check_target(precision: str) -> None:
     """Refuse a precision that the hardware of the program being traced would not make faster.
@@ -36,12 +39,12 @@ def check_target(precision: str) -> None:
     """
     where = f"model.low_precision={precision}"
     device = target.current()
-    if device.platform == "gpu":
-        raise ConfigError(f"{where}: must be none on GPUs, where the experts' kernels multiply numbers of 16 bits")
-    native = [name for kind, name in _NATIVE.items() if device.device_kind.startswith(kind)]
-    if device.platform == "tpu" and precision not in native[:1]:
-        allowed = " or ".join([*native[:1], "none"])
-        raise ConfigError(f"{where}: must be {allowed} on {device.device_kind}, which multiplies no {precision}")
+    native = [name for kind, name in _NATIVE.items() if device.device_kind.startswith(kind)][:1]
+    if device.compute_capability in _FLOAT8_GPUS and device.num_cores:
+        native = ["float8"]
+    if device.platform != "cpu" and precision not in native:
+        allowed = " or ".join([*native, "none"])
+        raise ConfigError(f"{where}: must be {allowed} on {device.device_kind}, where {precision} is not faster")
     try:
         import qwix  # noqa: F401, PLC0415
     except ImportError as error:
@@ -69,7 +72,10 @@ def _product(rows: Array, matrices: Array, precision: str) -> Array:
     factors, factor_scales = quantize(matrices, -2, precision)
     batch = tuple(range(matrices.ndim - 2))
     contracted = (rows.ndim - 1,), (matrices.ndim - 2,)
-    sums = lax.dot_general(values, factors, (contracted, (batch, batch)), preferred_element_type=TYPES[precision][1])
+    # On GPUs, by default, sums of float8 have fewer bits than their type.
+    exact = lax.Precision.HIGHEST if target.current().platform == "gpu" else None
+    sums_dtype = TYPES[precision][1]
+    sums = lax.dot_general(values, factors, (contracted, (batch, batch)), exact, preferred_element_type=sums_dtype)
     return (sums * scales * factor_scales).astype(rows.dtype)
 
 

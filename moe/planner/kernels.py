@@ -82,7 +82,7 @@ def _gpu_price(matmul: GroupedMatmul, rows: int, chip: Gpu) -> Price:
     seconds_at_limits = measured.roofline(device, kind, rows, k, n, groups)
     matrices = groups if kind == measured.WEIGHTS else min(groups, rows)
     flops, moved = 2.0 * rows * k * n, matmul.itemsize * (rows * (k + n) + matrices * k * n)
-    share = max(flops / chip.peak, moved / chip.memory_bandwidth) / seconds_at_limits
+    share = max(flops / _peak(matmul, chip), moved / chip.memory_bandwidth) / seconds_at_limits
     wider = math.exp(extra)
     return Price(seconds * share, low * share / wider, high * share * wider, "by analogy" if extra else "measured")
 
@@ -107,8 +107,12 @@ def formula(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
         matrices = steps if steps_k > 1 else groups * steps_n
         moved = steps * left + matrices * right + tiles * steps_n * out
     flops = 2.0 * steps * tile_rows * tile_k * tile_n
-    peak = chip.peak * (2 if matmul.itemsize == 1 else 1)  # of all generations that multiply int8 or float8
-    return max(flops / peak, matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
+    return max(flops / _peak(matmul, chip), matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
+
+
+def _peak(matmul: GroupedMatmul, chip: Chip | Gpu) -> float:
+    """FLOP/s at peak for factors of this size: of one byte, twice those of bfloat16 on all that multiply them."""
+    return chip.peak * (2 if matmul.itemsize == 1 else 1)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu
 
 from moe.config import MeshConfig
+from moe.dispatch import quantized
 from moe.dispatch.backends import gpu, tiles
 from moe.dispatch.buffers import make_plan
 from moe.dispatch.ffn import ExpertWeights
@@ -124,6 +125,57 @@ def test_blackwells_kernel_equals_one_matmul_per_group(terms, columns, transpose
         np.testing.assert_allclose(y[rows], expected, atol=0.01 * np.abs(expected).max(initial=1e-6))
 
 
+@pytest.mark.skipif(not hasattr(mosaic_gpu, "force_gpu_interpret_mode"), reason="this JAX cannot interpret the kernel")
+@pytest.mark.parametrize(
+    ("capability", "sides", "transposed", "cores"),
+    [
+        (9, (768, 128), False, 2),  # more loads than buffers, tiles in turns on two cores
+        (10, (640, 128), True, 1),
+        slow_case(9, (128, 256), True, 5),
+        slow_case(10, (128, 256), False, 3),
+    ],
+)
+def test_products_of_float8_and_their_gradients(capability, sides, transposed, cores, rng, monkeypatch):
+    """By both kernels, with the interpreter's detection of races, and as float8 is rounded; other rows are NaN. The
+    gradient of the matrices is the kernel's of other factors."""
+    pytest.importorskip("qwix")
+    device = types.SimpleNamespace(platform="gpu", device_kind="", compute_capability=capability, num_cores=cores)
+    each = [50, 0, 97, 3, 64]
+    groups, total = np.repeat(np.arange(5), each), sum(each)
+    rows, gradient = (np.full((256, side), np.nan) for side in sides)
+    for array in (rows, gradient):
+        array[:total] = rng.normal(size=(total, array.shape[1])) * rng.uniform(0.1, 10, (total, 1))
+    rows, gradient = jnp.asarray(rows, jnp.bfloat16), jnp.asarray(gradient, jnp.bfloat16)
+    matrices = jnp.asarray(rng.normal(size=(5, *sides)) * rng.uniform(0.1, 10, (5, 1, sides[1])), jnp.bfloat16)
+    stored, given = matrices.swapaxes(1, 2) if transposed else matrices, jnp.asarray(each, jnp.int32)
+
+    def outer_products(left: Any, right: Any, sizes: Any, *, interpret: bool) -> Any:
+        one_hot = jax.nn.one_hot(jnp.asarray(groups), 5)
+        return jnp.einsum("re,rd,rf->edf", one_hot, left[:total], right[:total])
+
+    monkeypatch.setattr(gpu.target, "current", lambda: device)
+    monkeypatch.setattr(gpu.triton, "outer_products", outer_products)
+
+    def multiply(rows: Any, matrices: Any) -> Any:
+        return gpu.quantized_matmul(rows, matrices, given, "float8", transposed)
+
+    with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams(detect_races=True)):
+        product, backward = jax.vjp(multiply, rows, stored)
+        d_rows, d_matrices = backward(gradient)
+
+    def rounded(array: Any, axis: int) -> np.ndarray:
+        values, scales = quantized.quantize(jnp.asarray(array), axis, "float8")
+        return np.asarray(values.astype(jnp.float32) * scales)
+
+    expected = np.einsum("rd,rdf->rf", rounded(rows[:total], 1), rounded(matrices, 1)[groups])
+    np.testing.assert_allclose(product[:total], expected, atol=0.01 * np.abs(expected).max())
+    expected = np.einsum("rf,rdf->rd", rounded(gradient[:total], 1), rounded(matrices, 2)[groups])
+    np.testing.assert_allclose(d_rows[:total], expected, atol=0.01 * np.abs(expected).max())
+    expected = np.asarray(outer_products(rows, gradient, given, interpret=True), np.float32)
+    expected = expected.swapaxes(1, 2) if transposed else expected
+    np.testing.assert_allclose(d_matrices, expected, atol=0.01 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("draws", [6, slow_case(20)])
 def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
     schedule = jax.jit(tiles.schedule, static_argnums=(1, 2))
@@ -132,8 +184,7 @@ def test_schedule_visits_each_tile_of_each_group_once(draws, rng):
         num_rows = 128 * int(rng.integers(1, 40))
         sizes = rng.multinomial(rng.integers(0, num_rows + 1), rng.dirichlet(np.full(num_groups, 0.5)))
         block = tiles.tile_rows(num_rows, num_groups)
-        steps = num_rows // block + num_groups - 1
-        group, tile, start, end = (np.asarray(a) for a in schedule(np.asarray(sizes, np.int32), block, steps))
+        group, tile, start, end = (np.asarray(a) for a in schedule(np.asarray(sizes, np.int32), num_rows, block))
         used = end > start
         ends = np.cumsum(sizes)
         expected = [

@@ -15,7 +15,7 @@ from flax import nnx
 
 from moe.config import ConfigError, MeshConfig
 from moe.dispatch import quantized
-from moe.dispatch.backends import grouped_ffn, tpu
+from moe.dispatch.backends import gpu, grouped_ffn, tpu
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
 from moe.models.factory import abstract_model
 from moe.parallel import target
@@ -23,6 +23,7 @@ from moe.parallel.mesh import make_mesh
 from moe.parallel.parameters import parameter_shardings
 from moe.planner import arithmetic, kernels
 from moe.planner.chips import CHIPS
+from moe.planner.gpus import GPUS
 from moe.planner.records import GroupedMatmul
 from tests.helpers import random_parameters, tiny_model
 
@@ -167,14 +168,33 @@ def test_a_mesh_changes_neither_loss_nor_gradients():
         ("TPU v6 lite", "float8", "must be int8 or none on TPU v6 lite"),
         ("TPU7x", "int8", "must be float8 or none on TPU7x"),
         ("TPU v4", "int8", "must be none on TPU v4"),
-        ("NVIDIA H100 80GB HBM3", "int8", "must be none on GPUs"),
+        ("NVIDIA H100 80GB HBM3", "int8", "must be float8 or none on NVIDIA H100"),
+        ("NVIDIA A100-SXM4-80GB", "float8", "must be none on NVIDIA A100"),
     ],
 )
 def test_hardware_without_such_products_is_refused(kind, precision, words, monkeypatch):
     platform = "gpu" if "NVIDIA" in kind else "tpu"
-    monkeypatch.setattr(target, "current", lambda: target.Target(platform, kind))
+    monkeypatch.setattr(target, "current", lambda: target.Target(platform, kind, 100))
     with pytest.raises(ConfigError, match=f"model.low_precision={precision}: {words}"):
         quantized.matmul(jnp.ones((2, 4)), jnp.ones((4, 3)), precision)
+
+
+def test_experts_that_no_kernel_takes_are_refused(monkeypatch):
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100 80GB HBM3", 132))
+    arguments = jnp.ones((128, 128)), jnp.ones((2, 128, 192)), jnp.array([64, 64], jnp.int32), "float8"
+    with pytest.raises(ConfigError, match="sides of a device's expert matrices must be multiples of 128"):
+        gpu.quantized_matmul(*arguments)
+
+
+@pytest.mark.parametrize("name", ["h100", "b200"])
+def test_the_planner_prices_float8_on_gpus_by_analogy(name):
+    """At the share of the roofline of the kernel in bfloat16, far from the memory's bound: half of its time."""
+    sizes = (65536, 4096, 4096, 8)
+    wide, narrow = (GroupedMatmul("rows", sizes, (0, 0, 0), item, 1, "mosaic") for item in (2, 1))
+    prices = [kernels.price(matmul, 65536, GPUS[name]) for matmul in (wide, narrow)]
+    assert prices[1].seconds == pytest.approx(prices[0].seconds / 2)
+    assert prices[1].high / prices[1].seconds > prices[0].high / prices[0].seconds
+    assert [price.basis for price in prices] == ["measured", "by analogy"]
 
 
 def test_the_planner_prices_products_of_bytes_at_twice_the_peak():
@@ -214,15 +234,23 @@ with jax.set_mesh(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize(
-    ("topology", "precision", "name"), [("v6e:2x2", "int8", "s8"), ("tpu7x:2x2x1", "float8", "f8e4m3fn")]
+    ("topology", "precision", "name", "compiler"),
+    [
+        ("v6e:2x2", "int8", "s8", "libtpu"),
+        ("tpu7x:2x2x1", "float8", "f8e4m3fn", "libtpu"),
+        ("h100:1x8", "float8", "f8e4m3fn", "jax_plugins.xla_cuda13"),
+        ("b200:1x8", "float8", "f8e4m3fn", "jax_plugins.xla_cuda13"),
+    ],
 )
-def test_compiled_experts_are_quantised(topology, precision, name):
-    """For absent TPUs: up and gate as one and down, forward and for the rows' gradients, have factors of one byte; the
-    two weight gradients do not."""
+def test_compiled_experts_are_quantised(topology, precision, name, compiler):
+    """For absent devices: up and gate as one and down, forward and for the rows' gradients, have factors of one byte;
+    the two weight gradients do not."""
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
     command = [sys.executable, "-c", _SCRIPT, topology, precision]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = [line for line in text.splitlines() if "ragged_dot_tiling" in line and "custom-call(" in line]
+    named = re.compile('ragged_dot_tiling|custom_call_target="(mosaic_gpu|__gpu[$]xla.gpu.triton)')
+    kernels = [line for line in text.splitlines() if named.search(line) and "custom-call(" in line]
     factors = [re.findall(rf"{name}\[", line.partition("operand_layout_constraints=")[2]) for line in kernels]
     assert sorted(map(len, factors)) == [0, 0, 2, 2, 2, 2]

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends.tiles import schedule
+from moe.dispatch.backends.tiles import SUPERTILE, Scales, schedule
 
-#: Rows of a tile, those of one tcgen05 instruction; terms of its sums that are loaded at a time, 128 bytes of each row.
-_TILE_ROWS, _TERMS = 128, 64
+#: Rows of a tile, those of one tcgen05 instruction; bytes of each row that are loaded at a time.
+_TILE_ROWS, _ROW_BYTES = 128, 128
 
 #: Columns of a tile: the first that divides those of the product. Two tiles' sums fill 512 columns of tensor memory.
 _COLUMNS = (256, 192, 128, 64)
@@ -32,22 +32,25 @@ _STEPS = 4
 #: Columns that are written at a time.
 _WRITTEN = 64
 
-#: Tiles of rows that run side by side over the same columns, so that both factors stay in the L2 cache.
-_SUPERTILE = 8
-
 
 def supports(rows: Float[Array, "R K"], columns: int) -> bool:
-    """Whether the kernel takes these rows and this number of columns: 16-bit floats, R in multiples of 128, K and N in
-    multiples of 64."""
+    """Whether the kernel takes these rows and this number of columns: 16-bit floats or float8, R in multiples of 128, K
+    of 64 or 128, N of 64."""
     num_rows, terms = rows.shape
-    whole = num_rows % _TILE_ROWS == terms % _TERMS == columns % _COLUMNS[-1] == 0
-    return whole and rows.dtype in (jnp.bfloat16, jnp.float16)
+    whole = num_rows % _TILE_ROWS == terms % _terms(rows) == columns % _COLUMNS[-1] == 0
+    return whole and rows.dtype in (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn)
+
+
+def _terms(factor: Array) -> int:
+    """Terms of the sums that are loaded at a time."""
+    return _ROW_BYTES // factor.dtype.itemsize
 
 
 def multiply(
     rows: Float[Array, "R K"],
     matrices: Float[Array, "E A B"],
     sizes: Int[Array, " E"],
+    scales: Scales | None = None,
     *,
     transposed: bool,
     cores: int,
@@ -56,18 +59,20 @@ def multiply(
 
     Args:
         rows: sorted by group.
-        matrices: [E,K,N], or [E,N,K] if transposed.
+        matrices: [E,K,N], or [E,N,K] if transposed, as float8 must be.
         sizes: rows of each group.
+        scales: factors of the results, which then are bfloat16.
         transposed: multiply by each matrix transposed.
         cores: streaming multiprocessors of the GPU, each of which runs one block.
     """
     num_rows, columns = rows.shape[0], matrices.shape[1 if transposed else 2]
     tile_columns = next(size for size in _COLUMNS if columns % size == 0)
-    of_matrices = (tile_columns, _TERMS) if transposed else (_TERMS, tile_columns)
-    tiling, swizzle = plgpu.TilingTransform((8, _TERMS)), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    terms, dtype = _terms(rows), jnp.bfloat16 if scales else rows.dtype
+    of_matrices = (tile_columns, terms) if transposed else (terms, tile_columns)
+    tiling, swizzle = plgpu.TilingTransform((8, terms)), plgpu.SwizzleTransform(_ROW_BYTES)  # pyright: ignore[reportAbstractUsage]
     kernel = plgpu.kernel(
         functools.partial(_kernel, transposed=transposed, tile_columns=tile_columns),
-        out_type=jax.ShapeDtypeStruct((num_rows, columns), rows.dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows, columns), dtype),
         grid=(cores,),
         grid_names=("core",),
         num_threads=2,
@@ -75,23 +80,24 @@ def multiply(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="grouped_matmul",
         scratch_types={
-            "left": plgpu.SMEM((_STEPS, _TILE_ROWS, _TERMS), rows.dtype, transforms=(tiling, swizzle)),
+            "left": plgpu.SMEM((_STEPS, _TILE_ROWS, terms), rows.dtype, transforms=(tiling, swizzle)),
             "right": plgpu.SMEM((_STEPS, *of_matrices), rows.dtype, transforms=(tiling, swizzle)),
             "sums": plgpu.TMEM((_TILE_ROWS, 2 * tile_columns), jnp.float32),
-            "results": plgpu.SMEM((_TILE_ROWS, _WRITTEN), rows.dtype),
+            "results": plgpu.SMEM((_TILE_ROWS, _WRITTEN), dtype),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=_STEPS),
             "consumed": plgpu.Barrier(num_barriers=_STEPS, orders_tensor_core=True),
             "summed": plgpu.Barrier(num_barriers=2, orders_tensor_core=True),
             "written": plgpu.Barrier(num_barriers=2, orders_tensor_core=True),
         },
     )
-    steps = num_rows // _TILE_ROWS + matrices.shape[0] - 1
-    return kernel(rows, matrices, *schedule(sizes, _TILE_ROWS, steps))
+    factors = (scales[0], scales[1].reshape(-1)) if scales else (None, None)
+    return kernel(rows, matrices, factors, *schedule(sizes, num_rows, _TILE_ROWS))
 
 
 def _kernel(
     rows_ref,
     matrices_ref,
+    scale_refs,
     group_ref,
     tile_ref,
     start_ref,
@@ -109,7 +115,8 @@ def _kernel(
     summed,
     written,
 ):
-    tiles_across, loads = out_ref.shape[1] // tile_columns, rows_ref.shape[1] // _TERMS
+    terms_loaded = left.shape[-1]
+    tiles_across, loads = out_ref.shape[1] // tile_columns, rows_ref.shape[1] // terms_loaded
     warpgroup = lax.axis_index("warpgroup")
 
     def load(row: Array, column: Array, group: Array, done: Array) -> None:
@@ -121,7 +128,7 @@ def _kernel(
             def _():
                 plgpu.barrier_wait(consumed.at[slot])
 
-            terms = pl.ds(i * _TERMS, _TERMS)
+            terms = pl.ds(i * terms_loaded, terms_loaded)
             across = pl.ds(column, tile_columns)
             plgpu.copy_gmem_to_smem(rows_ref.at[pl.ds(row, _TILE_ROWS), terms], left.at[slot], loaded.at[slot])
             matrix = matrices_ref.at[group]
@@ -140,9 +147,20 @@ def _kernel(
         lax.fori_loop(0, loads, body, None)
         plgpu.tcgen05_commit_arrive(summed.at[lax.rem(done, 2)])
 
-    def write(tile_sums, row: Array, column: Array, first: Array, count: Array) -> None:
+    def scaled(values: Array, row: Array, column: Array, group: Array) -> Array:
+        of_rows, of_columns = scale_refs
+        if of_rows is None:
+            return values
+        parts = of_rows.at[pl.ds(row, _TILE_ROWS)], of_columns.at[pl.ds(group * out_ref.shape[1] + column, _WRITTEN)]
+        for axis, scales in enumerate(parts):
+            factors = plgpu.load(scales, layout=plgpu.Layout.TCGEN05.reduce(1 - axis), optimized=False)
+            values *= lax.broadcast_in_dim(factors, values.shape, [axis])
+        return values
+
+    def write(tile_sums, row: Array, column: Array, group: Array, first: Array, count: Array) -> None:
         for part in range(0, tile_columns, _WRITTEN):
             values = plgpu.async_load_tmem(tile_sums.at[:, pl.ds(part, _WRITTEN)], layout=plgpu.Layout.TCGEN05)
+            values = scaled(values, row, column + part, group)
             results[...] = values.astype(results.dtype)
             plgpu.commit_smem()
             write_rows(row, column + part, first, count)
@@ -164,7 +182,7 @@ def _kernel(
     def _(info, carry):
         """One tile; carry: the tiles that this block has done."""
         done = carry
-        step, across = plgpu.planar_snake(info.index[0], (group_ref.shape[0], tiles_across), 0, _SUPERTILE)
+        step, across = plgpu.planar_snake(info.index[0], (group_ref.shape[0], tiles_across), 0, SUPERTILE)
         row, column = tile_ref[step] * _TILE_ROWS, across * tile_columns
         group = group_ref[step]
         first = lax.max(start_ref[step] - row, jnp.int32(0))
@@ -192,7 +210,7 @@ def _kernel(
         @pl.when(used & (warpgroup == 1))
         def _():
             plgpu.barrier_wait(summed.at[slot])
-            write(tile_sums, row, column, first, count)
+            write(tile_sums, row, column, group, first, count)
             plgpu.barrier_arrive(written.at[slot])
 
         return done + used.astype(jnp.int32)

@@ -2,7 +2,8 @@
 
 Large groups are multiplied by plain matmuls, in row blocks. For others Pallas kernels compute only the tiles that
 groups have: rows by JAX's own Mosaic kernel on Hopper, and by :mod:`moe.dispatch.backends.blackwell` on Blackwell where
-there are enough groups; all else in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell.
+there are enough groups; all else in Pallas' Triton dialect, which compiles for Ampere, Hopper and Blackwell. Float8
+factors are multiplied by :mod:`moe.dispatch.backends.hopper` and Blackwell's kernel, whatever the groups.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from moe.config import ConfigError
 from moe.dispatch import quantized
 from moe.dispatch.backends import row_blocks, tpu, triton
 from moe.dispatch.backends.row_blocks import RowBlocks
@@ -31,6 +33,9 @@ _HOPPER_COLUMNS, _HOPPER_CONTRACTED, _HOPPER_STEPS, _HOPPER_GRID = 128, 64, 4, 8
 #: such a kernel is 1.1 to 19 times as fast as Triton's with 128 and 256 groups, and half as fast with 8; between
 #: them, by the planner's fit, it is ahead from 16 on.
 _BLACKWELL_GROUPS = 16
+
+#: Sides of the matrices that both kernels for float8 take, in both directions.
+_FLOAT8_TILE = 128
 
 #: Sizes of row blocks, in shares of a group's part of the buffer: four of the largest hold a mean load.
 _BLOCKS = 1 / 40, 1 / 20, 1 / 10, 3 / 20, 1 / 5
@@ -52,9 +57,7 @@ def grouped_ffn(
 ) -> Float[Array, "R D"]:
     """:func:`moe.dispatch.backends.grouped_ffn`, large groups by plain matmuls in row blocks, all others by
     kernels."""
-    if weights.precision != "none":
-        quantized.check_target(weights.precision)
-    elif blocks := large_blocks(rows.shape[0], weights):
+    if weights.precision == "none" and (blocks := large_blocks(rows.shape[0], weights)):
         return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights.joined(), scale)
     return by_kernels(rows, group_sizes, weights, scale)
 
@@ -68,6 +71,8 @@ def by_kernels(
     """:func:`grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not take the shapes."""
 
     def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
+        if weights.quantizes(matrices):
+            return quantized_matmul(rows, matrices, group_sizes, weights.precision, transposed)
         if supports(rows, matrices):
             return grouped_matmul(rows, matrices, group_sizes, False, transposed)
         return tpu.multiply(rows, matrices, group_sizes, transposed=transposed)
@@ -115,12 +120,63 @@ def _grouped_matmul_fwd(rows, matrices, sizes, interpret, transposed):
 def _grouped_matmul_bwd(interpret, transposed, residuals, gradient):
     rows, matrices, sizes = residuals
     d_rows = _multiply(gradient, matrices, sizes, transposed=not transposed, interpret=interpret)
-    left, right = (gradient, rows) if transposed else (rows, gradient)
-    d_matrices = triton.outer_products(left, right, sizes, interpret=interpret).astype(matrices.dtype)
-    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+    d_matrices = _outer_products(rows, gradient, sizes, transposed=transposed, interpret=interpret)
+    return d_rows, d_matrices.astype(matrices.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def quantized_matmul(
+    rows: Array, matrices: Array, sizes: Int[Array, " E"], precision: str, transposed: bool = False
+) -> Array:
+    """:func:`moe.dispatch.backends.tpu.quantized_matmul` by these kernels; ``transposed`` as in
+    :func:`grouped_matmul`."""
+    return _multiply_quantized(rows, matrices, sizes, precision, transposed=transposed)
+
+
+def _quantized_matmul_fwd(rows, matrices, sizes, precision, transposed):
+    return quantized_matmul(rows, matrices, sizes, precision, transposed), (rows, matrices, sizes)
+
+
+def _quantized_matmul_bwd(precision, transposed, residuals, gradient):
+    rows, matrices, sizes = residuals
+    d_rows = _multiply_quantized(gradient, matrices, sizes, precision, transposed=not transposed)
+    d_matrices = _outer_products(rows, gradient, sizes, transposed=transposed)
+    return d_rows, d_matrices.astype(matrices.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+quantized_matmul.defvjp(_quantized_matmul_fwd, _quantized_matmul_bwd)
+
+
+def _outer_products(rows: Array, gradient: Array, sizes: Array, *, transposed: bool, interpret: bool = False) -> Array:
+    """The gradient of the matrices."""
+    left, right = (gradient, rows) if transposed else (rows, gradient)
+    return triton.outer_products(left, right, sizes, interpret=interpret)
+
+
+def _multiply_quantized(rows: Array, matrices: Array, sizes: Array, precision: str, *, transposed: bool) -> Array:
+    """:func:`_multiply` of float8 factors, whose terms the tensor cores take side by side: matrices transposed."""
+    quantized.check_target(precision)
+    contracted = 2 if transposed else 1
+    if wrong := [size for size in matrices.shape[1:] if size % _FLOAT8_TILE]:
+        raise ConfigError(
+            f"model.low_precision={precision}: sides of a device's expert matrices must be multiples of {_FLOAT8_TILE} "
+            f"on GPUs, not {wrong[0]}"
+        )
+    # Imported where they are needed: Mosaic takes a quarter of a second.
+    from moe.dispatch.backends import blackwell, hopper  # noqa: PLC0415
+
+    device = target.current()
+    values, of_rows = quantized.quantize(rows, 1, precision)
+    factors, of_columns = quantized.quantize(matrices, contracted, precision)
+    factors = factors if transposed else factors.swapaxes(1, 2)
+    scales = of_rows[:, 0], jnp.squeeze(of_columns, contracted)
+    if device.compute_capability == 9:
+        return hopper.multiply(values, factors, sizes, scales, cores=device.num_cores).astype(rows.dtype)
+    product = blackwell.multiply(values, factors, sizes, scales, transposed=True, cores=device.num_cores)
+    return product.astype(rows.dtype)
 
 
 def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, interpret: bool) -> Array:

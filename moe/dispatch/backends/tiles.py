@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
+
+#: Scales of quantised factors (:func:`moe.dispatch.quantized.quantize`): of the rows, and of each matrix's columns.
+Scales = tuple[Float[Array, " R"], Float[Array, "E N"]]
+
+#: Tiles of rows that run side by side over the same columns, so that both factors stay in the L2 cache.
+SUPERTILE = 8
 
 #: Share of rows that tiles shared by two groups may add.
 _SURPLUS = 0.1
@@ -23,9 +32,10 @@ def computed_rows(num_rows: int, num_groups: int) -> int:
     return num_rows + tile_rows(num_rows, num_groups) * (num_groups - 1)
 
 
-def schedule(sizes: Array, block: int, steps: int) -> tuple[Array, Array, Array, Array]:
+def schedule(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array, Array]:
     """For each step its group and its tile of rows, and for each step the group's first row and its end. Steps beyond
-    the last tile have an empty group."""
+    the last tile, up to whole supertiles, have an empty group."""
+    steps = math.ceil((num_rows // block + sizes.shape[0] - 1) / SUPERTILE) * SUPERTILE
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     first, counts = tiles_of_groups(starts, ends, block)

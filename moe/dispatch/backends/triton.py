@@ -11,15 +11,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moe.dispatch.backends.tiles import schedule, tile_rows, tiles_of_groups
+from moe.dispatch.backends.tiles import SUPERTILE, schedule, tile_rows, tiles_of_groups
 
 #: Output tile, bytes of a contraction step, stages and warps of the Triton kernels. 128 x 128 x 64 in bfloat16 does 64
 #: FLOPs for each byte it loads, about what an A100's L2 cache needs (312 TFLOP/s over about 5 TB/s), and three stages
 #: of 32 KiB fit the shared memory of every GPU from Ampere on (99 KiB at least).
 _TILE, _STEP_BYTES, _STAGES, _WARPS = 128, 128, 3, 8
-
-#: Tiles of rows that run side by side over the same columns, so that both operands stay in the L2 cache.
-_SUPERTILE = 8
 
 
 def multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, interpret: bool) -> Array:
@@ -27,7 +24,7 @@ def multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, in
     (num_rows, contracted), num_groups = rows.shape, matrices.shape[0]
     columns = matrices.shape[1 if transposed else 2]
     block = tile_rows(num_rows, num_groups)
-    steps = math.ceil((num_rows // block + num_groups - 1) / _SUPERTILE) * _SUPERTILE
+    steps = schedule(sizes, num_rows, block)
     tile_columns, tile_contracted = _divisor(columns, _TILE), _divisor(contracted, _STEP_BYTES // rows.dtype.itemsize)
     kernel = functools.partial(
         _multiply_kernel, tiles=(block, tile_columns, tile_contracted), transposed=transposed, columns=columns
@@ -35,21 +32,21 @@ def multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, in
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((num_rows, columns), rows.dtype),
-        grid=(steps * (columns // tile_columns),),
+        grid=(len(steps[0]) * (columns // tile_columns),),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=interpret,
         name="grouped_matmul",
-    )(rows, matrices, *schedule(sizes, block, steps))
+    )(rows, matrices, *steps)
 
 
 def _multiply_kernel(
     rows_ref, matrices_ref, group_ref, tile_ref, start_ref, end_ref, out_ref, *, tiles, transposed, columns
 ):
     block, tile_columns, tile_contracted = tiles
-    # Programs run down _SUPERTILE tiles of rows, then over to the next columns.
-    program, width = pl.program_id(0), _SUPERTILE * (columns // tile_columns)
-    step = program // width * _SUPERTILE + program % _SUPERTILE
-    column = program % width // _SUPERTILE * tile_columns
+    # Programs run down SUPERTILE tiles of rows, then over to the next columns.
+    program, width = pl.program_id(0), SUPERTILE * (columns // tile_columns)
+    step = program // width * SUPERTILE + program % SUPERTILE
+    column = program % width // SUPERTILE * tile_columns
     group = group_ref[step]
     start = start_ref[step]
     end = end_ref[step]
