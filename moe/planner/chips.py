@@ -4,7 +4,7 @@ Sources: [cloud] the Cloud TPU documentation's page of that generation
 (read in 2026: peak, memory, memory bandwidth, bidirectional ICI bandwidth per chip, DCN bandwidth); [v4] Jouppi et al.
 2023, "TPU v4: An Optically Reconfigurable Supercomputer", table 4 (links of v3 and v4); [v2] Jouppi et al. 2020, "A
 Domain Specific Supercomputer for Training Deep Neural Networks" (v2); [v7] the vendor's announcement of Ironwood, 2025
-(memory and ICI bandwidth).
+(memory and ICI bandwidth); [book] Austin et al. 2025, "How to Scale Your Model", part 2 (PCIe).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Chip:
         link: ICI bytes/s in one direction of one link; a chip has two links per torus dimension.
         wraps_at: a torus dimension closes to a ring if its size is a multiple of this; otherwise it is a line.
         dcn: bytes/s a chip between slices.
-        host: bytes/s a chip in one direction to its host's memory; no page gives a figure: PCIe 3.0 x16 is assumed.
+        host: bytes/s a chip in one direction to its host's memory; 15 GB/s typically, 32 of v6e [book].
         condition: seconds to evaluate a loop's condition that depends on the data, which a TPU does by itself.
         devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
         flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
@@ -49,7 +49,7 @@ class Chip:
     example: str
     source: str
     options: tuple[tuple[str, Any], ...] = ()
-    host: float = 16e9
+    host: float = 15e9
     condition: float = 0.0
 
     @property
@@ -101,8 +101,8 @@ CHIPS: dict[str, Chip] = {
         devices=1, flops_per_cycle=8 * _MXU, example="v5p:4x4x4", source="[cloud]: 1200 GB/s, 3D torus",
     ),
     "v6e": Chip(
-        memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=100e9, wraps_at=16, dcn=25e9 / 8,
-        devices=1, flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]; DCN assumed",
+        memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=112e9, wraps_at=16, dcn=100e9 / 8,
+        devices=1, flops_per_cycle=16 * _MXU, example="v6e:16x16", source="[cloud]: 3584 Gb/s on 4 ports", host=32e9,
     ),
     "tpu7x": Chip(
         memory=192 * GiB, peak=2 * PEAK_FLOPS["TPU7"], memory_bandwidth=7370e9, link=100e9, wraps_at=4, dcn=50e9 / 8,
