@@ -1,0 +1,33 @@
+"""What arithmetic in fewer bits costs: bfloat16, products in 8 bits, and moments of the optimizer in bfloat16.
+
+python scripts/ablate.py --suite=configs/ablations/precision.py --workdir=/tmp/lab --nosweep --jobs=2
+
+Runs of one seed start from the same parameters and see the same batches, so that their losses differ by the arithmetic
+alone, and 2,000 steps show it.
+"""
+
+from configs.ablations import common
+from configs.ablations.switch_vs_mixtral import two_by_two
+from moe.lab.suite import Comparison, Suite, Variant
+
+
+def get_suite(size: str) -> Suite:
+    """Top-2 of 16, dropless: in float32 and bfloat16, with factors in int8 and float8, and with moments in bfloat16."""
+    layer = two_by_two(size)["top2_free"].overrides
+    narrow = {**layer, "model.dtype": "bfloat16"}
+    fields = {
+        "float32": ({"model.dtype": "float32"}, "all numbers in float32"),
+        "int8": ({"model.low_precision": "int8"}, "factors of the experts' products in int8"),
+        "float8": ({"model.low_precision": "float8"}, "factors of the experts' products in float8"),
+        "moments": ({"optimizer.moment_dtype": "bfloat16"}, "both moments in bfloat16"),
+    }
+    others = {name: Variant({**narrow, **own}, note=note, rate_from="bfloat16") for name, (own, note) in fields.items()}
+    return common.suite(
+        size,
+        name="precision",
+        question="What does arithmetic in fewer bits cost?",
+        variants={"bfloat16": Variant(narrow, note="the compute dtype of pods"), **others},
+        horizons=(2000,),
+        seeds=(5, 6, 7, 8, 9),
+        comparisons={"equal but for the bits": Comparison("bfloat16", tuple(others), common.FLOPS_AND_PARAMETERS)},
+    )
