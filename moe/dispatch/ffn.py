@@ -129,7 +129,7 @@ class ExpertWeights:
 
     def quantizes(self, matrices: Array) -> bool:
         """Whether the product with these matrices has quantised factors; a bias, a matrix of one row, has none."""
-        return self.precision != "none" and matrices.shape[1] > 1
+        return self.precision != "none" and matrices.shape[-2] > 1
 
     def at(self, rows: Int[Array, "*rows"]) -> ExpertWeights:
         """The same, with dropout, for rows that hold these assignments."""

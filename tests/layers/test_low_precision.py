@@ -89,7 +89,8 @@ def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
 
 
 def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
-    """With biases, whose product with 1 is exact."""
+    """With biases, whose product with 1 is exact. A hidden number next to the border of two steps may be rounded
+    otherwise."""
     up, gate, down = (jnp.asarray(rng.normal(size=(4, *s)), jnp.float32) for s in ((16, 24), (16, 24), (24, 16)))
     biases = tuple(jnp.asarray(rng.normal(size=(4, 24)), jnp.float32) for _ in range(2))
     weights = ExpertWeights(up, gate, down, biases, activation="swiglu", precision="int8")
@@ -97,7 +98,9 @@ def test_experts_in_buffers_and_sorted_rows_are_one_function(rng):
     sizes = jnp.full(4, 6, jnp.int32)
     batched = batched_ffn(rows, weights)
     grouped = grouped_ffn(rows.reshape(24, 16), sizes, weights).reshape(4, 6, 16)
-    np.testing.assert_allclose(grouped, batched, rtol=1e-5, atol=1e-4)
+    same = np.isclose(grouped, batched, rtol=1e-5, atol=1e-4).all(axis=-1)
+    assert np.mean(same) > 0.8
+    np.testing.assert_allclose(grouped, batched, atol=0.01 * np.abs(batched).max())
     plain = batched_ffn(rows, dataclasses.replace(weights, precision="none"))
     error = np.sqrt(np.mean((batched - plain) ** 2) / np.mean(plain**2))
     assert 1e-3 < error < 0.03
@@ -115,21 +118,21 @@ def _products(jaxpr, types=None):
 
 
 @pytest.mark.parametrize("dispatch", ["gather", "dropless"])
-def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch):
-    """Up, gate and down of a dense layer, a shared expert and the experts: forward, and for the rows' gradients; all
-    other products, the router's among them, are not."""
+def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch, monkeypatch):
+    """As traced for a TPU: up, gate and down of a dense layer, a shared expert and the experts: forward, and for the
+    rows' gradients; all other products, the router's among them, are not."""
     config = tiny_model(
         dispatch=dispatch, shared_d_ff=8, first_dense=1, dtype="bfloat16", low_precision="int8", capacity_factor=4.0
     )
     graphdef, parameters = random_parameters(config)
     tokens = jnp.arange(16).reshape(2, 8)
+    monkeypatch.setattr(target, "current", lambda: target.Target("tpu", "TPU v5 lite"))
 
     def loss(parameters):
         return jnp.sum(_logits(graphdef, parameters, tokens).astype(jnp.float32) ** 2)
 
     types = _products(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr)
-    # On CPUs dropless experts have up and gate as one matrix.
-    experts = 2 if dispatch == "dropless" or target.is_cpu() else 3
+    experts = 2 if dispatch == "dropless" else 3  # up and gate as one matrix
     assert types["int8xint8"] == 2 * (3 + 3 + experts)
     plain = dataclasses.replace(config, low_precision="none")
     assert not _products(

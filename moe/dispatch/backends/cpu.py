@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends import row_blocks, tpu
+from moe.dispatch.backends import row_blocks
 from moe.dispatch.backends.row_blocks import RowBlocks
 from moe.dispatch.ffn import ExpertWeights
 
@@ -36,7 +36,5 @@ def grouped_ffn(
         rows: see there, as all others but the last.
         expected_rows: sum of the groups' sizes for which blocks are chosen; None: R.
     """
-    if weights.precision != "none":  # XLA's dense matmuls: right, and slow
-        return tpu.grouped_ffn(rows, group_sizes, weights)
     blocks = choose_row_blocks(expected_rows or rows.shape[0], group_sizes.shape[0])
     return row_blocks.grouped_ffn(blocks, rows, group_sizes, weights)

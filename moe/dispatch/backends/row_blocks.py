@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from moe.dispatch import quantized
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights, into_hidden, out_of_hidden
 from moe.parallel import target
 from moe.parallel.parameters import matmul
@@ -241,14 +242,19 @@ def _halves(weights: ExpertWeights) -> tuple[Callable[..., Any], Callable[..., A
     """Both halves of an expert's FFN: (rows, weights of the hidden layer) → hidden; (hidden, down, factors, dropout) →
     rows."""
 
+    def product(rows: Array, matrix: Array) -> Array:
+        if weights.quantizes(matrix):
+            return quantized.matmul(rows, matrix, weights.precision)
+        return matmul(rows, matrix)
+
     def down_matmul(hidden: Array, down: Array) -> Array:
-        return matmul(hidden, down.T if weights.is_turned else down)
+        return product(hidden, down.T if weights.is_turned else down)
 
     def second(hidden: Any, down: Array, scale: Array | None, dropout: ExpertDropout | None) -> Array:
         factors = None if scale is None else scale[:, 0]
         return out_of_hidden(hidden, down, weights.activation, dropout, down_matmul, factors)
 
-    return functools.partial(into_hidden, matmul=matmul, is_joined=weights.is_joined), second
+    return functools.partial(into_hidden, matmul=product, is_joined=weights.is_joined), second
 
 
 def _grouped_ffn_bwd(row_blocks, residuals, gradient):
