@@ -30,6 +30,7 @@ class Chip:
         wraps_at: a torus dimension closes to a ring if its size is a multiple of this; otherwise it is a line.
         dcn: bytes/s a chip between slices.
         host: bytes/s a chip in one direction to its host's memory; 15 GB/s typically, 32 of v6e [book].
+        matmul_share: of the peak; the compiler's cycles say more.
         condition: seconds to evaluate a loop's condition that depends on the data, which a TPU does by itself.
         devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
         flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
@@ -50,6 +51,7 @@ class Chip:
     source: str
     options: tuple[tuple[str, Any], ...] = ()
     host: float = 15e9
+    matmul_share: float = 1.0
     condition: float = 0.0
 
     @property

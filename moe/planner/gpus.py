@@ -30,6 +30,7 @@ class Gpu:
         domain: GPUs of a full NVLink domain; a host is a domain if it has fewer in all.
         source: of the figures.
         matmuls: source of XLA's rates of matmuls.
+        matmul_share: those rates over the peak.
         grouped_matmul: a grouped matmul costs the FLOPs of its rows, not of all rows for each expert.
         devices: JAX devices of a GPU.
         clock: Hz of the compiler's estimates, which are in microseconds.
@@ -45,6 +46,7 @@ class Gpu:
     domain: int
     source: str
     matmuls: str
+    matmul_share: float
     host: float = 64e9
     grouped_matmul: bool = True
     devices: int = 1
@@ -61,14 +63,17 @@ class Gpu:
         return self.nvlink if stride * size <= self.domain else self.network
 
 
+#: XLA's TFLOP/s in bfloat16 over the peak.
+_H100, _B200 = 780 / 989, 1417 / 2250
+
 GPUS: dict[str, Gpu] = {
     "a100": Gpu(
-        85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 32e9
+        85_100_068_864, PEAK_FLOPS["A100"], 2039e9, 300e9, 25e9, 8, "[A100]", "0.8 of the peak (assumed)", 0.8, 32e9
     ),
-    "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100"),
-    "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100"),
-    "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200"),
-    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200", 225e9),
+    "h100": Gpu(84_942_979_072, PEAK_FLOPS["H100"], 3352e9, 450e9, 50e9, 8, "[H100]", "rates measured on H100", _H100),
+    "h200": Gpu(151_397_597_184, PEAK_FLOPS["H200"], 4800e9, 450e9, 50e9, 8, "[H200]", "rates measured on H100", _H100),
+    "b200": Gpu(191_514_411_008, PEAK_FLOPS["B200"], 7700e9, 900e9, 50e9, 8, "[B200]", "rates measured on B200", _B200),
+    "gb200": Gpu(197_897_748_480, 2500e12, 7900e9, 900e9, 50e9, 72, "[NVL72]", "rates measured on B200", _B200, 225e9),
 }
 
 

@@ -279,7 +279,8 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         seconds = price.flops / (scenario.matmul_share * peak)
         return Price(seconds, seconds, seconds, "--matmul_share", price.flops)
 
-    rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, scenario.matmul_share * peak, chip.condition)
+    matmuls, float8 = scenario.matmul_share * peak, 2 * chip.matmul_share * peak
+    rates = program.Rates(chip.memory_bandwidth / chip.devices, peak, matmuls, chip.condition, float8)
     attention_prices = functools.partial(
         attention.prices,
         flops=step.products.kernels / len(devices),

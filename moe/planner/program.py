@@ -31,12 +31,14 @@ class Rates:
         peak: FLOP/s.
         matmuls: FLOP/s of matmuls, instead of the compiler's estimates; 0: those.
         condition: seconds that the device waits for the host at a loop's condition, if that depends on the data.
+        float8: FLOP/s of matmuls of float8 on GPUs.
     """
 
     memory_bandwidth: float = math.inf
     peak: float = math.inf
     matmuls: float = 0.0
     condition: float = 0.0
+    float8: float = math.inf
 
 
 _NO_PRICE = Price(0.0, 0.0, 0.0, "")
@@ -272,7 +274,7 @@ class _Reader:
     ) -> None:
         """Record a copy, or an update or slice of an array in the host's memory, of which only that part moves."""
         from_host = work.IN_HOST in scope.types.get(carrier.operands[0], "")
-        if carrier.opcode == "dynamic-update-slice-start":
+        if work.updates_host(carrier):
             kind, size = "to", scope.operand_bytes(carrier)[1]
         else:
             kind, size = "from" if from_host else "to", array_bytes(carrier.type) - sum(scope.operand_bytes(carrier))
@@ -346,32 +348,34 @@ class _Reader:
         """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
 
         XLA states the times of several models. "sol" has measured rates of matmuls, whose result must have the type of
-        the operands; other matmuls are taken at peak. (The remaining models time a matmul with the tiles of this
-        compilation, which are chosen by measurement on a real device.) "indexing-cost-model" is for other Triton
-        fusions, the model without a name for all the rest.
+        the operands; others are taken at peak, those of float8, whose rates it lacks, at twice bfloat16's. (The
+        remaining models time a matmul with the tiles of this compilation, which are chosen by measurement on a real
+        device.) "indexing-cost-model" is for other Triton fusions, the model without a name for all the rest.
         """
         found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
         costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
         matmul, measured = costs.get("experimental-gemm-cost-model"), costs.get("sol", {}).get("exec_time_us", 0)
         product = matmul or self._products.has(instruction.attribute("calls"))
-        if product and measured and self._keeps_type(instruction):
+        factors = self._factors(instruction) if product else set()
+        if factors == {"f8e4m3fn"}:
+            return self._products.flops(instruction, {}) / self._rates.float8
+        if product and measured and factors <= {instruction.type.partition("[")[0]}:
             return measured * 1e-6
         if matmul:
             return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
         cost = costs.get("indexing-cost-model") or costs.get("")
         return cost["exec_time_us"] * 1e-6 if cost else 0.0
 
-    def _keeps_type(self, fusion: Instruction) -> bool:
-        """Check that the result of a fused matmul has the type of the matmul's operands."""
+    def _factors(self, fusion: Instruction) -> set[str]:
+        """Types of the operands of a fused matmul; none without one."""
         inner = self.module.called(fusion)
-        types = {instruction.name: instruction.type for instruction in inner}
+        types = {instruction.name: instruction.type.partition("[")[0] for instruction in inner}
         for instruction in inner:
             if instruction.opcode == "dot":
-                operands = {types.get(name, "").partition("[")[0] for name in instruction.operands}
-                return operands == {fusion.type.partition("[")[0]}
+                return {types.get(name, "") for name in instruction.operands}
             if instruction.opcode == "fusion" and self._products.has(instruction.attribute("calls")):
-                return self._keeps_type(dataclasses.replace(instruction, type=fusion.type))
-        return True
+                return self._factors(instruction)
+        return set()
 
     def _moved_bytes(self, instruction: Instruction, scope: _Scope) -> int:
         """Bytes that an unpriced instruction reads and writes; a gather reads as much as it writes."""

@@ -153,8 +153,15 @@ def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatm
 
 def is_host_transfer(instruction: Instruction) -> bool:
     """Whether an instruction starts to copy between the device and its host's memory."""
-    moves = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
+    moves = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start", "fusion-start")
     return instruction.opcode in moves and IN_HOST in instruction.type
+
+
+def updates_host(transfer: Instruction) -> bool:
+    """Whether a transfer writes a part of an array in the host's memory; on GPUs such a fusion's operand and result are
+    there."""
+    fused = transfer.opcode == "fusion-start" and transfer.type.count(IN_HOST) > 1
+    return fused or transfer.opcode == "dynamic-update-slice-start"
 
 
 def slice_attribute(transfer: Instruction, name: str) -> str:

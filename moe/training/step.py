@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
-from moe.config import Config, ModelConfig
+from moe.config import Config, ConfigError, ModelConfig
 from moe.layers.moe_layer import SelectionBias, replace_gate
 from moe.models import pipeline
 from moe.models.adapters import initial_adapters
@@ -212,8 +212,17 @@ def build(
 
 
 def _in_host_memory(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
-    """Where an array of the optimizer is stored; counters stay on the device."""
-    return sharding.with_memory_kind("pinned_host") if shape.ndim else sharding
+    """Where an array of the optimizer is stored; counters stay on the device.
+
+    Raises:
+        ConfigError: JAX does not know the devices' memories, those of GPUs that are absent.
+    """
+    stored = sharding.with_memory_kind("pinned_host") if shape.ndim else sharding
+    if shape.ndim and stored.memory_kind != "pinned_host":
+        raise ConfigError(
+            "optimizer.memory=host: must be device in a plan for GPUs: JAX 0.12 knows no memories of absent ones"
+        )
+    return stored
 
 
 def _probe_own_gates(model: ModelConfig) -> None:
