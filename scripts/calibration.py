@@ -243,13 +243,15 @@ def main() -> None:
 def write(known: dict[str, Any]) -> None:
     """Write the rows and the page."""
     from moe.atomic_files import write_atomic
-    from moe.planner import calibration
+    from moe.planner import calibration, kept_plans
 
     rows = [known[name] for name in PUBLISHED if name in known]
     write_atomic(calibration.PATH, json.dumps(rows, indent=1) + "\n")
     sources = [f"- {name}: {own.source}. Here: {own.differs}." for name, own in PUBLISHED.items()]
     missing = [name for name in PUBLISHED if name not in known]
     write_atomic(PAGE, calibration.page(rows, missing, [*sources, "", LEFT_OUT]))
+    root = PAGE.parents[2]
+    kept_plans.rescale(root / "configs" / "plans.json", root / "docs" / "pods.md")
 
 
 if __name__ == "__main__":

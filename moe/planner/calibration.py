@@ -91,6 +91,24 @@ def spread_of(residuals: list[float]) -> tuple[float, float, int]:
     return math.exp(mean), quantile * math.sqrt(squares / degrees * (1 + 1 / (count + 1))), count
 
 
+def predicted(
+    counted: float, kernels: tuple[float, float, float], scale: float, width: float
+) -> tuple[float, tuple[float, float]]:
+    """(seconds of a step, interval that holds 80 %): what is counted, scaled as the published steps were; their spread
+    and that of the kernels as independent errors in the logarithm.
+
+    Args:
+        counted: seconds.
+        kernels: those of its kernels, and at the ends of their intervals.
+        scale, width: from :func:`spread`.
+    """
+    seconds, low, high = kernels
+    below = math.log(counted / (counted - seconds + low))
+    above = math.log((counted - seconds + high) / counted)
+    step = counted * scale
+    return step, (step * math.exp(-math.hypot(below, width)), step * math.exp(math.hypot(above, width)))
+
+
 def left_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with the step predicted from the others: predicted, interval and whether it holds the published one."""
     made = []

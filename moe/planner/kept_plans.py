@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe.atomic_files import write_atomic
+from moe.config import ConfigError
 from moe.escaping import markdown_table, markdown_text
 from moe.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
-from moe.planner.calibration import prices
-from moe.planner.plan import Plan
+from moe.planner import calibration
+from moe.planner.plan import Plan, cost_words
 from moe.planner.topology import tpu_name
 
 _Row = dict[str, Any]
 
 _FIELDS = (
-    "topology", "chips", "step_seconds", "step_interval", "counted_seconds", "mfu", "tokens_per_second_per_chip",
-    "memory_total", "exposed_seconds", "scale", "kernel_seconds", "compile_seconds", "bound", "cost", "versions",
-    "commit", "prices",
+    "topology", "platform", "chips", "tokens", "step_seconds", "step_interval", "counted_seconds", "mfu",
+    "tokens_per_second_per_chip", "memory_total", "exposed_seconds", "scale", "kernel_seconds", "kernel_low",
+    "kernel_high", "compile_seconds", "bound", "cost", "versions", "commit", "prices",
 )  # fmt: skip
 
 
@@ -31,6 +32,13 @@ class _Kept(Fields):
     flags: dict[str, Any]
     slices: list[str]
     commit: str
+    platform: Literal["tpu", "gpu"]
+    chips: Positive
+    tokens: Positive
+    counted_seconds: Positive
+    kernel_seconds: Amount
+    kernel_low: Amount
+    kernel_high: Amount
     step_seconds: Positive
     step_interval: Interval
     mfu: Amount
@@ -76,6 +84,46 @@ def keep(path: Path, new: _Row) -> None:
     write_atomic(path, json.dumps(rows, indent=1) + "\n")
 
 
+def rescaled(kept: _Row, known: list[_Row]) -> _Row:
+    """A kept plan with its step, rate, MFU and cost predicted by these published steps.
+
+    Args:
+        known: from :func:`moe.planner.calibration.rows`.
+    """
+    scale, width, _ = calibration.spread(kept["platform"], known)
+    kernels = kept["kernel_seconds"], kept["kernel_low"], kept["kernel_high"]
+    step, interval = calibration.predicted(kept["counted_seconds"], kernels, scale, width)
+    slower = step / kept["step_seconds"]
+    return kept | {
+        "step_seconds": step,
+        "step_interval": list(interval),
+        "mfu": kept["mfu"] / slower,
+        "tokens_per_second_per_chip": kept["tokens_per_second_per_chip"] / slower,
+        "scale": scale,
+        "cost": cost_words(1e12, kept["tokens"], kept["chips"], kept["platform"], (step, *interval)),
+    }
+
+
+def rescale(path: Path, page: Path) -> None:
+    """Predict all kept plans of a file anew, after the published steps have changed; ``page`` as in
+    :func:`write_table`."""
+    write_atomic(path, json.dumps([rescaled(kept, calibration.rows()) for kept in read(path)], indent=1) + "\n")
+    write_table(path, page)
+
+
+def write_table(path: Path, page: Path) -> None:
+    """Write the table of a file's plans between the marks of a page.
+
+    Raises:
+        ConfigError: the page has no marks.
+    """
+    before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
+    _, end, after = rest.partition("<!-- end of plans -->")
+    if not start or not end:
+        raise ConfigError(f"{page}: has no marks between which the table of plans stands")
+    write_atomic(page, f"{before}{start}\n{table(read(path))}\n\n{end}{after}")
+
+
 def best(rows: Sequence[_Row], config: str, topology: str) -> _Row | None:
     """The kept plan of a config that makes most tokens a second on a slice, by either of its names."""
     alike = [each for each in rows if each["config"] == config and each["topology"] == tpu_name(topology)]
@@ -115,6 +163,8 @@ def table(rows: Sequence[_Row]) -> str:
     lines = [markdown_table(head, cells)]
     versions = sorted({", ".join(kept["versions"]) for kept in rows})
     lines += ["", f"Versions: {markdown_text('; '.join(versions))}."]
-    if stale := [f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != prices()]:
+    if stale := [
+        f"{kept['config']} on {kept['topology']}" for kept in rows if kept.get("prices") != calibration.prices()
+    ]:
         lines += ["", f"Counted by earlier prices: {'; '.join(stale)}."]
     return "\n".join(lines)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +118,17 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Predicted time of a step: what is counted, scaled as the published steps were."""
-        return self.counted_seconds * self.scale
+        return self._predicted[0]
 
     @property
     def step_interval(self) -> tuple[float, float]:
-        """Interval of the step that holds 80 %: the spread of the published steps and that of the kernels, as
-        independent errors in the logarithm."""
-        counted = self.counted_seconds
-        low = math.log(counted / (counted - self.kernel_seconds + self.kernel_low))
-        high = math.log((counted - self.kernel_seconds + self.kernel_high) / counted)
-        return (
-            self.step_seconds * math.exp(-math.hypot(low, self.log_width)),
-            self.step_seconds * math.exp(math.hypot(high, self.log_width)),
-        )
+        """Interval of the step that holds 80 %."""
+        return self._predicted[1]
+
+    @property
+    def _predicted(self) -> tuple[float, tuple[float, float]]:
+        kernels = self.kernel_seconds, self.kernel_low, self.kernel_high
+        return calibration.predicted(self.counted_seconds, kernels, self.scale, self.log_width)
 
     @property
     def bubble(self) -> float:
@@ -175,11 +172,7 @@ class Plan:
 
     def cost(self, tokens: float = 1e12) -> str:
         """Days and chip-hours of a number of tokens, as a sentence."""
-        days, low, high = (
-            tokens / self.tokens * seconds / 86400 for seconds in (self.step_seconds, *self.step_interval)
-        )
-        hours = f"{days * 24 * self.chips:,.0f} {'GPU' if self.platform == 'gpu' else 'chip'}-hours"
-        return f"{tokens / 1e12:g} trillion tokens: {days:,.1f} days ({low:,.1f} to {high:,.1f}), {hours}"
+        return cost_words(tokens, self.tokens, self.chips, self.platform, (self.step_seconds, *self.step_interval))
 
     @property
     def interval_basis(self) -> str:
@@ -220,6 +213,20 @@ class Plan:
             | {"memory_total": self.memory.total, "cost": self.cost(), "interval_basis": self.interval_basis}
             | {"token_all_gathers": len(self.token_exchanges), "unnamed_all_gathers": len(self.unnamed_gathers)}
         )
+
+
+def cost_words(total: float, tokens: float, chips: int, platform: str, seconds: tuple[float, float, float]) -> str:
+    """Days and chip-hours of a number of tokens, as a sentence.
+
+    Args:
+        total: tokens.
+        tokens: of a step.
+        chips: of the slice; platform: "tpu" or "gpu".
+        seconds: of a step, and the ends of its interval.
+    """
+    days, low, high = (total / tokens * each / 86400 for each in seconds)
+    hours = f"{days * 24 * chips:,.0f} {'GPU' if platform == 'gpu' else 'chip'}-hours"
+    return f"{total / 1e12:g} trillion tokens: {days:,.1f} days ({low:,.1f} to {high:,.1f}), {hours}"
 
 
 def make_fitting_plan(

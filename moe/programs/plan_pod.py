@@ -174,13 +174,8 @@ def _remake() -> None:
 def _record(made, config: str, overrides: dict, hardware: str) -> None:
     from moe.planner import kept_plans
 
-    path, page = _KEPT, _ROOT / "docs" / "pods.md"
-    kept_plans.keep(path, kept_plans.row(made, config, overrides, hardware))
-    before, start, rest = page.read_text().partition("<!-- plans: made by scripts/plan_pod.py --record -->\n")
-    _, end, after = rest.partition("<!-- end of plans -->")
-    if not start or not end:
-        raise ConfigError(f"{page}: has no marks between which the table of plans stands")
-    write_atomic(page, f"{before}{start}\n{kept_plans.table(kept_plans.read(path))}\n\n{end}{after}")
+    kept_plans.keep(_KEPT, kept_plans.row(made, config, overrides, hardware))
+    kept_plans.write_table(_KEPT, _ROOT / "docs" / "pods.md")
 
 
 def _print_best(topology: str) -> None:

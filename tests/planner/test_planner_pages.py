@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import html.parser
 import json
+import math
 import re
 import types
 from pathlib import Path
@@ -15,7 +16,7 @@ from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, candidates, compiled, differences, kept_plans, page, plan, roofline
+from moe.planner import arithmetic, calibration, candidates, compiled, differences, kept_plans, page, plan, roofline
 from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
@@ -243,6 +244,40 @@ def test_the_best_kept_plan_is_a_named_setting():
             from_config_dict(config)
     with pytest.raises(ConfigError, match=r"configs/mixtral_8x7b.py:v9: must be one of "):
         mixtral_8x7b.get_config("v9")
+
+
+def test_kept_plans_are_at_the_scale_of_the_published_steps():
+    """Whoever adds a published step rescales them: scripts/calibration.py does."""
+    for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
+        today = kept_plans.rescaled(kept, calibration.rows())
+        assert today["cost"] == kept["cost"]
+        for name in ("step_seconds", "step_interval", "mfu", "tokens_per_second_per_chip"):
+            assert today[name] == pytest.approx(kept[name], rel=1e-9), (kept["config"], kept["topology"], name)
+
+
+def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
+    """10 s counted, 4 of kernels, 3 to 6 at their ends; published steps take the counted time of this platform, with
+    the spread that is assumed before any is known: three residuals of 0.2 and one of 0."""
+    kept = kept_plans.row(made, "mixtral_8x7b", {}) | {
+        "counted_seconds": 10.0, "kernel_seconds": 4.0, "kernel_low": 3.0, "kernel_high": 6.0, "step_seconds": 5.0,
+        "tokens": 400, "chips": 2, "tokens_per_second_per_chip": 40.0, "mfu": 0.5,
+    }  # fmt: skip
+    new = kept_plans.rescaled(kept, [])
+    width = 1.638 * 0.2 * math.sqrt(2)
+    assert (new["step_seconds"], new["tokens_per_second_per_chip"], new["mfu"], new["scale"]) == (10.0, 20.0, 0.25, 1.0)
+    low, high = 10 * math.exp(-math.hypot(math.log(10 / 9), width)), 10 * math.exp(math.hypot(math.log(1.2), width))
+    assert new["step_interval"] == pytest.approx([low, high])
+    days = 1e12 / 400 * 10 / 86400
+    assert new["cost"].startswith(f"1 trillion tokens: {days:,.1f} days")
+    path, page = tmp_path / "plans.json", tmp_path / "pods.md"
+    kept_plans.keep(path, kept)
+    page.write_text("a\n<!-- plans: made by scripts/plan_pod.py --record -->\nold\n<!-- end of plans -->\nb\n")
+    kept_plans.rescale(path, page)
+    (row,) = kept_plans.read(path)
+    assert f"{row['step_seconds']:.3g} (" in page.read_text()
+    page.write_text("no marks")
+    with pytest.raises(ConfigError, match="no marks between which"):
+        kept_plans.write_table(path, page)
 
 
 def test_the_table_of_plans_is_that_of_the_kept_plans():
