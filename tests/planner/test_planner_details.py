@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -66,6 +67,27 @@ def test_reads_kernels_and_writes_in_place_of_gpus():
     assert matmul.flops == 2 * 1024 * 512 * 256
     assert matmul.bytes == 2 * (1024 * 512 + 512 * 256 + 1024 * 256)
     assert [timeline.part(item) for item in read.items] == ["experts", "experts", "layers, the rest", "attention"]
+
+
+def test_gpus_write_to_and_read_from_the_hosts_memory_in_fusions():
+    """Of a stack that is there only the layer moves, over PCIe, beside the work between start and done."""
+    text = PROGRAM.replace("bf16[4,1024,512]{2,1,0}", "bf16[4,1024,512]{2,1,0:S(5)}").replace(
+        "  ROOT %z",
+        "  %reading = ((bf16[4,1024,512]{2,1,0:S(5)}, s32[]), bf16[1,1024,512]{2,1,0}, u32[]) fusion-start(%written, "
+        "%n), kind=kLoop, calls=%cut\n  %read = bf16[1,1024,512]{2,1,0} fusion-done(%reading)\n  ROOT %z",
+    )
+    read = program.read(text, MESH, GPUS["h100"].clock)
+    assert [(each.kind, each.axes) for each in read.collectives] == [("to", ("host",)), ("from", ("host",))]
+    assert [each.bytes for each in read.collectives] == pytest.approx([2 * 1024 * 512] * 2, abs=8)  # and a counter
+    assert read.unpriced == 0
+
+
+def test_float8_matmuls_of_gpus_are_at_twice_the_rate_of_bfloat16():
+    """Not at XLA's rate, which is for another type."""
+    gemm = re.sub(r"(%[lr]|[lr])( =|:) bf16\[", r"\1\2 f8e4m3fn[", PROGRAM)
+    assert gemm.count("f8e4m3fn") == 4
+    read = program.read(gemm, MESH, GPUS["h100"].clock, rates=program.Rates(1e9, 1e12, float8=2e12))
+    assert read.seconds == pytest.approx(2 * 1024 * 512 * 256 / 2e12)
 
 
 SLICED = """HloModule sliced, is_scheduled=true, num_partitions=1
