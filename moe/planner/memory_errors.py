@@ -78,8 +78,14 @@ _MESSAGES = (
 
 
 def explained(config: Config, error: Exception) -> Exception:
-    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`; return any other as it is."""
+    """Turn the compiler's error about device memory into a :class:`DoesNotFitError`, and that of slices whose chips
+    exchange with their neighbours alone into a sentence; return any other as it is."""
     text = str(error)
+    if "Ragged all-to-all is currently not supported" in text:
+        return ConfigError(
+            f"mesh.expert={config.mesh.expert} with model.moe.dispatch=dropless: libtpu has no ragged all-to-all on "
+            "this slice; mesh.expert=1, or dispatch=gather"
+        )
     # Running out of another memory (vmem, smem) is a failure of the compiler that no setting of a run helps.
     if "RESOURCE_EXHAUSTED" not in text or re.search(r"memory space (?!hbm)\w+", text):
         return error
