@@ -157,7 +157,7 @@ def test_products_of_float8_and_their_gradients(capability, sides, transposed, c
     monkeypatch.setattr(gpu.triton, "outer_products", outer_products)
 
     def multiply(rows: Any, matrices: Any) -> Any:
-        return gpu.quantized_matmul(rows, matrices, given, "float8", transposed)
+        return gpu.grouped_matmul(rows, matrices, given, False, transposed, "float8")
 
     with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams(detect_races=True)):
         product, backward = jax.vjp(multiply, rows, stored)

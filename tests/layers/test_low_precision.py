@@ -119,7 +119,7 @@ def _products(jaxpr, types=None):
 
 @pytest.mark.parametrize("dispatch", ["gather", "dropless"])
 def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch, monkeypatch):
-    """As traced for a TPU: up, gate and down of a dense layer, a shared expert and the experts: forward, and for the
+    """Up, gate and down of a dense layer, a shared expert and the experts, as traced for a TPU: forward, and for the
     rows' gradients; all other products, the router's among them, are not."""
     config = tiny_model(
         dispatch=dispatch, shared_d_ff=8, first_dense=1, dtype="bfloat16", low_precision="int8", capacity_factor=4.0
@@ -184,9 +184,9 @@ def test_hardware_without_such_products_is_refused(kind, precision, words, monke
 
 def test_experts_that_no_kernel_takes_are_refused(monkeypatch):
     monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100 80GB HBM3", 132))
-    arguments = jnp.ones((128, 128)), jnp.ones((2, 128, 192)), jnp.array([64, 64], jnp.int32), "float8"
+    arguments = jnp.ones((128, 128)), jnp.ones((2, 128, 192)), jnp.array([64, 64], jnp.int32)
     with pytest.raises(ConfigError, match="sides of a device's expert matrices must be multiples of 128"):
-        gpu.quantized_matmul(*arguments)
+        gpu.grouped_matmul(*arguments, precision="float8")
 
 
 @pytest.mark.parametrize("name", ["h100", "b200"])
@@ -242,8 +242,8 @@ with jax.set_mesh(mesh):
     [
         ("v6e:2x2", "int8", "s8", "libtpu"),
         ("tpu7x:2x2x1", "float8", "f8e4m3fn", "libtpu"),
-        ("h100:1x8", "float8", "f8e4m3fn", "jax_plugins.xla_cuda13"),
-        ("b200:1x8", "float8", "f8e4m3fn", "jax_plugins.xla_cuda13"),
+        ("h100:1x8", "float8", "f8e4m3fn", "jax_cuda13_plugin"),
+        ("b200:1x8", "float8", "f8e4m3fn", "jax_cuda13_plugin"),
     ],
 )
 def test_compiled_experts_are_quantised(topology, precision, name, compiler):

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
+from moe.dispatch.backends.mosaic import load_ahead, scaled
 from moe.dispatch.backends.tiles import SUPERTILE, Scales, schedule
 
 #: Rows of a tile, those of one tcgen05 instruction; bytes of each row that are loaded at a time.
@@ -120,14 +121,7 @@ def _kernel(
     warpgroup = lax.axis_index("warpgroup")
 
     def load(row: Array, column: Array, group: Array, done: Array) -> None:
-        def body(i, _):
-            load = done * loads + i
-            slot = lax.rem(load, _STEPS)
-
-            @pl.when(load >= _STEPS)
-            def _():
-                plgpu.barrier_wait(consumed.at[slot])
-
+        def copy(i: Array, slot: Array) -> None:
             terms = pl.ds(i * terms_loaded, terms_loaded)
             across = pl.ds(column, tile_columns)
             plgpu.copy_gmem_to_smem(rows_ref.at[pl.ds(row, _TILE_ROWS), terms], left.at[slot], loaded.at[slot])
@@ -135,7 +129,7 @@ def _kernel(
             matrix = matrix.at[across, terms] if transposed else matrix.at[terms, across]
             plgpu.copy_gmem_to_smem(matrix, right.at[slot], loaded.at[slot])
 
-        lax.fori_loop(0, loads, body, None)
+        load_ahead(loads, done, _STEPS, consumed, copy)
 
     def add_up(tile_sums, done: Array) -> None:
         def body(i, _):
@@ -147,20 +141,17 @@ def _kernel(
         lax.fori_loop(0, loads, body, None)
         plgpu.tcgen05_commit_arrive(summed.at[lax.rem(done, 2)])
 
-    def scaled(values: Array, row: Array, column: Array, group: Array) -> Array:
+    def finished(values: Array, row: Array, column: Array, group: Array) -> Array:
         of_rows, of_columns = scale_refs
         if of_rows is None:
             return values
-        parts = of_rows.at[pl.ds(row, _TILE_ROWS)], of_columns.at[pl.ds(group * out_ref.shape[1] + column, _WRITTEN)]
-        for axis, scales in enumerate(parts):
-            factors = plgpu.load(scales, layout=plgpu.Layout.TCGEN05.reduce(1 - axis), optimized=False)
-            values *= lax.broadcast_in_dim(factors, values.shape, [axis])
-        return values
+        of_columns = of_columns.at[pl.ds(group * out_ref.shape[1] + column, _WRITTEN)]
+        return scaled(values, of_rows.at[pl.ds(row, _TILE_ROWS)], of_columns, plgpu.Layout.TCGEN05)
 
     def write(tile_sums, row: Array, column: Array, group: Array, first: Array, count: Array) -> None:
         for part in range(0, tile_columns, _WRITTEN):
             values = plgpu.async_load_tmem(tile_sums.at[:, pl.ds(part, _WRITTEN)], layout=plgpu.Layout.TCGEN05)
-            values = scaled(values, row, column + part, group)
+            values = finished(values, row, column + part, group)
             results[...] = values.astype(results.dtype)
             plgpu.commit_smem()
             write_rows(row, column + part, first, count)

@@ -71,10 +71,9 @@ def by_kernels(
     """:func:`grouped_ffn` as grouped matmuls, by ``lax.ragged_dot`` where these kernels do not take the shapes."""
 
     def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
-        if weights.quantizes(matrices):
-            return quantized_matmul(rows, matrices, group_sizes, weights.precision, transposed)
-        if supports(rows, matrices):
-            return grouped_matmul(rows, matrices, group_sizes, False, transposed)
+        precision = weights.precision if weights.quantizes(matrices) else "none"
+        if precision != "none" or supports(rows, matrices):
+            return grouped_matmul(rows, matrices, group_sizes, False, transposed, precision)
         return tpu.multiply(rows, matrices, group_sizes, transposed=transposed)
 
     return ffn(rows, weights.joined(), matmul, scale)
@@ -100,60 +99,39 @@ def supports(rows: Float[Array, "R K"], matrices: Float[Array, "E A B"]) -> bool
     return target.current().compute_capability >= 8 and all(size % 16 == 0 for size in sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def grouped_matmul(
-    rows: Array, matrices: Array, sizes: Int[Array, " E"], interpret: bool = False, transposed: bool = False
+    rows: Array,
+    matrices: Array,
+    sizes: Int[Array, " E"],
+    interpret: bool = False,
+    transposed: bool = False,
+    precision: str = "none",
 ) -> Array:
     """:func:`moe.dispatch.backends.tpu.grouped_matmul` by these kernels.
 
     Args:
         rows, matrices, sizes, transposed: as there.
         interpret: run the Triton kernels on the CPU, for tests.
+        precision: of the factors, as in :func:`moe.dispatch.backends.tpu.quantized_matmul`.
     """
-    return _multiply(rows, matrices, sizes, transposed=transposed, interpret=interpret)
+    return _multiply(rows, matrices, sizes, transposed=transposed, interpret=interpret, precision=precision)
 
 
-def _grouped_matmul_fwd(rows, matrices, sizes, interpret, transposed):
-    return grouped_matmul(rows, matrices, sizes, interpret, transposed), (rows, matrices, sizes)
+def _grouped_matmul_fwd(rows, matrices, sizes, interpret, transposed, precision):
+    return grouped_matmul(rows, matrices, sizes, interpret, transposed, precision), (rows, matrices, sizes)
 
 
-def _grouped_matmul_bwd(interpret, transposed, residuals, gradient):
+def _grouped_matmul_bwd(interpret, transposed, precision, residuals, gradient):
     rows, matrices, sizes = residuals
-    d_rows = _multiply(gradient, matrices, sizes, transposed=not transposed, interpret=interpret)
-    d_matrices = _outer_products(rows, gradient, sizes, transposed=transposed, interpret=interpret)
-    return d_rows, d_matrices.astype(matrices.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
+    options = {"transposed": not transposed, "interpret": interpret, "precision": precision}
+    d_rows = _multiply(gradient, matrices, sizes, **options)
+    left, right = (gradient, rows) if transposed else (rows, gradient)
+    d_matrices = triton.outer_products(left, right, sizes, interpret=interpret).astype(matrices.dtype)
+    return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def quantized_matmul(
-    rows: Array, matrices: Array, sizes: Int[Array, " E"], precision: str, transposed: bool = False
-) -> Array:
-    """:func:`moe.dispatch.backends.tpu.quantized_matmul` by these kernels; ``transposed`` as in
-    :func:`grouped_matmul`."""
-    return _multiply_quantized(rows, matrices, sizes, precision, transposed=transposed)
-
-
-def _quantized_matmul_fwd(rows, matrices, sizes, precision, transposed):
-    return quantized_matmul(rows, matrices, sizes, precision, transposed), (rows, matrices, sizes)
-
-
-def _quantized_matmul_bwd(precision, transposed, residuals, gradient):
-    rows, matrices, sizes = residuals
-    d_rows = _multiply_quantized(gradient, matrices, sizes, precision, transposed=not transposed)
-    d_matrices = _outer_products(rows, gradient, sizes, transposed=transposed)
-    return d_rows, d_matrices.astype(matrices.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
-
-
-quantized_matmul.defvjp(_quantized_matmul_fwd, _quantized_matmul_bwd)
-
-
-def _outer_products(rows: Array, gradient: Array, sizes: Array, *, transposed: bool, interpret: bool = False) -> Array:
-    """The gradient of the matrices."""
-    left, right = (gradient, rows) if transposed else (rows, gradient)
-    return triton.outer_products(left, right, sizes, interpret=interpret)
 
 
 def _multiply_quantized(rows: Array, matrices: Array, sizes: Array, precision: str, *, transposed: bool) -> Array:
@@ -179,8 +157,12 @@ def _multiply_quantized(rows: Array, matrices: Array, sizes: Array, precision: s
     return product.astype(rows.dtype)
 
 
-def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool, interpret: bool) -> Array:
+def _multiply(
+    rows: Array, matrices: Array, sizes: Array, *, transposed: bool, interpret: bool, precision: str = "none"
+) -> Array:
     """Rows [R,K] of each group by its matrix, [E,K,N], or [E,N,K] if transposed → [R,N]."""
+    if precision != "none":
+        return _multiply_quantized(rows, matrices, sizes, precision, transposed=transposed)
     device = target.current()
     capability = 0 if interpret else device.compute_capability
     if capability == 9 and _fits_hopper(rows, matrices, transposed=transposed):

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
+from moe.dispatch.backends.mosaic import load_ahead, scaled
 from moe.dispatch.backends.tiles import SUPERTILE, Scales, schedule
 
 #: Rows of a tile, half of them for each warpgroup; its columns; terms that are loaded at a time, a byte each.
@@ -85,20 +86,13 @@ def _kernel(
     warpgroup, half = lax.axis_index("warpgroup"), TILE_ROWS // 2
 
     def load(row: Array, across: pl.Slice, group: Array, done: Array) -> None:
-        def body(i, _):
-            load = done * loads + i
-            slot = lax.rem(load, _STEPS)
-
-            @pl.when(load >= _STEPS)
-            def _():
-                plgpu.barrier_wait(consumed.at[slot])
-
+        def copy(i: Array, slot: Array) -> None:
             terms = pl.ds(i * TERMS, TERMS)
             of_rows, of_matrix = rows_ref.at[pl.ds(row, TILE_ROWS), terms], matrices_ref.at[group, across, terms]
             plgpu.copy_gmem_to_smem(of_rows, left.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(of_matrix, right.at[slot], loaded.at[slot])
 
-        lax.fori_loop(0, loads, body, None)
+        load_ahead(loads, done, _STEPS, consumed, copy)
 
     def add_up(own: pl.Slice, done: Array) -> Array:
         def body(i, total):
@@ -148,9 +142,7 @@ def _kernel(
             first = row + own.start
             of_rows = row_scales_ref.at[pl.ds(first, half)]
             of_columns = column_scales_ref.at[pl.ds(group * out_ref.shape[1] + columns.start, TILE_COLUMNS)]
-            for axis, scales in enumerate((of_rows, of_columns)):
-                factors = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
-                sums *= lax.broadcast_in_dim(factors, sums.shape, [axis])
+            sums = scaled(sums, of_rows, of_columns, plgpu.Layout.WGMMA)
             results[own] = sums.astype(results.dtype)
             plgpu.commit_smem()
             begin = lax.clamp(jnp.int32(0), start_ref[step] - first, jnp.int32(half))
