@@ -1,4 +1,4 @@
-"""What arithmetic in fewer bits costs: bfloat16, products in 8 bits, and moments of the optimizer in bfloat16.
+"""Cost of arithmetic in fewer bits: bfloat16, products in 8 bits, and moments of the optimizer in bfloat16.
 
 python scripts/ablate.py --suite=configs/ablations/precision.py --workdir=/tmp/lab --nosweep --jobs=2
 

@@ -70,7 +70,7 @@ def test_reads_kernels_and_writes_in_place_of_gpus():
 
 
 def test_gpus_write_to_and_read_from_the_hosts_memory_in_fusions():
-    """Of a stack that is there only the layer moves, over PCIe, beside the work between start and done."""
+    """One layer of a stack that is there moves, over PCIe, beside the work between start and done."""
     text = PROGRAM.replace("bf16[4,1024,512]{2,1,0}", "bf16[4,1024,512]{2,1,0:S(5)}").replace(
         "  ROOT %z",
         "  %reading = ((bf16[4,1024,512]{2,1,0:S(5)}, s32[]), bf16[1,1024,512]{2,1,0}, u32[]) fusion-start(%written, "

@@ -52,7 +52,7 @@ def test_memory_errors_name_the_excess_and_the_settings_that_help(message, words
 
 
 def test_slices_without_a_ragged_exchange_are_told_in_a_sentence():
-    """Of 16 x 16 v5e chips, whose exchanges go to neighbours alone."""
+    """The message for 16 x 16 v5e chips, whose exchanges go to neighbours alone."""
     config = from_config_dict({"mesh": {"expert": 8}})
     message = "INTERNAL: RET_CHECK failure Ragged all-to-all is currently not supported in limited ICI routing settings"
     told = memory_errors.explained(config, jax.errors.JaxRuntimeError(message))

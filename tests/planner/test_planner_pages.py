@@ -247,7 +247,7 @@ def test_the_best_kept_plan_is_a_named_setting():
 
 
 def test_kept_plans_are_at_the_scale_of_the_published_steps():
-    """Whoever adds a published step rescales them: scripts/calibration.py does."""
+    """The scale changes with every published step that is added: scripts/calibration.py then rescales them."""
     for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
         today = kept_plans.rescaled(kept, calibration.rows())
         assert today["cost"] == kept["cost"]
