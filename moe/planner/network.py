@@ -9,6 +9,7 @@ bandwidth in one direction; devices that share a chip share its links evenly.
   else a line (w). If its members are s chips apart, s groups share each link, and each gets 1/s.
 - all-gather, reduce-scatter of b bytes over g devices: b·(g−1)/g over the sum of its dimensions' bandwidths; all-reduce
   twice that.
+- If the compiler states that a few one-way rings share the bytes, their w alone instead of all dimensions' bandwidths.
 - all-to-all of b bytes a device: the traffic that must cross the middle of each dimension, k·b/(8w) on a ring and
   k·b/(4w) on a line, times s; the slowest dimension decides.
 - A permutation to a neighbour: b/w, times s.
@@ -70,6 +71,8 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
         bandwidth += (2 if ring else 1) * link / stride
         crossing = max(crossing, len(places) / (8 if ring else 4) * stride)
         stride_of_slowest = max(stride_of_slowest, stride)
+    if collective.rings:
+        bandwidth = min(bandwidth, collective.rings * link / stride_of_slowest)
     if bandwidth == 0.0:
         return passes * collective.bytes / chip.memory_bandwidth
     if collective.kind in ("all-to-all", "ragged-all-to-all"):

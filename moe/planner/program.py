@@ -106,6 +106,7 @@ class _Scope:
         place: number of instructions so far.
         started: carriers of collectives that are not done, the collective inside, ``clock`` and ``place`` at their
             start.
+        carried: by channel, what starts a collective that fusions carry on, and the fusions' seconds so far.
         sent: transfers between slices that are not done, by rendezvous, ``clock`` and ``place`` at their start.
         received: receives that are not done.
     """
@@ -117,6 +118,7 @@ class _Scope:
     clock: float = 0.0
     place: int = 0
     started: dict[str, tuple[Instruction, Instruction, float, int]] = dataclasses.field(default_factory=dict)
+    carried: dict[str, tuple[Instruction, float]] = dataclasses.field(default_factory=dict)
     sent: dict[str, tuple[Instruction, float, int]] = dataclasses.field(default_factory=dict)
     received: dict[str, Instruction] = dataclasses.field(default_factory=dict)
 
@@ -227,9 +229,26 @@ class _Reader:
         if carrier.opcode.endswith("-start"):
             scope.started[carrier.name] = carrier, inner, scope.clock, scope.place
             return
-        self._record(carrier, inner, scope, scope.clock, scope.place)
+        if stage := work.stage_in_fusions(carrier, inner, self.module):
+            self._visit_stage(stage, carrier, inner, scope)
+            return
+        self._record(carrier, inner, scope, scope.clock, scope.place, -1.0)
         if carrier.opcode == "fusion" and inner.opcode == "all-gather":  # a matmul with the gather inside
             self._spend(carrier, self._estimate(carrier) or 0.0, scope)
+
+    def _visit_stage(self, stage: str, carrier: Instruction, inner: Instruction, scope: _Scope) -> None:
+        """Visit a part of a collective that several fusions carry on. It advances within them alone, so that it takes
+        the link as if they all came right before its end."""
+        channel, before = inner.attribute("channel_id"), scope.clock
+        if stage == "step":
+            self._visit_work(carrier, scope)
+        without_state = dataclasses.replace(carrier, type=inner.type)
+        start, seconds = scope.carried.pop(channel, (without_state, 0.0))
+        seconds += scope.clock - before
+        if stage == "done":
+            self._record(start, inner, scope, scope.clock - seconds, scope.place, seconds)
+        else:
+            scope.carried[channel] = start, seconds
 
     def _visit_done(self, instruction: Instruction, scope: _Scope) -> None:
         first = instruction.operands[0] if instruction.operands else ""
@@ -240,10 +259,12 @@ class _Reader:
                 self._record_between_slices(received, scope, *started)
         elif first in scope.started:
             carrier, inner, started, place = scope.started.pop(first)
-            self._record(carrier, inner, scope, started, place)
+            self._record(carrier, inner, scope, started, place, scope.clock - started)
 
-    def _record(self, carrier: Instruction, inner: Instruction, scope: _Scope, started: float, place: int) -> None:
-        overlap = scope.clock - started if place < scope.place else -1.0
+    def _record(
+        self, carrier: Instruction, inner: Instruction, scope: _Scope, started: float, place: int, overlap: float
+    ) -> None:
+        """Record a collective that is done: ``clock`` and ``place`` at its start, and the work beside it."""
         where = scope.name, (place, scope.place), started
         if work.is_host_transfer(carrier):
             self._record_host_transfer(carrier, scope, overlap, where)
@@ -267,7 +288,8 @@ class _Reader:
             # The result of a start is (operands, results, ...).
             size = result - inputs if inner.opcode.endswith("-start") and result > inputs else result
         source = carrier.op_name or inner.op_name
-        self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source, *where))
+        rings = work.one_way_rings(inner)
+        self.collectives.append(Collective(kind, axes, group, size, scope.times, overlap, source, *where, rings))
 
     def _record_host_transfer(
         self, carrier: Instruction, scope: _Scope, overlap: float, where: tuple[str, tuple[int, int], float]
@@ -314,7 +336,7 @@ class _Reader:
         # Asynchronous calls to the SparseCore and copies on GPUs have no estimate.
         estimate = None if instruction.opcode in ("call-start", "fusion-start") else self._estimate(instruction)
         if estimate is None:
-            moved = self._moved_bytes(instruction, scope)
+            moved = work.moved_bytes(instruction, self.module, scope.types)
             self.unpriced += scope.times
             self.unpriced_bytes += scope.times * moved
             seconds = moved / self._rates.memory_bandwidth
@@ -356,7 +378,7 @@ class _Reader:
         costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
         matmul, measured = costs.get("experimental-gemm-cost-model"), costs.get("sol", {}).get("exec_time_us", 0)
         product = matmul or self._products.has(instruction.attribute("calls"))
-        factors = self._factors(instruction) if product else set()
+        factors = self._products.factor_types(instruction) if product else set()
         if factors == {"f8e4m3fn"}:
             return self._products.flops(instruction, {}) / self._rates.float8
         if product and measured and factors <= {instruction.type.partition("[")[0]}:
@@ -365,26 +387,6 @@ class _Reader:
             return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
         cost = costs.get("indexing-cost-model") or costs.get("")
         return cost["exec_time_us"] * 1e-6 if cost else 0.0
-
-    def _factors(self, fusion: Instruction) -> set[str]:
-        """Types of the operands of a fused matmul; none without one."""
-        inner = self.module.called(fusion)
-        types = {instruction.name: instruction.type.partition("[")[0] for instruction in inner}
-        for instruction in inner:
-            if instruction.opcode == "dot":
-                return {types.get(name, "") for name in instruction.operands}
-            if instruction.opcode == "fusion" and self._products.has(instruction.attribute("calls")):
-                return self._factors(instruction)
-        return set()
-
-    def _moved_bytes(self, instruction: Instruction, scope: _Scope) -> int:
-        """Bytes that an unpriced instruction reads and writes; a gather reads as much as it writes."""
-        written = array_bytes(instruction.type)
-        if instruction.opcode in ("call-start", "fusion-start"):  # the called computation says how much is moved
-            called = self.module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
-            types = {inner.name: inner.type for inner in called}
-            return 2 * sum(work.written_bytes(inner, called, types) for inner in called if inner.root)
-        return min(written + sum(scope.operand_bytes(instruction)), 2 * written)
 
     def _spend(self, instruction: Instruction, seconds: float, scope: _Scope) -> None:
         """Book estimated work; an instruction without a name belongs to the pass of the one before it."""

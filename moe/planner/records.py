@@ -36,6 +36,7 @@ class Collective:
         computation: name of the one that starts it.
         places: of its start and its done among the instructions of that computation.
         started: estimated work of that computation before the start, kernels included, seconds.
+        rings: one-way rings that share the bytes, as the compiler states for some exchanges on TPUs; 0: not stated.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Collective:
     computation: str = dataclasses.field(default="", compare=False)
     places: tuple[int, int] = dataclasses.field(default=(0, 0), compare=False)
     started: float = dataclasses.field(default=0.0, compare=False)
+    rings: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,17 @@ class Products:
             return product_flops(instruction, types)
         return self._of(instruction.attribute("calls"))
 
+    def factor_types(self, fusion: Instruction) -> set[str]:
+        """Element types of the factors of a fused product; none without one."""
+        inner = self._module.called(fusion)
+        types = {instruction.name: instruction.type.partition("[")[0] for instruction in inner}
+        for instruction in inner:
+            if instruction.opcode == "dot":
+                return {types.get(name, "") for name in instruction.operands}
+            if instruction.opcode == "fusion" and self.has(instruction.attribute("calls")):
+                return self.factor_types(instruction)
+        return set()
+
     def _of(self, name: str) -> float:
         if name not in self._flops:
             inner = self._module.computations.get(name, ())
@@ -70,6 +81,16 @@ def traffic(instruction: Instruction, module: hlo.Module, types: Mapping[str, st
         if each.root:
             moved += written_bytes(each, inner, inner_types)
     return moved
+
+
+def moved_bytes(instruction: Instruction, module: hlo.Module, types: Mapping[str, str]) -> int:
+    """Bytes that an instruction without an estimate reads and writes; a gather reads as much as it writes."""
+    written = array_bytes(instruction.type)
+    if instruction.opcode in ("call-start", "fusion-start"):  # the called computation says how much is moved
+        called = module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
+        inner_types = {inner.name: inner.type for inner in called}
+        return 2 * sum(written_bytes(inner, called, inner_types) for inner in called if inner.root)
+    return min(written + sum(array_bytes(types.get(name, "")) for name in instruction.operands), 2 * written)
 
 
 def written_bytes(root: Instruction, computation: Sequence[Instruction], types: Mapping[str, str]) -> int:
@@ -149,6 +170,26 @@ def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatm
     tiling = (int(tiles[1]), int(tiles[2]), int(tiles[3])) if tiles else (0, 0, 0)
     name = "tpu" if gpu is None else "mosaic" if "mosaic" in gpu.group(1) else "triton"
     return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, 1, name, kernel.op_name)
+
+
+def stage_in_fusions(fusion: Instruction, collective: Instruction, module: hlo.Module) -> str:
+    """The "start", a "step" or the "done" of a collective that TPU fusions carry on beside their own work, each of
+    which holds a copy of it; "" for a collective that a fusion does as a whole."""
+    for inner in module.called(fusion):
+        if found := re.search(r'custom_call_target="AsyncCollective(Start|Done)"', inner.attributes):
+            return found.group(1).lower()
+    return "step" if '"async_collective_fusion_config"' in collective.attributes else ""
+
+
+def one_way_rings(collective: Instruction) -> int:
+    """One-way rings over the group that share a collective's bytes on a TPU, by its algorithm; 0 if not stated.
+
+    A SparseCore's algorithm names a ring for each part of the bytes ("color"); a TensorCore's of one dimension has one
+    ring in both directions.
+    """
+    if colors := collective.attributes.count('{"phase_rings"'):
+        return colors
+    return 2 if re.search(r'"emitter":"1D|"strategy":"StrategyRing"', collective.attributes) else 0
 
 
 def is_host_transfer(instruction: Instruction) -> bool:

@@ -51,6 +51,60 @@ def test_reads_exchanges_on_sparse_cores():
     assert (read.seconds, read.unpriced) == (570, 0)
 
 
+# Excerpt of a compiled train step for v5e: a gather of [8,64,32] over 4 chips that is started, carried on by a fusion
+# of 500 cycles, not by one of 70, and ended; each of the three has a copy of it.
+CARRIED = """HloModule jit_train_step, is_scheduled=true
+%start (p: bf16[8,64,32]) -> (bf16[8,64,32], bf16[8,256,32], u32[]) {
+  %p = bf16[8,64,32]{2,1,0} parameter(0)
+  %all-gather.1 = bf16[8,256,32]{2,1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  ROOT %custom-call.1 = (bf16[8,64,32]{2,1,0}, bf16[8,256,32]{2,1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.1 (p.1: bf16[8,64,32], q.1: bf16[8,256,32]) -> (bf16[8], bf16[8,256,32]) {
+  %p.1 = bf16[8,64,32]{2,1,0} parameter(0)
+  %q.1 = bf16[8,256,32]{2,1,0} parameter(1)
+  %work = bf16[8]{0} fusion(%p.1), kind=kLoop, calls=%f
+  %all-gather.2 = bf16[8,256,32]{2,1,0} all-gather(%p.1), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %both = (bf16[8]{0}, bf16[8,256,32]{2,1,0}) tuple(%work, %all-gather.2)
+}
+%done (p.2: bf16[8,64,32], q.2: bf16[8,256,32]) -> bf16[8,256,32] {
+  %p.2 = bf16[8,64,32]{2,1,0} parameter(0)
+  %q.2 = bf16[8,256,32]{2,1,0} parameter(1)
+  %all-gather.3 = bf16[8,256,32]{2,1,0} all-gather(%p.2), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}, metadata={op_name="jit(train_step)/jvp()/weights.shards/all_gather"}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %custom-call.2 = bf16[8,256,32]{2,1,0} custom-call(%p.2, %q.2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+ENTRY %main (w: bf16[8,64,32]) -> bf16[8,256,32] {
+  %w = bf16[8,64,32]{2,1,0} parameter(0)
+  %first = bf16[8]{0} fusion(%w), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"30"}}
+  %gather-start = (bf16[8,64,32]{2,1,0}, bf16[8,256,32]{2,1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, calls=%start
+  %a = bf16[8,64,32]{2,1,0} get-tuple-element(%gather-start), index=0
+  %b = bf16[8,256,32]{2,1,0} get-tuple-element(%gather-start), index=1
+  %step = (bf16[8]{0}, bf16[8,256,32]{2,1,0}) fusion(%a, %b), kind=kOutput, calls=%async_collective_fusion.1, backend_config={"window_config":{"estimated_cycles":"500"}}
+  %c = bf16[8,256,32]{2,1,0} get-tuple-element(%step), index=1
+  %other = bf16[8]{0} fusion(%w), kind=kLoop, calls=%f, backend_config={"window_config":{"estimated_cycles":"70"}}
+  ROOT %gather-done = bf16[8,256,32]{2,1,0} fusion(%a, %c), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_reads_an_exchange_that_fusions_carry_on_once():
+    read = program.read(CARRIED, MESH, clock=1.0)
+    (gather,) = read.collectives
+    assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 8 * 256 * 32 * 2)
+    assert (gather.overlap_seconds, gather.started) == (500, 30 + 70)  # as if its fusion came last
+    assert exchanges.purpose(gather) == exchanges.WEIGHTS
+    assert read.seconds == 30 + 500 + 70
+
+
+def test_reads_the_rings_of_an_exchange():
+    ring = '{"phase_rings":[{"ring_type":"ICI_RING_TYPE_UNIDIR_CW","core_count":"16"}]}'
+    two = SPARSE_CORE.replace(
+        "dimensions={1}\n", f'dimensions={{1}}, backend_config={{"color_strategies":[{ring},{ring}]}}\n'
+    )
+    assert [collective.rings for collective in program.read(two, MESH, clock=1.0).collectives] == [2, 0]
+    of_one_dimension = CARRIED.replace('"2"}', '"2"},"emitter":"1DAllGatherNonMajorDimImbalanced"')
+    assert program.read(of_one_dimension, MESH, clock=1.0).collectives[0].rings == 2
+
+
 def test_kernels_are_work_beside_exchanges():
     kernel = """  %y = bf16[64,32]{1,0} custom-call(%s, %x, %m), custom_call_target="tpu_custom_call", frontend_attributes={ragged_dot_tiling="8,8,8"}
   %gather-done"""  # noqa: E501

@@ -66,6 +66,9 @@ def test_network_model_by_hand():
     assert network.seconds(collective("all-reduce", ring), devices, chip) == pytest.approx(2 * 8e8 * 3 / 4 / 2e11)
     # two rings at once
     assert network.seconds(collective("all-gather", plane), devices, chip) == pytest.approx(8e8 * 15 / 16 / 4e11)
+    # one ring in both directions through all 16
+    one = dataclasses.replace(collective("all-gather", plane), rings=2)
+    assert network.seconds(one, devices, chip) == pytest.approx(8e8 * 15 / 16 / 2e11)
     # half of what 4 devices send crosses the middle over 2 links each way: 4/8 of a device's bytes
     assert network.seconds(collective("all-to-all", ring), devices, chip) == pytest.approx(8e8 * 4 / 8 / 1e11)
     # members two apart share each link with another group and have no ring
