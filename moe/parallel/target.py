@@ -111,18 +111,18 @@ _DEFAULT_VMEM_KIB = 16384
 _SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v5": 32768, "TPU v6": 98304, "TPU7": 49152}
 
 
-#: Options for all-gathers and reduce-scatters on the SparseCores, beside the work of the TensorCores, by device kind.
-#: MaxText's recipes for v5p use those for all-gathers (src/maxtext/configs/tpu/v5p).
-_SPARSE_CORE_EXCHANGES = {
-    "TPU v5": (
-        "xla_sc_disable_megacore_partitioning",
-        "xla_tpu_use_tc_device_shape_on_sc",
-        "xla_tpu_enable_sparse_core_collective_offload_all_gather",
-        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
-        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
-        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
-    )
-}
+#: Options for all-gathers and reduce-scatters on the SparseCores, beside the work of the TensorCores; on v6e XLA writes
+#: a reduce-scatter as an all-reduce and a slice without them. MaxText's recipes for v5p use those for all-gathers
+#: (src/maxtext/configs/tpu/v5p). On v7 they are the default.
+_SPARSE_CORE_EXCHANGES = (
+    "xla_sc_disable_megacore_partitioning",
+    "xla_tpu_use_tc_device_shape_on_sc",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
+)
+_KINDS_WITH_SPARSE_CORES = ("TPU v5", "TPU v6 lite")
 
 
 #: The latency-hiding scheduler, off by default, starts exchanges early; without it nearly all are waited for in place.
@@ -158,7 +158,8 @@ def compiler_options(device_kind: str, *, nested: bool = False) -> dict[str, str
     if not device_kind.startswith("TPU"):
         return {}
     options: dict[str, str | bool | int] = {"xla_tpu_enable_async_all_to_all": "true"}
-    options |= dict.fromkeys(_SPARSE_CORE_EXCHANGES.get(device_kind, ()), "true")
+    if device_kind in _KINDS_WITH_SPARSE_CORES:
+        options |= dict.fromkeys(_SPARSE_CORE_EXCHANGES, "true")
     for prefix, kibibytes in _SCOPED_VMEM_KIB.items():
         if device_kind.startswith(prefix):
             return options | {"xla_tpu_scoped_vmem_limit_kib": str(kibibytes)}
