@@ -484,7 +484,7 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
     ("ragged", "mesh", "variant", "load"),
     [
         (True, MESHES[0], "hosts 2", "one"),
-        (False, MESHES[1], "chunks, hosts 2", "random"),
+        slow_case(False, MESHES[1], "chunks, hosts 2", "random"),
         *(
             slow_case(ragged, mesh, variant, load)
             for load in ("random", "one", "padding")

@@ -129,7 +129,7 @@ def test_blackwells_kernel_equals_one_matmul_per_group(terms, columns, transpose
 @pytest.mark.parametrize(
     ("capability", "sides", "transposed", "cores"),
     [
-        (9, (256, 128), False, 2),  # more loads than buffers, tiles in turns on two cores
+        slow_case(9, (256, 128), False, 2),  # more loads than buffers, tiles in turns on two cores
         (10, (256, 128), True, 1),
         slow_case(9, (768, 256), True, 5),
         slow_case(10, (128, 640), False, 3),

@@ -15,7 +15,7 @@ from moe.models.factory import abstract_parameters
 from moe.training.losses import cross_entropy
 from moe.training.optimizer import make_optimizer
 from moe.training.rates import gains, rates
-from tests.helpers import random_parameters, slow_case, tiny_model
+from tests.helpers import random_parameters, tiny_model
 
 #: Four times as wide, three times as deep and with experts of half the F.
 GROWN = {"d_model": 64, "num_layers": 6, "num_heads": 16, "num_kv_heads": 8, "d_ff": 112, "moe_d_ff": 10}
@@ -147,16 +147,14 @@ def initial(model):
     return jax.tree_util.tree_map_with_path(scale, drawn)
 
 
-@pytest.mark.parametrize(
-    ("name", "untransferred"), [("adamw", False), slow_case("adamw", True), slow_case("muon", True)]
-)
-def test_changes_do_not_grow_with_the_width(name, untransferred):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_changes_do_not_grow_with_the_width(name):
     """Coordinate check (Yang et al. 2022, appendix D.1): eight times as wide; without the transfer they do grow."""
     base, transferred = (moved(width, name, transfer=True) for width in (16, 128))
     assert 1 / 3 < transferred / base < 1.5, (base, transferred)
-    if untransferred:
-        plain = moved(128, name, transfer=False)
-        assert plain / base > 2.5, (base, plain)
+    plain = moved(128, name, transfer=False)
+    assert plain / base > 2.5, (base, plain)
 
 
 def test_refusals_and_forms():

@@ -50,6 +50,7 @@ def test_every_buffer_of_the_state_is_reused(programs):
     assert "conditional(" not in text  # a branch for skipped updates would hold the old and the new state
 
 
+@pytest.mark.slow
 def test_moments_in_the_hosts_memory_give_the_same_steps():
     """Three steps on eight devices, bit for bit; AdamW's arrays stay in the host's memory."""
     states = {}
