@@ -8,6 +8,7 @@ experts' matmuls alone at peak: of the active FLOPs (K experts a token), and of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig, MoEConfig
+from moe.dispatch.backends import row_blocks
 from moe.dispatch.buffers import layer_capacity
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
@@ -90,6 +92,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
         dict(mesh.shape),
         chip.clock,
         lambda matmul: kernels.price(matmul, at_once if moe.dispatch == "dropless" else matmul.sizes[0], chip),
+        trips=functools.partial(row_blocks.balanced_trips, rows=at_once),
     )
     memory = compiled.memory_analysis()
     matmuls = 3 if config.model.activation in GATED_ACTIVATIONS else 2

@@ -121,7 +121,7 @@ def _levers(config: Config) -> list[str]:
     if optimizer.name in ("adamw", "muon") and optimizer.moment_dtype == "float32" and optimizer.b2 <= 0.99:
         levers.append("optimizer.moment_dtype=bfloat16 (now float32), 4 bytes a parameter less with AdamW")
     if optimizer.memory == "device" and not optimizer.ema_decay:
-        levers.append("optimizer.memory=host, for two transfers a step")
+        levers.append("optimizer.memory=host, for two transfers a step (planned for TPUs alone)")
     if model.dtype == "float32":
         levers.append("model.dtype=bfloat16 (now float32)")
     levers.append("more chips, or a larger mesh.fsdp")

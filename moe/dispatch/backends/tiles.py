@@ -27,11 +27,6 @@ def tile_rows(num_rows: int, num_groups: int) -> int:
     return next((size for size in sizes if size * (num_groups - 1) <= _SURPLUS * num_rows), sizes[-1])
 
 
-def computed_rows(num_rows: int, num_groups: int) -> int:
-    """The most rows that one of the three matmuls computes for R rows, shared tiles counted twice."""
-    return num_rows + tile_rows(num_rows, num_groups) * (num_groups - 1)
-
-
 def schedule(sizes: Array, num_rows: int, block: int) -> tuple[Array, Array, Array, Array]:
     """For each step its group and its tile of rows, and for each step the group's first row and its end. Steps beyond
     the last tile, up to whole supertiles, have an empty group."""
