@@ -179,6 +179,24 @@ def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypat
         assert found() == [1.0, 2.0, None]
 
 
+def test_a_run_is_probed_before_the_next_one_is_trained(tmp_path, monkeypatch):
+    suite = suite_of({"a": dataclasses.replace(DENSE, probes=("p",))}, seeds=(0, 1), horizons=(20,))
+    runs = {run.key: run for run in keyed(suite, [record("a", 0, 5.0), record("a", 1, 5.0)])}
+
+    def train(worker, key):
+        runs[key].write(tmp_path)
+        runner.run_directory(tmp_path, key, runs[key].run).mkdir(parents=True)
+
+    mesh = make_mesh(suite.config("a").mesh)
+    monkeypatch.setattr(runner.Worker, "_open_text", lambda _: None)
+    monkeypatch.setattr(runner.Worker, "_train", train)
+    trained = SimpleNamespace(model=SimpleNamespace(program=SimpleNamespace(mesh=mesh)))
+    monkeypatch.setattr(runner.Worker, "_trained", lambda *_: trained)
+    monkeypatch.setitem(probes.PROBES, "p", lambda _: {"finished": float(len(records.read_all(tmp_path)))})
+    runner.Worker(suite, tmp_path, [], sweep=False).run()
+    assert [found.probes.get("p/finished") for found in records.read_all(tmp_path)] == [1.0, 2.0]
+
+
 def test_what_the_end_needs_is_checked_at_the_start():
     suite = suite_of({"a": DENSE, "b": dataclasses.replace(SWITCH, probes=("eval_capacities",))})
     with pytest.raises(ConfigError, match=r"variant 'b': no probe 'eval_capacities'; there are eval_capacity, "):
@@ -212,9 +230,7 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     )
     suite = dataclasses.replace(suite, variants={**suite.variants, "mixtral": probed})
     for attempt in ("first", "second"):
-        worker = runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, [])
-        worker.run()
-        worker.measure()
+        runner.Worker(with_seeds(suite, [0, 1]), tmp_path / attempt, []).run()
         tables.append([dataclasses.replace(r, seconds=0.0) for r in records.read_all(tmp_path / attempt)])
     assert tables[0] == tables[1]
     mixtral = [r for r in tables[0] if r.variant == "mixtral"]

@@ -156,6 +156,7 @@ class Worker:
         self._hashes = {str(claim.number): claim.hash for claim in claims}
         self._programs = Programs()
         self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
+        self._models: dict[str, probes.Model] = {}
         self._failed: dict[Key, str] = {}
         self._progress = Progress(suite, workdir)
 
@@ -172,6 +173,7 @@ class Worker:
                 self._open_text()
                 try:
                     self._train(key)
+                    self._measure(key)
                 except ConfigError as error:
                     self._failed[key] = str(error)
                     self._progress.say(f"failed: {key}: {error}")
@@ -305,26 +307,26 @@ class Worker:
         return every, RowLosses(self._programs(config, mesh), mixed_rows(prepared, config, count, trained))
 
     def measure(self) -> None:
-        """Measure the probes that finished runs of the longest horizon lack, where their checkpoints still exist.
-
-        Runs of a sweep and of rates that lost are left out, and those that another process measures at the moment.
-        """
-        models: dict[str, probes.Model] = {}
+        """Measure the probes that finished runs lack, such as those whose rate was not decided when they ended, where
+        their checkpoints still exist and no other process measures them."""
         self._prune_all()
         for record in sorted(Table(self._suite, read_all(self._workdir)).used, key=lambda record: record.key):
-            directory = run_directory(self._workdir, record.key, record.run)
-            if record.steps == self._suite.longest and directory.exists():
-                with contextlib.suppress(filelock.Timeout), _lock(self._workdir, record.run):
-                    self._measure(record.key, record.run, directory, models)
+            with contextlib.suppress(filelock.Timeout), _lock(self._workdir, record.run):
+                self._measure(record.key)
 
-    def _measure(self, key: Key, run: str, directory: Path, models: dict[str, probes.Model]) -> None:
-        """Measure the probes that one run lacks, now that no other process does."""
-        record = next(record for record in read_all(self._workdir) if record.run == run)
+    def _measure(self, key: Key) -> None:
+        """Measure the probes that a run of the longest horizon lacks, while no other process does; of a sweep and of a
+        rate that lost none."""
+        used = Table(self._suite, read_all(self._workdir)).used
+        record = next((record for record in used if record.key == key and record.status == FINISHED), None)
+        if record is None or key.steps != self._suite.longest:
+            return
         known = {quantity.partition("/")[0] for quantity in record.probes}
         names = [name for name in self._suite.variants[key.variant].probes if name not in known]
-        if not names or record.status != FINISHED:
+        directory = run_directory(self._workdir, key, record.run)
+        if not names or not directory.exists():
             return
-        trained = self._trained(key.variant, directory, models)  # shared by the probes, which measure the same routing
+        trained = self._trained(key.variant, directory)  # shared by the probes, which measure the same routing
         for name in names:
             self._progress.say(f"probe {name} of {key}")
             with jax.set_mesh(trained.model.program.mesh):
@@ -333,17 +335,17 @@ class Worker:
             record = dataclasses.replace(record, probes=record.probes | measured)
             record.write(self._workdir)
 
-    def _trained(self, variant: str, directory: Path, models: dict[str, probes.Model]) -> probes.Trained:
-        """A run of an arm, and in ``models`` what all runs of the arm share."""
+    def _trained(self, variant: str, directory: Path) -> probes.Trained:
+        """A run of an arm; the arm's data and programs are kept for its next run."""
         config = read_config(directory)
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            if variant not in models:
-                models.clear()  # one arm's data and programs at a time
-                models[variant] = probes.Model(
+            if variant not in self._models:
+                self._models.clear()  # one arm's at a time
+                self._models[variant] = probes.Model(
                     self._programs(config, mesh), self._suite.primary_domains, self._suite.heldout_rows
                 )
-        return probes.Trained(directory, models[variant])
+        return probes.Trained(directory, self._models[variant])
 
     def _prune_all(self) -> None:
         """Prune finished runs, of which a process was killed between record and pruning."""
