@@ -129,9 +129,7 @@ def _with_gradient(hidden, matrix, targets):
         return d_matrix, (nll, known, *back(d_logits))
 
     with jax.named_scope(LOSS_SCOPE):
-        # Zeros that depend on nothing would be kept, whole, outside of a loop over microbatches.
-        zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), targets))
-        zeros = constrain(jnp.broadcast_to(zero, (shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
+        zeros = constrain(jnp.zeros((shards, *matrix.shape)), partition_specs.PARTIAL_LOGITS_MATRIX)
         d_matrix, (nll, known, d_hidden) = jax.lax.scan(chunk, zeros, _chunks(hidden, targets))
         d_hidden = _joined(d_hidden, hidden.shape)
         d_matrix = jnp.sum(d_matrix, axis=0).astype(matrix.dtype)
