@@ -15,7 +15,7 @@ from moe.config import ConfigError
 from moe.lab import records, results, step_seconds
 from moe.lab.loading import with_seeds
 from moe.lab.records import DIVERGED, FINISHED, PRIMARY
-from moe.lab.running import jobs, probes, progress, runner
+from moe.lab.running import jobs, last_tenth, probes, progress, runner
 from moe.lab.running.heldout import dropless
 from moe.lab.schedule import Plan
 from moe.lab.suite import Variant
@@ -261,14 +261,14 @@ def test_losses_of_the_last_tenth_by_batch(tmp_path):
     """Of 20 steps the last two; a step that is trained again after a stop counts once."""
     program = SimpleProgram(config=SimpleNamespace(train=SimpleNamespace(num_steps=20)), train_step=lambda s, b: (s, b))
     path = tmp_path / "last"
-    recorded = runner.recording(program, path)
+    recorded = last_tenth.recording(program, path)
     for step in range(20):
         recorded.train_step(SimpleNamespace(step=step), SimpleNamespace(cross_entropy=step + 0.5))
-    resumed = runner.recording(program, path)
+    resumed = last_tenth.recording(program, path)
     for step in (18, 19):
         resumed.train_step(SimpleNamespace(step=step), SimpleNamespace(cross_entropy=step + 0.5))
     assert len(path.read_text().splitlines()) == 4
-    assert runner.last_losses(path, 20) == [18.5, 19.5]
+    assert last_tenth.losses(path, 20) == [18.5, 19.5]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe.atomic_files import append
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
@@ -34,20 +32,17 @@ from moe.lab import records, results, schedule
 from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim
 from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, commit, read_all, run_name
-from moe.lab.running import probes
+from moe.lab.running import last_tenth, probes
 from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
 from moe.lab.running.progress import Progress
 from moe.lab.suite import Suite
 from moe.lab.table import Table
 from moe.metrics_files import METRICS, read_rows
-from moe.models.state import TrainState
 from moe.parallel.mesh import make_mesh
-from moe.training.batches import Batch
 from moe.training.loop import train
-from moe.training.step import Program, TrainMetrics, build
+from moe.training.step import Program, build
 
 RUNS = "runs"
-LAST_LOSSES = "last_losses.txt"
 
 
 class Programs:
@@ -89,38 +84,6 @@ def _lock(workdir: Path, run: str) -> filelock.BaseFileLock:
     """Held while a process trains or measures a run."""
     (workdir / RUNS).mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(workdir / RUNS / f"{run}.lock", blocking=False)
-
-
-def recording(program: Program, path: Path) -> Program:
-    """The program of a run that appends "STEP LOSS" of the last tenth's batches to a file, as they are trained.
-
-    A resumed run appends the steps after its checkpoint again, with the same losses.
-    """
-    first, counter = first_of_last_tenth(program.config.train.num_steps), itertools.count()
-    offset: list[int] = []
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
-        if not offset:
-            offset.append(int(state.step) + 1)
-        number = offset[0] + next(counter)
-        state, metrics = program.train_step(state, batch)
-        if number >= first:
-            append(path, f"{number} {float(metrics.cross_entropy)!r}\n")
-        return state, metrics
-
-    return dataclasses.replace(program, train_step=step)
-
-
-def first_of_last_tenth(steps: int) -> int:
-    """The first step, counted from 1, of the last tenth of a run; of at least one step."""
-    return steps - max(steps // 10, 1) + 1
-
-
-def last_losses(path: Path, steps: int) -> list[float]:
-    """Training loss of each batch of the last tenth, NaN where there is none; of a step trained twice the last one."""
-    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    by_step = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
-    return [by_step.get(step, math.nan) for step in range(first_of_last_tenth(steps), steps + 1)]
 
 
 def check_start(suite: Suite, claims: Sequence[Claim]) -> None:
@@ -225,7 +188,7 @@ class Worker:
             role: str(run_directory(self._workdir, parent, found.run(parent)))
             for role, parent in found.parents(key).items()
         }
-        rate, path = key.learning_rate, directory / LAST_LOSSES
+        rate, path = key.learning_rate, directory / last_tenth.FILE
         config = suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **folders)
         status, reason, evaluated = FINISHED, "", ""
         losses: list[float] = []
@@ -238,7 +201,7 @@ class Worker:
                     raise
                 status, reason = DIVERGED, str(error)
         rows = results.run_rows(directory)
-        last = last_losses(path, key.steps)
+        last = last_tenth.losses(path, key.steps)
         rows.append((key.steps, "last_tenth_loss", "", "", statistics.fmean(last)))
         prepared = with_unseen(_prepare(config), config, suite.unseen)
         if status == FINISHED:
@@ -267,7 +230,7 @@ class Worker:
         self._progress.finish(key, status, losses)
 
     def _recorded(self, path: Path, config: Config, mesh: Any, teacher: Any = None) -> Program:
-        return recording(self._programs(config, mesh, teacher), path)
+        return last_tenth.recording(self._programs(config, mesh, teacher), path)
 
     def _evaluate(
         self, key: Key, config: Config, prepared: pipeline.Prepared, directory: Path
@@ -315,11 +278,12 @@ class Worker:
                 self._measure(record.key)
 
     def _measure(self, key: Key) -> None:
-        """Measure the probes that a run of the longest horizon lacks, while no other process does; of a sweep and of a
-        rate that lost none."""
+        """Measure the probes that a run lacks, while no other process does; of a sweep and of a rate that lost none."""
+        if not self._is_probed(key):
+            return
         used = Table(self._suite, read_all(self._workdir)).used
         record = next((record for record in used if record.key == key and record.status == FINISHED), None)
-        if record is None or key.steps != self._suite.longest:
+        if record is None:
             return
         known = {quantity.partition("/")[0] for quantity in record.probes}
         names = [name for name in self._suite.variants[key.variant].probes if name not in known]
@@ -334,6 +298,10 @@ class Worker:
             measured = {f"{name}/{quantity}": value for quantity, value in found.items()}
             record = dataclasses.replace(record, probes=record.probes | measured)
             record.write(self._workdir)
+
+    def _is_probed(self, key: Key) -> bool:
+        """Check whether probes are measured on a run: of an arm that has some, at the longest horizon."""
+        return bool(self._suite.variants[key.variant].probes) and key.steps == self._suite.longest
 
     def _trained(self, variant: str, directory: Path) -> probes.Trained:
         """A run of an arm; the arm's data and programs are kept for its next run."""
@@ -356,8 +324,8 @@ class Worker:
                     self._prune(record.key, directory)
 
     def _prune(self, key: Key, directory: Path) -> None:
-        """Keep only the last checkpoint, unless the arm has probes, which may read earlier ones."""
-        if self._suite.variants[key.variant].probes and key.steps == self._suite.longest:
+        """Keep only the last checkpoint, unless probes may read earlier ones."""
+        if self._is_probed(key):
             return
         for step in results.checkpoint_steps(directory)[:-1]:
             shutil.rmtree(directory / "checkpoints" / str(step))

@@ -1,0 +1,48 @@
+"""Training loss of the last tenth of a run, batch by batch: the second endpoint, paired between arms of one seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+from moe.atomic_files import append
+from moe.models.state import TrainState
+from moe.training.batches import Batch
+from moe.training.step import Program, TrainMetrics
+
+#: In a run's workdir.
+FILE = "last_losses.txt"
+
+
+def recording(program: Program, path: Path) -> Program:
+    """The program of a run that appends "STEP LOSS" of the last tenth's batches to a file, as they are trained.
+
+    A resumed run appends the steps after its checkpoint again, with the same losses.
+    """
+    first, counter = _first(program.config.train.num_steps), itertools.count()
+    offset: list[int] = []
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+        if not offset:
+            offset.append(int(state.step) + 1)
+        number = offset[0] + next(counter)
+        state, metrics = program.train_step(state, batch)
+        if number >= first:
+            append(path, f"{number} {float(metrics.cross_entropy)!r}\n")
+        return state, metrics
+
+    return dataclasses.replace(program, train_step=step)
+
+
+def _first(steps: int) -> int:
+    """The first step, counted from 1, of the last tenth of a run; of at least one step."""
+    return steps - max(steps // 10, 1) + 1
+
+
+def losses(path: Path, steps: int) -> list[float]:
+    """Training loss of each batch of the last tenth, NaN where there is none; of a step trained twice the last one."""
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    by_step = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
+    return [by_step.get(step, math.nan) for step in range(_first(steps), steps + 1)]
