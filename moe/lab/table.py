@@ -142,22 +142,27 @@ class Table:
         return curve[0 if term.first else -1][1]
 
     def values(self, steps: int, expression: str | Sequence[Term]) -> dict[int, float]:
-        """Seed → value of a linear combination, for the seeds that all its arms share.
+        """Seed → value of a linear combination, for the seeds that all its arms share and whose runs have all of it:
+        a probe may have been measured on some of the runs alone.
 
         Raises:
-            MissingError: no seed, or a quantity is missing.
+            MissingError: no seed, or a quantity is missing from all of them.
         """
         terms = parse(expression) if isinstance(expression, str) else expression
         arms = variants_of(terms)
         seeds = self.seeds(steps, *arms)
-        if not seeds:
-            raise MissingError(f"no seed at {steps:,} steps that {', '.join(arms)} share")
-
-        def of(seed: int) -> float:
-            parts = [t.factor * (self.value(steps, seed, t) if t.quantity else 1.0) for t in terms]
-            return float(sum(parts))  # +inf or -inf if one side diverged, NaN if both did
-
-        return {seed: of(seed) for seed in seeds}
+        missing = MissingError(f"no seed at {steps:,} steps that {', '.join(arms)} share")
+        found = {}
+        for seed in seeds:
+            try:
+                parts = [t.factor * (self.value(steps, seed, t) if t.quantity else 1.0) for t in terms]
+            except MissingError as error:
+                missing = error
+                continue
+            found[seed] = float(sum(parts))  # +inf or -inf if one side diverged, NaN if both did
+        if not found:
+            raise missing
+        return found
 
     def curve_differences(self, variant: str, baseline: str, steps: int) -> dict[int, list[float]]:
         """Step → difference of the primary held-out loss per seed, at the steps that all evaluated runs have."""

@@ -14,6 +14,7 @@ from moe.config import ConfigError
 from moe.config.parse import from_config_dict
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
+from moe.lab.claims.registration import Claim, Part
 from moe.lab.expressions import Term, parse
 from moe.lab.loading import check, load_suite, with_seeds
 from moe.lab.records import DIVERGED, PRIMARY, Key
@@ -437,6 +438,18 @@ def test_values_of_layers_and_first_evaluations():
     assert [found.values(20, text)[0] for text in expressions] == [3.0, 1.0, 4.0, 1.0, -0.5]
     with pytest.raises(MissingError, match="no nothing of a"):
         found.values(20, "nothing[a]")
+
+
+def test_a_probe_of_some_runs_is_their_value():
+    """A probe is a measurement of its own: runs without it are left out, and a claim on it says of how many runs."""
+    suite = suite_of({"a": DENSE}, seeds=(0, 1, 2), horizons=(20,))
+    found = table(suite, [record("a", seed, 5.0, probes={"p": 0.5 * seed} if seed else {}) for seed in range(3)])
+    assert found.values(20, "p[a]") == {1: 0.5, 2: 1.0}
+    assert found.values(20, "loss[a]").keys() == {0, 1, 2}
+    claim = Claim(1, suite.name, "text", "source", (Part("p", "above", "p[a]"),))
+    (finding,) = decide.assess([claim], {suite.name: found}, None)
+    assert finding.outcomes[0].effect.n == 2
+    assert finding.lacks == ("measured on 2 of 3 seeds", "2 of at least 5 seeds")
 
 
 def test_a_trial_of_two_seeds_is_marked(tmp_path):

@@ -252,7 +252,9 @@ def _lacks(
         if max(dropped) - min(dropped) > MAX_DROP_DIFFERENCE and not table.suite.dropping_differs:
             shares = ", ".join(f"{arm} {share:.1%}" for arm, share in zip(arms, dropped, strict=True))
             lacks.append(f"not comparable: the arms drop different shares in training ({shares})")
-    n = min((outcome.effect.n for outcome in outcomes), default=0)
+    n, runs = min((outcome.effect.n for outcome in outcomes), default=0), len(table.seeds(steps, *arms))
+    if n < runs:
+        lacks.append(f"measured on {n} of {runs} seeds")
     if claim.family and n < len(table.suite.seeds):  # a look at each new seed would find effects by chance
         lacks.append(f"{_INTERIM}, {n} of the {len(table.suite.seeds)} seeds that were registered")
     elif n < SEEDS:
