@@ -54,6 +54,11 @@ class Target:
         return next((rate for name, rate in MEMORY_BANDWIDTH.items() if name in self.device_kind), None)
 
     @property
+    def tensor_cores(self) -> int:
+        """TensorCores of a TPU that share a device, and so every kernel."""
+        return next((cores for name, cores in TENSOR_CORES.items() if name in self.device_kind), 1)
+
+    @property
     def kernel_memory(self) -> int:
         """Bytes of vector memory that a kernel on a TPU gets with :func:`compiler_options`."""
         kibibytes = (size for kind, size in _SCOPED_VMEM_KIB.items() if self.device_kind.startswith(kind))
@@ -87,6 +92,9 @@ PEAK_FLOPS: Mapping[str, float] = types.MappingProxyType(
 MEMORY_BANDWIDTH: Mapping[str, float] = types.MappingProxyType(
     {"TPU v4": 1200e9, "TPU v5 lite": 819e9, "TPU v5": 2765e9, "TPU v6": 1638e9, "TPU7": 3685e9}
 )
+
+#: TensorCores that share one TPU device, where JAX has more than one in a device ("megacore").
+TENSOR_CORES: Mapping[str, int] = types.MappingProxyType({"TPU v4": 2, "TPU v5 lite": 1, "TPU v5": 2})
 
 #: Major compute capability by a substring of the device kind, for devices that are absent.
 _CAPABILITIES = {"A100": 8, "A30": 8, "A10": 8, "L40": 8, "L4": 8, "H100": 9, "H200": 9, "B200": 10, "B300": 10}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from moe.dispatch.backends import tpu_tiles
 from moe.escaping import markdown_table
 from moe.foreign_files import Amount, Fields, Positive, kept_whole, read_rows
 
@@ -55,8 +56,8 @@ _PRICES = (
 def prices() -> str:
     """Hash of the tables and models by which programs are counted."""
     digest = hashlib.sha256()
-    for name in _PRICES:
-        digest.update(PATH.with_name(name).read_bytes())
+    for path in (*map(PATH.with_name, _PRICES), Path(tpu_tiles.__file__)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

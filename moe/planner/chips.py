@@ -13,7 +13,7 @@ import dataclasses
 import math
 from typing import Any
 
-from moe.parallel.target import PEAK_FLOPS
+from moe.parallel.target import PEAK_FLOPS, TENSOR_CORES
 
 GiB = 2**30
 
@@ -33,6 +33,7 @@ class Chip:
         matmul_share: of the peak; the compiler's cycles say more.
         condition: seconds to evaluate a loop's condition that depends on the data, which a TPU does by itself.
         devices: JAX devices a chip; 2 where each TensorCore is a device of its own.
+        cores: TensorCores that share a device.
         flops_per_cycle: of a chip's matrix units in bfloat16; peak divided by it is the clock.
         example: name of a topology.
         options: further arguments of ``get_topology_desc`` that make devices look as they do on hardware.
@@ -51,6 +52,7 @@ class Chip:
     source: str
     options: tuple[tuple[str, Any], ...] = ()
     host: float = 15e9
+    cores: int = 1
     matmul_share: float = 1.0
     condition: float = 0.0
 
@@ -92,7 +94,7 @@ CHIPS: dict[str, Chip] = {
     "v4": Chip(
         memory=32 * GiB, peak=PEAK_FLOPS["TPU v4"], memory_bandwidth=1200e9, link=50e9, wraps_at=4, dcn=25e9 / 8,
         devices=1, flops_per_cycle=8 * _MXU, example="v4:4x4x4", source="[cloud], [v4]; DCN assumed",
-        options=(("chip_config_name", "megacore"),),
+        options=(("chip_config_name", "megacore"),), cores=TENSOR_CORES["TPU v4"],
     ),
     "v5e": Chip(
         memory=16 * GiB, peak=PEAK_FLOPS["TPU v5 lite"], memory_bandwidth=819e9, link=50e9, wraps_at=16, dcn=25e9 / 8,
@@ -101,6 +103,7 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip(
         memory=95 * GiB, peak=PEAK_FLOPS["TPU v5"], memory_bandwidth=2765e9, link=100e9, wraps_at=4, dcn=50e9 / 8,
         devices=1, flops_per_cycle=8 * _MXU, example="v5p:4x4x4", source="[cloud]: 1200 GB/s, 3D torus",
+        cores=TENSOR_CORES["TPU v5"],
     ),
     "v6e": Chip(
         memory=32 * GiB, peak=PEAK_FLOPS["TPU v6"], memory_bandwidth=1638e9, link=112e9, wraps_at=16, dcn=100e9 / 8,

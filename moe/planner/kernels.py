@@ -22,6 +22,7 @@ import math
 import numpy as np
 
 from moe.config import ConfigError
+from moe.dispatch.backends import tpu_tiles
 from moe.planner import measured
 from moe.planner.chips import CHIPS, Chip
 from moe.planner.gpus import GPUS, Gpu
@@ -88,25 +89,9 @@ def _gpu_price(matmul: GroupedMatmul, rows: int, chip: Gpu) -> Price:
 
 
 def formula(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
-    """Seconds of one run of a TPU kernel, counted.
-
-    The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
-    innermost. A block is moved when its index changes from one step to the next.
-    """
+    """Seconds of one run of a TPU kernel, counted (:func:`moe.dispatch.backends.tpu_tiles.grid_work`)."""
     _, k, n, groups = matmul.sizes
-    tile_rows, tile_k, tile_n = matmul.tiles
-    steps_k, steps_n = math.ceil(k / tile_k), math.ceil(n / tile_n)
-    tiles = math.ceil(rows / tile_rows) + groups - 1
-    steps = tiles * steps_k * steps_n
-    left, right, out = tile_rows * tile_k, tile_k * tile_n, tile_rows * tile_n
-    if matmul.kind == "weights":
-        left, right, out = tile_rows * tile_k, tile_rows * tile_n, tile_k * tile_n
-        moved = steps * (left + right) + groups * steps_k * steps_n * out
-    else:
-        # With all of K in one step, a group's block of the matrix stays for all its row blocks.
-        matrices = steps if steps_k > 1 else groups * steps_n
-        moved = steps * left + matrices * right + tiles * steps_n * out
-    flops = 2.0 * steps * tile_rows * tile_k * tile_n
+    _, flops, moved = tpu_tiles.grid_work(matmul.kind, rows, (groups, k, n), matmul.tiles, chip.cores)
     return max(flops / _peak(matmul, chip), matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
 
 
@@ -127,9 +112,9 @@ def _constant(name: str, kind: str) -> tuple[float, float]:
 def ratios(name: str, kind: str) -> np.ndarray:
     """Logarithms of measured time over the formula's at its best tiles, of shapes with 64 rows an expert or more.
 
-    The measured kernels had the best of many tiles too.
+    The measured kernels had the best of many tiles too, and one core (:data:`_CORES_IN_USE`).
     """
-    chip, logs = CHIPS[name], []
+    chip, logs = dataclasses.replace(CHIPS[name], cores=1), []
     for timing in measured.timings():
         if (timing.device, timing.kernel) != (measured.DEVICES[name], _TPU_KERNEL):
             continue

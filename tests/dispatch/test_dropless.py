@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe.config import MeshConfig
 from moe.dispatch import backends, ffn
-from moe.dispatch.backends import cpu, gpu, grouped_ffn, row_blocks, tpu, whole_tiles
+from moe.dispatch.backends import cpu, gpu, grouped_ffn, row_blocks, tpu, tpu_tiles, whole_tiles
 from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
@@ -273,11 +273,11 @@ def test_work_of_a_kernels_grid_by_hand():
     tiles, matrices = (128, 128, 384), (2, 256, 384)
     flops = 10 * 2 * 128 * 128 * 384
     rows = 10 * 128 * 128 + 10 * 128 * 384 + 5 * 128 * 384
-    assert tpu.grid_work("rows", 512, matrices, tiles) == (10, flops, rows)
+    assert tpu_tiles.grid_work("rows", 512, matrices, tiles) == (10, flops, rows)
     weights = 10 * 128 * 512 + 4 * 128 * 384
-    assert tpu.grid_work("weights", 512, matrices, tiles) == (10, flops, weights)
+    assert tpu_tiles.grid_work("weights", 512, matrices, tiles) == (10, flops, weights)
     whole = 5 * 128 * 256 + 2 * 256 * 384 + 5 * 128 * 384
-    assert tpu.grid_work("rows", 512, matrices, (128, 256, 384)) == (5, flops, whole)
+    assert tpu_tiles.grid_work("rows", 512, matrices, (128, 256, 384)) == (5, flops, whole)
 
 
 @pytest.mark.parametrize(
@@ -292,10 +292,11 @@ def test_work_of_a_kernels_grid_by_hand():
 @pytest.mark.parametrize("kind", ["rows", "weights"])
 def test_tiles_add_little_work(kind, rows, matrices, share):
     """Of v5p: FLOPs over those of the filled rows, parts of lanes and shared blocks included."""
-    peak, bandwidth, memory = 459e12, 2765e9, 28 * 2**20
+    peak, bandwidth = 459e12, 2765e9
+    device = tpu_tiles.Device(peak, bandwidth, 28 * 2**20)
     for experts, k, n in (matrices, (matrices[0], matrices[2], matrices[1])):
-        tiles = tpu.fastest_tiles(kind, rows, (experts, k, n), peak, bandwidth, memory)
-        _, flops, moved = tpu.grid_work(kind, rows, (experts, k, n), tiles)
+        tiles = tpu_tiles.fastest_tiles(kind, rows, (experts, k, n), device)
+        _, flops, moved = tpu_tiles.grid_work(kind, rows, (experts, k, n), tiles)
         assert flops <= share * 2 * rows * k * n
         assert 2 * moved / bandwidth <= share * 2 * rows * k * n / peak
         assert rows % tiles[0] == 0
@@ -582,3 +583,15 @@ def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, 
     with jax.set_mesh(make_mesh(MESHES[2])):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(x)
     assert (_outside_of_loops(jaxpr.jaxpr, "empty") > 0) == outside
+
+
+def test_both_cores_have_blocks_of_columns():
+    """Of 1536 columns one block would leave a core idle: 2 blocks of 768, whose steps are half as many a core."""
+    v5p = tpu_tiles.Device(459e12, 2765e9, 28 * 2**20, cores=2)
+    one, two = ((256, 2048, n) for n in (1536, 768))
+    alone, shared = (tpu_tiles.grid_work("rows", 2560, (1, 2048, 1536), tiles, cores=2) for tiles in (one, two))
+    assert alone[:2] == (20, 2 * 20 * 256 * 2048 * 1536)  # 10 blocks of rows, counted for both cores
+    assert shared[:2] == (20, 2 * 20 * 256 * 2048 * 768)
+    chosen = tpu_tiles.fastest_tiles("rows", 458752, (128, 768, 2048), v5p)
+    assert 2048 // chosen[2] % 2 == 0
+    assert tpu_tiles.fastest_tiles("rows", 458752, (128, 768, 2048), dataclasses.replace(v5p, cores=1))[2] == 2048

@@ -8,7 +8,7 @@ import types
 from jax import Array
 from jaxtyping import Float, Int
 
-from moe.dispatch.backends import cpu, gpu, tpu
+from moe.dispatch.backends import cpu, gpu, tpu, tpu_tiles
 from moe.dispatch.ffn import ExpertWeights
 from moe.parallel import target
 
@@ -40,4 +40,4 @@ def grouped_ffn(
 
 def whole_tiles(num_rows: int) -> int:
     """R rounded up to whole tiles of accelerators' kernels; on CPU R."""
-    return num_rows if target.is_cpu() else math.ceil(num_rows / tpu.TILE) * tpu.TILE
+    return num_rows if target.is_cpu() else math.ceil(num_rows / tpu_tiles.TILE) * tpu_tiles.TILE

@@ -22,6 +22,7 @@ from moe.dispatch import quantized
 from moe.dispatch.backends import row_blocks, tpu, triton
 from moe.dispatch.backends.row_blocks import RowBlocks
 from moe.dispatch.backends.tiles import tile_rows
+from moe.dispatch.backends.tpu_tiles import TILE
 from moe.dispatch.ffn import ExpertWeights, ffn
 from moe.parallel import target
 
@@ -85,7 +86,7 @@ def large_blocks(num_rows: int, weights: ExpertWeights) -> RowBlocks | None:
     matters most where few rows hide the exchanges."""
     num_groups = weights.up.shape[0]
     share = num_rows / num_groups
-    sizes = {math.ceil(share * part / tpu.TILE) * tpu.TILE for part in _BLOCKS}
+    sizes = {math.ceil(share * part / TILE) * TILE for part in _BLOCKS}
     matrices = [matrix for matrix in (weights.up, weights.gate, weights.down) if matrix is not None]
     flops = 2.0 * max(sizes) * sum(matrix.size for matrix in matrices) / num_groups
     if weights.keeps_hidden or flops < _BLOCK_FLOPS or max(sizes) < _BLOCK_ROWS:

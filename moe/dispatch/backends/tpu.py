@@ -1,12 +1,10 @@
-"""Grouped FFN by ``lax.ragged_dot``, with tiles for TPUs."""
+"""Grouped FFN by ``lax.ragged_dot`` with tiles for TPUs."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +15,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
+from moe.dispatch.backends.tpu_tiles import TILE, Device, Kind, Tiles, fastest_tiles
 from moe.dispatch.ffn import ExpertWeights, ffn
-from moe.parallel import target
-
-#: Rows in the smallest tile of accelerators' kernels. With R not a multiple of it, TPUs' ``lax.ragged_dot`` uses tiles
-#: of 8 rows (8200 rows) or, where 8 does not divide R, a dense matmul with E times the work (libtpu 0.0.50.1).
-TILE = 128
-
-#: Seconds that a step of a kernel's grid takes beside its work. With it the count below is closer to 152 published
-#: times of such kernels on v5e, v5p, v6e and tpu7x than without (docs/accelerator_code.md).
-_STEP_SECONDS = 0.35e-6
-
-#: Bytes of a kernel's vector memory that its tiles leave, and the most that they take: larger ones gain little, and XLA
-#: takes a minute to compile them.
-_OTHER_MEMORY, _LARGEST_TILES = 4 * 2**20, 28 * 2**20
-
-#: Sides of tiles of rows; K and N are split into equal parts of whole lanes.
-_TILE_ROWS = (128, 256, 512, 1024)
-_LONGEST_SIDE = 4096
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -157,102 +139,15 @@ def _quantized_matmul_bwd(precision, residuals, gradient):
 quantized_matmul.defvjp(_quantized_matmul_fwd, _quantized_matmul_bwd)
 
 
-Kind = Literal["rows", "weights"]
-_Tiles = tuple[int, int, int]
-
-
-def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...], result: Any = jnp.bfloat16) -> _Tiles | None:
-    """Tiles of a kernel; None: XLA's own choice, for factors of more bytes than bfloat16, v2 and v3 (whose matrix units
-    lack its kernel), and rows that are no whole tiles."""
-    device = target.current()
-    peak, bandwidth = device.peak_flops, device.memory_bandwidth
-    memory = min(device.kernel_memory - _OTHER_MEMORY, _LARGEST_TILES)
-    item = rows.dtype.itemsize
-    if item > _ITEM or rows.shape[0] % TILE or peak is None or bandwidth is None:
+def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...], result: Any = jnp.bfloat16) -> Tiles | None:
+    """Tiles of a kernel; None: XLA's own choice, for factors of more bytes than bfloat16, v2 and v3, and rows that are
+    no whole tiles."""
+    device, item = Device.current(), rows.dtype.itemsize
+    if item > jnp.dtype(jnp.bfloat16).itemsize or rows.shape[0] % TILE or device is None:
         return None
-    items = item, jnp.dtype(result).itemsize
-    return fastest_tiles(kind, rows.shape[0], matrices, peak * _ITEM / item, bandwidth, memory, items)
+    return fastest_tiles(kind, rows.shape[0], matrices, device, (item, jnp.dtype(result).itemsize))
 
 
-@functools.lru_cache
-def fastest_tiles(
-    kind: Kind,
-    num_rows: int,
-    matrices: tuple[int, ...],
-    peak: float,
-    bandwidth: float,
-    memory: int,
-    items: tuple[int, int] = (2, 2),
-) -> _Tiles:
-    """Tiles (rows, K, N) for which a kernel's count of its work takes least time, of those that fit its memory.
-
-    XLA's own tiles read rows or matrices from memory so often that some kernels would take two to seven times as long
-    as their FLOPs at peak.
-
-    Args:
-        kind: "rows": rows [R,K] times matrices; "weights": gradients of these.
-        num_rows: R.
-        matrices: their shape, [E,K,N].
-        peak: FLOP/s.
-        bandwidth: of the memory, bytes/s.
-        memory: bytes of vector memory that tiles may take.
-        items: bytes of a number in the factors and in the result.
-    """
-
-    def seconds(tiles: _Tiles) -> float:
-        steps, flops, moved = grid_work(kind, num_rows, matrices, tiles)
-        return max(flops / peak, _ITEM * moved / bandwidth) + steps * _STEP_SECONDS
-
-    row_sides = [side for side in _TILE_ROWS if num_rows % side == 0]
-    sides = itertools.product(row_sides, _parts(matrices[1]), _parts(matrices[2]))
-    return min((tiles for tiles in sides if _memory(kind, tiles, items) <= memory), key=seconds)
-
-
-def grid_work(
-    kind: Kind, num_rows: int, matrices: tuple[int, ...], tiles: tuple[int, int, int]
-) -> tuple[int, float, int]:
-    """Steps of a kernel's grid, FLOPs, and numbers moved between memories, for groups of equal size.
-
-    The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
-    innermost. A group begins in a block that it shares with the one before. A block is moved when its index changes
-    from one step to the next.
-    """
-    (num_groups, contracted, columns), (tile_rows, tile_k, tile_n) = matrices, tiles
-    steps_k, steps_n = math.ceil(contracted / tile_k), math.ceil(columns / tile_n)
-    row_blocks = math.ceil(num_rows / tile_rows) + num_groups - 1
-    steps = row_blocks * steps_k * steps_n
-    if kind == "weights":
-        moved = steps * tile_rows * (tile_k + tile_n) + num_groups * steps_k * steps_n * tile_k * tile_n
-    else:
-        # With all of K in one step, a group's block of the matrix stays for all its row blocks.
-        of_matrices = steps if steps_k > 1 else num_groups * steps_n
-        moved = steps * tile_rows * tile_k + of_matrices * tile_k * tile_n + row_blocks * steps_n * tile_rows * tile_n
-    return steps, 2.0 * steps * tile_rows * tile_k * tile_n, moved
-
-
-#: Bytes of a bfloat16 number.
-_ITEM = 2
-
-
-def _memory(kind: Kind, tiles: _Tiles, items: tuple[int, int]) -> int:
-    """Bytes of both factors and the result, two of each for transfers beside the work, and of a float32 sum; for
-    weights also of what is added to it, as XLA allocates for some tiles."""
-    tile_rows, tile_k, tile_n = tiles
-    factor, result = items
-    left = tile_rows * tile_k
-    right = tile_k * tile_n
-    out = tile_rows * tile_n
-    moved = 2 * (factor * (left + right) + result * out)
-    return moved + (8 * right if kind == "weights" else 4 * out)
-
-
-def _parts(size: int) -> list[int]:
-    """Lengths of the equal parts, in whole lanes, that a dimension can be split into."""
-    lanes = target.LANES
-    lengths = {math.ceil(size / parts / lanes) * lanes for parts in range(1, math.ceil(size / lanes) + 1)}
-    return sorted(length for length in lengths if length <= _LONGEST_SIDE)
-
-
-def _tiling(tiles: tuple[int, int, int] | None) -> contextlib.AbstractContextManager[Any]:
-    """Set the tiles of the kernels traced in this context, as metadata that :mod:`moe.planner.hlo` reads too."""
+def _tiling(tiles: Tiles | None) -> contextlib.AbstractContextManager[Any]:
+    """Set the tiles of the kernels traced in this context, as metadata that :mod:`moe.planner.work` reads too."""
     return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiles))) if tiles else contextlib.nullcontext()
