@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from moe.routing.interface import BalanceCounts, quantile, top_k
+from moe.routing.interface import ROUTES, BalanceCounts, quantile, top_k
 from moe.routing.routing import Routing
 
 
@@ -119,7 +120,8 @@ def _sums(routing: Routing, mask: Array, parts: int, counts: BalanceCounts) -> t
     is_expert = jax.nn.one_hot(split(expert_index), num_experts) * split(chosen)[..., None]
     total = jnp.sum(jnp.where(split(mask)[..., None], split(routing.router_probs), 0.0), axis=1)
     tokens = jnp.sum(split(mask), axis=1).astype(jnp.float32)
-    return jax.lax.stop_gradient(jnp.sum(is_expert, axis=(1, 2))), total, tokens
+    counts_of_parts = checkpoint_name(jnp.sum(is_expert, axis=(1, 2)), ROUTES)
+    return jax.lax.stop_gradient(counts_of_parts), total, tokens
 
 
 def _balance(

@@ -155,9 +155,9 @@ class Gate:
 
 def pick(scores: Float[Array, "*batch E"], index: Int[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     """Select entries of the last axis; the gradient is elementwise instead of a scatter."""
-    # [...,1,E] where [...,K,E] → [...,K]
+    # [...,1,E] where [...,K,E] → [...,K], kept since the pass over [...,K,E] costs more than it
     chosen = index[..., None] == jnp.arange(scores.shape[-1])
-    return jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1)
+    return checkpoint_name(jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1), ROUTES)
 
 
 def top_k(scores: Float[Array, "*batch E"], k: int) -> tuple[Float[Array, "*batch K"], Int[Array, "*batch K"]]:
