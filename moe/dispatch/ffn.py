@@ -104,6 +104,8 @@ class ExpertWeights:
         dropout: of the hidden activations; None: none.
         activation: a value of ``model.activation``, static.
         is_joined: ``up`` holds gate too, [E,D,2F], static.
+        is_interleaved: they alternate there, whole lanes of each, [E,D,2F'] with F padded to whole lanes, and so do
+            their biases, [E,2F']; down is padded too. Static.
         is_turned: ``down`` is [E,D,F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
         keeps_hidden: for the backward pass; else row blocks compute hidden activations again in it, static.
@@ -117,6 +119,7 @@ class ExpertWeights:
     dropout: ExpertDropout | None = None
     activation: str = dataclasses.field(kw_only=True, metadata={"static": True})
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
+    is_interleaved: bool = dataclasses.field(default=False, metadata={"static": True})
     is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
     keeps_hidden: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -172,16 +175,59 @@ class ExpertWeights:
         if target.is_cpu():
             gate = None if self.gate is None else gather_shard(self.gate, 1)
             return dataclasses.replace(self, up=gather_shard(self.up, 1), gate=gate, down=gather_shard(self.down, 2))
-        weights = self.joined()
-        down = gather_shard(weights.down.swapaxes(1, 2), 1)
-        return dataclasses.replace(weights, up=gather_shard(weights.up, 1), down=down, is_turned=True)
+        down = dataclasses.replace(self, down=self.down.swapaxes(1, 2), is_turned=True)
+        weights = down.joined()
+        return dataclasses.replace(weights, up=gather_shard(weights.up, 1), down=gather_shard(weights.down, 1))
+
+    @property
+    def are_activated_by_kernels(self) -> bool:
+        """Whether the target's grouped matmuls compute the nonlinearity too, of up and gate that alternate."""
+        device = target.current()
+        is_plain = self.dropout is None and self.precision == "none" and self.gate is not None
+        return device.has_gated_kernels and is_plain and self.up.dtype == jnp.bfloat16
 
     def joined(self) -> ExpertWeights:
         """Up and gate as one matrix: rows are read once, and their gradient is one product instead of a sum of two."""
         if self.gate is None:
             return self
+        if self.are_activated_by_kernels:
+            return self._interleaved(self.gate)
         up = jnp.concatenate([self.up, self.gate], axis=-1)
         return dataclasses.replace(self, up=up, gate=None, is_joined=True)
+
+    def _interleaved(self, gate: Array) -> ExpertWeights:
+        missing = -gate.shape[-1] % target.LANES
+
+        def pad(array: Array, dim: int = -1) -> Array:
+            widths = [(0, 0)] * array.ndim
+            widths[dim] = (0, missing)
+            # XLA for TPUs would fuse the gradient, a slice, with the reduce-scatter before it, and get its shape wrong.
+            return jax.lax.optimization_barrier(jnp.pad(array, widths)) if missing else array
+
+        def alternate(up: Array, gate: Array) -> Array:
+            # 2 x [...,F] → [...,F/LANES,2,LANES] → [...,2F]
+            parts = [pad(array).reshape(*array.shape[:-1], -1, target.LANES) for array in (up, gate)]
+            return jnp.stack(parts, axis=-2).reshape(*up.shape[:-1], -1)
+
+        biases = None
+        if self.biases is not None and self.biases[1] is not None:
+            biases = alternate(self.biases[0], self.biases[1]), None
+        down = pad(self.down, -1 if self.is_turned else -2)
+        return dataclasses.replace(
+            self, up=alternate(self.up, gate), gate=None, down=down, biases=biases, is_interleaved=True
+        )
+
+    def separated(self) -> ExpertWeights:
+        """Up and gate apart that alternated, still padded."""
+
+        # [...,2F] → [...,F/LANES,2,LANES] → 2 x [...,F]
+        def part(array: Array, index: int) -> Array:
+            lanes = array.reshape(*array.shape[:-1], -1, 2, target.LANES)
+            return lanes[..., index, :].reshape(*array.shape[:-1], -1)
+
+        biases = None if self.biases is None else (part(self.biases[0], 0), part(self.biases[0], 1))
+        up, gate = part(self.up, 0), part(self.up, 1)
+        return dataclasses.replace(self, up=up, gate=gate, biases=biases, is_interleaved=False)
 
 
 #: Rows times the matrices of their experts; with ``transposed=True`` times these transposed, if weights can be turned.

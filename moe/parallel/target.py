@@ -59,6 +59,11 @@ class Target:
         return next((cores for name, cores in TENSOR_CORES.items() if name in self.device_kind), 1)
 
     @property
+    def has_gated_kernels(self) -> bool:
+        """Whether this project's kernels for TPUs (:mod:`moe.dispatch.backends.gated`) run on it."""
+        return self.platform == "tpu" and self.memory_bandwidth is not None
+
+    @property
     def kernel_memory(self) -> int:
         """Bytes of vector memory that a kernel on a TPU gets with :func:`compiler_options`."""
         kibibytes = (size for kind, size in _SCOPED_VMEM_KIB.items() if self.device_kind.startswith(kind))

@@ -8,8 +8,9 @@ sides are no multiple of 256 (gpt-oss: 2880) are slower than that and taken from
 of that kernel cluster just below half of the chip's peak, where other kernels reach 0.9 of it: they are taken as those
 of one of its two TensorCores.
 
-Devices without timings (v2 to v4; H200 and GB200; weight gradients on A100) and types other than bfloat16 are priced by
-analogy, with a wider interval, and marked so. All is for a balanced router.
+Devices without timings (v2 to v4; H200 and GB200; weight gradients on A100), types other than bfloat16, and kernels
+that have the nonlinearity in them, for which nothing is added, are priced by analogy, with a wider interval, and marked
+so. All is for a balanced router.
 """
 
 from __future__ import annotations
@@ -51,17 +52,22 @@ def price(matmul: GroupedMatmul, rows: int, chip: Chip | Gpu) -> Price:
 
 def _tpu_price(matmul: GroupedMatmul, rows: int, chip: Chip) -> Price:
     name = next((name for name in _GENERATIONS if CHIPS[name].peak == chip.peak), "")
+    _, k, n, _ = matmul.sizes
+    kind: tpu_tiles.Kind = "weights" if matmul.kind == "weights" else "rows"  # that was measured
+    width = 0.0 if name and matmul.itemsize == 2 and matmul.kind == kind else _ANALOGY
+    if name and matmul.itemsize == 2 and (k % 256 or n % 256):
+        # Blocks that are partly filled cost more than the formula says.
+        return _measured_tpu_price(matmul, kind, rows, name, width)
+    factor, constant_width = _constant(name, kind)
+    basis = "by analogy" if width else "formula x constant"
+    return _around(factor * formula(matmul, rows, chip), constant_width + width, basis)
+
+
+def _measured_tpu_price(matmul: GroupedMatmul, kind: str, rows: int, name: str, width: float) -> Price:
     _, k, n, groups = matmul.sizes
-    exact = name != "" and matmul.itemsize == 2
-    if exact and (k % 256 or n % 256):  # blocks that are partly filled cost more than the formula says
-        prices = measured.price(name, _TPU_KERNEL, matmul.kind, rows, k, n, groups)
-        seconds, low, high = (_CORES_IN_USE.get(name, 1.0) * each for each in prices)
-        return Price(seconds, low, high, "measured")
-    seconds = formula(matmul, rows, chip)
-    factor, width = _constant(name, matmul.kind)
-    if name and not exact:
-        width += _ANALOGY
-    return _around(factor * seconds, width, "formula x constant" if exact else "by analogy")
+    prices = measured.price(name, _TPU_KERNEL, kind, rows, k, n, groups)
+    seconds, low, high = (_CORES_IN_USE.get(name, 1.0) * each for each in prices)
+    return Price(seconds, low * math.exp(-width), high * math.exp(width), "by analogy" if width else "measured")
 
 
 def _around(seconds: float, width: float, basis: str) -> Price:
@@ -101,15 +107,15 @@ def _peak(matmul: GroupedMatmul, chip: Chip | Gpu) -> float:
 
 
 @functools.cache
-def _constant(name: str, kind: str) -> tuple[float, float]:
+def _constant(name: str, kind: tpu_tiles.Kind) -> tuple[float, float]:
     """(factor of the formula, width in the logarithm that holds 80 %); "": of generations that were not measured."""
     logs = np.concatenate([ratios(each, kind) for each in ([name] if name else _GENERATIONS)])
     middle = float(np.median(logs))
     level = min(0.8 * (len(logs) + 1) / len(logs), 1.0)
-    return math.exp(middle), float(np.quantile(np.abs(logs - middle), level)) + (0.0 if name else _ANALOGY)
+    return math.exp(middle), float(np.quantile(np.abs(logs - middle), level))
 
 
-def ratios(name: str, kind: str) -> np.ndarray:
+def ratios(name: str, kind: tpu_tiles.Kind) -> np.ndarray:
     """Logarithms of measured time over the formula's at its best tiles, of shapes with 64 rows an expert or more.
 
     The measured kernels had the best of many tiles too, and one core (:data:`_CORES_IN_USE`).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from moe.dispatch.backends.tpu_tiles import Kind
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -57,7 +59,8 @@ class GroupedMatmul:
     """One kernel that multiplies rows sorted by expert; it carries no estimate.
 
     Attributes:
-        kind: "rows" for [R,K]·[E,K,N] → [R,N], "weights" for [R,K]ᵀ·[R,N] → [E,K,N].
+        kind: "rows" for [R,K]·[E,K,N] → [R,N], "weights" for [R,K]ᵀ·[R,N] → [E,K,N]; "activated" and "gradients": rows
+            with the nonlinearity or its gradient in a TPU's kernel (:mod:`moe.dispatch.backends.gated`).
         sizes: R (rows of the buffer, filled or not), K, N, E.
         tiles: sizes in rows, K and N of the blocks that a step of its grid multiplies; of TPUs' kernels.
         itemsize: bytes of one number.
@@ -66,7 +69,7 @@ class GroupedMatmul:
         source: JAX's name of the operation it came from.
     """
 
-    kind: str
+    kind: Kind
     sizes: tuple[int, int, int, int]
     tiles: tuple[int, int, int]
     itemsize: int

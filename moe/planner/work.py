@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from moe.dispatch.backends.tpu_tiles import Kind
 from moe.planner import hlo
 from moe.planner.hlo import Instruction, array_bytes, array_shape
 from moe.planner.records import GroupedMatmul
@@ -153,23 +154,30 @@ def kernel_of(
 
 
 def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatmul | None:
-    """The grouped matmul of a kernel; its two factors are the only operands that are no vectors."""
+    """The grouped matmul of a kernel; its two factors are the first operands that are no vectors."""
     tiles = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', kernel.attributes)
     gpu = re.search(r'custom_call_target="(mosaic_gpu|__gpu\$xla\.gpu\.triton)', kernel.attributes)
     if not tiles and not gpu:
         return None
-    operands = [types.get(name, "") for name in kernel.operands]
-    factors = operands[-2:] if tiles else [each for each in operands if len(array_shape(each)) >= 2]
+    factors = [each for name in kernel.operands if len(array_shape(each := types.get(name, ""))) >= 2]
+    gated = re.search(r'gated_kind="(activated|gradients)"', kernel.attributes)
     result = array_shape(kernel.type)
-    if len(factors) != 2 or len(result) not in (2, 3) or len(array_shape(factors[0])) != 2:
+    if len(factors) < 2 or (gated is None and len(factors) > 2):
         return None
-    left, right = factors
+    left, right = factors[:2]
+    if len(result) not in (2, 3) or len(array_shape(left)) != 2:
+        return None
     rows, k = array_shape(left)
     itemsize = array_bytes(left) // (rows * k)
-    kind, groups = ("weights", result[0]) if len(result) == 3 else ("rows", array_shape(right)[0])
+    groups, columns = result[0] if len(result) == 3 else array_shape(right)[0], result[-1]
+    kind: Kind = "weights" if len(result) == 3 else "rows"
+    if gated is not None:
+        kind = "activated" if gated[1] == "activated" else "gradients"
+        # The first result has pairs; of a product of gradients comes one number.
+        columns = columns if kind == "activated" else columns // 2
     tiling = (int(tiles[1]), int(tiles[2]), int(tiles[3])) if tiles else (0, 0, 0)
     name = "tpu" if gpu is None else "mosaic" if "mosaic" in gpu.group(1) else "triton"
-    return GroupedMatmul(kind, (rows, k, result[-1], groups), tiling, itemsize, 1, name, kernel.op_name)
+    return GroupedMatmul(kind, (rows, k, columns, groups), tiling, itemsize, 1, name, kernel.op_name)
 
 
 def stage_in_fusions(fusion: Instruction, collective: Instruction, module: hlo.Module) -> str:

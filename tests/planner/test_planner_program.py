@@ -179,6 +179,41 @@ def test_time_of_a_grouped_matmul_by_hand():
     assert kernels.formula(weights, 8192, chip) == pytest.approx(2 * moved / 1e9)
 
 
+GATED = """HloModule jit_both, is_scheduled=true
+ENTRY %main (x: bf16[8192,1024], w: bf16[8,1024,4096], s: s32[8], d: bf16[8,1024,2048]) -> bf16[8192,2048] {
+  %x = bf16[8192,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[8,1024,4096]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %s = s32[8]{0:T(128)} parameter(2)
+  %d = bf16[8,1024,2048]{2,1,0:T(8,128)(2,1)} parameter(3)
+  %scale = f32[8192,1]{1,0:T(8,128)} broadcast(%z), dimensions={}
+  %up = (bf16[8192,4096]{1,0}, bf16[8192,2048]{1,0}) custom-call(%s, %s, %s, %x, %w, /*index=5*/%scale), custom_call_target="tpu_custom_call", frontend_attributes={gated_kind="activated",ragged_dot_tiling="256,1024,1024"}
+  %pairs = bf16[8192,4096]{1,0} get-tuple-element(%up), index=0
+  %back = (bf16[8192,4096]{1,0}, bf16[8192,2048]{1,0}, f32[2,8192,1]{2,1,0}) custom-call(%s, %s, %s, %x, %d, /*index=5*/%pairs, %scale), custom_call_target="tpu_custom_call", frontend_attributes={gated_kind="gradients",ragged_dot_tiling="256,1024,1024"}
+  ROOT %out = bf16[8192,2048]{1,0} get-tuple-element(%back), index=1
+}
+"""  # noqa: E501
+
+
+def test_kernels_with_the_nonlinearity_by_hand():
+    up, back = program.read(GATED, {"expert": 8}, clock=1.0).grouped
+    assert up == program.GroupedMatmul("activated", (8192, 1024, 4096, 8), (256, 1024, 1024), 2, 1)
+    assert back == program.GroupedMatmul("gradients", (8192, 1024, 2048, 8), (256, 1024, 1024), 2, 1)
+    # 8192/256 + 7 tiles of rows; 4 and 2 of columns, an even number for the two cores; 2·256·1024·1024 FLOPs a step.
+    chip = dataclasses.replace(CHIPS["v5p"], peak=1e12, memory_bandwidth=1e15)
+    for matmul, columns in ((up, 4), (back, 2)):
+        assert kernels.formula(matmul, 8192, chip) == pytest.approx(columns * 39 * 2 * 256 * 1024 * 1024 / 1e12)
+    # Beside rows and matrices: pairs and activations out; pairs in, their gradients and activations out.
+    chip = dataclasses.replace(chip, memory_bandwidth=1e9)
+    for matmul, columns, numbers in ((up, 4, 1.5), (back, 2, 5)):
+        moved = columns * 39 * 256 * (1024 + numbers * 1024) + 8 * columns * 1024 * 1024
+        assert kernels.formula(matmul, 8192, chip) == pytest.approx(2 * moved / 1e9)
+    # Priced as a plain product of v5p, whose blocks of rows and columns were measured, with a wider interval.
+    plain = dataclasses.replace(up, kind="rows")
+    prices = [kernels.price(matmul, 8192, CHIPS["v5p"]) for matmul in (plain, up)]
+    assert [price.basis for price in prices] == ["formula x constant", "by analogy"]
+    assert prices[1].high / prices[1].seconds > prices[0].high / prices[0].seconds
+
+
 _REST_OF_A_LOOP = """HloModule jit_train_step
 %compare (i: s32[]) -> pred[] {
   %i = s32[] parameter(0)

@@ -1,8 +1,9 @@
-"""Grouped FFN by ``lax.ragged_dot`` with tiles for TPUs."""
+"""Grouped FFN by ``lax.ragged_dot`` and Pallas kernels, with tiles for TPUs."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm as megablox_gmm
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
+from moe.dispatch.backends import gated
 from moe.dispatch.backends.tpu_tiles import TILE, Device, Kind, Tiles, fastest_tiles
 from moe.dispatch.ffn import ExpertWeights, ffn
+from moe.parallel.partition_specs import HIDDEN
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -29,7 +33,13 @@ def grouped_ffn(
     weights: ExpertWeights,
     scale: Float[Array, " R"] | None = None,
 ) -> Float[Array, "R D"]:
-    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls."""
+    """:func:`moe.dispatch.backends.grouped_ffn` as grouped matmuls, of a gated FFN with the nonlinearity in them."""
+    weights = weights.joined()
+    if weights.is_interleaved:
+        if kernels := _gated_kernels(rows, weights):
+            biases = None if weights.biases is None else weights.biases[0]
+            return _gated_ffn(kernels, rows, weights.up, biases, weights.down, scale, group_sizes)
+        weights = weights.separated()
 
     def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
         if weights.quantizes(matrices):
@@ -37,7 +47,7 @@ def grouped_ffn(
             return quantized_matmul(rows, matrices, group_sizes, weights.precision)
         return multiply(rows, matrices, group_sizes, transposed=transposed)
 
-    return ffn(rows, weights.joined(), matmul, scale)
+    return ffn(rows, weights, matmul, scale)
 
 
 def multiply(rows: Array, matrices: Array, sizes: Int[Array, " E"], *, transposed: bool = False) -> Array:
@@ -139,6 +149,80 @@ def _quantized_matmul_bwd(precision, residuals, gradient):
 quantized_matmul.defvjp(_quantized_matmul_fwd, _quantized_matmul_bwd)
 
 
+@dataclasses.dataclass(frozen=True)
+class _GatedKernels:
+    """Kernels of a gated FFN (:mod:`moe.dispatch.backends.gated`).
+
+    Attributes:
+        activation: a gated value of ``model.activation``.
+        is_turned: down is [E,D,F] instead of [E,F,D].
+        forward, backward: tiles of the kernels with the nonlinearity and with its gradient.
+    """
+
+    activation: str
+    is_turned: bool
+    forward: Tiles
+    backward: Tiles
+
+
+def _gated_kernels(rows: Array, weights: ExpertWeights) -> _GatedKernels | None:
+    """Kernels for interleaved weights; None: no tiles fit."""
+    num_groups, width, columns = weights.up.shape
+    forward = _tiles("activated", rows, weights.up.shape)
+    backward = _tiles("gradients", rows, (num_groups, width, columns // 2))
+    if forward is None or backward is None:
+        return None
+    return _GatedKernels(weights.activation, weights.is_turned, forward, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_ffn(
+    kernels: _GatedKernels,
+    rows: Float[Array, "R D"],
+    joined: Float[Array, "E D J"],
+    biases: Float[Array, "E J"] | None,
+    down: Array,
+    scale: Float[Array, " R"] | None,
+    sizes: Int[Array, " E"],
+) -> Float[Array, "R D"]:
+    """Both halves of a gated FFN, the nonlinearity in the matmuls.
+
+    Args:
+        joined: matrices of up and gate, interleaved; biases: likewise.
+        scale: factors of the rows' outputs.
+    """
+    return _gated_ffn_fwd(kernels, rows, joined, biases, down, scale, sizes)[0]
+
+
+def _gated_ffn_fwd(kernels, rows, joined, biases, down, scale, sizes):
+    with _tiling(kernels.forward, gated_kind="activated"):
+        products, hidden = gated.activated(rows, joined, biases, scale, sizes, kernels.activation, kernels.forward)
+    products = checkpoint_name(products, HIDDEN)
+    y = _multiply(hidden, down, sizes, transposed=kernels.is_turned)
+    return y, (rows, joined, biases, down, scale, sizes, products)
+
+
+def _gated_ffn_bwd(kernels, residuals, gradient):
+    rows, joined, biases, down, scale, sizes, products = residuals
+    with _tiling(kernels.backward, gated_kind="gradients"):
+        d_products, hidden, d_scale = gated.activation_gradients(
+            gradient, down, products, scale, sizes, kernels.activation, kernels.backward, is_turned=kernels.is_turned
+        )
+    left, right = (gradient, hidden) if kernels.is_turned else (hidden, gradient)
+    d_down = _outer_products(left, right, sizes, down)
+    d_joined = _outer_products(rows, d_products, sizes, joined)
+    d_rows = _multiply(d_products, joined, sizes, transposed=True)
+    d_biases = None
+    if biases is not None:
+        ones = jnp.ones_like(rows[:, :1])
+        _, expand = jax.vjp(lambda biases: multiply_columns(ones, biases[:, None], sizes), biases)
+        (d_biases,) = expand(d_products)
+    return d_rows, d_joined, d_biases, d_down, d_scale, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+_gated_ffn.defvjp(_gated_ffn_fwd, _gated_ffn_bwd)
+
+
 def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...], result: Any = jnp.bfloat16) -> Tiles | None:
     """Tiles of a kernel; None: XLA's own choice, for factors of more bytes than bfloat16, v2 and v3, and rows that are
     no whole tiles."""
@@ -148,6 +232,8 @@ def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...], result: Any = jnp
     return fastest_tiles(kind, rows.shape[0], matrices, device, (item, jnp.dtype(result).itemsize))
 
 
-def _tiling(tiles: Tiles | None) -> contextlib.AbstractContextManager[Any]:
-    """Set the tiles of the kernels traced in this context, as metadata that :mod:`moe.planner.work` reads too."""
-    return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiles))) if tiles else contextlib.nullcontext()
+def _tiling(tiles: Tiles | None, **more: str) -> contextlib.AbstractContextManager[Any]:
+    """Set the tiles of the kernels traced in this context, and more, as metadata that :mod:`moe.planner.work` reads."""
+    if tiles is None:
+        return contextlib.nullcontext()
+    return set_xla_metadata(ragged_dot_tiling=",".join(map(str, tiles)), **more)
