@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe.config import MeshConfig
 from moe.dispatch import backends, ffn
-from moe.dispatch.backends import cpu, gpu, grouped_ffn, row_blocks, tpu, tpu_tiles, whole_tiles
+from moe.dispatch.backends import cpu, gated, gpu, grouped_ffn, row_blocks, tpu, tpu_tiles, whole_tiles
 from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
@@ -526,6 +526,27 @@ def test_weights_before_the_last_matmul_on_accelerators(mesh, variant, load, rng
     run = _value_and_gradients if mesh is None else functools.partial(_on_mesh, mesh)
     modes = ("dropless",) if mesh is None else ()
     _assert_close(run(*modes, config, routing, x, f"{variant} on accelerators"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=4, tensor=2), slow_case(MESHES[2])], ids=["fsdp", "expert"])
+def test_kernels_with_the_nonlinearity_on_meshes(mesh, rng, monkeypatch):
+    """Kernels of TPUs, interpreted, on shards whose parts of F are padded to whole lanes and gathered interleaved."""
+    config = tiny_model(num_experts=8, activation="swiglu")
+    routing = _case(rng, 8, 10, 8, 2)
+    x = jnp.asarray(rng.normal(size=(8, 10, config.d_model)), jnp.float32)
+    expected = _value_and_gradients("einsum", config, routing, x)
+    _exchange_as_accelerators_do(monkeypatch)
+    monkeypatch.setattr(ExpertWeights, "are_activated_by_kernels", property(lambda self: self.gate is not None))
+    calls = []
+    for name in ("activated", "activation_gradients"):
+        kernel = functools.partial(getattr(gated, name), interpret=True)
+        monkeypatch.setattr(
+            gated, name, lambda *args, kernel=kernel, **named: calls.append(1) or kernel(*args, **named)
+        )
+    tiles = {"activated": 256, "gradients": 128}
+    monkeypatch.setattr(tpu, "_tiles", lambda kind, _, sizes: (128, sizes[1], tiles[kind]) if kind in tiles else None)
+    _assert_close(_on_mesh(mesh, config, routing, x, "kernels with the nonlinearity"), expected, 1e-5)
+    assert len(calls) >= 2
 
 
 def test_expert_dropout_depends_on_assignments_alone(rng, monkeypatch):
