@@ -38,6 +38,10 @@ GATED_ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+#: Of these, what kernels for TPUs compute (:mod:`moe.dispatch.backends.gated`): Pallas lacks the error function there.
+ACTIVATIONS_OF_KERNELS = "swiglu", "swiglu_clamped", "geglu", "reglu"
+
+
 PLAIN_ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
@@ -182,9 +186,8 @@ class ExpertWeights:
     @property
     def are_activated_by_kernels(self) -> bool:
         """Whether the target's grouped matmuls compute the nonlinearity too, of up and gate that alternate."""
-        device = target.current()
-        is_plain = self.dropout is None and self.precision == "none" and self.gate is not None
-        return device.has_gated_kernels and is_plain and self.up.dtype == jnp.bfloat16
+        is_plain = self.dropout is None and self.precision == "none" and self.up.dtype == jnp.bfloat16
+        return target.current().has_gated_kernels and is_plain and self.activation in ACTIVATIONS_OF_KERNELS
 
     def joined(self) -> ExpertWeights:
         """Up and gate as one matrix: rows are read once, and their gradient is one product instead of a sum of two."""
