@@ -297,10 +297,7 @@ class MoELayer(nnx.Module):
             strength=penalty,
         )
         if router is not None:
-            # A loss without a weight is a metric: its gradient would be 0 after as much work.
-            unused = [loss for loss, (weight, _) in balancing.AUXILIARY.items() if not getattr(moe.losses, weight)]
-            metrics = {loss: jax.lax.stop_gradient(getattr(report, loss)) for loss in unused}
-            return dataclasses.replace(report, **metrics)
+            return report
         # Without a router the losses are constants, which a model with other gates in other layers must not count.
         sums = dataclasses.replace(report.sums, counts=0 * report.sums.counts, probs=0 * report.sums.probs)
         return dataclasses.replace(report, sums=sums, **dict.fromkeys(balancing.AUXILIARY, jnp.zeros(())))

@@ -270,7 +270,9 @@ def auxiliary_loss(layers: LayerReport | None, config: MoEConfig) -> Array:
     """
     if layers is None:
         return jnp.zeros((), jnp.float32)
-    terms = [getattr(config.losses, weight) * getattr(layers, term) for term, (weight, _) in AUXILIARY.items()]
+    weights = {term: getattr(config.losses, weight) for term, (weight, _) in AUXILIARY.items()}
+    # Terms without a weight are metrics; XLA cannot drop the work of a gradient that is multiplied by 0.
+    terms = [weight * getattr(layers, term) for term, weight in weights.items() if weight]
     return sum((jnp.sum(term) for term in (*terms, layers.sparsity_penalty)), jnp.zeros((), jnp.float32))
 
 

@@ -13,9 +13,9 @@ from moe.dispatch.buffers import make_plan
 from moe.routing import balancing
 from moe.routing.balancing import dead_experts, max_violation, router_z_loss, token_mean
 from moe.training.evaluation import routing_metrics
-from moe.training.losses import mean_reports
+from moe.training.losses import auxiliary_loss, mean_reports
 from moe.training.metrics import mean_row
-from tests.helpers import FOUR, slow_case, tiny_routing
+from tests.helpers import FOUR, slow_case, tiny_model, tiny_routing
 
 E = 8
 # Compiled whole, they take a fifth of the time of one small program per operation.
@@ -218,3 +218,16 @@ def test_metrics_of_batches_are_those_of_one_batch():
     # Every real token has probabilities 3/4 and 1/4, and one expert.
     assert metrics["router_entropy"] == [pytest.approx(0.5623, abs=1e-4)]
     assert metrics["active_experts"] == [pytest.approx(1.0)]
+
+
+def test_losses_without_a_weight_have_no_part_in_the_objective():
+    """A product with 0 would make XLA compute their gradients all the same."""
+    reports = report(tiny_routing("switch", np.zeros((1, 4, E))), jnp.ones((1, 4), bool), jnp.ones((1, 4, 1), bool))
+    moe = tiny_model().moe
+    moe = dataclasses.replace(moe, losses=dataclasses.replace(moe.losses, balance=0.5, z=0.0))
+    jaxpr = jax.make_jaxpr(lambda reports: auxiliary_loss(reports, moe))(reports).jaxpr
+    used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    fields = [path[0].name for path, _ in jax.tree_util.tree_leaves_with_path(reports)]
+    read = {name for name, variable in zip(fields, jaxpr.invars, strict=True) if id(variable) in used}
+    assert read == {"load_balancing_loss", "sparsity_penalty"}
+    assert float(auxiliary_loss(reports, moe)) == pytest.approx(0.5)  # 1 at perfect balance
