@@ -607,7 +607,7 @@ def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, 
 
 
 def test_both_cores_have_blocks_of_columns():
-    """Of 1536 columns one block would leave a core idle: 2 blocks of 768, whose steps are half as many a core."""
+    """Two blocks of 768 columns instead of one of 1536, which leaves a core idle, take half of the FLOPs at peak."""
     v5p = tpu_tiles.Device(459e12, 2765e9, 28 * 2**20, cores=2)
     one, two = ((256, 2048, n) for n in (1536, 768))
     alone, shared = (tpu_tiles.grid_work("rows", 2560, (1, 2048, 1536), tiles, cores=2) for tiles in (one, two))

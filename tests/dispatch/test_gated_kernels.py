@@ -27,7 +27,7 @@ def interpreted(monkeypatch):
 
 
 def _weights(rng, *, hidden, biases, turned, activation):
-    """Of three experts [256,hidden], in bfloat16, and the same in float32."""
+    """Weights of three experts [256,hidden] in bfloat16, and the same in float32."""
     up, gate, down = (rng.normal(size=(3, 256, hidden)) / 16 for _ in range(3))
     both = tuple(rng.normal(size=(3, hidden)) for _ in range(2)) if biases else None
     down = down if turned else down.swapaxes(1, 2)
@@ -164,7 +164,7 @@ V5P = tpu_tiles.Device(459e12, 2765e9, 28 * 2**20, cores=2)
 )
 @pytest.mark.parametrize("kind", ["activated", "gradients"])
 def test_tiles_of_kernels_add_little_work(kind, rows, experts, width, hidden, share):
-    """Of v5p: FLOPs over those of the filled rows, what an idle core could have done included."""
+    """FLOPs over those of the filled rows on v5p, what an idle core could have done included."""
     columns = 2 * hidden if kind == "activated" else hidden
     tiles = tpu_tiles.fastest_tiles(kind, rows, (experts, width, columns), V5P)
     _, flops, moved = tpu_tiles.grid_work(kind, rows, (experts, width, columns), tiles, cores=2)

@@ -92,9 +92,8 @@ def activated(
         inputs.append(_factors(scale, tile_rows))
 
     def finish(sums: Array, mask: Array, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        left = list(inputs)
-        bias = left.pop(0)[...].astype(jnp.float32) if biases is not None else None
-        factor = _to_columns(left.pop(0)) if scale is not None else 1.0
+        bias = None if biases is None else inputs[0][...].astype(jnp.float32)
+        factor = 1.0 if scale is None else _to_columns(inputs[-1])
         joined_ref, hidden_ref = outputs
         for pair, up, gate in _pairs(sums.shape[1]):
             both = [sums[:, lanes] if bias is None else sums[:, lanes] + bias[:, lanes] for lanes in (up, gate)]

@@ -46,7 +46,7 @@ _ITEM = 2
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a kernel runs on.
+    """Rates and memory of the device that a kernel runs on.
 
     Attributes:
         peak: FLOP/s in bfloat16.
