@@ -216,12 +216,14 @@ class LatentAttention(nnx.Module):
         rows.require_plain(bias)
         c = self.config
         query, latent = self._query(x, rows.positions), self._latent(x, rows.positions)
-        compressed, rotated = jnp.split(latent, [c.kv_lora_rank], axis=-1)
-        # The matrix is split, not its product, of which each part would be copied.
-        ups = jnp.split(gather_for_matmul(self.kv_up, x.dtype), [self.unrotated_dim], axis=-1)
-        key, value = (jnp.einsum("buor,rnh->bunh", compressed, up) for up in ups)
-        rotated = jnp.broadcast_to(rotated, (*key.shape[:-1], c.rope_dim))
-        key = jnp.concatenate([key, rotated], axis=-1)
+        key_up, value_up = jnp.split(gather_for_matmul(self.kv_up, x.dtype), [self.unrotated_dim], axis=-1)
+        # Keys are one product with the whole latent, whose rotated part an identity copies to every head: beside the
+        # product a broadcast and a concatenation would each be a pass over all keys.
+        copies = jnp.broadcast_to(jnp.eye(c.rope_dim, dtype=x.dtype)[:, None], (c.rope_dim, c.num_heads, c.rope_dim))
+        key_up = jnp.pad(key_up, ((0, 0), (0, 0), (0, c.rope_dim)))
+        key_up = jnp.concatenate([key_up, jnp.pad(copies, ((0, 0), (0, 0), (self.unrotated_dim, 0)))])
+        key = jnp.einsum("buor,rnh->bunh", latent, key_up)
+        value = jnp.einsum("buor,rnh->bunh", latent[..., : c.kv_lora_rank], value_up)
         query, key, value = (constrain(heads, partition_specs.HEADS) for heads in (query, key, value))
         scoring = Scoring(window=self.window, drop=drop, scale=self._score_scale())
         return attend(query, key, value, rows.segment_ids, kind=c.attention, scoring=scoring), latent, None
@@ -252,17 +254,30 @@ class LatentAttention(nnx.Module):
     def _query(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → rotated queries [B,T,N,H]."""
         if self.config.q_lora_rank:
-            latent = self.query_latent_norm(x @ gather_for_matmul(self.query_down, x.dtype))
-            query = project(latent, self.query_up)
+            x, up = self.query_latent_norm(x @ gather_for_matmul(self.query_down, x.dtype)), self.query_up
         else:
-            query = project(x, self.query)
-        return constrain(rotate(query, positions, self.config, from_end=True), partition_specs.HEADS)
+            up = self.query
+        # The matrix is split, not its product, of which each part would be copied.
+        ups = jnp.split(gather_for_matmul(up, x.dtype), [self.unrotated_dim], axis=-1)
+        query, rotated = (jnp.tensordot(x, part, 1) for part in (ups[0], self._in_halves(ups[1])))
+        query = jnp.concatenate([query, self._rotate(rotated, positions)], axis=-1)
+        return constrain(query, partition_specs.HEADS)
+
+    def _in_halves(self, rotated: Array) -> Array:
+        """Dimensions to rotate in pairs (i, i + H/2), if the checkpoint has them as (2i, 2i + 1): the products of
+        queries and keys are the same. Matrices are reordered instead of their products, which are larger."""
+        if not self.config.rope_interleaved:
+            return rotated
+        return jnp.concatenate([rotated[..., ::2], rotated[..., 1::2]], axis=-1)
+
+    def _rotate(self, heads: Array, positions: Array) -> Array:
+        return rotate(heads, positions, dataclasses.replace(self.config, rope_interleaved=False))
 
     def _latent(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → [B,T,1,kv_lora_rank + rope_dim]: the normalised latent and the rotated key."""
         latent = x @ gather_for_matmul(self.kv_down, x.dtype)
         compressed, key = jnp.split(latent, [self.config.kv_lora_rank], axis=-1)
-        key = rotate(key[:, :, None], positions, self.config)
+        key = self._rotate(self._in_halves(key)[:, :, None], positions)
         return jnp.concatenate([self.kv_latent_norm(compressed)[:, :, None], key], axis=-1)
 
     def _score_scale(self) -> float:

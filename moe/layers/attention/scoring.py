@@ -88,24 +88,18 @@ def append_sink(
     return query, key, jnp.pad(value, further), mask, bias
 
 
-def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig, *, from_end: bool = False
-) -> Float[Array, "B T N H"]:
-    """Rotate ``model.rope_dim`` dimensions of each head by angles proportional to the position.
+def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T N H"]:
+    """Rotate the first ``model.rope_dim`` dimensions of each head by angles proportional to the position.
 
     Args:
         x: queries or keys.
         positions: within the documents.
         config: base, scaling and pairing: halves (i, i + H/2) as in most open checkpoints, or neighbours
             (2i, 2i + 1) as in RoFormer and DeepSeek.
-        from_end: rotate the last dimensions of a head instead of the first.
     """
     size = config.rope_dim or x.shape[-1]
     if size >= x.shape[-1]:
         return _rotate_all(x, positions, config)
-    if from_end:
-        rest, rotated = jnp.split(x, [x.shape[-1] - size], axis=-1)
-        return jnp.concatenate([rest, _rotate_all(rotated, positions, config)], axis=-1)
     rotated, rest = jnp.split(x, [size], axis=-1)
     return jnp.concatenate([_rotate_all(rotated, positions, config), rest], axis=-1)
 
