@@ -345,6 +345,6 @@ def test_attention_is_cudnns_and_holds_no_square(name, heads, window):
     query, key, value = (jax.ShapeDtypeStruct((1, length, *shape), jnp.bfloat16) for shape in shapes)
     segment_ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     text = _compile(jax.grad(loss, (0, 1, 2)), _mesh(name), query, key, value, segment_ids)
-    assert "__cudnn$fmhaScaleBiasSoftmax" in text
-    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+    # The gradient reads what the kernel returned before: each block has one call of either.
+    assert text.count('"__cudnn$fmhaScaleBiasSoftmaxBackward"') == text.count('"__cudnn$fmhaScaleBiasSoftmax"') > 0
     assert not re.search(rf"\[(\d+,)*{length},{length}\]", text)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,8 +147,9 @@ def blocked_attention(
     def up_to(end: int, inputs: tuple[Array, Array, Array]) -> Array:
         return block(inputs, jax.tree.map(lambda x: x[:, :end], everything), 0)
 
+    keep = functools.partial(jax.checkpoint, policy=_keeps_cudnn)
     if ordered and scoring.window and span < length:
-        parts = jax.lax.map(jax.checkpoint(in_window), blocks)
+        parts = jax.lax.map(keep(in_window), blocks)
     else:
         count = math.gcd(length // size, _PARTS) if ordered else 1
         each = length // size // count
@@ -155,9 +157,15 @@ def blocked_attention(
         for i in range(count):
             ours = jax.tree.map(lambda x, i=i: x[i * each : (i + 1) * each], blocks)
             end = (i + 1) * length // count if ordered else key.shape[1]
-            outputs.append(jax.lax.map(jax.checkpoint(functools.partial(up_to, end)), ours))
+            outputs.append(jax.lax.map(keep(functools.partial(up_to, end)), ours))
         parts = jnp.concatenate(outputs)
     return parts.swapaxes(0, 1).reshape(batch, length, heads, value_dim)
+
+
+def _keeps_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Checkpoint policy of a block: its gradient reads what cuDNN's kernel returns, heads and a number for each; scores
+    are computed again."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def _widen(heads: Array, width: int) -> Array:
