@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Shaped
 
@@ -59,7 +60,10 @@ class Peers:
 
     def gather(self, tree: Any) -> Any:
         """All peers' arrays: [...] → [peers,...]."""
-        return jax.lax.all_gather(tree, **self._over)
+        if target.current().platform != "gpu":
+            return jax.lax.all_gather(tree, **self._over)
+        # XLA gathers a layer ahead on GPUs, and computes again, a layer ahead, all that these numbers depend on.
+        return jax.tree.map(lambda x: self.swap(jnp.broadcast_to(x, (self.size, *x.shape))), tree)
 
     def swap(self, parts: Array) -> Array:
         """Send the d-th part of [peers·R,...] to peer d; that of peer s arrives as the s-th."""

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from moe.config import MeshConfig
 from moe.dispatch import backends, ffn
@@ -18,6 +20,7 @@ from moe.dispatch.backends import cpu, gated, gpu, grouped_ffn, row_blocks, tpu,
 from moe.dispatch.buffers import make_plan, plan_in_chunks
 from moe.dispatch.ffn import ExpertDropout, ExpertWeights
 from moe.dispatch.modes import dispatch
+from moe.dispatch.peers import Peers
 from moe.layers.basic import Experts
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import make_mesh
@@ -604,6 +607,29 @@ def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, 
     with jax.set_mesh(make_mesh(MESHES[2])):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(x)
     assert (_outside_of_loops(jaxpr.jaxpr, "empty") > 0) == outside
+
+
+@pytest.mark.parametrize("peers", [Peers(), Peers(2), Peers(2, across=True)])
+def test_numbers_are_gathered_by_an_all_to_all_on_gpus(peers, monkeypatch):
+    """Of an all-gather there XLA computes all inputs once more, a layer ahead."""
+    numbers = {"index": jnp.arange(16).reshape(8, 2), "weight": jnp.linspace(0, 1, 24).reshape(8, 3)}
+
+    def gathered() -> tuple[str, dict[str, Array]]:
+        gather = jax.shard_map(
+            lambda tree: peers.gather(tree), in_specs=P("expert"), out_specs=P(None, "expert"), check_vma=False
+        )
+        with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=8))):
+            return str(jax.make_jaxpr(gather)(numbers)), gather(numbers)
+
+    jaxpr, expected = gathered()
+    assert "all_gather" in jaxpr
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100"))
+    jaxpr, found = gathered()
+    assert "all_gather" not in jaxpr
+    assert "all_to_all" in jaxpr
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name])
 
 
 def test_both_cores_have_blocks_of_columns():
