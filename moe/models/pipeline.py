@@ -32,7 +32,7 @@ from moe.layers.basic import Rows, StackSite
 from moe.models.decoder import Output, Transformer
 from moe.models.factory import variable_specs
 from moe.models.stack import LayerStates, Segment, join_moe_layers, scan_segment, segments
-from moe.models.stages import Schedule, pipelined_segment, read_as
+from moe.models.stages import TAKEN_SCOPE, Schedule, pipelined_segment, read_as
 from moe.models.state import TrainState
 from moe.parallel import partition_specs
 from moe.parallel.mesh import axis_of, axis_size, constrain
@@ -197,8 +197,10 @@ class Pipeline:
             if rounds == 1:
                 current, waiting = exchange(current, waiting, number)
             else:
-                enters = number % (rounds * stages) < stages
-                current, waiting = lax.cond(enters, exchange, lambda *both: both[:2], current, waiting, number)
+                # In the last turns the next block would enter.
+                with jax.named_scope(TAKEN_SCOPE.format((blocks + 1) * stages - 1, turns + stages - 1)):
+                    enters = number % (rounds * stages) < stages
+                    current, waiting = lax.cond(enters, exchange, lambda *both: both[:2], current, waiting, number)
             current, reports = layers(current, number)
             return (_shift(current, 1), waiting), reports
 

@@ -17,6 +17,9 @@ from moe.models.stack import segments
 from moe.parallel.mesh import axis_of, on_mesh
 from moe.parallel.parameters import WEIGHTS_SCOPE
 
+#: Scope of a conditional whose branch is taken in so many of so many turns, by which the planner counts it.
+TAKEN_SCOPE = "taken_{}_of_{}"
+
 
 def pipelined_segment(config: ModelConfig) -> int:
     """Index of the segment that is pipelined: the one with most layers."""

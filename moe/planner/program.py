@@ -8,7 +8,6 @@ collective into it (a reduce-scatter on TPUs is a fusion around an all-reduce).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -176,7 +175,9 @@ class _Reader:
         elif opcode == "conditional":
             branches = re.findall(r"%([\w.\-]+)", instruction.attributes.partition("branch_computations=")[2])
             known = [branch for branch in branches if branch in self.module.computations]
-            scope.spend(*max((self.walk(branch, scope.times) for branch in known), default=(0.0, 0.0)))
+            share = work.branch_share(instruction)
+            dearest = max((self.walk(branch, round(scope.times * share)) for branch in known), default=(0.0, 0.0))
+            scope.spend(*(seconds * share for seconds in dearest))
         elif opcode == "call":
             scope.spend(*self.walk(instruction.attribute("to_apply"), scope.times))
         elif inner := self._collective_in(instruction):
@@ -362,31 +363,9 @@ class _Reader:
         """The compiler's seconds; 0 without an estimate, None for an estimate that says "unknown"."""
         found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if not found:
-            return self._gpu_estimate(instruction)
+            return work.gpu_estimate(instruction, self._products, self._rates.float8)
         cycles = int(found.group(1))
         return None if cycles == _UNKNOWN_CYCLES else cycles / self._clock
-
-    def _gpu_estimate(self, instruction: Instruction) -> float:
-        """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
-
-        XLA states the times of several models. "sol" has measured rates of matmuls, whose result must have the type of
-        the operands; others are taken at peak, those of float8, whose rates it lacks, at twice bfloat16's. (The
-        remaining models time a matmul with the tiles of this compilation, which are chosen by measurement on a real
-        device.) "indexing-cost-model" is for other Triton fusions, the model without a name for all the rest.
-        """
-        found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
-        costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
-        matmul, measured = costs.get("experimental-gemm-cost-model"), costs.get("sol", {}).get("exec_time_us", 0)
-        product = matmul or self._products.has(instruction.attribute("calls"))
-        factors = self._products.factor_types(instruction) if product else set()
-        if factors == {"f8e4m3fn"}:
-            return self._products.flops(instruction, {}) / self._rates.float8
-        if product and measured and factors <= {instruction.type.partition("[")[0]}:
-            return measured * 1e-6
-        if matmul:
-            return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
-        cost = costs.get("indexing-cost-model") or costs.get("")
-        return cost["exec_time_us"] * 1e-6 if cost else 0.0
 
     def _spend(self, instruction: Instruction, seconds: float, scope: _Scope) -> None:
         """Book estimated work; an instruction without a name belongs to the pass of the one before it."""

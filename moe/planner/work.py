@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 
 from moe.dispatch.backends.tpu_tiles import Kind
+from moe.models.stages import TAKEN_SCOPE
 from moe.planner import hlo
 from moe.planner.hlo import Instruction, array_bytes, array_shape
 from moe.planner.records import GroupedMatmul
@@ -122,6 +124,38 @@ def product_flops(product: Instruction, types: Mapping[str, str]) -> float:
             of_left[label] for label in spatial if of_result.get(label, 1) != of_left[label]
         )
     return max(2.0 * math.prod(result) * contracted, 1.0)
+
+
+def gpu_estimate(instruction: Instruction, products: Products, float8: float) -> float:
+    """XLA's seconds of a fusion on a GPU, present with ``xla_gpu_collect_cost_model_stats``; 0 without.
+
+    XLA states the times of several models. "sol" has measured rates of matmuls, whose result must have the type of
+    the operands; others are taken at peak, those of float8, whose rates it lacks, at twice bfloat16's. (The
+    remaining models time a matmul with the tiles of this compilation, which are chosen by measurement on a real
+    device.) "indexing-cost-model" is for other Triton fusions, the model without a name for all the rest.
+
+    Args:
+        float8: FLOP/s of matmuls of float8.
+    """
+    found = re.search(r'"reification_cost":(\[[^\]]*\])', instruction.attributes)
+    costs = {cost["name"]: cost for cost in json.loads(found.group(1))} if found else {}
+    matmul, measured = costs.get("experimental-gemm-cost-model"), costs.get("sol", {}).get("exec_time_us", 0)
+    product = matmul or products.has(instruction.attribute("calls"))
+    factors = products.factor_types(instruction) if product else set()
+    if factors == {"f8e4m3fn"}:
+        return products.flops(instruction, {}) / float8
+    if product and measured and factors <= {instruction.type.partition("[")[0]}:
+        return measured * 1e-6
+    if matmul:
+        return max(matmul["compute_time_us"], matmul["memory_access_time_us"]) * 1e-6
+    cost = costs.get("indexing-cost-model") or costs.get("")
+    return cost["exec_time_us"] * 1e-6 if cost else 0.0
+
+
+def branch_share(conditional: Instruction) -> float:
+    """Share of a conditional's runs in which its dearest branch is taken: all, unless its scope says otherwise."""
+    share = re.search(TAKEN_SCOPE.format(r"(\d+)", r"(\d+)"), conditional.op_name)
+    return int(share[1]) / int(share[2]) if share else 1.0
 
 
 def pass_of(op_name: str) -> str | None:

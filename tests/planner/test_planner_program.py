@@ -64,6 +64,25 @@ def test_reads_loops_exchanges_and_cycles():
     assert read.unknown_loops == 0
 
 
+@pytest.mark.parametrize(("scope", "runs"), [("", 32), ("taken_5_of_16/", 10)])
+def test_branches_count_as_often_as_their_scope_says(scope, runs):
+    """A fusion of 800 cycles and one of 7, of which the dearer counts, in a loop of 32 trips."""
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"%s"}}'
+    text = PROGRAM
+    for name, number in (("cheap", 7), ("dear", 800)):
+        branch = (
+            f"%{name} (b: s32[]) -> s32[] {{\n  ROOT %{name}.1 = s32[] fusion(%b), kind=kLoop, {cycles % number}\n}}\n"
+        )
+        text = text.replace("%body (", branch + "%body (")
+    conditional = (
+        "  %c = s32[] conditional(%i, %i, %i), branch_computations={%cheap, %dear}, "
+        f'metadata={{op_name="jit(train_step)/while/body/{scope}cond"}}\n'
+    )
+    read = program.read(text.replace("  ROOT %t =", conditional + "  ROOT %t ="), MESH, clock=1.0)
+    assert read.seconds == 500 + 32 * 1000 + runs * 800
+    assert [item.count for item in read.items if item.name == "dear.1"] == [runs]
+
+
 @pytest.mark.parametrize(("result", "kind"), [("bf16[520,128]", "reduce-scatter"), ("bf16[4096,128]", "all-reduce")])
 def test_an_all_reduce_in_a_fusion_is_classified_by_its_result(result, kind):
     """A reduce-scatter's parts may be padded; a result as large as the input is an all-reduce."""
