@@ -139,6 +139,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.low_precision": ("none", "int8", "float8"),
     "model.scan_layers": (True, False),
+    "model.scan_unroll": (1, 2, 3),
     "model.remat": ("none", "dots", "full"),
     "data.sequence_length": (2, 8, 16),
     "data.streams": (0, 1, 2),

@@ -146,6 +146,8 @@ class ModelConfig(Section, path=_MODEL):
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     low_precision: LowPrecision = "none"  # of factors in experts and dense FFNs (moe.dispatch.quantized)
     scan_layers: bool = setting(True, resume="free")  # compile one block for all equal layers
+    #: equal layers in one trip of the loop over them; weights of a later one are gathered beside an earlier one's work
+    scan_unroll: int = setting(1, least=1, resume="free", unit="layers")
     #: what the backward pass recomputes: nothing, ..., the whole layer (REMAT_POLICIES)
     remat: Remat = setting("none", resume="free")
     moe: MoEConfig = MoEConfig()
@@ -155,6 +157,8 @@ class ModelConfig(Section, path=_MODEL):
             object.__setattr__(self, "moe", dataclasses.replace(self.moe, d_ff=self.d_ff))
         super().__post_init__()
         self._follow_base()
+        unrolls = self.scan_layers or self.scan_unroll == 1
+        self._require("scan_unroll", unrolls, "must be 1 with model.scan_layers=False, which writes out all layers")
         self._require("logit_bias", not (self.logit_bias and self.tie_embeddings), "needs model.tie_embeddings=False")
         self._check_stacks()
         self._check_attention()

@@ -127,7 +127,8 @@ class Stack(nnx.Module):
         c, drop = self.config, self.outer_dropout(train=train, rng=rng)
         body = self.body(rows, train=train, rng=rng, return_routing=return_routing)
         states = split_moe_layers(self.kinds, routing)
-        x, records = self.scan(body, drop.at(StackSite.EMBEDDING)(x), states, remat=c.remat, unroll=not c.scan_layers)
+        x = drop.at(StackSite.EMBEDDING)(x)
+        x, records = self.scan(body, x, states, remat=c.remat, per_trip=c.scan_unroll * c.scan_layers)
         layers, recorded = join_moe_layers(records) or (None, None)
         return drop.at(StackSite.OUTPUT)(self.final_norm(x)), layers, recorded
 
@@ -169,7 +170,7 @@ class Stack(nnx.Module):
         *,
         of: range | None = None,
         remat: str = "none",
-        unroll: bool = False,
+        per_trip: int = 1,
     ) -> tuple[Any, LayerStates]:
         """Run ``x, state = body(block, x, state, layer)`` over the layers, in order.
 
@@ -179,7 +180,7 @@ class Stack(nnx.Module):
             states: an input for every layer, such as a cache; None: None for each.
             of: the segments to run; None: all.
             remat: what the backward pass recomputes, a key of :data:`REMAT_POLICIES`.
-            unroll: write the repeats out instead of looping over them.
+            per_trip: repeats written out in one trip of the loop over them; 0: all.
 
         Returns:
             The last x and the new state of every layer.
@@ -189,7 +190,7 @@ class Stack(nnx.Module):
             if of is None or i in of:
                 before = [None] * len(unit) if states is None else states[i]
                 segment = getattr(self, f"segment_{i}")
-                x, after = scan_segment(segment, body, x, before, first, remat=remat, unroll=unroll)
+                x, after = scan_segment(segment, body, x, before, first, remat=remat, per_trip=per_trip)
                 outputs.append(after)
             first += len(unit) * repeats
         return x, outputs
@@ -205,13 +206,14 @@ def scan_segment(
     repeats: int | None = None,
     take: Callable[[Any, Array], Any] | None = None,
     remat: str,
-    unroll: bool,
+    per_trip: int,
 ) -> tuple[Any, list[Any]]:
     """:meth:`Stack.scan` over the repeats of one segment, whose first layer has this number.
 
     Args:
         repeats: number to run; None: all.
         take: (all variables, repeat) → the repeat's variables, again in the backward pass; None: they are sliced.
+        remat, per_trip: as there.
     """
     graphdef, stacked = nnx.split(segment)
     repeats = repeats or len(jax.tree.leaves(stacked)[0])
@@ -229,12 +231,13 @@ def scan_segment(
             after.append(state)
         return x, after
 
+    written_out = not per_trip or 1 < repeats <= per_trip
     if remat != "none":
         # Within a loop XLA cannot merge the recomputation with the forward pass; written out it would, and nothing
         # would be saved.
-        repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+        repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[remat], prevent_cse=written_out)
     inputs = (stacked if take is None else None, jnp.arange(repeats), states)
-    return jax.lax.scan(repeat, x, inputs, unroll=repeats if unroll else 1)
+    return jax.lax.scan(repeat, x, inputs, unroll=repeats if written_out else min(per_trip, repeats))
 
 
 def part_of(names: Collection[str]) -> str:

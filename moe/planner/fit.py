@@ -198,8 +198,8 @@ class _Numbers(NamedTuple):
 
 
 def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int) -> _Numbers:
-    """Numbers of all layers, activations per row of so many; gathered matrices and arrays alive are of the largest
-    repeat."""
+    """Numbers of all layers, activations per row of so many; arrays alive are of the largest repeat, gathered
+    matrices of those in a trip of the loop."""
     remat, gathered, kept, alive, kept_matrices = config.model.remat, 0.0, 0.0, 0.0, 0.0
     for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
@@ -211,7 +211,7 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int
             alive = max(alive, length * sum(layer.alive for layer in layers))
             if sizes["fsdp"] > 1:
                 matrices = sum(layer.matrices for layer in layers)
-                gathered = max(gathered, arrays.gathered * matrices)
+                gathered = max(gathered, arrays.gathered * matrices * min(config.model.scan_unroll, repeats))
                 kept_matrices += repeats * matrices * (remat == "none")
     return _Numbers(gathered + kept_matrices, kept, alive)
 

@@ -319,8 +319,8 @@ def test_the_canonical_form_names_every_setting():
         "distill.teacher", "distill.soft_share", "train.log_every", "train.eval_every", "train.save_every",
         "train.keep_checkpoints", "train.keep_every", "train.max_skipped_steps", "train.on_skipped_steps",
         "train.pipeline_rounds", "train.spike_sigmas", "train.sample_tokens", "train.compilation_cache",
-        "train.writers", "model.attention", "model.scan_layers", "model.remat", "model.d_ff", "optimizer.name",
-        "optimizer.final_learning_rate_fraction", "optimizer.memory",
+        "train.writers", "model.attention", "model.scan_layers", "model.scan_unroll", "model.remat", "model.d_ff",
+        "optimizer.name", "optimizer.final_learning_rate_fraction", "optimizer.memory",
     }  # fmt: skip
     config = from_config_dict(defaults.get_config())
     names = {*identity._MODEL, *identity._DATA, *identity._OPTIMIZER, *identity._TRAIN, *identity._START}

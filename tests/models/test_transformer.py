@@ -111,6 +111,18 @@ def test_scan_changes_nothing(overrides, rng):
     _assert_trees_close(_value_and_grad(unrolled)(parameters, tokens), _value_and_grad(config)(parameters, tokens))
 
 
+@pytest.mark.parametrize(("unroll", "written_out"), [(2, 2), slow_case(8, 5)])
+def test_layers_of_one_trip_change_nothing(unroll, written_out, rng):
+    """Five layers in two trips and one more, or all written out, each recomputed."""
+    config = tiny_model(num_layers=5, remat="full")
+    tokens = _tokens(rng, config)
+    _, parameters = _build(config)
+    one, several = (_value_and_grad(dataclasses.replace(config, scan_unroll=n)) for n in (1, unroll))
+    _assert_trees_close(several(parameters, tokens), one(parameters, tokens))
+    scans = [e for e in several.trace(parameters, tokens).jaxpr.eqns if e.primitive.name == "scan"]
+    assert [scan.params["unroll"] for scan in scans] == [written_out] * 2  # forward, backward
+
+
 @pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots"))])
 def test_remat_changes_neither_value_nor_gradient(policies, rng):
     config = tiny_model(**EVERY_2)
