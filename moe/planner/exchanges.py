@@ -137,12 +137,12 @@ def purpose(collective: Collective) -> str:
     made_by = "dot_general|scatter-add" + ("|transpose$|psum$" if collective.kind == "reduce-scatter" else "")
     if collective.kind != "all-gather" and "transpose(" in source and re.search(made_by, source):
         return "gradients of weights"
+    if re.search(rf"\b{LOAD_SCOPE}\)*/", source):
+        return LOADS
     if "all-to-all" in collective.kind and collective.axes == ("expert",):
         return ROUTED
     if collective.kind == "collective-permute" and collective.axes == ("pipeline",):
         return PASSED_ON
-    if f"{LOAD_SCOPE}/" in source:
-        return LOADS
     if f"({LOSS_SCOPE})" in source:
         return "loss"
     return first.rsplit("/", 1)[-1].strip("()") or UNNAMED

@@ -223,6 +223,18 @@ def test_purposes_of_gathers_that_xla_combined(source, purpose):
     assert exchanges.purpose(Collective("all-gather", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
 
 
+@pytest.mark.parametrize(
+    ("source", "purpose"),
+    [
+        ("jit(train_step)/moe/shard_map/jvp(expert_load)/all_to_all", "loads of experts"),
+        ("jit(train_step)/moe/shard_map/expert_load/all_to_all", "loads of experts"),
+        ("jit(train_step)/moe/shard_map/jvp()/ragged_all_to_all", "tokens to experts, back"),
+    ],
+)
+def test_purposes_of_exchanges_between_experts(source, purpose):
+    assert exchanges.purpose(Collective("all-to-all", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
+
+
 def test_rows_of_an_exchange_by_host_by_hand():
     """Four devices of the expert axis on two hosts, beside a tensor axis of two: members of a group between hosts are
     two experts' places apart, those of one host one."""
