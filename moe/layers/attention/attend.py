@@ -165,7 +165,7 @@ def blocked_attention(
 def _keeps_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
     """Checkpoint policy of a block: its gradient reads what cuDNN's kernel returns, heads and a number for each; scores
     are computed again."""
-    return primitive.name == "dot_product_attention_fwd_wrapper"
+    return primitive is fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper
 
 
 def _widen(heads: Array, width: int) -> Array:
