@@ -211,28 +211,28 @@ def test_kept_activations_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("source", "purpose"),
+    ("kind", "source", "purpose"),
     [
-        ("state.parameters['unembedding']['kernel']", "weights"),
-        ("(state.parameters['embedding']['table']:state.parameters['unembedding']['kernel'])", "weights"),
-        ("jit(train_step)/(jvp(weights.embedding.table)/a:jvp(weights.unembedding.kernel)/a)", "weights"),
-        ("(jit(train_step)/jvp()/transpose:jit(train_step)/jvp()/stack)", "transpose"),
+        # XLA combined gathers.
+        ("all-gather", "state.parameters['unembedding']['kernel']", "weights"),
+        (
+            "all-gather",
+            "(state.parameters['embedding']['table']:state.parameters['unembedding']['kernel'])",
+            "weights",
+        ),
+        (
+            "all-gather",
+            "jit(train_step)/(jvp(weights.embedding.table)/a:jvp(weights.unembedding.kernel)/a)",
+            "weights",
+        ),
+        ("all-gather", "(jit(train_step)/jvp()/transpose:jit(train_step)/jvp()/stack)", "transpose"),
+        ("all-to-all", "jit(train_step)/moe/shard_map/jvp(expert_load)/all_to_all", "loads of experts"),
+        ("all-to-all", "jit(train_step)/moe/shard_map/expert_load/all_to_all", "loads of experts"),
+        ("all-to-all", "jit(train_step)/moe/shard_map/jvp()/ragged_all_to_all", "tokens to experts, back"),
     ],
 )
-def test_purposes_of_gathers_that_xla_combined(source, purpose):
-    assert exchanges.purpose(Collective("all-gather", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
-
-
-@pytest.mark.parametrize(
-    ("source", "purpose"),
-    [
-        ("jit(train_step)/moe/shard_map/jvp(expert_load)/all_to_all", "loads of experts"),
-        ("jit(train_step)/moe/shard_map/expert_load/all_to_all", "loads of experts"),
-        ("jit(train_step)/moe/shard_map/jvp()/ragged_all_to_all", "tokens to experts, back"),
-    ],
-)
-def test_purposes_of_exchanges_between_experts(source, purpose):
-    assert exchanges.purpose(Collective("all-to-all", ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
+def test_purposes_of_exchanges(kind, source, purpose):
+    assert exchanges.purpose(Collective(kind, ("expert",), (0, 1), 8, 1, -1.0, source)) == purpose
 
 
 def test_rows_of_an_exchange_by_host_by_hand():
