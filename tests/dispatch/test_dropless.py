@@ -611,7 +611,7 @@ def test_buffers_of_the_exchange_on_tpus_stay_in_the_loop_over_layers(platform, 
 
 @pytest.mark.parametrize("peers", [Peers(), Peers(2), Peers(2, across=True)])
 def test_numbers_are_gathered_by_an_all_to_all_on_gpus(peers, monkeypatch):
-    """Of an all-gather there XLA computes all inputs once more, a layer ahead."""
+    """All-to-all instead of an all-gather, whose inputs XLA would compute once more, a layer ahead."""
     numbers = {"index": jnp.arange(16).reshape(8, 2), "weight": jnp.linspace(0, 1, 24).reshape(8, 3)}
 
     def gathered() -> tuple[str, dict[str, Array]]:
