@@ -212,6 +212,11 @@ class ModelConfig(Section, path=_MODEL):
             object.__setattr__(self, name, value)
 
     @property
+    def layers_per_trip(self) -> int:
+        """Equal layers in one trip of the loop over them; 0: all are written out."""
+        return self.scan_unroll if self.scan_layers else 0
+
+    @property
     def expert_dim(self) -> int:
         """Dimension of the rows that experts read and write."""
         return self.moe.latent_dim or self.d_model

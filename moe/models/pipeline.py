@@ -106,8 +106,7 @@ class Pipeline:
         self.segment: Segment = getattr(model, f"segment_{self.index}")
         #: Number of the segment's first layer.
         self.first = sum(len(unit) * repeats for unit, repeats in segments(model.kinds)[: self.index])
-        c = model.config
-        self.settings: dict[str, Any] = {"remat": c.remat, "per_trip": c.scan_unroll * c.scan_layers}
+        self.settings: dict[str, Any] = {"remat": model.config.remat, "per_trip": model.config.layers_per_trip}
 
     def run(self, x: Array, rows: Rows, numbers: Array, casts: Transformer) -> tuple[Array, LayerStates]:
         """All layers up to the last pipelined one.

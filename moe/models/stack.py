@@ -128,7 +128,7 @@ class Stack(nnx.Module):
         body = self.body(rows, train=train, rng=rng, return_routing=return_routing)
         states = split_moe_layers(self.kinds, routing)
         x = drop.at(StackSite.EMBEDDING)(x)
-        x, records = self.scan(body, x, states, remat=c.remat, per_trip=c.scan_unroll * c.scan_layers)
+        x, records = self.scan(body, x, states, remat=c.remat, per_trip=c.layers_per_trip)
         layers, recorded = join_moe_layers(records) or (None, None)
         return drop.at(StackSite.OUTPUT)(self.final_norm(x)), layers, recorded
 
