@@ -130,7 +130,8 @@ def _compile(
         x = jax.ShapeDtypeStruct((rows, tokens, model.d_model), jnp.dtype(model.dtype), sharding=batch)
 
         def forward(parameters, x):
-            module = nnx.merge(graphdef, parameters, rest)
+            state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rest)  # a gate's bias
+            module = nnx.merge(graphdef, parameters, state)
             y, report, _ = module(x, jnp.ones(x.shape[:2], bool), train=True)
             return y, report.load_balancing_loss
 
