@@ -203,16 +203,23 @@ def _run_in_rounds_bwd(round_size, peers, residuals, gradient):
     d_rows = peers.send(new[0], rows.shape[0], back)
     d_scale = _send_numbers(peers, new[1], rows.shape[0], back)
 
-    def body(start, carry):
-        d_rows, d_scale, d_weights = carry
+    def of_round(start):
         there, back, sizes = _round(loads, peers.me, start, round_size)
         ffn, *arrived = _arrive(round_size, peers, there, sizes, dropout, rows, scale)
         _, backward = jax.vjp(ffn, weights, *arrived)
-        of_round, *new = backward(peers.send(gradient, round_size, there))
-        d_rows, d_scale = peers.send(new[0], d_rows, back), _send_numbers(peers, new[1], d_scale, back)
-        return d_rows, d_scale, jax.tree.map(jnp.add, d_weights, of_round)
+        return back, backward(peers.send(gradient, round_size, there))
 
-    return *further_rounds(_most(loads), round_size, (d_rows, d_scale, d_weights), body), None, None
+    def place_rows(start, carry):
+        back, (_, *new) = of_round(start)
+        return peers.send(new[0], carry[0], back), _send_numbers(peers, new[1], carry[1], back)
+
+    def add_weights(start, d_weights):
+        return jax.tree.map(jnp.add, d_weights, of_round(start)[1][0])
+
+    # Loops apart: after one of both, what is done with the rows' gradients would wait for those of the weights.
+    most = _most(loads)
+    d_rows, d_scale = further_rounds(most, round_size, (d_rows, d_scale), place_rows)
+    return d_rows, d_scale, further_rounds(most, round_size, d_weights, add_weights), None, None
 
 
 _run_in_rounds.defvjp(_run_in_rounds_fwd, _run_in_rounds_bwd)

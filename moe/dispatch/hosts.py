@@ -181,7 +181,7 @@ def _apply_in_windows(
     with jax.named_scope(LOAD_SCOPE):
         most = jax.lax.pmax(ends[-1], axis_of("expert"))
     size = whole_tiles(min(kept.size, math.ceil(kept.size / peers.hosts * ROUND_SIZE)))
-    operands = slots, chosen.weight, dataclasses.replace(weights, dropout=None)
+    operands = (slots, chosen.weight), dataclasses.replace(weights, dropout=None)
     dropout = None if chosen.number is None else weights.at(chosen.number).dropout
     index = tables, ends, dropout
     return _sum_windows(functools.partial(_window, size, peers), size, operands, index, most)
@@ -189,7 +189,7 @@ def _apply_in_windows(
 
 def _window(size: int, peers: Peers, start: Array | int, operands: Any, index: Any) -> Float[Array, "N D"]:
     """Part of the sums: of the sorted assignments from ``start`` on, at most so many."""
-    slots, scale, weights = operands
+    (slots, scale), weights = operands
     (assignment_of_row, row_of_assignment), ends, dropout = index
     padded = jnp.pad(assignment_of_row, (0, size), constant_values=row_of_assignment.size)
     assignment_of_row = jax.lax.dynamic_slice_in_dim(padded, start, size)
@@ -218,11 +218,15 @@ def _sum_windows_fwd(window, size, operands, index, most):
 def _sum_windows_bwd(window, size, residuals, gradient):
     operands, index, most, backward = residuals
 
-    def add(start, sums):
+    def add(part, start, sums):
         _, backward = jax.vjp(lambda operands: window(start, operands, index), operands)
-        return jax.tree.map(jnp.add, sums, backward(gradient))
+        return jax.tree.map(jnp.add, sums, backward(gradient)[0][part])
 
-    return *further_rounds(most, size, backward(gradient), add), None, None
+    # Loops apart: after one of both, what is done with the tokens' gradients would wait for those of the weights.
+    of_tokens, of_weights = backward(gradient)[0]
+    of_tokens = further_rounds(most, size, of_tokens, functools.partial(add, 0))
+    of_weights = further_rounds(most, size, of_weights, functools.partial(add, 1))
+    return (of_tokens, of_weights), None, None
 
 
 _sum_windows.defvjp(_sum_windows_fwd, _sum_windows_bwd)
