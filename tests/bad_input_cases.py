@@ -77,7 +77,7 @@ CASES = [
     value("model.sliding_window_layers", "every", "must be int"),
     value("model.activation", "silu", "swiglu, swiglu_clamped"),
     value("model.dtype", "float16", "float32, bfloat16"),
-    value("model.remat", "always", "none, hidden, outputs, attention, offload, dots, full"),
+    value("model.remat", "always", "none, hidden, outputs, attention, offload, dots, routes, full"),
     value("model.attention", "flash", "full, blocked"),
     value("model.moe.gate", "mixtrall", "must be one of none"),
     value("model.moe.gate", "expert_choice", "accept_future_leak"),

@@ -140,7 +140,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.low_precision": ("none", "int8", "float8"),
     "model.scan_layers": (True, False),
     "model.scan_unroll": (1, 2, 3),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "routes", "full"),
     "data.sequence_length": (2, 8, 16),
     "data.streams": (0, 1, 2),
     "data.shuffle_window": (1, 100),

@@ -18,7 +18,7 @@ Norms = Literal["before", "after"]
 Attention = Literal["full", "blocked"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
-Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "full"]
+Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
 #: What a layer's tokens read of each other by.
 Mixer = Literal["attention", "gated_delta_net"]

@@ -67,10 +67,11 @@ INNER_INPUT = "inner_input"
 _keep_only = jax.checkpoint_policies.save_only_these_names
 
 #: Checkpoint policies: what the backward pass recomputes. "none": nothing; "full": the layer; "dots": all but matmuls
-#: without a batch axis. Of the rest each keeps more than the one below it: "attention" routes, and the heads, so that
-#: neither they nor their projections are recomputed; "outputs" also what experts return, where it is read (their last
-#: matmul and exchange); "hidden" also hidden activations, so that only cheap work is left to recompute. "offload" keeps
-#: what "attention" does, and the layers' inputs, in the host's memory: least of a device's, for two transfers.
+#: without a batch axis. Of the rest each keeps more than the one below it: "routes" where tokens go, a few integers of
+#: each, so that gradients travel to the experts beside the attention that is recomputed; "attention" also the heads, so
+#: that neither they nor their projections are recomputed; "outputs" also what experts return, where it is read (their
+#: last matmul and exchange); "hidden" also hidden activations, so that only cheap work is left to recompute. "offload"
+#: keeps what "attention" does, and the layers' inputs, in the host's memory: least of a device's, for two transfers.
 REMAT_POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "hidden": _keep_only(ROUTES, INNER_INPUT, ATTENTION, EXPERT_OUTPUTS, HIDDEN),
@@ -83,6 +84,7 @@ REMAT_POLICIES: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "routes": _keep_only(ROUTES, INNER_INPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

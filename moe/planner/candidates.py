@@ -172,7 +172,8 @@ _MATMUL_SHARE = 0.8
 
 #: Share of the forward pass that a remat policy recomputes, roughly.
 _RECOMPUTED = {
-    "none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "offload": 0.9, "dots": 0.9, "full": 1.0,
+    "none": 0.0, "hidden": 0.05, "outputs": 0.6, "attention": 0.9, "offload": 0.9, "dots": 0.9, "routes": 1.0,
+    "full": 1.0,
 }  # fmt: skip
 
 

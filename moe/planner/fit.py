@@ -32,7 +32,7 @@ from moe.parallel.partition_specs import KEEP_HIDDEN
 from moe.training.optimizer import make_optimizer
 
 #: Remat policies to try until a program fits, from the least recomputation to the most.
-LADDER = ("hidden", "outputs", "attention", "offload", "full")
+LADDER = ("hidden", "outputs", "attention", "offload", "routes", "full")
 
 #: An estimate above the memory by this factor rules a program out; estimates of compiled programs were at most 1.09
 #: times what they needed.
@@ -244,6 +244,7 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
         "attention": attention,
         "offload": 0.0,
         "dots": mixers * (projections + model.d_model) + (0.0 if kind.sparse else matmuls_into * hidden),
+        "routes": 0.0,
         "full": 0.0,
     }[model.remat]
     exchanged = kind.sparse and sizes["expert"] > 1

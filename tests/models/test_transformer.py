@@ -123,7 +123,7 @@ def test_layers_of_one_trip_change_nothing(unroll, written_out, rng):
     assert [scan.params["unroll"] for scan in scans] == [written_out] * 2  # forward, backward
 
 
-@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots"))])
+@pytest.mark.parametrize("policies", [("full",), slow_case(("hidden", "offload", "dots", "routes"))])
 def test_remat_changes_neither_value_nor_gradient(policies, rng):
     config = tiny_model(**EVERY_2)
     tokens = _tokens(rng, config)
@@ -171,10 +171,27 @@ def test_policies_recompute_what_they_say():
     assert attention - outputs == 1
     assert outputs - hidden == 2
     assert none <= hidden
+    assert dots("routes") == full
     # Of a repeat of two layers, attention's parts of both and the last matmul of the first, which ends in the second's
     # input.
     two = tiny_model(**EVERY_2)
     assert dots("full", two) - dots("attention", two) == 2 * (full - attention) + 1
+
+
+def test_routes_that_are_kept_are_not_chosen_again():
+    """A choice is the lowest index that has the maximum: a minimum, forward, and again in the backward pass where the
+    whole layer is recomputed."""
+    config = tiny_model(num_layers=1)
+
+    def choices(policy):
+        graphdef, parameters = _build(dataclasses.replace(config, remat=policy))
+
+        def loss(parameters):
+            return jnp.sum(nnx.merge(graphdef, parameters)(jnp.zeros((B, T), jnp.int32)).logits)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(parameters)).count(" reduce_min[")
+
+    assert choices("full") == 2 * choices("routes") > 0
 
 
 @pytest.mark.parametrize("scan", [True, slow_case(False)])
