@@ -138,6 +138,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.tie_embeddings": (True, False),
     "model.dtype": ("float32", "bfloat16"),
     "model.low_precision": ("none", "int8", "float8"),
+    "model.low_precision_in": ("ffn", "all"),
     "model.scan_layers": (True, False),
     "model.scan_unroll": (1, 2, 3),
     "model.remat": ("none", "dots", "routes", "full"),

@@ -20,6 +20,7 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionBias = Literal["none", "qkv", "all"]
 Remat = Literal["none", "hidden", "outputs", "attention", "offload", "dots", "routes", "full"]
 LowPrecision = Literal["none", "int8", "float8"]
+LowPrecisionIn = Literal["ffn", "all"]
 #: What a layer's tokens read of each other by.
 Mixer = Literal["attention", "gated_delta_net"]
 
@@ -145,6 +146,8 @@ class ModelConfig(Section, path=_MODEL):
     base_expert_d_ff: int = setting(0, least=0, most=2**22)  # F of its experts; 0: in proportion to D
     dtype: DType = "float32"  # of activations and matmuls; parameters and router are float32
     low_precision: LowPrecision = "none"  # of factors in experts and dense FFNs (moe.dispatch.quantized)
+    #: all: in attention's projections too, and in float8 for rows sent to experts on other hosts (exchange_hosts)
+    low_precision_in: LowPrecisionIn = "ffn"
     scan_layers: bool = setting(True, resume="free")  # compile one block for all equal layers
     #: equal layers in one trip of the loop over them; weights of a later one are gathered beside an earlier one's work
     scan_unroll: int = setting(1, least=1, resume="free", unit="layers")
@@ -159,6 +162,8 @@ class ModelConfig(Section, path=_MODEL):
         self._follow_base()
         unrolls = self.scan_layers or self.scan_unroll == 1
         self._require("scan_unroll", unrolls, "must be 1 with model.scan_layers=False, which writes out all layers")
+        low = self.low_precision != "none" or self.low_precision_in == "ffn"
+        self._require("low_precision_in", low, "must be ffn with model.low_precision=none")
         self._require("logit_bias", not (self.logit_bias and self.tie_embeddings), "needs model.tie_embeddings=False")
         self._check_stacks()
         self._check_attention()
@@ -215,6 +220,11 @@ class ModelConfig(Section, path=_MODEL):
     def layers_per_trip(self) -> int:
         """Equal layers in one trip of the loop over them; 0: all are written out."""
         return self.scan_unroll if self.scan_layers else 0
+
+    @property
+    def low_precision_everywhere(self) -> str:
+        """The value of ``low_precision`` where ``low_precision_in`` is all, else none."""
+        return self.low_precision if self.low_precision_in == "all" else "none"
 
     @property
     def expert_dim(self) -> int:

@@ -112,6 +112,7 @@ class ExpertWeights:
             their biases, [E,2F']; down is padded too. Static.
         is_turned: ``down`` is [E,D,F], static.
         precision: of the factors, a value of ``model.low_precision``, static.
+        sent_precision: of rows, and of gradients of outputs, on their way to other hosts, likewise.
         keeps_hidden: for the backward pass; else row blocks compute hidden activations again in it, static.
         keeps_outputs: of experts on other devices, likewise; else none is read in it, static.
     """
@@ -126,6 +127,7 @@ class ExpertWeights:
     is_interleaved: bool = dataclasses.field(default=False, metadata={"static": True})
     is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
+    sent_precision: str = dataclasses.field(default="none", metadata={"static": True})
     keeps_hidden: bool = dataclasses.field(default=True, metadata={"static": True})
     keeps_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
 

@@ -22,6 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from moe.dispatch import quantized
 from moe.dispatch.backends import whole_tiles
 from moe.dispatch.buffers import Tables, fill_rows, no_gradient, positions, sum_rows, take_rows, with_inverse
 from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, further_rounds, weighted_outputs
@@ -68,10 +69,11 @@ def apply_by_host(
     rows_of_visits, slots_of_tokens = checkpoint_name((rows_of_visits, slots_of_tokens), ROUTES)
     num_rows, num_slots = rows_of_visits[0].shape[0], slots_of_tokens[0].shape[0]
     rows = fill_rows(x, *rows_of_visits)
-    slots = _send(num_slots, peers, rows, there, back)
+    sent = weights.sent_precision
+    slots = _send(num_slots, peers, (sent, "none"), rows, there, back)
     local = _in_slots(received, slots_of_tokens, num_local, peers)
     y = _apply_in_windows(slots, local, num_local, weights, Peers(hosts)).astype(x.dtype)
-    returned = _send(num_rows, peers, y, back, there)
+    returned = _send(num_rows, peers, ("none", sent), y, back, there)
     return sum_rows(returned, *rows_of_visits)
 
 
@@ -124,21 +126,24 @@ def _routes(host: Int[Array, "H S K"], peers: Peers) -> tuple[Route, Route, Tabl
     return there, back, with_inverse(row, num_rows), with_inverse(slot.reshape(-1, 1), hosts * tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(num_rows: int, peers: Peers, rows: Array, there: Route, back: Route) -> Array:
-    """Rows that arrive over a route, [N,D], undefined where nothing does; gradients return over the other."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _send(num_rows: int, peers: Peers, precisions: tuple[str, str], rows: Array, there: Route, back: Route) -> Array:
+    """Rows that arrive over a route, [N,D], undefined where nothing does; gradients return over the other. Rows and
+    gradients travel in these precisions."""
     del back
-    return peers.swap(rows) if target.is_cpu() else peers.send(rows, num_rows, there)
+    packed = quantized.pack(rows, precisions[0])
+    arrived = peers.swap(packed) if target.is_cpu() else peers.send(packed, num_rows, there)
+    return quantized.unpack(arrived, precisions[0], rows.dtype)
 
 
-def _send_fwd(num_rows, peers, rows, there, back):
-    return _send(num_rows, peers, rows, there, back), (rows[:, :0], there, back)
+def _send_fwd(num_rows, peers, precisions, rows, there, back):
+    return _send(num_rows, peers, precisions, rows, there, back), (rows[:, :0], there, back)
 
 
-def _send_bwd(num_rows, peers, residuals, gradient):
+def _send_bwd(num_rows, peers, precisions, residuals, gradient):
     rows, there, back = residuals
     nothing = [no_gradient(index) for index in there]
-    return _send(rows.shape[0], peers, gradient, back, there), tuple(nothing), tuple(nothing)
+    return _send(rows.shape[0], peers, precisions[::-1], gradient, back, there), tuple(nothing), tuple(nothing)
 
 
 _send.defvjp(_send_fwd, _send_bwd)

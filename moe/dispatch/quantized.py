@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, custom_vjp, lax
+from jaxtyping import Float
 
 from moe.config import ConfigError
 from moe.parallel import target
@@ -58,6 +59,23 @@ def quantize(array: Array, axis: int, precision: str) -> tuple[Array, Array]:
     axes = [kept for kept in range(array.ndim) if kept != axis % array.ndim]
     found = qwix.quantize(array.astype(jnp.float32), TYPES[precision][0], channelwise_axes=axes)
     return found.qvalue, found.scale
+
+
+def pack(rows: Float[Array, "R D"], precision: str) -> Array:
+    """Rows to send: as bytes [R,D+4] of quantised numbers and of each row's scale, or as they are for ``none``."""
+    if precision == "none":
+        return rows
+    parts = (lax.bitcast_convert_type(part, jnp.uint8) for part in quantize(rows, -1, precision))
+    return jnp.concatenate([part.reshape(rows.shape[0], -1) for part in parts], axis=-1)
+
+
+def unpack(sent: Array, precision: str, dtype: Any) -> Float[Array, "R D"]:
+    """What :func:`pack` made, in the compute dtype."""
+    if precision == "none":
+        return sent
+    numbers = lax.bitcast_convert_type(sent[:, :-4], TYPES[precision][0])
+    scales = lax.bitcast_convert_type(sent[:, -4:], jnp.float32)
+    return (numbers.astype(jnp.float32) * scales[:, None]).astype(dtype)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(2,))

@@ -32,8 +32,8 @@ _NEUTRAL: Canonical = {
     "rope_interleaved": False, "kv_lora_rank": 0, "q_lora_rank": 0, "value_dim": 0, "sliding_window": 0,
     "sliding_window_layers": [], "qk_norm": "none", "attention_bias": "none", "attention_sinks": False,
     "clip_qkv": 0.0, "tie_embeddings": False, "scale_logits": False, "dropout": 0.0, "init_scale": 1.0,
-    "dtype": "float32", "low_precision": "none", "norms": "before", "embedding_scale": 1.0, "residual_scale": 1.0,
-    "attention_scale": 0.0, "logit_scale": 1.0, "prediction_layers": 0, "prediction_weight": 0.3,
+    "dtype": "float32", "low_precision": "none", "low_precision_in": "ffn", "norms": "before", "embedding_scale": 1.0,
+    "residual_scale": 1.0, "attention_scale": 0.0, "logit_scale": 1.0, "prediction_layers": 0, "prediction_weight": 0.3,
     "gated_attention": False, "zero_centred_norms": False, "delta_net": "none",
     "layer_norm": False, "logit_bias": False,
     "base_d_model": 0, "base_num_layers": 0, "base_head_dim": 0, "base_expert_d_ff": 0,
@@ -63,8 +63,8 @@ _MODEL = (
     "head_dim", "activation", "norm_eps", "relative_buckets", "relative_max_distance", "rope_theta", "rope_dim",
     "rope_interleaved", "kv_lora_rank", "q_lora_rank", "value_dim", "sliding_window", "sliding_window_layers",
     "qk_norm", "attention_bias", "attention_sinks", "clip_qkv", "tie_embeddings", "scale_logits", "dropout",
-    "init_scale", "dtype", "low_precision", "norms", "embedding_scale", "residual_scale", "attention_scale",
-    "logit_scale", "prediction_layers", "prediction_weight", "gated_attention", "zero_centred_norms",
+    "init_scale", "dtype", "low_precision", "low_precision_in", "norms", "embedding_scale", "residual_scale",
+    "attention_scale", "logit_scale", "prediction_layers", "prediction_weight", "gated_attention", "zero_centred_norms",
     "layer_norm", "logit_bias", "base_d_model", "base_num_layers", "base_head_dim", "base_expert_d_ff",
 )  # fmt: skip
 _DATA = (

@@ -220,6 +220,8 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
         self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
+        # Quantised again, numbers of float8 stay what they are, and those of int8 shrink by half a step of 127.
+        self.sent_precision = "float8" if config.low_precision_everywhere == "float8" else "none"
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"
@@ -242,6 +244,7 @@ class Experts(nnx.Module):
             biases,
             activation=self.activation,
             precision=self.precision,
+            sent_precision=self.sent_precision,
             keeps_hidden=self.remat in KEEP_HIDDEN,
             keeps_outputs=self.remat in KEEP_OUTPUTS,
         )

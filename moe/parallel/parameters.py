@@ -192,16 +192,24 @@ def gather_for_matmul(weights: nnx.Variable[Array], dtype: Any) -> Array:
 def project(x: Float[Array, "*batch inputs"], weights: nnx.Variable[Array]) -> Float[Array, "*batch outputs"]:
     """Multiply by a gathered matrix onto heads or from them: [B,T,D] by [D,N,H] → [B,T,N,H], [B,T,N,H] by [N,H,D] →
     [B,T,D]."""
-    shape, spec, inputs, on_cpu = weights.shape, spec_of(weights), weights.get_metadata("inputs"), target.is_cpu()
+    shape, inputs, on_cpu = weights.shape, weights.get_metadata("inputs"), target.is_cpu()
     head_dim = shape[1] if inputs == 2 else shape[2]
     if head_dim >= target.LANES and not on_cpu:
         return jnp.tensordot(x, gather_for_matmul(weights, x.dtype), inputs)
+    by = matmul if on_cpu else functools.partial(_onto, outputs=shape[inputs:])
+    return project_joined(x, weights, by)
+
+
+def project_joined(
+    x: Float[Array, "*batch inputs"], weights: nnx.Variable[Array], by: Callable[[Array, Array], Array]
+) -> Float[Array, "*batch outputs"]:
+    """:func:`project` by a product with a matrix [D,N·H] or [N·H,D], whose result is shaped as the heads."""
+    shape, spec, inputs = weights.shape, spec_of(weights), weights.get_metadata("inputs")
     batch, outputs = x.shape[: x.ndim - inputs], shape[inputs:]
     # Of N and H, N alone is split over devices.
     joined = P(spec[0], spec[inputs])
     matrix = gather_array(weights[...].reshape(math.prod(shape[:inputs]), -1), joined, x.dtype)
-    x = x.reshape(*batch, -1)
-    return matmul(x, matrix).reshape(*batch, *outputs) if on_cpu else _onto(x, matrix, outputs)
+    return by(x.reshape(*batch, -1), matrix).reshape(*batch, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -17,6 +17,7 @@ from moe.config import ConfigError, MeshConfig
 from moe.dispatch import quantized
 from moe.dispatch.backends import gpu, grouped_ffn, tpu
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
+from moe.layers.moe_layer import MoELayer
 from moe.models.factory import abstract_model
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
@@ -117,13 +118,26 @@ def _products(jaxpr, types=None):
     return types
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "dropless"])
-def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch, monkeypatch):
-    """Up, gate and down of a dense layer, a shared expert and the experts, as traced for a TPU: forward, and for the
-    rows' gradients; all other products, the router's among them, are not."""
-    config = tiny_model(
-        dispatch=dispatch, shared_d_ff=8, first_dense=1, dtype="bfloat16", low_precision="int8", capacity_factor=4.0
-    )
+#: Settings of multi-head latent attention.
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 8, "head_dim": 8, "rope_dim": 4, "value_dim": 4, "num_kv_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "attention", "settings"),
+    [
+        ("gather", 0, {}),
+        ("dropless", 0, {}),
+        # Queries, keys, values and outputs of two layers.
+        ("dropless", 2 * 4, {"low_precision_in": "all"}),
+        # Both latents, what is rotated of queries and what is not, and outputs.
+        ("dropless", 2 * 5, {"low_precision_in": "all"} | LATENT),
+    ],
+)
+def test_every_product_is_quantised_where_asked(dispatch, attention, settings, monkeypatch):
+    """Up, gate and down of a dense layer, a shared expert and the experts, and attention's projections, as traced for a
+    TPU: forward, and for the rows' gradients; all other products, the router's among them, are not."""
+    low = {"dtype": "bfloat16", "low_precision": "int8"}
+    config = tiny_model(dispatch=dispatch, shared_d_ff=8, first_dense=1, capacity_factor=4.0, **low, **settings)
     graphdef, parameters = random_parameters(config)
     tokens = jnp.arange(16).reshape(2, 8)
     monkeypatch.setattr(target, "current", lambda: target.Target("tpu", "TPU v5 lite"))
@@ -133,8 +147,8 @@ def test_every_product_of_experts_and_dense_layers_is_quantised(dispatch, monkey
 
     types = _products(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr)
     experts = 2 if dispatch == "dropless" else 3  # up and gate as one matrix
-    assert types["int8xint8"] == 2 * (3 + 3 + experts)
-    plain = dataclasses.replace(config, low_precision="none")
+    assert types["int8xint8"] == 2 * (3 + 3 + experts + attention)
+    plain = dataclasses.replace(config, low_precision="none", low_precision_in="ffn")
     assert not _products(
         jax.make_jaxpr(lambda p: _logits(nnx.graphdef(abstract_model(plain)), p, tokens))(parameters).jaxpr
     )["int8xint8"]
@@ -163,6 +177,47 @@ def test_a_mesh_changes_neither_loss_nor_gradients():
     assert float(spread[0]) == pytest.approx(float(alone[0]), rel=1e-4)
     for ours, theirs in zip(*map(jax.tree.leaves, (spread[1], alone[1])), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=0.02 * np.abs(theirs).max())
+
+
+def test_packed_rows_are_the_quantised_rows():
+    """Bytes of 5 numbers and a scale; rows that were packed before are not changed by it."""
+    precision = "float8"
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)), jnp.bfloat16)
+    sent = quantized.pack(rows, precision)
+    assert (sent.shape, sent.dtype) == ((7, 5 + 4), jnp.uint8)
+    arrived = quantized.unpack(sent, precision, jnp.float32)
+    numbers, scales = quantized.quantize(rows, -1, precision)
+    np.testing.assert_array_equal(arrived, numbers.astype(jnp.float32) * scales)
+    again = quantized.unpack(quantized.pack(arrived, precision), precision, jnp.float32)
+    np.testing.assert_allclose(again, arrived, rtol=1e-6)
+
+
+def test_rows_between_hosts_in_8_bits_change_gradients_alone():
+    """The experts quantise the rows all the same; gradients of matrices are then sums of quantised rows."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=8), jax.devices()[:8])
+    generator, results = np.random.default_rng(0), []
+    x, target_of_x = (jnp.asarray(generator.normal(size=(8, 12, 16)), jnp.float32) for _ in range(2))
+    for where in ("ffn", "all"):
+        moe = {"dispatch": "dropless", "exchange_hosts": 2, "num_experts": 8, "gate": "mixtral"}
+        layer = MoELayer(tiny_model(low_precision="float8", low_precision_in=where, **moe), rngs=nnx.Rngs(0))
+        graphdef, parameters = nnx.split(layer)
+
+        def loss(parameters, x, graphdef=graphdef):
+            y = nnx.merge(graphdef, parameters)(x)[0]
+            return jnp.sum(y * target_of_x), y
+
+        with jax.set_mesh(mesh):
+            gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+            (*found,), y = gradients(nnx.to_pure_dict(parameters), x)
+        results.append((y, jax.tree.leaves(found)))
+    (y, gradients), (packed_y, packed_gradients) = results
+    np.testing.assert_allclose(packed_y, y, atol=1e-5 * np.abs(y).max())
+    errors = [
+        float(jnp.sqrt(jnp.mean((packed - plain) ** 2) / jnp.mean(plain**2)))
+        for packed, plain in zip(packed_gradients, gradients, strict=True)
+    ]
+    assert max(errors) < 0.05
+    assert max(errors) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -183,11 +183,13 @@ def test_each_chunk_of_tokens_has_its_exchanges():
     np.testing.assert_allclose(results[1], results[0], atol=1e-6 * np.abs(results[0]).max())
 
 
-def test_a_token_goes_once_to_each_host():
+@pytest.mark.parametrize("low", [False, True])
+def test_a_token_goes_once_to_each_host(low):
     """Two hosts of four devices: one all-to-all there and one back has a slot for every token of both hosts' devices
-    in a place, 2·24; all others are of one host."""
+    in a place, 2·24; all others are of one host. In 8 bits a row there is its 16 numbers and 4 bytes of a scale."""
     mesh = _mesh((1, 1, 8, 1))
-    layer = MoELayer(d_model=16, d_ff=8, num_experts=E, dispatch="dropless", exchange_hosts=2, rngs=nnx.Rngs(0))
+    settings = {"low_precision": "float8", "low_precision_in": "all"} if low else {}
+    layer = MoELayer(tiny_model(dispatch="dropless", num_experts=E, exchange_hosts=2, **settings), rngs=nnx.Rngs(0))
     graphdef, parameters = nnx.split(layer)
     with jax.set_mesh(mesh):
         arguments = _place(mesh, parameters), _place(mesh, jnp.zeros((B, 24, 16)), partition_specs.BATCH)
@@ -195,7 +197,7 @@ def test_a_token_goes_once_to_each_host():
         text = program.lower(*arguments).compile().as_text()
     found = [each for each in collectives(text, mesh.size) if each.kind == "all-to-all"]
     between = [each for each in found if each.groups == {frozenset((place, place + 4)) for place in range(4)}]
-    assert [each.shapes for each in between] == 2 * [((24, 16), (24, 16))]
+    assert [each.shapes for each in between] == [2 * ((24, 20 if low else 16),), 2 * ((24, 16),)]
     hosts = {frozenset(range(4)), frozenset(range(4, 8))}
     assert all(each.groups == hosts for each in found if each not in between)
 

@@ -401,7 +401,7 @@ def test_a_page_of_too_many_parameters_is_refused(monkeypatch):
 READ_OTHERWISE = {
     "num_layers", "d_ff", "rope_scaling", "delta_net", "tie_embeddings", "scale_logits", "logit_scale", "moe",
     "encoder_vocab_size", "relative_max_distance", "q_lora_rank", "value_dim", "sliding_window_layers", "attention",
-    "prediction_weight", "dropout", "init_scale", "dtype", "scan_layers", "scan_unroll", "remat",
+    "prediction_weight", "dropout", "init_scale", "dtype", "low_precision_in", "scan_layers", "scan_unroll", "remat",
 }  # fmt: skip
 MOE_READ_OTHERWISE = {
     "gate", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size", "dispatch",

@@ -4,6 +4,7 @@ multi-head latent attention."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe.config import ModelConfig
+from moe.dispatch import quantized
 from moe.layers.attention.attend import attend
 from moe.layers.attention.scoring import Scoring, append_sink, rotate, yarn_mscale
 from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, zeros
 from moe.parallel import partition_specs
 from moe.parallel.mesh import constrain
-from moe.parallel.parameters import gather_for_matmul, project
+from moe.parallel.parameters import gather_for_matmul, project, project_joined
 from moe.parallel.partition_specs import HEADS_IN, HEADS_OUT, STORED
 
 
@@ -140,7 +142,7 @@ class Attention(nnx.Module):
 
     def _project(self, name: str, x: Array) -> Array:
         """[B,T,D] → heads by the matrix and the bias of this name."""
-        heads = project(x, getattr(self, name))
+        heads = _project(x, getattr(self, name), self.config)
         if self.config.attention_bias == "none":
             return heads
         return heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)
@@ -158,7 +160,7 @@ class Attention(nnx.Module):
         """Output projection of all heads, gated by the layer's input where ``model.gated_attention`` is set."""
         if self.config.gated_attention:
             heads *= jax.nn.sigmoid(self._project("gate", x))
-        y = project(heads, self.out)
+        y = _project(heads, self.out, self.config)
         return y + self.out_bias[...].astype(y.dtype) if self.config.attention_bias == "all" else y
 
     def _normalise(self, norm: RMSNorm, heads: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
@@ -167,6 +169,14 @@ class Attention(nnx.Module):
             return norm(heads)
         # [B,T,N,H] → [B,T,N·H] → [B,T,N,H]
         return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
+
+
+def _project(x: Array, weights: nnx.Param[Array], config: ModelConfig) -> Array:
+    """:func:`moe.parallel.parameters.project`, with quantised factors where the config asks for them."""
+    precision = config.low_precision_everywhere
+    if precision == "none":
+        return project(x, weights)
+    return project_joined(x, weights, functools.partial(quantized.matmul, precision=precision))
 
 
 #: Epsilon of the norms of the compressed vectors, in the published code independent of ``model.norm_eps``.
@@ -249,19 +259,32 @@ class LatentAttention(nnx.Module):
     def join(self, heads: Float[Array, "B T N V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Project the heads back to the model dimension; the layer's input is not used."""
         del x
-        return project(heads, self.out)
+        return _project(heads, self.out, self.config)
 
     def _query(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → rotated queries [B,T,N,H]."""
         if self.config.q_lora_rank:
-            x, up = self.query_latent_norm(x @ gather_for_matmul(self.query_down, x.dtype)), self.query_up
+            x, up = self.query_latent_norm(self._down(x, self.query_down)), self.query_up
         else:
             up = self.query
         # The matrix is split, not its product, of which each part would be copied.
         ups = jnp.split(gather_for_matmul(up, x.dtype), [self.unrotated_dim], axis=-1)
-        query, rotated = (jnp.tensordot(x, part, 1) for part in (ups[0], self._in_halves(ups[1])))
+        query, rotated = (self._up(x, part) for part in (ups[0], self._in_halves(ups[1])))
         query = jnp.concatenate([query, self._rotate(rotated, positions)], axis=-1)
         return constrain(query, partition_specs.HEADS)
+
+    def _down(self, x: Array, weights: nnx.Param[Array]) -> Array:
+        """[B,T,D] → [B,T,rank]."""
+        matrix, precision = gather_for_matmul(weights, x.dtype), self.config.low_precision_everywhere
+        return x @ matrix if precision == "none" else quantized.matmul(x, matrix, precision)
+
+    def _up(self, x: Array, matrix: Array) -> Array:
+        """Queries or a part of them by a gathered matrix [rank,N,H]: [B,T,rank] → [B,T,N,H]."""
+        precision = self.config.low_precision_everywhere
+        if precision == "none":
+            return jnp.tensordot(x, matrix, 1)
+        joined = quantized.matmul(x, matrix.reshape(matrix.shape[0], -1), precision)
+        return joined.reshape(*x.shape[:-1], *matrix.shape[1:])
 
     def _in_halves(self, rotated: Array) -> Array:
         """Dimensions to rotate in pairs (i, i + H/2), if the checkpoint has them as (2i, 2i + 1): the products of
@@ -275,7 +298,7 @@ class LatentAttention(nnx.Module):
 
     def _latent(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → [B,T,1,kv_lora_rank + rope_dim]: the normalised latent and the rotated key."""
-        latent = x @ gather_for_matmul(self.kv_down, x.dtype)
+        latent = self._down(x, self.kv_down)
         compressed, key = jnp.split(latent, [self.config.kv_lora_rank], axis=-1)
         key = self._rotate(self._in_halves(key)[:, :, None], positions)
         return jnp.concatenate([self.kv_latent_norm(compressed)[:, :, None], key], axis=-1)
