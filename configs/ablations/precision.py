@@ -12,13 +12,18 @@ from moe.lab.suite import Comparison, Suite, Variant
 
 
 def get_suite(size: str) -> Suite:
-    """Top-2 of 16, dropless: in float32 and bfloat16, with factors in int8 and float8, and with moments in bfloat16."""
+    """Top-2 of 16, dropless: in float32 and bfloat16, with factors in int8 and float8, without attention's and with
+    them, and with moments in bfloat16."""
     layer = two_by_two(size)["top2_free"].overrides
     narrow = {**layer, "model.dtype": "bfloat16"}
     fields = {
         "float32": ({"model.dtype": "float32"}, "all numbers in float32"),
         "int8": ({"model.low_precision": "int8"}, "factors of the experts' products in int8"),
         "float8": ({"model.low_precision": "float8"}, "factors of the experts' products in float8"),
+        "float8_all": (
+            {"model.low_precision": "float8", "model.low_precision_in": "all"},
+            "factors of attention's projections too",
+        ),
         "moments": ({"optimizer.moment_dtype": "bfloat16"}, "both moments in bfloat16"),
     }
     others = {name: Variant({**narrow, **own}, note=note, rate_from="bfloat16") for name, (own, note) in fields.items()}
