@@ -228,14 +228,14 @@ def take_rows(rows: Shaped[Array, "R ..."], index: Int[Array, "*N"]) -> Shaped[A
 
 @jax.custom_vjp
 def fill_rows(
-    x: Float[Array, "S D"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
-) -> Float[Array, "R D"]:
+    x: Shaped[Array, "S D"], assignment_of_row: Int[Array, " R"], row_of_assignment: Int[Array, "S K"]
+) -> Shaped[Array, "R D"]:
     """Each row's token; an empty row has some token's, which costs no pass over the rows to set to zero and which
     neither outputs nor gradients read."""
     return _tokens_of_rows(x, assignment_of_row, row_of_assignment.shape[-1])
 
 
-def _tokens_of_rows(x: Float[Array, "S D"], assignment_of_row: Int[Array, " R"], choices: int) -> Float[Array, "R D"]:
+def _tokens_of_rows(x: Shaped[Array, "S D"], assignment_of_row: Int[Array, " R"], choices: int) -> Shaped[Array, "R D"]:
     return x.at[assignment_of_row // choices].get(mode="clip")
 
 

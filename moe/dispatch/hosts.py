@@ -67,14 +67,13 @@ def apply_by_host(
     num_local = num_experts // hosts
     there, back, rows_of_visits, slots_of_tokens = _routes(received.expert // num_local, peers)
     rows_of_visits, slots_of_tokens = checkpoint_name((rows_of_visits, slots_of_tokens), ROUTES)
-    num_rows, num_slots = rows_of_visits[0].shape[0], slots_of_tokens[0].shape[0]
-    rows = fill_rows(x, *rows_of_visits)
-    sent = weights.sent_precision
-    slots = _send(num_slots, peers, (sent, "none"), rows, there, back)
+    network, routes = (
+        _Network(peers, slots_of_tokens[0].shape[0], weights.sent_precision),
+        (rows_of_visits, there, back),
+    )
     local = _in_slots(received, slots_of_tokens, num_local, peers)
-    y = _apply_in_windows(slots, local, num_local, weights, Peers(hosts)).astype(x.dtype)
-    returned = _send(num_rows, peers, ("none", sent), y, back, there)
-    return sum_rows(returned, *rows_of_visits)
+    y = _apply_in_windows(_to_slots(network, x, routes), local, num_local, weights, Peers(hosts))
+    return _from_slots(network, y.astype(x.dtype), routes)
 
 
 def balanced_visits(hosts: int, choices: int, groups: int = 1, kept_groups: int = 1) -> float:
@@ -126,27 +125,57 @@ def _routes(host: Int[Array, "H S K"], peers: Peers) -> tuple[Route, Route, Tabl
     return there, back, with_inverse(row, num_rows), with_inverse(slot.reshape(-1, 1), hosts * tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _send(num_rows: int, peers: Peers, precisions: tuple[str, str], rows: Array, there: Route, back: Route) -> Array:
-    """Rows that arrive over a route, [N,D], undefined where nothing does; gradients return over the other. Rows and
-    gradients travel in these precisions."""
-    del back
-    packed = quantized.pack(rows, precisions[0])
-    arrived = peers.swap(packed) if target.is_cpu() else peers.send(packed, num_rows, there)
-    return quantized.unpack(arrived, precisions[0], rows.dtype)
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """How tokens travel to the slots of the devices in this one's place on every host.
+
+    Attributes:
+        peers: these devices.
+        num_slots: of each.
+        precision: of tokens, and of gradients of what returns, on their way there; a value of ``model.low_precision``.
+    """
+
+    peers: Peers
+    num_slots: int
+    precision: str
 
 
-def _send_fwd(num_rows, peers, precisions, rows, there, back):
-    return _send(num_rows, peers, precisions, rows, there, back), (rows[:, :0], there, back)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _to_slots(network: _Network, x: Float[Array, "S D"], routes: Any) -> Float[Array, "N D"]:
+    """Tokens in this device's slots, undefined where nothing arrives.
+
+    Args:
+        routes: rows by visit, and the routes of rows there and back.
+    """
+    tables, there, _ = routes
+    # Packed before there is a row for every visit.
+    rows = fill_rows(quantized.pack(x, network.precision), *tables)
+    arrived = network.peers.swap(rows) if target.is_cpu() else network.peers.send(rows, network.num_slots, there)
+    return quantized.unpack(arrived, network.precision, x.dtype)
 
 
-def _send_bwd(num_rows, peers, precisions, residuals, gradient):
-    rows, there, back = residuals
-    nothing = [no_gradient(index) for index in there]
-    return _send(rows.shape[0], peers, precisions[::-1], gradient, back, there), tuple(nothing), tuple(nothing)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _from_slots(network: _Network, y: Float[Array, "N D"], routes: Any) -> Float[Array, "S D"]:
+    """Each token's sum of what its slots have, in float32."""
+    tables, _, back = routes
+    rows = network.peers.swap(y) if target.is_cpu() else network.peers.send(y, tables[0].shape[0], back)
+    return sum_rows(rows, *tables)
 
 
-_send.defvjp(_send_fwd, _send_bwd)
+def _to_slots_bwd(network, residuals, gradient):
+    no_token, routes = residuals
+    return _from_slots(network, gradient, routes).astype(no_token.dtype), jax.tree.map(no_gradient, routes)
+
+
+def _from_slots_bwd(network, residuals, gradient):
+    no_slot, routes = residuals
+    # Tables of its own: XLA would make these rows in one fusion with those of the tokens, and send neither before both.
+    own = jax.lax.optimization_barrier(routes)
+    return _to_slots(network, gradient.astype(no_slot.dtype), own), jax.tree.map(no_gradient, routes)
+
+
+_to_slots.defvjp(lambda network, x, routes: (_to_slots(network, x, routes), (x[:0], routes)), _to_slots_bwd)
+_from_slots.defvjp(lambda network, y, routes: (_from_slots(network, y, routes), (y[:0], routes)), _from_slots_bwd)
 
 
 def _in_slots(received: Assignments, tables: Tables, num_local: int, peers: Peers) -> Assignments:
