@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from moe.atomic_files import write_arrays
 from moe.fields import ConfigError, raised_as_errors
-from moe.routing.interface import Gate, GateInputs, GateOutput
+from moe.routing.interface import ROUTES, Gate, GateInputs, GateOutput
 
 
 @jax.tree_util.register_dataclass
@@ -109,6 +110,7 @@ def route(
     if noise_logits is not None:
         finite &= jnp.all(jnp.isfinite(noise_logits), axis=-1)
         noise_logits = jnp.where(finite[..., None], noise_logits, 0.0)
+    finite = checkpoint_name(finite, ROUTES)
     router_logits = jnp.where(finite[..., None], router_logits, 0.0)
     valid = mask & finite
     recorded = None if replay is None else replay.expert_index
