@@ -151,23 +151,32 @@ _NVIDIA_OPTIONS = {
 }
 
 
+#: In a pipeline a turn's exchanges have one layer's work to hide behind, so they start as soon as they can. A loop
+#: counts as all exchanges in it: were few allowed, none could be under way beside those of the experts' further rounds.
+_NVIDIA_PIPELINE = {
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 64,
+}
+
+
 #: XLA of JAX 0.12 writes two trips of a loop as one, and aborts ("call graph must have been flattened") where that loop
 #: over layers is inside a pipeline's loop over turns.
-_NVIDIA_PIPELINE = {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_NO_UNROLL"}
+_NVIDIA_NESTED = {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_NO_UNROLL"}
 
 
-def compiler_options(device_kind: str, *, nested: bool = False) -> dict[str, str | bool | int]:
+def compiler_options(device_kind: str, *, stages: int = 1, nested: bool = False) -> dict[str, str | bool | int]:
     """XLA options for a kind of device, by JAX's name of it; none except for TPUs and NVIDIA GPUs.
 
     Args:
-        nested: the loop over layers is inside a pipeline's loop over turns.
+        stages: of the pipeline.
+        nested: the loop over layers is inside the pipeline's loop over turns.
 
     With its default vector memory, XLA splits a large matmul into windows so small that operands are read, and fused
     inputs computed, several times. Asynchronous exchanges overlap with independent work. docs/accelerator_code.md
     has the estimated gains.
     """
     if device_kind.startswith("NVIDIA"):
-        return _NVIDIA_OPTIONS | (_NVIDIA_PIPELINE if nested else {})
+        return _NVIDIA_OPTIONS | (_NVIDIA_PIPELINE if stages > 1 else {}) | (_NVIDIA_NESTED if nested else {})
     if not device_kind.startswith("TPU"):
         return {}
     options: dict[str, str | bool | int] = {"xla_tpu_enable_async_all_to_all": "true"}

@@ -134,7 +134,7 @@ def compiler_options(config: Config, mesh: Mesh) -> dict[str, str | bool | int]:
     """XLA options of a run's programs on these devices."""
     stages = mesh.shape.get("pipeline", 1)
     nested = stages > 1 and config.model.scan_layers and Schedule.of(config, stages).repeats > 1
-    return target.compiler_options(mesh.devices.flat[0].device_kind, nested=nested)
+    return target.compiler_options(mesh.devices.flat[0].device_kind, stages=stages, nested=nested)
 
 
 def build(

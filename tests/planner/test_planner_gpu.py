@@ -226,6 +226,8 @@ def test_exchanges_on_gpus_are_scheduled_early():
         options = target.compiler_options(kind)
         assert options["xla_gpu_enable_latency_hiding_scheduler"] is True
         assert options["optimization_level"] == "O1"
+        early = "xla_gpu_experimental_collective_start_as_early_as_possible"
+        assert [early in target.compiler_options(kind, stages=stages) for stages in (1, 2)] == [False, True]
     assert target.compiler_options("cpu") == target.compiler_options("AMD Instinct MI300X") == {}
 
 
