@@ -61,19 +61,30 @@ def apply_by_host(
         hosts: H, that the expert axis spans.
         weights: of this device's experts; which rows its dropout has is not read.
     """
+    dropout = weights.dropout
+    x, weights = _ready_together((x, dataclasses.replace(weights, dropout=None)))
+    weights = dataclasses.replace(weights, dropout=dropout)
     peers = Peers(hosts, across=True)
     with jax.named_scope(LOAD_SCOPE):
         received = peers.gather(chosen)  # [H,S,K], of the devices whose tokens may come here
     num_local = num_experts // hosts
     there, back, rows_of_visits, slots_of_tokens = _routes(received.expert // num_local, peers)
     rows_of_visits, slots_of_tokens = checkpoint_name((rows_of_visits, slots_of_tokens), ROUTES)
-    network, routes = (
-        _Network(peers, slots_of_tokens[0].shape[0], weights.sent_precision),
-        (rows_of_visits, there, back),
-    )
+    network = _Network(peers, slots_of_tokens[0].shape[0], weights.sent_precision)
+    routes = rows_of_visits, there, back
     local = _in_slots(received, slots_of_tokens, num_local, peers)
     y = _apply_in_windows(_to_slots(network, x, routes), local, num_local, weights, Peers(hosts))
     return _from_slots(network, y.astype(x.dtype), routes)
+
+
+@jax.custom_vjp
+def _ready_together(tree: Any) -> Any:
+    """The same arrays, whose gradients are there at the same time: those of the experts' matrices are computed while
+    the tokens' return, and what they are computed from is not kept for longer."""
+    return tree
+
+
+_ready_together.defvjp(lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
 
 
 def balanced_visits(hosts: int, choices: int, groups: int = 1, kept_groups: int = 1) -> float:
