@@ -69,7 +69,7 @@ def apply_by_host(
         received = peers.gather(chosen)  # [H,S,K], of the devices whose tokens may come here
     num_local = num_experts // hosts
     there, back, rows_of_visits, slots_of_tokens = _routes(received.expert // num_local, peers)
-    rows_of_visits, slots_of_tokens = _of_its_own(checkpoint_name((rows_of_visits, slots_of_tokens), ROUTES))
+    rows_of_visits, slots_of_tokens = checkpoint_name((rows_of_visits, slots_of_tokens), ROUTES)
     network = _Network(peers, slots_of_tokens[0].shape[0], weights.sent_precision)
     routes = rows_of_visits, there, back
     local = _in_slots(received, slots_of_tokens, num_local, peers)
@@ -104,12 +104,6 @@ def balanced_visits(hosts: int, choices: int, groups: int = 1, kept_groups: int 
     else:
         candidates = kept_groups * hosts / groups
     return candidates * (1 - (1 - 1 / candidates) ** choices)
-
-
-def _of_its_own(tables: Any) -> Any:
-    """Tables that no other part of the tokens, and no other direction, has: where two share one, XLA for GPUs moves the
-    rows of both in one fusion, and sends neither before both are there."""
-    return jax.lax.optimization_barrier(tables)
 
 
 # --- Between hosts ---------------------------------------------------------------------------------------------------
@@ -186,7 +180,8 @@ def _to_slots_bwd(network, residuals, gradient):
 
 def _from_slots_bwd(network, residuals, gradient):
     no_slot, routes = residuals
-    own = _of_its_own(routes)  # not those of the tokens' rows
+    # Tables of its own: XLA would make these rows in one fusion with those of the tokens, and send neither before both.
+    own = jax.lax.optimization_barrier(routes)
     return _to_slots(network, gradient.astype(no_slot.dtype), own), jax.tree.map(no_gradient, routes)
 
 
@@ -227,7 +222,7 @@ def _apply_in_windows(
     ends = jnp.cumsum(totals[0])
     first = jnp.take(ends - totals[0], chosen.expert, mode="clip")
     tables = with_inverse(jnp.where(kept, first + place[0], kept.size), kept.size)
-    ends, tables = _of_its_own(checkpoint_name((ends, tables), ROUTES))
+    ends, tables = checkpoint_name((ends, tables), ROUTES)
     with jax.named_scope(LOAD_SCOPE):
         most = jax.lax.pmax(ends[-1], axis_of("expert"))
     size = whole_tiles(min(kept.size, math.ceil(kept.size / peers.hosts * ROUND_SIZE)))
