@@ -29,6 +29,8 @@ from moe.dispatch.modes import dispatch
 from moe.layers.attention.attend import attend, checked_for_target
 from moe.layers.attention.scoring import Scoring
 from moe.layers.basic import Experts
+from moe.layers.moe_layer import MoELayer
+from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from tests.helpers import slow_case, tiny_model, tiny_routing
 
@@ -348,3 +350,33 @@ def test_attention_is_cudnns_and_holds_no_square(name, heads, window):
     # The gradient reads what the kernel returned before: each block has one call of either.
     assert text.count('"__cudnn$fmhaScaleBiasSoftmaxBackward"') == text.count('"__cudnn$fmhaScaleBiasSoftmax"') > 0
     assert not re.search(rf"\[(\d+,)*{length},{length}\]", text)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_no_exchange_waits_for_gradients_of_matrices(hosts, monkeypatch):
+    """In the backward pass as traced for H100s: outer products of rows, which can hide the way back of the rows'
+    gradients, come before none of its exchanges."""
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100 80GB HBM3", 132))
+    sizes = {"d_model": 16, "moe_d_ff": 16, "num_experts": 8, "exchange_hosts": hosts, "dtype": "bfloat16"}
+    config = tiny_model(dispatch="dropless", remat="full", **sizes)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=8))):
+        graphdef, parameters = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)))
+
+        def loss(parameters, x):
+            return jnp.sum(nnx.merge(graphdef, parameters)(x)[0])
+
+        gradients = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))
+        program = gradients(nnx.to_pure_dict(parameters), jnp.ones((8, 32, 16), jnp.bfloat16))
+    *_, backward = [each.params["jaxpr"] for each in program.eqns if each.primitive.name == "shard_map"]
+    products, exchanges, late = 0, 0, set()  # late: arrays that depend on an outer product
+    for equation in backward.eqns:
+        is_product = equation.params.get("name") == "grouped_outer_products"
+        waits = is_product or not late.isdisjoint(map(id, equation.invars))
+        late |= set(map(id, equation.outvars)) if waits else set()
+        products += is_product
+        # Further rounds, in loops, add to both.
+        if "ragged_all_to_all" in str(equation) and equation.primitive.name != "while":
+            exchanges += 1
+            assert not waits
+    assert products == 2
+    assert exchanges == {1: 3, 2: 5}[hosts]
