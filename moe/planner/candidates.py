@@ -23,8 +23,9 @@ from moe.planner.chips import Chip
 from moe.planner.gpus import Gpu
 from moe.planner.topology import Topology
 
-#: Remat policies to try. The transfers of the one left out are priced by an assumed link to the host.
-SEARCHED_POLICIES = tuple(policy for policy in REMAT_POLICIES if policy != "offload")
+#: Remat policies to try. Of those left out one has transfers priced by an assumed link to the host, and one needs as
+#: much memory and arithmetic as the last.
+SEARCHED_POLICIES = tuple(policy for policy in REMAT_POLICIES if policy not in ("offload", "routes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +210,7 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
                 moe = model.moe.with_dispatch(mode)
                 add(f"model.moe.dispatch={mode}", model=dataclasses.replace(model, moe=moe))
         if model.moe.dispatch == "dropless" and mesh.expert > 1:
+            add("model.remat=routes", model=dataclasses.replace(model, remat="routes"))
             hosts = _hosts_of_experts(mesh, topology.chip)
             for name, value in (("exchange_chunks", 2 * model.moe.exchange_chunks), ("exchange_hosts", hosts)):
                 moe = dataclasses.replace(model.moe, **{name: value})

@@ -32,7 +32,7 @@ from moe.parallel.partition_specs import KEEP_HIDDEN
 from moe.training.optimizer import make_optimizer
 
 #: Remat policies to try until a program fits, from the least recomputation to the most.
-LADDER = ("hidden", "outputs", "attention", "offload", "routes", "full")
+LADDER = ("hidden", "outputs", "attention", "offload", "full")
 
 #: An estimate above the memory by this factor rules a program out; estimates of compiled programs were at most 1.09
 #: times what they needed.

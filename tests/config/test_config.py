@@ -59,6 +59,7 @@ def changed(**overrides):
         ({"model__moe__dispatch": "scatter"}, "model.moe.dispatch='scatter': must be one of gather, einsum"),
         ({"model__moe__first_dense": 4}, "use model.moe.gate=none for a dense model"),
         ({"model__moe__group_size": 100}, "model.moe.group_size=100: must divide or be a multiple of"),
+        ({"model__low_precision_in": "all"}, "model.low_precision_in='all': must be ffn with model.low_precision=none"),
         ({"model__moe__exchange_chunks": 2}, "model.moe.exchange_chunks=2: must be 1 unless dispatch is dropless"),
         (
             {"model__moe__exchange_chunks": 3, "model__moe__dispatch": "dropless"},
