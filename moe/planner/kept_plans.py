@@ -60,14 +60,15 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
         plan: to keep.
         config: name of the file in configs/, with its argument if it had one.
         flags: fields of the config that were set on the command line.
-        hardware: its name there.
+        hardware: its name there, or one of the names of a plan that is kept.
     """
     figures = plan.to_json()
     kept = {"config": config, "flags": flags}
     topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
-    names = {topology} if plan.num_slices > 1 else {topology, hardware or topology}
     precision = flags.get("model.low_precision", "none")
-    kept["slices"] = sorted(name if precision == "none" else f"{name}-{precision}" for name in names)
+    suffix = "" if precision == "none" else f"-{precision}"
+    names = {topology} if plan.num_slices > 1 else {topology, hardware.removesuffix(suffix) or topology}
+    kept["slices"] = sorted(name + suffix for name in names)
     return (
         kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS} | {"topology": topology}
     )

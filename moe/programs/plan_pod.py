@@ -166,8 +166,7 @@ def _remake() -> None:
         where = topology.get_topology(shape, int(slices or 1))
         config = from_config_dict(fields)
         made = plan.read_step(config, where, compiled.read_or_compile(config, where, _programs(), apart=True))
-        names = [each.removesuffix(f"-{config.model.low_precision}") for each in kept["slices"]]
-        cloud_name = next((each for each in names if each != kept["topology"]), kept["topology"])
+        cloud_name = next((each for each in kept["slices"] if each != kept["topology"]), kept["topology"])
         _record(made, kept["config"], kept["flags"], cloud_name)
         print(f"{kept['config']} on {kept['topology']}: {kept['step_seconds']:.3g} → {made.step_seconds:.3g} s")
 

@@ -236,6 +236,8 @@ def test_a_kept_plan_in_8_bits_has_a_name_of_its_own(made):
     plain = kept_plans.row(made, "mixtral_8x7b", {}) | {"tokens_per_second_per_chip": 1.0}
     low = kept_plans.row(made, "mixtral_8x7b", {"model.low_precision": "float8"}) | {"tokens_per_second_per_chip": 2.0}
     assert (plain["slices"], low["slices"]) == (["h100:1x1"], ["h100:1x1-float8"])
+    again = kept_plans.row(made, "mixtral_8x7b", {"model.low_precision": "float8"}, "h100:1x1-float8")
+    assert again["slices"] == low["slices"]
     assert kept_plans.best([plain, low], "mixtral_8x7b", "h100:1x1") == plain
     assert kept_plans.best([plain, low], "mixtral_8x7b", "h100:1x1-float8") == low
 
