@@ -183,10 +183,7 @@ def test_fit_takes_the_least_recomputation_that_fits(monkeypatch):
     assert _fitting(monkeypatch, {"hidden", "full"}) == ("hidden", ["hidden"])
     assert _fitting(monkeypatch, {"attention", "full"}) == ("attention", ["hidden", "outputs", "attention"])
     # 40 GiB are less than the hidden activations alone: that policy is not compiled.
-    assert _fitting(monkeypatch, {"full"}, 40 * 2**30) == (
-        "full",
-        ["outputs", "attention", "offload", "full"],
-    )
+    assert _fitting(monkeypatch, {"full"}, 40 * 2**30) == ("full", ["outputs", "attention", "offload", "full"])
     with pytest.raises(ConfigError, match="does not fit"):
         _fitting(monkeypatch, set())
 
