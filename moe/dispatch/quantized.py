@@ -9,6 +9,7 @@ rows, on other experts or, but for the parts of ``tensor``, on the mesh.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def pack(rows: Float[Array, "R D"], precision: str) -> Array:
 
 
 def unpack(sent: Array, precision: str, dtype: Any) -> Float[Array, "R D"]:
-    """What :func:`pack` made, in the compute dtype."""
+    """Rows that :func:`pack` made, in the compute dtype."""
     if precision == "none":
         return sent
     numbers = lax.bitcast_convert_type(sent[:, :-4], TYPES[precision][0])
@@ -82,6 +83,11 @@ def unpack(sent: Array, precision: str, dtype: Any) -> Float[Array, "R D"]:
 def matmul(rows: Array, matrices: Array, precision: str) -> Array:
     """Rows [*batch, ..., K] times matrices [*batch, K, N], as quantised factors."""
     return _product(rows, matrices, precision)
+
+
+def matmul_in(precision: str, plain: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """:func:`matmul` of factors in this precision, or ``plain`` for ``none``."""
+    return plain if precision == "none" else functools.partial(matmul, precision=precision)
 
 
 def _product(rows: Array, matrices: Array, precision: str) -> Array:

@@ -210,8 +210,7 @@ class DenseFFN(nnx.Module):
         return self._matmul(hidden, self.down)
 
     def _matmul(self, x: Array, weight: nnx.Param[Array]) -> Array:
-        gathered = gather_for_matmul(weight, x.dtype)
-        return matmul(x, gathered) if self.precision == "none" else quantized.matmul(x, gathered, self.precision)
+        return quantized.matmul_in(self.precision, matmul)(x, gather_for_matmul(weight, x.dtype))
 
 
 class Experts(nnx.Module):
@@ -220,8 +219,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
         self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
-        # Quantised again, numbers of float8 stay what they are, and those of int8 shrink by half a step of 127.
-        self.sent_precision = "float8" if config.low_precision_everywhere == "float8" else "none"
+        self.sent_precision = config.sent_precision
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)
         self.down = matrix(rngs, (e, f, d), EXPERTS_OUT, fan_in=f, scale=config.init_scale)
         gated, biased = self.activation in GATED_ACTIVATIONS, config.moe.bias == "all"

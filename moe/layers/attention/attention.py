@@ -275,8 +275,8 @@ class LatentAttention(nnx.Module):
 
     def _down(self, x: Array, weights: nnx.Param[Array]) -> Array:
         """[B,T,D] → [B,T,rank]."""
-        matrix, precision = gather_for_matmul(weights, x.dtype), self.config.low_precision_everywhere
-        return x @ matrix if precision == "none" else quantized.matmul(x, matrix, precision)
+        by = quantized.matmul_in(self.config.low_precision_everywhere, jnp.matmul)
+        return by(x, gather_for_matmul(weights, x.dtype))
 
     def _up(self, x: Array, matrix: Array) -> Array:
         """Queries or a part of them by a gathered matrix [rank,N,H]: [B,T,rank] → [B,T,N,H]."""
