@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
+from moe.dispatch import quantized
 from moe.escaping import markdown_table, markdown_text
 from moe.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 from moe.planner import calibration
@@ -65,13 +66,17 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
     figures = plan.to_json()
     kept = {"config": config, "flags": flags}
     topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
-    precision = flags.get("model.low_precision", "none")
-    suffix = "" if precision == "none" else f"-{precision}"
+    suffix = suffix_of(flags.get("model.low_precision", "none"))
     names = {topology} if plan.num_slices > 1 else {topology, hardware.removesuffix(suffix) or topology}
     kept["slices"] = sorted(name + suffix for name in names)
     return (
         kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS} | {"topology": topology}
     )
+
+
+def suffix_of(precision: str) -> str:
+    """What the names of plans with factors of this precision end in."""
+    return "" if precision == "none" else f"-{precision}"
 
 
 def read(path: Path) -> list[_Row]:
@@ -132,6 +137,12 @@ def best(rows: Sequence[_Row], config: str, topology: str) -> _Row | None:
     """The kept plan of a config that makes most tokens a second on a slice, by one of its names."""
     alike = [each for each in rows if each["config"] == config and tpu_name(topology) in each["slices"]]
     return max(alike, key=lambda each: each["tokens_per_second_per_chip"], default=None)
+
+
+def best_of_precisions(rows: Sequence[_Row], config: str, topology: str) -> dict[str, _Row]:
+    """The :func:`best` plans of a slice by what its name ends in: one of each precision that plans are kept of."""
+    suffixes = [suffix_of(precision) for precision in ("none", *quantized.TYPES)]
+    return {suffix: kept for suffix in suffixes if (kept := best(rows, config, topology + suffix)) is not None}
 
 
 def words(kept: _Row) -> str:

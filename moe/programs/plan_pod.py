@@ -179,17 +179,17 @@ def _record(made, config: str, overrides: dict, hardware: str) -> None:
 
 
 def _print_best(topology: str) -> None:
-    """Print the best settings that are known for the slice."""
+    """Print the best settings that are known for the slice, in each precision that plans are kept of."""
     from moe.planner import kept_plans
 
     name = _name().partition(":")[0]
-    kept = kept_plans.best(kept_plans.read(_KEPT), name, topology)
-    if kept is None:
+    known = kept_plans.best_of_precisions(kept_plans.read(_KEPT), name, topology)
+    if not known:
         print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
-        return
-    print(f"Best known settings for {topology}: {kept_plans.sentence(kept)}")
-    print(f"  python main.py --config=configs/{name}.py:{_TOPOLOGY.value} --workdir=DIR, which sets")
-    print(f"  {kept_plans.words(kept) or 'nothing'}")
+    for suffix, kept in known.items():
+        print(f"Best known settings for {topology}{suffix}: {kept_plans.sentence(kept)}")
+        print(f"  python main.py --config=configs/{name}.py:{_TOPOLOGY.value}{suffix} --workdir=DIR, which sets")
+        print(f"  {kept_plans.words(kept) or 'nothing'}")
 
 
 def _search(config: Config, where) -> None:

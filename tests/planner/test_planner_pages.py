@@ -240,6 +240,8 @@ def test_a_kept_plan_in_8_bits_has_a_name_of_its_own(made):
     assert again["slices"] == low["slices"]
     assert kept_plans.best([plain, low], "mixtral_8x7b", "h100:1x1") == plain
     assert kept_plans.best([plain, low], "mixtral_8x7b", "h100:1x1-float8") == low
+    assert kept_plans.best_of_precisions([low, plain], "mixtral_8x7b", "h100:1x1") == {"": plain, "-float8": low}
+    assert kept_plans.best_of_precisions([low, plain], "mixtral_8x7b", "h100:2x1") == {}
 
 
 def test_the_best_kept_plan_is_a_named_setting():
