@@ -240,7 +240,9 @@ def _window(size: int, peers: Peers, start: Array | int, operands: Any, index: A
     assignment_of_row = jax.lax.dynamic_slice_in_dim(padded, start, size)
     kept = row_of_assignment < row_of_assignment.size
     inside = kept & (row_of_assignment >= start) & (row_of_assignment < start + size)
-    tables = assignment_of_row, jnp.where(inside, row_of_assignment - start, size)
+    # Made before they are read: XLA takes the array of fill values out of a pipeline's loop over turns, and would sum
+    # the rows of all parts of the tokens, which share it, in one fusion, so that none returns before the last is there.
+    tables = jax.lax.optimization_barrier((assignment_of_row, jnp.where(inside, row_of_assignment - start, size)))
     sizes = jnp.diff(jnp.clip(ends, start, start + size), prepend=start)
     weights = dataclasses.replace(weights, dropout=dropout)
     return weighted_outputs(slots, scale, tables, sizes, weights, peers)
