@@ -84,6 +84,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "model.moe.first_dense": (0, 1),
     "model.moe.group_size": (0, 8, 32, 128),
     "model.moe.dispatch": ("gather", "einsum", "dropless"),
+    "model.moe.exchange": ("all_to_all", "all_gather"),
     "model.moe.exchange_chunks": (1, 2, 3),
     "model.moe.exchange_hosts": (1, 2),
     "model.moe.capacity.train": (0.01, 0.5, 1.0, 100.0),

@@ -13,6 +13,7 @@ from moe.routing.gates import TopK
 from moe.routing.interface import BalanceCounts, BalanceScope, Gate
 
 Dispatch = Literal["gather", "einsum", "dropless"]
+Exchange = Literal["all_to_all", "all_gather"]
 DropPolicy = Literal["position", "probability", "random"]
 MoEBias = Literal["none", "router", "all"]
 DType = Literal["float32", "bfloat16"]
@@ -71,6 +72,8 @@ class MoEConfig(Section, path=_MOE):
     #: S, of a group, which share one capacity; 0: data.sequence_length. Independent of the mesh
     group_size: int = setting(0, least=0, most=2**26, unit="tokens")
     dispatch: Dispatch = "gather"  # how assignments reach their experts
+    #: all_to_all: rows go to their experts; all_gather: all tokens to all of mesh.expert, sums come back; dropless only
+    exchange: Exchange = setting("all_to_all", resume="free")
     #: parts of a group's tokens whose exchange goes on beside the experts of another part; dropless on mesh.expert only
     exchange_chunks: int = setting(1, least=1, most=64, resume="free")
     #: hosts that mesh.expert spans; above 1 a token goes once to each host that has experts of it; dropless only
@@ -130,8 +133,8 @@ class MoEConfig(Section, path=_MOE):
 
     def with_dispatch(self, dispatch: str) -> MoEConfig:
         """The settings with another dispatch mode; tokens are exchanged in parts and by host by dropless alone."""
-        exchange = {} if dispatch == "dropless" else {"exchange_chunks": 1, "exchange_hosts": 1}
-        return dataclasses.replace(self, dispatch=dispatch, **exchange)
+        exchange: dict[str, Any] = {"exchange": "all_to_all", "exchange_chunks": 1, "exchange_hosts": 1}
+        return dataclasses.replace(self, dispatch=dispatch, **({} if dispatch == "dropless" else exchange))
 
     def chunks(self, tokens: int, expert_devices: int) -> int:
         """Parts in which a group of so many tokens is exchanged: those that divide it, one where experts are not split
@@ -199,6 +202,10 @@ class MoEConfig(Section, path=_MOE):
         allowed = "must be 1 unless dispatch is dropless"
         for name in ("exchange_chunks", "exchange_hosts"):
             self._require(name, dropless or getattr(self, name) == 1, allowed)
+        routed = self.exchange == "all_to_all"
+        self._require("exchange", dropless or routed, "must be all_to_all unless dispatch is dropless")
+        allowed = "must be 1 with exchange=all_gather, which sends a token once to each device"
+        self._require("exchange_hosts", routed or self.exchange_hosts == 1, allowed)
         fixed, slots = self.capacity.fixed, gate.router == "slots"
         allowed = "needs a dispatch with a capacity (gather or einsum) and a gate other than soft_moe"
         require(fixed == 0 or not (slots or dropless), f"{_MOE}capacity.fixed", fixed, allowed)

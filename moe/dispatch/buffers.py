@@ -33,6 +33,7 @@ class Plan:
         chunks: parts of each group's tokens that are dispatched one after the other; positions count within a part.
             Static.
         hosts: that the expert axis spans; above 1, a token is sent once to each. Static.
+        gathered: every device of the expert axis gets all of its tokens. Static.
     """
 
     position_in_expert: Array
@@ -41,6 +42,7 @@ class Plan:
     num_experts: int = dataclasses.field(metadata={"static": True})
     chunks: int = dataclasses.field(default=1, metadata={"static": True})
     hosts: int = dataclasses.field(default=1, metadata={"static": True})
+    gathered: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def expert_capacity(capacity_factor: float, experts_per_token: int, group_size: int, num_experts: int) -> int:
@@ -76,7 +78,8 @@ def plan_assignments(
         capacity = tokens * choices
         devices = axis_size("expert")
         plan = plan_in_chunks(routing, capacity, config.chunks(tokens, devices))
-        return routing, dataclasses.replace(plan, hosts=config.hosts(devices))
+        gathered = devices > 1 and config.exchange == "all_gather"
+        return routing, dataclasses.replace(plan, hosts=config.hosts(devices), gathered=gathered)
     # The order of assignments matters only if some can be dropped.
     drop_policy = config.drop_policy if capacity < tokens else "position"
     plan = make_plan(routing, capacity, drop_policy=drop_policy, rng=rng)

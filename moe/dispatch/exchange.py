@@ -39,6 +39,9 @@ OVERFLOW_SCOPE = "overflow"
 #: Scope of the all-gather of the devices' loads, which is not an all-gather of tokens.
 LOAD_SCOPE = "expert_load"
 
+#: Scope of collectives of tokens that have no kind of their own.
+ROUTED_SCOPE = "tokens_to_experts"
+
 
 def weighted_outputs(
     x: Float[Array, "S D"],

@@ -25,11 +25,11 @@ from jaxtyping import Float, Int
 from moe.dispatch import quantized
 from moe.dispatch.backends import whole_tiles
 from moe.dispatch.buffers import Tables, fill_rows, no_gradient, positions, sum_rows, take_rows, with_inverse
-from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, further_rounds, weighted_outputs
+from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, ROUTED_SCOPE, further_rounds, weighted_outputs
 from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.peers import Peers, Route
 from moe.parallel import target
-from moe.parallel.mesh import axis_of
+from moe.parallel.mesh import axis_of, axis_size
 from moe.parallel.partition_specs import ROUTES
 
 
@@ -75,6 +75,32 @@ def apply_by_host(
     local = _in_slots(received, slots_of_tokens, num_local, peers)
     y = _apply_in_windows(_to_slots(network, x, routes), local, num_local, weights, Peers(hosts))
     return _from_slots(network, y.astype(x.dtype), routes)
+
+
+def apply_to_gathered(
+    x: Float[Array, "S D"], chosen: Assignments, num_experts: int, weights: ExpertWeights
+) -> Float[Array, "S D"]:
+    """:func:`apply_by_host` with every device in the place of a host, to all of which every token goes, by all-gather;
+    sums over experts return by reduce-scatter, in the compute dtype ("ring of experts" in MaxText).
+
+    X - 1 rows a token travel each way, instead of K (X - 1)/X, but each from neighbour to neighbour of a ring.
+    """
+    peers, axis = Peers(axis_size("expert")), axis_of("expert")
+    first = jax.lax.axis_index(axis) * (num_local := num_experts // axis_size("expert"))
+    with jax.named_scope(LOAD_SCOPE):
+        received = jax.tree.map(lambda array: jax.lax.all_gather(array, axis, tiled=True), chosen)
+    with jax.named_scope(ROUTED_SCOPE):
+        slots = jax.lax.all_gather(x, axis, tiled=True)  # [X·S,D]
+    local = dataclasses.replace(received, expert=_numbered_from(first, received.expert, num_local))
+    y = _apply_in_windows(slots, local, num_local, weights, peers)
+    with jax.named_scope(ROUTED_SCOPE):
+        return jax.lax.psum_scatter(y.astype(x.dtype), axis, tiled=True).astype(jnp.float32)
+
+
+def _numbered_from(first: Array, expert: Int[Array, "N K"], num_local: int) -> Int[Array, "N K"]:
+    """Experts by their numbers among those from ``first`` on, of which there are so many; others have that number."""
+    expert = expert - first
+    return jnp.where((expert >= 0) & (expert < num_local), expert, num_local)
 
 
 @jax.custom_vjp
@@ -192,8 +218,7 @@ _from_slots.defvjp(lambda network, y, routes: (_from_slots(network, y, routes), 
 def _in_slots(received: Assignments, tables: Tables, num_local: int, peers: Peers) -> Assignments:
     """Assignments of the tokens in this device's slots, to the experts of its host alone, numbered from its first."""
     flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), received)  # [H,S,K] → [H·S,K]
-    expert = flat.expert - peers.me * num_local
-    expert = jnp.where((expert >= 0) & (expert < num_local), expert, num_local)
+    expert = _numbered_from(peers.me * num_local, flat.expert, num_local)
     token_of_slot = tables[0]
     return Assignments(
         expert.at[token_of_slot].get(mode="fill", fill_value=num_local),

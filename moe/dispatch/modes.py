@@ -28,7 +28,7 @@ from moe.dispatch.buffers import (
 )
 from moe.dispatch.exchange import weighted_outputs
 from moe.dispatch.ffn import ExpertWeights, batched_ffn
-from moe.dispatch.hosts import Assignments, apply_by_host
+from moe.dispatch.hosts import Assignments, apply_by_host, apply_to_gathered
 from moe.dispatch.peers import EVERYONE
 from moe.parallel import partition_specs, target
 from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
@@ -170,8 +170,8 @@ def _sort_and_apply(
 ) -> Float[Array, "G S D"]:
     """One device's part of the experts, applied to its kept assignments."""
     groups, tokens, _ = x.shape
-    if plan.hosts > 1:
-        return _summed(_apply_by_host(x, routing, plan, weights))
+    if plan.hosts > 1 or plan.gathered:
+        return _summed(_apply_once_sent(x, routing, plan, weights))
     load = load_per_group(routing, plan)
     sizes = jnp.sum(load, axis=0)
     num_rows = whole_tiles(min(routing.expert_index.size, plan.num_experts * groups * plan.capacity))
@@ -183,15 +183,17 @@ def _sort_and_apply(
     return _summed(y.reshape(x.shape))
 
 
-def _apply_by_host(
+def _apply_once_sent(
     x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: ExpertWeights
 ) -> Float[Array, "G S D"]:
-    """:func:`_sort_and_apply` where the expert axis spans several hosts."""
+    """:func:`_sort_and_apply` where a token goes once to each host, or to each device, that the expert axis spans."""
     numbers = None if weights.dropout is None else weights.dropout.assignments
     expert = jnp.where(plan.kept, routing.expert_index, plan.num_experts)
     chosen = Assignments(expert, routing.combine_weights, numbers)
     # [G,S,·] → [G·S,·] and back
     flat, chosen = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), (x, chosen))
+    if plan.gathered:
+        return apply_to_gathered(flat, chosen, plan.num_experts, weights).reshape(x.shape)
     return apply_by_host(flat, chosen, plan.num_experts, plan.hosts, weights).reshape(x.shape)
 
 

@@ -215,6 +215,8 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
             for name, value in (("exchange_chunks", 2 * model.moe.exchange_chunks), ("exchange_hosts", hosts)):
                 moe = dataclasses.replace(model.moe, **{name: value})
                 add(f"model.moe.{name}={value}", model=dataclasses.replace(model, moe=moe))
+            moe = dataclasses.replace(model.moe, exchange="all_gather", exchange_hosts=1)
+            add("model.moe.exchange=all_gather", model=dataclasses.replace(model, moe=moe))
         for expert in (1, 8, model.moe.num_experts):
             others = expert * (devices // (mesh.fsdp * mesh.expert))
             if devices % others == 0:

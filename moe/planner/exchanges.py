@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe.config import MoEConfig
-from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE
+from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, ROUTED_SCOPE
 from moe.dispatch.hosts import balanced_visits
 from moe.parallel.parameters import WEIGHTS_SCOPE
 from moe.planner import network
@@ -132,6 +132,8 @@ def purpose(collective: Collective) -> str:
     if WEIGHTS_SCOPE in source or first.startswith("state."):
         gathered = "transpose(" not in source or "rematted_computation" in source or collective.kind == "all-gather"
         return WEIGHTS if gathered else "gradients of weights"
+    if re.search(rf"\b{ROUTED_SCOPE}\)*/", source):
+        return ROUTED
     # A weight's gradient is named after the operation that makes it: a matmul or the embedding's sum over tokens; on
     # GPUs also after the transposition or the end of a shard_map that follows.
     made_by = "dot_general|scatter-add" + ("|transpose$|psum$" if collective.kind == "reduce-scatter" else "")

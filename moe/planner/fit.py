@@ -253,6 +253,8 @@ def _layer(config: Config, sizes: Mapping[str, int], arrays: _Arrays, kind: Laye
     alive = hidden * (matmuls_into + 1) / 3 + arrays.tokens * (attention + model.d_model)
     if exchanged and (hosts := moe.hosts(sizes["expert"])) > 1:
         rows_in += (hosts + min(hosts, moe.experts_per_token)) * model.expert_dim  # received, and sent
+    if exchanged and moe.exchange == "all_gather":
+        rows_in += 2 * sizes["expert"] * model.expert_dim  # received, and their sums
     return _Numbers(matrices, kept, alive + (arrays.exchanged if exchanged else arrays.rows) * rows_in)
 
 

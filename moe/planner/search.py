@@ -130,7 +130,8 @@ def _plan_of(config: Config, cache: Cache, compile_plan: Callable[[Config], Plan
 
 #: Fields that a search sets beside those of the mesh.
 SEARCHED = (
-    "model.remat", "model.moe.dispatch", "model.moe.exchange_chunks", "model.moe.exchange_hosts", "train.batch_size",
+    "model.remat", "model.moe.dispatch", "model.moe.exchange", "model.moe.exchange_chunks", "model.moe.exchange_hosts",
+    "train.batch_size",
 )  # fmt: skip
 
 
@@ -140,6 +141,8 @@ def overrides(config: Config) -> str:
     named["model.remat"] = config.model.remat
     if config.model.moe.gate is not None:
         named["model.moe.dispatch"] = config.model.moe.dispatch
+        if config.model.moe.exchange != "all_to_all":
+            named["model.moe.exchange"] = config.model.moe.exchange
         for name in ("exchange_chunks", "exchange_hosts"):
             if (value := getattr(config.model.moe, name)) > 1:
                 named[f"model.moe.{name}"] = value

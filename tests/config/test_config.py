@@ -66,6 +66,14 @@ def changed(**overrides):
             "model.moe.exchange_chunks=3: must divide the 256 tokens of a group",
         ),
         ({"model__moe__exchange_hosts": 2}, "model.moe.exchange_hosts=2: must be 1 unless dispatch is dropless"),
+        (
+            {"model__moe__exchange": "all_gather"},
+            "model.moe.exchange='all_gather': must be all_to_all unless dispatch is dropless",
+        ),
+        (
+            {"model__moe__exchange": "all_gather", "model__moe__dispatch": "dropless", "model__moe__exchange_hosts": 2},
+            "model.moe.exchange_hosts=2: must be 1 with exchange=all_gather, which sends a token once to each device",
+        ),
         ({"model__moe__losses__balance": -0.5}, "model.moe.losses.balance=-0.5: must be at least 0"),
         ({"data__domains": ("a", "a")}, "data.domains=('a', 'a'): must name each domain once"),
         ({"data__streams": 3}, "data.streams=3: must divide train.batch_size=8, or be 0"),

@@ -56,6 +56,8 @@ def _program(mode, config, variant):
         plan = plan_in_chunks(sent, capacity, 5) if "chunks" in variant else make_plan(sent, capacity)
         if "hosts" in variant:
             plan = dataclasses.replace(plan, hosts=int(variant[-1]))
+        if "gathered" in variant:
+            plan = dataclasses.replace(plan, gathered=True)
         experts = nnx.merge(graphdef, parameters)
         weights = dataclasses.replace(experts.weights, dropout=_DROPOUT["dropout" in variant])
         y = dispatch(mode, x, sent, plan, weights)
@@ -488,6 +490,7 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
     ("ragged", "mesh", "variant", "load"),
     [
         (True, MESHES[0], "hosts 2", "one"),
+        (True, MESHES[0], "gathered", "one"),
         slow_case(False, MESHES[1], "chunks, hosts 2", "random"),
         *(
             slow_case(ragged, mesh, variant, load)
@@ -497,6 +500,9 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
                 (MESHES[0], "dropout, hosts 4"),
                 (MESHES[1], "hosts 2"),
                 (MESHES[2], "chunks, hosts 2"),
+                (MESHES[0], "dropout, gathered"),
+                (MESHES[1], "gathered"),
+                (MESHES[2], "chunks, gathered"),
             )
             for ragged in (False, True)
             if (ragged, variant, load) != (True, "hosts 2", "one") or mesh is not MESHES[0]
@@ -504,9 +510,9 @@ def test_exchange_in_chunks_equals_one_device(ragged, variant, load, rng, monkey
     ],
     ids=str,
 )
-def test_exchange_by_host_equals_one_device(ragged, mesh, variant, load, rng, monkeypatch):
-    """A token goes once to each host that the expert axis spans; under the load "one" the first choices of all tokens
-    are of one host, which needs further windows, and of one device, which needs further rounds."""
+def test_tokens_sent_once_equal_one_device(ragged, mesh, variant, load, rng, monkeypatch):
+    """A token goes once to each host that the expert axis spans, or to every device; under the load "one" the first
+    choices of all tokens are of one host, which needs further windows, and of one device: further rounds."""
     config = tiny_model(num_experts=8, remat="none" if "dropout" in variant else "full")  # outputs kept, or weighted
     routing = _case(rng, 8, 60, 8, 2, load)
     x = jnp.asarray(rng.normal(size=(8, 60, config.d_model)), jnp.float32)

@@ -202,6 +202,21 @@ def test_a_token_goes_once_to_each_host(low):
     assert all(each.groups == hosts for each in found if each not in between)
 
 
+def test_gathered_tokens_go_round_the_ring():
+    """Of eight devices with 24 tokens each: all tokens to every device, its sums of them back, and no all-to-all."""
+    mesh = _mesh((1, 1, 8, 1))
+    layer = MoELayer(tiny_model(dispatch="dropless", num_experts=E, exchange="all_gather"), rngs=nnx.Rngs(0))
+    graphdef, parameters = nnx.split(layer)
+    with jax.set_mesh(mesh):
+        arguments = _place(mesh, parameters), _place(mesh, jnp.zeros((B, 24, 16)), partition_specs.BATCH)
+        program = jax.jit(lambda parameters, x: nnx.merge(graphdef, parameters)(x)[0])
+        text = program.lower(*arguments).compile().as_text()
+    found = collectives(text, mesh.size)
+    assert "all-to-all" not in {each.kind for each in found}
+    assert ((8 * 24, 16),) in [each.shapes for each in found if each.kind == "all-gather"]
+    assert [each.shapes for each in found if each.kind == "reduce-scatter"] == [((24, 16),)]
+
+
 def test_contract_of_the_forward_pass():
     mesh = _mesh((1, 2, 2, 2))
     config = tiny_model(num_experts=E, num_layers=4, every=2, eval_capacity_factor=1.25)

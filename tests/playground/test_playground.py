@@ -405,7 +405,7 @@ READ_OTHERWISE = {
 }  # fmt: skip
 MOE_READ_OTHERWISE = {
     "gate", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size", "dispatch",
-    "exchange_chunks", "exchange_hosts", "capacity", "losses", "route_padding", "jitter", "expert_dropout",
+    "exchange", "exchange_chunks", "exchange_hosts", "capacity", "losses", "route_padding", "jitter", "expert_dropout",
     "accept_future_leak",
 }  # fmt: skip
 
