@@ -148,7 +148,8 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of more than 1 MiB of neither weights nor expert loads: a flaw of the sharding.
+        """All-gathers of more than 1 MiB that nobody asked for, of neither weights, expert loads nor tokens with
+        ``exchange=all_gather``: a flaw of the sharding.
 
         Gathers without a name in programs of several slices are in :attr:`unnamed_gathers` instead.
         """
@@ -156,7 +157,7 @@ class Plan:
             exchange
             for exchange in self.exchanges
             if exchange.kind == "all-gather"
-            and exchange.purpose not in (exchanges.WEIGHTS, exchanges.LOADS)
+            and exchange.purpose not in (exchanges.WEIGHTS, exchanges.LOADS, exchanges.ROUTED)
             and exchange.bytes > 2**20
             and exchange not in self.unnamed_gathers
         )

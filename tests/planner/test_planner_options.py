@@ -228,6 +228,8 @@ def test_kept_activations_by_hand():
         ("all-gather", "(jit(train_step)/jvp()/transpose:jit(train_step)/jvp()/stack)", "transpose"),
         ("all-to-all", "jit(train_step)/moe/shard_map/jvp(expert_load)/all_to_all", "loads of experts"),
         ("all-to-all", "jit(train_step)/moe/shard_map/expert_load/all_to_all", "loads of experts"),
+        ("all-gather", "jit(train_step)/moe/shard_map/tokens_to_experts/all_gather", "tokens to experts, back"),
+        ("reduce-scatter", "transpose(jvp(tokens_to_experts))/reduce_scatter", "tokens to experts, back"),
         ("all-to-all", "jit(train_step)/moe/shard_map/jvp()/ragged_all_to_all", "tokens to experts, back"),
     ],
 )
