@@ -85,14 +85,15 @@ def apply_to_gathered(
 
     X - 1 rows a token travel each way, instead of K (X - 1)/X, but each from neighbour to neighbour of a ring.
     """
-    peers, axis = Peers(axis_size("expert")), axis_of("expert")
-    first = jax.lax.axis_index(axis) * (num_local := num_experts // axis_size("expert"))
+    size, axis = axis_size("expert"), axis_of("expert")
+    num_local = num_experts // size
+    first = jax.lax.axis_index(axis) * num_local
     with jax.named_scope(LOAD_SCOPE):
         received = jax.tree.map(lambda array: jax.lax.all_gather(array, axis, tiled=True), chosen)
     with jax.named_scope(ROUTED_SCOPE):
         slots = jax.lax.all_gather(x, axis, tiled=True)  # [X·S,D]
     local = dataclasses.replace(received, expert=_numbered_from(first, received.expert, num_local))
-    y = _apply_in_windows(slots, local, num_local, weights, peers)
+    y = _apply_in_windows(slots, local, num_local, weights, Peers(size))
     with jax.named_scope(ROUTED_SCOPE):
         return jax.lax.psum_scatter(y.astype(x.dtype), axis, tiled=True).astype(jnp.float32)
 

@@ -82,7 +82,7 @@ def candidates(
         ):
             try:
                 moe = config.model.moe.with_dispatch(mode)
-                if mode == "dropless" and mesh.expert > 1:
+                if mode == "dropless" and mesh.expert > 1 and moe.exchange == "all_to_all":
                     moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(mesh, chip))
                 model = dataclasses.replace(config.model, remat=remat, moe=moe)
                 tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
@@ -212,11 +212,15 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
         if model.moe.dispatch == "dropless" and mesh.expert > 1:
             add("model.remat=routes", model=dataclasses.replace(model, remat="routes"))
             hosts = _hosts_of_experts(mesh, topology.chip)
-            for name, value in (("exchange_chunks", 2 * model.moe.exchange_chunks), ("exchange_hosts", hosts)):
-                moe = dataclasses.replace(model.moe, **{name: value})
-                add(f"model.moe.{name}={value}", model=dataclasses.replace(model, moe=moe))
-            moe = dataclasses.replace(model.moe, exchange="all_gather", exchange_hosts=1)
-            add("model.moe.exchange=all_gather", model=dataclasses.replace(model, moe=moe))
+            for settings in (
+                {"exchange_chunks": 2 * model.moe.exchange_chunks},
+                {"exchange": "all_to_all", "exchange_hosts": hosts},
+                {"exchange": "all_gather", "exchange_hosts": 1},
+            ):
+                other = {name: value for name, value in settings.items() if getattr(model.moe, name) != value}
+                moe = dataclasses.replace(model.moe, **other)
+                label = ", ".join(f"model.moe.{name}={value}" for name, value in other.items())
+                add(label, model=dataclasses.replace(model, moe=moe))
         for expert in (1, 8, model.moe.num_experts):
             others = expert * (devices // (mesh.fsdp * mesh.expert))
             if devices % others == 0:

@@ -217,6 +217,14 @@ def test_an_exchange_by_host_is_a_change_where_experts_span_hosts():
         config.mesh.update(data=1, **dict(zip(("fsdp", "expert", "tensor"), sizes, strict=True)))
         labels = [label for label, _ in candidates.changes(from_config_dict(config), topology, 100)]
         assert ("model.moe.exchange_hosts=2" in labels) == (hosts == 2)
+        assert "model.moe.exchange=all_gather" in labels
+    config.model.moe.exchange = "all_gather"
+    for sizes, label in (((1, 8, 1), ", model.moe.exchange_hosts=2"), ((2, 4, 1), "")):
+        config.mesh.update(data=1, **dict(zip(("fsdp", "expert", "tensor"), sizes, strict=True)))
+        labels = [label for label, _ in candidates.changes(from_config_dict(config), topology, 100)]
+        assert [each for each in labels if "exchange" in each and "chunks" not in each] == [
+            f"model.moe.exchange=all_to_all{label}"
+        ]
 
 
 def test_kept_plans_replace_those_of_the_same_settings(made, tmp_path):
