@@ -251,7 +251,7 @@ def write(known: dict[str, Any]) -> None:
     missing = [name for name in PUBLISHED if name not in known]
     write_atomic(PAGE, calibration.page(rows, missing, [*sources, "", LEFT_OUT]))
     root = PAGE.parents[2]
-    kept_plans.rescale(root / "configs" / "plans.json", root / "docs" / "pods.md")
+    kept_plans.rescale(root / "configs" / "plans.json", root / "docs" / "results" / "plans.md")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _CHANGES = flags.DEFINE_integer(
     "changes", 0, "Changes to try, each compiled; what they bring stands on the page.", lower_bound=0
 )
 _DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
-_RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and in the table of docs/pods.md.")
+_RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and docs/results/plans.md.")
 _REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again, by today's prices.")
 _PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
@@ -175,7 +175,7 @@ def _record(made, config: str, overrides: dict, hardware: str) -> None:
     from moe.planner import kept_plans
 
     kept_plans.keep(_KEPT, kept_plans.row(made, config, overrides, hardware))
-    kept_plans.write_table(_KEPT, _ROOT / "docs" / "pods.md")
+    kept_plans.write_table(_KEPT, _ROOT / "docs" / "results" / "plans.md")
 
 
 def _print_best(topology: str) -> None:

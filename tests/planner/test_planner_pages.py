@@ -303,4 +303,4 @@ def test_a_kept_plan_is_rescaled_by_hand(made, tmp_path):
 def test_the_table_of_plans_is_that_of_the_kept_plans():
     rows = kept_plans.read(ROOT / "configs" / "plans.json")
     kept, _, _ = kept_plans.table(rows).partition("\n\nCounted by earlier prices")  # prices may have changed since
-    assert kept in (ROOT / "docs" / "pods.md").read_text()
+    assert kept in (ROOT / "docs" / "results" / "plans.md").read_text()
