@@ -132,9 +132,10 @@ class MoEConfig(Section, path=_MOE):
         return dataclasses.replace(self, **changed)
 
     def with_dispatch(self, dispatch: str) -> MoEConfig:
-        """The settings with another dispatch mode; tokens are exchanged in parts and by host by dropless alone."""
-        exchange: dict[str, Any] = {"exchange": "all_to_all", "exchange_chunks": 1, "exchange_hosts": 1}
-        return dataclasses.replace(self, dispatch=dispatch, **({} if dispatch == "dropless" else exchange))
+        """The settings with another dispatch mode; how tokens are exchanged is a choice of dropless alone."""
+        if dispatch == "dropless":
+            return dataclasses.replace(self, dispatch=dispatch)
+        return dataclasses.replace(self, dispatch=dispatch, exchange="all_to_all", exchange_chunks=1, exchange_hosts=1)
 
     def chunks(self, tokens: int, expert_devices: int) -> int:
         """Parts in which a group of so many tokens is exchanged: those that divide it, one where experts are not split

@@ -27,9 +27,9 @@ from moe.dispatch.backends import whole_tiles
 from moe.dispatch.buffers import Tables, fill_rows, no_gradient, positions, sum_rows, take_rows, with_inverse
 from moe.dispatch.exchange import LOAD_SCOPE, ROUND_SIZE, ROUTED_SCOPE, further_rounds, weighted_outputs
 from moe.dispatch.ffn import ExpertWeights
-from moe.dispatch.peers import Peers, Route
+from moe.dispatch.peers import EVERYONE, Peers, Route
 from moe.parallel import target
-from moe.parallel.mesh import axis_of, axis_size
+from moe.parallel.mesh import axis_of
 from moe.parallel.partition_specs import ROUTES
 
 
@@ -85,23 +85,24 @@ def apply_to_gathered(
 
     X - 1 rows a token travel each way, instead of K (X - 1)/X, but each from neighbour to neighbour of a ring.
     """
-    size, axis = axis_size("expert"), axis_of("expert")
-    num_local = num_experts // size
-    first = jax.lax.axis_index(axis) * num_local
+    axis, num_local = axis_of("expert"), num_experts // EVERYONE.size
     with jax.named_scope(LOAD_SCOPE):
-        received = jax.tree.map(lambda array: jax.lax.all_gather(array, axis, tiled=True), chosen)
+        received = EVERYONE.gather(chosen)  # [X,S,K]
     with jax.named_scope(ROUTED_SCOPE):
         slots = jax.lax.all_gather(x, axis, tiled=True)  # [X·S,D]
-    local = dataclasses.replace(received, expert=_numbered_from(first, received.expert, num_local))
-    y = _apply_in_windows(slots, local, num_local, weights, Peers(size))
+    local = _of_experts_here(received, num_local, EVERYONE)
+    y = _apply_in_windows(slots, local, num_local, weights, Peers(EVERYONE.size))
     with jax.named_scope(ROUTED_SCOPE):
         return jax.lax.psum_scatter(y.astype(x.dtype), axis, tiled=True).astype(jnp.float32)
 
 
-def _numbered_from(first: Array, expert: Int[Array, "N K"], num_local: int) -> Int[Array, "N K"]:
-    """Experts by their numbers among those from ``first`` on, of which there are so many; others have that number."""
-    expert = expert - first
-    return jnp.where((expert >= 0) & (expert < num_local), expert, num_local)
+def _of_experts_here(received: Assignments, num_local: int, peers: Peers) -> Assignments:
+    """Assignments [X,S,K] as [X·S,K], their experts numbered from the first of this peer's ``num_local``; those of
+    other peers have that number."""
+    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), received)
+    expert = flat.expert - peers.me * num_local
+    here = (expert >= 0) & (expert < num_local)
+    return dataclasses.replace(flat, expert=jnp.where(here, expert, num_local))
 
 
 @jax.custom_vjp
@@ -218,11 +219,10 @@ _from_slots.defvjp(lambda network, y, routes: (_from_slots(network, y, routes), 
 
 def _in_slots(received: Assignments, tables: Tables, num_local: int, peers: Peers) -> Assignments:
     """Assignments of the tokens in this device's slots, to the experts of its host alone, numbered from its first."""
-    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), received)  # [H,S,K] → [H·S,K]
-    expert = _numbered_from(peers.me * num_local, flat.expert, num_local)
+    flat = _of_experts_here(received, num_local, peers)
     token_of_slot = tables[0]
     return Assignments(
-        expert.at[token_of_slot].get(mode="fill", fill_value=num_local),
+        flat.expert.at[token_of_slot].get(mode="fill", fill_value=num_local),
         fill_rows(flat.weight, *tables),
         None if flat.number is None else take_rows(flat.number, token_of_slot),
     )
