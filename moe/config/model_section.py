@@ -228,8 +228,8 @@ class ModelConfig(Section, path=_MODEL):
 
     @property
     def sent_precision(self) -> str:
-        """That of rows on their way to experts on other hosts. Quantised again there, numbers of float8 stay what they
-        are; those of int8 would shrink by half a step of 127, and go in the compute dtype."""
+        """Precision of rows on their way to experts on other hosts. Quantised again there, numbers of float8 stay what
+        they are; those of int8 would shrink by half a step of 127, and go in the compute dtype."""
         return "float8" if self.low_precision_everywhere == "float8" else "none"
 
     @property

@@ -75,7 +75,7 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
 
 
 def suffix_of(precision: str) -> str:
-    """What the names of plans with factors of this precision end in."""
+    """Ending of the names of plans with factors of this precision."""
     return "" if precision == "none" else f"-{precision}"
 
 

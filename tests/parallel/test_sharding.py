@@ -203,7 +203,7 @@ def test_a_token_goes_once_to_each_host(low):
 
 
 def test_gathered_tokens_go_round_the_ring():
-    """Of eight devices with 24 tokens each: all tokens to every device, its sums of them back, and no all-to-all."""
+    """All tokens of eight devices, 24 each, to every one of them, its sums of them back, and no all-to-all."""
     mesh = _mesh((1, 1, 8, 1))
     layer = MoELayer(tiny_model(dispatch="dropless", num_experts=E, exchange="all_gather"), rngs=nnx.Rngs(0))
     graphdef, parameters = nnx.split(layer)
