@@ -153,7 +153,7 @@ class Attention(nnx.Module):
         if c.clip_qkv:
             heads = jnp.clip(heads, -c.clip_qkv, c.clip_qkv)
         if positions is not None and not c.relative_buckets:
-            heads = rotate(heads, positions, c)
+            heads = rotate(heads, positions, c, interleaved=c.rope_interleaved)
         return constrain(heads, partition_specs.HEADS)
 
     def join(self, heads: Float[Array, "B T N H"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -270,7 +270,7 @@ class LatentAttention(nnx.Module):
         # The matrix is split, not its product, of which each part would be copied.
         ups = jnp.split(gather_for_matmul(up, x.dtype), [self.unrotated_dim], axis=-1)
         query, rotated = (self._up(x, part) for part in (ups[0], self._in_halves(ups[1])))
-        query = jnp.concatenate([query, self._rotate(rotated, positions)], axis=-1)
+        query = jnp.concatenate([query, rotate(rotated, positions, self.config)], axis=-1)
         return constrain(query, partition_specs.HEADS)
 
     def _down(self, x: Array, weights: nnx.Param[Array]) -> Array:
@@ -293,14 +293,11 @@ class LatentAttention(nnx.Module):
             return rotated
         return jnp.concatenate([rotated[..., ::2], rotated[..., 1::2]], axis=-1)
 
-    def _rotate(self, heads: Array, positions: Array) -> Array:
-        return rotate(heads, positions, dataclasses.replace(self.config, rope_interleaved=False))
-
     def _latent(self, x: Array, positions: Array) -> Array:
         """[B,T,D] → [B,T,1,kv_lora_rank + rope_dim]: the normalised latent and the rotated key."""
         latent = self._down(x, self.kv_down)
         compressed, key = jnp.split(latent, [self.config.kv_lora_rank], axis=-1)
-        key = self._rotate(self._in_halves(key)[:, :, None], positions)
+        key = rotate(self._in_halves(key)[:, :, None], positions, self.config)
         return jnp.concatenate([self.kv_latent_norm(compressed)[:, :, None], key], axis=-1)
 
     def _score_scale(self) -> float:

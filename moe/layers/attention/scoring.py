@@ -88,30 +88,33 @@ def append_sink(
     return query, key, jnp.pad(value, further), mask, bias
 
 
-def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig, *, interleaved: bool = False
+) -> Float[Array, "B T N H"]:
     """Rotate the first ``model.rope_dim`` dimensions of each head by angles proportional to the position.
 
     Args:
         x: queries or keys.
         positions: within the documents.
-        config: base, scaling and pairing: halves (i, i + H/2) as in most open checkpoints, or neighbours
-            (2i, 2i + 1) as in RoFormer and DeepSeek.
+        config: base and scaling.
+        interleaved: whether pairs are neighbours (2i, 2i + 1), as in RoFormer and DeepSeek, or halves (i, i + H/2), as
+            in most open checkpoints.
     """
     size = config.rope_dim or x.shape[-1]
     if size >= x.shape[-1]:
-        return _rotate_all(x, positions, config)
+        return _rotate_all(x, positions, config, interleaved)
     rotated, rest = jnp.split(x, [size], axis=-1)
-    return jnp.concatenate([_rotate_all(rotated, positions, config), rest], axis=-1)
+    return jnp.concatenate([_rotate_all(rotated, positions, config, interleaved), rest], axis=-1)
 
 
-def _rotate_all(x: Array, positions: Array, config: ModelConfig) -> Array:
+def _rotate_all(x: Array, positions: Array, config: ModelConfig, interleaved: bool) -> Array:
     length = jnp.max(positions, axis=1)[:, None, None] + 1
     frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling, length)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
     factor = attention_factor(config.rope_scaling)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     x32 = x.astype(jnp.float32)
-    if config.rope_interleaved:
+    if interleaved:
         pairs = x32.reshape(*x.shape[:-1], -1, 2)
         first, second = pairs[..., 0], pairs[..., 1]
         rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
