@@ -14,7 +14,7 @@ from moe.escaping import markdown_table, markdown_text
 from moe.foreign_files import Amount, Fields, Interval, Positive, kept_whole, read_rows
 from moe.planner import calibration
 from moe.planner.plan import Plan, cost_words
-from moe.planner.topology import tpu_name
+from moe.planner.topology import all_names, tpu_name
 
 _Row = dict[str, Any]
 
@@ -67,7 +67,8 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
     kept = {"config": config, "flags": flags}
     topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
     suffix = suffix_of(flags.get("model.low_precision", "none"))
-    names = {topology} if plan.num_slices > 1 else {topology, hardware.removesuffix(suffix) or topology}
+    named = hardware.removesuffix(suffix)
+    names = {topology} if plan.num_slices > 1 else all_names(topology) | {named or topology}
     kept["slices"] = sorted(name + suffix for name in names)
     return (
         kept | {"capacity": plan.memory.capacity} | {name: figures[name] for name in _FIELDS} | {"topology": topology}

@@ -93,19 +93,40 @@ def tpu_name(name: str) -> str:
     found = re.fullmatch(rf"({'|'.join(_SLICE_NAMES)})-(\d+)", name)
     if not found:
         return name
-    generation = found.group(1).replace("v5litepod", "v5e")
+    generation = _generation(found.group(1))
     chips, rest = divmod(int(found.group(2)), _SLICE_NAMES[found.group(1)])
     if rest or chips < 1 or chips & (chips - 1):
         raise ConfigError(f"--topology={name}: must count a power of two of chips; give the shape of other slices")
-    dimensions = CHIPS[generation].example.partition(":")[2].count("x") + 1
-    if dimensions == 3 and chips < 4:
+    shape = _default_shape(generation, chips)
+    if not shape:
         raise ConfigError(f"--topology={name}: must have at least 4 chips")
+    return f"{generation}:{shape}"
+
+
+def all_names(topology: str) -> set[str]:
+    """The name of a topology, and the names of a cloud whose slices have its shape: v5p:4x4x4 is v5p-128 too."""
+    generation, _, shape = topology.partition(":")
+    prefixes = [prefix for prefix in _SLICE_NAMES if _generation(prefix) == generation]
+    chips = math.prod(map(int, shape.split("x")))
+    if not prefixes or chips & (chips - 1) or _default_shape(generation, chips) != shape:
+        return {topology}
+    return {topology, *(f"{prefix}-{chips * _SLICE_NAMES[prefix]}" for prefix in prefixes)}
+
+
+def _generation(prefix: str) -> str:
+    """Of a slice's name in a cloud."""
+    return prefix.replace("v5litepod", "v5e")
+
+
+def _default_shape(generation: str, chips: int) -> str:
+    """Shape of a slice of so many chips, a power of two; "" if there is none."""
+    dimensions = CHIPS[generation].example.partition(":")[2].count("x") + 1
+    if dimensions == 3 and chips <= 4:
+        return "2x2x1" if chips == 4 else ""
     sides = [1] * dimensions
     for i in range(int(math.log2(chips))):
         sides[-1 - i % dimensions] *= 2
-    if dimensions == 3 and chips == 4:
-        sides = [2, 2, 1]
-    return f"{generation}:{'x'.join(map(str, sides))}"
+    return "x".join(map(str, sides))
 
 
 def _gpu_topology(name: str, kind: str, shape: str) -> Topology:

@@ -163,6 +163,12 @@ def test_the_guess_uses_nvlink_where_an_axis_stays_in_a_host():
 )  # fmt: skip
 def test_cloud_names_of_slices(name, meaning):
     assert topology.tpu_name(name) == meaning
+    assert {name, meaning} <= topology.all_names(meaning)
+
+
+@pytest.mark.parametrize("name", ["v5p:2x4x8", "v5p:4x4x12", "v5e:1x8", "v5p:1x1x1", "h100:8x8"])
+def test_other_shapes_have_no_name_in_a_cloud(name):
+    assert topology.all_names(name) == {name}
 
 
 @pytest.mark.parametrize("name", ["v5p-100", "v5p-1", "v5p-2", "v6e-12", "v5e-0"])
