@@ -131,6 +131,10 @@ def test_less_variance_is_tested_on_pairs():
     finding = assess(claim, table_of((5.0, 5.0, 7.0, 3.0), (6.0, 4.0, 5.0, 5.0), claim=claim))
     assert finding.outcomes[0].effect.mean == pytest.approx(4.0)  # b varies more
     assert finding.verdict == decide.OPEN
+    more = assess(claim, table_of((5.0, 5.0, 7.0, 3.0), (6.0, 4.0, 5.0, 5.0, 9.0), claim=claim)).outcomes[0].effect
+    assert (more.mean, more.n) == (pytest.approx(4.0), 4), "a seed of one arm alone is in no pair"
+    few = table_of((5.0, 7.0), (6.0, 4.0), claim=claim)
+    assert "| undefined, n = 2 at 20 steps |" in claims_page.claims_section([claim], {"test": few}, None)
 
 
 def test_power_is_that_for_the_smallest_effect_of_interest():

@@ -216,11 +216,12 @@ def _with_diverged(part: Part, values: np.ndarray) -> Outcome:
 
 def _variance(part: Part, table: Table, steps: int) -> Outcome:
     """Pitman-Morgan test of the expression's first term varying less over seeds than its second."""
-    first, second = (
-        [*table.values(steps, [dataclasses.replace(t, factor=1.0)]).values()] for t in parse(part.value)[:2]
-    )
-    if len(first) < 3 or len(first) != len(second) or not np.isfinite(first + second).all():
-        return Outcome(part, Effect(math.nan, -math.inf, math.inf, 1.0, len(first)), UNDECIDED, 1.0, math.inf)
+    # Of each term alone an arm may have more seeds than the other; the test is of pairs.
+    by_seed = [table.values(steps, [dataclasses.replace(term, factor=1.0)]) for term in parse(part.value)[:2]]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    first, second = ([values[seed] for seed in seeds] for values in by_seed)
+    if len(seeds) < 3 or not np.isfinite(first + second).all():
+        return Outcome(part, Effect(math.nan, -math.inf, math.inf, 1.0, len(seeds)), UNDECIDED, 1.0, math.inf)
     ratio, one_sided = inference.pitman_morgan(first, second)
     p = 2 * min(one_sided, 1 - one_sided)
     side = UNDECIDED if p >= ALPHA else SUPPORTED if one_sided < 0.5 else CONTRADICTED

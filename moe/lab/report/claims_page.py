@@ -147,10 +147,10 @@ def _part(finding: Finding, outcome: Outcome) -> tuple[str, ...]:
     part, e = outcome.part, outcome.effect
     rule = _RULES.get(part.rule) or f"{'below' if part.rule == 'not_above' else 'within ±'} {part.margin:g}"
     side = {"supported": ": on its side", "contradicted": ": on the other side", "undecided": ": open"}
-    if part.rule == "less_variance":
-        ours = f"{e.mean:.3g}, n = {e.n}"
+    if not math.isfinite(e.mean):
+        ours = f"undefined, n = {e.n}"
     else:
-        ours = str(e) if math.isfinite(e.mean) else f"undefined, n = {e.n}"
+        ours = f"{e.mean:.3g}, n = {e.n}" if part.rule == "less_variance" else str(e)
     is_open = outcome.side == UNDECIDED and math.isfinite(outcome.bound)
     return (
         str(finding.claim.number),
