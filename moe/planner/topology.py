@@ -77,8 +77,11 @@ def get_topology(name: str, num_slices: int = 1) -> Topology:
     return _tpu_topology(name, kind, shape, num_slices)
 
 
-#: TPU generations by the prefix of a cloud's slice name, and what the number behind it counts per chip.
-_SLICE_NAMES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v5litepod": 1, "v5e": 1, "v6e": 1, "tpu7x": 2}
+#: Prefix of a cloud's slice name: TPU generation, and what the number behind the prefix counts per chip.
+_SLICE_NAMES = {
+    **{"v2": ("v2", 2), "v3": ("v3", 2), "v4": ("v4", 2), "v5p": ("v5p", 2)},
+    **{"v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1), "tpu7x": ("tpu7x", 2)},
+}
 
 
 def tpu_name(name: str) -> str:
@@ -93,8 +96,8 @@ def tpu_name(name: str) -> str:
     found = re.fullmatch(rf"({'|'.join(_SLICE_NAMES)})-(\d+)", name)
     if not found:
         return name
-    generation = _generation(found.group(1))
-    chips, rest = divmod(int(found.group(2)), _SLICE_NAMES[found.group(1)])
+    generation, counted = _SLICE_NAMES[found.group(1)]
+    chips, rest = divmod(int(found.group(2)), counted)
     if rest or chips < 1 or chips & (chips - 1):
         raise ConfigError(f"--topology={name}: must count a power of two of chips; give the shape of other slices")
     shape = _default_shape(generation, chips)
@@ -106,16 +109,11 @@ def tpu_name(name: str) -> str:
 def all_names(topology: str) -> set[str]:
     """The name of a topology, and the names of a cloud whose slices have its shape: v5p:4x4x4 is v5p-128 too."""
     generation, _, shape = topology.partition(":")
-    prefixes = [prefix for prefix in _SLICE_NAMES if _generation(prefix) == generation]
     chips = math.prod(map(int, shape.split("x")))
-    if not prefixes or chips & (chips - 1) or _default_shape(generation, chips) != shape:
+    if generation not in CHIPS or chips & (chips - 1) or _default_shape(generation, chips) != shape:
         return {topology}
-    return {topology, *(f"{prefix}-{chips * _SLICE_NAMES[prefix]}" for prefix in prefixes)}
-
-
-def _generation(prefix: str) -> str:
-    """Of a slice's name in a cloud."""
-    return prefix.replace("v5litepod", "v5e")
+    counts = {prefix: counted for prefix, (named, counted) in _SLICE_NAMES.items() if named == generation}
+    return {topology, *(f"{prefix}-{chips * counted}" for prefix, counted in counts.items())}
 
 
 def _default_shape(generation: str, chips: int) -> str:
