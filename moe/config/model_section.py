@@ -99,13 +99,13 @@ class ModelConfig(Section, path=_MODEL):
     zero_centred_norms: bool = False  # RMSNorm multiplies by 1 + scale, which starts at 0 (Qwen3-Next)
     norms: Norms = "before"  # attention and FFN: norm of what they read, or after them of what they give (OLMo 2)
     #: factor of the embedded tokens (Granite: 12)
-    embedding_scale: float = setting(1.0, above=0, follows="model.base_d_model")
+    embedding_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")
     #: factor of what attention and FFN add to the residual stream (Granite: 0.22)
-    residual_scale: float = setting(1.0, above=0, follows="model.base_num_layers")
+    residual_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_num_layers")
     #: factor of query·key (Granite: 1/H); 0: 1/sqrt(H)
-    attention_scale: float = setting(0.0, least=0, follows="model.base_head_dim")
+    attention_scale: float = setting(0.0, least=0, most=1e4, follows="model.base_head_dim")
     #: factor of the logits (Granite: 1/6)
-    logit_scale: float = setting(1.0, above=0, follows="model.base_d_model")
+    logit_scale: float = setting(1.0, above=0, most=1e4, follows="model.base_d_model")
     #: T5's attention: biases of so many buckets of distances, no 1/sqrt(H); 0: rotary
     relative_buckets: int = setting(0, least=0)
     relative_max_distance: int = setting(128, unit="tokens")  # distance from which the last bucket holds
