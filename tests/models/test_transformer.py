@@ -326,7 +326,7 @@ def test_packed_documents_are_independent_and_equal_to_themselves_alone(rng):
 )
 def test_padding_has_no_effect(gate, dispatch, rng):
     """A row of padding, and padding after a document: finite, and worth nothing to anyone, whatever its tokens are."""
-    config = tiny_model(dispatch=dispatch, gate=gate, num_layers=2, first_dense=1, eval_capacity_factor=1.0)
+    config = tiny_model(dispatch=dispatch, gate=gate, num_layers=2, first_dense=1, eval_capacity_factor=0.5)
     _, parameters = _build(config)
     tokens = np.asarray(_tokens(rng, config, (3, T)))
     segment_ids = np.ones((3, T), np.int32)
