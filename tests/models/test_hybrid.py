@@ -86,8 +86,9 @@ def test_greedy_text_with_state_is_that_without():
 
 @pytest.mark.slow
 def test_eight_devices_have_the_values_and_gradients_of_one(rng):
-    """Rows over fsdp, heads over tensor, remat. Short queries and keys are made unit vectors, by which rounding grows;
-    the layer by itself is within 1e-5 (tests/layers/test_gated_delta_net.py)."""
+    """Rows over fsdp, heads over tensor, remat. Short queries and keys are made unit vectors, by which rounding grows:
+    parameters that differ in their last bit change a gradient by as much as a mesh may. The layer by itself is within
+    1e-5 (tests/layers/test_gated_delta_net.py)."""
     config = dataclasses.replace(_case()[0], remat="attention")
     graphdef, parameters = random_parameters(config)
     tokens = jnp.asarray(rng.integers(1, 48, (4, 10)), jnp.int32)
@@ -99,6 +100,13 @@ def test_eight_devices_have_the_values_and_gradients_of_one(rng):
 
     program = jax.jit(jax.value_and_grad(loss))
     want = program(parameters, tokens, segment_ids)
+
+    def last_bit(parameter):
+        return parameter * jnp.asarray(1 + 2.0**-24 * rng.choice([-1, 2], parameter.shape), jnp.float32)
+
+    nearby = [program(jax.tree.map(last_bit, parameters), tokens, segment_ids) for _ in range(4)]
+    rounding = max(max(map(_error, jax.tree.leaves(each), jax.tree.leaves(want))) for each in nearby)
+    assert rounding < 1e-3
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state = nnx.state(nnx.eval_shape(lambda: nnx.merge(graphdef, parameters)))
     with jax.set_mesh(mesh):
@@ -109,9 +117,13 @@ def test_eight_devices_have_the_values_and_gradients_of_one(rng):
         got = program(placed, *rows)
     for path, theirs in jax.tree_util.tree_leaves_with_path(want):
         ours = functools.reduce(lambda node, key: node[getattr(key, "key", getattr(key, "idx", None))], path, got)
-        scale = float(np.abs(theirs).max())
-        assert scale > 0, path
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+        assert np.abs(theirs).max() > 0, path
+        assert _error(ours, theirs) < 2 * rounding, path
+
+
+def _error(ours, theirs):
+    """Largest difference, of the largest number."""
+    return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
 
 
 def test_parts_adapters_and_optimizers_know_its_parameters():
