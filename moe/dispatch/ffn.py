@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from moe.dispatch import quantized
 from moe.parallel import target
-from moe.parallel.mesh import axis_of
+from moe.parallel.mesh import axis_of, axis_size
 from moe.parallel.parameters import gather_array, gather_shard
 from moe.parallel.partition_specs import EXPERT_BIASES, EXPERTS_IN, EXPERTS_OUT, GROUPS, HIDDEN, REPLICATED
 
@@ -111,6 +111,7 @@ class ExpertWeights:
         is_interleaved: they alternate there, whole lanes of each, [E,D,2F'] with F padded to whole lanes, and so do
             their biases, [E,2F']; down is padded too. Static.
         is_turned: ``down`` is [E,D,F], static.
+        are_shards: the matrices have one device's part of D, over ``fsdp``, which products gather in 8 bits. Static.
         precision: of the factors, a value of ``model.low_precision``, static.
         sent_precision: of rows, and of gradients of outputs, on their way to other hosts, likewise.
         keeps_hidden: for the backward pass; else row blocks compute hidden activations again in it, static.
@@ -126,6 +127,7 @@ class ExpertWeights:
     is_joined: bool = dataclasses.field(default=False, metadata={"static": True})
     is_interleaved: bool = dataclasses.field(default=False, metadata={"static": True})
     is_turned: bool = dataclasses.field(default=False, metadata={"static": True})
+    are_shards: bool = dataclasses.field(default=False, metadata={"static": True})
     precision: str = dataclasses.field(default="none", metadata={"static": True})
     sent_precision: str = dataclasses.field(default="none", metadata={"static": True})
     keeps_hidden: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -183,12 +185,20 @@ class ExpertWeights:
             return dataclasses.replace(self, up=gather_shard(self.up, 1), gate=gate, down=gather_shard(self.down, 2))
         down = dataclasses.replace(self, down=self.down.swapaxes(1, 2), is_turned=True)
         weights = down.joined()
+        if self.are_gathered_in_products:
+            return dataclasses.replace(weights, are_shards=True)
         return dataclasses.replace(weights, up=gather_shard(weights.up, 1), down=gather_shard(weights.down, 1))
+
+    @property
+    def are_gathered_in_products(self) -> bool:
+        """Whether products quantise one device's shards, and gather these, as kernels of TPUs do: in a layer without
+        exchange, where a matrix has few products."""
+        return self.precision != "none" and target.current().platform == "tpu" and axis_size("expert") == 1
 
     @property
     def are_activated_by_kernels(self) -> bool:
         """Whether the target's grouped matmuls compute the nonlinearity too, of up and gate that alternate."""
-        is_plain = self.dropout is None and self.precision == "none" and self.up.dtype == jnp.bfloat16
+        is_plain = self.dropout is None and self.up.dtype == jnp.bfloat16
         return target.current().has_gated_kernels and is_plain and self.activation in ACTIVATIONS_OF_KERNELS
 
     def joined(self) -> ExpertWeights:

@@ -18,12 +18,16 @@ from jaxtyping import Float
 
 from moe.config import ConfigError
 from moe.parallel import target
+from moe.parallel.mesh import axis_of
 
 #: Types of factors and of sums by the value of ``model.low_precision``.
 TYPES: dict[str, tuple[Any, Any]] = {
     "int8": (jnp.int8, jnp.int32),
     "float8": (jnp.float8_e4m3fn, jnp.float32),
 }
+
+#: Vectors without a larger number than this become zeros, as qwix's do.
+_SMALLEST = 1e-17
 
 #: Types that the matrix units of TPUs multiply, by prefix of the device kind; the first match counts. libtpu converts
 #: others to float32 first.
@@ -53,13 +57,27 @@ def check_target(precision: str) -> None:
         raise ConfigError(f"{where} needs qwix: pip install qwix") from error
 
 
-def quantize(array: Array, axis: int, precision: str) -> tuple[Array, Array]:
-    """Quantised numbers, and the float32 scale of each vector along an axis, which has length 1 there."""
+def quantize(
+    array: Array, axis: int, precision: str, *, split_over: str | None = None, largest: Array | None = None
+) -> tuple[Array, Array]:
+    """Quantised numbers, and the float32 scale of each vector along an axis, which has length 1 there.
+
+    Args:
+        array: numbers.
+        axis: of the vectors.
+        precision: a value of ``model.low_precision`` but ``none``.
+        split_over: role of the mesh axis over which the vectors are split, within ``shard_map``; None: of none.
+        largest: absolute value of each vector, if it is known.
+    """
     import qwix  # noqa: PLC0415  # optional
 
-    axes = [kept for kept in range(array.ndim) if kept != axis % array.ndim]
-    found = qwix.quantize(array.astype(jnp.float32), TYPES[precision][0], channelwise_axes=axes)
-    return found.qvalue, found.scale
+    bound = jnp.max(jnp.abs(array), axis, keepdims=True) if largest is None else largest
+    if split_over is not None:
+        bound = lax.pmax(bound, axis_of(split_over))
+    bound = bound.astype(jnp.float32)
+    bound = jnp.where(bound < _SMALLEST, 1.0, bound)
+    found = qwix.quantize(array / bound, TYPES[precision][0], calibration_method="fixed,-1,1")
+    return found.qvalue, bound * found.scale
 
 
 def pack(rows: Float[Array, "R D"], precision: str) -> Array:

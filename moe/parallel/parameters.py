@@ -263,20 +263,20 @@ def gather_shard(shard: Array, dim: int) -> Array:
     """Gather a weight over ``fsdp`` from each device's shard, within ``shard_map``; its gradient is reduce-scattered.
 
     Args:
-        shard: of one device, in the compute dtype.
+        shard: of one device, in the dtype of the products.
         dim: that is split.
     """
     with jax.named_scope(f"{WEIGHTS_SCOPE}shards"):
-        for groups in _hops(axis_size("fsdp"), shard.shape[dim]):
+        for groups in _hops(axis_size("fsdp"), shard.shape[dim], _TILE_BYTES // shard.dtype.itemsize):
             shard = jax.lax.all_gather(shard, axis_of("fsdp"), axis=dim, tiled=True, axis_index_groups=groups)
     return shard
 
 
-#: Rows of a tile of bfloat16 numbers in a TPU's memory.
-_TILE_ROWS = 16
+#: Bytes of one column of a tile in a TPU's memory: 16 rows of bfloat16 numbers.
+_TILE_BYTES = 32
 
 
-def _hops(size: int, rows: int = _TILE_ROWS) -> list[list[list[int]] | None]:
+def _hops(size: int, rows: int = 16, tile_rows: int = 16) -> list[list[list[int]] | None]:
     """Groups of the gathers that follow each other: one gather of all, or two where the axis spans a 3D torus.
 
     XLA for TPUs has no all-gather over three torus dimensions: it adds up arrays padded with zeros, at twice the bytes
@@ -290,6 +290,7 @@ def _hops(size: int, rows: int = _TILE_ROWS) -> list[list[list[int]] | None]:
     Args:
         size: chips of the axis.
         rows: of a chip, in the dimension that is gathered.
+        tile_rows: of a tile in a TPU's memory.
     """
     if size < 2:
         return []
@@ -298,7 +299,7 @@ def _hops(size: int, rows: int = _TILE_ROWS) -> list[list[list[int]] | None]:
     side = 2 ** math.ceil(math.log2(size) / 3)
     if size % side:
         return [None]
-    if rows * side % _TILE_ROWS:
+    if rows * side % tile_rows:
         side = size // 2 ** math.floor(math.log2(size) / 3)
     places = np.arange(size).reshape(-1, side)
     return [places.tolist(), places.T.tolist()]

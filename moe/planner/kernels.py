@@ -97,7 +97,7 @@ def _gpu_price(matmul: GroupedMatmul, rows: int, chip: Gpu) -> Price:
 def formula(matmul: GroupedMatmul, rows: int, chip: Chip) -> float:
     """Seconds of one run of a TPU kernel, counted (:func:`moe.dispatch.backends.tpu_tiles.grid_work`)."""
     _, k, n, groups = matmul.sizes
-    _, flops, moved = tpu_tiles.grid_work(matmul.kind, rows, (groups, k, n), matmul.tiles, chip.cores)
+    _, flops, moved = tpu_tiles.grid_work(matmul.kind, rows, (groups, k, n), matmul.tiles, chip.cores, matmul.itemsize)
     return max(flops / _peak(matmul, chip), matmul.itemsize * moved / chip.memory_bandwidth) * chip.devices
 
 

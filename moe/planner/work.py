@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from moe.dispatch.backends.tpu_tiles import Kind
 from moe.models.stages import TAKEN_SCOPE
@@ -194,9 +195,9 @@ def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatm
     if not tiles and not gpu:
         return None
     factors = [each for name in kernel.operands if len(array_shape(each := types.get(name, ""))) >= 2]
-    gated = re.search(r'gated_kind="(activated|gradients)"', kernel.attributes)
+    named = re.search(r'kernel_kind="(activated|gradients|rows)"', kernel.attributes)
     result = array_shape(kernel.type)
-    if len(factors) < 2 or (gated is None and len(factors) > 2):
+    if len(factors) < 2 or (named is None and len(factors) > 2):
         return None
     left, right = factors[:2]
     if len(result) not in (2, 3) or len(array_shape(left)) != 2:
@@ -205,10 +206,10 @@ def grouped_matmul(kernel: Instruction, types: Mapping[str, str]) -> GroupedMatm
     itemsize = array_bytes(left) // (rows * k)
     groups, columns = result[0] if len(result) == 3 else array_shape(right)[0], result[-1]
     kind: Kind = "weights" if len(result) == 3 else "rows"
-    if gated is not None:
-        kind = "activated" if gated[1] == "activated" else "gradients"
+    if named is not None:
+        kind = cast("Kind", named[1])
         # The first result has pairs; of a product of gradients comes one number.
-        columns = columns if kind == "activated" else columns // 2
+        columns = columns // 2 if kind == "gradients" else columns
     tiling = (int(tiles[1]), int(tiles[2]), int(tiles[3])) if tiles else (0, 0, 0)
     name = "tpu" if gpu is None else "mosaic" if "mosaic" in gpu.group(1) else "triton"
     return GroupedMatmul(kind, (rows, k, columns, groups), tiling, itemsize, 1, name, kernel.op_name)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe.dispatch.backends import gated, tpu, tpu_tiles
+from moe.dispatch.backends.tpu_kernel import Factors
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.parallel import target
 from moe.planner import arithmetic
@@ -134,11 +135,10 @@ def test_kernels_take_the_activations_that_pallas_lowers_for_tpus(activation, rn
         weights, sizes, scale = jnp.ones((3, 256, 512), jnp.bfloat16), jnp.asarray(SIZES), jnp.ones(512)
 
         def both(rows):
-            joined, _ = gated.activated(
-                rows, weights, weights[:, 0], scale, sizes, activation=activation, tiles=(128, 256, 256)
-            )
-            down, tiles = weights[..., :256], (128, 256, 128)
-            return gated.activation_gradients(rows, down, joined, scale, sizes, activation, tiles, is_turned=True)
+            both, tiles = Factors(rows, weights), (128, 256, 256)
+            joined, *_ = gated.activated(both, weights[:, 0], scale, sizes, activation, rows.dtype, tiles)
+            both, tiles = Factors(rows, weights[..., :256]), (128, 256, 128)
+            return gated.activation_gradients(both, joined, scale, sizes, activation, tiles)
 
         return jax.jit(both).trace(jnp.ones((512, 256), jnp.bfloat16)).lower(lowering_platforms=("tpu",)).as_text()
 

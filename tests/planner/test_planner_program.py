@@ -205,9 +205,9 @@ ENTRY %main (x: bf16[8192,1024], w: bf16[8,1024,4096], s: s32[8], d: bf16[8,1024
   %s = s32[8]{0:T(128)} parameter(2)
   %d = bf16[8,1024,2048]{2,1,0:T(8,128)(2,1)} parameter(3)
   %scale = f32[8192,1]{1,0:T(8,128)} broadcast(%z), dimensions={}
-  %up = (bf16[8192,4096]{1,0}, bf16[8192,2048]{1,0}) custom-call(%s, %s, %s, %x, %w, /*index=5*/%scale), custom_call_target="tpu_custom_call", frontend_attributes={gated_kind="activated",ragged_dot_tiling="256,1024,1024"}
+  %up = (bf16[8192,4096]{1,0}, bf16[8192,2048]{1,0}) custom-call(%s, %s, %s, %x, %w, /*index=5*/%scale), custom_call_target="tpu_custom_call", frontend_attributes={kernel_kind="activated",ragged_dot_tiling="256,1024,1024"}
   %pairs = bf16[8192,4096]{1,0} get-tuple-element(%up), index=0
-  %back = (bf16[8192,4096]{1,0}, bf16[8192,2048]{1,0}, f32[2,8192,1]{2,1,0}) custom-call(%s, %s, %s, %x, %d, /*index=5*/%pairs, %scale), custom_call_target="tpu_custom_call", frontend_attributes={gated_kind="gradients",ragged_dot_tiling="256,1024,1024"}
+  %back = (bf16[8192,4096]{1,0}, bf16[8192,2048]{1,0}, f32[2,8192,1]{2,1,0}) custom-call(%s, %s, %s, %x, %d, /*index=5*/%pairs, %scale), custom_call_target="tpu_custom_call", frontend_attributes={kernel_kind="gradients",ragged_dot_tiling="256,1024,1024"}
   ROOT %out = bf16[8192,2048]{1,0} get-tuple-element(%back), index=1
 }
 """  # noqa: E501

@@ -18,8 +18,10 @@ from jaxtyping import Float, Int
 
 from moe.dispatch import quantized
 from moe.dispatch.backends import gated
+from moe.dispatch.backends.tpu_kernel import Factors, grouped_products
 from moe.dispatch.backends.tpu_tiles import TILE, Device, Kind, Tiles, fastest_tiles
 from moe.dispatch.ffn import ExpertWeights, ffn
+from moe.parallel.parameters import gather_shard
 from moe.parallel.partition_specs import HIDDEN
 
 _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
@@ -43,8 +45,7 @@ def grouped_ffn(
 
     def matmul(rows: Array, matrices: Array, *, transposed: bool = False) -> Array:
         if weights.quantizes(matrices):
-            matrices = matrices.swapaxes(1, 2) if transposed else matrices
-            return quantized_matmul(rows, matrices, group_sizes, weights.precision)
+            return quantized_matmul(rows, matrices, group_sizes, weights.precision, transposed, weights.are_shards)
         return multiply(rows, matrices, group_sizes, transposed=transposed)
 
     return ffn(rows, weights, matmul, scale)
@@ -85,20 +86,66 @@ def _multiply(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) -
         return lax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def quantized_matmul(
-    rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"], precision: str
+    rows: Float[Array, "R D"],
+    matrices: Array,
+    sizes: Int[Array, " E"],
+    precision: str,
+    transposed: bool = False,
+    are_shards: bool = False,
 ) -> Float[Array, "R F"]:
-    """:func:`grouped_matmul` of quantised factors (:mod:`moe.dispatch.quantized`)."""
+    """:func:`grouped_matmul` of quantised factors (:mod:`moe.dispatch.quantized`).
+
+    Args:
+        precision: of the factors, a value of ``model.low_precision`` but ``none``.
+        rows, matrices, sizes, transposed: as there.
+        are_shards: ``matrices`` are the second dimension's shards of one device, within ``shard_map``: quantised, and
+            gathered over ``fsdp`` in that many bytes. Their gradient is scattered.
+    """
+    return _multiply_quantized(rows, matrices, sizes, precision, transposed=transposed, are_shards=are_shards)
+
+
+def _factors(
+    rows: Array, matrices: Array, precision: str, *, transposed: bool, are_shards: bool, largest: Array | None = None
+) -> Factors:
+    """Factors of a kernel, quantised unless the precision is ``none``; ``largest``: absolute value of each row."""
+    if precision == "none":
+        return Factors(rows, matrices, transposed)
     quantized.check_target(precision)
-    values, scales = quantized.quantize(rows, -1, precision)
-    factors, factor_scales = quantized.quantize(matrices, 1, precision)
-    sums_dtype = quantized.TYPES[precision][1]
-    with _tiling(_tiles("rows", values, matrices.shape, sums_dtype)):
-        sums = lax.ragged_dot(values, factors, sizes, preferred_element_type=sums_dtype)
+    numbers, of_rows = quantized.quantize(rows, -1, precision, largest=largest)
+    split_over = "fsdp" if are_shards and not transposed else None
+    matrices, of_matrices = quantized.quantize(matrices, 2 if transposed else 1, precision, split_over=split_over)
+    if are_shards:
+        matrices = gather_shard(matrices, 1)
+        if transposed:  # as [E,D]: XLA for TPUs would gather [E,D,1] by an all-reduce, padded to whole lanes
+            of_matrices = gather_shard(of_matrices[..., 0], 1)[..., None]
+    return Factors(numbers, matrices, transposed, (of_rows, of_matrices), quantized.TYPES[precision][1])
+
+
+def _multiply_quantized(
+    rows: Array,
+    matrices: Array,
+    sizes: Array,
+    precision: str,
+    *,
+    transposed: bool,
+    are_shards: bool,
+    largest: Array | None = None,
+) -> Array:
+    options = {"transposed": transposed, "are_shards": are_shards, "largest": largest}
+    both = _factors(rows, matrices, precision, **options)
+    if tiles := _tiles("rows", both.rows, both.shape):
+        with _tiling(tiles, kernel_kind="rows"):
+            return grouped_products(both, sizes, rows.dtype, tiles)
+    assert both.scales is not None
+    numbers, (of_rows, of_matrices) = both.matrices, both.scales
+    if transposed:
+        numbers, of_matrices = numbers.swapaxes(1, 2), of_matrices.swapaxes(1, 2)
+    sums = lax.ragged_dot(both.rows, numbers, sizes, preferred_element_type=both.sums_dtype)
     with jax.default_matmul_precision("highest"):
-        of_groups = multiply_columns(jnp.ones_like(scales), factor_scales, sizes)
-    return (sums * scales * of_groups).astype(rows.dtype)
+        of_groups = multiply_columns(jnp.ones_like(of_rows), of_matrices, sizes)
+    return (sums * of_rows * of_groups).astype(rows.dtype)
 
 
 def multiply_columns(
@@ -129,20 +176,27 @@ def _grouped_matmul_bwd(transposed, residuals, gradient):
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
-def _outer_products(rows: Array, gradient: Array, sizes: Array, matrices: Array) -> Array:
-    """Transposed rows [R,D] of each group by its gradient rows [R,F] → [E,D,F], the gradient of the matrices."""
-    with _tiling(_tiles("weights", rows, matrices.shape)):
-        return lax.ragged_dot_general(rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype)
+def _outer_products(rows: Array, gradient: Array, sizes: Array, matrices: Array, *, are_shards: bool = False) -> Array:
+    """Transposed rows [R,D] of each group by its gradient rows [R,F] → [E,D,F], the gradient of the matrices,
+    scattered over ``fsdp`` as shards are."""
+    gather = functools.partial(gather_shard, dim=1) if are_shards else lambda matrices: matrices
+    shape = jax.eval_shape(gather, matrices).shape
+    with _tiling(_tiles("weights", rows, shape)):
+        found = lax.ragged_dot_general(rows, gradient, sizes, _ROWS_CONTRACTED, preferred_element_type=matrices.dtype)
+    (found,) = jax.linear_transpose(gather, matrices)(found)
+    return found
 
 
-def _quantized_matmul_fwd(rows, matrices, sizes, precision):
-    return quantized_matmul(rows, matrices, sizes, precision), (rows, matrices, sizes)
+def _quantized_matmul_fwd(rows, matrices, sizes, precision, transposed, are_shards):
+    y = quantized_matmul(rows, matrices, sizes, precision, transposed, are_shards)
+    return y, (rows, matrices, sizes)
 
 
-def _quantized_matmul_bwd(precision, residuals, gradient):
+def _quantized_matmul_bwd(precision, transposed, are_shards, residuals, gradient):
     rows, matrices, sizes = residuals
-    d_rows = quantized_matmul(gradient, matrices.swapaxes(1, 2), sizes, precision)
-    d_matrices = _outer_products(rows, gradient, sizes, matrices)
+    d_rows = quantized_matmul(gradient, matrices, sizes, precision, not transposed, are_shards)
+    left, right = (gradient, rows) if transposed else (rows, gradient)
+    d_matrices = _outer_products(left, right, sizes, matrices, are_shards=are_shards)
     return d_rows, d_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
@@ -157,22 +211,38 @@ class _GatedKernels:
         activation: a gated value of ``model.activation``.
         is_turned: down is [E,D,F] instead of [E,F,D].
         forward, backward: tiles of the kernels with the nonlinearity and with its gradient.
+        precision: of the factors, a value of ``model.low_precision``.
+        are_shards: as of :func:`quantized_matmul`.
     """
 
     activation: str
     is_turned: bool
     forward: Tiles
     backward: Tiles
+    precision: str
+    are_shards: bool
+
+    def multiply(
+        self, rows: Array, matrices: Array, sizes: Array, *, transposed: bool, largest: Array | None = None
+    ) -> Array:
+        """Rows times the matrices of their experts; ``largest``: absolute value of each row, if it is known."""
+        if self.precision == "none":
+            return _multiply(rows, matrices, sizes, transposed=transposed)
+        options = {"transposed": transposed, "are_shards": self.are_shards, "largest": largest}
+        return _multiply_quantized(rows, matrices, sizes, self.precision, **options)
 
 
 def _gated_kernels(rows: Array, weights: ExpertWeights) -> _GatedKernels | None:
     """Kernels for interleaved weights; None: no tiles fit."""
-    num_groups, width, columns = weights.up.shape
-    forward = _tiles("activated", rows, weights.up.shape)
-    backward = _tiles("gradients", rows, (num_groups, width, columns // 2))
+    (num_groups, _, columns), width = weights.up.shape, rows.shape[1]
+    dtype = rows.dtype if weights.precision == "none" else quantized.TYPES[weights.precision][0]
+    rows_type = jax.ShapeDtypeStruct(rows.shape, dtype)
+    forward = _tiles("activated", rows_type, (num_groups, width, columns))
+    backward = _tiles("gradients", rows_type, (num_groups, width, columns // 2))
     if forward is None or backward is None:
         return None
-    return _GatedKernels(weights.activation, weights.is_turned, forward, backward)
+    is_turned, precision = weights.is_turned, weights.precision
+    return _GatedKernels(weights.activation, is_turned, forward, backward, precision, weights.are_shards)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,23 +265,28 @@ def _gated_ffn(
 
 
 def _gated_ffn_fwd(kernels, rows, joined, biases, down, scale, sizes):
-    with _tiling(kernels.forward, gated_kind="activated"):
-        products, hidden = gated.activated(rows, joined, biases, scale, sizes, kernels.activation, kernels.forward)
+    both = _factors(rows, joined, kernels.precision, transposed=False, are_shards=kernels.are_shards)
+    with _tiling(kernels.forward, kernel_kind="activated"):
+        products, hidden, largest = gated.activated(
+            both, biases, scale, sizes, kernels.activation, rows.dtype, kernels.forward
+        )
     products = checkpoint_name(products, HIDDEN)
-    y = _multiply(hidden, down, sizes, transposed=kernels.is_turned)
+    y = kernels.multiply(hidden, down, sizes, transposed=kernels.is_turned, largest=largest)
     return y, (rows, joined, biases, down, scale, sizes, products)
 
 
 def _gated_ffn_bwd(kernels, residuals, gradient):
     rows, joined, biases, down, scale, sizes, products = residuals
-    with _tiling(kernels.backward, gated_kind="gradients"):
-        d_products, hidden, d_scale = gated.activation_gradients(
-            gradient, down, products, scale, sizes, kernels.activation, kernels.backward, is_turned=kernels.is_turned
+    options = {"are_shards": kernels.are_shards}
+    both = _factors(gradient, down, kernels.precision, transposed=not kernels.is_turned, **options)
+    with _tiling(kernels.backward, kernel_kind="gradients"):
+        d_products, hidden, d_scale, largest = gated.activation_gradients(
+            both, products, scale, sizes, kernels.activation, kernels.backward
         )
     left, right = (gradient, hidden) if kernels.is_turned else (hidden, gradient)
-    d_down = _outer_products(left, right, sizes, down)
-    d_joined = _outer_products(rows, d_products, sizes, joined)
-    d_rows = _multiply(d_products, joined, sizes, transposed=True)
+    d_down = _outer_products(left, right, sizes, down, **options)
+    d_joined = _outer_products(rows, d_products, sizes, joined, **options)
+    d_rows = kernels.multiply(d_products, joined, sizes, transposed=True, largest=largest)
     d_biases = None
     if biases is not None:
         ones = jnp.ones_like(rows[:, :1])
@@ -223,13 +298,13 @@ def _gated_ffn_bwd(kernels, residuals, gradient):
 _gated_ffn.defvjp(_gated_ffn_fwd, _gated_ffn_bwd)
 
 
-def _tiles(kind: Kind, rows: Array, matrices: tuple[int, ...], result: Any = jnp.bfloat16) -> Tiles | None:
+def _tiles(kind: Kind, rows: Array | jax.ShapeDtypeStruct, matrices: tuple[int, ...]) -> Tiles | None:
     """Tiles of a kernel; None: XLA's own choice, for factors of more bytes than bfloat16, v2 and v3, and rows that are
     no whole tiles."""
     device, item = Device.current(), rows.dtype.itemsize
     if item > jnp.dtype(jnp.bfloat16).itemsize or rows.shape[0] % TILE or device is None:
         return None
-    return fastest_tiles(kind, rows.shape[0], matrices, device, (item, jnp.dtype(result).itemsize))
+    return fastest_tiles(kind, rows.shape[0], matrices, device, item)
 
 
 def _tiling(tiles: Tiles | None, **more: str) -> contextlib.AbstractContextManager[Any]:

@@ -73,7 +73,7 @@ class Device:
 
 @functools.lru_cache
 def fastest_tiles(
-    kind: Kind, num_rows: int, matrices: tuple[int, ...], device: Device, items: tuple[int, int] = (_ITEM, _ITEM)
+    kind: Kind, num_rows: int, matrices: tuple[int, ...], device: Device, item: int = _ITEM
 ) -> Tiles | None:
     """Tiles for which a kernel's count of its work takes least time, of those that fit its memory; None: none fit.
 
@@ -83,29 +83,31 @@ def fastest_tiles(
     Args:
         num_rows: R.
         matrices: their shape, [E,K,N].
-        items: bytes of a number in the factors and in the result.
+        item: bytes of a number in the factors.
     """
     _, contracted, columns = matrices
-    item, _ = items
 
     def seconds(tiles: Tiles) -> float:
-        steps, flops, moved = grid_work(kind, num_rows, matrices, tiles, device.cores)
-        work = max(flops * item / (_ITEM * device.peak), _ITEM * moved / device.bandwidth)
+        steps, flops, moved = grid_work(kind, num_rows, matrices, tiles, device.cores, item)
+        work = max(flops * item / (_ITEM * device.peak), item * moved / device.bandwidth)
         return work + steps / device.cores * _STEP_SECONDS
 
     row_sides = [side for side in _TILE_ROWS if num_rows % side == 0]
     of_k = [contracted] if kind in _WHOLE else _parts(contracted, target.LANES)
+    if item < _ITEM:  # our kernel's blocks of K are whole (moe.dispatch.backends.tpu_kernel)
+        of_k = [contracted, *(length for length in of_k if contracted % length == 0)]
     of_n = _parts(columns, 2 * target.LANES if kind == "activated" else target.LANES)
     fitting = (
-        tiles for tiles in itertools.product(row_sides, of_k, of_n) if _memory(kind, tiles, items) <= device.memory
+        tiles for tiles in itertools.product(row_sides, of_k, of_n) if _memory(kind, tiles, item) <= device.memory
     )
     return min(fitting, key=seconds, default=None)
 
 
 def grid_work(
-    kind: Kind, num_rows: int, matrices: tuple[int, ...], tiles: Tiles, cores: int = 1
+    kind: Kind, num_rows: int, matrices: tuple[int, ...], tiles: Tiles, cores: int = 1, item: int = _ITEM
 ) -> tuple[int, float, float]:
-    """Steps of a kernel's grid, FLOPs, and numbers moved between memories, for groups of equal size.
+    """Steps of a kernel's grid, FLOPs, and numbers of ``item`` bytes, as the factors have, moved between memories, for
+    groups of equal size.
 
     The grid is (N blocks, row blocks of all groups, K blocks), K innermost; for weights (N, K, row blocks), rows
     innermost. A group begins in a block that it shares with the one before. A block is moved when its index changes
@@ -121,21 +123,25 @@ def grid_work(
     else:
         # With all of K in one step, a group's block of the matrix stays for all its row blocks.
         of_matrices = steps if steps_k > 1 else num_groups * steps_n
-        results = _RESULTS[kind] * row_blocks * steps_n * tile_rows * tile_n
+        results = _of_factors(kind, item) * row_blocks * steps_n * tile_rows * tile_n
         moved = steps * tile_rows * tile_k + of_matrices * tile_k * tile_n + results
     return steps, 2.0 * steps * tile_rows * tile_k * tile_n, moved
 
 
-def _memory(kind: Kind, tiles: Tiles, items: tuple[int, int]) -> float:
+def _memory(kind: Kind, tiles: Tiles, item: int) -> float:
     """Bytes of both factors and the results, two of each for transfers beside the work, and of a float32 sum; for
     weights also of what is added to it, as XLA allocates for some tiles."""
     tile_rows, tile_k, tile_n = tiles
-    factor, result = items
     left = tile_rows * tile_k
     right = tile_k * tile_n
     out = tile_rows * tile_n
-    moved = 2 * (factor * (left + right) + result * _RESULTS[kind] * out)
+    moved = 2 * item * (left + right + _of_factors(kind, item) * out)
     return moved + (8 * right if kind == "weights" else 4 * out)
+
+
+def _of_factors(kind: Kind, item: int) -> float:
+    """Results, in numbers of ``item`` bytes: quantised factors have results in bfloat16."""
+    return _RESULTS[kind] * max(1.0, _ITEM / item)
 
 
 def _parts(size: int, unit: int) -> list[int]:
