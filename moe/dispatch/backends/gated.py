@@ -92,8 +92,10 @@ def activated(
     ]
     if both.scales is not None:
         outputs.append(of_row_blocks(num_rows, tile_rows, math.ceil(columns / tile_columns)))
-    options = {"transcendentals": num_rows * columns // 2, "interpret": interpret}
-    products, hidden, *largest = run(both, sizes, tiles, inputs, outputs, finish, **options)
+    transcendentals = num_rows * columns // 2
+    products, hidden, *largest = run(
+        both, sizes, tiles, inputs, outputs, finish, transcendentals=transcendentals, interpret=interpret
+    )
     return products, hidden, _of_all_blocks(jnp.max, largest)
 
 
@@ -150,8 +152,10 @@ def activation_gradients(
         if both.scales is not None:
             store_of_rows(outputs[-1], mask, largest, jnp.max)
 
-    options = {"transcendentals": num_rows * columns // 2, "interpret": interpret}
-    d_joined, hidden, *of_blocks = run(both, sizes, tiles, inputs, outputs, finish, **options)
+    transcendentals = num_rows * columns // 2
+    d_joined, hidden, *of_blocks = run(
+        both, sizes, tiles, inputs, outputs, finish, transcendentals=transcendentals, interpret=interpret
+    )
     d_scale = _of_all_blocks(jnp.sum, of_blocks[:1] if scale is not None else [])
     largest = _of_all_blocks(jnp.max, of_blocks[-1:] if both.scales is not None else [])
     return d_joined, hidden, None if d_scale is None else d_scale[:, 0], largest

@@ -103,7 +103,8 @@ def quantized_matmul(
         are_shards: ``matrices`` are the second dimension's shards of one device, within ``shard_map``: quantised, and
             gathered over ``fsdp`` in that many bytes. Their gradient is scattered.
     """
-    return _multiply_quantized(rows, matrices, sizes, precision, transposed=transposed, are_shards=are_shards)
+    both = _factors(rows, matrices, precision, transposed=transposed, are_shards=are_shards)
+    return _multiply_quantized(both, sizes, rows.dtype)
 
 
 def _factors(
@@ -118,34 +119,22 @@ def _factors(
     matrices, of_matrices = quantized.quantize(matrices, 2 if transposed else 1, precision, split_over=split_over)
     if are_shards:
         matrices = gather_shard(matrices, 1)
-        if transposed:  # as [E,D]: XLA for TPUs would gather [E,D,1] by an all-reduce, padded to whole lanes
-            of_matrices = gather_shard(of_matrices[..., 0], 1)[..., None]
+        of_matrices = gather_shard(of_matrices, 1) if transposed else of_matrices
     return Factors(numbers, matrices, transposed, (of_rows, of_matrices), quantized.TYPES[precision][1])
 
 
-def _multiply_quantized(
-    rows: Array,
-    matrices: Array,
-    sizes: Array,
-    precision: str,
-    *,
-    transposed: bool,
-    are_shards: bool,
-    largest: Array | None = None,
-) -> Array:
-    options = {"transposed": transposed, "are_shards": are_shards, "largest": largest}
-    both = _factors(rows, matrices, precision, **options)
+def _multiply_quantized(both: Factors, sizes: Array, dtype: Any) -> Array:
     if tiles := _tiles("rows", both.rows, both.shape):
         with _tiling(tiles, kernel_kind="rows"):
-            return grouped_products(both, sizes, rows.dtype, tiles)
+            return grouped_products(both, sizes, dtype, tiles)
     assert both.scales is not None
     numbers, (of_rows, of_matrices) = both.matrices, both.scales
-    if transposed:
+    if both.transposed:
         numbers, of_matrices = numbers.swapaxes(1, 2), of_matrices.swapaxes(1, 2)
     sums = lax.ragged_dot(both.rows, numbers, sizes, preferred_element_type=both.sums_dtype)
     with jax.default_matmul_precision("highest"):
         of_groups = multiply_columns(jnp.ones_like(of_rows), of_matrices, sizes)
-    return (sums * of_rows * of_groups).astype(rows.dtype)
+    return (sums * of_rows * of_groups).astype(dtype)
 
 
 def multiply_columns(
@@ -222,14 +211,22 @@ class _GatedKernels:
     precision: str
     are_shards: bool
 
+    def factors(
+        self, rows: Array, matrices: Array, *, transposed: bool = False, largest: Array | None = None
+    ) -> Factors:
+        """Factors of a kernel; ``largest``: absolute value of each row, if it is known."""
+        return _factors(
+            rows, matrices, self.precision, transposed=transposed, are_shards=self.are_shards, largest=largest
+        )
+
     def multiply(
         self, rows: Array, matrices: Array, sizes: Array, *, transposed: bool, largest: Array | None = None
     ) -> Array:
-        """Rows times the matrices of their experts; ``largest``: absolute value of each row, if it is known."""
+        """Rows times the matrices of their experts."""
         if self.precision == "none":
             return _multiply(rows, matrices, sizes, transposed=transposed)
-        options = {"transposed": transposed, "are_shards": self.are_shards, "largest": largest}
-        return _multiply_quantized(rows, matrices, sizes, self.precision, **options)
+        both = self.factors(rows, matrices, transposed=transposed, largest=largest)
+        return _multiply_quantized(both, sizes, rows.dtype)
 
 
 def _gated_kernels(rows: Array, weights: ExpertWeights) -> _GatedKernels | None:
@@ -265,7 +262,7 @@ def _gated_ffn(
 
 
 def _gated_ffn_fwd(kernels, rows, joined, biases, down, scale, sizes):
-    both = _factors(rows, joined, kernels.precision, transposed=False, are_shards=kernels.are_shards)
+    both = kernels.factors(rows, joined)
     with _tiling(kernels.forward, kernel_kind="activated"):
         products, hidden, largest = gated.activated(
             both, biases, scale, sizes, kernels.activation, rows.dtype, kernels.forward
@@ -277,15 +274,14 @@ def _gated_ffn_fwd(kernels, rows, joined, biases, down, scale, sizes):
 
 def _gated_ffn_bwd(kernels, residuals, gradient):
     rows, joined, biases, down, scale, sizes, products = residuals
-    options = {"are_shards": kernels.are_shards}
-    both = _factors(gradient, down, kernels.precision, transposed=not kernels.is_turned, **options)
+    both = kernels.factors(gradient, down, transposed=not kernels.is_turned)
     with _tiling(kernels.backward, kernel_kind="gradients"):
         d_products, hidden, d_scale, largest = gated.activation_gradients(
             both, products, scale, sizes, kernels.activation, kernels.backward
         )
     left, right = (gradient, hidden) if kernels.is_turned else (hidden, gradient)
-    d_down = _outer_products(left, right, sizes, down, **options)
-    d_joined = _outer_products(rows, d_products, sizes, joined, **options)
+    d_down = _outer_products(left, right, sizes, down, are_shards=kernels.are_shards)
+    d_joined = _outer_products(rows, d_products, sizes, joined, are_shards=kernels.are_shards)
     d_rows = kernels.multiply(d_products, joined, sizes, transposed=True, largest=largest)
     d_biases = None
     if biases is not None:
