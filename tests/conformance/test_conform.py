@@ -17,7 +17,7 @@ from moe.conformance.equations import Rule, Variant
 from moe.dispatch import buffers
 
 #: Losses weigh as much as the output in what is differentiated, so that their gradients are compared too.
-RULE = Rule(k=2, renormalise=True, capacity_factor=1.25, balance_weight=10.0, z_weight=1.0)
+RULE = Rule(k=2, renormalise=True, capacity_factor=1.0, balance_weight=10.0, z_weight=1.0)
 LAYER = evidence.random_layer(RULE, groups=2, tokens=9, d=8, f=6, num_experts=4)
 MASK = jnp.asarray(LAYER.mask)
 K, E = RULE.k, LAYER.num_experts
