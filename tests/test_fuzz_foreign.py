@@ -91,7 +91,7 @@ WORKDIR = {
 def _read_workdir(folder: Path, name: str) -> None:
     if name == "metrics.jsonl":
         for row in read_rows(folder / name):
-            np.asarray(row.get("expert_load", []), np.float32)
+            np.asarray(row.get("expert_load", []), float)  # as readers do
     elif name == "changes.jsonl":
         workdir.latest_change(epath.Path(folder))
     elif name == "base.json":

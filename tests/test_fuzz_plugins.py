@@ -225,8 +225,8 @@ def test_optimizers(outcomes, instead, state, update, raised, settings):
 
         return optax.GradientTransformation(lambda params: returned(state), updated)
 
-    config = OptimizerConfig(name="plugins:make", **settings)
     with module_with(make=make), accepted_or_refused(outcomes, "optimizers"):
+        config = OptimizerConfig(name="plugins:make", **settings)
         optimizer = make_optimizer(config, 100)
         probe_own(config, optimizer, PARAMETERS, jax.eval_shape(optimizer.init, PARAMETERS))
         weights = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), PARAMETERS)

@@ -89,8 +89,9 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
 
 
 def without_stages(errors: str) -> str:
-    """What a start said on stderr, without the lines on what it was doing."""
-    return "".join(line for line in errors.splitlines(keepends=True) if not re.match(r"\[ *\d+\.\d s\] ", line))
+    """What a start said on stderr, without the lines on what it was doing, or waiting for."""
+    told = r"\[ *\d+\.\d s\] |waiting for "
+    return "".join(line for line in errors.splitlines(keepends=True) if not re.match(told, line))
 
 
 def prepare(case: Case, folder: Path, data: Path, imported: Path) -> list[str]:
