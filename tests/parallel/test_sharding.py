@@ -466,6 +466,8 @@ def test_weights_are_gathered_in_two_hops_where_an_axis_spans_a_3d_torus(monkeyp
     first, second = weights._hops(64, 45)  # 4 rings have 180 rows, no whole tiles: 4 planes, then 16 rings
     assert first == np.arange(64).reshape(4, 16).tolist()
     assert second[:2] == [[0, 16, 32, 48], [1, 17, 33, 49]]
+    assert weights._hops(64, 4)[0][0] == [0, 1, 2, 3]  # 16 rows, a tile of bfloat16 and half of one of bytes
+    assert weights._hops(64, 4, 32)[0][0] == list(range(16))
     assert weights._hops(8) == [None]
     assert weights._hops(1) == []
     monkeypatch.setattr(
@@ -490,7 +492,7 @@ def test_a_gather_in_two_hops_equals_one(rng, monkeypatch):
 
     with jax.set_mesh(mesh):
         one = jax.jit(jax.value_and_grad(loss))(matrix, x)
-        monkeypatch.setattr(weights, "_hops", lambda size, rows: [places.tolist(), places.T.tolist()])
+        monkeypatch.setattr(weights, "_hops", lambda size, rows, tile_rows: [places.tolist(), places.T.tolist()])
         two = jax.jit(jax.value_and_grad(lambda *a: loss(*a)))(matrix, x)
     plain = jax.value_and_grad(lambda m, x: jnp.sum(jnp.sin(jnp.einsum("bd,edf->bef", x, m))))(matrix, x)
     for ours in (one, two):
