@@ -179,7 +179,8 @@ class ExpertWeights:
     def gathered_shards(self) -> ExpertWeights:
         """One device's experts, within ``shard_map``, gathered over ``fsdp`` from its shards; on accelerators up and
         gate are joined before, and down is transposed, as shards, so that no whole matrix is copied: gradients that are
-        scattered over the last dimension would be."""
+        scattered over the last dimension would be. Shards that products gather (``are_gathered_in_products``) stay so.
+        """
         if target.is_cpu():
             gate = None if self.gate is None else gather_shard(self.gate, 1)
             return dataclasses.replace(self, up=gather_shard(self.up, 1), gate=gate, down=gather_shard(self.down, 2))

@@ -149,13 +149,13 @@ def test_what_kernels_with_the_nonlinearity_write(precision, rng):
     products, hidden, largest = gated.activated(both, None, None, sizes, "swiglu", jnp.bfloat16, tiles, interpret=True)
     alone = grouped_products(both, sizes, jnp.bfloat16, tiles, interpret=True)
     np.testing.assert_array_equal(products[:filled], alone[:filled])
-    np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(hidden), -1, keepdims=True)[:filled])
+    np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(hidden), -1)[:filled])
     d_products, again, d_scale, largest = gated.activation_gradients(
         factors(gradient, down), products, None, sizes, "swiglu", tiles, interpret=True
     )
     assert d_scale is None
     np.testing.assert_array_equal(again[:filled], hidden[:filled])
-    np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(d_products), -1, keepdims=True)[:filled])
+    np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(d_products), -1)[:filled])
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=4, tensor=2)], ids=str)

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from moe.dispatch.backends.tpu_kernel import (
     Factors,
     Products,
-    factors,
+    of_each_row,
     of_groups,
     of_row_blocks,
     of_rows,
@@ -48,7 +48,7 @@ def activated(
     tiles: Tiles,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "R J"], Float[Array, "R F"], Float[Array, "R 1"] | None]:
+) -> tuple[Float[Array, "R J"], Float[Array, "R F"], Float[Array, " R"] | None]:
     """Rows times the interleaved matrices of their experts, the hidden activations of these products, and, of quantised
     factors, the largest of these in each row.
 
@@ -69,7 +69,7 @@ def activated(
     if biases is not None:
         inputs.append(of_groups(biases, tile_columns))
     if scale is not None:
-        inputs.append(factors(scale, tile_rows))
+        inputs.append(of_each_row(scale, tile_rows))
 
     def finish(products: Products, mask: Array, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         bias = None if biases is None else inputs[0][...].astype(jnp.float32)
@@ -108,7 +108,7 @@ def activation_gradients(
     tiles: Tiles,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "R J"], Float[Array, "R F"], Float[Array, " R"] | None, Float[Array, "R 1"] | None]:
+) -> tuple[Float[Array, "R J"], Float[Array, "R F"], Float[Array, " R"] | None, Float[Array, " R"] | None]:
     """Gradients of the interleaved products ``joined``, hidden activations, gradients of their factors, and, of
     quantised factors, the largest gradient of a product in each row.
 
@@ -127,7 +127,7 @@ def activation_gradients(
     ]
     inputs = [of_joined(joined)]
     if scale is not None:
-        inputs.append(factors(scale, tile_rows))
+        inputs.append(of_each_row(scale, tile_rows))
         outputs.append(of_row_blocks(num_rows, tile_rows, blocks))
     if both.scales is not None:
         outputs.append(of_row_blocks(num_rows, tile_rows, blocks))
@@ -158,12 +158,12 @@ def activation_gradients(
     )
     d_scale = _of_all_blocks(jnp.sum, of_blocks[:1] if scale is not None else [])
     largest = _of_all_blocks(jnp.max, of_blocks[-1:] if both.scales is not None else [])
-    return d_joined, hidden, None if d_scale is None else d_scale[:, 0], largest
+    return d_joined, hidden, d_scale, largest
 
 
-def _of_all_blocks(reduce: Callable[..., Array], of_blocks: Sequence[Array]) -> Float[Array, "R 1"] | None:
+def _of_all_blocks(reduce: Callable[..., Array], of_blocks: Sequence[Array]) -> Float[Array, " R"] | None:
     """One number a row of the numbers of its blocks of columns, [blocks,1,R]; None of none."""
-    return reduce(of_blocks[0], axis=(0, 1))[:, None] if of_blocks else None
+    return reduce(of_blocks[0], axis=(0, 1)) if of_blocks else None
 
 
 def _pairs(width: int) -> list[tuple[slice, slice, slice]]:

@@ -108,12 +108,19 @@ def quantized_matmul(
 
 
 def _factors(
-    rows: Array, matrices: Array, precision: str, *, transposed: bool, are_shards: bool, largest: Array | None = None
+    rows: Array,
+    matrices: Array,
+    precision: str,
+    *,
+    transposed: bool,
+    are_shards: bool,
+    largest: Float[Array, " R"] | None = None,
 ) -> Factors:
     """Factors of a kernel, quantised unless the precision is ``none``; ``largest``: absolute value of each row."""
     if precision == "none":
         return Factors(rows, matrices, transposed)
     quantized.check_target(precision)
+    largest = None if largest is None else largest[:, None]
     numbers, of_rows = quantized.quantize(rows, -1, precision, largest=largest)
     split_over = "fsdp" if are_shards and not transposed else None
     matrices, of_matrices = quantized.quantize(matrices, 2 if transposed else 1, precision, split_over=split_over)

@@ -77,13 +77,13 @@ def of_groups(array: Float[Array, "E N"], columns: int) -> Operand:
     return Operand(array[:, None], (None, 1, columns), lambda row, group, column: (group, 0, column))
 
 
-def factors(scale: Float[Array, " R"], rows: int) -> Operand:
+def of_each_row(scale: Float[Array, " R"], rows: int) -> Operand:
     """One number a row, along the lanes: an array [R,1] would be padded to as many columns as there are lanes."""
     return Operand(scale[None], (1, rows), lambda row, group, column: (0, row))
 
 
 def to_columns(block: Any) -> Float[Array, "rows lanes"]:
-    """A block of :func:`factors`, each row's in all of its lanes."""
+    """A block of :func:`of_each_row`, each row's in all of its lanes."""
     numbers = block[...]
     return jnp.broadcast_to(numbers, (LANES, numbers.shape[1])).T
 
@@ -147,7 +147,7 @@ def run(
     scales = []
     if both.scales is not None:
         of_matrices = both.scales[1].reshape(-1, columns)
-        scales = [factors(both.scales[0][:, 0], tile_rows), of_groups(of_matrices, tile_n)]
+        scales = [of_each_row(both.scales[0][:, 0], tile_rows), of_groups(of_matrices, tile_n)]
 
     def kernel(starts: Any, groups: Any, blocks: Any, left: Any, right: Any, *operands: Any) -> None:
         step, step_k = pl.program_id(1), pl.program_id(2)
