@@ -20,6 +20,7 @@ from flax import nnx
 from moe.config import ModelConfig, MoEConfig, flat
 from moe.config.parse import build
 from moe.config.registry import LAYERS
+from moe.dispatch import quantized
 from moe.models.factory import Model, abstract_model
 from moe.models.state import TrainState
 from moe.routing.gates import TopK
@@ -208,3 +209,9 @@ def mounted(path: Path, *options: str):
         yield
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def rounded(array: Any, axis: int, precision: str) -> np.ndarray:
+    """Numbers as quantised along an axis, and scaled again."""
+    values, scales = quantized.quantize(jnp.asarray(array), axis, precision)
+    return np.asarray(values.astype(jnp.float32)) * np.asarray(scales)

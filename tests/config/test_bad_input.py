@@ -89,7 +89,7 @@ def run_here(script: str, arguments: list[str], monkeypatch) -> tuple[int, str]:
 
 
 def without_stages(errors: str) -> str:
-    """What a start said on stderr, without the lines on what it was doing, or waiting for."""
+    """Lines of stderr, but for those on what a start was doing, or waiting for."""
     told = r"\[ *\d+\.\d s\] |waiting for "
     return "".join(line for line in errors.splitlines(keepends=True) if not re.match(told, line))
 

@@ -26,7 +26,7 @@ from moe.planner import arithmetic, kernels
 from moe.planner.chips import CHIPS
 from moe.planner.gpus import GPUS
 from moe.planner.records import GroupedMatmul
-from tests.helpers import random_parameters, tiny_model
+from tests.helpers import random_parameters, rounded, tiny_model
 
 pytest.importorskip("qwix")
 
@@ -43,11 +43,6 @@ def test_a_product_by_hand():
     np.testing.assert_allclose(y, [[5.0]], rtol=1e-6)
 
 
-def _rounded(array, axis, precision):
-    values, scales = quantized.quantize(jnp.asarray(array), axis, precision)
-    return np.asarray(values.astype(jnp.float32)) * np.asarray(scales)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
     """Of rows and matrices for y, of the output's gradient and matrices for the rows' gradient; the gradient of the
@@ -57,8 +52,8 @@ def test_products_and_gradients_are_those_of_rounded_factors(precision, rng):
     groups = np.repeat(np.arange(4), SIZES)
     d_matrices = np.stack([rows[groups == e].T @ gradient[groups == e] for e in range(4)])
     expected = (
-        np.einsum("rd,rdf->rf", _rounded(rows, -1, precision), _rounded(matrices, 1, precision)[groups]),
-        np.einsum("rf,rdf->rd", _rounded(gradient, -1, precision), _rounded(matrices, 2, precision)[groups]),
+        np.einsum("rd,rdf->rf", rounded(rows, -1, precision), rounded(matrices, 1, precision)[groups]),
+        np.einsum("rf,rdf->rd", rounded(gradient, -1, precision), rounded(matrices, 2, precision)[groups]),
         d_matrices,
     )
 

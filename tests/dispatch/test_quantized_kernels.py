@@ -17,17 +17,10 @@ from moe.dispatch.ffn import ExpertWeights, activate
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
-from tests.helpers import tiny_model
+from tests.dispatch.test_gated_kernels import SIZES
+from tests.helpers import rounded, tiny_model
 
 pytest.importorskip("qwix")
-
-#: Rows of each group, of 512: two groups share a block of 128 rows, one is empty, and the last rows have no group.
-SIZES = np.array([200, 0, 250], np.int32)
-
-
-def _rounded(array, axis, precision):
-    values, scales = quantized.quantize(jnp.asarray(array), axis, precision)
-    return np.asarray(values.astype(jnp.float32)) * np.asarray(scales)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +28,8 @@ def _rounded(array, axis, precision):
     [("int8", False, 256), ("int8", True, 128), ("float8", True, 256), ("float8", False, 128)],
 )
 def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
-    """Those of rounded factors; 200 columns are a block and a part of one, and K is one block or two. The gradient of
-    the rows contracts these 200, as one block."""
+    """Values and gradients of rounded factors; 200 columns are a block and a part of one, and K is one block or two.
+    The gradient of the rows contracts these 200, as one block."""
     monkeypatch.setattr(tpu, "grouped_products", functools.partial(tpu.grouped_products, interpret=True))
     tiles = {256: (128, tile_k, 128), 200: (128, 200, 128)}
     monkeypatch.setattr(tpu, "_tiles", lambda kind, _, shape: tiles[shape[1]] if kind == "rows" else None)
@@ -54,8 +47,8 @@ def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
     d_rows, d_matrices = backward(jnp.asarray(gradient))
     rows = rows[:filled]
     expected = (
-        np.einsum("rd,rdf->rf", _rounded(rows, -1, precision), _rounded(matrices, 1, precision)[groups]),
-        np.einsum("rf,rdf->rd", _rounded(gradient, -1, precision), _rounded(matrices, 2, precision)[groups]),
+        np.einsum("rd,rdf->rf", rounded(rows, -1, precision), rounded(matrices, 1, precision)[groups]),
+        np.einsum("rf,rdf->rd", rounded(gradient, -1, precision), rounded(matrices, 2, precision)[groups]),
         _of_groups(rows, gradient),
     )
     for ours, reference in zip((y, d_rows[:filled], d_matrices), expected, strict=True):
@@ -98,20 +91,20 @@ def test_the_nonlinearity_in_kernels(precision, biases, turned, scaled, rng, mon
 
     x, factor = exact(rows)[:filled], 1.0 if scale is None else exact(scale)[:filled, None]
     joined, down, gradient = np.concatenate([exact(up), exact(gate)], -1), exact(down), exact(gradient)
-    products = np.einsum("rd,rdj->rj", _rounded(x, -1, precision), _rounded(joined, 1, precision)[groups])
+    products = np.einsum("rd,rdj->rj", rounded(x, -1, precision), rounded(joined, 1, precision)[groups])
     if both is not None:
         products += np.concatenate([exact(bias) for bias in both], -1)[groups]
     products = stored(products)
     hidden, activated = jax.vjp(functools.partial(activate, "swiglu"), products[:, :200], products[:, 200:])
     scaled_hidden = stored(hidden * factor)
-    outputs = np.einsum("rf,rdf->rd", _rounded(scaled_hidden, -1, precision), _rounded(down, 2, precision)[groups])
-    d_hidden = np.einsum("rd,rdf->rf", _rounded(gradient, -1, precision), _rounded(down, 1, precision)[groups])
+    outputs = np.einsum("rf,rdf->rd", rounded(scaled_hidden, -1, precision), rounded(down, 2, precision)[groups])
+    d_hidden = np.einsum("rd,rdf->rf", rounded(gradient, -1, precision), rounded(down, 1, precision)[groups])
     d_products = stored(np.concatenate(activated(jnp.asarray(d_hidden * factor)), -1))
     expected = [
         (y, outputs),
         (
             d_rows[:filled],
-            np.einsum("rj,rdj->rd", *(_rounded(d_products, -1, precision), _rounded(joined, 2, precision)[groups])),
+            np.einsum("rj,rdj->rd", *(rounded(d_products, -1, precision), rounded(joined, 2, precision)[groups])),
         ),
         (d_weights.down if turned else d_weights.down.swapaxes(1, 2), _of_groups(gradient, scaled_hidden)),
         (jnp.concatenate([d_weights.up, d_weights.gate], -1), _of_groups(x, d_products)),
