@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe.config import Capacity, Config, ConfigError, Losses, ModelConfig, MoEConfig
+    from moe.config.registry import find_layer
     from moe.interop import load_huggingface, save_huggingface
     from moe.layers.moe_layer import MoELayer
     from moe.layers.soft_moe import SoftMoE
@@ -35,6 +36,7 @@ __all__ = [
     "Routing",
     "SoftMoE",
     "Transformer",
+    "find_layer",
     "load_huggingface",
     "mesh_roles",
     "save_huggingface",
@@ -56,6 +58,7 @@ _MODULES = {
     "Routing": "moe.routing.routing",
     "SoftMoE": "moe.layers.soft_moe",
     "Transformer": "moe.models.decoder",
+    "find_layer": "moe.config.registry",
     "load_huggingface": "moe.interop",
     "mesh_roles": "moe.parallel.mesh",
     "save_huggingface": "moe.interop",
