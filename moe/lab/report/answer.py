@@ -163,7 +163,7 @@ def _loss_by_cost(path: Path, found: Table, seconds: StepSeconds | None) -> str:
         if not shared:
             continue
         means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
-        costs = [found.suite.costs(name, steps)["flops"] / steps]
+        costs = [found.suite.costs(name, steps)["flops"] / steps / 1e12]
         if seconds and name in seconds.arms:
             costs.append(seconds.arms[name][1] / 60)
         for axis, each in zip(panels, costs, strict=False):
@@ -171,7 +171,9 @@ def _loss_by_cost(path: Path, found: Table, seconds: StepSeconds | None) -> str:
             axis.plot([step * each for step in shared], means, marker=".", color=color[name], label=label)
     if not panels[0].lines:
         return ""
-    panels[0].set(xlabel="training FLOPs of the model, drops not subtracted", ylabel="held-out loss, nats")
+    panels[0].set(
+        xlabel="training FLOPs of the model, in trillions, drops not subtracted", ylabel="held-out loss, nats"
+    )
     if seconds:
         panels[1].set(xlabel="processor time of the training steps, minutes")
     for axis in panels:
