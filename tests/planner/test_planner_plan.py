@@ -195,10 +195,9 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
         data=dataclasses.replace(large.data, sequence_length=512),
         train=dataclasses.replace(large.train, batch_size=8),
     )
-    bound = fit.lower_bound(small, plan["mesh"])
-    assert bound.parameters == plan["memory"]["parameters"]
-    assert bound.optimizer == plan["memory"]["optimizer"]
-    assert bound.total < plan["memory_total"]
+    made = fit.estimate(small, plan["mesh"], "tpu")
+    assert made.parameters == plan["memory"]["parameters"]
+    assert made.optimizer == plan["memory"]["optimizer"]
 
 
 @pytest.mark.slow
