@@ -16,6 +16,8 @@ _FLAGS = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
 )
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("LD_PRELOAD", None)  # this process has jemalloc; programs that tests start choose for themselves
 
 import functools  # noqa: E402
 import gc  # noqa: E402
@@ -31,6 +33,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from moe import process  # noqa: E402
 from moe.training import profiling  # noqa: E402
 from tests.run_helpers import compilation_cache, directory, programs, whole  # noqa: E402, F401
 
@@ -38,6 +41,13 @@ from tests.run_helpers import compilation_cache, directory, programs, whole  # n
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker of tests that are skipped without JAX's CUDA plugin."""
     config.addinivalue_line("markers", "gpu_compile: compiles for absent NVIDIA GPUs; needs jax[cuda13], no driver")
+
+
+def pytest_xdist_setupnodes() -> None:
+    """Give workers jemalloc, if it is installed: XLA's compiler allocates much, and tests take 7 % less time."""
+    jemalloc = {"LD_PRELOAD": "libjemalloc.so.2"}
+    if "LD_PRELOAD" not in os.environ and process._starts(jemalloc):
+        os.environ.update(jemalloc)
 
 
 def pytest_collection_finish() -> None:
