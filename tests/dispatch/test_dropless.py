@@ -157,8 +157,9 @@ def _in_row_blocks(rng, sizes, num_experts, keeps_hidden):
     return functools.partial(row_blocks.grouped_ffn, row_blocks.RowBlocks(sizes)), weights
 
 
-@pytest.mark.parametrize("keeps_hidden", [True, False])
-@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(
+    ("on_cpu", "keeps_hidden"), [(True, True), (False, False), slow_case(True, False), slow_case(False, True)]
+)
 def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
     """Values and gradients of large groups on GPUs, against plain matmuls; rows of no group, and buffers that nothing
     has written, hold NaN."""
@@ -191,8 +192,9 @@ def test_joined_experts_in_row_blocks(on_cpu, keeps_hidden, rng, monkeypatch):
             _assert_close(actual, run(plain, rows, sizes, weights, 0.0), 1e-5)
 
 
-@pytest.mark.parametrize("num_experts", [1, 2])
-@pytest.mark.parametrize("keeps_hidden", [True, False])
+@pytest.mark.parametrize(
+    ("keeps_hidden", "num_experts"), [(True, 2), (False, 1), slow_case(True, 1), slow_case(False, 2)]
+)
 def test_trips_of_row_blocks_are_known(keeps_hidden, num_experts, rng):
     """Count of trips and products by the names of loops, where each expert has 19 of 80 rows, and so 20 on the fullest
     device: one block of 16 rows, and one of 4."""

@@ -12,6 +12,7 @@ from moe.dispatch.backends.tpu_kernel import Factors
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights, activate
 from moe.parallel import target
 from moe.planner import arithmetic
+from tests.helpers import slow_case
 
 #: Rows of each group, of 512: two groups share blocks of 128 rows, one is empty, and the last rows have no group.
 SIZES = np.array([200, 0, 250], np.int32)
@@ -57,8 +58,8 @@ def _oracle(rows, weights, scale):
         ("swiglu", 256, False, True, True),
         ("swiglu_clamped", 200, True, True, True),  # padded to 256
         ("geglu", 256, True, False, False),
-        ("geglu_exact", 128, False, False, True),
-        ("reglu", 384, False, True, False),
+        slow_case("geglu_exact", 128, False, False, True),
+        slow_case("reglu", 384, False, True, False),
     ],
 )
 def test_values_and_gradients(activation, hidden, biases, turned, scaled, rng, interpreted):

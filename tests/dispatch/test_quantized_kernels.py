@@ -18,14 +18,14 @@ from moe.layers.moe_layer import MoELayer
 from moe.parallel import target
 from moe.parallel.mesh import make_mesh
 from tests.dispatch.test_gated_kernels import SIZES
-from tests.helpers import rounded, tiny_model
+from tests.helpers import rounded, slow_case, tiny_model
 
 pytest.importorskip("qwix")
 
 
 @pytest.mark.parametrize(
     ("precision", "transposed", "tile_k"),
-    [("int8", False, 256), ("int8", True, 128), ("float8", True, 256), ("float8", False, 128)],
+    [("int8", False, 256), slow_case("int8", True, 128), slow_case("float8", True, 256), ("float8", False, 128)],
 )
 def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
     """Values and gradients of rounded factors; 200 columns are a block and a part of one, and K is one block or two.
@@ -57,7 +57,7 @@ def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "biases", "turned", "scaled"),
-    [("int8", False, True, True), ("float8", True, False, False), ("int8", True, True, True)],
+    [("int8", False, True, True), ("float8", True, False, False), slow_case("int8", True, True, True)],
 )
 def test_the_nonlinearity_in_kernels(precision, biases, turned, scaled, rng, monkeypatch):
     """Values and gradients are those of rounded factors, whose results are rounded to bfloat16 where kernels write
@@ -125,7 +125,7 @@ def _of_groups(left, right):
     return np.stack([left[end - size : end].T @ right[end - size : end] for end, size in zip(ends, SIZES, strict=True)])
 
 
-@pytest.mark.parametrize("precision", ["int8", "float8"])
+@pytest.mark.parametrize("precision", ["int8", slow_case("float8")])
 def test_what_kernels_with_the_nonlinearity_write(precision, rng):
     """Products that are those of the kernel without it, and the largest hidden activation, or gradient, of each row."""
     sizes, filled, tiles = jnp.asarray(SIZES), SIZES.sum(), (128, 256, 256)
@@ -151,9 +151,17 @@ def test_what_kernels_with_the_nonlinearity_write(precision, rng):
     np.testing.assert_array_equal(largest[:filled], jnp.max(jnp.abs(d_products), -1)[:filled])
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=4, tensor=2)], ids=str)
-@pytest.mark.parametrize("precision", ["int8", "float8"])
-def test_shards_are_quantised_before_they_are_gathered(mesh, precision, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "mesh"),
+    [
+        ("int8", MeshConfig(data=2, fsdp=4)),
+        ("float8", MeshConfig(data=1, fsdp=4, tensor=2)),
+        slow_case("int8", MeshConfig(data=1, fsdp=4, tensor=2)),
+        slow_case("float8", MeshConfig(data=2, fsdp=4)),
+    ],
+    ids=str,
+)
+def test_shards_are_quantised_before_they_are_gathered(precision, mesh, rng, monkeypatch):
     """Outputs and gradients are those of matrices quantised whole, and no gather moves more than a byte a number."""
     monkeypatch.setattr(target, "is_cpu", lambda: False)
     config = tiny_model(dispatch="dropless", low_precision=precision, gate="mixtral", activation="swiglu", d_model=32)

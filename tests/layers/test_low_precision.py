@@ -187,6 +187,7 @@ def test_packed_rows_are_the_quantised_rows():
     np.testing.assert_allclose(again, arrived, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_between_hosts_in_8_bits_change_gradients_alone():
     """The experts quantise the rows all the same; gradients of matrices are then sums of quantised rows."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=8), jax.devices()[:8])

@@ -108,7 +108,7 @@ def _check_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 @pytest.mark.parametrize(
     ("sizes", "rounds", "model"),
     [
-        ({"pipeline": 2}, 1, {"gate": "none", "num_layers": 2}),
+        slow_case({"pipeline": 2}, 1, {"gate": "none", "num_layers": 2}),
         # Before and after the pipelined layers there is one of each kind, and multi-token prediction at the end.
         slow_case(
             {"data": 4, "pipeline": 2},

@@ -114,7 +114,7 @@ def test_scan_changes_nothing(overrides, rng):
 @pytest.mark.parametrize(("unroll", "written_out"), [(2, 2), slow_case(8, 5)])
 def test_layers_of_one_trip_change_nothing(unroll, written_out, rng):
     """Five layers in two trips and one more, or all written out, each recomputed."""
-    config = tiny_model(num_layers=5, remat="full")
+    config = tiny_model(num_layers=5, remat="full", dispatch="einsum")
     tokens = _tokens(rng, config)
     _, parameters = _build(config)
     one, several = (_value_and_grad(dataclasses.replace(config, scan_unroll=n)) for n in (1, unroll))
