@@ -198,6 +198,7 @@ def test_a_plan_has_two_exchanges_forward_four_backward_and_gathers_no_tokens():
     made = fit.estimate(small, plan["mesh"], "tpu")
     assert made.parameters == plan["memory"]["parameters"]
     assert made.optimizer == plan["memory"]["optimizer"]
+    assert made.fixed < plan["memory_total"]
 
 
 @pytest.mark.slow
