@@ -6,6 +6,9 @@ python scripts/ablate.py --suite=configs/ablations/granularity.py --workdir=/tmp
 from configs.ablations import common
 from moe.lab.suite import Comparison, Suite, Variant
 
+#: Arms of DeepSeekMoE's figure 4 and OLMoE's sections 5.1 and 5.2.
+MEASURED = ("routed_16x2", "routed_64x8")
+
 
 def get_suite(size: str) -> Suite:
     """DeepSeekMoE's gate with 2 of 16, 4 of 32 and 8 of 64 experts, dropless; each also with one of them shared."""
@@ -19,7 +22,7 @@ def get_suite(size: str) -> Suite:
             variants[name] = Variant(
                 common.moe(size, "deepseek_moe", routed, k - shared, f // k, **fields),
                 rate_from="" if name == "routed_16x2" else "routed_16x2",
-                probes=("mask_top",) if name in ("routed_16x2", "routed_64x8") else (),
+                probes=("mask_top", "coactivation", "saturation") if name in MEASURED else (),
             )
     return common.suite(
         size,

@@ -53,6 +53,26 @@ def coactivation(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int)
     return counts
 
 
+def most_frequent_partner(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of an expert's tokens that also chose its most frequent partner, mean over used experts, [L]; and by load.
+
+    The second value is what the loads alone make of it: the other choices of an expert's tokens drawn by load from the
+    other experts, which counts an expert twice in the rare case that it is drawn twice.
+
+    Args:
+        counts: [L,E,E] from :func:`coactivation`.
+    """
+    observed, by_load = [], []
+    for layer in counts.astype(float):
+        tokens, others = np.diag(layer), layer - np.diag(np.diag(layer))
+        used = tokens > 0
+        more = others.sum(1)[used] / tokens[used]  # other choices of a token of each expert
+        load = np.where(np.eye(len(tokens), dtype=bool), 0.0, tokens)[used]
+        observed.append((others.max(1)[used] / tokens[used]).mean())
+        by_load.append(np.minimum(more * load.max(1) / np.maximum(load.sum(1), 1), 1).mean())
+    return np.array(observed), np.array(by_load)
+
+
 def saturation(earlier: np.ndarray, final: np.ndarray) -> np.ndarray:
     """Mean over tokens of |earlier ∩ final| / |final|, [L], from memberships [L,n,E] (OLMoE 2024, section 5.1).
 

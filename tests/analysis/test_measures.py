@@ -177,6 +177,14 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     # Tokens: {0,1}, {0,2}, {1}, {0,3}; the third token's second choice was declined.
     np.testing.assert_array_equal(pairs, [[[3, 1, 1, 1], [1, 2, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]])
 
+    observed, by_load = measures.most_frequent_partner(pairs)
+    # Partners' shares 1/3, 1/2, 1, 1. By load: 3 other choices of 3 tokens, a load of 2 of the others' 2 + 1 + 1; then
+    # 1 of 2, 3 of 3 + 1 + 1; 1 of 1, 3 of 3 + 2 + 1; and the same.
+    np.testing.assert_allclose(observed, [(1 / 3 + 1 / 2 + 1 + 1) / 4])
+    np.testing.assert_allclose(by_load, [(2 / 4 + 1 / 2 * 3 / 5 + 3 / 6 + 3 / 6) / 4])
+    alone, _ = measures.most_frequent_partner(np.diag([2, 0, 1])[None])  # K = 1, and an unused expert
+    np.testing.assert_allclose(alone, [0.0])
+
     final = measures.membership(INDEX, CHOSEN, 4)
     earlier = measures.membership(np.array([[[0, 3], [2, 0], [1, 2], [1, 2]]]), np.ones((1, 4, 2), bool), 4)
     # Of {0,1} one was there, of {0,2} both, of {1} all, of {0,3} none.

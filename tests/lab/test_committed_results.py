@@ -107,7 +107,8 @@ def _drawn_run(rng, arm, seed, rate, losses, steps, hashes):
 def _drawn_probes(rng):
     names = ("explained_token", "untrained_explained_token", "explained_lexical_matched")
     found = {f"specialisation/{name}@{layer}": rng.uniform() for name in names for layer in (0, 1)}
-    return found | {"mask/full": rng.uniform(3, 4)}
+    masks = ("full", "0.0625", "0.125")
+    return found | {f"mask_top/loss_{share}": rng.uniform(3, 4) for share in masks}
 
 
 @pytest.fixture(params=["drawn", *REPORTS], ids=lambda folder: getattr(folder, "name", folder))
@@ -236,7 +237,7 @@ def test_pictures(drawn):
     folder, _, _ = drawn
     shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text())
     assert set(shown) == {
-        f"{name}.png" for name in ("effects", "losses", "curves", "sweep", "routing", "specialisation_top2")
+        f"{name}.png" for name in ("effects", "losses", "curves", "sweep", "routing", "specialisation_top2", "masked")
     }
     assert all((folder / name).stat().st_size > 1000 for name in shown)
 

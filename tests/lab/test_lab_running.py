@@ -226,7 +226,7 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     suite = tiny_suite(tiny_base(directory))
     tables = []
     probed = dataclasses.replace(
-        suite.variants["mixtral"], probes=("eval_capacity", "mask_top", "specialisation", "saturation")
+        suite.variants["mixtral"], probes=tuple(sorted(probes.PROBES.keys() - {"shared_expert"}))
     )
     suite = dataclasses.replace(suite, variants={**suite.variants, "mixtral": probed})
     for attempt in ("first", "second"):
@@ -239,7 +239,13 @@ def test_a_suite_trains_and_is_reproducible(tmp_path):
     # At a capacity of 4·2·16/4 = 32 for 16 tokens nothing is dropped, as in the dropless model without masked experts.
     measured = mixtral[0].probes
     assert measured["eval_capacity/loss_4.0"] == pytest.approx(measured["mask_top/loss_full"], rel=1e-5)
+    # One of 4 experts is a quarter; the eighth is rounded to none.
+    assert {"mask_top/loss_full", "mask_top/loss_masked", "mask_top/loss_0.25"} == {n for n in measured if "mask" in n}
+    assert measured["mask_top/loss_masked"] == measured["mask_top/loss_full"] != measured["mask_top/loss_0.25"]
     assert 0 <= measured["saturation/early@1"] <= 1
+    assert 1 / 3 <= measured["coactivation/partner@1"] <= 1  # the most frequent of three partners
+    first, either = (measured[f"repetition/{choices}_tiny_text/split@1"] for choices in ("first", "first_or_second"))
+    assert first == measured["specialisation/repeat_first@1"] <= either <= 1
     for control in ("", "untrained_", "hash_"):
         assert 0 <= measured[f"specialisation/{control}repeat_first@1"] <= 1
     # A run of the lab is an ordinary run: alone, with a program of its own, it logs the same rows.

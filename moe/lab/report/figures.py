@@ -274,6 +274,35 @@ def specialisation(path: Path, table: Table, variant: str) -> str:
     return save(fig, path)
 
 
+@matplotlib.rc_context(FIGURE_TEXT)
+def masked(path: Path, table: Table) -> str:
+    """What masking each token's most probable experts costs, by their share of all (DeepSeekMoE 2024, figure 4)."""
+    fig = Figure(figsize=(6.4, 4.0))
+    axis = fig.subplots()
+    color, prefix = colors(table), "mask_top/loss_"
+    for name in table.variants:
+        probed = {probe for record in table.used if record.variant == name for probe in record.probes}
+        shares = sorted(float(probe.removeprefix(prefix)) for probe in probed if probe.startswith(f"{prefix}0."))
+        if not shares:
+            continue
+        steps = table.longest(name)
+        effects = [
+            inference.effect([*table.values(steps, f"{prefix}{share}[{name}] - {prefix}full[{name}]").values()])
+            for share in shares
+        ]
+        half = [e.high - e.mean if e.n > 2 else 0.0 for e in effects]
+        label = f"{name} (n = {effects[0].n})"
+        axis.errorbar(
+            shares, [e.mean for e in effects], yerr=half, color=color[name], marker="o", capsize=3, label=label
+        )
+    if not axis.has_data():
+        return ""
+    axis.set(xlabel="share of the experts that is masked", ylabel="held-out loss less that without a mask, nats")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return save(fig, path)
+
+
 def _mean_curves(
     table: Table, variants: Sequence[str], steps: int, quantity: str
 ) -> dict[str, tuple[list[int], np.ndarray]]:

@@ -62,6 +62,7 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
         parts += ["## Probes of the trained models", probed]
         arms = [name for name in found.variants if "specialisation" in suite.variants[name].probes]
         names = [figures.specialisation(directory / f"specialisation_{name}.png", found, name) for name in arms]
+        names.append(figures.masked(directory / "masked.png", found))
         parts += [f"![{Path(name).stem}]({name})" for name in names if name]
     parts += ["## Where the numbers come from", _provenance(found, command, registered.digest if own else "")]
     write_atomic(directory / "report.md", markdown_page("\n\n".join(part for part in parts if part) + "\n"))

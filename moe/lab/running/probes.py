@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe.analysis import probes
 from moe.analysis.analyse import measure
+from moe.analysis.measures import most_frequent_partner
 from moe.analysis.record import Recorder
 from moe.checkpoints import parameters
 from moe.config import ConfigError
@@ -25,7 +28,8 @@ from moe.training.step import Program
 MIXED = "mixed"
 SHUFFLES = 20  # permutations of a null distribution
 EARLY = 0.25  # share of training after which saturation is measured
-MASKED_SHARE = 1 / 8  # share of the experts that is masked, each token's most probable ones
+MASKED_SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the experts, each token's most probable ones
+MASKED_SHARE = 0.125  # the one that a claim is about
 EVAL_FACTORS = (0.75, 1.0, 1.25, 2.0, 4.0)
 TOKENS = 20_000  # held-out tokens of each domain, and of whole Python documents, whose routing is measured
 
@@ -93,9 +97,19 @@ def eval_capacity(run: Trained) -> dict[str, float]:
 
 
 def mask_top(run: Trained) -> dict[str, float]:
-    """Held-out loss without each token's most probable experts, an eighth of all, at every layer."""
-    experts = round(MASKED_SHARE * run.model.program.config.model.moe.num_experts)
-    return {"loss_full": run.loss(probes.masked, 0), "loss_masked": run.loss(probes.masked, experts)}
+    """Held-out loss without each token's most probable experts, up to a quarter of all, at every layer.
+
+    ``loss_masked`` is that without an eighth. Shares that are no whole number of experts, or leave fewer than K, are
+    left out.
+    """
+    moe = run.model.program.config.model.moe
+    counts = {share: share * moe.num_experts for share in MASKED_SHARES}
+    most = moe.num_experts - moe.experts_per_token
+    shares = {share: int(count) for share, count in counts.items() if count.is_integer() and count <= most}
+    eighth = round(MASKED_SHARE * moe.num_experts)
+    losses = {experts: run.loss(probes.masked, experts) for experts in {0, eighth, *shares.values()}}
+    found = {f"loss_{share}": losses[experts] for share, experts in shares.items()}
+    return {"loss_full": losses[0], "loss_masked": losses[eighth], **found}
 
 
 def shared_expert(run: Trained) -> dict[str, float]:
@@ -140,6 +154,28 @@ def _specialised(part: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def repetition(run: Trained) -> dict[str, float]:
+    """Repetition of the first choice, and of the first two, per domain and MoE layer (Mixtral 2024, table 5).
+
+    ``_load`` and ``_token`` are its chance values from the loads, and of sets exchanged among a token's occurrences.
+    """
+    names = {"": "observed", "_load": "load", "_token": "token_mean"}
+    return {
+        f"{choices}_{domain}{name}@{layer}": values[field]
+        for choices, domains in run.measured()["repetition"].items()
+        for domain, layers in domains.items()
+        for layer, values in enumerate(layers)
+        for name, field in names.items()
+    }
+
+
+def coactivation(run: Trained) -> dict[str, float]:
+    """Share of an expert's tokens that its most frequent partner has too, per MoE layer, and what loads make of it."""
+    observed, by_load = most_frequent_partner(np.asarray(run.measured()["coactivation"]))
+    found = {f"partner@{layer}": float(share) for layer, share in enumerate(observed)}
+    return found | {f"partner_load@{layer}": float(share) for layer, share in enumerate(by_load)}
+
+
 def saturation(run: Trained) -> dict[str, float]:
     """Share of a token's final experts that it had after a quarter of training, and after each other checkpoint.
 
@@ -164,5 +200,7 @@ PROBES: dict[str, Callable[[Trained], dict[str, float]]] = {
     "mask_top": mask_top,
     "shared_expert": shared_expert,
     "specialisation": specialisation,
+    "repetition": repetition,
+    "coactivation": coactivation,
     "saturation": saturation,
 }
