@@ -73,6 +73,7 @@ def get_suite(size: str) -> Suite:
         "second expert, or no dropped tokens?",
         variants={"dense": Variant({}, note="one FFN"), **factors, **published},
         seeds=tuple(range(5, 15)),
+        fixed_seeds=True,
         headline=("dense", *factors),
         dropping_differs="dropping is one of the two factors",
         comparisons={

@@ -134,6 +134,8 @@ class Suite:
             one comparison may differ by :data:`MAX_DROP_DIFFERENCE` at most.
         domain_tokens: domain → tokens of its training text, for the number of epochs in the report.
         unseen: embedded domains that no run is trained on, evaluated beside the others; never part of the primary loss.
+        fixed_seeds: runs of other seeds, which other suites may have made of the same arms, are left out: more seeds
+            than were registered would be a choice made after their results.
         whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens, unless
             the base config or an arm sets ``model.moe.group_size``; a mesh of several devices needs that.
     """
@@ -155,6 +157,7 @@ class Suite:
     dropping_differs: str = ""
     domain_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    fixed_seeds: bool = False
     whole_batch_groups: bool = True
 
     @functools.cached_property

@@ -20,7 +20,10 @@ class MissingError(LookupError):
 
 
 class Table:
-    """Values of the runs that comparisons and claims are about: the suite's seeds at each arm's learning rate."""
+    """Values of the runs that comparisons and claims are about, at each arm's learning rate.
+
+    Their seeds are the suite's and, unless it has fixed ones, those of other suites' runs of the same arms.
+    """
 
     def __init__(self, suite: Suite, records: Iterable[Record]):
         """``records`` may hold runs of other suites; :attr:`records` are those of this one."""
@@ -28,7 +31,8 @@ class Table:
         self.suite, self.plan = suite, schedule.Plan(suite, records)
         self.choices = self.plan.choices
         reserved = set(suite.sweep.seeds) if suite.sweep else set()
-        seeds = sorted({*suite.seeds, *(record.seed for record in records)} - reserved)
+        others = () if suite.fixed_seeds else (record.seed for record in records)
+        seeds = sorted({*suite.seeds, *others} - reserved)
         self._runs: dict[tuple[str, int, int], Record] = {}
         for name, steps, seed in itertools.product(suite.variants, suite.steps, seeds):
             record = self.plan.record(self.plan.key(name, steps, seed))

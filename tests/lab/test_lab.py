@@ -71,7 +71,7 @@ def test_a_report_says_that_learning_rates_are_not_tuned(tmp_path):
 
 
 def test_every_claim_names_arms_of_its_suite():
-    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 37)]
+    assert [claim.number for claim in CLAIMS] == [*range(1, 21), *range(23, 42)]
     suites = {path.stem: load_suite(str(path), "laptop") for path in SUITES}
     for claim in CLAIMS:
         assert set(decide.arms_of(claim)) <= set(suites[claim.suite].variants), claim.number
@@ -310,6 +310,10 @@ def test_an_edited_arm_is_another_run(tmp_path):
     renamed = dataclasses.replace(suite, name="other", variants={"c": SWITCH})
     (first, second) = Table(renamed, runs).used
     assert (first.variant, second.variant) == ("c", "c")
+    # So does one with other seeds, unless they are fixed.
+    for fixed, seeds in ((False, [0, 1]), (True, [1])):
+        found = Table(dataclasses.replace(renamed, seeds=(1, 2), fixed_seeds=fixed), runs)
+        assert found.seeds(20, "c") == seeds
 
 
 def test_the_canonical_form_names_every_setting():
