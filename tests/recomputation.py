@@ -78,9 +78,10 @@ class Runs:
         rows = self.rows(arm, steps, quantity).sort_values("step")
         return rows.pivot_table("value", "seed", rows.layer.astype(str), aggfunc="last")
 
-    def last(self, arm, steps, quantity, domain="", layers="", first=False):
-        """Seed → value at the last (or first) step, mean over layers."""
+    def last(self, arm, steps, quantity, domain="", layers="", first=False, until=None):
+        """Seed → value at the last (or first) step, of those up to a step, mean over layers."""
         rows = self.rows(arm, steps, quantity, domain).sort_values("step")
+        rows = rows if until is None else rows[rows.step <= until]
         if layers:
             start, end = int(layers.rstrip("-")), 10**6 if layers.endswith("-") else int(layers)
             rows = rows[pd.to_numeric(rows.layer).between(start, end)]
@@ -93,8 +94,8 @@ class Runs:
     def difference(self, arm, base, steps):
         return (self.loss(arm, steps) - self.loss(base, steps)).dropna()
 
-    def expression(self, text, steps):
-        """Seed → value of a claim's linear combination."""
+    def expression(self, text, steps, until=None):
+        """Seed → value of a claim's linear combination at the last step, or at an earlier one."""
         total = 0.0
         for sign, factor, quantity, arm, options in TERM.findall(text):
             if not (factor or quantity):
@@ -104,7 +105,7 @@ class Runs:
                 layers = re.search(r"layer=([\d-]+)", options)
                 domain = "primary" if quantity in ("loss", "own_loss") else ""
                 first = "step=first" in options
-                term = term * self.last(arm, steps, quantity, domain, layers[1] if layers else "", first)
+                term = term * self.last(arm, steps, quantity, domain, layers[1] if layers else "", first, until)
             total = total + term
         return total.dropna()
 

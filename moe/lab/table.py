@@ -168,15 +168,30 @@ class Table:
             raise missing
         return found
 
-    def curve_differences(self, variant: str, baseline: str, steps: int) -> dict[int, list[float]]:
-        """Step → difference of the primary held-out loss per seed, at the steps that all evaluated runs have."""
-        pairs = [
-            [dict(self.curve(name, steps, seed, "loss", PRIMARY)) for name in (variant, baseline)]
-            for seed in self.seeds(steps, variant, baseline)
-        ]
-        pairs = [pair for pair in pairs if all(pair)]  # a diverged run has no held-out loss
-        shared = set.intersection(*(set(curve) for pair in pairs for curve in pair)) if pairs else set()
-        return {step: [ours[step] - base[step] for ours, base in pairs] for step in sorted(shared)}
+    def over_training(self, steps: int, expression: str | Sequence[Term]) -> dict[int, list[float]]:
+        """Evaluation → value per seed of a linear combination of primary losses, at those that all evaluated runs have.
+
+        Raises:
+            ValueError: a quantity that is not "loss".
+        """
+        terms = parse(expression) if isinstance(expression, str) else expression
+        if any(term.quantity not in ("", "loss") for term in terms):
+            raise ValueError(f"{expression}: only losses of a run's evaluations are followed")
+        found: list[dict[int, float]] = []
+        for seed in self.seeds(steps, *variants_of(terms)):
+            curves = [dict(self.curve(term.variant, steps, seed, "loss", PRIMARY)) for term in terms if term.quantity]
+            if all(curves):  # a diverged run has no held-out loss
+                constant = sum(term.factor for term in terms if not term.quantity)
+                factors = [term.factor for term in terms if term.quantity]
+                shared = set.intersection(*map(set, curves))
+                found.append(
+                    {
+                        step: constant + sum(f * curve[step] for f, curve in zip(factors, curves, strict=True))
+                        for step in shared
+                    }
+                )
+        shared = set.intersection(*map(set, found)) if found else set()
+        return {step: [of_seed[step] for of_seed in found] for step in sorted(shared)}
 
     def row_differences(self, variant: str, baseline: str, steps: int) -> tuple[np.ndarray, list[str]]:
         """([seeds, rows] loss differences of primary held-out rows, domain of each row)."""

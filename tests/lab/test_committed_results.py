@@ -334,13 +334,34 @@ def test_verdicts(folder, drawn):
     assert [row[3].strip("*") for row in shown] == [verdicts[number] for number in primary]
 
 
+@pytest.mark.parametrize("which", ["drawn", "committed"])
+def test_contrasts_over_training(which, drawn):
+    """Every cell from the evaluations of the runs, at shares 1, 1/2, 1/4, … of them."""
+    folder, suite, claims = drawn
+    path, longest = folder.parent / "switch_or_mixtral.md", 80
+    if which == "committed":
+        path, longest = RESULTS / "switch_or_mixtral.md", 8000
+        suite = load_suite(str(ROOT / "configs/ablations/switch_vs_mixtral.py"), "laptop")
+        claims, folder = claims_of(ROOT / "configs/ablations/claims.toml"), RESULTS / suite.name
+    runs = read(folder, suite)
+    values = {c["part"][0]["what"]: c["part"][0]["value"] for c in claims.values() if c.get("family")}
+    (_, *columns), rows = tables(path.read_text().partition("## Over training")[2])[0]
+    assert len(rows) == len(values)
+    parameters = suite.costs(next(iter(suite.variants)))["active_parameters"]
+    for what, *cells in rows:
+        for title, cell in zip(columns, cells, strict=True):
+            step = round(float(title.split()[0]) * parameters / suite.tokens_per_step / longest * 16) * longest // 16
+            found = runs.expression(values[what], longest, until=step)
+            interval_cell(what, cell.partition(", n =")[0], found)
+            assert cell.endswith(f"n = {len(found)}")
+
+
 def test_arms_of_the_answer(drawn):
     """Losses by how they are measured."""
     folder, suite, _ = drawn
     runs = read(folder, suite)
-    for arm, _, loss, own, last, dropped, milliseconds in tables((folder.parent / "switch_or_mixtral.md").read_text())[
-        1
-    ][1]:
+    text = (folder.parent / "switch_or_mixtral.md").read_text().partition("## Arms")[2]
+    for arm, _, loss, own, last, dropped, milliseconds in tables(text)[0][1]:
         for cell, values in (
             (loss, runs.loss(arm, 80)),
             (own, runs.last(arm, 80, "own_loss", "primary")),

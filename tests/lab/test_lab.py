@@ -362,8 +362,13 @@ def test_curves_are_compared_at_the_steps_that_all_runs_have():
 
     runs = [run("a", 0, {5: 6.0, 10: 5.0, 20: 4.0}), run("b", 0, {5: 5.5, 10: 4.8, 20: 3.5})]
     runs += [run("a", 1, {8: 5.0, 10: 4.9, 20: 4.2}), run("b", 1, {5: 5.6, 10: 4.8, 20: 4.0})]  # "a" lost step 5
-    found = table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), runs).curve_differences("b", "a", 20)
-    assert found == {10: pytest.approx([-0.2, -0.1]), 20: pytest.approx([-0.5, -0.2])}
+    found = table(suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,)), runs)
+    expected = {10: pytest.approx([-0.2, -0.1]), 20: pytest.approx([-0.5, -0.2])}
+    assert found.over_training(20, "loss[b] - loss[a]") == expected
+    halves = {step: pytest.approx([v / 2 + 1 for v in values.expected]) for step, values in expected.items()}
+    assert found.over_training(20, "0.5 loss[b] - 0.5 loss[a] + 1") == halves
+    with pytest.raises(ValueError, match="only losses"):
+        found.over_training(20, "load[b] - loss[a]")
 
 
 def test_a_record_is_read_back(tmp_path):

@@ -10,8 +10,11 @@ from matplotlib.figure import Figure
 
 from moe.atomic_files import write_atomic
 from moe.escaping import markdown_table, markdown_text
+from moe.lab import inference
 from moe.lab.claims.decide import CONTRADICTED, NOT_TESTED, SUPPORTED, TOO_SHORT, Finding, assess
 from moe.lab.claims.registration import Primary, Registered
+from moe.lab.expressions import parse
+from moe.lab.inference import Effect
 from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import rules
 from moe.lab.report.figures import colors, legend_beside, save
@@ -26,6 +29,10 @@ domains. Time is that of a CPU, whose dense and expert FFNs run the same product
 (with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is the router's
 probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K includes that.
 All arms share one learning rate per kind of layer, as the sweep in the suite's report says."""
+
+_OVER_TRAINING = """\
+The contrasts at evaluations of the same runs, by training tokens per active parameter of the dense model. The learning
+rate has not come down at the earlier ones, so that they are not what runs of that length would give."""
 
 
 def write_page(directory: Path, found: Table, registered: Registered, seconds: StepSeconds | None = None) -> None:
@@ -42,6 +49,10 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
         f"{markdown_text(primary.question)} {_answer(findings)}",
         *_picture(_effects(directory / f"{NAME}.png", findings, primary)),
         _contrasts(findings),
+        "## Over training",
+        _OVER_TRAINING.replace("\n", " "),
+        _effects_over_training(found, findings),
+        *_picture(_over_training(directory / f"{NAME}_over_training.png", found, findings)),
         "## Arms",
         _arms(found, seconds),
         *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
@@ -82,6 +93,55 @@ def _contrasts(findings: Sequence[Finding]) -> str:
         ))  # fmt: skip
     header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "at most", "to know")
     return markdown_table(header, rows)
+
+
+def _over_evaluations(found: Table, finding: Finding) -> dict[float, Effect]:
+    """Tokens per active parameter → effect of a contrast, at the evaluations of its runs."""
+    terms = parse(finding.claim.parts[0].value)
+    if not finding.steps or any(term.quantity not in ("", "loss") for term in terms):
+        return {}
+    base = next(iter(found.suite.variants))
+    per_step = found.suite.tokens_per_step / found.suite.costs(base, finding.steps)["active_parameters"]
+    curve = found.over_training(finding.steps, terms)
+    return {step * per_step: inference.effect(values) for step, values in curve.items()}
+
+
+def _effects_over_training(found: Table, findings: Sequence[Finding]) -> str:
+    """A column at the end of training, at half of it, a quarter and so on; empty without two."""
+    curves = {finding.claim.parts[0].what: _over_evaluations(found, finding) for finding in findings}
+    last = max((max(curve, default=0.0) for curve in curves.values()), default=0.0)
+    ratios = [last / 2**power for power in reversed(range(8))]
+    shown = [at for at in ratios if any(math.isclose(at, x) for curve in curves.values() for x in curve)]
+    if len(shown) < 2:
+        return ""
+    rows = []
+    for what, curve in curves.items():
+        cells = [next((str(e) for x, e in curve.items() if math.isclose(at, x)), "–") for at in shown]
+        rows.append((markdown_text(what), *cells))
+    return markdown_table(("contrast", *(f"{at:.3g} tokens per parameter" for at in shown)), rows)
+
+
+def _over_training(path: Path, found: Table, findings: Sequence[Finding]) -> str:
+    """The contrasts along the runs with their intervals as bands; empty without curves."""
+    fig = Figure(figsize=(7.2, 5.4))
+    axis = fig.subplots()
+    for number, finding in enumerate(findings):
+        curve = {x: e for x, e in _over_evaluations(found, finding).items() if math.isfinite(e.mean)}
+        if len(curve) < 2:
+            continue
+        xs, color = [*curve], f"C{number}"
+        label = finding.claim.parts[0].what
+        axis.plot(xs, [e.mean for e in curve.values()], color=color, marker=".", label=label)
+        if all(e.n > 2 for e in curve.values()):
+            ends = ([getattr(e, end) for e in curve.values()] for end in ("low", "high"))
+            axis.fill_between(xs, *ends, color=color, alpha=0.15)
+    if not axis.lines:
+        return ""
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="training tokens per active parameter of the dense model", ylabel="nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False)
+    return save(fig, path)
 
 
 def _arms(found: Table, seconds: StepSeconds | None) -> str:
@@ -135,7 +195,7 @@ def _effects(path: Path, findings: Sequence[Finding], primary: Primary) -> str:
 
 def _wrapped(text: str) -> str:
     """The text on at most two lines, broken at the comma nearest to its middle."""
-    commas = [index for index, char in enumerate(text) if char == ","]
+    commas = [index for index, char in enumerate(text) if char == "," and index > len("loss,")]
     if len(text) < 45 or not commas:
         return text
     middle = min(commas, key=lambda index: abs(index - len(text) / 2))

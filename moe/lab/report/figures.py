@@ -172,7 +172,7 @@ def curve_differences(path: Path, table: Table, comparison: Comparison, arms: Se
     color, drawn = colors(table), False
     steps = max((table.longest(arm, comparison.baseline) for arm in arms), default=0)
     for arm in arms:
-        differences = table.curve_differences(arm, comparison.baseline, steps)
+        differences = table.over_training(steps, f"loss[{arm}] - loss[{comparison.baseline}]")
         if len(differences) < 2:
             continue
         drawn = True
