@@ -26,7 +26,8 @@ def get_suite(size: str) -> Suite:
         "aux_0.01_z": top2(0.01, z=1e-3),
     }
     sigmoid = {"gate.groups": 1, "gate.kept_groups": 1, "gate.scores_per_group": 1, "gate.scale": 1.0}
-    variants["aux_0.01"] = dataclasses.replace(variants["aux_0.01"], rate_from="")
+    # As many experts and choices as Mixtral has, so that its table of repeated experts has the same chance.
+    variants["aux_0.01"] = dataclasses.replace(variants["aux_0.01"], rate_from="", probes=("repetition",))
     # The paper moves the bias by 0.001 a step over about 10^5 steps; a short run needs larger steps.
     rate = 1e-3 if size == "pod" else 1e-2
     variants["sigmoid_aux"] = top2(0.01, "deepseek_v3", **sigmoid, **{"gate.bias_rate": 0.0})

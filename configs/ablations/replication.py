@@ -17,8 +17,7 @@ def get_suite(size: str) -> Suite:
     """Dense, the 2 × 2, and Switch and Mixtral as published."""
     first = switch_vs_mixtral.get_suite(size)
     variants = {name: first.variants[name] for name in _ARMS}
-    measured = {"top1_drop": ("eval_capacity",), "top2_free": (*variants["top2_free"].probes, "repetition")}
-    variants |= {name: dataclasses.replace(variants[name], probes=probes) for name, probes in measured.items()}
+    variants["top1_drop"] = dataclasses.replace(variants["top1_drop"], probes=("eval_capacity",))
     return dataclasses.replace(
         first,
         name="replication",
