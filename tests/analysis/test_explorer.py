@@ -1,5 +1,7 @@
 """The routing explorer in a headless browser: layers, experts, tooltips, and speed with long texts."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,22 +14,23 @@ LAYERS, EXPERTS, STEPS = [1, 3, 5], 4, [50, 100]
 pytestmark = [pytest.mark.slow, needs_browser]
 
 
-def make_page(tokens):
-    """A page of two passages: token i of the first one goes to the experts i mod 4 and i + 1 mod 4 in layer 1."""
+def make_page(tokens, num_experts=EXPERTS, choices=2):
+    """A page of two passages: token i of the first one goes to the experts i, i + 1, … mod E in layer 1."""
     pieces = [[" the", "<b>", " fox", "\n"][i % 4] for i in range(tokens)]
-    first = (np.arange(tokens) + np.arange(len(LAYERS))[:, None]) % EXPERTS
-    experts = np.stack([first, (first + 1) % EXPERTS], axis=-1)
-    weights = np.broadcast_to([0.75, 0.25], experts.shape)
+    first = np.arange(tokens) + np.arange(len(LAYERS))[:, None]
+    experts = (first[..., None] + np.arange(choices)) % num_experts
+    weights = np.broadcast_to([0.75, *[0.25 / (choices - 1)] * (choices - 1)], experts.shape)
     passages = [Passage("one", pieces, experts, weights), Passage("<i>two", pieces[:8], experts[:, :8], weights[:, :8])]
     top = [{"piece": " fox", "token": 2, "count": 7, "total": 9, "lift": 3.1}]
+    even = 1 / num_experts
     summary = {
-        "experts_per_token": 2,
-        "num_experts": EXPERTS,
+        "experts_per_token": choices,
+        "num_experts": num_experts,
         "layers": LAYERS,
         "domains": ["one", "<i>two"],
-        "load": np.full((3, 2, EXPERTS), 0.25).tolist(),
-        "top_tokens": [[top, [], [], []] for _ in LAYERS],
-        "load_over_training": {"steps": STEPS, "load": np.full((2, 3, EXPERTS), 0.25).tolist()},
+        "load": np.full((3, 2, num_experts), even).tolist(),
+        "top_tokens": [[top, *[[]] * (num_experts - 1)] for _ in LAYERS],
+        "load_over_training": {"steps": STEPS, "load": np.full((2, 3, num_experts), even).tolist()},
     }
     return explorer_page(passages, summary, [0, 2], "Routing of <run>")
 
@@ -116,3 +119,46 @@ def test_long_texts_stay_quick(tmp_path):
     assert 0 < found["after"] < 20_000
     assert found["layer"] < 5_000
     assert found["pick"] < 1_000
+
+
+def test_a_phone_shows_64_experts(tmp_path):
+    """420 pixels wide, in a frame, since a window cannot be: nothing lies beside the page, text and panel are wide."""
+    page = json.dumps(make_page(2_000, num_experts=64, choices=8)).replace("<", "\\u003c")
+    found = run(
+        "<!DOCTYPE html><body></body>",
+        tmp_path,
+        f"const page = {page};"
+        """
+        const frame = document.createElement("iframe");
+        Object.assign(frame, { width: 420, height: 800 });
+        document.body.append(frame);
+        const inner = frame.contentDocument;
+        inner.open(); inner.write(page); inner.close();
+        const size = selector => inner.querySelector(selector).getBoundingClientRect();
+        const found = { page: inner.documentElement.scrollWidth };
+        found.columns = inner.querySelector("#text .head").textContent;
+        found.header = size("header").height;
+        found.text = size("#text pre").width;
+        const last = inner.querySelectorAll("button.expert")[63];
+        last.click();
+        found.pressed = last.getAttribute("aria-pressed");
+        found.panel = [size("#panel").width, size("#panel").bottom];
+        const span = inner.querySelector("#text pre span");
+        span.dispatchEvent(new MouseEvent("mouseover", { bubbles: true, clientX: 400, clientY: 300 }));
+        found.tip = [size("#tip").left, size("#tip").right];
+        const names = [...inner.querySelectorAll("button.expert")].map(button => button.style.background);
+        found.colours = new Set(names).size;
+        return found;
+        """,
+    )
+    assert isinstance(found, dict), found
+    assert found["page"] <= 420
+    assert found["columns"] == "layer 5"
+    assert found["header"] < 160
+    assert found["text"] > 360
+    assert found["pressed"] == "true"
+    assert found["panel"][0] > 360
+    assert found["panel"][1] <= 800
+    assert found["tip"][0] >= 0
+    assert found["tip"][1] <= 420
+    assert found["colours"] == 64
