@@ -69,6 +69,7 @@ def analyse(
     prepared: pipeline.Prepared,
     *,
     characters: int = PASSAGE,
+    document: int | None = None,
     **options: Unpack[MeasureOptions],
 ) -> Analysis:
     """Run the model over held-out text and measure its routing.
@@ -78,20 +79,33 @@ def analyse(
         variables: the model's variables.
         prepared: tokenizer and documents.
         characters: length of the text of each domain in the explorer.
+        document: number of the held-out document of each domain in it; None: the most legible of the first ones.
         **options: see :class:`MeasureOptions`.
 
     Raises:
-        ConfigError: a number out of range (:data:`LARGEST`), or held-out text shorter than a row.
+        ConfigError: a number out of range (:data:`LARGEST`), held-out text shorter than a row, or a document that a
+            domain does not have.
     """
     _check("characters", characters)
+    _check_document(document, recorder, prepared)
     found = measure(recorder, variables, prepared, **options)
     shown = sorted({0, len(found["layers"]) // 2, len(found["layers"]) - 1})
-    return Analysis(found, _passages(recorder, variables, prepared, characters), shown)
+    return Analysis(found, _passages(recorder, variables, prepared, characters, document), shown)
 
 
 def _check(name: str, value: int) -> None:
     if not 1 <= value <= LARGEST[name]:
         raise ConfigError(f"{name}={value}: must be from 1 to {LARGEST[name]}")
+
+
+def _check_document(document: int | None, recorder: Recorder, prepared: pipeline.Prepared) -> None:
+    if document is None:
+        return
+    if recorder.stack:
+        raise ConfigError(f"document={document}: of an encoder-decoder rows are shown; leave it out")
+    for domain in prepared.domains:
+        if not 0 <= document < (count := len(prepared.heldout[domain])):
+            raise ConfigError(f"document={document}: must be from 0 to {count - 1}, the last held out of {domain!r}")
 
 
 def heldout_rows(
@@ -157,15 +171,17 @@ def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...
 
 
 def _passages(
-    recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
+    recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int, number: int | None
 ) -> list[passages.Passage]:
-    """Take the beginning of one held-out document per domain: the one with the most drawable characters."""
+    """Take the beginning of one held-out document per domain: that number, or the one most of which can be drawn."""
     if recorder.stack:
         return _row_passages(recorder, variables, prepared, characters)
     config = recorder.program.config
     documents: dict[str, Document] = {}
     for domain in prepared.domains:
-        beginnings = (text[:characters] for text in itertools.islice(prepared.heldout[domain], _CANDIDATES))
+        texts = prepared.heldout[domain]
+        candidates = itertools.islice(texts, _CANDIDATES) if number is None else [texts[number]]
+        beginnings = (text[:characters] for text in candidates)
         clearest = max(beginnings, key=picture.drawable)  # the first of equal ones
         for document in first_documents([clearest], prepared.tokenizer, 1):
             documents[domain] = document

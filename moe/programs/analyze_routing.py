@@ -18,6 +18,9 @@ _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Held-out tokens per domain.")
 _SHUFFLES = flags.DEFINE_integer("shuffles", 100, "Permutations per null distribution.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the permutations.")
 _CHARACTERS = flags.DEFINE_integer("characters", 6_000, "Characters of each domain in experts.html.")
+_DOCUMENT = flags.DEFINE_integer(
+    "document", None, "Number of the held-out document of each domain in experts.html; default: a legible one."
+)
 _CODE = flags.DEFINE_string("code_domain", "python", "Domain whose documents are Python source.")
 
 
@@ -47,6 +50,7 @@ def main() -> None:
             code_domain=_CODE.value,
             step=last,
             characters=_CHARACTERS.value,
+            document=_DOCUMENT.value,
             earlier={step: functools.partial(opened.variables, step) for step in opened.steps() if step < last},
         )
         title = f"Routing of {Path(opened.path).name}{f', {stack},' if stack else ''} at step {last}"

@@ -1,6 +1,7 @@
 """Analysis from text to files: documents, syntax classes, the explorer page, the report."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import re
@@ -200,6 +201,12 @@ def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     for shown, text in zip(analysis.passages, (" ".join(words), SOURCE * 30), strict=True):
         assert "".join(shown.pieces) == text[:1000]
         assert shown.experts.shape == shown.weights.shape == (2, len(shown.pieces), 2)
+
+    code = dataclasses.replace(prepared, domains=prepared.domains[1:])
+    (passage,) = analyse._passages(recorder, variables, code, 14, 1)
+    assert "".join(passage.pieces) == "x = (\nx = (\nx "
+    with pytest.raises(ConfigError, match=r"document=1: must be from 0 to 0, the last held out of 'words'"):
+        analyse.analyse(recorder, variables, prepared, tokens=8, shuffles=1, seed=0, document=1)
 
     names = analyse.write(analysis, epath.Path(tmp_path), "Tiny | model")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
