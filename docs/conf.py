@@ -59,6 +59,7 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "MoE in JAX"
+html_extra_path = ["results/routing_explorer.html"]
 
 
 def escape_bars(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
