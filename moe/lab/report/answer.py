@@ -133,8 +133,8 @@ def _over_training(path: Path, found: Table, findings: Sequence[Finding]) -> str
         label = finding.claim.parts[0].what
         axis.plot(xs, [e.mean for e in curve.values()], color=color, marker=".", label=label)
         if all(e.n > 2 for e in curve.values()):
-            ends = ([getattr(e, end) for e in curve.values()] for end in ("low", "high"))
-            axis.fill_between(xs, *ends, color=color, alpha=0.15)
+            low, high = [e.low for e in curve.values()], [e.high for e in curve.values()]
+            axis.fill_between(xs, low, high, color=color, alpha=0.15)
     if not axis.lines:
         return ""
     axis.axhline(0, color="black", linewidth=0.8)
