@@ -374,6 +374,31 @@ def test_arms_of_the_answer(drawn):
         assert milliseconds == "120"
 
 
+def test_paper_tables():
+    """Every row whose suite has records, by its formula in the file."""
+    entries = tomllib.loads((ROOT / "configs/ablations/paper_tables.toml").read_text())["table"]
+    shown, checked = tables((RESULTS / "paper_tables.md").read_text()), 0
+    for entry, (_, rows) in zip(entries, shown, strict=True):
+        if not (RESULTS / entry["suite"]).is_dir():
+            continue
+        suite = load_suite(str(ROOT / f"configs/ablations/{entry['suite']}.py"), "laptop")
+        runs = read(RESULTS / suite.name, suite)
+        for row, (what, published, ours, comparison) in zip(entry["row"], rows, strict=True):
+            assert published == (f"{row['published']:+.3f}" if "published" in row else "–")
+            if comparison.startswith("no "):
+                continue
+            found = runs.expression(row["value"], 8000)
+            numbers, _, steps = ours.partition(" at ")
+            assert steps == "8,000 steps"
+            effect(what, numbers, found)
+            _, low, high, *_ = again.interval(found)
+            if "published" in row:
+                assert comparison.endswith("contains the paper's") == (low <= row["published"] <= high), what
+            assert comparison.startswith("open") == (low <= 0 <= high), what
+            checked += 1
+    assert checked > 40
+
+
 def test_learning_rates(report):
     runs, sections, suite, _ = report
     text = sections["Learning rates"]
