@@ -491,6 +491,28 @@ def test_provenance(report):
         check(name, re.search(rf"{name} ([\d.]+\d)", source)[1], (tokens / len(domains) / size, ".2f"))
 
 
+@pytest.mark.parametrize("name", ["claims", "paper_tables"])
+def test_lengths_of_runs(name):
+    """Tokens for each active parameter, and epochs, of every suite with records, on the pages over all of them."""
+    text = re.search(r"Length of the runs.*", (RESULTS / f"{name}.md").read_text())[0]
+    found = re.findall(
+        r"([a-z_][\w, ]*): ([\d.]+)M training tokens, ([\d. to]+) per active parameter; epochs: (.*?\d)\.(?: |$)", text
+    )
+    assert found
+    for suites, tokens, each, epochs in found:
+        ratios = []
+        for suite in (load_suite(str(ROOT / f"configs/ablations/{s}.py"), "laptop") for s in suites.split(", ")):
+            seen = suite.longest * suite.tokens_per_step
+            ratios.append(seen / suite.costs(next(iter(suite.variants)))["active_parameters"])
+            check(suite.name, tokens, (seen / 1e6, ".3g"))
+            check(suite.name, epochs, *((seen / 4 / size, ".2f") for size in suite.domain_tokens.values()))
+        ends = sorted({f"{min(ratios):.1f}", f"{max(ratios):.1f}"}, key=float)
+        assert each == " to ".join(ends)
+    expected = {path.parent.name for path in RESULTS.glob("*/records.parquet")}
+    if name == "claims":
+        assert expected <= {suite for suites, *_ in found for suite in suites.split(", ")}
+
+
 def test_law(report):
     """The coefficients at the floor that is printed, and that no other floor has a smaller misfit."""
     runs, sections, suite, _ = report

@@ -19,6 +19,7 @@ from moe.lab.records import PRIMARY
 from moe.lab.report.claims_page import rules
 from moe.lab.report.figures import colors, legend_beside, save
 from moe.lab.report.markdown import loss_cell, mean_sd
+from moe.lab.report.regime import regime
 from moe.lab.step_seconds import StepSeconds
 from moe.lab.table import Table
 
@@ -49,11 +50,9 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
         f"{markdown_text(primary.question)} {_answer(findings)}",
         *_picture(_effects(directory / f"{NAME}.png", findings, primary)),
         _contrasts(findings),
-        "## Over training",
-        _OVER_TRAINING.replace("\n", " "),
-        _effects_over_training(found, findings),
-        *_picture(_over_training(directory / f"{NAME}_over_training.png", found, findings)),
+        *_over_training(directory, found, findings),
         "## Arms",
+        f"{regime(found)}." if found.horizons else "",
         _arms(found, seconds),
         *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
         *([_measured(seconds)] if seconds else []),
@@ -63,7 +62,7 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
         rules(primary),
         f"Claims file: SHA-256 `{registered.digest}`. Records: suite `{found.suite.name}`.",
     ]
-    write_atomic(directory / f"{NAME}.md", ("\n\n".join(parts) + "\n").encode())
+    write_atomic(directory / f"{NAME}.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
 
 
 def _answer(findings: Sequence[Finding]) -> str:
@@ -121,7 +120,16 @@ def _effects_over_training(found: Table, findings: Sequence[Finding]) -> str:
     return markdown_table(("contrast", *(f"{at:.3g} tokens per parameter" for at in shown)), rows)
 
 
-def _over_training(path: Path, found: Table, findings: Sequence[Finding]) -> str:
+def _over_training(directory: Path, found: Table, findings: Sequence[Finding]) -> list[str]:
+    """The section on earlier evaluations; empty without two of them."""
+    table = _effects_over_training(found, findings)
+    if not table:
+        return []
+    picture = _contrasts_over_training(directory / f"{NAME}_over_training.png", found, findings)
+    return ["## Over training", _OVER_TRAINING.replace("\n", " "), table, *_picture(picture)]
+
+
+def _contrasts_over_training(path: Path, found: Table, findings: Sequence[Finding]) -> str:
     """The contrasts along the runs with their intervals as bands; empty without curves."""
     fig = Figure(figsize=(7.2, 5.4))
     axis = fig.subplots()

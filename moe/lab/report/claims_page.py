@@ -24,6 +24,7 @@ from moe.lab.claims.decide import (
     assess,
 )
 from moe.lab.claims.registration import Claim, Primary, Registered
+from moe.lab.report.regime import regimes
 from moe.lab.table import Table
 
 _RULES = {
@@ -96,6 +97,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
         "; ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + f"; of {len(findings)}.",
         f"Primary question: {markdown_text(primary.question)}" if primary else "",
         rules(primary),
+        f"Length of the runs, at the suite's longest horizon: {regimes(tables)}" if regimes(tables) else "",
         f"Claims file: SHA-256 `{registered.digest}`.",
         claims_section(claims, tables, primary),
     ]

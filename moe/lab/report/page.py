@@ -15,6 +15,7 @@ from moe.lab.records import TABLE, write_table
 from moe.lab.report import figures, sections
 from moe.lab.report.claims_page import claims_section, rules
 from moe.lab.report.figures import loss_effect
+from moe.lab.report.regime import regime
 from moe.lab.suite import Comparison, Suite
 from moe.lab.table import Table
 
@@ -178,20 +179,6 @@ def _missing(found: Table) -> str:
     return f"Finished runs, of {len(suite.seeds)} seeds each, where seeds are missing: {'; '.join(texts)}."
 
 
-def _regime(found: Table) -> str:
-    """Tokens per active parameter, and epochs of each domain, of the longest horizon."""
-    suite, base = found.suite, next(iter(found.suite.variants))
-    tokens = suite.longest * suite.tokens_per_step
-    text = f"{tokens / 1e6:.3g}M training tokens, {tokens / suite.costs(base)['active_parameters']:.1f} per active "
-    text += f"parameter of {base}"
-    config = suite.config(base)
-    weights = config.data.weights or (1.0,) * len(config.data.domains)
-    shares = dict(zip(config.data.domains, (weight / sum(weights) for weight in weights), strict=True))
-    sizes = {name: size for name, size in suite.domain_tokens.items() if name in shares}
-    epochs = [f"{name} {tokens * shares[name] / size:.2f}" for name, size in sizes.items()]
-    return f"{text}; epochs: {', '.join(epochs)}" if epochs else text
-
-
 def _provenance(found: Table, command: str, digest: str) -> str:
     records, base = found.records, found.suite.config(next(iter(found.suite.variants)))
     commits, hardware = (sorted({getattr(r, field) for r in records}) for field in ("commit", "hardware"))
@@ -201,7 +188,7 @@ def _provenance(found: Table, command: str, digest: str) -> str:
         f"Commit: {', '.join(f'`{commit}`' for commit in commits) or 'none'}",
         f"Hardware: {'; '.join(hardware) or 'none'}",
         f"Model: {base.model.num_layers} layers of {base.model.d_model}; {found.suite.tokens_per_step:,} tokens a step",
-        _regime(found),
+        regime(found),
         f"Text: {', '.join(data) or 'none'}; primary: {', '.join(found.suite.primary_domains) or 'all domains'}; up to "
         f"{found.suite.heldout_rows} held-out rows per domain, mixed over domains in every batch",
         f"Runs: {len(records)} in `{TABLE}`, of which {len(found.used)} are compared; "

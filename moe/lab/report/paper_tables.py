@@ -17,6 +17,7 @@ from moe.foreign_files import first_sentence
 from moe.lab import inference
 from moe.lab.expressions import parse, variants_of
 from moe.lab.inference import Effect
+from moe.lab.report.regime import regimes
 from moe.lab.table import MissingError, Table
 
 TABLES_FILE = "paper_tables.toml"
@@ -92,6 +93,9 @@ def write_page(path: Path, tables: tuple[PaperTable, ...], suites: Mapping[str, 
         "a thousand times as large, so that the direction is what compares; these tables decide nothing "
         "([claims](claims.md) has what was registered).",
     ]
+    used = {entry.suite: suites[entry.suite] for entry in tables if entry.suite in suites}
+    if lengths := regimes(used):
+        text.append(f"Length of the runs: {lengths}")
     for entry in tables:
         text += [
             f"## {markdown_text(entry.name)}",
