@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -105,9 +105,8 @@ def _over_evaluations(found: Table, finding: Finding) -> dict[float, Effect]:
     return {step * per_step: inference.effect(values) for step, values in curve.items()}
 
 
-def _effects_over_training(found: Table, findings: Sequence[Finding]) -> str:
+def _effects_over_training(curves: Mapping[str, Mapping[float, Effect]]) -> str:
     """A column at the end of training, at half of it, a quarter and so on; empty without two."""
-    curves = {finding.claim.parts[0].what: _over_evaluations(found, finding) for finding in findings}
     last = max((max(curve, default=0.0) for curve in curves.values()), default=0.0)
     ratios = [last / 2**power for power in reversed(range(8))]
     shown = [at for at in ratios if any(math.isclose(at, x) for curve in curves.values() for x in curve)]
@@ -122,24 +121,24 @@ def _effects_over_training(found: Table, findings: Sequence[Finding]) -> str:
 
 def _over_training(directory: Path, found: Table, findings: Sequence[Finding]) -> list[str]:
     """The section on earlier evaluations; empty without two of them."""
-    table = _effects_over_training(found, findings)
+    curves = {finding.claim.parts[0].what: _over_evaluations(found, finding) for finding in findings}
+    table = _effects_over_training(curves)
     if not table:
         return []
-    picture = _contrasts_over_training(directory / f"{NAME}_over_training.png", found, findings)
+    picture = _contrasts_over_training(directory / f"{NAME}_over_training.png", curves)
     return ["## Over training", _OVER_TRAINING.replace("\n", " "), table, *_picture(picture)]
 
 
-def _contrasts_over_training(path: Path, found: Table, findings: Sequence[Finding]) -> str:
+def _contrasts_over_training(path: Path, curves: Mapping[str, Mapping[float, Effect]]) -> str:
     """The contrasts along the runs with their intervals as bands; empty without curves."""
     fig = Figure(figsize=(7.2, 5.4))
     axis = fig.subplots()
-    for number, finding in enumerate(findings):
-        curve = {x: e for x, e in _over_evaluations(found, finding).items() if math.isfinite(e.mean)}
+    for number, (what, effects) in enumerate(curves.items()):
+        curve = {x: e for x, e in effects.items() if math.isfinite(e.mean)}
         if len(curve) < 2:
             continue
         xs, color = [*curve], f"C{number}"
-        label = finding.claim.parts[0].what
-        axis.plot(xs, [e.mean for e in curve.values()], color=color, marker=".", label=label)
+        axis.plot(xs, [e.mean for e in curve.values()], color=color, marker=".", label=what)
         if all(e.n > 2 for e in curve.values()):
             low, high = [e.low for e in curve.values()], [e.high for e in curve.values()]
             axis.fill_between(xs, low, high, color=color, alpha=0.15)

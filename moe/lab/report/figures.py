@@ -276,7 +276,7 @@ def specialisation(path: Path, table: Table, variant: str) -> str:
 
 @matplotlib.rc_context(FIGURE_TEXT)
 def masked(path: Path, table: Table) -> str:
-    """What masking each token's most probable experts costs, by their share of all (DeepSeekMoE 2024, figure 4)."""
+    """Cost of masking each token's most probable experts, by their share of all (DeepSeekMoE 2024, figure 4)."""
     fig = Figure(figsize=(6.4, 4.0))
     axis = fig.subplots()
     color, prefix = colors(table), "mask_top/loss_"
