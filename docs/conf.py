@@ -7,6 +7,7 @@ import pathlib
 
 from sphinx.application import Sphinx
 
+from moe.analysis import explorer
 from moe.playground.packed import read
 from moe.playground.page import render
 
@@ -59,7 +60,6 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "MoE in JAX"
-html_extra_path = ["results/routing_explorer.html"]
 
 
 def escape_bars(app: object, what: str, name: str, item: object, options: object, lines: list[str]) -> None:
@@ -67,14 +67,15 @@ def escape_bars(app: object, what: str, name: str, item: object, options: object
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
-def write_playground(app: Sphinx, error: Exception | None) -> None:
-    """Make the page of docs/playground.npz beside the site's own."""
+def write_pages(app: Sphinx, error: Exception | None) -> None:
+    """Make the pages of docs/playground.npz and docs/routing_explorer.json beside the site's own."""
     if error is None and app.builder.format == "html":
-        page = render(read(DOCS / "playground.npz"))
-        pathlib.Path(app.outdir, "play.html").write_text(page)
+        pathlib.Path(app.outdir, "play.html").write_text(render(read(DOCS / "playground.npz")))
+        explored = (DOCS / "routing_explorer.json").read_text()
+        pathlib.Path(app.outdir, "routing_explorer.html").write_text(explorer.render(explored))
 
 
 def setup(app: Sphinx) -> None:
     """Register the hooks."""
     app.connect("autodoc-process-docstring", escape_bars)
-    app.connect("build-finished", write_playground)
+    app.connect("build-finished", write_pages)

@@ -48,8 +48,13 @@ def explorer_page(passages: Sequence[Passage], summary: dict[str, Any], shown: S
             for passage in passages
         ],
     }
+    return render(json.dumps(data))
+
+
+def render(data: str) -> str:
+    """The page of its data as JSON, such as a page's element ``data`` holds."""
     # In a script element only "<" could end the data.
-    return _TEMPLATE.read_text().replace("__DATA__", json.dumps(data).replace("<", "\\u003c"))
+    return _TEMPLATE.read_text().replace("__DATA__", data.replace("<", "\\u003c"))
 
 
 def _encode(values: np.ndarray) -> str:
