@@ -105,7 +105,7 @@ def _command() -> str:
 
 
 def _tables(suites: Path, registered: Registered, workdir: Path) -> dict[str, Table]:
-    """The suites that claims are about, with their records: Holm's method needs the whole primary family."""
+    """The suites that claims are about, with their records: Holm's method needs whole families."""
     records = read_all(workdir)
     names = sorted({claim.suite for claim in registered.claims})
     return {name: Table(load_suite(str(suites / f"{name}.py"), _SIZE.value), records) for name in names}
@@ -124,7 +124,7 @@ def _write_pages(workdir: Path, output: Path) -> None:
     papers = paper_tables.read_tables(suites / paper_tables.TABLES_FILE)
     paper_tables.write_page(output / "paper_tables.md", papers, tables)
     if registered.primary:
-        (name,) = {claim.suite for claim in registered.claims if claim.family}
+        (name,) = {claim.suite for claim in registered.claims if claim.family == "primary"}
         seconds = step_seconds.read(output / name) or step_seconds.read(workdir / name)
         answer.write_page(output, tables[name], registered, seconds)
     print(f"{output / 'claims.md'}: from {', '.join(found)}")

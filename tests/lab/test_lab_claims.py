@@ -54,6 +54,21 @@ def test_primary_claims_are_decided_after_holm_over_the_whole_family():
 PRIMARY = Primary("which?", (1, 2, 3, 4, 5), smallest=0.02, equivalence=0.02, pilot="none")
 
 
+def test_a_replication_is_a_family_of_its_own():
+    """p = 0.0033 in each: adjusted over the one claim of the first family and the two of the second."""
+    first = claim_of(family="primary")
+    again = [dataclasses.replace(claim_of(family="replication"), number=n) for n in (2, 3)]
+    findings = decide.assess([first, *again], {"test": table_of((4.9, 4.89, 4.91), claim=first)}, PRIMARY)
+    assert [f.adjusted / f.outcomes[0].p for f in findings] == pytest.approx([1, 2, 2])
+    assert {f.verdict for f in findings} == {decide.SUPPORTED}
+
+
+def test_arms_of_the_same_runs_show_nothing():
+    suite = suite_of({"a": DENSE, "b": DENSE}, horizons=(20,))
+    finding = assess(claim_of("within", margin=0.1), table(suite, [record("a", seed, 5.0) for seed in (0, 1, 2)]))
+    assert (finding.verdict, finding.outcomes[0].note) == (decide.OPEN, "the arms are the same runs")
+
+
 def test_too_few_steps_are_no_evidence():
     claim = claim_of(min_steps=100)
     finding = assess(claim, table_of((5.1, 5.11, 5.09), claim=claim))
@@ -151,9 +166,12 @@ def test_power_is_that_for_the_smallest_effect_of_interest():
 
 def test_the_page_says_what_would_decide_a_claim():
     undecided = claims_page.claims_section([claim_of()], {"test": table_of((4.9, 5.05, 4.9))}, None)
-    # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866.
+    # Differences to 5.0: -0.1, 0.05, -0.1; mean -0.05, sd 0.0866. To zero it is 0.05, to a margin of ±0.06 only 0.01.
     needed = inference.seeds_needed(inference.effect([-0.1, 0.05, -0.1]).sd, -0.05)
-    assert f"{needed} seeds would find effects as large as those seen" in undecided
+    assert f"{needed} seeds would decide it at the mean and spread seen" in undecided
+    within = claims_page.claims_section([claim_of("within", margin=0.06)], {"test": table_of((4.9, 5.05, 4.9))}, None)
+    needed = inference.seeds_needed(inference.effect([-0.1, 0.05, -0.1]).sd, 0.01)
+    assert f"{needed} seeds would decide it at the mean and spread seen" in within
     suite = suite_of({"a": DENSE, "b": SWITCH, "c": SWITCH})
     other = dataclasses.replace(claim_of(published=-0.05, min_steps=20), number=2, suite="other")
     pair = {"test": table_of((4.9, 5.12, 4.95)), "other": Table(suite, [])}
@@ -168,7 +186,7 @@ def test_the_page_says_what_would_decide_a_claim():
 def test_all_claims_on_one_page(tmp_path):
     claims_page.write_page(tmp_path, REGISTERED, {})
     text = (tmp_path / "claims.md").read_text()
-    named = {claim.number: claim.text + (" (primary)" if claim.family else "") for claim in CLAIMS}
+    named = {claim.number: claim.text + (f" ({claim.family})" if claim.family else "") for claim in CLAIMS}
     assert all(f"| {number} | {text_of} |" in text for number, text_of in named.items())
     assert f"not tested: {len(CLAIMS)}" in text
     assert REGISTERED.digest in text
@@ -190,6 +208,7 @@ def test_all_claims_on_one_page(tmp_path):
         ("number = 1", "number = -1", "number=-1"),
         ("[[claim]]", "[claim]", "claim"),
         ("claims = [1]", "claims = [2]", "those that primary.claims names"),
+        ('family = "primary"', 'family = "replication"', "those that primary.claims names"),
         ("smallest = 0.1", 'smallest = "small"', "smallest"),
         ('family = "primary"', 'family = "secondary"', "family"),
         ("number = 1", "number = ", "Invalid value"),

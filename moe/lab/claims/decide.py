@@ -1,7 +1,7 @@
 """Decides registered claims on the records of their suite.
 
-A primary claim is supported or contradicted where the p-value of its rule, adjusted by Holm's method over all of the
-primary family, is below 5 %; members of the family without runs count with p = 1. Every other claim is exploratory: its
+A claim of a family is supported or contradicted where the p-value of its rule, adjusted by Holm's method over all of
+that family, is below 5 %; members of the family without runs count with p = 1. Every other claim is exploratory: its
 interval is told to be on the claim's side, on the other side or on both. Diverged runs count as outcomes: their loss is
 infinite, and a sign test over all seeds decides.
 """
@@ -76,7 +76,7 @@ class Finding:
         verdict: one of :data:`VERDICTS`.
         steps: horizon that it was tested at; 0 if it was not.
         outcomes: per part.
-        adjusted: p adjusted over the primary family; NaN for an exploratory claim.
+        adjusted: p adjusted over the claim's family; NaN for an exploratory claim.
         post_hoc: the claim's text differs from what it was when its runs started.
         lacks: what a reader must know of the comparison: steps, tuning, seeds, power, dropping.
         note: why it was not tested.
@@ -96,14 +96,16 @@ def assess(claims: Sequence[Claim], tables: Mapping[str, Table], primary: Primar
     """Test claims, each at the longest horizon for which its arms have runs.
 
     Args:
-        claims: all that are registered, since Holm's method needs the whole primary family.
+        claims: all that are registered, since Holm's method needs whole families.
         tables: suite → its records; a suite without records may be missing.
-        primary: the family; None: every claim is exploratory.
+        primary: the primary family; None: every claim is exploratory.
     """
     findings = [_assess(claim, tables.get(claim.suite), primary) for claim in claims]
-    family = [finding for finding in findings if finding.claim.family]
-    p_values = [f.outcomes[0].p if f.outcomes and f.verdict not in (TOO_SHORT, NOT_TESTED) else 1.0 for f in family]
-    adjusted = dict(zip([f.claim.number for f in family], inference.holm(p_values), strict=True))
+    adjusted: dict[int, float] = {}
+    for name in {claim.family for claim in claims} - {""}:
+        family = [finding for finding in findings if finding.claim.family == name]
+        p_values = [f.outcomes[0].p if f.outcomes and f.verdict not in (TOO_SHORT, NOT_TESTED) else 1.0 for f in family]
+        adjusted |= zip([f.claim.number for f in family], inference.holm(p_values), strict=True)
     return [_after_holm(finding, adjusted.get(finding.claim.number)) for finding in findings]
 
 
@@ -159,9 +161,25 @@ def _outcome(part: Part, table: Table, steps: int) -> Outcome:
     if not np.isfinite(values).all():
         return _with_diverged(part, values)
     effect = inference.effect(values)
+    if part.rule != "shown" and _same_runs(part, table, steps):
+        return Outcome(part, effect, UNDECIDED, 1.0, math.inf, "the arms are the same runs")
     detectable = inference.smallest_detectable(effect.sd, effect.n)
     side, p = side_of(part.rule, part.margin, effect)
     return Outcome(part, effect, side, p, detectable)
+
+
+def _same_runs(part: Part, table: Table, steps: int) -> bool:
+    """True if all arms of a difference are one config, such as two whose sweeps chose the same rate."""
+    arms = variants_of(parse(part.value))
+    seeds = table.seeds(steps, *arms)
+    return len(arms) > 1 and all(len({table.record(arm, steps, seed).run for arm in arms}) == 1 for seed in seeds)
+
+
+def bound_of(rule: str, margin: float, mean: float) -> float:
+    """Where a rule separates its two sides: zero, the margin for "not above", its nearer end for "within"."""
+    if rule == "within":
+        return math.copysign(margin, mean)
+    return margin if rule == "not_above" else 0.0
 
 
 def side_of(rule: str, margin: float, e: Effect) -> tuple[str, float]:
@@ -174,15 +192,13 @@ def side_of(rule: str, margin: float, e: Effect) -> tuple[str, float]:
         return "", e.p
     if e.n < 2:
         return UNDECIDED, 1.0
+    bound = bound_of(rule, margin, e.mean)
     if rule == "within":
         inside, outside = -margin < e.low and e.high < margin, e.low > margin or e.high < -margin
-        p = _p_against(e, margin if e.mean > 0 else -margin)
     else:
-        bound = margin if rule == "not_above" else 0.0
         below, above = e.high < bound, e.low > bound
         inside, outside = (above, below) if rule == "above" else (below, above)
-        p = _p_against(e, bound)
-    return SUPPORTED if inside else CONTRADICTED if outside else UNDECIDED, p
+    return SUPPORTED if inside else CONTRADICTED if outside else UNDECIDED, _p_against(e, bound)
 
 
 def _p_against(e: Effect, bound: float) -> float:
@@ -245,8 +261,12 @@ def _lacks(
     # A learning rate or a capacity may favour one of several arms; one arm's models are compared with themselves.
     arms = arms_of(claim)
     if len(arms) > 1 and any("loss" in outcome.part.value for outcome in outcomes):
-        if untuned := [arm for arm in arms if not table.choices[arm, steps].tuned]:
-            lacks.append(f"learning rate not swept to the end for {', '.join(untuned)}")
+        untuned = [arm for arm in arms if not table.choices[arm, steps].tuned]
+        begun = [arm for arm in untuned if table.choices[arm, steps].tried]
+        if rest := [arm for arm in untuned if arm not in begun]:
+            lacks.append(f"learning rate not swept for {', '.join(rest)}")
+        if begun:
+            lacks.append(f"learning rate not swept to the end for {', '.join(begun)}")
         if at_edge := [arm for arm in arms if table.choices[arm, steps].at_edge]:
             lacks.append(f"best learning rate at the edge of the sweep for {', '.join(at_edge)}")
         dropped = [table.dropped(arm, steps) for arm in arms]

@@ -24,8 +24,8 @@ from moe.lab.expressions import parse
 #: term varies less over seeds than the second (Pitman-Morgan). shown: reported, decides nothing.
 Rule = Literal["below", "above", "not_above", "within", "less_variance", "shown"]
 CLAIMS_FILE = "claims.toml"
-#: Contrasts of a primary family.
-MOST_PRIMARY = 5
+#: Contrasts of a family.
+MOST_OF_FAMILY = 5
 
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
@@ -61,7 +61,7 @@ class Claim:
         source: paper, and the published figures as printed there.
         min_steps: horizon from which the claim applies; shorter results are below the crossing.
         requires: value that must be below zero, interval included, for the claim to apply at all; empty: none.
-        family: "primary", or empty for an exploratory claim.
+        family: "primary"; "replication", of the same contrasts on other seeds; or empty for an exploratory claim.
     """
 
     number: Step
@@ -71,7 +71,7 @@ class Claim:
     parts: tuple[Part, ...]
     min_steps: Step = 0
     requires: str = ""
-    family: Literal["", "primary"] = ""
+    family: Literal["", "primary", "replication"] = ""
 
     @property
     def hash(self) -> str:
@@ -162,8 +162,11 @@ def _check(found: _File) -> None:
             raise ValueError(f"claim {claim.number}: has no part")
         if claim.family and len(claim.parts) > 1:
             raise ValueError(f"claim {claim.number}: one of a family has one part")
-    primary = [claim.number for claim in found.claim if claim.family]
-    if primary != sorted(found.primary.claims if found.primary else ()) or len(primary) > MOST_PRIMARY:
-        raise ValueError(
-            f"claims {primary} are of the family 'primary': at most {MOST_PRIMARY}, those that primary.claims names"
-        )
+    families: dict[str, list[int]] = {"primary": [], "replication": []}
+    for claim in found.claim:
+        families.get(claim.family, []).append(claim.number)
+    for name, members in families.items():
+        if len(members) > MOST_OF_FAMILY:
+            raise ValueError(f"claims {members} are of the family {name!r}: at most {MOST_OF_FAMILY}")
+    if families["primary"] != sorted(found.primary.claims if found.primary else ()):
+        raise ValueError(f"claims {families['primary']} are of the family 'primary': those that primary.claims names")

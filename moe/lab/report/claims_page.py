@@ -22,6 +22,7 @@ from moe.lab.claims.decide import (
     Outcome,
     arms_of,
     assess,
+    bound_of,
 )
 from moe.lab.claims.registration import Claim, Primary, Registered
 from moe.lab.report.regime import regimes
@@ -34,8 +35,9 @@ _RULES = {
     "shown": "shown only",
 }
 _RULES_TEXT = (
-    "Only the primary family has verdicts: supported or contradicted where the p-value, adjusted by Holm's method over "
-    "all {count} of its contrasts, is below 5 %, and never before all registered seeds are there. Every other claim is "
+    "Only the primary family, and one that repeats it on other seeds, have verdicts: supported or contradicted where "
+    "the p-value, adjusted by Holm's method over all contrasts of the family ({count} in the primary one), is below "
+    "5 %, and never before all registered seeds are there. Every other claim is "
     "exploratory: its 95 % interval is on the claim's side, on the other side, or on both (open). Losses are measured "
     "without drops. Bound: the largest size that the interval leaves to an open effect. The smallest detectable effect "
     "is that of a paired t test with 80 % power at the spread seen; it is compared with the smallest effect of "
@@ -52,7 +54,7 @@ def claims_section(
     Args:
         claims: all that are registered.
         tables: suite → its records.
-        primary: the family.
+        primary: the primary family.
         suite: show the claims of this suite alone; empty: all.
     """
     findings = [f for f in assess(claims, tables, primary) if suite in ("", f.claim.suite)]
@@ -60,7 +62,7 @@ def claims_section(
     verdicts = [
         (
             str(f.claim.number),
-            markdown_text(f.claim.text) + (" (primary)" if f.claim.family else ""),
+            markdown_text(f.claim.text) + (f" ({f.claim.family})" if f.claim.family else ""),
             f"**{f.verdict}**" if f.claim.family else f.verdict,
             _standing(f, tables.get(f.claim.suite), spreads),
         )
@@ -70,7 +72,7 @@ def claims_section(
     blocks = [markdown_table(("", "claim", "verdict", "to know"), verdicts)]
     if parts:
         header = (
-            "", "quantity", "rule", "ours [95 %]", "p", "p, Holm (primary)", "bound", "published", "replication",
+            "", "quantity", "rule", "ours [95 %]", "p", "p, Holm", "bound", "published", "replication",
             "smallest detectable", "source",
         )  # fmt: skip
         blocks.append(markdown_table(header, parts))
@@ -109,9 +111,9 @@ def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float
     parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
     parts += [markdown_text(finding.note)] if finding.note else []
     parts += finding.lacks
-    seeds = [inference.seeds_needed(o.effect.sd, o.effect.mean) for o in finding.outcomes if _open(o)]
+    seeds = [inference.seeds_needed(o.effect.sd, _distance(o)) for o in finding.outcomes if _open(o)]
     if finding.verdict in (UNDECIDED, OPEN) and seeds:
-        parts.append(f"{_count(max(seeds))} seeds would find effects as large as those seen")
+        parts.append(f"{_count(max(seeds))} seeds would decide it at the mean and spread seen")
     elif finding.verdict in (NOT_TESTED, TOO_SHORT) and found is not None:
         parts.append(_to_test(finding.claim, found, spreads.get(finding.claim.min_steps, 0.0)))
     return "; ".join(parts) or "–"
@@ -119,7 +121,13 @@ def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float
 
 def _open(outcome: Outcome) -> bool:
     """True if more seeds of the same spread could put the part on a side."""
-    return outcome.side == UNDECIDED and outcome.effect.sd > 0 and outcome.effect.mean != 0
+    return outcome.side == UNDECIDED and outcome.effect.sd > 0 and _distance(outcome) != 0
+
+
+def _distance(outcome: Outcome) -> float:
+    """From the mean to where the part's rule separates its two sides."""
+    mean = outcome.effect.mean
+    return mean - bound_of(outcome.part.rule, outcome.part.margin, mean)
 
 
 def _spreads(findings: Sequence[Finding]) -> dict[int, float]:

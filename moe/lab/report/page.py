@@ -25,7 +25,7 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
 
     Args:
         directory: folder of the report.
-        tables: suite → its records, of this suite and of those that hold other members of the primary family.
+        tables: suite → its records, of this suite and of those that hold other members of a family.
         suite: that the report is about.
         registered: all claims.
         command: that made the records.
