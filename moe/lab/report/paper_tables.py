@@ -124,19 +124,21 @@ def _ours(row: Row, found: Table | None) -> tuple[str, str]:
         return "–", markdown_text(str(error))
     if not math.isfinite(effect.mean):
         return "–", "a run diverged"
-    return f"{effect} at {steps:,} steps", _comparison(row.published, effect)
+    comparison = _comparison(row.published, effect, signed=any(term.factor < 0 for term in terms))
+    return f"{effect} at {steps:,} steps", comparison
 
 
-def _comparison(published: float | None, effect: Effect) -> str:
-    """How the interval lies to the published number, and to zero."""
+def _comparison(published: float | None, effect: Effect, *, signed: bool) -> str:
+    """How the interval lies to the published number and, if ``signed``, to zero: a sum of shares is always above it."""
     if not math.isfinite(effect.low):
         return "one seed"
-    if effect.low <= 0 <= effect.high:
-        side = "open"
-    elif published is None:
-        side = "below 0" if effect.high < 0 else "above 0"
-    else:
-        side = "same direction" if (effect.mean < 0) == (published < 0) else "other direction"
-    if published is None:
-        return side
-    return f"{side}; {'contains' if effect.low <= published <= effect.high else 'excludes'} the paper's"
+    found = []
+    if signed and effect.low <= 0 <= effect.high:
+        found.append("open")
+    elif signed and published is None:
+        found.append("below 0" if effect.high < 0 else "above 0")
+    elif signed and published is not None:
+        found.append("same direction" if (effect.mean < 0) == (published < 0) else "other direction")
+    if published is not None:
+        found.append(f"{'contains' if effect.low <= published <= effect.high else 'excludes'} the paper's")
+    return "; ".join(found) or "–"
