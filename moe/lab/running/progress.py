@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from etils import epath
 
 from moe.atomic_files import append
-from moe.lab.records import Key
+from moe.lab.records import Key, Record
 from moe.lab.suite import Suite
 from moe.metrics_files import METRICS, read_rows
 from moe.training import progress
@@ -63,10 +62,10 @@ class Progress:
         finally:
             self._trained += self._flops(key)
 
-    def finish(self, key: Key, status: str, row_losses: Sequence[float]) -> None:
-        """Note the run that ended."""
-        loss = f", mean held-out loss {np.mean(row_losses):.4f}" if row_losses else ""
-        self.say(f"{self._title}: {status}{loss}; {self._time_left(self._flops(key))}")
+    def finish(self, key: Key, record: Record) -> None:
+        """Note the run that ended, with the loss that comparisons are about."""
+        loss = "".join(f", held-out loss {value:.4f}" for value in record.losses())
+        self.say(f"{self._title}: {record.status}{loss}; {self._time_left(self._flops(key))}")
 
     def _follow(self, key: Key, step: int, loss: float) -> None:
         time_left = self._time_left(self._flops(key) * step / key.steps, running=True)

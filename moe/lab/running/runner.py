@@ -208,7 +208,7 @@ class Worker:
             losses, domains, further, evaluated = self._evaluate(key, config, prepared, directory)
             rows += further
             status, reason = _outcome(losses, config.model.vocab_size)
-        Record(
+        record = Record(
             *key,
             status=status,
             reason=reason,
@@ -225,9 +225,10 @@ class Worker:
             form=suite.form(key.variant, key.seed, steps=key.steps, learning_rate=rate, parents=parents),
             evaluated=evaluated,
             last_losses=last,
-        ).write(self._workdir)
+        )
+        record.write(self._workdir)
         self._prune(key, directory)
-        self._progress.finish(key, status, losses)
+        self._progress.finish(key, record)
 
     def _recorded(self, path: Path, config: Config, mesh: Any, teacher: Any = None) -> Program:
         return last_tenth.recording(self._programs(config, mesh, teacher), path)
