@@ -21,7 +21,7 @@ def get_suite(size: str) -> Suite:
     for name in _ARMS:
         arm = variants[name]
         variants[f"{name}_0.1"] = dataclasses.replace(
-            arm, overrides={**arm.overrides, "model.init_scale": 0.1}, note=f"{arm.note}; initial scale 0.1"
+            arm, overrides={**arm.overrides, "model.init_scale": 0.1}, note=f"{name}, initial scale 0.1"
         )
     return common.suite(
         size,

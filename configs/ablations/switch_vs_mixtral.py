@@ -52,7 +52,8 @@ def get_suite(size: str) -> Suite:
         "switch": Variant(
             common.moe(size, "switch", 8, 1),
             rate_from="top1_free",
-            note="as published: top-1 of 8, capacity factor 1.25, jitter 0.01, balance weight 0.01",
+            note="as published but for the initial scale (1.0; paper: 0.1): top-1 of 8, capacity factor 1.25, "
+            "jitter 0.01, balance weight 0.01",
         ),
         "mixtral": Variant(
             common.moe(size, "mixtral", 16, 2, **common.DROPLESS),

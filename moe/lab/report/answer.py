@@ -29,7 +29,10 @@ It does not say which layer is better at other sizes: two million parameters in 
 domains. Time is that of a CPU, whose dense and expert FFNs run the same products. The two factors are the second expert
 (with half as wide experts, so that parameters and FLOPs stay) and dropping; with K = 1 the weight is the router's
 probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K includes that.
-All arms share one learning rate per kind of layer, as the sweep in the suite's report says."""
+All arms start from matrices of scale 1.0. Switch's paper prescribes 0.1 (section 2.4), which the suite `initial_scale`
+compares. {rates}"""
+_NO_SWEEP = "All arms train at the base config's learning rate; no other one has been tried."
+_SWEEP = "Arms of one kind of layer share the learning rate that the sweep in the suite's report chose."
 
 _OVER_TRAINING = """\
 The contrasts at evaluations of the same runs, by training tokens per active parameter of the dense model. The learning
@@ -44,7 +47,7 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
     """
     primary = registered.primary
     assert primary is not None, "the suite's claims have a primary family"
-    findings = [f for f in assess(registered.claims, {found.suite.name: found}, primary) if f.claim.family]
+    findings = [f for f in assess(registered.claims, {found.suite.name: found}, primary) if f.claim.family == "primary"]
     parts = [
         "# Switch or Mixtral?",
         f"{markdown_text(primary.question)} {_answer(findings)}",
@@ -57,12 +60,18 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
         *_picture(_loss_by_cost(directory / f"{NAME}_cost.png", found, seconds)),
         *([_measured(seconds)] if seconds else []),
         "## What this does not say",
-        _LIMITS.replace("\n", " "),
+        _limits(found),
         "## Rules",
         rules(primary),
         f"Claims file: SHA-256 `{registered.digest}`. Records: suite `{found.suite.name}`.",
     ]
     write_atomic(directory / f"{NAME}.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
+
+
+def _limits(found: Table) -> str:
+    """What the page does not say."""
+    swept = any(choice.tried for choice in found.choices.values())
+    return _LIMITS.format(rates=_SWEEP if swept else _NO_SWEEP).replace("\n", " ")
 
 
 def _answer(findings: Sequence[Finding]) -> str:
