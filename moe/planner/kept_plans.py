@@ -52,6 +52,9 @@ class _Kept(Fields):
 
 _KEPT = kept_whole(_Kept)
 
+#: Flag of the number of bits of the factors of products.
+_PRECISION = "model.low_precision"
+
 
 def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _Row:
     """A plan as it is kept. One whose factors have fewer bits has names of its own, such as ``h100:32x8-float8``: the
@@ -66,7 +69,7 @@ def row(plan: Plan, config: str, flags: dict[str, Any], hardware: str = "") -> _
     figures = plan.to_json()
     kept = {"config": config, "flags": flags}
     topology = plan.topology if plan.num_slices == 1 else f"{plan.num_slices} x {plan.topology}"
-    suffix = suffix_of(flags.get("model.low_precision", "none"))
+    suffix = suffix_of(flags.get(_PRECISION, "none"))
     named = hardware.removesuffix(suffix)
     names = {topology} if plan.num_slices > 1 else all_names(topology) | {named or topology}
     kept["slices"] = sorted(name + suffix for name in names)
@@ -144,6 +147,30 @@ def best_of_precisions(rows: Sequence[_Row], config: str, topology: str) -> dict
     """The :func:`best` plans of a slice by what its name ends in: one of each precision that plans are kept of."""
     suffixes = [suffix_of(precision) for precision in ("none", *quantized.TYPES)]
     return {suffix: kept for suffix in suffixes if (kept := best(rows, config, topology + suffix)) is not None}
+
+
+def mfu_of_chip(rows: Sequence[_Row], kind: str) -> tuple[list[str], tuple[float, float, float]]:
+    """Configs of the kept plans of a chip, and their MFU: the mean, and the ends of the intervals of their steps.
+
+    Plans in 8 bits are left out: they compute above the peak in bfloat16, of which the MFU is a share.
+
+    Args:
+        kind: of the chip, such as "v5p".
+
+    Raises:
+        ConfigError: no such plan is kept.
+    """
+    plans = [
+        each
+        for each in rows
+        if each["topology"].partition(":")[0] == kind and not suffix_of(each["flags"].get(_PRECISION, "none"))
+    ]
+    if not plans:
+        raise ConfigError(f"--topology={kind}: no plan without products in 8 bits is kept; give --mfu")
+    low = min(each["mfu"] * each["step_seconds"] / each["step_interval"][1] for each in plans)
+    high = max(each["mfu"] * each["step_seconds"] / each["step_interval"][0] for each in plans)
+    names = list(dict.fromkeys(each["config"] for each in plans))
+    return names, (low, sum(each["mfu"] for each in plans) / len(plans), high)
 
 
 def words(kept: _Row) -> str:

@@ -78,24 +78,15 @@ def _chips(name: str) -> tuple[str, Any, int]:
 
 def _of_hours(hours: float, kind: str, chip: Any) -> Any:
     """FLOPs of chip-hours, by the MFU of kept plans of the same chip."""
-    from moe.config import ConfigError
     from moe.lab import advice
     from moe.planner import kept_plans
 
     seconds = 3600 * hours * chip.peak
     if _MFU.value:
         return advice.Budget(*(seconds * _MFU.value,) * 3, why=f"{hours:,.0f} chip-hours at an MFU of {_MFU.value:g}")
-    plans = [plan for plan in kept_plans.read(_PLANS) if plan["topology"].partition(":")[0] == kind]
-    if not plans:
-        raise ConfigError(f"--topology={_TOPOLOGY.value}: no plan is kept for {kind}; give --mfu")
-    shares = [plan["mfu"] for plan in plans]
-    low = min(plan["mfu"] * plan["step_seconds"] / plan["step_interval"][1] for plan in plans)
-    high = max(plan["mfu"] * plan["step_seconds"] / plan["step_interval"][0] for plan in plans)
-    middle = sum(shares) / len(shares)
-    names = ", ".join(plan["config"] for plan in plans)
-    why = (
-        f"{hours:,.0f} chip-hours of {kind} at the MFU of the plans of {names}, {middle:.2f} ({low:.2f} to {high:.2f})"
-    )
+    names, (low, middle, high) = kept_plans.mfu_of_chip(kept_plans.read(_PLANS), kind)
+    of = ", ".join(names)
+    why = f"{hours:,.0f} chip-hours of {kind} at the MFU of the plans of {of}, {middle:.2f} ({low:.2f} to {high:.2f})"
     return advice.Budget(seconds * low, seconds * middle, seconds * high, why)
 
 

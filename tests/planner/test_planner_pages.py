@@ -252,6 +252,30 @@ def test_a_kept_plan_in_8_bits_has_a_name_of_its_own(made):
     assert kept_plans.best_of_precisions([low, plain], "mixtral_8x7b", "h100:2x1") == {}
 
 
+def test_the_mfu_of_a_chip_is_that_of_its_plans_in_bfloat16():
+    """0.4 in 10 s (8 to 16) is 0.25 to 0.5, 0.6 in 3 s (2 to 4) is 0.45 to 0.9; 8 bits and other chips do not count."""
+    plans = [
+        {
+            "config": config,
+            "topology": topology,
+            "flags": flags,
+            "mfu": mfu,
+            "step_seconds": step,
+            "step_interval": ends,
+        }
+        for config, topology, flags, mfu, step, ends in (
+            ("a", "v5p:4x4x4", {}, 0.4, 10.0, [8.0, 16.0]),
+            ("a", "v5p:8x8x8", {"model.low_precision": "none"}, 0.6, 3.0, [2.0, 4.0]),
+            ("a", "v5p:4x4x4", {"model.low_precision": "int8"}, 0.9, 1.0, [0.5, 2.0]),
+            ("b", "v5e:16x16", {}, 0.1, 1.0, [0.5, 2.0]),
+        )
+    ]
+    names, shares = kept_plans.mfu_of_chip(plans, "v5p")
+    assert (names, shares) == (["a"], pytest.approx((0.25, 0.5, 0.9)))
+    with pytest.raises(ConfigError, match="--topology=v6e: no plan without products in 8 bits is kept; give --mfu"):
+        kept_plans.mfu_of_chip(plans, "v6e")
+
+
 def test_the_best_kept_plan_is_a_named_setting():
     rows = kept_plans.read(ROOT / "configs" / "plans.json")
     for name in sorted({row["config"] for row in rows}):
