@@ -32,18 +32,19 @@ Plan = dict[str, Any]
 
 
 class Cache:
-    """Plans on disk, one file each, named by a hash of config, topology, versions and source."""
+    """Plans on disk, one file each, named by a hash of config, topology, scenario, versions and source."""
 
-    def __init__(self, folder: Path | str, topology: str, num_slices: int):
+    def __init__(self, folder: Path | str, topology: str, num_slices: int, scenario: str = ""):
         """
         Args:
             folder: created if missing; processes that share it share the work.
             topology: name of the topology.
             num_slices: number of slices.
+            scenario: of the plans, in words; "" for none.
         """
         self._folder = Path(folder).expanduser()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._common = [topology, num_slices, versions(), source_hash()]
+        self._common = [topology, num_slices, scenario, versions(), source_hash()]
 
     def path(self, config: Config) -> Path:
         """Path of a config's plan, existing or not."""

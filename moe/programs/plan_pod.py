@@ -8,6 +8,7 @@ that --json printed. Needs the compiler of the platform: pip install "jax[tpu]" 
 all.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -86,9 +87,12 @@ def main() -> None:
         return
     made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
     if _RECORD.value:
-        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        overrides = dict(config_flags.get_override_values(flags.FLAGS["config"]))
+        if choose_remat:  # a config holds the policy that was chosen
+            overrides["model.remat"] = made.remat
         _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
-    changes = _try_changes(config, where) if _CHANGES.value else []
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=made.remat))
+    changes = _try_changes(config, where, scenario) if _CHANGES.value else []
     _write_files(made.to_json(), where.chip, changes)
     if _JSON.value:
         print(json.dumps(made.to_json() | {"changes": changes}, indent=2))
@@ -119,18 +123,17 @@ def _write_files(figures, chip, changes) -> None:
         roofline.figure(Path(_ROOFLINE.value), figures, chip)
 
 
-def _try_changes(config: Config, where) -> list:
-    """Compile the first changes that may help; plans of earlier calls are read again."""
+def _try_changes(config: Config, where, scenario) -> list:
+    """Compile the first changes that may help, in the same scenario; plans of earlier calls are read again."""
     from tqdm import tqdm
 
     from moe.planner import candidates, plan, search
 
-    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
+    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices, scenario.words())
     tried = []
     for label, changed in tqdm(candidates.changes(config, where, _CHANGES.value), unit="program", dynamic_ncols=True):
-        made = search.run(
-            [candidates.Candidate(changed, 1.0)], cache, lambda config: plan.make_plan(config, where).to_json(), limit=1
-        )
+        alone = [candidates.Candidate(changed, 1.0)]
+        made = search.run(alone, cache, lambda config: plan.make_plan(config, where, scenario).to_json(), limit=1)
         tried.append({"label": label, "plan": made[0][1]})
     return tried
 

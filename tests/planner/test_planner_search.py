@@ -108,6 +108,7 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
     config = chosen[0].config
     assert cache.get(config) is not None
     assert search.Cache(tmp_path, "v5p:2x2x2", 2).get(config) is None
+    assert search.Cache(tmp_path, "v5p:2x2x2", 1, "0.5 x the network's bandwidths").get(config) is None
     monkeypatch.setattr(search, "source_hash", lambda: "other")
     other = search.Cache(tmp_path, "v5p:2x2x2", 1)
     assert other.get(config) is None

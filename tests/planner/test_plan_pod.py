@@ -1,0 +1,78 @@
+"""The program plan_pod.py around plans of a given program; nothing is compiled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: Runs plan_pod.py for one H100, which has one program for all configs; the remat policy "hidden" does not fit.
+SCRIPT = """
+import sys
+from pathlib import Path
+import jax
+from moe.planner import arithmetic, compiled, memory_errors, plan, topology
+from moe.planner.gpus import GPUS
+from moe.programs import plan_pod
+from tests.planner.test_planner_details import PROGRAM
+
+def read_or_compile(config, where, programs):
+    if config.model.remat == "hidden":
+        raise memory_errors.DoesNotFitError("does not fit: the program", 0)
+    memory = compiled.Memory(2**30, 2 * 2**30, 0, 3 * 2**30, 0, 5 * 2**30, 79 * 2**30)
+    return compiled.CompiledStep(PROGRAM, memory, arithmetic.Flops(2e12, 0.0, 1e12), 1.0, "abc1234")
+
+plan.read_or_compile = read_or_compile
+topology.get_topology = lambda *_: topology.Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
+plan_pod._ROOT = Path.cwd()
+plan_pod._KEPT = Path("plans.json")
+plan_pod.run()
+"""
+
+SMALL = {
+    "num_layers": 2, "vocab_size": 512, "d_model": 64, "d_ff": 128, "moe.dispatch": "dropless",
+}  # fmt: skip
+
+
+def _plan_pod(folder, *flags):
+    command = [sys.executable, "-c", SCRIPT, f"--config={ROOT}/configs/mixtral_8x7b.py", "--topology=h100:1x1"]
+    command += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
+    command += [f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "expert")]
+    command += ["--config.train.batch_size=1", f"--cache={folder}", "--json", *flags]
+    command += ["--config.data.sequence_length=512"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path):
+    """Where all policies have one program, none of them gains anything over another, whatever the matmuls reach."""
+    for share in (0.01, 0.02):  # the second finds the plans of the first
+        plan = _plan_pod(tmp_path, f"--matmul_share={share}", "--changes=20")
+        of_policies = [each["plan"] for each in plan["changes"] if each["label"].startswith("model.remat=")]
+        found = [each for each in of_policies if "error" not in each]
+        assert len(found) == 3  # outputs, attention and offload; not hidden
+        for each in found:
+            assert each["scenario"] == plan["scenario"]
+            assert each["step_seconds"] == pytest.approx(plan["step_seconds"])
+
+
+def test_a_policy_that_was_chosen_is_kept_and_changed(tmp_path):
+    """The policy "hidden" does not fit, so "outputs" is chosen: a kept plan sets it, and it is no change to try."""
+    page = tmp_path / "docs" / "results" / "plans.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("<!-- plans: made by scripts/plan_pod.py --record -->\n<!-- end of plans -->\n")
+    plan = _plan_pod(tmp_path, "--config.model.remat=fit", "--record", "--changes=20")
+    assert plan["remat"] == "outputs"
+    (kept,) = json.loads((tmp_path / "plans.json").read_text())
+    assert kept["flags"]["model.remat"] == "outputs"
+    assert {each["plan"].get("remat") for each in plan["changes"] if each["label"].startswith("model.remat=")} == {
+        None, "attention", "offload", "full",
+    }  # fmt: skip
+    others = [each for each in plan["changes"] if not each["label"].startswith("model.remat=")]
+    assert {each["plan"]["remat"] for each in others} == {"outputs"}
