@@ -203,6 +203,7 @@ def _layers(config: Config, sizes: Mapping[str, int], arrays: _Arrays, rows: int
     remat, gathered, kept, alive, kept_matrices = config.model.remat, 0.0, 0.0, 0.0, 0.0
     for name, kinds in stacks(config.model).items():
         length = config.data.input_length if name == "encoder" else config.data.sequence_length
+        length //= sizes.get("context", 1)  # of a row, on one device
         for unit, repeats in segments(kinds):
             layers = [_layer(config, sizes, arrays, kind, rows * length) for kind in unit]
             kept_inputs = {"offload": 0, "none": 1, "dots": 1, "full": 1}.get(remat, len(unit))

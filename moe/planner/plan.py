@@ -357,7 +357,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
 def _assignments(config: Config, mesh: Any) -> int:
     """(token, expert) choices of a device that one pass of a layer's kernels computes."""
     rows = config.train.batch_size // config.train.accumulation_steps
-    devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape.get("context", 1)
     moe, length = config.model.moe, config.data.sequence_length
     chunks = moe.chunks(moe.group_size or length, mesh.shape["expert"])
     return rows * length // devices * moe.experts_per_token // chunks

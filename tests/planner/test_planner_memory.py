@@ -5,6 +5,7 @@ import importlib
 import math
 import pickle
 import re
+import types
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b
 from moe.config import ConfigError
 from moe.config.parse import from_config_dict
-from moe.planner import fit, memory_errors
+from moe.planner import fit, memory_errors, plan
 from moe.planner.chips import GiB
 
 MESH = {"data": 1, "fsdp": 8, "expert": 8, "tensor": 1}
@@ -138,6 +139,21 @@ def test_estimate_by_hand():
     assert fit.estimate(twice, MESH, "gpu").activations == found.activations
     keeps_all = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     assert fit.estimate(keeps_all, MESH, "gpu").weights == pytest.approx(found.weights + 32 * 2 * gathered, rel=0.01)
+
+
+def test_rows_split_over_devices_by_hand():
+    """Each of four devices has 1024 of a row's 4096 tokens, of 32 layers' inputs of 4096 numbers in bfloat16, and two
+    experts for each."""
+    config = from_config_dict(mixtral_8x7b.get_config())
+    moe = dataclasses.replace(config.model.moe.with_dispatch("dropless"), group_size=1024)
+    train = dataclasses.replace(config.train, batch_size=64)
+    config = dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, moe=moe))
+    whole, split = (fit.estimate(config, MESH | context, "gpu") for context in ({}, {"context": 4}))
+    assert split.kept == 1024 * 2 * 32 * 4096
+    assert split.activations == whole.activations // 4
+    assert split.fixed == whole.fixed
+    rows = [plan._assignments(config, types.SimpleNamespace(shape=MESH | axis)) for axis in ({}, {"context": 4})]
+    assert rows == [4096 * 2, 1024 * 2]
 
 
 # Configs, meshes (data, fsdp, expert, tensor), rows a device, policies, and GiB that the compilers needed
