@@ -28,6 +28,8 @@ _MOE: dict[str, Any] = {
     "novice_experts": 0, "shared_gate": False, "router_dtype": "float32", "drop_policy": "position",
     "overflow_to_next": False,
 }  # fmt: skip
+#: The same, of Capacity.
+_CAPACITY: dict[str, Any] = {"fixed": 0}
 
 _BPE = 2  # of TrainerSpec.ModelType
 #: Types of pieces (ModelProto.SentencePiece.Type) as letters: normal, unknown, control, user-defined, byte.
@@ -41,20 +43,26 @@ def check(model: ModelConfig) -> Selecting:
         ConfigError: model.js does not compute the model; the message names the first field.
     """
     gate: Gate | None = model.moe.gate
-    if not isinstance(gate, Selecting) or gate.kept_groups != gate.groups:
+    if not isinstance(gate, Selecting) or gate.kept_groups != gate.groups or gate.router != "linear":
         raise ConfigError(
             f"model.moe.gate={model.moe.gate_name!r}: the page needs a gate that chooses the top k of all experts' "
-            "scores, such as mixtral"
+            "scores without a noise matrix, such as mixtral"
         )
     for where, section, wanted in (
         ("model.", model, _MODEL),
         ("model.moe.", model.moe, _MOE),
+        ("model.moe.capacity.", model.moe.capacity, _CAPACITY),
         ("model.rope_scaling.", model.rope_scaling, {"kind": "none"}),
         ("model.delta_net.", model.delta_net, {"layers": ()}),
     ):
         for name, value in wanted.items():
             if getattr(section, name) != value:
                 raise ConfigError(f"{where}{name}={getattr(section, name)!r}: the page computes {value!r} alone")
+    if model.moe.dispatch != "dropless" and model.moe.group_size:  # without a capacity, groups change nothing
+        raise ConfigError(
+            f"model.moe.group_size={model.moe.group_size}: the page computes 0 alone, a text as one group, unless "
+            "model.moe.dispatch is dropless"
+        )
     if model.activation not in _ACTIVATIONS:
         allowed = ", ".join(_ACTIVATIONS)
         raise ConfigError(f"model.activation={model.activation!r}: the page computes one of {allowed}")

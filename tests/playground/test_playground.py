@@ -13,14 +13,14 @@ import pytest
 from flax import nnx
 
 from moe.analysis import surgery
-from moe.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from moe.data.tokenizer import train_tokenizer
 from moe.dispatch.buffers import layer_capacity, make_plan
 from moe.layers.moe_layer import SelectionBias
 from moe.models.state import join
 from moe.parallel.mesh import make_mesh
 from moe.playground import packed as weights
-from moe.playground import page, supported
+from moe.playground import page
 from moe.playground.supported import vocabulary
 from moe.routing.gates import DenseMixture, ExpertChoice, Hash, TopK
 from moe.training.batches import forward
@@ -368,25 +368,7 @@ def test_controls_keys_and_messages(tmp_path):
     assert found["width"] <= 420
 
 
-# --- Refusals ---
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"gate": "none"}, r"model.moe.gate='none': the page needs a gate"),
-        ({"gate": "hash"}, r"model.moe.gate='hash': the page needs a gate"),
-        ({"gate": "expert_choice"}, r"model.moe.gate='expert_choice': the page needs a gate"),
-        ({"sliding_window": 4}, r"model.sliding_window=4: the page computes 0 alone"),
-        ({"qk_norm": "head"}, r"model.qk_norm='head': the page computes 'none' alone"),
-        ({"zero_experts": 1}, r"model.moe.zero_experts=1: the page computes 0 alone"),
-        ({"activation": "geglu_exact"}, r"model.activation='geglu_exact': the page computes one of swiglu, "),
-    ],
-)  # fmt: skip
-def test_models_beyond_the_page_are_refused(overrides, message):
-    overrides = {"accept_future_leak": True} | overrides if overrides.get("gate") == "expert_choice" else overrides
-    with pytest.raises(ConfigError, match=message):
-        supported.check(tiny_model(**overrides))
-
-
+# --- Titles and sizes ---
 def test_half_characters_of_a_title_are_spelled_out():
     assert "<title>\\ud800" in page.render(pack(tiny_model(dispatch="dropless"), title="\ud800"))
 
@@ -395,23 +377,3 @@ def test_a_page_of_too_many_parameters_is_refused(monkeypatch):
     monkeypatch.setattr(page, "LARGEST", 10_000)
     with pytest.raises(ConfigError, match=r"the page would have 0\.\d MB; 0 MB is the most"):
         page.render(pack(tiny_model(dispatch="dropless")))
-
-
-#: Fields that the page reads under another name, that a checked field switches off, or that no forward pass reads.
-READ_OTHERWISE = {
-    "num_layers", "d_ff", "rope_scaling", "delta_net", "tie_embeddings", "scale_logits", "logit_scale", "moe",
-    "encoder_vocab_size", "relative_max_distance", "q_lora_rank", "value_dim", "sliding_window_layers", "attention",
-    "prediction_weight", "dropout", "init_scale", "dtype", "low_precision_in", "scan_layers", "scan_unroll", "remat",
-}  # fmt: skip
-MOE_READ_OTHERWISE = {
-    "gate", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size", "dispatch",
-    "exchange", "exchange_chunks", "exchange_hosts", "capacity", "losses", "route_padding", "jitter", "expert_dropout",
-    "accept_future_leak",
-}  # fmt: skip
-
-
-def test_every_setting_of_a_model_is_computed_or_refused():
-    """A new field must be computed by model.js, refused by supported.py, or listed here."""
-    fields = {field.name for field in dataclasses.fields(ModelConfig) if not field.name.startswith("base_")}
-    assert fields == {*supported._MODEL, *page._FIELDS, *READ_OTHERWISE}
-    assert {field.name for field in dataclasses.fields(MoEConfig)} == {*supported._MOE, *MOE_READ_OTHERWISE}

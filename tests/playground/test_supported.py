@@ -1,0 +1,55 @@
+"""Models that the page does not compute are refused, and no setting of a model is forgotten."""
+
+import dataclasses
+
+import pytest
+
+from moe.config import Capacity, ConfigError, ModelConfig, MoEConfig
+from moe.playground import page, supported
+from tests.helpers import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"gate": "none"}, r"model.moe.gate='none': the page needs a gate"),
+        ({"gate": "hash"}, r"model.moe.gate='hash': the page needs a gate"),
+        ({"gate": "expert_choice"}, r"model.moe.gate='expert_choice': the page needs a gate"),
+        ({"gate": "noisy_topk", "experts_per_token": 2}, r"model.moe.gate='noisy_topk': the page needs a gate"),
+        ({"expert_capacity": 3}, r"model.moe.capacity.fixed=3: the page computes 0 alone"),
+        ({"group_size": 4}, r"model.moe.group_size=4: the page computes 0 alone, .* is dropless"),
+        ({"sliding_window": 4}, r"model.sliding_window=4: the page computes 0 alone"),
+        ({"qk_norm": "head"}, r"model.qk_norm='head': the page computes 'none' alone"),
+        ({"zero_experts": 1}, r"model.moe.zero_experts=1: the page computes 0 alone"),
+        ({"activation": "geglu_exact"}, r"model.activation='geglu_exact': the page computes one of swiglu, "),
+    ],
+)  # fmt: skip
+def test_models_beyond_the_page_are_refused(overrides, message):
+    overrides = {"accept_future_leak": True} | overrides if overrides.get("gate") == "expert_choice" else overrides
+    with pytest.raises(ConfigError, match=message):
+        supported.check(tiny_model(**overrides))
+
+
+def test_groups_of_a_dropless_model_change_nothing():
+    assert supported.check(tiny_model(dispatch="dropless", group_size=4)).name == "mixtral"
+
+
+#: Fields that the page reads under another name, that a checked field switches off, or that no forward pass reads.
+READ_OTHERWISE = {
+    "num_layers", "d_ff", "rope_scaling", "delta_net", "tie_embeddings", "scale_logits", "logit_scale", "moe",
+    "encoder_vocab_size", "relative_max_distance", "q_lora_rank", "value_dim", "sliding_window_layers", "attention",
+    "prediction_weight", "dropout", "init_scale", "dtype", "low_precision_in", "scan_layers", "scan_unroll", "remat",
+}  # fmt: skip
+MOE_READ_OTHERWISE = {
+    "gate", "num_experts", "d_ff", "shared_d_ff", "every", "layers", "first_dense", "group_size", "dispatch",
+    "exchange", "exchange_chunks", "exchange_hosts", "capacity", "losses", "route_padding", "jitter", "expert_dropout",
+    "accept_future_leak",
+}  # fmt: skip
+
+
+def test_every_setting_of_a_model_is_computed_or_refused():
+    """A new field must be computed by model.js, refused by supported.py, or listed here."""
+    fields = {field.name for field in dataclasses.fields(ModelConfig) if not field.name.startswith("base_")}
+    assert fields == {*supported._MODEL, *page._FIELDS, *READ_OTHERWISE}
+    assert {field.name for field in dataclasses.fields(MoEConfig)} == {*supported._MOE, *MOE_READ_OTHERWISE}
+    assert {field.name for field in dataclasses.fields(Capacity)} == {*supported._CAPACITY, "eval", "train"}
