@@ -250,11 +250,12 @@ function showExplanations() {
   const first = result.routing[0], of = first.assignments[state.token];
   byId("router-example").textContent = `Here token ${JSON.stringify(shown(ids[state.token]))} has the weights ` +
     `${of.slice(0, 4).map(({ weight }) => weight.toFixed(3)).join(" and ")} in layer ${first.layer}.`;
-  const on = EXPERTS - settings.off[first.layer].size;
+  const on = EXPERTS - settings.off[first.layer].size, tokens = ids.length;
+  const k = settings.rule.kind === "all" ? on : Math.min(settings.k, on);  // as route() has it
+  const exact = `ceil(${settings.capacity} · ${k} · ${tokens} / ${on})`;
   byId("capacity-example").textContent = settings.capacity ?
-    `Here C = ceil(${settings.capacity} · ${settings.k} · ${ids.length} / ${on}) = ${first.capacity}.` :
-    `Here, with a factor of 1, C would be ceil(${settings.k} · ${ids.length} / ${on}) = ` +
-    `${expertCapacity(1, settings.k, ids.length, on)}.`;
+    `Here C = ${settings.capacity * k > on ? `min(${tokens}, ${exact})` : exact} = ${first.capacity}.` :
+    `Here, with a factor of 1, C would be ceil(${k} · ${tokens} / ${on}) = ${expertCapacity(1, k, tokens, on)}.`;
   const largest = Math.max(...shares(first));
   byId("balance-example").textContent = `Here the busiest expert of layer ${first.layer} has ${percent(largest)}, ` +
     `where 1/E is ${percent(1 / EXPERTS)}.`;

@@ -327,8 +327,14 @@ def test_controls_keys_and_messages(tmp_path):
         set("capacity", "0.5");
         found.dropped = [texts("#dropped")[0], document.querySelectorAll("#layers .token.lost").length > 0];
         found.example = texts("#capacity-example")[0];
-        set("rule", "5");
+        set("capacity", "4");
+        found.most = texts("#capacity-example")[0];
+        set("k", "2"); set("rule", "5"); set("capacity", "0.5");
         found.disabled = byId("k").disabled;
+        found.dense = texts("#capacity-example")[0];
+        set("rule", "0"); set("k", "4"); set("capacity", "0");
+        byId("experts").rows[0].querySelectorAll("button")[3].click();
+        found.fewer = texts("#capacity-example")[0];
         byId("text").value = "a".repeat(64); readText();
         found.long = [texts("#message")[0], texts("#loss")[0], texts("#layers")[0]];
         byId("text").value = "a".repeat(1000000); readText();
@@ -360,7 +366,10 @@ def test_controls_keys_and_messages(tmp_path):
     assert found["k"] == ["4", 4]
     assert found["dropped"] == ["16", True]  # C = ceil(0.5 * 4 * 4 / 4) = 2 of each expert's 4, in 2 layers
     assert found["example"] == "Here C = ceil(0.5 · 4 · 4 / 4) = 2."
+    assert found["most"] == "Here C = min(4, ceil(4 · 4 · 4 / 4)) = 4."
     assert found["disabled"] is True
+    assert found["dense"] == "Here C = ceil(0.5 · 4 · 4 / 4) = 2."  # all four experts, not the two of the slider
+    assert found["fewer"] == "Here, with a factor of 1, C would be ceil(3 · 4 / 3) = 4."  # three are on
     assert found["long"] == ["The text has 64 tokens; the model reads at most 63 tokens. Shorten it.", "–", ""]
     assert found["longer"] == "The text has 1,000,000 characters; the model reads at most 63 tokens. Shorten it."
     assert found["empty"] == "Type some text, or take an example."
