@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from moe.training.progress import Progress
+
 ROOT = Path(__file__).parents[1]
 API, WALK = ROOT / "docs" / "api.md", ROOT / "docs" / "walk.md"
 
@@ -112,6 +114,32 @@ def test_the_code_of_the_api_page_runs(tmp_path):
     assert (tmp_path / "loss.txt").read_text() == "1 2.0\n"
 
 
+def _forms_of_steps(page: str) -> list[str]:
+    """Patterns of the lines of steps on a page: any numbers after the names of losses and speeds, any text for "...",
+    and all else as it stands."""
+    forms = []
+    for line in re.findall(r"^step .*$", page, re.MULTILINE):
+        pieces = re.split(r"(\.\.\.|(?<=loss )[\d.]+|(?<=heldout )[\d.]+|(?<=tokens/s )[\d,]+|(?<=MFU )\d+)", line)
+        values = [r"[\d.,]+" if re.fullmatch(r"[\d.,]*\d", piece) else re.escape(piece) for piece in pieces]
+        forms.append("".join(".*" if piece == "..." else form for piece, form in zip(pieces, values, strict=True)))
+    return forms
+
+
+def test_the_lines_of_steps_in_the_walk_are_those_of_a_run(capsys):
+    """The second one on the page, of a row with these values."""
+    progress = Progress(10, 20, quiet=False, epochs_per_step={"text": 0.0005})
+    row = {"cross_entropy": 5.701, "learning_rate": 0.0012, "fraction_tokens_dropped": [0.0, 0.0]}
+    progress.logged(row, {"tokens_per_second": 5201.2, "mfu": 0.051})
+    progress.evaluated({"loss": 5.739, "standard_error": 0.043, "targets": 511})
+    progress.show(20)
+    line = capsys.readouterr().err.rstrip("\n")
+    held = "heldout 5.739 ± 0.043 (511 tokens)"
+    assert line == f"step 20/20 (100 %) loss 5.701 {held} tokens/s 5,201 dropped 0.0 % lr 0.0012 epoch 0.01 MFU 5 %"
+    forms = _forms_of_steps(WALK.read_text())
+    assert len(forms) == 6
+    assert [bool(re.fullmatch(form, line)) for form in forms] == [False, True, False, False, False, False]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_walk(tmp_path):
@@ -153,3 +181,6 @@ def test_the_walk(tmp_path):
         model,
         f"{tmp_path}/hf2: config.json, model.safetensors, tokenizer.model",
     ]
+    shown = iter(result.stderr.splitlines())  # which each form goes on reading where the one before ended
+    for form in _forms_of_steps(page):
+        assert any(re.fullmatch(form, line) for line in shown), form
