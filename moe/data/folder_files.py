@@ -36,7 +36,8 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     """List the text files below a folder, sorted by name, without hidden ones; ``suffixes`` are text too.
 
     Two layouts of Hugging Face have splits: folders of ``DatasetDict.save_to_disk``, and files of the hub named
-    SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation and test are used.
+    SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation, valid, dev and test
+    are used.
 
     Raises:
       ConfigError: a folder's name cannot be a domain, or a part of the text is not there or cannot be read.
