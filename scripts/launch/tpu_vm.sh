@@ -5,7 +5,8 @@
 #   gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd REPOSITORY && \
 #       { nohup sh scripts/launch/tpu_vm.sh ... > moe.log 2>&1 < /dev/null & }"
 # which scripts/launch/queued_resource.sh does. SHARED is a folder that all workers see, or gs://BUCKET/NAME. For several
-# slices, run it on the workers of all of them, with --config.mesh.data a multiple of their number.
+# slices, run it on the workers of all of them, with --config.mesh.data (or --config.mesh.pipeline, where it is above 1)
+# a multiple of their number.
 # JAX finds the other workers. Run again after a preemption, the same line resumes at the last checkpoint.
 set -eu
 cd "$(dirname "$0")/../.."
