@@ -136,7 +136,7 @@ def _where(plan: _Json) -> str:
 
 def _dearest(plan: _Json) -> str:
     lines = [
-        "<h2>The 30 dearest instructions</h2><p class=mild>Equal instructions stand together; "
+        "<h2>The 30 most expensive instructions</h2><p class=mild>Equal instructions stand together; "
         "exchanges as long as the device waits for them. The bar is the share of "
         "the time that the work takes at its bound: a full bar leaves nothing to gain.</p><div class=scroll><table><tr>"
         "<th>instruction<th class=n>ms<th class=n>runs<th>bound<th style='width:22%'>at the bound"

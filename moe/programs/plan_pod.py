@@ -31,13 +31,13 @@ _SLICES = flags.DEFINE_integer(
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a page.")
 _PAGE = cli.define_path("page", "HTML file to write: of the plan, or of the difference with --diff.")
-_ROOFLINE = cli.define_path("roofline", "PNG file to write: the dearest instructions under the chip's roofline.")
+_ROOFLINE = cli.define_path("roofline", "PNG file to write: the most expensive instructions under the chip's roofline.")
 _CHANGES = flags.DEFINE_integer(
     "changes", 0, "Changes to try, each compiled; what they bring stands on the page.", lower_bound=0
 )
 _DIFF = flags.DEFINE_list("diff", [], "Two plans printed by --json to compare; nothing is compiled.")
 _RECORD = flags.DEFINE_bool("record", False, "Keep the plan in configs/plans.json and docs/results/plans.md.")
-_REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again, by today's prices.")
+_REMAKE = flags.DEFINE_bool("remake", False, "Make all kept plans and their table again, by today's cost model.")
 _PROGRAMS = cli.define_path("programs", "Folder of compiled programs, kept and read again.")
 _BANDWIDTH = flags.DEFINE_float("bandwidth", 1.0, "What if: factor of the network's bandwidths.")
 _MATMUL_SHARE = flags.DEFINE_float("matmul_share", 0.0, "What if: share of the peak that all matmuls reach.")

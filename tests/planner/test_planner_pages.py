@@ -137,12 +137,13 @@ def test_pages_open_in_a_browser_as_wide_as_a_phone(made, tmp_path):
     plain, dearest = json.loads(json.dumps(made.to_json())), [row["seconds"] for row in made.items]
     other = json.loads(json.dumps(_plan(capacity_factor=2.0).to_json()))
     shown = _shown_in_a_browser(pages.page(plain), tmp_path)
-    assert {"Where the step goes", "The 30 dearest instructions", "Timeline", "Memory"} <= set(shown["headings"])
+    assert {"Where the step goes", "The 30 most expensive instructions", "Timeline", "Memory"} <= set(shown["headings"])
     assert f"step {made.step_seconds:.3g} s" in shown["text"]
     # The dearest instructions, in order.
     assert dearest == sorted(dearest, reverse=True)
     places = [
-        shown["text"].index(f"{1e3 * seconds:,.1f}", shown["text"].index("30 dearest")) for seconds in dearest[:3]
+        shown["text"].index(f"{1e3 * seconds:,.1f}", shown["text"].index("30 most expensive"))
+        for seconds in dearest[:3]
     ]
     assert places == sorted(places)
     difference = _shown_in_a_browser(pages.difference(plain, other, ("a.json", "b.json")), tmp_path)
