@@ -63,6 +63,7 @@ def main() -> None:
         unread = _PAGE, _ROOFLINE, _CHANGES, _RECORD, _PROGRAMS, _BANDWIDTH, _MATMUL_SHARE, _SKEW
         cli.only_with(False, "is not read with --search", *unread)
     cli.only_with(bool(searches), "is read with --search alone", _LIMIT, _FIXED_BATCH)
+    cli.only_with(not _RECORD.value, "a plan that is kept is of no what-if", _BANDWIDTH, _MATMUL_SHARE, _SKEW)
     cli.only_with(bool(tries), "is read with --search or --changes alone", _CACHE)
     unread = _JSON, _ROOFLINE, _CHANGES, _SEARCH, _RECORD, _BANDWIDTH, _MATMUL_SHARE, _SKEW, _SLICES, _TOPOLOGY
     cli.only_with(compiles, "is not read with --diff or --remake", *unread)

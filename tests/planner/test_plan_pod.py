@@ -39,15 +39,25 @@ SMALL = {
 
 
 def _plan_pod(folder, *flags):
+    done = _run(folder, *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _run(folder, *flags):
     command = [sys.executable, "-c", SCRIPT, f"--config={ROOT}/configs/mixtral_8x7b.py", "--topology=h100:1x1"]
     command += [f"--config.model.{name}={value}" for name, value in SMALL.items()]
     command += [f"--config.mesh.{axis}=1" for axis in ("data", "fsdp", "expert")]
     command += ["--config.train.batch_size=1", f"--cache={folder}", "--json", *flags]
     command += ["--config.data.sequence_length=512"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_a_what_if_is_not_kept(tmp_path):
+    refused = _run(tmp_path, "--record", "--bandwidth=2")
+    assert "--bandwidth: a plan that is kept is of no what-if" in refused.stderr
+    assert not (tmp_path / "plans.json").exists()
 
 
 def test_changes_are_counted_in_the_scenario_of_the_plan(tmp_path):
