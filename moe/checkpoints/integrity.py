@@ -11,11 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging as absl_logging
 from jax import Array
 
 from moe.atomic_files import first_line
 from moe.config import ConfigError
+
+#: Programs over arrays of a checkpoint run under it, on the devices that hold the arrays: often one of this process,
+#: while the mesh of a run, whose devices JAX would ask for, is in context.
+NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
 class DamagedError(Exception):
@@ -42,7 +47,8 @@ def _checksum(array: Array) -> Array:
 def checksums(tree: Any) -> dict[str, int]:
     """Checksum of every array of a tree, of 8 to 32 bits, by its key path; the same on every mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for
+    with jax.set_mesh(NO_MESH):
+        sums = [_checksum(leaf) for _, leaf in leaves]  # all are dispatched before one is waited for
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 

@@ -257,8 +257,8 @@ class Checkpoints:
             )
             memory = from_checked_json(restored["memory"]["sealed"])
             compare(memory["checksums"], restored["state"])
-            if restored["state"].step != step:
-                raise DamagedError(f"it holds step {int(restored['state'].step)}")
+            if (held := int(restored["state"].step)) != step:
+                raise DamagedError(f"it holds step {held}")
             return restored["state"], memory["loop"]
 
     def restore_state(self, step: int, state: TrainState) -> TrainState:

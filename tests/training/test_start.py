@@ -287,6 +287,22 @@ def _trained(folder, optimizer, **changes):
     return trained, dataclasses.replace(config, start=StartConfig(**start))
 
 
+@pytest.mark.parametrize("optimizer", ["reset", "carry"])
+def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
+    """The checkpoint is read on one device while the mesh of the run, of eight, is in context."""
+    trained, config = _trained(tmp_path, "adamw")
+    start = StartConfig(str(tmp_path / "run"), optimizer=optimizer)
+    train = dataclasses.replace(config.train, batch_size=8)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        program = build(dataclasses.replace(config, start=start, train=train), mesh)
+        state = warm_start.first_state(program)
+    expected = set_schedule_step(trained.optimizer, np.zeros((), np.int32))
+    expected = expected if optimizer == "carry" else jax.tree.map(np.zeros_like, expected)
+    jax.tree.map(np.testing.assert_array_equal, (state.parameters, state.optimizer), (trained.parameters, expected))
+    assert jax.tree.leaves(state.parameters)[0].sharding.device_set == set(jax.devices())
+
+
 @pytest.mark.slow  # that of AdamW is below
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer):
