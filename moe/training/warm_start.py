@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe.checkpoints import adapted
@@ -243,7 +243,7 @@ def _carry(program: Program, source: Config, fresh: Any) -> Any:
     same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
     shapes = (jax.tree.map(np.shape, tree) for tree in (carried, fresh))
     if len(names) == 1 and same and next(shapes) == next(shapes):
-        return jax.tree.map(jnp.asarray, carried)
+        return carried
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
         raise ConfigError(f"start.optimizer='carry': {start.checkpoint} was trained by another optimizer")
     if names != {"adamw"} or source.optimizer.frozen:
@@ -253,7 +253,7 @@ def _carry(program: Program, source: Config, fresh: Any) -> Any:
         )
 
     def move(own: Any, old: Any) -> Any:
-        return _transplant(program, source.model, old, own) if _is_tree(own) else jnp.asarray(old)
+        return _transplant(program, source.model, old, own) if _is_tree(own) else old
 
     return jax.tree.map(move, fresh, carried, is_leaf=_is_tree)
 
@@ -263,7 +263,13 @@ def _is_tree(node: Any) -> bool:
 
 
 def _host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
+    """A tree as NumPy arrays, whole in every process; all processes of a run must ask for it."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        split = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if split else leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def optimizer_state(source: Config, workdir: str, field: str) -> Any:

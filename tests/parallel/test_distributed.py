@@ -49,11 +49,17 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(settings, tmp_path_factory):
-    """The losses of one process of eight devices."""
+def source(settings, tmp_path_factory):
+    """The workdir of one process of eight devices."""
     workdir = tmp_path_factory.mktemp("alone")
     train(_config(settings), str(workdir), quiet=True)
-    return _losses(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(source):
+    """The losses of one process of eight devices."""
+    return _losses(source)
 
 
 def _config(settings):
@@ -62,10 +68,10 @@ def _config(settings):
     return from_config_dict(tree)
 
 
-def _losses(workdir):
+def _losses(workdir, steps=20):
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
-    assert list(losses) == list(range(1, 21))
+    assert list(losses) == list(range(1, steps + 1))
     return list(losses.values())
 
 
@@ -136,10 +142,29 @@ def test_a_process_whose_partner_is_lost_ends(settings, tmp_path):
                 process.wait()
 
 
+def _launch(settings, workdir, devices):
+    """Train in two processes of as many devices each."""
+    command = ["sh", "scripts/launch/processes.sh", "2", str(devices), *_arguments(settings, workdir)]
+    subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_launcher_of_processes(settings, alone, tmp_path):
-    workdir = tmp_path / "run"
-    command = ["sh", "scripts/launch/processes.sh", "2", "4", *_arguments(settings, workdir)]
-    subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
-    np.testing.assert_allclose(_losses(workdir), alone, rtol=1e-5)
+    _launch(settings, tmp_path / "run", 4)
+    np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=1e-5)
+
+
+FEW = {"mesh.data": 1, "train.num_steps": 2, "train.eval_every": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_processes_start_from_a_checkpoint(settings, source, tmp_path):
+    """Its parameters and moments are then split over the processes; one process trains the same."""
+    start = {"start.checkpoint": str(source), "start.optimizer": "carry"}
+    settings = settings | FEW | start | {"mesh.fsdp": 2}
+    _launch(settings, tmp_path / "pair", 4)
+    train(_config(settings), str(tmp_path / "alone"), quiet=True)
+    losses = [_losses(tmp_path / name, 2) for name in ("pair", "alone")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
