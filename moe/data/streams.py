@@ -12,11 +12,12 @@ from typing import Any
 
 import grain
 import grain.checkpoint
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from moe.atomic_files import from_checked_json, to_checked_json, write_atomic
+from moe.atomic_files import from_checked_json, in_bucket, to_checked_json, write_atomic
 from moe.config import ConfigError
 
 PREFETCH = 2  # batches made ahead of the train step
@@ -141,9 +142,14 @@ class StreamsHandler(grain.checkpoint.CheckpointHandler):
     """Orbax handler with one file per stream; Grain's has one per process, which fixes the number of processes."""
 
     def save(self, directory: epath.Path, item: Any = None, args: Any = None) -> None:
-        """Write the iterator's state, one file per stream."""
+        """Write the iterator's state, one file per stream; processes that share rows all write the same."""
         for number, state in (item or args.item).get_state().items():
-            write_atomic(directory / f"stream_{number}.json", to_checked_json(state))
+            path = directory / f"stream_{number}.json"
+            # Each has a temporary file of its own: of two that shared one, one would find it gone.
+            own = path if in_bucket(directory) else directory / f"{path.name}.{jax.process_index()}"
+            write_atomic(own, to_checked_json(state))
+            if own != path:
+                own.replace(path)
 
     def restore(self, directory: epath.Path, item: Any = None, args: Any = None) -> Any:
         """Restore the iterator's position, and return the iterator."""

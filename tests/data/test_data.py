@@ -4,9 +4,11 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -209,6 +211,26 @@ def test_rows_do_not_depend_on_the_number_of_processes(two_domains, data, tmp_pa
         for iterator in restored:
             handler.restore(tmp_path, iterator)
         assert_equal([take(restored) for _ in range(5)], expected)
+
+
+def test_processes_that_share_rows_may_save_at_once(two_domains, data, tmp_path, monkeypatch):
+    """Devices of ``tensor`` hold the same rows, in several processes too: one saves while the other is at it."""
+    pair = [pipeline.train_iterator(two_domains, data, batch_size=8, seed=3) for _ in range(2)]
+    handler, replace, process = streams.StreamsHandler(), Path.replace, [0]
+
+    def interrupted(path, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        process[0] = 1
+        handler.save(tmp_path, pair[1])
+        process[0] = 0
+        return replace(path, target)
+
+    monkeypatch.setattr(jax, "process_index", lambda: process[0])
+    monkeypatch.setattr(Path, "replace", interrupted)
+    handler.save(tmp_path, pair[0])
+    assert process == [0]
+    assert {path.name for path in tmp_path.iterdir()} == {f"stream_{number}.json" for number in range(8)}
+    handler.restore(tmp_path, pair[1])
 
 
 def test_streams_share_no_document_of_an_epoch(prepared, data):

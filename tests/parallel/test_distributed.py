@@ -168,3 +168,12 @@ def test_processes_start_from_a_checkpoint(settings, source, tmp_path):
     train(_config(settings), str(tmp_path / "alone"), quiet=True)
     losses = [_losses(tmp_path / name, 2) for name in ("pair", "alone")]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_processes_that_share_rows_save(settings, tmp_path):
+    """Each writes the position of every stream."""
+    _launch(settings | FEW | {"mesh.expert": 1, "mesh.tensor": 2, "train.save_every": 1}, tmp_path / "run", 1)
+    assert np.isfinite(_losses(tmp_path / "run", 2)).all()
+    assert (tmp_path / "run" / "checkpoints" / "2" / "data" / "stream_0.json").exists()
