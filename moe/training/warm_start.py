@@ -151,8 +151,7 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
         optimizer = _carry(program, source, optimizer)
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
     say(_summary(program.config, source, theirs))
-    placed = dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer)
-    return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
+    return _placed(program, dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer))
 
 
 def _adapted_state(program: Program, state: TrainState, workdir: str, say: Callable[[str], Any]) -> TrainState:
@@ -167,8 +166,16 @@ def _adapted_state(program: Program, state: TrainState, workdir: str, say: Calla
         f"start: adapters of rank {config.lora.rank}, {counts[0]:,} trained beside {counts[1]:,} fixed parameters of "
         f"{config.start.checkpoint}; trained whole: {', '.join(config.lora.trained) or 'nothing'}"
     )
-    placed = dataclasses.replace(state, parameters=adapters, biases=biases or state.biases, base=base)
-    return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), placed, program.state)
+    return _placed(program, dataclasses.replace(state, parameters=adapters, biases=biases or state.biases, base=base))
+
+
+def _placed(program: Program, state: TrainState) -> TrainState:
+    """The state on the program's mesh, in the program's types: the source may have stored moments in another."""
+
+    def place(array: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(array if array.dtype == like.dtype else array.astype(like.dtype), like.sharding)
+
+    return jax.tree.map(place, state, program.state)
 
 
 def teacher(

@@ -303,6 +303,20 @@ def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
     assert jax.tree.leaves(state.parameters)[0].sharding.device_set == set(jax.devices())
 
 
+def test_moments_are_carried_in_the_type_of_this_run(tmp_path):
+    """A checkpoint in the source's type would be cast, and so taken for a damaged one, when the run goes on."""
+    trained, config = _trained(tmp_path, "adamw")
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moment_dtype="bfloat16"))
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        state = warm_start.first_state(program)
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, program.state)
+    moments, expected = (optax.tree_utils.tree_get(each.optimizer, "mu") for each in (state, trained))
+    assert np.any(jax.tree.leaves(expected)[0])
+    jax.tree.map(lambda ours, old: np.testing.assert_array_equal(ours, old.astype(ours.dtype)), moments, expected)
+
+
 @pytest.mark.slow  # that of AdamW is below
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_every_optimizers_state_is_carried_to_the_same_model(tmp_path, optimizer):
