@@ -17,6 +17,7 @@ from etils import epath
 from moe.atomic_files import in_bucket, is_bucket_error, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
+from moe.data.tokenizer_files import TOKENIZER_FILES
 from moe.config.parse import from_workdir_dict
 from moe.dispatch.buffers import layer_capacity
 from moe.fields import facts_of
@@ -205,11 +206,15 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         config: of the run.
         tokenizer_files: name → content.
         workdir: existing folder.
-        new: it holds no run yet; otherwise only a missing tokenizer file is written.
+        new: it holds no run yet; otherwise only a missing tokenizer file is written. The tokenizer of an earlier
+            start, which failed before its first step, is deleted.
 
     Raises:
         ConfigError: a tokenizer file differs from this run's.
     """
+    if new and (workdir / CONFIG).exists():
+        for name in set(TOKENIZER_FILES) - tokenizer_files.keys():  # one of them could be read in place of this run's
+            (workdir / name).unlink(missing_ok=True)
     if jax.process_index() != 0:
         return
     for name, content in tokenizer_files.items():

@@ -16,6 +16,9 @@ from moe.data.wheels import MISTRAL_COMMON, fetch_wheel
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 T5_FILE = "spiece.model"  # SentencePiece too, under the name it has beside T5's checkpoints
+_VOCABULARIES = (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE)
+#: Files of a workdir from which its tokenizer is read.
+TOKENIZER_FILES = (*_VOCABULARIES, JSON_CONFIG_FILE, TEMPLATE_FILE)
 _MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
 
 
@@ -42,8 +45,7 @@ def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> To
     Raises:
       ConfigError: the workdir has none.
     """
-    names = (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE)
-    for name in (JSON_FILE, *names) if chat else names:
+    for name in (JSON_FILE, *_VOCABULARIES) if chat else _VOCABULARIES:
         if (epath.Path(workdir) / name).exists():
             return read_tokenizer(epath.Path(workdir) / name)
     raise ConfigError(

@@ -18,7 +18,7 @@ from etils import epath
 from moe import atomic_files, signals
 from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
-from moe.checkpoints.workdir import latest_change, read_config, record_changes
+from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError
 from moe.interop import import_checkpoint
 from moe.training import loop as training
@@ -149,6 +149,19 @@ def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(dir
 
 def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):
     absurd = ({"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096}, {"train.batch_size": 2**24})
+def test_the_tokenizer_of_a_start_that_failed_is_not_taken_for_that_of_the_run(tmp_path):
+    """The first of several would be read; files beside a run that goes on, or of no start, stay."""
+    folder, own = epath.Path(tmp_path), {"tokenizer.json": b"{}"}
+    (folder / "chat_template.jinja").write_text("mine")
+    write_run_files(Config(), {"tokenizer.model": b"old", "tokenizer_config.json": b"old"}, folder, new=True)
+    assert len(list(folder.iterdir())) == 4
+    write_run_files(Config(), own, folder, new=True)
+    assert {path.name for path in folder.iterdir()} == {"config.json", *own}
+    (folder / "tokenizer.model").write_text("mine")
+    write_run_files(Config(), own, folder, new=False)
+    assert (folder / "tokenizer.model").exists()
+
+
     for settings in absurd:
         config = tiny(directory, **SETTINGS | settings)
         with pytest.raises(ConfigError, match=r"training state and activations need [\d,.]+ GiB where there are"):
