@@ -110,7 +110,7 @@ def train(
         stack.enter_context(no_background_tracebacks())
         stack.enter_context(profiling.out_of_memory_as_config_error())
         stage("making the model")
-        taught = warm_start.teacher_step(config, directory)
+        taught = warm_start.teacher_step(config, None if new else directory)
         program = make_program(config, mesh, warm_start.teacher(config, mesh, prepared.tokenizer, taught))
         profiling.refuse_too_large(program)
         heldout = functools.cache(lambda: load_heldout(program, prepared))  # at the first evaluation

@@ -205,14 +205,21 @@ def teacher(
     return model, stored.read_variables(workdir, model, mesh=mesh, step=step)
 
 
-def teacher_step(config: Config, directory: epath.Path) -> int | None:
-    """Step of the teacher's checkpoint that a run learns from to its end: noted at its start, else the newest."""
+def teacher_step(config: Config, directory: epath.Path | None) -> int | None:
+    """Step of the teacher's checkpoint that a run learns from to its end: noted at its start, else the newest.
+
+    Args:
+        directory: of the run; None: of a new one, whose folder may hold the note of a start that failed.
+
+    Raises:
+        ConfigError: the teacher has no checkpoints, or not the noted one.
+    """
     if not config.distill.teacher:
         return None
     steps = complete_steps(epath.Path(config.distill.teacher))
     if not steps:
         raise ConfigError(f"distill.teacher={config.distill.teacher!r}: holds no checkpoints")
-    noted = adapted.noted_step(directory / adapted.TEACHER_FILE)
+    noted = None if directory is None else adapted.noted_step(directory / adapted.TEACHER_FILE)
     if noted is not None and noted not in steps:
         raise ConfigError(
             f"distill.teacher={config.distill.teacher!r}: this run learns from its checkpoint of step {noted}, which "

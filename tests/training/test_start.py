@@ -372,6 +372,7 @@ def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
     shutil.copytree(tmp_path / "teacher" / "checkpoints" / "0", tmp_path / "teacher" / "checkpoints" / "9")
     assert warm_start.teacher_step(config, folder) == 0
     assert warm_start.teacher_step(config, epath.Path(tmp_path)) == 9  # a new run takes the newest
+    assert warm_start.teacher_step(config, None) == 9  # also where a start that failed has left its note
     shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "0")
     with pytest.raises(ConfigError, match="learns from its checkpoint of step 0, which is gone"):
         warm_start.teacher_step(config, folder)
