@@ -200,8 +200,10 @@ def teacher(
         raise ConfigError(f"distill.teacher={workdir!r}: is {kinds[0]}, and this model is {kinds[1]}")
     if model.encoder_vocab_size != config.model.encoder_vocab_size:
         raise ConfigError(f"model.encoder_vocab_size: must be the teacher's {model.encoder_vocab_size}")
-    if tokenizer is not None and find_tokenizer(workdir).model_bytes != tokenizer.model_bytes:
-        raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids are other texts")
+    if tokenizer is not None:
+        theirs = find_tokenizer(workdir, chat=config.data.conversations)
+        if theirs.model_bytes != tokenizer.model_bytes:
+            raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids are other texts")
     return model, stored.read_variables(workdir, model, mesh=mesh, step=step)
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.config import ConfigError, DataConfig, MeshConfig
+from moe.config import ConfigError, DataConfig, MeshConfig, to_dict
 from moe.data import documents, pipeline, preferences
+from moe.data.tokenizer import train_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.dpo import PreferenceObjective, margins
+from moe.training import warm_start
 from moe.training.loop import train
 from moe.training.step import build
 from tests.data.test_chat import EXPECTED, HERE, tokenizer
@@ -142,6 +144,18 @@ def test_a_run_begins_at_the_reference_learns_and_resumes_to_the_bit(start, tmp_
     train(config, str(tmp_path / "run"), ONE, make_program=program)
     jax.tree.map(np.testing.assert_array_equal, state_of(program(config, None), tmp_path / "run", 4), expected)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_the_reference_may_have_two_tokenizers(tmp_path, monkeypatch):
+    """An import keeps both files; conversations are rendered with the tokenizer.json of start and reference."""
+    config = tiny(tmp_path, **{"data.objective": "preferences", "distill.teacher": str(tmp_path)})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["word of a text\n" * 99], 272).model_bytes)
+    for name, content in tokenizer("llama3").files.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(warm_start.stored, "read_variables", lambda *_, **__: {})
+    ours = warm_start.tokenizer(config, epath.Path(tmp_path / "run"))
+    assert warm_start.teacher(config, make_mesh(MeshConfig(), ONE), ours) == (config.model, {})
 
 
 def test_rows_are_resumed_exactly_and_need_a_reference(start, tmp_path):
