@@ -23,7 +23,6 @@ from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unread
 from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig, to_dict
-from moe.data.tokenizer import Tokenizer
 from moe.models.adapters import merge
 from moe.models.factory import abstract_parameters, abstract_selection_biases, abstract_trained
 from moe.models.state import join
@@ -100,17 +99,24 @@ def write_parameters(workdir: epath.Path, parameters: dict[str, Any], biases: di
 
 
 def write_workdir(
-    out: str, config: Config, parameters: dict[str, Any], biases: dict[str, Any], tokenizer: Tokenizer
+    out: str, config: Config, parameters: dict[str, Any], biases: dict[str, Any], companions: dict[str, bytes]
 ) -> None:
     """Create a workdir of parameters in memory, with a config and a tokenizer: a model to evaluate or to start from.
 
     Raises:
+    Args:
+        out: new or empty folder.
+        config: of a run of the model.
+        parameters: nested dict of arrays.
+        biases: the same, of the routers' selection biases.
+        companions: name → content of further files, see :func:`moe.data.tokenizer_files.companions`.
+
         ConfigError: see :func:`moe.atomic_files.new_folder` and :func:`write_parameters`.
     """
     workdir = epath.Path(out)
     with new_folder(workdir):
         write_parameters(workdir, streamed(parameters), streamed(biases))
-        for name, content in tokenizer.files.items():
+        for name, content in companions.items():
             write_atomic(workdir / name, content)
         write_atomic(workdir / CONFIG, json.dumps(to_dict(config), indent=2))
 

@@ -19,6 +19,9 @@ T5_FILE = "spiece.model"  # SentencePiece too, under the name it has beside T5's
 _VOCABULARIES = (SENTENCEPIECE_FILE, JSON_FILE, T5_FILE)
 #: Files of a workdir from which its tokenizer is read.
 TOKENIZER_FILES = (*_VOCABULARIES, JSON_CONFIG_FILE, TEMPLATE_FILE)
+GENERATION_FILE = "generation_config.json"
+#: Files that are copied with a model's weights: the tokenizer, and how generation ends.
+COMPANIONS = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", GENERATION_FILE)
 _MIXTRAL_MODEL = "mistral_common/data/tokenizer.model.v1"
 
 
@@ -51,6 +54,12 @@ def find_tokenizer(workdir: str | os.PathLike[str], *, chat: bool = False) -> To
     raise ConfigError(
         f"{os.fspath(workdir)}: has neither {SENTENCEPIECE_FILE}, {JSON_FILE} nor {T5_FILE}; copy one there"
     )
+
+
+def companions(workdir: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
+    folder = epath.Path(workdir)
+    return {name: read_small_file(folder / name) for name in COMPANIONS if (folder / name).exists()}
 
 
 def named_tokenizer(name: str, directory: epath.Path, progress: Callable[[str], None]) -> Tokenizer:

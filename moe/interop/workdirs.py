@@ -16,8 +16,8 @@ from moe.atomic_files import new_folder, refuse_files, write_atomic
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import refuse_unusable_path
 from moe.checkpoints.workdir import read_config as read_run_config
-from moe.config import Config, ConfigError, read_small_file, to_dict
-from moe.data.tokenizer_files import find_tokenizer
+from moe.config import Config, ConfigError, to_dict
+from moe.data.tokenizer_files import COMPANIONS, GENERATION_FILE, companions, find_tokenizer
 from moe.foreign_files import read_object
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
@@ -30,16 +30,10 @@ from moe.interop.tensor_files import CONFIG_FILE, TensorFolder
 
 #: Elements of a table of the vocabulary that are in memory at once.
 PART_ELEMENTS = 1 << 26
-GENERATION_FILE = "generation_config.json"
 #: Copy in a workdir of the ``config.json`` that was imported; an export keeps its fields that did not change.
 SOURCE_FILE = "huggingface_config.json"
 #: Scales of the FP8 tensors of the import, with which an export can write the same codes again.
 SCALES_FILE = "huggingface_scales.safetensors"
-#: Files that are copied with the weights both ways: the tokenizer, and how generation ends.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", GENERATION_FILE),
-)
 
 
 def import_checkpoint(
@@ -86,8 +80,8 @@ def import_checkpoint(
 
 
 def _companions(source: Path) -> dict[str, bytes]:
-    """Contents of the :data:`COMPANIONS` that a folder has. Raises ConfigError for one that cannot be read."""
-    found = {name: read_small_file(source / name) for name in COMPANIONS if (source / name).exists()}
+    """What is copied with the weights of a folder. Raises ConfigError for a file that cannot be read."""
+    found = companions(source)
     if GENERATION_FILE in found:
         read_object(source / GENERATION_FILE)
     return found

@@ -38,8 +38,8 @@ def _start_token(workdir: str, pad_id: int, vocab_size: int) -> int:
     from etils import epath
 
     from moe.config import ConfigError
+    from moe.data.tokenizer_files import GENERATION_FILE
     from moe.foreign_files import read_object
-    from moe.interop.workdirs import GENERATION_FILE
 
     path = epath.Path(workdir) / GENERATION_FILE
     start: Any = read_object(path).get("decoder_start_token_id") if path.exists() else None

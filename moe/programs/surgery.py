@@ -50,7 +50,7 @@ def main() -> None:
     from moe.checkpoints import parameters as stored
     from moe.checkpoints.workdir import read_config
     from moe.config import ConfigError, LoraConfig
-    from moe.data.tokenizer_files import find_tokenizer
+    from moe.data.tokenizer_files import companions
     from moe.escaping import markdown_table
     from moe.models.flops import count_parameters
     from moe.models.state import join
@@ -95,7 +95,7 @@ def main() -> None:
     sizes = [count_parameters(each) for each in (model, changed)]
     print(f"parameters {sizes[0][0]:,} → {sizes[1][0]:,}, active {sizes[0][1]:,} → {sizes[1][1]:,}")
     written = dataclasses.replace(read_config(opened.path), model=changed, lora=LoraConfig())
-    stored.write_workdir(out, written, after, state, find_tokenizer(opened.path))
+    stored.write_workdir(out, written, after, state, companions(opened.path))
     print(f"Written to {out}")
     if _TOPOLOGY.value:
         header = str(_TOPOLOGY.value), "memory per chip, MiB", "train step, ms"

@@ -15,7 +15,7 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints.manager import complete_steps
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, LoraConfig, MeshConfig
-from moe.data.tokenizer_files import find_tokenizer
+from moe.data.tokenizer_files import companions, find_tokenizer
 from moe.models.adapters import merge
 from moe.parallel.mesh import make_mesh
 from moe.training.optimizer import averaged_weights
@@ -32,9 +32,10 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
         ema: take the moving average of the newest checkpoint instead.
 
     Raises:
-        ConfigError: a checkpoint is missing, ``out`` holds files, or the run keeps no moving average.
+        ConfigError: a checkpoint or the tokenizer is missing, ``out`` holds files, or the run keeps no moving average.
     """
     config, there = read_config(workdir), complete_steps(epath.Path(workdir))
+    find_tokenizer(workdir)  # a model without one could not be evaluated
     refuse_files(out)
     if ema and not config.optimizer.ema_decay:
         raise ConfigError(f"--ema: {workdir} was trained with optimizer.ema_decay=0 and keeps no moving average")
@@ -43,7 +44,7 @@ def write_average(workdir: str, out: str, steps: Sequence[int], *, ema: bool) ->
     chosen = sorted(set(steps)) or there
     weights = _moving_average(workdir, config) if ema else _mean(workdir, config, chosen)
     biases = stored.read_biases(workdir, config.model)
-    stored.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, find_tokenizer(workdir))
+    stored.write_workdir(out, dataclasses.replace(config, lora=LoraConfig()), weights, biases, companions(workdir))
     what = f"the moving average at step {there[-1]}" if ema else f"the mean of steps {', '.join(map(str, chosen))}"
     return f"{out}: {what} of {workdir}"
 

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import types
 from pathlib import Path
 
 import jax
@@ -20,8 +19,11 @@ from moe.checkpoints import parameters
 from moe.checkpoints import workdir as workdirs
 from moe.checkpoints.workdir import latest_change, read_config, record_changes, write_run_files
 from moe.config import Config, ConfigError
+from moe.data import tokenizer_files
+from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint
 from moe.training import loop as training
+from moe.training.averaging import write_average
 from moe.training.loop import train
 from tests.helpers import mounted
 from tests.run_helpers import ONE, SETTINGS, at_step, steps, tiny
@@ -147,8 +149,6 @@ def test_a_start_that_fails_before_the_first_step_does_not_claim_the_workdir(dir
     assert read_config(tmp_path / "run").train.num_steps == 6
 
 
-def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):
-    absurd = ({"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096}, {"train.batch_size": 2**24})
 def test_the_tokenizer_of_a_start_that_failed_is_not_taken_for_that_of_the_run(tmp_path):
     """The first of several would be read; files beside a run that goes on, or of no start, stay."""
     folder, own = epath.Path(tmp_path), {"tokenizer.json": b"{}"}
@@ -162,6 +162,8 @@ def test_the_tokenizer_of_a_start_that_failed_is_not_taken_for_that_of_the_run(t
     assert (folder / "tokenizer.model").exists()
 
 
+def test_a_state_that_cannot_fit_is_refused_before_anything_is_written(directory, tmp_path):
+    absurd = ({"model.moe.d_ff": 2**22, "model.moe.num_experts": 4096}, {"train.batch_size": 2**24})
     for settings in absurd:
         config = tiny(directory, **SETTINGS | settings)
         with pytest.raises(ConfigError, match=r"training state and activations need [\d,.]+ GiB where there are"):
@@ -212,11 +214,22 @@ def test_a_workdir_of_parameters_that_cannot_be_written_whole_leaves_nothing(tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(parameters, "write_atomic", fail)
-    tokenizer = types.SimpleNamespace(files={"tokenizer.json": b"{}"})
+    files = {"tokenizer.json": b"{}"}
     out = tmp_path / "new" / "out"
     with pytest.raises(ConfigError, match=r"out: cannot be written, and nothing was left: .*No space left"):
-        parameters.write_workdir(str(out), Config(), {"table": np.ones(3, np.float32)}, {}, tokenizer)
+        parameters.write_workdir(str(out), Config(), {"table": np.ones(3, np.float32)}, {}, files)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_average_has_every_file_of_the_tokenizer(tmp_path):
+    import_checkpoint(Path(__file__).parents[1] / "data" / "checkpoints" / "mistral", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.model").write_bytes(train_tokenizer(["word of a text\n" * 99], 272).model_bytes)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "run" / name).write_text(f'"{name}"')
+    write_average(str(tmp_path / "run"), str(tmp_path / "mean"), [], ema=False)
+    kept = tokenizer_files.companions(tmp_path / "mean")
+    assert kept.keys() == {"tokenizer.model", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert kept == tokenizer_files.companions(tmp_path / "run")
 
 
 def test_a_long_message_of_tensorstore_keeps_its_reason():
