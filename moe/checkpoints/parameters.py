@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from moe.atomic_files import from_checked_json, new_folder, write_atomic
 from moe.checkpoints.adapted import base_step
 from moe.checkpoints.arrays import array_handler
-from moe.checkpoints.integrity import DamagedError, compare, quiet_orbax, unreadable_as_damaged
+from moe.checkpoints.integrity import NO_MESH, DamagedError, compare, quiet_orbax, unreadable_as_damaged
 from moe.checkpoints.manager import complete_steps, orbax_folder, refuse_special_files, refuse_unusable_path
 from moe.checkpoints.workdir import CONFIG, read_config
 from moe.config import Config, ConfigError, ModelConfig, to_dict
@@ -103,7 +104,6 @@ def write_workdir(
 ) -> None:
     """Create a workdir of parameters in memory, with a config and a tokenizer: a model to evaluate or to start from.
 
-    Raises:
     Args:
         out: new or empty folder.
         config: of a run of the model.
@@ -111,6 +111,7 @@ def write_workdir(
         biases: the same, of the routers' selection biases.
         companions: name → content of further files, see :func:`moe.data.tokenizer_files.companions`.
 
+    Raises:
         ConfigError: see :func:`moe.atomic_files.new_folder` and :func:`write_parameters`.
     """
     workdir = epath.Path(out)
@@ -147,7 +148,7 @@ class ReadOptions(TypedDict, total=False):
     """Choice of a checkpoint of a workdir, and how it is read.
 
     Attributes:
-        mesh: devices to place the arrays on, each reading its shard; default: this process's first device.
+        mesh: devices to place the arrays on, each reading its shard; default: none, the arrays are NumPy's.
         dtype: to cast to; default: as stored.
         step: of the checkpoint; default: the newest.
         only: key path of the parameter or subtree to read; default: all.
@@ -177,11 +178,12 @@ def read_parameters(
         return _read(epath.Path(workdir), "parameters", abstract_parameters(model), **options)
     base = options | {"step": base_step(epath.Path(workdir))}
     adapters = read_adapters(workdir, dataclasses.replace(config, model=model), **{**options, "only": ()})
-    merged = merge(
-        read_parameters(config.start.checkpoint, model, **base), adapters, config.lora.alpha / config.lora.rank
-    )
-    dtype = options.get("dtype")
-    return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+    parameters = read_parameters(config.start.checkpoint, model, **base)
+    mesh, dtype = options.get("mesh"), options.get("dtype")
+    with jax.set_mesh(NO_MESH) if mesh is None else contextlib.nullcontext():
+        merged = merge(parameters, adapters, config.lora.alpha / config.lora.rank)
+    merged = merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
+    return merged if mesh is not None else jax.tree.map(np.asarray, merged)
 
 
 def read_adapters(workdir: str | os.PathLike[str], config: Config, **options: Unpack[ReadOptions]) -> dict[str, Any]:
@@ -291,7 +293,8 @@ def _read_checked(
     saved = _saved_checksums(workdir, step)
     if saved and (dtype is None or np.dtype(dtype) == np.float32):  # the checksums are of the stored dtype
         compare({name.removeprefix(f".{branch}"): value for name, value in saved.items()}, restored)
-    return restored
+    # Arrays of one device would not go into a program with those of several.
+    return restored if mesh is not None else jax.tree.map(np.asarray, restored)
 
 
 def _saved_checksums(workdir: epath.Path, step: int) -> dict[str, int]:

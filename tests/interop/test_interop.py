@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -280,6 +282,16 @@ def test_reading_parameters_onto_a_mesh(tmp_path):
     up = many["segment_0"]["block_0"]["moe"]["experts"]["up"]
     assert up.dtype == np.float32
     assert up.sharding.shard_shape(up.shape)[2] == config.model.d_model // 4
+
+
+def test_parameters_that_were_read_without_a_mesh_go_into_programs_on_any(tmp_path):
+    config = import_checkpoint(HERE / "mixtral", tmp_path)
+    table = read_parameters(tmp_path, config.model, only=("embedding", "table"))["embedding"]["table"]
+    mesh = make_mesh(MeshConfig(data=8))
+    tokens = jax.device_put(np.zeros(8, np.int32), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        rows = jax.jit(lambda table, tokens: table[tokens])(table, tokens)
+    np.testing.assert_array_equal(rows, np.broadcast_to(table[0], rows.shape))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
