@@ -19,6 +19,7 @@ import pydantic
 from etils import epath
 
 from moe.atomic_files import write_atomic
+from moe.checkpoints.adapted import pin_base
 from moe.checkpoints.manager import Checkpoints, no_background_tracebacks
 from moe.checkpoints.workdir import CONFIG, locked_workdir, refuse_other_run, write_run_files
 from moe.config import ConfigError, ModelConfig, from_config_dict, to_dict
@@ -28,6 +29,7 @@ from moe.foreign_files import read_object, refuse
 from moe.metrics_files import METRICS, MetricsWriter
 from moe.models.sampling import Rollout, Sampler, make_sampler
 from moe.models.state import TrainState
+from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.metrics import mean_row, step_metrics
 from moe.training.step import Program
@@ -118,6 +120,8 @@ def make_groups(
 def train_online(program: Program, workdir: str, task: Task, engine: Engine, rounds: Rounds) -> list[dict[str, Any]]:
     """Train ``train.num_steps`` steps, or go on with the run in the workdir; under ``jax.set_mesh(program.mesh)``.
 
+    A run begins with random parameters, or as ``start`` and ``lora`` of its config say.
+
     Args:
         program: of :func:`moe.posttraining.make_program` with data.objective "policy", without a teacher or with one.
         workdir: receives config.json, rounds.json, ``metrics.jsonl`` with a row a round, and checkpoints.
@@ -140,6 +144,8 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             f"group_size={count} and updates={rounds.updates}"
         )
     new = not (directory / CONFIG).exists()
+    if new:
+        warm_start.check(config)
     directory.mkdir(parents=True, exist_ok=True)
     reader = policy.Reader(config.model, config.policy, config.data.sequence_length)
     rows = []
@@ -149,10 +155,11 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
             refuse_other_run(from_config_dict(to_dict(config)), directory)  # with what a file's config has filled in
         _pin_sizes(rounds, directory, new=new)
         stack.enter_context(no_background_tracebacks())
-        checkpoints = Checkpoints(directory, config.train.keep_checkpoints)
+        if config.lora.rank and new:
+            pin_base(directory, config)  # before the config, beside which a later start expects it
+        checkpoints = Checkpoints(directory, config.train.keep_checkpoints, config.train.keep_every)
         stack.callback(checkpoints.close)
-        restored = checkpoints.resume(program.state, None, print)
-        step, state = (0, program.init()) if restored is None else restored[:2]
+        step, state = _begin(program, checkpoints, workdir)
         write_run_files(config, {}, directory, new=new)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(directory, step, config)))
         for number in range(step // rounds.updates, config.train.num_steps // rounds.updates):
@@ -179,6 +186,17 @@ def train_online(program: Program, workdir: str, task: Task, engine: Engine, rou
                 writer.sync()
                 checkpoints.save(step, state, None, {"rows": writer.rows[METRICS]}, None)
     return rows
+
+
+def _begin(program: Program, checkpoints: Checkpoints, workdir: str) -> tuple[int, TrainState]:
+    """Steps done and the state after them, of the newest good checkpoint or of a run's first start."""
+    restored = checkpoints.resume(program.state, None, print)
+    if restored is None:
+        return 0, warm_start.first_state(program, print, workdir)
+    step, state = restored[:2]
+    if program.config.lora.rank:  # a checkpoint holds the adapters, and this the base
+        state = warm_start.first_state(program, workdir=workdir).restored(state)
+    return step, state
 
 
 def _pin_sizes(rounds: Rounds, directory: epath.Path, *, new: bool) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from moe.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from moe.config import Config, ConfigError, DataConfig, LoraConfig, MeshConfig, StartConfig, TrainConfig
 from moe.config.run_sections import OptimizerConfig
 from moe.models.sampling import Rollout, check_prompts, make_sampler
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program, online
 from moe.posttraining.online import Engine, Rounds, make_groups, own_engine, train_online
 from tests.helpers import random_parameters, tiny_model
-from tests.run_helpers import ONE, state_of
+from tests.run_helpers import ONE, Interrupted, state_of, write_run
 
 CONFIG = Config(
     model=tiny_model(vocab_size=13, gate="mixtral", num_experts=5, experts_per_token=2, dispatch="dropless"),
@@ -130,6 +130,37 @@ def test_a_wrong_task_is_one_sentence(tmp_path, monkeypatch, task, says):
     monkeypatch.setattr(online, "Checkpoints", lambda *_: checkpoints)
     with pytest.raises(ConfigError, match=says):
         train_online(program, str(tmp_path), task, sampled, Rounds())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_begins_with_its_checkpoint(tmp_path, monkeypatch, rank):
+    """The parameters that sample the first rollouts are those of ``start``; adapters do not change them yet."""
+
+    def load(variables, key):
+        seen.append(variables)
+        raise Interrupted
+
+    def kept(directory, *arguments):
+        retention.append(arguments)
+        return Checkpoints(directory, *arguments)
+
+    seen, retention, Checkpoints = [], [], online.Checkpoints
+    monkeypatch.setattr(online, "Checkpoints", kept)
+    parameters = random_parameters(CONFIG.model)[1]
+    write_run(tmp_path / "base", CONFIG, parameters)
+    train = dataclasses.replace(CONFIG.train, keep_every=80)
+    start = StartConfig(checkpoint=str(tmp_path / "base"))
+    config = dataclasses.replace(CONFIG, start=start, lora=LoraConfig(rank=rank), train=train)
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(), ONE)):
+        program = make_program(config, mesh)
+        for _ in range(2):  # a first start, and one after a failure before any checkpoint
+            with pytest.raises(Interrupted):
+                train_online(program, str(tmp_path / "run"), Evens(), Engine(None, load), Rounds())
+    for variables in seen:
+        jax.tree.map(np.testing.assert_array_equal, variables, parameters)
+    assert len(seen) == 2
+    assert set(retention) == {(3, 80)}
+    assert (tmp_path / "run" / "base.json").exists() == bool(rank)
 
 
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
