@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -17,6 +18,9 @@ import numpy as np
 from etils import epath
 
 from moe.fields import ConfigError
+
+#: What a file system without locks answers when one is asked for.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 def in_bucket(path: epath.Path | Path) -> bool:

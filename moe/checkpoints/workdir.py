@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ import jax
 import pydantic
 from etils import epath
 
-from moe.atomic_files import in_bucket, is_bucket_error, write_atomic
+from moe.atomic_files import NO_LOCKS, in_bucket, is_bucket_error, write_atomic
 from moe.checkpoints.manager import complete_steps
 from moe.config import Config, ConfigError, read_small_file, to_dict
-from moe.data.tokenizer_files import TOKENIZER_FILES
 from moe.config.parse import from_workdir_dict
+from moe.data.tokenizer_files import TOKENIZER_FILES
 from moe.dispatch.buffers import layer_capacity
 from moe.fields import facts_of
 from moe.foreign_files import Fields, Step, loads, parse
@@ -44,7 +43,6 @@ class _Change(Fields):
 
 
 _CHANGE = pydantic.TypeAdapter(_Change)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -67,7 +65,7 @@ def locked_workdir(workdir: epath.Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise ConfigError(f"--workdir={workdir}: another run uses it; wait for it, or use another workdir") from error
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise ConfigError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
     try:
         yield
@@ -212,11 +210,11 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
     Raises:
         ConfigError: a tokenizer file differs from this run's.
     """
+    if jax.process_index() != 0:
+        return
     if new and (workdir / CONFIG).exists():
         for name in set(TOKENIZER_FILES) - tokenizer_files.keys():  # one of them could be read in place of this run's
             (workdir / name).unlink(missing_ok=True)
-    if jax.process_index() != 0:
-        return
     for name, content in tokenizer_files.items():
         if new or not (workdir / name).exists():
             write_atomic(workdir / name, content)

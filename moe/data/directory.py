@@ -12,6 +12,7 @@ from pathlib import Path
 
 from etils import epath
 
+from moe.atomic_files import NO_LOCKS
 from moe.config import ConfigError
 
 
@@ -36,10 +37,11 @@ def locked_directory(directory: Path) -> Iterator[None]:
     """Hold the directory's lock, so that one of several processes prepares the data and the others reuse it.
 
     Creates the directory if it is missing, and removes it again if an error leaves it empty. A read-only directory is
-    not locked, because nothing can be prepared there.
+    not locked, because nothing can be prepared there; nor is one on a file system without locks, where one process has
+    to prepare the data before several start.
 
     Raises:
-      ConfigError: the directory cannot be created, or its .lock is a link or not a regular file.
+      ConfigError: the directory cannot be created or locked, or its .lock is a link or not a regular file.
     """
     made: list[Path] = []
     try:
@@ -53,7 +55,7 @@ def locked_directory(directory: Path) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel releases it also when the process is killed
+        _lock(descriptor, directory)
         yield
     except ConfigError:
         if made and os.listdir(directory) == [".lock"]:
@@ -63,6 +65,18 @@ def locked_directory(directory: Path) -> Iterator[None]:
         raise
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    """Wait for the lock of an open file, if its file system has locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel releases it also when the process is killed
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise ConfigError(
+                f"data.directory={os.fspath(directory)!r}: cannot be locked ({error.strerror}); repair the disk, or "
+                "use another directory"
+            ) from error
 
 
 def _open_lock(path: Path) -> int | None:

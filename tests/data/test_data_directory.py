@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811
 import dataclasses
+import errno
+import fcntl
 import os
 import subprocess
 
@@ -32,6 +34,21 @@ def test_the_lock_does_not_follow_links(folder, tmp_path):
     lock.write_text("kept")
     pipeline.prepare(config, VOCAB, progress=lambda _: None)
     assert lock.read_text() == "kept"
+
+
+def test_a_file_system_without_locks_is_usable(folder, tmp_path, monkeypatch):
+    config, _, _ = folder
+
+    def flock(*_):
+        raise OSError(errors[0], os.strerror(errors[0]))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    errors = [errno.EIO]
+    with pytest.raises(ConfigError, match=r"data\.directory='.*cache': cannot be locked \(Input/output error\)"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    assert not (tmp_path / "cache").exists()
+    errors = [errno.ENOLCK]
+    pipeline.prepare(config, VOCAB, progress=lambda _: None)
 
 
 def test_a_prepared_read_only_directory_is_usable(folder, tmp_path):
