@@ -214,7 +214,8 @@ def write_run_files(config: Config, tokenizer_files: dict[str, bytes], workdir: 
         return
     if new and (workdir / CONFIG).exists():
         for name in set(TOKENIZER_FILES) - tokenizer_files.keys():  # one of them could be read in place of this run's
-            (workdir / name).unlink(missing_ok=True)
+            if epath.Path(config.data.tokenizer) != workdir / name:  # which the user put there
+                (workdir / name).unlink(missing_ok=True)
     for name, content in tokenizer_files.items():
         if new or not (workdir / name).exists():
             write_atomic(workdir / name, content)
