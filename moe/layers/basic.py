@@ -217,7 +217,7 @@ class Experts(nnx.Module):
     """E FFNs of one shape, as three stacked matrices."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        e, d, f = config.moe.num_experts, config.d_model, config.moe.d_ff
+        e, d, f = config.moe.num_experts, config.expert_dim, config.moe.d_ff
         self.activation, self.precision, self.remat = config.activation, config.low_precision, config.remat
         self.sent_precision = config.sent_precision
         self.up = matrix(rngs, (e, d, f), EXPERTS_IN, fan_in=d, scale=config.init_scale)

@@ -152,7 +152,7 @@ class MoELayer(nnx.Module):
         self.router = None if self.gate.router == "none" else Router(config, kind=self.gate.router, rngs=rngs)
         self.latent = Latent(config, rngs=rngs) if moe.latent_dim else None
         self.null = NullExperts(config, rngs=rngs) if moe.null_experts else None
-        self.experts = Experts(dataclasses.replace(config, d_model=config.expert_dim), rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs) if config.moe.shared_d_ff else None
 
     def __call__(

@@ -78,7 +78,8 @@ def gains(model: ModelConfig, parameters: Any) -> Any:
 
 
 def _growth(model: ModelConfig, names: list[str]) -> tuple[float, float]:
-    """Input and output dimension of a matrix over those of the base model."""
+    """Input and output dimension of a matrix over those of the base model; the dimension of latent experts grows with
+    D."""
     width, part = model.width_growth, part_of(names)
     if part == "experts":
         grown = model.expert_growth

@@ -63,6 +63,21 @@ def test_factors_of_every_parameter_by_hand():
         assert found[name] == pytest.approx(gain), name
 
 
+def test_latent_experts_take_over_the_settings_of_a_base():
+    """Their dimension grows with D, m = 4, as it has no size of a base; F of experts by 1/2, as above."""
+    model = tiny_model(**GROWN, **BASE, **MOE, latent_dim=8)
+    adam, muon = (factors(rates, name, model=model) for name in ("adamw", "muon"))
+    layer = "segment_0/block_0/moe/"
+    shapes = parameters(nnx.to_pure_dict(abstract_parameters(model)))
+    assert shapes[f"{layer}experts/up"].shape == (6, 4, 8, 10)
+    for name, rate in (("latent/down", 1 / 4), ("latent/up", 1 / 4), ("experts/up", 1 / 4), ("experts/down", 2)):
+        assert adam[layer + name] == pytest.approx(rate), name
+    # As above: of the latents all dimensions grow by 4. Of experts/up [8,10] f² is 10/(8·10), of the base's [2,20]
+    # 20/(2·20), hence a factor of (2/8)^½; of experts/down [10,8] 8/10², of the base's [20,2] 2/20²: 16^½.
+    for name, rate in (("latent/down", 1 / 2), ("latent/up", 1 / 2), ("experts/up", 1 / 2), ("experts/down", 4)):
+        assert muon[layer + name] == pytest.approx(rate), name
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_models_own_sizes_as_base_change_nothing(rng, name):
     config = OptimizerConfig(name=name, warmup_steps=0, weight_decay=0.1)
