@@ -184,6 +184,9 @@ class MoEConfig(Section, path=_MOE):
                 require(value == 0, f"{where}{name}", value, f"must be 0: the gate {gate.name!r} has no router")
         constant = f"must be 0: with the gate {gate.name!r} every token goes to every expert and the loss is constant"
         require(hasattr(gate, "k") or losses.balance == 0, f"{where}balance", losses.balance, constant)
+        ranked = not gate.lists_all or losses.counts == "assignments"
+        no_ranks = f"must be assignments: the gate {gate.name!r} does not rank a token's experts"
+        require(ranked, f"{where}counts", losses.counts, no_ranks)
         grouped = getattr(gate, "groups", 1) > 1
         require(grouped or losses.device == 0, f"{where}device", losses.device, "needs a gate with groups above 1")
         noisy = losses.load == 0 or gate.router == "noisy"

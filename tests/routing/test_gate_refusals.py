@@ -77,6 +77,14 @@ REFUSED = [
     ({"gate": "hash", "bias": "router"}, "bias='router': the gate 'hash' has no router"),
     ({"gate": "mixtral", "scores_per_group": 2}, "scores_per_group=2: needs groups above 1"),
     ({"gate": "dense_mixture", "load_balancing_weight": 0.1}, "the loss is constant"),
+    *(
+        (
+            {"gate": gate, "losses": {"counts": counts}, "accept_future_leak": True},
+            f"'{counts}': must be assignments: the gate",
+        )
+        for gate in ("remoe", "expert_choice", "expert_threshold")
+        for counts in ("first_choice", "top_scores")
+    ),
     ({"gate": "deepseek_moe", "device_balance_weight": 0.05}, "needs a gate with groups above 1"),
     (
         {"gate": "soft_moe", "dispatch": "einsum", "accept_future_leak": True, "capacity_factor": 2.0},
