@@ -192,6 +192,25 @@ def test_a_window_of_three_sees_the_token_itself_and_two_before(rng):
     np.testing.assert_array_equal(moved > 0, [False, False, True, True, True, False, False, False])
 
 
+@pytest.mark.parametrize("overrides", [{"relative_buckets": 8}, {}], ids=str)
+def test_the_scale_of_the_scores_is_the_one_that_is_set(overrides, rng):
+    """Softmax of 0.3·query·key, with relative positions (without a bias here) as with rotary ones, at once and of the
+    last token by the cache."""
+    module = _attention(tiny_model(**overrides, num_kv_heads=4, attention_scale=0.3))
+    plain = _attention(tiny_model(**overrides, num_kv_heads=4))
+    x, ids = jnp.asarray(rng.normal(size=(1, 5, 16)), jnp.float32), jnp.ones((1, 5), jnp.int32)
+    positions = jnp.arange(5)[None]
+    query, key, value = map(np.asarray, plain.project_cached(x, positions))
+    scores = np.where(np.tri(5, dtype=bool), 0.3 * np.einsum("tnh,unh->ntu", query[0], key[0]), -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("ntu,unh->tnh", weights, value[0])
+    heads, _, _ = module.prefill(x, Rows(ids, ids, positions))
+    np.testing.assert_allclose(heads[0], expected, rtol=1e-4, atol=1e-5)
+    scaled, key, value = module.project_cached(x, positions)
+    last = module.attend_cached(scaled[:, -1:], key, value, jnp.ones((1, 1, 1, 5), bool))
+    np.testing.assert_allclose(last[0, 0], expected[-1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "gated"), [("swiglu", True), ("geglu", True), ("gelu", False), ("relu", False)])
 def test_activations_and_dense_ffn(name, gated, rng):
     values = np.linspace(-3, 3, 7)

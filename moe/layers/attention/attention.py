@@ -121,8 +121,11 @@ class Attention(nnx.Module):
     def project_query(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T N H"]:
         """Queries, rotated where they have positions."""
         query = self._rotated("query", x, positions)
-        scale = self.config.attention_scale
-        return query * (scale * self.config.head_dim**0.5) if scale else query
+        c = self.config
+        if not c.attention_scale:
+            return query
+        # What attention itself multiplies the products by, 1/sqrt(H) or with relative positions 1, is taken back.
+        return query * (c.attention_scale * (1.0 if c.relative_buckets else c.head_dim**0.5))
 
     def project_keys(
         self, x: Float[Array, "B U D"], positions: Int[Array, "B U"] | None
