@@ -65,6 +65,8 @@ def sample(
     prompts: Sequence[Sequence[int] | np.ndarray],
     num_tokens: int,
     stop_tokens: Sequence[int] = (),
+    *,
+    prefix: bool = False,
 ) -> Speculated:
     """Likeliest continuations, as :func:`moe.models.sampling.sample` at temperature 0 writes them.
 
@@ -73,6 +75,8 @@ def sample(
         prompts: B token sequences of any lengths from 1.
         num_tokens: the most tokens to add to a row.
         stop_tokens: ids that end a row.
+        prefix: the model sees prompts in both directions, as a prefix LM was trained; the layer that drafts sees them
+            in one, as in training.
 
     Raises:
         ConfigError: no prediction layers; or see :func:`moe.models.sampling.stream`.
@@ -83,7 +87,7 @@ def sample(
         raise ConfigError("model.delta_net.layers: must be () to draft tokens, since their memory keeps rejected ones")
     check_prompts(config, prompts)
     token_ids, lengths = pad_prompts(prompts)
-    begin, step = _programs(config, len(lengths), token_ids.shape[1] + num_tokens + AHEAD)
+    begin, step = _programs(config, len(lengths), token_ids.shape[1] + num_tokens + AHEAD, prefix)
     state = begin(variables, token_ids, lengths)
     texts: list[list[int]] = [[int(token)] for token in np.asarray(state.tokens)]
     steps = drafted = accepted = 0
@@ -106,7 +110,9 @@ def sample(
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[..., _State], Callable[..., Any]]:
+def _programs(
+    config: ModelConfig, rows: int, length: int, prefix: bool
+) -> tuple[Callable[..., _State], Callable[..., Any]]:
     """The prefill and the step for that many rows and positions, compiled once for all such texts."""
     graphdef = nnx.graphdef(abstract_model(without_drops(config)))
     kind = layer_kinds(config)[-1]
@@ -120,7 +126,7 @@ def _programs(config: ModelConfig, rows: int, length: int) -> tuple[Callable[...
     def begin(variables: Any, token_ids: Array, lengths: Array) -> _State:
         model, layer = split(variables)
         caches = kv_cache.empty(config, rows, length, ahead=AHEAD)
-        x, caches, _ = kv_cache.run_prompt(model, token_ids, lengths, caches)
+        x, caches, _ = kv_cache.run_prompt(model, token_ids, lengths, caches, prefix=prefix)
         hidden = model.final_norm(x)
         last = lengths[:, None] - 1  # [B,1]
         of_last = jnp.take_along_axis(hidden, last[..., None], axis=1)

@@ -149,7 +149,7 @@ def main() -> None:
         return
     if _SPECULATE.value:
         with jax.set_mesh(mesh):
-            found = speculation.sample(config.model, variables, rows, limit, options.stop_tokens)
+            found = speculation.sample(config.model, variables, rows, limit, options.stop_tokens, prefix=options.prefix)
         for prompt, row, text in zip(prompts, rows, found.texts, strict=True):
             print(f"{prompt}{written(row, text.tolist())}" + "\n---" * (len(rows) > 1))
         print(f"{found.steps} steps; {found.accepted:.0%} of the drafts confirmed", file=sys.stderr)

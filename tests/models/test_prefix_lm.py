@@ -11,7 +11,7 @@ from flax import nnx
 
 from moe.layers.attention.attend import attend
 from moe.layers.attention.scoring import Scoring
-from moe.models import sampling
+from moe.models import sampling, speculation
 from moe.models.decoder import Transformer
 from moe.training.loop import train
 from tests.helpers import random_parameters, tiny_model
@@ -74,6 +74,17 @@ def test_generation_sees_the_prompt_as_training_does(model):
         assert text[len(prompt) :] == found.tolist()
     causal = sampling.sample(config, variables, prompts, 4, dataclasses.replace(greedy, prefix=False))
     assert any(a.tolist() != b.tolist() for a, b in zip(written, causal, strict=True))
+
+
+def test_speculated_text_is_the_greedy_text_of_a_prefix_lm():
+    config = tiny_model(gate="none", prediction_layers=1)
+    _, variables = random_parameters(config)
+    prompts = [[3, 9, 4, 7], [5, 6]]
+    greedy = sampling.sample(config, variables, prompts, 4, sampling.Sampling(temperature=0, prefix=True))
+    found = speculation.sample(config, variables, prompts, 4, prefix=True)
+    np.testing.assert_array_equal(found.texts, greedy)
+    causal = sampling.sample(config, variables, prompts, 4, sampling.Sampling(temperature=0))
+    assert np.any(np.stack(greedy) != np.stack(causal))
 
 
 @pytest.mark.slow
