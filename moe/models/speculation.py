@@ -87,6 +87,8 @@ def sample(
         raise ConfigError("model.delta_net.layers: must be () to draft tokens, since their memory keeps rejected ones")
     check_prompts(config, prompts)
     token_ids, lengths = pad_prompts(prompts)
+    if num_tokens < 1:  # the prefill below writes a token already
+        return Speculated([np.zeros(0, np.int32) for _ in prompts], 0, 0.0)
     begin, step = _programs(config, len(lengths), token_ids.shape[1] + num_tokens + AHEAD, prefix)
     state = begin(variables, token_ids, lengths)
     texts: list[list[int]] = [[int(token)] for token in np.asarray(state.tokens)]

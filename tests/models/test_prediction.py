@@ -218,6 +218,8 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
         certain.texts, sampling.sample(config, variables, prompts, 12, sampling.Sampling(temperature=0)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+    none = speculation.sample(config, variables, prompts, 0)
+    assert ([text.tolist() for text in none.texts], none.steps, none.accepted) == ([[], [], []], 0, 0.0)
     assert speculation._programs.cache_info().misses == compiled + 1  # all texts are of the same sizes
     with pytest.raises(ConfigError, match=r"model\.prediction_layers=0: must be at least 1"):
         speculation.sample(config_of(tmp_path, **{"model.prediction_layers": 0}).model, variables, prompts, 2)
