@@ -299,18 +299,17 @@ class Selecting(Scored):
     ) -> GateOutput:
         """Top-k of scores + selection bias within the kept groups, weighted by the scores alone: every top-k gate.
 
-        ``preference`` ranks the experts instead of the scores.
+        ``preference`` ranks the experts instead of the scores, and gets the bias in its own units.
         """
-        scores, k = self.scores(router_logits), self.experts_per_token(router_logits.shape[-1])
-        ranked = scores if preference is None else preference
-        if inputs.selection_bias is not None:
-            ranked = ranked + inputs.selection_bias
+        k = self.experts_per_token(router_logits.shape[-1])
+        preference = self.scores(router_logits) if preference is None else preference
+        ranked = preference if inputs.selection_bias is None else preference + inputs.selection_bias
         if not (inputs.train and self.bias == "quantile"):
             ranked = limit_to_groups(ranked, self.groups, self.kept_groups, self.scores_per_group)
             return self.weigh(router_logits, inputs, top_k(ranked, k)[1])
-        # An expert is chosen if score + bias is above the best ranked expert that is not.
+        # An expert is chosen if preference + bias is above the best ranked expert that is not.
         values, expert_index = top_k(ranked, k + 1)
-        needed = jax.lax.stop_gradient(values[..., k:] - scores)
+        needed = jax.lax.stop_gradient(values[..., k:] - preference)
         return self.weigh(router_logits, inputs, expert_index[..., :k])._replace(needed_bias=needed)
 
     @property

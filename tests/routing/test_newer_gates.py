@@ -86,6 +86,27 @@ def test_quantile_balancing_balances_many_experts(rng):
     assert float(balancing.max_violation(load)) < 0.15
 
 
+def test_quantiles_of_sampled_experts_are_of_what_ranks_them(rng):
+    """Logits + noise, to which the bias is added; their differences to the cut-off are not those of the softmax."""
+    # Second logits are the cut-offs of K = 1, here without noise: 1, 1 and 1.
+    routing = routed("switch_sampled", [[[3.0, 1.0], [2.0, 1.0], [1.0, 2.0]]], 1, bias="quantile", train=True)
+    np.testing.assert_allclose(routing.needed_bias, [[[-2, 0], [-1, 0], [0, -1]]])
+    logits = jnp.asarray(rng.normal(size=(1, 512, 8)) + np.linspace(-2, 2, 8), jnp.float32)
+
+    @jax.jit
+    def step(bias):
+        given = {"bias": "quantile", "selection_bias": bias, "rng": jax.random.key(0), "train": True}
+        report = report_of(routed("switch_sampled", logits, 1, **given), gate="switch_sampled")
+        signal = balancing.bias_signal("quantile", report, 1)
+        return balancing.next_selection_bias("quantile", bias, signal, 1.0), report.expert_load
+
+    bias, first = step(jnp.zeros(8))
+    for _ in range(5):
+        bias, load = step(bias)
+    assert float(balancing.max_violation(first)) > 1
+    assert float(balancing.max_violation(load)) < 0.15
+
+
 def test_remoe_by_hand():
     # Two tokens, three experts: ReLU gives (2, 0, 1) and (0, 0, 3).
     routing = routed("remoe", [[[2.0, -1.0, 1.0], [-0.5, -2.0, 3.0]]], 1)
