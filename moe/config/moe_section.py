@@ -115,6 +115,15 @@ class MoEConfig(Section, path=_MOE):
         return 0 if self.gate is None else self.gate.experts_per_token(self.num_experts)
 
     @property
+    def gates(self) -> tuple[Gate, ...]:
+        """``gate`` and ``layer_gates``; empty in a dense model."""
+        return () if self.gate is None else (self.gate, *self.layer_gates)
+
+    def field_of(self, gate: Gate) -> str:
+        """Path of the setting that names one of the gates."""
+        return f"{_MOE}gate" if gate == self.gate else f"{_MOE}layer_gates"
+
+    @property
     def gate_name(self) -> str:
         """Name of the gate, for messages and records."""
         return "none" if self.gate is None else self.gate.name

@@ -20,7 +20,6 @@ from moe.config.run_sections import (
     TrainConfig,
 )
 from moe.fields import LARGEST, Section, facts_of, require, setting
-from moe.routing.interface import Gate
 
 _MOE, _DELTA = "model.moe.", "model.delta_net."
 
@@ -58,7 +57,7 @@ class Config(Section):
         if self.data.objective == "policy":
             _check_policy(self)
         if self.model.moe.gate is not None:
-            _check_causality(self.model, self.model.moe.gate)
+            _check_causality(self.model)
             _check_group_size(self)
 
 
@@ -150,13 +149,14 @@ def _check_lora(config: Config) -> None:
     require(not changed, "lora.rank", rank, f"adapts start.checkpoint as it is; unset start.{', start.'.join(changed)}")
 
 
-def _check_causality(model: ModelConfig, gate: Gate) -> None:
+def _check_causality(model: ModelConfig) -> None:
     moe = model.moe
     if moe.accept_future_leak:
         return
     accepted = f"which a causal model must not see; set {_MOE}accept_future_leak=True to accept that"
     ahead = f"chooses the experts of a token by looking at later tokens, {accepted}"
-    require(not gate.looks_ahead, f"{_MOE}gate", gate.name, ahead)
+    for gate in moe.gates:
+        require(not gate.looks_ahead, moe.field_of(gate), gate.name, ahead)
     in_order = moe.drop_policy == "position" or moe.dispatch == "dropless"
     require(in_order, f"{_MOE}drop_policy", moe.drop_policy, f"lets later tokens displace earlier ones, {accepted}")
     retries = f"retries an assignment after those of later tokens, {accepted}"

@@ -88,7 +88,7 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
 def one_group_a_row(config: ModelConfig) -> ModelConfig:
     """Like :func:`without_drops`, but keeps a fixed ``expert_capacity``. Used for the encoder."""
-    if config.moe.gate is None or not config.moe.gate.generates:
+    if config.moe.gate is None or not all(gate.generates for gate in config.moe.gates):
         return config
     capacity = dataclasses.replace(config.moe.capacity, eval=config.moe.num_experts / config.moe.experts_per_token)
     moe = dataclasses.replace(config.moe, group_size=0, capacity=capacity)
@@ -156,9 +156,10 @@ def check_tokens(config: ModelConfig, prompts: Sequence[Sequence[int] | np.ndarr
 
 def looks_ahead(config: ModelConfig) -> str:
     """Why the model cannot generate, or ""."""
-    if config.moe.gate is None or config.moe.gate.generates:
-        return ""
-    return f"model.moe.gate={config.moe.gate_name!r}: routes by later tokens, which a text has not yet"
+    for gate in config.moe.gates:
+        if not gate.generates:
+            return f"{config.moe.field_of(gate)}={gate.name!r}: routes by later tokens, which a text has not yet"
+    return ""
 
 
 def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

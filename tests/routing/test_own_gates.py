@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from moe.config import ConfigError, Losses, MoEConfig
+from moe.config import Config, ConfigError, Losses, ModelConfig, MoEConfig
 from moe.config.parse import from_config_dict
 from moe.config.registry import find_layer
 from moe.fields import setting
+from moe.models import sampling
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import Gate, GateInputs, GateOutput, top_k
 from moe.routing.routing import probe, route
@@ -197,6 +198,20 @@ def test_the_recipe_of_the_guide_for_contributors():
     np.testing.assert_allclose(routing.combine_weights, [[[0.9, 0.1]]], rtol=1e-5)
     with pytest.raises(ConfigError, match="temperature=0: must be positive"):
         names["Nearest"](temperature=0)
+
+
+def test_a_layer_gate_that_looks_ahead_is_refused_as_the_models_gate_is():
+    class Ahead(Gate):
+        k: int = 2
+        looks_ahead = True
+
+    moe = MoEConfig(layer_gates=(Ahead(name="ahead"),), dispatch="dropless")
+    with pytest.raises(ConfigError, match=r"layer_gates='ahead': chooses the experts of a token by looking at later"):
+        Config(model=ModelConfig(moe=moe))
+    accepted = ModelConfig(moe=dataclasses.replace(moe, accept_future_leak=True, group_size=8))
+    assert Config(model=accepted).model == accepted
+    assert sampling.looks_ahead(accepted).startswith("model.moe.layer_gates='ahead': routes by later tokens")
+    assert sampling.one_group_a_row(accepted) == accepted
 
 
 def test_it_trains_resumes_and_evaluates(module, tmp_path):
