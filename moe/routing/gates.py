@@ -24,6 +24,12 @@ from moe.routing.interface import (
 )
 
 
+def _require_weights_that_differ(k: int, renormalise: bool) -> None:
+    """Refuse to divide a token's only weight by itself."""
+    always_one = "the only weight is then always 1 and the router gets no gradient; use False or a k above 1"
+    require(k > 1 or not renormalise, "model.moe.gate.k=1, renormalise", renormalise, always_one)
+
+
 # --- Top-k of scores --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopK(Selecting):
@@ -38,8 +44,7 @@ class TopK(Selecting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        always_one = "the only weight is then always 1 and the router gets no gradient; use False or a k above 1"
-        require(self.k > 1 or not self.renormalise, "model.moe.gate.k=1, renormalise", self.renormalise, always_one)
+        _require_weights_that_differ(self.k, self.renormalise)
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Select by score, bias and groups."""
@@ -292,6 +297,10 @@ class ScoredHash(Scored):
 
     k: int = setting(6, least=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_weights_that_differ(self.k, self.renormalise)
+
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Look the experts of each id up and weigh them."""
         return self.weigh(router_logits, inputs, _hashed_experts(router_logits, inputs, self.k))
@@ -320,7 +329,8 @@ class Random(Gate):
 class Balanced(Scored):
     """K experts per real token, round-robin within a group, or by position when generating: equal loads for benchmarks.
 
-    Weights are those of a top-k gate, so the router is computed and trained but does not choose.
+    Weights are those of a top-k gate, so the router is computed and trained but does not choose. With k=1 a
+    renormalised weight is always 1, and the router gets no gradient; here, unlike elsewhere, that is accepted.
     """
 
     k: int = setting(1, least=1)

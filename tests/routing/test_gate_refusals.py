@@ -50,6 +50,11 @@ REFUSED = [
     ({"gate": "expert_choice", "accept_future_leak": True, "layer_gates": ["hash"]}, "must choose 2 experts"),
     ({"gate": "mixtral", "layer_gates": ["deepseek_v4"]}, "needs a bias of sign in all layers"),
     ({"gate": "switch", "layer_gates": ["mixtral"]}, "the only weight is then always 1"),
+    (
+        {"gate": "switch", "layer_gates": ["deepseek_v4_hash"]},
+        "layer_gates='deepseek_v4_hash': k=1, renormalise=True: the only weight is then always 1",
+    ),
+    ({"gate": "deepseek_v4_hash", "experts_per_token": 1}, "gate.k=1, renormalise=True: the only weight"),
     ({"gate": "mixtral", "load_weight": 0.1}, "needs the gate noisy_topk"),
     ({"gate": "mixtral", "bias_update_rate": 0.1}, "needs a bias of sign or quantile"),
     ({"gate": "switch", "capacity_factor": 0.0}, "must be positive"),
