@@ -168,8 +168,11 @@ class MoEConfig(Section, path=_MOE):
         field, k = f"{_MOE}layer_gates", self.experts_per_token
         found = not gate.lists_all and gate.experts_per_token(self.num_experts) == k
         require(found, field, gate.name, f"must choose {k} experts")
-        update, updates = gate.state.update, ("none", self.gate.state.update)
-        require(update in updates, field, gate.name, f"needs a bias of {update} in all layers")
+        (update, rate), (own, of_model) = gate.state, self.gate.state
+        require(update in ("none", own), field, gate.name, f"needs a bias of {update} in all layers")
+        # The train step updates the states of all layers by one rule.
+        same = update == "none" or rate == of_model
+        require(same, field, gate.name, f"must have the model's bias rate, {of_model}, or no bias")
 
     def _check_router(self, gate: Gate) -> None:
         if gate.router == "none":

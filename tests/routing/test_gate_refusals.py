@@ -49,6 +49,14 @@ REFUSED = [
     ({"gate": "mixtral", "layer_gates": ["remoe"]}, "layer_gates='remoe': must choose 2 experts"),
     ({"gate": "expert_choice", "accept_future_leak": True, "layer_gates": ["hash"]}, "must choose 2 experts"),
     ({"gate": "mixtral", "layer_gates": ["deepseek_v4"]}, "needs a bias of sign in all layers"),
+    (
+        {
+            "gate": "deepseek_v4",
+            "experts_per_token": 2,
+            "layer_gates": [{"name": "quantile_balancing", "bias": "sign"}],
+        },
+        "layer_gates='quantile_balancing': must have the model's bias rate, 0.001, or no bias",
+    ),
     ({"gate": "switch", "layer_gates": ["mixtral"]}, "the only weight is then always 1"),
     (
         {"gate": "switch", "layer_gates": ["deepseek_v4_hash"]},
