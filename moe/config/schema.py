@@ -124,8 +124,11 @@ def _check_policy(config: Config) -> None:
     require(moe.dispatch == "dropless", f"{_MOE}dispatch", moe.dispatch, allowed)
     for gate in {kind.gate for kind in layer_kinds(config.model)} - {None} if config.policy.replay else ():
         assert gate is not None
-        allowed = f"must be False with {_MOE}gate={gate.name!r}, which weighs only what it chooses"
-        require(gate.reweighs, "policy.replay", True, allowed)
+        without = f"must be False with {moe.field_of(gate)}={gate.name!r}"
+        require(gate.reweighs, "policy.replay", True, f"{without}, which weighs only what it chooses")
+        # Where all experts are listed, K is a mean.
+        fixed = not (gate.lists_all and hasattr(gate, "k"))
+        require(fixed, "policy.replay", True, f"{without}, whose tokens have any number of experts: rollouts record K")
 
 
 def _check_transfer(config: Config) -> None:

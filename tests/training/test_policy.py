@@ -383,6 +383,10 @@ def test_refusals_of_settings(start, place_of_run):
         ({"policy.kl": 0.0}, r"distill\.teacher='.*': must name the reference model with policy\.kl above 0"),
         ({"model.moe.dispatch": "einsum"}, r"model\.moe\.dispatch='einsum': must be 'dropless' with data\.objective"),
         ({"model.moe.gate": "soft_moe", "model.moe.accept_future_leak": True}, r"policy\.replay=True|dispatch"),
+        *(
+            ({"model.moe.gate": gate, "model.moe.accept_future_leak": True}, f"'{gate}', whose tokens have any number")
+            for gate in ("remoe", "expert_choice", "expert_threshold")
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(place_of_run / "cache", **start | changes)
