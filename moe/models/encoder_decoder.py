@@ -96,9 +96,12 @@ def encoder_rows(
     positions: Int[ArrayLike, "B U"] | None = None,
     mask: Bool[ArrayLike, "B U"] | Int[ArrayLike, "B U"] | None = None,
 ) -> Rows:
-    """The encoder's input. Under a mask, padding sees the tokens of its row, and nothing sees it."""
+    """The encoder's input. Under a mask, padding sees the tokens of its row, and nothing sees it; its position is 0,
+    since rotary positions may depend on a row's length."""
     if mask is None:
         return make_rows(token_ids, segment_ids, positions)
     if segment_ids is not None:
         raise ValueError("give encoder_segment_ids or encoder_mask, not both")
-    return make_rows(token_ids, None, positions, key_segment_ids=jnp.asarray(mask).astype(jnp.int32))
+    real = jnp.asarray(mask).astype(jnp.int32)
+    positions = jnp.arange(real.shape[1], dtype=jnp.int32) * real if positions is None else positions
+    return make_rows(token_ids, None, positions, key_segment_ids=real)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from moe.config import MeshConfig, layer_kinds
+from moe.config.model_section import RopeScalingConfig
 from moe.layers.attention.scoring import bias_of_rows, relative_bucket
 from moe.models import kv_cache, sampling
 from moe.models.factory import abstract_model
@@ -339,6 +340,21 @@ def test_padding_can_be_routed():
     output = ignored(same[:, :T], encoder_tokens=same, encoder_mask=mask, return_routing=True)
     assert output.routing[0].chosen.sum() == 2
     assert output.layers.fraction_tokens_dropped[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_an_encoders_row_does_not_depend_on_the_length_of_others(kind):
+    """A source of 2 tokens, which is not beyond the original context of 3, alone and beside one of 5, which is."""
+    factors = {"short_factors": (1.0, 2.0, 3.0), "long_factors": (4.0, 5.0, 6.0)} if kind == "longrope" else {}
+    scaling = RopeScalingConfig(kind=kind, factor=4.0, original_length=3, **factors)
+    sizes = {"encoder_layers": 1, "num_layers": 1, "gate": "none", "every": 1}
+    config = tiny_encoder_decoder(**sizes, relative_buckets=0, rope_scaling=scaling)
+    graphdef, parameters = _build(config)
+    encode = jax.jit(lambda tokens, lengths: kv_cache.encode(nnx.merge(graphdef, parameters), tokens, lengths).layers)
+    together = encode(jnp.asarray([[8, 2, 0, 0, 0], [5, 3, 9, 1, 7]]), jnp.asarray([2, 5]))
+    alone = encode(jnp.asarray([[8, 2]]), jnp.asarray([2]))
+    for both, one in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(both[:, 0, :2], one[:, 0], rtol=1e-4, atol=1e-5)
 
 
 # --- Generation ------------------------------------------------------------------------------------------------------
