@@ -92,7 +92,8 @@ def make_plan(routing: Routing, capacity: int, *, drop_policy: str = "position",
 
     Args:
         capacity: C.
-        drop_policy: the order of the tokens: position, probability (largest combine weight first) or random.
+        drop_policy: the order of the tokens: position, probability (of a chosen expert by the router, largest first) or
+            random.
         rng: key of the random order; None: the same order every time.
     """
     expert_index, chosen = routing.expert_index, routing.chosen
