@@ -89,6 +89,9 @@ def random_changes(seed: int) -> tuple[dict[str, Any], int]:
         changes["model.moe.accept_future_leak"] = True
     if gate == "soft_moe" and draw.random() < 0.9:
         changes["model.moe.dispatch"] = "einsum"
+    if changes.get("model.q_lora_rank") or changes.get("model.value_dim"):  # refused without the rest of a latent
+        latent = {"kv_lora_rank": 4, "value_dim": 6, "rope_dim": 2, "num_heads": 2, "num_kv_heads": 2}
+        changes |= {f"model.{name}": value for name, value in latent.items()}
     return changes, draw.choice([1, 1, 2, 4])
 
 

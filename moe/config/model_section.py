@@ -167,8 +167,7 @@ class ModelConfig(Section, path=_MODEL):
         self._require("logit_bias", not (self.logit_bias and self.tie_embeddings), "needs model.tie_embeddings=False")
         self._check_stacks()
         self._check_attention()
-        if self.kv_lora_rank:
-            self._check_latent_attention()
+        self._check_latent_attention()
         self._check_delta_net()
         if self.moe.gate is not None:
             self._check_moe_layers()
@@ -281,6 +280,10 @@ class ModelConfig(Section, path=_MODEL):
         self._require("sliding_window_layers", windowed, "needs model.sliding_window above 0")
 
     def _check_latent_attention(self) -> None:
+        if not self.kv_lora_rank:
+            for name in ("q_lora_rank", "value_dim"):
+                self._require(name, getattr(self, name) == 0, "must be 0 without model.kv_lora_rank")
+            return
         self._require("rope_dim", self.rope_dim >= 2, "must be at least 2")
         self._require("value_dim", self.value_dim >= 1, "must be at least 1")
         latent = "where model.kv_lora_rank is set"

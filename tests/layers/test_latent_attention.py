@@ -137,6 +137,8 @@ def test_over_a_mesh(tmp_path):
         ({"value_dim": 0}, "value_dim=0"),
         ({"num_kv_heads": 1}, "num_kv_heads=1"),
         ({"qk_norm": "head"}, "qk_norm='head'"),
+        ({"kv_lora_rank": 0}, r"q_lora_rank=4: must be 0 without model\.kv_lora_rank"),
+        ({"kv_lora_rank": 0, "q_lora_rank": 0}, r"value_dim=7: must be 0 without model\.kv_lora_rank"),
     ],
 )
 def test_impossible_settings(changes, field):
