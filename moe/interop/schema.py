@@ -138,6 +138,14 @@ class OpenConfig(Fields):
     router_aux_loss_coef: Coefficient = 0.001
     norm_topk_prob: bool = False
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_empty_scaling(cls, tree: Any) -> Any:
+        """Take a ``rope_scaling`` that says nothing as absent, as the library does."""
+        if isinstance(tree, dict) and tree.get("rope_scaling") in (None, {}):
+            return {name: value for name, value in tree.items() if name != "rope_scaling"}
+        return tree
+
     @pydantic.model_validator(mode="after")
     def _check_layer_types(self) -> OpenConfig:
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
@@ -148,8 +156,9 @@ class OpenConfig(Fields):
 
     @property
     def rope(self) -> RopeParameters:
-        """Rotary positions, from the newer or the older fields; ``rope_theta`` is set."""
-        rope = self.rope_parameters or self.rope_scaling or RopeParameters.model_validate({})
+        """Rotary positions, from the older field or the newer one, in the library's order; ``rope_theta`` is set."""
+        given = self.rope_scaling if "rope_scaling" in self.model_fields_set else None
+        rope = given or self.rope_parameters or self.rope_scaling or RopeParameters.model_validate({})
         theta = rope.rope_theta or self.rope_theta
         own_factor = "partial_rotary_factor" in rope.model_fields_set
         factor = rope.partial_rotary_factor if own_factor else self.partial_rotary_factor

@@ -23,7 +23,7 @@ from configs import (
     qwen3_30b_a3b,
     qwen3_next_80b_a3b,
 )
-from moe.config import Config, ConfigError, ModelConfig, layer_kinds
+from moe.config import Config, ConfigError, ModelConfig, RopeScalingConfig, layer_kinds
 from moe.config.parse import from_config_dict
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
@@ -179,6 +179,22 @@ def test_layers_of_qwen():
     kinds = layer_kinds(read_open_config(source).model)
     assert [kind.sparse for kind in kinds] == [False, True, False, False, False, True]
     assert [kind.window for kind in kinds] == [6, 0, 6, 0, 0, 0]
+
+
+def test_the_older_field_of_scaling_replaces_the_newer_one():
+    """With the base beside it or the default, as transformers does; one without content is absent."""
+    source = json.loads((HERE / "llama" / "config.json").read_text())
+    both = source | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+    for beside, theta in (({}, 1e4), ({"rope_theta": 2e4}, 2e4)):
+        config = read_open_config(both | beside)
+        assert config.model.rope_scaling == RopeScalingConfig(kind="linear", factor=4.0)
+        assert config.model.rope_theta == theta
+        assert keep_fields(both | beside, config) == both | beside
+    assert read_open_config(both | {"rope_scaling": {}}).model.rope_theta == 5e5
+    assert read_open_config(GPT_OSS_20B | {"rope_scaling": None}).model == read_open_config(GPT_OSS_20B).model
 
 
 def test_every_family_has_a_case():
