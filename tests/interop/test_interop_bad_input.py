@@ -188,6 +188,7 @@ WRONG_VALUES = [
     ("hunyuan_v1_moe", "moe_topk", ([2, 3], [], "2", 0)),
     ("granitemoe", "logits_scaling", (0, "6")),
     ("ernie4_5_moe", "use_bias", (True,)),
+    ("switch_transformers", "router_dtype", ("bfloat16", "float16")),
     ("glm4_moe_lite", "mlp_layer_types", (["dense"] * 2, ["moe"] * 3)),
 ]
 CASES = [

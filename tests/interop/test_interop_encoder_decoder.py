@@ -198,6 +198,16 @@ def test_copies_of_the_embedding_must_be_copies(tmp_path):
         load_huggingface(tmp_path / "model")
 
 
+def test_a_router_in_bfloat16_is_not_exported():
+    """There its softmax and its weights would be rounded too."""
+    config = read_config(json.loads((HERE / "switch_transformers" / "config.json").read_text()))
+    moe = dataclasses.replace(config.model.moe, router_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"router_dtype='bfloat16': must be 'float32'"):
+        write_config(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)), "switch_transformers"
+        )
+
+
 @pytest.mark.parametrize(
     "changes", [{"group_size": 4}, {"overflow_to_next": True}, {"drop_policy": "probability"}, {"route_padding": False}]
 )

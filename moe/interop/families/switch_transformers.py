@@ -14,7 +14,11 @@ _NO_CAPACITY = 1 << 16
 
 
 class SwitchConfig(t5.EncoderDecoderConfig):
-    """Fields of ``config.json``. ``router_ignore_padding_tokens`` is read nowhere there: padding is always routed."""
+    """Fields of ``config.json``. ``router_ignore_padding_tokens`` is read nowhere there: padding is always routed.
+
+    A router in another dtype is refused: there its bias, its softmax and the weights of the experts have that dtype
+    too, here only the product of tokens and router (``model.moe.router_dtype``).
+    """
 
     num_experts: Experts = 8
     num_experts_per_tok: Annotated[int, pydantic.Field(ge=1, le=1)] = 1
@@ -25,7 +29,7 @@ class SwitchConfig(t5.EncoderDecoderConfig):
     decoder_sparse_step: OptionalCount | None = None
     router_bias: bool = False
     router_jitter_noise: Fraction = 0.01
-    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    router_dtype: Literal["float32"] = "float32"
     router_z_loss_coef: Coefficient = 0.001
     dense_act_fn: Literal["relu", "gelu_new"] | None = None
 
@@ -75,7 +79,6 @@ def read(source: SwitchConfig) -> tuple[Json, Json]:
         "route_padding": True,
         "balance_scope": "sequence",
         "jitter": source.router_jitter_noise,
-        "router_dtype": source.router_dtype,
         "bias": "router" if source.router_bias else "none",
         "z_loss_weight": source.router_z_loss_coef * per_layer,
         "expert_dropout": source.dropout_rate,
