@@ -188,6 +188,8 @@ WRONG_VALUES = [
     ("hunyuan_v1_moe", "moe_topk", ([2, 3], [], "2", 0)),
     ("granitemoe", "logits_scaling", (0, "6")),
     ("ernie4_5_moe", "use_bias", (True,)),
+    ("t5", "dense_act_fn", ("relu", "gelu")),
+    ("t5", "is_gated_act", (False,)),
     ("switch_transformers", "router_dtype", ("bfloat16", "float16")),
     ("glm4_moe_lite", "mlp_layer_types", (["dense"] * 2, ["moe"] * 3)),
 ]

@@ -66,6 +66,8 @@ class T5Config(EncoderDecoderConfig):
     """Fields of ``config.json``; ``tie_word_embeddings`` decides about the scale of the logits alone."""
 
     scale_decoder_outputs: bool | None = None
+    dense_act_fn: str | None = None
+    is_gated_act: bool | None = None
 
     @pydantic.field_validator("feed_forward_proj")
     @classmethod
@@ -73,6 +75,29 @@ class T5Config(EncoderDecoderConfig):
         if value not in _FFNS:
             raise ValueError(f"must be one of {', '.join(_FFNS)}")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _check_ffn(self) -> "T5Config":
+        """Refuse an FFN that is stated twice and differs: that library computes the one of these two fields."""
+        wanted = {
+            "dense_act_fn": _activation(self.feed_forward_proj),
+            "is_gated_act": _is_gated(self.feed_forward_proj),
+        }
+        for name, value in wanted.items():
+            if name in self.model_fields_set and (given := getattr(self, name)) != value:
+                raise ValueError(
+                    f"{name}={given!r}: must be {value!r} with feed_forward_proj={self.feed_forward_proj!r}"
+                )
+        return self
+
+
+def _is_gated(ffn: str) -> bool:
+    return ffn.startswith("gated-")
+
+
+def _activation(ffn: str) -> str:
+    """``dense_act_fn`` of a ``feed_forward_proj``."""
+    return "gelu_new" if ffn == "gated-gelu" else ffn.removeprefix("gated-")
 
 
 def read_shared(source: EncoderDecoderConfig) -> Json:
@@ -110,8 +135,8 @@ def write(model: ModelConfig) -> Json:
     ffn = next((name for name, activation in _FFNS.items() if activation == model.activation), model.activation)
     return write_shared(model) | {
         "feed_forward_proj": ffn,
-        "is_gated_act": ffn.startswith("gated-"),
-        "dense_act_fn": "gelu_new" if ffn == "gated-gelu" else ffn.removeprefix("gated-"),
+        "is_gated_act": _is_gated(ffn),
+        "dense_act_fn": _activation(ffn),
         "scale_decoder_outputs": model.scale_logits,
     }
 
