@@ -53,7 +53,8 @@ def read_config(source: Json) -> Config:
     own_fields = settings.pop("gate_fields", {})
     if settings.get("gate") != "none":
         settings["experts_per_token"] = fields.num_experts_per_tok
-    model = dataclasses.replace(_model(fields), **changes)
+    # In one go: its checks must not see the sizes that a family replaces, such as those of heads in latent attention.
+    model = ModelConfig(**(_model(fields) | changes))
     total = settings.get("num_experts", 0) * model.num_layers
     if total > MOST_EXPERTS:
         raise ConfigError(f"config.json: {total} experts in {model.num_layers} layers: must be at most {MOST_EXPERTS}")
@@ -70,22 +71,22 @@ def read_config(source: Json) -> Config:
     return from_config_dict(to_dict(Config(model=model, data=data)))
 
 
-def _model(fields: OpenConfig) -> ModelConfig:
-    """The settings that all families write alike."""
-    return ModelConfig(
-        vocab_size=fields.vocab_size,
-        d_model=fields.hidden_size,
-        num_layers=fields.num_hidden_layers,
-        num_heads=fields.num_attention_heads,
-        num_kv_heads=fields.num_key_value_heads or fields.num_attention_heads,
-        head_dim=fields.head_dim or fields.hidden_size // fields.num_attention_heads,
-        d_ff=fields.intermediate_size,
-        activation=ACTIVATIONS[fields.hidden_act],
-        norm_eps=fields.rms_norm_eps,
-        rope_theta=fields.rope.rope_theta or fields.rope_theta,
-        rope_scaling=read_scaling(fields),
-        tie_embeddings=fields.tie_word_embeddings,
-    )
+def _model(fields: OpenConfig) -> Json:
+    """The settings of ModelConfig that all families write alike."""
+    return {
+        "vocab_size": fields.vocab_size,
+        "d_model": fields.hidden_size,
+        "num_layers": fields.num_hidden_layers,
+        "num_heads": fields.num_attention_heads,
+        "num_kv_heads": fields.num_key_value_heads or fields.num_attention_heads,
+        "head_dim": fields.head_dim or fields.hidden_size // fields.num_attention_heads,
+        "d_ff": fields.intermediate_size,
+        "activation": ACTIVATIONS[fields.hidden_act],
+        "norm_eps": fields.rms_norm_eps,
+        "rope_theta": fields.rope.rope_theta or fields.rope_theta,
+        "rope_scaling": read_scaling(fields),
+        "tie_embeddings": fields.tie_word_embeddings,
+    }
 
 
 def write_config(config: Config, model_type: str = "") -> Json:

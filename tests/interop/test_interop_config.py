@@ -197,6 +197,30 @@ def test_the_older_field_of_scaling_replaces_the_newer_one():
     assert read_open_config(GPT_OSS_20B | {"rope_scaling": None}).model == read_open_config(GPT_OSS_20B).model
 
 
+#: Two pairs of each head of 8 are rotated.
+HALF_ROTATED = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 2.0},
+    **{"original_max_position_embeddings": 16, "short_factor": [1.0, 1.0], "long_factor": [1.0, 2.0]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("deepseek_v2", {"head_dim": None, "hidden_size": 36}, {"d_model": 36, "head_dim": 8}),
+        ("deepseek_v3", {"head_dim": None, "hidden_size": 36}, {"d_model": 36, "head_dim": 8}),
+        ("deepseek_v3", {"num_key_value_heads": 3}, {"num_kv_heads": 4}),
+        ("t5", {"d_kv": 5}, {"head_dim": 5}),
+        ("switch_transformers", {"d_kv": 5}, {"head_dim": 5}),
+        ("glm4_moe", {"rope_parameters": HALF_ROTATED}, {"rope_dim": 4}),
+    ],
+)
+def test_what_a_family_changes_is_not_checked_before(name, fields, expected):
+    """Sizes of heads that latent attention replaces, and those that relative positions or a partial rotation allow."""
+    model = read_open_config(json.loads((HERE / name / "config.json").read_text()) | fields).model
+    assert {field: getattr(model, field) for field in expected} == expected
+
+
 def test_every_family_has_a_case():
     assert {path.name for path in OURS + THEIRS + ENCODER_DECODERS} >= set(FAMILIES)
 
