@@ -23,7 +23,7 @@ from configs import (
     qwen3_30b_a3b,
     qwen3_next_80b_a3b,
 )
-from moe.config import Config, ConfigError, ModelConfig, RopeScalingConfig, layer_kinds
+from moe.config import Config, ConfigError, ModelConfig, RopeScalingConfig, layer_kinds, sparse_layers
 from moe.config.parse import from_config_dict
 from moe.interop import balance, families
 from moe.interop.config_json import keep_fields, write_config
@@ -145,6 +145,12 @@ def test_published_config_of_qwen3_next():
     assert count_parameters(ours)[0] == 79_674_391_296
     older = {name: value for name, value in source.items() if not name.startswith("linear_")}
     assert read_open_config(older).model == model
+
+
+@pytest.mark.parametrize("experts", [None, 0])
+def test_deepseek_without_experts_is_dense(experts):
+    source = json.loads((HERE / "deepseek" / "config.json").read_text())
+    assert not any(sparse_layers(read_open_config(source | {"n_routed_experts": experts}).model))
 
 
 def test_scope_of_the_balance_loss_of_deepseek():

@@ -42,7 +42,7 @@ def read(source: DeepseekConfig) -> tuple[Json, Json]:
     chosen = [n for n in range(num_layers) if source.n_routed_experts and n >= first and n % step == 0]
     moe = {
         "gate": read_gate(source),
-        "num_experts": source.n_routed_experts,
+        "num_experts": source.n_routed_experts or 1,  # none, or null: all layers are dense
         "d_ff": width,
         "shared_d_ff": width * source.n_shared_experts,
         "balance_scope": "sequence" if source.seq_aux else "batch",
