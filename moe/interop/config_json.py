@@ -10,9 +10,10 @@ import inspect
 
 from moe.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, layer_kinds, sparse_layers, to_dict
 from moe.config.parse import build, from_config_dict
+from moe.config.registry import find_layer
 from moe.interop import balance
 from moe.interop.families import FAMILIES, MISSING
-from moe.interop.families.family import Family, selection_rule
+from moe.interop.families.family import Family, gate_field, selection_rule
 from moe.interop.rope import read_scaling, write_scaling
 from moe.interop.schema import ACTIVATIONS, MOST_EXPERTS, Json, OpenConfig, parse
 
@@ -53,6 +54,7 @@ def read_config(source: Json) -> Config:
     own_fields = settings.pop("gate_fields", {})
     if settings.get("gate") != "none":
         settings["experts_per_token"] = fields.num_experts_per_tok
+        _check_top_1(family, settings)
     # In one go: its checks must not see the sizes that a family replaces, such as those of heads in latent attention.
     model = ModelConfig(**(_model(fields) | changes))
     total = settings.get("num_experts", 0) * model.num_layers
@@ -69,6 +71,17 @@ def read_config(source: Json) -> Config:
     if model.encoder_layers:
         data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
     return from_config_dict(to_dict(Config(model=model, data=data)))
+
+
+def _check_top_1(family: Family, settings: Json) -> None:
+    """Refuse one expert per token, with renormalised weights, in the words of the file: no gate here may have them."""
+    renormalised = settings.get("renormalise", gate_field(find_layer(settings["gate"]), "renormalise"))
+    if settings["experts_per_token"] == 1 and renormalised:
+        name = family.field_names.get(_EXPERTS_PER_TOKEN, _EXPERTS_PER_TOKEN)
+        raise ConfigError(
+            f"config.json: {name}=1: must be above 1 in a {family.model_type} whose weights are divided by their sum: "
+            "the only weight would always be 1, and no gate here computes that"
+        )
 
 
 def _model(fields: OpenConfig) -> Json:
@@ -171,7 +184,7 @@ def _write_as(config: Config, family: Family) -> Json:
         "tie_word_embeddings": model.tie_embeddings,
     }
     if any(sparse_layers(model)):
-        result["num_experts_per_tok"] = model.moe.experts_per_token
+        result[_EXPERTS_PER_TOKEN] = model.moe.experts_per_token
         result[family.balance_field] = balance.coefficient_there(family, model)
     if _PREDICTION in inspect.get_annotations(family.schema):
         result[_PREDICTION] = model.prediction_layers
@@ -180,7 +193,7 @@ def _write_as(config: Config, family: Family) -> Json:
     return {name: value for name, value in named.items() if name is not None} | family.write(model)
 
 
-_PREDICTION = "num_nextn_predict_layers"
+_PREDICTION, _EXPERTS_PER_TOKEN = "num_nextn_predict_layers", "num_experts_per_tok"
 _MODEL_FACTS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "activation", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_interleaved", "qk_norm", "attention_bias", "clip_qkv", "tie_embeddings"),

@@ -159,6 +159,28 @@ def test_scales_of_phi_that_are_refused(fields, pattern):
         read_config(source | {"num_experts_per_tok": 1})
 
 
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("mixtral", "num_experts_per_tok"),
+        ("gpt_oss", "num_experts_per_tok"),
+        ("deepseek_v3", "num_experts_per_tok"),
+        ("hunyuan_v1_moe", "moe_topk"),
+        ("ernie4_5_moe", "moe_k"),
+    ],
+)
+def test_one_renormalised_weight_is_refused_by_the_field_of_the_file(family, field):
+    source = json.loads((HERE / family / "config.json").read_text())
+    with pytest.raises(ConfigError, match=rf"^config\.json: {field}=1: must be above 1 in a {family} whose weights"):
+        read_config(source | {field: 1})
+
+
+def test_one_weight_that_is_not_renormalised_is_read():
+    source = json.loads((HERE / "deepseek_v3" / "config.json").read_text())
+    moe = read_config(source | {"num_experts_per_tok": 1, "norm_topk_prob": False}).model.moe
+    assert moe.experts_per_token == 1
+
+
 #: (family, field of config.json, values that are refused)
 WRONG_VALUES = [
     ("mixtral", "model_type", (None, 3, ["mixtral"], {})),
