@@ -91,6 +91,8 @@ def open_folder(
         return f"model.{name.removeprefix(family.inside)}" if inside else name
 
     folder = TensorFolder(directory, read_quantization(source), dtype, rename)
+    if config.model.tie_embeddings or family.ties_by_file:
+        folder.fill_originals(family.copies)
     config = dataclasses.replace(config, model=_by_copies(config.model, family, folder))
     last, extra = config.model.num_layers, parse(family.schema, source).num_nextn_predict_layers
     # The blocks of an encoder-decoder have no such layer after them, and a name for each stack.

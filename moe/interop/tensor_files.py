@@ -76,6 +76,11 @@ class StoredTensors:
             # A scalar has no slices.
             return file.get_slice(name)[index or (slice(None),) * len(shape)] if shape else file.get_tensor(name)
 
+    def alias(self, name: str, other: str) -> None:
+        """Give a tensor another name beside its own."""
+        self.headers[other], self.files[other] = self.headers[name], self.files[name]
+        self._names[other] = self._names[name]
+
     def _start(self, path: Path, name: str) -> int:
         if path not in self._starts:
             with open(path, "rb") as file:
@@ -193,6 +198,17 @@ class TensorFolder:
             if self.differ(copy, original):
                 raise ConfigError(f"{copy}: differs from {original}; layers of multi-token prediction share it here")
             self._headers.pop(copy, None)
+
+    def fill_originals(self, copies: Mapping[str, str]) -> None:
+        """Read originals that are absent from their first copy (copy → original): of tensors that are tied, a file may
+        hold any, under its name."""
+        for copy, original in copies.items():
+            if copy in self._headers and original not in self._headers:
+                self._headers[original] = self._headers.pop(copy)
+                if copy in self.forms:
+                    self.forms[original] = self.forms.pop(copy)
+                else:
+                    self._stored.alias(copy, original)
 
     def differ(self, copy: str, original: str) -> bool:
         """Whether a tensor that should be a copy of another is none."""

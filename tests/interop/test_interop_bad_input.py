@@ -78,6 +78,25 @@ def test_old_buffers_and_a_tied_copy_are_accepted(tmp_path):
         load_huggingface(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "original", "copy"),
+    [
+        ("mistral", "model.embed_tokens.weight", "lm_head.weight"),
+        ("t5", "shared.weight", "decoder.embed_tokens.weight"),
+        ("switch_transformers", "shared.weight", "encoder.embed_tokens.weight"),
+    ],
+)
+def test_tied_embeddings_may_lie_under_the_name_of_a_copy(family, original, copy, tmp_path):
+    whole, config = load_huggingface(HERE / family)
+    shutil.copytree(HERE / family, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors[copy] = tensors.pop(original)
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    model, same = load_huggingface(tmp_path / "model")
+    assert same == config
+    jax.tree.map(np.testing.assert_array_equal, model, whole)
+
+
 def test_damaged_folders(editable, tmp_path):
     folder, _, _ = editable
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
