@@ -153,6 +153,28 @@ def test_deepseek_without_experts_is_dense(experts):
     assert not any(sparse_layers(read_open_config(source | {"n_routed_experts": experts}).model))
 
 
+@pytest.mark.parametrize(
+    ("name", "absent", "value"),
+    [
+        ("qwen2_moe", "num_experts_per_tok", 4),
+        ("qwen3_moe", "num_experts_per_tok", 8),
+        ("granitemoeshared", "shared_intermediate_size", 0),
+    ],
+)
+def test_an_absent_field_has_the_default_of_the_library(name, absent, value):
+    source = json.loads((HERE / name / "config.json").read_text()) | {"num_experts": 8}
+    del source[absent]
+    assert getattr(FAMILIES[name].schema.model_validate(source), absent) == value
+    assert read_open_config(source).model == read_open_config(source | {absent: value}).model
+
+
+def test_null_is_false_in_deepseek_v3():
+    source = json.loads((HERE / "deepseek_v3" / "config.json").read_text()) | {"rope_interleave": True}
+    null = read_open_config(source | {"norm_topk_prob": None, "rope_interleave": None}).model
+    assert null == read_open_config(source | {"norm_topk_prob": False, "rope_interleave": False}).model
+    assert null.moe.gate != read_open_config(source).model.moe.gate
+
+
 def test_scope_of_the_balance_loss_of_deepseek():
     source = json.loads((HERE / "deepseek" / "config.json").read_text())
     for per_sequence, scope in ((True, "sequence"), (False, "batch")):

@@ -1,6 +1,8 @@
 """DeepSeek-V3: latent attention, sigmoid scores, a bias for the selection, groups by their two best experts."""
 
-from typing import Literal
+from typing import Any, Literal
+
+import pydantic
 
 from moe.config import ModelConfig
 from moe.interop.families.deepseek_layers import (
@@ -27,6 +29,15 @@ class DeepseekV3Config(LatentConfig):
     rope_interleave: bool = True
     aux_loss_alpha: Coefficient = 0.0001
     num_nextn_predict_layers: OptionalCount = 1
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read_null_as_false(cls, tree: Any) -> Any:
+        """Read a null of these two fields as the library does: as false, not as their default."""
+        if not isinstance(tree, dict):
+            return tree
+        null = {name for name in ("norm_topk_prob", "rope_interleave") if name in tree and tree[name] is None}
+        return tree | dict.fromkeys(null, False)
 
 
 def read(source: DeepseekV3Config) -> tuple[Json, Json]:

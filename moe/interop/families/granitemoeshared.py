@@ -11,7 +11,7 @@ from moe.interop.schema import Json, OptionalCount
 class GraniteSharedConfig(granitemoe.GraniteConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
-    shared_intermediate_size: OptionalCount = 1024
+    shared_intermediate_size: OptionalCount = 0
 
 
 def read(source: GraniteSharedConfig) -> tuple[Json, Json]:

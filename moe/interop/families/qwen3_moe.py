@@ -3,10 +3,16 @@
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, read_bias, window_of
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
-from moe.interop.schema import Json
+from moe.interop.schema import Count, Json
 
 
-def read(source: QwenConfig) -> tuple[Json, Json]:
+class Qwen3MoeConfig(QwenConfig):
+    """Fields of ``config.json`` with the library's defaults."""
+
+    num_experts_per_tok: Count = 8
+
+
+def read(source: Qwen3MoeConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     window = (source.sliding_window or 0) if source.use_sliding_window else 0
     model = {"qk_norm": "head", "attention_bias": read_bias(source), "sliding_window": window}
@@ -23,4 +29,4 @@ def write(model: ModelConfig) -> Json:
     }
 
 
-FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", QwenConfig, read, write, ATTENTION | DENSE | EXPERTS)
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", Qwen3MoeConfig, read, write, ATTENTION | DENSE | EXPERTS)
