@@ -22,11 +22,14 @@ def read_scaling(fields: OpenConfig) -> RopeScalingConfig:
         return RopeScalingConfig()
     # The order of the library: beside the scaling, in it, and the longest context where neither says.
     longest = fields.max_position_embeddings
-    original = fields.original_max_position_embeddings or rope.original_max_position_embeddings
-    factor = rope.factor or (longest / original if original and rope.rope_type in ("yarn", "longrope") else None)
+    stated = fields.original_max_position_embeddings or rope.original_max_position_embeddings
+    original = stated or longest
+    # Longrope, whose frequencies have factors of their own, need state neither.
+    ratio = longest / original if rope.rope_type == "longrope" or (stated and rope.rope_type == "yarn") else None
+    factor = rope.factor or ratio
     if factor is None:
         raise ConfigError(f"config.json: rope_type={rope.rope_type!r}: needs factor")
-    length = {"linear": 0, "dynamic": longest}.get(rope.rope_type, original or longest)
+    length = {"linear": 0, "dynamic": longest}.get(rope.rope_type, original)
     return RopeScalingConfig(kind=rope.rope_type, factor=factor, original_length=length, **_constants(rope))
 
 

@@ -93,6 +93,7 @@ class RopeParameters(Fields):
     long_mscale: Positive | None = None
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
+    finetuned: bool | None = None  # of files of YaRN's authors; read nowhere
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -249,6 +249,23 @@ def test_what_a_family_changes_is_not_checked_before(name, fields, expected):
     assert {field: getattr(model, field) for field in expected} == expected
 
 
+def test_a_longrope_that_names_no_original_context_has_factor_1():
+    source = json.loads((HERE / "llama_longrope" / "config.json").read_text())
+    stated = ("factor", "original_max_position_embeddings")
+    positions = {name: value for name, value in source["rope_parameters"].items() if name not in stated}
+    assert source.keys().isdisjoint(stated)
+    scaling = read_open_config(source | {"rope_parameters": positions}).model.rope_scaling
+    assert (scaling.kind, scaling.factor) == ("longrope", 1.0)
+    assert scaling.original_length == source["max_position_embeddings"]
+
+
+def test_a_scaling_may_say_that_it_was_fine_tuned():
+    source = json.loads((HERE / "llama" / "config.json").read_text())
+    yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64}
+    plain, tuned = (read_open_config(source | {"rope_scaling": yarn | more}) for more in ({}, {"finetuned": True}))
+    assert tuned == plain
+
+
 def test_every_family_has_a_case():
     assert {path.name for path in OURS + THEIRS + ENCODER_DECODERS} >= set(FAMILIES)
 
