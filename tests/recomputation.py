@@ -153,11 +153,14 @@ def holm(p):
 
 
 def pooled(losses, base):
-    """Arm → (mean, low, high) in the model arm + seed; ``losses``: arm → series over seeds."""
+    """Arm → (mean, low, high) in the model arm + seed; ``losses``: arm → series over seeds. Empty without a degree of
+    freedom for the residual variance."""
     table = pd.concat(losses, names=["arm", "seed"]).rename("loss").reset_index()
     design = pd.get_dummies(table[["arm", "seed"]].astype(str), dtype=float)
     design = design.drop(columns=f"arm_{base}")
     degrees = len(table) - design.shape[1]
+    if degrees < 1:
+        return {}
     q, r = np.linalg.qr(design.to_numpy())
     fit = scipy.linalg.solve_triangular(r, q.T @ table.loss)
     variance = ((table.loss - design.to_numpy() @ fit) ** 2).sum() / degrees

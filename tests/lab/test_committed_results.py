@@ -189,7 +189,7 @@ def test_comparisons(report):
             p = {arm: again.interval(differences[arm])[3] for arm in several}
             adjusted = dict(zip(several, again.holm(p.values()), strict=True))
             losses = {arm: runs.loss(arm, steps) for arm in [base, *arms]}
-            pooled = again.pooled(losses, base) if several else {}
+            pooled = again.pooled(losses, base)
             for row in rows:
                 where, arm, loss = f"{title}, {steps} steps, {row[0]}", row[0], losses[row[0]]
                 spread = [(loss.std(ddof=1), ".4f")] if len(loss) > 1 else []
