@@ -31,10 +31,10 @@ def get_suite(size: str) -> Suite:
         seeds=tuple(range(5, 15)),
         dropping_differs="each layer has its own paper's capacity",
         comparisons={
-            "equal active FLOPs, scale 0.1": Comparison("dense_0.1", ("switch_0.1", "mixtral_0.1"), ("steps", "flops")),
             "equal active and total parameters, scale 0.1": Comparison(
                 "switch_0.1", ("mixtral_0.1", "mixtral"), ("steps", "active_parameters", "total_parameters")
             ),
+            "equal active FLOPs, scale 0.1": Comparison("dense_0.1", ("switch_0.1", "mixtral_0.1"), ("steps", "flops")),
             **{
                 f"{name}, scale 0.1 against 1.0": Comparison(name, (f"{name}_0.1",), common.FLOPS_AND_PARAMETERS)
                 for name in _ARMS
