@@ -80,7 +80,7 @@ def import_checkpoint(
 
 
 def _companions(source: Path) -> dict[str, bytes]:
-    """What is copied with the weights of a folder. Raises ConfigError for a file that cannot be read."""
+    """Files that are copied with the weights of a folder. Raises ConfigError for one that cannot be read."""
     found = companions(source)
     if GENERATION_FILE in found:
         read_object(source / GENERATION_FILE)

@@ -162,9 +162,9 @@ def _check(found: _File) -> None:
             raise ValueError(f"claim {claim.number}: has no part")
         if claim.family and len(claim.parts) > 1:
             raise ValueError(f"claim {claim.number}: one of a family has one part")
-    families: dict[str, list[int]] = {"primary": [], "replication": []}
-    for claim in found.claim:
-        families.get(claim.family, []).append(claim.number)
+    families = {
+        name: [claim.number for claim in found.claim if claim.family == name] for name in ("primary", "replication")
+    }
     for name, members in families.items():
         if len(members) > MOST_OF_FAMILY:
             raise ValueError(f"claims {members} are of the family {name!r}: at most {MOST_OF_FAMILY}")

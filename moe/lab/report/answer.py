@@ -69,7 +69,7 @@ def write_page(directory: Path, found: Table, registered: Registered, seconds: S
 
 
 def _limits(found: Table) -> str:
-    """What the page does not say."""
+    """Limits of the page's answer, with how its learning rates were chosen."""
     swept = any(choice.tried for choice in found.choices.values())
     return _LIMITS.format(rates=_SWEEP if swept else _NO_SWEEP).replace("\n", " ")
 
