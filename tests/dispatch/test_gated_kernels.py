@@ -55,9 +55,9 @@ def _oracle(rows, weights, scale):
 @pytest.mark.parametrize(
     ("activation", "hidden", "biases", "turned", "scaled"),
     [
-        ("swiglu", 256, False, True, True),
         ("swiglu_clamped", 200, True, True, True),  # padded to 256
-        ("geglu", 256, True, False, False),
+        ("geglu", 256, False, False, False),
+        slow_case("swiglu", 256, False, True, True),
         slow_case("geglu_exact", 128, False, False, True),
         slow_case("reglu", 384, False, True, False),
     ],

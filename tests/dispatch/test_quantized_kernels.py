@@ -25,7 +25,12 @@ pytest.importorskip("qwix")
 
 @pytest.mark.parametrize(
     ("precision", "transposed", "tile_k"),
-    [("int8", False, 256), slow_case("int8", True, 128), slow_case("float8", True, 256), ("float8", False, 128)],
+    [
+        slow_case("int8", False, 256),
+        slow_case("int8", True, 128),
+        slow_case("float8", True, 256),
+        ("float8", False, 128),
+    ],
 )
 def test_values_and_gradients(precision, transposed, tile_k, rng, monkeypatch):
     """Values and gradients of rounded factors; 200 columns are a block and a part of one, and K is one block or two.

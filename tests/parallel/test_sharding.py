@@ -140,17 +140,24 @@ def _layer_program(gate, mode, *, gradient):
     return config, parameters, jax.value_and_grad(loss, argnums=(0, 1), has_aux=True) if gradient else forward
 
 
-@pytest.mark.parametrize("mode", ["gather", "einsum"])
 @pytest.mark.parametrize(
-    ("sizes", "gate", "gradient"),
+    ("sizes", "gate", "gradient", "mode"),
     [
-        slow_case((1, 2, 4, 1), "gshard", False),  # test_contract_of_the_forward_pass is of a whole model
-        ((1, 1, 8, 1), "mixtral", True),
-        ((2, 1, 2, 2), "switch", True),
-        slow_case((1, 2, 4, 1), "gshard", True),
-        slow_case((2, 2, 2, 1), "mixtral", True),
-        slow_case((8, 1, 1, 1), "gshard", True),
-        slow_case((2, 2, 1, 2), "switch", True),
+        ((1, 1, 8, 1), "mixtral", True, "gather"),
+        ((2, 1, 2, 2), "switch", True, "einsum"),
+        slow_case((1, 1, 8, 1), "mixtral", True, "einsum"),
+        slow_case((2, 1, 2, 2), "switch", True, "gather"),
+        *(
+            slow_case(sizes, gate, gradient, mode)
+            for sizes, gate, gradient in (
+                ((1, 2, 4, 1), "gshard", False),  # test_contract_of_the_forward_pass is of a whole model
+                ((1, 2, 4, 1), "gshard", True),
+                ((2, 2, 2, 1), "mixtral", True),
+                ((8, 1, 1, 1), "gshard", True),
+                ((2, 2, 1, 2), "switch", True),
+            )
+            for mode in ("gather", "einsum")
+        ),
     ],
     ids=str,
 )
