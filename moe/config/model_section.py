@@ -200,7 +200,7 @@ class ModelConfig(Section, path=_MODEL):
         if not self.has_base:
             return
         none = {"encoder_layers": 0, "relative_buckets": 0, "scale_logits": False, "logit_bias": False}
-        self._require_defaults("model.base_d_model, base_num_layers or base_head_dim", **none)
+        self._require_defaults("model.base_*", **none)
         root, factors = self.width_growth**0.5, {}
         if self.base_d_model:
             factors |= {"embedding_scale": root, "logit_scale": 1 / root}

@@ -124,7 +124,7 @@ class OptimizerConfig(Section, path="optimizer."):
     schedule: Schedule = setting("cosine", resume="later")
     #: of the peak, at the last step; cosine and wsd
     final_learning_rate_fraction: float = setting(0.1, least=0, most=1, resume="later")
-    warmup_steps: int = setting(30, least=0, resume="later", unit="steps")  # of the rise from 0
+    warmup_steps: int = setting(30, least=0, resume="later", unit="steps")  # of the linear rise to the peak
     decay_steps: int = setting(0, least=0, resume="later", unit="steps")  # of wsd's decay; 0: a tenth of num_steps
     b1: float = setting(0.9, share=True, resume="later")  # adamw: decay of the first moment
     b2: float = setting(0.95, share=True, resume="later")  # adamw: decay of the second moment

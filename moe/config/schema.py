@@ -133,7 +133,7 @@ def _check_policy(config: Config) -> None:
 
 def _check_transfer(config: Config) -> None:
     """Check that the optimizer has rates for a model with the sizes of a base model."""
-    name, allowed = config.optimizer.name, "must be adamw or muon with model.base_d_model or model.base_num_layers"
+    name, allowed = config.optimizer.name, "must be adamw or muon with a base model's sizes, model.base_*"
     require(name in ("adamw", "muon") or not config.model.has_base, "optimizer.name", name, allowed)
 
 

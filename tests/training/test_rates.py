@@ -175,7 +175,7 @@ def test_changes_do_not_grow_with_the_width(name):
 def test_refusals_and_forms():
     with pytest.raises(ConfigError, match=r"model\.logit_scale=0\.3: must be 0\.5, or 1 to be filled in"):
         tiny_model(d_model=64, base_d_model=16, logit_scale=0.3)
-    with pytest.raises(ConfigError, match=r"model\.encoder_layers=2: must be 0 where model\.base_d_model"):
+    with pytest.raises(ConfigError, match=r"model\.encoder_layers=2: must be 0 where model\.base_\* is set"):
         tiny_model(encoder_layers=2, base_d_model=8)
     with pytest.raises(ConfigError, match=r"optimizer\.name='adafactor': must be adamw or muon"):
         Config(model=tiny_model(base_d_model=8), optimizer=OptimizerConfig(name="adafactor"))
