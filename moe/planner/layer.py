@@ -77,7 +77,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     Args:
         config: its model and mesh are used.
         topology: to compile for, all its devices.
-        tokens: in a row of the batch; every device that has tokens has one row.
+        tokens: in a row of the batch; every device has one row, or its part of one that ``mesh.context`` splits.
         backward: forward and backward, gradients of parameters and tokens, instead of forward.
     """
     mesh = make_mesh(config.mesh, topology.devices)
@@ -85,7 +85,8 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     compiled = _compile(config.model, mesh, tokens, topology, backward=backward)
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
-    active = tokens * moe.experts_per_token
+    parts = mesh.shape["context"]
+    active = tokens * moe.experts_per_token // parts
     at_once = active // moe.chunks(moe.group_size or tokens, mesh.shape["expert"])
     text = program.read(
         compiled.as_text() or "",
@@ -104,7 +105,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
         kernels=sum(item.seconds * item.count for item in text.items if item.kind == "grouped matmul"),
         unpriced=text.unpriced_bytes / (chip.memory_bandwidth / chip.devices),
         active_floor=flops * active / peak,
-        slot_floor=flops * _computed_rows(moe, tokens) / peak,
+        slot_floor=flops * _computed_rows(moe, tokens) / parts / peak,
         exchanges=exchanges.summarise(text, list(mesh.devices.flat), chip),
         copies=sum(count for _, count, _ in text.copies),
         copied_bytes=sum(size * count for size, count, _ in text.copies),

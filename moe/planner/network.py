@@ -57,7 +57,9 @@ def seconds(collective: Collective, devices: Sequence[Any], chip: Chip | Gpu) ->
     passes = 2.0 if collective.kind == "all-reduce" else 1.0
     slices = _slices(group)
     if slices > 1:
-        return passes * collective.bytes * (slices - 1) / slices / (chip.dcn / chip.devices)
+        # A permutation sends all of a device's bytes to one other; the other kinds send each slice its share.
+        sent = 1.0 if collective.kind == "collective-permute" else (slices - 1) / slices
+        return passes * collective.bytes * sent / (chip.dcn / chip.devices)
     coordinates = np.array([device.coords for device in group])
     extent = np.array([device.coords for device in devices]).max(axis=0) + 1
     link = chip.link / chip.devices

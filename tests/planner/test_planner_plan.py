@@ -74,6 +74,11 @@ def test_network_model_by_hand():
     # members two apart share each link with another group and have no ring
     assert network.seconds(collective("all-gather", (0, 2)), devices, chip) == pytest.approx(8e8 / 2 / 5e10)
     assert network.seconds(collective("all-gather", (0,)), devices, chip) == 0.0
+    # two slices: half of what is gathered arrives by DCN, and all that one stage passes to the next
+    for device in devices:
+        device.slice_index = device.coords[0] // 2
+    assert network.seconds(collective("all-gather", range(64)), devices, chip) == pytest.approx(8e8 / 2 / chip.dcn)
+    assert network.seconds(collective("collective-permute", (0, 32)), devices, chip) == pytest.approx(8e8 / chip.dcn)
 
 
 def test_flops_count_loops_and_kernels():
