@@ -231,6 +231,7 @@ def test_dockerfile_copies_files_that_exist():
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert "pyproject.toml" in copied
     assert all((ROOT / word).exists() for word in copied)
+    assert ".venv" in (ROOT / ".dockerignore").read_text().split()  # the image has its own
     assert lines[-2:] == ['ENTRYPOINT ["sh"]', 'CMD ["scripts/launch/gpu_host.sh", "--help"]']
 
 
