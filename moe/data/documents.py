@@ -70,8 +70,13 @@ def make_document(fields: tuple[str, ...], values: Sequence[Any]) -> str:
     if fields == rollouts.ROW_FIELDS:
         raise ValueError(rollouts.ONE_COMPLETION)
     if fields[-2:] == PREFERENCE:
-        prompt = _turns(values[0], "user") if len(fields) > 2 else []
-        sides = {name: prompt + _turns(value, "assistant") for name, value in zip(PREFERENCE, values[-2:], strict=True)}
+        sides = {name: _turns(value, "assistant") for name, value in zip(PREFERENCE, values[-2:], strict=True)}
+        if len(fields) > 2:
+            have_prompt = {side[0]["role"] != "assistant" for side in sides.values()}
+            if len(have_prompt) > 1:
+                raise ValueError("needs 'chosen' and 'rejected' that are both answers, or both whole conversations")
+            if have_prompt == {False}:
+                sides = {name: _turns(values[0], "user") + side for name, side in sides.items()}
         return CONVERSATION + json.dumps(sides, ensure_ascii=False)
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"needs an object with {EXPECTED_FIELDS}")

@@ -48,8 +48,8 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in names]
     splits = {split for _, _, split in found}
     heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
-    if "train" in splits and heldout:
-        numbers = {"train": TRAIN, heldout: HELDOUT, None: UNSPLIT}
+    if "train" in splits:
+        numbers = {None: UNSPLIT, "train": TRAIN if heldout else UNSPLIT} | ({heldout: HELDOUT} if heldout else {})
         sources = [Source(name, domain, numbers[split]) for name, domain, split in found if split in numbers]
     else:
         sources = [Source(name, domain, UNSPLIT) for name, domain, _ in found]
@@ -90,8 +90,9 @@ def _domain_and_split(name: PurePosixPath, root: str, saved: bool) -> tuple[str,
     if saved and len(name.parts) > 1:  # SPLIT/data-00000-of-00001.arrow
         return root, name.parts[0]
     shard = _SHARD.fullmatch(name.name)
-    split = shard[1] if shard and shard[1] in ("train", *_HELDOUT_NAMES) else None
-    folders = [part for part in name.parts[:-1] if not (split and part == "data")]  # the hub's folder of shards
+    split = shard[1] if shard else None
+    is_known = split in ("train", *_HELDOUT_NAMES)
+    folders = [part for part in name.parts[:-1] if not (is_known and part == "data")]  # the hub's folder of shards
     return (folders[0] if folders else root), split
 
 

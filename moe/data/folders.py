@@ -99,7 +99,11 @@ def refuse_inside(dataset: str, workdir: str) -> None:
 
 
 def open_folder(
-    name: str, directory: epath.Path, progress: Callable[[str], None], suffixes: Sequence[str] = ()
+    name: str,
+    directory: epath.Path,
+    progress: Callable[[str], None],
+    suffixes: Sequence[str] = (),
+    wanted: Sequence[str] = (),
 ) -> tuple[dict[str, tuple[FolderDocuments, FolderDocuments]], str]:
     """Return domain → (train, heldout) of a folder, and a digest of its content.
 
@@ -112,19 +116,25 @@ def open_folder(
       directory: data.directory; the index is written under it.
       progress: called with a line before indexing.
       suffixes: of files that are text, beside moe.data.folder_files.TEXT_SUFFIXES.
+      wanted: domains, of any folder; empty: all.
 
     Raises:
-      ConfigError: no text, or a malformed record; the file is named.
+      ConfigError: no text, a malformed record, or a domain of one document; the file or domain is named.
     """
     root = _find_root(name)
     index, about, places = _find_index(root, directory, suffixes, progress)
     files = [_reader(root, index, entry) for entry in about.files]
     found = {}
     for number, domain in enumerate(about.domains):
+        if wanted and domain not in wanted:
+            continue
         here = np.flatnonzero(places["domain"] == number)
         held = _is_heldout(places[here])
         if held.all() or not held.any():
-            raise ConfigError(f"{root}: the {len(here)} document(s) of {domain!r} cannot be divided into two splits")
+            raise ConfigError(
+                f"{root}: the {len(here)} document(s) of {domain!r} cannot be divided into two splits; add more, or "
+                "leave it out by data.domains"
+            )
         found[domain] = (FolderDocuments(files, places, here[~held]), FolderDocuments(files, places, here[held]))
     content = [[entry.name, entry.sha256] for entry in about.files]
     return found, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

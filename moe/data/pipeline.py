@@ -380,13 +380,11 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
             elif prepared.reader is not None:
                 found = [example["targets"][example["targets"] >= 0] for example in prepared.reader.examples(text)]
             else:
-                found = [_tokenise(text, tokenizer)["row"]]
+                found = [_tokenise(text, tokenizer)["row"][int(tokenizer.bos_id >= 0) :]]  # bos is no target
             for ids in found:
                 counts += np.bincount(ids, minlength=len(counts))
                 read += len(ids)
             if read >= UNIGRAM_TOKENS:
                 break
-        if not data.whole_examples and tokenizer.bos_id >= 0:
-            counts[tokenizer.bos_id] = 0
         prepared._unigram_counts[domain] = counts
     return prepared._unigram_counts[domain]

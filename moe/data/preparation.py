@@ -126,7 +126,7 @@ def _open(
     found: dict[str, tuple[Sequence[str], Sequence[str], str]] = {}
     for name in names:
         if folders.is_folder(name):
-            parts, version = folders.open_folder(name, directory, progress, data.text_suffixes)
+            parts, version = folders.open_folder(name, directory, progress, data.text_suffixes, data.domains)
             added = {domain: (*splits, version) for domain, splits in parts.items()}
         else:
             added = {} if name == "embedded" else {name: tfds_datasets.open_tfds(name, directory)}

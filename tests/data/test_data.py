@@ -120,6 +120,15 @@ def test_unigram_by_hand(letters):
     assert pipeline.unigram_nll(letters, data) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_tokenizer_with_one_id_for_bos_and_eos_counts_every_end(letters):
+    # eos is id 2 and begins every document too, but is a target only at the ends: counts as in the test above.
+    data = DataConfig(sequence_length=6, heldout_rows=1)
+    tokenizer = type("OneId", (LetterTokenizer,), {"bos_id": LetterTokenizer.eos_id})()
+    joined = preparation.Prepared(tokenizer, letters.domains, letters.train, letters.heldout)
+    expected = -(3 * math.log(2 / 11) + 2 * math.log(3 / 11)) / 5
+    assert pipeline.unigram_nll(joined, data, "x") == pytest.approx(expected, rel=1e-12)
+
+
 # --- Training batches ------------------------------------------------------------------------------------------------
 def test_no_target_crosses_a_document(prepared, data):
     # With eos = 2 and bos = 1 the rules are visible in the ids: eos has no target, bos is none.

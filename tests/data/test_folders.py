@@ -18,7 +18,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe.config import ConfigError
-from moe.data import documents, folders, pipeline
+from moe.data import documents, folder_files, folders, pipeline
 from moe.data.folder_files import find_sources
 from moe.training import report
 from tests.text_fixtures import VOCAB, assert_equal, data, directory, folder  # noqa: F401
@@ -235,6 +235,8 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
         _write_table(tmp_path / "saved" / split / "cache-0123456789abcdef.arrow", unused, stream=True)
         _write_table(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", documents_)
         _write_table(tmp_path / "languages" / "en" / f"{split}-00000-of-00001.parquet", documents_)
+    for folder_ in ("hub/data", "languages/en"):
+        _write_table(tmp_path / folder_ / "unsupervised-00000-of-00001.parquet", unused)
     _write_table(tmp_path / "saved" / "other" / "data-00000-of-00001.arrow", unused, stream=True)
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test", "other"]}')
     for folder_, domain in (("saved", "saved"), ("hub", "hub"), ("languages", "en")):
@@ -246,6 +248,26 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"\.parquet: reading this file needs pyarrow; install it with pip"):
         pipeline.prepare(dataclasses.replace(config, directory=str(tmp_path / "other")), VOCAB)
+
+
+def test_a_split_of_no_known_name_is_not_trained_on(tmp_path):
+    for split in ("train", "validation_matched", "test_matched"):
+        _write_table(tmp_path / f"{split}-00000-of-00001.parquet", [split])
+    (source,) = find_sources(epath.Path(tmp_path))
+    assert (source.name, source.split) == ("train-00000-of-00001.parquet", folder_files.UNSPLIT)
+
+
+def test_a_domain_of_one_document_can_be_left_out(tmp_path, data):
+    for domain in ("books", "web"):
+        (tmp_path / "text" / domain).mkdir(parents=True)
+        for i in range(40):
+            (tmp_path / "text" / domain / f"{i}.txt").write_text(random_text(i))
+    (tmp_path / "text" / "README.md").write_text("one document")
+    config = dataclasses.replace(data, dataset=str(tmp_path / "text"), directory=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"1 document\(s\) of 'text' cannot be .* leave it out by data\.domains"):
+        pipeline.prepare(config, VOCAB, progress=lambda _: None)
+    chosen = dataclasses.replace(config, domains=("books", "web"))
+    assert pipeline.prepare(chosen, VOCAB, progress=lambda _: None).domains == ("books", "web")
 
 
 @pytest.mark.parametrize(

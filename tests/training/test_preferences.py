@@ -36,6 +36,9 @@ def test_documents_of_all_forms():
     assert pair() == expected
     assert documents.make_document(("prompt", "chosen", "rejected"), (PROMPT, *answers)) == expected
     assert documents.make_document(("chosen", "rejected"), whole) == expected
+    assert documents.make_document(("prompt", "chosen", "rejected"), ("ab", *whole)) == expected  # prompt said twice
+    with pytest.raises(ValueError, match="both answers, or both whole conversations"):
+        documents.make_document(("prompt", "chosen", "rejected"), ("ab", whole[0], answers[1]))
     assert documents.text_fields({"prompt", "chosen", "rejected", "score"}) == ("prompt", "chosen", "rejected")
     with pytest.raises(ValueError, match="not a list of objects"):
         documents.make_document(("prompt", "chosen", "rejected"), ("ab", None, "b"))
