@@ -238,7 +238,8 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
     available = unstack_layers(source.model, theirs).keys()
     loaded = {key for key in ours if _source(key, available, config) is not None}
     fresh = sorted({".".join(names) for layer, names in ours.keys() - loaded})
-    flat = [flatten(dataclasses.asdict(tree.model)) for tree in (config, source)]
+    is_same_gate = config.model.moe.gate_name == source.model.moe.gate_name
+    flat = [_settings(tree.model, is_same_gate) for tree in (config, source)]
     changed = [
         f"{name} {flat[1].get(name)} -> {value}" for name, value in flat[0].items() if value != flat[1].get(name)
     ]
@@ -249,6 +250,16 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
         f"tokenizer: {config.data.tokenizer or 'inherited'}; "
         f"model: inherited{' but for ' + ', '.join(changed) if changed else ''}"
     )
+
+
+def _settings(model: ModelConfig, with_fields_of_gate: bool) -> dict[str, Any]:
+    """Dotted names of a model's settings and their values; of its gate the name alone, or its fields."""
+    settings = flatten(dataclasses.asdict(model))
+    if with_fields_of_gate:
+        return settings
+    return {name: value for name, value in settings.items() if not name.startswith("moe.gate")} | {
+        "moe.gate": model.moe.gate_name
+    }
 
 
 def _carry(program: Program, source: Config, fresh: Any) -> Any:

@@ -14,10 +14,11 @@ import pyarrow.parquet
 import pytest
 from etils import epath
 
-from moe.config import ConfigError, DataConfig
+from moe.config import ConfigError, DataConfig, to_dict
 from moe.data import chat, chat_rendering, documents, pipeline
 from moe.data.json_tokenizer import JsonTokenizer
 from moe.parallel.mesh import make_mesh
+from moe.training import open_run
 from moe.training.step import build
 from tests.run_helpers import tiny, write_run
 
@@ -230,6 +231,17 @@ def test_what_conversations_need_is_said(config, tmp_path):
     (tmp_path / "plain" / "a.txt").write_text("plain\n\n" * 4000)
     with pytest.raises(ConfigError, match="needs documents with messages, prompt and response"):
         pipeline.prepare(dataclasses.replace(own, dataset=str(tmp_path / "plain")), 400, progress=lambda _: None)
+
+
+def test_a_run_with_a_template_is_evaluated_on_plain_text(tmp_path, monkeypatch):
+    config = tiny(tmp_path, **{"data.objective": "chat", "data.chat_template": "own.jinja"})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    monkeypatch.setattr(open_run.pipeline, "prepare_run", lambda config, **_: config.data)
+    monkeypatch.setattr(open_run, "find_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(open_run, "build", lambda *_: None)
+    for objective, template in ((None, "own.jinja"), ("causal", "")):
+        opened = open_run.open_workdir(str(tmp_path), {("data", "objective"): objective})
+        assert opened.prepared.chat_template == template
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from flax import nnx
 
 from configs import base, upcycle
 from moe.atomic_files import to_checked_json
@@ -26,14 +27,17 @@ from moe.config import (
     ConfigError,
     DistillConfig,
     MeshConfig,
+    ModelConfig,
     StartConfig,
     inherit_model,
     to_config_dict,
     to_dict,
 )
 from moe.config.parse import from_config_dict
+from moe.config.registry import find_layer
 from moe.data.tokenizer import train_tokenizer
 from moe.interop import import_checkpoint, load_huggingface
+from moe.models.factory import abstract_parameters
 from moe.models.state import set_schedule_step
 from moe.parallel.mesh import make_mesh
 from moe.training import warm_start
@@ -189,6 +193,17 @@ def test_what_was_loaded_is_fresh_and_is_inherited_is_said_in_a_line(tmp_path):
     (line,) = said
     assert re.match(r"start: (\d+) of (\d+) arrays from .*; fresh: moe\.router\.kernel; optimizer state: new", line)
     assert line.endswith("tokenizer: inherited; model: inherited")
+
+
+@pytest.mark.parametrize("names", [("mixtral", "none"), ("none", "mixtral"), ("mixtral", "hash")])
+def test_of_another_gate_the_name_is_said(names):
+    """Not the fields of either, which are those of its paper."""
+    theirs, ours = (Config(model=ModelConfig(moe=find_layer(name))) for name in names)
+    parameters = nnx.to_pure_dict(abstract_parameters(theirs.model))
+    said = warm_start._summary(ours, theirs, jax.tree.map(lambda leaf: np.broadcast_to(0, leaf.shape), parameters))
+    changes = said.partition("model: inherited but for ")[2].split(", ")
+    assert f"moe.gate {names[0]} -> {names[1]}" in changes
+    assert not any(change.startswith("moe.gate.") for change in changes)
 
 
 def _save_run(workdir, config, state):
