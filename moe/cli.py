@@ -244,12 +244,13 @@ def help_text(module: str, required: Sequence[str], examples: Sequence[str]) -> 
 
 
 def _value_of(argv: list[str], name: str) -> str | None:
-    """Value of --name=VALUE or --name VALUE in a command line; None if it is not given."""
+    """Last value of --name=VALUE or --name VALUE in a command line; None if it is not given."""
+    found = None
     for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag == name:
-            return value if equals else following
-    return None
+            found = value if equals else following
+    return found
 
 
 def _extend_import_path(argv: list[str]) -> None:

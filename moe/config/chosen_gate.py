@@ -6,9 +6,11 @@ ml_collections takes no name for a section, and the fields of the new gate must 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import ml_collections
 
+from moe.config import run_config
 from moe.config.parse import check_gate_field
 from moe.config.references import load_python_file
 
@@ -24,6 +26,20 @@ def request(path: str, gate: str | None, fields: list[str]) -> str:
     return f"{__file__}:{json.dumps({'path': path, 'gate': gate, 'fields': fields})}"
 
 
+def asked_for(config_file: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path of the config file of a command line, and the fields that were set, the gate among them.
+
+    Args:
+        config_file: value of ``--config``, which may be a :func:`request`.
+        fields: set beside it.
+    """
+    path, _, argument = config_file.partition(":")
+    if path != __file__:
+        return config_file, fields
+    content = json.loads(argument)
+    return content["path"], {"model.moe.gate": content["gate"], **fields} if content["gate"] else fields
+
+
 def get_config(asked: str) -> ml_collections.ConfigDict:
     """The config of another file with the gate of a :func:`request`.
 
@@ -32,10 +48,14 @@ def get_config(asked: str) -> ml_collections.ConfigDict:
     """
     content = json.loads(asked)
     file, colon, argument = content["path"].partition(":")
-    module = load_python_file(file)
-    tree = module.get_config(argument) if colon else module.get_config()
-    if content["gate"] is not None:
-        tree.model.moe.gate = content["gate"]
+    tree: Any
+    if file == run_config.__file__:
+        tree = run_config.get_config(argument, content["gate"])
+    else:
+        module = load_python_file(file)
+        tree = module.get_config(argument) if colon else module.get_config()
+        if content["gate"] is not None:
+            tree.model.moe.gate = content["gate"]
     for name in content["fields"]:
         check_gate_field(tree.model.moe.gate, name)
     return tree

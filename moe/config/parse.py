@@ -84,6 +84,22 @@ def choose_gate(moe: typing.Any, name: str) -> None:
             _set_unmarked(moe, constant, value)
 
 
+def assign_changes(moe: typing.Any) -> None:
+    """Mark as assigned what differs from the constants of the paper, in a section of :func:`to_config_dict`."""
+    layer = find_layer(moe.gate.name)
+    pairs: list[tuple[typing.Any, typing.Any]] = [(moe.gate, _gate_section(layer.gate))]
+    published: typing.Any = _section(layer)
+    for constant in CONSTANTS:
+        if isinstance(moe[constant], ml_collections.ConfigDict):
+            pairs.append((moe[constant], published[constant]))
+        elif moe[constant] != published[constant]:
+            moe[constant] = moe[constant]
+    for ours, theirs in pairs:
+        for name, value in ours.items():
+            if value != theirs[name]:
+                ours[name] = value
+
+
 def _set_unmarked(section: typing.Any, name: str, value: typing.Any) -> None:
     ml_collections.ConfigDict.__setitem__(section, name, value)
 
@@ -179,7 +195,9 @@ def _gate_hints() -> dict[str, typing.Any]:
 
 
 def check_gate_field(gate: ml_collections.ConfigDict, name: str) -> None:
-    """Raise a ConfigError unless the gate of a tree has this field."""
+    """Raise a ConfigError unless the gate of a tree has this field, and may have another value of it."""
+    if name == "name":
+        raise ConfigError("model.moe.gate.name: is the gate's own; choose a gate by model.moe.gate")
     if name not in gate:
         raise ConfigError(_no_such_field(name, gate.keys(), "model.moe.gate."))
 

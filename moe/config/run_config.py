@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import ml_collections
 
-from moe.config.parse import build, to_config_dict
+from moe.config.parse import assign_changes, build, to_config_dict
 from moe.config.references import code_fields, read_small_file, refuse_modules
 from moe.config.schema import Config
 from moe.fields import ConfigError
 
 
-def get_config(path: str) -> ml_collections.ConfigDict:
+def get_config(path: str, gate: str | None = None) -> ml_collections.ConfigDict:
     """The settings of a run, all of them assigned: nothing is inherited from ``start.checkpoint`` a second time.
+
+    Args:
+        path: of the file.
+        gate: another one than the run's, with the constants of its paper; the settings by which the run differed from
+            its own paper's stay.
 
     Raises:
         ConfigError: the file is missing or is not the config of a run.
@@ -25,7 +31,10 @@ def get_config(path: str) -> ml_collections.ConfigDict:
         config = build(Config, tree, "")
     except (ValueError, RecursionError, AttributeError, TypeError) as error:  # not text, not JSON, or not a config
         raise ConfigError(f"{path}: not the config of a run ({error})") from error
-    tree = to_config_dict(config)
+    tree: Any = to_config_dict(config)
+    if gate is not None:
+        assign_changes(tree.model.moe)
+        tree.model.moe.gate = gate
     _assign_all(tree)
     return tree
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -88,7 +89,7 @@ def main() -> None:
         return
     made = (plan.make_fitting_plan if choose_remat else plan.make_plan)(config, where, scenario, _programs())
     if _RECORD.value:
-        overrides = dict(config_flags.get_override_values(flags.FLAGS["config"]))
+        overrides = _asked_for()[1]
         if choose_remat:  # a config holds the policy that was chosen
             overrides["model.remat"] = made.remat
         _record(made, _name(), dict(sorted(overrides.items())), str(_TOPOLOGY.value))
@@ -148,8 +149,16 @@ def _outcome(made, rate: float) -> str:
 
 def _name() -> str:
     """Name of the config's file, and its argument."""
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    path, _, argument = _asked_for()[0].partition(":")
     return Path(path).stem + (f":{argument}" if argument else "")
+
+
+def _asked_for() -> tuple[str, dict[str, Any]]:
+    """Path of the config file, with its argument, and the fields that the command line sets."""
+    from moe.config import chosen_gate
+
+    flag = flags.FLAGS["config"]
+    return chosen_gate.asked_for(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
 
 
 def _programs() -> Path | None:
@@ -227,14 +236,9 @@ def _search(config: Config, where) -> None:
 
 def _own_flags(searched: tuple[str, ...]) -> str:
     """Config flags of this command without the mesh and the fields that the search sets."""
-    flag = flags.FLAGS["config"]
-    fields = {
-        name: value
-        for name, value in config_flags.get_override_values(flag).items()
-        if not name.startswith("mesh.") and name not in searched
-    }
-    words = [f"--config={config_flags.get_config_filename(flag)}"]
-    return " ".join(words + [f"--config.{name}={value}" for name, value in fields.items()])
+    path, fields = _asked_for()
+    own = {name: value for name, value in fields.items() if not name.startswith("mesh.") and name not in searched}
+    return " ".join([f"--config={path}", *(f"--config.{name}={value}" for name, value in own.items())])
 
 
 def _joined(argv: list[str]) -> list[str]:

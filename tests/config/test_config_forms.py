@@ -19,6 +19,7 @@ from moe.config import (
     ModelConfig,
     MoEConfig,
     load_python_file,
+    run_config,
     to_config_dict,
     to_dict,
 )
@@ -170,12 +171,37 @@ def test_gates_of_layers_are_values_of_names_or_sections(parse, monkeypatch):
         (("--config.model.moe.gate=hash", "--config.model.moe.gate.score=sigmoid"), "gate.score: no such field"),
         (("--config.model.moe.gate.slot=3",), "gate.slot: no such field"),
         (("--config.model.moe.gate=swich",), "did you mean 'switch'"),
+        (("--config.model.moe.gate.name=switch",), r"gate\.name: is the gate's own; choose a gate by model\.moe\.gate"),
     ],
 )
 def test_the_command_line_refuses_what_a_gate_lacks(parse, words, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(Exception, match=message):
         parse(GIVEN, *words)
+
+
+def test_the_last_gate_and_the_last_config_file_count(parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    gates = [f"--config.model.moe.gate={name}" for name in ("switch", "deepseek_moe")]
+    assert parse(GIVEN, *gates).model.moe.gate == LAYERS["deepseek_moe"].gate
+    config = parse(GIVEN, "--config=configs/dense.py", "--config=configs/quickstart.py", gates[0])
+    assert config.model.num_layers == load_python_file("configs/quickstart.py").get_config().model.num_layers
+
+
+def test_another_gate_for_the_config_of_a_run_is_its_papers(parse, tmp_path):
+    """Constants of the run's own gate go with it; what the run set differently stays."""
+    mixtral = MoEConfig(capacity=Capacity(2.0, 2.0))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config(model=ModelConfig(moe=mixtral)))))
+    given = f"--config={run_config.__file__}:{tmp_path}/config.json"
+    switch = parse(given, "--config.model.moe.gate=switch").model.moe
+    assert (switch.gate, switch.losses, switch.jitter) == (
+        LAYERS["switch"].gate, LAYERS["switch"].losses, LAYERS["switch"].jitter,
+    )  # fmt: skip
+    assert switch.capacity == Capacity(2.0, LAYERS["switch"].capacity.eval)
+    assert parse(given, "--config.model.moe.gate=hash").model.moe.gate == LAYERS["hash"].gate
+    assert parse(given, "--config.model.moe.gate.k=3").model.moe.gate == dataclasses.replace(
+        LAYERS["mixtral"].gate, k=3
+    )
 
 
 def test_flat_names_on_the_command_line_say_where_they_are_now():

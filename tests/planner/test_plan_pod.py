@@ -77,10 +77,13 @@ def test_a_policy_that_was_chosen_is_kept_and_changed(tmp_path):
     page = tmp_path / "docs" / "results" / "plans.md"
     page.parent.mkdir(parents=True)
     page.write_text("<!-- plans: made by scripts/plan_pod.py --record -->\n<!-- end of plans -->\n")
-    plan = _plan_pod(tmp_path, "--config.model.remat=fit", "--record", "--changes=20")
+    gate = ("--config.model.moe.gate=deepseek_moe", "--config.model.moe.gate.k=2")
+    plan = _plan_pod(tmp_path, "--config.model.remat=fit", "--record", "--changes=20", *gate)
     assert plan["remat"] == "outputs"
     (kept,) = json.loads((tmp_path / "plans.json").read_text())
+    assert kept["config"] == "mixtral_8x7b"
     assert kept["flags"]["model.remat"] == "outputs"
+    assert (kept["flags"]["model.moe.gate"], kept["flags"]["model.moe.gate.k"]) == ("deepseek_moe", 2)
     assert {each["plan"].get("remat") for each in plan["changes"] if each["label"].startswith("model.remat=")} == {
         None, "attention", "offload", "full",
     }  # fmt: skip
