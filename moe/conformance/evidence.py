@@ -76,6 +76,8 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
             raise ConfigError(f"{path}: the array {name!r} is missing")
     if "router" not in arrays and "router_logits" not in arrays:
         raise ConfigError(f"{path}: the array 'router' [D,E] or 'router_logits' [G,S,E] is missing")
+    if "router" in arrays and "router_logits" in arrays:
+        raise ConfigError(f"{path}: has both 'router' and 'router_logits', of which one is what the layer chose by")
     wide = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     for name, array in wide.items():
         if not np.isfinite(array).all():
@@ -112,10 +114,10 @@ def _layer(path: str, arrays: dict[str, np.ndarray]) -> Layer:
             by_token[name] = array = _by_token(path, name, wide[name], (groups, tokens))
             if array.shape[-1] != width:
                 raise ConfigError(f"{path}: {name} has the shape {wide[name].shape}, not [...,{width}]")
-    # Where both are there, the logits are what the layer chose by; the router is needed for its gradient.
-    logits = None if "router" in wide else by_token["router_logits"]
     of_experts = wide["up"], wide.get("gate"), wide["down"], wide.get("bias")
-    return Layer(x, mask.astype(bool), wide.get("router"), logits, *of_experts, by_token["cotangent"])
+    return Layer(
+        x, mask.astype(bool), wide.get("router"), by_token["router_logits"], *of_experts, by_token["cotangent"]
+    )
 
 
 def random_layer(

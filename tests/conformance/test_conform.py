@@ -170,6 +170,7 @@ def test_npz_round_trip(tmp_path):
     [
         ({"wieght": np.ones(1)}, "unknown array 'wieght'"),
         ({"router": None}, "'router'"),
+        ({"router_logits": np.ones((2, 9, 4))}, "has both 'router' and 'router_logits'"),
         ({"down": np.ones((4, 6, 7))}, "down has the shape"),
         ({"cotangent": None}, "need the array 'cotangent'"),
         ({"y": None, "grad_router": None}, "nothing to compare"),
