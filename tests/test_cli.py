@@ -108,6 +108,16 @@ def test_a_name_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "models--org--name" / "refs" / "main").write_text("../../elsewhere")
     assert find_source("org/name").startswith(str(snapshots))
     assert find_source(str(tmp_path)) == str(tmp_path)
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.delenv("HF_HOME", raising=False)
+    tmp_path.rename(moved := tmp_path.with_name("hub"))
+    (tmp_path / "huggingface").mkdir(parents=True)
+    moved.rename(tmp_path / "huggingface" / "hub")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable, value in (("XDG_CACHE_HOME", "$HOME"), ("HF_HUB_CACHE", "~/huggingface/hub")):
+        monkeypatch.setenv(variable, value)
+        assert find_source("org/name").startswith(str(tmp_path / "huggingface" / "hub"))
+        monkeypatch.delenv(variable)
     with pytest.raises(ConfigError, match=r"--source=org/other: no such folder, .*`hf download org/other`"):
         find_source("org/other")
 

@@ -57,6 +57,8 @@ def load_balancing_loss(routing: Routing) -> Array:
 def switch_losses(routing: Routing | None) -> tuple[Array, Array]:
     """Hugging Face's (router z-loss, balance loss) of one stack of a Switch encoder-decoder; padding counts.
 
+    There a stack whose every layer has experts counts for nothing in the sum over stacks; here it has these losses.
+
     Both are means over its layers; the balance loss is taken within each row, 1 at perfect balance.
 
     Args:

@@ -21,10 +21,7 @@ def find_source(source: str) -> str:
     """
     if os.path.exists(source) or not _NAME.fullmatch(source):
         return source
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE")
-        or os.path.join(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "hub")
-    )
+    cache = _cache()
     model = cache / f"models--{source.replace('/', '--')}"
     main = model / "refs" / "main"
     names = [main.read_text().strip()] if main.is_file() else []
@@ -37,3 +34,11 @@ def find_source(source: str) -> str:
         f"--source={source}: no such folder, and not in the cache {cache}; `hf download {source}` (pip install "
         "huggingface_hub) puts it there"
     )
+
+
+def _cache() -> Path:
+    """Where ``huggingface_hub`` keeps its downloads, by its environment variables in its order."""
+    variables = os.environ
+    home = variables.get("HF_HOME") or os.path.join(variables.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    named = variables.get("HF_HUB_CACHE") or variables.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(named)))

@@ -22,6 +22,12 @@ def _refuse_true(value: bool) -> bool:
     return value
 
 
+def _refuse_false(value: bool) -> bool:
+    if not value:
+        raise ValueError("must be true")
+    return value
+
+
 # Bounds far above every published model keep shapes within 64-bit arithmetic and loops over layers short.
 Count = Annotated[int, pydantic.Field(ge=1, le=1 << 16)]
 Size = Annotated[int, pydantic.Field(ge=1, le=1 << 24)]
@@ -34,6 +40,7 @@ Positive = Annotated[float, pydantic.Field(gt=0, le=1e30, allow_inf_nan=False)]
 Coefficient = Annotated[float, pydantic.Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Off = Annotated[bool, pydantic.AfterValidator(_refuse_true)]
+On = Annotated[bool, pydantic.AfterValidator(_refuse_false)]
 LayerNumbers = list[Annotated[int, pydantic.Field(ge=0, lt=1024)]]
 Factors = Annotated[list[Positive], pydantic.Field(max_length=1 << 15)]
 LayerTypes = list[Literal["sliding_attention", "full_attention", "linear_attention"]]
@@ -128,6 +135,8 @@ class OpenConfig(Fields):
     original_max_position_embeddings: Context | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    is_causal: On = True
+    per_layer_config: Annotated[dict[str, Any], pydantic.Field(max_length=0)] | None = None  # settings of single layers
     layer_types: LayerTypes | None = None
     num_nextn_predict_layers: OptionalCount = 0
     bos_token_id: TokenIds = None

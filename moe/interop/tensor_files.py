@@ -123,11 +123,11 @@ class TensorFolder:
         self.directory = Path(directory)
         self._stored = stored = StoredTensors(rename)
         index = self.directory / INDEX_FILE
-        if index.exists():
+        if (self.directory / SINGLE_FILE).exists():  # an index beside it is of shards that were here before
+            weight_map, files = {}, [SINGLE_FILE]
+        elif index.exists():
             weight_map = {rename(name): file for name, file in parse_index(read_object(index), index).items()}
             files = sorted(set(weight_map.values()))
-        elif (self.directory / SINGLE_FILE).exists():
-            weight_map, files = {}, [SINGLE_FILE]
         else:
             hint = _PICKLED if list(self.directory.glob("*.bin")) else ""
             raise ConfigError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")

@@ -216,6 +216,17 @@ def test_fused_experts_under_the_older_names_of_mixtral(prefix, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
+def test_multi_token_prediction_of_ernie_is_skipped(tmp_path, caplog):
+    shutil.copytree(HERE / "ernie4_5_moe", tmp_path / "ernie")
+    tensors = load_file(tmp_path / "ernie" / "model.safetensors")
+    for name in ("mtp_emb_norm.0.weight", "mtp_linear_proj.0.weight", "mtp_block.0.input_layernorm.weight"):
+        tensors[f"model.{name}"] = tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "ernie" / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        load_huggingface(tmp_path / "ernie")
+    assert "3 tensors of multi-token prediction are skipped" in caplog.text
+
+
 def test_multi_token_prediction_is_skipped(tmp_path, caplog):
     """DeepSeek-V3's layers after the last one; in a family without them they are surplus tensors."""
     shutil.copytree(HERE / "deepseek_v3", tmp_path / "v3")

@@ -110,6 +110,14 @@ def test_damaged_folders(editable, tmp_path):
         load_huggingface(folder)
 
 
+def test_a_single_file_counts_before_the_index_of_shards_that_were_there_before(tmp_path):
+    model, config = load_huggingface(HERE / "mistral")
+    zeros = jax.tree.map(np.zeros_like, model)
+    save_huggingface(zeros, config, tmp_path, max_shard_bytes=8000)
+    shutil.copy(HERE / "mistral" / "model.safetensors", tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, load_huggingface(tmp_path)[0], model)
+
+
 def test_an_index_must_agree_with_its_files(tmp_path):
     model, config = load_huggingface(HERE / "mistral")
     save_huggingface(model, config, tmp_path, max_shard_bytes=8000)
@@ -141,6 +149,8 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, r"rope_scaling\.short_factors=\(\): must be pos"),
         ({"rope_parameters": {"rope_type": "default", "new_factor": 4}}, "new_factor=4"),
         ({"hidden_act": "mish"}, "hidden_act='mish': must be 'silu'"),
+        ({"is_causal": False}, "is_causal=False: must be true"),
+        ({"per_layer_config": {"1": {"sliding_window": 3}}}, "per_layer_config="),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq': must be one of fp8, mxfp4, compressed"),
         ({"quantization_config": 8}, "quant_method=8: must be one of fp8"),
         (
@@ -293,6 +303,8 @@ MALFORMED_WEIGHTS = {"empty": b"", "noise": b"\xff" * 1000, "absurd header": (1 
 @pytest.mark.timeout(60)
 def test_malformed_files(file, content, editable, tmp_path):
     folder, _, _ = editable
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
     (folder / file).write_bytes(content)
     _refused(folder, tmp_path / "out")
 
@@ -308,6 +320,7 @@ def _refused(folder, out):
 
 def test_a_path_in_the_index_that_leaves_the_folder(editable):
     folder, _, _ = editable
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_bytes(MALFORMED_INDICES["parent folder"])
     with pytest.raises(ConfigError, match=r"weight_map\.lm_head\.weight='\.\./mixtral/model\.safetensors'"):
         load_huggingface(folder)

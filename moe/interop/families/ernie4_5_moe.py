@@ -70,4 +70,5 @@ FAMILY = Family(
     ATTENTION | DENSE | EXPERTS | BIAS | shared_expert("shared_experts"),
     field_names={"num_experts_per_tok": "moe_k"},
     aliases=(("mlp.moe_statics.", "mlp.gate.moe_statics."),),
+    skipped={"model.mtp_": "multi-token prediction"},
 )
