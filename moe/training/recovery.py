@@ -112,6 +112,7 @@ class Recovery:
         self._checkpoints = checkpoints
         self._tried: int | None = None  # checkpoint that this streak was already rolled back to
         self._handled = 0  # skipped updates of this streak that led to that rollback
+        self._at = 0  # step of that rollback
 
     def after(self, step: int, skipped: int, state: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
         """Return the state to continue with after a logged step, and a warning if it was rolled back.
@@ -126,12 +127,11 @@ class Recovery:
             ConfigError: train.on_skipped_steps is "stop", or no good checkpoint is left.
         """
         config = self._program.config.train
-        if not skipped:
-            self._tried = None
-            self._handled = 0
+        first = step - skipped + 1
+        if first > self._at:  # no streak, or one that began after the last rollback
+            self._tried, self._handled = None, 0
         if skipped - self._handled < config.max_skipped_steps:
             return state, []
-        first = step - skipped + 1
         trouble = f"step {step}: the last {skipped} updates were skipped, from step {first} on"
         remedy = "look at the rows of kind 'warning' in metrics.jsonl; a lower optimizer.learning_rate may help"
         if config.on_skipped_steps == "stop":
@@ -140,8 +140,7 @@ class Recovery:
         for saved in self._checkpoints.before(self._tried or first, config.save_every):
             with contextlib.suppress(DamagedError):
                 good, _ = self._checkpoints.restore(saved, self._program.state)
-                self._tried = saved
-                self._handled = skipped
+                self._tried, self._handled, self._at = saved, skipped, step
                 text = f"{trouble}: parameters and optimizer are those of step {saved} again"
                 return continue_at(state.restored(good), step), [{"what": "rollback", "to": saved, "text": text}]
         raise ConfigError(f"{trouble}, and no checkpoint is left to roll back to: {remedy}")

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.config import ConfigError
+from moe.config import ConfigError, TrainConfig
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
 from moe.training import recovery
@@ -163,3 +164,24 @@ def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp
     with pytest.raises(ConfigError, match="step 6: the parameters are not finite"):
         train(config, str(tmp_path / "last"), ONE, make_program=spoiling({6}), quiet=True)
     assert steps(tmp_path / "last") == [2, 4]
+
+
+@pytest.mark.parametrize(("begun_at", "expected"), [(0, [160, 185, 160]), (185, [185, 160])])
+def test_a_new_streak_of_skipped_updates_begins_at_its_newest_checkpoint(begun_at, expected):
+    """Steps 165 to 182 and 186 on are skipped, every tenth is logged, eight in a row are too many: also where the good
+    steps between were logged by nobody, and in a run that was resumed among them."""
+    saved = [80, 160, 185]
+    checkpoints = SimpleNamespace(wait=lambda: None, restore=lambda step, _: (step, None))
+    settings = TrainConfig(max_skipped_steps=8, save_every=5)
+    rolls = recovery.Recovery(SimpleNamespace(config=SimpleNamespace(train=settings), state=None), checkpoints)
+    state, rolled_back, skipped = SimpleNamespace(restored=lambda good: good), [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "continue_at", lambda good, _: state)
+        for step in range(begun_at + 1, 211):
+            skipped = skipped + 1 if 165 <= step <= 182 or step >= 186 else 0
+            if step % 10 == 0:
+                there = [each for each in saved if each <= step]
+                checkpoints.before = lambda limit, _, there=there: [each for each in reversed(there) if each < limit]
+                _, warnings = rolls.after(step, skipped, state)
+                rolled_back += [warning["to"] for warning in warnings]
+    assert rolled_back == expected
