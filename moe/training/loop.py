@@ -39,7 +39,7 @@ from moe.config import Config, ConfigError, read_small_file, sparse_layers, vali
 from moe.data import folders, pipeline
 from moe.dispatch import modes
 from moe.metric_writers import find_writers
-from moe.metrics_files import METRICS, TIMING, MetricsWriter
+from moe.metrics_files import METRICS, TIMING, MetricsWriter, read_rows
 from moe.models import flops
 from moe.models.state import TrainState
 from moe.parallel.mesh import local_rows, make_mesh
@@ -201,6 +201,10 @@ def _apply_changes(
     """Record changed settings; a report of fewer steps is deleted, since it will be written again."""
     if step > config.train.num_steps:
         raise ConfigError(f"train.num_steps={config.train.num_steps}: the run has done {step} steps already")
+    if step == config.train.num_steps and "train.num_steps" in changes:
+        evaluated = {row["step"] for row in read_rows(directory / METRICS) if row["kind"].startswith("heldout/")}
+        if step not in evaluated:
+            raise ConfigError(f"train.num_steps={step}: this step was not evaluated; end the run at a later one")
     if step < (latest := latest_change(directory)):
         say(f"steps {step + 1} to {latest} are trained again, with the settings that were changed at step {latest}")
     record_changes(config, changes, step, directory)

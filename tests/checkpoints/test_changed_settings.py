@@ -50,6 +50,21 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate(directory, whol
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+def test_a_run_ends_at_a_step_that_was_evaluated(directory, programs, tmp_path):
+    """Before anything is recorded: the report shows the last evaluation."""
+    settings = SETTINGS | {"train.eval_every": 6, "train.save_every": 2}
+    with interrupted(5), pytest.raises(Interrupted):
+        train(tiny(directory, **settings), str(tmp_path), ONE, make_program=programs, quiet=True)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"train\.num_steps=4: this step was not evaluated; end the run at a later"):
+        train(
+            tiny(directory, **settings | {"train.num_steps": 4}),
+            str(tmp_path), ONE, make_program=programs, allow_changes=True, quiet=True,
+        )  # fmt: skip
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert not (tmp_path / "changes.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_moments_may_move_between_device_and_host(directory, whole, tmp_path):
     with interrupted(3), pytest.raises(Interrupted):
