@@ -264,3 +264,6 @@ class LoraConfig(Section, path="lora."):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("parts", bool(self.parts) or not self.rank, "must name at least one part")
+        adapted = ("attention", "dense", "experts", "shared", "latent")
+        allowed = f"must be of {', '.join(adapted)}; lora.trained takes the others"
+        self._require("parts", set(self.parts) <= set(adapted), allowed)

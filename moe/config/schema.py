@@ -100,8 +100,9 @@ def _check_steps(config: Config) -> None:
     require(divides, "data.streams", data.streams, allowed)
     allowed = f"must be below train.num_steps={train.num_steps}"
     require(optimizer.warmup_steps < train.num_steps, "optimizer.warmup_steps", optimizer.warmup_steps, allowed)
-    enough = optimizer.decay_steps <= train.num_steps - optimizer.warmup_steps
-    allowed = "must be at most train.num_steps - optimizer.warmup_steps"
+    decay = optimizer.decay_steps or max(train.num_steps // 10, 1) * (optimizer.schedule == "wsd")
+    allowed = "must be at most train.num_steps - optimizer.warmup_steps; 0 is a tenth of train.num_steps"
+    enough = decay <= train.num_steps - optimizer.warmup_steps
     require(enough, "optimizer.decay_steps", optimizer.decay_steps, allowed)
 
 
@@ -144,6 +145,8 @@ def _check_lora(config: Config) -> None:
     require(bool(start.checkpoint), "lora.rank", rank, "needs start.checkpoint, whose parameters the adapters are of")
     allowed = "must be empty with lora.rank; lora.parts and lora.trained say what is trained"
     require(not frozen, "optimizer.frozen", frozen, allowed)
+    name = config.optimizer.name
+    require(name != "muon", "optimizer.name", name, "must be another with lora.rank: muon moves no adapters")
     changed = [
         field.name
         for field in dataclasses.fields(start)
