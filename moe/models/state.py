@@ -89,12 +89,19 @@ def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_schedule_step(optimizer: Any, step: Any) -> Any:
-    """Set the step count of the learning-rate schedule in an Optax state; moments and their counts are unchanged."""
+    """Set the step counts of schedules in an Optax state; moments and their counts are unchanged."""
 
     def move(node: Any) -> Any:
-        return node._replace(count=step) if isinstance(node, optax.ScaleByScheduleState) else node
+        if isinstance(node, optax.ScaleByScheduleState):
+            return node._replace(count=step)
+        if isinstance(node, optax.InjectStatefulHyperparamsState):
+            schedules = {name: state._replace(count=step) for name, state in node.hyperparams_states.items()}
+            inner = set_schedule_step(node.inner_state, step)
+            return node._replace(count=step, hyperparams_states=schedules, inner_state=inner)
+        return node
 
-    return jax.tree.map(move, optimizer, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    kinds = (optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState)
+    return jax.tree.map(move, optimizer, is_leaf=lambda node: isinstance(node, kinds))
 
 
 def continue_at(state: TrainState, step: int) -> TrainState:

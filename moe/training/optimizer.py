@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -106,11 +108,15 @@ def make_optimizer(
 
 
 def _stored_in(dtype: jnp.dtype, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer with the arrays of its state stored in another type; it computes in float32 (DeepSeek-V3, section
-    3.3.3: both moments of AdamW in bfloat16)."""
+    """The optimizer with what its state has for each parameter stored in another type; it computes in float32
+    (DeepSeek-V3, section 3.3.3: both moments of AdamW in bfloat16)."""
 
     def cast(state: Any, old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(new) if leaf.ndim and leaf.dtype == old else leaf, state)
+        def leaf(path: Any, array: Any) -> Any:
+            of_parameter = isinstance(path[-1], jax.tree_util.DictKey) and array.ndim
+            return array.astype(new) if of_parameter and array.dtype == old else array
+
+        return jax.tree_util.tree_map_with_path(leaf, state)
 
     def init(params: Any) -> Any:
         return cast(optimizer.init(params), jnp.float32, dtype)
@@ -165,12 +171,14 @@ def averaged_weights(config: OptimizerConfig, state: Any) -> Any:
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, WeightAverage))
     (average,) = (node for node in nodes if isinstance(node, WeightAverage))
-    weight = jnp.maximum(1 - config.ema_decay**average.steps, jnp.finfo(jnp.float32).tiny)  # 0 without an update
+    weight = -jnp.expm1(average.steps * math.log(np.float32(config.ema_decay)))
+    weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # 0 without an update
     return jax.tree.map(lambda total: total / weight, average.total)
 
 
 def _averaging(decay: float) -> optax.GradientTransformation:
     """Average the weights that the updates lead to; the updates pass unchanged."""
+    decay = float(np.float32(decay))  # so that the factors of old and new sum to 1
 
     def init(params: Any) -> Any:
         return WeightAverage(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))

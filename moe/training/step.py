@@ -92,6 +92,7 @@ class Program:
 
     Attributes:
         initialise: seed → TrainState at step 0.
+        init_optimizer: trained parameters → optimizer state before the first update.
         train_step: (TrainState, Batch) → (TrainState, TrainMetrics); donates the old state.
         eval_step: (variables, Batch, token_bytes [V] int32) → EvalMetrics; deterministic.
         state: TrainState of ShapeDtypeStructs with shardings.
@@ -103,6 +104,7 @@ class Program:
     mesh: Mesh
     graphdef: nnx.GraphDef[Model]
     initialise: Callable[[ArrayLike], TrainState]
+    init_optimizer: Callable[[dict[str, Any]], Any]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
     eval_step: Callable[[dict[str, Any], Batch, ArrayLike], EvalMetrics]
     state: TrainState
@@ -172,8 +174,7 @@ def build(
         stored = jax.tree.map(_in_host_memory, shapes.optimizer, state_shardings.optimizer)
         state_shardings = dataclasses.replace(state_shardings, optimizer=stored)
     variable_shardings = partition_specs.shardings(mesh, variable_specs(config.model))
-    batch_sharding = partition_specs.shardings(mesh, partition_specs.BATCH)
-    replicated = NamedSharding(mesh, partition_specs.REPLICATED)
+    batch_sharding, replicated = partition_specs.shardings(mesh, (partition_specs.BATCH, partition_specs.REPLICATED))
     options = compiler_options(config, mesh) or None
     step_shardings: tuple[Any, ...] = (state_shardings, batch_sharding)
     if teacher_variables is not None:
@@ -190,6 +191,7 @@ def build(
         mesh=mesh,
         graphdef=parts.graphdef,
         initialise=jax.jit(init, out_shardings=state_shardings),
+        init_optimizer=jax.jit(parts.optimizer.init, out_shardings=state_shardings.optimizer),
         train_step=jitted_step
         if teacher_variables is None
         else lambda state, batch: jitted_step(state, batch, teacher_variables),

@@ -32,6 +32,7 @@ from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.parallel.mesh import make_mesh
+from moe.training.optimizer import WeightAverage
 from moe.training.step import Program, build
 
 
@@ -151,7 +152,8 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
         optimizer = _carry(program, source, optimizer)
         optimizer = set_schedule_step(optimizer, np.zeros((), np.int32))  # the schedule is this run's, from step 0
     say(_summary(program.config, source, theirs))
-    return _placed(program, dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer))
+    state = _placed(program, dataclasses.replace(state, parameters=parameters, biases=biases, optimizer=optimizer))
+    return state if start.optimizer == "carry" else _with_own_optimizer(program, state)
 
 
 def _adapted_state(program: Program, state: TrainState, workdir: str, say: Callable[[str], Any]) -> TrainState:
@@ -166,7 +168,16 @@ def _adapted_state(program: Program, state: TrainState, workdir: str, say: Calla
         f"start: adapters of rank {config.lora.rank}, {counts[0]:,} trained beside {counts[1]:,} fixed parameters of "
         f"{config.start.checkpoint}; trained whole: {', '.join(config.lora.trained) or 'nothing'}"
     )
-    return _placed(program, dataclasses.replace(state, parameters=adapters, biases=biases or state.biases, base=base))
+    state = dataclasses.replace(state, parameters=adapters, biases=biases or state.biases, base=base)
+    return _with_own_optimizer(program, _placed(program, state))
+
+
+def _with_own_optimizer(program: Program, state: TrainState) -> TrainState:
+    """The state with that of a user's optimizer for these parameters, of which it may hold a copy; the state of the
+    others begins with zeros."""
+    if ":" not in program.config.optimizer.name:
+        return state
+    return dataclasses.replace(state, optimizer=program.init_optimizer(state.parameters))
 
 
 def _placed(program: Program, state: TrainState) -> TrainState:
@@ -265,6 +276,10 @@ def _settings(model: ModelConfig, with_fields_of_gate: bool) -> dict[str, Any]:
 def _carry(program: Program, source: Config, fresh: Any) -> Any:
     """The source's optimizer state in the place of the fresh one; of AdamW also where the models differ."""
     start = program.config.start
+    if source.lora.rank:
+        raise ConfigError(
+            f"start.optimizer='carry': {start.checkpoint} trained adapters, whose moments fit no parameter; use 'reset'"
+        )
     carried = _host(optimizer_state(source, start.checkpoint, "start.optimizer='carry'"))
     names = {config.optimizer.name for config in (source, program.config)}
     same = jax.tree.structure(carried) == jax.tree.structure(fresh) and not start.fresh
@@ -280,9 +295,11 @@ def _carry(program: Program, source: Config, fresh: Any) -> Any:
         )
 
     def move(own: Any, old: Any) -> Any:
+        if isinstance(own, WeightAverage):  # begins anew: the source has no weights of the fresh parameters
+            return own
         return _transplant(program, source.model, old, own) if _is_tree(own) else old
 
-    return jax.tree.map(move, fresh, carried, is_leaf=_is_tree)
+    return jax.tree.map(move, fresh, carried, is_leaf=lambda node: _is_tree(node) or isinstance(node, WeightAverage))
 
 
 def _is_tree(node: Any) -> bool:

@@ -17,6 +17,7 @@ from moe.config.parse import from_config_dict
 from moe.config.run_sections import Part
 from moe.models.factory import abstract_parameters
 from moe.models.stack import part_of
+from moe.models.state import set_schedule_step
 from moe.parallel import partition_specs
 from moe.parallel.parameters import optimizer_specs
 from moe.training.optimizer import (
@@ -107,17 +108,20 @@ def test_moments_in_bfloat16_take_half_the_memory_and_follow_those_in_float32(na
     """Ten steps on the same gradients end within bfloat16's rounding, 2^-8 a moment, of the updates in float32."""
     config = dataclasses.replace(CONFIG, name=name, gradient_clip=1.0, eps=1e-8)
     gradients = [tree(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)) for _ in range(10)]
-    updates, sizes = [], []
+    updates, sizes, first = [], [], []
     for dtype in ("float32", "bfloat16"):
         optimizer = make_optimizer(dataclasses.replace(config, moment_dtype=dtype), 10)
         state, parameters = optimizer.init(tree(jnp.ones)), tree(jnp.ones)
-        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim))
+        # beside moments Muon's state has three coefficients, which it computes with
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape != (3,)))
         for gradient in gradients:
             before = jax.tree.map(lambda leaf: leaf.dtype, state)
             update, state = optimizer.update(gradient, state, parameters, norm=jnp.ones(()))
             assert jax.tree.map(lambda leaf: leaf.dtype, state) == before
+            first += [update] * (gradient is gradients[0])
         updates.append(update["segment_0"])
     assert sizes[1] * 2 == sizes[0]
+    jax.tree.map(np.testing.assert_array_equal, *first)  # nothing was rounded yet
     for ours, reference in zip(*map(jax.tree.leaves, reversed(updates)), strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, reference, atol=0.05 * RATE)
@@ -299,3 +303,27 @@ def test_the_moving_average_of_the_weights_by_hand():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, after)
     assert (after["router"]["kernel"] == 1).all()
     assert (after["dense"]["up"] < 1).all()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99999, 0.999999])
+def test_the_moving_average_of_one_weight_is_that_weight(decay):
+    averaging = _averaging(decay)
+    weights, still = {"w": jnp.ones(1)}, {"w": jnp.zeros(1)}
+    state = averaging.init(weights)
+    for _ in range(3):
+        _, state = averaging.update(still, state, weights)
+        average = averaged_weights(dataclasses.replace(CONFIG, ema_decay=decay), (state,))
+        np.testing.assert_allclose(average["w"], 1, rtol=1e-5)
+
+
+def test_a_schedule_in_injected_hyperparameters_follows_the_step():
+    optimizer = optax.chain(optax.inject_hyperparams(optax.adamw)(learning_rate=optax.linear_schedule(1.0, 0.0, 10)))
+    state = set_schedule_step(optimizer.init({"w": jnp.ones(1)}), jnp.asarray(4))
+    updates, state = optimizer.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
+    np.testing.assert_allclose(updates["w"], -0.6, rtol=1e-5)  # rate of step 4
+    assert optax.tree_utils.tree_get(state, "mu")["w"] == pytest.approx(0.1)
+    assert int(optax.tree_utils.tree_get(state[0].inner_state, "count", filtering=_of_adam)) == 1
+
+
+def _of_adam(path, _):
+    return "ScaleByAdamState" in str(path[-1])

@@ -7,7 +7,10 @@ import functools
 import json
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from moe.config import (
     Config,
     ConfigError,
     DistillConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     StartConfig,
@@ -43,6 +47,7 @@ from moe.parallel.mesh import make_mesh
 from moe.training import warm_start
 from moe.training.batches import place
 from moe.training.losses import soft_cross_entropy
+from moe.training.optimizer import averaged_weights
 from moe.training.step import build
 from tests.helpers import random_state
 
@@ -290,9 +295,10 @@ def test_the_optimizers_state_is_carried_on_request(tmp_path):
     assert int(state.step) == 0
 
 
-def _trained(folder, optimizer, **changes):
+def _trained(folder, optimizer, ema_decay=0.0, **changes):
     """A run of one step of the dense model, and its state."""
-    config = _config((HERE / "mistral", folder / "open"), optimizer={"name": optimizer}, **changes)
+    settings = {"name": optimizer, "ema_decay": ema_decay}
+    config = _config((HERE / "mistral", folder / "open"), optimizer=settings, **changes)
     mesh, make = _program(config)
     with jax.set_mesh(mesh):
         program = make()
@@ -316,6 +322,39 @@ def test_a_run_on_several_devices_starts_from_a_checkpoint(tmp_path, optimizer):
     expected = expected if optimizer == "carry" else jax.tree.map(np.zeros_like, expected)
     jax.tree.map(np.testing.assert_array_equal, (state.parameters, state.optimizer), (trained.parameters, expected))
     assert jax.tree.leaves(state.parameters)[0].sharding.device_set == set(jax.devices())
+
+
+def test_an_optimizer_with_a_copy_of_the_weights_begins_with_those_of_the_checkpoint(tmp_path, monkeypatch):
+    module = types.ModuleType("copying_optimizers")
+    vars(module)["make"] = lambda config, schedule: optax.contrib.schedule_free_adamw(schedule)
+    monkeypatch.setitem(sys.modules, "copying_optimizers", module)
+    start = {"checkpoint": str(tmp_path)}
+    config = _config((HERE / "mistral", tmp_path), start=start, optimizer={"name": "copying_optimizers:make"})
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        state = warm_start.first_state(make())
+    copy = optax.tree_utils.tree_get(state.optimizer, "z")
+    jax.tree.map(np.testing.assert_array_equal, copy, state.parameters)
+
+
+def test_moments_of_adapters_are_not_carried_to_a_model(tmp_path):
+    config = _config((HERE / "mistral", tmp_path / "open"))
+    adapted = dataclasses.replace(config, lora=LoraConfig(rank=2), start=StartConfig(str(tmp_path / "open")))
+    with pytest.raises(ConfigError, match="trained adapters, whose moments fit no parameter; use 'reset'"):
+        warm_start._carry(SimpleNamespace(config=config), adapted, None)
+
+
+def test_the_average_of_weights_begins_anew_in_another_model(tmp_path):
+    """The source has no weights of the fresh parameters that its average could be continued with."""
+    _, dense = _trained(tmp_path, "adamw", ema_decay=0.9)
+    sparse = {"gate": "mixtral", "num_experts": 4, "experts_per_token": 2, "d_ff": 28, "dispatch": "einsum"}
+    config = _config((None, tmp_path / "run"), moe=sparse, start=dataclasses.asdict(dense.start))
+    mesh, make = _program(config)
+    with jax.set_mesh(mesh):
+        program = make()
+        state, _ = program.train_step(warm_start.first_state(program), _batch(mesh, 32))
+    average = averaged_weights(config.optimizer, state.optimizer)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), average, state.parameters)
 
 
 def test_moments_are_carried_in_the_type_of_this_run(tmp_path):
