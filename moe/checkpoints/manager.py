@@ -261,11 +261,6 @@ class Checkpoints:
                 raise DamagedError(f"it holds step {held}")
             return restored["state"], memory["loop"]
 
-    def restore_state(self, step: int, state: TrainState) -> TrainState:
-        """The state alone, without verifying checksums."""
-        with said_aloud(f"{self._workdir}: the checkpoint of step {step} to be read"):
-            return self._manager.restore(step, args=ocp.args.Composite(state=_restore(state)))["state"]
-
     def close(self) -> None:
         """Wait until started writes are on disk, then close. Raises ConfigError if one failed."""
         self.wait()

@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from flax import nnx
 
 from configs import base, upcycle
-from moe.atomic_files import to_checked_json
 from moe.checkpoints import adapted, integrity, manager
 from moe.checkpoints.workdir import read_config
 from moe.config import (
@@ -215,10 +213,9 @@ def _save_run(workdir, config, state):
     """A run's workdir with one checkpoint, without the loop."""
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))
-    with ocp.CheckpointManager(workdir / "checkpoints") as saver:
-        sealed = to_checked_json({"checksums": integrity.checksums(state), "loop": {}})
-        items = {"state": ocp.args.StandardSave(state), "memory": ocp.args.JsonSave({"sealed": sealed})}
-        saver.save(int(state.step), args=ocp.args.Composite(**items))
+    checkpoints = manager.Checkpoints(epath.Path(workdir), 1)
+    checkpoints.save(int(state.step), state, None, {}, None)
+    checkpoints.close()
 
 
 LOSS_FREE = {

@@ -1,7 +1,6 @@
 """The whole loop on tiny text: files, resume to the bit, the same curve on every mesh."""
 
 import importlib
-import json
 import re
 import shutil
 import types
@@ -10,29 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from moe.checkpoints.manager import Checkpoints
 from moe.config import ConfigError
-from moe.config.parse import from_config_dict
 from moe.metrics_files import read_rows
 from moe.parallel.mesh import make_mesh
-from moe.training import loop as training
 from moe.training import profiling
 from moe.training.evaluation import _summary, check_domains, sum_variance
 from moe.training.loop import train
 from tests.helpers import slow_case
-from tests.run_helpers import ONE, tiny
+from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, state_of, tiny
 
 # Most runs of a file are the same program.
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
-def parameters(workdir, step):
-    checkpoints = Checkpoints(training.epath.Path(workdir), 2)
-    config = from_config_dict(json.loads((workdir / "config.json").read_text()))
-    mesh = make_mesh(config.mesh, ONE)
-    state = checkpoints.restore_state(step, training.build(config, mesh).state)
-    checkpoints.close()
-    return jax.tree.map(np.asarray, state)
 
 
 def train_rows(workdir):
@@ -87,12 +74,12 @@ def test_a_run_leaves_what_it_promises_and_says_when_it_is_done(directory, tmp_p
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_without_a_terminal_every_logged_step_is_a_line(whole, tmp_path, capsys):
+def test_without_a_terminal_every_logged_step_is_a_line(whole, programs, tmp_path, capsys):
     config, workdir = whole
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "report.txt").unlink()
-    train(config, str(tmp_path / "run"), ONE)
+    train(config, str(tmp_path / "run"), ONE, make_program=programs)
     lines = capsys.readouterr().err.splitlines()
     heldout = r" heldout \d\.\d{3} ± \d\.\d{3} \([\d,]+ tokens\)"
     speed = r"( tokens/s [\d,]+)?"
@@ -124,41 +111,30 @@ def test_a_domain_called_all_does_not_replace_the_total():
         check_domains(prepared)
 
 
-class Interrupted(Exception):
-    pass
+# log_every=4 does not divide save_every=3: the metrics of steps 1..3 must survive in the checkpoint.
+WHOLE = SETTINGS | {"train.log_every": 4, "train.eval_every": 3, "train.save_every": 3, "train.sample_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def whole(directory, tmp_path_factory):
+def whole(directory, programs, tmp_path_factory):
     """(config, workdir) of a run that nothing stopped."""
-    # log_every=4 does not divide save_every=3: the metrics of steps 1..3 must survive in the checkpoint.
-    config = tiny(directory, **{"train.log_every": 4, "train.save_every": 3, "model.num_layers": 1})
+    config = tiny(directory, **WHOLE)
     workdir = tmp_path_factory.mktemp("whole")
-    train(config, str(workdir), ONE)
+    train(config, str(workdir), ONE, make_program=programs)
     return config, workdir
 
 
 @pytest.mark.parametrize("stop_at", [slow_case(1), 4, slow_case(5)])
-def test_resume_is_exact(whole, tmp_path, monkeypatch, stop_at):
+def test_resume_is_exact(whole, programs, tmp_path, stop_at):
     config, whole = whole
-    calls = []
-
-    def stopping(batch, mesh):
-        calls.append(1)
-        if len(calls) > stop_at and "tokens" in batch and not monkeypatch_done:
-            raise Interrupted
-        return place(batch, mesh)
-
-    place, monkeypatch_done = training.place, []
-    monkeypatch.setattr(training, "place", stopping)
-    with pytest.raises(Interrupted):
-        train(config, str(tmp_path / "broken"), ONE)
-    monkeypatch_done.append(1)
-    train(config, str(tmp_path / "broken"), ONE)
     broken = tmp_path / "broken"
+    with interrupted(stop_at + 1), pytest.raises(Interrupted):
+        train(config, str(broken), ONE, make_program=programs)
+    train(config, str(broken), ONE, make_program=programs)
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     assert (whole / "report.txt").read_bytes() == (broken / "report.txt").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, parameters(whole, 6), parameters(broken, 6))
+    program = programs(config, make_mesh(config.mesh, ONE))
+    jax.tree.map(np.testing.assert_array_equal, *(state_of(program, workdir, 6) for workdir in (whole, broken)))
 
 
 MESHES = [
@@ -191,27 +167,12 @@ def test_a_run_moves_to_another_mesh(directory, tmp_path):
     config = tiny(directory, **settings)
     train(config, str(tmp_path / "still"), ONE)
     moved = tiny(directory, **settings, **{"mesh.data": 1, "mesh.expert": 4})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "finish", lambda *_: None)
-        patch.setattr(training, "evaluate", _stop_at_second(training.evaluate))
-        with pytest.raises(Interrupted):
-            train(config, str(tmp_path / "moved"), ONE)
+    with interrupted(6), pytest.raises(Interrupted):
+        train(config, str(tmp_path / "moved"), ONE)
     train(moved, str(tmp_path / "moved"), devices=jax.devices()[:4])
     still, moved_rows = train_rows(tmp_path / "still"), train_rows(tmp_path / "moved")
     assert [row["step"] for row in moved_rows] == [2, 4, 6]
     np.testing.assert_allclose(moved_rows[-1]["loss"], still[-1]["loss"], rtol=1e-4)
-
-
-def _stop_at_second(function):
-    calls = []
-
-    def wrapped(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise Interrupted
-        return function(*arguments)
-
-    return wrapped
 
 
 @pytest.mark.slow
@@ -241,7 +202,7 @@ def test_a_workdir_belongs_to_one_config(directory, whole, tmp_path):
     shutil.copytree(whole[1], workdir)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"set back .*model\.moe\.gate \(there 'mixtral', here 'switch'\)"):
-        train(tiny(directory, **{"model.moe.gate": "switch", "model.num_layers": 1}), str(workdir), ONE)
+        train(tiny(directory, **WHOLE | {"model.moe.gate": "switch"}), str(workdir), ONE)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
