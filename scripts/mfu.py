@@ -68,7 +68,7 @@ def utilisation(config: Any, mesh: Any) -> None:
     seconds = {name: times.clock for name, times in timing.in_turns(calls, _STEPS.value).items()}
     step, rate = statistics.median(seconds["step"]), statistics.median(rates[1:])
     tokens = config.train.batch_size * config.data.sequence_length
-    per_step = flops.train_flops_per_token(config.model, config.data.sequence_length) * tokens
+    per_step = flops.train_flops(config)
     total, active = flops.count_parameters(config.model)
     print(f"parameters: {total:,} total, {active:,} active; {process.allocator()}")
     print(f"model FLOPs per step of {tokens:,} tokens: {per_step / 1e9:.1f} GFLOP")

@@ -10,16 +10,30 @@ import numpy as np
 from moe.benchmarks import timing
 from moe.config import Config
 from moe.parallel.mesh import make_mesh
-from moe.training.batches import place
+from moe.training import batches
 from moe.training.step import Program, build
 
 
 def random_rows(config: Config) -> dict[str, np.ndarray]:
-    """A batch of random tokens, one document per row."""
-    shape = (config.train.batch_size, config.data.sequence_length)
-    tokens = np.random.default_rng(0).integers(3, config.model.vocab_size, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return {"tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+    """A batch of random tokens, one document per row, of which half is the prefix in a prefix LM."""
+    model, rng = config.model, np.random.default_rng(0)
+
+    def column(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        positions = np.arange(shape[1])
+        match name:
+            case "tokens" | "targets":
+                return rng.integers(3, model.vocab_size, shape)
+            case "encoder_tokens":
+                return rng.integers(3, model.encoder_vocab_size or model.vocab_size, shape)
+            case "positions" | "encoder_positions":
+                return np.broadcast_to(positions, shape)
+            case batches.PREFIX_KEY:
+                return np.broadcast_to(positions < shape[1] // 2, shape)
+            case _:  # segment ids
+                return np.ones(shape)
+
+    shapes = batches.batch_shapes(config).items()
+    return {name: column(name, (config.train.batch_size, *shape)).astype(dtype) for name, (shape, dtype) in shapes}
 
 
 class Stepper:
@@ -27,7 +41,7 @@ class Stepper:
 
     def __init__(self, program: Program):
         self._step = program.train_step
-        self._state, self._batch = program.init(), place(random_rows(program.config), program.mesh)
+        self._state, self._batch = program.init(), batches.place(random_rows(program.config), program.mesh)
         jax.block_until_ready(self._state)
 
     def __call__(self) -> None:

@@ -292,11 +292,9 @@ class Suite:
         """Cost of one run by :data:`QUANTITIES`, computed from its config; FLOPs as if no assignment were dropped."""
         config = self.config(variant, steps=steps)
         total, active = flops.count_parameters(config.model)
-        tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
-        per_token = flops.train_flops_per_token(config.model, config.data.sequence_length, config.data.input_length)
         return {
             "steps": config.train.num_steps,
-            "flops": per_token * tokens,
+            "flops": flops.train_flops(config, config.train.num_steps),
             "active_parameters": active,
             "total_parameters": total,
         }

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 from flax import nnx
 
-from moe.config import LayerKind, ModelConfig, stacks
+from moe.config import Config, LayerKind, ModelConfig, stacks
 from moe.dispatch.buffers import layer_capacity
 from moe.models.factory import abstract_model
 from moe.parallel.parameters import flat_variables
@@ -43,6 +43,13 @@ def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
     if gate is not None and gate.experts_choose:
         return moe.num_experts * layer_capacity(moe, group_size) / group_size
     return moe.experts_per_token
+
+
+def train_flops(config: Config, steps: int = 1) -> float:
+    """Model FLOPs of a run's steps; see :func:`train_flops_per_token`."""
+    data = config.data
+    tokens = steps * config.train.batch_size * data.sequence_length
+    return tokens * train_flops_per_token(config.model, data.sequence_length, data.input_length)
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, input_length: int = 0) -> float:

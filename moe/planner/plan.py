@@ -326,8 +326,7 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
         tokens=tokens,
         total_parameters=total,
         active_parameters=active,
-        model_flops=tokens
-        * flops.train_flops_per_token(config.model, config.data.sequence_length, config.data.input_length),
+        model_flops=flops.train_flops(config),
         simple_flops=6.0 * active * tokens,
         program_flops=step.products.total,
         peak_flops=chip.peak * topology.num_chips,

@@ -79,9 +79,8 @@ class Throughput:
     """Tokens per second and MFU from seconds per step."""
 
     def __init__(self, config: Config):
-        length = config.data.sequence_length
-        self._tokens = config.train.batch_size * length
-        self._flops = self._tokens * flops.train_flops_per_token(config.model, length, config.data.input_length)
+        self._tokens = config.train.batch_size * config.data.sequence_length
+        self._flops = flops.train_flops(config)
         self._dtype = config.model.dtype
         self._datasheet = (target.current().peak_flops or 0.0) * jax.device_count()
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from moe.config import DeltaNetConfig
-from moe.models.flops import count_parameters, expert_rows_per_token, train_flops_per_token
+from moe.config import Config, DataConfig, DeltaNetConfig, TrainConfig
+from moe.models.flops import count_parameters, expert_rows_per_token, train_flops, train_flops_per_token
 from moe.parallel.target import PEAK_FLOPS, Target
 from moe.planner.chips import CHIPS
 from moe.training import profiling
-from tests.helpers import tiny_model
+from tests.helpers import tiny_encoder_decoder, tiny_model
 
 # D 16, F 20, V 48, N 4, M 2, H 6; swiglu: an expert has 3·16·20 = 960 parameters.
 # Attention: 16·6·(4+2+2) in, 4·6·16 out.
@@ -26,6 +26,13 @@ def test_a_gate_in_which_tokens_choose_counts_k_experts():
     assert train_flops_per_token(config, 8) == _by_hand(16 * 4, expert_rows=2)
     total, active = count_parameters(config)
     assert total - active == 2 * EXPERT
+
+
+def test_steps_count_their_rows_and_what_their_encoder_reads():
+    """3 steps of 2 rows of 4 tokens, with 8 of the encoder beside each."""
+    data = DataConfig(sequence_length=4, input_length=8)
+    config = Config(model=tiny_encoder_decoder(), data=data, train=TrainConfig(batch_size=2))
+    assert train_flops(config, 3) == 3 * 2 * 4 * train_flops_per_token(config.model, 4, 8)
 
 
 def test_a_delta_net_counts_its_matrices_and_its_memory():

@@ -14,15 +14,19 @@ import pytest
 
 from moe.analysis import analyse, specialisation, stacks
 from moe.analysis.record import Recorder
+from moe.benchmarks.train_steps import random_rows
 from moe.config import ConfigError
 from moe.data import pipeline
 from moe.data.tokenizer_files import find_tokenizer
 from moe.lab.running.heldout import RowLosses, mixed_rows
 from moe.lab.running.runner import Programs
+from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
+from moe.training.batches import place
 from moe.training.evaluation import evaluate, load_heldout
 from moe.training.loop import train
 from moe.training.open_run import open_workdir
+from moe.training.step import build
 from tests.run_helpers import ONE, Interrupted, directory, interrupted, rows, tiny  # noqa: F401
 from tests.tiny_text import random_text
 
@@ -56,6 +60,18 @@ def spans(directory, programs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(spans):
     return open_workdir(str(spans), {("mesh", "data"): 1})
+
+
+@pytest.mark.parametrize("settings", [T5, {"data.objective": "prefix_lm"}])
+def test_random_rows_of_a_timed_step_are_a_whole_batch(tmp_path, settings):
+    config = tiny(tmp_path, **settings)
+    mesh = make_mesh(config.mesh, ONE)
+    with jax.set_mesh(mesh):
+        program = build(config, mesh)
+        batch = place(random_rows(config), mesh)
+        found, expected = ({key: (x.shape, x.dtype) for key, x in each.items()} for each in (batch, program.batch))
+        assert found == expected
+        jax.eval_shape(program.train_step, program.state, batch)
 
 
 @pytest.mark.slow
