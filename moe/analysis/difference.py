@@ -108,7 +108,7 @@ def check_same_tokens(one: Records, other: Records) -> None:
         raise ConfigError("cannot compare: the models read other tokens; both need one tokenizer and one text")
 
 
-def agreements(one: Records, other: Records, *, shuffles: int, seed: int, match: bool = True) -> list[Agreement]:
+def agreements(one: Records, other: Records, *, shuffles: int, seed: int) -> list[Agreement]:
     """The agreement of two models in each MoE layer.
 
     Args:
@@ -116,10 +116,9 @@ def agreements(one: Records, other: Records, *, shuffles: int, seed: int, match:
         other: of the other, on the same tokens.
         shuffles: exchanges of rows for the null.
         seed: of the exchanges.
-        match: find the best permutation of experts; False: experts of one number are the same, as in one run.
     """
     check_same_tokens(one, other)
-    return [_agreement(one, other, layer, shuffles, seed, match) for layer in range(len(one.layers))]
+    return [_agreement(one, other, layer, shuffles, seed) for layer in range(len(one.layers))]
 
 
 def same_layers(one: Records, other: Records, found: Sequence[Agreement]) -> np.ndarray:
@@ -128,14 +127,12 @@ def same_layers(one: Records, other: Records, found: Sequence[Agreement]) -> np.
     return np.sum(np.stack(renamed) == other.first_choice, axis=0)
 
 
-def _agreement(one: Records, other: Records, layer: int, shuffles: int, seed: int, match: bool) -> Agreement:
+def _agreement(one: Records, other: Records, layer: int, shuffles: int, seed: int) -> Agreement:
     size, even = one.num_experts, one.row % 2 == 0
     if even.all() or not even.any():
         raise ConfigError("cannot compare: the text has a single row; give more --tokens")
     first, second = one.first_choice[layer], other.first_choice[layer]
-    permutation = np.arange(size)
-    if match:
-        _, permutation = optimize.linear_sum_assignment(_counts(first[even], second[even], size), maximize=True)
+    _, permutation = optimize.linear_sum_assignment(_counts(first[even], second[even], size), maximize=True)
     renamed, seen, row = permutation[first[~even]], second[~even], one.row[~even]
     loads = [np.bincount(choices, minlength=size) / len(choices) for choices in (renamed, seen)]
     same = renamed == seen

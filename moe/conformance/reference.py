@@ -150,13 +150,17 @@ def weights(gate: str, logits: Any, experts: list[int], rule: Rule = PLAIN) -> l
     return [rule.scale * score for score in chosen]
 
 
-def sparse_mixer(logits: Any, experts: list[int], tolerance: float = 0.01) -> list[Any]:
+#: Half the relative distance below the highest logit within which SparseMixer weighs experts.
+_MIXER_TOLERANCE = 0.01
+
+
+def sparse_mixer(logits: Any, experts: list[int]) -> list[Any]:
     """Weights of the experts of one token, chosen one after the other (Phi-3.5-MoE's released code, in evaluation)."""
     xp = jnp if isinstance(logits, jax.Array) else np
     left, result = list(range(len(logits))), []
     for expert in experts:
         best = max(logits[e] for e in left)
-        near = [e for e in left if not (best - logits[e]) / max(abs(logits[e]), best) > 2 * tolerance]
+        near = [e for e in left if not (best - logits[e]) / max(abs(logits[e]), best) > 2 * _MIXER_TOLERANCE]
         powers = {e: xp.exp(logits[e] - best) for e in near}
         result.append(powers[expert] / sum(powers.values()))
         left.remove(expert)

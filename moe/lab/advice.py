@@ -11,7 +11,7 @@ import numpy as np
 from moe.escaping import markdown_table
 from moe.lab import law
 from moe.lab import published_laws as laws
-from moe.lab.inference import seeds_needed
+from moe.lab.inference import MOST_SEEDS, seeds_needed
 
 #: Activation ratios K/E of the table.
 ACTIVATIONS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
@@ -64,21 +64,21 @@ def by_krajewski(budget: Budget, tolerance: float) -> Size:
     """The best width and granularity at 64 times the active FFN; the region has a loss of at most 1 + tolerance times
     the best one, at either end of the budget."""
     regions = {compute: _grid(compute) for compute in (budget.low, budget.middle, budget.high)}
-    widths, losses = laws.widths(), regions[budget.middle]
+    losses = regions[budget.middle]
     grain, best = np.unravel_index(np.argmin(losses), losses.shape)
     inside = [np.flatnonzero((of <= of.min() * (1 + tolerance)).any(0)) for of in regions.values()]
     first, last = int(min(each[0] for each in inside)), int(max(each[-1] for each in inside))
     grains = [GRANULARITIES[i] for i in np.flatnonzero(losses[:, best] <= losses.min() * (1 + tolerance))]
-    width, granularity = int(widths[best]), GRANULARITIES[int(grain)]
+    width, granularity = laws.WIDTHS[best], GRANULARITIES[int(grain)]
     total, active, flops = laws.krajewski_model(width, granularity)
     tokens = budget.middle / flops
     ends = sorted(
-        compute / laws.krajewski_model(float(widths[place]), granularity)[2]
+        compute / laws.krajewski_model(float(laws.WIDTHS[place]), granularity)[2]
         for compute, place in ((budget.low, last), (budget.high, first))
     )
     beyond = laws.KRAJEWSKI_RANGE.beyond(parameters=total, tokens=tokens, granularity=granularity)
     return Size(
-        "Krajewski 2024", (int(widths[first]), width, int(widths[last])), active, (ends[0], tokens, ends[1]), total,
+        "Krajewski 2024", (laws.WIDTHS[first], width, laws.WIDTHS[last]), active, (ends[0], tokens, ends[1]), total,
         (granularity, min(grains), max(grains)), beyond,
     )  # fmt: skip
 
@@ -87,7 +87,7 @@ def _grid(compute: float) -> np.ndarray:
     """Loss of every granularity and width at this compute."""
     rows = []
     for grain in GRANULARITIES:
-        models = [laws.krajewski_model(float(width), grain) for width in laws.widths()]
+        models = [laws.krajewski_model(float(width), grain) for width in laws.WIDTHS]
         rows.append([laws.krajewski_loss(total, compute / flops, grain) for total, _, flops in models])
     return np.asarray(rows)
 
@@ -309,7 +309,7 @@ def _seeds(measured: Sequence[Spread], gain: float) -> str:
     for spread in measured:
         wanted = gain * spread.loss
         seeds = seeds_needed(spread.sd, wanted)
-        counted = f"{seeds}" if seeds <= 1000 else "more than 1,000"
+        counted = f"{seeds}" if seeds <= MOST_SEEDS else f"more than {MOST_SEEDS:,}"
         hours = f"{seeds * spread.hours:.1f}" if math.isfinite(spread.hours) else "–"
         names = spread.contrast, spread.width, f"{spread.steps:,}", f"{spread.sd:.4f} ({spread.seeds})"
         rows.append((*names, f"{wanted:.4f}", counted, hours))

@@ -88,14 +88,8 @@ _GATE = {
 _START = ("expert_noise", "virtual_groups", "expert_scale", "drop_share", "fresh")
 
 
-def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canonical:
-    """The settings that decide a run's result, by name, without those that are neutral.
-
-    Args:
-        config: of a run.
-        parents: "starts_from" and "teacher" → hash of that run; takes the place of the folders in the config.
-    """
-    parents = parents or {}
+def canonical(config: Config) -> Canonical:
+    """The settings that decide a run's result, by name, without those that are neutral."""
     form: Canonical = {"seed": config.seed, "text": text_versions(config.data)}
     for section, names in (
         (config.model, _MODEL), (config.data, _DATA), (config.optimizer, _OPTIMIZER), (config.train, _TRAIN),
@@ -108,9 +102,9 @@ def canonical(config: Config, parents: Mapping[str, str] | None = None) -> Canon
     form["delta_net"] = dataclasses.asdict(delta_net) if delta_net.layers else _NEUTRAL["delta_net"]
     form["optimizer"] = config.optimizer.name
     form["final_rate_fraction"] = config.optimizer.final_learning_rate_fraction
-    form["start"] = parents.get("starts_from", config.start.checkpoint)
+    form["start"] = config.start.checkpoint
     form["optimizer_state"] = config.start.optimizer if form["start"] else "reset"
-    form["teacher"] = parents.get("teacher", config.distill.teacher)
+    form["teacher"] = config.distill.teacher
     form["lora"] = dataclasses.asdict(config.lora) if config.lora.rank else _NEUTRAL["lora"]
     form["preference_beta"] = config.preferences.beta if config.data.objective == "preferences" else 0.0
     form["policy"] = dataclasses.asdict(config.policy) if config.data.objective == "policy" else _NEUTRAL["policy"]

@@ -19,8 +19,11 @@ from numpy.typing import ArrayLike
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
+#: More seeds than these are not counted.
+MOST_SEEDS = 1000
 #: Below this many seeds the bootstrap keeps the seeds as they are.
 FEW_SEEDS = 3
+_BOOTSTRAP_DRAWS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,8 @@ def effect(values: ArrayLike) -> Effect:
     return Effect(mean, float(interval.low), float(interval.high), float(test.pvalue), n, sd)
 
 
-def smallest_detectable(sd: float, n: int, *, power: float = POWER) -> float:
-    """Smallest mean difference that a two-sided paired t test of n seeds finds with the given power.
+def smallest_detectable(sd: float, n: int) -> float:
+    """Smallest mean difference that a two-sided paired t test of n seeds finds with a power of :data:`POWER`.
 
     Solves P(|T'| > t(1 - α/2, n - 1)) = power for T' noncentral t with noncentrality δ·√n / sd.
     """
@@ -82,18 +85,18 @@ def smallest_detectable(sd: float, n: int, *, power: float = POWER) -> float:
         # Far out SciPy gives NaN: there the upper tail is 1 and the lower one 0.
         upper = np.nan_to_num(scipy.stats.nct.sf(critical, n - 1, noncentrality), nan=1.0)
         lower = np.nan_to_num(scipy.stats.nct.cdf(-critical, n - 1, noncentrality), nan=0.0)
-        return float(upper + lower - power)
+        return float(upper + lower - POWER)
 
     noncentrality: Any = scipy.optimize.brentq(shortfall, 1e-6, 100.0)
     return float(noncentrality) * sd / math.sqrt(n)
 
 
-def seeds_needed(sd: float, difference: float, *, power: float = POWER, most: int = 1000) -> int:
-    """Seeds that a paired t test needs to find a difference; ``most`` + 1 if more than ``most``."""
-    for n in itertools.chain(range(2, 50), range(50, most + 1, 10)):
-        if smallest_detectable(sd, n, power=power) <= abs(difference):
+def seeds_needed(sd: float, difference: float) -> int:
+    """Seeds that a paired t test needs to find a difference; one more than :data:`MOST_SEEDS` if more than those."""
+    for n in itertools.chain(range(2, 50), range(50, MOST_SEEDS + 1, 10)):
+        if smallest_detectable(sd, n) <= abs(difference):
             return n
-    return most + 1
+    return MOST_SEEDS + 1
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -154,9 +157,7 @@ def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str
     return found
 
 
-def bootstrap(
-    differences: ArrayLike, groups: Sequence[str], *, draws: int = 2000, random_seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(differences: ArrayLike, groups: Sequence[str]) -> tuple[float, float]:
     """95 % percentile interval of a mean difference over seeds and held-out rows, both resampled.
 
     Seeds are drawn with replacement unless there are fewer than three, and rows with replacement within each group,
@@ -165,14 +166,12 @@ def bootstrap(
     Args:
         differences: [seeds, rows] loss of an arm less that of the baseline.
         groups: domain of each row.
-        draws: bootstrap samples.
-        random_seed: of the resampling.
     """
-    rng = np.random.default_rng(random_seed)
+    rng = np.random.default_rng(0)
     values = np.asarray(differences, np.float64)
     members = [np.flatnonzero(np.asarray(groups) == name) for name in dict.fromkeys(groups)]
-    means = np.empty(draws)
-    for draw in range(draws):
+    means = np.empty(_BOOTSTRAP_DRAWS)
+    for draw in range(_BOOTSTRAP_DRAWS):
         few = len(values) < FEW_SEEDS
         seeds = np.arange(len(values)) if few else rng.integers(len(values), size=len(values))
         weights = np.bincount(seeds, minlength=len(values)) / len(values)

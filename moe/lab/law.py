@@ -71,19 +71,19 @@ def fit(losses: Mapping[tuple[int, int], float]) -> Law | None:
     return Law(floor, tuple(solution), names, tuple(errors), pairs, math.sqrt(variance))
 
 
-def intervals(
-    seeds: Sequence[Mapping[tuple[int, int], float]], *, resamples: int = 200, seed: int = 0
-) -> dict[str, tuple[float, float]]:
+#: Draws of as many seeds, with replacement.
+_RESAMPLES = 200
+
+
+def intervals(seeds: Sequence[Mapping[tuple[int, int], float]]) -> dict[str, tuple[float, float]]:
     """Coefficient → 95 % interval over seeds, by the bootstrap of whole seeds; empty for fewer than three.
 
     Args:
         seeds: losses of every point, for each seed.
-        resamples: draws of as many seeds, with replacement.
-        seed: of the draws.
     """
     if len(seeds) < 3:
         return {}
-    draws = np.random.default_rng(seed).integers(len(seeds), size=(resamples, len(seeds)))
+    draws = np.random.default_rng(0).integers(len(seeds), size=(_RESAMPLES, len(seeds)))
     found = []
     for drawn in draws:
         fitted = fit({point: float(np.mean([seeds[i][point] for i in drawn])) for point in seeds[0]})

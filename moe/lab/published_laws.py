@@ -10,8 +10,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import numpy as np
-
 
 @dataclasses.dataclass(frozen=True)
 class FittedTo:
@@ -109,6 +107,5 @@ def clark_gain(parameters: float, experts: float) -> float:
     return 10 ** (slope * (math.log10(saturated(experts)) - math.log10(saturated(1))))
 
 
-def widths(step: int = 64, least: int = 128, most: int = 16_384) -> np.ndarray:
-    """Widths that are tried."""
-    return np.arange(least, most + 1, step)
+#: Widths that are tried.
+WIDTHS = range(128, 16_384 + 1, 64)

@@ -88,12 +88,16 @@ def _parts(plan: _Json) -> dict[str, float]:
     return parts
 
 
-def sentence(a: _Json, b: _Json, largest: int = 3) -> str:
+#: Settings and parts, at most, that :func:`sentence` names.
+_NAMED = 3
+
+
+def sentence(a: _Json, b: _Json) -> str:
     """The difference in one sentence, such as "model.moe.dispatch gather → dropless: +412 ms in experts, ..."."""
     changed = [f"{name} {old} → {new}" for name, old, new in settings(a, b)]
-    if len(changed) > 3:
+    if len(changed) > _NAMED:
         changed = [f"{len(changed)} settings"]
-    parts = [f"{1e3 * row['seconds']:+,.0f} ms in {row['part']}" for row in by_part(a, b)[:largest] if row["seconds"]]
+    parts = [f"{1e3 * row['seconds']:+,.0f} ms in {row['part']}" for row in by_part(a, b)[:_NAMED] if row["seconds"]]
     whole = 1e3 * (b["step_seconds"] - a["step_seconds"])
     return f"{', '.join(changed) or 'the same settings'}: {', '.join(parts) or 'no change'}; {whole:+,.0f} ms a step"
 

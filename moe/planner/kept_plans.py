@@ -113,7 +113,7 @@ def rescaled(kept: _Row, known: list[_Row]) -> _Row:
         "mfu": kept["mfu"] / slower,
         "tokens_per_second_per_chip": kept["tokens_per_second_per_chip"] / slower,
         "scale": scale,
-        "cost": cost_words(1e12, kept["tokens"], kept["chips"], kept["platform"], (step, *interval)),
+        "cost": cost_words(kept["tokens"], kept["chips"], kept["platform"], (step, *interval)),
     }
 
 

@@ -171,9 +171,9 @@ class Plan:
             if exchange.kind == "all-gather" and exchange.purpose == exchanges.UNNAMED and self.num_slices > 1
         )
 
-    def cost(self, tokens: float = 1e12) -> str:
-        """Days and chip-hours of a number of tokens, as a sentence."""
-        return cost_words(tokens, self.tokens, self.chips, self.platform, (self.step_seconds, *self.step_interval))
+    def cost(self) -> str:
+        """Days and chip-hours of a trillion tokens, as a sentence."""
+        return cost_words(self.tokens, self.chips, self.platform, (self.step_seconds, *self.step_interval))
 
     @property
     def interval_basis(self) -> str:
@@ -216,18 +216,17 @@ class Plan:
         )
 
 
-def cost_words(total: float, tokens: float, chips: int, platform: str, seconds: tuple[float, float, float]) -> str:
-    """Days and chip-hours of a number of tokens, as a sentence.
+def cost_words(tokens: float, chips: int, platform: str, seconds: tuple[float, float, float]) -> str:
+    """Days and chip-hours of a trillion tokens, as a sentence.
 
     Args:
-        total: tokens.
         tokens: of a step.
         chips: of the slice; platform: "tpu" or "gpu".
         seconds: of a step, and the ends of its interval.
     """
-    days, low, high = (total / tokens * each / 86400 for each in seconds)
+    days, low, high = (1e12 / tokens * each / 86400 for each in seconds)
     hours = f"{days * 24 * chips:,.0f} {'GPU' if platform == 'gpu' else 'chip'}-hours"
-    return f"{total / 1e12:g} trillion tokens: {days:,.1f} days ({low:,.1f} to {high:,.1f}), {hours}"
+    return f"1 trillion tokens: {days:,.1f} days ({low:,.1f} to {high:,.1f}), {hours}"
 
 
 def make_fitting_plan(

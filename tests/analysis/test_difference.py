@@ -30,7 +30,7 @@ def _records(first, row=None, probs=None):
 
 
 def test_a_planted_permutation_is_found_and_the_rest_counted(rng):
-    """Every fourth token goes elsewhere: 3/4 agree under the permutation, and none of its experts by number."""
+    """Every fourth token goes elsewhere: 3/4 agree under the permutation."""
     first = rng.integers(0, E, ROWS * LENGTH)
     planted = np.array([2, 3, 0, 1])
     second = planted[first]
@@ -45,8 +45,6 @@ def test_a_planted_permutation_is_found_and_the_rest_counted(rng):
     assert found.by_margin[-1] == 1
     assert found.p_value == 1 / 51
     assert abs(found.null - found.chance) < 4 * found.null_std + 0.01
-    (unmatched,) = difference.agreements(_records(first), _records(planted[first]), shuffles=1, seed=0, match=False)
-    assert unmatched.first == 0
     same = difference.same_layers(_records(first), _records(second), [found])
     assert np.array_equal(same == 1, ~moved)
 

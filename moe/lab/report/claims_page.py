@@ -150,7 +150,7 @@ def _to_test(claim: Claim, found: Table, spread: float) -> str:
 
 
 def _count(seeds: int) -> str:
-    return "more than 1000" if seeds > 1000 else str(seeds)
+    return f"more than {inference.MOST_SEEDS}" if seeds > inference.MOST_SEEDS else str(seeds)
 
 
 def _part(finding: Finding, outcome: Outcome) -> tuple[str, ...]:

@@ -10,12 +10,12 @@ import numpy as np
 from moe.lab.table import Table
 
 
-def mean_sd(values: Sequence[float], digits: int = 4) -> str:
+def mean_sd(values: Sequence[float]) -> str:
     """Mean ± standard deviation; a dash without values."""
     if not len(values):
         return "–"
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
 
 
 def loss_cell(found: Table, variant: str, steps: int) -> str:
