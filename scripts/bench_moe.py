@@ -59,13 +59,13 @@ def check() -> None:
     from moe.config.registry import LAYERS
     from moe.dispatch.modes import CONFIG_MODES
     from moe.fields import whole_number
-    from moe.parallel import partition_specs
+    from moe.parallel.mesh import AXES
 
     allowed: dict[str, list[str]] = {
         "shapes": ["A", "B", "sweep"],
         "gates": ["all", *LAYERS],
         "modes": list(CONFIG_MODES),
-        "mesh": list(partition_specs.AXES),
+        "mesh": list(AXES),
     }
     for name, choices in allowed.items():
         for entry in flags.FLAGS[name].value or []:
@@ -317,13 +317,10 @@ def main() -> None:
     import jax
 
     from moe.config import MeshConfig
-    from moe.parallel import partition_specs
-    from moe.parallel.mesh import make_mesh
+    from moe.parallel.mesh import AXES, make_mesh
 
     check()
-    sizes = {axis: 1 for axis in partition_specs.AXES} | {
-        axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)
-    }
+    sizes = {axis: 1 for axis in AXES} | {axis: int(size) for axis, size in (entry.split("=") for entry in _MESH.value)}
     if _TOPOLOGY.value:
         _write({"topology": _TOPOLOGY.value}, read_layers(sizes))
         return

@@ -18,7 +18,7 @@ from moe.dispatch.backends import grouped_ffn
 from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size
+from moe.parallel.mesh import ROW_AXES, axis_size
 from moe.parallel.parameters import parameter_specs
 from moe.routing.gates import TopK
 from moe.routing.interface import GateInputs
@@ -98,7 +98,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
     """Programs of the layer, with router and losses, and the share of assignments that it drops."""
     config = model_config(case)
     graphdef, parameters, rest = nnx.split(MoELayer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
-    rows = axis_size(*partition_specs.ROW_AXES)
+    rows = axis_size(*ROW_AXES)
     x = jax.random.normal(jax.random.key(1), (rows, case.tokens // rows, case.d_model), case.dtype)
     mask = jnp.ones(x.shape[:2], bool)
     replayed: Routing | None = None

@@ -30,7 +30,7 @@ from moe.dispatch.ffn import ExpertWeights
 from moe.dispatch.peers import EVERYONE, Peers, Route
 from moe.parallel import target
 from moe.parallel.mesh import axis_of
-from moe.parallel.partition_specs import ROUTES
+from moe.routing.interface import ROUTES
 
 
 @jax.tree_util.register_dataclass

@@ -31,8 +31,9 @@ from moe.dispatch.ffn import ExpertWeights, batched_ffn
 from moe.dispatch.hosts import Assignments, apply_by_host, apply_to_gathered
 from moe.dispatch.peers import EVERYONE
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_of, axis_size, constrain, on_mesh
-from moe.parallel.partition_specs import EXPERT_OUTPUTS, ROUTES
+from moe.parallel.mesh import AXES, TOKEN_AXES, axis_of, axis_size, constrain, on_mesh
+from moe.parallel.partition_specs import EXPERT_OUTPUTS
+from moe.routing.interface import ROUTES
 from moe.routing.routing import Routing
 
 #: (x [G,S,D], routing, plan, weights) → y [G,S,D] float32: Σ_k weight·expert output, 0 for a dropped token.
@@ -69,7 +70,7 @@ def by_index(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: Ex
     transposed.
     """
     groups, tokens, model_dim = x.shape
-    num_devices = math.gcd(groups, axis_size(*partition_specs.TOKEN_AXES))
+    num_devices = math.gcd(groups, axis_size(*TOKEN_AXES))
     num_rows = groups // num_devices * plan.capacity
     starts = jnp.arange(plan.num_experts, dtype=jnp.int32) * num_rows
     # [G,...] → [X,G/X,...]
@@ -146,7 +147,7 @@ def by_sorting(x: Float[Array, "G S D"], routing: Routing, plan: Plan, weights: 
     """
     if weights.dropout is not None:
         weights = weights.at(_numbers(routing))
-    if axis_size(*partition_specs.AXES) == 1:
+    if axis_size(*AXES) == 1:
         return _sort_and_apply(x, routing, plan, weights.gathered(x.dtype))
 
     def local(x: Array, routing: Routing, plan: Plan, shards: ExpertWeights) -> Array:
@@ -217,7 +218,7 @@ _DESCRIPTIONS: dict[Implementation, str] = {
 
 def _implementation(mode: str) -> Implementation:
     """Implementation of a dispatch in the program being traced."""
-    if mode == "gather" and target.is_cpu() and axis_size(*partition_specs.AXES) == 1:
+    if mode == "gather" and target.is_cpu() and axis_size(*AXES) == 1:
         return by_sorting  # without an exchange it moves as much as filling buffers, and computes no empty row
     return _IMPLEMENTATIONS[mode]
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from moe.config import ModelConfig
 from moe.layers.basic import KEEP_ALL, Dropout, RMSNorm, Rows, matrix, parameter
 from moe.parallel import partition_specs
-from moe.parallel.mesh import constrain
+from moe.parallel.mesh import ROW_AXES, constrain
 from moe.parallel.parameters import gather_for_matmul, project
 from moe.parallel.partition_specs import ATTENTION, HEADS_IN, HEADS_OUT, IN
 
@@ -225,7 +225,7 @@ class GatedDeltaNet(nnx.Module):
             return constrain(jnp.zeros(shape, dtype), partition_specs.CACHE)
 
         shape = (repeats, rows, d.key_heads, d.value_heads // d.key_heads, d.key_dim, d.value_dim)
-        memory = constrain(jnp.zeros(shape, jnp.float32), P(None, partition_specs.ROW_AXES, "tensor"))
+        memory = constrain(jnp.zeros(shape, jnp.float32), P(None, ROW_AXES, "tensor"))
         return DeltaState((zeros(keys), zeros(keys), zeros(values)), memory)
 
     def prefill(

@@ -20,8 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe.config import Config, ConfigError, ModelConfig
 from moe.models import kv_cache
 from moe.models.factory import abstract_model
-from moe.parallel import partition_specs
-from moe.parallel.mesh import axis_size
+from moe.parallel.mesh import ROW_AXES, axis_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +166,7 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
     over."""
     if axis_size("context") > 1:
         raise ConfigError(f"mesh.context={axis_size('context')}: must be 1 to generate")
-    shards = axis_size(*partition_specs.ROW_AXES)
+    shards = axis_size(*ROW_AXES)
     rows = -(-len(prompts) // shards) * shards
     lengths = np.ones(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]

@@ -8,11 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.parallel.mesh import AXES as AXES
-from moe.parallel.mesh import ROW_AXES as ROW_AXES
-from moe.parallel.mesh import TOKEN_AXES as TOKEN_AXES
-from moe.parallel.mesh import on_mesh
-from moe.routing.interface import ROUTES as ROUTES
+from moe.parallel.mesh import ROW_AXES, TOKEN_AXES, on_mesh
+from moe.routing.interface import ROUTES
 
 # Activations.
 BATCH = P(ROW_AXES, "context")  # [B,T,...]

@@ -22,7 +22,7 @@ from moe.dispatch.buffers import layer_capacity
 from moe.dispatch.ffn import GATED_ACTIVATIONS
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size, make_mesh
+from moe.parallel.mesh import ROW_AXES, axis_size, make_mesh
 from moe.parallel.parameters import parameter_specs
 from moe.planner import exchanges, kernels, program
 from moe.planner.topology import Topology
@@ -126,7 +126,7 @@ def _compile(
         parameters = jax.tree.map(
             lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), nnx.to_pure_dict(parameters), where
         )
-        rows = axis_size(*partition_specs.ROW_AXES)
+        rows = axis_size(*ROW_AXES)
         batch = partition_specs.shardings(mesh, partition_specs.BATCH)
         x = jax.ShapeDtypeStruct((rows, tokens, model.d_model), jnp.dtype(model.dtype), sharding=batch)
 

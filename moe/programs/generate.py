@@ -94,8 +94,7 @@ def main() -> None:
     from moe.data.tokenizer_files import find_tokenizer
     from moe.fields import whole_number
     from moe.models import sampling, speculation
-    from moe.parallel import partition_specs
-    from moe.parallel.mesh import make_mesh
+    from moe.parallel.mesh import AXES, make_mesh
 
     workdir, prompts = str(_WORKDIR.value), list(_PROMPT.value or [])
     if not prompts and not _CHAT.value:
@@ -109,8 +108,8 @@ def main() -> None:
     axes: dict[str, int] = {}
     for entry in _MESH.value or []:
         axis, _, size = str(entry).partition("=")
-        if axis not in partition_specs.AXES or whole_number(size.removeprefix("-")) is None:
-            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(partition_specs.AXES)}")
+        if axis not in AXES or whole_number(size.removeprefix("-")) is None:
+            raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(AXES)}")
         axes[axis] = int(size)
     mesh = make_mesh(MeshConfig(**axes))
     validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)

@@ -17,7 +17,7 @@ from moe.models.decoder import Output
 from moe.models.factory import Model
 from moe.models.prediction import further_targets
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import axis_size, constrain
+from moe.parallel.mesh import TOKEN_AXES, axis_size, constrain
 from moe.routing.balancing import AUXILIARY, LayerReport
 
 #: Named scope of the chunked loss, by which the planner finds it in a compiled program.
@@ -92,7 +92,7 @@ def _chunks(hidden: Array, targets: Array) -> tuple[Array, Array]:
         for x in (hidden, targets)
     )
     batch, length, _ = hidden.shape
-    rows = -(-batch // axis_size(*partition_specs.TOKEN_AXES))  # per device
+    rows = -(-batch // axis_size(*TOKEN_AXES))  # per device
     count = -(-length // max(_CHUNK // rows, 1))
     size = -(-length // count)
     surplus = ((0, 0), (0, count * size - length))
@@ -116,7 +116,7 @@ def _logits(hidden: Array, matrix: Array) -> Array:
 
 
 def _with_gradient(hidden, matrix, targets):
-    shards = axis_size(*partition_specs.TOKEN_AXES)
+    shards = axis_size(*TOKEN_AXES)
 
     def chunk(sums, inputs):
         part, part_targets = inputs

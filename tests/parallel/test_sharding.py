@@ -25,7 +25,7 @@ from moe.models.factory import abstract_model
 from moe.parallel import mesh as mesh_module
 from moe.parallel import parameters as weights
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import constrain, make_mesh
+from moe.parallel.mesh import ROW_AXES, constrain, make_mesh
 from tests.helpers import axis_groups, collectives, random_parameters, slow_case, tiny_model
 
 P = jax.sharding.PartitionSpec
@@ -56,7 +56,7 @@ def _check_contract(compiled, mesh, parameters, config, *, all_to_alls):
     assert len(exchanges) == (all_to_alls if mesh.shape["expert"] > 1 else 0), exchanges
     moe = config.moe
     capacity = expert_capacity(moe.capacity.train, moe.experts_per_token, T, moe.num_experts)
-    token_shards = math.prod(mesh.shape.get(axis, 1) for axis in partition_specs.ROW_AXES)
+    token_shards = math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
     slots = moe.num_experts * (B // token_shards) * capacity * config.d_model
     for exchange in exchanges:
         assert exchange.groups == axis_groups(mesh, "expert"), exchange.text
