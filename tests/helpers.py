@@ -26,6 +26,7 @@ from moe.models.state import TrainState
 from moe.routing.gates import TopK
 from moe.routing.interface import Gate, GateInputs
 from moe.routing.routing import Routing, route
+from moe.training import step
 from moe.training.step import Program
 
 _MOE_FIELDS = {field.name for field in dataclasses.fields(MoEConfig)} - {"d_ff"} | flat.PLACES.keys()
@@ -101,6 +102,12 @@ def random_state(program: Program) -> TrainState:
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(draw, program.state)
+
+
+def step_gradients(program: Program, seed: int = 1) -> Any:
+    """Jitted function of a state and a batch: ((loss, (cross-entropy, terms), reports), gradients) of a train step."""
+    parts = step._Parts(program.config, program.graphdef, program.graphdef, None, None)
+    return jax.jit(lambda state, batch: step._gradients(parts, state, batch, jax.random.key(seed), None))
 
 
 def random_model(config: ModelConfig) -> Model:

@@ -16,10 +16,9 @@ from moe.config import Config, ConfigError, MeshConfig, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.models import sampling
 from moe.parallel.mesh import make_mesh
-from moe.training import step
 from moe.training.batches import place
 from moe.training.step import build
-from tests.helpers import random_state, slow_case
+from tests.helpers import random_state, slow_case, step_gradients
 
 T = 32
 SPLIT = (MeshConfig(4, 1, 1, 1, 2), MeshConfig(1, 1, 2, 1, 4), MeshConfig(1, 2, 1, 2, 2))  # data, fsdp, expert, ...
@@ -64,11 +63,8 @@ def _gradients(config: Config, mesh: MeshConfig) -> list[np.ndarray]:
     validate_mesh(config, where.shape)
     with jax.set_mesh(where):
         program = build(config, where)
-        parts = step._Parts(config, program.graphdef, program.graphdef, None, None)
         state, batch = random_state(program), place(_batch(config.train.batch_size), where)
-        found = jax.jit(lambda state, batch: step._gradients(parts, state, batch, jax.random.key(1), None))(
-            state, batch
-        )
+        found = step_gradients(program)(state, batch)
         evaluated = program.eval_step(state.variables, batch, np.ones(32, np.int32))
     return [np.asarray(leaf) for leaf in jax.tree.leaves((found, evaluated))]
 

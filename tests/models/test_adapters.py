@@ -15,12 +15,11 @@ from moe.metrics_files import read_rows
 from moe.models.adapters import initial_adapters, merge
 from moe.parallel.mesh import make_mesh
 from moe.training import loop as training
-from moe.training import step
 from moe.training.averaging import write_average
 from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.step import build
-from tests.helpers import random_state, slow_case
+from tests.helpers import random_state, slow_case, step_gradients
 from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, compilation_cache, directory, raise_interrupted, tiny  # noqa: F401
 
 EVERYTHING = ("attention", "experts")
@@ -98,10 +97,7 @@ def _gradients(config, state):
     with jax.set_mesh(mesh):
         program = build(config, mesh)
         state = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, program.state)
-        parts = step._Parts(config, program.graphdef, program.graphdef, None, None)
-        key = jax.random.key(1)
-        run = jax.jit(lambda state, batch: step._gradients(parts, state, batch, key, None))
-        (loss, *_), gradients = run(state, _batch(mesh))
+        (loss, *_), gradients = step_gradients(program)(state, _batch(mesh))
     return float(loss), jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, state)
 
 

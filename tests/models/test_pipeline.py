@@ -24,7 +24,7 @@ from moe.training import step
 from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.step import build
-from tests.helpers import axis_groups, collectives, slow_case, tiny_model
+from tests.helpers import axis_groups, collectives, slow_case, step_gradients, tiny_model
 from tests.run_helpers import ONE, SETTINGS, Interrupted, interrupted, rows, tiny
 
 T = 8
@@ -77,10 +77,8 @@ def _gradients(config: Config, sizes: MeshConfig) -> tuple[dict[str, np.ndarray]
     config = dataclasses.replace(config, mesh=sizes)
     with jax.set_mesh(mesh):
         program = build(config, mesh)
-        parts = step._Parts(config, program.graphdef, program.graphdef, None, None)
         state, batch = _drawn(program.state), place(_batch(config.train.batch_size), mesh)
-        gradients = jax.jit(lambda state, batch: step._gradients(parts, state, batch, jax.random.key(1), None))
-        compiled = gradients.lower(state, batch).compile()
+        compiled = step_gradients(program).lower(state, batch).compile()
         leaves = jax.tree_util.tree_leaves_with_path(compiled(state, batch))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, compiled.as_text()
 

@@ -10,10 +10,9 @@ import pytest
 from moe.config import Config, to_config_dict
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.training import step
 from moe.training.batches import place
 from moe.training.step import build
-from tests.helpers import random_state, set_moe, slow_case
+from tests.helpers import random_state, set_moe, slow_case, step_gradients
 
 
 def program(devices=1, mesh=None, accumulation=1, remat="none", weight=3.0, layers=2, **moe):
@@ -43,14 +42,9 @@ def batch(program):
 
 def gradients(program, state=None):
     """Loss, reports and gradients of a step's objective, from a state or the random one."""
-    parts = step._Parts(program.config, program.graphdef, program.graphdef, None, None)
-
-    def run(state, rows):
-        (loss, _, layers), gradient = step._gradients(parts, state, rows, jax.random.key(0), None)
-        return loss, layers, gradient
-
     with jax.set_mesh(program.mesh):
-        return jax.jit(run)(state or program.init(), batch(program))
+        (loss, _, layers), gradient = step_gradients(program, seed=0)(state or program.init(), batch(program))
+    return loss, layers, gradient
 
 
 @pytest.mark.parametrize(
