@@ -58,17 +58,20 @@ def test_an_update_that_is_not_finite_changes_nothing(directory, whole, programs
         assert (np.asarray(scale(last)) != np.asarray(kept.parameters["final_norm"]["scale"])).all()
 
 
-def poisoned(programs, at):
-    """make_program whose parameters turn infinite before some steps, as an update gone wrong leaves them."""
+def poisoned(programs, before=(), after=()):
+    """make_program whose parameters turn infinite before or after some steps, as an update gone wrong leaves them."""
+
+    def infinite(state):
+        norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
+        return dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
 
     def make(config, mesh, teacher=None):
         program = programs(config, mesh, teacher)
 
         def step(state, batch):
-            if int(state.step) + 1 in at:
-                norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
-                state = dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
-            return program.train_step(state, batch)
+            number = int(state.step) + 1
+            state, metrics = program.train_step(infinite(state) if number in before else state, batch)
+            return infinite(state) if number in after else state, metrics
 
         return dataclasses.replace(program, train_step=step)
 
@@ -142,27 +145,12 @@ def test_spikes_and_dead_experts_by_hand():
 def test_parameters_that_are_not_finite_are_never_saved(directory, programs, tmp_path):
     """An update that leaves infinite parameters while its own loss and gradients were finite."""
 
-    def spoiling(at):
-        def make(config, mesh, teacher=None):
-            program = programs(config, mesh, teacher)
-
-            def step(state, batch):
-                state, metrics = program.train_step(state, batch)
-                if int(state.step) in at:
-                    norm = jax.tree.map(lambda scale: scale * jnp.inf, state.parameters["final_norm"])
-                    state = dataclasses.replace(state, parameters=state.parameters | {"final_norm": norm})
-                return state, metrics
-
-            return dataclasses.replace(program, train_step=step)
-
-        return make
-
     config = tiny(directory, **SETTINGS, **{"train.max_skipped_steps": 1})
-    train(config, str(tmp_path / "run"), ONE, make_program=spoiling({4}), quiet=True)
+    train(config, str(tmp_path / "run"), ONE, make_program=poisoned(programs, after={4}), quiet=True)
     assert steps(tmp_path / "run") == [2, 6]
     assert [row["to"] for row in rows(tmp_path / "run", "warning") if row["what"] == "rollback"] == [2]
     with pytest.raises(ConfigError, match="step 6: the parameters are not finite"):
-        train(config, str(tmp_path / "last"), ONE, make_program=spoiling({6}), quiet=True)
+        train(config, str(tmp_path / "last"), ONE, make_program=poisoned(programs, after={6}), quiet=True)
     assert steps(tmp_path / "last") == [2, 4]
 
 
