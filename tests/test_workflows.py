@@ -5,7 +5,6 @@ from a seed; what its stages leave behind is the same to the byte. ``python -m p
 tests/test_workflows.py``.
 """
 
-# ruff: noqa: F811
 import contextlib
 import dataclasses
 import functools
@@ -22,7 +21,7 @@ from moe.lab.running import runner
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
 from tests.lab_helpers import tiny_base, tiny_suite, write_page
-from tests.run_helpers import ONE, Interrupted, directory, interrupted, tiny  # noqa: F401
+from tests.run_helpers import ONE, Interrupted, interrupted, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.usefixtures("compilation_cache")]
 STEPS = 4

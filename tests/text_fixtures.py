@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: a small TFDS dataset, its config, what is prepared of it, and a folder of text."""
+"""Fixtures of the data tests: the config of a small TFDS dataset, what is prepared of it, and a folder of text."""
 
 import dataclasses
 import json
@@ -8,14 +8,9 @@ import pytest
 
 from moe.config import DataConfig
 from moe.data import pipeline
-from tests.tiny_text import build, random_text
+from tests.tiny_text import random_text
 
 VOCAB = 400
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from moe.config import ConfigError, DataConfig
 from moe.data import pipeline, preparation, streams
 from moe.data.tokenizer import Tokenizer, train_tokenizer
-from tests.text_fixtures import VOCAB, assert_equal, data, directory, prepared  # noqa: F401
+from tests.text_fixtures import VOCAB, assert_equal, data, prepared  # noqa: F401
 from tests.tiny_text import random_text
 
 ODD_TEXT = "héllo\n\n\tnaïve  日本語 🙂 \u2581 a\r\n    x = 10\x00\n  trailing "

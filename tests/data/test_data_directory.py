@@ -13,7 +13,7 @@ import pytest
 from moe.config import ConfigError
 from moe.data import pipeline
 from tests.helpers import mounted
-from tests.text_fixtures import VOCAB, data, directory, folder  # noqa: F401
+from tests.text_fixtures import VOCAB, data, folder  # noqa: F401
 
 
 # --- data.directory --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from moe.config import ConfigError
 from moe.data import documents, folder_files, folders, pipeline
 from moe.data.folder_files import find_sources
 from moe.training import report
-from tests.text_fixtures import VOCAB, assert_equal, data, directory, folder  # noqa: F401
+from tests.text_fixtures import VOCAB, assert_equal, data, folder  # noqa: F401
 from tests.tiny_text import random_text
 
 

@@ -16,7 +16,7 @@ from moe.config import Config, ConfigError, DataConfig, ModelConfig
 from moe.data import objectives, pipeline, preparation, sentinels
 from moe.data.documents import PAIR
 from tests.helpers import slow_case
-from tests.text_fixtures import VOCAB, assert_equal, data, directory, prepared  # noqa: F401
+from tests.text_fixtures import VOCAB, assert_equal, data, prepared  # noqa: F401
 from tests.tiny_text import random_text
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from moe.config import ConfigError
 from moe.data import pipeline
-from tests.text_fixtures import VOCAB, data, directory, prepared  # noqa: F401
+from tests.text_fixtures import VOCAB, data, prepared  # noqa: F401
 from tests.tiny_text import published, random_text
 
 

@@ -20,7 +20,7 @@ from moe.training.batches import place
 from moe.training.loop import train
 from moe.training.step import build
 from tests.helpers import random_state, slow_case, step_gradients
-from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, compilation_cache, directory, raise_interrupted, tiny  # noqa: F401
+from tests.run_helpers import ONE, SETTINGS, Interrupted, at_step, raise_interrupted, tiny
 
 EVERYTHING = ("attention", "experts")
 
@@ -162,7 +162,7 @@ def _compare(gradient, factors, dense, form, a):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compilation_cache")
-def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(directory, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_saves_adapters_alone_resumes_to_the_bit_and_is_read_merged(directory, tmp_path, monkeypatch):
     base = tiny(directory, **SETTINGS | {"train.num_steps": 4, "train.save_every": 2})
     train(base, str(tmp_path / "base"), ONE, quiet=True)
     write_average(str(tmp_path / "base"), str(tmp_path / "mean"), [], ema=False)

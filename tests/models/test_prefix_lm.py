@@ -1,6 +1,5 @@
 """Prefix LM in a decoder: what a prefix sees, training, and generation."""
 
-# ruff: noqa: F811
 import dataclasses
 
 import jax
@@ -15,7 +14,7 @@ from moe.models import sampling, speculation
 from moe.models.decoder import Transformer
 from moe.training.loop import train
 from tests.helpers import random_parameters, tiny_model
-from tests.run_helpers import ONE, directory, rows, tiny  # noqa: F401
+from tests.run_helpers import ONE, rows, tiny
 
 
 @pytest.mark.parametrize("kind", ["full", "blocked"])

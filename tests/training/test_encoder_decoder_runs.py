@@ -1,6 +1,5 @@
 """Runs of an encoder-decoder: training, its report, held-out losses, routing of both stacks, translation."""
 
-# ruff: noqa: F811
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from moe.training.evaluation import evaluate, load_heldout
 from moe.training.loop import train
 from moe.training.open_run import open_workdir
 from moe.training.step import build
-from tests.run_helpers import ONE, Interrupted, directory, interrupted, rows, tiny  # noqa: F401
+from tests.run_helpers import ONE, Interrupted, interrupted, rows, tiny
 from tests.tiny_text import random_text
 
 T5 = {

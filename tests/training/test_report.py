@@ -1,6 +1,5 @@
 """The report at a run's end: what it continues, and that its failures come at the start."""
 
-# ruff: noqa: F811
 import dataclasses
 import types
 from typing import Any
@@ -12,7 +11,7 @@ from moe.config import ConfigError
 from moe.data import pipeline
 from moe.training import loop, report
 from moe.training.loop import train
-from tests.run_helpers import ONE, directory, tiny  # noqa: F401
+from tests.run_helpers import ONE, tiny
 from tests.tiny_text import random_text
 
 DOMAIN = "tiny_text/split"
