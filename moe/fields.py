@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moe.exit_codes import INTERRUPTED, START_AGAIN
+
 #: Limits of int and float fields: values go to devices as int32 and float32.
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
@@ -34,12 +36,12 @@ class ConfigError(ValueError):
 def exits_as_errors() -> Iterator[None]:
     """Raise ImportError where a user's code exits like a program, which would end this one without a word.
 
-    The codes by which stop signals exit (:mod:`moe.signals`) pass.
+    The codes by which stop signals exit pass.
     """
     try:
         yield
     except SystemExit as error:
-        if error.code in (75, 130):
+        if error.code in (START_AGAIN, INTERRUPTED):
             raise
         raise ImportError(f"it calls sys.exit({error.code!r})") from error
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from moe.escaping import terminal
+from moe.exit_codes import after_signal
 
 _TUNABLE = "glibc.malloc.hugetlb=1"
 _JEMALLOC = "libjemalloc.so.2"
@@ -112,7 +113,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
     del frame
     with contextlib.suppress(OSError):
         os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-    os._exit(_exit_code(number))
+    os._exit(after_signal(number))
 
 
 def raise_on_stop_signals() -> None:
@@ -132,7 +133,7 @@ def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: s
     """Repeat the signal behind a discarded SystemExit, once the destructor has returned; report other exceptions."""
     error = discarded.exc_value
     for number in _STOP_SIGNALS:
-        if isinstance(error, SystemExit) and error.code == _exit_code(number):
+        if isinstance(error, SystemExit) and error.code == after_signal(number):
             timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
             timer.daemon = True
             timer.start()
@@ -142,11 +143,7 @@ def _send_again(report: Callable[[sys.UnraisableHookArgs], object], discarded: s
 
 def _raise(number: int, frame: FrameType | None) -> None:
     del frame
-    raise SystemExit(_exit_code(number))
-
-
-def _exit_code(number: int) -> int:
-    return os.EX_TEMPFAIL if number == signal.SIGTERM else 128 + number
+    raise SystemExit(after_signal(number))
 
 
 def _check_environment() -> None:

@@ -1,9 +1,8 @@
-"""Stop signals and their exit codes."""
+"""Stop signals of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,15 +11,11 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-#: Exit code of a run that should be restarted with the same command (EX_TEMPFAIL of sysexits.h).
-START_AGAIN = os.EX_TEMPFAIL  # 75
-
-#: Exit code after Ctrl-C, as in shells; launchers must not restart the run.
-INTERRUPTED = 128 + signal.SIGINT  # 130
+from moe.exit_codes import START_AGAIN, after_signal
 
 
 class Stopped(SystemExit):
-    """A run stopped by a signal, without an error; ``code`` is START_AGAIN or INTERRUPTED."""
+    """A run stopped by a signal, without an error; ``code`` is one of :mod:`moe.exit_codes`."""
 
     def __init__(self, code: int, reason: str):
         super().__init__(code)
@@ -55,7 +50,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if not self._waiting or self._received is not None:  # a second signal is not deferred
-            raise Stopped(self._code(number), f"stopped by {signal.Signals(number).name}")
+            raise Stopped(after_signal(number), f"stopped by {signal.Signals(number).name}")
         self._received = number
 
     @contextlib.contextmanager
@@ -73,9 +68,5 @@ class StopSignals:
             if multihost_utils.reached_preemption_sync_point(step):
                 return Stopped(START_AGAIN, "stopped by a preemption notice")
         elif self._received is not None:
-            return Stopped(self._code(self._received), f"stopped by {signal.Signals(self._received).name}")
+            return Stopped(after_signal(self._received), f"stopped by {signal.Signals(self._received).name}")
         return None
-
-    @staticmethod
-    def _code(number: int) -> int:
-        return INTERRUPTED if number == signal.SIGINT else START_AGAIN

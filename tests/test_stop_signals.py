@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe import signals
+from moe import exit_codes, signals
 from moe.config import to_dict
 from moe.training import loop as training
 from moe.training.loop import train
@@ -77,7 +77,7 @@ def test_two_processes_stop_at_one_step(directory, tmp_path):
             assert [process.poll() for process in pair] == [None, None], (tmp_path / "0.log").read_text()[-2000:]
             time.sleep(0.2)
         pair[1].send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=300) for process in pair] == [signals.START_AGAIN] * 2
+        assert [process.wait(timeout=300) for process in pair] == [exit_codes.START_AGAIN] * 2
     finally:
         for process in pair:
             process.kill()

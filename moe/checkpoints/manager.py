@@ -34,9 +34,10 @@ from moe.checkpoints.integrity import (
 )
 from moe.config import ConfigError
 from moe.data.streams import StreamsHandler, StreamsRestore, StreamsSave
+from moe.exit_codes import START_AGAIN
 from moe.metrics_files import METRICS, read_rows
 from moe.models.state import TrainState
-from moe.signals import START_AGAIN, Stopped
+from moe.signals import Stopped
 from moe.waiting import said_aloud
 
 #: Object that Orbax writes last into a checkpoint in a bucket.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from moe.config import ConfigError
+from moe.exit_codes import START_AGAIN
 
 #: Set in the environment of the processes that :func:`start` starts.
 WORKER = "MOE_LAB_WORKER"
@@ -36,8 +37,8 @@ def start(count: int) -> None:
     finally:
         os.sched_setaffinity(0, cores)
         signal.signal(signal.SIGTERM, previous)
-    if codes == {os.EX_TEMPFAIL}:
-        raise SystemExit(os.EX_TEMPFAIL)
+    if codes == {START_AGAIN}:
+        raise SystemExit(START_AGAIN)
     if codes:
         raise ConfigError(f"--jobs={count}: a process failed; the same command goes on with what is missing")
 
