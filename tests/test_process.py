@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moe import process
+from moe import checkout, process
 from moe.training import progress
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +56,11 @@ def test_a_program_restarts_with_memory_that_stays_unless_told_otherwise(
 def test_a_library_that_is_not_there_is_not_asked_for():
     assert process._starts({})
     assert not process._starts({"LD_PRELOAD": "libjemalloc.so.no_such_version"})
+
+
+def test_the_commit_is_unknown_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkout.commit() == checkout.short_commit() == "unknown"
 
 
 def test_what_benchmarks_print(monkeypatch):

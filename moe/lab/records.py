@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import math
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,19 +217,6 @@ def _parquet(path: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(f"{path}: tables of records need pyarrow; install it with pip install pyarrow") from error
-
-
-def commit() -> str:
-    """The commit of this checkout, with "+changes" if tracked files differ from it; "unknown" outside of one."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _rounded(record: Record) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax
 import pydantic
 
 from moe.atomic_files import write_atomic
+from moe.checkout import short_commit
 from moe.config import Config, ConfigError, to_dict, validate_mesh
 from moe.config.parse import from_config_dict
 from moe.foreign_files import parse
@@ -24,7 +25,7 @@ from moe.layers.attention.attend import checked_for_target
 from moe.parallel.mesh import make_mesh
 from moe.planner import arithmetic, fit, memory_errors
 from moe.planner.topology import Topology, get_topology
-from moe.planner.versions import commit, versions
+from moe.planner.versions import versions
 from moe.training import step as train_step_module
 
 
@@ -134,7 +135,9 @@ def compile_step(config: Config, topology: Topology) -> CompiledStep:
     compiled, traced, stored, seconds = _compile(config, mesh, topology)
     memory = _memory(compiled.memory_analysis(), stored, topology.capacity)
     memory_errors.refuse_program_that_does_not_fit(config, memory.total, topology.capacity)
-    return CompiledStep(compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds, commit())
+    return CompiledStep(
+        compiled.as_text(), memory, arithmetic.matmul_flops(traced.jaxpr.jaxpr), seconds, short_commit()
+    )
 
 
 def _compile_apart(config: Config, topology: Topology) -> CompiledStep:

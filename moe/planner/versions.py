@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import subprocess
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
@@ -19,14 +18,6 @@ def versions() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} none")
     return found
-
-
-def commit() -> str:
-    """The commit of the package's source, shortened; "unknown" outside a repository."""
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=_ROOT
-    )
-    return run.stdout.strip() or "unknown"
 
 
 def source_hash() -> str:

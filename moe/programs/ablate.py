@@ -14,12 +14,13 @@ from absl import flags
 
 from moe import cli
 from moe.benchmarks import train_steps
+from moe.checkout import commit
 from moe.config import ConfigError
 from moe.fields import whole_number
 from moe.lab import step_seconds
 from moe.lab.claims.registration import CLAIMS_FILE, Registered, read_claims
 from moe.lab.loading import load_suite, with_seeds
-from moe.lab.records import commit, read_all
+from moe.lab.records import read_all
 from moe.lab.report import answer, claims_page, page, paper_tables
 from moe.lab.running import jobs, runner
 from moe.lab.table import Table

@@ -25,13 +25,14 @@ import jax
 import numpy as np
 from etils import epath
 
+from moe.checkout import commit
 from moe.checkpoints.workdir import read_config
 from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
 from moe.lab import records, results, schedule
 from moe.lab.claims.decide import arms_of
 from moe.lab.claims.registration import Claim
-from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, commit, read_all, run_name
+from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, read_all, run_name
 from moe.lab.running import last_tenth, probes
 from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
 from moe.lab.running.progress import Progress
