@@ -9,7 +9,7 @@ import numpy as np
 import pydantic
 
 from moe.config import ConfigError
-from moe.foreign_files import Json, refuse
+from moe.foreign_files import Json, check
 from moe.interop.quantized import INT4_PER_WORD, MXFP4, MXFP4_BLOCK, Form, FP8Blocks, PackedInt4
 from moe.interop.schema import Count, Fields
 
@@ -217,7 +217,4 @@ def read_quantization(source: Json) -> Quantization | None:
                 f"config.json: quantization_config: format={fields.get('format')!r}: must be one of {', '.join(kinds)}"
             )
         schema = kinds[fields["format"]]
-    try:
-        return schema.model_validate(fields)
-    except pydantic.ValidationError as error:
-        refuse("config.json: quantization_config", error)
+    return check(fields, pydantic.TypeAdapter(schema), "config.json: quantization_config")

@@ -13,7 +13,7 @@ import pydantic
 
 from moe import foreign_files
 from moe.config.model_section import Activation
-from moe.foreign_files import Json, refuse
+from moe.foreign_files import Json, check
 
 
 def _refuse_true(value: bool) -> bool:
@@ -181,10 +181,7 @@ def parse(schema: type[OpenConfig], source: Json) -> Any:
     Raises:
         ConfigError: one sentence that names the first wrong field.
     """
-    try:
-        return schema.model_validate(source)
-    except pydantic.ValidationError as error:
-        refuse("config.json", error)
+    return check(source, pydantic.TypeAdapter(schema), "config.json")
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -198,13 +195,13 @@ class _Index(Fields):
     weight_map: dict[str, _FileName]
 
 
+_INDEX = pydantic.TypeAdapter(_Index)
+
+
 def parse_index(source: Json, path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: tensor → name of a file beside it.
 
     Raises:
         ConfigError: no such map, or a file name that leaves the folder or is no safetensors file.
     """
-    try:
-        return _Index.model_validate(source).weight_map
-    except pydantic.ValidationError as error:
-        refuse(str(path), error)
+    return check(source, _INDEX, str(path)).weight_map
