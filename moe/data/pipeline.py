@@ -201,10 +201,11 @@ def _no_example(data: DataConfig, domain: str, split: str) -> str:
     )
 
 
-def train_dataset(
+def train_iterator(
     prepared: Prepared, data: DataConfig, *, batch_size: int, seed: int, rows: Sequence[int] | np.ndarray | None = None
-) -> grain.IterDataset:
-    """Return the endless dataset of this process's rows of the training batches.
+) -> grain.DatasetIterator:
+    """Return an endless iterator over this process's rows of the training batches, whose position can be saved and
+    restored at any batch.
 
     A batch consists of n = data.streams equal parts, one per stream. Each domain's documents are reshuffled every epoch
     and distributed round-robin over the streams. A stream packs its documents, mixes the domains with exactly the
@@ -235,7 +236,7 @@ def train_dataset(
             f"each holds whole streams; train.batch_size={batch_size} and the mesh give this one {len(here)} rows"
         )
     parts = {int(i): _stream(prepared, data, int(i), count, seed).batch(per_stream) for i in numbers}
-    return streams.run(parts, _digest(prepared))
+    return iter(streams.run(parts, _digest(prepared)))
 
 
 def _stream(prepared: Prepared, data: DataConfig, number: int, count: int, seed: int) -> grain.IterDataset:
@@ -266,13 +267,6 @@ def _digest(prepared: Prepared) -> str:
     parts = [f"{domain} {prepared.versions.get(domain)} {len(prepared.train[domain])}" for domain in prepared.domains]
     tokenizer = b"".join(content for _, content in sorted(prepared.tokenizer.files.items()))
     return hashlib.sha256("\n".join(parts).encode() + tokenizer).hexdigest()[:16]
-
-
-def train_iterator(
-    prepared: Prepared, data: DataConfig, *, batch_size: int, seed: int, rows: Sequence[int] | np.ndarray | None = None
-) -> grain.DatasetIterator:
-    """Return an iterator over `train_dataset` whose position can be saved and restored at any batch."""
-    return iter(train_dataset(prepared, data, batch_size=batch_size, seed=seed, rows=rows))
 
 
 EPOCH_SAMPLE = 32  # documents whose length estimates that of an epoch

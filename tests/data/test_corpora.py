@@ -72,7 +72,7 @@ def test_unseen_text_is_held_out_whole_and_is_not_trained_on(tmp_path, monkeypat
     assert {name: len(prepared.heldout[name]) for name in prepared.domains} == {"unseen_book": 1, "unseen_package": 5}
     for refused in (
         lambda: pipeline.prepare(unseen, VOCAB, progress=lambda _: None),
-        lambda: pipeline.train_dataset(prepared, unseen, batch_size=8, seed=0),
+        lambda: pipeline.train_iterator(prepared, unseen, batch_size=8, seed=0),
     ):
         with pytest.raises(ConfigError, match="'unseen_book' has held-out text alone"):
             refused()

@@ -264,7 +264,7 @@ def test_streams_share_no_document_of_an_epoch(prepared, data):
 )
 def test_impossible_streams(prepared, data, changes, rows, message):
     with pytest.raises(ConfigError, match=message):
-        pipeline.train_dataset(prepared, dataclasses.replace(data, **changes), batch_size=8, seed=0, rows=rows)
+        pipeline.train_iterator(prepared, dataclasses.replace(data, **changes), batch_size=8, seed=0, rows=rows)
 
 
 def test_a_place_in_other_documents_is_refused(prepared, data):
