@@ -123,9 +123,7 @@ def layer(case: Case) -> tuple[dict[str, Callable[[], Any]], float]:
         y, report = forward(parameters, x)
         return jnp.sum(y.astype(jnp.float32) * x) + report.load_balancing_loss
 
-    options = target.compiler_options(jax.devices()[0].device_kind) or None
-    run = jax.jit(forward, compiler_options=options)
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
+    run, gradient = _jitted(forward, loss)
     dropped = float(run(parameters, x)[1].fraction_tokens_dropped)
     return {"forward": lambda: run(parameters, x), "both": lambda: gradient(parameters, x)}, dropped
 
@@ -146,11 +144,16 @@ def experts_alone(case: Case) -> dict[str, Callable[[], Any]]:
     def loss(parameters, rows, sizes):
         return jnp.sum(forward(parameters, rows, sizes).astype(jnp.float32) * rows)
 
-    options = target.compiler_options(jax.devices()[0].device_kind) or None
-    run = jax.jit(forward, compiler_options=options)
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=options)
+    run, gradient = _jitted(forward, loss)
     arguments = (parameters, rows, sizes)
     return {"forward": lambda: run(*arguments), "both": lambda: gradient(*arguments)}
+
+
+def _jitted(forward: Callable[..., Any], loss: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward pass, and the gradients of the loss by parameters and inputs, compiled as a run's."""
+    options = target.compiler_options(jax.devices()[0].device_kind) or None
+    gradient = jax.grad(loss, argnums=(0, 1))
+    return jax.jit(forward, compiler_options=options), jax.jit(gradient, compiler_options=options)
 
 
 def active_flops(case: Case) -> dict[str, int]:
