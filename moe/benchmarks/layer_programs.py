@@ -170,7 +170,8 @@ def large_matmul(side: int, dtype: str) -> Callable[[], Any]:
 
 
 def accelerator_seconds(case: Case, rate: float) -> dict[str, float]:
-    """Seconds by the rate of one large matmul, or by the bandwidth of a copy where that takes longer."""
+    """Seconds by a rate of large matmuls, or by the bandwidth of a copy where that takes longer; both of all devices
+    of the mesh, each of which runs the copy whole."""
     work = active_flops(case)["forward"]
     weights = (3 if case.activation == "swiglu" else 2) * case.experts * case.d_model * case.d_ff
     weights *= jnp.dtype(case.dtype).itemsize
@@ -179,5 +180,5 @@ def accelerator_seconds(case: Case, rate: float) -> dict[str, float]:
     jax.block_until_ready(copy(big))
     start = time.perf_counter()
     jax.block_until_ready([copy(big) for _ in range(8)])
-    bandwidth = 8 * 2 * big.size / (time.perf_counter() - start) * jax.device_count()
+    bandwidth = 8 * 2 * big.size / (time.perf_counter() - start) * max(jax.sharding.get_mesh().size, 1)
     return {"forward": max(work / rate, weights / bandwidth), "both": max(3 * work / rate, 3 * weights / bandwidth)}

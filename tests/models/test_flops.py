@@ -1,13 +1,16 @@
 """FLOPs by hand, and the matmul rate that MFU divides by."""
 
+import jax
 import numpy as np
 import pytest
 
-from moe.config import Config, DataConfig, DeltaNetConfig, TrainConfig
+from moe.config import Config, DataConfig, DeltaNetConfig, MeshConfig, TrainConfig
 from moe.models.flops import count_parameters, expert_rows_per_token, train_flops, train_flops_per_token
+from moe.parallel.mesh import make_mesh
 from moe.parallel.target import PEAK_FLOPS, Target
 from moe.planner.chips import CHIPS
 from moe.training import profiling
+from moe.training.metrics import Throughput
 from tests.helpers import tiny_encoder_decoder, tiny_model
 
 # D 16, F 20, V 48, N 4, M 2, H 6; swiglu: an expert has 3·16·20 = 960 parameters.
@@ -118,3 +121,14 @@ def test_datasheet_peaks(kind, peak):
 def test_the_planners_chips_have_the_same_peaks():
     assert CHIPS["v5e"].peak == PEAK_FLOPS["TPU v5 lite"] == 197e12
     assert CHIPS["tpu7x"].peak == 2 * PEAK_FLOPS["TPU7"] == 2307e12
+
+
+def test_the_rate_of_a_mesh_is_that_of_all_its_devices(monkeypatch):
+    """Each device runs the measured matmul whole, so that the rate is one device's."""
+    monkeypatch.setattr(profiling, "measured_matmul_rate", lambda _: 1e9)
+    config = Config(model=tiny_model(num_layers=1))
+    shares = []
+    for devices in (1, 4):
+        with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])):
+            shares.append(Throughput(config).row(1.0, 0.0)["mfu"])
+    assert shares[0] == pytest.approx(4 * shares[1])
