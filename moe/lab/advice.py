@@ -280,7 +280,7 @@ def _sizes(sizes: Sequence[Size], tolerance: float) -> str:
 def _sparsities(rows: Sequence[Sparsity], size: Size, grain: float) -> str:
     table = []
     for row in rows:
-        k = max(1, round(2 * grain / 4)) * 2
+        k = max(1, round(4 * grain / 3))  # 3 K F = 8 d, as many active parameters as the dense FFN
         experts = round(k / row.activation)
         fits = "–" if row.memory is None else f"{row.memory:.0%}" + ("" if row.memory < 0.8 else ": too much")
         leverage = f"{row.leverage[0]:.1f} to {row.leverage[1]:.1f}"

@@ -72,6 +72,17 @@ def test_memory_and_sparsity_by_hand():
     assert all(a.total < b.total and a.gain > b.gain for a, b in itertools.pairwise(rows))
 
 
+def test_experts_of_a_row_have_the_parameters_beside_them():
+    """d 2880, 45 layers, granularity 8: F = 720, and K = 11 of them are 8 of the 12 d^2 of a layer with attention."""
+    size = advice.Size("law", (2880, 2880, 2880), 12 * 2880**2 * 45, (1.0, 1.0, 1.0), None, None, "")
+    rows = advice.sparsities(size.active, 1e20, 8, None)
+    text = advice._sparsities(rows, size, 8)
+    for row, line in zip(rows, text.splitlines()[2:], strict=False):
+        experts, k = (int(number) for number in line.split("|")[1].split("/"))
+        assert k == 11
+        assert (4 * 2880 + 3 * experts * 720) * 2880 * 45 == pytest.approx(row.total, rel=0.1)
+
+
 def test_spreads_pair_seeds():
     """Differences 0.1, 0.3 and 0.2 over three common seeds: deviation 0.1."""
     dense = {0: (4.0, 1.0), 1: (4.2, 1.0), 2: (4.4, 1.0), 9: (9.0, 9.0)}
