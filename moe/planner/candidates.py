@@ -69,7 +69,7 @@ def candidates(
         rows: of a device and microbatch to try with every combination, besides the config's batch.
     """
     found, pruned = [], collections.Counter[str]()
-    sparse = config.model.moe.gate is not None
+    sparse, capacity = config.model.moe.gate is not None, chip.memory // chip.devices
     for mesh in meshes(devices, num_slices):
         sizes = dataclasses.asdict(mesh)
         shards = mesh.data * mesh.fsdp * mesh.expert * config.train.accumulation_steps
@@ -80,30 +80,31 @@ def candidates(
         for remat, mode in itertools.product(
             SEARCHED_POLICIES, CONFIG_MODES if sparse else (config.model.moe.dispatch,)
         ):
-            try:
-                moe = config.model.moe.with_dispatch(mode)
-                if mode == "dropless" and mesh.expert > 1 and moe.exchange == "all_to_all":
-                    moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(mesh, chip))
-                model = dataclasses.replace(config.model, remat=remat, moe=moe)
-                tried = dataclasses.replace(config, mesh=mesh, model=model, train=trains[0])
-                validate_mesh(tried, sizes)
-            except ConfigError as error:
-                pruned[re.sub(r" = \d+$", "", str(error))] += 1
-                continue
             if not sparse and mesh.expert > 1:
-                pruned["a dense model has no use for mesh.expert"] += 1
+                pruned["a dense model has no use for mesh.expert"] += len(trains)
                 continue
-            memory = fit.estimate(tried, sizes, "gpu" if isinstance(chip, Gpu) else "tpu")
-            capacity = chip.memory // chip.devices
+            memory, a_row = None, 0.0  # of the first rows that may run
             for train in trains:
-                activations = round(memory.activations / trains[0].batch_size * train.batch_size)
+                try:
+                    moe = config.model.moe.with_dispatch(mode)
+                    if mode == "dropless" and mesh.expert > 1 and moe.exchange == "all_to_all":
+                        moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(mesh, chip))
+                    model = dataclasses.replace(config.model, remat=remat, moe=moe)
+                    tried = dataclasses.replace(config, mesh=mesh, model=model, train=train)
+                    validate_mesh(tried, sizes)
+                except ConfigError as error:
+                    pruned[re.sub(r" = \d+$", "", str(error))] += 1
+                    continue
+                if memory is None:
+                    memory = fit.estimate(tried, sizes, "gpu" if isinstance(chip, Gpu) else "tpu")
+                    a_row = memory.activations / train.batch_size
+                activations = round(a_row * train.batch_size)
                 if memory.parameters + memory.optimizer > capacity:
                     pruned["parameters and optimizer alone do not fit"] += 1
                 elif memory.fixed + activations > fit.MARGIN * capacity:
                     pruned["by the estimate of its memory it does not fit"] += 1
                 else:
-                    sized = dataclasses.replace(tried, train=train)
-                    found.append(Candidate(sized, guess_seconds(sized, chip), memory.fixed, activations))
+                    found.append(Candidate(tried, guess_seconds(tried, chip), memory.fixed, activations))
     return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
 
 
@@ -152,7 +153,8 @@ def guess_seconds(config: Config, chip: Chip | Gpu) -> float:
     gathers = (2 if model.remat == "none" else 3) * config.train.accumulation_steps
     weights = experts / (mesh.expert * mesh.tensor) * share(mesh.fsdp)
     weights += (total - experts) / mesh.tensor * share(mesh.fsdp * mesh.expert)
-    routed = 6 * moe_layers * tokens_here * rows * model.expert_dim * size * share(mesh.expert) * mesh.expert / 4
+    routed = 6 * moe_layers * tokens_here * rows * model.expert_dim * size * share(mesh.expert)
+    routed *= 1 if isinstance(chip, Gpu) else mesh.expert / 4  # the middle of a ring, see moe.planner.network
     summed = 2 * layers + moe_layers * (rows - 1)  # rows a token: of attention, of a dense FFN or of experts
     partial_sums = 2 * passes * summed * tokens_here * model.d_model * size * share(mesh.tensor)
     gradients = 2 * 4 * total / (mesh.fsdp * mesh.expert * mesh.tensor) * share(mesh.data)
@@ -218,9 +220,10 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
                 {"exchange": "all_gather", "exchange_hosts": 1},
             ):
                 other = {name: value for name, value in settings.items() if getattr(model.moe, name) != value}
-                moe = dataclasses.replace(model.moe, **other)
                 label = ", ".join(f"model.moe.{name}={value}" for name, value in other.items())
-                add(label, model=dataclasses.replace(model, moe=moe))
+                with contextlib.suppress(ConfigError):  # twice the largest number of chunks
+                    moe = dataclasses.replace(model.moe, **other)
+                    add(label, model=dataclasses.replace(model, moe=moe))
         for expert in (1, 8, model.moe.num_experts):
             others = expert * (devices // (mesh.fsdp * mesh.expert))
             if devices % others == 0:

@@ -64,7 +64,7 @@ class Chip:
     @property
     def grouped_matmul(self) -> bool:
         """A grouped matmul costs the FLOPs of its rows, not of all rows for each expert."""
-        return self.example.startswith("v5p")
+        return not self.example.startswith(("v2", "v3"))
 
     def axis_bandwidth(self, stride: int, size: int) -> float:
         """Bytes/s of a device along a mesh axis of neighbours, whatever its stride: 2 are joined by a link, 4 by a

@@ -85,7 +85,7 @@ def read_layer(config: Config, topology: Topology, tokens: int, *, backward: boo
     compiled = _compile(config.model, mesh, tokens, topology, backward=backward)
     seconds = time.perf_counter() - start
     chip, moe = topology.chip, config.model.moe
-    parts = mesh.shape["context"]
+    parts = mesh.shape.get("context", 1)
     active = tokens * moe.experts_per_token // parts
     at_once = active // moe.chunks(moe.group_size or tokens, mesh.shape["expert"])
     text = program.read(

@@ -274,6 +274,10 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
             "computes the same rows, and further tokens are dropped"
         )
     mesh = make_mesh(config.mesh, topology.devices)
+    if scenario.skew > mesh.shape["expert"]:
+        raise ConfigError(
+            f"--skew={scenario.skew}: must be at most mesh.expert={mesh.shape['expert']}, where one device has all rows"
+        )
     chip, devices = scenario.applied(topology.chip), list(mesh.devices.flat)
     peak = chip.peak / chip.devices
     rows = int(_assignments(config, mesh) * scenario.skew)

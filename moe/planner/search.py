@@ -25,6 +25,7 @@ from moe.foreign_files import read_object
 from moe.planner.candidates import Candidate
 from moe.planner.guide import Guide
 from moe.planner.memory_errors import DoesNotFitError
+from moe.planner.topology import Topology
 from moe.planner.versions import source_hash, versions
 
 #: moe.planner.plan.Plan.to_json(), or {"error": message} and for too little memory "memory_least": bytes.
@@ -34,17 +35,17 @@ Plan = dict[str, Any]
 class Cache:
     """Plans on disk, one file each, named by a hash of config, topology, scenario, versions and source."""
 
-    def __init__(self, folder: Path | str, topology: str, num_slices: int, scenario: str = ""):
+    def __init__(self, folder: Path | str, topology: Topology, scenario: str = ""):
         """
         Args:
             folder: created if missing; processes that share it share the work.
-            topology: name of the topology.
-            num_slices: number of slices.
+            topology: of the plans; machines of one GPU differ in their network.
             scenario: of the plans, in words; "" for none.
         """
         self._folder = Path(folder).expanduser()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._common = [topology, num_slices, scenario, versions(), source_hash()]
+        chip = dataclasses.asdict(topology.chip)
+        self._common = [topology.name, topology.num_slices, chip, scenario, versions(), source_hash()]
 
     def path(self, config: Config) -> Path:
         """Path of a config's plan, existing or not."""
@@ -141,12 +142,8 @@ def overrides(config: Config) -> str:
     named: dict[str, Any] = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(config.mesh).items()}
     named["model.remat"] = config.model.remat
     if config.model.moe.gate is not None:
-        named["model.moe.dispatch"] = config.model.moe.dispatch
-        if config.model.moe.exchange != "all_to_all":
-            named["model.moe.exchange"] = config.model.moe.exchange
-        for name in ("exchange_chunks", "exchange_hosts"):
-            if (value := getattr(config.model.moe, name)) > 1:
-                named[f"model.moe.{name}"] = value
+        for name in ("dispatch", "exchange", "exchange_chunks", "exchange_hosts"):
+            named[f"model.moe.{name}"] = getattr(config.model.moe, name)
     named["train.batch_size"] = config.train.batch_size
     return " ".join(f"--config.{name}={value}" for name, value in named.items())
 

@@ -46,6 +46,11 @@ class Topology:
         return len(self.devices) // self.chip.devices
 
     @property
+    def has_own_network(self) -> bool:
+        """Whether these are a cloud's machines with another network than the GPU's own hosts of the same name."""
+        return isinstance(self.chip, Gpu) and self.chip.network != GPUS[self.name.partition(":")[0]].network
+
+    @property
     def capacity(self) -> int:
         """Bytes of one device's memory."""
         return self.chip.memory // self.chip.devices

@@ -10,6 +10,7 @@ all.
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def main() -> None:
 
     scenario = Scenario(_BANDWIDTH.value, _MATMUL_SHARE.value, _SKEW.value)
     where = topology.get_topology(str(_TOPOLOGY.value), _SLICES.value)
+    if _RECORD.value and where.has_own_network:
+        raise ConfigError(f"--record: keeps plans of {where.name}, whose network is another; name that by --topology")
     if _SEARCH.value:
         _search(config, where)
         return
@@ -102,6 +105,9 @@ def main() -> None:
     print(page.render(made))
     for change in changes:
         print(f"  {change['label']}: {_outcome(change['plan'], made.tokens_per_second_per_chip)}")
+    if where.has_own_network:
+        print(f"Plans are kept of {where.name} with another network: --search looks for settings")
+        return
     _print_best(where.name if where.num_slices == 1 else f"{where.num_slices} x {where.name}")
 
 
@@ -131,7 +137,7 @@ def _try_changes(config: Config, where, scenario) -> list:
 
     from moe.planner import candidates, plan, search
 
-    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices, scenario.words())
+    cache = search.Cache(str(_CACHE.value), where, scenario.words())
     tried = []
     for label, changed in tqdm(candidates.changes(config, where, _CHANGES.value), unit="program", dynamic_ncols=True):
         alone = [candidates.Candidate(changed, 1.0)]
@@ -201,7 +207,9 @@ def _print_best(topology: str) -> None:
         print(f"No plan of {name} is kept for {topology}: --search looks for settings, --record keeps them")
     for suffix, kept in known.items():
         print(f"Best known settings for {topology}{suffix}: {kept_plans.sentence(kept)}")
-        print(f"  python main.py --config=configs/{name}.py:{_TOPOLOGY.value}{suffix} --workdir=DIR, which sets")
+        own = f"{_TOPOLOGY.value}{suffix}"
+        file = f"configs/{name}.py:{own if own in kept['slices'] else topology + suffix}"
+        print(f"  python main.py {shlex.quote(f'--config={file}')} --workdir=DIR, which sets")
         print(f"  {kept_plans.words(kept) or 'nothing'}")
 
 
@@ -213,7 +221,7 @@ def _search(config: Config, where) -> None:
 
     rows = () if _FIXED_BATCH.value else candidates.ROWS
     found, pruned = candidates.candidates(config, len(where.devices), where.chip, where.num_slices, rows)
-    cache = search.Cache(str(_CACHE.value), where.name, where.num_slices)
+    cache = search.Cache(str(_CACHE.value), where)
     capacity = where.chip.memory / where.chip.devices
     with tqdm(total=min(_LIMIT.value, len(found)), unit="program", dynamic_ncols=True) as bar:
         results = search.run(

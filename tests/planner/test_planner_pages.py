@@ -10,13 +10,25 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from configs import base, mixtral_8x7b
 from moe.config import ConfigError, load_python_file, to_dict
 from moe.config.parse import from_config_dict
 from moe.parallel.mesh import make_mesh
-from moe.planner import arithmetic, calibration, candidates, compiled, differences, kept_plans, page, plan, roofline
+from moe.planner import (
+    arithmetic,
+    calibration,
+    candidates,
+    compiled,
+    differences,
+    kept_plans,
+    layer,
+    page,
+    plan,
+    roofline,
+)
 from moe.planner import html as pages
 from moe.planner.gpus import GPUS
 from moe.planner.scenario import Scenario
@@ -89,9 +101,13 @@ def test_a_plan_names_the_bubble_of_a_pipeline(made):
     assert "bubble" not in page.render(made)
 
 
-def test_scenarios_change_what_they_name(made):
-    skewed = _plan(Scenario(skew=2.0))
-    assert skewed.kernel_seconds > made.kernel_seconds
+def test_scenarios_change_what_they_name(monkeypatch):
+    with pytest.raises(ConfigError, match=r"--skew=2.0: must be at most mesh.expert=1, where one device has all rows"):
+        _plan(Scenario(skew=2.0))
+    with monkeypatch.context() as patch:  # the same program, as if of two devices
+        patch.setattr(plan, "make_mesh", _mesh_of_two)
+        even, skewed = (_plan(Scenario(skew=skew)) for skew in (1.0, 2.0))
+    assert skewed.kernel_seconds > even.kernel_seconds
     half = _plan(Scenario(matmul_share=0.001))
     assert half.kernel_low == half.kernel_high
     assert "what if: matmuls at 0.001 of the peak" in page.render(half)
@@ -329,3 +345,20 @@ def test_the_table_of_plans_is_that_of_the_kept_plans():
     rows = kept_plans.read(ROOT / "configs" / "plans.json")
     kept, _, _ = kept_plans.table(rows).partition("\n\nCounted by earlier prices")  # prices may have changed since
     assert kept in (ROOT / "docs" / "results" / "plans.md").read_text()
+
+
+def _mesh_of_two(*_):
+    shape = {"data": 1, "fsdp": 1, "expert": 2, "tensor": 1}
+    return types.SimpleNamespace(shape=shape, devices=np.asarray(jax.devices()[:1]), size=1)
+
+
+def test_a_layer_is_read_on_a_mesh_without_a_split_row(monkeypatch):
+    config, topology, step = _step()
+    memory = types.SimpleNamespace(temp_size_in_bytes=1)
+    compiled_layer = types.SimpleNamespace(as_text=lambda: PROGRAM, memory_analysis=lambda: memory)
+    monkeypatch.setattr(layer, "_compile", lambda *_, **__: compiled_layer)
+    reading = layer.read_layer(config, topology, 64, backward=True)
+    # 3 matrices forward and twice backward, 2 of 8 experts a token
+    peak = GPUS["h100"].peak
+    assert reading.active_floor == pytest.approx(2 * 3 * 64 * config.model.moe.d_ff * 3 * 64 * 2 / peak)
+    assert step.text == PROGRAM

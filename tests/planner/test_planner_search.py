@@ -4,17 +4,23 @@ import collections
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from configs import mixtral_8x7b
-from moe.config import Capacity, ConfigError, MeshConfig, MoEConfig
+from moe.config import Capacity, ConfigError, MeshConfig, MoEConfig, load_python_file
 from moe.config.parse import from_config_dict
-from moe.planner import candidates, search
+from moe.planner import candidates, kept_plans, search
 from moe.planner.chips import CHIPS, GiB
+from moe.planner.gpus import GPUS
 from moe.planner.guide import Guide
 from moe.planner.memory_errors import DoesNotFitError
+from moe.planner.topology import Topology
+
+ROOT = Path(__file__).parents[2]
 
 
 def tiny_config(**model):
@@ -62,6 +68,68 @@ def _alike(a, b):
     return (a.config.mesh, a.config.model) == (b.config.mesh, b.config.model)
 
 
+def _slice(name, num_slices=1):
+    return Topology(name, num_slices, CHIPS["v5p"], ())
+
+
+def test_machines_of_one_gpu_do_not_share_plans(tmp_path):
+    named = Topology("h100:8x8", 1, GPUS["h100"], ())
+    slower = dataclasses.replace(named, chip=dataclasses.replace(GPUS["h100"], network=12.5e9))
+    assert search.Cache(tmp_path, named).path(tiny_config()) != search.Cache(tmp_path, slower).path(tiny_config())
+    assert (named.has_own_network, slower.has_own_network, _slice("v5p:2x2x2").has_own_network) == (False, True, False)
+
+
+def test_groups_of_two_rows_are_searched_with_even_numbers_of_rows():
+    config = mixtral_8x7b.get_config()
+    config.model.moe.group_size = 2 * config.data.sequence_length
+    found, _ = candidates.candidates(from_config_dict(config), 16, CHIPS["v5p"], rows=(1, 2, 3, 4))
+    capacity_modes = [each.config for each in found if each.config.model.moe.dispatch != "dropless"]
+    assert capacity_modes
+    for each in capacity_modes:
+        assert each.train.batch_size // (each.mesh.data * each.mesh.fsdp * each.mesh.expert) % 2 == 0
+
+
+def test_the_flags_of_a_candidate_make_it_of_the_config_file():
+    """Also where the file sets exchanges that the candidate has not."""
+    tree = mixtral_8x7b.get_config()
+    tree.model.moe.update({"dispatch": "dropless", "exchange_chunks": 2})
+    for candidate in candidates.candidates(from_config_dict(tree), 16, GPUS["h100"])[0][::20]:
+        changed = tree.copy_and_resolve_references()
+        flags = dict(flag.removeprefix("--config.").split("=") for flag in search.overrides(candidate.config).split())
+        named = {name: int(value) if value.isdigit() else value for name, value in flags.items()}
+        changed.update_from_flattened_dict(named)
+        assert from_config_dict(changed) == candidate.config
+
+
+def test_twice_the_largest_number_of_chunks_is_no_change():
+    tree = mixtral_8x7b.get_config()
+    tree.model.moe.update({"dispatch": "dropless", "exchange_chunks": 64})
+    tree.mesh.update({"data": 1, "fsdp": 1, "expert": 8})
+    config, where = from_config_dict(tree), Topology("h100:1x8", 1, GPUS["h100"], tuple(jax.devices()[:8]))
+    labels = [label for label, _ in candidates.changes(config, where, 20)]
+    assert any(label.startswith("model.moe.exchange=") for label in labels)
+    assert not any("chunks" in label for label in labels)
+
+
+def test_guesses_lie_near_the_counted_steps_of_kept_plans():
+    """Between a third and three and a half times, on every kind of chip: a search begins with the best guesses."""
+    ratios = {}
+    for kept in kept_plans.read(ROOT / "configs" / "plans.json"):
+        if "model.low_precision" in kept["flags"]:
+            continue
+        name, _, argument = kept["config"].partition(":")
+        tree = load_python_file(ROOT / "configs" / f"{name}.py").get_config(*[argument] if argument else [])
+        tree.update_from_flattened_dict(kept["flags"])
+        config, chip = from_config_dict(tree), {**CHIPS, **GPUS}[kept["topology"].partition(":")[0]]
+        sizes = dataclasses.asdict(config.mesh)
+        whole = kept["chips"] * chip.devices // math.prod(size for size in sizes.values() if size > 0)
+        sizes = {axis: size if size > 0 else whole for axis, size in sizes.items()}
+        config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
+        ratios[name, kept["topology"]] = candidates.guess_seconds(config, chip) / kept["counted_seconds"]
+    assert len(ratios) > 30
+    assert {where: ratio for where, ratio in ratios.items() if not 0.3 < ratio < 3.6} == {}
+
+
 def _fake_plan(config):
     if config.mesh.tensor > 1:
         raise ConfigError("does not fit: by 1 GiB; use more chips")
@@ -83,7 +151,7 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
         compiled.append(config)
         return _fake_plan(config)
 
-    cache, interrupt = search.Cache(tmp_path, "v5p:2x2x2", 1), True
+    cache, interrupt = search.Cache(tmp_path, _slice("v5p:2x2x2")), True
     with pytest.raises(KeyboardInterrupt):
         search.run(chosen, cache, counting, 20)
     interrupt = False
@@ -107,10 +175,10 @@ def test_search_ranks_caches_and_shares_work(tmp_path, monkeypatch):
     # Plans are not shared with another topology, another JAX or another source.
     config = chosen[0].config
     assert cache.get(config) is not None
-    assert search.Cache(tmp_path, "v5p:2x2x2", 2).get(config) is None
-    assert search.Cache(tmp_path, "v5p:2x2x2", 1, "0.5 x the network's bandwidths").get(config) is None
+    assert search.Cache(tmp_path, _slice("v5p:2x2x2", 2)).get(config) is None
+    assert search.Cache(tmp_path, _slice("v5p:2x2x2"), "0.5 x the network's bandwidths").get(config) is None
     monkeypatch.setattr(search, "source_hash", lambda: "other")
-    other = search.Cache(tmp_path, "v5p:2x2x2", 1)
+    other = search.Cache(tmp_path, _slice("v5p:2x2x2"))
     assert other.get(config) is None
 
     # A candidate that another process is compiling is waited for, and its plan used.
@@ -166,7 +234,7 @@ def test_twelve_programs_find_a_plan_within_three_percent_of_the_best(of_mixtral
                 raise DoesNotFitError("does not fit: by 1 GiB", plans[config]["memory_total"])
             return plans[config]
 
-        results = search.run(found, search.Cache(tmp_path / str(seed), "v5p:4x4x4", 1), compile_plan, 12, capacity)
+        results = search.run(found, search.Cache(tmp_path / str(seed), _slice("v5p:4x4x4")), compile_plan, 12, capacity)
         assert len(results) == 12
         best = max(plan["tokens_per_second_per_chip"] for plan in plans.values() if plan["memory_total"] <= capacity)
         shares.append(results[0][1]["tokens_per_second_per_chip"] / best)
