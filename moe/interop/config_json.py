@@ -50,11 +50,9 @@ def read_config(source: Json) -> Config:
         raise ConfigError(f"config.json: partial_rotary_factor={fields.rope.partial_rotary_factor}: must be 1")
     if fields.rope.alpha is not None and "rope_theta" not in changes:
         raise ConfigError(f"config.json: alpha={fields.rope.alpha} of rotary positions: {family.model_type} has none")
-    settings: Json = {"jitter": 0.0, "z_loss_weight": 0.0, "dispatch": "dropless", **moe_changes}
-    own_fields = settings.pop("gate_fields", {})
-    if settings.get("gate") != "none":
-        settings["experts_per_token"] = fields.num_experts_per_tok
-        _check_top_1(family, settings)
+    settings: Json = {"jitter": 0.0, "dispatch": "dropless", **moe_changes}
+    settings["losses"] = {"z": 0.0, **settings.get("losses", {})}
+    settings["gate"] = _with_k(family, settings["gate"], fields.num_experts_per_tok)
     # In one go: its checks must not see the sizes that a family replaces, such as those of heads in latent attention.
     model = ModelConfig(**(_model(fields) | changes))
     total = settings.get("num_experts", 0) * model.num_layers
@@ -65,23 +63,29 @@ def read_config(source: Json) -> Config:
     if moe.gate is not None:
         weight = balance.weight_here(family, getattr(fields, family.balance_field), model)
         losses = dataclasses.replace(moe.losses, balance=weight)
-        gate = dataclasses.replace(moe.gate, **own_fields)
-        model = dataclasses.replace(model, moe=dataclasses.replace(moe, gate=gate, losses=losses))
+        model = dataclasses.replace(model, moe=dataclasses.replace(moe, losses=losses))
     data = DataConfig(sequence_length=fields.max_position_embeddings)
     if model.encoder_layers:
         data = dataclasses.replace(data, objective="span_corruption", input_length=data.sequence_length)
     return from_config_dict(to_dict(Config(model=model, data=data)))
 
 
-def _check_top_1(family: Family, settings: Json) -> None:
-    """Refuse one expert per token, with renormalised weights, in the words of the file: no gate here may have them."""
-    renormalised = settings.get("renormalise", gate_field(find_layer(settings["gate"]), "renormalise"))
-    if settings["experts_per_token"] == 1 and renormalised:
+def _with_k(family: Family, gate: str | Json, k: int) -> Json:
+    """The section of a gate, given by its name or by a section, with K.
+
+    One expert per token with renormalised weights is refused in the words of the file: no gate here may have them.
+    """
+    section = {"name": gate} if isinstance(gate, str) else gate
+    layer = find_layer(section["name"])
+    if layer.gate is None:
+        return section
+    if k == 1 and section.get("renormalise", gate_field(layer, "renormalise")):
         name = family.field_names.get(_EXPERTS_PER_TOKEN, _EXPERTS_PER_TOKEN)
         raise ConfigError(
             f"config.json: {name}=1: must be above 1 in a {family.model_type} whose weights are divided by their sum: "
             "the only weight would always be 1, and no gate here computes that"
         )
+    return section | {"k": k} if layer.gate.sets_k else section
 
 
 def _model(fields: OpenConfig) -> Json:

@@ -45,7 +45,7 @@ def read(source: DeepseekConfig) -> tuple[Json, Json]:
         "num_experts": source.n_routed_experts or 1,  # none, or null: all layers are dense
         "d_ff": width,
         "shared_d_ff": width * source.n_shared_experts,
-        "balance_scope": "sequence" if source.seq_aux else "batch",
+        "losses": {"scope": "sequence" if source.seq_aux else "batch"},
     }
     return {"attention_bias": read_bias(source)}, moe | read_sparse_layers(chosen, num_layers)
 

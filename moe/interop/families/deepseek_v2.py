@@ -28,13 +28,13 @@ class DeepseekV2Config(LatentConfig):
 def read(source: DeepseekV2Config) -> tuple[Json, Json]:
     """See :class:`Family`."""
     limited = source.topk_method == "group_limited_greedy"
-    moe = {
-        "gate": "deepseek_moe",
-        "expert_groups": source.n_group if limited else 1,
-        "kept_expert_groups": source.topk_group if limited else 1,
-        "routing_scale": source.routed_scaling_factor,
-        "balance_scope": "sequence" if source.seq_aux else "batch",
+    gate = {
+        "name": "deepseek_moe",
+        "groups": source.n_group if limited else 1,
+        "kept_groups": source.topk_group if limited else 1,
+        "scale": source.routed_scaling_factor,
     }
+    moe = {"gate": gate, "losses": {"scope": "sequence" if source.seq_aux else "batch"}}
     return read_latent_attention(source, interleaved=True), moe | read_experts(source)
 
 

@@ -5,7 +5,16 @@ from typing import Annotated
 import pydantic
 
 from moe.config import ModelConfig, sparse_layers
-from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, Tensor, read_sparse_layers, shared_expert
+from moe.interop.families.family import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    ONE_GROUP,
+    Family,
+    Tensor,
+    read_sparse_layers,
+    shared_expert,
+)
 from moe.interop.schema import Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size
 
 
@@ -32,11 +41,7 @@ def read(source: ErnieConfig) -> tuple[Json, Json]:
     last = num_layers - 1 if source.moe_layer_end_index == -1 else min(source.moe_layer_end_index, num_layers - 1)
     numbers = range(source.moe_layer_start_index, last + 1)
     moe = {
-        "gate": "deepseek_v3",
-        "score_function": "softmax",
-        "expert_groups": 1,
-        "kept_expert_groups": 1,
-        "routing_scale": 1.0,
+        "gate": {"name": "deepseek_v3", "score": "softmax", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.moe_num_experts,
         "d_ff": width,
         "shared_d_ff": width * source.moe_num_shared_experts,

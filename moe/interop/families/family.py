@@ -60,7 +60,7 @@ class Family:
         model_type: value of that field in ``config.json``.
         architecture: class name in Hugging Face transformers, for ``architectures``.
         schema: fields of ``config.json`` that are read.
-        read: fields → (changes of ModelConfig, changes of MoEConfig; ``gate_fields``: of its gate).
+        read: fields → (changes of ModelConfig, sections of ``model.moe``); K and the balance weight are read for all.
         write: the reverse of ``read``.
         tensors: parameter within a block → its tensor, or that tensor's name if it holds nothing else; or a function
             that returns this for a model and the name of a stack.
@@ -168,15 +168,21 @@ def read_gate(source: OpenConfig) -> str:
     return "mixtral" if source.norm_topk_prob else "switch"
 
 
+#: Fields of DeepSeek-V3's gate without groups.
+ONE_GROUP = {"groups": 1, "kept_groups": 1, "scores_per_group": 1}
+
+
 def read_sigmoid_gate(source: Any) -> Json:
     """Changes of MoEConfig for a DeepSeek-V3 gate, from the fields that such families share."""
-    return {
-        "gate": "deepseek_v3",
-        "expert_groups": source.n_group,
-        "kept_expert_groups": source.topk_group,
-        "renormalise": int(source.norm_topk_prob),
-        "routing_scale": source.routed_scaling_factor,
+    gate = {
+        "name": "deepseek_v3",
+        "groups": source.n_group,
+        "kept_groups": source.topk_group,
+        "scores_per_group": 2 if source.n_group > 1 else 1,
+        "renormalise": source.norm_topk_prob,
+        "scale": source.routed_scaling_factor,
     }
+    return {"gate": gate}
 
 
 def gate_field(moe: MoEConfig, name: str) -> Any:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from moe.config import ModelConfig
-from moe.interop.families.family import ATTENTION, Family, Tensor
+from moe.interop.families.family import ATTENTION, ONE_GROUP, Family, Tensor
 from moe.interop.families.mixtral import ALIASES, EXPERTS
 from moe.interop.schema import Count, Experts, Fraction, Json, OpenConfig, Positive
 
@@ -30,10 +30,7 @@ def read(source: MiniMaxM2Config) -> tuple[Json, Json]:
         "qk_norm": "full",
     }
     moe = {
-        "gate": "deepseek_v3",
-        "expert_groups": 1,
-        "kept_expert_groups": 1,
-        "routing_scale": 1.0,
+        "gate": {"name": "deepseek_v3", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.num_local_experts,
         "jitter": source.router_jitter_noise,
     }

@@ -41,8 +41,8 @@ class PhimoeConfig(OpenConfig):
 def read(source: PhimoeConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     model = {"layer_norm": True, "logit_bias": source.lm_head_bias, "attention_bias": read_bias(source)}
-    moe = {"gate": "sparse_mixer", "num_experts": source.num_local_experts}
-    moe["gate_fields"] = {"tolerance": source.router_jitter_noise}
+    gate = {"name": "sparse_mixer", "tolerance": source.router_jitter_noise}
+    moe = {"gate": gate, "num_experts": source.num_local_experts}
     return model | {"sliding_window": source.sliding_window or 0}, moe
 
 

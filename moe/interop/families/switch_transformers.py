@@ -75,12 +75,11 @@ def read(source: SwitchConfig) -> tuple[Json, Json]:
         "gate": "switch",
         "num_experts": source.num_experts,
         "layers": layers,
-        **({} if capacity == _NO_CAPACITY else {"dispatch": "gather", "expert_capacity": capacity}),
+        **({} if capacity == _NO_CAPACITY else {"dispatch": "gather", "capacity": {"fixed": capacity}}),
         "route_padding": True,
-        "balance_scope": "sequence",
+        "losses": {"scope": "sequence", "z": source.router_z_loss_coef * per_layer},
         "jitter": source.router_jitter_noise,
         "bias": "router" if source.router_bias else "none",
-        "z_loss_weight": source.router_z_loss_coef * per_layer,
         "expert_dropout": source.dropout_rate,
     }
     return t5.read_shared(source) | changes, moe
