@@ -34,12 +34,13 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moe.atomic_files import write_atomic  # noqa: E402
-from moe.config import ConfigError  # noqa: E402
+from moe.config import Capacity, ConfigError  # noqa: E402
 from moe.config.registry import LAYERS, find_gate  # noqa: E402
 from moe.conformance.oracle import (  # noqa: E402
     CASES,
     LEAK,
     NOVICES,
+    ONE_GROUP,
     against_oracle,
     device_counts,
     edges,
@@ -48,7 +49,7 @@ from moe.conformance.oracle import (  # noqa: E402
     read_by,
     weights_of,
 )
-from moe.conformance.rows import FLOAT32, Row, close, error, value  # noqa: E402
+from moe.conformance.rows import FLOAT32, Row, close, error, spelled, value  # noqa: E402
 from moe.dispatch.buffers import expert_capacity, make_plan  # noqa: E402
 from moe.dispatch.modes import CONFIG_MODES  # noqa: E402
 from moe.interop import load_balancing_loss as hugging_face_loss  # noqa: E402
@@ -161,10 +162,11 @@ def router_gradient() -> Iterator[Row]:
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 6)), jnp.float32)
     for gate in ("switch", "deepseek_moe", "deepseek_v3", "moe_plus_plus", "remoe", "expert_threshold"):
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, null=null_of(gate, {})))
-        fields: dict[str, Any] = dict(LEAK) if find_gate(gate).looks_ahead else {}
+        own: dict[str, Any] = {"name": gate, "k": 1}
         if gate == "deepseek_v3":
-            fields = {"expert_groups": 1, "kept_expert_groups": 1, "renormalise": 0}
-        layer = single_layer(gate, **weights, experts_per_token=1, eval_capacity_factor=4.0, **fields)
+            own |= ONE_GROUP["gate"] | {"renormalise": False}
+        leak: dict[str, Any] = LEAK if find_gate(gate).looks_ahead else {}
+        layer = single_layer(own, **weights, capacity=Capacity(eval=4.0), **leak)
         _, gradients, _ = program(layer)(x, np.ones((2, 6), bool), np.ones(x.shape, np.float32))
         largest = float(jnp.abs(gradients["router"]).max())
         yield Row(section, gate, "> 1e-3", f"{largest:.3g}", largest > 1e-3)
@@ -172,22 +174,22 @@ def router_gradient() -> Iterator[Row]:
 
 #: Settings that cannot be, and the field that the refusal must name.
 IMPOSSIBLE: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("mixtral", {"experts_per_token": 5}, "gate.k"),
-    ("mixtral", {"experts_per_token": 0}, "gate.k"),
-    ("mixtral", {"experts_per_token": 1}, "gate.k"),
-    ("switch", {"renormalise": 1}, "renormalise"),
-    ("gshard", {"experts_per_token": 3}, "experts_per_token"),
-    ("hash", {"score_function": "sigmoid"}, "score_function"),
-    ("remoe", {"renormalise": 1}, "renormalise"),
-    ("mixtral", {"bias_update": "penalty"}, "gate.bias"),
-    ("quantile_balancing", {"experts_per_token": 4}, "gate.bias"),
+    ("mixtral", {"gate": {"k": 5}}, "gate.k"),
+    ("mixtral", {"gate": {"k": 0}}, "gate.k"),
+    ("mixtral", {"gate": {"k": 1}}, "gate.k"),
+    ("switch", {"gate": {"renormalise": True}}, "renormalise"),
+    ("gshard", {"gate": {"k": 3}}, "gate.k"),
+    ("hash", {"gate": {"score": "sigmoid"}}, "gate.score"),
+    ("remoe", {"gate": {"renormalise": True}}, "gate.renormalise"),
+    ("mixtral", {"gate": {"bias": "penalty"}}, "gate.bias"),
+    ("quantile_balancing", {"gate": {"k": 4}}, "gate.bias"),
     ("remoe", {"copy_experts": 1}, "copy"),
     ("mixtral", {"layer_gates": ("expert_choice",)}, "layer_gates"),
     ("expert_threshold", {}, "accept_future_leak"),
-    ("switch", {"eval_capacity_factor": 0.0}, "capacity.eval"),
-    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 3, "kept_expert_groups": 2}, "gate.groups"),
-    ("deepseek_v3", {"experts_per_token": 3, "expert_groups": 4, "kept_expert_groups": 2}, "gate.k"),
-    ("deepseek_v3", {"experts_per_token": 2, "expert_groups": 2, "kept_expert_groups": 3}, "gate.kept_groups"),
+    ("switch", {"capacity": {"eval": 0.0}}, "capacity.eval"),
+    ("deepseek_v3", {"gate": {"k": 2, "groups": 3, "kept_groups": 2}}, "gate.groups"),
+    ("deepseek_v3", {"gate": {"k": 3, "groups": 4, "kept_groups": 2}}, "gate.k"),
+    ("deepseek_v3", {"gate": {"k": 2, "groups": 2, "kept_groups": 3}}, "gate.kept_groups"),
     ("expert_choice", {}, "accept_future_leak"),
     ("soft_moe", {"dispatch": "einsum"}, "accept_future_leak"),
     ("mixtral", {"drop_policy": "luck"}, "drop_policy"),
@@ -201,9 +203,10 @@ def bad_input() -> Iterator[Row]:
     for gate, fields, field in IMPOSSIBLE:
         slots = 1 if gate == "soft_moe" else 0
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, fields)))
-        what = f"{gate}, E 4" + "".join(f", {name}={setting}" for name, setting in fields.items())
+        what = f"{gate}, E 4{spelled(fields)}"
+        named: dict[str, Any] = fields | {"gate": {"name": gate, **fields.get("gate", {})}}
         try:
-            single_layer(gate, **weights, **fields)
+            single_layer(**weights, **named)
             yield Row(section, what, f"refused, naming {field}", "accepted", False)
         except ConfigError as reason:
             yield Row(section, what, f"refused, naming {field}", str(reason), field in str(reason))
@@ -214,13 +217,14 @@ def bad_input() -> Iterator[Row]:
     for gate, rule in ((name, find_gate(name)) for name in LAYERS):
         if rule.router == "none":
             continue  # has no logits
-        fields: dict[str, Any] = {"experts_per_token": 2} if rule.sets_k else {}
+        own: dict[str, Any] = {"name": gate} | ({"k": 2} if rule.sets_k else {})
         if getattr(rule, "groups", 1) > 1:
-            fields |= {"expert_groups": 2, "kept_expert_groups": 2}
-        fields |= {"eval_capacity_factor": 1.0, "dispatch": "einsum"} | (LEAK if rule.looks_ahead else {})
+            own |= {"groups": 2, "kept_groups": 2}
+        fields: dict[str, Any] = {"capacity": {"eval": 1.0}, "dispatch": "einsum"}
+        fields |= LEAK if rule.looks_ahead else {}
         slots = 1 if rule.router == "slots" else 0
         weights = read_by(gate, weights_of(6, 5, 4, seed=5, slots=slots, null=null_of(gate, {})))
-        layer = single_layer(gate, **weights, **fields)
+        layer = single_layer(own, **weights, **fields)
         call = jax.jit(lambda x, mask, layer=layer: layer(x, mask, token_ids=tokens)[:2])
         y, report = call(x.at[0, 2].set(jnp.nan), mask)
         expected, _ = call(x, without)

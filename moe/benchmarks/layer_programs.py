@@ -14,6 +14,7 @@ from flax import nnx
 
 from moe.config import ModelConfig, MoEConfig
 from moe.config.parse import build
+from moe.config.registry import find_gate
 from moe.dispatch.backends import grouped_ffn
 from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer
@@ -79,14 +80,14 @@ def reference(case: Case) -> dict[str, Callable[[], Any]]:
 
 def model_config(case: Case) -> Any:
     """Config of a model with the case's layer."""
+    k = {"k": case.k} if find_gate(case.gate).sets_k else {}
     fields = {
-        "gate": case.gate,
+        "gate": {"name": case.gate, **k},
         "num_experts": case.experts,
-        "experts_per_token": case.k,
         "d_ff": case.d_ff,
         "dispatch": case.mode,
         "group_size": case.group_size or (min(512, case.tokens) if case.mode == "einsum" else case.tokens),
-        "capacity_factor": case.capacity_factor,
+        "capacity": {} if case.capacity_factor == -1 else {"train": case.capacity_factor},
     }
     moe = build(MoEConfig, fields, "model.moe.")
     return ModelConfig(

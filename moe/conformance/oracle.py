@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe.config import ConfigError, MeshConfig
+from moe.config import Capacity, ConfigError, MeshConfig
 from moe.config.registry import LAYERS, find_gate
 from moe.conformance import reference, rounding
-from moe.conformance.rows import FLOAT32, Row, close, error
+from moe.conformance.rows import FLOAT32, Row, close, error, spelled
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer
@@ -40,7 +40,7 @@ class Case:
     Attributes:
         gate, g, s, e, k, c: as above.
         padding: share of tokens that are.
-        fields: of MoEConfig.
+        fields: of MoEConfig; of its gate, those beside K.
         rule: what the oracle is told.
         draws: whether the layer is given a key, and the oracle the numbers drawn from it.
         full: in bfloat16 too, and on batches of one real token a group (most experts are empty) and of padding alone.
@@ -59,13 +59,14 @@ class Case:
     full: bool = True
 
     def __str__(self) -> str:
-        set_fields = "".join(f", {name}={value}" for name, value in self.fields.items() if name not in LEAK)
+        set_fields = spelled({name: value for name, value in self.fields.items() if name not in LEAK})
         drawn = ", draws" if self.draws else ""
         return f"G {self.g} S {self.s} E {self.e} K {self.k} C {self.c}, padding {self.padding:.0%}{set_fields}{drawn}"
 
 
-GROUPED = {"expert_groups": 3, "kept_expert_groups": 2}
-ONE_GROUP = {"expert_groups": 1, "kept_expert_groups": 1}
+GROUPS = {"groups": 3, "kept_groups": 2}
+GROUPED = {"gate": GROUPS}
+ONE_GROUP = {"gate": {"groups": 1, "kept_groups": 1, "scores_per_group": 1}}
 OVERFLOW = LEAK | {"overflow_to_next": True}
 NULL = reference.Rule(null=(1, 1, 2, 0))
 BY_PROBABILITY = reference.Rule(policy="probability")
@@ -82,7 +83,7 @@ CASES = (
     Case("st_moe", 2, 7, 5, 3, 3, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY, draws=True),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2),
     Case("sparse_mixer", 2, 7, 5, 2, 2, 0.2),
-    Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"routing_scale": 1.5, **GROUPED}, reference.Rule(3, 2, scale=1.5)),
+    Case("deepseek_moe", 2, 7, 6, 3, 2, 0.2, {"gate": {"scale": 1.5, **GROUPS}}, reference.Rule(3, 2, scale=1.5)),
     Case("deepseek_v3", 2, 7, 9, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 2.5)),
     Case("deepseek_v4", 2, 7, 6, 3, 2, 0.2, GROUPED, reference.Rule(3, 2, True, 1.5)),
     Case("deepseek_v4_hash", 2, 7, 5, 2, 2, 0.2, rule=reference.Rule(renormalise=True, scale=1.5)),
@@ -94,11 +95,11 @@ CASES = (
     Case("expert_threshold", 2, 7, 3, 2, 3, 0.3, LEAK),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, {"latent_dim": 4}, full=False),
     Case("deepseek_v3", 2, 7, 6, 3, 2, 0.2, GROUPED | {"latent_dim": 4}, reference.Rule(3, 2, True, 2.5), full=False),
-    Case("soft_moe", 2, 5, 3, 3, 5, 0.3, LEAK | {"slots_per_expert": 2}),
+    Case("soft_moe", 2, 5, 3, 3, 5, 0.3, LEAK | {"gate": {"slots": 2}}),
     Case("hash", 2, 7, 5, 2, 2, 0.2),
     Case("random", 2, 7, 5, 2, 2, 0.2, draws=True),
     Case("balanced", 2, 7, 3, 2, 3, 0.3),
-    Case("switch", 2, 6, 5, 2, 1, 0.0, {"renormalise": 1}, reference.Rule(renormalise=True)),
+    Case("switch", 2, 6, 5, 2, 1, 0.0, {"gate": {"renormalise": True}}, reference.Rule(renormalise=True)),
     Case("switch", 2, 7, 5, 1, 1, 0.2, OVERFLOW, reference.Rule(overflow=True)),
     Case("mixtral", 2, 6, 5, 2, 2, 0.2, OVERFLOW, reference.Rule(overflow=True)),
     Case("mixtral", 2, 7, 5, 2, 2, 0.2, LEAK | {"drop_policy": "probability"}, BY_PROBABILITY),
@@ -286,8 +287,9 @@ def unsaturated(x: jax.Array, router: np.ndarray) -> jax.Array:
 def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Row]:
     """Every mode against the per-token oracle, values and gradients."""
     rng = np.random.default_rng(seed)
-    soft = case.gate == "soft_moe"
-    slots, latent = case.fields.get("slots_per_expert", 1) if soft else 0, case.fields.get("latent_dim", 0)
+    soft, gate = case.gate == "soft_moe", find_gate(case.gate)
+    section = {"name": case.gate, **case.fields.get("gate", {})} | ({"k": case.k} if gate.sets_k else {})
+    slots, latent = section.get("slots", 1) if soft else 0, case.fields.get("latent_dim", 0)
     weights = weights_of(d, f, case.e, seed, slots, case.rule.null, latent)
     # Numbers that bfloat16 holds exactly: both precisions route alike.
     x = jnp.asarray(rng.normal(size=(case.g, case.s, d)), jnp.bfloat16).astype(jnp.float32)
@@ -298,7 +300,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
     tokens = rng.integers(0, 1000, (case.g, case.s)).astype(np.int32)
     key, numbers = drawn(case, seed)
     rule, given = dataclasses.replace(case.rule, token_ids=tokens, **numbers), dict(read_by(case.gate, weights))
-    if find_gate(case.gate).state.update not in ("none", "penalty"):
+    if gate.state.update not in ("none", "penalty"):
         given["selection_bias"] = (rng.normal(size=case.e) * 0.3).astype(np.float32)
         rule = dataclasses.replace(rule, bias=given["selection_bias"])
     wide = np.asarray(x, np.float64)
@@ -312,12 +314,12 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         masks |= {", one real token a group": alone, ", all padding": np.zeros_like(mask)}
     known: dict[bytes, dict[str, Any]] = {}  # the oracle's results, by who was kept of which batch
     for mode in CONFIG_MODES:
-        factor = case.c * case.e / (case.k * case.s)
-        own = {name: value for name, value in case.fields.items() if name != "latent_dim"}  # read off the matrices
-        fields = {"experts_per_token": case.k, "dispatch": mode, **own}
-        fields |= {} if soft else {"eval_capacity_factor": factor}  # its slots are its capacity
+        # The latent dimension is read off the matrices.
+        fields = {name: value for name, value in case.fields.items() if name not in ("gate", "latent_dim")}
+        if not soft:  # its slots are its capacity
+            fields["capacity"] = Capacity(eval=case.c * case.e / (case.k * case.s))
         try:
-            layer = single_layer(case.gate, **given, **fields)
+            layer = single_layer(section, **given, dispatch=mode, **fields)
         except ConfigError as reason:
             yield Row(ORACLE, f"{case.gate}, {mode}; {case}", "refused", str(reason), refused(case, mode))
             continue
@@ -326,7 +328,7 @@ def against_oracle(case: Case, seed: int, d: int = 6, f: int = 5) -> Iterator[Ro
         run = program(layer)
         # Dropless has no capacity, but expert choice keeps its own C.
         capacity = case.s if mode == "dropless" and case.gate != "expert_choice" else case.c
-        k = case.e if find_gate(case.gate).lists_all else case.k  # an expert's column is a choice
+        k = case.e if gate.lists_all else case.k  # an expert's column is a choice
         for batch, real in masks.items():
             decisions = None if soft else reference.decide(case.gate, logits, real, k, capacity, rule)
             at = real.tobytes() + (b"" if decisions is None else decisions.kept.tobytes())
@@ -368,13 +370,12 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     mask, cotangent = rng.random((8, 6)) >= 0.2, rng.normal(size=x.shape).astype(np.float32)
     tokens, key = rng.integers(0, 1000, (8, 6)).astype(np.int32), jax.random.key(3)
     rule = find_gate(gate)
-    fields: dict[str, Any] = {"capacity_factor": 1.0, "drop_policy": "gate"}
+    section: dict[str, Any] = {"name": gate}
     if rule.sets_k:
-        fields["experts_per_token"] = 1 if gate.startswith("switch") else 3
+        section["k"] = 1 if gate.startswith("switch") else 3
     if getattr(rule, "groups", 1) > 1:
-        fields |= {"expert_groups": 4, "kept_expert_groups": 2}
-    if rule.looks_ahead:
-        fields |= LEAK
+        section |= {"groups": 4, "kept_groups": 2}
+    fields: dict[str, Any] = {"capacity": {"train": 1.0}} | (LEAK if rule.looks_ahead else {})
     if gate == "mixtral":
         fields |= LEAK | {"drop_policy": "random"}
     slots = 1 if rule.router == "slots" else 0
@@ -382,7 +383,7 @@ def device_counts(gate: str, latent: int) -> Iterator[Row]:
     for mode in CONFIG_MODES:
         if (gate, mode) in REFUSED_MODES:
             continue
-        run = program(single_layer(gate, **given, dispatch=mode, **fields), train=True)
+        run = program(single_layer(section, **given, dispatch=mode, **fields), train=True)
         alone = run(x, mask, cotangent, tokens, key)
         for count in (1, 2, 4, 8):
             fsdp = 2 if count == 8 else 1

@@ -30,6 +30,14 @@ class Row:
     passes: bool
 
 
+def spelled(fields: dict[str, Any]) -> str:
+    """Settings of MoEConfig as a row names them: ``, gate.k=3, jitter=0.1``."""
+    dotted: dict[str, Any] = {}
+    for name, value in fields.items():
+        dotted |= {f"{name}.{field}": own for field, own in value.items()} if isinstance(value, dict) else {name: value}
+    return "".join(f", {name}={value}" for name, value in dotted.items())
+
+
 def value(section: str, what: str, expected: float, measured: Any, tolerance: float) -> Row:
     """A number against the number it must be; tolerance is absolute."""
     measured = float(measured)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe.config import Config, ConfigError, ModelConfig, MoEConfig
+from moe.config import Capacity, Config, ConfigError, ModelConfig, MoEConfig
 from moe.config.model_section import Activation
 from moe.config.parse import build
+from moe.config.registry import find_gate
 from moe.dispatch.buffers import make_plan
 from moe.layers.moe_layer import MoELayer
 from moe.layers.soft_moe import create_layer
+from moe.routing.interface import Gate
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def single_layer(
-    gate: str,
+    gate: str | Gate | dict[str, Any],
     *,
     router: Any = None,
     up: Any,
@@ -46,7 +49,8 @@ def single_layer(
     """Build a float32 layer with these weights.
 
     Args:
-        gate: a name in moe.config.registry.LAYERS.
+        gate: a gate; or a paper's layer, by its name in moe.config.registry.LAYERS or by that ``name`` and fields of
+            its gate.
         router: [D,E]; [D,E,P] for soft_moe; None for gates without a router.
         up: [E,D,F].
         down: [E,F,D].
@@ -62,7 +66,7 @@ def single_layer(
         null_mix: [n,D,2] of constant experts.
         novices: [n,D].
         activation: swiglu, geglu, gelu or relu.
-        **fields: of ``model.moe``, in the flat form too (:mod:`moe.config.flat`); the gate's defaults for the others.
+        **fields: of :class:`moe.config.MoEConfig`; the layer's defaults for the others.
 
     Raises:
         ConfigError: impossible fields, or an array whose shape does not fit them and the other arrays.
@@ -99,7 +103,7 @@ def single_layer(
             "shared_gate_matrix": (layer.shared.dense, "gate", shared_gate_matrix),
         }
     for name, (module, attribute, value) in given.items():
-        _assign(name, module, attribute, value, f"the gate {gate!r} with {activation}")
+        _assign(name, module, attribute, value, f"the gate {moe.gate_name!r} with {activation}")
     return layer
 
 
@@ -171,8 +175,7 @@ def _run_switch(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -> dic
         up=stack("wi"),
         down=stack("wo"),
         activation="relu",
-        experts_per_token=1,
-        eval_capacity_factor=capacity * num_experts / tokens,  # C = ceil(factor·S/E)
+        capacity=Capacity(eval=capacity * num_experts / tokens),  # C = ceil(factor·S/E)
         dispatch=mode,
     )
     y, _, routing = _run(layer, x)
@@ -202,19 +205,24 @@ def _run_deepseek_v3(arrays: Arrays, weights: Arrays, x: jax.Array, mode: str) -
         )
         if f"shared_experts.{theirs}.weight" in weights
     }
+    groups = int(arrays["n_group"])
+    gate = dataclasses.replace(
+        find_gate("deepseek_v3"),
+        k=k,
+        groups=groups,
+        kept_groups=int(arrays["topk_group"]),
+        scores_per_group=2 if groups > 1 else 1,
+        renormalise=bool(arrays["norm_topk_prob"]),
+        scale=float(arrays["routed_scaling_factor"]),
+    )
     layer = single_layer(
-        "deepseek_v3",
+        gate,
         router=weights["gate.weight"].T,
         selection_bias=weights["gate.e_score_correction_bias"],
         up=up,
         down=weights["experts.down_proj"].swapaxes(1, 2),
         gate_matrix=gate_matrix,
-        experts_per_token=k,
-        expert_groups=int(arrays["n_group"]),
-        kept_expert_groups=int(arrays["topk_group"]),
-        renormalise=int(arrays["norm_topk_prob"]),
-        routing_scale=float(arrays["routed_scaling_factor"]),
-        eval_capacity_factor=num_experts / k,  # nothing is dropped there
+        capacity=Capacity(eval=num_experts / k),  # nothing is dropped there
         dispatch=mode,
         **shared,
     )

@@ -11,6 +11,7 @@ from flax import nnx
 
 from moe.config import Capacity, MeshConfig
 from moe.config.registry import LAYERS
+from moe.conformance.oracle import ONE_GROUP
 from moe.dispatch.modes import CONFIG_MODES
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import Router
@@ -42,7 +43,7 @@ def test_broken_logits_are_counted_in_a_train_step_and_harm_no_other_token(rng):
     }
     mask = jnp.ones((1, 6), bool)
     for mode in CONFIG_MODES:
-        layer = single_layer("switch", **weights, eval_capacity_factor=3.0, dispatch=mode)
+        layer = single_layer("switch", **weights, capacity=Capacity(eval=3.0), dispatch=mode)
         run = jax.jit(lambda x, layer=layer: layer(x, mask))
         expected, _, _ = run(x)
         y, report, _ = run(x.at[0, 2].set(jnp.nan))
@@ -113,9 +114,9 @@ def test_who_looks_ahead(gate, leaks, rng):
         "gate_matrix": rng.normal(size=(4, 4, 5)),
         "down": rng.normal(size=(4, 5, 4)),
     }
-    fields = {"expert_groups": 1, "kept_expert_groups": 1, "experts_per_token": 2} if gate == "deepseek_v3" else {}
+    section = {"name": gate} | (ONE_GROUP["gate"] | {"k": 2} if gate == "deepseek_v3" else {})
     mode = "einsum" if soft else "gather"
-    layer = single_layer(gate, **weights, eval_capacity_factor=1.0, accept_future_leak=True, dispatch=mode, **fields)
+    layer = single_layer(section, **weights, capacity={"eval": 1.0}, accept_future_leak=True, dispatch=mode)
     if not leaks:
         layer.config = dataclasses.replace(layer.config, capacity=Capacity(eval=4.0))
     x = jnp.asarray(rng.normal(size=(1, 8, 4)), jnp.float32)

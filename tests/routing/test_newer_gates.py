@@ -210,7 +210,7 @@ def test_novices_are_equal_on_eight_devices(mode, rng):
     """y and all gradients in training, on data 2 x fsdp 2 x expert 2 as on one device."""
     weights = oracle.weights_of(8, 8, 4, 11, null=(0, 0, 0, 2))
     layer = single_layer(
-        "mixtral", **oracle.read_by("mixtral", weights), novice_experts=2, dispatch=mode, capacity_factor=1.0
+        "mixtral", **oracle.read_by("mixtral", weights), novice_experts=2, dispatch=mode, capacity={"train": 1.0}
     )
     x, mask = jnp.asarray(rng.normal(size=(8, 6, 8)), jnp.float32), rng.random((8, 6)) >= 0.2
     run = oracle.program(layer, train=True)
