@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 import moe
 from moe import ConfigError, MoELayer, SoftMoE
+from moe.routing import gates
 from tests.helpers import slow_case
 
 SIZES = {"d_model": 8, "d_ff": 12, "num_experts": 4}
@@ -54,7 +55,7 @@ def test_the_layer_alone(gate):
 
 def test_soft_moe_is_a_layer_of_its_own():
     assert isinstance(_layer(gate="soft_moe"), SoftMoE)
-    assert SoftMoE(**SIZES, slots_per_expert=3, rngs=nnx.Rngs(0)).router.kernel.shape == (8, 4, 3)
+    assert SoftMoE(**SIZES, gate=gates.SoftMoE(slots=3), rngs=nnx.Rngs(0)).router.kernel.shape == (8, 4, 3)
     with pytest.raises(ConfigError, match=r"gate='soft_moe': is not the gate of a MoELayer, but of a moe\.SoftMoE"):
         MoELayer(**SIZES, gate="soft_moe", dispatch="einsum", rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match=r"gate='mixtral': is not the gate of a SoftMoE, but of a moe\.MoELayer"):
@@ -98,7 +99,7 @@ def test_the_layer_in_a_linen_model():
 @pytest.mark.parametrize("dispatch", [slow_case("gather"), "dropless"])
 def test_the_layer_in_a_users_mesh(dispatch):
     """Axes without a role are ignored; with mesh_roles the experts are split over the user's axis."""
-    layer, x = _layer(dispatch=dispatch, capacity_factor=4.0, eval_capacity_factor=4.0), _x(8, 6)
+    layer, x = _layer(dispatch=dispatch, capacity=moe.Capacity(4.0, 4.0)), _x(8, 6)
     expected = jax.jit(layer.__call__)(x)[0]
     mesh = jax.make_mesh((4, 2), ("ep", "replica"), axis_types=(AxisType.Auto,) * 2)
     graphdef, state = nnx.split(layer)
@@ -131,7 +132,7 @@ def test_unresolved_configs_are_filled_in():
         ({"num_expert": 4}, "moe.num_expert: no such field; did you mean moe.num_experts"),
         ({"gate": "mixtrall"}, "did you mean 'mixtral'"),
         ({"d_model": "8"}, "d_model='8': must be int"),
-        ({"experts_per_token": 9}, "must be at most num_experts=4"),
+        ({"gate": gates.TopK(k=9)}, "must be at most num_experts=4"),
         ({"dispatch": "scatter"}, "must be one of"),
         ({"config": moe.Config()}, "config must be a moe.ModelConfig"),
         ({"config": moe.ModelConfig()}, "not both"),

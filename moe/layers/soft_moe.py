@@ -11,23 +11,29 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moe.config import ModelConfig
+from moe.config.registry import find_layer
 from moe.dispatch.modes import mix
 from moe.layers.moe_layer import Keys, MoELayer
 from moe.routing import balancing
 from moe.routing.interface import Gate
 from moe.routing.routing import Choices, Routing, route
 
+_LAYER = find_layer("soft_moe")
+
 
 class SoftMoE(MoELayer):
     """Router logits per slot, experts on slots, and their outputs mixed back into tokens: nothing is routed or dropped.
 
-    Example::
+    Example, with the gate of :mod:`moe.routing.gates`::
 
-        layer = SoftMoE(d_model=512, d_ff=1024, num_experts=8, slots_per_expert=2, rngs=nnx.Rngs(0))
+        layer = SoftMoE(d_model=512, d_ff=1024, num_experts=8, gate=gates.SoftMoE(slots=2), rngs=nnx.Rngs(0))
     """
 
     has_slots = True
-    defaults = types.MappingProxyType({"gate": "soft_moe", "dispatch": "einsum"})
+    #: The paper's layer, where the gate is given as a value too.
+    defaults = types.MappingProxyType(
+        {"gate": "soft_moe"} | {name: getattr(_LAYER, name) for name in ("dispatch", "capacity", "losses")}
+    )
 
     def __call__(
         self,

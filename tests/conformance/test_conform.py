@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from moe import MoELayer
-from moe.config import ConfigError
+from moe.config import Capacity, ConfigError
+from moe.config.registry import find_gate
 from moe.conformance import equations, evidence
 from moe.conformance.diagnosis import diagnose, page
 from moe.conformance.equations import Rule, Variant
@@ -23,10 +24,11 @@ MASK = jnp.asarray(LAYER.mask)
 K, E = RULE.k, LAYER.num_experts
 
 
-def ours(weights, x, mask, *, gate="mixtral", counted=None, **settings):
+def ours(weights, x, mask, *, gate="mixtral", k=K, counted=None, **settings):
     """This package's layer with these weights; ``counted``: the mask that it is told instead of the true one."""
-    fields = {"experts_per_token": K, "eval_capacity_factor": RULE.capacity_factor, "dispatch": "einsum", **settings}
-    layer = MoELayer(d_model=8, d_ff=6, num_experts=E, gate=gate, rngs=nnx.Rngs(0), **fields)
+    fields = {"capacity": Capacity(eval=RULE.capacity_factor), "dispatch": "einsum", **settings}
+    rule = find_gate(gate).with_k(k)
+    layer = MoELayer(d_model=8, d_ff=6, num_experts=E, gate=rule, rngs=nnx.Rngs(0), **fields)
     layer.router.kernel[...] = weights["router"]
     for name in ("up", "gate", "down"):
         getattr(layer.experts, name)[...] = weights[name]
@@ -76,7 +78,7 @@ MUTANTS = {
     ),
     "capacity rounded down": (floor_capacity, "the capacity is rounded down"),
     "no capacity": (lambda w, x, m: ours(w, x, m, dispatch="dropless"), "nothing is dropped"),
-    "one expert more": (lambda w, x, m: ours(w, x, m, experts_per_token=3), "3 experts per token instead of 2"),
+    "one expert more": (lambda w, x, m: ours(w, x, m, k=3), "3 experts per token instead of 2"),
     "padding routed": (lambda w, x, m: ours(w, x, m, counted=jnp.ones_like(m)), "padding"),
     "gate and up swapped": (with_weights(lambda w: {"gate": w["up"], "up": w["gate"]}), "projections are swapped"),
     "experts off by one": (
