@@ -41,7 +41,7 @@ FOUR = ("dense_mixture", "gshard", "mixtral", "switch")
 
 def moe_config(**fields: Any) -> MoEConfig:
     """The MoE section with these fields, each by its name in the flat form: ``experts_per_token=2``."""
-    return build(MoEConfig, fields, "model.moe.")
+    return build(MoEConfig, flat.nested(fields) if flat.is_flat(fields) else fields, "model.moe.")
 
 
 def set_moe(tree: ml_collections.ConfigDict, **fields: Any) -> None:

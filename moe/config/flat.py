@@ -1,6 +1,6 @@
 """Reader of the flat form of ``model.moe``: one level of fields, -1 and "gate" for the constant of the gate's paper.
 
-Runs of version 0.2 and earlier left it in their ``config.json``.
+Runs of version 0.2 and earlier left it in their ``config.json``; it is read in configs of whole runs alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,19 @@ _PLAIN: Mapping[str, Any] = types.MappingProxyType({"score": "softmax", "scale":
 def is_flat(moe: Mapping[str, Any]) -> bool:
     """Whether a section has fields of the flat form."""
     return any(name in PLACES for name in moe)
+
+
+def present(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a run's config, with ``model.moe`` in the present form.
+
+    Raises:
+        ConfigError: see :func:`nested`.
+    """
+    model = config.get("model")
+    moe = model.get("moe") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(moe, dict) and is_flat(moe):
+        return config | {"model": model | {"moe": nested(moe)}}
+    return config
 
 
 def nested(moe: Mapping[str, Any]) -> dict[str, Any]:

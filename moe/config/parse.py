@@ -40,6 +40,8 @@ class _MoESection(_TrackedConfigDict):
     """Section ``model.moe``, whose field ``gate`` can be assigned a name; see :func:`choose_gate`."""
 
     def __setitem__(self, key: str, value: typing.Any) -> None:
+        if self.is_locked and key not in self:
+            raise ConfigError(_no_such_field(key, self.keys(), "model.moe."))
         if key == "gate" and isinstance(value, str):
             choose_gate(self, value)
             self.__dict__["_assigned"].add("gate")
@@ -228,7 +230,7 @@ def _field_types(cls: type) -> dict[str, typing.Any]:
 def _no_such_field(name: str, fields: typing.Iterable[str], path: str) -> str:
     fields = list(fields)
     near = difflib.get_close_matches(name, fields, n=1)
-    moved = flat.place_of(name) if path == "model.moe." else ""
+    moved = flat.place_of(name) if path in ("model.moe.", "moe.") else ""
     nearest = moved or (near[0] if near else "")
     return f"{path}{name}: no such field; " + (
         f"did you mean {path}{nearest}?" if nearest else f"fields here: {', '.join(fields)}"
@@ -239,12 +241,15 @@ def build(cls: type, tree: dict[str, typing.Any], path: str, base: typing.Any = 
     """Build a dataclass from a nested dict, checking names and types.
 
     Args:
-        tree: its fields, or some of them; ``model.moe`` may have the flat form (:mod:`moe.config.flat`).
+        tree: its fields, or some of them; of a :class:`Config`, ``model.moe`` may have the form that older runs left
+            (:mod:`moe.config.flat`).
         path: prefix of the fields in messages.
         base: the other fields; None: the defaults.
     """
     hints = _field_types(cls)
     values = {} if base is None else {field.name: getattr(base, field.name) for field in dataclasses.fields(cls)}
+    if cls is Config:
+        tree = flat.present(tree)
     if cls is MoEConfig:
         tree, values = _chosen_gate(tree, path)
     for name, value in tree.items():
@@ -324,7 +329,7 @@ def _sections(tree: object) -> dict[str, typing.Any] | ml_collections.ConfigDict
 
 def _chosen_gate(tree: dict[str, typing.Any], path: str) -> tuple[dict[str, typing.Any], dict[str, typing.Any]]:
     """The section of MoE layers without its gate, and the gate with what it sets: the constants of its paper."""
-    tree = flat.nested(tree) if flat.is_flat(tree) else dict(tree)
+    tree = dict(tree)
     gate = tree.pop("gate", MoEConfig().gate_name)
     values = {"gate": gate} if isinstance(gate, Gate) else _named_layer(gate, f"{path}gate")
     gates = tree.get("layer_gates", ())

@@ -36,12 +36,14 @@ FLAT = json.loads((DATA / "flat_moe_sections.json").read_text())
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_config_json_of_version_0_2_opens(name):
+def test_config_json_of_version_0_2_opens(name, tmp_path):
     """Complete sections that version 0.2 wrote, and what is written for them now."""
     ours = from_config_dict({"model": {"moe": FLAT[name]["now"]}})
     assert from_workdir_dict({"model": {"moe": FLAT[name]["flat"]}}) == ours
     again = json.loads(json.dumps(to_dict(ours)))
     assert from_workdir_dict(again) == ours
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"moe": FLAT[name]["flat"]}}))
+    assert from_config_dict(run_config.get_config(str(tmp_path / "config.json"))) == ours
 
 
 @pytest.mark.parametrize(
@@ -49,12 +51,15 @@ def test_config_json_of_version_0_2_opens(name):
     [
         ({"gate": "hash", "renormalise": 1}, "renormalise=True: the gate 'hash' does not read it"),
         ({"gate": "gshard", "experts_per_token": 3}, "experts_per_token=3: the gate 'gshard' does not read it"),
+        ({"gate": "remoe", "routing_scale": 2.0}, "routing_scale=2.0: the gate 'remoe' does not read it"),
+        ({"gate": "balanced", "bias_update": "sign"}, "bias_update='sign': the gate 'balanced' does not read it"),
+        ({"gate": "switch", "slots_per_expert": 2}, "slots_per_expert=2: the gate 'switch' does not read it"),
         ({"gate": "mixtral", "experts_per_token": 9}, "model.moe.gate.k=9: must be at most num_experts=8"),
     ],
 )
 def test_the_flat_form_is_checked(fields, message):
     with pytest.raises(ConfigError, match=message):
-        from_config_dict({"model": {"moe": fields}})
+        from_workdir_dict({"model": {"moe": fields}})
 
 
 def test_a_layer_is_a_value_that_is_valid_once_it_exists():
@@ -207,6 +212,19 @@ def test_another_gate_for_the_config_of_a_run_is_its_papers(parse, tmp_path):
 def test_flat_names_on_the_command_line_say_where_they_are_now():
     with pytest.raises(ConfigError, match=r"experts_per_token: no such field; did you mean model\.moe\.gate\.k\?"):
         cli.check_field("model.moe.experts_per_token")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda moe: setattr(moe, "experts_per_token", 2), id="assigned"),
+        pytest.param(lambda moe: moe.update(experts_per_token=2), id="updated"),
+        pytest.param(lambda moe: build(MoEConfig, {"experts_per_token": 2}, "model.moe."), id="built"),
+    ],
+)
+def test_flat_names_outside_of_older_runs_do_too(use):
+    with pytest.raises(ConfigError, match=r"experts_per_token: no such field; did you mean model\.moe\.gate\.k\?"):
+        use(base.get_config().model.moe)
 
 
 def test_no_run_of_the_suites_has_another_key_than_before():
