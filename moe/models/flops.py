@@ -80,8 +80,9 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     slots = config.moe.num_experts * config.moe.gate.slots if isinstance(config.moe.gate, SoftMoE) else 0
     mixing, delta = 0.0, config.delta_net
     for stack, kinds in stacks(config).items():
+        kinds = (*kinds, *kinds[-1:] * config.prediction_layers)  # each depth has a layer of the last one's kind
         mixing += 12 * slots * config.expert_dim * sum(kind.sparse for kind in kinds) * share[stack]
-        for kind in (*kinds, *kinds[-1:] * config.prediction_layers):  # each depth has a layer of the last one's kind
+        for kind in kinds:
             if kind.mixer == "gated_delta_net":
                 memories += delta.value_heads * delta.key_dim * delta.value_dim
             else:

@@ -95,10 +95,12 @@ def one_group_a_row(config: ModelConfig) -> ModelConfig:
 
 
 def for_generation(config: Config, num_devices: int) -> Config:
-    """A run's config as generation uses it, to be checked against a mesh: one row a device, no microbatches, and one
-    group a row whatever the run's group size."""
+    """A run's config as generation uses it, to be checked against a mesh: one row a device, no microbatches, one group
+    a row whatever the run's group size, and exchanges that fit themselves to row and mesh."""
     train = dataclasses.replace(config.train, batch_size=num_devices, accumulation_steps=1)
-    return dataclasses.replace(config, model=without_drops(config.model), train=train)
+    model, data = without_drops(config.model), dataclasses.replace(config.data, streams=0)
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, exchange_chunks=1, exchange_hosts=1))
+    return dataclasses.replace(config, model=model, data=data, train=train)
 
 
 def stream(
@@ -170,7 +172,10 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
     rows = -(-len(prompts) // shards) * shards
     lengths = np.ones(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    token_ids = np.zeros((rows, lengths.max()), np.int32)
+    width = int(lengths.max())
+    if width > 512:  # attention goes by blocks of a length that divides the row
+        width = -(-width // 128) * 128
+    token_ids = np.zeros((rows, width), np.int32)
     for row, prompt in zip(token_ids, prompts, strict=False):
         row[: len(prompt)] = prompt
     return token_ids, lengths

@@ -112,6 +112,8 @@ def main() -> None:
             raise ConfigError(f"--mesh={entry}: write axis=size with one of {', '.join(AXES)}")
         axes[axis] = int(size)
     mesh = make_mesh(MeshConfig(**axes))
+    if (context := mesh.shape.get("context", 1)) > 1:
+        raise ConfigError(f"--mesh=context={context}: must be 1 to generate")
     validate_mesh(sampling.for_generation(config, mesh.size), mesh.shape)
     if wrong := [number for number in _STOP.value or [] if not 0 <= number < config.model.vocab_size]:
         raise ConfigError(f"--stop={wrong[0]}: must be an id from 0 to {config.model.vocab_size - 1}")

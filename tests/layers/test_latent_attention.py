@@ -203,6 +203,31 @@ def test_a_row_has_its_own_length(rng):
 
 
 @pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScalingConfig(kind="dynamic", factor=8.0, original_length=8),
+        RopeScalingConfig(
+            kind="longrope", factor=4.0, original_length=8, short_factors=(1.0,) * 4, long_factors=(1.5, 4.0, 9.0, 9.0)
+        ),
+    ],
+    ids=lambda scaling: scaling.kind,
+)
+def test_a_document_has_its_own_length(scaling, rng):
+    """A document of 6 tokens, within the context, before one of 10 in the same row, which is beyond it."""
+    config = ModelConfig(
+        vocab_size=16, num_layers=1, d_ff=8, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8,
+        moe=MoEConfig(gate=None), rope_scaling=scaling,
+    )  # fmt: skip
+    model, tokens = random_model(config), jnp.asarray(rng.integers(1, 16, (1, 16)))
+    segments = jnp.asarray([[1] * 6 + [2] * 10])
+    positions = jnp.asarray([[*range(6), *range(10)]])
+    packed = model(tokens, segment_ids=segments, positions=positions).logits
+    for part in (slice(0, 6), slice(6, 16)):
+        alone = model(tokens[:, part]).logits
+        np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"kind": "dynamic", "factor": 2.0}, "original_length=0: must be at least 2"),

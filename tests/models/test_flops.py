@@ -80,6 +80,21 @@ def test_expert_choice_counts_its_capacity(factor, rows):
     assert train_flops_per_token(config, 8) == _by_hand(16 * 4, expert_rows=rows)
 
 
+def test_layers_of_prediction_mix_slots_too():
+    """12 · 8 slots · 16 more for the layer of the depth than for a model whose depth mixes nothing."""
+    config = tiny_model(
+        num_layers=1,
+        gate="soft_moe",
+        dispatch="einsum",
+        accept_future_leak=True,
+        slots_per_expert=2,
+        prediction_layers=1,
+    )
+    slots = 2 * config.moe.num_experts
+    assert train_flops_per_token(config, 8) == 44064 + 12 * slots * config.d_model
+    assert slots * config.d_model == 128
+
+
 def test_the_matmul_rate_counts_every_matmul_of_its_chain(monkeypatch):
     clock = iter(np.arange(100.0) * 0.5)  # each measurement takes half a second
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(clock))

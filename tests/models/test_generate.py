@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
+from moe.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig, validate_mesh
 from moe.interop import load_huggingface
 from moe.models import kv_cache, sampling
 from moe.models.decoder import Transformer
@@ -131,8 +132,12 @@ def test_a_run_with_microbatches_or_groups_of_several_rows_can_generate_on_a_mes
     config = Config(
         model=ModelConfig(moe=MoEConfig(num_experts=8, group_size=1024)),
         train=TrainConfig(batch_size=32, accumulation_steps=4),
+        data=DataConfig(streams=4),
     )
     validate_mesh(sampling.for_generation(config, 8), {"data": 4, "fsdp": 1, "expert": 2, "tensor": 1})
+    moe = MoEConfig(num_experts=8, dispatch="dropless", group_size=768, exchange_chunks=3, exchange_hosts=4)
+    chunks = dataclasses.replace(config, model=ModelConfig(moe=moe), train=TrainConfig(batch_size=12))
+    validate_mesh(sampling.for_generation(chunks, 2), {"data": 1, "fsdp": 1, "expert": 2, "tensor": 1})
     with pytest.raises(ConfigError, match="num_experts"):
         validate_mesh(sampling.for_generation(config, 3), {"data": 1, "fsdp": 1, "expert": 3, "tensor": 1})
 
@@ -148,6 +153,10 @@ def test_a_row_ends_with_its_stop_token():
         assert cut.tolist() == whole[:end].tolist()
     every = Sampling(temperature=0, stop_tokens=tuple(range(48)))
     assert [len(column) for column in sampling.stream(config, variables, PROMPTS, 8, every)] == [3]
+
+
+def test_long_prompts_are_filled_up_to_whole_blocks():
+    assert [sampling.pad_prompts([[1] * length])[0].shape[1] for length in (511, 512, 1021)] == [511, 512, 1024]
 
 
 def test_choosing_by_hand():

@@ -1,5 +1,6 @@
 """Multi-token prediction against a loop over documents, and published layers in and out."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base
 from moe.config import ConfigError
+from moe.config.model_section import RopeScalingConfig
 from moe.interop import export_checkpoint, import_checkpoint
 from moe.interop.load import load_huggingface
 from moe.models import sampling, speculation
@@ -221,5 +223,8 @@ def test_speculated_text_is_the_greedy_text_in_fewer_steps(tmp_path, changes):
     none = speculation.sample(config, variables, prompts, 0)
     assert ([text.tolist() for text in none.texts], none.steps, none.accepted) == ([[], [], []], 0, 0.0)
     assert speculation._programs.cache_info().misses == compiled + 1  # all texts are of the same sizes
+    scaling = RopeScalingConfig(kind="dynamic", factor=2.0, original_length=8)
+    with pytest.raises(ConfigError, match="'dynamic': must be another to draft tokens"):
+        speculation.sample(dataclasses.replace(config, rope_scaling=scaling), variables, prompts, 2)
     with pytest.raises(ConfigError, match=r"model\.prediction_layers=0: must be at least 1"):
         speculation.sample(config_of(tmp_path, **{"model.prediction_layers": 0}).model, variables, prompts, 2)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -108,7 +109,7 @@ def rotate(
 
 
 def _rotate_all(x: Array, positions: Array, config: ModelConfig, interleaved: bool) -> Array:
-    length = jnp.max(positions, axis=1)[:, None, None] + 1
+    length = _document_lengths(positions)[..., None]
     frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling, length)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
     factor = attention_factor(config.rope_scaling)
@@ -123,6 +124,14 @@ def _rotate_all(x: Array, positions: Array, config: ModelConfig, interleaved: bo
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions of each token's own document: 1 + that of its last token in the row."""
+    columns = positions.shape[1]
+    ends = jnp.pad(positions[:, 1:] != positions[:, :-1] + 1, ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, jnp.arange(columns), columns), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
+
+
 def inverse_frequencies(
     dim: int, theta: float, scaling: RopeScalingConfig, length: Int[Array, "*row"] | int = 0
 ) -> Float[Array, "*rows pairs"]:
@@ -132,8 +141,8 @@ def inverse_frequencies(
         dim: rotated dimensions of a head.
         theta: base.
         scaling: its kind and constants.
-        length: positions of each row, on which "dynamic" and "longrope" depend beyond the original context. Keys that
-            were cached when a row was shorter keep the angles of then, as in other libraries.
+        length: of each token's document, on which "dynamic" and "longrope" depend beyond the original context. Keys
+            that were cached when a text was shorter keep the angles of then, as in other libraries.
     """
     half = dim // 2
     exponents = -jnp.arange(half, dtype=jnp.float32) / half
