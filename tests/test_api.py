@@ -113,6 +113,33 @@ def test_the_layer_in_a_users_mesh(dispatch):
         assert "all-to-all" not in plain.as_text()
 
 
+@pytest.mark.parametrize("dispatch", ["einsum", slow_case("dropless")])
+def test_experts_over_the_axis_of_the_data(dispatch):
+    """A user's axis ``data`` with the role of the experts has no other one."""
+    layer, x = _layer(dispatch=dispatch, capacity=moe.Capacity(4.0, 4.0)), _x(8, 6)
+    expected = jax.jit(layer.__call__)(x)[0]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    graphdef, state = nnx.split(layer)
+    with jax.set_mesh(mesh), moe.mesh_roles({"expert": "data"}):
+        split = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)[0])(state, x)
+    np.testing.assert_allclose(split, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="an axis has one role"), moe.mesh_roles({"expert": "a", "fsdp": "a"}):
+        pass
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "gather", "dropless", "slots"])
+def test_what_padding_holds_reaches_no_token(dispatch):
+    layer = (
+        SoftMoE(d_model=8, d_ff=12, num_experts=4, rngs=nnx.Rngs(0))
+        if dispatch == "slots"
+        else _layer(dispatch=dispatch)
+    )
+    x = _x(2, 6)
+    mask = jnp.broadcast_to(jnp.arange(6) < 4, x.shape[:2])
+    y = layer(jnp.where(mask[..., None], x, jnp.nan), mask)[0]
+    np.testing.assert_allclose(y[:, :4], layer(jnp.where(mask[..., None], x, 0), mask)[0][:, :4], atol=1e-6)
+
+
 def test_a_mesh_with_explicit_axes_is_refused():
     mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match="Explicit axes"):

@@ -23,7 +23,8 @@ _MOE = "model.moe."
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Section, path=f"{_MOE}capacity."):
-    """Largest number of tokens of a group that one expert takes: C = ceil(factor · K·S/E). Unused by dropless."""
+    """Largest number of tokens of a group that one expert takes: C = ceil(factor · K·S/E). Dropless reads it where
+    experts choose."""
 
     train: float = setting(1.25, above=0)  # factor in training; this and the next as in Switch 2021
     eval: float = setting(2.0, above=0)  # factor outside training

@@ -63,7 +63,7 @@ def read_experts(engine: str, records: Any, model: ModelConfig, length: int) -> 
     for i, sequence in enumerate(sequences):
         experts = _moe_layers(sequence, i, sparse, k)
         index[i, : len(experts)] = _within(experts, i, length)
-    _check_ids(index, model.moe.num_experts)
+    _check_ids(index, model.moe.num_experts + model.moe.null_experts)
     return index
 
 

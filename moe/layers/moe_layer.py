@@ -243,8 +243,9 @@ class MoELayer(nnx.Module):
         """Wrap the FFN experts and run them, add the shared expert, report."""
         for wrapper in (self.latent, self.null):
             experts = experts if wrapper is None else wrapper.around(experts)
-        # Zeroed, since a NaN in a broken token would reach others even through a weight of 0.
-        y, kept = experts(jnp.where(routing.broken[..., None], 0, tokens.x), routing)
+        # Zeroed, since a NaN in padding or a broken token would reach others even through a weight of 0.
+        valid = tokens.mask & ~routing.broken
+        y, kept = experts(jnp.where(valid[..., None], tokens.x, 0), routing)
         y = constrain(y.astype(x.dtype).reshape(x.shape), partition_specs.BATCH)
         if self.shared is not None:
             y = y + jnp.where(tokens.mask.reshape(*x.shape[:2], 1), self.shared(x), 0)
@@ -284,13 +285,16 @@ class MoELayer(nnx.Module):
         own = self.config.gate
         penalty = bias[...][0] if bias is not None and own is not None and own.state.update == "penalty" else None
         moe = self.config
+        k: int | Array = moe.experts_per_token
+        if self.gate.experts_choose:  # as many as took a token, by their capacity
+            k = jnp.sum(routing.chosen) / jnp.maximum(jnp.sum(mask), 1)
         report = balancing.report(
             routing,
             mask,
             kept,
             counts=moe.losses.counts,
             parts=parts,
-            k=moe.experts_per_token,
+            k=k,
             null_experts=moe.null_experts,
             weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
             expert_groups=getattr(moe.gate, "groups", 1),

@@ -42,11 +42,13 @@ def mesh_roles(names: Mapping[str, str]) -> Iterator[None]:
     """While programs are traced in this context, the axis ``names[role]`` of the mesh has that role.
 
     Raises:
-        ConfigError: an unknown role.
+        ConfigError: an unknown role, or one axis for two.
     """
     for role in names:
         if role not in AXES:
             raise ConfigError(f"mesh_roles={dict(names)!r}: roles are {', '.join(AXES)}")
+    if len(set(names.values())) < len(names):
+        raise ConfigError(f"mesh_roles={dict(names)!r}: an axis has one role")
     token = _names.set({**_names.get(), **names})
     try:
         yield
@@ -55,8 +57,9 @@ def mesh_roles(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def axis_of(role: str) -> str:
-    """Name of the mesh axis that has this role."""
-    return _names.get().get(role, role)
+    """Name of the mesh axis that has this role; "" if its own has another one."""
+    names = _names.get()
+    return "" if role not in names and role in names.values() else names.get(role, role)
 
 
 def _sizes_in_context() -> dict[str, int]:

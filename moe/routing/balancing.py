@@ -214,7 +214,7 @@ def router_z_loss(router_logits: Float[Array, "G S E"], mask: Bool[Array, "G S"]
 
 
 def sparsity_penalty(
-    routing: Routing, mask: Bool[Array, "G S"], experts_per_token: int, strength: Float[Array, ""]
+    routing: Routing, mask: Bool[Array, "G S"], experts_per_token: int | Array, strength: Float[Array, ""]
 ) -> Float[Array, ""]:
     """λ·Σ_e f_e·R_e, f_e = E/K times the share of tokens with a positive R_e, and R_e its mean over tokens (ReMoE 2024,
     equation 10: the L1 norm, weighted to balance the load)."""
@@ -231,7 +231,7 @@ def report(
     *,
     counts: BalanceCounts = "assignments",
     parts: int = 1,
-    k: int = 0,
+    k: int | Float[Array, ""] = 0,
     null_experts: int = 0,
     weights: np.ndarray | float = 1.0,
     expert_groups: int = 1,
@@ -243,7 +243,7 @@ def report(
         kept: chosen assignments within the capacity.
         counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.
-        k: K, for a quantile or a penalty.
+        k: experts a token, for a quantile or a penalty.
         null_experts: how many of the last columns are experts without an FFN.
         weights: see :func:`balance_weights`.
         expert_groups: groups of the device-level loss.

@@ -69,14 +69,17 @@ class NoisyTopK(TopK):
         # If softplus underflows to 0, the quotient below and its gradient are NaN.
         deviation = jnp.maximum(jax.nn.softplus(inputs.noise_logits), 1e-9)
         noisy = router_logits + jax.random.normal(inputs.rng, router_logits.shape) * deviation
+        output = self.select(noisy, inputs)
+        probs = self.scores(noisy)
+        output = output._replace(probs=probs / (jnp.sum(probs, axis=-1, keepdims=True) + 1e-20))
         if k == num_experts:
-            return self.select(noisy, inputs)
+            return output
         # The threshold of a chosen expert is the (K+1)-th value, of any other the K-th; with K = E there is none.
         top_logits, _ = top_k(noisy, k + 1)
         chosen = noisy >= top_logits[..., k - 1 : k]
         threshold = jnp.where(chosen, top_logits[..., k : k + 1], top_logits[..., k - 1 : k])
         smooth_load = jax.scipy.stats.norm.cdf((router_logits - threshold) / deviation)
-        return self.select(noisy, inputs)._replace(smooth_load=smooth_load)
+        return output._replace(smooth_load=smooth_load)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,8 +179,8 @@ class DenseMixture(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh all experts."""
-        del inputs
-        return GateOutput(_every_expert(router_logits), jax.nn.softmax(router_logits, axis=-1))
+        index = _every_expert(router_logits, inputs)
+        return GateOutput(index, pick(jax.nn.softmax(router_logits, axis=-1), index))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,8 +196,7 @@ class SoftMoE(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh all experts by the softmax."""
-        del inputs
-        return GateOutput(_every_expert(router_logits), jax.nn.softmax(router_logits, axis=-1))
+        return GateOutput(_every_expert(router_logits, inputs), jax.nn.softmax(router_logits, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,10 +211,9 @@ class ReLU(Gate):
 
     def route(self, router_logits: Float[Array, "G S E"], inputs: GateInputs) -> GateOutput:
         """Weigh by the logits above 0."""
-        del inputs
-        weights = jax.nn.relu(router_logits)
-        probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        return GateOutput(_every_expert(router_logits), weights, weights > 0, probs)
+        positive, index = jax.nn.relu(router_logits), _every_expert(router_logits, inputs)
+        probs, weights = positive / (jnp.sum(positive, axis=-1, keepdims=True) + 1e-20), pick(positive, index)
+        return GateOutput(index, weights, weights > 0, probs)
 
     @property
     def state(self) -> RouterState:
@@ -242,7 +243,8 @@ class ExpertChoice(Gate):
         # Padding ranks last: [G,S,E] → [G,E,S], ranked over S → [G,S,E]
         eligible = jnp.where(inputs.mask[..., None], jax.lax.stop_gradient(probs), -1.0)
         taken = jnp.swapaxes(rank(jnp.swapaxes(eligible, 1, 2)), 1, 2) < capacity
-        return GateOutput(_every_expert(router_logits), probs, taken)
+        index = _every_expert(router_logits, inputs)
+        return GateOutput(index, pick(probs, index), jnp.take_along_axis(taken, index, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,9 +258,11 @@ class ExpertThreshold(ExpertChoice):
         """The selection bias is minus the thresholds."""
         output = super().route(router_logits, inputs)
         if inputs.train:
-            return output._replace(needed_bias=-jax.lax.stop_gradient(output.weights))
-        bias = 0.0 if inputs.selection_bias is None else inputs.selection_bias
-        return output._replace(accepted=output.weights + bias > 0)
+            return output._replace(needed_bias=-jax.lax.stop_gradient(jax.nn.softmax(router_logits, axis=-1)))
+        if inputs.selection_bias is None:
+            return output._replace(accepted=output.weights > 0)
+        bias = jnp.broadcast_to(inputs.selection_bias, router_logits.shape)
+        return output._replace(accepted=output.weights + pick(bias, output.expert_index) > 0)
 
     @property
     def state(self) -> RouterState:
@@ -266,7 +270,10 @@ class ExpertThreshold(ExpertChoice):
         return RouterState("threshold", self.threshold_rate)
 
 
-def _every_expert(router_logits: Float[Array, "G S E"]) -> Int[Array, "G S E"]:
+def _every_expert(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> Int[Array, "G S E"]:
+    """All experts of a token, in the recorded order if there is one."""
+    if inputs.expert_index is not None:
+        return inputs.expert_index
     return jnp.broadcast_to(jnp.arange(router_logits.shape[-1]), router_logits.shape)
 
 

@@ -1,6 +1,7 @@
 """Experts recorded by serving engines: their layouts read as choices, replayed, and compared with our router's."""
 
 import base64
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,8 @@ def test_refusals(recorded):
     refused(r"record 0 is of type float64, must be integers", [good * 1.0])
     refused("record 0 has 4 tokens, the rows 3", [good], length=3)
     refused("record 0: expert 5 at token 0, MoE layer 0: must be below 5", [good + 4])
+    null = dataclasses.replace(model, moe=dataclasses.replace(model.moe, copy_experts=2))
+    assert np.asarray(read_choices("vllm", [good + 5], null, 4).expert_index).min() == 5  # experts without an FFN
     refused("record 0: one expert twice at token 0, MoE layer 0", [good * 0])
     refused("record 0: is no base64 of int32", ["%%"], "sglang")
     refused("record 0: 5 experts are no multiple", [base64.b64encode(np.zeros(5, "<i4").tobytes())], "sglang")

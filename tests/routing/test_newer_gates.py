@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moe.config import Capacity, MeshConfig, layer_kinds
-from moe.conformance import oracle
+from moe.conformance import oracle, reference
 from moe.interop.layers import single_layer
 from moe.layers.moe_layer import MoELayer, SelectionBias
 from moe.parallel import partition_specs
@@ -136,6 +136,37 @@ def test_thresholds_route_each_token_alone_and_as_many():
     alone = [routed("expert_threshold", np.log(probs[:, i : i + 1]), 1, selection_bias=bias) for i in range(4)]
     np.testing.assert_array_equal(np.concatenate([r.chosen[0] for r in alone]), training.chosen[0])
     np.testing.assert_allclose(alone[0].combine_weights[0, 0], [0.9, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        oracle.Case("noisy_topk", 2, 6, 5, 2, 2, 0.2, oracle.OVERFLOW, reference.Rule(overflow=True), draws=True),
+        oracle.Case(
+            "noisy_topk", 2, 6, 5, 2, 2, 0.2, oracle.LEAK | {"drop_policy": "probability"}, oracle.BY_PROBABILITY,
+            draws=True,
+        ),
+    ],
+    ids=["overflow", "priority"],
+)  # fmt: skip
+def test_what_overflows_under_noise_is_ranked_by_the_noisy_scores(case):
+    for row in oracle.against_oracle(case, seed=1):
+        assert row.passes, row
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_thresholds_follow_the_capacity_of_training(factor, rng):
+    """C = factor · 2 · 16 / 4 of 16 tokens, a quarter of them padding: the thresholds let as many through."""
+    config = tiny_model(
+        gate="expert_threshold", num_experts=4, experts_per_token=2, accept_future_leak=True, capacity_factor=factor
+    )
+    layer = MoELayer(config, rngs=nnx.Rngs(0))
+    x, mask = jnp.asarray(rng.normal(size=(8, 16, config.d_model)), jnp.float32), jnp.arange(16) < 12
+    mask = jnp.broadcast_to(mask, (8, 16))
+    _, training, _ = layer(x, mask, train=True)
+    layer.router.bias[...] = training.sums.bias_target
+    _, alone, _ = layer(x, mask)
+    assert float(alone.active_experts) == pytest.approx(float(training.active_experts), rel=0.05)
 
 
 def test_hashed_experts_are_weighed_by_their_scores():
