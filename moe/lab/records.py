@@ -13,7 +13,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,6 +184,17 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
     with _parquet(path):
         pd.DataFrame(entries).to_parquet(content, index=False, compression="zstd")
     write_atomic(path, content.getvalue())
+
+
+def update_table(path: Path, records: Sequence[Record]) -> None:
+    """Write records into a table, which keeps its other runs: a table is the only copy of runs without JSON files.
+
+    Raises:
+        ConfigError: see :func:`write_table` and :func:`read_table`.
+    """
+    own = {record.run for record in records}
+    others = [record for record in read_table(path) if record.run not in own] if path.exists() else []
+    write_table(path, [*records, *others])
 
 
 def read_table(path: Path) -> list[Record]:

@@ -461,6 +461,21 @@ def test_a_probe_of_some_runs_is_their_value():
     assert finding.lacks == ("measured on 2 of 3 seeds", "2 of at least 5 seeds")
 
 
+def test_a_report_on_fewer_seeds_keeps_the_other_runs(tmp_path):
+    """A folder of tables alone is the state of its suites, and a report is about some of its runs."""
+    suite = suite_of({"a": DENSE, "b": SWITCH}, {"c": Comparison("a", ("b",), ("steps",))}, (0, 1, 2), horizons=(20,))
+    runs = [record(name, seed, 5.0) for name in suite.variants for seed in suite.seeds]
+    folder = tmp_path / suite.name
+    write_page(folder, suite, runs)
+    whole = records.read_all(tmp_path)
+    assert len(whole) == 6
+    fewer = with_seeds(dataclasses.replace(suite, fixed_seeds=True), [1])
+    write_page(folder, fewer, [dataclasses.replace(run, seconds=7.0) for run in runs])
+    assert [run.run for run in records.read_all(tmp_path)] == [run.run for run in whole]
+    assert [run.seconds for run in records.read_all(tmp_path)] == [1.0, 7.0, 1.0] * 2
+    assert "- Runs: 2 in `records.parquet`, of which 2 are compared" in (folder / "report.md").read_text()
+
+
 def test_a_trial_of_two_seeds_is_marked(tmp_path):
     suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), seeds=(0, 1))
     check(suite)

@@ -11,7 +11,7 @@ from moe.escaping import markdown_page, markdown_text
 from moe.lab import inference, results
 from moe.lab.claims.registration import Claim, Registered
 from moe.lab.expressions import parse
-from moe.lab.records import TABLE, write_table
+from moe.lab.records import TABLE, update_table
 from moe.lab.report import figures, sections
 from moe.lab.report.claims_page import claims_section, rules
 from moe.lab.report.figures import loss_effect
@@ -32,7 +32,7 @@ def write(directory: Path, tables: Mapping[str, Table], suite: Suite, registered
     """
     directory.mkdir(parents=True, exist_ok=True)
     found, claims = tables[suite.name], registered.claims
-    write_table(directory / TABLE, found.records)
+    update_table(directory / TABLE, found.records)
     results.write(directory, found.records, {record.run for record in found.used})
     own = [claim for claim in claims if claim.suite == suite.name]
     parts = [f"# {suite.name}", markdown_text(suite.question), *_headline(found)]
