@@ -54,6 +54,8 @@ def load_suite(path: str, size: str) -> Suite:
 def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
     """The suite on other seeds; one is enough, for instance to divide a suite between machines.
 
+    Verdicts still need all seeds of the suite as given.
+
     Raises:
         ConfigError: a seed is there twice, or the sweep reserves it.
     """
@@ -62,7 +64,7 @@ def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
         raise ConfigError(
             f"--seeds={','.join(map(str, seeds))}: different ones, and none of the sweep's {reserved or ''}"
         )
-    return dataclasses.replace(suite, seeds=tuple(seeds))
+    return dataclasses.replace(suite, seeds=tuple(seeds), registered=suite.registered_seeds)
 
 
 def check(suite: Suite) -> None:

@@ -138,6 +138,8 @@ class Suite:
             than were registered would be a choice made after their results.
         whole_batch_groups: one routing group per batch, so that expert capacity is shared by all its tokens, unless
             the base config or an arm sets ``model.moe.group_size``; a mesh of several devices needs that.
+        registered: the suite's own seeds, where :func:`moe.lab.loading.with_seeds` has put others in their place;
+            empty: ``seeds``.
     """
 
     name: str
@@ -159,6 +161,7 @@ class Suite:
     unseen: tuple[str, ...] = ()
     fixed_seeds: bool = False
     whole_batch_groups: bool = True
+    registered: tuple[Seed, ...] = ()
 
     @functools.cached_property
     def _forms(self) -> dict[tuple[str, int, float], Canonical]:
@@ -174,6 +177,11 @@ class Suite:
     def steps(self) -> tuple[int, ...]:
         """Horizons in ascending order."""
         return tuple(sorted(self.horizons)) or (self._base.train.num_steps,)
+
+    @property
+    def registered_seeds(self) -> tuple[int, ...]:
+        """Seeds that a verdict needs, whichever ones this start is about."""
+        return self.registered or self.seeds
 
     @property
     def longest(self) -> int:

@@ -9,6 +9,7 @@ from moe.config import ConfigError
 from moe.lab import inference
 from moe.lab.claims import decide
 from moe.lab.claims.registration import Primary, read_claims
+from moe.lab.loading import with_seeds
 from moe.lab.report import claims_page
 from moe.lab.table import Table
 from tests.lab_helpers import CLAIMS, DENSE, REGISTERED, SWITCH, claim_of, record, suite_of, table, table_of
@@ -49,6 +50,33 @@ def test_primary_claims_are_decided_after_holm_over_the_whole_family():
     interim = decide.assess([first], {"test": table_of((4.9, 4.9001), claim=first)}, PRIMARY)[0]
     assert interim.verdict == decide.UNDECIDED
     assert "interim, 2 of the 3 seeds that were registered" in interim.lacks
+
+
+def test_fewer_seeds_than_were_registered_decide_nothing():
+    """Ten differences of -0.1 or so: whichever five of the seeds a report is about, it is interim."""
+    claim = claim_of(family="primary")
+    hashes = {"1": claim.hash}
+    for fixed in (False, True):
+        suite = suite_of({"a": DENSE, "b": SWITCH}, seeds=tuple(range(5, 15)), horizons=(20,), fixed_seeds=fixed)
+        runs = [
+            record(name, seed, loss + 0.001 * seed * (name == "b"), claims=hashes)
+            for name, loss in (("a", 5.0), ("b", 4.9))
+            for seed in range(5, 20)
+        ]
+        few, many = with_seeds(suite, range(5, 10)), with_seeds(suite, range(5, 15))
+        own = [run for run in runs if run.seed < 10]
+        for asked in (few, with_seeds(few, range(5, 8))):
+            found = assess(claim, table(asked, [run for run in own if run.seed in asked.seeds]), PRIMARY)
+            assert found.verdict == decide.UNDECIDED
+            assert f"interim, {len(asked.seeds)} of the 10 seeds that were registered" in found.lacks
+        assert assess(claim, table(many, runs), PRIMARY).verdict == decide.SUPPORTED
+        # Ten seeds that were not registered are none of those that were.
+        others = [run for run in runs if run.seed >= 10]
+        found = assess(claim, table(with_seeds(suite, range(10, 20)), others), PRIMARY)
+        assert (found.verdict, found.outcomes[0].effect.n) == (decide.UNDECIDED, 10)
+        assert "interim, 5 of the 10 seeds that were registered" in found.lacks
+    page = claims_page.claims_section([claim], {"test": table(few, [])}, None)
+    assert "needs 10 seeds of each arm" in page
 
 
 PRIMARY = Primary("which?", (1, 2, 3, 4, 5), smallest=0.02, equivalence=0.02, pilot="none")

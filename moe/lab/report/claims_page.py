@@ -141,7 +141,7 @@ def _spreads(findings: Sequence[Finding]) -> dict[int, float]:
 
 def _to_test(claim: Claim, found: Table, spread: float) -> str:
     """Runs that a claim needs, and the effect that they would find."""
-    seeds = len(found.suite.seeds) if claim.family else SEEDS
+    seeds = len(found.suite.registered_seeds) if claim.family else SEEDS
     tokens = claim.min_steps * found.suite.tokens_per_step / 1e6
     text = f"needs {seeds} seeds of each arm for {claim.min_steps:,} steps ({tokens:.1f}M tokens)"
     if spread and any("loss[" in part.value for part in claim.parts):
