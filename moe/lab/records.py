@@ -140,12 +140,15 @@ _ROWS = ("row_step", "row_quantity", "row_domain", "row_layer", "row_value")
 def read_all(directory: Path) -> list[Record]:
     """All records of a folder, in the order of their names: its ``records/*.json``, and the tables in it and one below.
 
+    A run may be there under the names of several arms, each with the probes of its suite: it has those of all.
+
     Raises:
         ConfigError: a file is no record or no table of them.
     """
     found: dict[str, Record] = {}
     for path in (*sorted(directory.glob(TABLE)), *sorted(directory.glob(f"*/{TABLE}"))):
-        found |= {record.run: record for record in read_table(path)}
+        for record in read_table(path):
+            _add(found, record)
     for path in sorted((directory / RECORDS).glob("*.json")):
         try:
             record = _checked(json.loads(read_small_file(path)))
@@ -153,8 +156,15 @@ def read_all(directory: Path) -> list[Record]:
             raise ConfigError(
                 f"{path}: not a record of this version of the lab ({first_sentence(error)}); delete it"
             ) from error
-        found[record.run] = record
+        _add(found, record)
     return sorted(found.values(), key=lambda record: record.name)
+
+
+def _add(found: dict[str, Record], record: Record) -> None:
+    """Put a record in the place of an earlier one of its run, of which the probes stay."""
+    if before := found.get(record.run):
+        record = dataclasses.replace(record, probes=before.probes | record.probes)
+    found[record.run] = record
 
 
 def _checked(entry: Any) -> Record:

@@ -198,6 +198,20 @@ def test_records_are_kept_as_one_table(tmp_path):
             records.read_all(tmp_path)
 
 
+def test_a_run_under_two_names_has_the_probes_of_both(tmp_path):
+    suite = suite_of({"a": DENSE, "b": DENSE}, horizons=(20,), seeds=(0, 1))
+    first, second = keyed(suite, [record("a", 0, 4.5, probes={"p": 0.5, "q": 0.5}), record("b", 0, 4.5)])
+    assert first.run == second.run
+    second = dataclasses.replace(second, probes={"q": 0.25, "r": 0.25})
+    both = {"p": 0.5, "q": 0.25, "r": 0.25}
+    for name, run in (("s", first), ("t", second)):
+        run.write(tmp_path / "json")
+        (tmp_path / "tables" / name).mkdir(parents=True)
+        records.write_table(tmp_path / "tables" / name / records.TABLE, [run])
+    for folder in ("json", "tables"):
+        assert [run.probes for run in records.read_all(tmp_path / folder)] == [both]
+
+
 def test_other_seeds_are_not_those_of_the_sweep():
     suite = suite_of({"a": DENSE}, sweep=Sweep((3e-3, 6e-3), (9,)))
     assert with_seeds(suite, [4]).seeds == (4,)
