@@ -179,6 +179,25 @@ def test_probes_are_measured_once_and_not_of_rates_that_lost(tmp_path, monkeypat
         assert found() == [1.0, 2.0, None]
 
 
+def test_a_probe_that_cannot_be_measured_is_told_and_the_others_are(tmp_path, monkeypatch):
+    """Another suite, which has no probes of the same run, has pruned the checkpoints that one of them reads."""
+    suite = suite_of({"a": dataclasses.replace(DENSE, probes=("saturation", "p"))}, seeds=(0, 1), horizons=(20,))
+    runs = keyed(suite, [record("a", 0, 5.0), record("a", 1, 5.0)])
+    for run in runs:
+        run.write(tmp_path)
+        runner.run_directory(tmp_path, run.key, run.run).mkdir(parents=True)
+    config = suite.config("a")
+    program = SimpleNamespace(config=config, mesh=make_mesh(config.mesh))
+    last = SimpleNamespace(model=SimpleNamespace(program=program), steps=[config.train.num_steps])
+    monkeypatch.setattr(runner.Worker, "_trained", lambda *_: last)
+    monkeypatch.setitem(probes.PROBES, "p", lambda _: {"one": 1.0})
+    runner.Worker(suite, tmp_path, []).measure()
+    assert [found.probes for found in records.read_all(tmp_path)] == [{"p/one": 1.0}] * 2
+    log = (tmp_path / "progress.log").read_text()
+    for run in runs:
+        assert f"not measured: probe saturation of {run.key}: the probe saturation needs checkpoints" in log
+
+
 def test_a_run_is_probed_before_the_next_one_is_trained(tmp_path, monkeypatch):
     suite = suite_of({"a": dataclasses.replace(DENSE, probes=("p",))}, seeds=(0, 1), horizons=(20,))
     runs = {run.key: run for run in keyed(suite, [record("a", 0, 5.0), record("a", 1, 5.0)])}

@@ -280,7 +280,11 @@ class Worker:
                 self._measure(record.key)
 
     def _measure(self, key: Key) -> None:
-        """Measure the probes that a run lacks, while no other process does; of a sweep and of a rate that lost none."""
+        """Measure the probes that a run lacks, while no other process does; of a sweep and of a rate that lost none.
+
+        One that cannot be measured, such as where another suite has pruned the checkpoints that it reads, is told: no
+        later start could measure it, and each would end there.
+        """
         if not self._is_probed(key):
             return
         used = Table(self._suite, read_all(self._workdir)).used
@@ -292,11 +296,16 @@ class Worker:
         directory = run_directory(self._workdir, key, record.run)
         if not names or not directory.exists():
             return
-        trained = self._trained(key.variant, directory)  # shared by the probes, which measure the same routing
+        opened = functools.cache(lambda: self._trained(key.variant, directory))  # the probes measure the same routing
         for name in names:
             self._progress.say(f"probe {name} of {key}")
-            with jax.set_mesh(trained.model.program.mesh):
-                found = probes.PROBES[name](trained)
+            try:
+                trained = opened()
+                with jax.set_mesh(trained.model.program.mesh):
+                    found = probes.PROBES[name](trained)
+            except ConfigError as error:
+                self._progress.say(f"not measured: probe {name} of {key}: {error}")
+                continue
             measured = {f"{name}/{quantity}": value for quantity, value in found.items()}
             record = dataclasses.replace(record, probes=record.probes | measured)
             record.write(self._workdir)
