@@ -225,6 +225,7 @@ def test_all_claims_on_one_page(tmp_path):
     [
         ("number = 1", 'number = "one"', "number"),
         ('rule = "below"', 'rule = "beneath"', "rule"),
+        ('rule = "below"', 'rule = "shown"', "claim 1: all its parts are 'shown', which decide nothing"),
         ("[[claim.part]]", "[[claim.parts]]", "part"),
         ('value = "loss[b] - loss[a]"', 'value = "loss[b"', "not understood"),
         ('what = "loss"', "what = 3", "what"),

@@ -160,6 +160,8 @@ def _check(found: _File) -> None:
     for claim in found.claim:
         if not claim.parts:
             raise ValueError(f"claim {claim.number}: has no part")
+        if all(part.rule == "shown" for part in claim.parts):
+            raise ValueError(f"claim {claim.number}: all its parts are 'shown', which decide nothing")
         if claim.family and len(claim.parts) > 1:
             raise ValueError(f"claim {claim.number}: one of a family has one part")
     families = {
