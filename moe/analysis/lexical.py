@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +29,7 @@ def _class(piece: str) -> str:
     if not text:
         return "layout"
     first = text[0]
-    if first == "«":
+    if re.fullmatch(r"«\d+»", text):
         return "other"
     if first.isalpha():
         if piece[0].isspace():
@@ -38,7 +39,7 @@ def _class(piece: str) -> str:
         return "number"
     if first in "()[]{}<>":
         return "bracket"
-    return "punctuation" if first in ".,;:!?'\"-–—’“”" else "symbol"
+    return "punctuation" if first in ".,;:!?'\"-–—’“”«»" else "symbol"
 
 
 def merge_labels(labels: np.ndarray, experts: np.ndarray, *, num_labels: int, values: int) -> np.ndarray:

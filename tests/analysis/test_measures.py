@@ -62,10 +62,10 @@ def test_repetition_that_repeated_tokens_explain(rng):
 
 
 def test_lexical_classes():
-    texts = [" the", " The", "ing", " 42", ",", "(", "+", "\n  ", "«3»", "é"]
+    texts = [" the", " The", "ing", " 42", ",", "(", "+", "\n  ", "«3»", "é", " «", "»", "«a»"]
     names = ["word", "capitalised word", "word part", "number", "punctuation", "bracket", "symbol", "layout", "other"]
-    found = lexical.lexical_classes(np.array([*range(10), 0]), texts.__getitem__)
-    assert [lexical.CLASSES[i] for i in found] == [*names, "word part", "word"]
+    found = lexical.lexical_classes(np.array([*range(len(texts)), 0]), texts.__getitem__)
+    assert [lexical.CLASSES[i] for i in found] == [*names, "word part", *["punctuation"] * 3, "word"]
 
 
 def test_labels_are_merged_where_the_least_is_lost():
