@@ -1,6 +1,7 @@
 """The ablation lab: suites, plans, records, expressions and the report."""
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe.lab.claims.registration import Claim, Part
 from moe.lab.expressions import Term, parse
 from moe.lab.loading import check, load_suite, with_seeds
 from moe.lab.records import DIVERGED, PRIMARY, Key
-from moe.lab.report import figures, sections
+from moe.lab.report import figures, page, sections
 from moe.lab.schedule import Plan
 from moe.lab.suite import Comparison, Sweep, Variant
 from moe.lab.table import MissingError, Table
@@ -509,6 +510,26 @@ def test_report_of_horizons_tells_the_crossing(tmp_path):
     tokens = 40 * suite.tokens_per_step / 1e6  # halfway between 4 and 400 in log steps
     assert f"Its mean loss is the lower one from about {tokens:.2f} million tokens on" in text
     assert "![horizons](horizons.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence"),
+    [
+        ((-0.3, -0.1, -0.2), "the lower one at every horizon"),
+        ((0.3, 0.1, 0.2), "the higher one at every horizon"),
+        ((0.3, -0.1, -0.2), "the lower one from about"),
+        ((-0.3, -0.1, 0.05), "the lower one at some horizons and the higher one at others"),
+        ((0.3, -0.1, 0.05), "the lower one at some horizons and the higher one at others"),
+    ],
+)
+def test_an_arm_is_ahead_from_a_horizon_on_or_that_is_not_said(tmp_path, differences, sentence):
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), horizons=(4, 40, 400))
+    pairs = zip(suite.steps, differences, strict=True)
+    found = [
+        record(name, seed, 5.0 + difference * (name == "mixtral"), steps)
+        for (steps, difference), seed, name in itertools.product(pairs, suite.seeds, suite.variants)
+    ]
+    assert f"Its mean loss is {sentence}" in page._crossing(table(suite, found), "mixtral", "dense")
 
 
 def test_report_below_the_longest_horizon_says_so(tmp_path):

@@ -156,6 +156,9 @@ def _crossing(found: Table, arm: str, baseline: str) -> str:
     points = [(s * found.suite.tokens_per_step, e) for s, e in points if math.isfinite(e.mean)]
     if len(points) < 2:
         return ""
+    ahead = [e.mean <= 0 for _, e in points]
+    if ahead != sorted(ahead):  # no horizon from which on it is ahead
+        return " Its mean loss is the lower one at some horizons and the higher one at others."
     crossing = inference.crossing(*zip(*points, strict=True))
     if crossing.tokens == 0:
         return " Its mean loss is the lower one at every horizon."
