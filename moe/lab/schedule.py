@@ -129,19 +129,20 @@ class Plan:
         return sweep is None or steps not in sweep.at(self.suite) or self.choices[variant, steps].tuned
 
     def _sweep_runs(self, sweep: Sweep) -> list[Key]:
-        """The sweep's runs, seed by seed; of a child once its parents' rates are settled."""
+        """The sweep's runs, seed by seed; of a child once its parents' rates are settled, and after their runs, which
+        are no runs of the sweep where a parent takes its rate from another arm."""
         arms = [
             (name, steps)
             for steps in sweep.at(self.suite)
             for name, variant in self.suite.variants.items()
             if not variant.rate_from and all(self._settled(parent, steps) for parent in family(self.suite, name))
         ]
-        return [
-            Key(name, steps, rate, seed)
-            for seed in sweep.seeds
-            for name, steps in arms
-            for rate in (*self.choices[name, steps].tried, *self.choices[name, steps].to_try)
-        ]
+        keys: list[Key] = []
+        for seed, (name, steps) in itertools.product(sweep.seeds, arms):
+            keys += [self.key(parent, steps, seed) for parent in family(self.suite, name)]
+            choice = self.choices[name, steps]
+            keys += [Key(name, steps, rate, seed) for rate in (*choice.tried, *choice.to_try)]
+        return list(dict.fromkeys(keys))
 
 
 def _choice(suite: Suite, sweep: Sweep, tried: Mapping[float, float]) -> Choice:

@@ -299,6 +299,31 @@ def test_a_sweep_goes_from_the_base_rate_to_its_neighbours_at_each_horizon():
     assert (edge.rate, edge.tuned, edge.at_edge) == (1e-3, True, True)
 
 
+@pytest.mark.parametrize("role", ["starts_from", "teacher"])
+def test_a_sweep_trains_the_parents_that_take_the_rate_of_another_arm(role):
+    """Each finished run is recorded: the sweep of an arm whose parent has none of its own comes to its end."""
+    arms = {
+        "c": dataclasses.replace(SWITCH, **{role: "b"}),
+        "a": DENSE,
+        "b": dataclasses.replace(SWITCH, rate_from="a"),
+    }
+    suite = suite_of(arms, seeds=(0, 1), horizons=(20,), sweep=Sweep((1e-3, 3e-3, 9e-3), (7,)))
+    runs, trained, rates = [], [], {1e-3: 5.0, 3e-3: 4.9, 9e-3: 4.8}
+    while missing := list(itertools.filterfalse((found := Plan(suite, runs)).record, found.runs())):
+        key = next(key for key in missing if all(map(found.record, found.parents(key).values())))
+        form = suite.form(
+            key.variant, key.seed, steps=key.steps, learning_rate=key.learning_rate,
+            parents={name: found.run(parent) for name, parent in found.parents(key).items()},
+        )  # fmt: skip
+        runs.append(record(key.variant, key.seed, rates[key.learning_rate], 20, key.learning_rate, form=form))
+        runs[-1] = dataclasses.replace(runs[-1], run=identity.digest(form))
+        trained.append(key)
+    assert trained.count(Key("b", 20, 9e-3, 7)) == 1
+    assert {(key.variant, key.seed) for key in trained} == set(itertools.product(arms, (0, 1, 7)))
+    assert found.choices["c", 20].tuned
+    assert len(Table(suite, runs).records) == len(trained) == 3 + 1 + 3 + 3 * 2
+
+
 def test_a_rate_of_many_digits_finds_its_record():
     sweep = Sweep((1 / 300, 1 / 150), (7,))
     base = defaults.get_config()
