@@ -14,7 +14,7 @@ from moe.analysis.passages import Passage, colours
 
 _TEMPLATE = Path(__file__).with_name("explorer.html")
 _CHOICES = 8  # assignments per token that are shown
-_WEIGHT_ONE = 65_535  # a weight of 1
+_LARGEST = 65_535  # of uint16
 
 
 def explorer_page(passages: Sequence[Passage], summary: dict[str, Any], shown: Sequence[int], title: str) -> str:
@@ -43,12 +43,19 @@ def explorer_page(passages: Sequence[Passage], summary: dict[str, Any], shown: S
                 "title": passage.title,
                 "pieces": list(passage.pieces),
                 "experts": _encode(passage.experts[..., :choices]),
-                "weights": _encode(np.rint(np.clip(passage.weights[..., :choices], 0, 1) * _WEIGHT_ONE)),
+                **_weights(passage.weights[..., :choices]),
             }
             for passage in passages
         ],
     }
     return render(json.dumps(data))
+
+
+def _weights(weights: np.ndarray) -> dict[str, Any]:
+    """Combine weights as shares of a unit, which is 1 unless one is above: one that is not 0 stays above 0."""
+    unit = max(1.0, float(weights.max(initial=0.0)))
+    shares = np.maximum(np.rint(weights / unit * _LARGEST), 1)
+    return {"weights": _encode(np.where(weights > 0, shares, 0)), "unit": unit}
 
 
 def render(data: str) -> str:

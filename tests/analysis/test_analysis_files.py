@@ -139,6 +139,19 @@ def test_the_explorer_is_one_file_and_escapes_its_data():
     assert len(set(colours(64))) == 64
 
 
+def test_the_explorer_keeps_weights_above_1_and_tiny_ones():
+    """A sigmoid gate's scale may be 2.5; weights are stored as shares of the passage's largest, if that is above 1."""
+    stored = []
+    for weights in ([2.5, 1.25, 1e-9, 0.0], [0.5, 1e-9, 0.0, 0.0]):
+        pieces, experts = ["a", "b", "c", "d"], np.zeros((1, 4, 1), int)
+        shown = Passage("text", pieces, experts, np.array(weights, np.float32).reshape(1, 4, 1))
+        page = explorer.explorer_page([shown], explorer_summary([5], 2), [0], "title")
+        (kept,) = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["passages"]
+        stored.append((np.frombuffer(base64.b64decode(kept["weights"]), "<u2").tolist(), kept["unit"]))
+    # 1.25 / 2.5 and 0.5 / 1 of 65,535 are 32,767.5, which is rounded to even.
+    assert stored == [([65_535, 32_768, 1, 0], 2.5), ([32_768, 1, 0, 0], 1.0)]
+
+
 def test_an_analysis_from_text_to_files(tokenizer, tmp_path):
     program, variables = tiny_program(vocab_size=320, num_layers=2)
     words = np.random.default_rng(0).choice(["red", "green", "blue", "fox", "über"], 400)

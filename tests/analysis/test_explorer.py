@@ -14,12 +14,12 @@ LAYERS, EXPERTS, STEPS = [1, 3, 5], 4, [50, 100]
 pytestmark = [pytest.mark.slow, needs_browser]
 
 
-def make_page(tokens, num_experts=EXPERTS, choices=2):
+def make_page(tokens, num_experts=EXPERTS, choices=2, scale=1.0):
     """A page of two passages: token i of the first one goes to the experts i, i + 1, … mod E in layer 1."""
     pieces = [[" the", "<b>", " fox", "\n"][i % 4] for i in range(tokens)]
     first = np.arange(tokens) + np.arange(len(LAYERS))[:, None]
     experts = (first[..., None] + np.arange(choices)) % num_experts
-    weights = np.broadcast_to([0.75, *[0.25 / (choices - 1)] * (choices - 1)], experts.shape)
+    weights = scale * np.broadcast_to([0.75, *[0.25 / (choices - 1)] * (choices - 1)], experts.shape)
     passages = [Passage("one", pieces, experts, weights), Passage("<i>two", pieces[:8], experts[:, :8], weights[:, :8])]
     top = [{"piece": " fox", "token": 2, "count": 7, "total": 9, "lift": 3.1}]
     even = 1 / num_experts
@@ -94,6 +94,19 @@ def test_layers_experts_and_tooltips(tmp_path):
     assert found["layers"] == "layer 1layer 3layer 5"
     assert found["none"] == 0
     assert found["clicked"] == ["3"]
+
+
+@pytest.mark.parametrize(("has_unit", "shown"), [(True, ("1.500", "0.500")), (False, ("1.000", "0.333"))])
+def test_weights_above_1_are_shown(tmp_path, has_unit, shown):
+    """Twice 0.75 and 0.25, in shares of 1.5; data of earlier versions has no units, and shares of 1."""
+    page = make_page(8, scale=2.0)
+    page = page if has_unit else page.replace(', "unit": 1.5', "")
+    hover = """
+        const span = document.querySelector("#text pre span");
+        span.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+        return [...document.querySelectorAll("#tip td")].map(node => node.textContent).slice(0, 2);
+        """
+    assert run(page, tmp_path, hover) == [f"expert {expert}: {weight}" for expert, weight in enumerate(shown)]
 
 
 def test_long_texts_stay_quick(tmp_path):
