@@ -159,6 +159,9 @@ def test_deepseek_without_experts_is_dense(experts):
         ("qwen2_moe", "num_experts_per_tok", 4),
         ("qwen3_moe", "num_experts_per_tok", 8),
         ("granitemoeshared", "shared_intermediate_size", 0),
+        ("mixtral", "max_position_embeddings", 131_072),
+        ("olmoe", "max_position_embeddings", 4096),
+        ("qwen3_moe", "max_position_embeddings", 32_768),
     ],
 )
 def test_an_absent_field_has_the_default_of_the_library(name, absent, value):
@@ -166,6 +169,15 @@ def test_an_absent_field_has_the_default_of_the_library(name, absent, value):
     del source[absent]
     assert getattr(FAMILIES[name].schema.model_validate(source), absent) == value
     assert read_open_config(source).model == read_open_config(source | {absent: value}).model
+
+
+@pytest.mark.parametrize(("name", "heads"), [("mixtral", 8), ("qwen2", 32), ("qwen3_moe", 4), ("olmoe", None)])
+def test_absent_heads_of_keys_are_the_librarys(name, heads):
+    """A null, or no default, is as many as those of queries."""
+    fields = json.loads((HERE / name / "config.json").read_text())
+    del fields["num_key_value_heads"]
+    assert FAMILIES[name].schema.model_validate(fields).num_key_value_heads == heads
+    assert FAMILIES[name].schema.model_validate(fields | {"num_key_value_heads": None}).num_key_value_heads is None
 
 
 def test_null_is_false_in_deepseek_v3():

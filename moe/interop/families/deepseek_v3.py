@@ -13,12 +13,13 @@ from moe.interop.families.deepseek_layers import (
     write_fields,
 )
 from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_sigmoid_gate
-from moe.interop.schema import Coefficient, Count, Json, OptionalCount, Positive
+from moe.interop.schema import Coefficient, Context, Count, Json, OptionalCount, Positive
 
 
 class DeepseekV3Config(LatentConfig):
     """Fields of ``config.json`` with the library's defaults; multi-token prediction is skipped."""
 
+    max_position_embeddings: Context = 4096
     n_group: Count = 8
     topk_group: Count = 4
     num_experts_per_tok: Count = 8

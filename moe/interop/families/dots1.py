@@ -22,6 +22,7 @@ from moe.interop.schema import Count, Json, OpenConfig, OptionalCount, Positive,
 class Dots1Config(OpenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
+    num_key_value_heads: Count | None = 32
     n_group: Count = 1
     topk_group: Count = 1
     routed_scaling_factor: Positive = 1.0

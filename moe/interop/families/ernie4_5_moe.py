@@ -15,12 +15,14 @@ from moe.interop.families.family import (
     read_sparse_layers,
     shared_expert,
 )
-from moe.interop.schema import Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size
+from moe.interop.schema import Context, Count, Experts, Json, Off, OpenConfig, OptionalCount, Positive, Size
 
 
 class ErnieConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults; biases are in no published model and are refused."""
 
+    max_position_embeddings: Context = 131072
+    num_key_value_heads: Count | None = 4
     rms_norm_eps: Positive = 1e-5
     rope_theta: Positive = 500_000.0
     tie_word_embeddings: bool = True
@@ -39,14 +41,13 @@ def read(source: ErnieConfig) -> tuple[Json, Json]:
     """See :class:`Family`."""
     num_layers, width = source.num_hidden_layers, source.moe_intermediate_size
     last = num_layers - 1 if source.moe_layer_end_index == -1 else min(source.moe_layer_end_index, num_layers - 1)
-    numbers = range(source.moe_layer_start_index, last + 1)
     moe = {
         "gate": {"name": "deepseek_v3", "score": "softmax", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.moe_num_experts,
         "d_ff": width,
         "shared_d_ff": width * source.moe_num_shared_experts,
     }
-    layers = [n for n in numbers if (n + 1) % source.moe_layer_interval == 0]
+    layers = [n for n in range(source.moe_layer_start_index, last + 1) if (n + 1) % source.moe_layer_interval == 0]
     return {"rope_interleaved": True}, moe | read_sparse_layers(layers, num_layers)
 
 

@@ -13,12 +13,14 @@ from moe.interop.families.family import (
     shared_expert,
     write_groups,
 )
-from moe.interop.schema import Count, Json, OpenConfig, OptionalCount, Positive, Size
+from moe.interop.schema import Context, Count, Json, OpenConfig, OptionalCount, Positive, Size
 
 
 class Glm4MoeConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults; multi-token prediction is skipped."""
 
+    max_position_embeddings: Context = 131072
+    num_key_value_heads: Count | None = 8
     rms_norm_eps: Positive = 1e-5
     partial_rotary_factor: Positive = 0.5
     use_qk_norm: bool = False

@@ -13,12 +13,13 @@ from moe.interop.families.deepseek_layers import (
     write_fields,
 )
 from moe.interop.families.family import SELECTION_BIAS, Family, gate_field, read_sigmoid_gate, read_sparse_layers
-from moe.interop.schema import Count, Json, OptionalCount, Positive
+from moe.interop.schema import Context, Count, Json, OptionalCount, Positive
 
 
 class Glm4MoeLiteConfig(LatentConfig):
     """Fields of ``config.json`` with the library's defaults; multi-token prediction is skipped."""
 
+    max_position_embeddings: Context = 202752
     rms_norm_eps: Positive = 1e-5
     n_shared_experts: OptionalCount = 1
     first_k_dense_replace: OptionalCount = 1

@@ -5,12 +5,14 @@ from typing import Literal
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, ONE_GROUP, Family, Tensor
 from moe.interop.families.mixtral import ALIASES, EXPERTS
-from moe.interop.schema import Count, Experts, Fraction, Json, OpenConfig, Positive
+from moe.interop.schema import Context, Count, Experts, Fraction, Json, OpenConfig, Positive
 
 
 class MiniMaxM2Config(OpenConfig):
     """Fields of ``config.json`` with the library's defaults; ``rotary_dim`` is the older ``partial_rotary_factor``."""
 
+    max_position_embeddings: Context = 196608
+    num_key_value_heads: Count | None = 8
     rope_theta: Positive = 5e6
     head_dim: Count | None = 128
     rotary_dim: Count | None = None

@@ -2,12 +2,14 @@
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, DENSE, Family, window_of
-from moe.interop.schema import Json, OpenConfig, Window
+from moe.interop.schema import Context, Count, Json, OpenConfig, Window
 
 
 class MistralConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
+    max_position_embeddings: Context = 131072
+    num_key_value_heads: Count | None = 8
     sliding_window: Window = 4096
 
 

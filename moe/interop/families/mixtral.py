@@ -2,12 +2,14 @@
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, Family, window_of
-from moe.interop.schema import Experts, Fraction, Json, OpenConfig, Positive, Window
+from moe.interop.schema import Context, Count, Experts, Fraction, Json, OpenConfig, Positive, Window
 
 
 class MixtralConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
+    max_position_embeddings: Context = 131072
+    num_key_value_heads: Count | None = 8
     rope_theta: Positive = 1e6
     rms_norm_eps: Positive = 1e-5
     sliding_window: Window = None

@@ -2,12 +2,13 @@
 
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, EXPERTS, Family, read_bias, read_gate, selection_rule
-from moe.interop.schema import Coefficient, Count, Experts, Json, OpenConfig, Positive
+from moe.interop.schema import Coefficient, Context, Count, Experts, Json, OpenConfig, Positive
 
 
 class OlmoeConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
+    max_position_embeddings: Context = 4096
     rms_norm_eps: Positive = 1e-5
     clip_qkv: Coefficient | None = None
     num_experts: Experts = 64

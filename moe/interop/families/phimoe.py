@@ -8,13 +8,15 @@ from moe.config import ConfigError, ModelConfig
 from moe.interop.families.family import ATTENTION, FUSED_EXPERTS, OUTSIDE, Family, Tensor, read_bias, window_of
 from moe.interop.families.mixtral import ALIASES, EXPERTS
 from moe.interop.rope import write_scaling
-from moe.interop.schema import Experts, Fraction, Json, OpenConfig, Positive, RopeParameters, Window
+from moe.interop.schema import Context, Count, Experts, Fraction, Json, OpenConfig, Positive, RopeParameters, Window
 from moe.routing.gates import SparseMixer
 
 
 class PhimoeConfig(OpenConfig):
     """Fields of ``config.json`` with the library's defaults; its code chooses two experts whatever the file says."""
 
+    max_position_embeddings: Context = 131072
+    num_key_value_heads: Count | None = 8
     rope_theta: Positive = 1e6
     rms_norm_eps: Positive = 1e-5
     sliding_window: Window = None

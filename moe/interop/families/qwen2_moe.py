@@ -12,12 +12,14 @@ from moe.interop.families.family import (
     write_windows,
 )
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
-from moe.interop.schema import Count, Json, OptionalCount, Size
+from moe.interop.schema import Context, Count, Json, OptionalCount, Size
 
 
 class Qwen2Config(QwenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
+    max_position_embeddings: Context = 32768
+    num_key_value_heads: Count | None = 16
     num_experts_per_tok: Count = 4
     qkv_bias: bool = True
     shared_expert_intermediate_size: Size

@@ -3,12 +3,14 @@
 from moe.config import ModelConfig
 from moe.interop.families.family import ATTENTION, DENSE, EXPERTS, Family, read_bias, window_of
 from moe.interop.families.qwen_layers import QwenConfig, read_experts, write_experts
-from moe.interop.schema import Count, Json
+from moe.interop.schema import Context, Count, Json
 
 
 class Qwen3MoeConfig(QwenConfig):
     """Fields of ``config.json`` with the library's defaults."""
 
+    max_position_embeddings: Context = 32768
+    num_key_value_heads: Count | None = 4
     num_experts_per_tok: Count = 8
 
 

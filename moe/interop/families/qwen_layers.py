@@ -4,12 +4,14 @@ import pydantic
 
 from moe.config import ModelConfig
 from moe.interop.families.family import dense_layers, read_gate, read_sparse_layers, read_windows, selection_rule
-from moe.interop.schema import Count, Json, LayerNumbers, OpenConfig, OptionalCount, Size, Window
+from moe.interop.schema import Context, Count, Json, LayerNumbers, OpenConfig, OptionalCount, Size, Window
 
 
 class UpperWindowsConfig(OpenConfig):
     """Fields of ``config.json`` by which layers from ``max_window_layers`` on have a window."""
 
+    max_position_embeddings: Context = 32768
+    num_key_value_heads: Count | None = 32
     use_sliding_window: bool = False
     sliding_window: Window = 4096
     max_window_layers: OptionalCount = 28
