@@ -126,11 +126,11 @@ def open_folder(
     files = [_reader(root, index, entry) for entry in about.files]
     found = {}
     for number, domain in enumerate(about.domains):
-        if wanted and domain not in wanted:
-            continue
         here = np.flatnonzero(places["domain"] == number)
         held = _is_heldout(places[here])
         if held.all() or not held.any():
+            if wanted and domain not in wanted:
+                continue
             raise ConfigError(
                 f"{root}: the {len(here)} document(s) of {domain!r} cannot be divided into two splits; add more, or "
                 "leave it out by data.domains"

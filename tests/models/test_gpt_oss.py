@@ -119,7 +119,7 @@ def _every_expert(layer: MoELayer, x):
 )
 def test_an_expert_layer_with_biases(mode, sizes, rng):
     """Values, and gradients of all parameters, on one device and with experts and their hidden dim split."""
-    settings = {"dispatch": mode, "capacity_factor": 4.0, "eval_capacity_factor": 4.0}
+    settings = {"dispatch": mode, "capacity": {"train": 4.0, "eval": 4.0}}
     settings |= {"d_model": 8, "d_ff": 16, "num_experts": 4, "activation": "swiglu_clamped", "bias": "all"}
     layer = MoELayer(**settings, rngs=nnx.Rngs(0))
     state = nnx.state(layer)
