@@ -35,9 +35,10 @@ def asked_for(config_file: str, fields: dict[str, Any]) -> tuple[str, dict[str, 
     """
     path, _, argument = config_file.partition(":")
     if path != __file__:
-        return config_file, fields
+        return config_file, dict(fields)
     content = json.loads(argument)
-    return content["path"], {"model.moe.gate": content["gate"], **fields} if content["gate"] else fields
+    gate = {"model.moe.gate": content["gate"]} if content["gate"] else {}
+    return content["path"], gate | fields
 
 
 def get_config(asked: str) -> ml_collections.ConfigDict:

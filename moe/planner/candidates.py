@@ -83,13 +83,10 @@ def candidates(
             if not sparse and mesh.expert > 1:
                 pruned["a dense model has no use for mesh.expert"] += len(trains)
                 continue
-            memory, a_row = None, 0.0  # of the first rows that may run
+            model, memory, a_row = None, None, 0.0  # of the first rows that may run
             for train in trains:
                 try:
-                    moe = config.model.moe.with_dispatch(mode)
-                    if mode == "dropless" and mesh.expert > 1 and moe.exchange == "all_to_all":
-                        moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(mesh, chip))
-                    model = dataclasses.replace(config.model, remat=remat, moe=moe)
+                    model = model or _searched(config.model, remat, mode, mesh, chip)
                     tried = dataclasses.replace(config, mesh=mesh, model=model, train=train)
                     validate_mesh(tried, sizes)
                 except ConfigError as error:
@@ -106,6 +103,14 @@ def candidates(
                 else:
                     found.append(Candidate(tried, guess_seconds(tried, chip), memory.fixed, activations))
     return sorted(found, key=lambda candidate: candidate.seconds / candidate.config.train.batch_size), pruned
+
+
+def _searched(model: ModelConfig, remat: str, mode: str, mesh: MeshConfig, chip: Chip | Gpu) -> ModelConfig:
+    """The model with another policy and dispatch, and the exchange by hosts that suits the mesh."""
+    moe = model.moe.with_dispatch(mode)
+    if mode == "dropless" and mesh.expert > 1 and moe.exchange == "all_to_all":
+        moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(mesh, chip))
+    return dataclasses.replace(model, remat=remat, moe=moe)
 
 
 def _hosts_of_experts(mesh: MeshConfig, chip: Chip | Gpu) -> int:
