@@ -130,6 +130,7 @@ def bench_layers() -> list[dict[str, Any]]:
     import jax
 
     from moe.benchmarks import layer_programs, timing
+    from moe.parallel.mesh import AXES, axis_size
 
     rows = []
     groups: dict[tuple[Any, ...], list[layer_programs.Case]] = {}
@@ -161,7 +162,7 @@ def bench_layers() -> list[dict[str, Any]]:
             programs | {"large matmul": layer_programs.large_matmul(side, _DTYPE.value)}, _REPEATS.value
         )
         large = statistics.median(times.pop("large matmul").clock)
-        devices = max(jax.sharding.get_mesh().size, 1)  # each of which ran the large matmul and the references whole
+        devices = axis_size(*AXES)  # each of which ran the large matmul and the references whole
         rate = 2 * side**3 / large * devices
         work = layer_programs.active_flops(members[0])
         if on_cpu:
@@ -298,7 +299,7 @@ def bench_model() -> list[dict[str, Any]]:
     expert_flops = 6 * _TOKENS.value * 2 * 3 * _D_MODEL.value * f * layers
     rest = flops.train_flops_per_token(config.model, length) * _TOKENS.value - expert_flops
     at_reference = layers * statistics.median(seconds["reference"]) + rest / statistics.median(rates)
-    at_reference /= max(jax.sharding.get_mesh().size, 1)  # each device ran them whole
+    at_reference /= mesh.size  # each device ran them whole
     print(
         f"{total:,} parameters, {active:,} active; {batch_size} x {length} tokens; "
         f"as matmuls alone {at_reference * 1e3:.0f} ms"

@@ -19,7 +19,7 @@ from moe.dispatch.backends import grouped_ffn
 from moe.layers.basic import Experts
 from moe.layers.moe_layer import MoELayer
 from moe.parallel import partition_specs, target
-from moe.parallel.mesh import ROW_AXES, axis_size
+from moe.parallel.mesh import AXES, ROW_AXES, axis_size
 from moe.parallel.parameters import parameter_specs
 from moe.routing.gates import TopK
 from moe.routing.interface import GateInputs
@@ -181,5 +181,5 @@ def accelerator_seconds(case: Case, rate: float) -> dict[str, float]:
     jax.block_until_ready(copy(big))
     start = time.perf_counter()
     jax.block_until_ready([copy(big) for _ in range(8)])
-    bandwidth = 8 * 2 * big.size / (time.perf_counter() - start) * max(jax.sharding.get_mesh().size, 1)
+    bandwidth = 8 * 2 * big.size / (time.perf_counter() - start) * axis_size(*AXES)
     return {"forward": max(work / rate, weights / bandwidth), "both": max(3 * work / rate, 3 * weights / bandwidth)}

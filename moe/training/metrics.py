@@ -14,6 +14,7 @@ from moe.config import Config
 from moe.metrics_files import to_python
 from moe.models import flops
 from moe.parallel import target
+from moe.parallel.mesh import AXES, axis_size
 from moe.routing import balancing
 from moe.training import profiling
 from moe.training.step import TrainMetrics
@@ -87,7 +88,7 @@ class Throughput:
     @functools.cached_property
     def _peak(self) -> float:
         """FLOP/s of all devices, measured once, on each at the same time."""
-        return profiling.measured_matmul_rate(self._dtype) * max(jax.sharding.get_mesh().size, 1)
+        return profiling.measured_matmul_rate(self._dtype) * axis_size(*AXES)
 
     def row(self, seconds: float, waited: float) -> dict[str, float]:
         """Row for ``timing.jsonl``; the first call measures the matmul rate, the denominator of ``mfu``.
