@@ -137,17 +137,12 @@ def refuse_other_run(config: Config, workdir: epath.Path, *, allow_changes: bool
         ConfigError: another field differs; all such fields are named.
     """
     theirs_config = read_config(workdir)
-    theirs, ours = (flatten(json.loads(json.dumps(to_dict(tree)))) for tree in (theirs_config, config))
+    theirs, ours = (json.loads(json.dumps(to_dict(tree))) for tree in (theirs_config, config))
     differing = {
-        name: [theirs.get(name), ours.get(name)]
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name) and not name.startswith(FREE_FIELDS)
+        name: values for name, values in differing_settings(theirs, ours).items() if not name.startswith(FREE_FIELDS)
     }
     if _same_function(theirs_config, config):
         differing.pop("model.moe.dispatch", None)
-    if gates := differing.pop("model.moe.gate.name", None):  # its fields follow from it
-        differing = {name: values for name, values in differing.items() if not name.startswith("model.moe.gate.")}
-        differing["model.moe.gate"] = gates
     changeable = {name: values for name, values in differing.items() if name in CHANGEABLE_FIELDS}
     if differing and not (allow_changes and changeable == differing):
         listed = "; ".join(
@@ -242,6 +237,18 @@ def disk_errors(workdir: epath.Path) -> Iterator[None]:
         raise ConfigError(
             f"--workdir={workdir}: {reason} ({name}); once that is fixed, the same command continues from {last}"
         ) from error
+
+
+def differing_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, list[Any]]:
+    """Dotted name → [their value, ours] of the settings in which the sections of two configs differ, in alphabetical
+    order; of another gate its name, last, from which its fields follow."""
+    theirs, ours = flatten(theirs), flatten(ours)
+    names = sorted({*theirs, *ours})
+    differing = {name: [theirs.get(name), ours.get(name)] for name in names if theirs.get(name) != ours.get(name)}
+    if gates := differing.pop("model.moe.gate.name", None):
+        differing = {name: values for name, values in differing.items() if not name.startswith("model.moe.gate.")}
+        differing["model.moe.gate"] = gates
+    return differing
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moe.checkpoints import adapted
 from moe.checkpoints import parameters as stored
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints, complete_steps
-from moe.checkpoints.workdir import CONFIG, flatten, read_config
+from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
 from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
 from moe.config.references import refuse_modules
 from moe.data.tokenizer import Tokenizer
@@ -249,10 +249,10 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
     available = unstack_layers(source.model, theirs).keys()
     loaded = {key for key in ours if _source(key, available, config) is not None}
     fresh = sorted({".".join(names) for layer, names in ours.keys() - loaded})
-    is_same_gate = config.model.moe.gate_name == source.model.moe.gate_name
-    flat = [_settings(tree.model, is_same_gate) for tree in (config, source)]
+    models = ({"model": dataclasses.asdict(tree.model)} for tree in (source, config))
     changed = [
-        f"{name} {flat[1].get(name)} -> {value}" for name, value in flat[0].items() if value != flat[1].get(name)
+        f"{name.removeprefix('model.')} {'none' if old is None else old} -> {'none' if new is None else new}"
+        for name, (old, new) in differing_settings(*models).items()  # only a gate may be None
     ]
     optimizer = "carried over" if config.start.optimizer == "carry" else "new"
     return (
@@ -261,16 +261,6 @@ def _summary(config: Config, source: Config, theirs: Any) -> str:
         f"tokenizer: {config.data.tokenizer or 'inherited'}; "
         f"model: inherited{' but for ' + ', '.join(changed) if changed else ''}"
     )
-
-
-def _settings(model: ModelConfig, with_fields_of_gate: bool) -> dict[str, Any]:
-    """Dotted names of a model's settings and their values; of its gate the name alone, or its fields."""
-    settings = flatten(dataclasses.asdict(model))
-    if with_fields_of_gate:
-        return settings
-    return {name: value for name, value in settings.items() if not name.startswith("moe.gate")} | {
-        "moe.gate": model.moe.gate_name
-    }
 
 
 def _carry(program: Program, source: Config, fresh: Any) -> Any:
