@@ -60,6 +60,11 @@ class RopeScalingConfig(Section, path=_ROPE):
         allowed = f"must be above low_freq_factor={low}, which must be positive"
         self._require("high_freq_factor", self.high_freq_factor > low, allowed)
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether the angles of a text depend on how long it is."""
+        return self.kind in ("dynamic", "longrope")
+
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(Section, path=_DELTA):

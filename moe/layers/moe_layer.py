@@ -285,16 +285,13 @@ class MoELayer(nnx.Module):
         own = self.config.gate
         penalty = bias[...][0] if bias is not None and own is not None and own.state.update == "penalty" else None
         moe = self.config
-        k: int | Array = moe.experts_per_token
-        if self.gate.experts_choose:  # as many as took a token, by their capacity
-            k = jnp.sum(routing.chosen) / jnp.maximum(jnp.sum(mask), 1)
         report = balancing.report(
             routing,
             mask,
             kept,
             counts=moe.losses.counts,
             parts=parts,
-            k=k,
+            k=None if self.gate.experts_choose else moe.experts_per_token,  # chosen by experts: by their capacity
             null_experts=moe.null_experts,
             weights=balancing.balance_weights(moe.num_experts, moe.null_experts, moe.losses.null),
             expert_groups=getattr(moe.gate, "groups", 1),

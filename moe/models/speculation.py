@@ -85,7 +85,7 @@ def sample(
         raise ConfigError("model.prediction_layers=0: must be at least 1 to draft tokens; import them, or train them")
     if config.delta_net.layers:
         raise ConfigError("model.delta_net.layers: must be () to draft tokens, since their memory keeps rejected ones")
-    if config.rope_scaling.kind in ("dynamic", "longrope"):
+    if config.rope_scaling.follows_length:
         raise ConfigError(
             f"model.rope_scaling.kind={config.rope_scaling.kind!r}: must be another to draft tokens, since its angles "
             "depend on how long the text is"

@@ -231,7 +231,7 @@ def report(
     *,
     counts: BalanceCounts = "assignments",
     parts: int = 1,
-    k: int | Float[Array, ""] = 0,
+    k: int | None = 0,
     null_experts: int = 0,
     weights: np.ndarray | float = 1.0,
     expert_groups: int = 1,
@@ -243,7 +243,7 @@ def report(
         kept: chosen assignments within the capacity.
         counts: see :func:`load_balancing_loss`.
         parts: see :func:`load_balancing_loss`.
-        k: experts a token, for a quantile or a penalty.
+        k: K, for a quantile or a penalty; None: as many as took a token on average.
         null_experts: how many of the last columns are experts without an FFN.
         weights: see :func:`balance_weights`.
         expert_groups: groups of the device-level loss.
@@ -254,9 +254,11 @@ def report(
     num_chosen = jnp.maximum(jnp.sum(routing.chosen), 1)
     valid = mask & ~routing.broken
     entropy = jnp.sum(jax.scipy.special.entr(routing.router_probs), axis=-1)
+    active = jnp.sum(load[: num_experts - null_experts]) / jnp.maximum(jnp.sum(valid), 1)
+    taken = active if k is None else k
     target = jnp.zeros((num_experts,), jnp.float32)
     if routing.needed_bias is not None:
-        target = quantile(routing.needed_bias, valid, k / num_experts)
+        target = quantile(routing.needed_bias, valid, taken / num_experts)
     counted, probs, tokens = (values[0] for values in _sums(routing, valid, 1, counts))
     return LayerReport(
         load_balancing_loss=load_balancing_loss(routing, valid, counts=counts, parts=parts, weights=weights),
@@ -268,8 +270,8 @@ def report(
         expert_load=load / num_chosen,
         fraction_tokens_dropped=jnp.sum(routing.chosen & ~kept) / num_chosen,
         router_entropy=token_mean(entropy, valid),
-        active_experts=jnp.sum(load[: num_experts - null_experts]) / jnp.maximum(jnp.sum(valid), 1),
-        sparsity_penalty=jnp.zeros(()) if strength is None else sparsity_penalty(routing, valid, k, strength),
+        active_experts=active,
+        sparsity_penalty=jnp.zeros(()) if strength is None else sparsity_penalty(routing, valid, taken, strength),
         sums=BalanceSums(counted, probs, tokens, jnp.sum(routing.chosen).astype(jnp.float32), target),
     )
 

@@ -109,7 +109,7 @@ def rotate(
 
 
 def _rotate_all(x: Array, positions: Array, config: ModelConfig, interleaved: bool) -> Array:
-    length = _document_lengths(positions)[..., None]
+    length = _document_lengths(positions)[..., None] if config.rope_scaling.follows_length else 0
     frequencies = inverse_frequencies(x.shape[-1], config.rope_theta, config.rope_scaling, length)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B,T,1,H/2]
     factor = attention_factor(config.rope_scaling)
