@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from moe.config import MeshConfig
 from moe.layers.attention import attend, cpu, tpu
@@ -213,6 +214,30 @@ def test_blocks_of_cudnn_are_parts_of_a_row_but_for_windows(window, sizes, monke
     segment_ids = jnp.ones((1, 4096), jnp.int32)
     jax.eval_shape(lambda x: attend.attend(x, x, x, segment_ids, kind="blocked", scoring=Scoring(window)), heads)
     assert blocks == sizes
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_cudnn_gets_the_rows_of_a_device_within_a_pipeline(prefix, monkeypatch):
+    """XLA cannot partition the kernel there: every axis of the mesh is the program's own where it is called."""
+    calls = []
+
+    def cudnn(query, key, value, bias, mask, *, scale, implementation):
+        assert implementation == "cudnn"
+        calls.append((query.shape, set(jax.sharding.get_abstract_mesh().manual_axes)))
+        return query
+
+    mesh = make_mesh(MeshConfig(data=2, pipeline=2), jax.devices()[:4])
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+
+    def stage(x, segment_ids):
+        scoring = Scoring(prefix=segment_ids if prefix else None)
+        return attend.attend(x, x, x, segment_ids, kind="blocked", scoring=scoring)
+
+    arrays = jax.ShapeDtypeStruct((4, 32, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 32), jnp.int32)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(jax.shard_map(stage, in_specs=(P(), P()), out_specs=P(), axis_names={"pipeline"}), *arrays)
+    assert calls == [((2, 32, 2, 64), set(mesh.axis_names))]
 
 
 @pytest.mark.parametrize(("window", "keys"), [(0, 4096 * 10 / 16), (128, 640), (2048, 2560), (4096, 4096 * 10 / 16)])

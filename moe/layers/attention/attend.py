@@ -231,7 +231,8 @@ def attend(
         if scoring.bias is not None or scoring.prefix is not None or scoring.drop.active:
             raise ConfigError("mesh.context: must be 1 with relative positions, a prefix or dropout")
         heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
-    elif kind == "blocked" and scoring.is_plain and in_pipeline():  # XLA cannot partition cuDNN's kernel there
+    elif kind == "blocked" and in_pipeline() and scoring.bias is None and not scoring.drop.active:
+        # What cuDNN's kernel may compute, which XLA cannot partition there.
         heads = _attend_split(query, key, value, segment_ids, key_segment_ids, scoring)
     elif kind == "full" and scoring.is_plain and target.is_cpu():
         factor = scoring.factor(query.shape[-1])
@@ -249,18 +250,18 @@ def _attend_split(
     for its queries."""
     axis, split = axis_of("context"), axis_size("context") > 1
 
-    def local(query: Array, key: Array, value: Array, segment_ids: Array, key_segment_ids: Array, sinks: Array | None):
+    def local(query, key, value, segment_ids, key_segment_ids, sinks, prefix):
         first = 0
         if split:
             key, value, key_segment_ids = (
                 jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (key, value, key_segment_ids)
             )
             first = jax.lax.axis_index(axis) * query.shape[1]
-        local_scoring = dataclasses.replace(scoring, sinks=sinks)
+        local_scoring = dataclasses.replace(scoring, sinks=sinks, prefix=prefix)
         return blocked_attention(query, key, value, segment_ids, key_segment_ids, local_scoring, first=first)
 
     heads, row = on_mesh(partition_specs.HEADS), on_mesh(partition_specs.BATCH)
-    in_specs = (heads, heads, heads, row, row, on_mesh(partition_specs.SINKS))
+    in_specs = (heads, heads, heads, row, row, on_mesh(partition_specs.SINKS), row)
     return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
-        query, key, value, segment_ids, key_segment_ids, scoring.sinks
+        query, key, value, segment_ids, key_segment_ids, scoring.sinks, scoring.prefix
     )
