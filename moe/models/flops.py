@@ -63,16 +63,11 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
     the length: to read what is replaced, to write, and to read for the query. Soft MoE's mixing of tokens into slots
     and back is 2 matmuls of D for every slot. What an encoder computes, for U tokens a row, is divided by T.
     """
-    share = {"": 1.0, "decoder": 1.0, "encoder": input_length / sequence_length}
-    lengths = {"": sequence_length, "decoder": sequence_length, "encoder": input_length}
+    lengths = _lengths(sequence_length, input_length)
+    share = {stack: length / sequence_length for stack, length in lengths.items()}
     # Parameters, keys and numbers of memories, summed over layers, per token of the decoder.
-    multiplied = keys = memories = 0.0
-    for path, size in _sizes(config):
-        stack = path[0] if path[0] in share else ""
-        if "experts" in path:
-            size *= expert_rows_per_token(config, lengths[stack]) / config.moe.num_experts
-        of_source = "cross" in path and path[-1].startswith(("key", "value"))
-        multiplied += size * share["encoder" if of_source else stack]
+    multiplied = sum(_multiplied(config, lengths).values())
+    keys = memories = 0.0
     multiplied += config.prediction_layers * config.vocab_size * config.d_model  # each depth has logits
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.d_model
@@ -90,6 +85,28 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, input_lengt
                 keys += _keys_per_query(kind, lengths[stack]) * share[stack] + cross
     score_and_value_dims = config.head_dim + (config.value_dim or config.head_dim)
     return 6 * multiplied + mixing + 6 * config.num_heads * score_and_value_dims * keys + 18 * memories
+
+
+def expert_flops_per_token(config: ModelConfig, sequence_length: int, input_length: int = 0) -> float:
+    """The part of :func:`train_flops_per_token` that routed experts compute."""
+    multiplied = _multiplied(config, _lengths(sequence_length, input_length))
+    return 6 * sum(count for path, count in multiplied.items() if "experts" in path)
+
+
+def _lengths(sequence_length: int, input_length: int) -> dict[str, int]:
+    """Tokens of a row in each stack."""
+    return {"": sequence_length, "decoder": sequence_length, "encoder": input_length}
+
+
+def _multiplied(config: ModelConfig, lengths: dict[str, int]) -> dict[tuple[str, ...], float]:
+    """Parameters by which a token of the decoder, and the encoder's tokens that fall to it, are multiplied, by path."""
+    found = {}
+    for path, size in _sizes(config):
+        stack = path[0] if path[0] in lengths else ""
+        rows = expert_rows_per_token(config, lengths[stack]) / config.moe.num_experts if "experts" in path else 1.0
+        of_source = "cross" in path and path[-1].startswith(("key", "value"))
+        found[path] = size * rows * lengths["encoder" if of_source else stack] / lengths["decoder"]
+    return found
 
 
 def _keys_per_query(kind: LayerKind, length: int) -> float:

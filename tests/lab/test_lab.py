@@ -11,7 +11,7 @@ import pytest
 
 from configs import base as defaults
 from configs.ablations import common
-from moe.config import ConfigError
+from moe.config import Config, ConfigError, DataConfig
 from moe.config.parse import from_config_dict
 from moe.lab import costs, identity, records, results
 from moe.lab.claims import decide
@@ -23,7 +23,7 @@ from moe.lab.report import figures, page, sections
 from moe.lab.schedule import Plan
 from moe.lab.suite import Comparison, Sweep, Variant
 from moe.lab.table import MissingError, Table
-from tests.helpers import slow_case
+from tests.helpers import slow_case, tiny_encoder_decoder
 from tests.lab_helpers import CLAIMS, DENSE, SWITCH, keyed, record, suite_of, table, tiny_base, tiny_suite, write_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -450,6 +450,20 @@ def test_executed_flops_leave_out_dropped_assignments():
     tokens = moe.train.num_steps * moe.train.batch_size * moe.data.sequence_length
     saved = suite.costs("moe")["flops"] - costs.executed_flops(moe, 0.25)
     assert saved == pytest.approx(0.25 * 6 * matrices * tokens)
+
+
+def test_executed_flops_of_an_encoder_follow_its_own_length():
+    """Rows of 24 tokens for one layer of the encoder, of 8 for two of the decoder: 3·1 + 2 layers a token of these."""
+    model = tiny_encoder_decoder(encoder_layers=1, num_layers=2, every=1, dispatch="gather", capacity_factor=1.0)
+    config = Config(model=model, data=DataConfig(sequence_length=8, input_length=24))
+    tokens = config.train.num_steps * config.train.batch_size * 8
+    saved = costs.executed_flops(config, 0.0) - costs.executed_flops(config, 0.25)
+    assert saved == pytest.approx(0.25 * 6 * 2 * model.d_model * 20 * 5 * tokens)  # two matrices of 20 hidden units
+    # Two matmuls with one-hot [E·C] of 2 FLOPs a number, three passes; E·C is 24 in the encoder's groups, 8 in others.
+    moe = dataclasses.replace(model.moe, dispatch="einsum")
+    einsum = dataclasses.replace(config, model=dataclasses.replace(model, moe=moe))
+    one_hot = costs.executed_flops(einsum, 0.0) - costs.executed_flops(config, 0.0)
+    assert one_hot == pytest.approx(12 * model.d_model * (24 * 3 + 2 * 8) * tokens)
 
 
 def test_the_training_of_parents_is_counted():
