@@ -77,6 +77,7 @@ class Block(nnx.Module):
         routing: Routing | Choices | None = None,
         train: bool = False,
         rng: PRNGKeyArray | None = None,
+        generating: bool = False,
     ) -> tuple[Float[Array, "B T D"], Record]:
         """Apply all parts.
 
@@ -84,6 +85,7 @@ class Block(nnx.Module):
             bias: relative position biases by distance.
             routing: see :meth:`moe.models.stack.Stack.run`, as ``train``.
             rng: key of this layer.
+            generating: see :meth:`feed_forward`.
         """
         x = checkpoint_name(x, partition_specs.LAYER_INPUT)
         drop = Dropout(self.dropout, rng if train else None)
@@ -94,7 +96,7 @@ class Block(nnx.Module):
             with jax.named_scope("cross_attention"):
                 x = x + self.cross(x, rows, drop)
         with jax.named_scope("moe" if self.kind.sparse else "ffn"):
-            return self.feed_forward(x, rows, routing=routing, train=train, rng=rng)
+            return self.feed_forward(x, rows, generating=generating, routing=routing, train=train, rng=rng)
 
     def mix(
         self, x: Float[Array, "B T D"], rows: Rows, bias: Float[Array, "N P"] | None = None, drop: Dropout = KEEP_ALL
@@ -129,7 +131,8 @@ class Block(nnx.Module):
         train: bool = False,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Record]:
-        """The last part: x + FFN(norm(x))."""
+        """The last part: x + FFN(norm(x)); ``generating``: gates that draw or count tokens do so by a token's position,
+        so that no row depends on the others."""
         h, drop = self.input_of(self.ffn_norm, x), Dropout(self.dropout, rng if train else None)
         if not self.kind.sparse:
             y = self.dense(h, drop.at(Site.FFN_HIDDEN))

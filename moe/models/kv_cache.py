@@ -99,7 +99,7 @@ def empty_layers(
 def encode(model: EncoderDecoder, token_ids: Int[Array, "B U"], lengths: Int[Array, " B"]) -> Encoded:
     """Run the encoder; row b's source is its first lengths[b] tokens."""
     mask = jnp.arange(token_ids.shape[1]) < lengths[:, None]
-    hidden, _, _ = model.encode(encoder_rows(token_ids, mask=mask))
+    hidden, _, _ = model.encode(encoder_rows(token_ids, mask=mask), generating=True)
 
     def body(block: Block, x: Array, _: None, layer: Array) -> tuple[Array, Any]:
         del layer

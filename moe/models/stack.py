@@ -111,6 +111,7 @@ class Stack(nnx.Module):
         rng: PRNGKeyArray | None = None,
         routing: Routing | Choices | None = None,
         return_routing: bool = False,
+        generating: bool = False,
     ) -> tuple[Float[Array, "B T D"], LayerReport | None, Routing | None]:
         """All layers and the final norm.
 
@@ -120,12 +121,13 @@ class Stack(nnx.Module):
             rng: key of routing noise and dropout; None: deterministic.
             routing: of every MoE layer of this stack, to replay.
             return_routing: also return it.
+            generating: see :meth:`moe.models.block.Block.feed_forward`.
 
         Returns:
             Final hidden states, and the reports and routing of the MoE layers, stacked.
         """
         c, drop = self.config, self.outer_dropout(train=train, rng=rng)
-        body = self.body(rows, train=train, rng=rng, return_routing=return_routing)
+        body = self.body(rows, train=train, rng=rng, return_routing=return_routing, generating=generating)
         states = split_moe_layers(self.kinds, routing)
         x = drop.at(StackSite.EMBEDDING)(x)
         x, records = self.scan(body, x, states, remat=c.remat, per_trip=c.layers_per_trip)
@@ -149,7 +151,13 @@ class Stack(nnx.Module):
         return Dropout(c.dropout, key)
 
     def body(
-        self, rows: Rows, *, train: bool = False, rng: PRNGKeyArray | None = None, return_routing: bool = False
+        self,
+        rows: Rows,
+        *,
+        train: bool = False,
+        rng: PRNGKeyArray | None = None,
+        return_routing: bool = False,
+        generating: bool = False,
     ) -> Body:
         """One layer, for :meth:`scan`; arguments are those of :meth:`run`. A layer's state is its routing to replay,
         then what it reports."""
@@ -157,7 +165,7 @@ class Stack(nnx.Module):
 
         def body(block: Block, x: Array, replayed: Routing | Choices | None, layer: Array) -> tuple[Array, Any]:
             key = None if rng is None else jax.random.fold_in(rng, self._first + layer)
-            x, record = block(x, rows, bias, routing=replayed, train=train, rng=key)
+            x, record = block(x, rows, bias, routing=replayed, train=train, rng=key, generating=generating)
             return x, record if record is None or return_routing else (record[0], None)
 
         return body

@@ -115,6 +115,16 @@ def test_rows_of_gates_that_draw_or_count_tokens_are_independent_too(gate):
         np.testing.assert_array_equal(text, alone)
 
 
+@pytest.mark.parametrize("gate", ["balanced", slow_case("random")])
+def test_a_source_is_encoded_independently_of_others_by_these_gates(gate):
+    config, variables = _model(num_layers=1, encoder_layers=1, moe={"gate": gate, "layers": (0,)})
+    model = nnx.merge(nnx.graphdef(abstract_model(config)), variables)
+    both, lengths = jnp.array([[3, 9, 4, 7, 1, 2, 5], [5, 6, 0, 0, 0, 0, 0]]), jnp.array([7, 2])
+    together, alone = kv_cache.encode(model, both, lengths), kv_cache.encode(model, both[1:, :2], lengths[1:])
+    for ours, theirs in zip(jax.tree.leaves(together.layers), jax.tree.leaves(alone.layers), strict=True):
+        np.testing.assert_allclose(ours[:, 1, :2], theirs[:, 0], atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
 def test_a_mesh_writes_the_same_text(mesh):
