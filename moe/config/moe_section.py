@@ -138,7 +138,9 @@ class MoEConfig(Section, path=_MOE):
         changed: dict[str, Any] = {"gate": gate, "layer_gates": (), "losses": losses}
         if gate.router == "none":
             bias = "none" if self.bias == "router" else self.bias
+            policy = "position" if self.drop_policy == "probability" else self.drop_policy
             changed |= {"jitter": 0.0, "router_dtype": "float32", "bias": bias}
+            changed |= {"drop_policy": policy, "overflow_to_next": False}
         return dataclasses.replace(self, **changed)
 
     def with_dispatch(self, dispatch: str) -> MoEConfig:
@@ -181,6 +183,8 @@ class MoEConfig(Section, path=_MOE):
             self._require("jitter", self.jitter == 0, f"must be 0: {no_router}")
             self._require("router_dtype", self.router_dtype == "float32", no_router)
             self._require("bias", self.bias != "router", no_router)
+            self._require("drop_policy", self.drop_policy != "probability", f"must not be probability: {no_router}")
+            self._require("overflow_to_next", not self.overflow_to_next, f"must be False: {no_router}")
         slots = gate.router == "slots"
         self._require("bias", self.bias == "none" or not slots, "must be none with the gate soft_moe")
         for name in ("train", "eval") if slots else ():
@@ -237,6 +241,8 @@ class MoEConfig(Section, path=_MOE):
         )
         one_kind = "needs experts of one kind: set zero_, copy_, constant_ and novice_experts to 0"
         self._require("overflow_to_next", self.null_experts == 0, one_kind)
+        all_groups = getattr(gate, "kept_groups", 1) == getattr(gate, "groups", 1)
+        self._require("overflow_to_next", all_groups, "needs kept_groups equal to groups, which a retry may leave")
 
 
 @contextlib.contextmanager

@@ -38,6 +38,19 @@ REFUSED = [
     ),
     ({"gate": "moe_plus_plus", "overflow_to_next": True, "accept_future_leak": True}, "needs experts of one kind"),
     (
+        {
+            "gate": {"name": "mixtral", "groups": 4, "kept_groups": 1},
+            "overflow_to_next": True,
+            "accept_future_leak": True,
+        },
+        "overflow_to_next=True: needs kept_groups equal to groups",
+    ),
+    ({"gate": "hash", "overflow_to_next": True, "accept_future_leak": True}, "must be False: the gate 'hash' has no"),
+    (
+        {"gate": "random", "drop_policy": "probability", "accept_future_leak": True},
+        "drop_policy='probability': must not be probability: the gate 'random' has no router",
+    ),
+    (
         {"gate": {"name": "deepseek_v4", "k": 6}, "layer_gates": ["deepseek_v3"]},
         "layer_gates='deepseek_v3': k=6: must be at most the 4 experts of kept_groups=4 of groups=8",
     ),
