@@ -76,7 +76,8 @@ PLAIN = Rule()
 
 
 def hashed(token_id: int, num_experts: int, k: int) -> list[int]:
-    """Experts of a token id, those of the highest hashes: murmur3's finalizer over id·E + e + 2^32/golden ratio."""
+    """Experts of a token id, those of the highest hashes: murmur3's finalizer, but with every shift by 16, over
+    id·E + e + 2^32/golden ratio."""
     hashes = []
     for expert in range(num_experts):
         h = (token_id * num_experts + expert + 0x9E3779B9) % 2**32

@@ -282,7 +282,8 @@ def _every_expert(router_logits: Float[Array, "G S E"], inputs: GateInputs) -> I
 class Hash(Gate):
     """K experts by a hash of the token id, weighted equally (Hash Layers 2021, section 3).
 
-    The hash is murmur3's finalizer over (id, expert); an id goes to the experts with its K highest hashes.
+    The hash is murmur3's finalizer, but with every shift by 16, over (id, expert); an id goes to the experts with its K
+    highest hashes.
     """
 
     router: ClassVar[RouterKind] = "none"
