@@ -19,6 +19,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".html", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet", ".arrow")
 #: Split of a file: none (its documents are divided by a hash), or that of a Hugging Face dataset.
 UNSPLIT, TRAIN, HELDOUT = 0, 1, 2
+_CARD = "README.md"  # the description of a dataset of the hub
 _HELDOUT_NAMES = ("heldout", "validation", "valid", "dev", "test")  # the first that exists is used
 _SHARD = re.compile(r"([\w.]+)-(\d{5})-of-(\d{5})\.(parquet|arrow)")
 
@@ -37,7 +38,7 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
 
     Two layouts of Hugging Face have splits: folders of ``DatasetDict.save_to_disk``, and files of the hub named
     SPLIT-00000-of-00001.parquet. Of their splits, ``train`` and the first of heldout, validation, valid, dev and test
-    are used.
+    of each domain are used, without the card of the dataset.
 
     Raises:
       ConfigError: a folder's name cannot be a domain, or a part of the text is not there or cannot be read.
@@ -46,16 +47,28 @@ def find_sources(root: epath.Path, suffixes: Sequence[str] = ()) -> list[Source]
     names = _list_files(root, suffixes)
     _refuse_missing_shards(root, names)
     found = [(name, *_domain_and_split(PurePosixPath(name), root.name, saved)) for name in names]
-    splits = {split for _, _, split in found}
-    heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
-    if "train" in splits:
-        numbers = {None: UNSPLIT, "train": TRAIN if heldout else UNSPLIT} | ({heldout: HELDOUT} if heldout else {})
-        sources = [Source(name, domain, numbers[split]) for name, domain, split in found if split in numbers]
-    else:
+    by_domain: dict[str, set[str | None]] = {}
+    for _, domain, split in found:
+        by_domain.setdefault(domain, set()).add(split)
+    if not any("train" in splits for splits in by_domain.values()):
         sources = [Source(name, domain, UNSPLIT) for name, domain, _ in found]
+    else:
+        numbers = {domain: _numbers(splits) for domain, splits in by_domain.items()}
+        sources = [
+            Source(name, domain, numbers[domain][split])
+            for name, domain, split in found
+            if split in numbers[domain] and not ("train" in by_domain[domain] and PurePosixPath(name).name == _CARD)
+        ]
     for source in sources:
         check_domain(source.domain, os.fspath(root / source.name))
     return sources
+
+
+def _numbers(splits: set[str | None]) -> dict[str | None, int]:
+    """Number of each split of a domain that is used; None: of files that belong to none."""
+    heldout = next((name for name in _HELDOUT_NAMES if name in splits), None)
+    numbers: dict[str | None, int] = {None: UNSPLIT, "train": TRAIN if heldout else UNSPLIT}
+    return numbers | ({heldout: HELDOUT} if heldout else {})
 
 
 def _refuse_missing_shards(root: epath.Path, names: Sequence[str]) -> None:

@@ -239,6 +239,7 @@ def test_hugging_face_datasets_with_splits(tmp_path, data, monkeypatch):
         _write_table(tmp_path / folder_ / "unsupervised-00000-of-00001.parquet", unused)
     _write_table(tmp_path / "saved" / "other" / "data-00000-of-00001.arrow", unused, stream=True)
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test", "other"]}')
+    (tmp_path / "hub" / "README.md").write_text("the dataset's card")
     for folder_, domain in (("saved", "saved"), ("hub", "hub"), ("languages", "en")):
         config = dataclasses.replace(data, dataset=str(tmp_path / folder_), directory=str(tmp_path / "cache"))
         for _ in range(2):  # indexed, and then known
@@ -255,6 +256,15 @@ def test_a_split_of_no_known_name_is_not_trained_on(tmp_path):
         _write_table(tmp_path / f"{split}-00000-of-00001.parquet", [split])
     (source,) = find_sources(epath.Path(tmp_path))
     assert (source.name, source.split) == ("train-00000-of-00001.parquet", folder_files.UNSPLIT)
+
+
+def test_each_domain_has_its_own_splits(tmp_path):
+    for name in ("de/train", "de/test", "en/train", "en/test", "en/validation", "fr/train"):
+        _write_table(tmp_path / f"{name}-00000-of-00001.parquet", [name])
+    found = {source.name.partition("-")[0]: source.split for source in find_sources(epath.Path(tmp_path))}
+    train, heldout = folder_files.TRAIN, folder_files.HELDOUT
+    whole = {"fr/train": folder_files.UNSPLIT}
+    assert found == {"de/train": train, "de/test": heldout, "en/train": train, "en/validation": heldout} | whole
 
 
 def test_a_domain_of_one_document_can_be_left_out(tmp_path, data):
