@@ -46,6 +46,7 @@ def read(source: ErnieConfig) -> tuple[Json, Json]:
         "num_experts": source.moe_num_experts,
         "d_ff": width,
         "shared_d_ff": width * source.moe_num_shared_experts,
+        "losses": {"scope": "batch"},
     }
     layers = [n for n in range(source.moe_layer_start_index, last + 1) if (n + 1) % source.moe_layer_interval == 0]
     return {"rope_interleaved": True}, moe | read_sparse_layers(layers, num_layers)

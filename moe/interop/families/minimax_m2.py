@@ -35,6 +35,7 @@ def read(source: MiniMaxM2Config) -> tuple[Json, Json]:
         "gate": {"name": "deepseek_v3", **ONE_GROUP, "scale": 1.0},
         "num_experts": source.num_local_experts,
         "jitter": source.router_jitter_noise,
+        "losses": {"scope": "batch"},
     }
     return model, moe
 
