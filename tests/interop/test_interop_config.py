@@ -187,6 +187,19 @@ def test_null_is_false_in_deepseek_v3():
     assert null.moe.gate != read_open_config(source).model.moe.gate
 
 
+@pytest.mark.parametrize("name", ["minimax_m2", "ernie4_5_moe"])
+def test_models_with_mixtrals_loss_balance_the_batch(name):
+    """Both inherit it in that library; the gate whose rule they share balances each sequence."""
+    source = json.loads((HERE / name / "config.json").read_text())
+    assert read_open_config(source).model.moe.losses.scope == "batch"
+
+
+def test_switch_without_sparse_layers_is_dense():
+    source = json.loads((HERE / "switch_transformers" / "config.json").read_text()) | {"num_sparse_encoder_layers": 0}
+    source.pop("encoder_sparse_step", None)
+    assert not any(sparse_layers(read_open_config(source).model)[: source["num_layers"]])
+
+
 def test_scope_of_the_balance_loss_of_deepseek():
     source = json.loads((HERE / "deepseek" / "config.json").read_text())
     for per_sequence, scope in ((True, "sequence"), (False, "batch")):

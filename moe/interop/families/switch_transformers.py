@@ -48,7 +48,7 @@ class SwitchConfig(t5.EncoderDecoderConfig):
 
 def _sparse(num_layers: int, num_sparse: int, step: int | None) -> list[bool]:
     """Whether each layer of a stack is MoE, by that library's rule."""
-    step = num_layers // max(num_sparse, 1) if step is None else step
+    step = (num_layers // num_sparse if num_sparse else 0) if step is None else step
     return [step > 0 and (step == 1 or layer % step == 1) for layer in range(num_layers)]
 
 
