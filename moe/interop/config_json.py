@@ -155,7 +155,8 @@ def keep_fields(source: Json, config: Config, model_type: str = "") -> Json:
     ):
         return write_config(config, model_type)
     ours, theirs = _write_as(config, FAMILIES[kept_type]), _write_as(before, FAMILIES[kept_type])
-    result = source | {name: value for name, value in ours.items() if theirs.get(name) != value}
+    changed = {name: value for name, value in ours.items() if theirs.get(name) != value}
+    result = {"architectures": ours["architectures"]} | source | changed
     depth = config.model.prediction_layers  # one that was not imported is still named in the source
     if _differences(config.model, dataclasses.replace(read_config(result).model, prediction_layers=depth)):
         # A changed setting stands in the source under another name, such as rope_parameters, too.

@@ -86,7 +86,7 @@ def _config(config: Config, tensors: dict[str, np.ndarray], base: str | None) ->
     modules = sorted({name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors})
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if config.model.encoder_layers else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,

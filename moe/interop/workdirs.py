@@ -20,6 +20,7 @@ from moe.config import Config, ConfigError, to_dict
 from moe.data.tokenizer_files import COMPANIONS, GENERATION_FILE, companions, find_tokenizer
 from moe.foreign_files import read_object
 from moe.interop.config_json import TOKEN_IDS, keep_fields, write_config
+from moe.interop.families import FAMILIES
 from moe.interop.layout import Parameter, Piece, get_leaf, set_leaf
 from moe.interop.load import open_folder, parameter_dtype, read_source
 from moe.interop.quantization_config import FP8Config, read_quantization
@@ -144,7 +145,7 @@ def export_checkpoint(
     encoders: Encoders = {}
     if quantized:
         encoders = _fp8_encoders(origin, source or {})
-        written |= {"quantization_config": (source or {})["quantization_config"]}
+        written |= {"quantization_config": _quantization_of_export(source or {})}
     written |= _token_ids(epath.Path(workdir), written)
 
     def fetch(parameter: Parameter) -> Any:
@@ -172,6 +173,15 @@ def open_source(
     origin = _origin(epath.Path(workdir), config)
     source = read_object(origin / SOURCE_FILE) if origin else None
     return origin, source, keep_fields(source, config, model_type) if source else write_config(config, model_type)
+
+
+def _quantization_of_export(source: Json) -> Json:
+    """How the import was quantised, with the names of modules that a model of text alone has."""
+    fields, inside = dict(source["quantization_config"]), FAMILIES[source["model_type"]].inside
+    if inside and (kept := fields.get("modules_to_not_convert")):
+        renamed = (f"model.{name.removeprefix(inside)}" if name.startswith(inside) else name for name in kept)
+        fields["modules_to_not_convert"] = list(renamed)
+    return fields
 
 
 def _fp8_encoders(origin: epath.Path | None, source: Json) -> Encoders:

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe.config import ConfigError, MeshConfig
-from moe.interop import export_checkpoint, import_checkpoint, load_huggingface
-from moe.interop.config_json import read_config
+from moe.interop import export_checkpoint, import_checkpoint, load_huggingface, workdirs
+from moe.interop.config_json import keep_fields, read_config
 from moe.parallel.mesh import make_mesh
 from tests.interop.test_interop import HERE, _tensors
 
@@ -96,6 +96,17 @@ def test_the_model_of_text_inside_one_of_images(tmp_path, caplog):
     export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert _tensors(tmp_path / "out") == _tensors(TEXT)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == source
+
+
+def test_an_export_without_images_names_its_own_architecture_and_modules():
+    source = json.loads((TEXT / "config.json").read_text())
+    bare = {name: value for name, value in source.items() if name != "architectures"}
+    assert keep_fields(bare, read_config(bare))["architectures"] == source["architectures"]
+    kept = ["lm_head", "model.language_model.layers.0.linear_attn.in_proj_a"]
+    quantization = {"quant_method": "fp8", "modules_to_not_convert": kept}
+    written = workdirs._quantization_of_export(source | {"quantization_config": quantization})
+    assert written["modules_to_not_convert"] == ["lm_head", "model.layers.0.linear_attn.in_proj_a"]
+    assert quantization["modules_to_not_convert"] == kept
 
 
 @pytest.mark.parametrize(

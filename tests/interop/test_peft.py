@@ -12,8 +12,8 @@ from etils import epath
 from flax import nnx
 
 from moe.checkpoints.adapted import pin_base
-from moe.config import ConfigError
-from moe.interop import export_checkpoint, import_checkpoint
+from moe.config import Config, ConfigError, ModelConfig
+from moe.interop import export_checkpoint, import_checkpoint, peft
 from moe.interop.peft import export_adapters
 from moe.models.factory import abstract_parameters, abstract_trained
 from tests.run_helpers import tiny, write_run
@@ -96,6 +96,12 @@ def test_adapters_are_not_left_out_by_an_import(tmp_path, with_model):
     (source / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"source: holds adapters \(adapter_config.json\), which are not read: merge"):
         import_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("layers", "task"), [(0, "CAUSAL_LM"), (2, "SEQ_2_SEQ_LM")])
+def test_the_task_of_adapters_is_that_of_the_model(layers, task):
+    model = ModelConfig(encoder_layers=layers, relative_buckets=8 if layers else 0)
+    assert peft._config(Config(model=model), {}, None)["task_type"] == task
 
 
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
