@@ -167,7 +167,10 @@ def ablation(model: ModelConfig, parameters: dict[str, Any], loss: Callable[[dic
     return np.asarray(rises)
 
 
-def most_salient(saliency: np.ndarray, count: int) -> np.ndarray:
-    """The experts to keep, [L,count] in their order: those of the highest saliency [L,E]; of equals, the first."""
-    order = np.argsort(-saliency, axis=1, kind="stable")
-    return np.sort(order[:, :count], axis=1)
+def most_salient(saliency: np.ndarray, count: int, groups: int = 1) -> np.ndarray:
+    """The experts to keep, [L,count] in their order: those of the highest saliency [L,E], as many of each of the gate's
+    groups; of equals, the first."""
+    layers, size = saliency.shape
+    order = np.argsort(-saliency.reshape(layers, groups, -1), axis=-1, kind="stable")[..., : count // groups]
+    first = size // groups * np.arange(groups)[:, None]
+    return np.sort((order + first).reshape(layers, -1), axis=1)

@@ -69,7 +69,7 @@ def _import_layer(name: str) -> MoEConfig:
         return _named(name, value if isinstance(value, MoEConfig) else layer)
 
 
-_FLAGS = ("looks_ahead", "experts_choose", "lists_all", "reweighs", "generates")
+_FLAGS = ("looks_ahead", "chooses", "experts_choose", "lists_all", "reweighs", "generates")
 #: Of gates whose rule routes; "slots" are Soft MoE's.
 _ROUTERS = tuple(kind for kind in get_args(RouterKind) if kind != "slots")
 _UPDATES = get_args(BiasUpdate)

@@ -113,9 +113,12 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
 
     model, before, biases = whole
     size, variables = model.moe.num_experts, join(before, biases)
-    count = round(float(_PRUNE.value or 0) * size)
+    count, groups = round(float(_PRUNE.value or 0) * size), getattr(model.moe.gate, "groups", 1)
     if not 0 < count < size:
         allowed = f"must leave out 1 to {size - 1} of {size} experts, not {count}"
+        raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
+    if count % groups:
+        allowed = f"must leave out as many experts of each of the gate's {groups} groups, not {count} in all"
         raise ConfigError(f"--prune={_PRUNE.value}: {allowed}")
     merges, by = _OTHERS.value == "merge", str(_BY.value)
     records: Any = recorder(variables, rows) if merges or by in ("frequency", "weight", "variance") else None
@@ -128,7 +131,7 @@ def _pruned(program: Any, whole: Any, recorder: Any, losses: Any, rows: Any) -> 
     else:
         found = (saliency.weight if by == "weight" else saliency.frequency)(records)[:, :size]
         found = found * saliency.deviation(moments) if by == "variance" else found
-    kept = saliency.most_salient(found, size - count)
+    kept = saliency.most_salient(found, size - count, groups)
     for layer, experts in enumerate(kept):
         print(f"MoE layer {layer}: without {sorted(set(range(size)) - set(experts.tolist()))}")
     if merges:

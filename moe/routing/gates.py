@@ -287,6 +287,7 @@ class Hash(Gate):
     """
 
     router: ClassVar[RouterKind] = "none"
+    chooses: ClassVar[bool] = False
     reweighs: ClassVar[bool] = True
 
     k: int = setting(1, least=1)
@@ -302,6 +303,8 @@ class ScoredHash(Scored):
 
     Deviation: V4's released weights hold a table from token ids to experts; how it was made is not published.
     """
+
+    chooses: ClassVar[bool] = False
 
     k: int = setting(6, least=1)
 
@@ -319,6 +322,7 @@ class Random(Gate):
     """K experts drawn uniformly for each token, weighted equally: a baseline."""
 
     router: ClassVar[RouterKind] = "none"
+    chooses: ClassVar[bool] = False
     reweighs: ClassVar[bool] = True
 
     k: int = setting(1, least=1)
@@ -340,6 +344,8 @@ class Balanced(Scored):
     Weights are those of a top-k gate, so the router is computed and trained but does not choose. With k=1 a
     renormalised weight is always 1, and the router gets no gradient; here, unlike elsewhere, that is accepted.
     """
+
+    chooses: ClassVar[bool] = False
 
     k: int = setting(1, least=1)
     renormalise: bool = True

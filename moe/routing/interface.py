@@ -94,6 +94,7 @@ class Gate:
         router: router parameters: linear (W_g), noisy (W_g and W_noise, initialised to zero), slots (a W_g per slot of
             every expert) or none.
         looks_ahead: the experts of a token depend on later tokens, in training at least.
+        chooses: the router's logits decide where a token goes, as in all gates but those that go by its id or place.
         experts_choose: each expert takes C tokens, so K is an average.
         lists_all: the output has a column for every expert, whatever K is.
         reweighs: the rule reads ``GateInputs.expert_index``.
@@ -101,6 +102,7 @@ class Gate:
 
     router: ClassVar[RouterKind] = "linear"
     looks_ahead: ClassVar[bool] = False
+    chooses: ClassVar[bool] = True
     experts_choose: ClassVar[bool] = False
     lists_all: ClassVar[bool] = False
     reweighs: ClassVar[bool] = False

@@ -257,6 +257,8 @@ def test_saliencies_by_hand(rng):
     assert saliency.frequency(records).tolist() == [[0.5, 0.25, 0.25, 0]]
     assert saliency.weight(records).tolist() == [[0.25, 0.5, 0.25, 0]]
     assert saliency.most_salient(saliency.weight(records), 2).tolist() == [[0, 1]]
+    in_groups = saliency.most_salient(np.array([[0, 0.1, 0.5, 0.6, 0.7, 0.8, 0.9, 1]]), 6, groups=2)
+    assert in_groups.tolist() == [[1, 2, 3, 5, 6, 7]]  # without 0 of the first four and 4 of the others
     program, variables = tiny_program(gate="switch", num_experts=4)
     parameters, _ = _parts(program, variables)
 
@@ -276,8 +278,14 @@ def test_saliencies_by_hand(rng):
 @pytest.mark.parametrize(
     ("overrides", "parts", "message"),
     [
-        ({"gate": "none"}, 2, "surgery needs one gate with a router"),
-        ({"gate": "hash"}, 2, "surgery needs one gate with a router"),
+        ({"gate": "none"}, 2, "surgery needs one gate in all layers, whose router chooses"),
+        ({"gate": "hash"}, 2, "surgery needs one gate in all layers, whose router chooses"),
+        ({"gate": "balanced"}, 2, "surgery needs one gate in all layers, whose router chooses"),
+        (
+            {"gate": "deepseek_v4_hash", "num_experts": 8},
+            2,
+            "surgery needs one gate in all layers, whose router chooses",
+        ),
         ({"gate": "gshard"}, 2, "needs tokens that choose K of all experts"),
         ({"gate": "mixtral"}, 11, "model.moe.d_ff=.*: must be divisible by 11"),
     ],
