@@ -19,6 +19,7 @@ from moe.analysis.record import Recorder, Records
 from moe.atomic_files import write_atomic
 from moe.config import ConfigError
 from moe.data import pipeline
+from moe.training.batches import EXPERTS_KEY
 
 PASSAGE = 6_000  # characters of each domain in the explorer
 #: Bounds of what :func:`analyse` takes: records and texts are held in memory.
@@ -101,8 +102,8 @@ def _check(name: str, value: int) -> None:
 def _check_document(document: int | None, recorder: Recorder, prepared: pipeline.Prepared) -> None:
     if document is None:
         return
-    if recorder.stack:
-        raise ConfigError(f"document={document}: of an encoder-decoder rows are shown; leave it out")
+    if _shows_rows(recorder):
+        raise ConfigError(f"document={document}: of encoder-decoders and of examples rows are shown; leave it out")
     for domain in prepared.domains:
         if not 0 <= document < (count := len(prepared.heldout[domain])):
             raise ConfigError(f"document={document}: must be from 0 to {count - 1}, the last held out of {domain!r}")
@@ -111,12 +112,17 @@ def _check_document(document: int | None, recorder: Recorder, prepared: pipeline
 def heldout_rows(
     recorder: Recorder, prepared: pipeline.Prepared, tokens: int
 ) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Held-out batches of each domain with at least ``tokens`` tokens of the decoder, as far as there are."""
+    """Held-out batches of each domain with at least ``tokens`` tokens of the decoder, as far as there are; without the
+    recorded experts of rollouts, which would be replayed instead of what the routers choose."""
     config = recorder.program.config
     data = dataclasses.replace(config.data, heldout_rows=-(-tokens // config.data.sequence_length))
-    return {
+    batches = {
         domain: pipeline.heldout_batches(prepared, data, domain=domain, batch_size=config.train.batch_size)
         for domain in prepared.domains
+    }
+    return {
+        domain: [{name: x for name, x in batch.items() if name != EXPERTS_KEY} for batch in of_domain]
+        for domain, of_domain in batches.items()
     }
 
 
@@ -170,11 +176,16 @@ def _why_no_syntax(recorder: Recorder, code_domain: str, domains: tuple[str, ...
     )
 
 
+def _shows_rows(recorder: Recorder) -> bool:
+    """Whether the model reads something else than the held-out documents: an encoder's sources, rendered examples."""
+    return bool(recorder.stack) or recorder.program.config.data.whole_examples
+
+
 def _passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int, number: int | None
 ) -> list[passages.Passage]:
     """Take the beginning of one held-out document per domain: that number, or the one most of which can be drawn."""
-    if recorder.stack:
+    if _shows_rows(recorder):
         return _row_passages(recorder, variables, prepared, characters)
     config = recorder.program.config
     documents: dict[str, Document] = {}
@@ -201,13 +212,10 @@ def _passages(
 def _row_passages(
     recorder: Recorder, variables: dict[str, Any], prepared: pipeline.Prepared, characters: int
 ) -> list[passages.Passage]:
-    """Take the beginning of the first held-out rows of each domain, of an encoder-decoder."""
+    """Take the beginning of the first held-out rows of each domain."""
     config, piece = recorder.program.config, summary.piece_of(prepared.tokenizer)
-    size = config.train.batch_size
-    rows = {
-        domain: pipeline.heldout_batches(prepared, config.data, domain=domain, batch_size=size)[:1]
-        for domain in prepared.domains
-    }
+    tokens = config.train.batch_size * config.data.sequence_length
+    rows = {domain: batches[:1] for domain, batches in heldout_rows(recorder, prepared, tokens).items()}
     records = recorder(variables, rows)
     texts = [[piece(int(token)) for token in records.tokens[records.domain == n]] for n in range(len(rows))]
     shown = [np.cumsum([len(part) for part in text]) <= characters for text in texts]

@@ -12,7 +12,7 @@ from moe.escaping import markdown_table, markdown_text
 
 def markdown(summary: dict[str, Any], title: str) -> str:
     """Formats a summary as a document of tables."""
-    domains, k, size = summary["domains"], summary["experts_per_token"], summary["num_experts"]
+    domains, k, size = summary["domains"], f"{summary['mean_experts']:.3g}", summary["num_experts"]
     tokens = ", ".join(f"{markdown_text(domain)} {n:,}" for domain, n in zip(domains, summary["tokens"], strict=True))
     sections = [
         [

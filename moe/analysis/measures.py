@@ -28,9 +28,9 @@ def expert_load(
 
 
 def mean_entropy(router_probs: np.ndarray) -> np.ndarray:
-    """Mean entropy of router_probs [L,n,E] divided by ln E, [L]: 1 for uniform, 0 for certain."""
+    """Mean entropy of router_probs [L,n,E] divided by ln E, [L]: 1 for uniform, 0 for certain, and for one expert."""
     p = np.maximum(router_probs, 1e-30)
-    return -(p * np.log(p)).sum(-1).mean(-1) / math.log(router_probs.shape[-1])
+    return -(p * np.log(p)).sum(-1).mean(-1) / math.log(max(router_probs.shape[-1], 2))
 
 
 def membership(expert_index: np.ndarray, chosen: np.ndarray, num_experts: int) -> np.ndarray:

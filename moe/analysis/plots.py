@@ -96,7 +96,7 @@ def _coactivation(summary: dict[str, Any]) -> Any:
     counts = np.asarray(summary["coactivation"], float)
     layers = summary["layers"]
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
-    even = 100 * (summary["experts_per_token"] - 1) / max(summary["num_experts"] - 1, 1)
+    even = 100 * max(summary["mean_experts"] - 1, 0) / max(summary["num_experts"] - 1, 1)
     fig = Figure(figsize=(4.6 * len(shown), 4), layout="constrained")
     axes = fig.subplots(1, len(shown), squeeze=False)
     for ax, layer in zip(axes[0], shown, strict=True):
@@ -121,7 +121,7 @@ def _saturation(summary: dict[str, Any]) -> Any:
     colour = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     panels = [("top_1", "first expert")]
     if summary["experts_per_token"] > 1:
-        panels.insert(0, ("top_k", f"all K = {summary['experts_per_token']} experts"))
+        panels.insert(0, ("top_k", f"all K = {summary['mean_experts']:.3g} experts"))
     fig = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
     axes = fig.subplots(1, len(panels), squeeze=False)
     for ax, (name, title) in zip(axes[0], panels, strict=True):

@@ -28,7 +28,7 @@ class Records:
 
     Attributes:
         domains: names of the domains.
-        layers: [L] indices of the MoE layers in the model, or in the stack, from 0.
+        layers: [L] indices of the MoE layers in the model, from 0; a decoder's come after those of its encoder.
         num_experts: E, with zero, copy and constant experts.
         tokens: [n] int32 token ids.
         domain: [n] int32, index into ``domains``.
@@ -100,14 +100,15 @@ class Recorder:
         if model.moe.gate is None:
             raise ConfigError("model.moe.gate='none': a dense model has no routing to analyse; use an MoE model")
         self.program, self.stack = program, stack
-        self._layers = tuple(layer for layer, kind in enumerate(stacks(model)[stack]) if kind.sparse)
+        first = model.encoder_layers if stack == "decoder" else 0
+        self._layers = tuple(layer for layer, kind in enumerate(stacks(model)[stack], first) if kind.sparse)
         if not self._layers:
             raise ConfigError(f"model.moe.layers={model.moe.layers}: the {stack} has no MoE layers to analyse")
 
         def routed(variables: dict[str, Any], batch: Batch) -> tuple[Any, ...]:
             routing: Any = forward(program.model(variables), batch, return_routing=True).routing
             r = routing[("encoder", "decoder").index(stack)] if stack else routing
-            return r.expert_index, r.combine_weights, r.chosen, r.router_probs
+            return r.expert_index, r.combine_weights, r.chosen, r.router_probs, r.router_logits
 
         self._forward = jax.jit(routed)
 
@@ -142,10 +143,11 @@ class Recorder:
                 for name, values in kept.items():
                     flat.setdefault(name, []).append(np.asarray(values).reshape(-1)[real])
         tokens = {name: np.concatenate(parts) for name, parts in flat.items()}
-        index, weights, chosen, probs = (np.concatenate(parts, axis=1) for parts in zip(*layered, strict=True))
+        index, weights, chosen, probs, logits = (np.concatenate(parts, axis=1) for parts in zip(*layered, strict=True))
         if index.shape[-1] == probs.shape[-1]:
-            preference = np.take_along_axis(probs, index, axis=-1)
-            order = np.argsort(-preference, axis=-1, kind="stable")
+            # ReMoE's probabilities are 0 for every expert without a positive logit.
+            preference, logit = (np.take_along_axis(x, index, axis=-1) for x in (probs, logits))
+            order = np.lexsort((-logit, -preference), axis=-1)
             index, weights, chosen = (np.take_along_axis(x, order, axis=-1) for x in (index, weights, chosen))
         own = ("tokens", "domain", "row", "segment_ids", "positions")
         return Records(

@@ -55,7 +55,8 @@ def summarise(
         controls: name → records and code of a control (:mod:`moe.analysis.controls`).
 
     Returns:
-        layers, domains, num_experts, experts_per_token, tokens (per domain), shuffles, seed, at_least;
+        layers, domains, num_experts, experts_per_token (columns of the records), mean_experts (to which a token goes),
+        tokens (per domain), shuffles, seed, at_least;
         load [L][domain][E], max_violation [L][domain], router_entropy [L];
         repetition: "first" and, with K ≥ 2, "first_or_second" → domain → [L]
         :class:`moe.analysis.repetition.Repetition` and :class:`moe.analysis.repetition.TokenNull`;
@@ -74,6 +75,7 @@ def summarise(
         "domains": list(domains),
         "num_experts": size,
         "experts_per_token": records.expert_index.shape[-1],
+        "mean_experts": float(records.chosen.sum(-1).mean()),
         "tokens": np.bincount(records.domain, minlength=len(domains)).tolist(),
         "shuffles": shuffles,
         "seed": seed,

@@ -9,13 +9,14 @@ import pytest
 
 from moe.analysis import controls, probes
 from moe.analysis.record import Recorder
-from moe.config import Capacity, ConfigError
+from moe.config import Capacity, Config, ConfigError, MeshConfig
+from moe.parallel.mesh import make_mesh
 from moe.routing.interface import GateInputs
 from moe.routing.routing import route
 from moe.training.evaluation import Heldout, evaluate
 from moe.training.step import build
 from tests.analysis_helpers import B, T, random_batch, tiny_program
-from tests.helpers import gate_named
+from tests.helpers import gate_named, tiny_encoder_decoder
 
 # --- Records ---------------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,21 @@ def test_gates_that_list_every_expert_are_ordered_by_probability():
     assert records.expert_index.shape == (1, 16, 4)
     np.testing.assert_array_equal(records.first_choice, records.router_probs.argmax(-1))
     assert (np.diff(records.combine_weights, axis=-1) <= 0).all()
+
+
+def test_experts_of_probability_zero_are_ordered_by_their_logits():
+    program, variables = tiny_program(gate="remoe", num_layers=1)
+    batch = random_batch(np.random.default_rng(0), 48)
+    records = Recorder(program)(variables, {"one": [batch]})
+    model = program.model(variables)
+    arrays = batch["tokens"], batch["segment_ids"], batch["positions"]
+    logits = jax.jit(lambda: model(*arrays, return_routing=True).routing.router_logits)()
+    np.testing.assert_array_equal(records.expert_index[0], np.argsort(-logits.reshape(16, 4), axis=-1))
+
+
+def test_layers_of_a_decoder_are_numbered_after_its_encoders():
+    program = build(Config(model=tiny_encoder_decoder()), make_mesh(MeshConfig(data=-1)))  # 3 + 2, every second sparse
+    assert [Recorder(program, stack)._layers for stack in ("encoder", "decoder")] == [(1,), (4,)]
 
 
 def test_a_dense_model_is_refused():

@@ -172,6 +172,7 @@ def test_load_coactivation_saturation_and_top_tokens_by_hand():
     np.testing.assert_allclose(np.asarray(max_violation(load)), [[(1 / 2) / (1 / 4) - 1, (1 / 3) / (1 / 4) - 1]])
     probs = np.array([[[0.25] * 4, [1.0, 0, 0, 0]]])
     np.testing.assert_allclose(measures.mean_entropy(probs), [0.5])  # (ln 4 + 0) / 2 over ln 4
+    np.testing.assert_array_equal(measures.mean_entropy(np.ones((1, 3, 1))), [0])
 
     pairs = measures.coactivation(INDEX, CHOSEN, 4)
     # Tokens: {0,1}, {0,2}, {1}, {0,3}; the third token's second choice was declined.
