@@ -23,12 +23,13 @@ from moe.checkpoints import parameters as stored
 from moe.checkpoints.integrity import DamagedError
 from moe.checkpoints.manager import Checkpoints, complete_steps
 from moe.checkpoints.workdir import CONFIG, differing_settings, read_config
-from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig
+from moe.config import Config, ConfigError, MeshConfig, ModelConfig, StartConfig, TrainConfig, validate_mesh
 from moe.config.references import refuse_modules
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_files import find_tokenizer
 from moe.models.adapters import initial_adapters
 from moe.models.factory import abstract_parameters
+from moe.models.sampling import without_drops
 from moe.models.stack import part_of, restack_layers, unstack_layers
 from moe.models.state import AdaptedState, TrainState, join, set_schedule_step
 from moe.parallel.mesh import make_mesh
@@ -144,7 +145,8 @@ def first_state(program: Program, say: Callable[[str], Any] = lambda _: None, wo
     _refuse_other_depth(program.config, source.model)
     parameters = _transplant(program, source.model, theirs, state.parameters, start)
     biases = state.biases
-    if biases:
+    rules = {gate and gate.state.update for gate in (source.model.moe.gate, program.config.model.moe.gate)}
+    if biases and len(rules) == 1:  # the state of another rule means something else
         source_biases = _host(stored.read_biases(start.checkpoint, source.model))
         biases = _transplant(program, source.model, source_biases, biases)
     optimizer = state.optimizer
@@ -198,7 +200,7 @@ def teacher(
         step: of the teacher's checkpoint; None: its newest.
 
     Raises:
-        ConfigError: no such checkpoint, another vocabulary, or another kind of model.
+        ConfigError: no such checkpoint, another vocabulary, another kind of model, or one that does not fit the mesh.
     """
     workdir = config.distill.teacher
     if not workdir:
@@ -215,7 +217,23 @@ def teacher(
         theirs = find_tokenizer(workdir, chat=config.data.conversations)
         if theirs.model_bytes != tokenizer.model_bytes:
             raise ConfigError(f"distill.teacher={workdir!r}: has another tokenizer, so its ids are other texts")
+    if config.data.objective in ("preferences", "policy") and config.model.moe.dispatch == "dropless":
+        model = without_drops(model)  # else the reference would differ from the same model here
+    _check_teacher(config, model, mesh)
     return model, stored.read_variables(workdir, model, mesh=mesh, step=step)
+
+
+def _check_teacher(config: Config, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that a teacher fits the mesh and the rows of the run. Raises ConfigError."""
+    data = config.data
+    if data.objective in ("preferences", "policy"):
+        data = dataclasses.replace(data, objective="causal")
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, accept_future_leak=True))
+    train = TrainConfig(batch_size=config.train.batch_size, accumulation_steps=config.train.accumulation_steps)
+    try:
+        validate_mesh(Config(model=model, data=data, train=train), mesh.shape)
+    except ConfigError as error:
+        raise ConfigError(f"distill.teacher={config.distill.teacher!r}: {error}") from error
 
 
 def teacher_step(config: Config, directory: epath.Path | None) -> int | None:
@@ -277,7 +295,10 @@ def _carry(program: Program, source: Config, fresh: Any) -> Any:
     if len(names) == 1 and same and next(shapes) == next(shapes):
         return carried
     if jax.tree.structure(carried, is_leaf=_is_tree) != jax.tree.structure(fresh, is_leaf=_is_tree) or len(names) > 1:
-        raise ConfigError(f"start.optimizer='carry': {start.checkpoint} was trained by another optimizer")
+        raise ConfigError(
+            f"start.optimizer='carry': the optimizer of {start.checkpoint} keeps another state; set optimizer.name, "
+            "and whether gradient_clip and ema_decay are 0 and parts are frozen, as there, or use 'reset'"
+        )
     if names != {"adamw"} or source.optimizer.frozen:
         raise ConfigError(
             f"start.optimizer='carry': the state of optimizer.name={program.config.optimizer.name!r} fits the same "

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -29,6 +30,7 @@ from moe.data.tokenizer_files import find_tokenizer
 from moe.parallel.mesh import make_mesh
 from moe.posttraining import make_program
 from moe.posttraining.grpo import PolicyObjective, divergence, token_terms, token_weights
+from moe.training import warm_start
 from moe.training.batches import forward, place
 from moe.training.loop import train
 from moe.training.losses import token_cross_entropy
@@ -300,6 +302,22 @@ def test_a_run_from_a_file_learns_and_resumes_to_the_bit(start, place_of_run, tm
     train(config, str(tmp_path / "run"), ONE, make_program=program)
     jax.tree.map(np.testing.assert_array_equal, state_of(program(config, None), tmp_path / "run", 4), expected)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_reference_drops_no_tokens(start, place_of_run, tmp_path):
+    reference = tmp_path / "reference"
+    shutil.copytree(start["distill.teacher"], reference)
+    tree = json.loads((reference / "config.json").read_text())
+    tree["model"]["moe"] |= {
+        "dispatch": "gather",
+        "capacity": {"train": 0.5, "eval": 0.5, "fixed": 0},
+        "group_size": 32,
+    }
+    (reference / "config.json").write_text(json.dumps(tree))
+    config = tiny(place_of_run / "cache", **start | {"distill.teacher": str(reference)})
+    model, _ = warm_start.teacher(config, make_mesh(config.mesh, ONE))
+    assert (model.moe.dispatch, model.moe.group_size) == ("gather", 0)
+    assert model.moe.capacity.eval == model.moe.num_experts / model.moe.experts_per_token  # room for every token
 
 
 def test_tables_hold_the_same_rollouts(tmp_path):

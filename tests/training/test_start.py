@@ -28,6 +28,7 @@ from moe.config import (
     ConfigError,
     DistillConfig,
     LoraConfig,
+    Losses,
     MeshConfig,
     ModelConfig,
     StartConfig,
@@ -268,6 +269,22 @@ def test_frozen_parts_do_not_move_and_fresh_ones_begin_anew(tmp_path):
         _config((None, tmp_path / "run"), optimizer={"frozen": ["gate"]})
 
 
+def test_the_state_of_another_rule_is_not_taken_over(tmp_path):
+    """ReMoE's strength stands where DeepSeek-V3's selection bias does, and begins at 1e-8."""
+    source = _config((HERE / "mixtral", tmp_path / "open"), moe=LOSS_FREE)
+    mesh, make = _program(source)
+    with jax.set_mesh(mesh):
+        state = random_state(make())
+        biased = dataclasses.replace(state, biases=jax.tree.map(lambda bias: bias - 0.5, state.biases))
+        _save_run(tmp_path / "run", source, biased)
+        moe = dataclasses.replace(source.model.moe, gate=find_layer("remoe").gate, losses=Losses())
+        model = dataclasses.replace(source.model, moe=moe)
+        config = dataclasses.replace(source, model=model, start=StartConfig(str(tmp_path / "run")))
+        first = warm_start.first_state(_program(config)[1]())
+    assert jax.tree.leaves(first.biases)
+    jax.tree.map(lambda strength: np.testing.assert_array_equal(strength, np.float32(1e-8)), first.biases)
+
+
 def test_the_optimizers_state_is_carried_on_request(tmp_path):
     """Each expert gets the dense FFN's moments and Adam's count continues; the schedule starts at step 0."""
     dense = _config((HERE / "mistral", tmp_path / "open"))
@@ -411,6 +428,16 @@ def test_a_teacher_of_another_kind_or_tokenizer_is_refused(tmp_path):
     assert warm_start.teacher(same, mesh, theirs) is not None
     with pytest.raises(ConfigError, match="has another tokenizer, so its ids are other texts"):
         warm_start.teacher(same, mesh, ours)
+
+
+def test_a_teacher_that_does_not_fit_the_mesh_is_refused(tmp_path):
+    import_checkpoint(HERE / "mixtral", tmp_path / "teacher")
+    experts = read_config(tmp_path / "teacher").model.moe.num_experts
+    config = _config((HERE / "mistral", tmp_path / "run"), train={"batch_size": 8})
+    taught = dataclasses.replace(config, distill=DistillConfig(str(tmp_path / "teacher"), 0.5))
+    message = rf"distill\.teacher='.*': model\.moe\.num_experts={experts}: must be divisible by mesh\.expert = 8"
+    with pytest.raises(ConfigError, match=message):
+        warm_start.teacher(taught, make_mesh(MeshConfig(data=1, expert=8)))
 
 
 def test_a_student_learns_from_one_checkpoint_to_its_end(tmp_path):
