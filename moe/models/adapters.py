@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from moe.config import LoraConfig
+from moe.fields import require
 from moe.layers.basic import parameter
 from moe.models.stack import part_of
 from moe.parallel.parameters import LAYERS, flat_variables, spec_of
@@ -38,6 +39,9 @@ def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.Sta
 
     Args:
         config: rank, and what is adapted.
+
+    Raises:
+        ConfigError: the model has none of the parts.
     """
     adapters: dict[tuple[Any, ...], Any] = {}
     for number, (path, weight) in enumerate(flat_variables(base)):
@@ -46,6 +50,7 @@ def initial_adapters(base: nnx.State, config: LoraConfig, key: Array) -> nnx.Sta
         elif part_of(path) in config.parts and path[-2] in _OWNERS and weight.get_metadata("inputs"):
             factors = _factors(weight, path[-2] == "experts", config, jax.random.fold_in(key, number))
             adapters |= {(*path, name): factor for name, factor in factors.items()}
+    require(bool(adapters), "lora.parts", config.parts, "must name a part of which this model has matrices")
     return nnx.from_flat_state(adapters)
 
 

@@ -75,6 +75,12 @@ def test_fresh_adapters_change_nothing_and_have_the_shapes_of_their_matrices():
     assert down["lora_b"].get_metadata("spec") == ("layers", "expert", None, "fsdp")
 
 
+def test_parts_that_the_model_lacks_are_refused():
+    base = nnx.State({"moe": {"experts": {"down": parameter(jnp.ones((2, 5, 6, 8)), jax.P(), inputs=1)}}})
+    with pytest.raises(ConfigError, match=r"lora\.parts=\('shared',\): must name a part of which this model"):
+        initial_adapters(base, LoraConfig(rank=2, parts=("shared",)), jax.random.key(0))
+
+
 def _adapted(tmp_path, dispatch):
     """Config of adapters of a tiny Mixtral; the tests give it a random base."""
     changes = {"start.checkpoint": "base", "lora.rank": 2, "lora.alpha": 6.0, "lora.parts": EVERYTHING}
