@@ -364,6 +364,8 @@ def _unigram_counts(prepared: Prepared, data: DataConfig, domain: str) -> np.nda
         size = tokenizer.vocab_size
         if data.objective == "span_corruption":
             size = max(size, int(sentinel_ids(tokenizer).max()) + 1)
+        elif prepared.reader is not None:  # a model may have sampled ids that its tokenizer does not use
+            size = prepared.reader.model.vocab_size
         counts, read = np.zeros(size, np.int64), 0
         for text in prepared.train[domain]:
             if data.input_length:

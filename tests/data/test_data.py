@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -127,6 +128,14 @@ def test_a_tokenizer_with_one_id_for_bos_and_eos_counts_every_end(letters):
     joined = preparation.Prepared(tokenizer, letters.domains, letters.train, letters.heldout)
     expected = -(3 * math.log(2 / 11) + 2 * math.log(3 / 11)) / 5
     assert pipeline.unigram_nll(joined, data, "x") == pytest.approx(expected, rel=1e-12)
+
+
+def test_ids_that_a_model_sampled_beyond_its_tokenizer_are_counted(letters):
+    targets, model = np.array([-1, 35, 3]), types.SimpleNamespace(vocab_size=40)
+    reader = types.SimpleNamespace(model=model, examples=lambda text: [{"targets": targets}])
+    sampled = dataclasses.replace(letters, reader=reader, _unigram_counts={})
+    counts = pipeline._unigram_counts(sampled, DataConfig(objective="policy"), "x")
+    assert (len(counts), counts[3], counts[35]) == (40, len(letters.train["x"]), len(letters.train["x"]))
 
 
 # --- Training batches ------------------------------------------------------------------------------------------------
