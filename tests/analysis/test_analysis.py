@@ -1,15 +1,17 @@
 """Analysis of routing: records, controls and probes."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.analysis import controls, probes
+from moe.analysis import analyse, controls, probes
 from moe.analysis.record import Recorder
 from moe.config import Capacity, Config, ConfigError, MeshConfig
+from moe.data import pipeline
 from moe.parallel.mesh import make_mesh
 from moe.routing.interface import GateInputs
 from moe.routing.routing import route
@@ -74,6 +76,14 @@ def test_gates_that_list_every_expert_are_ordered_by_probability():
     assert records.expert_index.shape == (1, 16, 4)
     np.testing.assert_array_equal(records.first_choice, records.router_probs.argmax(-1))
     assert (np.diff(records.combine_weights, axis=-1) <= 0).all()
+
+
+def test_recorded_experts_of_rollouts_are_not_replayed(monkeypatch):
+    batch = {"tokens": np.ones((1, 4)), "experts": np.zeros((1, 4, 1, 1))}
+    monkeypatch.setattr(pipeline, "heldout_batches", lambda *given, **settings: [batch])
+    recorder = types.SimpleNamespace(program=types.SimpleNamespace(config=Config()))
+    rows = analyse.heldout_rows(recorder, types.SimpleNamespace(domains=("sums",)), 4)
+    assert [list(batch) for batch in rows["sums"]] == [["tokens"]]
 
 
 def test_experts_of_probability_zero_are_ordered_by_their_logits():
