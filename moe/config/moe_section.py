@@ -125,6 +125,13 @@ class MoEConfig(Section, path=_MOE):
         return f"{_MOE}gate" if gate == self.gate else f"{_MOE}layer_gates"
 
     @property
+    def ffn_share(self) -> float:
+        """Share of assignments that go to experts with an FFN where the balance loss is least: τE of τE + those without
+        (MoE++ 2024, heterogeneous balance loss)."""
+        weighed = self.losses.null * self.num_experts
+        return weighed / (weighed + self.null_experts)
+
+    @property
     def gate_name(self) -> str:
         """Name of the gate, for messages and records."""
         return "none" if self.gate is None else self.gate.name

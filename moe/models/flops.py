@@ -34,15 +34,15 @@ def _sizes(config: ModelConfig) -> tuple[tuple[tuple[str, ...], int], ...]:
 
 
 def expert_rows_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Rows that the experts of one layer compute for each token: K; for Soft MoE and expert choice, slots (or capacity)
-    per token."""
+    """Rows that the experts of one layer compute for each token: K, less those of balanced experts without an FFN; for
+    Soft MoE and expert choice, slots (or capacity) per token."""
     moe = config.moe
     gate, group_size = moe.gate, moe.group_size or sequence_length
     if isinstance(gate, SoftMoE):
         return moe.num_experts * gate.slots / group_size
     if gate is not None and gate.experts_choose:
         return moe.num_experts * layer_capacity(moe, group_size) / group_size
-    return moe.experts_per_token
+    return moe.experts_per_token * moe.ffn_share
 
 
 def train_flops(config: Config, steps: int = 1) -> float:

@@ -1,5 +1,7 @@
 """FLOPs by hand, and the matmul rate that MFU divides by."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -147,3 +149,11 @@ def test_the_rate_of_a_mesh_is_that_of_all_its_devices(monkeypatch):
         with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])):
             shares.append(Throughput(config).row(1.0, 0.0)["mfu"])
     assert shares[0] == pytest.approx(4 * shares[1])
+
+
+def test_balanced_experts_without_an_ffn_compute_no_rows():
+    """τ = 1/2, E = 6 and 3 without: of 2 assignments 0.5·6 / (0.5·6 + 3) = 1/2 have an FFN."""
+    config = tiny_model(gate="mixtral", experts_per_token=2, num_experts=6, zero_experts=3)
+    losses = dataclasses.replace(config.moe.losses, null=0.5)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, losses=losses))
+    assert expert_rows_per_token(config, 8) == 1
