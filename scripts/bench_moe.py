@@ -52,6 +52,9 @@ _ALONE = flags.DEFINE_bool(
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Compile for this TPU topology, such as v5p:2x2x2, and run nothing.")
 _MODEL = flags.DEFINE_bool("model", False, "Time the train step of a 4-layer Mixtral-style model of 100.7M parameters.")
 
+#: Tokens of a row with --model.
+MODEL_LENGTH = 512
+
 
 def check() -> None:
     """Refuse names and numbers that the flag types accept."""
@@ -74,6 +77,13 @@ def check() -> None:
     for other in ("topology", "model", "mesh"):
         if _ALONE.value and flags.FLAGS[other].value:
             raise ConfigError(f"--experts_alone: is timed on one device, without --{other}")
+    cli.only_with(not _TOPOLOGY.value, "is not read with --topology, which runs nothing", _SKEW, _REPEATS, _MODEL)
+    own = "is not read with --model, which has its own"
+    cli.only_with(not _MODEL.value, own, _SHAPES, _GATES, _EXPERTS, _GROUP, _CAPACITY, _SKEW)
+    if _MODEL.value and _TOKENS.value % MODEL_LENGTH:
+        raise ConfigError(f"--tokens={_TOKENS.value}: must be a multiple of {MODEL_LENGTH} with --model, its rows")
+    if not _SKEW.value > 0:
+        raise ConfigError(f"--skew={_SKEW.value}: must be above 0")
     numbers = {"experts": _EXPERTS.value or [], "mesh": [entry.partition("=")[2] for entry in _MESH.value or []]}
     for name, values in numbers.items():
         for number in values:
@@ -254,7 +264,7 @@ def bench_model() -> list[dict[str, Any]]:
     from moe.training.batches import place
     from moe.training.step import build
 
-    length, batch_size, layers, f = 512, _TOKENS.value // 512, 4, _D_FF.value or 1792
+    length, batch_size, layers, f = MODEL_LENGTH, _TOKENS.value // MODEL_LENGTH, 4, _D_FF.value or 1792
     mesh = jax.sharding.get_mesh()
     states, programs, drops = {}, {}, {}
     experts = _case("A", "mixtral", "", 8, 2, f, "swiglu")
