@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,10 +25,11 @@ from moe.config import Config, LayerKind, ModelConfig, OptimizerConfig, stacks
 from moe.dispatch.backends import gpu
 from moe.dispatch.exchange import ROUND_SIZE
 from moe.dispatch.ffn import GATED_ACTIVATIONS, ExpertWeights
-from moe.models.factory import abstract_parameters
+from moe.models.adapters import LORA_B
+from moe.models.factory import abstract_parameters, abstract_trained
 from moe.models.stack import segments
 from moe.models.stages import Schedule, pipelined_segment
-from moe.parallel.parameters import optimizer_specs, parameter_specs
+from moe.parallel.parameters import flat_variables, optimizer_specs, parameter_specs
 from moe.parallel.partition_specs import KEEP_HIDDEN
 from moe.training.optimizer import make_optimizer
 
@@ -130,7 +132,14 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
         shapes = nnx.to_pure_dict(parameters)
         stored = shard_bytes(_placed(mesh, shapes, specs))
         of_no_stage = _of_no_stage(config, mesh, shapes, specs)
-        placed = _placed(mesh, optimizer, optimizer_specs(shapes, specs, optimizer))
+        trained, gradients = (shapes, specs), stored
+        if config.lora.rank:
+            adapters = abstract_trained(dataclasses.replace(config, model=same_parameters(config.model)))
+            trained = nnx.to_pure_dict(adapters), parameter_specs(adapters)
+            optimizer = _state_of(config.optimizer, trained[0])
+            # A merged copy of the adapted matrices and its gradient, and the gradients of what is trained.
+            gradients = 2 * _adapted_bytes(mesh, shapes, specs, adapters) + shard_bytes(_placed(mesh, *trained))
+        placed = _placed(mesh, optimizer, optimizer_specs(*trained, optimizer))
         state = 0 if config.optimizer.memory == "host" else shard_bytes(placed)
     train, stages, size = config.train, sizes.get("pipeline", 1), jnp.dtype(config.model.dtype).itemsize
     rows = train.batch_size // train.accumulation_steps // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
@@ -141,7 +150,7 @@ def estimate(config: Config, sizes: Mapping[str, int], platform: str) -> Estimat
     return Estimate(
         stored,
         state,
-        stored * (2 if train.accumulation_steps > 1 and stages == 1 else 1) + 2 * of_no_stage,
+        gradients * (2 if train.accumulation_steps > 1 and stages == 1 else 1) + 2 * of_no_stage,
         int(cast + size * layers.matrices),
         int(kept_rows * size * layers.kept),
         int(rows * size * layers.alive),
@@ -171,8 +180,18 @@ def same_parameters(model: ModelConfig) -> ModelConfig:
 def _shapes(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Any, Any]:
     """The parameters and the optimizer's state with ShapeDtypeStructs as values."""
     parameters = abstract_parameters(model)
-    init = make_optimizer(optimizer, optimizer.warmup_steps + 1).init
-    return parameters, jax.eval_shape(init, nnx.to_pure_dict(parameters))
+    return parameters, _state_of(optimizer, nnx.to_pure_dict(parameters))
+
+
+def _state_of(optimizer: OptimizerConfig, trained: Any) -> Any:
+    return jax.eval_shape(make_optimizer(optimizer, optimizer.warmup_steps + 1).init, trained)
+
+
+def _adapted_bytes(mesh: AbstractMesh, shapes: Any, specs: Any, adapters: nnx.State) -> int:
+    """Bytes of one device's shards of the matrices that have adapters."""
+    paths = [path[:-1] for path, _ in flat_variables(adapters) if path[-1] == LORA_B]
+    found = [[functools.reduce(operator.getitem, path, tree) for path in paths] for tree in (shapes, specs)]
+    return shard_bytes(_placed(mesh, *found))
 
 
 def _placed(mesh: AbstractMesh, tree: Any, specs: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from configs import deepseek_v2, mixtral_8x7b, qwen3_next_80b_a3b
-from moe.config import ConfigError
+from moe.config import ConfigError, to_dict
 from moe.config.parse import from_config_dict
 from moe.planner import fit, memory_errors, plan
 from moe.planner.chips import GiB
@@ -139,6 +139,21 @@ def test_estimate_by_hand():
     assert fit.estimate(twice, MESH, "gpu").activations == found.activations
     keeps_all = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     assert fit.estimate(keeps_all, MESH, "gpu").weights == pytest.approx(found.weights + 32 * 2 * gathered, rel=0.01)
+
+
+def test_adapters_are_what_a_run_of_them_trains():
+    """A of [4096,2] and B of [2,·] for q, k, v, out [·] of 4096, 1024, 1024 and 4096 in 32 layers; their matrices are
+    copied once, and the copy has a gradient."""
+    lora = {"rank": 2, "parts": ("attention",)}
+    tree = to_dict(from_config_dict(mixtral_8x7b.get_config())) | {"start": {"checkpoint": "/base"}}
+    config = from_config_dict(tree | {"lora": lora})
+    sizes = dict.fromkeys(MESH, 1)
+    whole, found = fit.estimate(from_config_dict(tree), sizes, "gpu"), fit.estimate(config, sizes, "gpu")
+    adapters = 32 * 2 * (4 * 4096 + 2 * 4096 + 2 * 1024)
+    matrices = 32 * 4096 * 2 * (4096 + 1024)
+    assert found.parameters == whole.parameters
+    assert found.optimizer == pytest.approx(4 * 2 * adapters, rel=1e-4)  # and counters
+    assert found.gradients == 4 * (2 * matrices + adapters)
 
 
 def test_rows_split_over_devices_by_hand():
