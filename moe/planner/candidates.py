@@ -233,8 +233,12 @@ def changes(config: Config, topology: Topology, limit: int) -> list[tuple[str, C
             others = expert * (devices // (mesh.fsdp * mesh.expert))
             if devices % others == 0:
                 fsdp = devices // others
-                changed = dataclasses.replace(mesh, fsdp=fsdp, expert=expert)
-                add(f"mesh.fsdp={fsdp}, mesh.expert={expert}", mesh=changed)
+                changed, moe = dataclasses.replace(mesh, fsdp=fsdp, expert=expert), model.moe
+                label = f"mesh.fsdp={fsdp}, mesh.expert={expert}"
+                if moe.exchange_hosts > 1:
+                    moe = dataclasses.replace(moe, exchange_hosts=_hosts_of_experts(changed, topology.chip))
+                    label += f", model.moe.exchange_hosts={moe.exchange_hosts}"
+                add(label, mesh=changed, model=dataclasses.replace(model, moe=moe))
 
     def seconds_a_row(change: tuple[str, Config]) -> float:
         return guess_seconds(change[1], topology.chip) / change[1].train.batch_size

@@ -130,6 +130,11 @@ def read_or_compile(
 
 def compile_step(config: Config, topology: Topology) -> CompiledStep:
     """Compile the train step; see :func:`moe.planner.plan.make_plan`."""
+    if config.distill.teacher:
+        raise ConfigError(
+            f"distill.teacher={config.distill.teacher!r}: must be empty in a plan, which would leave out the weights "
+            "and the forward pass of the second model; plan either model by itself, with data.objective=causal"
+        )
     mesh = make_mesh(config.mesh, topology.devices)
     validate_mesh(config, mesh.shape)
     compiled, traced, stored, seconds = _compile(config, mesh, topology)

@@ -148,8 +148,8 @@ class Plan:
 
     @property
     def token_exchanges(self) -> tuple[Exchange, ...]:
-        """All-gathers of more than 1 MiB that nobody asked for, of neither weights, expert loads nor tokens with
-        ``exchange=all_gather``: a flaw of the sharding.
+        """All-gathers of more than 1 MiB that nobody asked for, of neither weights, expert loads, keys and values nor
+        tokens with ``exchange=all_gather``: a flaw of the sharding.
 
         Gathers without a name in programs of several slices are in :attr:`unnamed_gathers` instead.
         """
@@ -158,6 +158,7 @@ class Plan:
             for exchange in self.exchanges
             if exchange.kind == "all-gather"
             and exchange.purpose not in (exchanges.WEIGHTS, exchanges.LOADS, exchanges.ROUTED)
+            and exchange.axes != ("context",)  # keys and values of split rows
             and exchange.bytes > 2**20
             and exchange not in self.unnamed_gathers
         )
@@ -306,7 +307,11 @@ def read_step(config: Config, topology: Topology, step: CompiledStep, scenario: 
     items = text.items
     found = exchanges.summarise(text, devices, chip)
     if scenario.skew > 1:
-        found = tuple(exchanges.skewed(exchange, scenario.skew) for exchange in found)
+        found = tuple(
+            # Gathered tokens go to every device, whatever the load.
+            exchanges.skewed(exchange, scenario.skew) if "all-to-all" in exchange.kind else exchange
+            for exchange in found
+        )
     priced = [item for item in items if item.kind in ("grouped matmul", "attention")]
     total, active = flops.count_parameters(config.model)
     tokens = config.train.batch_size * config.data.sequence_length
@@ -362,4 +367,4 @@ def _assignments(config: Config, mesh: Any) -> int:
     devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape.get("context", 1)
     moe, length = config.model.moe, config.data.sequence_length
     chunks = moe.chunks(moe.group_size or length, mesh.shape["expert"])
-    return rows * length // devices * moe.experts_per_token // chunks
+    return int(rows * length // devices * moe.experts_per_token * moe.ffn_share) // chunks

@@ -246,7 +246,7 @@ def _own_flags(searched: tuple[str, ...]) -> str:
     """Config flags of this command without the mesh and the fields that the search sets."""
     path, fields = _asked_for()
     own = {name: value for name, value in fields.items() if not name.startswith("mesh.") and name not in searched}
-    return " ".join([f"--config={path}", *(f"--config.{name}={value}" for name, value in own.items())])
+    return shlex.join([f"--config={path}", *(f"--config.{name}={value}" for name, value in own.items())])
 
 
 def _joined(argv: list[str]) -> list[str]:

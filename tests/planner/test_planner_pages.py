@@ -108,6 +108,8 @@ def test_scenarios_change_what_they_name(monkeypatch):
         patch.setattr(plan, "make_mesh", _mesh_of_two)
         even, skewed = (_plan(Scenario(skew=skew)) for skew in (1.0, 2.0))
     assert skewed.kernel_seconds > even.kernel_seconds
+    gathers = [[each for each in made.exchanges if each.kind == "all-gather"] for made in (even, skewed)]
+    assert gathers[0] == gathers[1]  # these go to every device, whatever the load
     half = _plan(Scenario(matmul_share=0.001))
     assert half.kernel_low == half.kernel_high
     assert "what if: matmuls at 0.001 of the peak" in page.render(half)

@@ -38,10 +38,12 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
         ("all-gather", "unnamed", 2, 1, True, False),
         ("all-gather", "unnamed", 2, 2, False, True),  # programs of several slices carry no names
         ("all-gather", "dot_general", 2, 2, True, False),
+        ("all-gather", "all_gather of keys", 2, 1, False, False),  # over mesh.context
     ],
 )
 def test_an_all_gather_of_tokens_is_a_flaw(kind, purpose, mebibytes, slices, flaw, unnamed):
-    exchange = Exchange(kind, ("fsdp",), purpose, 1, 0, mebibytes * 2**20, 0.0, 0.0)
+    axes = ("context",) if purpose == "all_gather of keys" else ("fsdp",)
+    exchange = Exchange(kind, axes, purpose, 1, 0, mebibytes * 2**20, 0.0, 0.0)
     fields = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
     made = Plan(**fields | {"exchanges": (exchange,), "num_slices": slices})
     assert made.token_exchanges == (exchange,) * flaw

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from configs import mixtral_8x7b
-from moe.config import Capacity, ConfigError, MeshConfig, MoEConfig, load_python_file
+from moe.config import Capacity, ConfigError, DistillConfig, MeshConfig, MoEConfig, load_python_file
 from moe.config.parse import from_config_dict
-from moe.planner import candidates, kept_plans, search
+from moe.planner import candidates, compiled, kept_plans, search
 from moe.planner.chips import CHIPS, GiB
 from moe.planner.gpus import GPUS
 from moe.planner.guide import Guide
@@ -109,6 +109,23 @@ def test_twice_the_largest_number_of_chunks_is_no_change():
     labels = [label for label, _ in candidates.changes(config, where, 20)]
     assert any(label.startswith("model.moe.exchange=") for label in labels)
     assert not any("chunks" in label for label in labels)
+
+
+def test_a_change_of_the_mesh_exchanges_between_the_hosts_that_it_spans():
+    tree = mixtral_8x7b.get_config()
+    tree.model.moe.update({"dispatch": "dropless", "exchange_hosts": 2})
+    tree.mesh.update({"data": 1, "fsdp": 1, "expert": 8})
+    hosts_of_four = dataclasses.replace(GPUS["h100"], domain=4)
+    where = Topology("h100:2x4", 1, hosts_of_four, tuple(jax.devices()[:8]))
+    changed = dict(candidates.changes(from_config_dict(tree), where, 20))
+    assert changed["mesh.fsdp=8, mesh.expert=1, model.moe.exchange_hosts=1"].model.moe.exchange_hosts == 1
+
+
+def test_a_second_model_is_not_left_out_of_a_plan():
+    config = dataclasses.replace(tiny_config(), distill=DistillConfig("/teacher", 0.5))
+    where = Topology("h100:1x1", 1, GPUS["h100"], tuple(jax.devices()[:1]))
+    with pytest.raises(ConfigError, match=r"distill\.teacher='/teacher': must be empty in a plan"):
+        compiled.compile_step(config, where)
 
 
 def test_guesses_lie_near_the_counted_steps_of_kept_plans():
