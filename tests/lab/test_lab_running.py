@@ -18,7 +18,7 @@ from moe.lab.records import DIVERGED, FINISHED, PRIMARY
 from moe.lab.running import jobs, last_tenth, probes, progress, runner
 from moe.lab.running.heldout import dropless
 from moe.lab.schedule import Plan
-from moe.lab.suite import Variant
+from moe.lab.suite import Sweep, Variant
 from moe.parallel.mesh import make_mesh
 from moe.training.loop import train
 from tests.lab_helpers import DENSE, SWITCH, claim_of, keyed, record, suite_of, tiny_base, tiny_suite, write_page
@@ -92,6 +92,24 @@ def test_a_run_that_another_process_has_taken_is_left_to_it(faked, tmp_path):
         runner.Worker(suite, tmp_path, []).run()
     assert len(faked) == 5
     assert taken not in faked
+
+
+def test_a_process_waits_for_the_sweep_that_others_finish(faked, monkeypatch, tmp_path):
+    suite = dataclasses.replace(tiny_suite(tiny_base(tmp_path)), sweep=Sweep((1e-3, 3e-3, 9e-3), (7, 8)))
+    found = Plan(suite, [])
+    taken = found.runs()[0]
+    lock = runner._lock(tmp_path, found.run(taken))
+    lock.acquire()
+
+    def ends(_):
+        (run,) = keyed(suite, [record(taken.variant, taken.seed, 6.0, taken.steps, taken.learning_rate)])
+        run.write(tmp_path)
+        lock.release()
+
+    monkeypatch.setattr(runner.time, "sleep", ends)
+    runner.Worker(suite, tmp_path, []).run()
+    assert taken not in faked
+    assert {(key.variant, key.seed) for key in faked} >= set(itertools.product(suite.variants, suite.seeds))
 
 
 def test_a_failed_run_is_told_after_the_others(faked, monkeypatch, tmp_path):

@@ -10,14 +10,16 @@ import dataclasses
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 import pydantic.dataclasses
 
+from moe.atomic_files import write_atomic
 from moe.config import ConfigError, read_small_file
-from moe.foreign_files import Amount, Step, first_sentence
+from moe.foreign_files import Amount, Step, first_sentence, read_json
 from moe.lab.expressions import parse
 
 #: below, above: of zero. not_above: below the margin. within: between the margin's two sides. less_variance: the first
@@ -172,3 +174,14 @@ def _check(found: _File) -> None:
             raise ValueError(f"claims {members} are of the family {name!r}: at most {MOST_OF_FAMILY}")
     if families["primary"] != sorted(found.primary.claims if found.primary else ()):
         raise ValueError(f"claims {families['primary']} are of the family 'primary': those that primary.claims names")
+
+
+#: Number of a claim → its hash.
+_HASHES: pydantic.TypeAdapter[dict[str, str]] = pydantic.TypeAdapter(dict[str, str])
+
+
+def hashes_at_start(path: Path, claims: Sequence[Claim]) -> dict[str, str]:
+    """Number → hash of the claims when a run was first started, kept in a file over its resumptions."""
+    if not path.exists():
+        write_atomic(path, json.dumps({str(claim.number): claim.hash for claim in claims}).encode())
+    return read_json(path, _HASHES)

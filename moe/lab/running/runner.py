@@ -31,7 +31,7 @@ from moe.config import Config, ConfigError, DistillConfig, StartConfig
 from moe.data import pipeline
 from moe.lab import records, results, schedule
 from moe.lab.claims.decide import arms_of
-from moe.lab.claims.registration import Claim
+from moe.lab.claims.registration import Claim, hashes_at_start
 from moe.lab.records import DIVERGED, DROPLESS, FINISHED, OWN, PRIMARY, Key, Record, read_all, run_name
 from moe.lab.running import last_tenth, probes
 from moe.lab.running.heldout import RowLosses, dropless, mixed_rows, with_unseen
@@ -44,6 +44,8 @@ from moe.training.loop import train
 from moe.training.step import Program, build
 
 RUNS = "runs"
+#: Seconds until a process looks again for runs that follow from those of others.
+_LOOK_AGAIN = 5.0
 
 
 class Programs:
@@ -117,11 +119,12 @@ class Worker:
     ):
         """``sweep``: see :func:`moe.lab.schedule.runs`; ``only``: which of the planned runs this process trains."""
         self._suite, self._workdir, self._sweep, self._only = suite, workdir, sweep, only
-        self._hashes = {str(claim.number): claim.hash for claim in claims}
+        self._claims = claims
         self._programs = Programs()
         self._evaluators: dict[str, tuple[RowLosses, RowLosses | None]] = {}
         self._models: dict[str, probes.Model] = {}
         self._failed: dict[Key, str] = {}
+        self._others_lead = False  # runs that are not known or not ready yet depend on those of other processes
         self._progress = Progress(suite, workdir)
 
     def run(self) -> None:
@@ -132,15 +135,18 @@ class Worker:
         """
         while True:
             with self._take() as key:
-                if key is None:
-                    break
-                self._open_text()
-                try:
-                    self._train(key)
-                    self._measure(key)
-                except ConfigError as error:
-                    self._failed[key] = str(error)
-                    self._progress.say(f"failed: {key}: {error}")
+                if key is not None:
+                    self._open_text()
+                    try:
+                        self._train(key)
+                        self._measure(key)
+                    except ConfigError as error:
+                        self._failed[key] = str(error)
+                        self._progress.say(f"failed: {key}: {error}")
+            if key is None and not self._others_lead:
+                break
+            if key is None:
+                time.sleep(_LOOK_AGAIN)
         if self._failed:
             key, reason = next(iter(self._failed.items()))
             raise ConfigError(f"{len(self._failed)} runs did not finish; the first, {key}: {reason}")
@@ -160,16 +166,22 @@ class Worker:
 
     @contextlib.contextmanager
     def _take(self) -> Iterator[Key | None]:
-        """The first run that is not finished, not taken and whose parents are finished; None if there is none."""
+        """The first run that is not finished, not taken and whose parents are finished; None if there is none, for now
+        where more will follow from runs that other processes have."""
         found = schedule.Plan(self._suite, read_all(self._workdir))
         planned = list(filter(self._only, found.runs(sweep=self._sweep)))
         done = {key for key in planned if found.record(key)}
+        taken = later = False
         for key in planned:
-            if key in done or key in self._failed or not all(map(found.record, found.parents(key).values())):
+            if key in done or key in self._failed:
+                continue
+            if not all(map(found.record, found.parents(key).values())):
+                later = True
                 continue
             try:
                 held = _lock(self._workdir, found.run(key)).acquire()
             except filelock.Timeout:
+                taken = True
                 continue
             with held:
                 if schedule.Plan(self._suite, read_all(self._workdir)).record(key) is None:
@@ -177,6 +189,8 @@ class Worker:
                     self._progress.start(key, planned, done, list(unnamed))
                     yield key
                     return
+        unnamed = self._sweep and any(map(self._only, found.unnamed()))
+        self._others_lead = taken and (later or unnamed)
         yield None
 
     def _train(self, key: Key) -> None:
@@ -189,6 +203,7 @@ class Worker:
             role: str(run_directory(self._workdir, parent, found.run(parent)))
             for role, parent in found.parents(key).items()
         }
+        hashes = hashes_at_start(self._workdir / RUNS / f"{found.run(key)}.claims.json", self._claims)
         rate, path = key.learning_rate, directory / last_tenth.FILE
         config = suite.config(key.variant, key.seed, steps=key.steps, learning_rate=rate, **folders)
         status, reason, evaluated = FINISHED, "", ""
@@ -214,7 +229,7 @@ class Worker:
             status=status,
             reason=reason,
             commit=commit(),
-            claims=self._hashes,
+            claims=hashes,
             data=prepared.versions,
             hardware=hardware(),
             seconds=time.monotonic() - start,
