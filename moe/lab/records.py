@@ -197,14 +197,18 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
 
 
 def update_table(path: Path, records: Sequence[Record]) -> None:
-    """Write records into a table, which keeps its other runs: a table is the only copy of runs without JSON files.
+    """Write records into a table, which keeps its other runs, and probes that the records lack: a table is the only
+    copy of runs without JSON files.
 
     Raises:
         ConfigError: see :func:`write_table` and :func:`read_table`.
     """
-    own = {record.run for record in records}
-    others = [record for record in read_table(path) if record.run not in own] if path.exists() else []
-    write_table(path, [*records, *others])
+    before = read_table(path) if path.exists() else []
+    known = {record.run: record.probes for record in before}  # a run of two names is there by each
+    own = [dataclasses.replace(record, probes=known.get(record.run, {}) | record.probes) for record in records]
+    runs = {record.run for record in own}
+    others = [record for record in before if record.run not in runs]
+    write_table(path, [*own, *others])
 
 
 def read_table(path: Path) -> list[Record]:

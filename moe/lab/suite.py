@@ -287,6 +287,7 @@ class Suite:
             config = self.config(variant, steps=steps, learning_rate=learning_rate)
             unseen = dataclasses.replace(config.data, dataset="embedded", domains=self.unseen)
             evaluation = {"rows": self.heldout_rows, "unseen": identity.text_versions(unseen)}
+            evaluation |= {"primary": list(self.primary)} if self.primary else {}
             self._forms[point] = identity.canonical(config) | {"evaluation": evaluation}
         roles = {"start": parents.get("starts_from"), "teacher": parents.get("teacher")}
         own = {"seed": seed + self.variants[variant].seed_offset} | {role: run for role, run in roles.items() if run}

@@ -429,6 +429,33 @@ def test_a_record_is_read_back(tmp_path):
         records.read_all(tmp_path)
 
 
+def test_a_table_keeps_probes_that_a_later_record_lacks(tmp_path):
+    suite = suite_of({"a": DENSE, "b": SWITCH}, horizons=(20,))
+    measured, other = keyed(suite, [record("a", 0, 4.5, probes={"p/x@1": 0.5}), record("b", 0, 4.25)])
+    records.write_table(tmp_path / "records.parquet", [measured, other])
+    records.update_table(tmp_path / "records.parquet", [dataclasses.replace(measured, probes={"p/y": 1.0})])
+    found = {record.variant: record.probes for record in records.read_table(tmp_path / "records.parquet")}
+    assert found == {"a": {"p/x@1": 0.5, "p/y": 1.0}, "b": {}}
+    twice = [measured, dataclasses.replace(measured, variant="c")]  # one run by two names
+    records.update_table(tmp_path / "records.parquet", twice)
+    assert len(records.read_table(tmp_path / "records.parquet")) == 3
+
+
+def test_the_loss_of_other_domains_is_another_evaluation():
+    own = suite_of({"a": DENSE}, horizons=(20,))
+    assert len(Table(own, keyed(own, [record("a", 0, 5.0)])).used) == 1
+    other = dataclasses.replace(own, primary=("python",))
+    assert Table(other, keyed(own, [record("a", 0, 5.0)])).used == []
+
+
+def test_the_first_evaluation_of_a_run_is_not_its_last():
+    suite = suite_of({"a": DENSE}, horizons=(20,))
+    found = table(suite, [record("a", 0, 5.0, rows=[(20, "loss", PRIMARY, "", 5.0)])])
+    assert found.values(20, "loss[a]") == {0: 5.0}
+    with pytest.raises(MissingError, match="no loss of a"):
+        found.values(20, "loss[a, step=first]")
+
+
 def test_results_load_with_one_line_of_pandas(tmp_path):
     runs = [record("a", 0, 4.5, run="1"), record("b", 0, 4.25, probes={"p/x@1": 0.5}, run="2")]
     runs.append(record("a", 0, 4.4, rate=1e-3, run="3"))
