@@ -91,6 +91,15 @@ def smallest_detectable(sd: float, n: int) -> float:
     return float(noncentrality) * sd / math.sqrt(n)
 
 
+def smallest_margin(sd: float, n: int) -> float:
+    """Margin around zero that holds the 95 % interval of n seeds with a power of :data:`POWER` if there is no
+    difference: (t(1 - α/2, n - 1) + t((1 + power)/2, n - 1))·sd/√n (two one-sided tests, Schuirmann 1987)."""
+    if n < 2:
+        return math.inf
+    quantiles = scipy.stats.t.ppf([1 - ALPHA / 2, (1 + POWER) / 2], n - 1)
+    return float(quantiles.sum()) * sd / math.sqrt(n)
+
+
 def seeds_needed(sd: float, difference: float) -> int:
     """Seeds that a paired t test needs to find a difference; one more than :data:`MOST_SEEDS` if more than those."""
     for n in itertools.chain(range(2, 50), range(50, MOST_SEEDS + 1, 10)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -56,6 +57,13 @@ class Table:
     def used(self) -> list[Record]:
         """The runs that this table is about."""
         return list(self._runs.values())
+
+    def only(self, seeds: Collection[int]) -> Table:
+        """The same without the runs of other seeds."""
+        found = copy.copy(self)
+        found._runs = {key: run for key, run in self._runs.items() if key[2] in seeds}
+        found._curves = {}
+        return found
 
     def seeds(self, steps: int, *variants: str) -> list[int]:
         """Seeds of a horizon that all of these arms have."""
@@ -141,7 +149,7 @@ class Table:
         if name in record.probes:
             return record.probes[name]
         curve = self.curve(record.variant, record.steps, record.seed, term.quantity, domain, layer)
-        if not curve:
+        if not curve or (term.first and curve[0][0] == record.steps):  # of the end alone, as of a sweep's runs
             raise MissingError(f"no {term.quantity} of {term.variant}")
         return curve[0 if term.first else -1][1]
 

@@ -6,6 +6,7 @@ whatever has been run.
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 import tomllib
@@ -365,22 +366,50 @@ def test_contrasts_over_training(which, drawn):
             assert cell.endswith(f"n = {len(found)}")
 
 
-def test_arms_of_the_answer(drawn):
+@pytest.mark.parametrize("which", ["drawn", "committed"])
+def test_arms_of_the_answer(which, drawn):
     """Losses by how they are measured."""
     folder, suite, _ = drawn
+    path, steps, seconds = folder.parent / "switch_or_mixtral.md", 80, dict.fromkeys(suite.variants, (0.1, 0.12, 0.2))
+    if which == "committed":
+        path, steps = RESULTS / "switch_or_mixtral.md", 8000
+        suite = load_suite(str(ROOT / "configs/ablations/switch_vs_mixtral.py"), "laptop")
+        folder = RESULTS / suite.name
+        seconds = json.loads((folder / "step_seconds.json").read_text())["arms"]
     runs = read(folder, suite)
-    text = (folder.parent / "switch_or_mixtral.md").read_text().partition("## Arms")[2]
-    for arm, _, loss, own, last, dropped, milliseconds in tables(text)[0][1]:
+    for arm, _, loss, own, last, *others in tables(path.read_text().partition("## Arms")[2])[0][1]:
+        unseen, (dropped, milliseconds) = others[: len(suite.unseen)], others[len(suite.unseen) :]
         for cell, values in (
-            (loss, runs.loss(arm, 80)),
-            (own, runs.last(arm, 80, "own_loss", "primary")),
-            (last, runs.last(arm, 80, "last_tenth_loss")),
+            (loss, runs.loss(arm, steps)),
+            (own, runs.last(arm, steps, "own_loss", "primary")),
+            (last, runs.last(arm, steps, "last_tenth_loss")),
+            *zip(unseen, (runs.last(arm, steps, "loss", name) for name in suite.unseen), strict=True),
         ):
             further = [(len(values), "d")] if cell is loss else []
             check(arm, cell, (values.mean(), ".4f"), (values.std(ddof=1), ".4f"), *further)
-        share = runs.rows(arm, 80, "train_fraction_tokens_dropped").value.mean()
+        share = runs.rows(arm, steps, "train_fraction_tokens_dropped").value.mean()
         check(arm, dropped, (0.0 if math.isnan(share) else 100 * share, ".1f"))
-        assert milliseconds == "120"
+        check(arm, milliseconds, *([(1000 * seconds[arm][1], ".0f")] if arm in seconds else []))
+
+
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.name)
+def test_the_page_of_claims_has_the_rows_of_every_report(folder):
+    """Whose numbers are computed above."""
+    page = (RESULTS / "claims.md").read_text()
+    for row in re.findall(r"^\| \d+ \|.*n = .*$", sections_of(folder / "report.md").get("Claims", ""), re.MULTILINE):
+        assert row in page
+
+
+def test_effects_of_the_committed_answer():
+    suite = load_suite(str(ROOT / "configs/ablations/switch_vs_mixtral.py"), "laptop")
+    runs, claims = read(RESULTS / suite.name, suite), claims_of(ROOT / "configs/ablations/claims.toml")
+    parts = [claim["part"][0] for claim in claims.values() if claim.get("family") == "primary"]
+    for part, row in zip(parts, tables((RESULTS / "switch_or_mixtral.md").read_text())[0][1], strict=True):
+        assert row[0] == part["what"]
+        values = runs.expression(part["value"], 8000)
+        effect(part["what"], row[1], values)
+        _, low, high, *_ = again.interval(values)
+        check(part["what"], row[4], (max(abs(low), abs(high)), ".4f"))
 
 
 def test_paper_tables():

@@ -8,9 +8,9 @@ import pytest
 from moe.config import ConfigError
 from moe.lab import inference
 from moe.lab.claims import decide
-from moe.lab.claims.registration import Primary, read_claims
+from moe.lab.claims.registration import Part, Primary, hashes_at_start, read_claims
 from moe.lab.loading import with_seeds
-from moe.lab.report import claims_page
+from moe.lab.report import answer, claims_page
 from moe.lab.table import Table
 from tests.lab_helpers import CLAIMS, DENSE, REGISTERED, SWITCH, claim_of, record, suite_of, table, table_of
 
@@ -73,8 +73,11 @@ def test_fewer_seeds_than_were_registered_decide_nothing():
         # Ten seeds that were not registered are none of those that were.
         others = [run for run in runs if run.seed >= 10]
         found = assess(claim, table(with_seeds(suite, range(10, 20)), others), PRIMARY)
-        assert (found.verdict, found.outcomes[0].effect.n) == (decide.UNDECIDED, 10)
+        assert (found.verdict, found.outcomes[0].effect.n) == (decide.UNDECIDED, 5)
         assert "interim, 5 of the 10 seeds that were registered" in found.lacks
+        # Nor do they count beside them.
+        more = assess(claim, table(with_seeds(suite, range(5, 20)), runs), PRIMARY)
+        assert (more.verdict, more.outcomes[0].effect.n) == (decide.SUPPORTED, 10)
     page = claims_page.claims_section([claim], {"test": table(few, [])}, None)
     assert "needs 10 seeds of each arm" in page
 
@@ -111,6 +114,23 @@ def test_a_claim_edited_after_its_runs_is_post_hoc():
     text = claims_page.claims_section([edited], {"test": found}, None)
     assert "**post hoc: the claim was edited after its runs started**" in text
     assert r"b beats a, really \| &lt;b&gt; |" in text
+    (finding,) = decide.assess([dataclasses.replace(edited, family="primary")], {"test": found}, PRIMARY)
+    assert "**post hoc: the claim was edited after its runs started**" in answer._contrasts([finding])
+
+
+def test_claims_are_those_of_the_first_start(tmp_path):
+    claim = claim_of()
+    first = hashes_at_start(tmp_path / "run.claims.json", [claim])
+    again = hashes_at_start(tmp_path / "run.claims.json", [dataclasses.replace(claim, text="other")])
+    assert first == again == {str(claim.number): claim.hash}
+
+
+def test_an_open_equivalence_names_the_margin_that_its_seeds_would_show():
+    """-0.01 ± 0.01 of three seeds: (t(0.975) + t(0.9)) · 0.01 / √3 = (4.303 + 1.886) · 0.00577 = 0.0357."""
+    part = Part("difference", "within", "loss[b] - loss[a]", 0.02)
+    finding = assess(dataclasses.replace(claim_of(), parts=(part,)), table_of((4.98, 4.99, 5.0)), PRIMARY)
+    assert finding.verdict == decide.OPEN
+    assert "power: would show ±0.036 of no difference; the margin is ±0.020" in finding.lacks
 
 
 def test_a_claim_without_its_runs_or_its_premise_is_not_tested():

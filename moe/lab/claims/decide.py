@@ -123,6 +123,8 @@ def _assess(claim: Claim, table: Table | None, primary: Primary | None) -> Findi
     """A claim by its own intervals alone."""
     if table is None:
         return Finding(claim, NOT_TESTED, note=f"suite {claim.suite} has not been run")
+    if claim.family:  # further seeds, run until a contrast is found, would find it by chance
+        table = table.only(table.suite.registered_seeds)
     arms = arms_of(claim)
     steps = table.longest(*arms)
     if not steps:
@@ -283,6 +285,12 @@ def _lacks(
     elif n < SEEDS:
         lacks.append(f"{n} of at least {SEEDS} seeds")
     for outcome in outcomes:
+        margin, effect = outcome.part.margin, outcome.effect
+        if outcome.part.rule == "within":
+            needed = inference.smallest_margin(effect.sd, effect.n)
+            if outcome.side == UNDECIDED and margin < needed < math.inf:
+                lacks.append(f"power: would show ±{needed:.3f} of no difference; the margin is ±{margin:.3f}")
+            continue
         smallest = primary.smallest if primary and "loss[" in outcome.part.value else 0.0
         if outcome.side == UNDECIDED and 0 < smallest < outcome.detectable < math.inf:
             lacks.append(f"power: finds {outcome.detectable:.3f}; the smallest effect of interest is {smallest:.3f}")

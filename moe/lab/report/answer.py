@@ -16,7 +16,7 @@ from moe.lab.claims.registration import Primary, Registered
 from moe.lab.expressions import parse
 from moe.lab.inference import Effect
 from moe.lab.records import PRIMARY
-from moe.lab.report.claims_page import rules
+from moe.lab.report.claims_page import POST_HOC, rules
 from moe.lab.report.figures import colors, legend_beside, save
 from moe.lab.report.markdown import loss_cell, mean_sd
 from moe.lab.report.regime import regime
@@ -31,7 +31,7 @@ domains. Time is that of a CPU, whose dense and expert FFNs run the same product
 probability and with K = 2 it is renormalised over the two, as the papers have it, so that the factor K includes that.
 All arms start from matrices of scale 1.0. Switch's paper prescribes 0.1 (section 2.4), which the suite `initial_scale`
 compares. {rates}"""
-_NO_SWEEP = "All arms train at the base config's learning rate; no other one has been tried."
+_NO_SWEEP = "All arms train at the base config's learning rate; beside the pilot's runs no other one has been tried."
 _SWEEP = "Arms of one kind of layer share the learning rate that the sweep in the suite's report chose."
 
 _OVER_TRAINING = """\
@@ -91,13 +91,14 @@ def _contrasts(findings: Sequence[Finding]) -> str:
     rows = []
     for finding in findings:
         outcome = finding.outcomes[0] if finding.outcomes else None
+        remarks = [POST_HOC, *finding.lacks] if finding.post_hoc else finding.lacks
         rows.append((
             markdown_text(finding.claim.parts[0].what),
             str(outcome.effect) if outcome and math.isfinite(outcome.effect.mean) else "–",
             f"{finding.adjusted:.2g}" if outcome else "–",
             f"**{finding.verdict}**",
             f"{outcome.bound:.4f}" if outcome and math.isfinite(outcome.bound) else "–",
-            "; ".join(finding.lacks) or markdown_text(finding.note) or "–",
+            "; ".join(remarks) or markdown_text(finding.note) or "–",
         ))  # fmt: skip
     header = ("contrast, nats per token", "effect [95 %]", "p, Holm", "verdict", "at most", "to know")
     return markdown_table(header, rows)

@@ -34,6 +34,8 @@ _RULES = {
     "less_variance": "variance ratio below 1",
     "shown": "shown only",
 }
+#: Remark on a claim whose runs were started before it read as it does.
+POST_HOC = "**post hoc: the claim was edited after its runs started**"
 _RULES_TEXT = (
     "Only the primary family, and one that repeats it on other seeds, have verdicts: supported or contradicted where "
     "the p-value, adjusted by Holm's method over all contrasts of the family ({count} in the primary one), is below "
@@ -41,7 +43,8 @@ _RULES_TEXT = (
     "exploratory: its 95 % interval is on the claim's side, on the other side, or on both (open). Losses are measured "
     "without drops. Bound: the largest size that the interval leaves to an open effect. The smallest detectable effect "
     "is that of a paired t test with 80 % power at the spread seen; it is compared with the smallest effect of "
-    "interest, {smallest:g} nats. Replication: whether our interval contains the published effect, which is that of a "
+    "interest, {smallest:g} nats; for a claim of no difference the margin that the interval would keep with that power "
+    "is compared with the claim's. Replication: whether our interval contains the published effect, which is that of a "
     "model a thousand times as large."
 )
 
@@ -108,7 +111,7 @@ def write_page(directory: Path, registered: Registered, tables: Mapping[str, Tab
 
 def _standing(finding: Finding, found: Table | None, spreads: Mapping[int, float]) -> str:
     """Remarks on the verdict, and what would decide the claim."""
-    parts = ["**post hoc: the claim was edited after its runs started**"] if finding.post_hoc else []
+    parts = [POST_HOC] if finding.post_hoc else []
     parts += [markdown_text(finding.note)] if finding.note else []
     parts += finding.lacks
     seeds = [inference.seeds_needed(o.effect.sd, _distance(o)) for o in finding.outcomes if _open(o)]
